@@ -1,0 +1,81 @@
+"""Exceptions and warnings of the project.
+
+A configuration is checked as a whole: every problem found is kept as a `Problem`, and one
+`ConfigError` carries them all, so that a user mends a file once and not once per mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration or with its inputs.
+
+    Attributes:
+        where: the key, parameter, tensor or file, as the user would look for it
+            (``parameters.mu``, ``models[1].parameters.weight``, a tensor's name).
+        found: what is there.
+        expected: what would be right.
+        remedy: what to do about it, as an imperative sentence; may be empty.
+    """
+
+    where: str
+    found: str
+    expected: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: found {self.found}; expected {self.expected}."
+        return f"{text} {self.remedy}" if self.remedy else text
+
+
+class MergekitExtError(Exception):
+    """Base class of every error that the project raises on purpose."""
+
+
+class ConfigError(MergekitExtError, ValueError):
+    """A merge cannot start. `problems` lists everything that is wrong, in order of the file."""
+
+    def __init__(self, problems: Iterable[Problem], subject: str = "this merge"):
+        self.problems = tuple(problems)
+        if not self.problems:
+            raise ValueError("ConfigError needs at least one problem")
+        self.subject = subject
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count != 1 else ''} with {subject}; nothing was written:"
+        super().__init__("\n".join([head, *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))]))
+
+
+class NonFiniteError(MergekitExtError, ValueError):
+    """An input holds NaN or infinity. The merge stops and leaves no output."""
+
+    def __init__(self, tensor: str, model: str, count: int, size: int):
+        self.tensor, self.model, self.count, self.size = tensor, model, count, size
+        super().__init__(
+            f"{tensor} of model {model}: found {count} non-finite value{'s' if count != 1 else ''} "
+            f"among {size}; expected finite weights. Check that checkpoint (a diverged training run "
+            "or a float16 overflow leaves such values) or take it out of the merge."
+        )
+
+
+class HostVersionError(MergekitExtError, RuntimeError):
+    """The installed mergekit lacks something that the plugin relies on."""
+
+
+class MergeWarning(UserWarning):
+    """Base class of the project's warnings: the merge goes on, but may not mean what you think."""
+
+
+class UniformCoefficientsWarning(MergeWarning):
+    """NAN's coefficients came out (nearly) equal, so that only weights and `scale` acted."""
+
+
+class TwoModelsWarning(MergeWarning):
+    """LoRE with two models and no base returns the plain average whatever its parameters."""
+
+
+class NotConvergedWarning(MergeWarning):
+    """LoRE's solver stopped at `max_iterations` before reaching `tolerance`."""
