@@ -1,0 +1,38 @@
+"""The command ``mergekit-ext``: one file a subcommand."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+# Loaded when asked for: mergekit takes seconds to import, and `--help` should not.
+_COMMANDS = {
+    "check": ("mergekit_ext.cli.check", "Check a merge without reading a weight."),
+    "merge": ("mergekit_ext.cli.merge", "Merge, as mergekit-yaml does, with the methods known."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(_COMMANDS[cmd_name][0])
+        command: Any = getattr(module, cmd_name)
+        return command  # type: ignore[no-any-return]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="mergekit-ext")
+def main() -> None:
+    """NAN and LoRE-Merging for mergekit."""

@@ -1,0 +1,33 @@
+"""``mergekit-ext merge CONFIG OUT``: mergekit-yaml with every check, and events."""
+
+from __future__ import annotations
+
+import click
+import mergekit_ext
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_ext.events import JsonLines
+from mergekit_ext.host.run import for_commands
+
+
+@click.command("merge", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out_path", type=click.Path())
+@click.option(
+    "--events",
+    type=click.Path(dir_okay=False),
+    help="Append what happens to this file, one JSON object a line",
+)
+@add_merge_options  # type: ignore[untyped-decorator]
+def merge(
+    merge_options: MergeOptions, config_file: str, out_path: str, events: str | None
+) -> None:
+    """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
+
+    Takes every merge method and every flag of mergekit-yaml. The configuration and the headers of
+    the inputs are checked first; the output appears when it is complete.
+    """
+    merge_options.apply_global_options()
+    callbacks = [JsonLines(events)] if events else []
+    with for_commands():
+        mergekit_ext.merge(config_file, out_path, merge_options, callbacks=callbacks)

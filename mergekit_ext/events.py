@@ -1,0 +1,243 @@
+"""What a merge tells those who watch it: events, the callback protocol, ready callbacks.
+
+A callback is any object with some of the methods ``on_<event>(event)``; `MergeCallback` has
+them all, doing nothing, to be subclassed. Each method receives one frozen dataclass. An exception
+raised by a callback stops the merge: that is the way to cancel it.
+
+The protocol is modelled on transformers' ``TrainerCallback`` and needs no Trainer, no mergekit
+and no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Base class; `handler` names the callback's method."""
+
+    handler: ClassVar[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeBegin(Event):
+    """The checks have passed and the graph is planned; no weight has been read."""
+
+    handler = "on_merge_begin"
+    method: str
+    output: str
+    models: tuple[str, ...]
+    tensors: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsBegin(Event):
+    """A pass over the inputs starts that only measures."""
+
+    handler = "on_statistics_begin"
+    tensors: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMeasured(Event):
+    """One tensor of the statistics pass is done."""
+
+    handler = "on_tensor_measured"
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsEnd(Event):
+    """The statistics are complete: `coefficients[group][model]`, for each group of tensors."""
+
+    handler = "on_statistics_end"
+    coefficients: Mapping[str, Mapping[str, float]]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverIteration(Event):
+    """An iterative method has done one iteration on one tensor."""
+
+    handler = "on_solver_iteration"
+    tensor: str
+    iteration: int
+    objective: float
+    change: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMerged(Event):
+    """One output tensor is ready. `details` is what the method reports about it."""
+
+    handler = "on_tensor_merged"
+    name: str
+    shape: tuple[int, ...]
+    details: Mapping[str, Any]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardWritten(Event):
+    """A file of weights is complete on disk."""
+
+    handler = "on_shard_written"
+    path: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeEnd(Event):
+    """The output stands under its final name."""
+
+    handler = "on_merge_end"
+    output: str
+    seconds: float
+
+
+EVENTS: tuple[type[Event], ...] = (
+    MergeBegin,
+    StatisticsBegin,
+    TensorMeasured,
+    StatisticsEnd,
+    SolverIteration,
+    TensorMerged,
+    ShardWritten,
+    MergeEnd,
+)
+
+
+class MergeCallback:
+    """Base class of callbacks: override what you need."""
+
+    def on_merge_begin(self, event: MergeBegin) -> None: ...
+    def on_statistics_begin(self, event: StatisticsBegin) -> None: ...
+    def on_tensor_measured(self, event: TensorMeasured) -> None: ...
+    def on_statistics_end(self, event: StatisticsEnd) -> None: ...
+    def on_solver_iteration(self, event: SolverIteration) -> None: ...
+    def on_tensor_merged(self, event: TensorMerged) -> None: ...
+    def on_shard_written(self, event: ShardWritten) -> None: ...
+    def on_merge_end(self, event: MergeEnd) -> None: ...
+
+    def close(self) -> None:
+        """Called once when the merge is over, also after a failure."""
+
+
+class Dispatcher:
+    """Sends each event to every callback that has a method for it, one event at a time."""
+
+    def __init__(self, callbacks: Iterable[object] = ()):
+        self._callbacks = list(callbacks)
+        # mergekit's multi-GPU executor runs tasks in threads.
+        self._lock = threading.RLock()
+        self._handlers: dict[str, list[Callable[[Event], None]]] = {
+            kind.handler: [
+                method
+                for callback in self._callbacks
+                if (method := getattr(callback, kind.handler, None)) is not None
+            ]
+            for kind in EVENTS
+        }
+
+    def emit(self, event: Event) -> None:
+        with self._lock:
+            for handler in self._handlers[event.handler]:
+                handler(event)
+
+    def close(self) -> None:
+        for callback in self._callbacks:
+            if (close := getattr(callback, "close", None)) is not None:
+                close()
+
+
+class ProgressBar(MergeCallback):
+    """A tqdm bar for the statistics pass and one for the merge."""
+
+    def __init__(self, file: IO[str] | None = None):
+        self._file = file
+        self._bar: Any = None
+        self._tensors = 0
+        self._method = ""
+
+    def _start(self, description: str, total: int) -> None:
+        import tqdm  # only who watches pays for it
+
+        self.close()
+        self._bar = tqdm.tqdm(total=total, desc=description, unit="tensor", file=self._file)
+
+    def on_merge_begin(self, event: MergeBegin) -> None:
+        self._method, self._tensors = event.method, event.tensors
+
+    def on_statistics_begin(self, event: StatisticsBegin) -> None:
+        self._start("Measuring norms", event.tensors)
+
+    def on_tensor_measured(self, event: TensorMeasured) -> None:
+        self._bar.update()
+
+    def on_statistics_end(self, event: StatisticsEnd) -> None:
+        self.close()
+
+    def on_solver_iteration(self, event: SolverIteration) -> None:
+        # tqdm redraws at its own pace: a solver may report a thousand times a second.
+        bar = self._merging()
+        bar.set_postfix_str(f"{event.tensor}: iteration {event.iteration}", refresh=False)
+        bar.update(0)
+
+    def on_tensor_merged(self, event: TensorMerged) -> None:
+        self._merging().update()
+
+    def _merging(self) -> Any:
+        if self._bar is None:
+            self._start(f"Merging ({self._method})", self._tensors)
+        return self._bar
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class JsonLines(MergeCallback):
+    """One JSON object per event and line: ``{"event": ..., "time": ..., <the event's fields>}``.
+
+    `time` is in seconds since the epoch. `target` is a path, which is appended to, or an open
+    text file, which is left open.
+    """
+
+    def __init__(self, target: str | os.PathLike[str] | IO[str]):
+        self._owned = isinstance(target, (str, os.PathLike))
+        self._file: IO[str] = (
+            Path(target).open("a", encoding="utf-8")  # type: ignore[arg-type]
+            if self._owned
+            else target
+        )
+
+    def _write(self, event: Event) -> None:
+        record = {
+            "event": event.handler.removeprefix("on_"),
+            "time": time.time(),
+            **dataclasses.asdict(event),
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    on_merge_begin = _write
+    on_statistics_begin = _write
+    on_tensor_measured = _write
+    on_statistics_end = _write
+    on_solver_iteration = _write
+    on_tensor_merged = _write
+    on_shard_written = _write
+    on_merge_end = _write
+
+    def close(self) -> None:
+        if self._owned:
+            self._file.close()

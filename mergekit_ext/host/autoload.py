@@ -1,0 +1,69 @@
+"""How mergekit's own commands come to know the methods.
+
+mergekit 0.1.5 has no plug-in discovery. A `.pth` file in site-packages calls `install` when an
+interpreter starts; that puts one object on ``sys.meta_path`` and loads nothing else. When one of
+the modules in `_EXTENSIONS` is imported for the first time, its extension runs right after the
+module's own code. ``MERGEKIT_EXT_AUTOLOAD=0`` switches this off; so does uninstalling the package.
+"""
+
+# `sys` is loaded already. Nothing else is imported here: every Python process of the environment
+# pays for it.
+import sys
+
+_EXTENSIONS = {
+    "mergekit.merge_methods": "extend_methods",
+    "mergekit.plan": "extend_planner",
+    "mergekit.merge": "extend_merge",
+    "mergekit.scripts.multimerge": "extend_multimerge",
+    "mergekit.scripts.merge_raw_pytorch": "extend_raw_pytorch",
+}
+
+
+def _extend(name: str, module) -> None:  # type: ignore[no-untyped-def]
+    from mergekit_ext.host import compat
+
+    getattr(compat, _EXTENSIONS[name])(module)
+
+
+class _Finder:
+    """Finds nothing itself: lets the other finders find a module, then wraps its execution."""
+
+    def __init__(self, names) -> None:  # type: ignore[no-untyped-def]
+        self.pending = set(names)
+
+    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name not in self.pending:
+            return None
+        self.pending.discard(name)
+        if not self.pending:
+            sys.meta_path.remove(self)
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if finder is self or find is None:
+                continue
+            spec = find(name, path, target)
+            if spec is not None and spec.loader is not None:
+                loader, execute = spec.loader, spec.loader.exec_module
+
+                def exec_module(module) -> None:  # type: ignore[no-untyped-def]
+                    execute(module)
+                    _extend(name, module)
+
+                loader.exec_module = exec_module
+                return spec
+        return None
+
+
+def install() -> None:
+    """Extend the modules that are loaded, and wait for the others. Idempotent."""
+    waiting = any(isinstance(finder, _Finder) for finder in sys.meta_path)
+    loaded = {
+        name: module
+        for name in _EXTENSIONS
+        if (module := sys.modules.get(name)) is not None
+        and not getattr(module.__spec__, "_initializing", False)
+    }
+    if not waiting and len(loaded) < len(_EXTENSIONS):
+        sys.meta_path.insert(0, _Finder(_EXTENSIONS.keys() - loaded.keys()))
+    for name, module in loaded.items():
+        _extend(name, module)

@@ -1,0 +1,85 @@
+"""Which architecture mergekit will take the models for, and whether they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.host.checks.report import Findings
+
+
+def find_architecture(
+    config: Any, options: Any, facts: Mapping[Any, ModelFacts], findings: Findings
+) -> tuple[Any, bool]:
+    """mergekit's architecture of the merge (or None), and whether all models have it."""
+    from mergekit.architecture import arch_info_for_config
+
+    known = {model: fact for model, fact in facts.items() if fact.config is not None}
+    if not known:
+        return None, False
+    names = {model: fact.config.architectures[0] for model, fact in known.items()}
+    found = {model: arch_info_for_config(fact.config) for model, fact in known.items()}
+    first = config.base_model if config.base_model in known else next(iter(known))
+    if all(info is not None for info in found.values()):
+        same = all(info == found[first] for info in found.values())
+        if not same and not options.allow_crimes:
+            _different(names, facts, findings)
+        return found[first], same
+    unknown = sorted({names[model] for model, info in found.items() if info is None})
+    return _inferred(config, options, facts, unknown, findings), True
+
+
+def _different(
+    names: Mapping[Any, str], facts: Mapping[Any, ModelFacts], findings: Findings
+) -> None:
+    listed = ", ".join(f"{name} in {model}" for model, name in names.items())
+    last = list(names)[-1]
+    findings.problem(
+        facts[last].where,
+        f"different architectures: {listed}",
+        "one architecture",
+        "Take out the models that do not fit, or give --allow-crimes to merge what has one name.",
+    )
+
+
+def _inferred(
+    config: Any,
+    options: Any,
+    facts: Mapping[Any, ModelFacts],
+    unknown: list[str],
+    findings: Findings,
+) -> Any:
+    named = ", ".join(unknown)
+    findings.note(f"mergekit has no table for {named} and takes the tensors' names instead.")
+    adapters = [fact for fact in facts.values() if fact.reference.lora is not None]
+    for fact in adapters:
+        findings.problem(
+            fact.where,
+            f"{fact.reference}, an adapter on an architecture that mergekit has no table for",
+            "a whole model",
+            "Merge the adapter into its base first (`merge_and_unload`) and give the result.",
+        )
+    from_hub = [fact for fact in facts.values() if fact.tensors is None or _remote(fact)]
+    if adapters or from_hub:
+        findings.note(f"Tensors are not compared: not all models with {named} are on this machine.")
+        return None
+    from mergekit.architecture.auto import infer_architecture_info
+
+    try:
+        # Not through mergekit's cache, which would remember files that are mended after a check.
+        return infer_architecture_info.__wrapped__(tuple(facts), config.base_model, options)
+    except Exception as error:  # mergekit and transformers; the message is kept
+        findings.problem(
+            "models",
+            f"an architecture that mergekit cannot infer ({type(error).__name__}: {error})",
+            "models whose tensors have the names of their transformers class",
+            "Save the models with `save_pretrained` of one transformers version.",
+        )
+        return None
+
+
+def _remote(fact: ModelFacts) -> bool:
+    from pathlib import Path
+
+    return not Path(fact.reference.model.path).is_dir()

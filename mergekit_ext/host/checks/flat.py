@@ -1,0 +1,138 @@
+"""The checks of a mergekit-pytorch merge: weight files without an architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from mergekit_ext.host.checks.headers import HeaderError, TensorHeader, read_file
+from mergekit_ext.host.checks.keys import unknown_keys
+from mergekit_ext.host.checks.layout import groups_of
+from mergekit_ext.host.checks.merge import find_method, resolve_and_estimate
+from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
+from mergekit_ext.host.checks.settings import check_settings
+from mergekit_ext.host.checks.support import listing, quiet
+from mergekit_ext.host.checks.survey import PlannedTensor
+from mergekit_ext.host.checks.tensors import check_tensors, locate
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+
+def check_flat(
+    config: RawPyTorchMergeConfig,
+    options: MergeOptions,
+    *,
+    union: bool = False,
+    intersection: bool = False,
+    source: str | Mapping[str, Any] | None = None,
+) -> CheckReport:
+    """Check a merge of single weight files. Arguments as in `check_merge`.
+
+    Args:
+        union: `--tensor-union`: tensors may be missing in some files.
+        intersection: `--tensor-intersection`: only tensors that all files have are merged.
+    """
+    findings = Findings()
+    with quiet():
+        if source is not None:
+            findings.extend(unknown_keys(source, schema=type(config), also=()))
+        costs = _check(config, options, union, intersection, findings)
+    return findings.report(costs)
+
+
+def _check(
+    config: Any, options: Any, union: bool, intersection: bool, findings: Findings
+) -> Estimate | None:
+    check_settings(config, options, findings)
+    method = find_method(config.merge_method, findings)
+    files = Findings()
+    group = groups_of(config)[0] if config.models else None
+    if group is None:
+        findings.problem("models", "an empty list", "the files to merge", "Add them.")
+        return None
+    facts = {
+        source.model: ModelFacts(
+            source.model, source.where, tensors=_tensors(source.model, source.where, files)
+        )
+        for source in group.sources
+    }
+    planned = _planned(config, facts, union, intersection, files)
+    located = locate(planned, facts)
+    check_tensors(located, _without_policy(method), config, facts, False, files)
+    complete = all(fact.tensors is not None for fact in facts.values())
+    costs = resolve_and_estimate(config, options, method, planned, located, complete, findings)
+    findings.merge(files)
+    return costs
+
+
+def _tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        findings.problem(
+            where,
+            f"{path}, which {what}",
+            "a file, .safetensors or a PyTorch pickle",
+            "Check the path; whole models are merged with mergekit-yaml.",
+        )
+        return None
+    if Path(path).suffix != ".safetensors":
+        findings.note(
+            f"{where}: {path} is a pickle; one from somebody you do not trust may run code when "
+            "it is loaded."
+        )
+    try:
+        return read_file(Path(path))
+    except HeaderError as error:
+        findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
+        return None
+
+
+def _planned(
+    config: Any,
+    facts: Mapping[Any, ModelFacts],
+    union: bool,
+    intersection: bool,
+    findings: Findings,
+) -> list[PlannedTensor]:
+    """What mergekit-pytorch would merge: the tensors of the models, the base not among them."""
+    from mergekit.architecture import WeightInfo
+
+    own = {item.model: item.parameters for item in config.models}
+    known = {path: fact.tensors for path, fact in facts.items() if fact.tensors is not None}
+    names = list(dict.fromkeys(name for path in own for name in known.get(path, ())))
+    if intersection:
+        kept = [name for name in names if all(name in tensors for tensors in known.values())]
+        rest = [name for name in names if name not in kept]
+        if rest:
+            findings.note(f"Tensors that some file lacks are left out: {listing(rest)}.")
+        names = kept
+    planned = []
+    for name in names:
+        weight = WeightInfo(name=name, optional=union and not intersection)
+        planned.append(
+            PlannedTensor(
+                weight=weight,
+                inputs=tuple((path, weight) for path in known),
+                base=config.base_model,
+                sources=lambda path: (own.get(path), config.parameters),
+                t=0.0,
+                group="models",
+            )
+        )
+    return planned
+
+
+def _without_policy(method: Any) -> Any:
+    """The method as mergekit-pytorch treats it: no exceptions for tensors that some files lack."""
+    if method is None:
+        return None
+    from mergekit.merge_methods.base import OptionalTensorPolicy
+
+    spec = dataclasses.replace(method.spec, optional_tensor_policy=OptionalTensorPolicy.ERROR)
+    return SimpleNamespace(spec=spec, validate_inputs=method.validate_inputs)

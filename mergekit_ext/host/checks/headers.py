@@ -1,0 +1,245 @@
+"""Headers of weight files, read without touching the weights.
+
+A safetensors file starts with 8 bytes of length and a JSON object: name, dtype, shape and byte
+range of every tensor. Nothing in it is trusted: every length and range is compared with the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+# Bits of one element, for every dtype of the format.
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+# The format's own limit, which keeps a hostile length from filling the memory.
+_LARGEST_HEADER = 100_000_000
+# Where mergekit looks, in its order.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One stored tensor. `dtype` is the name in the safetensors format."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def floating(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return self.dtype.startswith(("F", "BF"))
+
+
+class HeaderError(Exception):
+    """A weight file that cannot be used: what was found, what should be, and what to do."""
+
+    def __init__(self, file: str, found: str, expected: str, remedy: str = ""):
+        super().__init__(f"{file}: found {found}; expected {expected}")
+        self.file, self.found, self.expected = file, found, expected
+        self.remedy = remedy or "Copy or download the file again."
+
+
+def read_safetensors(path: Path) -> dict[str, TensorHeader]:
+    """Read and verify the header of one safetensors file."""
+    name = str(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise HeaderError(name, f"{size} bytes", "a safetensors file, 8 bytes at least")
+            (length,) = struct.unpack("<Q", start)
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise HeaderError(
+                    name,
+                    f"a header length of {length} bytes in a file of {size} bytes",
+                    "a header inside of the file",
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise HeaderError(name, f"an error ({error})", "a readable file") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(
+            name, f"a header that is not JSON ({error})", "a JSON object with the tensors"
+        ) from error
+    if not isinstance(header, dict):
+        raise HeaderError(name, "a header that is not an object", "a JSON object with the tensors")
+    return _entries(name, header, size - 8 - length)
+
+
+def read_folder(folder: Path) -> dict[str, TensorHeader]:
+    """Read the headers of the weights that mergekit would read in a model's folder.
+
+    Raises:
+        HeaderError: for the first file that is wrong, or when there are no weights.
+    """
+    weights = weights_of(folder)
+    if weights is None:
+        raise HeaderError(
+            str(folder),
+            "no weights",
+            f"one of {', '.join(f'{name}, {name}.index.json' for name in WEIGHT_FILES)}",
+            "Give the folder of a whole model, as save_pretrained writes it.",
+        )
+    if not weights.name.endswith(".index.json"):
+        return read_file(weights)
+    wanted = read_index(weights)
+    found: dict[str, TensorHeader] = {}
+    for shard in sorted(set(wanted.values())):
+        tensors = read_file(folder / shard)
+        listed = [tensor for tensor, file in wanted.items() if file == shard]
+        missing = [tensor for tensor in listed if tensor not in tensors]
+        if missing:
+            raise HeaderError(
+                str(folder / shard),
+                f"no tensor {missing[0]} ({len(missing)} are missing)",
+                f"all {len(listed)} tensors that {weights.name} places there",
+            )
+        found |= {tensor: tensors[tensor] for tensor in listed}
+    return found
+
+
+def weights_of(folder: Path) -> Path | None:
+    """The index or the file that mergekit would read; an index wins over a single file."""
+    for name in WEIGHT_FILES:
+        for candidate in (folder / f"{name}.index.json", folder / name):
+            if candidate.exists():
+                return candidate
+    return None
+
+
+def read_file(path: Path) -> dict[str, TensorHeader]:
+    """Headers of one weight file, safetensors or pickle."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def read_pickle(path: Path) -> dict[str, TensorHeader]:
+    """Names, shapes and dtypes of a PyTorch file, by torch's restricted unpickler and mmap."""
+    import torch
+
+    try:
+        # Neither code nor weights are loaded: mmap leaves the storages on disk.
+        state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises many kinds; its message is kept
+        first = (str(error).splitlines() or [""])[0]
+        raise HeaderError(
+            str(path),
+            f"a file that torch.load refuses ({type(error).__name__}: {first})",
+            "a PyTorch file that holds tensors only",
+            "Save the model as safetensors.",
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    return {
+        name: TensorHeader(
+            name, dtype_name(value.dtype), tuple(value.shape), value.numel() * value.element_size()
+        )
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def dtype_name(dtype: Any) -> str:
+    """The format's name of a torch dtype; torch's own name when it has none."""
+    name = str(dtype).removeprefix("torch.")
+    known = {"bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"}
+    if name in known:
+        return known[name]
+    if name.startswith("float8_"):
+        return "F8_" + name.removeprefix("float8_").upper().replace("E4M3FN", "E4M3")
+    return name.replace("uint", "U").replace("int", "I").replace("float", "F")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The tensors of an index and the shard of each, verified to stay inside of the folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise HeaderError(
+            str(path), f"an index that cannot be read ({error!r})", "JSON with a `weight_map`"
+        ) from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HeaderError(str(path), "an empty `weight_map`", "a file name for every tensor")
+    for shard in sorted({str(value) for value in weight_map.values()}):
+        posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
+        if posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts:
+            raise HeaderError(
+                str(path),
+                f"the shard {shard!r}, outside of the model's folder",
+                "file names inside of it",
+                "Do not use this model unless you know who wrote the index.",
+            )
+        if not (path.parent / shard).is_file():
+            raise HeaderError(
+                str(path), f"the shard {shard!r}, which does not exist", "every shard in the folder"
+            )
+    return {str(tensor): str(shard) for tensor, shard in weight_map.items()}
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name stands twice")
+    return content
+
+
+def _entries(file: str, header: dict[str, Any], size: int) -> dict[str, TensorHeader]:
+    found: dict[str, TensorHeader] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise HeaderError(
+                file, f"a malformed entry for {name}", "a dtype, a shape and two data offsets"
+            )
+        if dtype not in BITS:
+            raise HeaderError(
+                file, f"the unknown dtype {dtype!r} of {name}", f"one of {', '.join(sorted(BITS))}"
+            )
+        if not begin <= end <= size:
+            raise HeaderError(
+                file,
+                f"{name} at bytes {begin} to {end} of {size} bytes of data",
+                "offsets inside of the file (it may be truncated)",
+            )
+        if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+            raise HeaderError(
+                file,
+                f"{end - begin} bytes for {name}",
+                f"{math.prod(shape) * BITS[dtype] // 8} for {dtype} of shape {list(shape)}",
+            )
+        found[name] = TensorHeader(name, dtype, shape, end - begin)
+        ranges.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            what = "overlapping the tensor before it" if begin < position else "after a gap"
+            raise HeaderError(file, f"{name} {what}", "tensors that follow each other")
+        position = end
+    if position != size:
+        raise HeaderError(file, f"{size} bytes of data", f"{position}, the end of the last tensor")
+    return found

@@ -1,0 +1,116 @@
+"""The checks of one merge of whole models, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mergekit_ext.host.checks.architecture import find_architecture
+from mergekit_ext.host.checks.contract import check_contract
+from mergekit_ext.host.checks.estimate import estimate
+from mergekit_ext.host.checks.keys import unknown_keys
+from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.models import ModelFacts, read_model
+from mergekit_ext.host.checks.parameters import check_parameters
+from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
+from mergekit_ext.host.checks.resolve import ParameterResolution
+from mergekit_ext.host.checks.settings import check_settings, wants_tokenizer
+from mergekit_ext.host.checks.support import nearest, quiet, shown
+from mergekit_ext.host.checks.survey import PlannedTensor, survey
+from mergekit_ext.host.checks.tensors import FoundTensor, check_tensors, left_out, locate
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+
+def check_merge(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    source: str | Mapping[str, Any] | None = None,
+    *,
+    pending: Collection[str] = (),
+) -> CheckReport:
+    """Check a merge before any weight is read: everything that is wrong, and what it will cost.
+
+    Only configurations and headers are read; nothing large is downloaded. `config` is not changed.
+
+    Args:
+        config: what `run_merge` would get.
+        options: what `run_merge` would get.
+        source: the YAML text (or the parsed document) that `config` was made of. pydantic drops
+            unknown keys, so that they can be found there only.
+        pending: paths of models that other merges will have written by then.
+    """
+    findings = Findings()
+    with quiet():
+        if source is not None:
+            findings.extend(unknown_keys(source))
+        return findings.report(_check(config, options, findings, pending))
+
+
+def find_method(name: str, findings: Findings) -> Any:
+    """The registered method, or None with a problem that names the nearest one."""
+    from mergekit import merge_methods
+
+    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
+    if name not in methods:
+        close = nearest(name, methods)
+        findings.problem(
+            "merge_method",
+            shown(name),
+            f"one of {', '.join(sorted(methods))}",
+            f"Write `{close}`." if close else "Choose one of them.",
+        )
+    return methods.get(name)
+
+
+def resolve_and_estimate(
+    config: Any,
+    options: Any,
+    method: Any,
+    planned: list[PlannedTensor],
+    located: list[FoundTensor],
+    complete: bool,
+    findings: Findings,
+) -> Estimate | None:
+    """Check the parameters, as written and as each tensor gets them, and add up the costs."""
+    groups = groups_of(config)
+    shared: list[Mapping[str, Any]] = []
+    if method is not None:
+        check_contract(method, groups, findings)
+        absent = check_parameters(method, groups, findings)
+        merged = [tensor.planned for tensor in located] if located else planned
+        shared = ParameterResolution(method, groups, absent, findings).run(merged)
+    if not complete or not located:
+        return None
+    return estimate(located, config, options, method, shared, wants_tokenizer(config))
+
+
+def _check(
+    config: Any, options: Any, findings: Findings, pending: Collection[str]
+) -> Estimate | None:
+    check_settings(config, options, findings)
+    method = find_method(config.merge_method, findings)
+    models = Findings()  # parameters are reported first, but need the tensors' names
+    facts = {
+        model: read_model(model, where, options, models, pending)
+        for where, model in references(groups_of(config), config.base_model)
+    }
+    architecture, same = find_architecture(config, options, facts, models)
+    planned: list[PlannedTensor] = []
+    if architecture is not None:
+        planned = survey(config, architecture, options, facts, models)
+    located = locate(planned, facts)
+    # Models of other architectures would only give the same problem again for every tensor.
+    if same or options.allow_crimes:
+        aligned = wants_tokenizer(config) or options.unsafe_truncate_embeddings
+        check_tensors(located, method, config, facts, aligned, models)
+        if config.models:
+            left_out(planned, facts, models)
+    complete = all(f.config is not None and f.tensors is not None for f in facts.values())
+    costs = resolve_and_estimate(config, options, method, planned, located, complete, findings)
+    if any(fact.pending for fact in facts.values()):
+        models.note("Nothing is estimated: a model is the result of another document.")
+    findings.merge(models)
+    return costs

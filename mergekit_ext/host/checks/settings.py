@@ -1,0 +1,98 @@
+"""Top-level settings that mergekit reads late: dtypes, the chat template, the tokenizer."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.support import did_you_mean, shown
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model"),
+    *("vocab.json", "vocab.txt"),
+)
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def dtype_of(name: str | None) -> Any:
+    """The torch dtype of a name that mergekit accepts; None for no name or an unknown one."""
+    from mergekit.common import dtype_from_name
+
+    try:
+        return dtype_from_name(name)
+    except RuntimeError:
+        return None
+
+
+def check_settings(config: Any, options: Any, findings: Findings) -> None:
+    """Check what is not about models, parameters or tensors."""
+    for where, name in (
+        ("dtype", config.dtype),
+        ("out_dtype", config.out_dtype),
+        ("--lora-merge-dtype", options.lora_merge_dtype),
+    ):
+        dtype = dtype_of(name)
+        if name and (dtype is None or not dtype.is_floating_point):
+            findings.problem(
+                where,
+                shown(name),
+                f"one of {', '.join(_DTYPES)}",
+                did_you_mean(name.removeprefix("torch."), _DTYPES),
+            )
+    _chat_template(getattr(config, "chat_template", None), findings)
+    _tokenizer(config, findings)
+
+
+def wants_tokenizer(config: Any) -> bool:
+    """Whether mergekit builds a tokenizer and aligns the vocabularies."""
+    return bool(getattr(config, "tokenizer_source", None) or getattr(config, "tokenizer", None))
+
+
+def _chat_template(template: str | None, findings: Findings) -> None:
+    # mergekit looks at it when all the weights are written, and stops there.
+    if not template or template == "auto":
+        return
+    from mergekit._data import chat_templates
+
+    known = sorted(
+        Path(f.name).stem
+        for f in importlib.resources.files(chat_templates).iterdir()
+        if f.name.endswith(".jinja")
+    )
+    named = len(template) < 256 and "\n" not in template and "{" not in template
+    if (named and template in known) or (len(template) >= 20 and "{" in template):
+        return
+    findings.problem(
+        "chat_template",
+        shown(template),
+        f"`auto`, a Jinja template, or one of {', '.join(known)}",
+        did_you_mean(template, ["auto", *known]),
+    )
+
+
+def _tokenizer(config: Any, findings: Findings) -> None:
+    if not wants_tokenizer(config):
+        return
+    where = "tokenizer_source" if config.tokenizer_source else "tokenizer.source"
+    source = config.tokenizer_source or config.tokenizer.source
+    if source == "base" and config.base_model is None:
+        findings.problem(
+            where,
+            "'base' without a base model",
+            "a base model, or the name of the model whose tokenizer to take",
+            "Add `base_model:`, or write `union` or a model here.",
+        )
+    # The tokenizers themselves come from the base, or from the model that is named here.
+    reference = source if not isinstance(source, str) else config.base_model
+    if reference is None:
+        return
+    folder = Path(reference.model.path)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        findings.problem(
+            where,
+            f"no tokenizer in {folder}",
+            f"one of {', '.join(_TOKENIZER_FILES[:4])} there",
+            "Copy the model's tokenizer files into the folder.",
+        )

@@ -1,0 +1,136 @@
+"""YAML text of any kind that mergekit's commands take, checked document by document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mergekit_ext.errors import Problem
+from mergekit_ext.host.checks.flat import check_flat
+from mergekit_ext.host.checks.keys import repeated_keys, unknown_keys
+from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.report import CheckReport, Findings
+from mergekit_ext.host.checks.schema import parse
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+
+
+def check_source(
+    text: str, options: MergeOptions, *, union: bool = False, intersection: bool = False
+) -> list[tuple[str | None, CheckReport]]:
+    """Check YAML text for mergekit-yaml, mergekit-multi or mergekit-pytorch.
+
+    YAML and schema errors are problems like the others. Returns one report for each document,
+    with its `name:`. In a text of several documents a model may be the name of another document.
+
+    Args:
+        text: the configuration.
+        options: mergekit's options, for the flags that change what is allowed.
+        union, intersection: mergekit-pytorch's flags, see `check_flat`.
+    """
+    try:
+        documents = list(yaml.safe_load_all(text))
+        repeated = repeated_keys(text)
+    except yaml.YAMLError as error:
+        return [(None, CheckReport((_yaml_problem(error),), (), None))]
+    if not documents:
+        problem = Problem("the file", "no document", "a merge configuration")
+        return [(None, CheckReport((problem,), (), None))]
+    names = [d.get("name") if isinstance(d, Mapping) else None for d in documents]
+    between = _between_documents(documents, names)
+    reports = []
+    for i, (name, document) in enumerate(zip(names, documents, strict=True)):
+        pending = {str(other) for other in names if other is not None and other != name}
+        report = _check_document(document, options, union, intersection, pending)
+        # Keys that stand twice are located in the text, not in a document.
+        problems = (*(repeated if i == 0 else ()), *between.get(i, ()), *report.problems)
+        label = str(name) if name is not None else None
+        reports.append((label, CheckReport(problems, report.notes, report.estimate)))
+    return reports
+
+
+def is_flat(document: Any) -> bool:
+    """Whether a document is meant for mergekit-pytorch: its models are weight files."""
+    models = document.get("models") if isinstance(document, Mapping) else None
+    paths = [
+        item["model"]
+        for item in (models if isinstance(models, list) else ())
+        if isinstance(item, Mapping) and isinstance(item.get("model"), str)
+    ]
+    return any(PurePath(path).suffix in _WEIGHT_SUFFIXES for path in paths)
+
+
+def _check_document(
+    document: Any, options: Any, union: bool, intersection: bool, pending: set[str]
+) -> CheckReport:
+    from mergekit.config import MergeConfiguration
+    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+    flat = is_flat(document)
+    schema = RawPyTorchMergeConfig if flat else MergeConfiguration
+    config, problems = parse(document, schema)
+    if config is None:
+        findings = Findings()
+        findings.extend(problems)
+        if isinstance(document, Mapping):
+            findings.extend(unknown_keys(document, schema=schema))
+        return findings.report()
+    if flat:
+        return check_flat(
+            config, options, union=union, intersection=intersection, source=document
+        )
+    return check_merge(config, options, document, pending=pending)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
+    found = str(getattr(error, "problem", None) or error)
+    return Problem(where, found, "YAML", "Mend the indentation, quotes or colons there.")
+
+
+def _between_documents(documents: list[Any], names: list[Any]) -> dict[int, list[Problem]]:
+    """What only shows when all documents are seen together."""
+    problems: dict[int, list[Problem]] = {}
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            problem = Problem(
+                "name",
+                "a second document without a name" if name is None else f"{name!r} again",
+                "a name of its own for every document but the last",
+                "Give it another `name:`.",
+            )
+            problems.setdefault(i, []).append(problem)
+    used = [_names_used(document, set(filter(None, names))) for document in documents]
+    edges = {name: used[i] for i, name in enumerate(names) if name is not None}
+    for i, name in enumerate(names):
+        reached, new = set(), set(edges.get(name, ()))
+        while new:
+            reached |= new
+            new = set().union(*(edges[other] for other in new)) - reached
+        if name is not None and name in reached:
+            problem = Problem(
+                "models",
+                f"{name!r}, which depends on itself",
+                "documents that depend on earlier results only",
+                "Take one of the references in the circle out.",
+            )
+            problems.setdefault(i, []).append(problem)
+    return problems
+
+
+def _names_used(document: Any, names: set[Any]) -> set[Any]:
+    from mergekit.config import MergeConfiguration
+
+    config, _ = parse(document, MergeConfiguration)
+    if config is None:
+        return set()
+    models = [model for _, model in references(groups_of(config), config.base_model)]
+    return {model.model.path for model in models} & names

@@ -1,0 +1,179 @@
+"""Every use of mergekit that is not public API, and every place where mergekit is changed.
+
+What is changed, and why (each by one function below, called by `autoload` when the module is
+loaded):
+
+``mergekit.merge_methods``      the methods are registered.
+``mergekit.plan``               ``MergePlanner`` becomes `host.planner.MergePlanner`, a subclass
+                                that runs the statistics graph before it hands out the merge graph.
+``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
+                                project's methods; other merges go to mergekit's own function.
+``mergekit.scripts.multimerge`` ``load_config`` looks for unknown keys, which pydantic drops.
+``mergekit.scripts.merge_raw_pytorch``
+                                ``plan_flat_merge`` checks, and runs the statistics graph; the
+                                command's output is staged as in ``run_merge``.
+
+Everything is found by its 0.1.5 name, once, here: an import that fails says which version is at
+fault.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from mergekit_ext.errors import HostVersionError
+
+_OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
+
+
+def check_version() -> None:
+    """Raise `HostVersionError` unless the installed mergekit is 0.1.5 or a later 0.1.x."""
+    found = metadata.version("mergekit")
+    parts = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    if not _OLDEST <= parts < _TOO_NEW:
+        raise HostVersionError(
+            f"mergekit {found} is installed; mergekit_ext works with mergekit >= 0.1.5, < 0.2. "
+            "Install such a version, or set MERGEKIT_EXT_AUTOLOAD=0 to use mergekit without it."
+        )
+
+
+def extend_methods(module: ModuleType) -> None:
+    """Register the methods."""
+    check_version()
+    from mergekit_ext.host.methods import register_methods
+
+    register_methods()
+
+
+def extend_planner(module: Any) -> None:
+    """Put the planner that runs the statistics graph in the place of mergekit's."""
+    from mergekit_ext.host.planner import MergePlanner
+
+    module.MergePlanner = MergePlanner
+
+
+def extend_merge(module: Any) -> None:
+    """Route merges that use the project's methods through `host.run`."""
+    from mergekit_ext.host import planner, run
+
+    module.MergePlanner = planner.MergePlanner
+    if not hasattr(module.run_merge, "stock"):
+        module.run_merge = run.extended(module.run_merge)
+
+
+def extend_multimerge(module: Any) -> None:
+    """Look for unknown keys in the documents of a multi-merge."""
+    from mergekit_ext.host import run
+
+    module.run_merge = run.extended(module.run_merge)
+    if not hasattr(module.load_config, "stock"):
+        module.load_config = run.checked_load_config(module.load_config)
+
+
+def extend_raw_pytorch(module: Any) -> None:
+    """Check, measure and stage merges of single files."""
+    from mergekit_ext.host import run_flat
+
+    if not hasattr(module.plan_flat_merge, "stock"):
+        module.plan_flat_merge = run_flat.extended_plan(module.plan_flat_merge)
+        module.main.callback = run_flat.extended_command(module.main.callback)
+
+
+def replaces(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a function that takes the place of mergekit's `stock`, which stays reachable
+    as its attribute ``stock``."""
+    original = getattr(stock, "stock", stock)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        wrapper: Any = functools.wraps(original)(function)
+        wrapper.stock = original
+        return wrapper  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def make_executor(targets: Sequence[Any], options: Any) -> Any:
+    """The executor that ``run_merge`` would make for `targets` under these options."""
+    from mergekit.graph import Executor
+    from mergekit.multigpu_executor import MultiGPUExecutor
+
+    if options.multi_gpu:
+        return MultiGPUExecutor(
+            targets=list(targets), storage_device=None if options.low_cpu_memory else "cpu"
+        )
+    return Executor(
+        targets=list(targets),
+        math_device=options.device,
+        storage_device=options.device if options.low_cpu_memory else "cpu",
+    )
+
+
+def run_tasks(targets: Sequence[Any], options: Any) -> Iterator[tuple[Any, Any]]:
+    """Run `targets` without mergekit's progress bar; yield each with its value."""
+    if not targets:
+        return
+    yield from make_executor(targets, options).run(quiet=True)
+
+
+def source_key(task: Any) -> Hashable:
+    """What identifies the stored tensors that a merge task reads.
+
+    Two tasks of one merge have the same key if they load the same stored tensors: mergekit plans
+    a tied head as a tensor of its own, although it is the embedding that is read.
+    """
+    loads = []
+    pending = [task.gather_tensors]
+    while pending:
+        part = pending.pop()
+        arguments = part.arguments()
+        if arguments:
+            pending.extend(arguments.values())
+        elif hasattr(part, "_resolve_name"):
+            from mergekit.io.tasks import LoaderCache
+
+            stored = part._resolve_name(LoaderCache().get(part.model))
+            loads.append((str(part.model), stored or part.tensor))
+        elif hasattr(part, "tensor_name"):
+            loads.append((part.model, part.tensor_name))
+    return tuple(sorted(loads))
+
+
+def clear_loaders() -> None:
+    """Forget open files: mergekit's cache is a class attribute that outlives merges, and a file
+    that was replaced in the meantime would be read through its old index."""
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache().flush_all()
+    LoaderCache.loaders.clear()
+
+
+def ordered(config: Any) -> Any:
+    """The same configuration, whose ``referenced_models`` come in the order of the file.
+
+    mergekit returns them in hash order, and takes configuration and tokenizer of a merge without
+    a base from the first.
+    """
+    from mergekit.config import MergeConfiguration
+
+    class OrderedConfiguration(MergeConfiguration):
+        def referenced_models(self) -> list[Any]:
+            return _models_in_order(self)
+
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    return OrderedConfiguration.model_construct(_fields_set=config.model_fields_set, **fields)
+
+
+def _models_in_order(config: Any) -> list[Any]:
+    modules = list((config.modules or {}).values())
+    slices = [*(config.slices or []), *(s for m in modules for s in m.slices or [])]
+    models = [
+        *([config.base_model] if config.base_model else []),
+        *(m.model for m in config.models or []),
+        *(m.model for module in modules for m in module.models or []),
+        *(source.model for s in slices for source in s.sources),
+    ]
+    return list(dict.fromkeys(models))

@@ -1,0 +1,107 @@
+"""What the project's merge methods have in common, beyond mergekit's `MergeMethod`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
+
+from mergekit_ext.errors import MergeWarning, NonFiniteError, Problem
+from mergekit_ext.host import session as sessions
+from mergekit_ext.host.session import Session, TensorRecord
+from mergekit_ext.kernels.numerics import count_non_finite
+
+
+class ExtMethod(MergeMethod):
+    """A merge method that merges one group at a time, and reports on it.
+
+    Subclasses implement `merge_one`; the rest has working defaults. `problems` and `notes` are
+    asked before any weight is read, `warnings` after the last tensor.
+    """
+
+    @abstractmethod
+    def merge_one(
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """Merge one group; return the tensor in `out_dtype`, and what to report about it."""
+
+    def problems(
+        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+    ) -> Iterable[Problem]:
+        """What is wrong with a set of shared parameters, beyond the type of each.
+
+        Args:
+            shared: the values of the shared parameters that a tensor gets.
+            has_base: whether there is a base model.
+            inputs: the names of the models that are not the base.
+            where: the path of the parameters in the user's file, such as ``parameters``.
+        """
+        return ()
+
+    def forewarnings(
+        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+    ) -> Iterable[MergeWarning]:
+        """What is worth a warning before the merge starts; arguments as in `problems`."""
+        return ()
+
+    def notes(
+        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+    ) -> Iterable[str]:
+        """What `mergekit-ext check` says of a merge that can be done; arguments as above."""
+        for warning in self.forewarnings(shared, has_base=has_base, inputs=inputs, where=where):
+            yield str(warning)
+
+    def passes(self, shared: Mapping[str, Any]) -> int:
+        """How many times the merge reads each input tensor."""
+        return 1
+
+    def warnings(self, records: Sequence[TensorRecord]) -> Iterable[MergeWarning]:
+        """What a user should know about a finished merge."""
+        return ()
+
+    def summary(self, records: Sequence[TensorRecord]) -> str:
+        """Markdown for the model card about a finished merge; empty for nothing to say."""
+        return ""
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        running = sessions.current()
+        session = running or Session()
+        results = []
+        for index, (group, bound, dtype) in enumerate(
+            zip(groups, parameters, input_dtypes, strict=True)
+        ):
+            if dtype is None:
+                raise ValueError(f"{self.spec.name}: group {index} has no tensors to merge")
+            target = out_dtype or dtype
+            with torch.autocast(group.entries[0].tensor.device.type, enabled=False):
+                merged, details = self.merge_one(group, bound, target)
+            name = group.metadata.name or f"group {index}"
+            session.record(TensorRecord(name, merged.numel(), details))
+            results.append(merged)
+        if running is None:
+            session.warn(self.warnings(session.records))
+        return tuple(results)
+
+
+def raise_non_finite(group: TensorGroup) -> None:
+    """Name the input that holds NaN or infinity; return if none does."""
+    for entry in group.entries:
+        count = count_non_finite(entry.tensor)
+        if count:
+            raise NonFiniteError(
+                group.metadata.name or "a tensor", str(entry.id), count, entry.tensor.numel()
+            )

@@ -1,0 +1,42 @@
+"""From kernels to registered merge methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mergekit import merge_methods
+from mergekit.merge_methods.base import MergeMethod
+
+from mergekit_ext.host.lore_method import LoreMethod
+from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.nan_method import NanMethod, takes_nan
+
+
+def register_methods() -> None:
+    """Register every method of the project that mergekit does not know yet.
+
+    Methods that others have registered since the last call get their `nan_<method>` too.
+    """
+    for method in _own():
+        _register_once(method)
+    for method in merge_methods.registered_methods():
+        if takes_nan(method):
+            _register_once(NanMethod.wrapping(method))
+
+
+def _own() -> Iterator[ExtMethod]:
+    yield NanMethod.direct()
+    yield LoreMethod()
+
+
+def _register_once(method: MergeMethod) -> None:
+    if all(known.spec.name != method.spec.name for known in merge_methods.registered_methods()):
+        merge_methods.register(method)
+
+
+def ext_method(name: str) -> ExtMethod | None:
+    """The project's method called `name`; None for mergekit's own and for unknown names."""
+    for method in merge_methods.registered_methods():
+        if method.spec.name == name and isinstance(method, ExtMethod):
+            return method
+    return None

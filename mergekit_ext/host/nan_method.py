@@ -1,0 +1,317 @@
+"""NAN as mergekit methods: `nan`, and `nan_<method>` for every method with a per-model weight."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import Field
+
+from mergekit_ext.errors import (
+    HostVersionError,
+    MergeWarning,
+    Problem,
+    UniformCoefficientsWarning,
+)
+from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.method import ExtMethod, raise_non_finite
+from mergekit_ext.host.rules import DirectRule, Rule, WrappedRule
+from mergekit_ext.host.session import TensorRecord
+from mergekit_ext.kernels.nan import default_scale, inverse_norm_coefficients, uniform
+from mergekit_ext.kernels.numerics import squared_norm
+from mergekit_ext.report.card import coefficients_section
+
+PAPER = "https://arxiv.org/abs/2505.16148"
+
+# Bound parameters carry the norms of a group's block or model under this name. It is no
+# ParameterSpec, so a user cannot set it.
+NORMS = "nan:norms"
+
+# Which tensors share one set of coefficients: from the name of a tensor to the name of its group.
+GRANULARITIES: dict[str, Callable[[str], str]] = {
+    "tensor": lambda name: name,
+    "block": block_of,
+    "model": lambda name: "model",
+}
+
+NormOf = Literal["task_vector", "weights"]
+Granularity = Literal["tensor", "block", "model"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+_SHARED = (
+    ParameterSpec(
+        "norm_of",
+        NormOf | None,
+        ParameterScope.SHARED,
+        default=None,
+        description="whose norms: task_vector (default with a base) or weights (without)",
+    ),
+    ParameterSpec(
+        "granularity",
+        Granularity,
+        ParameterScope.SHARED,
+        default="tensor",
+        description="what shares one set of coefficients: tensor, block or model",
+    ),
+    ParameterSpec(
+        "scale",
+        Finite | None,
+        ParameterScope.SHARED,
+        default=None,
+        description="global factor; default max(1, m/2) over a base, 1 without",
+    ),
+)
+_RESERVED = frozenset(p.name for p in _SHARED)
+
+
+def takes_nan(method: MergeMethod) -> bool:
+    """Whether `nan_<method>` makes sense: a per-model `weight`, and no name that clashes."""
+    names = {p.name: p for p in method.spec.parameters}
+    return (
+        not isinstance(method, NanMethod)
+        and "weight" in names
+        and names["weight"].scope != ParameterScope.SHARED
+        and not _RESERVED & names.keys()
+    )
+
+
+class NanMethod(ExtMethod):
+    r"""``W_0 + scale * F(a; t)`` with NAN's coefficients `a`, F any weighted merge method.
+
+    :math:`a_i = (1/\|x_i\|_F) / \sum_j (1/\|x_j\|_F)`, x the task vectors (`norm_of:
+    task_vector`, the default over a base) or the raw weights. A weight that the user gives
+    multiplies the coefficient. See `mergekit_ext.kernels.nan`.
+    """
+
+    def __init__(self, spec: MergeMethodSpec, rule: Rule, inner: MergeMethod | None = None):
+        self.spec = spec
+        self._rule = rule
+        self._inner = inner if isinstance(inner, ExtMethod) else None
+
+    @classmethod
+    def direct(cls) -> NanMethod:
+        """`nan`: task arithmetic over a base, a weighted average without one."""
+        weight = ParameterSpec("weight", Finite, ParameterScope.NON_BASE, default=1.0)
+        return cls(
+            MergeMethodSpec(
+                name="nan",
+                pretty_name="NAN",
+                reference_url=PAPER,
+                parameters=(*_SHARED, weight),
+                contract=InputContract(base=BasePolicy.OPTIONAL, min_non_base=1),
+            ),
+            DirectRule(),
+        )
+
+    @classmethod
+    def wrapping(cls, method: MergeMethod) -> NanMethod:
+        """`nan_<method>` for a method that `takes_nan`."""
+        inner = method.spec
+        parameters = (
+            ParameterSpec("weight", Finite, p.scope, default=1.0) if p.name == "weight" else p
+            for p in inner.parameters
+        )
+        return cls(
+            MergeMethodSpec(
+                name=f"nan_{inner.name}",
+                pretty_name=f"{inner.pretty_name or inner.name} with NAN coefficients",
+                reference_url=PAPER,
+                parameters=(*_SHARED, *parameters),
+                contract=inner.contract,
+                optional_tensor_policy=inner.optional_tensor_policy,
+                uses_accelerator=inner.uses_accelerator,
+            ),
+            WrappedRule(method),
+            method,
+        )
+
+    def problems(
+        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+    ) -> Iterable[Problem]:
+        """`norm_of: task_vector` where there is no base to subtract."""
+        if shared.get("norm_of") == "task_vector" and not self._has_base(has_base):
+            remedy = (
+                "Add `base_model:`, or leave `norm_of` out."
+                if self.spec.contract.base != BasePolicy.IGNORED
+                else f"{self.spec.name} averages weights; use `nan` or `nan_task_arithmetic`."
+            )
+            yield Problem(
+                f"{where}.norm_of", "task_vector without a base model", "weights", remedy
+            )
+        if self._inner:
+            yield from self._inner.problems(shared, has_base=has_base, inputs=inputs, where=where)
+
+    def notes(
+        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+    ) -> Iterable[str]:
+        """Raw weights of fine-tunes of one base have nearly equal norms."""
+        yield from super().notes(shared, has_base=has_base, inputs=inputs, where=where)
+        if self._norm_of(shared, self._has_base(has_base)) == "weights" and len(inputs) > 1:
+            yield (
+                f"{self.spec.name} measures raw weights: for fine-tunes of one base the norms, "
+                "and so the coefficients, come out nearly equal. Norms of task vectors differ: "
+                "give a base model."
+            )
+
+    def forewarnings(
+        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+    ) -> Iterable[MergeWarning]:
+        """Those of the wrapped method."""
+        if self._inner:
+            yield from self._inner.forewarnings(
+                shared, has_base=has_base, inputs=inputs, where=where
+            )
+
+    def passes(self, shared: Mapping[str, Any]) -> int:
+        """`block` and `model` measure everything before the first tensor is merged."""
+        return 1 if shared.get("granularity", "tensor") == "tensor" else 2
+
+    def merge_one(
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """Merge one group; report norms, coefficients and scale."""
+        has_base = self._has_base(group.base is not None)
+        models = self._models(group)
+        if not models:
+            return group.entries[0].tensor.to(out_dtype), {}
+        if parameters["granularity"] == "tensor":
+            norms = self.norms(group, parameters)
+        elif (measured := parameters.get(NORMS)) is not None:
+            norms = {entry.id: measured[entry.id] for entry in models}
+        else:
+            raise HostVersionError(
+                f"{self.spec.name}: granularity {parameters['granularity']} needs norms that were "
+                "not measured, because mergekit's own planner ran. Call mergekit_ext.register() "
+                "before mergekit.merge is imported, or run `mergekit-ext merge`."
+            )
+        coefficients = dict(
+            zip(norms, inverse_norm_coefficients(list(norms.values())), strict=True)
+        )
+        scale = parameters["scale"]
+        if scale is None:
+            scale = default_scale(len(models), has_base)
+        merged = self._merge(group, coefficients, scale, parameters, out_dtype)
+        details = {
+            "group": GRANULARITIES[parameters["granularity"]](group.metadata.name or ""),
+            "norms": {str(key): norm for key, norm in norms.items()},
+            "coefficients": {str(key): value for key, value in coefficients.items()},
+            "scale": scale,
+        }
+        return merged, details
+
+    def _merge(
+        self,
+        group: TensorGroup,
+        coefficients: Mapping[Hashable, float],
+        scale: float,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if not any(coefficients.values()):
+            # Every task vector (or every tensor) is zero: the base, or zero, is the answer.
+            return group.entries[0].tensor.to(out_dtype, copy=True)
+        weights = {key: value * parameters["weight"][key] for key, value in coefficients.items()}
+        return self._rule.merge(group, weights, scale, parameters, out_dtype)
+
+    def norms(self, group: TensorGroup, parameters: Mapping[str, Any]) -> dict[Hashable, float]:
+        """Frobenius norms of the task vectors or weights of the models in one group.
+
+        Raises:
+            NonFiniteError: an input, the base included, holds NaN or infinity.
+        """
+        has_base = self._has_base(group.base is not None)
+        over_base = self._norm_of(parameters, has_base) == "task_vector"
+        base = group.base.tensor if group.base is not None and over_base else None
+        squares = {e.id: squared_norm(e.tensor, base) for e in self._models(group)}
+        unseen = [] if base is not None or group.base is None else [group.base.tensor]
+        if not all(map(math.isfinite, (*squares.values(), *map(squared_norm, unseen)))):
+            raise_non_finite(group)
+        return {key: math.sqrt(square) for key, square in squares.items()}
+
+    def _bind_parameters(
+        self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        # Only calls with all groups in memory come here; the graph binds while planning and
+        # measures in a graph of its own (host/statistics.py).
+        bound = super()._bind_parameters(groups, parameters)
+        pending = [i for i, b in enumerate(bound) if b["granularity"] != "tensor"]
+        measured = {
+            i: (groups[i].metadata.name or f"group {i}", self.norms(groups[i], bound[i]))
+            for i in pending
+        }
+        totals = combine_norms((bound[i]["granularity"], *measured[i]) for i in pending)
+        for i in pending:
+            bound[i][NORMS] = totals[group_key(bound[i]["granularity"], measured[i][0])]
+        return bound
+
+    def _models(self, group: TensorGroup) -> Sequence[Any]:
+        return group.entries if self.spec.contract.base == BasePolicy.IGNORED else group.non_base
+
+    def _has_base(self, configured: bool) -> bool:
+        return configured and self.spec.contract.base != BasePolicy.IGNORED
+
+    @staticmethod
+    def _norm_of(parameters: Mapping[str, Any], has_base: bool) -> str:
+        chosen: str | None = parameters.get("norm_of")
+        return chosen or ("task_vector" if has_base else "weights")
+
+    def warnings(self, records: Sequence[TensorRecord]) -> Iterable[MergeWarning]:
+        """One warning if the coefficients of (almost) all parameters came out uniform."""
+        if self._inner:
+            yield from self._inner.warnings(records)
+        measured = [r for r in records if len(r.details.get("coefficients", ())) > 1]
+        size = sum(r.size for r in measured)
+        even = sum(r.size for r in measured if uniform(list(r.details["coefficients"].values())))
+        if size and even >= 0.95 * size:
+            yield UniformCoefficientsWarning(
+                f"{self.spec.name}: the coefficients came out uniform (within 1%) for "
+                f"{even / size:.0%} of the parameters, so that only `weight` and `scale` acted. "
+                "Norms of raw weights of fine-tunes of one base always agree; norms of task "
+                "vectors differ: give `base_model` and leave `norm_of` at task_vector."
+            )
+
+    def summary(self, records: Sequence[TensorRecord]) -> str:
+        """The coefficients, and what the wrapped method has to say."""
+        own = coefficients_section({r.name: r.details for r in records})
+        inner = self._inner.summary(records) if self._inner else ""
+        return f"{own}\n\n{inner}".strip()
+
+
+def group_key(granularity: str, tensor: str) -> tuple[str, str]:
+    """The key of the set of tensors that share coefficients with `tensor`."""
+    return granularity, GRANULARITIES[granularity](tensor)
+
+
+def combine_norms(
+    measured: Iterable[tuple[str, str, Mapping[Hashable, float]]],
+) -> dict[tuple[str, str], dict[Hashable, float]]:
+    """Norms of whole groups from those of their tensors: the root of the sum of squares.
+
+    Args:
+        measured: (granularity, tensor name, norm of each model).
+    """
+    norms: dict[tuple[str, str], dict[Hashable, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for granularity, tensor, values in measured:
+        for model, norm in values.items():
+            norms[group_key(granularity, tensor)][model].append(norm)
+    return {
+        key: {model: math.hypot(*values) for model, values in models.items()}
+        for key, models in norms.items()
+    }

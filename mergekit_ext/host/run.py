@@ -1,0 +1,179 @@
+"""One merge from configuration to folder: checked, staged, reported, listened to."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning
+from mergekit_ext.events import (
+    Dispatcher,
+    JsonLines,
+    MergeEnd,
+    ProgressBar,
+    ShardWritten,
+)
+from mergekit_ext.host import compat
+from mergekit_ext.host import session as sessions
+from mergekit_ext.host.checks import check_merge, unknown_keys
+from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.session import Session
+from mergekit_ext.host.staging import shards, staged
+from mergekit_ext.report.card import append_section
+from mergekit_ext.report.merge_report import write_report
+
+EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
+
+
+def merge(
+    config: MergeConfiguration | str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    options: MergeOptions | None = None,
+    *,
+    callbacks: Iterable[object] = (),
+    config_source: str | None = None,
+) -> None:
+    """Merge; see `mergekit_ext.merge`."""
+    if not isinstance(config, MergeConfiguration):
+        text = str(config)
+        config_source = text if "\n" in text else Path(text).read_text(encoding="utf-8")
+        config = MergeConfiguration.model_validate(yaml.safe_load(config_source))
+    from mergekit import merge as host
+
+    stock = getattr(host.run_merge, "stock", host.run_merge)
+    _merge(stock, config, os.fspath(out_path), options or MergeOptions(), config_source, callbacks)
+
+
+def extended(run_merge: Callable[..., None]) -> Callable[..., None]:
+    """mergekit's ``run_merge``, with the project's way for the project's methods."""
+
+    @compat.replaces(run_merge)
+    def run(
+        merge_config: MergeConfiguration,
+        out_path: str,
+        options: MergeOptions,
+        config_source: str | None = None,
+    ) -> None:
+        stock = run.stock  # type: ignore[attr-defined]
+        if ext_method(merge_config.merge_method) is None:
+            stock(merge_config, out_path, options, config_source)
+            return
+        with for_commands():
+            _merge(stock, merge_config, out_path, options, config_source, ())
+
+    return run
+
+
+def _merge(
+    stock: Callable[..., None],
+    config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None,
+    callbacks: Iterable[object],
+) -> None:
+    compat.clear_loaders()
+    try:
+        check_merge(config, options, config_source).raise_for_problems("this merge")
+        config = compat.ordered(config)
+        source = config_source or config.to_yaml()
+        with listening(options, out_path, callbacks) as session, staged(out_path) as folder:
+            method = ext_method(config.merge_method)
+            stock(config, os.fspath(folder), options.model_copy(update={"quiet": True}), source)
+            if method is not None:
+                describe(folder, method, session)
+                session.warn(method.warnings(session.records))
+        finish(session, out_path)
+    finally:
+        compat.clear_loaders()
+
+
+def describe(folder: Path, method: ExtMethod, session: Session) -> None:
+    """Write what the method reported into the report file and the model card."""
+    details = {record.name: record.details for record in session.records}
+    write_report(folder, method.spec.name, details)
+    append_section(folder / "README.md", method.summary(session.records))
+
+
+def finish(session: Session, out_path: str) -> None:
+    """Tell those who listen that the output stands."""
+    for shard in shards(Path(out_path)):
+        session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
+    session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
+    session.close()
+
+
+@contextmanager
+def listening(
+    options: MergeOptions, out_path: str, callbacks: Iterable[object], source: str = ""
+) -> Iterator[Session]:
+    """The session of one merge, with the callbacks that options and environment ask for."""
+    listeners = [*callbacks]
+    if not options.quiet:
+        listeners.insert(0, ProgressBar())
+    if path := os.environ.get(EVENTS_VARIABLE):
+        listeners.append(JsonLines(path))
+    session = Session(Dispatcher(listeners), out_path, source)
+    try:
+        with sessions.active(session):
+            yield session
+    except BaseException:
+        session.close()
+        raise
+
+
+@contextmanager
+def for_commands() -> Iterator[None]:
+    """Inside a command, an error of ours is a message and exit code 2, not a traceback."""
+    if click.get_current_context(silent=True) is None:
+        yield
+        return
+    shown = warnings.showwarning
+
+    def show(message: Any, category: Any, *rest: Any, **options: Any) -> None:
+        if issubclass(category, MergeWarning):
+            click.echo(f"Warning: {message}", err=True)
+        else:
+            shown(message, category, *rest, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    except MergekitExtError as error:
+        failure = click.ClickException(str(error))
+        failure.exit_code = 2
+        raise failure from None
+    finally:
+        sys.stderr.flush()
+        warnings.showwarning = shown
+
+
+def checked_load_config(load_config: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_config`` of multi-merges, which also rejects unknown keys of the project's merges."""
+
+    @compat.replaces(load_config)
+    def load(config_source: str, intermediate_dir: str) -> Any:
+        problems = [
+            problem
+            for document in yaml.safe_load_all(config_source)
+            if isinstance(document, dict) and ext_method(str(document.get("merge_method")))
+            for problem in unknown_keys({k: v for k, v in document.items() if k != "name"})
+        ]
+        with for_commands():
+            if problems:
+                raise ConfigError(problems, "these merges")
+            return load.stock(config_source, intermediate_dir)  # type: ignore[attr-defined]
+
+    return load

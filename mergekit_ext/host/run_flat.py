@@ -1,0 +1,93 @@
+"""``mergekit-pytorch``: merges of single files, checked, measured and staged like the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_ext.events import MergeBegin
+from mergekit_ext.host import compat
+from mergekit_ext.host import session as sessions
+from mergekit_ext.host.checks import check_flat
+from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.run import describe, finish, for_commands, listening
+from mergekit_ext.host.staging import staged
+from mergekit_ext.host.statistics import with_statistics
+from mergekit_ext.host.tasks import MergeTensorTask
+
+
+def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
+    """mergekit's ``plan_flat_merge``, with checks before and statistics after."""
+
+    @compat.replaces(plan_flat_merge)
+    def plan(
+        config: Any, out_path: str, tensor_union: bool, tensor_intersection: bool, options: Any
+    ) -> list[Any]:
+        stock = plan.stock  # type: ignore[attr-defined]
+        session = sessions.current()
+        if ext_method(config.merge_method) is None:
+            return stock(config, out_path, tensor_union, tensor_intersection, options)  # type: ignore[no-any-return]
+        check_flat(
+            config,
+            options,
+            union=tensor_union,
+            intersection=tensor_intersection,
+            source=session.source if session else None,
+        ).raise_for_problems("this merge")
+        targets = stock(config, out_path, tensor_union, tensor_intersection, options)
+        saves = [target for target in targets if hasattr(target, "tensor_task")]
+        if session is not None:
+            models = tuple(model.model for model in config.models)
+            session.emit(MergeBegin(config.merge_method, session.output, models, len(saves)))
+        tasks = with_statistics([_reporting(save.tensor_task) for save in saves], options)
+        replaced = [
+            save.model_copy(update={"tensor_task": task})
+            for save, task in zip(saves, tasks, strict=True)
+        ]
+        final = targets[-1].model_copy(update={"tensor_save_tasks": tuple(replaced)})
+        return [*replaced, final]
+
+    return plan
+
+
+def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """The command's callback, with staging and reports for the project's methods."""
+
+    @compat.replaces(callback)
+    def command(config_path: str, out_path: str, **arguments: Any) -> None:
+        stock = command.stock  # type: ignore[attr-defined]
+        text = Path(config_path).read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+        name = document.get("merge_method") if isinstance(document, dict) else None
+        method = ext_method(str(name))
+        if method is None:
+            stock(config_path=config_path, out_path=out_path, **arguments)
+            return
+        options = _options(arguments)
+        with for_commands():
+            with listening(options, out_path, (), source=text) as session:
+                with staged(out_path) as folder:
+                    stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
+                    describe(folder, method, session)
+                    session.warn(method.warnings(session.records))
+            finish(session, out_path)
+
+    return command
+
+
+def _options(arguments: dict[str, Any]) -> Any:
+    from mergekit.options import MergeOptions
+
+    return MergeOptions(
+        **{name: arguments[name] for name in MergeOptions.model_fields if name in arguments}
+    )
+
+
+def _reporting(task: Any) -> MergeTensorTask:
+    return MergeTensorTask.model_construct(
+        **{name: getattr(task, name) for name in type(task).model_fields}
+    )

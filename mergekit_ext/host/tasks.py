@@ -1,0 +1,76 @@
+"""Graph tasks: one tensor measured, one tensor merged."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.graph import Task
+from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+from mergekit_ext.events import TensorMeasured, TensorMerged
+from mergekit_ext.host import session as sessions
+from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.nan_method import NanMethod
+
+
+class MergeTensorTask(ExecuteMergeMethodTask):
+    """mergekit's task, which also tells those who listen that a tensor is done."""
+
+    def execute(
+        self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
+    ) -> torch.Tensor | None:
+        started = time.perf_counter()
+        merged: torch.Tensor | None = super().execute(tensors)
+        session = sessions.current()
+        if session is not None:
+            name = self.output_weight.name
+            shape = () if merged is None else tuple(merged.shape)
+            seconds = time.perf_counter() - started
+            session.emit(TensorMerged(name, shape, session.details(name), seconds))
+        return merged
+
+
+class MeasureTensorTask(Task[dict[str, float]]):
+    """The norms of one tensor's inputs, for `nan` with granularity block or model.
+
+    The result is a mapping of plain numbers: the executor moves it nowhere, and a statistics
+    graph has no task that joins tensors, so that several GPUs can share it.
+    """
+
+    method_name: str
+    gather_tensors: Any
+    model_order: tuple[ModelReference, ...]
+    base_model: ModelReference | None
+    tensor: str
+    parameters: ImmutableMap[str, Any]
+
+    def arguments(self) -> dict[str, Task]:
+        return {"tensors": self.gather_tensors}
+
+    def group_label(self) -> str | None:
+        return self.gather_tensors.group_label()  # type: ignore[no-any-return]
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, tensors: dict[ModelReference, torch.Tensor]) -> dict[str, float]:
+        method = ext_method(self.method_name)
+        present = [(m, tensors[m]) for m in self.model_order if tensors.get(m) is not None]
+        norms: dict[str, float] = {}
+        if isinstance(method, NanMethod) and all(t.is_floating_point() for _, t in present):
+            entries = tuple(
+                TensorEntry(id=model, tensor=tensor, is_base=model == self.base_model)
+                for model, tensor in present
+            )
+            group = TensorGroup(entries=entries, metadata=TensorMetadata(name=self.tensor))
+            group.validate_tensors()
+            measured = method.norms(group, dict(self.parameters.items()))
+            norms = {str(model): norm for model, norm in measured.items()}
+        session = sessions.current()
+        if session is not None:
+            session.emit(TensorMeasured(self.tensor))
+        return norms

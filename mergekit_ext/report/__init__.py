@@ -1,0 +1,1 @@
+"""What is told about a finished merge: the report file and the model card."""

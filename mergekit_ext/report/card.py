@@ -1,0 +1,96 @@
+"""Sections for the model card that mergekit writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_MOST_ROWS = 40
+
+
+def append_section(card: Path, section: str) -> None:
+    """Put `section` at the end of a card; do nothing without a card or without a section."""
+    if section and card.exists():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(f"{text.rstrip()}\n\n{section.strip()}\n", encoding="utf-8")
+
+
+def _short(model: str) -> str:
+    # A local path says more about the machine than about the model.
+    return Path(model).name or model
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """NAN's coefficients: one row per group of tensors; mean and range when there are many."""
+    groups: dict[str, Mapping[str, float]] = {}
+    for details in tensors.values():
+        if details.get("coefficients"):
+            groups.setdefault(details["group"], details["coefficients"])
+    if not groups:
+        return ""
+    models = list(dict.fromkeys(model for values in groups.values() for model in values))
+    head = [*map(_short, models)]
+    scales = sorted({details["scale"] for details in tensors.values() if "scale" in details})
+    lines = ["### NAN coefficients", "", f"Global factor (`scale`): {_numbers(scales)}.", ""]
+    if len(groups) <= _MOST_ROWS:
+        rows: list[list[str]] = [
+            [name, *(f"{values.get(model, 0.0):.4f}" for model in models)]
+            for name, values in groups.items()
+        ]
+        lines.append(_table(["group", *head], rows))
+    else:
+        rows = []
+        for label, pick in (("lowest", min), ("mean", _mean), ("highest", max)):
+            columns = [[v[model] for v in groups.values() if model in v] for model in models]
+            rows.append([label, *(f"{pick(column):.4f}" for column in columns)])
+        lines.append(f"Over {len(groups)} groups of tensors; all are in `merge_report.json`.\n")
+        lines.append(_table(["", *head], rows))
+    return "\n".join(lines)
+
+
+def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """LoRE's solver: convergence, iterations, ranks and singular values."""
+    solved = {name: d for name, d in tensors.items() if d.get("iterations")}
+    if not solved:
+        return ""
+    iterations = sorted(d["iterations"] for d in solved.values())
+    converged = sum(bool(d["converged"]) for d in solved.values())
+    models = list(dict.fromkeys(model for d in solved.values() for model in d["ranks"]))
+    rows = []
+    for model in models:
+        ranks = sorted(d["ranks"][model] for d in solved.values() if model in d["ranks"])
+        tops = [d["singular_values"].get(model, 0.0) for d in solved.values()]
+        rows.append(
+            [_short(model), f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}", _range(tops)]
+        )
+    return "\n".join(
+        [
+            "### LoRE solver",
+            "",
+            f"{converged} of {len(solved)} tensors converged; iterations from {iterations[0]} to "
+            f"{iterations[-1]}, median {iterations[len(iterations) // 2]}. Each tensor is in "
+            "`merge_report.json`.",
+            "",
+            _table(["model", "rank (lowest / median / highest)", "largest singular value"], rows),
+        ]
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"{values[0]:.4g}" if len(values) == 1 else _range(values)
