@@ -46,7 +46,9 @@ class ConfigError(MergekitExtError, ValueError):
         self.subject = subject
         count = len(self.problems)
         head = f"{count} problem{'s' if count != 1 else ''} with {subject}; nothing was written:"
-        super().__init__("\n".join([head, *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))]))
+        super().__init__(
+            "\n".join([head, *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))])
+        )
 
 
 class NonFiniteError(MergekitExtError, ValueError):

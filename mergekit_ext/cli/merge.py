@@ -19,9 +19,7 @@ from mergekit_ext.host.run import for_commands
     help="Append what happens to this file, one JSON object a line",
 )
 @add_merge_options  # type: ignore[untyped-decorator]
-def merge(
-    merge_options: MergeOptions, config_file: str, out_path: str, events: str | None
-) -> None:
+def merge(merge_options: MergeOptions, config_file: str, out_path: str, events: str | None) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
     Takes every merge method and every flag of mergekit-yaml. The configuration and the headers of

@@ -12,7 +12,10 @@ import re
 # Searched in this order: "attention.output.LayerNorm" is a norm before it is attention.
 _COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(^|\.)ln(_\w+)?$", re.IGNORECASE)),
-    ("cross_attention", re.compile(r"crossattention|cross_attn|encdecattention|encoder_attn", re.I)),
+    (
+        "cross_attention",
+        re.compile(r"crossattention|cross_attn|encdecattention|encoder_attn", re.I),
+    ),
     ("attention", re.compile(r"attn|attention|(^|\.)[qkvo](_proj)?(\.|$)", re.IGNORECASE)),
     (
         "mlp",

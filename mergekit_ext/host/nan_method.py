@@ -147,9 +147,7 @@ class NanMethod(ExtMethod):
                 if self.spec.contract.base != BasePolicy.IGNORED
                 else f"{self.spec.name} averages weights; use `nan` or `nan_task_arithmetic`."
             )
-            yield Problem(
-                f"{where}.norm_of", "task_vector without a base model", "weights", remedy
-            )
+            yield Problem(f"{where}.norm_of", "task_vector without a base model", "weights", remedy)
         if self._inner:
             yield from self._inner.problems(shared, has_base=has_base, inputs=inputs, where=where)
 

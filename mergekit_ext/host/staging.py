@@ -23,7 +23,9 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.abspath(out_path))
     target.parent.mkdir(parents=True, exist_ok=True)
     # The same folder, so that the rename stays on one file system.
-    room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix="-incomplete", dir=target.parent))
+    room = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}-", suffix="-incomplete", dir=target.parent)
+    )
     try:
         written = room / target.name
         written.mkdir()

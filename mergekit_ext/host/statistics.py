@@ -29,9 +29,7 @@ def with_statistics(tasks: Sequence[MergeTensorTask], options: Any) -> list[Merg
     if not pending:
         return list(tasks)
     norms = _measure(pending, options)
-    return [
-        _with_norms(task, norms[_key(task)]) if _needs_norms(task) else task for task in tasks
-    ]
+    return [_with_norms(task, norms[_key(task)]) if _needs_norms(task) else task for task in tasks]
 
 
 def _needs_norms(task: MergeTensorTask) -> bool:
@@ -86,8 +84,6 @@ def _coefficients(norms: Norms) -> dict[str, dict[str, float]]:
     }
 
 
-def _with_norms(
-    task: MergeTensorTask, norms: Mapping[ModelReference, float]
-) -> MergeTensorTask:
+def _with_norms(task: MergeTensorTask, norms: Mapping[ModelReference, float]) -> MergeTensorTask:
     parameters = {**dict(task.parameters.items()), NORMS: dict(norms)}
     return task.model_copy(update={"parameters": ImmutableMap(parameters)})

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """What mergekit takes the models for.
+
+    Attributes:
+        info: mergekit's `ModelArchitecture`; None when it has none, or none can be found.
+        same: whether all models have it.
+        inferred: whether it comes from the tensors' names, for want of a table.
+    """
+
+    info: Any
+    same: bool
+    inferred: bool = False
+
+
 def find_architecture(
     config: Any, options: Any, facts: Mapping[Any, ModelFacts], findings: Findings
-) -> tuple[Any, bool]:
-    """mergekit's architecture of the merge (or None), and whether all models have it."""
+) -> Architecture:
+    """The architecture that mergekit will use, and whether the models agree on it."""
     from mergekit.architecture import arch_info_for_config
 
     known = {model: fact for model, fact in facts.items() if fact.config is not None}
     if not known:
-        return None, False
+        return Architecture(None, same=False)
     names = {model: fact.config.architectures[0] for model, fact in known.items()}
     found = {model: arch_info_for_config(fact.config) for model, fact in known.items()}
     first = config.base_model if config.base_model in known else next(iter(known))
@@ -25,9 +42,9 @@ def find_architecture(
         same = all(info == found[first] for info in found.values())
         if not same and not options.allow_crimes:
             _different(names, facts, findings)
-        return found[first], same
+        return Architecture(found[first], same)
     unknown = sorted({names[model] for model, info in found.items() if info is None})
-    return _inferred(config, options, facts, unknown, findings), True
+    return Architecture(_inferred(config, options, facts, unknown, findings), True, inferred=True)
 
 
 def _different(
@@ -80,6 +97,4 @@ def _inferred(
 
 
 def _remote(fact: ModelFacts) -> bool:
-    from pathlib import Path
-
     return not Path(fact.reference.model.path).is_dir()

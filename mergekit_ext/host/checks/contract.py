@@ -28,8 +28,9 @@ def check_contract(method: Any, groups: list[Group], findings: Findings) -> None
             findings.problem(
                 "base_model",
                 "nothing",
-                f"a base model: `{name}` works on differences from it",
-                "Add `base_model:` with the model that the others were fine-tuned from.",
+                f"a base model, which `{name}` needs",
+                "Add `base_model:`, for most methods the model that the others were fine-tuned "
+                "from.",
             )
         elif contract.base == BasePolicy.FORBIDDEN and base is not None:
             findings.problem(
@@ -75,5 +76,5 @@ def _counts(name: str, contract: Any, group: Group, base: Any, findings: Finding
             group.where,
             f"{count} {what}{aside}",
             f"{wanted} {what} for `{name}`",
-            "Add the missing models." if count < least else "Take out the models that are too many.",
+            "Add models." if count < least else "Take out models.",
         )

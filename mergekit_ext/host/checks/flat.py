@@ -65,7 +65,7 @@ def _check(
     planned = _planned(config, facts, union, intersection, files)
     located = locate(planned, facts)
     check_tensors(located, _without_policy(method), config, facts, False, files)
-    complete = all(fact.tensors is not None for fact in facts.values())
+    complete = not files.count
     costs = resolve_and_estimate(config, options, method, planned, located, complete, findings)
     findings.merge(files)
     return costs

@@ -10,7 +10,7 @@ from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
-from mergekit_ext.host.checks.models import ModelFacts, read_model
+from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.resolve import ParameterResolution
@@ -97,18 +97,19 @@ def _check(
         model: read_model(model, where, options, models, pending)
         for where, model in references(groups_of(config), config.base_model)
     }
-    architecture, same = find_architecture(config, options, facts, models)
+    architecture = find_architecture(config, options, facts, models)
     planned: list[PlannedTensor] = []
-    if architecture is not None:
-        planned = survey(config, architecture, options, facts, models)
+    if architecture.info is not None:
+        planned = survey(config, architecture.info, options, facts, models)
     located = locate(planned, facts)
     # Models of other architectures would only give the same problem again for every tensor.
-    if same or options.allow_crimes:
+    if architecture.same or options.allow_crimes:
         aligned = wants_tokenizer(config) or options.unsafe_truncate_embeddings
         check_tensors(located, method, config, facts, aligned, models)
         if config.models:
-            left_out(planned, facts, models)
-    complete = all(f.config is not None and f.tensors is not None for f in facts.values())
+            left_out(planned, located, facts, architecture.inferred, models)
+    known = all(fact.config is not None and fact.tensors is not None for fact in facts.values())
+    complete = known and not models.count
     costs = resolve_and_estimate(config, options, method, planned, located, complete, findings)
     if any(fact.pending for fact in facts.values()):
         models.note("Nothing is estimated: a model is the result of another document.")

@@ -69,9 +69,7 @@ def read_model(
     return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
 
 
-def _folder_tensors(
-    folder: Path, where: str, findings: Findings
-) -> dict[str, TensorHeader] | None:
+def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
     if weights_of(folder) is None and (folder / "adapter_config.json").is_file():
         return None  # said once, with the missing config.json
     try:

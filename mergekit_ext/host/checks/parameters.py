@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mergekit_ext.host.checks.layout import Group, Settings, Source, all_settings
+from mergekit_ext.host.checks.layout import Group, Settings, all_settings
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.schema import expectation
 from mergekit_ext.host.checks.support import did_you_mean, join, shown
@@ -123,7 +123,7 @@ def _check_given(method: Any, spec: Any, group: Group, findings: Findings) -> Ab
             continue
         ignored = method.spec.contract.base == BasePolicy.IGNORED and source.implicit
         findings.problem(
-            parameter_path(source, name),
+            source.where if source.implicit else f"{source.where}.parameters.{name}",
             "nothing",
             f"a value for {source.model}: `{method.spec.name}` has no default for it",
             (
@@ -136,8 +136,3 @@ def _check_given(method: Any, spec: Any, group: Group, findings: Findings) -> Ab
         )
         absent.add((source.where, name))
     return absent
-
-
-def parameter_path(source: Source, name: str) -> str:
-    """Where a per-model parameter of this input is written."""
-    return source.where if source.implicit else f"{source.where}.parameters.{name}"

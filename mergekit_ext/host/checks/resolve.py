@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_ext.host.checks.layout import Group, all_settings
-from mergekit_ext.host.checks.parameters import Absent, leaves, parameter_path, value_problem
+from mergekit_ext.host.checks.layout import Group, Source, all_settings
+from mergekit_ext.host.checks.parameters import Absent, leaves, value_problem
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import shown, tensors_at
 from mergekit_ext.host.checks.survey import PlannedTensor
@@ -51,19 +51,17 @@ class ParameterResolution:
             settings = tuple(tensor.sources(model))
             source = group.source(model)
             for spec in specs:
-                if source is None or (
-                    model == tensor.base and spec.scope != ParameterScope.INPUT
-                ):
+                if source is None or (model == tensor.base and spec.scope != ParameterScope.INPUT):
                     continue
                 if (source.where, spec.name) not in self._absent:
-                    at = parameter_path(source, spec.name)
+                    at = _written_at(group, source, spec.name)
                     self._value(spec, settings, weight.name, tensor.t, at, model)
 
     def _shared_of(self, group: Group, tensor: str, settings: Sequence[Any], t: float) -> None:
         values: dict[str, Any] = {}
         complete = True
         for spec in self._method.spec.shared_parameters:
-            at = f"{group.parameters_at()}.{spec.name}"
+            at = _written_at(group, None, spec.name)
             if ("parameters", spec.name) in self._absent:
                 complete = False
                 continue
@@ -143,3 +141,12 @@ class ParameterResolution:
                             f"{settings.where}.{parameter}: the filter {text!r} matches no tensor "
                             f"of the merge (names look like {min(names)})."
                         )
+
+
+def _written_at(group: Group, source: Source | None, name: str) -> str:
+    """The path of the setting that decides a parameter, which others above it may complete."""
+    mappings = [*group.settings]
+    if source is not None and source.settings is not None:
+        mappings.insert(0, source.settings)
+    where = next((m.where for m in mappings if name in m.values), group.parameters_at())
+    return f"{where}.{name}"

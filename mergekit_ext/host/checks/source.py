@@ -83,9 +83,7 @@ def _check_document(
             findings.extend(unknown_keys(document, schema=schema))
         return findings.report()
     if flat:
-        return check_flat(
-            config, options, union=union, intersection=intersection, source=document
-        )
+        return check_flat(config, options, union=union, intersection=intersection, source=document)
     return check_merge(config, options, document, pending=pending)
 
 

@@ -67,7 +67,10 @@ class SurveyPlanner(MergePlanner):  # type: ignore[misc]
 
     def survey(self) -> list[PlannedTensor]:
         """Walk; returns every tensor of the output, optional ones included."""
-        self._plan()
+        # Not through `_plan`, in which the project's own planner starts the statistics.
+        self.normalize_config()
+        for name, module in self.config.modules.items():
+            self.plan_module(name, module)
         return self.planned
 
     def normalize_config(self) -> None:
@@ -125,7 +128,7 @@ class SurveyPlanner(MergePlanner):  # type: ignore[misc]
                     f"a range inside of [0, {layers}], the layers of {source.model}",
                     "Mend the range; its end is not included.",
                 )
-        if len(set(lengths.values())) > 1:
+        if fits and len(set(lengths.values())) > 1:
             fits = False
             counts = ", ".join(f"{count} of {model}" for model, count in lengths.items())
             self._findings.problem(
@@ -187,12 +190,15 @@ def keep_usable(config: Any, usable: Mapping[Any, ModelFacts]) -> dict[int, str]
 def _usable_slices(
     slices: Any, path: str, usable: Mapping[Any, ModelFacts], where: dict[int, str]
 ) -> list[Any] | None:
+    kept = []
     for i, piece in enumerate(slices or ()):
-        where[id(piece)] = join(path, i)
         piece.sources = [source for source in piece.sources if source.model in usable]
         if piece.base_model not in usable:
             piece.base_model = None
-    return [piece for piece in slices or () if piece.sources] or None
+        if piece.sources:
+            where[id(piece)] = join(path, i)
+            kept.append(piece)
+    return kept or None
 
 
 def survey(

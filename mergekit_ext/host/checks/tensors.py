@@ -39,8 +39,7 @@ def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) ->
     for tensor in planned:
         # mergekit leaves an optional weight out unless one input has its name or an alias.
         if tensor.weight.optional and not any(
-            _by_name(facts[model], weight, tied=False) is not None
-            or facts[model].tensors is None
+            _by_name(facts[model], weight, tied=False) is not None or facts[model].tensors is None
             for model, weight in tensor.inputs
         ):
             continue
@@ -48,11 +47,11 @@ def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) ->
         missing = []
         for model, weight in tensor.inputs:
             header = _by_name(facts[model], weight, tied=True)
-            if header is None and facts[model].tensors is not None:
-                if not _converted(facts[model], weight):
-                    missing.append(model)
-                    continue
-            found[model] = header
+            known = facts[model].tensors is not None
+            if header is None and known and not _converted(facts[model], weight):
+                missing.append(model)
+            else:
+                found[model] = header
         result.append(FoundTensor(tensor, found, tuple(missing)))
     return result
 
@@ -70,32 +69,40 @@ def check_tensors(
     `aligned`: vocabularies are made equal before the merge (a tokenizer, or truncation).
     """
     _missing(located, method, facts, findings)
-    shapes: dict[tuple[Any, ...], list[str]] = {}
-    integers: dict[tuple[Any, ...], list[str]] = {}
+    shapes: dict[tuple[bool, str], list[str]] = {}
+    for tensor in located:
+        known = {str(m): h for m, h in tensor.found.items() if h is not None}
+        axis = tensor.planned.weight.vocabulary_axis
+        if len({_comparable(h.shape, axis if aligned else None) for h in known.values()}) > 1:
+            listed = ", ".join(f"{list(h.shape)} in {model}" for model, h in known.items())
+            resizable = axis is not None and (
+                len({_comparable(h.shape, axis) for h in known.values()}) == 1
+            )
+            shapes.setdefault((resizable, listed), []).append(tensor.planned.weight.name)
+    _report_shapes(shapes, findings)
+    if config.dtype is None:  # otherwise everything is converted on loading
+        _check_dtypes(located, findings)
+
+
+def _check_dtypes(located: Sequence[FoundTensor], findings: Findings) -> None:
+    integers: dict[str, list[str]] = {}
     eights: dict[str, list[str]] = {}
     mixed: set[str] = set()
     for tensor in located:
         known = {str(m): h for m, h in tensor.found.items() if h is not None}
-        name, axis = tensor.planned.weight.name, tensor.planned.weight.vocabulary_axis
-        compared = {_comparable(h.shape, axis if aligned else None) for h in known.values()}
-        if len(compared) > 1:
-            key = (axis is not None, *((model, h.shape) for model, h in known.items()))
-            shapes.setdefault(key, []).append(name)
-        dtypes = {h.dtype for h in known.values()}
-        if config.dtype is None and len(dtypes) > 1:
-            if any(not h.floating for h in known.values()):
-                key = tuple((model, h.dtype) for model, h in known.items())
-                integers.setdefault(key, []).append(name)
-            else:
-                mixed |= dtypes
-        for dtype in dtypes if config.dtype is None else ():
+        name, dtypes = tensor.planned.weight.name, {h.dtype for h in known.values()}
+        if len(dtypes) > 1 and not all(h.floating for h in known.values()):
+            listed = ", ".join(f"{h.dtype} in {model}" for model, h in known.items())
+            integers.setdefault(listed, []).append(name)
+        elif len(dtypes) > 1:
+            mixed |= dtypes
+        for dtype in dtypes:
             if dtype.startswith(("F8", "F6", "F4")):
                 eights.setdefault(dtype, []).append(name)
-    _report_shapes(shapes, findings)
-    for key, names in integers.items():
+    for listed, names in integers.items():
         findings.problem(
             tensors_at(names),
-            ", ".join(f"{dtype} in {model}" for model, dtype in key),
+            listed,
             "one dtype: whole numbers are copied, not merged",
             "Save the models with the same dtype for it.",
         )
@@ -114,17 +121,38 @@ def check_tensors(
 
 
 def left_out(
-    planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts], findings: Findings
+    planned: Sequence[PlannedTensor],
+    located: Sequence[FoundTensor],
+    facts: Mapping[Any, ModelFacts],
+    inferred: bool,
+    findings: Findings,
 ) -> None:
-    """Note stored tensors that the merge does not use, and which the output will not have."""
+    """Report stored tensors that the merge does not use, and which the output will not have.
+
+    A few extra ones are a note. With an inferred architecture it may be whole layers: transformers
+    calls them otherwise than the file does, and mergekit takes them for optional weights that
+    nobody has. That is a problem.
+    """
     used: dict[Any, set[str]] = {model: set() for model in facts}
     for tensor in planned:
         for model, weight in tensor.inputs:
             used[model].update(_names(weight, tied=True))
+    merged = {id(tensor.planned) for tensor in located}
+    skipped = [tensor.weight.name for tensor in planned if id(tensor) not in merged]
     for model, fact in facts.items():
         rest = sorted(set(fact.tensors or ()) - used[model])
-        # Names of an older layout are converted on reading, and cannot be told from extra ones.
-        if rest and used[model] and not _has_conversions(fact):
+        if not rest or not used[model]:
+            continue
+        if inferred and skipped:
+            findings.problem(
+                fact.where,
+                f"{len(rest)} tensors of {model} that the output would not have ({listing(rest)}): "
+                f"transformers calls them otherwise ({listing(skipped)}), and mergekit skips them",
+                "stored names that are those of the transformers class",
+                "Merge the weight files with mergekit-pytorch, which takes stored names as they "
+                "are, and copy config.json and the tokenizer beside the result.",
+            )
+        elif not _has_conversions(fact):  # converted names cannot be told from extra ones
             findings.note(f"{model}: the merge does not use {listing(rest)}.")
 
 
@@ -168,22 +196,31 @@ def _missing(
     facts: Mapping[Any, ModelFacts],
     findings: Findings,
 ) -> None:
-    required: dict[Any, list[str]] = {}
+    required: dict[tuple[Any, ...], list[str]] = {}
     partly: dict[tuple[Any, ...], list[str]] = {}
+    nowhere: list[str] = []
     for tensor in located:
         weight = tensor.planned.weight
-        if tensor.missing and not weight.optional:
-            for model in tensor.missing:
-                required.setdefault(model, []).append(weight.name)
-        elif tensor.missing and method is not None:
-            reason = _refusal(tensor, method)
-            if reason:
-                partly.setdefault((reason, tensor.missing), []).append(weight.name)
-    for model, names in required.items():
-        names = list(dict.fromkeys(names))
+        if not tensor.missing:
+            continue
+        if not weight.optional and not tensor.found:
+            nowhere.append(weight.name)
+        elif not weight.optional:
+            required.setdefault(tensor.missing, []).append(weight.name)
+        elif method is not None and (reason := _refusal(tensor, method)):
+            partly.setdefault((reason, tensor.missing), []).append(weight.name)
+    if nowhere:
+        findings.problem(
+            tensors_at(nowhere),
+            f"{'it' if len(nowhere) == 1 else 'them'} in no model",
+            "the tensors that mergekit's table lists for this architecture",
+            "Merge the weight files with mergekit-pytorch, which needs no table.",
+        )
+    for models, names in required.items():
+        places = ", ".join(f"{model} ({facts[model].where})" for model in models)
         findings.problem(
             tensors_at(names),
-            f"{'it' if len(names) == 1 else 'them'} missing in {model} ({facts[model].where})",
+            f"{'it' if len(names) == 1 else 'them'} missing in {places}",
             "the same tensors in every model",
             "Take the model out, or give the checkpoint that has them.",
         )
@@ -223,15 +260,15 @@ def _refusal(tensor: FoundTensor, method: Any) -> str | None:
     return None
 
 
-def _report_shapes(shapes: Mapping[tuple[Any, ...], list[str]], findings: Findings) -> None:
-    for (vocabulary, *pairs), names in shapes.items():
+def _report_shapes(shapes: Mapping[tuple[bool, str], list[str]], findings: Findings) -> None:
+    for (resizable, listed), names in shapes.items():
         findings.problem(
             tensors_at(names),
-            "shapes that differ: " + ", ".join(f"{list(shape)} in {m}" for m, shape in pairs),
+            f"shapes that differ: {listed}",
             "one shape",
             "Add `tokenizer:` with `source: union` or `source: base`, which aligns the "
             "vocabularies (or give --unsafe-truncate-embeddings if equal token ids mean equal "
             "tokens)."
-            if vocabulary and len({len(shape) for _, shape in pairs}) == 1
+            if resizable
             else "Take out the models that do not fit.",
         )

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_ext.kernels import numerics
+from mergekit_ext.kernels.numerics import count_non_finite, squared_norm
+from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
+
+TOLERANCE = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-10,
+}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def tensors(dtype, device, shape=(37, 11), count=4):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count)]
+
+
+@pytest.fixture(params=[1 << 18, 64], ids=["one chunk", "many chunks"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(numerics, "_CPU_CHUNK", request.param)
+    monkeypatch.setattr(numerics, "_ACCELERATOR_CHUNK", request.param)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(37, 11), (5,), (), (0, 3), (2, 3, 4)], ids=str)
+def test_add_task_vectors(dtype, shape, device, chunk):
+    base, *models = tensors(dtype, device, shape)
+    found = add_task_vectors(base, models, [0.3, -0.2, 0.9])
+    wanted = base.double() + sum(
+        c * (m.double() - base.double()) for c, m in zip((0.3, -0.2, 0.9), models, strict=True)
+    )
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@dtypes
+def test_weighted_sum(dtype, device, chunk):
+    models = tensors(dtype, device)
+    found = weighted_sum(models, [0.4, 0.3, 0.2, 0.1], out_dtype=torch.float64)
+    wanted = sum(c * m.double() for c, m in zip((0.4, 0.3, 0.2, 0.1), models, strict=True))
+    assert found.dtype == torch.float64
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@dtypes
+def test_a_model_equal_to_the_base_adds_exactly_nothing(dtype, device):
+    base, *_ = tensors(dtype, device)
+    assert torch.equal(add_task_vectors(base, [base.clone()], [123.0]), base)
+
+
+def test_strided_inputs_are_read_as_they_are(device, chunk):
+    base, model = (t.t() for t in tensors(torch.float32, device, count=2))
+    torch.testing.assert_close(add_task_vectors(base, [model], [1.0]), model)
+    assert squared_norm(model, base) == pytest.approx(
+        float((model.double() - base.double()).square().sum()), rel=1e-6
+    )
+
+
+@dtypes
+def test_squared_norm(dtype, device, chunk):
+    base, model, *_ = tensors(dtype, device)
+    wanted = float(model.double().square().sum())
+    assert squared_norm(model) == pytest.approx(wanted, rel=1e-12)
+    wanted = float((model.double() - base.double()).square().sum())
+    assert squared_norm(model, base) == pytest.approx(wanted, rel=1e-6)
+
+
+@given(st.floats(-37, 37))
+def test_squared_norm_keeps_its_range(exponent):
+    scale = 10.0**exponent
+    x = torch.tensor([3 * scale, 4 * scale], dtype=torch.float32)
+    assert math.sqrt(squared_norm(x)) == pytest.approx(5 * scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_inputs_show(bad, device):
+    x = torch.zeros(5, device=device)
+    x[3] = bad
+    assert not math.isfinite(squared_norm(x))
+    assert not math.isfinite(squared_norm(torch.zeros_like(x), x))
+    assert count_non_finite(x) == 1

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from mergekit_ext import events
+from mergekit_ext.events import (
+    Dispatcher,
+    JsonLines,
+    MergeBegin,
+    MergeCallback,
+    MergeEnd,
+    ProgressBar,
+    SolverIteration,
+    StatisticsBegin,
+    StatisticsEnd,
+    TensorMeasured,
+    TensorMerged,
+)
+
+RUN = (
+    MergeBegin("nan", "out", ("a", "b"), 2),
+    StatisticsBegin(2),
+    TensorMeasured("x"),
+    TensorMeasured("y"),
+    StatisticsEnd({"model": {"a": 0.25, "b": 0.75}}, 0.1),
+    SolverIteration("x", 1, 2.0, 0.5),
+    TensorMerged("x", (2, 3), {"scale": 1.0}, 0.1),
+    TensorMerged("y", (2,), {}, 0.1),
+    MergeEnd("out", 1.0),
+)
+
+
+def test_every_event_has_a_method_of_the_protocol():
+    kinds = [
+        kind
+        for kind in vars(events).values()
+        if isinstance(kind, type) and issubclass(kind, events.Event) and kind is not events.Event
+    ]
+    assert set(kinds) == set(events.EVENTS)
+    for kind in kinds:
+        assert callable(getattr(MergeCallback, kind.handler))
+
+
+def test_every_event_is_documented():
+    text = (Path(__file__).parents[1] / "docs/callbacks.md").read_text()
+    for kind in events.EVENTS:
+        assert f"`{kind.handler}`" in text
+        for field in dataclasses.fields(kind):
+            assert f"`{field.name}`" in text, f"{kind.__name__}.{field.name}"
+
+
+def test_dispatch_reaches_whoever_has_the_method():
+    class Some:
+        def __init__(self):
+            self.seen = []
+
+        def on_tensor_merged(self, event):
+            self.seen.append(event.name)
+
+    some = Some()
+    dispatcher = Dispatcher([some, object()])
+    for event in RUN:
+        dispatcher.emit(event)
+    dispatcher.close()
+    assert some.seen == ["x", "y"]
+
+
+def test_a_callback_can_stop_the_merge():
+    class Stop(MergeCallback):
+        def on_tensor_merged(self, event):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Dispatcher([Stop()]).emit(RUN[6])
+
+
+def test_json_lines_to_a_path(tmp_path):
+    path = tmp_path / "events.jsonl"
+    lines = JsonLines(path)
+    for event in RUN:
+        Dispatcher([lines]).emit(event)
+    lines.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["event"] for r in records] == [e.handler.removeprefix("on_") for e in RUN]
+    assert records[4]["coefficients"] == {"model": {"a": 0.25, "b": 0.75}}
+    assert records[0]["models"] == ["a", "b"]
+
+
+def test_json_lines_to_an_open_file_leaves_it_open():
+    file = io.StringIO()
+    lines = JsonLines(file)
+    Dispatcher([lines]).emit(RUN[-1])
+    lines.close()
+    assert json.loads(file.getvalue())["output"] == "out"
+
+
+def test_progress_bar_counts_tensors():
+    file = io.StringIO()
+    dispatcher = Dispatcher([ProgressBar(file)])
+    for event in RUN:
+        dispatcher.emit(event)
+    dispatcher.close()
+    shown = file.getvalue()
+    assert "Measuring norms" in shown
+    assert "Merging (nan)" in shown
+    assert "2/2" in shown

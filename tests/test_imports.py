@@ -1,0 +1,72 @@
+"""Who may import whom, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
+ANY = {"errors", "events", "kernels", "host", "report", "cli"}
+ALLOWED = {
+    "errors": set(),
+    "events": set(),
+    "kernels": {"kernels", "errors"},
+    "report": {"report", "kernels", "errors", "events"},
+    "host": {"host", "kernels", "errors", "events", "report"},
+    "cli": ANY,
+    "__main__": {"cli"},
+    "__init__": {"host"},
+}
+HOSTS = {"mergekit"}  # only host and cli may know it
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            if node.module == "mergekit_ext":
+                yield from (f"mergekit_ext.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in ALLOWED, f"{room} has no rule yet"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "mergekit_ext" and len(parts) > 1:
+            assert parts[1] in ALLOWED[room], f"{path.name} imports {name}"
+        if parts[0] in HOSTS:
+            assert room in {"host", "cli"}, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "module", ["mergekit_ext", "mergekit_ext.events", "mergekit_ext.host.autoload"]
+)
+def test_light_imports_load_neither_torch_nor_mergekit(module):
+    code = (
+        f"import sys, {module}; "
+        "heavy = {'torch', 'mergekit', 'transformers', 'pydantic'} & set(sys.modules); "
+        "sys.exit(' '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_load_no_mergekit():
+    code = (
+        "import sys, mergekit_ext.kernels.nan, mergekit_ext.kernels.lore, "
+        "mergekit_ext.kernels.task_arithmetic; sys.exit('mergekit' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
