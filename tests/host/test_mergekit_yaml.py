@@ -1,0 +1,299 @@
+"""The installed stock commands on real models, tensor by tensor against the reference."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+
+from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.lore_method import layout_of
+from tests import models as small
+from tests.reference import nan as reference
+from tests.reference.lore import lore as reference_lore
+
+EPS = {torch.float32: 3e-6, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(scope="module", params=["llama", "bert", "t5"])
+def family(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return small.family(folder, small.ARCHITECTURES[request.param])
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    return small.family(tmp_path_factory.mktemp("llama"), small.llama)
+
+
+@pytest.fixture(scope="module")
+def half_llamas(tmp_path_factory):
+    return small.family(tmp_path_factory.mktemp("half"), small.llama, torch.bfloat16)
+
+
+def run(tmp_path, config, *flags, command="mergekit-yaml", env=None):
+    yml = small.write_yaml(tmp_path / "merge.yml", config)
+    return small.command(command, yml, tmp_path / "out", *flags, env=env)
+
+
+def compare(found, wanted, tolerance):
+    assert found.keys() <= wanted.keys()
+    assert found
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor.double(), wanted[name].double(), rtol=tolerance, atol=tolerance, msg=name
+        )
+
+
+def test_nan_per_model(family, tmp_path):
+    base, tuned = family
+    config = small.config("nan", tuned, base, {"granularity": "model"})
+    done = run(tmp_path, config)
+    assert done.returncode == 0, done.stderr
+    found = small.state(tmp_path / "out")
+    assert found.keys() == small.state(base).keys()
+    wanted = reference.merge(
+        [small.state(t) for t in tuned], small.state(base), group_of=lambda name: "all"
+    )
+    compare(found, wanted, EPS[torch.float32])
+    assert "Measuring norms" in done.stderr
+
+
+def test_nan_ties(family, tmp_path):
+    base, tuned = family
+    config = small.config("nan_ties", tuned, base, {"density": 0.5, "granularity": "block"})
+    done = run(tmp_path, config, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "tensor/s" not in done.stderr
+    wanted = reference.merge(
+        [small.state(t) for t in tuned],
+        small.state(base),
+        group_of=block_of,
+        combine=reference.ties(0.5),
+    )
+    compare(small.state(tmp_path / "out"), wanted, EPS[torch.float32])
+
+
+def test_lore(family, tmp_path):
+    _, tuned = family
+    config = small.config("lore", tuned, None, {"mu_relative": 0.3, "lambda": 0.5})
+    done = run(tmp_path, config)
+    assert done.returncode == 0, done.stderr
+    states = [small.state(t) for t in tuned]
+    found = small.state(tmp_path / "out")
+    assert found.keys() == states[0].keys()
+    for name, tensor in found.items():
+        inputs = [s[name] for s in states]
+        wanted = reference_lore(
+            inputs, mu_relative=0.3, lam=0.5, layout=layout_of(name, tensor.ndim)
+        ).merged
+        mean = sum(t.double() for t in inputs) / len(inputs)
+        allowed = 1e-4 * (wanted - mean).norm() + 1e-6 * wanted.norm()
+        assert (tensor.double() - wanted).norm() <= allowed, name
+
+
+def test_half_precision(half_llamas, tmp_path):
+    base, tuned = half_llamas
+    done = run(tmp_path, small.config("nan", tuned, base, out_dtype="float32"))
+    assert done.returncode == 0, done.stderr
+    found = small.state(tmp_path / "out")
+    wanted = reference.merge([small.state(t) for t in tuned], small.state(base))
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    compare(found, wanted, EPS[torch.float32])
+
+
+def test_half_precision_lore(half_llamas, tmp_path):
+    base, tuned = half_llamas
+    done = run(tmp_path, small.config("lore", tuned, base, {"rank_ratio": 0.2, "lambda": 0.5}))
+    assert done.returncode == 0, done.stderr
+    base_state, states = small.state(base), [small.state(t) for t in tuned]
+    for name, tensor in small.state(tmp_path / "out").items():
+        assert tensor.dtype == torch.bfloat16
+        wanted = reference_lore(
+            [s[name] for s in states], base=base_state[name], rank_ratio=0.2, lam=0.5
+        ).merged
+        torch.testing.assert_close(tensor.double(), wanted, rtol=2**-8, atol=1e-5, msg=name)
+
+
+def test_the_output_is_a_model_with_its_coefficients(llamas, tmp_path):
+    base, tuned = llamas
+    events = tmp_path / "events.jsonl"
+    done = run(
+        tmp_path,
+        small.config("nan", tuned, base, {"granularity": "model"}),
+        env={"MERGEKIT_EXT_EVENTS": str(events)},
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    _, info = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    card = (out / "README.md").read_text()
+    assert "### NAN coefficients" in card
+    norms = [
+        reference.frobenius([s[n] - b for n, b in small.state(base).items()])
+        for s in map(small.state, tuned)
+    ]
+    wanted = reference.coefficients(norms)
+    assert all(f"{value:.4f}" in card for value in wanted)
+    seen = [json.loads(line) for line in events.read_text().splitlines()]
+    kinds = [record["event"] for record in seen]
+    assert kinds[0] == "merge_begin"
+    assert kinds[-1] == "merge_end"
+    assert kinds.count("tensor_merged") == seen[0]["tensors"] == len(small.state(base))
+    (statistics,) = (record for record in seen if record["event"] == "statistics_end")
+    assert list(statistics["coefficients"]["model"].values()) == pytest.approx(wanted, rel=1e-5)
+    report = json.loads((out / "merge_report.json").read_text())
+    assert report["tensors"].keys() == small.state(base).keys()
+
+
+def test_gradients_filters_and_slices(llamas, tmp_path):
+    base, tuned = llamas
+    layers = 3
+    config = {
+        "merge_method": "nan",
+        "base_model": str(base),
+        "slices": [
+            {
+                "sources": [
+                    {
+                        "model": str(model),
+                        "layer_range": [0, layers],
+                        "parameters": {
+                            "weight": [
+                                {"filter": "mlp", "value": [0.0, 1.0]},
+                                {"value": 0.5},
+                            ]
+                        },
+                    }
+                    for model in tuned
+                ]
+                + [{"model": str(base), "layer_range": [0, layers]}]
+            }
+        ],
+        "parameters": {"scale": 1.0},
+    }
+    done = run(tmp_path, config)
+    assert done.returncode == 0, done.stderr
+    base_state, states = small.state(base), [small.state(t) for t in tuned]
+    for name, tensor in small.state(tmp_path / "out").items():
+        layer = int(name.split(".")[2]) if "layers" in name else None
+        weight = layer / (layers - 1) if "mlp" in name else 0.5
+        wanted = reference.merge(
+            [{name: s[name]} for s in states],
+            {name: base_state[name]},
+            weights=[weight] * 3,
+            scale=1.0,
+        )
+        compare({name: tensor}, wanted, EPS[torch.float32])
+
+
+def test_multi_merge_feeds_one_merge_to_the_next(llamas, tmp_path):
+    base, tuned = llamas
+    first = small.write_yaml(
+        tmp_path / "a.yml", {"name": "first", **small.config("nan", tuned[:2], base)}
+    ).read_text()
+    second = small.write_yaml(
+        tmp_path / "b.yml", small.config("lore", ["first", *tuned], None, {"mu_relative": 0.5})
+    ).read_text()
+    (tmp_path / "merge.yml").write_text(first + "---\n" + second)
+    done = small.command(
+        "mergekit-multi",
+        tmp_path / "merge.yml",
+        "--out-path",
+        tmp_path / "out",
+        "-I",
+        tmp_path / "parts",
+    )
+    assert done.returncode == 0, done.stderr
+    merged = reference.merge([small.state(t) for t in tuned[:2]], small.state(base))
+    compare(small.state(tmp_path / "parts" / "first"), merged, EPS[torch.float32])
+    assert small.state(tmp_path / "out").keys() == small.state(base).keys()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+def test_mergekit_pytorch(llamas, tmp_path, granularity):
+    base, tuned = llamas
+    files = [folder / "model.safetensors" for folder in tuned]
+    config = small.config("nan", files, base / "model.safetensors", {"granularity": granularity})
+    done = run(tmp_path, config, command="mergekit-pytorch")
+    assert done.returncode == 0, done.stderr
+    group_of = {"tensor": lambda name: name, "model": lambda name: "all"}[granularity]
+    wanted = reference.merge([load_file(f) for f in files], small.state(base), group_of=group_of)
+    found = small.state(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    compare(found, wanted, EPS[torch.float32])
+
+
+def test_two_models_without_a_base_are_told(llamas, tmp_path):
+    _, tuned = llamas
+    done = run(tmp_path, small.config("lore", tuned[:2], None, {"mu": 0.1}))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("lore with two models and no base") == 1
+    first, second = map(small.state, tuned[:2])
+    wanted = {n: (first[n].double() + second[n].double()) / 2 for n in first}
+    compare(small.state(tmp_path / "out"), wanted, EPS[torch.float32])
+
+
+def test_uniform_coefficients_are_told_once(llamas, tmp_path):
+    _, tuned = llamas
+    done = run(tmp_path, small.config("nan", tuned))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("came out uniform") == 1
+
+
+@pytest.mark.parametrize("command", ["mergekit-yaml", "mergekit-pytorch"])
+def test_non_finite_weights_leave_no_output(llamas, tmp_path, command):
+    base, tuned = llamas
+    bad = tmp_path / "bad"
+    LlamaForCausalLM.from_pretrained(tuned[0]).save_pretrained(bad)
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    inputs = [bad, *tuned[1:]]
+    if command == "mergekit-pytorch":
+        inputs, base = [f / "model.safetensors" for f in inputs], base / "model.safetensors"
+    done = run(tmp_path, small.config("nan_ties", inputs, base), command=command)
+    assert done.returncode == 2
+    assert "model.norm.weight of model" in done.stderr
+    assert "bad" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "merge.yml"]
+
+
+def test_every_mistake_is_listed_before_anything_is_written(llamas, tmp_path):
+    base, tuned = llamas
+    config = small.config("nan", tuned, None, {"norm_of": "task_vector", "granularty": "model"})
+    config["dtpye"] = "float32"
+    config["models"][0]["parameters"] = {"weight": "heavy"}
+    done = run(tmp_path, config)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for text in ("dtpye", "dtype", "granularty", "granularity", "norm_of", "weight", "heavy"):
+        assert text in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["merge.yml"]
+
+
+def test_classifier_loads_and_runs(tmp_path):
+    base, tuned = small.family(tmp_path / "bert", small.bert)
+    done = run(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_stock_methods_are_left_alone(llamas, tmp_path):
+    base, tuned = llamas
+    config = small.config("task_arithmetic", tuned, base, {"weight": 0.3})
+    with_us = run(tmp_path, config)
+    assert with_us.returncode == 0, with_us.stderr
+    found = small.state(tmp_path / "out")
+    assert not (tmp_path / "out" / "merge_report.json").exists()
+    (tmp_path / "plain").mkdir()
+    without = run(tmp_path / "plain", config, env={"MERGEKIT_EXT_AUTOLOAD": "0"})
+    assert without.returncode == 0, without.stderr
+    for name, tensor in small.state(tmp_path / "plain" / "out").items():
+        assert torch.equal(tensor, found[name])

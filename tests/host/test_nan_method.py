@@ -1,0 +1,256 @@
+"""NAN through mergekit's in-memory functions, against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from mergekit import merge_methods
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from pydantic import ValidationError
+
+import mergekit_ext
+from mergekit_ext.errors import HostVersionError, NonFiniteError, UniformCoefficientsWarning
+from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.methods import ext_method
+from tests.reference import nan as reference
+
+mergekit_ext.register()
+
+NAMES = (
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.norm.weight",
+)
+SHAPES = ((12, 8), (8, 8), (8, 8), (16, 8), (8,))
+
+
+def states(count=3, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    base = {n: draw(s) for n, s in zip(NAMES, SHAPES, strict=True)}
+    models = [
+        {n: w + 0.1 * (i + 1 + 0.3 * k) * draw(w.shape) for k, (n, w) in enumerate(base.items())}
+        for i in range(count)
+    ]
+    return tuple({n: t.to(device, dtype) for n, t in state.items()} for state in (base, *models))
+
+
+def merged(method, base, models, **parameters):
+    inputs = ({"base": base} if base else {}) | {f"m{i}": m for i, m in enumerate(models)}
+    return merge_state_dicts(inputs, method, base="base" if base else None, parameters=parameters)
+
+
+def check(found, wanted, tolerance=2e-6):
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor.double().cpu(), wanted[name].double().cpu(), rtol=tolerance, atol=tolerance
+        )
+
+
+GROUPS = {"tensor": lambda name: name, "block": block_of, "model": lambda name: "all"}
+
+
+@pytest.mark.parametrize("granularity", GROUPS)
+@pytest.mark.parametrize("over_base", [True, False], ids=["base", "no base"])
+def test_nan(granularity, over_base, device):
+    base, *models = states(device=device)
+    with_base = base if over_base else None
+    found = merged("nan", with_base, models, granularity=granularity)
+    check(found, reference.merge(models, with_base, group_of=GROUPS[granularity]))
+
+
+@pytest.mark.parametrize("granularity", GROUPS)
+def test_nan_ties(granularity, device):
+    base, *models = states(device=device)
+    found = merged("nan_ties", base, models, granularity=granularity, density=0.4)
+    wanted = reference.merge(
+        models, base, group_of=GROUPS[granularity], combine=reference.ties(0.4)
+    )
+    check(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["nan", "nan_task_arithmetic"])
+def test_computes_in_float32_at_least_and_casts_once(method, dtype):
+    base, *models = states(dtype=dtype)
+    found = merged(method, base, models)
+    assert {t.dtype for t in found.values()} == {dtype}
+    wanted = reference.merge(models, base)
+    # One rounding, to the nearest: half a unit in the last place.
+    for name, tensor in found.items():
+        exact = wanted[name]
+        assert torch.all(
+            (tensor.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-7
+        )
+
+
+def test_norm_of_weights_over_a_base():
+    base, *models = states()
+    found = merged("nan", base, models, norm_of="weights")
+    check(found, reference.merge(models, base, norm_of="weights"))
+
+
+def test_user_weights_multiply_and_scale_is_global():
+    base, *models = states()
+    found = merged("nan", base, models, weight=[0.5, 2.0, 0.0], scale=0.7)
+    check(found, reference.merge(models, base, weights=[0.5, 2.0, 0.0], scale=0.7))
+    found = merged("nan", None, models, weight=[0.5, 2.0, 1.0], scale=0.7)
+    check(found, reference.merge(models, None, weights=[0.5, 2.0, 1.0], scale=0.7))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scale_acts_although_ties_divides_by_its_weights(normalize):
+    base, *models = states()
+    one = merged("nan_ties", base, models, scale=1.0, normalize=normalize)
+    two = merged("nan_ties", base, models, scale=2.0, normalize=normalize)
+    for name, w in base.items():
+        torch.testing.assert_close(two[name] - w, 2 * (one[name] - w), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["nan", "nan_task_arithmetic", "nan_ties", "nan_dare_ties", "nan_della", "nan_breadcrumbs"],
+)
+def test_one_model_comes_back_as_itself(method):
+    base, model = states(1)
+    check(merged(method, base, [model]), model)
+
+
+@pytest.mark.parametrize("method", ["nan", "nan_ties", "nan_linear", "nan_multislerp"])
+def test_wrapped_methods_get_the_coefficients_as_weights(method):
+    base, *models = states()
+    inner = {"nan": "task_arithmetic"}.get(method, method.removeprefix("nan_"))
+    with_base = base if inner != "linear" else None
+    name = NAMES[3]
+    norms = [reference.frobenius([m[name] - (base[name] if with_base else 0)]) for m in models]
+    tensors = [m[name] for m in models]
+    index = None
+    if with_base:
+        tensors, index = [base[name], *tensors], 0
+    wanted = merge_tensors(
+        tensors, inner, base_index=index, parameters={"weight": reference.coefficients(norms)}
+    )
+    found = merge_tensors(tensors, method, base_index=index, parameters={"scale": 1.0})
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["nan_dare_ties", "nan_dare_linear", "nan_della"])
+def test_random_methods_draw_what_they_draw_without_nan(method):
+    base, *models = states()
+    name = NAMES[0]
+    norms = [reference.frobenius([m[name] - base[name]]) for m in models]
+    tensors = [base[name], *(m[name] for m in models)]
+    torch.manual_seed(5)
+    wanted = merge_tensors(
+        tensors,
+        method.removeprefix("nan_"),
+        base_index=0,
+        parameters={"weight": reference.coefficients(norms), "density": 0.5},
+    )
+    torch.manual_seed(5)
+    found = merge_tensors(tensors, method, base_index=0, parameters={"scale": 1.0, "density": 0.5})
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_every_method_with_a_per_model_weight_has_its_nan():
+    for method in merge_methods.registered_methods():
+        weighted = any(p.name == "weight" and p.scope != "shared" for p in method.spec.parameters)
+        if weighted and not method.spec.name.startswith("nan"):
+            wrapped = ext_method(f"nan_{method.spec.name}")
+            assert wrapped is not None
+            names = {p.name for p in wrapped.spec.parameters}
+            assert names >= {p.name for p in method.spec.parameters}
+            assert names >= {"norm_of", "granularity", "scale"}
+            weight = next(p for p in wrapped.spec.parameters if p.name == "weight")
+            assert weight.default == 1.0
+
+
+def test_a_model_equal_to_the_base_carries_nothing():
+    base, model = states(1)
+    found = merged("nan", base, [model, dict(base)], scale=1.0)
+    check(found, model)
+
+
+@pytest.mark.parametrize("method", ["nan", "nan_ties", "nan_dare_ties"])
+@pytest.mark.parametrize("granularity", GROUPS)
+def test_all_models_equal_to_the_base_give_the_base(method, granularity):
+    base, *_ = states(1)
+    found = merged(method, base, [dict(base), dict(base)], granularity=granularity)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, base[name])
+
+
+def test_all_zero_weights_without_a_base_stay_zero():
+    zero = {"a": torch.zeros(3, 2)}
+    assert torch.equal(merged("nan", None, [zero, dict(zero)])["a"], torch.zeros(3, 2))
+
+
+@pytest.mark.filterwarnings("ignore::mergekit_ext.errors.UniformCoefficientsWarning")
+def test_identical_models_without_a_base_return_themselves():
+    _, model = states(1)
+    check(merged("nan", None, [model, dict(model), dict(model)]), model)
+
+
+def test_order_of_models_does_not_matter():
+    base, *models = states()
+    check(merged("nan", base, models[::-1]), merged("nan", base, models))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("who", [0, 2], ids=["base", "model"])
+@pytest.mark.parametrize("norm_of", ["task_vector", "weights"])
+@pytest.mark.parametrize("granularity", GROUPS)
+def test_non_finite_inputs_stop_the_merge(bad, who, norm_of, granularity):
+    base, *models = states()
+    broken = (base, *models)[who]
+    broken[NAMES[3]] = broken[NAMES[3]].clone()
+    broken[NAMES[3]][2, 1] = bad
+    owner = ("base", "m0", "m1")[who]
+    with pytest.raises(NonFiniteError, match=rf"up_proj.*of model {owner}"):
+        merged("nan", base, models, norm_of=norm_of, granularity=granularity)
+
+
+def test_uniform_coefficients_are_told():
+    base, *models = states()
+    close = [{n: 100 * base[n] + 0.01 * m[n] for n in base} for m in models]
+    with pytest.warns(UniformCoefficientsWarning, match="came out uniform") as seen:
+        merged("nan", None, close)
+    assert len(seen) == 1
+
+
+def test_weights_that_sum_to_zero_have_no_average():
+    _, first, second = states(2)
+    same = {n: first[n].clone() for n in first}
+    with pytest.raises(ValueError, match="sum to zero"):
+        merged("nan", None, [first, same], weight=[1.0, -1.0])
+    assert second
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"norm_of": "vectors"}, {"granularity": "layer"}, {"scale": math.inf}, {"weight": math.nan}],
+    ids=str,
+)
+def test_bad_values_are_refused(parameters):
+    base, *models = states()
+    with pytest.raises(ValidationError):
+        merged("nan", base, models, **parameters)
+
+
+def test_graph_without_statistics_fails_rather_than_measuring_one_tensor():
+    base, *models = states()
+    method = ext_method("nan")
+    group = merge_methods.TensorGroup.from_tensors(
+        [base[NAMES[0]], models[0][NAMES[0]]], base_index=0, name=NAMES[0]
+    )
+    bound = {"norm_of": None, "granularity": "model", "scale": None, "weight": {1: 1.0}}
+    with pytest.raises(HostVersionError, match="register"):
+        method._execute_resolved([group], [bound])

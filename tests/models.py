@@ -1,0 +1,138 @@
+"""Small real models, made on the spot and saved as ordinary Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def bert() -> PreTrainedModel:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            num_labels=3,
+        )
+    )
+
+
+def t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "bert": bert, "t5": t5}
+
+
+def family(
+    folder: Path,
+    make: Callable[[], PreTrainedModel],
+    dtype: torch.dtype = torch.float32,
+    amounts: Sequence[float] = (0.01, 0.02, 0.04),
+) -> tuple[Path, list[Path]]:
+    """Save a base and fine-tunes of it: low-rank plus a little dense noise, of several sizes."""
+    torch.manual_seed(0)
+    base = make().to(dtype)
+    base.save_pretrained(folder / "base")
+    tuned = []
+    for index, amount in enumerate(amounts):
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(_update(parameter).to(dtype), alpha=amount)
+        tuned.append(folder / f"tuned{index}")
+        model.save_pretrained(tuned[-1])
+    return folder / "base", tuned
+
+
+def _update(parameter: Tensor) -> Tensor:
+    noise = 0.3 * torch.randn(parameter.shape)
+    if parameter.ndim != 2:
+        return noise
+    rows, columns = parameter.shape
+    return noise + torch.randn(rows, 2) @ torch.randn(2, columns)
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by name."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def config(
+    method: str,
+    models: Sequence[Path],
+    base: Path | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> dict[str, Any]:
+    """A mergekit configuration, as the YAML would give it."""
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(model)} for model in models],
+        **keys,
+    }
+    if base is not None:
+        content["base_model"] = str(base)
+    if parameters is not None:
+        content["parameters"] = dict(parameters)
+    return content
+
+
+def command(
+    name: str, *arguments: object, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run an installed command of this environment, as a user would."""
+    script = Path(sysconfig.get_path("scripts")) / name
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
+        check=False,
+    )
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(dict(content), sort_keys=False))
+    return path
