@@ -4,7 +4,7 @@ After installation mergekit's own commands know the methods. Importing this pack
 torch nor mergekit.
 """
 
-# Every Python process of the environment imports this file (see host/autoload.py): it imports
+# Every Python process of the environment imports this file (see autoload.py): it imports
 # nothing, not even `typing` or `__future__`, and its annotations are strings.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def register() -> None:
     Raises:
         HostVersionError: the installed mergekit is not one that this version works with.
     """
-    from mergekit_ext.host.autoload import install
+    from mergekit_ext.autoload import install
 
     install()
 

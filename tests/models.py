@@ -55,7 +55,15 @@ def bert() -> PreTrainedModel:
 
 def t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",  # version 1.1, which mergekit's table describes
+        )
     )
 
 

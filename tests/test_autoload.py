@@ -56,11 +56,13 @@ def test_a_process_without_mergekit_loads_nothing():
     code = (
         "import sys; loaded = [m for m in sys.modules if m.startswith('mergekit')]; print(*loaded)"
     )
-    assert set(python(code).split()) == {
-        "mergekit_ext",
-        "mergekit_ext.host",
-        "mergekit_ext.host.autoload",
-    }
+    assert set(python(code).split()) == {"mergekit_ext", "mergekit_ext.autoload"}
+
+
+@pytest.mark.parametrize("module", ["lore_method", "nan_method", "methods", "compat", "planner"])
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_any_module_may_be_imported_first(module, autoload):
+    python(f"import mergekit_ext.host.{module}", MERGEKIT_EXT_AUTOLOAD=autoload)
 
 
 def test_the_finder_leaves_when_its_work_is_done():
