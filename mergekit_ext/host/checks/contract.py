@@ -70,11 +70,15 @@ def _counts(name: str, contract: Any, group: Group, base: Any, findings: Finding
         least = least or 0
         if least <= count and (most is None or count <= most):
             continue
-        exact = f"exactly {least}" if least == most else f"at least {least}"
-        wanted = exact if count < least or least == most else f"at most {most}"
+        limit = least if count < least else most
+        bound = "exactly" if least == most else "at least" if count < least else "at most"
         findings.problem(
             group.where,
-            f"{count} {what}{aside}",
-            f"{wanted} {what} for `{name}`",
+            f"{count} {_counted(what, count)}{aside}",
+            f"{bound} {limit} {_counted(what, limit)} for `{name}`",
             "Add models." if count < least else "Take out models.",
         )
+
+
+def _counted(what: str, count: int) -> str:
+    return what.replace("models", "model") if count == 1 else what

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.host.checks.headers import BITS, TensorHeader, dtype_name
+from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of
-from mergekit_ext.host.checks.tensors import FoundTensor
 
 # Methods compute in float32 at least, whatever the dtype of the files.
 _LEAST_BYTES = 4

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from mergekit_ext.host.checks.headers import HeaderError, TensorHeader, read_file
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of
+from mergekit_ext.host.checks.locate import locate
 from mergekit_ext.host.checks.merge import find_method, resolve_and_estimate
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.settings import check_settings
 from mergekit_ext.host.checks.support import listing, quiet
 from mergekit_ext.host.checks.survey import PlannedTensor
-from mergekit_ext.host.checks.tensors import check_tensors, locate
+from mergekit_ext.host.checks.tensors import check_tensors
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions

@@ -10,6 +10,7 @@ from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.locate import FoundTensor, left_out, locate
 from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
@@ -17,7 +18,7 @@ from mergekit_ext.host.checks.resolve import ParameterResolution
 from mergekit_ext.host.checks.settings import check_settings, wants_tokenizer
 from mergekit_ext.host.checks.support import nearest, quiet, shown
 from mergekit_ext.host.checks.survey import PlannedTensor, survey
-from mergekit_ext.host.checks.tensors import FoundTensor, check_tensors, left_out, locate
+from mergekit_ext.host.checks.tensors import check_tensors
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration

@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_ext.host.checks.layout import Group, Source, all_settings
 from mergekit_ext.host.checks.parameters import Absent, leaves, value_problem
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import shown, tensors_at
+from mergekit_ext.host.checks.support import listing, shown, tensors_at
 from mergekit_ext.host.checks.survey import PlannedTensor
 
 # An object that no parameter has as its value: the parameter has none here.
@@ -23,7 +23,7 @@ class ParameterResolution:
         self._groups = {group.where: group for group in groups}
         self._absent, self._findings = absent, findings
         self._holes: dict[tuple[str, str], list[str]] = {}
-        self._invalid: dict[tuple[str, str, str, str], list[str]] = {}
+        self._invalid: dict[tuple[str, str, str], dict[str, list[str]]] = {}
         self._shared: dict[tuple[Any, ...], tuple[Group, dict[str, Any]]] = {}
 
     def run(self, planned: Sequence[PlannedTensor]) -> list[Mapping[str, Any]]:
@@ -83,9 +83,10 @@ class ParameterResolution:
         except ValidationError as error:
             item = error.errors()[0]
             wrong = value_problem(spec, item["input"]) or (str(item["msg"]), "")
-            self._invalid.setdefault((at, shown(item["input"]), *wrong), []).append(tensor)
+            values = self._invalid.setdefault((at, *wrong), {})
+            values.setdefault(shown(item["input"]), []).append(tensor)
         except RuntimeError:  # a required parameter without a value for this tensor
-            if tensor:
+            if tensor and not any((mapping or {}).get(spec.name) == [] for mapping in settings):
                 self._holes.setdefault((at, spec.name), []).append(tensor)
         return _NOTHING
 
@@ -97,13 +98,17 @@ class ParameterResolution:
                 "a value for every tensor",
                 f"Add an entry without `filter:` at the end of `{name}:`.",
             )
-        for (at, value, wanted, remedy), tensors in self._invalid.items():
+        for (at, wanted, remedy), values in self._invalid.items():
             # Values that are wrong as written are reported with their own path already.
-            if value in self._written(at.rsplit(".", 1)[-1]):
+            written = self._written(at.rsplit(".", 1)[-1])
+            between = {value: names for value, names in values.items() if value not in written}
+            if not between:
                 continue
+            tensors = [name for names in between.values() for name in names]
             self._findings.problem(
                 at,
-                f"{value} between the values of a gradient, for {tensors_at(tensors)}",
+                f"{listing(list(between))} between the values of a gradient, for "
+                f"{tensors_at(list(dict.fromkeys(tensors)))}",
                 wanted,
                 remedy or "Give one value, or one for each part of the model with `filter:`.",
             )

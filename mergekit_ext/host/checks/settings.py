@@ -6,6 +6,8 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext.host.checks.hub import may_be_hub_name
+from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import did_you_mean, shown
 
@@ -84,15 +86,23 @@ def _tokenizer(config: Any, findings: Findings) -> None:
             "a base model, or the name of the model whose tokenizer to take",
             "Add `base_model:`, or write `union` or a model here.",
         )
-    # The tokenizers themselves come from the base, or from the model that is named here.
-    reference = source if not isinstance(source, str) else config.base_model
-    if reference is None:
-        return
-    folder = Path(reference.model.path)
-    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        findings.problem(
-            where,
-            f"no tokenizer in {folder}",
-            f"one of {', '.join(_TOKENIZER_FILES[:4])} there",
-            "Copy the model's tokenizer files into the folder.",
-        )
+    # mergekit loads the tokenizer of the base, or of the first model, and the one named here;
+    # for the others it makes do with the base's.
+    models = [model for _, model in references(groups_of(config), config.base_model)]
+    needed = [config.base_model] if config.base_model is not None else models[:1]
+    if not isinstance(source, str):
+        needed.append(source)
+    for reference in dict.fromkeys(needed):
+        folder = Path(reference.model.path)
+        if not folder.is_dir():
+            if reference == source and not may_be_hub_name(reference.model.path):
+                findings.problem(
+                    where, f"{source}, which does not exist", "a model's folder", "Check the path."
+                )
+        elif not any((folder / name).exists() for name in _TOKENIZER_FILES):
+            findings.problem(
+                where,
+                f"no tokenizer in {folder}",
+                f"one of {', '.join(_TOKENIZER_FILES)} there",
+                "Copy the model's tokenizer files into the folder.",
+            )

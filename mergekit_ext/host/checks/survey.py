@@ -120,7 +120,7 @@ class SurveyPlanner(MergePlanner):  # type: ignore[misc]
             first, last = source.layer_range
             lengths[str(source.model)] = last - first
             layers = module.num_layers(self._facts[source.model].config)
-            if chosen and not 0 <= first <= last <= layers:
+            if chosen and not 0 <= first < last <= layers:
                 fits = False
                 self._findings.problem(
                     f"{where}.sources[{i}].layer_range",

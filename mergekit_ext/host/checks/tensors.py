@@ -1,59 +1,14 @@
-"""The tensors that a merge reads, compared with the headers of its inputs."""
+"""The tensors that a merge reads, compared with each other: presence, shapes, dtypes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mergekit_ext.host.checks.headers import TensorHeader
+from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import listing, tensors_at
-from mergekit_ext.host.checks.survey import PlannedTensor
-
-
-@dataclass(frozen=True)
-class FoundTensor:
-    """A planned tensor and what the inputs hold for it.
-
-    Attributes:
-        planned: the tensor of the output.
-        found: the models that have it, with the header, or None where its shape is not known.
-        missing: the models that do not have it.
-    """
-
-    planned: PlannedTensor
-    found: Mapping[Any, TensorHeader | None]
-    missing: tuple[Any, ...]
-
-    @property
-    def headers(self) -> list[TensorHeader]:
-        """The known headers."""
-        return [header for header in self.found.values() if header is not None]
-
-
-def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) -> list[FoundTensor]:
-    """Find each planned tensor in its inputs, as mergekit will. Leaves out what it would skip."""
-    result = []
-    for tensor in planned:
-        # mergekit leaves an optional weight out unless one input has its name or an alias.
-        if tensor.weight.optional and not any(
-            _by_name(facts[model], weight, tied=False) is not None or facts[model].tensors is None
-            for model, weight in tensor.inputs
-        ):
-            continue
-        found: dict[Any, TensorHeader | None] = {}
-        missing = []
-        for model, weight in tensor.inputs:
-            header = _by_name(facts[model], weight, tied=True)
-            known = facts[model].tensors is not None
-            if header is None and known and not _converted(facts[model], weight):
-                missing.append(model)
-            else:
-                found[model] = header
-        result.append(FoundTensor(tensor, found, tuple(missing)))
-    return result
+from mergekit_ext.host.checks.support import tensors_at
 
 
 def check_tensors(
@@ -96,7 +51,7 @@ def _check_dtypes(located: Sequence[FoundTensor], findings: Findings) -> None:
             integers.setdefault(listed, []).append(name)
         elif len(dtypes) > 1:
             mixed |= dtypes
-        for dtype in dtypes:
+        for dtype in sorted(dtypes):
             if dtype.startswith(("F8", "F6", "F4")):
                 eights.setdefault(dtype, []).append(name)
     for listed, names in integers.items():
@@ -113,77 +68,11 @@ def _check_dtypes(located: Sequence[FoundTensor], findings: Findings) -> None:
             "a dtype to merge in",
             "Add `dtype: bfloat16`, or give the models before quantisation.",
         )
-    if mixed:
+    if mixed and not eights:
         findings.note(
             f"The inputs have different dtypes ({', '.join(sorted(mixed))}) and are merged in the "
             "widest; `dtype:` fixes it."
         )
-
-
-def left_out(
-    planned: Sequence[PlannedTensor],
-    located: Sequence[FoundTensor],
-    facts: Mapping[Any, ModelFacts],
-    inferred: bool,
-    findings: Findings,
-) -> None:
-    """Report stored tensors that the merge does not use, and which the output will not have.
-
-    A few extra ones are a note. With an inferred architecture it may be whole layers: transformers
-    calls them otherwise than the file does, and mergekit takes them for optional weights that
-    nobody has. That is a problem.
-    """
-    used: dict[Any, set[str]] = {model: set() for model in facts}
-    for tensor in planned:
-        for model, weight in tensor.inputs:
-            used[model].update(_names(weight, tied=True))
-    merged = {id(tensor.planned) for tensor in located}
-    skipped = [tensor.weight.name for tensor in planned if id(tensor) not in merged]
-    for model, fact in facts.items():
-        rest = sorted(set(fact.tensors or ()) - used[model])
-        if not rest or not used[model]:
-            continue
-        if inferred and skipped:
-            findings.problem(
-                fact.where,
-                f"{len(rest)} tensors of {model} that the output would not have ({listing(rest)}): "
-                f"transformers calls them otherwise ({listing(skipped)}), and mergekit skips them",
-                "stored names that are those of the transformers class",
-                "Merge the weight files with mergekit-pytorch, which takes stored names as they "
-                "are, and copy config.json and the tokenizer beside the result.",
-            )
-        elif not _has_conversions(fact):  # converted names cannot be told from extra ones
-            findings.note(f"{model}: the merge does not use {listing(rest)}.")
-
-
-def _names(weight: Any, *, tied: bool) -> list[str]:
-    names = [weight.name, *(weight.aliases or ())]
-    return names + list(weight.tied_names or ()) if tied else names
-
-
-def _by_name(fact: ModelFacts, weight: Any, *, tied: bool) -> TensorHeader | None:
-    stored = fact.tensors or {}
-    return next((stored[n] for n in _names(weight, tied=tied) if n in stored), None)
-
-
-def _has_conversions(fact: ModelFacts) -> bool:
-    from mergekit.architecture.conversion import get_checkpoint_conversion_mapping
-
-    kind = getattr(fact.config, "model_type", None)
-    return bool(kind and get_checkpoint_conversion_mapping(kind))
-
-
-def _converted(fact: ModelFacts, weight: Any) -> bool:
-    """Whether mergekit makes the tensor from others (transformers' renamed layouts)."""
-    if not _has_conversions(fact):
-        return False
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
-
-    stored = set(fact.tensors or ())
-    return any(
-        can_convert_checkpoint_keys(fact.config.model_type, stored, name)
-        for name in _names(weight, tied=False)
-    )
 
 
 def _comparable(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

@@ -1,0 +1,120 @@
+"""``mergekit-ext check``: what is wrong with a configuration, and what the merge will cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mergekit_ext.host.checks import CheckReport, Estimate
+
+# As for click's own usage errors: the input is at fault.
+EXIT_PROBLEMS = 2
+
+
+@click.command("check")
+@click.argument(
+    "config",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--allow-crimes", is_flag=True, help="Allow different architectures.")
+@click.option(
+    "--unsafe-truncate-embeddings", is_flag=True, help="Cut vocabularies to the smallest."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Let models run their own code.")
+@click.option("--transformers-cache", metavar="DIR", help="Where downloaded models are.")
+@click.option("--lora-merge-cache", metavar="DIR", help="Where adapters are merged.")
+@click.option("--lora-merge-dtype", metavar="DTYPE", help="In which dtype adapters are merged.")
+@click.option(
+    "--out-shard-size", metavar="SIZE", default="5B", show_default=True, help="Bytes of one shard."
+)
+@click.option("--tensor-union", "-u", is_flag=True, help="As for mergekit-pytorch.")
+@click.option("--tensor-intersection", "-i", is_flag=True, help="As for mergekit-pytorch.")
+def check(
+    config: Path,
+    as_json: bool,
+    out_shard_size: str,
+    tensor_union: bool,
+    tensor_intersection: bool,
+    **flags: Any,
+) -> None:
+    """Check the merge that CONFIG describes without reading any weight.
+
+    CONFIG is a YAML file for mergekit-yaml, mergekit-multi or mergekit-pytorch, or - for standard
+    input. Give the flags that the merge will be given. The exit code is 0 if the merge can start
+    and 2 if something is wrong.
+    """
+    # Heavy, and only needed here: `--help` stays fast.
+    from mergekit.common import parse_kmb
+    from mergekit.options import MergeOptions
+
+    from mergekit_ext.host.checks import check_source
+
+    try:
+        size = parse_kmb(out_shard_size)
+    except (ValueError, IndexError):
+        raise click.BadParameter(
+            f"found {out_shard_size!r}; expected a number, with K, M or B at its end if you like.",
+            param_hint="--out-shard-size",
+        ) from None
+    try:
+        with click.open_file(str(config), encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{config} cannot be read: {error}", param_hint="CONFIG") from None
+    reports = check_source(
+        text,
+        MergeOptions(out_shard_size=size, **flags),
+        union=tensor_union,
+        intersection=tensor_intersection,
+    )
+    if as_json:
+        click.echo(json.dumps({"documents": [_as_json(name, r) for name, r in reports]}, indent=2))
+    else:
+        click.echo("\n\n".join(_as_text(name, report) for name, report in reports))
+    if any(report.problems for _, report in reports):
+        raise click.exceptions.Exit(EXIT_PROBLEMS)
+
+
+def _as_json(name: str | None, report: CheckReport) -> dict[str, Any]:
+    return {"name": name, **dataclasses.asdict(report)}
+
+
+def _as_text(name: str | None, report: CheckReport) -> str:
+    lines = [f"{name}:"] if name is not None else []
+    count = len(report.problems)
+    if count:
+        lines.append(f"{count} problem{'s' if count != 1 else ''}:")
+        lines += [f"  {i}. {problem}" for i, problem in enumerate(report.problems, 1)]
+    else:
+        lines.append("No problems.")
+    if report.estimate is not None:
+        lines += _estimate(report.estimate)
+    if report.notes:
+        lines.append("Notes:")
+        lines += [f"  - {note}" for note in report.notes]
+    return "\n".join(lines)
+
+
+def _estimate(cost: Estimate) -> list[str]:
+    return [
+        f"Output:        {cost.tensors:,} tensors, {cost.parameters:,} parameters",
+        f"Bytes read:    {_size(cost.bytes_read)}",
+        f"Bytes written: {_size(cost.bytes_written)}",
+        f"Bytes held:    {_size(cost.bytes_held)} at most, estimated",
+    ]
+
+
+def _size(count: int) -> str:
+    """A number of bytes in decimal units, as disks are sold and shards are counted."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

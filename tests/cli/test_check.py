@@ -1,0 +1,96 @@
+"""``mergekit-ext check``: exit codes, the listing, JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from mergekit_ext.cli.check import check
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Any]:
+    """A configuration of two weight files."""
+    for name in "ab":
+        save_file({"x": torch.zeros(500, 4)}, tmp_path / f"{name}.safetensors")
+    models = [{"model": str(tmp_path / f"{name}.safetensors")} for name in "ab"]
+    return {"merge_method": "linear", "models": models, "parameters": {"weight": 0.5}}
+
+
+def run(document: Any, *flags: str) -> Result:
+    text = document if isinstance(document, str) else yaml.safe_dump(document)
+    return CliRunner().invoke(check, ["-", *flags], input=text)
+
+
+def test_fine_merge_prints_the_estimate(files: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "merge.yml"
+    config.write_text(yaml.safe_dump(files))
+    result = CliRunner().invoke(check, [str(config)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "No problems.",
+        "Output:        1 tensors, 2,000 parameters",
+        "Bytes read:    16.0 kB",
+        "Bytes written: 8.0 kB",
+        "Bytes held:    40.0 kB at most, estimated",
+    ]
+
+
+def test_problems_are_listed_and_give_exit_code_2(files: dict[str, Any]) -> None:
+    result = run({**files, "merge_method": "lineer", "dytpe": "float32"})
+    assert result.exit_code == 2
+    assert "2 problems:" in result.stdout
+    assert "1. dytpe: found" in result.stdout and "Write `dtype`." in result.stdout
+    assert "2. merge_method: found 'lineer'" in result.stdout
+
+
+def test_json_is_all_that_is_on_stdout(files: dict[str, Any]) -> None:
+    result = run(files, "--json")
+    assert result.exit_code == 0
+    (document,) = json.loads(result.stdout)["documents"]
+    assert document["name"] is None and document["problems"] == []
+    assert document["estimate"]["bytes_read"] == 16000
+    result = run({**files, "parameters": {"wieght": 1}}, "--json")
+    assert result.exit_code == 2
+    (document,) = json.loads(result.stdout)["documents"]
+    assert document["problems"][0]["remedy"] == "Write `weight`."
+    assert set(document["problems"][0]) == {"where", "found", "expected", "remedy"}
+
+
+def test_every_document_is_shown(files: dict[str, Any], tmp_path: Path) -> None:
+    models = [{"model": str(tmp_path / "nowhere")}]
+    text = yaml.safe_dump_all([files, {**files, "name": "last", "models": models}])
+    result = run(text)
+    assert result.exit_code == 2
+    assert result.stdout.startswith("No problems.")
+    assert "\n\nlast:\n1 problem:\n  1. models[0].model: found" in result.stdout
+
+
+def test_flags_reach_the_check(files: dict[str, Any], tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(500, 4), "y": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert run(files).exit_code == 2
+    assert run(files, "--tensor-intersection").exit_code == 0
+    assert run(files, "--tensor-union").exit_code == 0
+    result = run(files, "-i", "--out-shard-size", "1k")
+    assert "Bytes held:    33.0 kB" in result.stdout
+
+
+def test_bad_arguments(files: dict[str, Any], tmp_path: Path) -> None:
+    assert CliRunner().invoke(check, [str(tmp_path / "nowhere.yml")]).exit_code == 2
+    result = run(files, "--out-shard-size", "big")
+    assert result.exit_code == 2 and "found 'big'" in result.output
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
+    result = CliRunner().invoke(check, [str(tmp_path / "binary.yml")])
+    assert result.exit_code == 2 and "cannot be read" in result.output
+
+
+def test_yaml_errors_have_a_place() -> None:
+    result = run("merge_method: [linear\nmodels: {")
+    assert result.exit_code == 2 and "line 2" in result.stdout
