@@ -25,6 +25,16 @@ def _extend(name: str, module) -> None:  # type: ignore[no-untyped-def]
     getattr(compat, _EXTENSIONS[name])(module)
 
 
+def _run_after(loader, name: str) -> None:  # type: ignore[no-untyped-def]
+    execute = loader.exec_module
+
+    def exec_module(module) -> None:  # type: ignore[no-untyped-def]
+        execute(module)
+        _extend(name, module)
+
+    loader.exec_module = exec_module
+
+
 class _Finder:
     """Finds nothing itself: lets the other finders find a module, then wraps its execution."""
 
@@ -43,13 +53,7 @@ class _Finder:
                 continue
             spec = find(name, path, target)
             if spec is not None and spec.loader is not None:
-                loader, execute = spec.loader, spec.loader.exec_module
-
-                def exec_module(module) -> None:  # type: ignore[no-untyped-def]
-                    execute(module)
-                    _extend(name, module)
-
-                loader.exec_module = exec_module
+                _run_after(spec.loader, name)
                 return spec
         return None
 

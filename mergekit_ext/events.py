@@ -214,11 +214,9 @@ class JsonLines(MergeCallback):
 
     def __init__(self, target: str | os.PathLike[str] | IO[str]):
         self._owned = isinstance(target, (str, os.PathLike))
-        self._file: IO[str] = (
-            Path(target).open("a", encoding="utf-8")  # type: ignore[arg-type]
-            if self._owned
-            else target
-        )
+        if isinstance(target, (str, os.PathLike)):
+            target = Path(target).open("a", encoding="utf-8")
+        self._file: IO[str] = target
 
     def _write(self, event: Event) -> None:
         record = {

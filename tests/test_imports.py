@@ -51,9 +51,7 @@ def test_arrows(path):
             assert room in {"host", "cli"}, f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize(
-    "module", ["mergekit_ext", "mergekit_ext.events", "mergekit_ext.autoload"]
-)
+@pytest.mark.parametrize("module", ["mergekit_ext", "mergekit_ext.events", "mergekit_ext.autoload"])
 def test_light_imports_load_neither_torch_nor_mergekit(module):
     code = (
         f"import sys, {module}; "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import click
-import mergekit_ext
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+import mergekit_ext
 from mergekit_ext.events import JsonLines
 from mergekit_ext.host.run import for_commands
 

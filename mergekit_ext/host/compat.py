@@ -91,7 +91,7 @@ def replaces(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         wrapper: Any = functools.wraps(original)(function)
         wrapper.stock = original
-        return wrapper  # type: ignore[no-any-return]
+        return wrapper
 
     return decorate
 

@@ -20,6 +20,8 @@ class MergePlanner(StockPlanner):
     Plans for mergekit's own methods are left as they are.
     """
 
+    _tensors: list[Any]
+
     def _plan(self) -> None:
         super()._plan()
         session = sessions.current()

@@ -37,6 +37,12 @@ from mergekit_ext.report.merge_report import write_report
 EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
 
 
+class CommandError(click.ClickException):
+    """An error that a command prints in place of a traceback."""
+
+    exit_code = 2
+
+
 def merge(
     config: MergeConfiguration | str | os.PathLike[str],
     out_path: str | os.PathLike[str],
@@ -152,9 +158,7 @@ def for_commands() -> Iterator[None]:
     try:
         yield
     except MergekitExtError as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = 2
-        raise failure from None
+        raise CommandError(str(error)) from None
     finally:
         sys.stderr.flush()
         warnings.showwarning = shown

@@ -30,7 +30,7 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
         stock = plan.stock  # type: ignore[attr-defined]
         session = sessions.current()
         if ext_method(config.merge_method) is None:
-            return stock(config, out_path, tensor_union, tensor_intersection, options)  # type: ignore[no-any-return]
+            return stock(config, out_path, tensor_union, tensor_intersection, options)
         check_flat(
             config,
             options,

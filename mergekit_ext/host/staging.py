@@ -20,7 +20,7 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     After an exception nothing is left. If `out_path` is a folder with files in it, as after an
     earlier merge, its weights are replaced as mergekit would, and other files stay.
     """
-    target = Path(os.path.abspath(out_path))
+    target = Path(out_path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     # The same folder, so that the rename stays on one file system.
     room = Path(

@@ -52,7 +52,7 @@ class MeasureTensorTask(Task[dict[str, float]]):
         return {"tensors": self.gather_tensors}
 
     def group_label(self) -> str | None:
-        return self.gather_tensors.group_label()  # type: ignore[no-any-return]
+        return self.gather_tensors.group_label()
 
     def uses_accelerator(self) -> bool:
         return True

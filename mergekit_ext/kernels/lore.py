@@ -7,14 +7,19 @@ how tensors that are not matrices are seen, and how the task vectors are combine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.lore_outer import UPDATES, Fit, Iteration, Limits, Shrinkage, fit
-from mergekit_ext.kernels.svt import compute_dtype
+from mergekit_ext.kernels.lore_combine import COMBINE, weighted_sum
+from mergekit_ext.kernels.lore_fit import Fit, Shrinkage, fit
+from mergekit_ext.kernels.lore_outer import UPDATES, Limits
+from mergekit_ext.kernels.numerics import compute_dtype, count_non_finite
+
+T = TypeVar("T")
 
 DEFAULT_MAX_ITERATIONS = 200
 DEFAULT_TOLERANCE = 1e-5
@@ -67,74 +72,102 @@ def lore(
     layout: str = "matrix",
     on_iteration: Callable[[int, float, float], None] | None = None,
 ) -> LoreResult:
-    """TODO"""
+    """LoRE-Merging of one parameter (LoRE-Merging, section 3.2 and Algorithm 1).
+
+    ``delta_i = 0``; repeat ``theta_0 = mean_i(theta_i - delta_i)``,
+    ``delta_i = SVT(theta_i - theta_0; mu)``; then ``theta* = theta_0 + lam * tau``.
+
+    *Objective.* These updates decrease ``sum_i 1/2||theta_0 + delta_i - theta_i||_F^2 +
+    mu||delta_i||_*``; the paper's equation (1) has ``mu||delta_i||_*^2`` and no 1/2, for which
+    they would not be the coordinate minimisers. The updates are what is implemented.
+
+    *Departure from the paper.* With three or more models and a threshold, the same (there unique)
+    minimiser is approached with quasi-Newton steps, each kept only if the objective does not
+    rise. Returned are the thresholded delta_i and ``theta_0 = mean_i(theta_i - delta_i)`` of them.
+
+    *Two models* and no base, simultaneous: ``delta_1 = -delta_2`` whatever the parameters, so that
+    with equal weights theta* is the plain mean. At the fixed point ``lam = 1/n`` with "sum" (or
+    ``lam = 1`` with "mean") is the plain mean for any number of models.
+
+    Args:
+        tensors: theta_i, one per model, of one shape. Half precision is upcast to float32;
+            float64 (of any of them) makes the computation float64.
+        base: theta_0 if it is known: kept, and each delta_i is one thresholding.
+        mu: threshold for the singular values, absolute.
+        mu_relative: threshold as a share of ``max_i sigma_1(theta_i - start)``, start being the
+            mean or the base; for stacked experts each expert's own.
+        rank_ratio: instead of a threshold, delta_i = best approximation of rank
+            ``ceil(rank_ratio * min(a, b))``. Not convex: iterated as written, so that the result
+            is that of Algorithm 1, and slow to converge when no gap separates the rank.
+        lam: factor of the combined task vector.
+        combine: "sum" (sum_i w_i delta_i), "mean" (that over sum_i w_i), "ties" (mean over the
+            models that agree with the elected sign).
+        weights: w_i, used in `combine` and in averages of vectors; 1 each if not given.
+        update: "simultaneous" (Algorithm 1), or "sequential": theta_0 solved again after each
+            delta_i, which depends on the order of the models.
+        max_iterations: evaluations of all thresholdings (sweeps for "sequential").
+        tolerance: for `change`, with the distance estimated to be left. Changes of less than four
+            units of rounding of the largest ``||theta_i - mean||_F`` count as none.
+        layout: how tensors of more than two axes are seen: "stacked" (each matrix of the last two
+            axes is a problem of its own: experts) or "flattened" (first axis against the rest:
+            convolutions). One or no axis: the weighted average, whatever the base.
+        on_iteration: called with (iteration, objective, change); for stacked experts the
+            iterations start again with each. Iterations with rejected steps are not reported.
+
+    `LoreResult.change` is ``||theta_0 - theta_0'||_F / ||theta_0 - mean||_F``: the last step of
+    theta_0 (when a quasi-Newton iteration stops: the step that it would take next) over its
+    distance from the mean of the models; 0 when theta_0 is the mean.
+
+    Memory in units of one upcast tensor, n models: n differences, 2n for the delta_i of two
+    iterates, at most 14 for the quasi-Newton history and scratch, one (short side)^2 matrix per
+    model. In the smaller span if ``(n - 1) * short side`` is below the long side.
+
+    Raises:
+        ValueError: naming the parameter or ``tensors[i]``, what was found and what is expected:
+            wrong value, not exactly one of mu, mu_relative and rank_ratio, differing shapes,
+            integer dtype, non-finite entries.
+    """
     shrinkage = Shrinkage.chosen(mu, mu_relative, rank_ratio)
-    limits = Limits.checked(max_iterations, tolerance)
-    tau_of = _named("combine", combine, COMBINE)
+    combination = _named("combine", combine, COMBINE)
     view = _named("layout", layout, LAYOUTS)
     _named("update", update, UPDATES)
+    _check_numbers(lam, max_iterations, tolerance)
     _check_tensors(tensors, base)
     coefficients = _checked_weights(weights, len(tensors), combine)
-    if not math.isfinite(lam):
-        raise ValueError(f"lam: found {lam!r}; expected a finite number")
+    limits = Limits(max_iterations, tolerance, on_iteration)
 
-    dtype = compute_dtype(*tensors) if base is None else compute_dtype(*tensors, base)
+    dtype = compute_dtype(tensors if base is None else [*tensors, base])
     shape = tensors[0].shape
     if len(shape) < 2:
         return _average([t.to(dtype) for t in tensors], coefficients, mu)
-    models = [view(t.to(dtype)) for t in tensors]
-    start = None if base is None else view(base.to(dtype))
+    stacks = [view(t) for t in tensors]
+    given = None if base is None else view(base)
+    if tensors[0].numel() == 0:
+        return _empty(tensors[0].to(dtype), len(tensors), mu)
     results = []
-    for slot in range(models[0].shape[0]):
-        chosen = [m[slot] for m in models]
+    for slot in range(stacks[0].shape[0]):
+        models = [s[slot].to(dtype) for s in stacks]
         fitted = fit(
-            chosen,
-            None if start is None else start[slot],
-            shrinkage,
-            update,
-            limits,
-            on_iteration,
+            models, None if given is None else given[slot].to(dtype), shrinkage, update, limits
         )
-        merged = _merge(fitted, tau_of, coefficients, lam)
-        results.append((merged, fitted))
-    return _gather(results, shape, len(tensors), dtype, tensors[0].device, mu)
+        tau = fitted.task_vector(combination, coefficients)
+        results.append(_result(fitted, fitted.base + lam * tau))
+    return _gather(results, shape)
 
 
-def _merge(fitted: Fit, tau_of: Combine, weights: list[float], lam: float) -> Tensor:
-    return fitted.base + lam * tau_of(fitted.deltas, weights)
-
-
-# --- combining task vectors -----------------------------------------------------------------
-
-Combine = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
-
-
-def _sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Algorithm 1, optional 1: ``tau = sum_i w_i delta_i`` (the paper has w_i = 1)."""
-    tau = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        tau.add_(delta, alpha=weight)
-    return tau
-
-
-def _mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``tau = sum_i w_i delta_i / sum_i w_i``."""
-    return _sum(deltas, weights) / math.fsum(weights)
-
-
-def _ties(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Algorithm 1, optional 2: the mean of the entries that agree with the elected sign."""
-    elected = _sum(deltas, weights).sign_()
-    total, mass = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        agrees = (delta.sign() == elected).to(delta.dtype)
-        total.add_(delta * agrees, alpha=weight)
-        mass.add_(agrees, alpha=weight)
-    empty = mass == 0
-    return torch.where(empty, 0.0, total / torch.where(empty, 1.0, mass))
-
-
-COMBINE: dict[str, Combine] = {"sum": _sum, "mean": _mean, "ties": _ties}
+def _result(fitted: Fit, merged: Tensor) -> LoreResult:
+    """The numbers of one matrix; its delta_i are let go."""
+    return LoreResult(
+        merged=merged,
+        base=fitted.base,
+        iterations=fitted.outcome.iterations,
+        change=fitted.outcome.change,
+        objective=fitted.objective,
+        converged=fitted.outcome.converged,
+        ranks=fitted.ranks,
+        spectral_norms=fitted.spectral_norms,
+        mu=fitted.mu,
+    )
 
 
 # --- layouts ----------------------------------------------------------------------------------
@@ -173,7 +206,7 @@ def _average(models: list[Tensor], weights: list[float], mu: float | None) -> Lo
     total = math.fsum(weights)
     if total == 0.0:
         raise ValueError("weights: found a sum of 0; expected another sum to average 1-D tensors")
-    shift = _sum([m - models[0] for m in models], weights) / total
+    shift = weighted_sum([m - models[0] for m in models], weights) / total
     mean = models[0] + shift
     apart = [float(torch.linalg.vector_norm(m - mean, dtype=torch.float64)) for m in models]
     return LoreResult(
@@ -189,38 +222,43 @@ def _average(models: list[Tensor], weights: list[float], mu: float | None) -> Lo
     )
 
 
-def _gather(
-    results: list[tuple[Tensor, Fit]],
-    shape: torch.Size,
-    count: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    mu: float | None,
-) -> LoreResult:
-    """One result from those of the matrices of a stack (mostly a stack of one)."""
-    if not results:
-        empty = torch.empty(shape, dtype=dtype, device=device)
-        zeros = (0.0,) * count
-        return LoreResult(empty, empty.clone(), 0, 0.0, 0.0, True, (0,) * count, zeros, mu)
-    fits = [f for _, f in results]
-    used = [f.mu for f in fits if f.mu is not None]
+def _empty(tensor: Tensor, count: int, mu: float | None) -> LoreResult:
     return LoreResult(
-        merged=torch.stack([m for m, _ in results]).reshape(shape),
-        base=torch.stack([f.base for f in fits]).reshape(shape),
-        iterations=max(f.iterations for f in fits),
-        change=max(f.change for f in fits),
-        objective=math.fsum(f.objective for f in fits),
-        converged=all(f.converged for f in fits),
-        ranks=tuple(max(r) for r in zip(*(f.ranks for f in fits), strict=True)),
-        spectral_norms=tuple(max(s) for s in zip(*(f.spectral_norms for f in fits), strict=True)),
+        tensor.clone(), tensor.clone(), 0, 0.0, 0.0, True, (0,) * count, (0.0,) * count, mu
+    )
+
+
+def _gather(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
+    """One result from those of the matrices of a stack (mostly a stack of one)."""
+    used = [r.mu for r in results if r.mu is not None]
+    return LoreResult(
+        merged=torch.stack([r.merged for r in results]).reshape(shape),
+        base=torch.stack([r.base for r in results]).reshape(shape),
+        iterations=max(r.iterations for r in results),
+        change=max(r.change for r in results),
+        objective=math.fsum(r.objective for r in results),
+        converged=all(r.converged for r in results),
+        ranks=tuple(max(r) for r in zip(*(r.ranks for r in results), strict=True)),
+        spectral_norms=tuple(
+            max(s) for s in zip(*(r.spectral_norms for r in results), strict=True)
+        ),
         mu=max(used) if used else None,
     )
 
 
-def _named(parameter: str, value: str, registry: dict[str, Callable[..., object]]) -> Callable:
+def _named(parameter: str, value: str, registry: Mapping[str, T]) -> T:
     if value not in registry:
         raise ValueError(f"{parameter}: found {value!r}; expected one of {', '.join(registry)}")
     return registry[value]
+
+
+def _check_numbers(lam: float, max_iterations: int, tolerance: float) -> None:
+    if not math.isfinite(lam):
+        raise ValueError(f"lam: found {lam!r}; expected a finite number")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations: found {max_iterations!r}; expected at least 1")
+    if not 0.0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance: found {tolerance!r}; expected a finite number >= 0")
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int, combine: str) -> list[float]:
@@ -252,7 +290,7 @@ def _check_tensors(tensors: Sequence[Tensor], base: Tensor | None) -> None:
             raise ValueError(f"{name}: found dtype {tensor.dtype}; expected a floating type")
         # one pass; finite entries can only overflow the float64 sum if they are float64
         if not math.isfinite(float(tensor.sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(tensor)).sum())
+            bad = count_non_finite(tensor)
             if bad:
                 raise ValueError(
                     f"{name}: found {bad} non-finite values among {tensor.numel()}; expected "

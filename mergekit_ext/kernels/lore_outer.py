@@ -1,141 +1,231 @@
-"""The optimisation behind LoRE-Merging, for one matrix of each model."""
+"""The outer iterations of LoRE-Merging, for one matrix of each model.
+
+With D_i = theta_i - mean and theta_0 = mean - S, the simultaneous update of Algorithm 1 is the
+fixed-point iteration ``S <- mean_i shrink(D_i + S)``. For thresholding it is gradient descent,
+step 1/n, on the smooth convex function of S that is left when every delta_i is minimised out; so
+quasi-Newton steps go to the same minimiser in fewer evaluations. Rank truncation is not convex
+and the sequential update need not have one limit: these are iterated as the paper has them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.svt import Eigen, Shrunk
+from mergekit_ext.kernels.lore_descent import Secants, norm
+from mergekit_ext.kernels.svt import Rule, Shrunk
 
-Iteration = Callable[[int, float, float], None]
+Report = Callable[[int, float, float], None]
+# A settled point may differ by this share of the tolerance from its exact thresholding.
+SETTLED_SHARE = 0.2
+
+
+class Shrinker(Protocol):
+    """One model's shrinking operator; it may keep what it learned from call to call."""
+
+    def start(self, x: Tensor) -> float: ...
+    def first(self, x: Tensor, rule: Rule) -> Shrunk: ...
+    def shrink(self, x: Tensor) -> Shrunk: ...
+    def settle(self, x: Tensor, accuracy: float) -> Shrunk: ...
 
 
 @dataclass(frozen=True)
 class Limits:
+    """When to stop, and whom to tell: ``on_iteration(iteration, objective, change)``."""
+
     max_iterations: int
     tolerance: float
+    on_iteration: Report | None = None
 
-    @classmethod
-    def checked(cls, max_iterations: int, tolerance: float) -> Limits:
-        if max_iterations < 1:
-            raise ValueError(f"max_iterations: found {max_iterations!r}; expected at least 1")
-        if not (math.isfinite(tolerance) and tolerance >= 0.0):
-            raise ValueError(f"tolerance: found {tolerance!r}; expected a finite number >= 0")
-        return cls(max_iterations, tolerance)
+    def report(self, count: int, objective: float, change: float) -> None:
+        if self.on_iteration is not None:
+            self.on_iteration(count, objective, change)
 
 
 @dataclass(frozen=True)
-class Shrinkage:
-    mu: float | None
-    mu_relative: float | None
-    rank_ratio: float | None
+class Point:
+    """All delta_i thresholded at one S, then theta_0 solved for them (S becomes `mean`)."""
 
-    @classmethod
-    def chosen(
-        cls, mu: float | None, mu_relative: float | None, rank_ratio: float | None
-    ) -> Shrinkage:
-        given = {"mu": mu, "mu_relative": mu_relative, "rank_ratio": rank_ratio}
-        named = {k: v for k, v in given.items() if v is not None}
-        if len(named) != 1:
-            raise ValueError(
-                f"mu, mu_relative, rank_ratio: found {named or 'none of them'}; expected exactly one"
-            )
-        for name, value in named.items():
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"{name}: found {value!r}; expected a finite number >= 0")
-        if rank_ratio is not None and rank_ratio > 1.0:
-            raise ValueError(f"rank_ratio: found {rank_ratio!r}; expected a number from 0 to 1")
-        return cls(mu, mu_relative, rank_ratio)
+    at: Tensor
+    parts: list[Shrunk]
+    mean: Tensor
+    gradient: Tensor
+    objective: float
 
 
 @dataclass(frozen=True)
-class Fit:
-    base: Tensor
-    deltas: list[Tensor]
+class Outcome:
+    """What a solver found: the delta_i and their mean, in the coordinates it was given."""
+
+    parts: list[Shrunk]
+    mean: Tensor
     iterations: int
     change: float
     objective: float
     converged: bool
-    ranks: tuple[int, ...]
-    spectral_norms: tuple[float, ...]
-    mu: float | None
+
+    @classmethod
+    def at(cls, point: Point, iterations: int, change: float, converged: bool) -> Outcome:
+        return cls(point.parts, point.mean, iterations, change, point.objective, converged)
 
 
-def fit(
-    models: list[Tensor],
-    base: Tensor | None,
-    shrinkage: Shrinkage,
-    update: str,
-    limits: Limits,
-    on_iteration: Iteration | None,
-) -> Fit:
-    if models[0].numel() == 0:
-        zeros = (0,) * len(models)
-        empty = models[0].clone()
-        return Fit(
-            empty, [empty] * len(models), 0, 0.0, 0.0, True, zeros, (0.0,) * len(models), shrinkage.mu
-        )
-    if base is None:
-        shift = torch.stack([m - models[0] for m in models]).mean(0)
-        centre = models[0] + shift
-        diffs = [m - models[0] - shift for m in models]
-    else:
-        centre = base
-        diffs = [m - base for m in models]
-    n = len(models)
-    eig = [Eigen.of(d, torch.float64) for d in diffs]
-    norms = tuple(float(e.sigma[-1]) for e in eig)
-    mu = shrinkage.mu
-    rank = None
-    if shrinkage.mu_relative is not None:
-        mu = shrinkage.mu_relative * max(norms)
-    if shrinkage.rank_ratio is not None:
-        rank = math.ceil(shrinkage.rank_ratio * min(models[0].shape))
+@dataclass(frozen=True)
+class Problem:
+    """``sum_i 1/2||D_i + S - delta_i||_F^2 + mu ||delta_i||_*`` over S and the delta_i."""
 
-    def shrink(x: Tensor) -> Shrunk:
-        e = Eigen.of(x, torch.float64)
-        return e.truncate(rank) if rank is not None else e.threshold(mu)
+    differences: list[Tensor]
+    shrinkers: list[Shrinker]
+    rule: Rule
 
-    def objective(s, parts):
-        out = 0.0
-        for d, p in zip(diffs, parts, strict=True):
-            out += 0.5 * float(torch.linalg.vector_norm(d + s - p.value, dtype=torch.float64)) ** 2
-            out += mu * p.nuclear if mu is not None else 0.0
-        return out
+    @property
+    def floor(self) -> float:
+        """A change of S that rounding alone can cause."""
+        largest = max(norm(d) for d in self.differences)
+        return 4.0 * torch.finfo(self.differences[0].dtype).eps * largest
 
-    s = torch.zeros_like(diffs[0])
-    if base is not None:
-        parts = [shrink(d) for d in diffs]
-        obj = objective(s, parts)
-        if on_iteration:
-            on_iteration(1, obj, 0.0)
-        return Fit(base, [p.value for p in parts], 1, 0.0, obj, True,
-                   tuple(p.rank for p in parts), norms, mu)
-    parts = [None] * n
-    change, it = math.inf, 0
-    for it in range(1, limits.max_iterations + 1):
-        old = s
-        if update == "sequential":
-            values = [torch.zeros_like(s) if p is None else p.value for p in parts]
-            for i in range(n):
-                parts[i] = shrink(diffs[i] + s)
-                s = s + (parts[i].value - values[i]) / n
+    def point(self, at: Tensor, parts: list[Shrunk]) -> Point:
+        mean = parts[0].value.clone()
+        for part in parts[1:]:
+            mean.add_(part.value)
+        mean.div_(len(parts))
+        gradient = at - mean
+        # at S = mean the quadratic terms are lower by exactly n/2 ||S - mean||^2
+        objective = self.objective(at, parts) - 0.5 * len(parts) * norm(gradient) ** 2
+        return Point(at, parts, mean, gradient, objective)
+
+    def objective(self, at: Tensor, parts: list[Shrunk]) -> float:
+        terms = [0.0]
+        for difference, part in zip(self.differences, parts, strict=True):
+            terms.append(0.5 * norm((difference + at).sub_(part.value)) ** 2)
+            terms.append((self.rule.mu or 0.0) * part.nuclear)
+        return math.fsum(terms)
+
+    def evaluate(self, at: Tensor) -> Point:
+        pairs = zip(self.shrinkers, self.differences, strict=True)
+        return self.point(at, [s.shrink(d + at) for s, d in pairs])
+
+    def settle(self, at: Tensor, accuracy: float) -> Point:
+        pairs = zip(self.shrinkers, self.differences, strict=True)
+        return self.point(at, [s.settle(d + at, accuracy) for s, d in pairs])
+
+
+def simultaneous(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
+    """Algorithm 1. `start` holds the thresholded D_i, its first iteration."""
+    descend = accelerated if problem.rule.mu is not None and len(start) > 2 else plain
+    return descend(problem, start, limits)
+
+
+def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
+    """Quasi-Newton steps; one that raises the objective gives way to a step of Algorithm 1.
+
+    Stops when both the step to take and the gradient are below tolerance; the point is then
+    evaluated again with settled subspaces before it counts. Scratch: about 2 (MEMORY + 3)
+    matrices besides those of the shrinkers.
+    """
+    slack = 1.0 + 4.0 * torch.finfo(start[0].value.dtype).eps
+    floor = problem.floor
+    secants = Secants()
+    now = problem.point(torch.zeros_like(start[0].value), start)
+    count, change = 1, _relative(norm(now.gradient), norm(now.mean))
+    limits.report(count, now.objective, change)
+    while norm(now.gradient) > 0.0:
+        size = norm(now.mean)
+        enough = max(limits.tolerance * size, floor)
+        step, length = secants.step(now.gradient)
+        if max(length, norm(now.gradient)) <= enough:
+            settled = problem.settle(now.at, SETTLED_SHARE * enough)
+            moved = norm(settled.mean - now.mean)
+            now = settled
+            step, length = secants.step(now.gradient)
+            change = _relative(length, size)
+            if max(moved, length, norm(now.gradient)) <= enough:
+                break
+        if count >= limits.max_iterations:
+            return Outcome.at(now, count, change, False)
+        trial = problem.evaluate(now.at - step)
+        count += 1
+        secants.learn(trial.at - now.at, trial.gradient - now.gradient)
+        if trial.objective <= slack * now.objective:
+            secants.accepted()
         else:
-            parts = [shrink(d + s) for d in diffs]
-            s = torch.stack([p.value for p in parts]).mean(0)
-        size = float(torch.linalg.vector_norm(s))
-        change = float(torch.linalg.vector_norm(s - old)) / size if size > 0 else 0.0
-        obj = objective(s, parts)
-        if on_iteration:
-            on_iteration(it, obj, change)
-        if change <= limits.tolerance:
-            break
-    return Fit(centre - s, [p.value for p in parts], it, change, obj, change <= limits.tolerance,
-               tuple(p.rank for p in parts), norms, mu)
+            secants.rejected()
+            if count >= limits.max_iterations:
+                return Outcome.at(now, count, change, False)
+            trial = problem.evaluate(now.mean)
+            count += 1
+            secants.learn(trial.at - now.at, trial.gradient - now.gradient)
+        change = _relative(norm(trial.mean - now.mean), norm(trial.mean))
+        now = trial
+        limits.report(count, now.objective, change)
+    return Outcome.at(now, count, change, True)
 
 
-UPDATES = {"simultaneous": fit, "sequential": fit}
+def plain(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
+    """Algorithm 1 as written: theta_0, then every delta_i from it."""
+    now = problem.point(torch.zeros_like(start[0].value), start)
+    stop = _Stop(limits, problem.floor)
+    count, done = 1, stop(1, now.objective, norm(now.gradient), norm(now.mean))
+    while not done and count < limits.max_iterations:
+        now = problem.evaluate(now.mean)
+        count += 1
+        done = stop(count, now.objective, norm(now.gradient), norm(now.mean))
+    return Outcome.at(now, count, stop.change, done)
+
+
+def sequential(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
+    """Gauss-Seidel: theta_0 is solved again after each delta_i. An iteration is one sweep.
+
+    Never extrapolated: with two models the minimiser is not unique, and the order chooses it.
+    """
+    count = len(problem.differences)
+    parts: list[Shrunk] = []
+    mean = torch.zeros_like(start[0].value)
+    stop, done, sweep = _Stop(limits, problem.floor), False, 0
+    while not done and sweep < limits.max_iterations:
+        before = mean.clone()
+        accuracy = SETTLED_SHARE * max(limits.tolerance * norm(mean), problem.floor)
+        for i, difference in enumerate(problem.differences):
+            if sweep == 0 and i == 0:
+                part = start[0]
+            else:
+                part = problem.shrinkers[i].settle(difference + mean, accuracy)
+            change = part.value - parts[i].value if sweep else part.value
+            parts[i : i + 1] = [part]
+            mean.add_(change, alpha=1.0 / count)
+        sweep += 1
+        objective = problem.objective(mean, parts)
+        done = stop(sweep, objective, norm(mean - before), norm(mean))
+    exact = torch.stack([p.value for p in parts]).mean(0)
+    return Outcome(parts, exact, sweep, stop.change, problem.objective(exact, parts), done)
+
+
+class _Stop:
+    """Stops a linearly converging iteration: what is left is ``change rho / (1 - rho)``."""
+
+    def __init__(self, limits: Limits, floor: float):
+        self._limits, self._floor = limits, floor
+        self._before = math.inf
+        self.change = 0.0
+
+    def __call__(self, count: int, objective: float, moved: float, size: float) -> bool:
+        self.change = _relative(moved, size)
+        self._limits.report(count, objective, self.change)
+        rate = min(moved / self._before, 0.999) if self._before > 0.0 else 0.0
+        left = max(moved, moved * rate / (1.0 - rate)) if count > 1 else moved
+        self._before = moved
+        return left <= max(self._limits.tolerance * size, self._floor)
+
+
+def _relative(moved: float, size: float) -> float:
+    return moved / size if size > 0.0 else 0.0
+
+
+UPDATES: dict[str, Callable[[Problem, list[Shrunk], Limits], Outcome]] = {
+    "simultaneous": simultaneous,
+    "sequential": sequential,
+}

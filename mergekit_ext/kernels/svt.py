@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.numerics import compute_dtype
+
 
 @dataclass(frozen=True)
 class Shrunk:
@@ -34,11 +36,6 @@ class Shrunk:
     rank: int
     nuclear: float
     spectral_norm: float
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of `tensors` is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def svt(x: Tensor, mu: float) -> Shrunk:
@@ -119,6 +116,18 @@ class Eigen:
             floor = max(floor, float(sigma[-1]) * max(short.shape) * torch.finfo(matrix.dtype).eps)
         return cls(short, transposed, sigma, vectors.to(matrix.dtype), floor)
 
+    @property
+    def spectral_norm(self) -> float:
+        return float(self.sigma[-1])
+
+    def kth(self, rank: int | None) -> float:
+        """The `rank`-th largest singular value (0 for rank 0)."""
+        return float(self.sigma[len(self.sigma) - rank]) if rank else 0.0
+
+    def top(self, count: int) -> Tensor:
+        """The left singular vectors of the `count` largest singular values."""
+        return self.vectors[:, len(self.sigma) - count :].clone()
+
     def threshold(self, mu: float) -> Shrunk:
         """Singular value thresholding at `mu`."""
         if mu == 0.0:
@@ -155,6 +164,19 @@ class Eigen:
         return Shrunk(value, rank, nuclear, float(self.sigma[-1]))
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a matrix is shrunk: thresholded at `mu`, or cut to `rank`. One of them is set."""
+
+    mu: float | None = None
+    rank: int | None = None
+
+    def apply(self, eigen: Eigen) -> Shrunk:
+        if self.mu is not None:
+            return eigen.threshold(self.mu)
+        return eigen.truncate(self.rank or 0)
+
+
 def power_of_two(matrix: Tensor) -> float:
     """A power of two within a factor 2 of the largest entry (1 for zeros), to scale by exactly."""
     peak = float(matrix.abs().max()) if matrix.numel() else 0.0
@@ -164,4 +186,4 @@ def power_of_two(matrix: Tensor) -> float:
 def _as_matrix(x: Tensor) -> Tensor:
     if x.ndim != 2:
         raise ValueError(f"x: found {x.ndim} axes; expected a matrix (2 axes)")
-    return x.to(compute_dtype(x))
+    return x.to(compute_dtype([x]))

@@ -265,7 +265,7 @@ def test_non_finite_weights_leave_no_output(llamas, tmp_path, command):
 
 
 def test_every_mistake_is_listed_before_anything_is_written(llamas, tmp_path):
-    base, tuned = llamas
+    _, tuned = llamas
     config = small.config("nan", tuned, None, {"norm_of": "task_vector", "granularty": "model"})
     config["dtpye"] = "float32"
     config["models"][0]["parameters"] = {"weight": "heavy"}

@@ -31,7 +31,7 @@ def test_a_failure_leaves_an_earlier_output_as_it_was(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_text("old")
-    with pytest.raises(ValueError), staged(out) as folder:  # noqa: PT011
+    with pytest.raises(ValueError), staged(out) as folder:
         (folder / "model.safetensors").write_text("half")
         raise ValueError
     assert (out / "model.safetensors").read_text() == "old"

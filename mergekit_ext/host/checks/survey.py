@@ -45,7 +45,7 @@ class _AnyInputs:
         """Accept anything."""
 
 
-class SurveyPlanner(MergePlanner):  # type: ignore[misc]
+class SurveyPlanner(MergePlanner):
     """Walks over slices and layers as mergekit does and keeps what each tensor is made of."""
 
     def __init__(
