@@ -46,9 +46,8 @@ class ConfigError(MergekitExtError, ValueError):
         self.subject = subject
         count = len(self.problems)
         head = f"{count} problem{'s' if count != 1 else ''} with {subject}; nothing was written:"
-        super().__init__(
-            "\n".join([head, *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))])
-        )
+        lines = (f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        super().__init__("\n".join([head, *lines]))
 
 
 class NonFiniteError(MergekitExtError, ValueError):

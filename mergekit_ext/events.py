@@ -215,7 +215,7 @@ class JsonLines(MergeCallback):
     def __init__(self, target: str | os.PathLike[str] | IO[str]):
         self._owned = isinstance(target, (str, os.PathLike))
         if isinstance(target, (str, os.PathLike)):
-            target = Path(target).open("a", encoding="utf-8")
+            target = Path(target).open("a", encoding="utf-8")  # noqa: SIM115 (see `close`)
         self._file: IO[str] = target
 
     def _write(self, event: Event) -> None:

@@ -15,6 +15,7 @@ import click
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import ValidationError
 
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning
 from mergekit_ext.events import (
@@ -26,7 +27,7 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.checks import check_merge, unknown_keys
+from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.session import Session
@@ -52,14 +53,25 @@ def merge(
     config_source: str | None = None,
 ) -> None:
     """Merge; see `mergekit_ext.merge`."""
+    from mergekit import merge as host
+
+    options = options or MergeOptions()
     if not isinstance(config, MergeConfiguration):
         text = str(config)
         config_source = text if "\n" in text else Path(text).read_text(encoding="utf-8")
-        config = MergeConfiguration.model_validate(yaml.safe_load(config_source))
-    from mergekit import merge as host
-
+        config = _parsed(config_source, options)
     stock = getattr(host.run_merge, "stock", host.run_merge)
-    _merge(stock, config, os.fspath(out_path), options or MergeOptions(), config_source, callbacks)
+    _merge(stock, config, os.fspath(out_path), options, config_source, callbacks)
+
+
+def _parsed(source: str, options: MergeOptions) -> MergeConfiguration:
+    try:
+        return MergeConfiguration.model_validate(yaml.safe_load(source))
+    except (yaml.YAMLError, ValidationError, RuntimeError):
+        # The check says it in the words of the file, with all that is wrong besides.
+        for _, report in check_source(source, options):
+            report.raise_for_problems("this configuration")
+        raise
 
 
 def extended(run_merge: Callable[..., None]) -> Callable[..., None]:

@@ -69,11 +69,13 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
             return
         options = _options(arguments)
         with for_commands():
-            with listening(options, out_path, (), source=text) as session:
-                with staged(out_path) as folder:
-                    stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
-                    describe(folder, method, session)
-                    session.warn(method.warnings(session.records))
+            with (
+                listening(options, out_path, (), source=text) as session,
+                staged(out_path) as folder,
+            ):
+                stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
+                describe(folder, method, session)
+                session.warn(method.warnings(session.records))
             finish(session, out_path)
 
     return command
