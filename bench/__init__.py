@@ -1,0 +1,1 @@
+"""Measurements: scripts that print ratios and the machine. Not run by the tests."""

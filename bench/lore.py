@@ -1,0 +1,151 @@
+"""The LoRE-Merging solver against Algorithm 1 with a full SVD per model per iteration.
+
+    python bench/lore.py                 # 1024x4096 and 2048x2048, float32, three models
+    python bench/lore.py --quick         # small shapes, to see that it runs
+    python bench/lore.py --device cuda   # 4096x4096 (not run so far: no GPU was at hand)
+
+For each case: a float64 solution is computed to a tolerance of 1e-8 and certified by one full SVD
+per model (the residual of Algorithm 1's fixed-point equation is printed). Then the solver runs
+with its defaults, and the reference, ``torch.linalg.svd(full_matrices=False)`` in the dtype of the
+models, runs until theta* is as close to the float64 solution as the solver's. Solver runs are put
+before, between and after the reference's iterations; medians of both are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.kernels.lore import LoreResult, lore
+
+MODELS = 3
+RANK = 32
+SHAPES = {"cpu": ((1024, 4096), (2048, 2048)), "cuda": ((4096, 4096),)}
+QUICK = ((128, 512), (192, 192))
+# the first runs pay for thread pools and workspaces
+LONGEST_REFERENCE = 400
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    low_rank: bool
+    mu_relative: float
+
+
+CASES = (
+    Case("low rank + noise", True, 0.3),
+    Case("low rank + noise", True, 0.1),
+    Case("full rank", False, 0.8),
+    Case("full rank", False, 0.5),
+)
+
+
+def models_of(case: Case, shape: tuple[int, int], device: str) -> list[Tensor]:
+    """A common base; updates of norm a tenth of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    rows, columns = shape
+    base = normal(rows, columns)
+    models = []
+    for _ in range(MODELS):
+        update = normal(rows, columns)
+        if case.low_rank:
+            update = 0.3 * update + normal(rows, RANK) @ normal(RANK, columns) / math.sqrt(RANK)
+        models.append((base + 0.1 * update).to(device))
+    return models
+
+
+def threshold(x: Tensor, mu: float) -> Tensor:
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    return (u * (s - mu).clamp(min=0)) @ v
+
+
+def timed(work: Callable[[], LoreResult | Tensor], device: str) -> tuple[float, object]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def reference_step(models: list[Tensor], mean: Tensor, theta_0: Tensor, mu: float) -> Tensor:
+    """One iteration of Algorithm 1 on theta_0."""
+    total = torch.zeros_like(mean)
+    for model in models:
+        total += threshold(model - theta_0, mu)
+    return mean - total / len(models)
+
+
+def measure(case: Case, shape: tuple[int, int], device: str, repeats: int) -> None:
+    models = models_of(case, shape, device)
+    mean = torch.stack(models).mean(0)
+    wide = [m.double() for m in models]
+    wide_mean = torch.stack(wide).mean(0)
+    found = lore(models, mu_relative=case.mu_relative)  # also the warm-up
+    mu = found.mu or 0.0
+    tight = lore(wide, mu=mu, tolerance=1e-8, max_iterations=500)
+    again = reference_step(wide, wide_mean, tight.base, mu)
+    moved = torch.linalg.norm(tight.base - wide_mean)
+    residual = float(torch.linalg.norm(again - tight.base) / moved)
+
+    def error(theta_0: Tensor) -> float:
+        """Of theta* = theta_0 + sum_i (theta_i - theta_0) [the fixed point], over its change."""
+        return float(torch.linalg.norm(theta_0.double() - tight.base) / moved)
+
+    solver = [timed(lambda: lore(models, mu=mu), device)[0]]
+    goal, steps, theta_0, reached = error(found.base), [], mean, math.inf
+    while reached > goal and len(steps) < LONGEST_REFERENCE:
+        seconds, theta_0 = timed(lambda t=theta_0: reference_step(models, mean, t, mu), device)
+        steps.append(seconds)
+        reached = error(theta_0)
+        if len(steps) in (5, 10, 15)[: repeats - 2]:
+            solver.append(timed(lambda: lore(models, mu=mu), device)[0])
+    solver.append(timed(lambda: lore(models, mu=mu), device)[0])
+
+    ours = statistics.median(solver)
+    theirs = statistics.median(steps) * len(steps)
+    print(
+        f"{shape[0]}x{shape[1]}  {case.name:16}  mu/sigma_1 {case.mu_relative}  ranks {found.ranks}\n"
+        f"    solver     {ours:8.3f} s  {found.iterations:4} iterations  error {goal:.1e}"
+        f"  (runs {', '.join(f'{s:.2f}' for s in solver)})\n"
+        f"    reference  {theirs:8.3f} s  {len(steps):4} iterations  error {reached:.1e}"
+        f"  ({statistics.median(steps):.2f} s each)\n"
+        f"    ratio      {theirs / ours:8.1f}    residual of the float64 solution {residual:.1e}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="small shapes")
+    parser.add_argument("--repeats", type=int, default=4, help="runs of the solver per case")
+    arguments = parser.parse_args()
+    device = arguments.device
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    print(
+        f"{name or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {MODELS} models, float32",
+        flush=True,
+    )
+    for shape in QUICK if arguments.quick else SHAPES[device]:
+        for case in CASES:
+            measure(case, shape, device, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
