@@ -1,0 +1,32 @@
+# Each target makes the virtual environment it needs; `make clean` removes it.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/quickstart
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+
+.PHONY: quickstart test check format clean
+
+quickstart: $(VENV)/examples.stamp
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.quickstart --out $(OUT)
+
+test: $(VENV)/dev.stamp
+	$(VENV)/bin/python -m pytest --numprocesses 2
+
+check: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: pyproject.toml constraints.txt mergekit_ext_autoload.pth | $(VENV)/bin/python
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

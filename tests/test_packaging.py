@@ -1,0 +1,57 @@
+"""The wheel: what it brings, and what uninstalling it takes away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = "from mergekit import merge_methods; print(*(m.spec.name for m in merge_methods.registered_methods()))"
+
+
+def run(*command: object, **env: str) -> str:
+    # Without PYTHONPATH the checkout would not be found in the other environment.
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=clean, cwd="/", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
+        *("--quiet", "--wheel-dir", folder, ROOT),
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_installed_from_a_wheel_and_uninstalled(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # The dependencies of this environment, as a plain path: its .pth files are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    assert "nan_ties" not in run(python, "-c", NAMES).split()
+
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
+    assert (site / "mergekit_ext_autoload.pth").exists()
+    assert (site / "mergekit_ext" / "py.typed").exists()
+    assert {"nan", "nan_ties", "lore"} <= set(run(python, "-c", NAMES).split())
+    where = run(python, "-c", "import mergekit_ext; print(mergekit_ext.__file__)")
+    assert Path(where.strip()).is_relative_to(site)
+    assert "check" in run(tmp_path / "env" / "bin" / "mergekit-ext", "--help")
+
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "mergekit-ext")
+    assert not list(site.glob("*mergekit_ext*"))
+    assert "nan_ties" not in run(python, "-c", NAMES).split()
