@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = "from mergekit import merge_methods; print(*(m.spec.name for m in merge_methods.registered_methods()))"
+NAMES = """
+from mergekit import merge_methods
+print(*(method.spec.name for method in merge_methods.registered_methods()))
+"""
 
 
 def run(*command: object, **env: str) -> str:

@@ -67,10 +67,13 @@ _PARAMETERS = (
 )
 
 _TWO_MODELS = (
-    "lore with two models and no base returns their plain average, whatever {given} and lambda "
-    "are: the two task vectors come out opposite and cancel. Give `base_model`, or "
-    "`update: sequential` (the result then depends on the order of the models), or use `linear`."
+    "lore with two models of equal weight and no base returns their plain average, whatever "
+    "{given} and lambda are: the two task vectors come out opposite and cancel. Give "
+    "`base_model`, or `update: sequential` (the result then depends on the order of the models), "
+    "or use `linear`."
 )
+# Two weights that differ by less do not keep the task vectors from cancelling.
+_SAME_WEIGHT = 1e-2
 
 
 class LoreMethod(ExtMethod):
@@ -109,10 +112,16 @@ class LoreMethod(ExtMethod):
             )
 
     def forewarnings(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+        self,
+        shared: Mapping[str, Any],
+        *,
+        has_base: bool,
+        inputs: Sequence[str],
+        where: str,
+        weights: Sequence[float] | None = None,
     ) -> Iterable[MergeWarning]:
         """Two models and no base: no parameter has an effect."""
-        if len(inputs) == 2 and not has_base and shared.get("update") == "simultaneous":
+        if not has_base and _cancels(shared, weights or [1.0] * len(inputs)):
             given = [name for name in _THRESHOLDS if shared.get(name) is not None]
             yield TwoModelsWarning(_TWO_MODELS.format(given=" and ".join(given) or "mu"))
 
@@ -153,7 +162,9 @@ class LoreMethod(ExtMethod):
             "mu": result.mu,
             "ranks": dict(zip(ids, result.ranks, strict=False)),
             "singular_values": dict(zip(ids, result.spectral_norms, strict=False)),
-            "averaged": _is_average(group, parameters, weights),
+            "averaged": (
+                group.base is None and entries[0].tensor.ndim > 1 and _cancels(parameters, weights)
+            ),
         }
         return result.merged.to(out_dtype), details
 
@@ -199,13 +210,8 @@ def _reporter(name: str) -> Callable[[int, float, float], None] | None:
     return report
 
 
-def _is_average(
-    group: TensorGroup, parameters: Mapping[str, Any], weights: Sequence[float]
-) -> bool:
-    return (
-        group.base is None
-        and len(weights) == 2
-        and weights[0] == weights[1]
-        and parameters["update"] == "simultaneous"
-        and group.entries[0].tensor.ndim > 1
-    )
+def _cancels(shared: Mapping[str, Any], weights: Sequence[float]) -> bool:
+    """Whether the task vectors of these models cancel when there is no base."""
+    if len(weights) != 2 or shared.get("update") != "simultaneous":
+        return False
+    return abs(weights[0] - weights[1]) <= _SAME_WEIGHT * max(map(abs, weights))

@@ -45,9 +45,19 @@ class ExtMethod(MergeMethod):
         return ()
 
     def forewarnings(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+        self,
+        shared: Mapping[str, Any],
+        *,
+        has_base: bool,
+        inputs: Sequence[str],
+        where: str,
+        weights: Sequence[float] | None = None,
     ) -> Iterable[MergeWarning]:
-        """What is worth a warning before the merge starts; arguments as in `problems`."""
+        """What is worth a warning before the merge starts.
+
+        Arguments as in `problems`; `weights` are those that the user gave the inputs for one
+        tensor, None if they are not known yet.
+        """
         return ()
 
     def notes(

@@ -164,12 +164,18 @@ class NanMethod(ExtMethod):
             )
 
     def forewarnings(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
+        self,
+        shared: Mapping[str, Any],
+        *,
+        has_base: bool,
+        inputs: Sequence[str],
+        where: str,
+        weights: Sequence[float] | None = None,
     ) -> Iterable[MergeWarning]:
-        """Those of the wrapped method."""
+        """Those of the wrapped method, which without a base gets nearly the same weights."""
         if self._inner:
             yield from self._inner.forewarnings(
-                shared, has_base=has_base, inputs=inputs, where=where
+                shared, has_base=has_base, inputs=inputs, where=where, weights=weights
             )
 
     def passes(self, shared: Mapping[str, Any]) -> int:

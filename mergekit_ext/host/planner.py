@@ -42,13 +42,14 @@ class MergePlanner(StockPlanner):
         if method is None:
             return
         for _, task in self._tensors:
-            inputs = [str(model) for model in task.model_order if model != task.base_model]
+            models = [model for model in task.model_order if model != task.base_model]
             session.warn(
                 method.forewarnings(
                     dict(task.parameters.items()),
                     has_base=task.base_model is not None,
-                    inputs=inputs,
+                    inputs=[str(model) for model in models],
                     where="parameters",
+                    weights=[task.input_parameters[model]["weight"] for model in models],
                 )
             )
 

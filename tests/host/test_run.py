@@ -1,0 +1,180 @@
+"""`mergekit_ext.merge` and ``mergekit-ext merge``: callbacks, errors, what is left behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+import mergekit_ext
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.events import MergeCallback
+from tests import models as small
+from tests.reference import nan as reference
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    return small.family(tmp_path_factory.mktemp("llama"), small.llama)
+
+
+class Listener(MergeCallback):
+    def __init__(self, stop_at: int | None = None):
+        self.names, self.coefficients, self.iterations, self.closed = [], {}, 0, 0
+        self.shards, self.stop_at = [], stop_at
+
+    def on_statistics_end(self, event):
+        self.coefficients = event.coefficients
+
+    def on_solver_iteration(self, event):
+        self.iterations += 1
+
+    def on_tensor_merged(self, event):
+        self.names.append(event.name)
+        if self.stop_at == len(self.names):
+            raise RuntimeError("enough")
+
+    def on_shard_written(self, event):
+        self.shards.append(event)
+
+    def close(self):
+        self.closed += 1
+
+
+QUIET = MergeOptions(quiet=True)
+
+
+def test_callbacks_hear_of_every_tensor(llamas, tmp_path):
+    base, tuned = llamas
+    listener = Listener()
+    config = small.write_yaml(
+        tmp_path / "merge.yml", small.config("nan", tuned, base, {"granularity": "block"})
+    )
+    mergekit_ext.merge(config, tmp_path / "out", QUIET, callbacks=[listener])
+    names = small.state(base).keys()
+    assert set(listener.names) == set(names)
+    assert listener.closed == 1
+    assert "model.layers.0.attention" in listener.coefficients
+    (shard,) = listener.shards
+    assert shard.path == str(tmp_path / "out" / "model.safetensors")
+    assert shard.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("form", ["path", "text", "configuration"])
+def test_a_configuration_in_three_forms(llamas, tmp_path, form):
+    base, tuned = llamas
+    content = small.config("nan", tuned, base)
+    config = {
+        "path": small.write_yaml(tmp_path / "merge.yml", content),
+        "text": yaml.safe_dump(content),
+        "configuration": MergeConfiguration.model_validate(content),
+    }[form]
+    mergekit_ext.merge(config, tmp_path / "out", QUIET)
+    wanted = reference.merge([small.state(t) for t in tuned], small.state(base))
+    for name, tensor in small.state(tmp_path / "out").items():
+        torch.testing.assert_close(tensor.double(), wanted[name], rtol=3e-6, atol=3e-6)
+    assert "merge_method: nan" in (tmp_path / "out" / "mergekit_config.yml").read_text()
+
+
+def test_merges_with_stock_methods_too(llamas, tmp_path):
+    base, tuned = llamas
+    listener = Listener()
+    content = small.config("task_arithmetic", tuned, base, {"weight": 0.5})
+    mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET, callbacks=[listener])
+    assert len(listener.names) == len(small.state(tmp_path / "out"))
+
+
+def test_solver_iterations_are_heard(llamas, tmp_path):
+    _, tuned = llamas
+    listener = Listener()
+    content = small.config("lore", tuned, None, {"mu_relative": 0.5})
+    mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET, callbacks=[listener])
+    assert listener.iterations > len(listener.names)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "### LoRE solver" in card
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())["tensors"]
+    assert report["lm_head.weight"]["converged"] is True
+    assert len(report["lm_head.weight"]["singular_values"]) == 3
+
+
+def test_a_callback_that_raises_stops_the_merge_and_leaves_nothing(llamas, tmp_path):
+    base, tuned = llamas
+    listener = Listener(stop_at=3)
+    content = small.config("nan", tuned, base)
+    with pytest.raises(RuntimeError, match="enough"):
+        mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET, callbacks=[listener])
+    assert listener.closed == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_problems_are_one_error(llamas, tmp_path):
+    _, tuned = llamas
+    content = small.config("lore", tuned, None, {"combin": "sum", "mu": -1})
+    with pytest.raises(ConfigError) as caught:
+        mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET)
+    assert len(caught.value.problems) >= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_schema_is_told_in_the_words_of_the_file(tmp_path):
+    with pytest.raises(ConfigError, match="models"):
+        mergekit_ext.merge("merge_method: nan\nmodels: 3\n", tmp_path / "out", QUIET)
+
+
+def test_without_a_base_the_first_model_gives_the_configuration(llamas, tmp_path):
+    _, tuned = llamas
+    for order in (tuned, tuned[::-1]):
+        out = tmp_path / order[0].name
+        content = small.config("lore", order, None, {"mu_relative": 0.9})
+        mergekit_ext.merge(yaml.safe_dump(content), out, QUIET)
+        listed = [line for line in (out / "README.md").read_text().splitlines() if "* " in line]
+        assert [line.split("/")[-1].rstrip(")") for line in listed] == [m.name for m in order]
+
+
+def test_a_second_merge_reads_files_that_were_replaced(llamas, tmp_path):
+    base, tuned = llamas
+    content = yaml.safe_dump(small.config("nan", [tmp_path / "model"], base))
+    for source in tuned[:2]:
+        (tmp_path / "model").mkdir(exist_ok=True)
+        for file in source.iterdir():
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+        mergekit_ext.merge(content, tmp_path / "out", QUIET)
+        for name, tensor in small.state(tmp_path / "out").items():
+            torch.testing.assert_close(tensor, small.state(source)[name], rtol=3e-6, atol=3e-6)
+
+
+def test_the_command(llamas, tmp_path):
+    base, tuned = llamas
+    config = small.write_yaml(tmp_path / "merge.yml", small.config("nan_ties", tuned, base))
+    events = tmp_path / "events.jsonl"
+    done = small.command(
+        *("mergekit-ext", "merge", config, tmp_path / "out", "--events", events, "--quiet"),
+        env={"MERGEKIT_EXT_AUTOLOAD": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(events.read_text().splitlines()[-1])["event"] == "merge_end"
+    assert small.state(tmp_path / "out").keys() == small.state(base).keys()
+
+
+def test_the_command_lists_problems_without_a_traceback(llamas, tmp_path):
+    _, tuned = llamas
+    config = small.write_yaml(tmp_path / "merge.yml", small.config("lore", tuned))
+    done = small.command("mergekit-ext", "merge", config, tmp_path / "out")
+    assert done.returncode == 2
+    assert "exactly one of mu, mu_relative, rank_ratio" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_multi_merge_with_a_misspelt_key_stops_at_once(llamas, tmp_path):
+    base, tuned = llamas
+    content = {"name": "first", **small.config("nan", tuned, base), "paramters": {"scale": 1}}
+    config = small.write_yaml(tmp_path / "merge.yml", content)
+    done = small.command("mergekit-multi", config, "-I", tmp_path / "parts")
+    assert done.returncode == 2
+    assert "paramters" in done.stderr
+    assert "`parameters`" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+
+from mergekit_ext.report.card import append_section, coefficients_section, solver_section
+from mergekit_ext.report.merge_report import REPORT_NAME, write_report
+
+
+def nan_details(group, a, b):
+    return {"group": group, "coefficients": {"/home/me/a": a, "org/b": b}, "scale": 1.5}
+
+
+def test_few_groups_are_a_row_each():
+    section = coefficients_section(
+        {"x": nan_details("model", 0.25, 0.75), "y": nan_details("model", 0.25, 0.75)}
+    )
+    assert "| group | a | b |" in section
+    assert section.count("| model | 0.2500 | 0.7500 |") == 1
+    assert "Global factor (`scale`): 1.5." in section
+
+
+def test_many_groups_are_summarised():
+    details = {f"t{i}": nan_details(f"t{i}", i / 100, 1 - i / 100) for i in range(101)}
+    section = coefficients_section(details)
+    assert "Over 101 groups" in section
+    assert "| lowest | 0.0000 | 0.0000 |" in section
+    assert "| mean | 0.5000 | 0.5000 |" in section
+    assert "| highest | 1.0000 | 1.0000 |" in section
+
+
+def test_nothing_to_tell():
+    assert coefficients_section({"x": {}}) == ""
+    assert solver_section({"x": {"iterations": 0}}) == ""
+
+
+def test_solver():
+    details = {
+        f"t{i}": {
+            "iterations": i,
+            "converged": i < 3,
+            "ranks": {"a": i, "b": 7},
+            "singular_values": {"a": 0.5 * i, "b": 2.0},
+        }
+        for i in (1, 2, 3)
+    }
+    section = solver_section(details)
+    assert "2 of 3 tensors converged; iterations from 1 to 3, median 2" in section
+    assert "| a | 1 / 2 / 3 | 0.5 to 1.5 |" in section
+
+
+def test_append_section(tmp_path):
+    card = tmp_path / "README.md"
+    append_section(card, "### New")
+    assert not card.exists()
+    card.write_text("# Card\n\n\n")
+    append_section(card, "")
+    append_section(card, "### New\n")
+    assert card.read_text() == "# Card\n\n### New\n"
+
+
+def test_write_report(tmp_path):
+    write_report(tmp_path, "nan", {"x": {"scale": 1.0}})
+    content = json.loads((tmp_path / REPORT_NAME).read_text())
+    assert content == {"format_version": 1, "method": "nan", "tensors": {"x": {"scale": 1.0}}}
