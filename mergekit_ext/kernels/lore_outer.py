@@ -26,8 +26,13 @@ SETTLED_SHARE = 0.2
 
 
 class Shrinker(Protocol):
-    """One model's shrinking operator; it may keep what it learned from call to call."""
+    """One model's shrinking operator; it may keep what it learned from call to call.
 
+    `shrink` may be rough by `noise` times the norm of its argument; `settle` may not.
+    """
+
+    @property
+    def noise(self) -> float: ...
     def start(self, x: Tensor) -> float: ...
     def first(self, x: Tensor, rule: Rule) -> Shrunk: ...
     def shrink(self, x: Tensor) -> Shrunk: ...
@@ -85,8 +90,17 @@ class Problem:
     @property
     def floor(self) -> float:
         """A change of S that rounding alone can cause."""
-        largest = max(norm(d) for d in self.differences)
-        return 4.0 * torch.finfo(self.differences[0].dtype).eps * largest
+        return 4.0 * torch.finfo(self.differences[0].dtype).eps * self.size
+
+    @property
+    def size(self) -> float:
+        """The norm of the largest difference."""
+        return max(norm(d) for d in self.differences)
+
+    @property
+    def noise(self) -> float:
+        """Relative error of evaluations so far."""
+        return max(s.noise for s in self.shrinkers)
 
     def point(self, at: Tensor, parts: list[Shrunk]) -> Point:
         mean = parts[0].value.clone()
@@ -128,7 +142,7 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
     matrices besides those of the shrinkers.
     """
     slack = 1.0 + 4.0 * torch.finfo(start[0].value.dtype).eps
-    floor = problem.floor
+    floor, largest = problem.floor, problem.size
     secants = Secants()
     now = problem.point(torch.zeros_like(start[0].value), start)
     count, change = 1, _relative(norm(now.gradient), norm(now.mean))
@@ -137,7 +151,7 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
         size = norm(now.mean)
         enough = max(limits.tolerance * size, floor)
         step, length = secants.step(now.gradient)
-        if max(length, norm(now.gradient)) <= enough:
+        if max(length, norm(now.gradient)) <= max(enough, problem.noise * largest):
             settled = problem.settle(now.at, SETTLED_SHARE * enough)
             moved = norm(settled.mean - now.mean)
             now = settled

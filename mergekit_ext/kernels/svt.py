@@ -29,7 +29,7 @@ class Shrunk:
         value: the shrunk matrix, shape and dtype of the input.
         rank: number of singular values kept.
         nuclear: sum of the singular values of `value`.
-        spectral_norm: largest singular value of the *input*.
+        spectral_norm: largest singular value of the *input*, or a bound where it says so.
     """
 
     value: Tensor

@@ -1,0 +1,1 @@
+"""Four small vision transformers, merged by stock mergekit commands: see the README."""

@@ -1,0 +1,147 @@
+"""Thresholding of a slowly moving matrix: the subspace above mu is kept from call to call.
+
+An iterative solver thresholds nearly the same matrix again and again. What thresholding needs is
+the left subspace of the singular values above mu, and last time's is a good start: a Chebyshev
+polynomial of ``X X^T`` that damps everything below the subspace (degree 1 to 4, as the gap needs),
+then the Rayleigh-Ritz problem in the small space. Thin products instead of an eigendecomposition
+of the short side.
+
+What this can miss is a direction that has grown above mu outside the space. Three things prevent
+it: guard vectors must stay below mu (otherwise the space is rebuilt from an eigendecomposition);
+`settle` repeats the step on one matrix until the result stops moving; and `complete` *proves*, by
+a Cholesky factorisation of ``mu^2 I - R R^T`` for the remainder R, that ``||R||_2 <= mu``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.kernels.svt import Eigen, Rule, Shrunk, gram_dtype
+
+# Beyond this part of the short side an eigendecomposition is as fast (measured on CPU).
+LARGEST_SHARE = 0.33
+# Guard vectors: a share of the rank, and at least a few.
+GUARD_SHARE, GUARD_LEAST = 0.2, 12
+# Error of a shrinking factor that float32 Gram matrices may cause; see `gram_dtype`.
+FACTOR_ACCURACY = 1e-5
+# The proof of completeness leaves this much of mu^2 to rounding.
+COMPLETE_SLACK = 1e-4
+# A direction at mu should gain this much on the damped ones in one call.
+WANTED_GAIN, LARGEST_DEGREE = 4.0, 4
+# Columns of the filtered basis may differ in size by this much before float32 loses them.
+LARGEST_SPREAD = 1e5
+SETTLE_STEPS = 12
+
+
+class WarmShrinker:
+    """Shrinks ``(a, b)`` matrices with ``a <= b``, each one near the one before.
+
+    Holds between calls: the basis, at most ``LARGEST_SHARE`` of an ``(a, a)`` matrix; between
+    `start` and `first` the whole eigenvector matrix. Scratch: two tensors, four with float64 Gram
+    matrices of float32 data. Ranks (not thresholds) are cut with an eigendecomposition each time.
+    """
+
+    noise = 0.0  # see MatmulShrinker: here errors sink with the steps, no more is needed
+
+    def __init__(self) -> None:
+        self._rule = Rule(mu=0.0)
+        self._gram = torch.float64
+        self._eigen: Eigen | None = None
+        self._basis: Tensor | None = None
+        self._edge, self._peak = 0.0, 0.0
+
+    def start(self, x: Tensor) -> float:
+        """Decompose the first matrix and return its largest singular value."""
+        self._eigen = Eigen.of(x, x.dtype)
+        return self._eigen.spectral_norm
+
+    def first(self, x: Tensor, rule: Rule) -> Shrunk:
+        """Shrink the matrix that was given to `start`; `rule` stays for the later ones."""
+        eigen, self._eigen = self._eigen or Eigen.of(x, x.dtype), None
+        self._rule = rule
+        smallest = eigen.kth(rule.rank) if rule.mu is None else rule.mu
+        self._gram = gram_dtype(eigen.spectral_norm, smallest, x.dtype, FACTOR_ACCURACY)
+        return self._from_eigen(eigen if self._gram == x.dtype else Eigen.of(x, self._gram))
+
+    def shrink(self, x: Tensor) -> Shrunk:
+        """Shrink `x`; approximate where the subspace is still moving."""
+        if self._basis is None or self._rule.mu is None:
+            return self._from_eigen(Eigen.of(x, self._gram))
+        mu = self._rule.mu
+        basis = torch.linalg.qr(self._filtered(x, self._basis, mu)).Q
+        inner = basis.T @ x
+        wide = inner.to(self._gram)
+        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        sigma = values.double().clamp_(min=0.0).sqrt_()
+        size, rank = len(sigma), int((sigma > mu).sum())
+        if size - rank < GUARD_LEAST // 2:
+            return self._from_eigen(Eigen.of(x, self._gram))
+        vectors = vectors.to(x.dtype)
+        self._basis = basis @ vectors
+        self._edge, self._peak = float(sigma[0]), float(sigma[-1])
+        kept = sigma[size - rank :]
+        weight = (1.0 - mu / kept).to(x.dtype)
+        value = (self._basis[:, size - rank :] * weight) @ (vectors[:, size - rank :].T @ inner)
+        return Shrunk(value, rank, float((kept - mu).sum()), self._peak)
+
+    def settle(self, x: Tensor, accuracy: float) -> Shrunk:
+        """Shrink `x` until a step moves the result by at most `accuracy`; nothing missed."""
+        result = self.shrink(x)
+        for _ in range(SETTLE_STEPS):
+            if self._basis is None:  # the result is from an eigendecomposition
+                return result
+            before, result = result, self.shrink(x)
+            moved = float(torch.linalg.vector_norm(result.value - before.value))
+            if moved <= accuracy and self.complete(x):
+                return result
+        return self._from_eigen(Eigen.of(x, self._gram))
+
+    def complete(self, x: Tensor) -> bool:
+        """Whether no singular value outside the basis exceeds mu (up to rounding)."""
+        if self._basis is None or self._rule.mu is None:
+            return True
+        rest = x - self._basis @ (self._basis.T @ x)
+        gap = (rest @ rest.T).neg_()
+        gap.diagonal().add_(self._rule.mu**2 * (1.0 + COMPLETE_SLACK))
+        return int(torch.linalg.cholesky_ex(gap).info) == 0
+
+    def _filtered(self, x: Tensor, basis: Tensor, mu: float) -> Tensor:
+        """``p(X X^T) Q``, p a Chebyshev polynomial that is at most 1 on ``[0, edge^2]``."""
+        if self._edge <= 0.0:
+            return x @ (x.T @ basis)
+        degree = _degree(mu / self._edge, self._peak / self._edge)
+        scale = 2.0 / self._edge**2
+        before, now = basis, (x @ (x.T @ basis)).mul_(scale).sub_(basis)
+        for _ in range(degree - 1):
+            after = (x @ (x.T @ now)).mul_(scale).sub_(now).mul_(2.0).sub_(before)
+            before, now = now, after
+        return now / torch.linalg.vector_norm(now, dim=0).clamp_(min=torch.finfo(x.dtype).tiny)
+
+    def _from_eigen(self, eigen: Eigen) -> Shrunk:
+        result = self._rule.apply(eigen)
+        self._basis = None
+        if self._rule.mu:
+            size = result.rank + max(GUARD_LEAST, round(GUARD_SHARE * result.rank))
+            if size <= LARGEST_SHARE * eigen.short.shape[0]:
+                self._basis = eigen.top(size)
+                self._edge, self._peak = eigen.kth(size), eigen.spectral_norm
+        return result
+
+
+def _degree(gap: float, spread: float) -> int:
+    """The least degree that reaches `WANTED_GAIN` at ``gap = mu/edge``, within the spread."""
+    if gap <= 1.0:
+        return 1
+    at_threshold = math.acosh(2.0 * gap**2 - 1.0)
+    at_peak = math.acosh(max(2.0 * spread**2 - 1.0, 1.0))
+    degree = 1
+    while (
+        degree < LARGEST_DEGREE
+        and math.cosh(degree * at_threshold) < WANTED_GAIN
+        and (degree + 1) * at_peak < math.log(2.0 * LARGEST_SPREAD)
+    ):
+        degree += 1
+    return degree

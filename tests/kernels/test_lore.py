@@ -1,0 +1,442 @@
+"""LoRE-Merging against Algorithm 1 in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergekit_ext.kernels import lore_descent, lore_fit
+from mergekit_ext.kernels.lore import LoreResult, lore
+from mergekit_ext.kernels.svt_matmul import MatmulShrinker
+from mergekit_ext.kernels.svt_subspace import WarmShrinker
+from tests.reference.lore import Reference
+from tests.reference.lore import lore as reference
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The matrices are small: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def made(
+    count: int,
+    rows: int = 24,
+    columns: int = 40,
+    rank: int | None = 3,
+    noise: float = 0.02,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, list[Tensor]]:
+    """A base and models: low-rank updates with noise, or (rank None) full-rank ones."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    base = normal(rows, columns)
+    models = []
+    for _ in range(count):
+        update = normal(rows, columns) * 0.1
+        if rank is not None:
+            update = normal(rows, rank) @ normal(rank, columns) * 0.1
+            update += noise * normal(rows, columns)
+        models.append((base + update).to(dtype))
+    return base.to(dtype), models
+
+
+def goal(found: Tensor, expected: Tensor, start: Tensor) -> None:
+    """The accuracy that is promised: 1e-4 of what was changed, and 1e-6 of the whole."""
+    found, expected = found.double().cpu(), expected.double()
+    error = float(torch.linalg.norm(found - expected))
+    allowed = 1e-4 * torch.linalg.norm(expected - start) + 1e-6 * torch.linalg.norm(expected)
+    assert error <= float(allowed), (error, float(allowed))
+
+
+def mean(models: Sequence[Tensor]) -> Tensor:
+    return sum(m.double() for m in models) / len(models)
+
+
+def agrees(found: LoreResult, expected: Reference, models: Sequence[Tensor]) -> None:
+    goal(found.merged, expected.merged, mean(models))
+    goal(found.base, expected.base, mean(models))
+    assert found.converged
+    assert found.objective == pytest.approx(expected.objective, rel=1e-5, abs=1e-9)
+
+
+KINDS = {"low rank": {"rank": 3}, "full rank": {"rank": None}, "no noise": {"noise": 0.0}}
+SHAPES = {"wide": (20, 64), "square": (28, 28), "tall": (70, 16), "nearly square": (30, 33)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_equals_algorithm_1(count: int, shape: str, kind: str, device) -> None:
+    rows, columns = SHAPES[shape]
+    _, models = made(count, rows, columns, **KINDS[kind])
+    on_device = [m.to(device) for m in models]
+    for share in (0.15, 0.5):
+        expected = reference(models, mu_relative=share)
+        agrees(lore(on_device, mu_relative=share), expected, models)
+    assert lore(on_device, mu_relative=0.5).merged.device.type == device.type
+
+
+@pytest.mark.parametrize(
+    ("rank", "share"), [(4, 0.2), (4, 0.5), (7, 0.4), (None, 0.9), (None, 0.95)]
+)
+@pytest.mark.parametrize("shape", [(96, 128), (80, 300), (130, 90)])
+def test_warm_subspaces_equal_algorithm_1(
+    shape: tuple[int, int], rank: int | None, share: float, device, monkeypatch
+) -> None:
+    checks: list[bool] = []
+    complete = WarmShrinker.complete
+    monkeypatch.setattr(
+        WarmShrinker, "complete", lambda self, x: checks.append(complete(self, x)) or checks[-1]
+    )
+    _, models = made(3, *shape, rank=rank)
+    found = lore([m.to(device) for m in models], mu_relative=share)
+    agrees(found, reference(models, mu_relative=share), models)
+    assert checks, "the subspaces were not used"
+    _, many = made(5, *shape, rank=rank)
+    ordered = lore([m.to(device) for m in many], mu_relative=share, update="sequential")
+    agrees(ordered, reference(many, mu_relative=share, update="sequential"), many)
+
+
+def decaying() -> list[Tensor]:
+    """Three models whose singular values fall to a millionth."""
+    g = torch.Generator().manual_seed(4)
+    models = []
+    for _ in range(3):
+        u = torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float64)).Q
+        v = torch.linalg.qr(torch.randn(60, 40, generator=g, dtype=torch.float64)).Q
+        models.append(((u * torch.logspace(0, -6, 40)) @ v.T).float())
+    return models
+
+
+def test_steps_that_raise_the_objective_are_taken_back(monkeypatch) -> None:
+    models, share = decaying(), 0.05
+    monkeypatch.setattr(lore_descent, "FIRST_REACH", 1e6)
+    seen: list[tuple[int, float, float]] = []
+    found = lore(models, mu_relative=share, on_iteration=lambda *values: seen.append(values))
+    agrees(found, reference(models, mu_relative=share), models)
+    assert len(seen) < found.iterations
+    for (_, before, _), (_, after, _) in itertools.pairwise(seen):
+        assert after <= before * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_strategy_of_gpus_equals_algorithm_1(
+    count: int, shape: str, kind: str, device, monkeypatch
+) -> None:
+    rows, columns = SHAPES[shape]
+    _, models = made(count, rows, columns, **KINDS[kind])
+    monkeypatch.setitem(lore_fit.STRATEGIES, device.type, lambda shape: MatmulShrinker())
+    for options in ({"mu_relative": 0.15}, {"mu_relative": 0.5}, {"mu_relative": 0.95}):
+        found = lore([m.to(device) for m in models], **options)
+        agrees(found, reference(models, **options), models)
+    sequential = lore([m.to(device) for m in models], mu_relative=0.5, update="sequential")
+    agrees(sequential, reference(models, mu_relative=0.5, update="sequential"), models)
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean", "ties"])
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_combinations(count: int, with_base: bool, update: str, combine: str) -> None:
+    base, models = made(count, 12, 18, seed=3)
+    options = {
+        "mu": 0.4,
+        "lam": 0.7,
+        "combine": combine,
+        "update": update,
+        "base": base if with_base else None,
+        "weights": [0.5, 1.5, 0.8][:count],
+    }
+    found, expected = lore(models, **options), reference(models, **options)
+    if combine != "ties":
+        agrees(found, expected, models)
+        return
+    # the election is not continuous: entries near a tie may fall either way
+    error = (found.merged.double() - expected.merged).abs()
+    assert int((error > 1e-4).sum()) <= 2
+    assert found.objective == pytest.approx(expected.objective, rel=1e-5)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.2, 0.5, 1.0])
+def test_rank_ratio(ratio: float, with_base: bool) -> None:
+    base, models = made(3, 20, 30, dtype=torch.float64)
+    options = {"rank_ratio": ratio, "base": base if with_base else None}
+    expected = reference(models, **options, iterations=12, tolerance=0.0)
+    found = lore(models, **options, max_iterations=12, tolerance=0.0)
+    assert torch.allclose(found.merged, expected.merged, atol=1e-8)
+    assert found.ranks == (round(ratio * 20),) * 3
+    assert found.mu is None
+    assert found.objective == pytest.approx(expected.objective, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize(
+    "how", [{"mu": 0.2}, {"mu_relative": 0.05}, {"mu_relative": 0.6}, {"rank_ratio": 0.2}]
+)
+@pytest.mark.parametrize("rank", [3, None])
+def test_the_objective_never_rises(rank: int | None, how: dict, update: str) -> None:
+    for dtype, slack in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        _, models = made(4, rank=rank, dtype=dtype)
+        seen: list[tuple[int, float, float]] = []
+        found = lore(
+            models,
+            update=update,
+            max_iterations=60,
+            on_iteration=lambda *values, seen=seen: seen.append(values),
+            **how,
+        )
+        assert [n for n, _, _ in seen] == sorted({n for n, _, _ in seen})
+        assert len(seen) > 2
+        for (_, before, _), (_, after, _) in itertools.pairwise(seen):
+            assert after <= before * (1 + slack)
+        assert found.objective <= seen[-1][1] * (1 + slack)
+
+
+def test_objective_and_base_belong_to_the_same_deltas() -> None:
+    """theta_0 = mean(theta_i - delta_i): with lam = 1/n the sum gives the average back."""
+    _, models = made(3)
+    for options in ({"mu": 0.3}, {"mu": 0.3, "update": "sequential"}, {"rank_ratio": 0.2}):
+        found = lore(models, lam=1 / 3, max_iterations=3, tolerance=0.0, **options)
+        torch.testing.assert_close(found.merged, mean(models).float(), atol=2e-6, rtol=0)
+        one = lore(models, lam=1.0, combine="mean", max_iterations=3, tolerance=0.0, **options)
+        torch.testing.assert_close(one.merged, mean(models).float(), atol=2e-6, rtol=0)
+
+
+def test_lam_one_is_task_arithmetic_about_the_estimated_base() -> None:
+    _, models = made(3)
+    found = lore(models, mu=0.3, lam=1.0)
+    expected = found.base.double() + sum(m.double() - found.base.double() for m in models)
+    goal(found.merged, expected, mean(models))
+
+
+def test_the_base_is_recovered() -> None:
+    """Low-rank updates, eight models, a little noise: the average is far from the base."""
+    base, models = made(8, 64, 96, rank=4, noise=2e-4, seed=1)
+    scaled = [base + 0.3 * (m - base) for m in models]
+    found = lore(scaled, mu=0.05)
+    estimated = float(torch.linalg.norm(found.base - base))
+    averaged = float(torch.linalg.norm(mean(scaled) - base))
+    assert estimated < 0.2 * averaged, (estimated, averaged)
+
+
+def test_two_models_give_the_mean_whatever_the_parameters() -> None:
+    _, models = made(2)
+    average = models[0] + (models[1] - models[0]) / 2
+    for options in ({"mu": 0.1}, {"mu": 3.0, "lam": 5.0}, {"rank_ratio": 0.2, "combine": "mean"}):
+        found = lore(models, **options)
+        assert torch.equal(found.merged, average)
+        assert (found.iterations, found.converged) == (1, True)
+    assert not torch.equal(lore(models, mu=0.1, weights=[1.0, 2.0]).merged, average)
+    ordered = lore(models, mu=0.1, update="sequential").merged
+    assert float((ordered - average).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize("how", [{"mu": 0.0}, {"mu": 0.3}, {"mu_relative": 0.1}, {"rank_ratio": 1}])
+def test_identical_models_come_back_exactly(count: int, update: str, how: dict) -> None:
+    base, models = made(1)
+    found = lore([models[0]] * count, update=update, lam=0.7, **how)
+    assert torch.equal(found.merged, models[0])
+    assert torch.equal(found.base, models[0])
+    assert found.converged
+    assert found.ranks == (0,) * count
+    same = lore([base] * count, base=base, update=update, **how)
+    assert torch.equal(same.merged, base)
+
+
+def test_zeros_scales_and_a_model_equal_to_the_base() -> None:
+    zero = torch.zeros(5, 8)
+    found = lore([zero] * 3, mu_relative=0.5)
+    assert not found.merged.any()
+    assert (found.mu, found.objective, found.change) == (0.0, 0.0, 0.0)
+    base, models = made(2)
+    one = lore([base, models[1]], base=base, mu=0.2)
+    assert one.ranks[0] == 0
+    assert torch.isfinite(one.merged).all()
+    for scale in (1e15, 1e-20):
+        _, models = made(3)
+        big = lore([m * scale for m in models], mu=0.3 * scale)
+        agrees_scaled = lore(models, mu=0.3)
+        goal(big.merged.double() / scale, agrees_scaled.merged.double(), mean(models))
+        assert big.converged
+        assert big.objective == pytest.approx(agrees_scaled.objective * scale**2, rel=1e-4)
+
+
+def test_a_threshold_above_everything_leaves_the_mean() -> None:
+    _, models = made(3)
+    found = lore(models, mu=1e3)
+    torch.testing.assert_close(found.merged, mean(models).float())
+    assert (found.iterations, found.ranks, found.converged) == (1, (0, 0, 0), True)
+
+
+def test_reported_norms_choose_mu() -> None:
+    base, models = made(3)
+    for start in (None, base):
+        centre = mean(models) if start is None else base.double()
+        expected = [float(torch.linalg.matrix_norm(m.double() - centre, 2)) for m in models]
+        found = lore(models, base=start, mu_relative=0.25)
+        assert found.spectral_norms == pytest.approx(expected, rel=1e-5)
+        assert found.mu == pytest.approx(0.25 * max(expected), rel=1e-5)
+
+
+def test_half_precision_is_computed_in_float32(device) -> None:
+    _, models = made(3, noise=0.05, dtype=torch.bfloat16)
+    copies = [m.clone() for m in models]
+    found = lore([m.to(device) for m in models], mu_relative=0.2)
+    assert found.merged.dtype == torch.float32
+    agrees(found, reference(models, mu_relative=0.2), models)
+    assert all(torch.equal(m, c) for m, c in zip(models, copies, strict=True))
+
+
+def test_decaying_spectra_keep_their_accuracy() -> None:
+    models = decaying()
+    for share in (0.02, 0.1):
+        agrees(lore(models, mu_relative=share), reference(models, mu_relative=share), models)
+
+
+def test_stacked_experts_are_solved_one_by_one() -> None:
+    stacks = [torch.stack([made(3, seed=s)[1][i] for s in range(4)]) for i in range(3)]
+    found = lore(stacks, mu_relative=0.3, layout="stacked")
+    single = [lore([s[e] for s in stacks], mu_relative=0.3) for e in range(4)]
+    assert torch.equal(found.merged, torch.stack([s.merged for s in single]))
+    assert torch.equal(found.base, torch.stack([s.base for s in single]))
+    assert found.iterations == max(s.iterations for s in single)
+    assert found.objective == pytest.approx(sum(s.objective for s in single))
+    assert found.ranks == tuple(max(r) for r in zip(*(s.ranks for s in single), strict=True))
+    assert found.mu == max(s.mu for s in single)
+    assert found.converged
+    deep = lore([s.reshape(2, 2, 24, 40) for s in stacks], mu_relative=0.3, layout="stacked")
+    assert torch.equal(deep.merged.reshape(4, 24, 40), found.merged)
+
+
+def test_convolutions_are_flattened() -> None:
+    _, models = made(3, 8, 36)
+    found = lore([m.reshape(8, 4, 3, 3) for m in models], mu=0.2, layout="flattened")
+    assert torch.equal(found.merged.reshape(8, 36), lore(models, mu=0.2).merged)
+    with pytest.raises(ValueError, match=r"layout: found 'matrix' for a tensor of shape \(2, 3, 4"):
+        lore([torch.ones(2, 3, 4)], mu=1.0)
+
+
+def test_vectors_and_scalars_are_averaged() -> None:
+    models = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0]), torch.tensor([5.0, 1.0])]
+    found = lore(models, mu=1.0, weights=[1.0, 2.0, 1.0], base=torch.zeros(2))
+    torch.testing.assert_close(found.merged, torch.tensor([3.0, 3.75]))
+    assert (found.iterations, found.converged, found.ranks) == (0, True, (0, 0, 0))
+    scalar = lore([torch.tensor(1.0).bfloat16(), torch.tensor(2.0).bfloat16()], rank_ratio=0.2)
+    assert (scalar.merged.item(), scalar.merged.dtype) == (1.5, torch.float32)
+    with pytest.raises(ValueError, match="weights: found a sum of 0"):
+        lore(models[:2], mu=1.0, weights=[1.0, -1.0])
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (0, 3, 4), (2, 0, 4)])
+def test_empty_tensors(shape: tuple[int, ...]) -> None:
+    found = lore([torch.empty(shape)] * 3, mu=0.5, layout="stacked" if len(shape) > 2 else "matrix")
+    assert found.merged.shape == shape
+    assert found.converged
+
+
+def test_stopping_early_is_reported() -> None:
+    _, models = made(3, rank=None)
+    for options in (
+        {"mu_relative": 0.05},
+        {"rank_ratio": 0.2},
+        {"mu": 0.1, "update": "sequential"},
+    ):
+        found = lore(models, max_iterations=3, **options)
+        assert (found.converged, found.iterations) == (False, 3)
+        assert found.change > 1e-5
+
+
+def test_permuted_models_give_the_same_merge() -> None:
+    _, models = made(4)
+    first = lore(models, mu=0.3)
+    for order in ((1, 0, 3, 2), (3, 2, 1, 0)):
+        goal(lore([models[i] for i in order], mu=0.3).merged, first.merged.double(), mean(models))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 10),
+    columns=st.integers(1, 10),
+    count=st.integers(1, 4),
+    share=st.floats(0.1, 1.1),
+    exponent=st.integers(-12, 12),
+    low_rank=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_scaling_transposition_and_the_reference(
+    rows: int, columns: int, count: int, share: float, exponent: int, low_rank: bool, seed: int
+) -> None:
+    _, models = made(count, rows, columns, rank=1 if low_rank else None, seed=seed)
+    centre = mean(models)
+    largest = max(float(torch.linalg.matrix_norm(m.double() - centre, 2)) for m in models)
+    mu = share * largest
+    found = lore(models, mu=mu)
+    agrees(found, reference(models, mu=mu), models)
+    goal(lore([m.T for m in models], mu=mu).merged.T, found.merged.double(), centre)
+    factor = 10.0**exponent
+    scaled = lore([m * factor for m in models], mu=mu * factor)
+    goal(scaled.merged.double() / factor, found.merged.double(), centre)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "expected exactly one"),
+        ({"mu": 1.0, "rank_ratio": 0.2}, "expected exactly one"),
+        ({"mu": -1.0}, "mu: found -1.0"),
+        ({"mu": float("nan")}, "mu: found nan"),
+        ({"mu_relative": float("inf")}, "mu_relative: found inf"),
+        ({"rank_ratio": 1.5}, "rank_ratio: found 1.5"),
+        ({"mu": 1.0, "combine": "tie"}, "combine: found 'tie'; expected one of sum, mean, ties"),
+        ({"mu": 1.0, "update": "both"}, "update: found 'both'"),
+        ({"mu": 1.0, "layout": "rows"}, "layout: found 'rows'"),
+        ({"mu": 1.0, "lam": float("nan")}, "lam: found nan"),
+        ({"mu": 1.0, "max_iterations": 0}, "max_iterations: found 0"),
+        ({"mu": 1.0, "tolerance": -1.0}, "tolerance: found -1.0"),
+        ({"mu": 1.0, "weights": [1.0]}, "weights: found 1 values; expected 2"),
+        ({"mu": 1.0, "weights": [1.0, float("inf")]}, "weights: found"),
+        ({"mu": 1.0, "weights": [1.0, -1.0], "combine": "mean"}, "weights: found a sum of 0"),
+        ({"mu": 1.0, "base": torch.ones(2, 2)}, r"base: found shape \(2, 2\); expected \(2, 3\)"),
+    ],
+)
+def test_wrong_parameters_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lore([torch.ones(2, 3), torch.zeros(2, 3)], **options)
+
+
+def test_wrong_tensors_are_named() -> None:
+    good = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="tensors: found none"):
+        lore([], mu=1.0)
+    with pytest.raises(ValueError, match=r"tensors\[1\]: found shape"):
+        lore([good, torch.ones(3, 2)], mu=1.0)
+    with pytest.raises(ValueError, match=r"tensors\[1\]: found dtype torch.int64"):
+        lore([good, torch.ones(2, 3, dtype=torch.int64)], mu=1.0)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        broken = good.clone()
+        broken[1, 2] = bad
+        with pytest.raises(ValueError, match=r"tensors\[1\]: found 1 non-finite values among 6"):
+            lore([good, broken], mu=1.0)
+        with pytest.raises(ValueError, match="base: found 1 non-finite"):
+            lore([good], base=broken, mu=1.0)
+    large = torch.full((2, 3), 1e308, dtype=torch.float64)  # their sum overflows; they are finite
+    assert torch.equal(lore([large, large], mu=1.0).merged, large)
