@@ -29,7 +29,7 @@ from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
 from mergekit_ext.host.method import ExtMethod
-from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.staging import shards, staged
 from mergekit_ext.report.card import append_section
@@ -85,7 +85,8 @@ def extended(run_merge: Callable[..., None]) -> Callable[..., None]:
         config_source: str | None = None,
     ) -> None:
         stock = run.stock  # type: ignore[attr-defined]
-        if ext_method(merge_config.merge_method) is None:
+        # An unknown name is probably one of ours, misspelt: the checks know the nearest.
+        if is_stock(merge_config.merge_method):
             stock(merge_config, out_path, options, config_source)
             return
         with for_commands():

@@ -24,13 +24,13 @@ FIRST_REACH = 2.0
 
 
 def inner(x: Tensor, y: Tensor) -> float:
-    """Frobenius inner product. Each row in the dtype of the data, the rows in float64."""
+    """Frobenius inner product: of rows in the dtype of the data, together in float64."""
     return float((x * y).sum(dim=-1).sum(dtype=torch.float64))
 
 
 def norm(x: Tensor) -> float:
-    """Frobenius norm, accumulated in float64."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    """Frobenius norm: of rows in the dtype of the data, together in float64."""
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double()))
 
 
 class Secants:

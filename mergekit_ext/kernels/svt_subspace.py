@@ -30,10 +30,11 @@ FACTOR_ACCURACY = 1e-5
 # The proof of completeness leaves this much of mu^2 to rounding.
 COMPLETE_SLACK = 1e-4
 # A direction at mu should gain this much on the damped ones in one call.
-WANTED_GAIN, LARGEST_DEGREE = 4.0, 4
+WANTED_GAIN, LARGEST_DEGREE = 2.0, 4
 # Columns of the filtered basis may differ in size by this much before float32 loses them.
 LARGEST_SPREAD = 1e5
-SETTLE_STEPS = 12
+# Settling takes one or two steps across a gap; without one an eigendecomposition is cheaper.
+SETTLE_STEPS = 2
 
 
 class WarmShrinker:

@@ -277,6 +277,14 @@ def test_every_mistake_is_listed_before_anything_is_written(llamas, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merge.yml"]
 
 
+def test_a_misspelt_method_gets_the_nearest_name(llamas, tmp_path):
+    base, tuned = llamas
+    done = run(tmp_path, small.config("nan_tie", tuned, base))
+    assert done.returncode == 2
+    assert "`nan_ties`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_classifier_loads_and_runs(tmp_path):
     base, tuned = small.family(tmp_path / "bert", small.bert)
     done = run(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))
