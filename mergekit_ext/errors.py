@@ -55,8 +55,9 @@ class NonFiniteError(MergekitExtError, ValueError):
 
     def __init__(self, tensor: str, model: str, count: int, size: int):
         self.tensor, self.model, self.count, self.size = tensor, model, count, size
+        values = "values" if count != 1 else "value"
         super().__init__(
-            f"{tensor} of model {model}: found {count} non-finite value{'s' if count != 1 else ''} "
+            f"{tensor} of model {model}: found {count} non-finite {values} "
             f"among {size}; expected finite weights. Check that checkpoint (a diverged training run "
             "or a float16 overflow leaves such values) or take it out of the merge."
         )

@@ -27,7 +27,7 @@ class Schedule:
 
 
 FULL = Schedule(240, {"digit": 200, "rotation": 250, "scene": 100, "place": 250})
-QUICK = Schedule(40, {"digit": 40, "rotation": 40, "scene": 20, "place": 60}, 2e-3, 1e-3)
+QUICK = Schedule(100, {"digit": 40, "rotation": 60, "scene": 40, "place": 160})
 
 
 def new_model(tasks: Sequence[Task], seed: int) -> ViTForImageClassification:

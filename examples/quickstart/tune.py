@@ -2,8 +2,9 @@
 
 python -m examples.quickstart.tune --models out/quickstart
 
-Every method gets a grid of similar size; the mean accuracy on the validation split decides, the
-test split is not looked at. The configs are not rewritten: the program prints what is best.
+Every method gets a grid of 12 to 18 points (``linear`` has nothing to choose); the mean accuracy on
+the validation split decides, and the test split is not looked at. The configs are not rewritten:
+the program prints what is best.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from mergekit.options import MergeOptions
 from . import evaluate, merging
 from .data import Task, load_tasks
 
-STRENGTHS = [0.2, 0.25, 0.3, 0.35, 0.4, 0.5]
-SCALES = [0.8, 1.0, 1.2, 1.4, 1.6, 2.0]
 GRIDS: dict[str, dict[str, list[Any]]] = {
-    "task_arithmetic": {"weight": STRENGTHS},
-    "ties": {"density": [0.2, 0.5, 0.8], "lambda": [0.6, 0.8, 1.0, 1.2, 1.5]},
-    "nan": {"granularity": ["tensor", "block", "model"], "scale": SCALES},
-    "nan_ties": {"density": [0.2, 0.5, 0.8], "scale": SCALES},
-    "lore": {"mu_relative": [0.05, 0.1, 0.2], "lambda": [0.3, 0.4, 0.5, 0.6, 0.8]},
+    "task_arithmetic": {
+        "weight": [0.15, 0.2, 0.225, 0.25, 0.275, 0.3, 0.325, 0.35, 0.375, 0.4, 0.45, 0.5]
+    },
+    "ties": {"density": [0.2, 0.5, 0.8], "lambda": [0.3, 0.45, 0.6, 0.8, 1.0, 1.2]},
+    "nan": {
+        "granularity": ["tensor", "block", "model"],
+        "scale": [0.8, 1.0, 1.2, 1.4, 1.6, 2.0],
+    },
+    "nan_ties": {"density": [0.2, 0.5, 0.8], "scale": [0.3, 0.45, 0.6, 0.8, 1.0, 1.2]},
+    "lore": {"mu_relative": [0.05, 0.1, 0.2], "lambda": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]},
 }
 
 

@@ -27,10 +27,10 @@ from mergekit_ext.errors import (
 )
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
-from mergekit_ext.host.rules import DirectRule, Rule, WrappedRule
+from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.kernels.nan import default_scale, inverse_norm_coefficients, uniform
-from mergekit_ext.kernels.numerics import squared_norm
+from mergekit_ext.kernels.numerics import squared_norm, squared_norms
 from mergekit_ext.report.card import coefficients_section
 
 PAPER = "https://arxiv.org/abs/2505.16148"
@@ -133,7 +133,7 @@ class NanMethod(ExtMethod):
                 optional_tensor_policy=inner.optional_tensor_policy,
                 uses_accelerator=inner.uses_accelerator,
             ),
-            WrappedRule(method),
+            rule_for(method),
             method,
         )
 
@@ -241,7 +241,9 @@ class NanMethod(ExtMethod):
         has_base = self._has_base(group.base is not None)
         over_base = self._norm_of(parameters, has_base) == "task_vector"
         base = group.base.tensor if group.base is not None and over_base else None
-        squares = {e.id: squared_norm(e.tensor, base) for e in self._models(group)}
+        models = self._models(group)
+        found = squared_norms([entry.tensor for entry in models], base)
+        squares = {entry.id: square for entry, square in zip(models, found, strict=True)}
         unseen = [] if base is not None or group.base is None else [group.base.tensor]
         if not all(map(math.isfinite, (*squares.values(), *map(squared_norm, unseen)))):
             raise_non_finite(group)

@@ -1,21 +1,26 @@
-"""How NAN's coefficients are put to use: its own two rules, and any mergekit method.
+"""How NAN's coefficients are put to use.
 
-A rule combines the inputs of one group under given weights. It returns the merged tensor in
-float32 (float64 for float64 inputs) before NAN's global factor is applied.
+A rule combines the inputs of one group under given weights. Any mergekit method is one
+(`WrappedRule`); `ties` and `task_arithmetic` have their own, which computes the same from pieces
+of the inputs, without sorting them and without a float32 copy of each.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
 from mergekit.merge_methods.base import MergeMethod, TensorGroup
+from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod
+from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
+from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 
 
 class Rule(ABC):
@@ -90,3 +95,55 @@ class WrappedRule(Rule):
                 base = group.base.tensor.to(dtype)
                 merged = torch.lerp(base, merged, scale)
         return merged.to(out_dtype)
+
+
+class TiesRule(Rule):
+    """mergekit's `ties` and `task_arithmetic`, with the parameters they have there."""
+
+    def __init__(self, method: GeneralizedTaskArithmeticMerge):
+        self._elect = method.consensus_method is not None
+        self._trims = method.sparsification_method is not None
+
+    @staticmethod
+    def computes(method: MergeMethod) -> bool:
+        """Whether this rule gives the same as `method`."""
+        return (
+            type(method) is GeneralizedTaskArithmeticMerge
+            and method.consensus_method in (None, ConsensusMethod.sum)
+            and method.sparsification_method in (None, SparsificationMethod.magnitude)
+        )
+
+    def merge(
+        self,
+        group: TensorGroup,
+        weights: Mapping[Hashable, float],
+        scale: float,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        entries = group.non_base
+        options = TiesOptions(
+            elect=self._elect,
+            normalize=parameters["normalize"],
+            rescale=parameters["rescale"],
+            factor=scale * parameters["lambda"],
+        )
+        return merge_ties(
+            group.base.tensor,
+            [entry.tensor for entry in entries],
+            [weights[entry.id] for entry in entries],
+            [parameters["density"][entry.id] if self._trims else 1.0 for entry in entries],
+            options,
+            out_dtype,
+        )
+
+
+_RULES: tuple[tuple[Callable[[MergeMethod], bool], Callable[[Any], Rule]], ...] = (
+    (TiesRule.computes, TiesRule),
+    (lambda method: True, WrappedRule),
+)
+
+
+def rule_for(method: MergeMethod) -> Rule:
+    """The rule that computes what `method` computes."""
+    return next(make(method) for computes, make in _RULES if computes(method))

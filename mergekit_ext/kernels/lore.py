@@ -106,7 +106,7 @@ def lore(
         update: "simultaneous" (Algorithm 1), or "sequential": theta_0 solved again after each
             delta_i, which depends on the order of the models.
         max_iterations: evaluations of all thresholdings (sweeps for "sequential").
-        tolerance: for `change`, with the distance estimated to be left. Changes of less than four
+        tolerance: for `change`, with the distance estimated to be left. Changes of less than eight
             units of rounding of the largest ``||theta_i - mean||_F`` count as none.
         layout: how tensors of more than two axes are seen: "stacked" (each matrix of the last two
             axes is a problem of its own: experts) or "flattened" (first axis against the rest:

@@ -21,8 +21,11 @@ from mergekit_ext.kernels.lore_descent import Secants, norm
 from mergekit_ext.kernels.svt import Rule, Shrunk
 
 Report = Callable[[int, float, float], None]
-# A settled point may differ by this share of the tolerance from its exact thresholding.
-SETTLED_SHARE = 0.2
+# The last step of a settled subspace may move a delta_i by this share of the tolerance.
+SETTLED_SHARE = 0.5
+# Units of rounding of the largest ||D_i|| below which a change of S is none. Measured: thresholding
+# one matrix twice, from two bases of the same subspace, differs by about 10.
+FLOOR = 8.0
 
 
 class Shrinker(Protocol):
@@ -36,7 +39,7 @@ class Shrinker(Protocol):
     def start(self, x: Tensor) -> float: ...
     def first(self, x: Tensor, rule: Rule) -> Shrunk: ...
     def shrink(self, x: Tensor) -> Shrunk: ...
-    def settle(self, x: Tensor, accuracy: float) -> Shrunk: ...
+    def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Problem:
     @property
     def floor(self) -> float:
         """A change of S that rounding alone can cause."""
-        return 4.0 * torch.finfo(self.differences[0].dtype).eps * self.size
+        return FLOOR * torch.finfo(self.differences[0].dtype).eps * self.size
 
     @property
     def size(self) -> float:
@@ -123,9 +126,11 @@ class Problem:
         pairs = zip(self.shrinkers, self.differences, strict=True)
         return self.point(at, [s.shrink(d + at) for s, d in pairs])
 
-    def settle(self, at: Tensor, accuracy: float) -> Point:
-        pairs = zip(self.shrinkers, self.differences, strict=True)
-        return self.point(at, [s.settle(d + at, accuracy) for s, d in pairs])
+    def settle(self, last: Point, accuracy: float) -> Point:
+        """The point that was evaluated last, once more, with settled subspaces."""
+        triples = zip(self.shrinkers, self.differences, last.parts, strict=True)
+        parts = [s.settle(d + last.at, accuracy, part) for s, d, part in triples]
+        return self.point(last.at, parts)
 
 
 def simultaneous(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
@@ -152,12 +157,12 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
         enough = max(limits.tolerance * size, floor)
         step, length = secants.step(now.gradient)
         if max(length, norm(now.gradient)) <= max(enough, problem.noise * largest):
-            settled = problem.settle(now.at, SETTLED_SHARE * enough)
+            settled = problem.settle(now, SETTLED_SHARE * enough)
             moved = norm(settled.mean - now.mean)
             now = settled
             step, length = secants.step(now.gradient)
             change = _relative(length, size)
-            if max(moved, length, norm(now.gradient)) <= enough:
+            if moved <= enough + floor and max(length, norm(now.gradient)) <= enough:
                 break
         if count >= limits.max_iterations:
             return Outcome.at(now, count, change, False)

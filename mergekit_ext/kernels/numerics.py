@@ -39,17 +39,24 @@ def squared_norm(tensor: Tensor, base: Tensor | None = None) -> float:
     float64, so that neither 1e19 nor 1e-30 leaves the range. NaN or infinity in an input gives a
     non-finite result.
     """
-    dtype = compute_dtype([tensor] if base is None else [tensor, base])
-    flat = tensor.reshape(-1)
+    return squared_norms([tensor], base)[0]
+
+
+def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list[float]:
+    """`squared_norm` of several tensors of one shape, which reads `base` once."""
+    dtype = compute_dtype(tensors if base is None else [*tensors, base])
+    flat = [tensor.reshape(-1) for tensor in tensors]
     flat_base = None if base is None else base.reshape(-1)
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for part in chunks(flat):
-        x = flat[part]
-        if flat_base is not None:
-            x = x.to(dtype) - flat_base[part].to(dtype)
-        x = x.to(torch.float64)
-        total += torch.dot(x, x)
-    return float(total)
+    totals = torch.zeros(len(flat), dtype=torch.float64, device=flat[0].device)
+    for part in chunks(flat[0]):
+        start = None if flat_base is None else flat_base[part].to(dtype)
+        for index, source in enumerate(flat):
+            x = source[part]
+            if start is not None:
+                x = x.to(dtype) - start
+            x = x.to(torch.float64)
+            totals[index] += torch.dot(x, x)
+    return totals.tolist()
 
 
 def count_non_finite(tensor: Tensor) -> int:

@@ -74,7 +74,7 @@ class MatmulShrinker:
             exact = threshold(x.double(), self._rule.mu)
             return replace(exact, value=exact.value.to(x.dtype))
 
-    def settle(self, x: Tensor, accuracy: float) -> Shrunk:
+    def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk:
         """Shrink `x` in float64, and what comes after it too."""
         self._precise = True
         return self.shrink(x)

@@ -24,7 +24,7 @@ from mergekit_ext.kernels.svt import Eigen, Rule, Shrunk, gram_dtype
 # Beyond this part of the short side an eigendecomposition is as fast (measured on CPU).
 LARGEST_SHARE = 0.33
 # Guard vectors: a share of the rank, and at least a few.
-GUARD_SHARE, GUARD_LEAST = 0.2, 12
+GUARD_SHARE, GUARD_LEAST = 0.3, 12
 # Error of a shrinking factor that float32 Gram matrices may cause; see `gram_dtype`.
 FACTOR_ACCURACY = 1e-5
 # The proof of completeness leaves this much of mu^2 to rounding.
@@ -33,8 +33,11 @@ COMPLETE_SLACK = 1e-4
 WANTED_GAIN, LARGEST_DEGREE = 2.0, 4
 # Columns of the filtered basis may differ in size by this much before float32 loses them.
 LARGEST_SPREAD = 1e5
-# Settling takes one or two steps across a gap; without one an eigendecomposition is cheaper.
-SETTLE_STEPS = 2
+# Least diagonal of a Cholesky factor, columns of norm 1, for which it may stand in for QR.
+WELL_CONDITIONED = 0.3
+# Settling takes one or two steps; after some more an eigendecomposition is cheaper.
+SETTLE_STEPS = 3
+ROUNDING = 16.0
 
 
 class WarmShrinker:
@@ -53,6 +56,7 @@ class WarmShrinker:
         self._eigen: Eigen | None = None
         self._basis: Tensor | None = None
         self._edge, self._peak = 0.0, 0.0
+        self._exact = False  # whether the last result is from an eigendecomposition
 
     def start(self, x: Tensor) -> float:
         """Decompose the first matrix and return its largest singular value."""
@@ -72,7 +76,7 @@ class WarmShrinker:
         if self._basis is None or self._rule.mu is None:
             return self._from_eigen(Eigen.of(x, self._gram))
         mu = self._rule.mu
-        basis = torch.linalg.qr(self._filtered(x, self._basis, mu)).Q
+        basis = orthonormal(self._filtered(x, self._basis, mu))
         inner = basis.T @ x
         wide = inner.to(self._gram)
         values, vectors = torch.linalg.eigh(wide @ wide.T)
@@ -82,23 +86,32 @@ class WarmShrinker:
             return self._from_eigen(Eigen.of(x, self._gram))
         vectors = vectors.to(x.dtype)
         self._basis = basis @ vectors
+        self._exact = False
         self._edge, self._peak = float(sigma[0]), float(sigma[-1])
         kept = sigma[size - rank :]
         weight = (1.0 - mu / kept).to(x.dtype)
         value = (self._basis[:, size - rank :] * weight) @ (vectors[:, size - rank :].T @ inner)
         return Shrunk(value, rank, float((kept - mu).sum()), self._peak)
 
-    def settle(self, x: Tensor, accuracy: float) -> Shrunk:
-        """Shrink `x` until a step moves the result by at most `accuracy`; nothing missed."""
-        result = self.shrink(x)
+    def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk:
+        """Shrink `x` until a step moves the result by at most `accuracy`; nothing missed.
+
+        Rounding alone moves it by about 10 eps ``||X||_F``: no less than `ROUNDING` is asked for.
+        `last` is the result of the latest `shrink`, if that was of this very `x`.
+        """
+        if last is not None and self._exact:
+            return last
+        result = self.shrink(x) if last is None else last
+        eps = torch.finfo(x.dtype).eps
+        accuracy = max(accuracy, ROUNDING * eps * float(torch.linalg.vector_norm(x)))
         for _ in range(SETTLE_STEPS):
-            if self._basis is None:  # the result is from an eigendecomposition
+            if self._exact:
                 return result
             before, result = result, self.shrink(x)
             moved = float(torch.linalg.vector_norm(result.value - before.value))
             if moved <= accuracy and self.complete(x):
                 return result
-        return self._from_eigen(Eigen.of(x, self._gram))
+        return result if self._exact else self._from_eigen(Eigen.of(x, self._gram))
 
     def complete(self, x: Tensor) -> bool:
         """Whether no singular value outside the basis exceeds mu (up to rounding)."""
@@ -123,13 +136,25 @@ class WarmShrinker:
 
     def _from_eigen(self, eigen: Eigen) -> Shrunk:
         result = self._rule.apply(eigen)
-        self._basis = None
+        self._basis, self._exact = None, True
         if self._rule.mu:
             size = result.rank + max(GUARD_LEAST, round(GUARD_SHARE * result.rank))
             if size <= LARGEST_SHARE * eigen.short.shape[0]:
                 self._basis = eigen.top(size)
                 self._edge, self._peak = eigen.kth(size), eigen.spectral_norm
         return result
+
+
+def orthonormal(y: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of `y`, which have norm 1.
+
+    Filtered singular vectors are nearly orthogonal already: then a Cholesky factorisation of
+    ``Y^T Y`` is exact enough and costs a fraction of Householder's QR.
+    """
+    factor, failed = torch.linalg.cholesky_ex(y.T @ y)
+    if int(failed) == 0 and float(factor.diagonal().min()) > WELL_CONDITIONED:
+        return torch.linalg.solve_triangular(factor.T, y, upper=True, left=False)
+    return torch.linalg.qr(y).Q
 
 
 def _degree(gap: float, spread: float) -> int:

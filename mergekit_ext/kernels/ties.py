@@ -1,0 +1,135 @@
+"""TIES: trim task vectors, elect signs, average what agrees; in pieces, without a sort.
+
+Yadav et al., "TIES-Merging", section 3. The parameters are those of mergekit's ``ties``, whose
+results this reproduces in float32 (which of several equal magnitudes at the edge is trimmed is
+arbitrary there; here the first are kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.kernels.numerics import chunks, compute_dtype
+from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
+
+# mergekit rescales only where both sums of magnitudes reach this.
+_RESCALE_FROM = 1e-7
+
+
+@dataclass(frozen=True)
+class TiesOptions:
+    """mergekit's shared parameters of ``ties`` and ``task_arithmetic``.
+
+    Attributes:
+        elect: elect a sign for each entry and keep what agrees (TIES); otherwise keep all.
+        normalize: divide by the sum of the weights that were kept.
+        rescale: scale a trimmed task vector to the sum of magnitudes that it had.
+        factor: applied to the merged task vector.
+    """
+
+    elect: bool = True
+    normalize: bool = True
+    rescale: bool = False
+    factor: float = 1.0
+
+
+def merge_ties(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    options: TiesOptions,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Return :math:`W_0 + \lambda \tau`.
+
+    With :math:`d_i = w_i \, \mathrm{trim}(W_i - W_0)` and the elected sign
+    :math:`\gamma = \mathrm{sgn}(\sum_i d_i)` (entry by entry, 1 for 0), tau is the sum of the
+    :math:`d_i` whose sign is gamma, divided (`normalize`) by the sum of their weights.
+
+    Args:
+        base: any shape and floating dtype.
+        tensors: the shape and device of `base`; finite.
+        weights: one for each tensor.
+        densities: for each tensor the share of entries that trimming keeps; at least one entry
+            when positive, all from 1 on, none at 0 or below.
+        options: see `TiesOptions`.
+        out_dtype: dtype of the result; by default that of `base`.
+
+    Arithmetic is float32 (float64 if an input is), cast once. Scratch: a few cache-sized chunks;
+    each input is read once for `density` 1, three times below (five in float64).
+    """
+    dtype = compute_dtype([base, *tensors])
+    out = torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
+    flat_out, flat_base = out.view(-1), base.reshape(-1)
+    sources = [
+        _Source(tensor.reshape(-1), flat_base, dtype, density, options.rescale)
+        for tensor, density in zip(tensors, densities, strict=True)
+    ]
+    for part in chunks(flat_base):
+        deltas = [
+            source.trimmed(part).mul_(weight)
+            for source, weight in zip(sources, weights, strict=True)
+        ]
+        merged = _merged(deltas, weights, options)
+        flat_out[part] = merged.mul_(options.factor).add_(flat_base[part].to(dtype))
+    return out
+
+
+class _Source:
+    """One task vector: its cut, found when it is made, and its trimmed chunks, in order."""
+
+    def __init__(
+        self, flat: Tensor, base: Tensor, dtype: torch.dtype, density: float, rescale: bool
+    ):
+        self._flat, self._base, self._dtype = flat, base, dtype
+        self._zero = density <= 0
+        self._cut: Cut = EVERYTHING
+        if 0 < density < 1 and flat.numel():
+            keep = max(1, int(density * flat.numel()))
+            self._cut = cut_for(self._pieces, keep, dtype)
+        self._factor = self._rescaling() if rescale and self._cut is not EVERYTHING else 1.0
+        self._keeper = Keeper(self._cut)
+
+    def _delta(self, part: slice) -> Tensor:
+        return self._flat[part].to(self._dtype) - self._base[part].to(self._dtype)
+
+    def _pieces(self) -> Iterator[Tensor]:
+        return (self._delta(part) for part in chunks(self._flat))
+
+    def _rescaling(self) -> float:
+        keeper, before, after = Keeper(self._cut), 0.0, 0.0
+        for piece in self._pieces():
+            before += float(piece.abs().sum(dtype=torch.float64))
+            after += float(keeper.drop(piece).abs().sum(dtype=torch.float64))
+        return 1.0 if min(before, after) < _RESCALE_FROM else before / after
+
+    def trimmed(self, part: slice) -> Tensor:
+        """The trimmed task vector on `part`; parts must come in order."""
+        if self._zero:
+            return torch.zeros_like(self._flat[part], dtype=self._dtype)
+        piece = self._keeper.drop(self._delta(part))
+        return piece if self._factor == 1.0 else piece.mul_(self._factor)
+
+
+def _merged(deltas: list[Tensor], weights: Sequence[float], options: TiesOptions) -> Tensor:
+    total = deltas[0].clone()
+    for delta in deltas[1:]:
+        total.add_(delta)
+    if not options.elect:
+        divisor = sum(weights)
+        # As in mergekit: weights that cancel leave the sum as it is.
+        return total.div_(divisor) if options.normalize and abs(divisor) >= 1e-8 else total
+    positive = total >= 0
+    merged, divisor_of = torch.zeros_like(total), torch.zeros_like(total)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = torch.where(positive, delta > 0, delta < 0)
+        merged.add_(delta.mul_(agrees))
+        divisor_of.add_(agrees, alpha=weight)
+    if options.normalize:
+        merged.div_(divisor_of.masked_fill_(divisor_of == 0, 1.0))
+    return merged
