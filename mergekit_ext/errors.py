@@ -58,8 +58,8 @@ class NonFiniteError(MergekitExtError, ValueError):
         values = "values" if count != 1 else "value"
         super().__init__(
             f"{tensor} of model {model}: found {count} non-finite {values} "
-            f"among {size}; expected finite weights. Check that checkpoint (a diverged training run "
-            "or a float16 overflow leaves such values) or take it out of the merge."
+            f"among {size}; expected finite weights. Check that checkpoint (a diverged training "
+            "run or a float16 overflow leaves such values) or take it out of the merge."
         )
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from mergekit_ext.kernels.svt import Eigen, Rule, Shrunk, gram_dtype
 
-# Beyond this part of the short side an eigendecomposition is as fast (measured on CPU).
-LARGEST_SHARE = 0.33
-# Guard vectors: a share of the rank, and at least a few.
-GUARD_SHARE, GUARD_LEAST = 0.3, 12
+# An eigendecomposition of order a takes as long as products of so many a^3 operations (CPU).
+EIGEN_COST = 10.0
+# Guard vectors: a share of the rank, at most a share of the short side, and at least a few.
+GUARD_SHARE, GUARD_MOST, GUARD_LEAST = 0.3, 0.06, 12
 # Error of a shrinking factor that float32 Gram matrices may cause; see `gram_dtype`.
 FACTOR_ACCURACY = 1e-5
 # The proof of completeness leaves this much of mu^2 to rounding.
@@ -43,7 +43,7 @@ ROUNDING = 16.0
 class WarmShrinker:
     """Shrinks ``(a, b)`` matrices with ``a <= b``, each one near the one before.
 
-    Holds between calls: the basis, at most ``LARGEST_SHARE`` of an ``(a, a)`` matrix; between
+    Holds between calls: the basis, about half an ``(a, a)`` matrix at most; between
     `start` and `first` the whole eigenvector matrix. Scratch: two tensors, four with float64 Gram
     matrices of float32 data. Ranks (not thresholds) are cut with an eigendecomposition each time.
     """
@@ -55,7 +55,7 @@ class WarmShrinker:
         self._gram = torch.float64
         self._eigen: Eigen | None = None
         self._basis: Tensor | None = None
-        self._edge, self._peak = 0.0, 0.0
+        self._ritz = torch.zeros(1, dtype=torch.float64)  # singular values of the basis
         self._exact = False  # whether the last result is from an eigendecomposition
 
     def start(self, x: Tensor) -> float:
@@ -87,11 +87,11 @@ class WarmShrinker:
         vectors = vectors.to(x.dtype)
         self._basis = basis @ vectors
         self._exact = False
-        self._edge, self._peak = float(sigma[0]), float(sigma[-1])
+        self._ritz = sigma
         kept = sigma[size - rank :]
         weight = (1.0 - mu / kept).to(x.dtype)
         value = (self._basis[:, size - rank :] * weight) @ (vectors[:, size - rank :].T @ inner)
-        return Shrunk(value, rank, float((kept - mu).sum()), self._peak)
+        return Shrunk(value, rank, float((kept - mu).sum()), float(sigma[-1]))
 
     def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk:
         """Shrink `x` until a step moves the result by at most `accuracy`; nothing missed.
@@ -123,25 +123,38 @@ class WarmShrinker:
         return int(torch.linalg.cholesky_ex(gap).info) == 0
 
     def _filtered(self, x: Tensor, basis: Tensor, mu: float) -> Tensor:
-        """``p(X X^T) Q``, p a Chebyshev polynomial that is at most 1 on ``[0, edge^2]``."""
-        if self._edge <= 0.0:
-            return x @ (x.T @ basis)
-        degree = _degree(mu / self._edge, self._peak / self._edge)
-        scale = 2.0 / self._edge**2
-        before, now = basis, (x @ (x.T @ basis)).mul_(scale).sub_(basis)
-        for _ in range(degree - 1):
+        """``p(X X^T) Q`` with columns of norm 1, p Chebyshev, at most 1 on ``[0, edge^2]``.
+
+        Columns are in ascending order of their singular values; those far above the edge gain
+        enough from a lower degree than those near it.
+        """
+        edge = float(self._ritz[0])
+        if edge <= 0.0:
+            return _normalised(x @ (x.T @ basis))
+        degree = _degree(mu / edge, float(self._ritz[-1]) / edge)
+        scale = 2.0 / edge**2
+        result = (x @ (x.T @ basis)).mul_(scale).sub_(basis)
+        before, now = basis, result
+        for done in range(1, degree):
+            left = _unsatisfied(self._ritz / edge, done)
+            if left == 0:
+                break
+            before, now = before[:, :left], now[:, :left]
             after = (x @ (x.T @ now)).mul_(scale).sub_(now).mul_(2.0).sub_(before)
-            before, now = now, after
-        return now / torch.linalg.vector_norm(now, dim=0).clamp_(min=torch.finfo(x.dtype).tiny)
+            before, now = now.clone(), after
+            result[:, :left] = after
+        return _normalised(result)
 
     def _from_eigen(self, eigen: Eigen) -> Shrunk:
         result = self._rule.apply(eigen)
         self._basis, self._exact = None, True
         if self._rule.mu:
-            size = result.rank + max(GUARD_LEAST, round(GUARD_SHARE * result.rank))
-            if size <= LARGEST_SHARE * eigen.short.shape[0]:
+            rows = eigen.short.shape[0]
+            guard = min(round(GUARD_SHARE * result.rank), round(GUARD_MOST * rows))
+            size = result.rank + max(GUARD_LEAST, guard)
+            if _pays(*eigen.short.shape, size):
                 self._basis = eigen.top(size)
-                self._edge, self._peak = eigen.kth(size), eigen.spectral_norm
+                self._ritz = eigen.sigma[len(eigen.sigma) - size :].clone()
         return result
 
 
@@ -155,6 +168,28 @@ def orthonormal(y: Tensor) -> Tensor:
     if int(failed) == 0 and float(factor.diagonal().min()) > WELL_CONDITIONED:
         return torch.linalg.solve_triangular(factor.T, y, upper=True, left=False)
     return torch.linalg.qr(y).Q
+
+
+def _pays(rows: int, columns: int, size: int) -> bool:
+    """Whether a step with `size` vectors is cheaper than an eigendecomposition (in operations).
+
+    Counted: two filter steps, the small problem and the result, against the Gram matrix, its
+    eigenvectors and the result.
+    """
+    area = rows * columns
+    step = 12.0 * area * size + (2.0 * columns + 5.0 * rows + EIGEN_COST * size) * size**2
+    whole = 2.0 * area * rows + EIGEN_COST * rows**3 + 4.0 * area * min(size, rows - size)
+    return step < whole
+
+
+def _normalised(y: Tensor) -> Tensor:
+    return y / torch.linalg.vector_norm(y, dim=0).clamp_(min=torch.finfo(y.dtype).tiny)
+
+
+def _unsatisfied(ratio: Tensor, degree: int) -> int:
+    """How many of the ascending ``sigma/edge`` gain less than wanted from this degree."""
+    gain = torch.cosh(degree * torch.acosh((2.0 * ratio**2 - 1.0).clamp(min=1.0)))
+    return int((gain < WANTED_GAIN).sum())
 
 
 def _degree(gap: float, spread: float) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergekit_ext.kernels.svt import Rule, power_of_two, svt, truncate
+from mergekit_ext.kernels.svt import Rule, gram_dtype, power_of_two, svt, truncate
 from mergekit_ext.kernels.svt_matmul import MatmulShrinker, norm_bound, spectral_norm, threshold
 from mergekit_ext.kernels.svt_subspace import WarmShrinker, _degree
 from tests.reference.lore import svt as reference_svt
@@ -95,6 +95,18 @@ def test_small_singular_values_keep_their_digits() -> None:
     mu = 2e-5
     error = svt(x, mu).value.double() - reference_svt(x.double(), mu)
     assert float(torch.linalg.matrix_norm(error, 2)) < 2e-7
+
+
+def test_gram_matrices_are_float64_where_squaring_costs_digits() -> None:
+    assert gram_dtype(1.0, 0.5, torch.float32, 1e-5) == torch.float32
+    assert gram_dtype(1.0, 0.02, torch.float32, 1e-5) == torch.float64
+    assert gram_dtype(1.0, 0.0, torch.float32, 1e-5) == torch.float64
+    assert gram_dtype(1.0, 0.5, torch.float64, 1e-5) == torch.float64
+    x = with_spectrum(48, 60, torch.logspace(0, -4, 48)).float()
+    shrinker = WarmShrinker()
+    shrinker.start(x)
+    found = shrinker.first(x, Rule(mu=2e-3)).value.double() - reference_svt(x.double(), 2e-3)
+    assert float(torch.linalg.matrix_norm(found, 2)) < 2e-7
 
 
 def test_edges(device) -> None:
