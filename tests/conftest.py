@@ -6,9 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import settings
+# The suite runs in as many processes as there are cores; torch reads this when it is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:

@@ -149,10 +149,10 @@ class WarmShrinker:
         result = self._rule.apply(eigen)
         self._basis, self._exact = None, True
         if self._rule.mu:
-            rows = eigen.short.shape[0]
+            rows, columns = eigen.short.shape
             guard = min(round(GUARD_SHARE * result.rank), round(GUARD_MOST * rows))
             size = result.rank + max(GUARD_LEAST, guard)
-            if _pays(*eigen.short.shape, size):
+            if _pays(rows, columns, size):
                 self._basis = eigen.top(size)
                 self._ritz = eigen.sigma[len(eigen.sigma) - size :].clone()
         return result
