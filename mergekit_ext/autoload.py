@@ -25,12 +25,14 @@ def _extend(name: str, module) -> None:  # type: ignore[no-untyped-def]
     getattr(compat, _EXTENSIONS[name])(module)
 
 
-def _run_after(loader, name: str) -> None:  # type: ignore[no-untyped-def]
+def _run_after(loader, name: str, done) -> None:  # type: ignore[no-untyped-def]
     execute = loader.exec_module
 
     def exec_module(module) -> None:  # type: ignore[no-untyped-def]
         execute(module)
-        _extend(name, module)
+        # One loader may serve many modules (those of a zip file).
+        if module.__name__ == name and done(name):
+            _extend(name, module)
 
     loader.exec_module = exec_module
 
@@ -40,22 +42,31 @@ class _Finder:
 
     def __init__(self, names) -> None:  # type: ignore[no-untyped-def]
         self.pending = set(names)
+        self._searching = set()  # type: ignore[var-annotated]
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name not in self.pending:
+        if name not in self.pending or name in self._searching:
             return None
+        self._searching.add(name)
+        try:
+            for finder in sys.meta_path:
+                find = getattr(finder, "find_spec", None)
+                spec = find(name, path, target) if find is not None else None
+                if spec is not None and spec.loader is not None:
+                    # Finding is not importing: a probe must not use up the one extension.
+                    _run_after(spec.loader, name, self._executed)
+                    return spec
+        finally:
+            self._searching.discard(name)
+        return None
+
+    def _executed(self, name: str) -> bool:
+        if name not in self.pending:
+            return False
         self.pending.discard(name)
         if not self.pending:
             sys.meta_path.remove(self)
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            if finder is self or find is None:
-                continue
-            spec = find(name, path, target)
-            if spec is not None and spec.loader is not None:
-                _run_after(spec.loader, name)
-                return spec
-        return None
+        return True
 
 
 def install() -> None:

@@ -63,6 +63,10 @@ class NonFiniteError(MergekitExtError, ValueError):
         )
 
 
+class MergeError(MergekitExtError, ValueError):
+    """A tensor cannot be merged as asked. The merge stops and leaves no output."""
+
+
 class HostVersionError(MergekitExtError, RuntimeError):
     """The installed mergekit lacks something that the plugin relies on."""
 

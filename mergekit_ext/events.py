@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -153,9 +154,11 @@ class Dispatcher:
                 handler(event)
 
     def close(self) -> None:
-        for callback in self._callbacks:
-            if (close := getattr(callback, "close", None)) is not None:
-                close()
+        """Close every callback that can be closed, whatever the others do."""
+        with ExitStack() as stack:
+            for callback in reversed(self._callbacks):
+                if (close := getattr(callback, "close", None)) is not None:
+                    stack.callback(close)
 
 
 class ProgressBar(MergeCallback):

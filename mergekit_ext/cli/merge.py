@@ -26,6 +26,9 @@ def merge(merge_options: MergeOptions, config_file: str, out_path: str, events: 
     the inputs are checked first; the output appears when it is complete.
     """
     merge_options.apply_global_options()
-    callbacks = [JsonLines(events)] if events else []
+    try:
+        callbacks = [JsonLines(events)] if events else []
+    except OSError as error:
+        raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
     with for_commands():
         mergekit_ext.merge(config_file, out_path, merge_options, callbacks=callbacks)

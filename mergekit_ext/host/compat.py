@@ -25,6 +25,8 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+from packaging.version import Version
+
 from mergekit_ext.errors import HostVersionError
 
 _OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
@@ -33,8 +35,7 @@ _OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
 def check_version() -> None:
     """Raise `HostVersionError` unless the installed mergekit is 0.1.5 or a later 0.1.x."""
     found = metadata.version("mergekit")
-    parts = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
-    if not _OLDEST <= parts < _TOO_NEW:
+    if not _OLDEST <= Version(found).release < _TOO_NEW:
         raise HostVersionError(
             f"mergekit {found} is installed; mergekit_ext works with mergekit >= 0.1.5, < 0.2. "
             "Install such a version, or set MERGEKIT_EXT_AUTOLOAD=0 to use mergekit without it."
@@ -113,10 +114,20 @@ def make_executor(targets: Sequence[Any], options: Any) -> Any:
 
 
 def run_tasks(targets: Sequence[Any], options: Any) -> Iterator[tuple[Any, Any]]:
-    """Run `targets` without mergekit's progress bar; yield each with its value."""
-    if not targets:
-        return
-    yield from make_executor(targets, options).run(quiet=True)
+    """Run `targets` without mergekit's progress bar; yield each with its value, once.
+
+    mergekit's multi-GPU executor may end before it has handed out what its threads put into the
+    queue: what is missing is run again.
+    """
+    from mergekit.graph import Executor
+
+    missing = dict.fromkeys(targets)
+    if missing:
+        for target, value in make_executor(targets, options).run(quiet=True):
+            del missing[target]
+            yield target, value
+    if missing:
+        yield from Executor(list(missing), math_device=options.device).run(quiet=True)
 
 
 def source_key(task: Any) -> Hashable:

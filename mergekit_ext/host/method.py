@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
+from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 
 from mergekit_ext.errors import MergeWarning, NonFiniteError, Problem
 from mergekit_ext.host import session as sessions
@@ -19,7 +20,7 @@ class ExtMethod(MergeMethod):
     """A merge method that merges one group at a time, and reports on it.
 
     Subclasses implement `merge_one`; the rest has working defaults. `problems` and `notes` are
-    asked before any weight is read, `warnings` after the last tensor.
+    asked before any weight is read, `warnings` after the last tensor. Results carry no gradient.
     """
 
     @abstractmethod
@@ -96,8 +97,11 @@ class ExtMethod(MergeMethod):
         ):
             if dtype is None:
                 raise ValueError(f"{self.spec.name}: group {index} has no tensors to merge")
+            if dtype != promoted_dtype(group):
+                group = align_dtype(group, dtype)
             target = out_dtype or dtype
-            with torch.autocast(group.entries[0].tensor.device.type, enabled=False):
+            device = group.entries[0].tensor.device.type
+            with torch.no_grad(), torch.autocast(device, enabled=False):
                 merged, details = self.merge_one(group, bound, target)
             name = group.metadata.name or f"group {index}"
             session.record(TensorRecord(name, merged.numel(), details))

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from mergekit_ext.errors import (
     HostVersionError,
+    MergeError,
     MergeWarning,
     Problem,
     UniformCoefficientsWarning,
@@ -144,7 +145,7 @@ class NanMethod(ExtMethod):
         if shared.get("norm_of") == "task_vector" and not self._has_base(has_base):
             remedy = (
                 "Add `base_model:`, or leave `norm_of` out."
-                if self.spec.contract.base != BasePolicy.IGNORED
+                if not self.ignores_base
                 else f"{self.spec.name} averages weights; use `nan` or `nan_task_arithmetic`."
             )
             yield Problem(f"{where}.norm_of", "task_vector without a base model", "weights", remedy)
@@ -228,9 +229,18 @@ class NanMethod(ExtMethod):
     ) -> torch.Tensor:
         if not any(coefficients.values()):
             # Every task vector (or every tensor) is zero: the base, or zero, is the answer.
-            return group.entries[0].tensor.to(out_dtype, copy=True)
+            return (group.base or group.entries[0]).tensor.to(out_dtype, copy=True)
         weights = {key: value * parameters["weight"][key] for key, value in coefficients.items()}
-        return self._rule.merge(group, weights, scale, parameters, out_dtype)
+        merged = self._rule.merge(group, weights, scale, parameters, out_dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise MergeError(
+                f"{group.metadata.name}: {self.spec.name} gives values that are not finite, with "
+                f"weights times coefficients {[float(f'{w:.3g}') for w in weights.values()]} and "
+                f"scale {scale:g}; expected finite ones from finite inputs. Weights that sum to "
+                "zero have no average, and large ones leave the range of the output's dtype: "
+                "change `weight` or `scale`."
+            )
+        return merged
 
     def norms(self, group: TensorGroup, parameters: Mapping[str, Any]) -> dict[Hashable, float]:
         """Frobenius norms of the task vectors or weights of the models in one group.
@@ -247,6 +257,11 @@ class NanMethod(ExtMethod):
         unseen = [] if base is not None or group.base is None else [group.base.tensor]
         if not all(map(math.isfinite, (*squares.values(), *map(squared_norm, unseen)))):
             raise_non_finite(group)
+            raise MergeError(
+                f"{group.metadata.name}: the norms {list(squares.values())} of finite weights "
+                "leave the range of float64; expected weights below 1e150 that differ by less "
+                "than 3e38 from the base. Check these checkpoints."
+            )
         return {key: math.sqrt(square) for key, square in squares.items()}
 
     def _bind_parameters(
@@ -255,21 +270,32 @@ class NanMethod(ExtMethod):
         # Only calls with all groups in memory come here; the graph binds while planning and
         # measures in a graph of its own (host/statistics.py).
         bound = super()._bind_parameters(groups, parameters)
-        pending = [i for i, b in enumerate(bound) if b["granularity"] != "tensor"]
-        measured = {
-            i: (groups[i].metadata.name or f"group {i}", self.norms(groups[i], bound[i]))
-            for i in pending
+        keys = {
+            i: (
+                b["granularity"],
+                GRANULARITIES[b["granularity"]](groups[i].metadata.name or str(i)),
+            )
+            for i, b in enumerate(bound)
+            if b["granularity"] != "tensor"
         }
-        totals = combine_norms((bound[i]["granularity"], *measured[i]) for i in pending)
-        for i in pending:
-            bound[i][NORMS] = totals[group_key(bound[i]["granularity"], measured[i][0])]
+        with torch.no_grad():
+            totals = combine_norms(
+                (key, self.norms(groups[i], bound[i])) for i, key in keys.items()
+            )
+        for i, key in keys.items():
+            bound[i][NORMS] = totals.get(key, {})
         return bound
 
+    @property
+    def ignores_base(self) -> bool:
+        """Whether a base model is one more input, as for `linear`."""
+        return self.spec.contract.base == BasePolicy.IGNORED
+
     def _models(self, group: TensorGroup) -> Sequence[Any]:
-        return group.entries if self.spec.contract.base == BasePolicy.IGNORED else group.non_base
+        return group.entries if self.ignores_base else group.non_base
 
     def _has_base(self, configured: bool) -> bool:
-        return configured and self.spec.contract.base != BasePolicy.IGNORED
+        return configured and not self.ignores_base
 
     @staticmethod
     def _norm_of(parameters: Mapping[str, Any], has_base: bool) -> str:
@@ -298,25 +324,18 @@ class NanMethod(ExtMethod):
         return f"{own}\n\n{inner}".strip()
 
 
-def group_key(granularity: str, tensor: str) -> tuple[str, str]:
-    """The key of the set of tensors that share coefficients with `tensor`."""
-    return granularity, GRANULARITIES[granularity](tensor)
-
-
 def combine_norms(
-    measured: Iterable[tuple[str, str, Mapping[Hashable, float]]],
-) -> dict[tuple[str, str], dict[Hashable, float]]:
+    measured: Iterable[tuple[Hashable, Mapping[Hashable, float]]],
+) -> dict[Hashable, dict[Hashable, float]]:
     """Norms of whole groups from those of their tensors: the root of the sum of squares.
 
     Args:
-        measured: (granularity, tensor name, norm of each model).
+        measured: for each tensor the key of its group, and the norm of each model.
     """
-    norms: dict[tuple[str, str], dict[Hashable, list[float]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for granularity, tensor, values in measured:
+    norms: dict[Hashable, dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, values in measured:
         for model, norm in values.items():
-            norms[group_key(granularity, tensor)][model].append(norm)
+            norms[key][model].append(norm)
     return {
         key: {model: math.hypot(*values) for model, values in models.items()}
         for key, models in norms.items()

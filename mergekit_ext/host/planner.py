@@ -42,7 +42,12 @@ class MergePlanner(StockPlanner):
         if method is None:
             return
         for _, task in self._tensors:
-            models = [model for model in task.model_order if model != task.base_model]
+            # Norm and head of a merge of slices have the parameters of one slice's models only.
+            models = [
+                model
+                for model in task.model_order
+                if model != task.base_model and model in task.input_parameters
+            ]
             session.warn(
                 method.forewarnings(
                     dict(task.parameters.items()),

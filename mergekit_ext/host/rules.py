@@ -18,6 +18,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
+from mergekit_ext.errors import MergeError
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
@@ -56,7 +57,7 @@ class DirectRule(Rule):
             return add_task_vectors(group.base.tensor, tensors, scaled, out_dtype)
         total = sum(values)
         if total == 0:
-            raise ValueError(
+            raise MergeError(
                 f"{group.metadata.name}: weights times coefficients sum to zero, so there is no "
                 "average; expected a sum that is not zero. Change `weight`."
             )

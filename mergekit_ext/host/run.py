@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
-from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning
+from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.events import (
     Dispatcher,
     JsonLines,
@@ -31,7 +31,7 @@ from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.session import Session
-from mergekit_ext.host.staging import shards, staged
+from mergekit_ext.host.staging import output_problems, shards, staged
 from mergekit_ext.report.card import append_section
 from mergekit_ext.report.merge_report import write_report
 
@@ -90,7 +90,7 @@ def extended(run_merge: Callable[..., None]) -> Callable[..., None]:
             stock(merge_config, out_path, options, config_source)
             return
         with for_commands():
-            _merge(stock, merge_config, out_path, options, config_source, ())
+            _merge(stock, merge_config, os.fspath(out_path), options, config_source, ())
 
     return run
 
@@ -105,52 +105,76 @@ def _merge(
 ) -> None:
     compat.clear_loaders()
     try:
-        check_merge(config, options, config_source).raise_for_problems("this merge")
+        report = check_merge(config, options, config_source)
         config = compat.ordered(config)
+        models = config.referenced_models()
+        inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
+        require([*report.problems, *output_problems(out_path, inputs)])
         source = config_source or config.to_yaml()
-        with listening(options, out_path, callbacks) as session, staged(out_path) as folder:
-            method = ext_method(config.merge_method)
-            stock(config, os.fspath(folder), options.model_copy(update={"quiet": True}), source)
-            if method is not None:
-                describe(folder, method, session)
-                session.warn(method.warnings(session.records))
-        finish(session, out_path)
+        quiet = options.model_copy(update={"quiet": True})
+        method = ext_method(config.merge_method)
+        with output(options, out_path, method, callbacks) as folder:
+            stock(config, os.fspath(folder), quiet, source)
     finally:
         compat.clear_loaders()
 
 
-def describe(folder: Path, method: ExtMethod, session: Session) -> None:
-    """Write what the method reported into the report file and the model card."""
-    details = {record.name: record.details for record in session.records}
-    write_report(folder, method.spec.name, details)
-    append_section(folder / "README.md", method.summary(session.records))
-
-
-def finish(session: Session, out_path: str) -> None:
-    """Tell those who listen that the output stands."""
-    for shard in shards(Path(out_path)):
-        session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
-    session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
-    session.close()
+def require(problems: Sequence[Problem]) -> None:
+    """Raise one error with all `problems`, if there are any."""
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextmanager
-def listening(
-    options: MergeOptions, out_path: str, callbacks: Iterable[object], source: str = ""
-) -> Iterator[Session]:
-    """The session of one merge, with the callbacks that options and environment ask for."""
-    listeners = [*callbacks]
-    if not options.quiet:
-        listeners.insert(0, ProgressBar())
-    if path := os.environ.get(EVENTS_VARIABLE):
-        listeners.append(JsonLines(path))
-    session = Session(Dispatcher(listeners), out_path, source)
+def output(
+    options: MergeOptions,
+    out_path: str,
+    method: ExtMethod | None,
+    callbacks: Iterable[object],
+    source: str = "",
+) -> Iterator[Path]:
+    """Yield the folder to merge into; then report, put it in its place, and tell who listens.
+
+    Args:
+        options: mergekit's; `quiet` switches the progress bar off.
+        out_path: the folder that the output becomes.
+        method: the method that reports; None for mergekit's own.
+        callbacks: beside the progress bar and what the environment asks for.
+        source: the text of the configuration.
+    """
+    session = Session(Dispatcher(_listeners(options, callbacks)), out_path, source)
     try:
         with sessions.active(session):
-            yield session
-    except BaseException:
+            with staged(out_path) as folder:
+                yield folder
+                if method is not None:
+                    _describe(folder, method, session)
+            for shard in shards(Path(out_path)):
+                session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
+            session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
+            if method is not None:
+                # After the output stands: a warning that is an error must not cost the merge.
+                session.warn(method.warnings(session.records))
+    finally:
         session.close()
-        raise
+
+
+def _listeners(options: MergeOptions, callbacks: Iterable[object]) -> list[object]:
+    listeners: list[object] = [] if options.quiet else [ProgressBar()]
+    listeners.extend(callbacks)
+    if path := os.environ.get(EVENTS_VARIABLE):
+        try:
+            listeners.append(JsonLines(path))
+        except OSError as error:
+            problem = Problem(EVENTS_VARIABLE, f"{path} ({error.strerror})", "a file to append to")
+            raise ConfigError([problem]) from None
+    return listeners
+
+
+def _describe(folder: Path, method: ExtMethod, session: Session) -> None:
+    details = {record.name: record.details for record in session.records}
+    write_report(folder, method.spec.name, details)
+    append_section(folder / "README.md", method.summary(session.records))
 
 
 @contextmanager

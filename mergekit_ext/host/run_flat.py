@@ -14,8 +14,8 @@ from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks import check_flat
 from mergekit_ext.host.methods import ext_method
-from mergekit_ext.host.run import describe, finish, for_commands, listening
-from mergekit_ext.host.staging import staged
+from mergekit_ext.host.run import for_commands, output, require
+from mergekit_ext.host.staging import output_problems
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 
@@ -31,13 +31,18 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
         session = sessions.current()
         if ext_method(config.merge_method) is None:
             return stock(config, out_path, tensor_union, tensor_intersection, options)
-        check_flat(
+        report = check_flat(
             config,
             options,
             union=tensor_union,
             intersection=tensor_intersection,
             source=session.source if session else None,
-        ).raise_for_problems("this merge")
+        )
+        files = [model.model for model in config.models]
+        if config.base_model is not None:
+            files.append(config.base_model)
+        place = session.output if session else out_path
+        require([*report.problems, *output_problems(place, files)])
         targets = stock(config, out_path, tensor_union, tensor_intersection, options)
         saves = [target for target in targets if hasattr(target, "tensor_task")]
         if session is not None:
@@ -68,15 +73,8 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
             stock(config_path=config_path, out_path=out_path, **arguments)
             return
         options = _options(arguments)
-        with for_commands():
-            with (
-                listening(options, out_path, (), source=text) as session,
-                staged(out_path) as folder,
-            ):
-                stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
-                describe(folder, method, session)
-                session.warn(method.warnings(session.records))
-            finish(session, out_path)
+        with for_commands(), output(options, out_path, method, (), text) as folder:
+            stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
 
     return command
 

@@ -71,6 +71,7 @@ class Session:
 
 
 _active: list[Session] = []
+_one_at_a_time = threading.RLock()
 
 
 def current() -> Session | None:
@@ -80,9 +81,10 @@ def current() -> Session | None:
 
 @contextmanager
 def active(session: Session) -> Iterator[Session]:
-    """Make `session` the current one for a block of code."""
-    _active.append(session)
-    try:
-        yield session
-    finally:
-        _active.remove(session)
+    """Make `session` the current one for a block of code; other threads wait for their turn."""
+    with _one_at_a_time:
+        _active.append(session)
+        try:
+            yield session
+        finally:
+            _active.remove(session)

@@ -1,31 +1,64 @@
-"""Outputs appear whole: written beside their place, then renamed."""
+"""Outputs appear whole: written beside or inside their place, then renamed."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
-_PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+from mergekit_ext.errors import Problem
+
+# The files that a merge writes, and no others: a folder may hold more than one model's files.
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+_INDEX = re.compile(r"(pytorch_)?model\.(safetensors|bin)\.index\.json")
+
+
+def output_problems(
+    out_path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
+) -> Iterator[Problem]:
+    """What is wrong with a place for the output.
+
+    Args:
+        out_path: the folder that will be written.
+        inputs: local folders or files that the merge reads; other names are passed over.
+    """
+    target = Path(out_path).resolve()
+    where = "OUT_PATH"
+    if target.exists() and not target.is_dir():
+        yield Problem(where, f"{target}, which is a file", "a folder", "Choose another name.")
+        return
+    existing = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        yield Problem(where, f"{existing}, which cannot be written", "a writable folder")
+    for name in inputs:
+        source = Path(name).resolve()
+        replaced = source == target or (source.parent == target and _is_output(source.name))
+        if source.exists() and replaced:
+            yield Problem(
+                where,
+                f"{target}, where the input {name} lies",
+                "a folder that no input lies in",
+                "Choose another folder: the output would replace that input.",
+            )
 
 
 @contextmanager
 def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a folder to write in, of the same name as `out_path`, which it becomes at the end.
 
-    After an exception nothing is left. If `out_path` is a folder with files in it, as after an
-    earlier merge, its weights are replaced as mergekit would, and other files stay.
+    After an exception nothing is left. If `out_path` is a folder already, as after an earlier
+    merge, its weights give way to the new ones; other files of the same name are replaced, and the
+    rest stays. What is there stays loadable, or becomes incomplete, but is never a mixture.
     """
     target = Path(out_path).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The same folder, so that the rename stays on one file system.
-    room = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}-", suffix="-incomplete", dir=target.parent)
-    )
+    # On the file system of the output, which may be a mount point, so that renaming is enough.
+    beside = target if target.exists() else target.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix="-incomplete", dir=beside))
     try:
         written = room / target.name
         written.mkdir()
@@ -36,24 +69,25 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _put(written: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        # Replaces an empty folder as well.
+    if not target.exists():
         written.replace(target)
         return
-    fresh = {path.name for path in written.iterdir()}
-    for pattern in (*_WEIGHTS, *_PICKLES):
-        for old in target.glob(pattern):
-            # An index or a shard that the new model does not have would be read with it.
-            if old.name not in fresh:
-                old.unlink()
-    for path in sorted(written.iterdir()):
+    old = [path for path in target.iterdir() if _is_output(path.name)]
+    # The index first: without it the shards of two models cannot be taken for one.
+    for path in sorted(old, key=lambda path: not _INDEX.fullmatch(path.name)):
+        path.unlink()
+    fresh = sorted(written.iterdir(), key=lambda path: not _WEIGHTS.fullmatch(path.name))
+    for path in fresh:
         destination = target / path.name
         if destination.is_dir():
             shutil.rmtree(destination)
         path.replace(destination)
 
 
-def shards(folder: Path) -> Iterator[Path]:
+def _is_output(name: str) -> bool:
+    return bool(_WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name))
+
+
+def shards(folder: Path) -> list[Path]:
     """The files of weights in `folder`, in order."""
-    for pattern in (_WEIGHTS[0], _PICKLES[0]):
-        yield from sorted(folder.glob(pattern))
+    return sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))

@@ -7,7 +7,9 @@ second graph, which has no edges between tensors and so stays as parallel as mer
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mergekit.common import ImmutableMap, ModelReference
@@ -16,11 +18,33 @@ from mergekit_ext.events import StatisticsBegin, StatisticsEnd
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
-from mergekit_ext.host.nan_method import NORMS, NanMethod, combine_norms, group_key
+from mergekit_ext.host.nan_method import GRANULARITIES, NORMS, NanMethod, combine_norms
 from mergekit_ext.host.tasks import MeasureTensorTask, MergeTensorTask
 from mergekit_ext.kernels.nan import inverse_norm_coefficients
 
-Norms = dict[tuple[str, str], dict[Hashable, float]]
+Norms = dict[Hashable, dict[Hashable, float]]
+
+
+@dataclass(frozen=True)
+class GroupKey:
+    """Tensors with the same key share coefficients.
+
+    Slices may take different models, or measure against different bases: what is measured over
+    other tensors or otherwise cannot be compared.
+    """
+
+    granularity: str
+    group: str
+    models: tuple[ModelReference, ...]
+    base: ModelReference | None
+    norm_of: str | None
+
+    @classmethod
+    def of(cls, task: MergeTensorTask) -> GroupKey:
+        granularity = task.parameters["granularity"]
+        group = GRANULARITIES[granularity](task.output_weight.name)
+        models = tuple(sorted(task.model_order, key=str))
+        return cls(granularity, group, models, task.base_model, task.parameters["norm_of"])
 
 
 def with_statistics(tasks: Sequence[MergeTensorTask], options: Any) -> list[MergeTensorTask]:
@@ -29,7 +53,10 @@ def with_statistics(tasks: Sequence[MergeTensorTask], options: Any) -> list[Merg
     if not pending:
         return list(tasks)
     norms = _measure(pending, options)
-    return [_with_norms(task, norms[_key(task)]) if _needs_norms(task) else task for task in tasks]
+    return [
+        _with_norms(task, norms.get(GroupKey.of(task), {})) if _needs_norms(task) else task
+        for task in tasks
+    ]
 
 
 def _needs_norms(task: MergeTensorTask) -> bool:
@@ -39,14 +66,10 @@ def _needs_norms(task: MergeTensorTask) -> bool:
     )
 
 
-def _key(task: MergeTensorTask) -> tuple[str, str]:
-    return group_key(task.parameters["granularity"], task.output_weight.name)
-
-
 def _measure(tasks: Sequence[MergeTensorTask], options: Any) -> Norms:
     started = time.perf_counter()
     # A tied tensor counts once in each group.
-    unique = {(_key(task), compat.source_key(task)): task for task in reversed(tasks)}
+    unique = {(GroupKey.of(task), compat.source_key(task)): task for task in reversed(tasks)}
     measuring = {
         MeasureTensorTask(
             method_name=task.method_name,
@@ -55,33 +78,36 @@ def _measure(tasks: Sequence[MergeTensorTask], options: Any) -> Norms:
             base_model=task.base_model,
             tensor=task.output_weight.name,
             parameters=task.parameters,
-        ): task
+        ): GroupKey.of(task)
         for task in reversed(unique.values())
     }
     session = sessions.current()
     if session is not None:
         session.emit(StatisticsBegin(len(measuring)))
     by_name = {str(model): model for task in tasks for model in task.model_order}
-    measured = []
-    for target, values in compat.run_tasks(list(measuring), options):
-        granularity = measuring[target].parameters["granularity"]
-        norms = {by_name[name]: norm for name, norm in values.items()}
-        measured.append((granularity, target.tensor, norms))
-    totals = combine_norms(measured)
-    for task in tasks:
-        totals.setdefault(_key(task), {})
+    totals = combine_norms(
+        (measuring[target], {by_name[name]: norm for name, norm in values.items()})
+        for target, values in compat.run_tasks(list(measuring), options)
+    )
     if session is not None:
         session.emit(StatisticsEnd(_coefficients(totals), time.perf_counter() - started))
     return totals
 
 
 def _coefficients(norms: Norms) -> dict[str, dict[str, float]]:
-    return {
-        group: dict(
-            zip(map(str, models), inverse_norm_coefficients(list(models.values())), strict=True)
-        )
-        for (_, group), models in norms.items()
-    }
+    names = Counter(key.group for key in norms if isinstance(key, GroupKey))
+    found = {}
+    for key, models in norms.items():
+        if isinstance(key, GroupKey):
+            label = key.group if names[key.group] == 1 else f"{key.group} of {_listed(key)}"
+            values = inverse_norm_coefficients(list(models.values()))
+            found[label] = dict(zip(map(str, models), values, strict=True))
+    return found
+
+
+def _listed(key: GroupKey) -> str:
+    base = f" over {key.base}" if key.base else ""
+    return ", ".join(str(model) for model in key.models if model != key.base) + base
 
 
 def _with_norms(task: MergeTensorTask, norms: Mapping[ModelReference, float]) -> MergeTensorTask:

@@ -61,7 +61,10 @@ class MeasureTensorTask(Task[dict[str, float]]):
         method = ext_method(self.method_name)
         present = [(m, tensors[m]) for m in self.model_order if tensors.get(m) is not None]
         norms: dict[str, float] = {}
-        if isinstance(method, NanMethod) and all(t.is_floating_point() for _, t in present):
+        # Without the base's tensor there is no task vector: the merge passes such a tensor on.
+        floating = all(tensor.is_floating_point() for _, tensor in present)
+        based = self.base_model is None or tensors.get(self.base_model) is not None
+        if isinstance(method, NanMethod) and floating and (based or method.ignores_base):
             entries = tuple(
                 TensorEntry(id=model, tensor=tensor, is_base=model == self.base_model)
                 for model, tensor in present

@@ -44,6 +44,8 @@ def squared_norm(tensor: Tensor, base: Tensor | None = None) -> float:
 
 def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list[float]:
     """`squared_norm` of several tensors of one shape, which reads `base` once."""
+    if not tensors:
+        return []
     dtype = compute_dtype(tensors if base is None else [*tensors, base])
     flat = [tensor.reshape(-1) for tensor in tensors]
     flat_base = None if base is None else base.reshape(-1)

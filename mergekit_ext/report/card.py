@@ -17,9 +17,10 @@ def append_section(card: Path, section: str) -> None:
         card.write_text(f"{text.rstrip()}\n\n{section.strip()}\n", encoding="utf-8")
 
 
-def _short(model: str) -> str:
-    # A local path says more about the machine than about the model.
-    return Path(model).name or model
+def _short(models: Sequence[str]) -> list[str]:
+    """Names without folders, which say more about the machine; unless two would be the same."""
+    names = [Path(model).name or model for model in models]
+    return names if len(set(names)) == len(names) else list(models)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -30,20 +31,21 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     """NAN's coefficients: one row per group of tensors; mean and range when there are many."""
-    groups: dict[str, Mapping[str, float]] = {}
+    # A group of tensors has a row for each set of models that its slices take.
+    groups: dict[tuple[str, ...], Mapping[str, float]] = {}
     for details in tensors.values():
-        if details.get("coefficients"):
-            groups.setdefault(details["group"], details["coefficients"])
+        if values := details.get("coefficients"):
+            groups.setdefault((details["group"], *values), values)
     if not groups:
         return ""
     models = list(dict.fromkeys(model for values in groups.values() for model in values))
-    head = [*map(_short, models)]
+    head = _short(models)
     scales = sorted({details["scale"] for details in tensors.values() if "scale" in details})
     lines = ["### NAN coefficients", "", f"Global factor (`scale`): {_numbers(scales)}.", ""]
     if len(groups) <= _MOST_ROWS:
         rows: list[list[str]] = [
-            [name, *(f"{values.get(model, 0.0):.4f}" for model in models)]
-            for name, values in groups.items()
+            [key[0], *(f"{values[m]:.4f}" if m in values else "" for m in models)]
+            for key, values in groups.items()
         ]
         lines.append(_table(["group", *head], rows))
     else:
@@ -65,12 +67,10 @@ def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     converged = sum(bool(d["converged"]) for d in solved.values())
     models = list(dict.fromkeys(model for d in solved.values() for model in d["ranks"]))
     rows = []
-    for model in models:
+    for name, model in zip(_short(models), models, strict=True):
         ranks = sorted(d["ranks"][model] for d in solved.values() if model in d["ranks"])
         tops = [d["singular_values"].get(model, 0.0) for d in solved.values()]
-        rows.append(
-            [_short(model), f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}", _range(tops)]
-        )
+        rows.append([name, f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}", _range(tops)])
     return "\n".join(
         [
             "### LoRE solver",

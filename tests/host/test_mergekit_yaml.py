@@ -39,8 +39,7 @@ def run(tmp_path, config, *flags, command="mergekit-yaml", env=None):
 
 
 def compare(found, wanted, tolerance):
-    assert found.keys() <= wanted.keys()
-    assert found
+    assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(
             tensor.double(), wanted[name].double(), rtol=tolerance, atol=tolerance, msg=name
@@ -189,6 +188,70 @@ def test_gradients_filters_and_slices(llamas, tmp_path):
             scale=1.0,
         )
         compare({name: tensor}, wanted, EPS[torch.float32])
+
+
+def test_slices_of_different_models_have_coefficients_of_their_own(llamas, tmp_path):
+    base, tuned = llamas
+    first, second, third = tuned
+
+    def part(start, end, *models):
+        sources = [{"model": str(m), "layer_range": [start, end]} for m in (*models, base)]
+        return {"sources": sources}
+
+    config = {
+        "merge_method": "nan",
+        "base_model": str(base),
+        "slices": [part(0, 2, first, second), part(2, 3, first, third)],
+        "parameters": {"granularity": "model"},
+    }
+    done = run(tmp_path, config)
+    assert done.returncode == 0, done.stderr
+    found, base_state = small.state(tmp_path / "out"), small.state(base)
+    for layers, models in (({"0", "1"}, (first, second)), ({"2"}, (first, third))):
+        names = [n for n in found if "layers" in n and n.split(".")[2] in layers]
+        outside = [n for n in found if "layers" not in n]
+        # Norm and head go with the last slice, the embedding with the first.
+        last = third in models
+        names += [n for n in outside if ("embed" not in n) == last]
+        wanted = reference.merge(
+            [{n: small.state(m)[n] for n in names} for m in models],
+            {n: base_state[n] for n in names},
+            group_of=lambda name: "all",
+        )
+        compare({n: found[n] for n in names}, wanted, EPS[torch.float32])
+
+
+def test_a_tied_head_counts_once(tmp_path):
+    def tied():
+        model = small.llama()
+        model.config.tie_word_embeddings = True
+        return type(model)(model.config)
+
+    base, tuned = small.family(tmp_path / "tied", tied)
+    assert "lm_head.weight" not in small.state(base)
+    done = run(tmp_path, small.config("nan", tuned, base, {"granularity": "model"}))
+    assert done.returncode == 0, done.stderr
+    wanted = reference.merge(
+        [small.state(t) for t in tuned], small.state(base), group_of=lambda name: "all"
+    )
+    found = small.state(tmp_path / "out")
+    compare({n: found[n] for n in wanted}, wanted, EPS[torch.float32])
+
+
+@pytest.mark.parametrize("command", ["mergekit-yaml", "mergekit-pytorch"])
+def test_an_output_never_replaces_an_input(llamas, tmp_path, command):
+    base, tuned = llamas
+    inputs = [folder / "model.safetensors" for folder in tuned]
+    config = {
+        "mergekit-yaml": small.config("nan", tuned, base),
+        "mergekit-pytorch": small.config("nan", inputs, base / "model.safetensors"),
+    }[command]
+    before = inputs[0].read_bytes()
+    yml = small.write_yaml(tmp_path / "merge.yml", config)
+    done = small.command(command, yml, tuned[0])
+    assert done.returncode == 2
+    assert "where the input" in done.stderr
+    assert inputs[0].read_bytes() == before
 
 
 def test_multi_merge_feeds_one_merge_to_the_next(llamas, tmp_path):

@@ -11,7 +11,12 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from pydantic import ValidationError
 
 import mergekit_ext
-from mergekit_ext.errors import HostVersionError, NonFiniteError, UniformCoefficientsWarning
+from mergekit_ext.errors import (
+    HostVersionError,
+    MergeError,
+    NonFiniteError,
+    UniformCoefficientsWarning,
+)
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.methods import ext_method
 from tests.reference import nan as reference
@@ -227,11 +232,47 @@ def test_uniform_coefficients_are_told():
 
 
 def test_weights_that_sum_to_zero_have_no_average():
-    _, first, second = states(2)
+    _, first = states(1)
     same = {n: first[n].clone() for n in first}
-    with pytest.raises(ValueError, match="sum to zero"):
-        merged("nan", None, [first, same], weight=[1.0, -1.0])
-    assert second
+    for method in ("nan", "nan_linear", "nan_multislerp"):
+        with pytest.raises(MergeError, match="sum to zero"):
+            merged(method, None, [first, same], weight=[1.0, -1.0])
+
+
+def test_the_base_comes_back_wherever_it_stands():
+    zero, ones = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
+    for inputs in ({"x": zero, "y": dict(zero), "base": ones}, {"base": ones, "x": zero}):
+        found = merge_state_dicts(inputs, "nan", base="base", parameters={"norm_of": "weights"})
+        assert torch.equal(found["a"], ones["a"])
+
+
+def test_a_base_alone_comes_back():
+    base, *_ = states(0)
+    found = merge_tensors(
+        [base[NAMES[0]]], "nan_ties", base_index=0, parameters={"granularity": "model"}
+    )
+    assert torch.equal(found, base[NAMES[0]])
+
+
+def test_norms_beyond_the_range_are_told():
+    huge = {"w": torch.full((4,), 1e200, dtype=torch.float64)}
+    with pytest.raises(MergeError, match=r"w: the norms .* leave the range"):
+        merged("nan", None, [huge, huge])
+
+
+def test_an_explicit_dtype_is_computed_in():
+    base, *models = states(dtype=torch.float32)
+    inputs = {"base": base} | {str(i): m for i, m in enumerate(models)}
+    found = merge_state_dicts(inputs, "nan", base="base", dtype=torch.float64)
+    wanted = reference.merge(models, base)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-13, atol=1e-13)
+
+
+def test_parameters_that_train_record_no_graph():
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    found = merge_tensors([torch.zeros(4, 4), weight], "nan", base_index=0)
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize(

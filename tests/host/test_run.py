@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 
 import pytest
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from transformers import LlamaForCausalLM
 
 import mergekit_ext
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, UniformCoefficientsWarning
 from mergekit_ext.events import MergeCallback
 from tests import models as small
 from tests.reference import nan as reference
@@ -111,6 +114,29 @@ def test_a_callback_that_raises_stops_the_merge_and_leaves_nothing(llamas, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_callbacks_are_closed_whatever_happens(llamas, tmp_path):
+    class Raises(Listener):
+        def on_merge_end(self, event):
+            raise RuntimeError("late")
+
+    base, tuned = llamas
+    listener = Raises()
+    content = yaml.safe_dump(small.config("nan", tuned, base))
+    with pytest.raises(RuntimeError, match="late"):
+        mergekit_ext.merge(content, tmp_path / "out", QUIET, callbacks=[listener])
+    assert listener.closed == 1
+
+
+def test_a_warning_that_is_an_error_does_not_cost_the_merge(tmp_path):
+    _, tuned = small.family(tmp_path / "close", small.llama, amounts=(1e-4, 2e-4))
+    content = yaml.safe_dump(small.config("nan", tuned))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UniformCoefficientsWarning)
+        with pytest.raises(UniformCoefficientsWarning):
+            mergekit_ext.merge(content, tmp_path / "out", QUIET)
+    assert small.state(tmp_path / "out").keys() == small.state(tuned[0]).keys()
+
+
 def test_problems_are_one_error(llamas, tmp_path):
     _, tuned = llamas
     content = small.config("lore", tuned, None, {"combin": "sum", "mu": -1})
@@ -138,10 +164,10 @@ def test_without_a_base_the_first_model_gives_the_configuration(llamas, tmp_path
 def test_a_second_merge_reads_files_that_were_replaced(llamas, tmp_path):
     base, tuned = llamas
     content = yaml.safe_dump(small.config("nan", [tmp_path / "model"], base))
-    for source in tuned[:2]:
-        (tmp_path / "model").mkdir(exist_ok=True)
-        for file in source.iterdir():
-            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    for source, shard in ((tuned[0], "5GB"), (tuned[1], "20KB")):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        model = LlamaForCausalLM.from_pretrained(source)
+        model.save_pretrained(tmp_path / "model", max_shard_size=shard)
         mergekit_ext.merge(content, tmp_path / "out", QUIET)
         for name, tensor in small.state(tmp_path / "out").items():
             torch.testing.assert_close(tensor, small.state(source)[name], rtol=3e-6, atol=3e-6)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ext.host.staging import shards, staged
+from mergekit_ext.host.staging import output_problems, shards, staged
 
 
 def names(folder):
@@ -46,11 +46,12 @@ def test_replaces_the_weights_of_an_earlier_output(tmp_path):
         "model.safetensors.index.json",
         "notes.txt",
     )
-    for name in old:
+    others = ("model_ema.safetensors", "model-notes.safetensors", "adapter_model.safetensors")
+    for name in (*old, *others):
         (out / name).write_text("old")
     with staged(out) as folder:
         (folder / "model.safetensors").write_text("new")
-    assert names(out) == ["model.safetensors", "notes.txt"]
+    assert names(out) == sorted(["model.safetensors", "notes.txt", *others])
     assert [path.name for path in shards(out)] == ["model.safetensors"]
 
 
@@ -59,3 +60,42 @@ def test_an_empty_folder_is_filled(tmp_path):
     with staged(tmp_path / "out") as folder:
         (folder / "config.json").write_text("{}")
     assert names(tmp_path / "out") == ["config.json"]
+
+
+def test_a_kill_while_files_move_leaves_no_mixture(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    parts = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for name in (*parts, "model.safetensors.index.json"):
+        (out / name).write_text("old")
+    move = type(out).replace
+
+    def killed(path, destination):
+        if path.name == parts[1]:
+            raise KeyboardInterrupt
+        return move(path, destination)
+
+    monkeypatch.setattr(type(out), "replace", killed)
+    with pytest.raises(KeyboardInterrupt), staged(out) as folder:
+        for name in (*parts, "model.safetensors.index.json"):
+            (folder / name).write_text("new")
+    assert names(out) == [parts[0]]
+    assert (out / parts[0]).read_text() == "new"
+
+
+def test_places_that_an_output_cannot_have(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("input")
+    (model / "other.safetensors").write_text("input")
+
+    def found(out, *inputs):
+        return [problem.found for problem in output_problems(out, inputs)]
+
+    assert found(tmp_path / "new" / "out", model) == []
+    assert found(tmp_path, model, "org/name") == []
+    assert "where the input" in found(model, model)[0]
+    assert "where the input" in found(model, model / "model.safetensors")[0]
+    assert found(model, model / "other.safetensors") == []
+    assert "is a file" in found(model / "model.safetensors")[0]
+    assert "cannot be written" in found(model / "model.safetensors" / "out")[0]

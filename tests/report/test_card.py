@@ -28,6 +28,19 @@ def test_many_groups_are_summarised():
     assert "| highest | 1.0000 | 1.0000 |" in section
 
 
+def test_slices_of_different_models_have_a_row_each():
+    other = {"group": "model", "coefficients": {"/home/me/a": 0.5, "org/c": 0.5}, "scale": 1.5}
+    section = coefficients_section({"x": nan_details("model", 0.25, 0.75), "y": other})
+    assert "| group | a | b | c |" in section
+    assert "| model | 0.2500 | 0.7500 |  |" in section
+    assert "| model | 0.5000 |  | 0.5000 |" in section
+
+
+def test_names_that_would_be_the_same_stay_long():
+    details = {"group": "model", "coefficients": {"run1/final": 0.5, "run2/final": 0.5}, "scale": 1}
+    assert "| group | run1/final | run2/final |" in coefficients_section({"x": details})
+
+
 def test_nothing_to_tell():
     assert coefficients_section({"x": {}}) == ""
     assert solver_section({"x": {"iterations": 0}}) == ""
