@@ -4,8 +4,8 @@ What is changed, and why (each by one function below, called by `autoload` when 
 loaded):
 
 ``mergekit.merge_methods``      the methods are registered.
-``mergekit.plan``               ``MergePlanner`` becomes `host.planner.MergePlanner`, a subclass
-                                that runs the statistics graph before it hands out the merge graph.
+``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
+                                runs the statistics graph before it hands out the merge graph.
 ``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
                                 project's methods; other merges go to mergekit's own function.
 ``mergekit.scripts.multimerge`` ``load_config`` looks for unknown keys, which pydantic drops.
@@ -52,16 +52,19 @@ def extend_methods(module: ModuleType) -> None:
 
 def extend_planner(module: Any) -> None:
     """Put the planner that runs the statistics graph in the place of mergekit's."""
-    from mergekit_ext.host.planner import MergePlanner
+    from mergekit_ext.host import planner
 
-    module.MergePlanner = MergePlanner
+    if module.MergePlanner.__module__ == module.__name__:
+        module.MergePlanner = planner.extended(module.MergePlanner)
 
 
 def extend_merge(module: Any) -> None:
     """Route merges that use the project's methods through `host.run`."""
-    from mergekit_ext.host import planner, run
+    from mergekit import plan
 
-    module.MergePlanner = planner.MergePlanner
+    from mergekit_ext.host import run
+
+    module.MergePlanner = plan.MergePlanner
     if not hasattr(module.run_merge, "stock"):
         module.run_merge = run.extended(module.run_merge)
 
