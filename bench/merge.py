@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each method")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--methods", nargs="+", help="only these of nan, nan_ties")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     results = []
@@ -125,6 +126,8 @@ def main() -> None:
         size = make_models(folder, "quick" if arguments.quick else "full")
         print(f"three fine-tunes of a Llama with {size / 1e6:.0f}M parameters, bfloat16")
         for ours, theirs, parameters in PAIRS:
+            if arguments.methods and ours not in arguments.methods:
+                continue
             result = compare(folder, ours, theirs, parameters, arguments.runs)
             results.append(result)
             seconds, peak = result["seconds"], result["peak_gib"]

@@ -20,7 +20,7 @@ def extended(stock: type) -> type:
     needed. Plans for mergekit's own methods are left as they are, unless somebody listens.
     """
 
-    class MergePlanner(stock):  # type: ignore[misc, valid-type]
+    class MergePlanner(stock):
         _tensors: list[Any]
 
         def _plan(self) -> None:
