@@ -31,7 +31,7 @@ from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.kernels.nan import default_scale, inverse_norm_coefficients, uniform
-from mergekit_ext.kernels.numerics import squared_norm, squared_norms
+from mergekit_ext.kernels.numerics import all_finite, squared_norm, squared_norms
 from mergekit_ext.report.card import coefficients_section
 
 PAPER = "https://arxiv.org/abs/2505.16148"
@@ -49,7 +49,8 @@ GRANULARITIES: dict[str, Callable[[str], str]] = {
 
 NormOf = Literal["task_vector", "weights"]
 Granularity = Literal["tensor", "block", "model"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Wide enough for every use, and no product of it leaves float32.
+Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 _SHARED = (
     ParameterSpec(
@@ -68,12 +69,14 @@ _SHARED = (
     ),
     ParameterSpec(
         "scale",
-        Finite | None,
+        Factor | None,
         ParameterScope.SHARED,
         default=None,
         description="global factor; default max(1, m/2) over a base, 1 without",
     ),
 )
+# A merged task vector below this share of the dtype's range cannot take a base out of it.
+_SAFE_RANGE = 1e-3
 _RESERVED = frozenset(p.name for p in _SHARED)
 
 
@@ -104,7 +107,7 @@ class NanMethod(ExtMethod):
     @classmethod
     def direct(cls) -> NanMethod:
         """`nan`: task arithmetic over a base, a weighted average without one."""
-        weight = ParameterSpec("weight", Finite, ParameterScope.NON_BASE, default=1.0)
+        weight = ParameterSpec("weight", Factor, ParameterScope.NON_BASE, default=1.0)
         return cls(
             MergeMethodSpec(
                 name="nan",
@@ -121,7 +124,7 @@ class NanMethod(ExtMethod):
         """`nan_<method>` for a method that `takes_nan`."""
         inner = method.spec
         parameters = (
-            ParameterSpec("weight", Finite, p.scope, default=1.0) if p.name == "weight" else p
+            ParameterSpec("weight", Factor, p.scope, default=1.0) if p.name == "weight" else p
             for p in inner.parameters
         )
         return cls(
@@ -210,7 +213,7 @@ class NanMethod(ExtMethod):
         scale = parameters["scale"]
         if scale is None:
             scale = default_scale(len(models), has_base)
-        merged = self._merge(group, coefficients, scale, parameters, out_dtype)
+        merged = self._merge(group, norms, coefficients, scale, parameters, out_dtype)
         details = {
             "group": GRANULARITIES[parameters["granularity"]](group.metadata.name or ""),
             "norms": {str(key): norm for key, norm in norms.items()},
@@ -222,6 +225,7 @@ class NanMethod(ExtMethod):
     def _merge(
         self,
         group: TensorGroup,
+        norms: Mapping[Hashable, float],
         coefficients: Mapping[Hashable, float],
         scale: float,
         parameters: Mapping[str, Any],
@@ -232,7 +236,14 @@ class NanMethod(ExtMethod):
             return (group.base or group.entries[0]).tensor.to(out_dtype, copy=True)
         weights = {key: value * parameters["weight"][key] for key, value in coefficients.items()}
         merged = self._rule.merge(group, weights, scale, parameters, out_dtype)
-        if not bool(torch.isfinite(merged).all()):
+        # Looking costs as much as merging; norms that were measured anyway may show it is safe.
+        longest = math.fsum(abs(scale * w) * norms[key] for key, w in weights.items())
+        safe = (
+            self._rule.linear
+            and self._norm_of(parameters, group.base is not None) == "task_vector"
+            and longest < _SAFE_RANGE * torch.finfo(out_dtype).max
+        )
+        if not safe and not all_finite(merged):
             raise MergeError(
                 f"{group.metadata.name}: {self.spec.name} gives values that are not finite, with "
                 f"weights times coefficients {[float(f'{w:.3g}') for w in weights.values()]} and "

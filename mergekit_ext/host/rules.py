@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
@@ -25,7 +25,13 @@ from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 
 
 class Rule(ABC):
-    """Combine the inputs of a group under per-input weights."""
+    """Combine the inputs of a group under per-input weights.
+
+    Attributes:
+        linear: whether F is a plain weighted sum over a base, no longer than the sum of its terms.
+    """
+
+    linear: ClassVar[bool] = False
 
     @abstractmethod
     def merge(
@@ -41,6 +47,8 @@ class Rule(ABC):
 
 class DirectRule(Rule):
     """Task arithmetic over a base; a weighted average without one."""
+
+    linear = True
 
     def merge(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 # Elements per pass over a CPU tensor: a float64 chunk of this size stays in the second-level
 # cache, so that converting, subtracting and reducing read main memory once.
-_CPU_CHUNK = 1 << 18
+_CPU_CHUNK = 1 << 19
 # A GPU wants few, large kernels; this bounds scratch at half a gigabyte of float64.
 _ACCELERATOR_CHUNK = 1 << 26
 
@@ -59,6 +60,13 @@ def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list
             x = x.to(torch.float64)
             totals[index] += torch.dot(x, x)
     return totals.tolist()
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: one sum, which float64 holds for narrower inputs."""
+    if tensor.dtype == torch.float64:
+        return bool(torch.isfinite(tensor).all())
+    return math.isfinite(float(tensor.sum(dtype=torch.float64)))
 
 
 def count_non_finite(tensor: Tensor) -> int:

@@ -260,6 +260,13 @@ def test_norms_beyond_the_range_are_told():
         merged("nan", None, [huge, huge])
 
 
+@pytest.mark.parametrize("method", ["nan", "nan_ties", "nan_dare_linear"])
+def test_a_result_out_of_range_is_told(method):
+    base, *models = states(dtype=torch.float16)
+    with pytest.raises(MergeError, match="not finite"):
+        merged(method, base, models, scale=1e6)
+
+
 def test_an_explicit_dtype_is_computed_in():
     base, *models = states(dtype=torch.float32)
     inputs = {"base": base} | {str(i): m for i, m in enumerate(models)}
@@ -277,7 +284,13 @@ def test_parameters_that_train_record_no_graph():
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"norm_of": "vectors"}, {"granularity": "layer"}, {"scale": math.inf}, {"weight": math.nan}],
+    [
+        {"norm_of": "vectors"},
+        {"granularity": "layer"},
+        {"scale": math.inf},
+        {"scale": 1e7},
+        {"weight": math.nan},
+    ],
     ids=str,
 )
 def test_bad_values_are_refused(parameters):
