@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -104,6 +105,9 @@ def _merge(
     callbacks: Iterable[object],
 ) -> None:
     compat.clear_loaders()
+    # The libraries' million objects outlive the merge: planning, which makes many small ones,
+    # would have the collector go through all of them again and again.
+    gc.freeze()
     try:
         report = check_merge(config, options, config_source)
         config = compat.ordered(config)
@@ -116,6 +120,7 @@ def _merge(
         with output(options, out_path, method, callbacks) as folder:
             stock(config, os.fspath(folder), quiet, source)
     finally:
+        gc.unfreeze()
         compat.clear_loaders()
 
 

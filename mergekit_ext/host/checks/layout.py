@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mergekit_ext.host.checks.support import join
@@ -44,7 +45,12 @@ class Group:
 
     def source(self, model: Any) -> Source | None:
         """The first source with this model."""
-        return next((s for s in self.sources if s.model == model), None)
+        return self._by_model.get(model)
+
+    @cached_property
+    def _by_model(self) -> dict[Any, Source]:
+        # A dictionary finds the same object without comparing fields, which pydantic does slowly.
+        return {source.model: source for source in reversed(self.sources)}
 
     @property
     def sliced(self) -> bool:
