@@ -169,6 +169,9 @@ def main() -> None:
         "--threads", type=int, help="CPU threads; with 1, processor time is shown, not wall time"
     )
     parser.add_argument("--shape", help="one shape only, as 1024x4096")
+    parser.add_argument(
+        "--case", type=int, choices=range(len(CASES)), help="one case only: its place in CASES"
+    )
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -184,7 +187,7 @@ def main() -> None:
         flush=True,
     )
     for shape in shapes:
-        for case in CASES:
+        for case in CASES if arguments.case is None else CASES[arguments.case :][:1]:
             measure(case, shape, device, arguments.timed)
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Elements per pass over a CPU tensor: a float64 chunk of this size stays in the second-level
-# cache, so that converting, subtracting and reducing read main memory once.
+# Elements per pass over a CPU tensor: a few chunks of this size stay in the caches, so that
+# converting, subtracting and reducing read main memory once.
 _CPU_CHUNK = 1 << 19
-# A GPU wants few, large kernels; this bounds scratch at half a gigabyte of float64.
+# A GPU wants few, large kernels; this bounds scratch at a gigabyte of float64.
 _ACCELERATOR_CHUNK = 1 << 26
+# Sums of a chunk's float32 squares in this range have lost nothing to underflow or overflow.
+_SAFE_SQUARES = (1e-20, 1e37)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -24,9 +26,13 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def chunks(tensor: Tensor) -> Iterator[slice]:
     """Slices that cover the flattened `tensor` in cache-sized pieces, for its device."""
-    step = _CPU_CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
-    for start in range(0, tensor.numel(), step):
-        yield slice(start, start + step)
+    step, size = _chunk(tensor), tensor.numel()
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _chunk(tensor: Tensor) -> int:
+    return _CPU_CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
 
 
 def squared_norm(tensor: Tensor, base: Tensor | None = None) -> float:
@@ -36,9 +42,10 @@ def squared_norm(tensor: Tensor, base: Tensor | None = None) -> float:
         tensor: any shape, any floating dtype.
         base: the same shape and device.
 
-    The difference is formed in float32 (float64 if an input is float64); products and sums are
-    float64, so that neither 1e19 nor 1e-30 leaves the range. NaN or infinity in an input gives a
-    non-finite result.
+    The difference is formed in float32 (float64 if an input is float64). Squares are summed in
+    the same dtype in cache-sized chunks, and the chunks in float64 (relative error below 1e-6); a
+    chunk whose squares could leave float32's range is done in float64, so that neither 1e19 nor
+    1e-30 is lost. NaN or infinity in an input gives a non-finite result.
     """
     return squared_norms([tensor], base)[0]
 
@@ -49,17 +56,35 @@ def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list
         return []
     dtype = compute_dtype(tensors if base is None else [*tensors, base])
     flat = [tensor.reshape(-1) for tensor in tensors]
-    flat_base = None if base is None else base.reshape(-1)
-    totals = torch.zeros(len(flat), dtype=torch.float64, device=flat[0].device)
+    buffers = Buffers(flat[0], dtype, 2)
+    totals = [0.0] * len(flat)
     for part in chunks(flat[0]):
-        start = None if flat_base is None else flat_base[part].to(dtype)
+        delta, start = buffers.of(part)
+        if base is not None:
+            start.copy_(base.reshape(-1)[part])
         for index, source in enumerate(flat):
-            x = source[part]
-            if start is not None:
-                x = x.to(dtype) - start
-            x = x.to(torch.float64)
-            totals[index] += torch.dot(x, x)
-    return totals.tolist()
+            delta.copy_(source[part])
+            if base is not None:
+                delta.sub_(start)
+            total = float(delta.square_().sum())
+            if dtype != torch.float64 and not _SAFE_SQUARES[0] < total < _SAFE_SQUARES[1]:
+                delta.copy_(source[part])
+                wide = (delta if base is None else delta.sub_(start)).to(torch.float64)
+                total = float(torch.dot(wide, wide))
+            totals[index] += total
+    return totals
+
+
+class Buffers:
+    """Scratch for one chunk, taken once: fresh memory for every chunk costs more than the sums."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, count: int):
+        size = min(_chunk(like), like.numel())
+        self._whole = torch.empty((count, size), dtype=dtype, device=like.device)
+
+    def of(self, part: slice) -> Sequence[Tensor]:
+        """The buffers, as long as `part` is."""
+        return self._whole[:, : part.stop - part.start].unbind()
 
 
 def all_finite(tensor: Tensor) -> bool:

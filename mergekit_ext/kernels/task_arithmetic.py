@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.numerics import chunks, compute_dtype
+from mergekit_ext.kernels.numerics import Buffers, chunks, compute_dtype
 
 
 def add_task_vectors(
@@ -34,11 +34,13 @@ def add_task_vectors(
     out = torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
     flat_out, flat_base = out.view(-1), base.reshape(-1)
     flat = [t.reshape(-1) for t in tensors]
+    buffers = Buffers(flat_base, dtype, 3)
     for part in chunks(flat_base):
-        start = flat_base[part].to(dtype)
-        total = torch.zeros_like(start)
+        start, delta, total = buffers.of(part)
+        start.copy_(flat_base[part])
+        total.zero_()
         for source, coefficient in zip(flat, coefficients, strict=True):
-            total.add_(source[part].to(dtype) - start, alpha=coefficient)
+            total.add_(delta.copy_(source[part]).sub_(start), alpha=coefficient)
         flat_out[part] = total.add_(start)
     return out
 
@@ -54,9 +56,11 @@ def weighted_sum(
     out = torch.empty(first.shape, dtype=out_dtype or first.dtype, device=first.device)
     flat_out = out.view(-1)
     flat = [t.reshape(-1) for t in tensors]
+    buffers = Buffers(flat[0], dtype, 2)
     for part in chunks(flat[0]):
-        total = torch.zeros_like(flat[0][part], dtype=dtype)
+        total, weights = buffers.of(part)
+        total.zero_()
         for source, coefficient in zip(flat, coefficients, strict=True):
-            total.add_(source[part].to(dtype), alpha=coefficient)
+            total.add_(weights.copy_(source[part]), alpha=coefficient)
         flat_out[part] = total
     return out
