@@ -36,18 +36,35 @@ class MergekitExtError(Exception):
     """Base class of every error that the project raises on purpose."""
 
 
-class ConfigError(MergekitExtError, ValueError):
-    """A merge cannot start. `problems` lists everything that is wrong, in order of the file."""
+class _ProblemsError(MergekitExtError, ValueError):
+    """Several problems in one exception, numbered in its message."""
 
-    def __init__(self, problems: Iterable[Problem], subject: str = "this merge"):
+    _consequence: str
+
+    def __init__(self, problems: Iterable[Problem], subject: str):
         self.problems = tuple(problems)
         if not self.problems:
-            raise ValueError("ConfigError needs at least one problem")
+            raise ValueError(f"{type(self).__name__} needs at least one problem")
         self.subject = subject
         count = len(self.problems)
-        head = f"{count} problem{'s' if count != 1 else ''} with {subject}; nothing was written:"
+        head = f"{count} problem{'s' if count != 1 else ''} with {subject}; {self._consequence}:"
         lines = (f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
         super().__init__("\n".join([head, *lines]))
+
+
+class ConfigError(_ProblemsError):
+    """A merge cannot start. `problems` lists everything that is wrong, in order of the file."""
+
+    _consequence = "nothing was written"
+
+    def __init__(self, problems: Iterable[Problem], subject: str = "this merge"):
+        super().__init__(problems, subject)
+
+
+class CheckpointError(_ProblemsError):
+    """A FlexMerge checkpoint cannot be used. `problems` lists what is wrong; none of it is used."""
+
+    _consequence = "nothing of it was used"
 
 
 class NonFiniteError(MergekitExtError, ValueError):

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
-ANY = {"errors", "events", "kernels", "host", "report", "cli", "autoload"}
+ANY = {"errors", "events", "kernels", "flexmerge", "host", "report", "cli", "autoload"}
 ALLOWED = {
     "errors": set(),
     "events": set(),
     "kernels": {"kernels", "errors"},
     "report": {"report", "kernels", "errors", "events"},
+    "flexmerge": {"flexmerge", "kernels", "errors", "events", "report"},
     "host": {"host", "kernels", "errors", "events", "report"},
     "cli": ANY,
     "__main__": {"cli"},
