@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
-ANY = {"errors", "events", "kernels", "flexmerge", "host", "report", "cli", "autoload"}
+ANY = {"errors", "events", "headers", "kernels", "flexmerge", "host", "report", "cli", "autoload"}
 ALLOWED = {
     "errors": set(),
     "events": set(),
+    "headers": set(),
     "kernels": {"kernels", "errors"},
     "report": {"report", "kernels", "errors", "events"},
     "flexmerge": {"flexmerge", "kernels", "errors", "events", "report"},
-    "host": {"host", "kernels", "errors", "events", "report"},
+    "host": {"headers", "flexmerge", "host", "kernels", "errors", "events", "report"},
     "cli": ANY,
     "__main__": {"cli"},
     "__init__": {"autoload", "host"},

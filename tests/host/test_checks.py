@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.headers import HeaderError, read_folder, read_safetensors
 from mergekit_ext.host.checks import (
     CheckReport,
     check_flat,
@@ -50,7 +51,6 @@ from mergekit_ext.host.checks import (
     check_source,
     unknown_keys,
 )
-from mergekit_ext.host.checks.headers import HeaderError, read_folder, read_safetensors
 
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}
 

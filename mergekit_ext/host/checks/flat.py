@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext.host.checks.headers import HeaderError, TensorHeader, read_file
+from mergekit_ext.headers import HeaderError, TensorHeader, read_file
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of
 from mergekit_ext.host.checks.locate import locate

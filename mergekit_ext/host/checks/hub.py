@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.host.checks.headers import BITS, TensorHeader
+from mergekit_ext.headers import BITS, TensorHeader
 from mergekit_ext.host.checks.report import Findings
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, weights_of
 from mergekit_ext.host.checks import hub
-from mergekit_ext.host.checks.headers import HeaderError, TensorHeader, read_folder, weights_of
 from mergekit_ext.host.checks.report import Findings
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -211,7 +211,7 @@ def _check_adapter(reference: Any, where: str, options: Any, findings: Findings)
 
 
 def _read_adapter(weights: Path, where: str, findings: Findings) -> None:
-    from mergekit_ext.host.checks.headers import read_safetensors
+    from mergekit_ext.headers import read_safetensors
 
     try:
         read_safetensors(weights)

@@ -32,12 +32,17 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One stored tensor. `dtype` is the name in the safetensors format."""
+    """One stored tensor. `dtype` is the name in the safetensors format.
+
+    `file` and `offset` say where its bytes start; None for tensors in a pickle or on the Hub.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    file: Path | None = None
+    offset: int = 0
 
     @property
     def floating(self) -> bool:
@@ -81,7 +86,7 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
         ) from error
     if not isinstance(header, dict):
         raise HeaderError(name, "a header that is not an object", "a JSON object with the tensors")
-    return _entries(name, header, size - 8 - length)
+    return _entries(path, header, size - 8 - length, 8 + length)
 
 
 def read_folder(folder: Path) -> dict[str, TensorHeader]:
@@ -200,7 +205,8 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _entries(file: str, header: dict[str, Any], size: int) -> dict[str, TensorHeader]:
+def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> dict[str, TensorHeader]:
+    file = str(path)
     found: dict[str, TensorHeader] = {}
     ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -232,7 +238,7 @@ def _entries(file: str, header: dict[str, Any], size: int) -> dict[str, TensorHe
                 f"{end - begin} bytes for {name}",
                 f"{math.prod(shape) * BITS[dtype] // 8} for {dtype} of shape {list(shape)}",
             )
-        found[name] = TensorHeader(name, dtype, shape, end - begin)
+        found[name] = TensorHeader(name, dtype, shape, end - begin, path, start + begin)
         ranges.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(ranges):
