@@ -10,6 +10,7 @@ from mergekit.merge_methods.base import MergeMethod
 from mergekit_ext.host.lore_method import LoreMethod
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod, takes_nan
+from mergekit_ext.host.paper_methods import PAPER_METHODS
 
 
 def register_methods() -> None:
@@ -27,6 +28,7 @@ def register_methods() -> None:
 def _own() -> Iterator[ExtMethod]:
     yield NanMethod.direct()
     yield LoreMethod()
+    yield from (method() for method in PAPER_METHODS)
 
 
 def _register_once(method: MergeMethod) -> None:

@@ -1,0 +1,141 @@
+r"""TSV-Merge: the leading singular vectors of each task, decorrelated.
+
+Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model Merging",
+section 3.3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.kernels.lore import LAYOUTS
+from mergekit_ext.kernels.numerics import all_finite, compute_dtype
+from mergekit_ext.kernels.svt import power_of_two
+
+# Directions whose singular value is below this share of the largest are rounding of the data.
+RESOLUTION = {torch.float32: 1e-5, torch.float64: 1e-12}
+# Gram matrices square the condition number. In float64, with singular values down to this share
+# of the largest, singular vectors are still good to about 1e-8, which float32 data cannot tell.
+_GRAM_RANGE = 1e-4
+
+
+class _Triplets(NamedTuple):
+    """``U diag(sigma) V^T``; float64, the columns of `u` and `v` are orthonormal."""
+
+    u: Tensor
+    sigma: Tensor
+    v: Tensor
+
+
+def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix") -> Tensor:
+    r"""The merged task vector :math:`\hat U\,\mathrm{diag}(\sigma)\,\hat V^T` of one parameter.
+
+    Of each of the m task vectors, ``(a, b)`` matrices of full rank r = min(a, b), the
+    :math:`k = \max(1, \lfloor r/m \rfloor)` leading singular triplets are taken. With
+    :math:`U = [U_1 \dots U_m]`, V and sigma alike, :math:`\hat U` and :math:`\hat V` are the
+    nearest matrices to U and V with orthonormal columns, their polar factors (orthogonal
+    Procrustes): :math:`\hat U = P Q^T` for :math:`U = P D Q^T`.
+
+    *Departure from the authors' code.* Directions that are numerically zero have arbitrary
+    singular vectors, which the code lets take part. Here triplets with a singular value below
+    `RESOLUTION` of the task vector's largest are left out, and so are singular vectors of U and V
+    below `RESOLUTION` of theirs: the polar factor is then the partial isometry, which is unique.
+    Hence m identical task vectors give their best approximation of rank k; the code adds arbitrary
+    directions of the same length. The paper's algorithm does not say what k is for m > r, where
+    the code's is 0; here 1.
+
+    Args:
+        deltas: one task vector per model, of one shape; finite. Half precision is upcast.
+        layout: how tensors of more than two axes are seen: "stacked" (each matrix of the last two
+            axes by itself: experts) or "flattened" (first axis against the rest: convolutions).
+
+    Returns:
+        the shape of the inputs, float32 (float64 if one of them is). Tensors of one or no axis
+        are averaged, as in the code; matrices are not divided by m, so that a task vector that
+        disturbs no other keeps its size. Decompositions are float64: of Gram matrices where that
+        loses nothing for float32 data, full singular value decompositions otherwise.
+
+    Raises:
+        ValueError: no inputs, shapes that differ, non-finite entries, an unknown layout, or
+            "matrix" for more than two axes.
+    """
+    _check(deltas, layout)
+    dtype = compute_dtype(deltas)
+    shape = deltas[0].shape
+    if len(shape) < 2 or deltas[0].numel() == 0:
+        mean = torch.zeros(shape, dtype=torch.float64, device=deltas[0].device)
+        for delta in deltas:
+            mean.add_(delta)
+        return mean.div_(len(deltas)).to(dtype)
+    stacks = [LAYOUTS[layout](delta) for delta in deltas]
+    out = torch.empty(stacks[0].shape, dtype=dtype, device=deltas[0].device)
+    for slot in range(len(out)):
+        out[slot] = _merge([stack[slot] for stack in stacks], dtype)
+    return out.reshape(shape)
+
+
+def _merge(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    count = max(1, min(matrices[0].shape) // len(matrices))
+    found = [_leading(matrix, count, dtype) for matrix in matrices]
+    sigma = torch.cat([task.sigma for task in found])
+    if not len(sigma):
+        return torch.zeros_like(matrices[0], dtype=dtype)
+    u = _polar(torch.cat([task.u for task in found], dim=1), dtype)
+    v = _polar(torch.cat([task.v for task in found], dim=1), dtype)
+    return ((u * sigma) @ v.T).to(dtype)
+
+
+def _leading(matrix: Tensor, count: int, dtype: torch.dtype) -> _Triplets:
+    """At most `count` singular triplets, largest first; fewer if the rank is lower."""
+    scale = power_of_two(matrix)
+    scaled = matrix.to(torch.float64) / scale
+    triplets = _by_gram(scaled, count) if dtype == torch.float32 else None
+    if triplets is None:
+        u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
+        triplets = _Triplets(u[:, :count], sigma[:count], vh[:count].T)
+    sigma = triplets.sigma
+    rank = int(((sigma > RESOLUTION[dtype] * sigma[0]) & (sigma > 0)).sum())
+    return _Triplets(triplets.u[:, :rank], sigma[:rank] * scale, triplets.v[:, :rank])
+
+
+def _by_gram(matrix: Tensor, count: int) -> _Triplets | None:
+    """The `count` leading triplets from the smaller Gram matrix; None if that is not safe."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    short = matrix if wide else matrix.T
+    values, vectors = torch.linalg.eigh(short @ short.T)
+    sigma = values[-count:].flip(0).clamp_(min=0.0).sqrt_()
+    if float(sigma[-1]) <= _GRAM_RANGE * float(sigma[0]):
+        return None
+    left = vectors[:, -count:].flip(1)
+    right = (short.T @ left) / sigma
+    return _Triplets(left, sigma, right) if wide else _Triplets(right, sigma, left)
+
+
+def _polar(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """The polar factor of `columns`; without the directions that are numerically zero."""
+    if dtype == torch.float32 and columns.shape[1] <= columns.shape[0]:
+        values, vectors = torch.linalg.eigh(columns.T @ columns)
+        if float(values[0]) > _GRAM_RANGE**2 * float(values[-1]):
+            return columns @ ((vectors / values.sqrt()) @ vectors.T)
+    p, d, qh = torch.linalg.svd(columns, full_matrices=False)
+    rank = int((d > RESOLUTION[dtype] * d[0]).sum())
+    return p[:, :rank] @ qh[:rank]
+
+
+def _check(deltas: Sequence[Tensor], layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: found {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if not deltas:
+        raise ValueError("deltas: found none; expected at least one task vector")
+    for index, delta in enumerate(deltas):
+        if delta.shape != deltas[0].shape:
+            raise ValueError(
+                f"deltas[{index}]: found shape {tuple(delta.shape)}; expected "
+                f"{tuple(deltas[0].shape)}, that of deltas[0]"
+            )
+        if not all_finite(delta):
+            raise ValueError(f"deltas[{index}]: found non-finite entries; expected finite ones")

@@ -1,0 +1,33 @@
+"""PCB-Merging, slow and obvious: whole rows, full sorts, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def merge(deltas: Sequence[Tensor], density: float, clip: float) -> Tensor:
+    """One vector (a block laid end to end)."""
+    rows = torch.stack([d.double().flatten() for d in deltas])
+    models, size = rows.shape
+    total = rows.sum(0)
+    top, bottom = torch.zeros(size).double(), torch.zeros(size).double()
+    for row in rows:
+        if not row.any():
+            continue
+        magnitudes = row.abs().sort().values
+        cut = int(clip * size)
+        clipped = row.abs().clamp(magnitudes[cut], magnitudes[size - 1 - cut])
+        own = torch.exp(models * _normed(clipped, torch.zeros_like(clipped)) ** 2)
+        score = own * torch.tanh(row * total)
+        threshold = score.sort().values[min(int(size * (1 - density)), size - 1)]
+        share = _normed(score.clamp(min=threshold), (score >= score.max()).double())
+        top += share * clipped * row.sign()
+        bottom += share
+    return torch.where(bottom == 0, 0.0, top / torch.where(bottom == 0, 1.0, bottom))
+
+
+def _normed(x: Tensor, constant: Tensor) -> Tensor:
+    return (x - x.min()) / (x.max() - x.min()) if x.max() > x.min() else constant
