@@ -1,7 +1,7 @@
 r"""TALL masks: which entries of a merged task vector hold what one task needs.
 
-Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression",
-section 4. FlexMerge calls its use "Consensus": the merged vector is that of TIES, the threshold
+Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression".
+FlexMerge calls its use "Consensus": the merged vector is that of TIES, the threshold
 0.6, and a task's weights are :math:`\theta_{pre} + m_k \circ \tau_{uni}`.
 """
 

@@ -1,6 +1,6 @@
 """DARE: drop entries of a task vector at random and rescale the others.
 
-Yu et al. 2024, "Language Models are Super Mario", section 3.2.
+Yu et al. 2024, "Language Models are Super Mario".
 """
 
 from __future__ import annotations

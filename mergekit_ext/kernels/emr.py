@@ -1,7 +1,7 @@
 r"""EMR-Merging: elect one unified task vector, mask it for each task, rescale what is left.
 
-Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", section 3.2. A task k
-has the weights :math:`\theta_{pre} + \gamma_k\,(m_k \circ \tau_{uni})`, see
+Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging". A task k has the
+weights :math:`\theta_{pre} + \gamma_k\,(m_k \circ \tau_{uni})`, see
 `mergekit_ext.kernels.masks.reconstruct`.
 """
 

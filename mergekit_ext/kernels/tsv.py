@@ -1,7 +1,6 @@
 r"""TSV-Merge: the leading singular vectors of each task, decorrelated.
 
-Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model Merging",
-section 3.3 and algorithm 1.
+Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model Merging".
 """
 
 from __future__ import annotations
