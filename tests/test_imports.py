@@ -17,7 +17,7 @@ ALLOWED = {
     "headers": set(),
     "kernels": {"kernels", "errors"},
     "report": {"report", "kernels", "errors", "events"},
-    "flexmerge": {"flexmerge", "kernels", "errors", "events", "report"},
+    "flexmerge": {"flexmerge", "headers", "kernels", "errors", "events", "report"},
     "host": {"headers", "flexmerge", "host", "kernels", "errors", "events", "report"},
     "cli": ANY,
     "__main__": {"cli"},
