@@ -1,47 +1,192 @@
+"""Blocks from names alone; test_block_architectures.py has the names of real models."""
+
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mergekit
 import pytest
 
-from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.blocks import (
+    GRANULARITIES,
+    block_of,
+    depth_of,
+    is_task_head,
+    kind_of,
+    layer_of,
+    stack_of,
+)
 
 NAMES = {
     # Llama, Mistral, Qwen
-    "model.layers.3.self_attn.q_proj.weight": "model.layers.3.attention",
-    "model.layers.3.self_attn.q_norm.weight": "model.layers.3.self_attn.q_norm",
-    "model.layers.3.mlp.down_proj.weight": "model.layers.3.mlp",
-    "model.layers.3.post_attention_layernorm.weight": "model.layers.3.post_attention_layernorm",
-    "model.layers.3.block_sparse_moe.experts.2.w1.weight": "model.layers.3.mlp",
-    "model.embed_tokens.weight": "model.embed_tokens",
-    "model.norm.weight": "model.norm",
-    "lm_head.weight": "lm_head",
-    # BERT
-    "bert.encoder.layer.1.attention.self.query.bias": "bert.encoder.layer.1.attention",
-    "bert.encoder.layer.1.attention.output.dense.weight": "bert.encoder.layer.1.attention",
-    "bert.encoder.layer.1.attention.output.LayerNorm.weight": (
-        "bert.encoder.layer.1.attention.output.LayerNorm"
+    "model.layers.3.self_attn.q_proj.weight": ("model.layers.3.attention", "attention"),
+    "model.layers.3.self_attn.q_norm.weight": ("model.layers.3.self_attn.q_norm", "norm"),
+    "model.layers.3.mlp.down_proj.weight": ("model.layers.3.mlp", "mlp"),
+    "model.layers.3.post_attention_layernorm.weight": (
+        "model.layers.3.post_attention_layernorm",
+        "norm",
     ),
-    "bert.encoder.layer.1.intermediate.dense.weight": "bert.encoder.layer.1.mlp",
-    "bert.encoder.layer.1.output.dense.weight": "bert.encoder.layer.1.mlp",
-    "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings",
-    "classifier.bias": "classifier",
-    # GPT-2
-    "transformer.h.0.attn.c_attn.weight": "transformer.h.0.attention",
-    "transformer.h.0.mlp.c_fc.weight": "transformer.h.0.mlp",
-    "transformer.h.0.ln_1.weight": "transformer.h.0.ln_1",
-    # T5
-    "decoder.block.1.layer.0.SelfAttention.q.weight": "decoder.block.1.attention",
-    "decoder.block.1.layer.1.EncDecAttention.k.weight": "decoder.block.1.cross_attention",
-    "decoder.block.1.layer.2.DenseReluDense.wi.weight": "decoder.block.1.mlp",
-    "decoder.block.1.layer.2.layer_norm.weight": "decoder.block.1.layer.2.layer_norm",
-    "shared.weight": "shared",
-    # ViT, Whisper
-    "vit.encoder.layer.0.attention.attention.key.weight": "vit.encoder.layer.0.attention",
-    "vit.encoder.layer.0.layernorm_before.weight": "vit.encoder.layer.0.layernorm_before",
-    "model.decoder.layers.0.encoder_attn.q_proj.weight": "model.decoder.layers.0.cross_attention",
-    "model.decoder.layers.0.fc1.weight": "model.decoder.layers.0.mlp",
+    "model.layers.3.block_sparse_moe.experts.2.w1.weight": ("model.layers.3.mlp", "mlp"),
+    "model.layers.3.mlp.experts.gate_up_proj": ("model.layers.3.mlp", "mlp"),
+    "model.layers.3.self_attn.gate_proj.weight": ("model.layers.3.attention", "attention"),
+    "model.layers.3.self_attn.sinks": ("model.layers.3.attention", "attention"),
+    "model.embed_tokens.weight": ("model.embed_tokens", "embedding"),
+    "model.norm.weight": ("model.norm", "norm"),
+    "lm_head.weight": ("lm_head", "head"),
+    # BERT
+    "bert.encoder.layer.1.attention.self.query.bias": (
+        "bert.encoder.layer.1.attention",
+        "attention",
+    ),
+    "bert.encoder.layer.1.attention.output.LayerNorm.weight": (
+        "bert.encoder.layer.1.attention.output.LayerNorm",
+        "norm",
+    ),
+    "bert.encoder.layer.1.output.dense.weight": ("bert.encoder.layer.1.mlp", "mlp"),
+    "bert.embeddings.word_embeddings.weight": ("bert.embeddings.word_embeddings", "embedding"),
+    "bert.embeddings.LayerNorm.weight": ("bert.embeddings.LayerNorm", "norm"),
+    "cls.predictions.transform.LayerNorm.weight": ("cls.predictions.transform.LayerNorm", "head"),
+    "bert.pooler.dense.bias": ("bert.pooler.dense", "other"),
+    "classifier.bias": ("classifier", "head"),
+    # GPT-2, XLNet, ALBERT, DINOv2
+    "transformer.h.0.attn.c_attn.weight": ("transformer.h.0.attention", "attention"),
+    "transformer.h.0.ln_1.weight": ("transformer.h.0.ln_1", "norm"),
+    "transformer.layer.0.ff.layer_1.weight": ("transformer.layer.0.mlp", "mlp"),
+    "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn_output.weight": (
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.mlp",
+        "mlp",
+    ),
+    "dinov2.encoder.layer.0.layer_scale1.lambda1": (
+        "dinov2.encoder.layer.0.attention",
+        "attention",
+    ),
+    "dinov2.encoder.layer.0.layer_scale2.lambda1": ("dinov2.encoder.layer.0.mlp", "mlp"),
+    # T5, Whisper
+    "decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": (
+        "decoder.block.1.attention",
+        "attention",
+    ),
+    "decoder.block.1.layer.1.EncDecAttention.k.weight": (
+        "decoder.block.1.cross_attention",
+        "cross_attention",
+    ),
+    "decoder.block.1.layer.2.layer_norm.weight": ("decoder.block.1.layer.2.layer_norm", "norm"),
+    "shared.weight": ("shared", "embedding"),
+    "model.encoder.conv1.weight": ("model.encoder.conv1", "embedding"),
+    # A head of pretraining that is called like a submodel (ModernBERT)
+    "decoder.weight": ("decoder", "head"),
+    # What no table knows
+    "model.layers.3.mystery.weight": ("model.layers.3.mystery", "other"),
+    "logit_scale": ("logit_scale", "other"),
 }
 
 
-@pytest.mark.parametrize(("name", "block"), NAMES.items())
-def test_block_of(name, block):
-    assert block_of(name) == block
+@pytest.mark.parametrize("name", NAMES)
+def test_block_and_kind(name):
+    assert (block_of(name), kind_of(name)) == NAMES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "depth"),
+    [
+        ("model.layers.12.mlp.experts.7.w1.weight", "model.layers", 12),
+        ("decoder.block.1.layer.2.DenseReluDense.wi.weight", "decoder.block", 1),
+        ("swin.encoder.layers.2.blocks.5.layernorm_after.bias", "swin.encoder.layers.2.blocks", 5),
+        ("layers.0.mlp.fc1.weight", "layers", 0),
+        ("classifier.0.weight", None, None),
+        ("visual.merger.mlp.2.weight", None, None),
+        ("layers.0", None, None),
+    ],
+)
+def test_stack_and_depth(name, stack, depth):
+    assert (stack_of(name), depth_of(name)) == (stack, depth)
+    if stack is not None:
+        layer = layer_of(name)
+        assert f"{layer.stack}.{layer.depth}.{layer.rest}" == name
+
+
+def test_granularities():
+    name = "model.layers.3.self_attn.q_proj.weight"
+    blocks = {granularity: block_of(name, granularity) for granularity in GRANULARITIES}
+    assert blocks == {
+        "component": "model.layers.3.attention",
+        "layer": "model.layers.3",
+        "tensor": name,
+        "model": "model",
+    }
+    with pytest.raises(ValueError, match=r"'layers'.*component, layer, tensor, model"):
+        block_of(name, "layers")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("classifier.weight", True),
+        ("classifier.out_proj.bias", True),
+        ("pre_classifier.weight", True),
+        ("score.weight", True),
+        ("qa_outputs.bias", True),
+        ("classification_head.dense.weight", True),
+        ("logits_proj.weight", True),
+        ("multiple_choice_head.summary.weight", True),
+        ("v_head.summary.weight", True),
+        ("projector.weight", True),
+        ("layer_weights", True),
+        ("head.weight", True),
+        ("lm_head.weight", False),
+        ("lm_head.dense.weight", False),
+        ("cls.predictions.decoder.weight", False),
+        ("cls.seq_relationship.weight", False),
+        ("embed_out.weight", False),
+        ("proj_out.weight", False),
+        ("head.dense.weight", False),
+        ("pooler.dense.weight", False),
+        ("bert.pooler.dense.weight", False),
+        ("multi_modal_projector.linear_1.weight", False),
+        ("vision_model.head.mlp.fc1.weight", False),
+        ("model.layers.0.mlp.fc1.weight", False),
+    ],
+)
+def test_task_heads(name, expected):
+    assert is_task_head(name) is expected
+
+
+def names_in_mergekits_layers():
+    folder = Path(mergekit.__file__).parent / "_data" / "architectures"
+    for path in folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        modules = content.get("modules") or {"": {"architecture": content}}
+        for module in modules.values():
+            # mergekit 0.1.5 leaves out the dot after Whisper's "model.decoder".
+            prefix = module.get("weight_prefix", "").rstrip(".")
+            for weight in module["architecture"].get("layer_templates", {}).get("weights", []):
+                yield f"{prefix}.{weight['name']}".lstrip(".").replace("${layer_index}", "3")
+
+
+def test_no_layer_of_mergekits_architectures_is_unknown():
+    names = set(names_in_mergekits_layers())
+    assert len(names) > 200
+    inside = {name for name in names if layer_of(name)}
+    # What merges patches in Qwen's vision models is numbered, but is no layer.
+    assert all("merger" in name for name in names - inside)
+    unknown = {name for name in inside if kind_of(name) == "other"}
+    assert {name for name in unknown if not block_of(name).endswith(".3.mixer")} == set()
+
+
+def test_the_rule_needs_neither_torch_nor_mergekit():
+    code = """
+import sys, types
+for name in ("torch", "mergekit", "transformers"):
+    sys.modules[name] = None
+host = types.ModuleType("mergekit_ext.host")
+import mergekit_ext
+host.__path__ = [mergekit_ext.__path__[0] + "/host"]
+sys.modules["mergekit_ext.host"] = host
+from mergekit_ext.host.blocks import block_of
+print(block_of("model.layers.0.mlp.up_proj.weight"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "model.layers.0.mlp", done.stderr
