@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.cluster.vq import kmeans2
 
 from mergekit_ext.kernels.channel import kmeans_groups
 
@@ -59,6 +61,19 @@ def test_every_vector_is_with_the_nearest_centre(clusters):
     distances = torch.cdist(unit, torch.stack([unit[list(g)].mean(0) for g in groups]))
     for cluster, group in enumerate(groups):
         assert (distances[list(group)].argmin(dim=1) == cluster).all()
+
+
+@pytest.mark.parametrize("clusters", [2, 5, 9])
+def test_about_as_good_as_scipy(clusters):
+    x = vectors(30, 6, clusters)
+    unit = (x / x.norm(dim=1, keepdim=True)).numpy()
+    best = math.inf
+    for seed in range(30):
+        _, labels = kmeans2(unit, clusters, minit="++", iter=50, rng=seed)
+        groups = [[i for i in range(30) if labels[i] == c] for c in range(clusters)]
+        if all(groups):
+            best = min(best, inertia(x, groups))
+    assert inertia(x, kmeans_groups(x @ x.T, clusters)) <= 1.03 * best
 
 
 def test_plain_clusters_are_found_whatever_the_lengths():
