@@ -1,0 +1,149 @@
+"""The models of a FlexMerge checkpoint as transformers modules that share their tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mergekit_ext.errors import CheckpointError, Problem
+from mergekit_ext.flexmerge.checkpoint import Checkpoint
+from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.flexmerge.sharing import Sharing
+from mergekit_ext.flexmerge.stored import RefusedError, regular_file
+
+
+def load(
+    path: str | os.PathLike[str],
+    task: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load one task's model, or all of them with shared tensors.
+
+    What one dense group stores is one storage in all of its modules, on the CPU the mapped file.
+    So the modules of m tasks take the memory of the checkpoint, its size times one model, except
+    for masked blocks: those are reconstructed for every task. Training one module in place changes
+    the others; on no account are the files changed.
+
+    Args:
+        path: folder with ``flexmerge.json``.
+        task: name of one task; None for all.
+        device: where the modules go.
+        dtype: that of the parameters; by default as ``from_pretrained`` decides for an ordinary
+            checkpoint (the configuration's, or else the stored one). A cast copies, after which the
+            copies are shared again.
+        verify: compare the files with their digests first, which reads all of them.
+        trust_remote_code: run a model's own code if its class is not one of transformers'.
+
+    Returns:
+        the task's module, of the class that its ``config.json`` names under ``architectures``, in
+        evaluation mode; without `task`, a dictionary of all of them in the manifest's order.
+
+    Raises:
+        CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, has no such task,
+            or does not fit its model's class: a parameter that is missing is never initialised.
+    """
+    checkpoint = open_checkpoint(path, verify)
+    names = checkpoint.tasks if task is None else (checkpoint.known_task(task),)
+    sharing = Sharing(torch.device(device))
+    modules: dict[str, Any] = {}
+    for name in names:
+        tensors = checkpoint.tensors(name)
+        module = _module(checkpoint, name, dict(tensors), dtype, trust_remote_code)
+        # Tensors that were reconstructed are the task's own, and so in the module alone.
+        sharing.add(module, {key: tensors[key] for key in tensors if tensors.is_stored(key)})
+        modules[name] = module
+    return modules if task is None else modules[task]
+
+
+def _module(
+    checkpoint: Checkpoint,
+    task: str,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype | str | None,
+    trust_remote_code: bool,
+) -> Any:
+    folder = checkpoint.folder / task
+    try:
+        regular_file(checkpoint.folder, f"{task}/config.json", f"{task}/config.json")
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code
+        )
+        generation = None
+        if (folder / "generation_config.json").is_file():
+            generation = transformers.GenerationConfig.from_pretrained(str(folder))
+        kind = _class(folder, config, trust_remote_code)
+        # Without a path transformers puts the tensors into the module as they are, renamed or
+        # converted where its own files would be.
+        module, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            generation_config=generation,
+            # Reported below, with both shapes.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except RefusedError as refused:
+        raise CheckpointError([refused.problem], str(checkpoint.folder)) from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        problem = Problem(str(folder), f"an error of transformers: {error}", "a model that loads")
+        raise CheckpointError([problem], str(checkpoint.folder)) from error
+    problems = list(_misfits(task, report))
+    if problems:
+        raise CheckpointError(problems, str(checkpoint.folder))
+    module.name_or_path = module.config.name_or_path = str(folder)
+    return module
+
+
+def _class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    """The model's class, as ``config.json`` names it."""
+    named = getattr(config, "architectures", None) or []
+    where = f"{folder / 'config.json'}, architectures"
+    if len(named) != 1:
+        raise RefusedError(Problem(where, f"{named}", "the name of one class"))
+    kind = getattr(transformers, str(named[0]), None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    own = {
+        reference.rpartition(".")[2]: reference
+        for reference in (getattr(config, "auto_map", None) or {}).values()
+        if isinstance(reference, str)
+    }
+    if named[0] not in own:
+        raise RefusedError(
+            Problem(where, f"{named[0]}", f"a model of transformers {transformers.__version__}")
+        )
+    if not trust_remote_code:
+        raise RefusedError(
+            Problem(
+                where,
+                f"{named[0]}, which is the model's own code",
+                "a model of transformers",
+                "Read that code, and pass trust_remote_code=True if you trust it.",
+            )
+        )
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(own[named[0]], str(folder))
+
+
+def _misfits(task: str, report: Mapping[str, Any]) -> Iterator[Problem]:
+    """What transformers would initialise, or leave out, and only warn of."""
+    for name in sorted(report["missing_keys"]):
+        yield Problem(f"{task}, {name}", "no tensor", "a value for every parameter of the model")
+    for name in sorted(report["unexpected_keys"]):
+        yield Problem(f"{task}, {name}", "a tensor that the model has no place for", "none")
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        yield Problem(f"{task}, {name}", f"shape {list(found)}", f"{list(expected)}")
+    for message in report["error_msgs"]:
+        yield Problem(task, str(message), "a model that loads")

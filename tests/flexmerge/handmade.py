@@ -1,0 +1,250 @@
+"""FlexMerge checkpoints written by hand, from docs/flexmerge-format.md and nothing else.
+
+Slow and obvious, and independent of the package, so that it can be tested with what this writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from tests.models import state
+
+Groups = Sequence[tuple[Sequence[str], str]]
+
+
+def vit() -> PreTrainedModel:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            num_labels=3,
+        )
+    )
+
+
+def models(
+    folder: Path, make: Callable[[], PreTrainedModel], tasks: Sequence[str], dtype: Any = None
+) -> tuple[Path, dict[str, Path]]:
+    """Save a base, and for each task the base plus noise, with a head of its own."""
+    torch.manual_seed(0)
+    base = make().to(dtype or torch.float32)
+    base.save_pretrained(folder / "base")
+    paths = {}
+    for index, task in enumerate(tasks):
+        model = make().to(dtype or torch.float32)
+        model.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01 * (index + 1))
+        paths[task] = folder / "models" / task
+        model.save_pretrained(paths[task])
+        (paths[task] / "vocab.txt").write_text(f"words of {task}\n")
+    return folder / "base", paths
+
+
+def block_of(name: str) -> str:
+    """Attention and the rest of each layer; everything else is one block."""
+    layer = re.search(r"layers?\.(\d+)\.", name)
+    if layer is None:
+        return "rest"
+    return f"layer {layer[1]} {'attention' if 'att' in name else 'other'}"
+
+
+def write(
+    out: Path,
+    base: Path,
+    paths: Mapping[str, Path],
+    groups: Callable[[str], Groups],
+    private: str = "classifier",
+    files_per_set: int = 2,
+) -> dict[str, dict[str, Tensor]]:
+    """Write a checkpoint and return what the tensors of each task must be.
+
+    Args:
+        out: a new folder.
+        base: the base model's folder.
+        paths: the folder of each task's model.
+        groups: for a block's name, its groups and the kind of each.
+        private: what the names of private tensors hold.
+        files_per_set: over how many files the tensors of one kind and set are spread.
+    """
+    torch.manual_seed(1)
+    inputs = {task: state(path) for task, path in paths.items()}
+    before = state(base)
+    names = [name for name in before if private not in name]
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        blocks[block_of(name)].append(name)
+
+    expected: dict[str, dict[str, Tensor]] = {task: {} for task in paths}
+    shelves: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = defaultdict(dict)
+    entries = []
+    for block, members in blocks.items():
+        described = []
+        for chosen, kind in groups(block):
+            tasks = tuple(chosen)
+            described.append(
+                {"tasks": list(tasks), "kind": kind, "similarity": 0.5 if tasks[1:] else None}
+            )
+            if kind == "dense":
+                for name in members:
+                    mean = sum(inputs[task][name].double() for task in tasks) / len(tasks)
+                    value = mean.to(inputs[tasks[0]][name].dtype)
+                    shelves["dense", tasks][name] = value
+                    for task in tasks:
+                        expected[task][name] = value
+                continue
+            rescale = {task: 0.5 + index / 4 for index, task in enumerate(tasks)}
+            described[-1]["rescale"] = rescale
+            unified = {}
+            for name in members:
+                shelves["base", ()][name] = before[name]
+                task_vector = inputs[tasks[0]][name] - before[name]
+                unified[name] = shelves["unified", tasks][name] = task_vector
+            for task in tasks:
+                masks = {name: torch.rand(before[name].shape) < 0.5 for name in members}
+                bits = np.concatenate([masks[name].numpy().reshape(-1) for name in members])
+                packed = np.packbits(bits, bitorder="little")
+                shelves["masks", (task,)][block] = torch.from_numpy(packed)
+                for name in members:
+                    change = rescale[task] * (masks[name] * unified[name].float())
+                    value = (before[name].float() + change).to(unified[name].dtype)
+                    expected[task][name] = value
+        entries.append(
+            {
+                "name": block,
+                "kind": "some kind",
+                "tensors": [{"name": n, "shape": list(before[n].shape)} for n in members],
+                "groups": described,
+            }
+        )
+    heads = []
+    for task, tensors in inputs.items():
+        own = {name: tensor for name, tensor in tensors.items() if private in name}
+        shelves["dense", (task,)].update(own)
+        expected[task].update(own)
+        heads.append(
+            {
+                "task": task,
+                "tensors": [{"name": n, "shape": list(t.shape)} for n, t in own.items()],
+            }
+        )
+
+    (out / "shards").mkdir(parents=True)
+    files = _files(out, shelves, list(paths), files_per_set)
+    stored = _bytes(t for tensors in shelves.values() for t in tensors.values())
+    in_heads = _bytes(t for tensors in inputs.values() for n, t in tensors.items() if private in n)
+    unit = _bytes(t for tensors in inputs.values() for t in tensors.values()) - in_heads
+    unit //= len(paths)
+    masked = {t for e in entries for g in e["groups"] if g["kind"] != "dense" for t in g["tasks"]}
+    content = {
+        "format": "flexmerge",
+        "version": 1,
+        "generator": "a test",
+        "method": {"algorithm": "average", "parameters": {}},
+        "base_model": str(base),
+        "size": {
+            "models": (stored - in_heads) / unit,
+            "bytes": stored,
+            "unit_bytes": unit,
+            "private_bytes": in_heads,
+        },
+        "tasks": [
+            {"name": t, "model": str(path), "ordinary": t not in masked}
+            for t, path in paths.items()
+        ],
+        "files": files,
+        "blocks": entries,
+        "private": heads,
+    }
+    (out / "flexmerge.json").write_text(json.dumps(content))
+    for task, path in paths.items():
+        _folder(out, task, path, files, task not in masked)
+    return expected
+
+
+@contextmanager
+def edited(out: Path) -> Iterator[dict[str, Any]]:
+    """The manifest, to be changed."""
+    path = out / "flexmerge.json"
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))
+
+
+def described(out: Path, path: str) -> dict[str, Any]:
+    """Length and digest of a file as it is now, as a manifest's entry has them."""
+    content = (out / path).read_bytes()
+    return {"path": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def redescribe(out: Path) -> None:
+    """Correct the lengths and digests in the manifest, and the sum of bytes, to what is there."""
+    with edited(out) as content:
+        for entry in content["files"]:
+            entry.update(described(out, entry["path"]))
+
+
+def _bytes(tensors: Iterator[Tensor]) -> int:
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+
+
+def _files(
+    out: Path,
+    shelves: Mapping[tuple[str, tuple[str, ...]], dict[str, Tensor]],
+    tasks: list[str],
+    files_per_set: int,
+) -> list[dict[str, Any]]:
+    entries = []
+    numbers: dict[str, int] = defaultdict(int)
+    for (kind, members), tensors in shelves.items():
+        names = list(tensors)
+        for part in range(files_per_set):
+            chosen = {name: tensors[name] for name in names[part::files_per_set]}
+            if not chosen:
+                continue
+            numbers[kind] += 1
+            path = f"shards/{kind}-{numbers[kind]:05}.safetensors"
+            save_file(chosen, out / path, metadata={"format": "pt"})
+            # Which tasks a file of the base names is not specified: here, all.
+            entry = {"kind": kind, "tasks": list(members or tasks)}
+            entries.append(described(out, path) | entry)
+    return entries
+
+
+def _folder(out: Path, task: str, path: Path, files: list[dict[str, Any]], ordinary: bool) -> None:
+    folder = out / task
+    shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    if not ordinary:
+        return
+    own = [file for file in files if file["kind"] == "dense" and task in file["tasks"]]
+    weight_map = {}
+    for index, file in enumerate(own, 1):
+        name = f"model-{index:05}-of-{len(own):05}.safetensors"
+        os.link(out / file["path"], folder / name)
+        header = (folder / name).read_bytes()
+        length = int.from_bytes(header[:8], "little")
+        keys = json.loads(header[8 : 8 + length])
+        weight_map.update({key: name for key in keys if key != "__metadata__"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
