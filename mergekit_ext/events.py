@@ -87,6 +87,25 @@ class TensorMerged(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockMerged(Event):
+    """FlexMerge: a block is done at the size being made. `groups` are the tasks that share it."""
+
+    handler = "on_block_merged"
+    name: str
+    groups: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeReached(Event):
+    """FlexMerge: all blocks are done at one size; `models` and `bytes` are what it takes."""
+
+    handler = "on_size_reached"
+    algorithm: str
+    models: float
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ShardWritten(Event):
     """A file of weights is complete on disk."""
 
@@ -111,6 +130,8 @@ EVENTS: tuple[type[Event], ...] = (
     StatisticsEnd,
     SolverIteration,
     TensorMerged,
+    BlockMerged,
+    SizeReached,
     ShardWritten,
     MergeEnd,
 )
@@ -125,6 +146,8 @@ class MergeCallback:
     def on_statistics_end(self, event: StatisticsEnd) -> None: ...
     def on_solver_iteration(self, event: SolverIteration) -> None: ...
     def on_tensor_merged(self, event: TensorMerged) -> None: ...
+    def on_block_merged(self, event: BlockMerged) -> None: ...
+    def on_size_reached(self, event: SizeReached) -> None: ...
     def on_shard_written(self, event: ShardWritten) -> None: ...
     def on_merge_end(self, event: MergeEnd) -> None: ...
 
@@ -197,6 +220,9 @@ class ProgressBar(MergeCallback):
     def on_tensor_merged(self, event: TensorMerged) -> None:
         self._merging().update()
 
+    def on_block_merged(self, event: BlockMerged) -> None:
+        self._merging().update()
+
     def _merging(self) -> Any:
         if self._bar is None:
             self._start(f"Merging ({self._method})", self._tensors)
@@ -236,6 +262,8 @@ class JsonLines(MergeCallback):
     on_statistics_end = _write
     on_solver_iteration = _write
     on_tensor_merged = _write
+    on_block_merged = _write
+    on_size_reached = _write
     on_shard_written = _write
     on_merge_end = _write
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
@@ -14,6 +16,9 @@ from mergekit_ext.errors import MergeWarning, NonFiniteError, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.kernels.numerics import count_non_finite
+
+if TYPE_CHECKING:
+    from mergekit_ext.host.checks.report import CheckReport
 
 
 class ExtMethod(MergeMethod):
@@ -109,6 +114,31 @@ class ExtMethod(MergeMethod):
         if running is None:
             session.warn(self.warnings(session.records))
         return tuple(results)
+
+
+class WholeModelMethod(ExtMethod):
+    """A merge method that does not go tensor by tensor through mergekit's planner and executor."""
+
+    @abstractmethod
+    def check(
+        self,
+        config: Any,
+        options: Any,
+        source: str | Mapping[str, Any] | None = None,
+        pending: Collection[str] = (),
+    ) -> CheckReport:
+        """What `checks.check_merge` does for other methods; arguments as there."""
+
+    @abstractmethod
+    def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
+        """What is wrong with a place for the output, beyond what would be for any method."""
+
+    @abstractmethod
+    def write(self, config: Any, folder: Path, options: Any, source: str) -> None:
+        """Merge into `folder`, which is empty and becomes the output, with its model card.
+
+        Called inside of a session, after the checks. `source` is the configuration's text.
+        """
 
 
 def raise_non_finite(group: TensorGroup) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod
 
+from mergekit_ext.host.flexmerge.method import FlexMergeMethod
 from mergekit_ext.host.lore_method import LoreMethod
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod, takes_nan
@@ -28,6 +29,7 @@ def register_methods() -> None:
 def _own() -> Iterator[ExtMethod]:
     yield NanMethod.direct()
     yield LoreMethod()
+    yield FlexMergeMethod()
     yield from (method() for method in PAPER_METHODS)
 
 

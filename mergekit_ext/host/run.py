@@ -29,7 +29,7 @@ from mergekit_ext.events import (
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
-from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.method import ExtMethod, WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.staging import output_problems, shards, staged
@@ -113,12 +113,20 @@ def _merge(
         config = compat.ordered(config)
         models = config.referenced_models()
         inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
-        require([*report.problems, *output_problems(out_path, inputs)])
+        method = ext_method(config.merge_method)
+        whole = method if isinstance(method, WholeModelMethod) else None
+        place = [
+            *output_problems(out_path, inputs),
+            *(whole.output_problems(out_path) if whole else ()),
+        ]
+        require([*report.problems, *place])
         source = config_source or config.to_yaml()
         quiet = options.model_copy(update={"quiet": True})
-        method = ext_method(config.merge_method)
-        with output(options, out_path, method, callbacks) as folder:
-            stock(config, os.fspath(folder), quiet, source)
+        with output(options, out_path, None if whole else method, callbacks) as folder:
+            if whole:
+                whole.write(config, folder, options, source)
+            else:
+                stock(config, os.fspath(folder), quiet, source)
     finally:
         gc.unfreeze()
         compat.clear_loaders()

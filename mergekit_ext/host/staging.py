@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_ext.errors import Problem
+from mergekit_ext.flexmerge.manifest import SHARDS
 
 # The files that a merge writes, and no others: a folder may hold more than one model's files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
@@ -89,5 +90,8 @@ def _is_output(name: str) -> bool:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files of weights in `folder`, in order."""
+    """The files of weights in `folder`, in order; shared ones once."""
+    shared = folder / SHARDS
+    if shared.is_dir():
+        return sorted(shared.iterdir())
     return sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))

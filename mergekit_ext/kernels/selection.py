@@ -42,32 +42,53 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
             kept in order.
         dtype: float32 or float64, that of the pieces. No NaN.
     """
-    prefix, wanted = 0, keep
-    total = torch.iinfo(_BITS[dtype]).bits
-    for shift in range(total - _DIGIT, -1, -_DIGIT):
-        counts = _count(pieces, shift, prefix, first=shift == total - _DIGIT)
-        # How many lie at each digit or above it.
-        above = counts.flip(0).cumsum(0).flip(0)
-        digit = int((above >= wanted).nonzero().max())
-        wanted -= int(above[digit] - counts[digit])
-        prefix = (prefix << _DIGIT) | digit
-    return Cut(prefix, wanted)
+    search = CutSearch(keep, dtype)
+    while not search.done:
+        for piece in pieces():
+            search.add(piece)
+        search.advance()
+    return search.cut
 
 
-def _count(
-    pieces: Callable[[], Iterable[Tensor]], shift: int, prefix: int, *, first: bool
-) -> Tensor:
-    counts: Tensor | None = None
-    for piece in pieces():
+class CutSearch:
+    """`cut_for` for whom a pass over the pieces is dear: feed each pass with `add`, end it with
+    `advance`, until `done`."""
+
+    def __init__(self, keep: int, dtype: torch.dtype):
+        self._wanted, self._prefix = keep, 0
+        self._first = self._shift = torch.iinfo(_BITS[dtype]).bits - _DIGIT
+        self._counts: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether `cut` is known."""
+        return self._shift < 0
+
+    @property
+    def cut(self) -> Cut:
+        """The cut, exact once the search is done."""
+        return Cut(self._prefix, self._wanted)
+
+    def add(self, piece: Tensor) -> None:
+        """Count one piece of this pass; flat, of the search's dtype."""
         bits = patterns(piece)
-        leading = bits >> shift
-        if not first:
-            leading = leading[(leading >> _DIGIT) == prefix] & ((1 << _DIGIT) - 1)
+        leading = bits >> self._shift
+        if self._shift != self._first:
+            leading = leading[(leading >> _DIGIT) == self._prefix] & ((1 << _DIGIT) - 1)
         found = torch.bincount(leading, minlength=1 << _DIGIT)
-        counts = found if counts is None else counts.add_(found)
-    if counts is None:
-        raise ValueError("cut_for: found no pieces; expected at least one")
-    return counts
+        self._counts = found if self._counts is None else self._counts.add_(found)
+
+    def advance(self) -> None:
+        """End a pass: one digit more of the cut is known."""
+        if self._counts is None:
+            raise ValueError("cut_for: found no pieces; expected at least one")
+        # How many lie at each digit or above it.
+        above = self._counts.flip(0).cumsum(0).flip(0)
+        digit = int((above >= self._wanted).nonzero().max())
+        self._wanted -= int(above[digit] - self._counts[digit])
+        self._prefix = (self._prefix << _DIGIT) | digit
+        self._shift -= _DIGIT
+        self._counts = None
 
 
 class Keeper:

@@ -41,7 +41,7 @@ def merge_ties(
     base: Tensor,
     tensors: Sequence[Tensor],
     weights: Sequence[float],
-    densities: Sequence[float],
+    densities: Sequence[float | Cut],
     options: TiesOptions,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -56,7 +56,8 @@ def merge_ties(
         tensors: the shape and device of `base`; finite.
         weights: one for each tensor.
         densities: for each tensor the share of entries that trimming keeps; at least one entry
-            when positive, all from 1 on, none at 0 or below.
+            when positive, all from 1 on, none at 0 or below. Or a cut that was found elsewhere,
+            as over a whole model.
         options: see `TiesOptions`.
         out_dtype: dtype of the result; by default that of `base`.
 
@@ -80,20 +81,34 @@ def merge_ties(
     return out
 
 
+def cut_of(delta: Tensor, density: float) -> Cut:
+    """The cut that trims a flat task vector (float32 or float64) to a `density` above 0."""
+    if density >= 1 or not delta.numel():
+        return EVERYTHING
+    return cut_for(lambda: (delta,), kept(density, delta.numel()), delta.dtype)
+
+
+def kept(density: float, size: int) -> int:
+    """How many of `size` entries a `density` between 0 and 1 keeps."""
+    return max(1, int(density * size))
+
+
 class _Source:
     """One task vector: its cut, found when it is made, and its trimmed chunks, in order."""
 
     def __init__(
-        self, flat: Tensor, base: Tensor, dtype: torch.dtype, density: float, rescale: bool
+        self, flat: Tensor, base: Tensor, dtype: torch.dtype, density: float | Cut, rescale: bool
     ):
         self._flat, self._base, self._dtype = flat, base, dtype
-        self._zero = density <= 0
-        self._cut: Cut = EVERYTHING
-        if 0 < density < 1 and flat.numel():
-            keep = max(1, int(density * flat.numel()))
-            self._cut = cut_for(self._pieces, keep, dtype)
+        self._zero = not isinstance(density, Cut) and density <= 0
+        self._cut = density if isinstance(density, Cut) else self._find(density)
         self._factor = self._rescaling() if rescale and self._cut is not EVERYTHING else 1.0
         self._keeper = Keeper(self._cut)
+
+    def _find(self, density: float) -> Cut:
+        if not 0 < density < 1 or not self._flat.numel():
+            return EVERYTHING
+        return cut_for(self._pieces, kept(density, self._flat.numel()), self._dtype)
 
     def _delta(self, part: slice) -> Tensor:
         return self._flat[part].to(self._dtype) - self._base[part].to(self._dtype)

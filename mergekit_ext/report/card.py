@@ -23,7 +23,8 @@ def _short(models: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(models)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
@@ -47,14 +48,14 @@ def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
             [key[0], *(f"{values[m]:.4f}" if m in values else "" for m in models)]
             for key, values in groups.items()
         ]
-        lines.append(_table(["group", *head], rows))
+        lines.append(table(["group", *head], rows))
     else:
         rows = []
         for label, pick in (("lowest", min), ("mean", _mean), ("highest", max)):
             columns = [[v[model] for v in groups.values() if model in v] for model in models]
             rows.append([label, *(f"{pick(column):.4f}" for column in columns)])
         lines.append(f"Over {len(groups)} groups of tensors; all are in `merge_report.json`.\n")
-        lines.append(_table(["", *head], rows))
+        lines.append(table(["", *head], rows))
     return "\n".join(lines)
 
 
@@ -79,7 +80,7 @@ def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
             f"{iterations[-1]}, median {iterations[len(iterations) // 2]}. Each tensor is in "
             "`merge_report.json`.",
             "",
-            _table(["model", "rank (lowest / median / highest)", "largest singular value"], rows),
+            table(["model", "rank (lowest / median / highest)", "largest singular value"], rows),
         ]
     )
 

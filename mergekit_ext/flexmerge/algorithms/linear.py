@@ -1,0 +1,86 @@
+"""Average, and task arithmetic as FlexMerge uses it: the mean task vector, times lambda."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergekit_ext.errors import MergeError
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option
+from mergekit_ext.flexmerge.source import BlockData
+from mergekit_ext.kernels.task_arithmetic import add_task_vectors
+
+Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
+WEIGHT = Option("weight", Factor, 1.0, "multiplies the model's task vector", per_model=True)
+
+
+class Linear(Algorithm):
+    """Algorithms whose merged vector is a weighted sum of task vectors."""
+
+    def coefficients(self, members: Sequence[int]) -> list[float]:
+        """The coefficient of each member's task vector."""
+        raise NotImplementedError
+
+    def merge(
+        self,
+        block: BlockData,
+        members: Sequence[int],
+        dtype: torch.dtype,
+        cuts: Cuts | None = None,
+    ) -> Tensor:
+        """W_0 + sum_i c_i t_i; see `Algorithm.merge`."""
+        models = [block.models[member] for member in members]
+        return add_task_vectors(block.base, models, self.coefficients(members), dtype)
+
+
+class Average(Linear):
+    r"""The mean of the members, :math:`W_0 + \sum_i w_i t_i / \sum_i w_i`."""
+
+    name: ClassVar[str] = "average"
+    options: ClassVar[tuple[Option, ...]] = (WEIGHT,)
+
+    def coefficients(self, members: Sequence[int]) -> list[float]:
+        """w_i / sum_j w_j."""
+        weights = self.parameters.each("weight", members)
+        total = math.fsum(weights)
+        if total == 0:
+            raise MergeError(
+                f"average: the weights {weights} sum to zero; expected a sum that is not zero. "
+                "Change `weight`."
+            )
+        return [weight / total for weight in weights]
+
+
+class TaskArithmetic(Linear):
+    r"""Ilharco et al., "Editing Models with Task Arithmetic", scaled by the size of the group.
+
+    :math:`W_0 + \frac{\lambda}{k} \sum_i w_i t_i` over the k members (FlexMerge, footnote 1;
+    :math:`\lambda = 1.5` in section 4).
+    """
+
+    name: ClassVar[str] = "task_arithmetic"
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("lambda", Factor, 1.5, "scales the mean task vector"),
+        WEIGHT,
+    )
+
+    def coefficients(self, members: Sequence[int]) -> list[float]:
+        """lambda w_i / k."""
+        scale = self.parameters.shared["lambda"] / len(members)
+        return [scale * weight for weight in self.parameters.each("weight", members)]
+
+
+class ChannelMerging(TaskArithmetic):
+    """The baseline of FlexMerge, section 4.2: K-means in every block, then task arithmetic.
+
+    Zhang et al. 2025, "Channel Merging", cluster the channels of a layer; here, as in FlexMerge's
+    comparison, whole blocks. `target_size` is the number of clusters, an integer.
+    """
+
+    name: ClassVar[str] = "channel_merging"
+    kmeans: ClassVar[bool] = True

@@ -1,0 +1,158 @@
+"""What the models of a FlexMerge have in common, from names, shapes and dtypes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from mergekit_ext.headers import TensorHeader
+
+# Dtypes that arithmetic on task vectors makes sense for, by their names in the format.
+FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a block: where it lies in the concatenated block vector.
+
+    Attributes:
+        dtypes: the dtype that each task's model stores it in.
+        base_dtype: the dtype that the base stores it in.
+        matrices: how a tensor of more than two axes is seen as matrices: ``stacked``,
+            ``flattened`` or ``matrix`` (`kernels.lore`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    dtypes: tuple[torch.dtype, ...]
+    base_dtype: torch.dtype
+    matrices: str = "matrix"
+
+    @property
+    def slice(self) -> slice:
+        """Its place in the block vector."""
+        return slice(self.start, self.start + math.prod(self.shape))
+
+    def dtype(self, tasks: Sequence[int]) -> torch.dtype:
+        """The dtype that holds the values of all `tasks`."""
+        return reduce(torch.promote_types, (self.dtypes[task] for task in tasks))
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Tensors that are merged as one vector."""
+
+    name: str
+    kind: str
+    depth: int | None
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements of the block vector."""
+        return self.parts[-1].slice.stop
+
+    def bytes(self, tasks: Sequence[int], forced: torch.dtype | None = None) -> int:
+        """Bytes of one dense copy that `tasks` share."""
+        return sum(
+            math.prod(part.shape) * (forced or part.dtype(tasks)).itemsize for part in self.parts
+        )
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base's copy."""
+        return sum(math.prod(part.shape) * part.base_dtype.itemsize for part in self.parts)
+
+    def dtype(self, tasks: Sequence[int]) -> torch.dtype:
+        """The dtype that holds every tensor of all `tasks`."""
+        return reduce(torch.promote_types, (part.dtype(tasks) for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Blocks in network order, and what each task keeps for itself."""
+
+    tasks: tuple[str, ...]
+    blocks: tuple[BlockLayout, ...]
+    private: tuple[tuple[TensorHeader, ...], ...]
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes of all private tensors."""
+        return sum(header.nbytes for headers in self.private for header in headers)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How names become blocks.
+
+    Attributes:
+        blocks: from names to blocks in network order, each with its tensors in order.
+        kind: the kind of block that a name belongs to.
+        depth: the layer that a name belongs to, if any.
+        private: whether a name belongs to one task whatever its shape (a classification head).
+        matrices: from a name and a number of axes to `Part.matrices`.
+    """
+
+    blocks: Callable[[Sequence[str]], Mapping[str, Sequence[str]]]
+    kind: Callable[[str], str]
+    depth: Callable[[str], int | None]
+    private: Callable[[str], bool]
+    matrices: Callable[[str, int], str]
+
+
+def make_layout(
+    tasks: Sequence[str],
+    base: Mapping[str, TensorHeader],
+    models: Sequence[Mapping[str, TensorHeader]],
+    naming: Naming,
+) -> Layout:
+    """Sort the stored tensors of m models into blocks and private ones.
+
+    A tensor is merged if the base and every model have it in one shape and a floating dtype, and
+    it is not a task's head. Everything else is private to each task that has it.
+    """
+    merged = [
+        name for name in models[0] if not naming.private(name) and _shareable([base, *models], name)
+    ]
+    blocks = tuple(
+        _block(block, names, [base, *models], naming)
+        for block, names in naming.blocks(merged).items()
+    )
+    kept = set(merged)
+    private = tuple(
+        tuple(header for name, header in model.items() if name not in kept) for model in models
+    )
+    return Layout(tuple(tasks), blocks, private)
+
+
+def _shareable(owners: Sequence[Mapping[str, TensorHeader]], name: str) -> bool:
+    headers = [owner.get(name) for owner in owners]
+    first = headers[0]
+    return first is not None and all(
+        header is not None and header.shape == first.shape and header.dtype in FLOATING
+        for header in headers
+    )
+
+
+def _block(
+    block: str, names: Sequence[str], owners: Sequence[Mapping[str, TensorHeader]], naming: Naming
+) -> BlockLayout:
+    parts, start = [], 0
+    for name in names:
+        shape = owners[0][name].shape
+        base, *models = (FLOATING[owner[name].dtype] for owner in owners)
+        matrices = naming.matrices(name, len(shape))
+        parts.append(Part(name, shape, start, tuple(models), base, matrices))
+        start += math.prod(shape)
+    return BlockLayout(block, naming.kind(names[0]), naming.depth(names[0]), tuple(parts))

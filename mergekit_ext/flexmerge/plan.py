@@ -1,0 +1,210 @@
+"""From similarities and a target size to who shares which block."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.flexmerge.layout import BlockLayout, Layout
+from mergekit_ext.flexmerge.manifest import DENSE, MASKED, Size
+from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.kernels.channel import kmeans_groups
+from mergekit_ext.kernels.grouping import MergeOrder, merge_order, partition
+
+# From here on masks and one vector are smaller than the members themselves.
+_MASKED_FROM = 3
+
+
+@dataclass(frozen=True)
+class StoredGroup:
+    """Tasks that share what is stored of a block."""
+
+    tasks: tuple[int, ...]
+    kind: str = DENSE
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How groups are stored.
+
+    Attributes:
+        layout: the blocks.
+        masks: whether groups from three on become a unified vector and masks; smaller ones are
+            then kept as they are.
+        forced: the dtype of everything shareable, if it is not that of the inputs.
+    """
+
+    layout: Layout
+    masks: bool = False
+    forced: torch.dtype | None = None
+
+    def groups(self, found: Sequence[tuple[tuple[int, ...], float | None]]) -> list[StoredGroup]:
+        """What is stored of a partition."""
+        stored: list[StoredGroup] = []
+        for tasks, similarity in found:
+            if len(tasks) == 1 or (self.masks and len(tasks) < _MASKED_FROM):
+                stored.extend(StoredGroup((task,)) for task in tasks)
+            else:
+                stored.append(StoredGroup(tasks, MASKED if self.masks else DENSE, similarity))
+        return sorted(stored, key=lambda group: group.tasks[0])
+
+    def bytes(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> int:
+        """Bytes of the tensors stored for a block."""
+        total = sum(block.bytes(group.tasks, self.forced) for group in groups)
+        masked = [group for group in groups if group.kind == MASKED]
+        if masked:
+            total += block.base_bytes
+            total += sum(len(group.tasks) for group in masked) * -(-block.size // 8)
+        return total
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all shareable tensors of all models, kept apart."""
+        tasks = range(len(self.layout.tasks))
+        return sum(
+            block.bytes((task,), self.forced) for block in self.layout.blocks for task in tasks
+        )
+
+    def size(self, shareable: int) -> Size:
+        """The size of a merge that stores so many bytes of blocks."""
+        unit = self.whole / len(self.layout.tasks)
+        private = self.layout.private_bytes
+        return Size(shareable / unit, shareable + private, round(unit), private)
+
+    def require_reachable(self, target: Target, least: Size) -> None:
+        """Raise `ConfigError` unless `target` lies between `least` and everything kept apart."""
+        most = self.size(self.whole)
+        if target.holds(least) and not target.exceeds(most):
+            return
+        expected = (
+            f"{least.bytes} bytes or more"
+            if target.is_bytes
+            else f"{_up(least.models):g} to {most.models:g}"
+        )
+        low = f"'{least.bytes}B'" if target.is_bytes else f"{_up(least.models):g}"
+        problem = Problem(
+            "parameters.target_size",
+            str(target),
+            f"what these models and this algorithm can reach: {expected}",
+            f"Write {low} for the smallest.",
+        )
+        raise ConfigError([problem])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who shares what at one size: for each block its groups."""
+
+    groups: tuple[tuple[StoredGroup, ...], ...]
+    size: Size
+
+
+class Planner(ABC):
+    """Finds the plan for a target size."""
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+
+    @abstractmethod
+    def plan(self, target: Target) -> Plan:
+        """The largest plan that is not larger than `target`.
+
+        Raises:
+            ConfigError: the target cannot be reached.
+        """
+
+
+class Dendrograms(Planner):
+    """Algorithm 1: the merges of all blocks in one order, stopped where the target is met."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        similarities: Sequence[Tensor],
+        linkage: str = "min",
+        order: str = "greedy",
+        seed: int = 0,
+    ):
+        super().__init__(storage)
+        self.order: MergeOrder = merge_order(similarities, linkage, order, seed)
+        self.bytes = tuple(self._trajectory())
+
+    @property
+    def steps(self) -> int:
+        """How many merges there are in all."""
+        return len(self.order.steps)
+
+    def _trajectory(self) -> list[int]:
+        blocks = self.storage.layout.blocks
+        count = len(self.storage.layout.tasks)
+        now = [self.storage.bytes(block, self._stored(i, 0)) for i, block in enumerate(blocks)]
+        done = [0] * len(blocks)
+        sizes, total = [sum(now)], sum(now)
+        assert total == self.storage.whole or count == 0
+        for index in self.order.steps:
+            done[index] += 1
+            after = self.storage.bytes(blocks[index], self._stored(index, done[index]))
+            total += after - now[index]
+            now[index] = after
+            sizes.append(total)
+        return sizes
+
+    def _stored(self, block: int, merges: int) -> list[StoredGroup]:
+        sequence = self.order.sequences[block][:merges]
+        similarity = {merge.union: merge.similarity for merge in sequence}
+        groups = partition(sequence, len(self.storage.layout.tasks))
+        return self.storage.groups([(tasks, similarity.get(tasks)) for tasks in groups])
+
+    def at(self, step: int) -> Plan:
+        """The plan after so many merges."""
+        done = [0] * len(self.storage.layout.blocks)
+        for index in self.order.steps[:step]:
+            done[index] += 1
+        groups = tuple(tuple(self._stored(i, merges)) for i, merges in enumerate(done))
+        return Plan(groups, self.storage.size(self.bytes[step]))
+
+    def plan(self, target: Target) -> Plan:
+        """See `Planner.plan`."""
+        sizes = [self.storage.size(shareable) for shareable in self.bytes]
+        self.storage.require_reachable(target, min(sizes, key=lambda size: size.bytes))
+        return self.at(next(step for step, size in enumerate(sizes) if target.holds(size)))
+
+
+class Clusters(Planner):
+    """Channel merging: in every block the same number of K-means clusters."""
+
+    def __init__(self, storage: Storage, grams: Sequence[Tensor], seed: int = 0):
+        super().__init__(storage)
+        self._grams, self._seed = tuple(grams), seed
+
+    def plan(self, target: Target) -> Plan:
+        """See `Planner.plan`; the target is the number of clusters."""
+        count = len(self.storage.layout.tasks)
+        clusters = target.models
+        if clusters is None or clusters != int(clusters) or not 1 <= clusters <= count:
+            problem = Problem(
+                "parameters.target_size",
+                str(target),
+                f"a whole number of models from 1 to {count} for `channel_merging`",
+                "Write a whole number, or use `task_arithmetic` for sizes in between.",
+            )
+            raise ConfigError([problem])
+        groups, total = [], 0
+        for block, gram in zip(self.storage.layout.blocks, self._grams, strict=True):
+            found = kmeans_groups(gram, int(clusters), self._seed)
+            stored = tuple(self.storage.groups([(tasks, None) for tasks in found]))
+            groups.append(stored)
+            total += self.storage.bytes(block, stored)
+        return Plan(tuple(groups), self.storage.size(total))
+
+
+def _up(value: float) -> float:
+    """A short number that is not below `value`."""
+    return math.ceil(value * 1e4 - 1e-6) / 1e4

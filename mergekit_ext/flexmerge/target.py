@@ -1,0 +1,75 @@
+"""The target size: a number of models, or a number of bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from mergekit_ext.flexmerge.manifest import Size
+
+_UNITS = {
+    "": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+    "B": 1,
+}
+_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# Nobody merges so many models, and no model is so small.
+_FIRST_BYTES = 100_000
+# Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 models.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a merge may occupy. Exactly one of `models` and `bytes` is given.
+
+    Attributes:
+        models: in models of the shareable part, as `Size.models`.
+        bytes: in bytes of everything stored, private tensors included.
+    """
+
+    models: float | None = None
+    bytes: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> Target:
+        """Read 2.25, 12000000000 or "12GB" (powers of 1000; "GiB" for powers of 1024).
+
+        Raises:
+            ValueError: anything else; the message says what was expected.
+        """
+        expected = "a number of models such as 2.25, or a memory budget such as '12GB'"
+        if isinstance(value, str):
+            match = _MEMORY.fullmatch(value)
+            unit = match[2].upper() if match else None
+            if match is None or unit not in _UNITS:
+                raise ValueError(expected)
+            if unit:
+                return cls(bytes=int(float(match[1]) * _UNITS[unit]))
+            value = float(match[1])
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(expected)
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(expected)
+        return cls(models=float(value)) if value < _FIRST_BYTES else cls(bytes=int(value))
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether it is a memory budget."""
+        return self.bytes is not None
+
+    def holds(self, size: Size) -> bool:
+        """Whether a merge of that size is small enough."""
+        if self.bytes is not None:
+            return size.bytes <= self.bytes
+        assert self.models is not None
+        return size.models <= self.models * (1 + _ROUNDING)
+
+    def exceeds(self, largest: Size) -> bool:
+        """Whether it is above the size at which nothing is merged; a budget may be."""
+        return self.models is not None and self.models > largest.models * (1 + _ROUNDING)
+
+    def __str__(self) -> str:
+        return f"{self.bytes} bytes" if self.is_bytes else f"{self.models:g}"

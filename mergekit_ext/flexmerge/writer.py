@@ -1,0 +1,295 @@
+"""Writing a FlexMerge checkpoint: docs/flexmerge-format.md. One block in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import MergeError
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
+from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
+from mergekit_ext.flexmerge.manifest import (
+    BASE,
+    DENSE,
+    FILE_NAME,
+    MASKED,
+    MASKS,
+    UNIFIED,
+    Block,
+    Group,
+    Manifest,
+    Private,
+    Task,
+    TensorInfo,
+)
+from mergekit_ext.flexmerge.plan import Plan, StoredGroup
+from mergekit_ext.flexmerge.shards import Entry, Key, ShardWriter
+from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.kernels.numerics import count_non_finite
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be written.
+
+    Attributes:
+        plan: who shares what.
+        algorithm: how the members of a group are merged.
+        cuts: what trimming keeps of each model.
+        forced: the dtype of all shareable tensors, if it is not that of the inputs.
+        shard_size: the largest size of a file in bytes; 0 for one file a set of tasks.
+    """
+
+    plan: Plan
+    algorithm: Algorithm
+    cuts: Cuts | None = None
+    forced: torch.dtype | None = None
+    shard_size: int = 0
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the manifest says of where a checkpoint comes from."""
+
+    generator: str
+    method: Mapping[str, Any]
+    base_model: str
+    models: Sequence[str]
+
+
+def write_checkpoint(
+    folder: Path,
+    reader: BlockReader,
+    order: Order,
+    provenance: Provenance,
+    merged: Callable[[BlockLayout, Sequence[StoredGroup]], None] = lambda block, groups: None,
+) -> Manifest:
+    """Write shards, task folders with their links and indexes, and the manifest.
+
+    Args:
+        folder: exists and is empty; nothing of it counts before this function has returned.
+        reader: reads the blocks of the base and the models.
+        order: what to write.
+        provenance: for the manifest.
+        merged: told of each block that is done.
+
+    Raises:
+        MergeError: a merged tensor is not finite in its dtype.
+        OSError: a file cannot be read or written.
+    """
+    layout = reader.layout
+    shards = ShardWriter(folder, _declared(layout, order), order.shard_size)
+    try:
+        rescale = {}
+        for block, groups in zip(layout.blocks, order.plan.groups, strict=True):
+            rescale[block.name] = _write_block(block, groups, reader, order, shards)
+            merged(block, groups)
+        for task, headers in enumerate(layout.private):
+            for header in headers:
+                key = (DENSE, (layout.tasks[task],))
+                shards.write(key, header.name, reader.read_stored(task, header.name))
+        files = shards.finish()
+    finally:
+        shards.close()
+    ordinary = _link(folder, layout, order.plan, shards)
+    manifest = Manifest(
+        generator=provenance.generator,
+        method=provenance.method,
+        base_model=provenance.base_model,
+        size=order.plan.size,
+        tasks=tuple(
+            Task(name, model, name in ordinary)
+            for name, model in zip(layout.tasks, provenance.models, strict=True)
+        ),
+        files=files,
+        blocks=tuple(
+            _block_entry(layout, block, groups, rescale[block.name])
+            for block, groups in zip(layout.blocks, order.plan.groups, strict=True)
+        ),
+        private=tuple(
+            Private(name, tuple(TensorInfo(h.name, tuple(h.shape)) for h in headers))
+            for name, headers in zip(layout.tasks, layout.private, strict=True)
+            if headers
+        ),
+    )
+    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _names(layout: Layout, group: StoredGroup) -> tuple[str, ...]:
+    return tuple(layout.tasks[task] for task in group.tasks)
+
+
+def _declared(layout: Layout, order: Order) -> dict[Key, list[Entry]]:
+    found: dict[Key, list[Entry]] = {}
+
+    def add(kind: str, tasks: tuple[str, ...], entry: Entry) -> None:
+        found.setdefault((kind, tasks), []).append(entry)
+
+    for block, groups in zip(layout.blocks, order.plan.groups, strict=True):
+        if any(group.kind == MASKED for group in groups):
+            for part in block.parts:
+                add(BASE, layout.tasks, Entry.of(part.name, part.base_dtype, part.shape))
+        for group in groups:
+            kind = UNIFIED if group.kind == MASKED else DENSE
+            names = _names(layout, group)
+            for part in block.parts:
+                dtype = order.forced or part.dtype(group.tasks)
+                add(kind, names, Entry.of(part.name, dtype, part.shape))
+            for name in names if group.kind == MASKED else ():
+                size = -(-block.size // 8)
+                add(MASKS, (name,), Entry.of(block.name, torch.uint8, (size,)))
+    for task, headers in zip(layout.tasks, layout.private, strict=True):
+        for header in headers:
+            add(DENSE, (task,), Entry(header.name, header.dtype, header.shape, header.nbytes))
+    return found
+
+
+def _write_block(
+    block: BlockLayout,
+    groups: Sequence[StoredGroup],
+    reader: BlockReader,
+    order: Order,
+    shards: ShardWriter,
+) -> dict[int, float]:
+    layout = reader.layout
+    shared = [task for group in groups if len(group.tasks) > 1 for task in group.tasks]
+    data = reader.read(block, shared) if shared else None
+    rescale: dict[int, float] = {}
+    if data is not None and any(group.kind == MASKED for group in groups):
+        for index, part in enumerate(block.parts):
+            tensor = data.part(data.base, index).to(part.base_dtype)
+            shards.write((BASE, layout.tasks), part.name, tensor)
+    for group in groups:
+        names = _names(layout, group)
+        if len(group.tasks) == 1:
+            _copy(block, group.tasks[0], reader, order, shards)
+            continue
+        assert data is not None
+        dtype = order.forced or block.dtype(group.tasks)
+        if group.kind == DENSE:
+            vector = order.algorithm.merge(data, group.tasks, dtype, order.cuts)
+            _write_vector((DENSE, names), block, vector, group, order, shards)
+            continue
+        found = order.algorithm.merge_masked(data, group.tasks, dtype, order.cuts)
+        _write_vector((UNIFIED, names), block, found.unified, group, order, shards)
+        for task in group.tasks:
+            shards.write((MASKS, (layout.tasks[task],)), block.name, found.masks[task])
+        rescale.update(found.rescale)
+    return rescale
+
+
+def _copy(
+    block: BlockLayout, task: int, reader: BlockReader, order: Order, shards: ShardWriter
+) -> None:
+    """One task's own tensors: their very bytes, unless another dtype is asked for."""
+    for part in block.parts:
+        stored = reader.read_stored(task, part.name)
+        dtype = part.dtypes[task]
+        if order.forced not in (None, dtype):
+            assert order.forced is not None
+            stored = stored.view(dtype).to(order.forced)
+            _require_finite(part, stored)
+        shards.write((DENSE, (reader.layout.tasks[task],)), part.name, stored)
+
+
+def _write_vector(
+    key: Key,
+    block: BlockLayout,
+    vector: Tensor,
+    group: StoredGroup,
+    order: Order,
+    shards: ShardWriter,
+) -> None:
+    for part in block.parts:
+        tensor = vector[part.slice].to(order.forced or part.dtype(group.tasks))
+        _require_finite(part, tensor)
+        shards.write(key, part.name, tensor)
+
+
+def _require_finite(part: Part, tensor: Tensor) -> None:
+    if count := count_non_finite(tensor):
+        raise MergeError(
+            f"{part.name}: {count} of {tensor.numel()} merged values are not finite in "
+            f"{tensor.dtype}, although all inputs are; expected values inside of its range. Choose "
+            "a wider `dtype`, or smaller `lambda` and `weight`."
+        )
+
+
+def _block_entry(
+    layout: Layout, block: BlockLayout, groups: Sequence[StoredGroup], rescale: Mapping[int, float]
+) -> Block:
+    return Block(
+        block.name,
+        block.kind,
+        tuple(TensorInfo(part.name, part.shape) for part in block.parts),
+        tuple(
+            Group(
+                _names(layout, group),
+                group.kind,
+                group.similarity,
+                {layout.tasks[task]: rescale[task] for task in group.tasks}
+                if group.kind == MASKED
+                else {},
+            )
+            for group in groups
+        ),
+    )
+
+
+def _link(folder: Path, layout: Layout, plan: Plan, shards: ShardWriter) -> set[str]:
+    """Make the task folders; return the tasks that are ordinary checkpoints."""
+    masked = {
+        layout.tasks[task]
+        for groups in plan.groups
+        for group in groups
+        if group.kind == MASKED
+        for task in group.tasks
+    }
+    sets = {_names(layout, group) for groups in plan.groups for group in groups}
+    sets |= {(name,) for name in layout.tasks}
+    ordinary = set()
+    for name in layout.tasks:
+        home = folder / name
+        home.mkdir()
+        if name in masked:
+            continue
+        ordinary.add(name)
+        keys: list[Key] = [(DENSE, names) for names in sorted(sets) if name in names]
+        link_model(folder, home, [file for key in keys for file in shards.where(key)])
+    whole = all(len(groups) == 1 and groups[0].kind == DENSE for groups in plan.groups)
+    if whole and not any(layout.private):
+        link_model(folder, folder, list(shards.where((DENSE, layout.tasks))))
+    return ordinary
+
+
+def link_model(folder: Path, home: Path, files: Sequence[tuple[str, Sequence[Entry]]]) -> None:
+    """Make `home` a Hugging Face checkpoint of these files: links and an index."""
+    weights, total = {}, 0
+    for number, (path, entries) in enumerate(files, 1):
+        local = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        _link_file(folder / path, home / local)
+        weights.update({entry.name: local for entry in entries})
+        total += sum(entry.nbytes for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (home / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _link_file(target: Path, link: Path) -> None:
+    with suppress(OSError):
+        os.link(target, link)
+        return
+    with suppress(OSError):
+        link.symlink_to(os.path.relpath(target, link.parent))
+        return
+    shutil.copyfile(target, link)

@@ -1,0 +1,1 @@
+"""`merge_method: flexmerge`: from mergekit's configuration to the FlexMerge engine."""

@@ -1,0 +1,157 @@
+"""One prepared FlexMerge, from its inputs to plans and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_ext.events import (
+    BlockMerged,
+    Event,
+    SizeReached,
+    StatisticsBegin,
+    StatisticsEnd,
+    TensorMeasured,
+)
+from mergekit_ext.flexmerge import analysis_file
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
+from mergekit_ext.flexmerge.analysis import Analysis, analyse, trimmed_grams
+from mergekit_ext.flexmerge.layout import BlockLayout
+from mergekit_ext.flexmerge.manifest import Manifest
+from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner, StoredGroup
+from mergekit_ext.flexmerge.writer import Order, Provenance, write_checkpoint
+from mergekit_ext.host.flexmerge.parameters import for_manifest
+from mergekit_ext.host.flexmerge.prepare import DEFAULT_SEED, Prepared
+from mergekit_ext.host.flexmerge.sources import Inputs
+from mergekit_ext.kernels.similarity import cosines
+
+
+class Engine:
+    """Analyses once, then plans and writes any size.
+
+    Args:
+        prepared: a merge that has passed its checks.
+        inputs: its models.
+        options: mergekit's; the device and the seed are used.
+        neighbours: the folder in which earlier analyses are looked for.
+        emit: told what happens.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        inputs: Inputs,
+        options: Any,
+        neighbours: Path,
+        emit: Callable[[Event], None],
+    ):
+        self._prepared, self._inputs, self._options = prepared, inputs, options
+        self._neighbours, self._emit = neighbours, emit
+        self.reader = inputs.reader(options.device)
+        self.subject = analysis_file.Subject.of(inputs.layout, inputs.base, inputs.models)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """How groups are merged."""
+        return self._prepared.written.algorithm
+
+    @property
+    def seed(self) -> int:
+        """mergekit's ``--random-seed``."""
+        seed: int | None = self._options.random_seed
+        return DEFAULT_SEED if seed is None else seed
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """That of an earlier run on the same files, or a new one."""
+        densities = self.algorithm.densities
+        found = analysis_file.find(self._neighbours, self.subject)
+        if found is not None and (densities is None or tuple(densities) in found.cuts):
+            return found
+        started = time.perf_counter()
+        passes = 1 if densities is None or all(d >= 1 for d in densities) else 2
+        self._emit(StatisticsBegin(passes * len(self._inputs.layout.blocks)))
+        made = analyse(self.reader, densities, self._measured)
+        if found is not None:
+            made = Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})
+        self._emit(StatisticsEnd({}, time.perf_counter() - started))
+        return made
+
+    @property
+    def cuts(self) -> Cuts | None:
+        """What trimming keeps of each whole model."""
+        densities = self.algorithm.densities
+        return None if densities is None else self.analysis.cuts[tuple(densities)]
+
+    @cached_property
+    def grams(self) -> Sequence[Tensor]:
+        """For each block the inner products that similarities are made of."""
+        blocks = self._inputs.layout.blocks
+        found = self.analysis.grams
+        if self._prepared.written.shared["similarity_on"] == "trimmed":
+            self._emit(StatisticsBegin(len(blocks)))
+            started = time.perf_counter()
+            found = trimmed_grams(self.reader, self.algorithm, self.cuts, self._measured)
+            self._emit(StatisticsEnd({}, time.perf_counter() - started))
+        return [found[block.name] for block in blocks]
+
+    @cached_property
+    def planner(self) -> Planner:
+        """Finds who shares what at a target size."""
+        shared = self._prepared.written.shared
+        if self.algorithm.kmeans:
+            return Clusters(self._prepared.storage, self.grams, self.seed)
+        similarities = [cosines(gram) for gram in self.grams]
+        return Dendrograms(
+            self._prepared.storage, similarities, shared["linkage"], shared["order"], self.seed
+        )
+
+    def order(self, plan: Plan) -> Order:
+        """What is to be written at one size."""
+        return Order(
+            plan,
+            self.algorithm,
+            self.cuts,
+            self._prepared.forced,
+            self._options.out_shard_size,
+        )
+
+    def write(self, folder: Path, plan: Plan, generator: str) -> Manifest:
+        """Write one size into an empty folder, without configurations and cards."""
+        tasks = self._inputs.layout.tasks
+        settings = for_manifest(self._prepared.written, tasks)
+        manifest = write_checkpoint(
+            folder,
+            self.reader,
+            self.order(plan),
+            Provenance(
+                generator,
+                {**settings, "seed": self.seed},
+                str(self._prepared.base),
+                [str(model) for model in self._prepared.models],
+            ),
+            self._merged,
+        )
+        self._emit(SizeReached(self.algorithm.name, plan.size.models, plan.size.bytes))
+        return manifest
+
+    def save_analysis(self, path: Path) -> None:
+        """Write the analysis, with what a reader may want to know of the blocks."""
+        blocks = [
+            {"name": b.name, "kind": b.kind, "depth": b.depth, "elements": b.size}
+            for b in self._inputs.layout.blocks
+        ]
+        analysis_file.save(path, self.analysis, self.subject, {"blocks": blocks})
+
+    def _measured(self, name: str) -> None:
+        self._emit(TensorMeasured(name))
+
+    def _merged(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> None:
+        tasks = self._inputs.layout.tasks
+        named = tuple(tuple(tasks[task] for task in group.tasks) for group in groups)
+        self._emit(BlockMerged(block.name, named))

@@ -1,0 +1,64 @@
+"""One FlexMerge from configuration to folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.events import MergeBegin
+from mergekit_ext.flexmerge.analysis_file import FILE_NAME as ANALYSIS_NAME
+from mergekit_ext.flexmerge.manifest import Manifest
+from mergekit_ext.host.flexmerge import prepare
+from mergekit_ext.host.flexmerge.engine import Engine
+from mergekit_ext.host.flexmerge.folders import copy_model_files
+from mergekit_ext.host.flexmerge.prepare import Prepared
+from mergekit_ext.host.flexmerge.sources import open_inputs
+from mergekit_ext.host.session import Session
+from mergekit_ext.report.flexmerge_card import flexmerge_section
+
+
+def generator() -> str:
+    """Who writes a checkpoint."""
+    return f"mergekit-ext {metadata.version('mergekit-ext')}"
+
+
+def write(config: Any, folder: Path, options: Any, source: str, session: Session) -> None:
+    """Merge into `folder`, which is empty, and make it complete but for its name."""
+    report, prepared = prepare.check(config, options)
+    report.raise_for_problems("this merge")
+    assert prepared is not None
+    inputs = open_inputs(prepared, options)
+    models = tuple(str(model) for model in (prepared.base, *prepared.models))
+    session.emit(MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks)))
+    neighbours = Path(session.output or folder).resolve().parent
+    engine = Engine(prepared, inputs, options, neighbours, session.emit)
+    plan = engine.planner.plan(prepared.target)
+    manifest = engine.write(folder, plan, generator())
+    engine.save_analysis(folder / ANALYSIS_NAME)
+    for task, home in zip(inputs.layout.tasks, inputs.folders, strict=True):
+        copy_model_files(home, folder / task, _dtype_name(prepared))
+    if (folder / "model.safetensors.index.json").exists():
+        copy_model_files(inputs.folders[0], folder, _dtype_name(prepared))
+    _describe(folder, config, options, source, manifest)
+
+
+def _dtype_name(prepared: Prepared) -> str | None:
+    return None if prepared.forced is None else str(prepared.forced).removeprefix("torch.")
+
+
+def _describe(folder: Path, config: Any, options: Any, source: str, manifest: Manifest) -> None:
+    if not options.write_model_card:
+        return
+    from mergekit.card import generate_card
+
+    card = generate_card(config=config, config_yaml=source, name=folder.name)
+    kinds: dict[str, tuple[int, int]] = {}
+    for block in manifest.blocks:
+        blocks, groups = kinds.get(block.kind, (0, 0))
+        kinds[block.kind] = (blocks + 1, groups + len(block.groups))
+    size = dataclasses.asdict(manifest.size)
+    section = flexmerge_section(size, [(t.name, t.ordinary) for t in manifest.tasks], kinds)
+    (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
+    (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")

@@ -1,0 +1,82 @@
+"""`merge_method: flexmerge`, registered with mergekit so that its configuration is accepted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
+
+from mergekit_ext.errors import MergeError, Problem
+from mergekit_ext.host import session as sessions
+from mergekit_ext.host.method import WholeModelMethod
+
+if TYPE_CHECKING:
+    from mergekit_ext.host.checks.report import CheckReport
+
+PAPER = "https://arxiv.org/abs/2505.23209"
+
+
+class FlexMergeMethod(WholeModelMethod):
+    """FlexMerge: merged models of any size between one and all m models.
+
+    Algorithm 1 of "Navigating the Accuracy-Size Trade-Off with Flexible Model Merging". Its
+    parameters are read by `host.flexmerge.parameters`. What does the work is imported when it is
+    needed: the class is known to every mergekit process.
+    """
+
+    def __init__(self) -> None:
+        self.spec = MergeMethodSpec(
+            name="flexmerge",
+            pretty_name="FlexMerge",
+            reference_url=PAPER,
+            parameters=(),
+            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
+        )
+
+    def merge_one(
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """Refuse: FlexMerge sees whole models.
+
+        Raises:
+            MergeError: always.
+        """
+        raise MergeError(
+            f"{group.metadata.name}: `flexmerge` merges whole models, not single tensors; merge "
+            "with mergekit-yaml or `mergekit_ext.merge`."
+        )
+
+    def check(
+        self,
+        config: Any,
+        options: Any,
+        source: str | Mapping[str, Any] | None = None,
+        pending: Collection[str] = (),
+    ) -> CheckReport:
+        """See `WholeModelMethod.check`."""
+        from mergekit_ext.host.flexmerge import prepare
+
+        return prepare.check(config, options, source, pending)[0]
+
+    def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
+        """A FlexMerge is a folder of folders, and is mixed with nothing."""
+        target = Path(out_path)
+        if target.is_dir() and any(target.iterdir()):
+            yield Problem(
+                "OUT_PATH",
+                f"{target}, which is not empty",
+                "a folder that does not exist or is empty",
+                "Choose another folder, or delete this one.",
+            )
+
+    def write(self, config: Any, folder: Path, options: Any, source: str) -> None:
+        """See `WholeModelMethod.write`."""
+        from mergekit_ext.host.flexmerge import job
+
+        session = sessions.current()
+        assert session is not None
+        job.write(config, folder, options, source, session)

@@ -1,0 +1,277 @@
+"""What a FlexMerge will do, from configurations and headers: every problem, before any weight."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.flexmerge.layout import Layout, Naming, make_layout
+from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
+from mergekit_ext.flexmerge.plan import Storage
+from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.headers import TensorHeader
+from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
+from mergekit_ext.host.checks.keys import unknown_keys
+from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.models import ModelFacts, read_model
+from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
+from mergekit_ext.host.checks.settings import check_settings, dtype_of
+from mergekit_ext.host.checks.support import listing, quiet
+from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
+from mergekit_ext.host.lore_method import layout_of
+
+DEFAULT_SEED = 0
+_NOTED_PRIVATE = 0.01
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A FlexMerge that can start.
+
+    Attributes:
+        base: mergekit's reference of the base model.
+        models: the reference of each task's model, in order.
+        naming: how names become blocks.
+        layout: blocks and private tensors.
+        written: the parameters.
+        forced: the dtype of all shareable tensors, if one is asked for.
+    """
+
+    base: Any
+    models: Sequence[Any]
+    naming: Naming
+    layout: Layout
+    written: Written
+    forced: torch.dtype | None
+
+    @property
+    def storage(self) -> Storage:
+        """How groups are stored."""
+        return Storage(self.layout, self.written.algorithm.masks, self.forced)
+
+    @property
+    def target(self) -> Target:
+        """The size asked for."""
+        target: Target = self.written.shared["target_size"]
+        return target
+
+
+def check(
+    config: Any,
+    options: Any,
+    source: str | Mapping[str, Any] | None = None,
+    pending: Collection[str] = (),
+) -> tuple[CheckReport, Prepared | None]:
+    """Check a FlexMerge; the second value is None if there are problems."""
+    findings = Findings()
+    with quiet():
+        if source is not None:
+            findings.extend(unknown_keys(source))
+        prepared = _prepare(config, options, findings, pending)
+    report = findings.report(_estimate(prepared) if prepared else None)
+    return report, None if report.problems else prepared
+
+
+def _prepare(
+    config: Any, options: Any, findings: Findings, pending: Collection[str]
+) -> Prepared | None:
+    check_settings(config, options, findings)
+    _unsupported(config, options, findings)
+    items = [
+        (f"models[{i}]", item)
+        for i, item in enumerate(config.models or ())
+        if item.model != config.base_model
+    ]
+    seed = DEFAULT_SEED if options.random_seed is None else options.random_seed
+    written = read_parameters(
+        config.parameters or {},
+        [(f"{where}.parameters", item.parameters or {}) for where, item in items],
+        seed,
+        findings,
+    )
+    tasks = _task_names(items, findings)
+    facts = {
+        model: read_model(model, where, options, findings, pending)
+        for where, model in references(groups_of(config), config.base_model)
+    }
+    _same_family(facts, config.base_model, findings)
+    if findings.count or written is None or config.base_model is None:
+        return None
+    base = facts[config.base_model]
+    models = [facts[item.model] for _, item in items]
+    naming = naming_for(base.config, written.shared)
+    headers = [fact.tensors or {} for fact in models]
+    layout = make_layout(tasks, base.tensors or {}, headers, naming)
+    if not layout.blocks:
+        findings.problem(
+            "models",
+            "no tensor that the base and all models have in one shape and a floating dtype",
+            "fine-tunes of `base_model`",
+            "Check that these are fine-tunes of that base.",
+        )
+        return None
+    forced = dtype_of(config.out_dtype or config.dtype)
+    prepared = Prepared(
+        config.base_model, [item.model for _, item in items], naming, layout, written, forced
+    )
+    _notes(prepared, findings)
+    _reachable(prepared, findings)
+    return prepared
+
+
+def naming_for(config: Any, shared: Mapping[str, Any]) -> Naming:
+    """How the names of this model become blocks."""
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    granularity = shared["granularity"]
+    merges_heads = shared["heads"] == "merged"
+    return Naming(
+        blocks=lambda names: blocks_of(names, granularity, tied),
+        kind=kind_of,
+        depth=depth_of,
+        private=lambda name: not merges_heads and is_task_head(name),
+        matrices=layout_of,
+    )
+
+
+def _unsupported(config: Any, options: Any, findings: Findings) -> None:
+    if config.base_model is None:
+        findings.problem(
+            "base_model",
+            "nothing",
+            "the model that the others were fine-tuned from",
+            "Add `base_model:`; FlexMerge compares and merges task vectors.",
+        )
+    for key in ("slices", "modules"):
+        if getattr(config, key):
+            findings.problem(
+                key,
+                f"`{key}:`",
+                "`models:`, because `flexmerge` keeps whole models apart",
+                "List the models under `models:`.",
+            )
+    for key in ("tokenizer", "tokenizer_source", "chat_template"):
+        if getattr(config, key, None):
+            findings.problem(
+                key,
+                f"`{key}:`",
+                "none: each task keeps its own model's tokenizer and chat template",
+                f"Remove `{key}:`.",
+            )
+    if options.multi_gpu:
+        findings.note("--multi-gpu: `flexmerge` uses one device.")
+
+
+def _task_names(items: Sequence[tuple[str, Any]], findings: Findings) -> list[str]:
+    if len(items) < 2:
+        findings.problem(
+            "models",
+            f"{len(items)} model{'s' if len(items) != 1 else ''} besides the base",
+            "at least 2",
+            "Add models.",
+        )
+    names = []
+    for where, item in items:
+        given = (item.parameters or {}).get("task")
+        name = str(given) if given is not None else Path(item.model.model.path).name
+        names.append(name)
+        problem = task_name_problem(name)
+        if problem is not None:
+            findings.problem(
+                f"{where}.parameters.task",
+                repr(name),
+                f"a name for the task's folder: {problem}",
+                "Write another `task:`.",
+            )
+    for one, other in colliding_names(names):
+        findings.problem(
+            "models",
+            f"two tasks called {one!r} and {other!r}",
+            "a name of its own for each task (upper and lower case are the same)",
+            "Give one of them another `task:` under its `parameters:`.",
+        )
+    return names
+
+
+def _same_family(facts: Mapping[Any, ModelFacts], base: Any, findings: Findings) -> None:
+    kinds = {
+        model: fact.config.model_type for model, fact in facts.items() if fact.config is not None
+    }
+    if base in kinds:
+        for model, kind in kinds.items():
+            if kind != kinds[base]:
+                findings.problem(
+                    facts[model].where,
+                    f"a model of type {kind}",
+                    f"{kinds[base]}, the type of the base model {base}",
+                    "Merge fine-tunes of one base.",
+                )
+    for fact in facts.values():
+        if fact.config is not None and fact.tensors is None and not fact.pending:
+            findings.problem(
+                fact.where,
+                f"{fact.reference}, whose tensors are not known",
+                "a folder with weights",
+                "Download the model first.",
+            )
+
+
+def _notes(prepared: Prepared, findings: Findings) -> None:
+    layout = prepared.layout
+    kinds: dict[str, int] = {}
+    for block in layout.blocks:
+        kinds[block.kind] = kinds.get(block.kind, 0) + 1
+    blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    findings.note(f"{len(layout.blocks)} blocks: {blocks}.")
+    for task, headers in zip(layout.tasks, layout.private, strict=True):
+        if headers:
+            size = sum(header.nbytes for header in headers)
+            share = f", {size} bytes" if size else ""
+            names = listing([header.name for header in headers])
+            findings.note(f"private to {task}{share}: {names}.")
+    private = layout.private_bytes / max(1, prepared.storage.whole + layout.private_bytes)
+    if private > _NOTED_PRIVATE:
+        findings.note(
+            f"{private:.0%} of all bytes are private and come on top of `target_size`: tensors "
+            "that one model alone has, or has in another shape, and task heads."
+        )
+
+
+def _reachable(prepared: Prepared, findings: Findings) -> None:
+    if prepared.written.algorithm.kmeans:
+        return
+    storage, tasks = prepared.storage, tuple(range(len(prepared.layout.tasks)))
+    least = storage.size(
+        sum(storage.bytes(b, storage.groups([(tasks, None)])) for b in prepared.layout.blocks)
+    )
+    try:
+        storage.require_reachable(prepared.target, least)
+    except ConfigError as error:
+        findings.extend(error.problems)
+
+
+def _estimate(prepared: Prepared) -> Estimate:
+    layout, written = prepared.layout, prepared.written
+    storage = prepared.storage
+    models: list[TensorHeader | Any] = [part for block in layout.blocks for part in block.parts]
+    whole = storage.whole
+    passes = 2 + (written.algorithm.trims and (written.shared["trim_scope"] or "model") == "model")
+    base = sum(block.base_bytes for block in layout.blocks)
+    target = prepared.target
+    stored = (
+        min(target.bytes, whole + layout.private_bytes)
+        if target.bytes is not None
+        else int((target.models or 1) * whole / len(layout.tasks)) + layout.private_bytes
+    )
+    largest = max(block.size for block in layout.blocks)
+    return Estimate(
+        bytes_read=passes * (whole + base) + layout.private_bytes,
+        bytes_written=stored,
+        bytes_held=largest * 4 * (len(layout.tasks) + 3),
+        tensors=len(models) * len(layout.tasks) + sum(map(len, layout.private)),
+        parameters=sum(block.size for block in layout.blocks) * len(layout.tasks),
+    )
