@@ -10,6 +10,10 @@ import click
 # Loaded when asked for: mergekit takes seconds to import, and `--help` should not.
 _COMMANDS = {
     "check": ("mergekit_ext.cli.check", "Check a merge without reading a weight."),
+    "export": (
+        "mergekit_ext.cli.export",
+        "Write one task of a FlexMerge checkpoint as an ordinary model.",
+    ),
     "merge": ("mergekit_ext.cli.merge", "Merge, as mergekit-yaml does, with the methods known."),
 }
 

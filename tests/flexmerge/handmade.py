@@ -64,10 +64,10 @@ def models(
 
 def block_of(name: str) -> str:
     """Attention and the rest of each layer; everything else is one block."""
-    layer = re.search(r"layers?\.(\d+)\.", name)
+    layer = re.search(r"(?:layers?|block)\.(\d+)\.", name)
     if layer is None:
         return "rest"
-    return f"layer {layer[1]} {'attention' if 'att' in name else 'other'}"
+    return f"layer {layer[1]} {'attention' if 'att' in name.lower() else 'other'}"
 
 
 def write(

@@ -1,0 +1,33 @@
+"""``mergekit-ext export PATH TASK OUT``: one task of a FlexMerge checkpoint, ordinary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+# As for click's own usage errors: the input is at fault.
+EXIT_PROBLEMS = 2
+
+
+@click.command("export")
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("task")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--no-verify", is_flag=True, help="Do not compare the files with their digests.")
+def export(path: Path, task: str, out: Path, no_verify: bool) -> None:
+    """Write one TASK of the FlexMerge checkpoint in the folder PATH as an ordinary model.
+
+    OUT is a folder that does not exist or is empty. It gets the weights, reconstructed where the
+    checkpoint holds masks, and the task's configuration and tokenizer. The exit code is 2 if
+    something is wrong with the checkpoint or with OUT.
+    """
+    # Heavy, and only needed here: `--help` stays fast.
+    from mergekit_ext.errors import MergekitExtError
+    from mergekit_ext.flexmerge.export import export as write
+
+    try:
+        write(path, task, out, verify=not no_verify)
+    except MergekitExtError as error:
+        click.echo(str(error), err=True)
+        raise click.exceptions.Exit(EXIT_PROBLEMS) from None

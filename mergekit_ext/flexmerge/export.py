@@ -1,0 +1,154 @@
+"""One task of a FlexMerge checkpoint as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_ext.errors import CheckpointError, ConfigError, Problem
+from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.flexmerge.stored import RefusedError, regular_file
+
+_SHARD_BYTES = 5_000_000_000
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack)(\.index\.json)?")
+
+
+def export(
+    path: str | os.PathLike[str],
+    task: str,
+    out: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Write one task as a folder that needs nothing of ours: weights, configuration, tokenizer.
+
+    Dense tensors are copied, those of masked blocks reconstructed, one shard in memory at a time.
+
+    Args:
+        path: folder with ``flexmerge.json``.
+        task: name of the task.
+        out: a folder that does not exist or is empty; it appears when it is complete.
+        verify: compare the files with their digests first.
+        shard_bytes: a shard has no more, unless one tensor alone has.
+
+    Raises:
+        CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, or has no such
+            task.
+        ConfigError: `out` cannot be written.
+    """
+    target = Path(out).absolute()
+    _check_target(target)
+    checkpoint = open_checkpoint(path, verify)
+    tensors = checkpoint.tensors(task)
+    companions = dict(_companions(checkpoint.folder, task))
+    with _appearing(target) as room:
+        for name, source in companions.items():
+            (room / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, room / name)
+        _write_weights(room, tensors, shard_bytes)
+
+
+def _write_weights(room: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """Weights in shards, under temporary names until their number is known."""
+    parts: list[dict[str, int]] = []
+    for shard in _shards(tensors, shard_bytes):
+        # A tensor may be a view of the mapped file, or of another tensor.
+        content = {name: tensor.contiguous() for name, tensor in shard.items()}
+        save_file(content, room / _part(len(parts)), metadata={"format": "pt"})
+        parts.append({name: tensor.nbytes for name, tensor in content.items()})
+    if len(parts) == 1:
+        (room / _part(0)).rename(room / "model.safetensors")
+        return
+    weight_map = {}
+    for index, names in enumerate(parts):
+        final = f"model-{index + 1:05}-of-{len(parts):05}.safetensors"
+        (room / _part(index)).rename(room / final)
+        weight_map.update(dict.fromkeys(names, final))
+    content = {
+        "metadata": {"total_size": sum(sum(names.values()) for names in parts)},
+        "weight_map": weight_map,
+    }
+    (room / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _part(index: int) -> str:
+    return f"part-{index}"
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name in tensors:
+        tensor = tensors[name]
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    # A model without any tensor is one empty shard.
+    yield shard
+
+
+def _companions(root: Path, task: str) -> Iterator[tuple[str, Path]]:
+    """Every file of a task's folder but its weights: the name there, and where the content is."""
+    problems = []
+    folder = root / task
+    for found, _, names in os.walk(folder):
+        for name in sorted(names):
+            relative = (Path(found) / name).relative_to(folder).as_posix()
+            if _WEIGHTS.fullmatch(name):
+                continue
+            try:
+                yield relative, regular_file(root, f"{task}/{relative}", f"{task}/{relative}")
+            except RefusedError as refused:
+                problems.append(refused.problem)
+    if not (folder / "config.json").is_file():
+        problems.append(Problem(f"{task}/config.json", "no file", "the model's configuration"))
+    if problems:
+        raise CheckpointError(problems, str(root))
+
+
+def _check_target(target: Path) -> None:
+    expected = "a folder that does not exist or is empty"
+    found = None
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        found = f"{target}, which is not a folder"
+    elif target.is_dir() and any(target.iterdir()):
+        found = f"{target}, which is not empty"
+    if found is not None:
+        problem = Problem("OUT", found, expected, "Choose another name.")
+        raise ConfigError([problem], "this export")
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `target`; after an exception nothing is left."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, and so on its file system.
+        outer = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}-", suffix="-incomplete", dir=target.parent)
+        )
+    except OSError as error:
+        problem = Problem("OUT", f"{target} ({error.strerror})", "a place that can be written")
+        raise ConfigError([problem], "this export") from None
+    try:
+        # Not `outer` itself, which only its owner may read.
+        room = outer / target.name
+        room.mkdir()
+        yield room
+        if target.is_dir():
+            target.rmdir()
+        room.rename(target)
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)

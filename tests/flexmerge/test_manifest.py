@@ -1,0 +1,371 @@
+"""The manifest: what is read comes back, and every rule of the specification is held."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_ext.errors import CheckpointError
+from mergekit_ext.flexmerge.manifest import (
+    Block,
+    Group,
+    Manifest,
+    Private,
+    ShardFile,
+    Size,
+    Task,
+    TensorInfo,
+    colliding_names,
+    task_name_problem,
+)
+from mergekit_ext.flexmerge.parse import LARGEST
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def sound() -> dict[str, Any]:
+    """A manifest of three tasks: one dense group, one masked, and heads."""
+    return {
+        "format": "flexmerge",
+        "version": 1,
+        "generator": "a test",
+        "method": {"algorithm": "emr", "parameters": {"deep": [[1.5, None]]}},
+        "base_model": "org/base",
+        "size": {"models": 2.25, "bytes": 1000, "unit_bytes": 400, "private_bytes": 100},
+        "tasks": [
+            {"name": "a", "model": "org/a", "ordinary": True},
+            {"name": "b", "model": "org/b", "ordinary": False},
+            {"name": "c", "model": "org/c", "ordinary": False},
+        ],
+        "files": [
+            {
+                "path": f"shards/{name}.safetensors",
+                "kind": kind,
+                "tasks": tasks,
+                "bytes": 10,
+                "sha256": DIGEST,
+            }
+            for name, kind, tasks in [
+                ("dense-00001", "dense", ["a"]),
+                ("base-00001", "base", []),
+                ("unified-00001", "unified", ["b", "c"]),
+                ("masks-00001", "masks", ["b"]),
+            ]
+        ],
+        "blocks": [
+            {
+                "name": "layer 0",
+                "kind": "attention",
+                "tensors": [{"name": "q", "shape": [2, 3]}, {"name": "scalar", "shape": []}],
+                "groups": [
+                    {"tasks": ["a"], "kind": "dense", "similarity": None},
+                    {
+                        "tasks": ["b", "c"],
+                        "kind": "masked",
+                        "similarity": 0.25,
+                        "rescale": {"b": 1.5, "c": 1},
+                    },
+                ],
+            }
+        ],
+        "private": [{"task": "a", "tensors": [{"name": "head", "shape": [4, 3]}]}],
+    }
+
+
+def refusal(content: Any) -> str:
+    text = content if isinstance(content, str) else json.dumps(content)
+    with pytest.raises(CheckpointError) as caught:
+        Manifest.from_json(text, "there/flexmerge.json")
+    assert str(caught.value).splitlines()[0].endswith("nothing of it was used:")
+    assert "there/flexmerge.json" in str(caught.value)
+    return str(caught.value)
+
+
+def test_reads_every_field() -> None:
+    manifest = Manifest.from_json(json.dumps(sound()), "here")
+    assert manifest == Manifest(
+        generator="a test",
+        method={"algorithm": "emr", "parameters": {"deep": [[1.5, None]]}},
+        base_model="org/base",
+        size=Size(2.25, 1000, 400, 100),
+        tasks=(Task("a", "org/a", True), Task("b", "org/b", False), Task("c", "org/c", False)),
+        files=(
+            ShardFile("shards/dense-00001.safetensors", "dense", ("a",), 10, DIGEST),
+            ShardFile("shards/base-00001.safetensors", "base", (), 10, DIGEST),
+            ShardFile("shards/unified-00001.safetensors", "unified", ("b", "c"), 10, DIGEST),
+            ShardFile("shards/masks-00001.safetensors", "masks", ("b",), 10, DIGEST),
+        ),
+        blocks=(
+            Block(
+                "layer 0",
+                "attention",
+                (TensorInfo("q", (2, 3)), TensorInfo("scalar", ())),
+                (
+                    Group(("a",), "dense"),
+                    Group(("b", "c"), "masked", 0.25, {"b": 1.5, "c": 1.0}),
+                ),
+            ),
+        ),
+        private=(Private("a", (TensorInfo("head", (4, 3)),)),),
+    )
+
+
+def test_writes_what_it_reads() -> None:
+    manifest = Manifest.from_json(json.dumps(sound()), "here")
+    assert json.loads(manifest.to_json()) == sound()
+    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+
+
+def test_unknown_keys_are_ignored() -> None:
+    content = sound()
+    for place in (content, content["size"], content["tasks"][0], content["files"][0]):
+        place["of tomorrow"] = {"x": 1}
+    content["blocks"][0]["groups"][0]["of tomorrow"] = 1
+    manifest = Manifest.from_json(json.dumps(content), "here")
+    assert manifest == Manifest.from_json(json.dumps(sound()), "here")
+
+
+def test_not_finite_is_not_written() -> None:
+    content = sound()
+    manifest = Manifest.from_json(json.dumps(content), "here")
+    broken = copy.deepcopy(manifest.method)
+    broken["parameters"]["deep"] = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Manifest(**{**vars(manifest), "method": broken}).to_json()
+
+
+def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def act(content: Any) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return act
+
+
+GROUPS = ("blocks", 0, "groups")
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "format": (change("format", to="gguf"), 'format: found "gguf"'),
+    "method": (change("method", to=[]), "method: found a list of 0; expected an object"),
+    "name of a task is a path": (change("tasks", 0, "name", to=".."), 'tasks[0].name: found ".."'),
+    "name of a task is a number": (change("tasks", 0, "name", to=3), "tasks[0].name: found 3"),
+    "ordinary is a number": (change("tasks", 0, "ordinary", to=1), "tasks[0].ordinary: found 1"),
+    "no tasks": (change("tasks", to=[]), "tasks: found a list of 0; expected a list of 1"),
+    "bool for a number": (change("size", "bytes", to=True), "size.bytes: found true"),
+    "negative size": (change("size", "unit_bytes", to=-1), "size.unit_bytes: found -1"),
+    "more than 64 bits": (change("files", 0, "bytes", to=2**63), "files[0].bytes: found a number"),
+    "fraction of a byte": (change("files", 0, "bytes", to=1.0), "files[0].bytes: found 1.0"),
+    "negative dimension": (
+        change("blocks", 0, "tensors", 0, "shape", to=[2, -3]),
+        "blocks[0].tensors[0].shape[1]: found -3",
+    ),
+    "huge tensor": (
+        change("blocks", 0, "tensors", 0, "shape", to=[2**62, 4]),
+        "blocks[0].tensors[0].shape: found a list of 2",
+    ),
+    "absolute path": (change("files", 0, "path", to="/etc/passwd"), "files[0].path: found"),
+    "path that leaves": (change("files", 0, "path", to="shards/../x"), "files[0].path: found"),
+    "path of two folders": (change("files", 0, "path", to="shards/x/y"), "files[0].path: found"),
+    "path of Windows": (change("files", 0, "path", to="shards/..\\x"), "files[0].path: found"),
+    "path with NUL": (change("files", 0, "path", to="shards/x\0y"), "files[0].path: found"),
+    "path of half a character": (
+        change("files", 0, "path", to="shards/\ud800"),
+        "files[0].path: found",
+    ),
+    "kind of a file": (change("files", 0, "kind", to="sparse"), 'files[0].kind: found "sparse"'),
+    "kind of a group": (change(*GROUPS, 0, "kind", to="lora"), 'groups[0].kind: found "lora"'),
+    "digest": (change("files", 0, "sha256", to="abc"), 'files[0].sha256: found "abc"'),
+    "capital digest": (change("files", 0, "sha256", to="A" * 64), "files[0].sha256: found"),
+    "no cosine": (change(*GROUPS, 1, "similarity", to=1.5), "groups[1].similarity: found 1.5"),
+    "factor is a word": (change(*GROUPS, 1, "rescale", "b", to="x"), "rescale.b: found"),
+    "block without tensors": (change("blocks", 0, "tensors", to=[]), "blocks[0].tensors: found"),
+    "group without tasks": (change(*GROUPS, 0, "tasks", to=[]), "groups[0].tasks: found"),
+    "method is deep": (
+        change("method", "x", to=json.loads("[" * 40 + "]" * 40)),
+        "method: found an object; expected at most 32 levels",
+    ),
+    # Rules that relate one value to another.
+    "size does not add up": (
+        change("size", "models", to=1.0),
+        "size.models: found 1; expected 2.25",
+    ),
+    "more private than all": (
+        change("size", "private_bytes", to=1001),
+        "size.private_bytes: found 1001",
+    ),
+    "tasks collide": (change("tasks", 1, "name", to="A"), "tasks: found a and A"),
+    "paths collide": (
+        change("files", 1, "path", to="shards/DENSE-00001.safetensors"),
+        "found shards/dense-00001.safetensors and shards/DENSE",
+    ),
+    "file of an unknown task": (
+        change("files", 0, "tasks", to=["z"]),
+        "files[0].tasks (shards/dense-00001.safetensors): found unknown tasks z",
+    ),
+    "file of nobody": (change("files", 0, "tasks", to=[]), "found no task"),
+    "tasks of a file in another order": (
+        change("files", 2, "tasks", to=["c", "b"]),
+        "files[2].tasks (shards/unified-00001.safetensors): found c, b",
+    ),
+    "masks of two": (change("files", 3, "tasks", to=["b", "c"]), "found 2 tasks; expected one"),
+    "task in no group": (change(*GROUPS, 1, "tasks", to=["b"]), "task c in 0 groups"),
+    "task in two groups": (change(*GROUPS, 0, "tasks", to=["a", "b"]), "task b in 2 groups"),
+    "similarity of one": (change(*GROUPS, 0, "similarity", to=0.5), "expected null for one task"),
+    "factor is missing": (
+        change(*GROUPS, 1, "rescale", to={"b": 1}),
+        "rescale: found factors of b",
+    ),
+    "ordinary with masks": (
+        change("tasks", 1, "ordinary", to=True),
+        "tasks[1].ordinary (b): found true; expected false",
+    ),
+    "dense and not ordinary": (
+        change("tasks", 0, "ordinary", to=False),
+        "tasks[0].ordinary (a): found false; expected true",
+    ),
+    "private of nobody": (change("private", 0, "task", to="z"), "private[0].task: found unknown"),
+    "private and in a block": (
+        change("private", 0, "tensors", 0, "name", to="q"),
+        "private[0]: found the tensor q of a block",
+    ),
+    "tensor twice": (
+        change("blocks", 0, "tensors", 1, "name", to="q"),
+        "blocks: found tensor q 2 times",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refuses(name: str) -> None:
+    act, expected = WRONG[name]
+    content = sound()
+    act(content)
+    assert expected in refusal(content)
+
+
+def test_refuses_groups_in_another_order() -> None:
+    content = sound()
+    content["blocks"][0]["groups"].reverse()
+    assert "blocks[0] (layer 0).groups: found groups in another order" in refusal(content)
+
+
+def test_refuses_a_block_twice() -> None:
+    content = sound()
+    content["blocks"] *= 2
+    assert "block layer 0 2 times" in refusal(content)
+
+
+def test_lists_every_problem_at_once() -> None:
+    content = sound()
+    content["size"]["bytes"] = "many"
+    content["files"][0]["sha256"] = None
+    del content["base_model"]
+    message = refusal(content)
+    assert message.startswith("3 problems with")
+    for part in ("size.bytes", "files[0].sha256", "base_model: found nothing"):
+        assert part in message
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", True, 1.0, None])
+def test_unknown_version_is_the_only_problem(version: Any) -> None:
+    content = {**sound(), "version": version, "tasks": "of another time"}
+    message = refusal(content)
+    assert message.startswith("1 problem with")
+    assert "version: found" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no JSON"),
+        ("{", "no JSON"),
+        ("[]", "found a list of 0; expected an object"),
+        ('{"format": NaN}', "NaN is not a number"),
+        ('{"format": 1e999}', "too large"),
+        ('{"format": ' + "9" * 5000 + "}", "no JSON"),
+        ('{"format": "flexmerge", "format": "x"}', 'the key "format" stands twice'),
+        ("[" * 200_000, "nested too deeply"),
+        (" " * (LARGEST + 1), "characters"),
+    ],
+    ids=range(9),
+)
+def test_refuses_text_that_is_no_manifest(text: str, reason: str) -> None:
+    assert reason in refusal(text)
+
+
+def test_lists_a_hundred_problems_at_most() -> None:
+    content = sound()
+    content["files"] = [3] * 5000
+    assert refusal(content).startswith("100 problems")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+        max_leaves=8,
+    ),
+    st.data(),
+)
+def test_any_value_anywhere_is_read_or_refused(value: Any, data: st.DataObject) -> None:
+    content = sound()
+    place: Any = content
+    while True:
+        key = data.draw(
+            st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))
+        )
+        if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = value
+    try:
+        manifest = Manifest.from_json(json.dumps(content), "here")
+    except CheckpointError:
+        return
+    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+
+
+@pytest.mark.parametrize("name", ["a", "digit", "0", "A.b_c-d", "a..b", "x" * 100])
+def test_names_of_tasks(name: str) -> None:
+    assert task_name_problem(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "shards", "Shards", "flexmerge.json", "-a", ".a", "_a", "a/b", "a\\b", "a b",
+     "é", "a\n", "x" * 101],
+)  # fmt: skip
+def test_names_that_no_task_can_have(name: str) -> None:
+    assert task_name_problem(name)
+
+
+def test_colliding_names() -> None:
+    assert list(colliding_names(["a", "B", "c"])) == []
+    assert list(colliding_names(["a", "B", "A", "b", "a"])) == [("a", "A"), ("B", "b"), ("a", "a")]
+
+
+def test_manifest_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, mergekit_ext.flexmerge, mergekit_ext.flexmerge.parse; "
+        "heavy = {'torch', 'mergekit', 'transformers'} & set(sys.modules); "
+        "sys.exit(' '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_package_names() -> None:
+    from mergekit_ext import flexmerge
+
+    assert flexmerge.Manifest is Manifest
+    assert {"load", "read_manifest", "Manifest"} <= set(dir(flexmerge))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = flexmerge.nothing
