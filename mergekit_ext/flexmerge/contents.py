@@ -84,7 +84,7 @@ def content_problems(
             places[name] = file.path
             yield from _tensor(file, header, expected.get(shelf, {}).get(name))
     for shelf, shapes in expected.items():
-        for name in shapes.keys() - found.get(shelf, {}).keys():
+        for name in (name for name in shapes if name not in found.get(shelf, {})):
             yield Problem(name, f"nothing in {shelf}", "every tensor of the manifest's blocks")
     if total != manifest.size.bytes:
         yield Problem(

@@ -68,12 +68,17 @@ class StoredFile:
         """Compare the content with the manifest's digest.
 
         Raises:
-            RefusedError: they differ.
+            RefusedError: they differ, or the file cannot be read.
         """
         digest = hashlib.sha256()
-        with self._path.open("rb") as content:
-            while chunk := content.read(_CHUNK):
-                digest.update(chunk)
+        try:
+            with self._path.open("rb") as content:
+                while chunk := content.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            raise RefusedError(
+                Problem(self.file.path, f"an error ({error})", "a readable file")
+            ) from None
         if digest.hexdigest() != self.file.sha256:
             raise RefusedError(
                 Problem(self.file.path, f"SHA-256 {digest.hexdigest()}", self.file.sha256, _DAMAGED)

@@ -176,6 +176,18 @@ def test_device(made: tuple[Path, str], device: torch.device) -> None:
         torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("made", ["bert", "tied llama", "mixtral"], indirect=True)
+def test_what_is_moved_is_moved_once(made: tuple[Path, str]) -> None:
+    """torch copies from "cpu" to "cpu:0", which stands for an accelerator here."""
+    out, kind = made
+    a, b, c, _ = load(out, device="cpu:0").values()
+    assert same(a, b, "att") == same(a, c, MLP[kind]) == {True}
+    assert same(b, c, "att") == {False}
+    assert same(a, load(out, "a"), "att") == {False}
+    for task, model in (("a", a), ("c", c)):
+        assert torch.equal(logits(model, kind), logits(independent(out, task), kind))
+
+
 @pytest.mark.parametrize("made", ["tied llama"], indirect=True)
 def test_tied_weights_stay_tied(made: tuple[Path, str], device: torch.device) -> None:
     for dtype in (None, torch.bfloat16):
