@@ -9,12 +9,14 @@ import click
 
 # Loaded when asked for: mergekit takes seconds to import, and `--help` should not.
 _COMMANDS = {
+    "analyze": ("mergekit_ext.cli.analyze", "Measure how alike the models of a FlexMerge are."),
     "check": ("mergekit_ext.cli.check", "Check a merge without reading a weight."),
     "export": (
         "mergekit_ext.cli.export",
         "Write one task of a FlexMerge checkpoint as an ordinary model.",
     ),
     "merge": ("mergekit_ext.cli.merge", "Merge, as mergekit-yaml does, with the methods known."),
+    "sizes": ("mergekit_ext.cli.sizes", "Merge at many sizes, and score each."),
 }
 
 

@@ -120,6 +120,19 @@ class Planner(ABC):
             ConfigError: the target cannot be reached.
         """
 
+    @property
+    @abstractmethod
+    def sizes(self) -> list[float]:
+        """Every size in models that can be had, from large to small."""
+
+    def reaches(self, target: Target) -> bool:
+        """Whether `plan` would succeed."""
+        try:
+            self.plan(target)
+        except ConfigError:
+            return False
+        return True
+
 
 class Dendrograms(Planner):
     """Algorithm 1: the merges of all blocks in one order, stopped where the target is met."""
@@ -137,9 +150,9 @@ class Dendrograms(Planner):
         self.bytes = tuple(self._trajectory())
 
     @property
-    def steps(self) -> int:
-        """How many merges there are in all."""
-        return len(self.order.steps)
+    def sizes(self) -> list[float]:
+        """See `Planner.sizes`."""
+        return sorted({self.storage.size(b).models for b in self.bytes}, reverse=True)
 
     def _trajectory(self) -> list[int]:
         blocks = self.storage.layout.blocks
@@ -183,6 +196,11 @@ class Clusters(Planner):
     def __init__(self, storage: Storage, grams: Sequence[Tensor], seed: int = 0):
         super().__init__(storage)
         self._grams, self._seed = tuple(grams), seed
+
+    @property
+    def sizes(self) -> list[float]:
+        """See `Planner.sizes`."""
+        return [float(k) for k in range(len(self.storage.layout.tasks), 0, -1)]
 
     def plan(self, target: Target) -> Plan:
         """See `Planner.plan`; the target is the number of clusters."""

@@ -57,23 +57,47 @@ def load(
     modules: dict[str, Any] = {}
     for name in names:
         tensors = checkpoint.tensors(name)
-        module = _module(checkpoint, name, dict(tensors), dtype, trust_remote_code)
+        module = _of_checkpoint(checkpoint, name, dict(tensors), dtype, trust_remote_code)
         # Tensors that were reconstructed are the task's own, and so in the module alone.
         sharing.add(module, {key: tensors[key] for key in tensors if tensors.is_stored(key)})
         modules[name] = module
     return modules if task is None else modules[task]
 
 
-def _module(
+def _of_checkpoint(
     checkpoint: Checkpoint,
     task: str,
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype | str | None,
     trust_remote_code: bool,
 ) -> Any:
-    folder = checkpoint.folder / task
     try:
         regular_file(checkpoint.folder, f"{task}/config.json", f"{task}/config.json")
+    except RefusedError as refused:
+        raise CheckpointError([refused.problem], str(checkpoint.folder)) from None
+    home = checkpoint.folder / task
+    return build_module(home, tensors, dtype, trust_remote_code=trust_remote_code)
+
+
+def build_module(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A transformers module in evaluation mode that holds `tensors` themselves where it can.
+
+    Args:
+        folder: where its ``config.json`` is.
+        tensors: every tensor of the model under its stored name.
+        dtype: that of the parameters; by default as ``from_pretrained`` decides.
+        trust_remote_code: see `load`.
+
+    Raises:
+        CheckpointError: the tensors are not those of the model's class.
+    """
+    try:
         config = transformers.AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code
         )
@@ -94,13 +118,13 @@ def _module(
             output_loading_info=True,
         )
     except RefusedError as refused:
-        raise CheckpointError([refused.problem], str(checkpoint.folder)) from None
+        raise CheckpointError([refused.problem], str(folder)) from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         problem = Problem(str(folder), f"an error of transformers: {error}", "a model that loads")
-        raise CheckpointError([problem], str(checkpoint.folder)) from error
-    problems = list(_misfits(task, report))
+        raise CheckpointError([problem], str(folder)) from error
+    problems = list(_misfits(folder.name, report))
     if problems:
-        raise CheckpointError(problems, str(checkpoint.folder))
+        raise CheckpointError(problems, str(folder))
     module.name_or_path = module.config.name_or_path = str(folder)
     return module
 

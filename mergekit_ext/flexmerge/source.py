@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout
@@ -22,6 +23,9 @@ class Source(Protocol):
 
     def read(self, name: str, out: Tensor) -> None:
         """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The stored tensor; mapped, where that is possible, so that it costs no memory."""
 
 
 class FileSource:
@@ -55,6 +59,13 @@ class FileSource:
                 done += count
 
 
+    def tensor(self, name: str) -> Tensor:
+        """See `Source`."""
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            mapped: Tensor = file.get_tensor(name)
+        return mapped
+
+
 class LoadedSource:
     """Tensors that something else loads: pickles, or a model with an adapter."""
 
@@ -67,6 +78,10 @@ class LoadedSource:
         """See `Source`."""
         stored = self._load(name).contiguous().reshape(-1)
         out.view(torch.uint8).copy_(stored.view(torch.uint8))
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Source`."""
+        return self._load(name)
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,10 @@ class BlockReader:
         room = self._buffer(member, torch.uint8, header.nbytes)
         source.read(name, room)
         return room
+
+    def tensor(self, member: int, name: str) -> Tensor:
+        """One tensor of one model as it is stored, in memory of its own."""
+        return self._models[member].tensor(name)
 
     def _vector(self, index: int, source: Source, block: BlockLayout) -> Tensor:
         dtypes = [FLOATING[source.tensors[part.name].dtype] for part in block.parts]

@@ -60,12 +60,17 @@ def merge(
     if not isinstance(config, MergeConfiguration):
         text = str(config)
         config_source = text if "\n" in text else Path(text).read_text(encoding="utf-8")
-        config = _parsed(config_source, options)
+        config = parsed(config_source, options)
     stock = getattr(host.run_merge, "stock", host.run_merge)
     _merge(stock, config, os.fspath(out_path), options, config_source, callbacks)
 
 
-def _parsed(source: str, options: MergeOptions) -> MergeConfiguration:
+def parsed(source: str, options: MergeOptions) -> MergeConfiguration:
+    """The configuration in a YAML text.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         return MergeConfiguration.model_validate(yaml.safe_load(source))
     except (yaml.YAMLError, ValidationError, RuntimeError):
@@ -168,6 +173,19 @@ def output(
             if method is not None:
                 # After the output stands: a warning that is an error must not cost the merge.
                 session.warn(method.warnings(session.records))
+    finally:
+        session.close()
+
+
+@contextmanager
+def listening(
+    options: MergeOptions, callbacks: Iterable[object], out_path: str = ""
+) -> Iterator[Session]:
+    """A session with the progress bar, `callbacks` and what the environment asks for."""
+    session = Session(Dispatcher(_listeners(options, callbacks)), out_path)
+    try:
+        with sessions.active(session):
+            yield session
     finally:
         session.close()
 

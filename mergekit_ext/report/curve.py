@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_ext.report.plotting import figure
+
 Scores = Mapping[str, Mapping[str, float]]
 CURVE_FORMAT = 1
 
@@ -123,12 +125,7 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
         ValueError: `metric` is not in `reference`, has no ratio, or a point does not have exactly
             the tasks and metrics of `reference`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the plot of sizes needs matplotlib; install it with pip install 'mergekit-ext[plots]'"
-        ) from error
+    picture = figure(6.0, 4.2)
     _check(points, reference)
     if metric not in _metrics(reference):
         known = ", ".join(_metrics(reference))
@@ -142,8 +139,7 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
                 "that others can be divided by"
             )
         lines.setdefault(point.algorithm, []).append((point.size, height))
-    figure = Figure(figsize=(6.0, 4.2))
-    axes = figure.add_subplot()
+    axes = picture.add_subplot()
     axes.axhline(1.0, linestyle="--", color="0.4", label="individual models")
     for algorithm, line in lines.items():
         sizes, heights = zip(*sorted(line), strict=True)
@@ -152,8 +148,7 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
     axes.set_ylabel(f"normalised {metric}")
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    picture.savefig(path, dpi=150)
 
 
 def _keys(scores: Scores) -> list[tuple[str, str]]:

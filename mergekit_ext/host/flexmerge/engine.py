@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_ext.events import (
@@ -139,6 +140,17 @@ class Engine:
         )
         self._emit(SizeReached(self.algorithm.name, plan.size.models, plan.size.bytes))
         return manifest
+
+    @property
+    def forced(self) -> torch.dtype | None:
+        """The dtype of all shareable tensors, if one is asked for."""
+        return self._prepared.forced
+
+    def keep_analysis(self) -> Path:
+        """Write the analysis where later runs look for it."""
+        path = self._neighbours / analysis_file.FILE_NAME
+        self.save_analysis(path)
+        return path
 
     def save_analysis(self, path: Path) -> None:
         """Write the analysis, with what a reader may want to know of the blocks."""

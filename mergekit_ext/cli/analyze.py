@@ -1,0 +1,29 @@
+"""``mergekit-ext analyze CONFIG OUT``: how alike the models are, and what each size would merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_ext.host.run import for_commands
+
+
+@click.command("analyze", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out_path", type=click.Path(file_okay=False))
+@click.option("--plot/--no-plot", default=True, show_default=True, help="Draw similarity.png")
+@add_merge_options  # type: ignore[untyped-decorator]
+def analyze(merge_options: MergeOptions, config_file: str, out_path: str, plot: bool) -> None:
+    """Measure the models of a `flexmerge` configuration, and merge nothing.
+
+    Prints the similarity of the task vectors in every block, and the size after each merge. Writes
+    the analysis (which merges into this folder or beside it use again), steps.csv and
+    similarity.png into the folder OUT_PATH.
+    """
+    from mergekit_ext.host.flexmerge.analyze import analyze as run
+
+    merge_options.apply_global_options()
+    with for_commands():
+        click.echo(run(Path(config_file), Path(out_path), merge_options, plot=plot))

@@ -1,0 +1,105 @@
+"""``mergekit-ext sizes CONFIG OUT``: the accuracy-size curve of one or several algorithms."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.events import JsonLines
+from mergekit_ext.host.run import for_commands
+
+
+@click.command("sizes", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out_path", type=click.Path(file_okay=False))
+@click.option(
+    "--sizes",
+    default="1,1.5,2,3,all",
+    show_default=True,
+    help="Sizes in models, separated by commas; `all` for the size after every merge",
+)
+@click.option(
+    "--evaluate",
+    metavar="MODULE:FUNCTION",
+    help="Scores a model: called with a transformers module and the name of its task",
+)
+@click.option(
+    "--algorithm",
+    "algorithms",
+    multiple=True,
+    help="An algorithm, one line each (default: that of CONFIG_FILE)",
+)
+@click.option("--metric", help="The metric that is drawn (default: the first)")
+@click.option(
+    "--events",
+    type=click.Path(dir_okay=False),
+    help="Append what happens to this file, one JSON object a line",
+)
+@add_merge_options  # type: ignore[untyped-decorator]
+def sizes(
+    merge_options: MergeOptions,
+    config_file: str,
+    out_path: str,
+    sizes: str,
+    evaluate: str | None,
+    algorithms: tuple[str, ...],
+    metric: str | None,
+    events: str | None,
+) -> None:
+    """Merge a `flexmerge` configuration at many sizes, in memory, and score each.
+
+    Writes sizes.csv and sizes.json, and the plot sizes.png, into the folder OUT_PATH. The inputs
+    are analysed once; from one size to the next only the blocks that changed are merged again.
+    """
+    from mergekit_ext.host.flexmerge.curve import write_curve
+
+    merge_options.apply_global_options()
+    with for_commands():
+        write_curve(
+            Path(config_file),
+            Path(out_path),
+            merge_options,
+            _sizes(sizes),
+            algorithms,
+            _function(evaluate),
+            metric,
+            [JsonLines(events)] if events else [],
+        )
+
+
+def _sizes(text: str) -> list[float | str]:
+    found: list[float | str] = []
+    for item in text.split(","):
+        try:
+            number = float(item)
+        except ValueError:
+            number = 0.0
+        if item.strip() != "all" and not 1 <= number < float("inf"):
+            expected = "numbers from 1 and `all`, separated by commas"
+            raise ConfigError([Problem("--sizes", repr(item), expected, "Write 1,1.5,2.")])
+        found.append("all" if item.strip() == "all" else number)
+    return found
+
+
+def _function(name: str | None) -> Callable[..., Any] | None:
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    # As for `python -m`: the user's module lies where the command is run.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        expected = "MODULE:FUNCTION, which can be imported from here"
+        raise ConfigError([Problem("--evaluate", f"{name} ({error})", expected)]) from None
+    if not callable(function):
+        raise ConfigError([Problem("--evaluate", name, "a function of a module and a task")])
+    found: Callable[..., Any] = function
+    return found

@@ -1,0 +1,91 @@
+"""The analysis of a configuration as tables and plots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mergekit.options import MergeOptions
+
+from mergekit_ext.flexmerge.layout import Layout
+from mergekit_ext.flexmerge.plan import Dendrograms, Planner
+from mergekit_ext.host.flexmerge import prepare
+from mergekit_ext.host.flexmerge.curve import flexmerge_config
+from mergekit_ext.host.flexmerge.engine import Engine
+from mergekit_ext.host.flexmerge.sources import open_inputs
+from mergekit_ext.host.run import listening
+from mergekit_ext.kernels.similarity import cosines
+from mergekit_ext.report import plotting
+from mergekit_ext.report.similarity import (
+    BlockSimilarity,
+    Step,
+    plot_similarity,
+    similarity_table,
+    steps_table,
+    write_steps,
+)
+
+
+def analyze(config_file: Path, folder: Path, options: MergeOptions, *, plot: bool = True) -> str:
+    """Measure, write the files into `folder`, and return what to print."""
+    config = flexmerge_config(config_file, options)
+    report, prepared = prepare.check(config, options, config_file.read_text(encoding="utf-8"))
+    report.raise_for_problems("this configuration")
+    assert prepared is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    with listening(options, (), os.fspath(folder)) as session:
+        inputs = open_inputs(prepared, options)
+        engine = Engine(prepared, inputs, options, folder, session.emit)
+        engine.keep_analysis()
+        planner = engine.planner
+    blocks = list(_similarities(engine))
+    steps = list(_steps(planner, inputs.layout))
+    write_steps(folder / "steps.csv", steps)
+    if plot and plotting.available():
+        plot_similarity(folder / "similarity.png", blocks, steps)
+    missing = [f"No plot: {plotting.MISSING}."] if plot and not plotting.available() else []
+    notes = "\n".join([*report.notes, *missing])
+    return "\n\n".join([notes, similarity_table(blocks), steps_table(steps)])
+
+
+def _similarities(engine: Engine) -> Iterator[BlockSimilarity]:
+    analysis = engine.analysis
+    for block, gram in zip(engine.reader.layout.blocks, engine.grams, strict=True):
+        found = cosines(gram)
+        count = len(analysis.tasks)
+        pairs = [float(found[i, j]) for i in range(count) for j in range(i)]
+        yield BlockSimilarity(
+            block.name,
+            block.kind,
+            block.depth,
+            block.size,
+            min(pairs),
+            sum(pairs) / len(pairs),
+            max(pairs),
+            analysis.norms(block.name),
+        )
+
+
+def _steps(planner: Planner, layout: Layout) -> Iterator[Step]:
+    if not isinstance(planner, Dendrograms):
+        for number, models in enumerate(planner.sizes):
+            stored = round(models * planner.storage.whole / len(layout.tasks))
+            yield Step(number, "", "", None, models, stored + layout.private_bytes)
+        return
+    done = [0] * len(layout.blocks)
+    for number, stored in enumerate(planner.bytes):
+        size = planner.storage.size(stored)
+        if number == 0:
+            yield Step(0, "", "", None, size.models, size.bytes)
+            continue
+        index = planner.order.steps[number - 1]
+        merge = planner.order.sequences[index][done[index]]
+        done[index] += 1
+        groups = f"{_names(layout, merge.first)} + {_names(layout, merge.second)}"
+        block = layout.blocks[index].name
+        yield Step(number, block, groups, merge.similarity, size.models, size.bytes)
+
+
+def _names(layout: Layout, tasks: Sequence[int]) -> str:
+    return ", ".join(layout.tasks[task] for task in tasks)
