@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mergekit_ext.flexmerge.manifest import Size
 
@@ -17,6 +17,8 @@ _UNITS = {
 _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # Nobody merges so many models, and no model is so small.
 _FIRST_BYTES = 100_000
+# No disk is so large.
+_MOST = 1 << 80
 # Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 models.
 _ROUNDING = 1e-9
 
@@ -41,19 +43,20 @@ class Target:
             ValueError: anything else; the message says what was expected.
         """
         expected = "a number of models such as 2.25, or a memory budget such as '12GB'"
+        unit = ""
+        amount: float | Fraction = 0
         if isinstance(value, str):
             match = _MEMORY.fullmatch(value)
-            unit = match[2].upper() if match else None
-            if match is None or unit not in _UNITS:
-                raise ValueError(expected)
-            if unit:
-                return cls(bytes=int(float(match[1]) * _UNITS[unit]))
-            value = float(match[1])
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            unit = match[2].upper() if match else ""
+            if match is not None and unit in _UNITS:
+                # Exact: 2.3 * 10**9 in floats is a byte less.
+                amount = Fraction(match[1]) * _UNITS[unit]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            amount = value
+        budget = bool(unit) or amount >= _FIRST_BYTES
+        if not 0 < amount < _MOST or (budget and amount < 1):
             raise ValueError(expected)
-        if not math.isfinite(value) or value <= 0:
-            raise ValueError(expected)
-        return cls(models=float(value)) if value < _FIRST_BYTES else cls(bytes=int(value))
+        return cls(bytes=int(amount)) if budget else cls(models=float(amount))
 
     @property
     def is_bytes(self) -> bool:
@@ -72,4 +75,4 @@ class Target:
         return self.models is not None and self.models > largest.models * (1 + _ROUNDING)
 
     def __str__(self) -> str:
-        return f"{self.bytes} bytes" if self.is_bytes else f"{self.models:g}"
+        return f"{self.bytes} bytes" if self.is_bytes else f"{self.models:.15g}"

@@ -77,5 +77,6 @@ class Registered(Algorithm):
                     each["base"] = spec.default if not spec.required else 0.0
                 found[name] = each
         if isinstance(self._method, NanMethod):
-            found["granularity"] = "block"
+            # Of this call, that is; by its own "block" NAN would go by the tensors' names.
+            found["granularity"] = "model"
         return found

@@ -1,0 +1,103 @@
+"""Models of a few tensors, in memory, for the parts of the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
+from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.headers import TensorHeader, dtype_name
+
+State = Mapping[str, Tensor]
+
+
+class MemorySource:
+    """A `Source` of tensors that are there already."""
+
+    def __init__(self, name: str, state: State):
+        self.name, self._state = name, state
+        self.tensors = headers(state)
+        self.files = ()
+
+    def read(self, name: str, out: Tensor) -> None:
+        flat = self._state[name].contiguous().reshape(-1)
+        out.view(torch.uint8).copy_(flat.view(torch.uint8))
+
+    def tensor(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+def headers(state: State) -> dict[str, TensorHeader]:
+    return {
+        name: TensorHeader(name, dtype_name(t.dtype), tuple(t.shape), t.numel() * t.element_size())
+        for name, t in state.items()
+    }
+
+
+def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(name.partition(".")[0], []).append(name)
+    return blocks
+
+
+NAMING = Naming(
+    blocks=_grouped,  # "mlp.up" is in block "mlp"
+    kind=lambda name: name.partition(".")[0],
+    depth=lambda name: None,
+    private=lambda name: name.startswith("head."),
+    matrices=lambda name, axes: "matrix" if axes < 3 else "flattened",
+)
+
+
+def layout(base: State, models: Sequence[State], naming: Naming = NAMING) -> Layout:
+    tasks = [f"task{index}" for index in range(len(models))]
+    return make_layout(tasks, headers(base), [headers(model) for model in models], naming)
+
+
+def reader(base: State, models: Sequence[State], device: str = "cpu") -> BlockReader:
+    sources = [MemorySource(f"model{index}", model) for index, model in enumerate(models)]
+    return BlockReader(layout(base, models), MemorySource("base", base), sources, device)
+
+
+SHAPES: Mapping[str, tuple[int, ...]] = {
+    "embed.weight": (11, 6),
+    "attention.q": (6, 6),
+    "attention.k": (4, 6),
+    "attention.bias": (6,),
+    "mlp.up": (9, 6),
+    "mlp.down": (6, 9),
+    "norm.weight": (6,),
+    "gate.scale": (),
+    "conv.weight": (4, 2, 3),
+}
+
+
+def family(
+    count: int,
+    seed: int = 0,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    dtype: Callable[[int], torch.dtype] = lambda task: torch.float32,
+    scale: float = 0.1,
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A base, and models that move from it together and apart. Task -1 of `dtype` is the base."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(shape: Sequence[int]) -> Tensor:
+        return torch.randn(math.prod(shape), generator=generator).reshape(tuple(shape))
+
+    base = {name: drawn(shape) for name, shape in shapes.items()}
+    common = {name: drawn(shape) for name, shape in shapes.items()}
+    models = []
+    for task in range(count):
+        own = {n: b + scale * (common[n] + drawn(b.shape)) for n, b in base.items()}
+        models.append({n: t.to(dtype(task)) for n, t in own.items()})
+    return {n: t.to(dtype(-1)) for n, t in base.items()}, models
+
+
+def floating(state: State) -> bool:
+    return all(dtype_name(t.dtype) in FLOATING for t in state.values())

@@ -1,0 +1,83 @@
+"""Which tensors models share, and where they lie in their blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.flexmerge.inputs import family, layout
+
+
+def test_blocks_come_in_order_and_their_tensors_follow_each_other():
+    base, models = family(3)
+    found = layout(base, models)
+    assert [b.name for b in found.blocks] == ["embed", "attention", "mlp", "norm", "gate", "conv"]
+    attention = found.blocks[1]
+    assert [(p.name, p.shape, p.slice) for p in attention.parts] == [
+        ("attention.q", (6, 6), slice(0, 36)),
+        ("attention.k", (4, 6), slice(36, 60)),
+        ("attention.bias", (6,), slice(60, 66)),
+    ]
+    assert attention.size == 66
+    assert attention.kind == "attention"
+    assert found.blocks[4].size == 1  # a scalar
+    assert found.private == ((), (), ())
+    assert found.private_bytes == 0
+
+
+def test_what_is_not_alike_is_private_to_each_that_has_it():
+    base, models = family(3)
+    for index, model in enumerate(models):
+        model["head.weight"] = torch.zeros(index + 2, 6)
+        model["ids.position"] = torch.arange(4)
+    base["head.weight"] = torch.zeros(2, 6)
+    base["ids.position"] = torch.arange(4)
+    models[1]["embed.weight"] = torch.zeros(12, 6)  # a resized vocabulary
+    del models[2]["mlp.up"]
+    models[0]["extra.weight"] = torch.ones(5)
+    del base["norm.weight"]
+    found = layout(base, models)
+    names = [{header.name for header in headers} for headers in found.private]
+    always = {"head.weight", "ids.position", "embed.weight", "norm.weight"}
+    assert names == [
+        always | {"mlp.up", "extra.weight"},
+        always | {"mlp.up"},
+        always,
+    ]
+    shared = {part.name for block in found.blocks for part in block.parts}
+    assert shared.isdisjoint(set.union(*names))
+    assert shared == set(base) - always - {"mlp.up"}
+    assert found.private_bytes == sum(
+        model[name].numel() * model[name].element_size()
+        for model, private in zip(models, names, strict=True)
+        for name in private
+    )
+
+
+def test_a_tensor_that_is_an_integer_in_one_model_only_is_not_merged():
+    base, models = family(2)
+    models[1]["norm.weight"] = torch.ones(6, dtype=torch.int32)
+    found = layout(base, models)
+    assert "norm" not in [b.name for b in found.blocks]
+    assert [len(headers) for headers in found.private] == [1, 1]
+
+
+def test_bytes_count_the_dtype_that_holds_all_members():
+    kinds = {-1: torch.float64, 0: torch.bfloat16, 1: torch.float16, 2: torch.float32}
+    base, models = family(3, dtype=kinds.__getitem__)
+    attention = layout(base, models).blocks[1]
+    assert attention.bytes((0,)) == attention.bytes((1,)) == 2 * 66
+    assert attention.bytes((0, 1)) == 4 * 66  # neither half holds the other
+    assert attention.bytes((0, 2)) == attention.bytes((0, 1, 2)) == 4 * 66
+    assert attention.bytes((0, 1), torch.bfloat16) == 2 * 66
+    assert attention.base_bytes == 8 * 66
+    assert attention.dtype((0,)) == torch.bfloat16
+    assert attention.dtype((0, 1)) == torch.float32
+
+
+def test_tensors_without_elements_take_part_and_take_nothing():
+    base, models = family(2)
+    for state in (base, *models):
+        state["mlp.none"] = torch.zeros(0, 7)
+    mlp = layout(base, models).blocks[2]
+    assert mlp.parts[-1].slice == slice(mlp.size, mlp.size)
+    assert mlp.bytes((0, 1)) == 4 * (54 + 54)
