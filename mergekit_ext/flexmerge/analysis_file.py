@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mergekit_ext.flexmerge.analysis import ALL_TIES, Analysis
 from mergekit_ext.flexmerge.layout import Layout
@@ -26,9 +29,17 @@ _LARGEST = 256 << 20
 
 @dataclass(frozen=True)
 class Subject:
-    """What an analysis is of. Two with the same digest have the same analysis."""
+    """What an analysis is of. Two with the same digest have the same analysis.
+
+    Attributes:
+        digest: of everything that an analysis depends on, but densities.
+        tasks: their names.
+        blocks: theirs.
+    """
 
     digest: str
+    tasks: tuple[str, ...]
+    blocks: tuple[str, ...]
 
     @classmethod
     def of(cls, layout: Layout, base: Source, models: Sequence[Source]) -> Subject:
@@ -44,10 +55,12 @@ class Subject:
         for source in (base, *models):
             headers = [source.tensors[name] for name in names]
             digest.update(json.dumps([_identity(header) for header in headers]).encode())
-            files = {header.file for header in headers if header.file is not None}
-            stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            stats = [
+                (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files
+            ]
             digest.update(json.dumps([source.name, sorted(stats)]).encode())
-        return cls(digest.hexdigest())
+        found = tuple(block.name for block in layout.blocks)
+        return cls(digest.hexdigest(), layout.tasks, found)
 
 
 def _identity(header: TensorHeader) -> list[Any]:
@@ -88,9 +101,14 @@ def find(folder: Path, subject: Subject) -> Analysis | None:
 
 
 def _candidates(folder: Path) -> Iterable[Path]:
-    found = [folder / FILE_NAME, *folder.glob(f"*/{FILE_NAME}")]
-    existing = [path for path in found if path.is_file() and path.stat().st_size <= _LARGEST]
-    return sorted(existing, key=lambda path: path.stat().st_mtime_ns)[: -_MOST_CANDIDATES - 1 : -1]
+    times = {}
+    for path in (folder / FILE_NAME, *folder.glob(f"*/{FILE_NAME}")):
+        # It may be gone by now, or belong to somebody else.
+        with suppress(OSError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST:
+                times[path] = status.st_mtime_ns
+    return sorted(times, key=times.__getitem__, reverse=True)[:_MOST_CANDIDATES]
 
 
 def _read(path: Path, subject: Subject) -> Analysis | None:
@@ -99,20 +117,34 @@ def _read(path: Path, subject: Subject) -> Analysis | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["subject"] != subject.digest or content["version"] != VERSION:
             return None
-        tasks = tuple(content["tasks"])
-        grams = {
-            name: torch.tensor(rows, dtype=torch.float64) for name, rows in content["grams"].items()
-        }
+        grams = {name: _gram(content["grams"][name], subject) for name in subject.blocks}
         cuts = {
-            tuple(item["densities"]): [_cut(pattern) for pattern in item["patterns"]]
-            for item in content["cuts"]
+            tuple(item["densities"]): _cuts(item["patterns"], subject) for item in content["cuts"]
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+        # RuntimeError: torch's, of what is no matrix, and json's, of what is too deep.
         return None
-    square = (len(tasks), len(tasks))
-    sound = all(g.shape == square and bool(torch.isfinite(g).all()) for g in grams.values())
-    return Analysis(tasks, grams, cuts) if sound else None
+    return Analysis(subject.tasks, grams, cuts)
+
+
+def _gram(rows: Any, subject: Subject) -> Tensor:
+    gram = torch.tensor(rows, dtype=torch.float64)
+    sound = (
+        gram.shape == (len(subject.tasks), len(subject.tasks))
+        and bool(torch.isfinite(gram).all())
+        and torch.equal(gram, gram.T)
+        and bool((gram.diagonal() >= 0).all())
+    )
+    if not sound:
+        raise ValueError("no matrix of inner products")
+    return gram
+
+
+def _cuts(patterns: Any, subject: Subject) -> list[Cut]:
+    if len(patterns) != len(subject.tasks) or any(type(p) is not int for p in patterns):
+        raise ValueError("no pattern for each task")
+    return [_cut(pattern) for pattern in patterns]
 
 
 def _cut(pattern: int) -> Cut:
-    return EVERYTHING if pattern == EVERYTHING.pattern else Cut(int(pattern), ALL_TIES)
+    return EVERYTHING if pattern == EVERYTHING.pattern else Cut(pattern, ALL_TIES)

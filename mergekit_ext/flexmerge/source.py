@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,10 +17,17 @@ from mergekit_ext.headers import TensorHeader
 
 
 class Source(Protocol):
-    """The stored tensors of one model."""
+    """The stored tensors of one model.
+
+    Attributes:
+        name: for messages.
+        tensors: what is stored.
+        files: where, so that a change can be noticed.
+    """
 
     name: str
     tensors: Mapping[str, TensorHeader]
+    files: Collection[Path]
 
     def read(self, name: str, out: Tensor) -> None:
         """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
@@ -37,6 +45,8 @@ class FileSource:
 
     def __init__(self, name: str, tensors: Mapping[str, TensorHeader]):
         self.name, self.tensors = name, tensors
+        found = {header.file for header in tensors.values() if header.file is not None}
+        self.files: Collection[Path] = found
 
     def read(self, name: str, out: Tensor) -> None:
         """See `Source`.
@@ -58,7 +68,6 @@ class FileSource:
                     raise OSError(f"{header.file} ends before {name} does")
                 done += count
 
-
     def tensor(self, name: str) -> Tensor:
         """See `Source`."""
         with safe_open(self.tensors[name].file, framework="pt") as file:
@@ -70,9 +79,13 @@ class LoadedSource:
     """Tensors that something else loads: pickles, or a model with an adapter."""
 
     def __init__(
-        self, name: str, tensors: Mapping[str, TensorHeader], load: Callable[[str], Tensor]
+        self,
+        name: str,
+        tensors: Mapping[str, TensorHeader],
+        load: Callable[[str], Tensor],
+        files: Collection[Path] = (),
     ):
-        self.name, self.tensors, self._load = name, tensors, load
+        self.name, self.tensors, self.files, self._load = name, tensors, files, load
 
     def read(self, name: str, out: Tensor) -> None:
         """See `Source`."""
@@ -116,6 +129,7 @@ class BlockReader:
         self.layout, self._device = layout, torch.device(device)
         self._base, self._models = base, tuple(models)
         self._room: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._bytes = torch.empty(0, dtype=torch.uint8)
         self._largest = max(block.size for block in layout.blocks)
         stored = {
             FLOATING[s.tensors[p.name].dtype]
@@ -133,10 +147,12 @@ class BlockReader:
         return BlockData(block, base, models)
 
     def read_stored(self, member: int, name: str) -> Tensor:
-        """One tensor of one model as it is stored, flat, on the CPU."""
+        """One tensor of one model as it is stored: its bytes, on the CPU, until the next call."""
         source = self._models[member]
         header = source.tensors[name]
-        room = self._buffer(member, torch.uint8, header.nbytes)
+        if self._bytes.numel() < header.nbytes:
+            self._bytes = torch.empty(header.nbytes, dtype=torch.uint8)
+        room = self._bytes[: header.nbytes]
         source.read(name, room)
         return room
 

@@ -77,4 +77,5 @@ def _open(reference: Any, options: Any, cache: Any) -> tuple[Source, Path]:
     if all(header.file is not None for header in tensors.values()):
         return FileSource(name, tensors), folder
     loader = cache.get(reference)
-    return LoadedSource(name, tensors, lambda tensor: loader.get_tensor(tensor)), folder
+    files = [path for path in folder.iterdir() if path.is_file()]
+    return LoadedSource(name, tensors, lambda tensor: loader.get_tensor(tensor), files), folder
