@@ -219,7 +219,8 @@ def algorithm_1(
 ) -> tuple[Groups, list[int]]:
     """Merge the most similar pair of groups of any block until at most `target` bytes are stored.
 
-    Returns the groups of each block and the sizes on the way. The target must be reachable.
+    Returns the groups of each block and the sizes on the way. A target that cannot be reached runs
+    to the end.
     """
     groups: Groups = [[(task,) for task in range(len(matrix))] for matrix in cosines]
 
@@ -236,7 +237,8 @@ def algorithm_1(
                         value = similarity(matrix, first, second, linkage)
                         if best is None or value > best[0]:
                             best = (value, index, first, second)
-        assert best is not None, "the target cannot be reached"
+        if best is None:
+            break
         _, index, first, second = best
         left = [group for group in groups[index] if group not in (first, second)]
         groups[index] = sorted([*left, tuple(sorted(first + second))])
