@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.threads import in_threads
+
 # Elements per pass over a CPU tensor: a few chunks of this size stay in the caches, so that
 # converting, subtracting and reducing read main memory once.
 _CPU_CHUNK = 1 << 19
@@ -56,35 +58,25 @@ def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list
         return []
     dtype = compute_dtype(tensors if base is None else [*tensors, base])
     flat = [tensor.reshape(-1) for tensor in tensors]
-    buffers = Buffers(flat[0], dtype, 2)
-    totals = [0.0] * len(flat)
-    for part in chunks(flat[0]):
-        delta, start = buffers.of(part)
-        if base is not None:
-            start.copy_(base.reshape(-1)[part])
-        for index, source in enumerate(flat):
-            delta.copy_(source[part])
-            if base is not None:
-                delta.sub_(start)
-            total = float(delta.square_().sum())
-            if dtype != torch.float64 and not _SAFE_SQUARES[0] < total < _SAFE_SQUARES[1]:
-                delta.copy_(source[part])
-                wide = (delta if base is None else delta.sub_(start)).to(torch.float64)
-                total = float(torch.dot(wide, wide))
-            totals[index] += total
-    return totals
+    flat_base = None if base is None else base.reshape(-1)
+
+    def squares(part: slice) -> list[float]:
+        delta = torch.empty(part.stop - part.start, dtype=dtype, device=flat[0].device)
+        start = None if flat_base is None else flat_base[part].to(dtype)
+        return [_square(delta, source[part], start) for source in flat]
+
+    found = in_threads(squares, chunks(flat[0]), flat[0].device)
+    return [math.fsum(totals) for totals in zip(*found, strict=True)] or [0.0] * len(flat)
 
 
-class Buffers:
-    """Scratch for one chunk, taken once: fresh memory for every chunk costs more than the sums."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype, count: int):
-        size = min(_chunk(like), like.numel())
-        self._whole = torch.empty((count, size), dtype=dtype, device=like.device)
-
-    def of(self, part: slice) -> Sequence[Tensor]:
-        """The buffers, as long as `part` is."""
-        return self._whole[:, : part.stop - part.start].unbind()
+def _square(delta: Tensor, source: Tensor, start: Tensor | None) -> float:
+    delta.copy_(source)
+    total = float((delta if start is None else delta.sub_(start)).square_().sum())
+    if delta.dtype == torch.float64 or _SAFE_SQUARES[0] < total < _SAFE_SQUARES[1]:
+        return total
+    delta.copy_(source)
+    wide = (delta if start is None else delta.sub_(start)).to(torch.float64)
+    return float(torch.dot(wide, wide))
 
 
 def all_finite(tensor: Tensor) -> bool:

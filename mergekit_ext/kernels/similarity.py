@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.numerics import compute_dtype
+from mergekit_ext.kernels.threads import in_threads
 
 # float64 entries of the m x chunk buffer: 4 MB on a CPU, where it stays in cache between being
 # filled and being multiplied; a GPU wants few, large kernels.
@@ -65,23 +66,24 @@ class Gram:
         flat_base = None if base is None else base.reshape(-1)
         size = flat[0].numel()
         room = _CPU_BUFFER if device.type == "cpu" else _ACCELERATOR_BUFFER
-        step = min(size, max(1, room // self._count))
-        buffer = torch.empty(self._count, step, dtype=torch.float64, device=device)
-        difference = torch.empty(step if base is not None else 0, dtype=dtype, device=device)
-        total = torch.zeros(self._count, self._count, dtype=torch.float64, device=device)
-        for start in range(0, size, max(1, step)):
+        step = max(1, room // self._count)
+
+        def products(start: int) -> Tensor:
             part = slice(start, min(start + step, size))
-            vectors = buffer[:, : part.stop - start]
+            length = part.stop - start
+            vectors = torch.empty(self._count, length, dtype=torch.float64, device=device)
             if flat_base is None:
                 for row, source in zip(vectors, flat, strict=True):
                     row.copy_(source[part])
             else:
-                origin, delta = flat_base[part].to(dtype), difference[: part.stop - start]
+                origin = flat_base[part].to(dtype)
+                delta = torch.empty_like(origin)
                 for row, source in zip(vectors, flat, strict=True):
-                    torch.sub(source[part], origin, out=delta)
-                    row.copy_(delta)
-            total.addmm_(vectors, vectors.T)
-        self._total += total.cpu()
+                    row.copy_(torch.sub(source[part], origin, out=delta))
+            return vectors @ vectors.T
+
+        for product in in_threads(products, range(0, size, step), device):
+            self._total += product.cpu()
 
     @property
     def value(self) -> Tensor:

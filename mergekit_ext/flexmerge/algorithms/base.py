@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -121,6 +121,19 @@ class Algorithm(ABC):
             dtype: of the result, rounded to once.
             cuts: with `trims` and the scope ``model``, what is kept of each task's model.
         """
+
+    def sequence(
+        self, block: BlockData, groups: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        """Merge one group after the other; a vector may be overwritten by the next.
+
+        Args:
+            block: the original vectors of all tasks.
+            groups: each is the union of two that came before, or of single tasks.
+            dtype: of the results.
+        """
+        for members in groups:
+            yield self.merge(block, members, dtype)
 
     def merge_masked(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar
 
 import torch
@@ -13,18 +14,18 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels.task_arithmetic import add_task_vectors
+from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums
 
 Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
 WEIGHT = Option("weight", Factor, 1.0, "multiplies the model's task vector", per_model=True)
 
 
 class Linear(Algorithm):
-    """Algorithms whose merged vector is a weighted sum of task vectors."""
+    """Algorithms whose merged vector is W_0 + c sum_i w_i t_i, c depending on the group."""
 
-    def coefficients(self, members: Sequence[int]) -> list[float]:
-        """The coefficient of each member's task vector."""
-        raise NotImplementedError
+    @abstractmethod
+    def scale(self, members: Sequence[int]) -> float:
+        """The c of a group."""
 
     def merge(
         self,
@@ -33,9 +34,21 @@ class Linear(Algorithm):
         dtype: torch.dtype,
         cuts: Cuts | None = None,
     ) -> Tensor:
-        """W_0 + sum_i c_i t_i; see `Algorithm.merge`."""
+        """See `Algorithm.merge`."""
+        scale = self.scale(members)
+        coefficients = [scale * weight for weight in self.parameters.each("weight", members)]
         models = [block.models[member] for member in members]
-        return add_task_vectors(block.base, models, self.coefficients(members), dtype)
+        return add_task_vectors(block.base, models, coefficients, dtype)
+
+    def sequence(
+        self, block: BlockData, groups: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        """See `Algorithm.sequence`: every group costs one addition, to the sum of its parts."""
+        weights = dict(
+            zip(block.models, self.parameters.each("weight", tuple(block.models)), strict=True)
+        )
+        scales = [self.scale(members) for members in groups]
+        yield from nested_sums(block.base, block.models, weights, groups, scales, dtype)
 
 
 class Average(Linear):
@@ -44,8 +57,8 @@ class Average(Linear):
     name: ClassVar[str] = "average"
     options: ClassVar[tuple[Option, ...]] = (WEIGHT,)
 
-    def coefficients(self, members: Sequence[int]) -> list[float]:
-        """w_i / sum_j w_j."""
+    def scale(self, members: Sequence[int]) -> float:
+        """1 / sum_i w_i."""
         weights = self.parameters.each("weight", members)
         total = math.fsum(weights)
         if total == 0:
@@ -53,7 +66,7 @@ class Average(Linear):
                 f"average: the weights {weights} sum to zero; expected a sum that is not zero. "
                 "Change `weight`."
             )
-        return [weight / total for weight in weights]
+        return 1 / total
 
 
 class TaskArithmetic(Linear):
@@ -69,10 +82,10 @@ class TaskArithmetic(Linear):
         WEIGHT,
     )
 
-    def coefficients(self, members: Sequence[int]) -> list[float]:
-        """lambda w_i / k."""
-        scale = self.parameters.shared["lambda"] / len(members)
-        return [scale * weight for weight in self.parameters.each("weight", members)]
+    def scale(self, members: Sequence[int]) -> float:
+        """lambda / k."""
+        factor: float = self.parameters.shared["lambda"]
+        return factor / len(members)
 
 
 class ChannelMerging(TaskArithmetic):
