@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Masked
+from mergekit_ext.errors import MergeError
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
-from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.flexmerge.source import BlockData, BlockReader
+from mergekit_ext.kernels.masks import reconstruct, unpack_bits
+from mergekit_ext.kernels.numerics import count_non_finite
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,35 @@ class _Dense:
 
 @dataclass(frozen=True)
 class _Reconstructed:
-    """A masked group; each task's tensors are made when they are asked for."""
+    """A masked group as a checkpoint stores it; each task's tensors are made when asked for.
+
+    Attributes:
+        base: by name, in the dtype that the base stores.
+        unified: by name, in the dtype that the tasks' tensors have. A block may hold several
+            dtypes, and each tensor is rounded to its own before it is masked.
+        masks: by task, the bits of the whole block.
+        rescale: by task.
+    """
 
     block: BlockLayout
-    base: Tensor
-    masked: Masked
-    group: StoredGroup
-    forced: torch.dtype | None
+    base: Mapping[str, Tensor]
+    unified: Mapping[str, Tensor]
+    masks: Mapping[int, Tensor]
+    rescale: Mapping[int, float]
 
     def of(self, task: int) -> Mapping[str, Tensor]:
-        vector = self.masked.vector(self.base, task)
-        return _split(self.block, vector, self.group.tasks, self.forced)
+        mask = unpack_bits(self.masks[task], self.block.size)
+        rescale = self.rescale[task]
+        return {
+            part.name: reconstruct(
+                self.base[part.name],
+                self.unified[part.name],
+                mask[part.slice],
+                rescale,
+                self.unified[part.name].dtype,
+            )
+            for part in self.block.parts
+        }
 
 
 _Stored: TypeAlias = "_Dense | _Reconstructed"
@@ -70,7 +91,11 @@ class Walk:
         ]
 
     def go(self, plan: Plan) -> int:
-        """Change to the groups of `plan`; return how many blocks had to be touched."""
+        """Change to the groups of `plan`; return how many blocks had to be touched.
+
+        Raises:
+            MergeError: a merged tensor is not finite in its dtype.
+        """
         changed = 0
         for index, (block, groups) in enumerate(
             zip(self._reader.layout.blocks, plan.groups, strict=True)
@@ -86,7 +111,10 @@ class Walk:
         return changed
 
     def tensors(self, task: int) -> dict[str, Tensor]:
-        """Every tensor of one task at the present size; on the CPU, not to be written to."""
+        """Every tensor of one task at the present size, as a checkpoint of that size holds it.
+
+        On the CPU. Not to be written to: other tasks and later sizes have the same tensors.
+        """
         found = dict(self._private[task])
         for groups in self._now:
             stored = next(made for group, made in groups.items() if task in group.tasks)
@@ -100,15 +128,35 @@ class Walk:
         dtype = self._forced or block.dtype(group.tasks)
         if group.kind == MASKED:
             found = self._algorithm.merge_masked(data, group.tasks, dtype, self._cuts)
-            # The reader's memory is used again.
-            return _Reconstructed(block, data.base.clone(), found, group, self._forced)
+            unified = self._split(block, found.unified, group)
+            masks = {task: mask.cpu() for task, mask in found.masks.items()}
+            return _Reconstructed(block, _base(data), unified, masks, found.rescale)
         vector = self._algorithm.merge(data, group.tasks, dtype, self._cuts)
-        return _Dense(_split(block, vector, group.tasks, self._forced))
+        return _Dense(self._split(block, vector, group))
 
     def _own(self, block: BlockLayout, task: int) -> Iterator[tuple[str, Tensor]]:
         for part in block.parts:
             tensor = self._reader.tensor(task, part.name)
-            yield part.name, tensor if self._forced is None else tensor.to(self._forced)
+            if self._forced is not None:
+                tensor = tensor.to(self._forced)
+                _require_finite(part.name, tensor)
+            yield part.name, tensor
+
+    def _split(self, block: BlockLayout, vector: Tensor, group: StoredGroup) -> dict[str, Tensor]:
+        tensors = {}
+        for part in block.parts:
+            dtype = self._forced or part.dtype(group.tasks)
+            tensors[part.name] = vector[part.slice].view(part.shape).to("cpu", dtype)
+            _require_finite(part.name, tensors[part.name])
+        return tensors
+
+
+def _base(data: BlockData) -> dict[str, Tensor]:
+    """The base's tensors as they are stored; copied, as the reader's memory is used again."""
+    return {
+        part.name: data.part(data.base, index).to("cpu", part.base_dtype, copy=True)
+        for index, part in enumerate(data.layout.parts)
+    }
 
 
 def _key(group: StoredGroup) -> StoredGroup:
@@ -116,10 +164,10 @@ def _key(group: StoredGroup) -> StoredGroup:
     return StoredGroup(group.tasks, group.kind)
 
 
-def _split(
-    block: BlockLayout, vector: Tensor, tasks: Sequence[int], forced: torch.dtype | None
-) -> dict[str, Tensor]:
-    return {
-        part.name: vector[part.slice].view(part.shape).to("cpu", forced or part.dtype(tasks))
-        for part in block.parts
-    }
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if count := count_non_finite(tensor):
+        raise MergeError(
+            f"{name}: {count} of {tensor.numel()} merged values are not finite in {tensor.dtype}, "
+            "although all inputs are; a merge of this size would stop here. Choose a wider "
+            "`dtype`, or smaller `lambda` and `weight`."
+        )
