@@ -34,5 +34,11 @@ def in_threads(
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
-        threads, thread_name_prefix="mergekit-ext", initializer=torch.set_num_threads, initargs=(1,)
+        threads, thread_name_prefix="mergekit-ext", initializer=_prepare_thread
     )
+
+
+def _prepare_thread() -> None:
+    torch.set_num_threads(1)
+    # The caller's `no_grad` does not reach another thread.
+    torch.set_grad_enabled(False)
