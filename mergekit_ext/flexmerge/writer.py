@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Masked
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
+from mergekit_ext.flexmerge.links import link_model
 from mergekit_ext.flexmerge.manifest import (
     BASE,
     DENSE,
@@ -33,8 +31,11 @@ from mergekit_ext.flexmerge.manifest import (
 )
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.shards import Entry, Key, ShardWriter
-from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.kernels.numerics import count_non_finite
+
+# Below this share of a dtype's largest value no rounding leads out of its range.
+_SAFE_RANGE = 0.9
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def _write_block(
             _write_vector((DENSE, names), block, vector, group, order, shards)
             continue
         found = order.algorithm.merge_masked(data, group.tasks, dtype, order.cuts)
+        _require_reconstructible(block, group, found, data, order)
         _write_vector((UNIFIED, names), block, found.unified, group, order, shards)
         for task in group.tasks:
             shards.write((MASKS, (layout.tasks[task],)), block.name, found.masks[task])
@@ -214,6 +216,23 @@ def _write_vector(
         tensor = vector[part.slice].to(order.forced or part.dtype(group.tasks))
         _require_finite(part, tensor)
         shards.write(key, part.name, tensor)
+
+
+def _require_reconstructible(
+    block: BlockLayout, group: StoredGroup, found: Masked, data: BlockData, order: Order
+) -> None:
+    """The weights that readers will make of a masked group must be finite too."""
+    for index, part in enumerate(block.parts):
+        if not math.prod(part.shape):
+            continue
+        dtype = order.forced or part.dtype(group.tasks)
+        base = data.part(data.base, index).abs().max()
+        step = found.unified[part.slice].abs().max()
+        most = float(base) + max(found.rescale.values()) * float(step)
+        if most < _SAFE_RANGE * torch.finfo(dtype).max:
+            continue
+        for task in group.tasks:
+            _require_finite(part, found.vector(data.base, task)[part.slice].to(dtype))
 
 
 def _require_finite(part: Part, tensor: Tensor) -> None:
@@ -270,26 +289,3 @@ def _link(folder: Path, layout: Layout, plan: Plan, shards: ShardWriter) -> set[
     if whole and not any(layout.private):
         link_model(folder, folder, list(shards.where((DENSE, layout.tasks))))
     return ordinary
-
-
-def link_model(folder: Path, home: Path, files: Sequence[tuple[str, Sequence[Entry]]]) -> None:
-    """Make `home` a Hugging Face checkpoint of these files: links and an index."""
-    weights, total = {}, 0
-    for number, (path, entries) in enumerate(files, 1):
-        local = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _link_file(folder / path, home / local)
-        weights.update({entry.name: local for entry in entries})
-        total += sum(entry.nbytes for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": weights}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (home / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _link_file(target: Path, link: Path) -> None:
-    with suppress(OSError):
-        os.link(target, link)
-        return
-    with suppress(OSError):
-        link.symlink_to(os.path.relpath(target, link.parent))
-        return
-    shutil.copyfile(target, link)
