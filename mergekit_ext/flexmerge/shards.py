@@ -8,7 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -62,7 +62,8 @@ class ShardWriter:
     """Writes every shard of a checkpoint at once, tensor by tensor, holding none of them.
 
     Tensors of one kind and set of tasks must come in the order in which they were declared.
-    Digests are computed on the way, while the same bytes are being written.
+    Digests are computed on the way: what is given to `write` must stay as it is until the call
+    after the next.
     """
 
     def __init__(self, folder: Path, declared: Mapping[Key, Sequence[Entry]], shard_size: int):
@@ -71,6 +72,7 @@ class ShardWriter:
         self._shards: dict[Key, list[_Shard]] = {}
         self._open: dict[str, IO[bytes]] = {}
         self._hasher = ThreadPoolExecutor(max_workers=1)
+        self._hashing: Future[None] | None = None
         counts: dict[str, int] = {}
         for (kind, tasks), entries in declared.items():
             for shard in _split(entries, shard_size):
@@ -96,6 +98,8 @@ class ShardWriter:
         for shard in shards:
             if shard.written != len(shard.entries):
                 raise AssertionError(f"{shard.path} lacks {shard.entries[shard.written].name}")
+        if self._hashing is not None:
+            self._hashing.result()
         self.close()
         return tuple(
             ShardFile(s.path, s.kind, s.tasks, s.length, s.digest.hexdigest()) for s in shards
@@ -115,13 +119,14 @@ class ShardWriter:
     def _append(self, shard: _Shard, data: memoryview) -> None:
         if not data.nbytes:
             return
-        hashed = self._hasher.submit(shard.digest.update, data)
+        before, self._hashing = self._hashing, self._hasher.submit(shard.digest.update, data)
         file = self._file(shard.path)
         done = 0
         while done < data.nbytes:
             done += file.write(data[done:])
         shard.length += data.nbytes
-        hashed.result()
+        if before is not None:
+            before.result()
 
     def _file(self, path: str) -> IO[bytes]:
         file = self._open.pop(path, None)

@@ -129,7 +129,7 @@ class BlockReader:
         self.layout, self._device = layout, torch.device(device)
         self._base, self._models = base, tuple(models)
         self._room: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._largest = max(block.size for block in layout.blocks)
         stored = {
             FLOATING[s.tensors[p.name].dtype]
@@ -147,12 +147,17 @@ class BlockReader:
         return BlockData(block, base, models)
 
     def read_stored(self, member: int, name: str) -> Tensor:
-        """One tensor of one model as it is stored: its bytes, on the CPU, until the next call."""
+        """One tensor of one model as it is stored: its bytes, on the CPU.
+
+        They stay until the call after the next: who writes them can still compute their digest
+        while the next are read.
+        """
         source = self._models[member]
         header = source.tensors[name]
-        if self._bytes.numel() < header.nbytes:
-            self._bytes = torch.empty(header.nbytes, dtype=torch.uint8)
-        room = self._bytes[: header.nbytes]
+        self._bytes.reverse()
+        if self._bytes[0].numel() < header.nbytes:
+            self._bytes[0] = torch.empty(header.nbytes, dtype=torch.uint8)
+        room = self._bytes[0][: header.nbytes]
         source.read(name, room)
         return room
 

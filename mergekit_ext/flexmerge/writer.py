@@ -32,7 +32,7 @@ from mergekit_ext.flexmerge.manifest import (
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.shards import Entry, Key, ShardWriter
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.kernels.numerics import count_non_finite
+from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 # Below this share of a dtype's largest value no rounding leads out of its range.
 _SAFE_RANGE = 0.9
@@ -236,7 +236,8 @@ def _require_reconstructible(
 
 
 def _require_finite(part: Part, tensor: Tensor) -> None:
-    if count := count_non_finite(tensor):
+    if not all_finite(tensor):
+        count = count_non_finite(tensor)
         raise MergeError(
             f"{part.name}: {count} of {tensor.numel()} merged values are not finite in "
             f"{tensor.dtype}, although all inputs are; expected values inside of its range. Choose "
