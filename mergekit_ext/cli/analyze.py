@@ -19,8 +19,8 @@ def analyze(merge_options: MergeOptions, config_file: str, out_path: str, plot: 
     """Measure the models of a `flexmerge` configuration, and merge nothing.
 
     Prints the similarity of the task vectors in every block, and the size after each merge. Writes
-    the analysis (which merges into this folder or beside it use again), steps.csv and
-    similarity.png into the folder OUT_PATH.
+    the analysis (which merges into this folder or beside it use again), similarity.csv, steps.csv
+    and similarity.png into the folder OUT_PATH. The `target_size` in CONFIG_FILE is not used.
     """
     from mergekit_ext.host.flexmerge.analyze import analyze as run
 

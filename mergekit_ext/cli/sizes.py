@@ -21,9 +21,8 @@ from mergekit_ext.host.run import for_commands
 @click.argument("out_path", type=click.Path(file_okay=False))
 @click.option(
     "--sizes",
-    default="1,1.5,2,3,all",
-    show_default=True,
-    help="Sizes in models, separated by commas; `all` for the size after every merge",
+    help="Sizes in models, separated by commas; `all` for the size after every merge "
+    "(default: 1, 1.5, and the whole numbers up to that of the models)",
 )
 @click.option(
     "--evaluate",
@@ -47,7 +46,7 @@ def sizes(
     merge_options: MergeOptions,
     config_file: str,
     out_path: str,
-    sizes: str,
+    sizes: str | None,
     evaluate: str | None,
     algorithms: tuple[str, ...],
     metric: str | None,
@@ -57,20 +56,29 @@ def sizes(
 
     Writes sizes.csv and sizes.json, and the plot sizes.png, into the folder OUT_PATH. The inputs
     are analysed once; from one size to the next only the blocks that changed are merged again.
+    The `target_size` in CONFIG_FILE is not used, and need not be there.
+
+    FUNCTION gets a module in evaluation mode and a task's name, once for each task's own model
+    and once for each task at each size. It returns a number, or a mapping from metrics to numbers
+    such as {'accuracy': 0.9}; the higher, the better.
     """
     from mergekit_ext.host.flexmerge.curve import write_curve
 
     merge_options.apply_global_options()
+    try:
+        callbacks = [JsonLines(events)] if events else []
+    except OSError as error:
+        raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
     with for_commands():
         write_curve(
             Path(config_file),
             Path(out_path),
             merge_options,
-            _sizes(sizes),
+            None if sizes is None else _sizes(sizes),
             algorithms,
             _function(evaluate),
             metric,
-            [JsonLines(events)] if events else [],
+            callbacks,
         )
 
 
@@ -93,10 +101,11 @@ def _function(name: str | None) -> Callable[..., Any] | None:
         return None
     module, _, attribute = name.partition(":")
     # As for `python -m`: the user's module lies where the command is run.
-    sys.path.insert(0, str(Path.cwd()))
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         expected = "MODULE:FUNCTION, which can be imported from here"
         raise ConfigError([Problem("--evaluate", f"{name} ({error})", expected)]) from None
     if not callable(function):

@@ -72,10 +72,22 @@ def steps_table(steps: Sequence[Step], rows: int = 12) -> str:
     return "\n".join(lines)
 
 
+def write_similarity(path: Path, blocks: Sequence[BlockSimilarity], tasks: Sequence[str]) -> None:
+    """Every block as a row of a CSV file, with the norm of each task's vector."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        head = ["block", "kind", "depth", "elements", "lowest", "mean", "highest"]
+        writer.writerow([*head, *(f"norm/{task}" for task in tasks)])
+        for block in blocks:
+            depth = "" if block.depth is None else block.depth
+            found = [block.lowest, block.mean, block.highest, *block.norms]
+            writer.writerow([block.name, block.kind, depth, block.elements, *found])
+
+
 def write_steps(path: Path, steps: Sequence[Step]) -> None:
     """Every merge as a row of a CSV file."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["merges", "models", "bytes", "similarity", "block", "groups"])
         for step in steps:
             similarity = "" if step.similarity is None else repr(step.similarity)

@@ -248,7 +248,7 @@ def test_a_merge_that_leaves_the_range_is_an_error(llamas: Any, tmp_path: Path) 
     document = content(llamas, parameters, out_dtype="float16")
     made = engine(document, tmp_path)
     walk = walk_of(made)
-    with pytest.raises(MergeError, match="not finite in torch.float16"):
+    with pytest.raises(MergeError, match=r"not finite in torch\.float16"):
         walk.go(some_plans(made)[-1])
 
 

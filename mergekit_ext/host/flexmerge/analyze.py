@@ -10,10 +10,16 @@ from mergekit.options import MergeOptions
 
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.plan import Dendrograms, Planner
+from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.flexmerge import prepare
-from mergekit_ext.host.flexmerge.curve import flexmerge_config
+from mergekit_ext.host.flexmerge.curve import (
+    DEFAULT_ALGORITHM,
+    flexmerge_config,
+    require_folder,
+)
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.sources import open_inputs
+from mergekit_ext.host.flexmerge.variants import variant
 from mergekit_ext.host.run import listening
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report import plotting
@@ -23,16 +29,26 @@ from mergekit_ext.report.similarity import (
     plot_similarity,
     similarity_table,
     steps_table,
+    write_similarity,
     write_steps,
 )
 
 
 def analyze(config_file: Path, folder: Path, options: MergeOptions, *, plot: bool = True) -> str:
-    """Measure, write the files into `folder`, and return what to print."""
-    config = flexmerge_config(config_file, options)
-    report, prepared = prepare.check(config, options, config_file.read_text(encoding="utf-8"))
+    """Measure, write the files into `folder`, and return what to print.
+
+    The configuration's ``target_size`` is not used: an analysis is how to find one.
+
+    Raises:
+        ConfigError: something is wrong with the configuration, its inputs or `folder`.
+        NonFiniteError: an input holds NaN or infinity.
+    """
+    config, source = flexmerge_config(config_file, options)
+    algorithm = str((config.parameters or {}).get("algorithm", DEFAULT_ALGORITHM))
+    report, prepared = prepare.check(variant(config, algorithm, [algorithm]), options, source)
     report.raise_for_problems("this configuration")
     assert prepared is not None
+    require_folder(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     with listening(options, (), os.fspath(folder)) as session:
         inputs = open_inputs(prepared, options)
@@ -41,6 +57,7 @@ def analyze(config_file: Path, folder: Path, options: MergeOptions, *, plot: boo
         planner = engine.planner
     blocks = list(_similarities(engine))
     steps = list(_steps(planner, inputs.layout))
+    write_similarity(folder / "similarity.csv", blocks, inputs.layout.tasks)
     write_steps(folder / "steps.csv", steps)
     if plot and plotting.available():
         plot_similarity(folder / "similarity.png", blocks, steps)
@@ -69,9 +86,9 @@ def _similarities(engine: Engine) -> Iterator[BlockSimilarity]:
 
 def _steps(planner: Planner, layout: Layout) -> Iterator[Step]:
     if not isinstance(planner, Dendrograms):
-        for number, models in enumerate(planner.sizes):
-            stored = round(models * planner.storage.whole / len(layout.tasks))
-            yield Step(number, "", "", None, models, stored + layout.private_bytes)
+        for number, clusters in enumerate(planner.sizes):
+            size = planner.plan(Target(models=clusters)).size
+            yield Step(number, "", "", None, size.models, size.bytes)
         return
     done = [0] * len(layout.blocks)
     for number, stored in enumerate(planner.bytes):

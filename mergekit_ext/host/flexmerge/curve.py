@@ -4,75 +4,167 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import ValidationError
 
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.host import compat
-from mergekit_ext.host.flexmerge.sizes import Curve, Evaluate, trace
+from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
+from mergekit_ext.host.flexmerge.sizes import Tracer
 from mergekit_ext.host.run import listening, parsed, require
-from mergekit_ext.report import plotting
-from mergekit_ext.report.curve import normalised_mean, plot, write_csv, write_json
+from mergekit_ext.host.staging import output_problems
+from mergekit_ext.report.curve import (
+    Scores,
+    SizePoint,
+    mean,
+    normalised_mean,
+    plot,
+    write_csv,
+    write_json,
+)
+
+DEFAULT_ALGORITHM = "task_arithmetic"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was scored.
+
+    Attributes:
+        reference: the scores of each task's own model.
+        points: those of each algorithm at each size, from large to small.
+    """
+
+    reference: Scores
+    points: Sequence[SizePoint]
 
 
 def write_curve(
     config_file: Path,
     folder: Path,
     options: MergeOptions,
-    sizes: Sequence[float | str],
-    algorithms: Sequence[str],
-    evaluate: Evaluate | None,
+    sizes: Sequence[float | str] | None = None,
+    algorithms: Sequence[str] = (),
+    evaluate: Evaluate | None = None,
     metric: str | None = None,
     callbacks: Iterable[object] = (),
 ) -> Curve:
     """Trace the curve and write ``sizes.csv``, ``sizes.json`` and ``sizes.png`` into `folder`.
 
+    The tables are written anew after every size that is scored: what is done is kept, whatever
+    comes later.
+
     Args:
         config_file: a `flexmerge` configuration.
         folder: where the files go; made if it does not exist.
         options: mergekit's.
-        sizes: as for `sizes.trace`.
+        sizes: as for `sizes.Tracer`.
         algorithms: the lines; those of the configuration if empty.
-        evaluate: scores a module of a task; None for a table of sizes alone.
+        evaluate: scores a module of a task, see `evaluation.Evaluator`; None for a table of sizes.
         metric: what is drawn; the first that `evaluate` returns by default.
         callbacks: told what happens.
+
+    Raises:
+        ConfigError: something is wrong with the configuration, `folder` or `metric`.
+        EvaluationError: `evaluate` did not return scores.
+        Exception: whatever `evaluate` raises.
     """
-    config = flexmerge_config(config_file, options)
-    chosen = tuple(algorithms) or ((config.parameters or {}).get("algorithm", "task_arithmetic"),)
-    folder.mkdir(parents=True, exist_ok=True)
+    config, source = flexmerge_config(config_file, options)
+    chosen = tuple(algorithms) or (
+        str((config.parameters or {}).get("algorithm", DEFAULT_ALGORITHM)),
+    )
+    if metric is not None and evaluate is None:
+        require([Problem("--metric", repr(metric), "`--evaluate` as well", "Say what scores.")])
+    evaluator = (
+        None
+        if evaluate is None
+        else Evaluator(evaluate, quiet=options.quiet, trust_remote_code=options.trust_remote_code)
+    )
+    tracer = Tracer(config, options, chosen, sizes, evaluator, source)
+    require_folder(folder, config)
+    points: list[SizePoint] = []
     with listening(options, callbacks, os.fspath(folder)) as session:
-        curve = trace(config, options, sizes, chosen, evaluate, folder, session.emit)
-    write_csv(folder / "sizes.csv", curve.points, curve.reference)
-    write_json(folder / "sizes.json", curve.points, curve.reference)
-    drawn = metric or next((m for scores in curve.reference.values() for m in scores), None)
-    if drawn is not None and plotting.available():
-        plot(folder / "sizes.png", curve.points, curve.reference, drawn)
-    elif drawn is not None:
-        click.echo(f"No plot: {plotting.MISSING}.", err=True)
-    click.echo(_table(curve, drawn))
-    return curve
+        inputs = tracer.open()
+        reference = tracer.individual(inputs)
+        drawn = _metric(metric, reference)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for point in tracer.points(inputs, folder, session.emit):
+                points.append(point)
+                if evaluator is not None:
+                    _write(folder, points, reference)
+        except BaseException:
+            if points and evaluator is not None:
+                click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
+            raise
+    _write(folder, points, reference)
+    for note in tracer.notes:
+        click.echo(f"Note: {note}", err=True)
+    if drawn is not None:
+        _draw(folder / "sizes.png", points, reference, drawn)
+    click.echo(_table(points, reference, drawn))
+    return Curve(reference, points)
 
 
-def flexmerge_config(path: Path, options: MergeOptions) -> MergeConfiguration:
-    """A configuration whose method is `flexmerge`.
+def flexmerge_config(path: Path, options: MergeOptions) -> tuple[MergeConfiguration, str]:
+    """A configuration whose method is `flexmerge`, and its text.
 
     Raises:
         ConfigError: it is another one, or none.
     """
-    config = parsed(path.read_text(encoding="utf-8"), options)
+    try:
+        source = path.read_text(encoding="utf-8")
+        config = parsed(source, options)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError, RuntimeError) as error:
+        found = str(error).replace("\n", " ")
+        raise ConfigError([Problem(str(path), found, "one merge configuration")]) from None
     if config.merge_method != "flexmerge":
         found, expected = repr(config.merge_method), "'flexmerge'"
         require([Problem("merge_method", found, expected, "Use mergekit-yaml for other methods.")])
-    return compat.ordered(config)
+    return compat.ordered(config), source
 
 
-def _table(curve: Curve, metric: str | None) -> str:
-    lines = [f"{'algorithm':<20} {'size':>7} {'bytes':>15} {metric or '':>10}"]
-    for point in curve.points:
-        score = normalised_mean(point.scores, curve.reference, metric) if metric else None
-        shown = f"{score:.3f}" if score is not None else ""
-        lines.append(f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,} {shown:>10}")
+def require_folder(folder: Path, config: MergeConfiguration) -> None:
+    """Raise `ConfigError` unless tables can be written into `folder`."""
+    inputs = [model.model.path for model in config.referenced_models()]
+    require(list(output_problems(folder, inputs)))
+
+
+def _metric(asked: str | None, reference: Scores) -> str | None:
+    known = list(dict.fromkeys(metric for scores in reference.values() for metric in scores))
+    if asked is not None and asked not in known:
+        require([Problem("--metric", repr(asked), f"one of {', '.join(known)}")])
+    return asked or next(iter(known), None)
+
+
+def _write(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:
+    write_csv(folder / "sizes.csv", points, reference)
+    write_json(folder / "sizes.json", points, reference)
+
+
+def _draw(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str) -> None:
+    try:
+        plot(path, points, reference, metric)
+    except (ImportError, ValueError) as error:
+        # One of an earlier run would not belong to the tables.
+        path.unlink(missing_ok=True)
+        click.echo(f"No plot: {error}.", err=True)
+
+
+def _table(points: Sequence[SizePoint], reference: Scores, metric: str | None) -> str:
+    head = f"{'algorithm':<20} {'size':>7} {'bytes':>15}"
+    lines = [head if metric is None else f"{head} {f'mean {metric}':>18} {'normalised':>10}"]
+    for point in points:
+        line = f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,}"
+        if metric is not None:
+            ratio = normalised_mean(point.scores, reference, metric)
+            shown = "" if ratio is None else f"{ratio:.3f}"
+            line += f" {mean(point.scores, metric):18.4f} {shown:>10}"
+        lines.append(line)
     return "\n".join(lines)

@@ -2,154 +2,193 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
-
-from mergekit_ext.errors import MergekitExtError
+from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import Event, SizeReached
-from mergekit_ext.flexmerge.plan import Plan
-from mergekit_ext.flexmerge.runtime import build_module
+from mergekit_ext.flexmerge.plan import Planner
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.walk import Walk
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
+from mergekit_ext.host.flexmerge.evaluation import Evaluator
 from mergekit_ext.host.flexmerge.sources import Inputs, open_inputs
+from mergekit_ext.host.flexmerge.variants import variant
 from mergekit_ext.report.curve import Scores, SizePoint
 
-# From a module and the name of its task to its scores.
-Evaluate = Callable[[Any, str], Mapping[str, float] | float]
 ALL = "all"
 
 
-class EvaluationError(MergekitExtError, ValueError):
-    """What was to score a model did not return scores."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What was scored.
-
-    Attributes:
-        reference: the scores of each task's own model.
-        points: those of each algorithm at each size, from large to small.
-    """
-
-    reference: Scores
-    points: Sequence[SizePoint]
-
-
-def trace(
-    config: Any,
-    options: Any,
-    sizes: Sequence[float | str],
-    algorithms: Sequence[str],
-    evaluate: Evaluate | None,
-    neighbours: Path,
-    emit: Callable[[Event], None],
-) -> Curve:
-    """Walk down the sizes with each algorithm.
+class Tracer:
+    """Walks down the sizes with each algorithm.
 
     Args:
         config: a `flexmerge` configuration; its ``target_size`` and ``algorithm`` are not used.
         options: mergekit's.
-        sizes: numbers of models, or "all" for the size after every merge. A size that an
-            algorithm cannot reach is left out for it.
         algorithms: names, as ``algorithm:`` takes them.
-        evaluate: scores one task's module; None for sizes alone.
-        neighbours: the folder in which an earlier analysis is looked for, and a new one kept.
-        emit: told what happens.
+        sizes: numbers of models, or "all" for the size after every merge. By default 1, 1.5, and
+            the whole numbers up to that of the models.
+        evaluator: scores a task's model; None for sizes alone, which merges nothing.
+        source: the text of the configuration, to look for unknown keys.
+
+    Attributes:
+        notes: what became of sizes that an algorithm does not have.
+
+    Raises:
+        ConfigError: the configuration is wrong for one of the algorithms, or a size is larger
+            than all models together.
     """
-    # Loading is fast and happens for every task and size; its bars would hide ours.
-    transformers.utils.logging.disable_progress_bar()
-    prepared = [_prepared(config, options, name) for name in algorithms]
-    inputs = open_inputs(prepared[0], options)
-    engines = [Engine(p, inputs, options, neighbours, emit) for p in prepared]
-    reference = _individual(inputs, evaluate)
-    points: list[SizePoint] = []
-    for name, engine in zip(algorithms, engines, strict=True):
-        engine.keep_analysis()
-        points.extend(_line(name, engine, inputs, sizes, evaluate, emit))
-    return Curve(reference, points)
 
-
-def with_parameters(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with other shared parameters."""
-    parameters = {**(config.parameters or {}), **changes}
-    return config.model_copy(update={"parameters": parameters})
-
-
-def _prepared(config: Any, options: Any, algorithm: str) -> prepare.Prepared:
-    models = [m for m in config.models or () if m.model != config.base_model]
-    changed = with_parameters(config, {"algorithm": algorithm, "target_size": float(len(models))})
-    report, found = prepare.check(changed, options)
-    report.raise_for_problems(f"`{algorithm}`")
-    assert found is not None
-    return found
-
-
-def _individual(inputs: Inputs, evaluate: Evaluate | None) -> Scores:
-    reader = inputs.reader("cpu")
-    found = {}
-    for index, (task, folder) in enumerate(zip(inputs.layout.tasks, inputs.folders, strict=True)):
-        tensors = {name: reader.tensor(index, name) for name in inputs.models[index].tensors}
-        found[task] = _scores(evaluate, folder, tensors, task)
-    return found
-
-
-def _line(
-    name: str,
-    engine: Engine,
-    inputs: Inputs,
-    sizes: Sequence[float | str],
-    evaluate: Evaluate | None,
-    emit: Callable[[Event], None],
-) -> Iterator[SizePoint]:
-    walk = Walk(engine.reader, engine.algorithm, engine.cuts, engine.forced)
-    for requested, plan in _plans(engine, sizes):
-        walk.go(plan)
-        scores = {
-            task: _scores(evaluate, folder, walk.tensors(index), task)
-            for index, (task, folder) in enumerate(
-                zip(inputs.layout.tasks, inputs.folders, strict=True)
-            )
-        }
-        emit(SizeReached(name, plan.size.models, plan.size.bytes))
-        yield SizePoint(name, requested, plan.size.models, plan.size.bytes, scores)
-
-
-def _plans(engine: Engine, sizes: Sequence[float | str]) -> Iterable[tuple[float, Plan]]:
-    """The plans of the sizes, from large to small; for those out of reach the smallest, once."""
-    planner = engine.planner
-    numbers = {float(size) for size in sizes if size != ALL}
-    if ALL in sizes:
-        numbers.update(planner.sizes)
-    least = min(planner.sizes)
-    for number in sorted((n for n in numbers if n >= least), reverse=True):
-        if planner.reaches(Target(models=number)):
-            yield number, planner.plan(Target(models=number))
-    below = [number for number in numbers if number < least]
-    if below and least not in numbers:
-        yield max(below), planner.plan(Target(models=least))
-
-
-def _scores(
-    evaluate: Evaluate | None, folder: Path, tensors: Mapping[str, Any], task: str
-) -> dict[str, float]:
-    if evaluate is None:
-        return {}
-    found = evaluate(build_module(folder, dict(tensors)), task)
-    if isinstance(found, (int, float)):
-        found = {"score": float(found)}
-    if not isinstance(found, Mapping) or not all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in found.values()
+    def __init__(
+        self,
+        config: Any,
+        options: Any,
+        algorithms: Sequence[str],
+        sizes: Sequence[float | str] | None = None,
+        evaluator: Evaluator | None = None,
+        source: str | None = None,
     ):
-        raise EvaluationError(
-            f"the evaluation of {task} returned {found!r}; expected a mapping from metrics to "
-            "finite numbers, such as {'accuracy': 0.9}."
-        )
-    return {str(metric): float(value) for metric, value in found.items()}
+        self.notes: list[str] = []
+        self._options, self._evaluator = options, evaluator
+        self._prepared: dict[str, prepare.Prepared] = {}
+        for name in dict.fromkeys(algorithms):
+            report, found = prepare.check(variant(config, name, algorithms), options, source)
+            report.raise_for_problems(f"this configuration and `{name}`")
+            assert found is not None
+            self._prepared[name] = found
+        self._count = len(next(iter(self._prepared.values())).models)
+        self._sizes = self._default() if sizes is None else tuple(sizes)
+        _require_within(self._sizes, self._count)
+
+    def _default(self) -> tuple[float | str, ...]:
+        return (1.0, 1.5, *(float(size) for size in range(2, self._count + 1)))
+
+    def open(self) -> Inputs:
+        """The models; downloaded if they are not here."""
+        return open_inputs(next(iter(self._prepared.values())), self._options)
+
+    def individual(self, inputs: Inputs) -> Scores:
+        """The scores of each task's own model; that of a task is empty without an evaluator."""
+        if self._evaluator is None:
+            return {task: {} for task in inputs.layout.tasks}
+        reader = inputs.reader("cpu")
+        found = {}
+        with self._evaluator.counting("Individual models", self._count):
+            for index, task in enumerate(inputs.layout.tasks):
+                tensors = {n: reader.tensor(index, n) for n in inputs.models[index].tensors}
+                folder = inputs.folders[index]
+                found[task] = self._evaluator.score(
+                    folder, tensors, task, f"{task}'s individual model"
+                )
+        return found
+
+    def points(
+        self, inputs: Inputs, neighbours: Path, emit: Callable[[Event], None]
+    ) -> Iterator[SizePoint]:
+        """Each algorithm at each size, from large to small.
+
+        Args:
+            inputs: from `open`.
+            neighbours: the folder in which an earlier analysis is looked for, and a new one kept.
+            emit: told what happens.
+        """
+        engines = {}
+        for name, prepared in self._prepared.items():
+            engines[name] = Engine(prepared, inputs, self._options, neighbours, emit)
+            engines[name].keep_analysis()
+        asked = {name: self._reached(name, engine.planner) for name, engine in engines.items()}
+        if self._evaluator is None:
+            for name, engine in engines.items():
+                yield from _sizes_alone(name, engine.planner, asked[name], inputs.layout.tasks)
+            return
+        total = sum(map(len, asked.values())) * self._count
+        with self._evaluator.counting("Evaluating", total):
+            for name, engine in engines.items():
+                yield from self._line(name, engine, inputs, asked[name], self._evaluator, emit)
+
+    def _reached(self, name: str, planner: Planner) -> list[tuple[float, float]]:
+        """What is asked for and what is planned for it, from large to small.
+
+        What is below the smallest size becomes the smallest, once.
+
+        Raises:
+            ConfigError: the algorithm has none of the sizes.
+        """
+        known = dict.fromkeys(planner.sizes)
+        least = min(known)
+        numbers = {float(size) for size in self._sizes if size != ALL}
+        if ALL in self._sizes:
+            # With a base of a wider dtype a masked merge may exceed all models kept apart.
+            numbers.update(size for size in known if size <= self._count)
+        found: list[tuple[float, float]] = []
+        below: list[float] = []
+        missing: list[float] = []
+        for number in sorted(numbers, reverse=True):
+            if number in known or planner.reaches(Target(models=number)):
+                found.append((number, number))
+            else:
+                (below if number < least else missing).append(number)
+        if below:
+            self.notes.append(
+                f"{name}: {_listed(below)} cannot be reached; the least is {least:.6g}."
+            )
+            if least not in numbers:
+                found.append((below[0], least))
+        if missing:
+            self.notes.append(f"{name}: {_listed(missing)} left out; it has {_listed(known)}.")
+        if not found:
+            planner.plan(Target(models=missing[0]))  # raises, and says what is expected
+        return found
+
+    def _line(
+        self,
+        name: str,
+        engine: Engine,
+        inputs: Inputs,
+        asked: Sequence[tuple[float, float]],
+        evaluator: Evaluator,
+        emit: Callable[[Event], None],
+    ) -> Iterator[SizePoint]:
+        walk = Walk(engine.reader, engine.algorithm, engine.cuts, engine.forced)
+        scores: Scores | None = None
+        for requested, target in asked:
+            plan = engine.planner.plan(Target(models=target))
+            changed = walk.go(plan)
+            emit(SizeReached(name, plan.size.models, plan.size.bytes))
+            if scores is not None and not changed:
+                # Two sizes asked for with no merge in between: the same models.
+                evaluator.skip(self._count)
+            else:
+                what = f"{{}}, `{name}` at size {plan.size.models:.4g}"
+                scores = {
+                    task: evaluator.score(
+                        inputs.folders[index],
+                        walk.tensors(index),
+                        task,
+                        what.format(task),
+                        engine.forced,
+                    )
+                    for index, task in enumerate(inputs.layout.tasks)
+                }
+            yield SizePoint(name, requested, plan.size.models, plan.size.bytes, scores)
+
+
+def _sizes_alone(
+    name: str, planner: Planner, asked: Sequence[tuple[float, float]], tasks: Sequence[str]
+) -> Iterator[SizePoint]:
+    for requested, target in asked:
+        size = planner.plan(Target(models=target)).size
+        yield SizePoint(name, requested, size.models, size.bytes, {task: {} for task in tasks})
+
+
+def _require_within(sizes: Sequence[float | str], count: int) -> None:
+    above = [size for size in sizes if isinstance(size, float) and size > count]
+    if above:
+        found, expected = _listed(above), f"sizes from 1 to {count}, the number of models"
+        raise ConfigError([Problem("--sizes", found, expected, "Take what is larger out.")])
+
+
+def _listed(sizes: Iterable[float]) -> str:
+    return ", ".join(f"{size:.4g}" for size in sizes)

@@ -1,0 +1,129 @@
+"""The user's scores of a model: asked for, checked, counted."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from mergekit_ext.errors import MergekitExtError
+from mergekit_ext.flexmerge.runtime import build_module
+from mergekit_ext.host.checks.support import shown
+
+# From a module and the name of its task to its scores.
+Evaluate = Callable[[Any, str], Mapping[str, float] | float]
+# The metric of a function that returns one number.
+SCORE = "score"
+
+
+class EvaluationError(MergekitExtError, ValueError):
+    """What was to score a model did not return scores."""
+
+
+class Evaluator:
+    """Calls the user's function with one model after the other.
+
+    Args:
+        function: scores a module; the higher, the better. It gets a transformers module in
+            evaluation mode, on the CPU, whose weights it must not write to (it may move the
+            module), and the name of its task. It returns a number, or a mapping from metrics to
+            numbers, for a task always with the same metrics.
+        quiet: without a progress bar.
+        trust_remote_code: as for transformers.
+    """
+
+    def __init__(self, function: Evaluate, *, quiet: bool, trust_remote_code: bool = False):
+        self._function, self._quiet = function, quiet
+        self._trust_remote_code = trust_remote_code
+        self._metrics: dict[str, set[str]] = {}
+        self._bar: Any = None
+
+    @contextmanager
+    def counting(self, description: str, total: int) -> Iterator[None]:
+        """Show a bar of so many evaluations."""
+        # Loading a model is fast and happens for each evaluation: its bars would hide this one.
+        shown_before = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+        self._bar = tqdm(total=total, desc=description, unit="model", disable=self._quiet)
+        try:
+            yield
+        finally:
+            self._bar.close()
+            if shown_before:
+                transformers.utils.logging.enable_progress_bar()
+
+    def skip(self, count: int) -> None:
+        """Count evaluations that are not needed."""
+        self._bar.update(count)
+
+    def score(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        task: str,
+        what: str,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, float]:
+        """The scores of one model.
+
+        Args:
+            folder: where its ``config.json`` is.
+            tensors: all of its tensors.
+            task: the name of its task.
+            what: the model, as errors call it.
+            dtype: that of its parameters, if it is not what its configuration says.
+
+        Raises:
+            EvaluationError: the function returned something else than finite numbers, or other
+                metrics than before.
+            Exception: whatever the function raises.
+        """
+        module = build_module(
+            folder, dict(tensors), dtype, trust_remote_code=self._trust_remote_code
+        )
+        try:
+            returned = self._function(module, task)
+        except Exception as error:
+            if sys.version_info >= (3, 11):
+                error.add_note(f"This was the evaluation of {what}.")
+            raise
+        found = _numbers(returned)
+        if found is None:
+            raise EvaluationError(
+                f"the evaluation of {what} returned {shown(returned)}; expected a finite number, "
+                "or a mapping from metrics to finite numbers such as {'accuracy': 0.9}."
+            )
+        metrics = self._metrics.setdefault(task, set(found))
+        if metrics != set(found):
+            raise EvaluationError(
+                f"the evaluation of {what} returned {', '.join(sorted(found))}; expected "
+                f"{', '.join(sorted(metrics))} as for the first model of this task."
+            )
+        self._bar.update()
+        return found
+
+
+def _numbers(returned: Any) -> dict[str, float] | None:
+    """Finite scores by metric; None if it is something else."""
+    given = returned if isinstance(returned, Mapping) else {SCORE: returned}
+    found = {}
+    for metric, value in given.items():
+        # Scalars of numpy and torch are numbers too; strings are not.
+        if not isinstance(metric, str) or not hasattr(value, "__float__"):
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            return None
+        if not math.isfinite(number):
+            return None
+        found[metric] = number
+    return found or None

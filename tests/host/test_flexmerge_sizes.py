@@ -1,0 +1,438 @@
+"""The accuracy-size curve: what is evaluated, what is written, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mergekit.options import MergeOptions
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.events import MergeCallback, SizeReached, StatisticsBegin
+from mergekit_ext.flexmerge.algorithms.linear import TaskArithmetic
+from mergekit_ext.flexmerge.runtime import load
+from mergekit_ext.host import run
+from mergekit_ext.host.flexmerge.curve import write_curve
+from mergekit_ext.host.flexmerge.evaluation import EvaluationError
+from tests.models import bert, config, family, llama, write_yaml
+
+OPTIONS = MergeOptions(quiet=True)
+TASKS = ("tuned0", "tuned1", "tuned2")
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    return family(tmp_path_factory.mktemp("llamas"), llama)
+
+
+def written(
+    folder: Path,
+    inputs: tuple[Path, Sequence[Path]],
+    parameters: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> Path:
+    """A configuration without a target size."""
+    base, models = inputs
+    return write_yaml(
+        folder / "merge.yml", config("flexmerge", models, base, parameters or {}, **keys)
+    )
+
+
+class Recorder:
+    """An evaluation that remembers what it was called with."""
+
+    def __init__(self, score: Callable[[int], Any] = lambda call: 0.5 + call / 1000):
+        self.calls: list[tuple[str, bool, dict[str, torch.Tensor]]] = []
+        self._score = score
+
+    def __call__(self, model: PreTrainedModel, task: str) -> Any:
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.calls.append((task, model.training, tensors))
+        return self._score(len(self.calls) - 1)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sizes.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def points(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "sizes.json").read_text())["points"]
+
+
+def test_each_model_and_each_task_at_each_size_once(llamas: Any, tmp_path: Path) -> None:
+    path, seen = written(tmp_path, llamas), Recorder()
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 2.0, 3.0], (), seen)
+    assert [task for task, _, _ in seen.calls] == [*TASKS] * 4
+    assert not any(training for _, training, _ in seen.calls)
+    assert curve.reference == {t: {"score": 0.5 + i / 1000} for i, t in enumerate(TASKS)}
+    assert [point.requested for point in curve.points] == [3.0, 2.0, 1.0]
+    for number, point in enumerate(curve.points, 1):
+        assert point.size <= point.requested
+        assert point.scores == {
+            task: {"score": 0.5 + (3 * number + i) / 1000} for i, task in enumerate(TASKS)
+        }
+
+
+@pytest.mark.parametrize("algorithm", ["ties", "emr"])
+def test_what_is_evaluated_is_what_a_merge_writes(tmp_path: Path, algorithm: str) -> None:
+    base, models = inputs = family(tmp_path, llama, torch.bfloat16)
+    keys = {"out_dtype": "float32"}  # not the dtype in the models' configurations
+    path, seen = written(tmp_path, inputs, {"algorithm": algorithm}, **keys), Recorder()
+    write_curve(path, tmp_path / "out", OPTIONS, [2.5], (), seen)
+    sized = config("flexmerge", models, base, {"target_size": 2.5, "algorithm": algorithm}, **keys)
+    run.merge(str(write_yaml(tmp_path / "sized.yml", sized)), tmp_path / "merge", OPTIONS)
+    for task, module in load(tmp_path / "merge").items():
+        (found,) = [tensors for name, _, tensors in seen.calls[3:] if name == task]
+        for name, tensor in module.state_dict().items():
+            assert found[name].dtype == tensor.dtype == torch.float32
+            assert torch.equal(found[name], tensor), name
+
+
+def test_at_full_size_models_are_the_inputs(llamas: Any, tmp_path: Path) -> None:
+    seen = Recorder()
+    write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [3.0], (), seen)
+    for (_, _, own), (_, _, found) in zip(seen.calls[:3], seen.calls[3:], strict=True):
+        assert all(torch.equal(own[name], found[name]) for name in own)
+
+
+def test_tables(llamas: Any, tmp_path: Path) -> None:
+    path, out = written(tmp_path, llamas), tmp_path / "out"
+    seen = Recorder(lambda call: {"accuracy": 0.5 if call < 3 else 0.25, "f1": 1})
+    algorithms = ("average", "emr")
+    write_curve(path, out, OPTIONS, [1.0, 2.0, "all"], algorithms, seen)
+    table = rows(out)
+    assert len(table) == len(points(out))
+    lines = {name: [row for row in table if row["algorithm"] == name] for name in algorithms}
+    for line in lines.values():
+        sizes = [float(row["size"]) for row in line]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] == 3
+        assert all(row["normalised/accuracy"] == "0.5" for row in line)
+        assert all(row["mean/accuracy"] == "0.25" and row["tuned1/f1"] == "1.0" for row in line)
+    # All sizes after merges of the average; EMR ends above 2, which then is there once.
+    assert float(lines["average"][-1]["size"]) == 1
+    smallest = float(lines["emr"][-1]["size"])
+    assert 2 < smallest < 2.2 and smallest == float(lines["emr"][-1]["requested"])
+    assert Counter(row["size"] for row in lines["emr"])[lines["emr"][-1]["size"]] == 1
+    assert (out / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_of_reach_is_the_smallest_once(
+    llamas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, seen = written(tmp_path, llamas, {"algorithm": "emr"}), Recorder()
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 1.5], (), seen)
+    (point,) = curve.points
+    assert point.requested == 1.5 and 2 < point.size < 2.2 and len(seen.calls) == 6
+    assert "emr: 1.5, 1 cannot be reached; the least is 2.09" in capsys.readouterr().err
+
+
+def test_sizes_between_two_merges_are_evaluated_once(llamas: Any, tmp_path: Path) -> None:
+    path, seen = written(tmp_path, llamas, {"granularity": "model"}), Recorder()
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [2.0, 2.25, 2.75], (), seen)
+    assert [point.requested for point in curve.points] == [2.75, 2.25, 2.0]
+    assert {point.size for point in curve.points} == {2.0}
+    assert len(seen.calls) == 3 + 3
+    assert curve.points[0].scores == curve.points[2].scores
+
+
+def test_whole_numbers_only(
+    llamas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, llamas)
+    chosen = ("channel_merging",)
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 1.5, 2.0], chosen)
+    assert [point.size for point in curve.points] == [2.0, 1.0]
+    assert "channel_merging: 1.5 left out; it has 3, 2, 1." in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="a whole number of models"):
+        write_curve(path, tmp_path / "none", OPTIONS, [1.5], chosen)
+
+
+def test_more_than_there_are_is_refused_before_anything(llamas: Any, tmp_path: Path) -> None:
+    seen = Recorder()
+    with pytest.raises(ConfigError, match=r"found 4, 3\.5; expected sizes from 1 to 3"):
+        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [4.0, 3.5, 2.0], (), seen)
+    assert not seen.calls and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", [{}, {"target_size": 2.0}, {"target_size": 0.1}])
+def test_the_target_size_is_not_used(llamas: Any, tmp_path: Path, target: dict[str, float]) -> None:
+    curve = write_curve(written(tmp_path, llamas, target), tmp_path / "out", OPTIONS)
+    assert [point.requested for point in curve.points] == [3.0, 2.0, 1.5, 1.0]
+
+
+def test_without_an_evaluation_nothing_is_merged(
+    llamas: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("merged")
+
+    monkeypatch.setattr(TaskArithmetic, "merge", refuse)
+    out = tmp_path / "out"
+    curve = write_curve(written(tmp_path, llamas), out, OPTIONS, ["all"])
+    assert len(curve.points) > 10 and not (out / "sizes.png").exists()
+    assert list(rows(out)[0]) == ["algorithm", "requested", "size", "bytes"]
+    assert points(out)[0]["scores"] == {task: {} for task in TASKS}
+
+
+def test_parameters_of_one_algorithm_do_not_keep_another_out(llamas: Any, tmp_path: Path) -> None:
+    path = written(tmp_path, llamas, {"density": 0.3, "trim_scope": "block"})
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 3.0], ("ties", "average", "ties"))
+    assert [point.algorithm for point in curve.points] == ["ties", "ties", "average", "average"]
+    with pytest.raises(ConfigError, match=r"parameters\.density"):
+        write_curve(path, tmp_path / "other", OPTIONS, [1.0], ("average", "tsv_m"))
+
+
+def test_the_parameters_act(llamas: Any, tmp_path: Path) -> None:
+    found = []
+    for factor in (0.0, 1.0):
+        seen = Recorder()
+        path = written(tmp_path, llamas, {"lambda": factor})
+        write_curve(path, tmp_path / f"{factor}", OPTIONS, [1.0], ("task_arithmetic", "emr"), seen)
+        found.append(seen.calls[3][2]["model.norm.weight"])
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parameters": {"algoritm": "ties"}},
+        {"parameters": {"algorithm": "tiess"}},
+        {"parameters": {"algorithm": ["ties"]}},
+        {"dytpe": "float32"},
+        {"merge_method": "linear"},
+        {"models": [{"model": "/nowhere/at/all"}]},
+        {"models": []},
+        {"base_model": None},
+    ],
+    ids=str,
+)
+def test_a_wrong_configuration(llamas: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    base, models = llamas
+    document = {**config("flexmerge", models, base, {}), **changes}
+    path, seen = write_yaml(tmp_path / "merge.yml", document), Recorder()
+    with pytest.raises(ConfigError):
+        write_curve(path, tmp_path / "out", OPTIONS, [1.0], (), seen)
+    assert not seen.calls and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["merge_method: [", "", "- 1", "a: 1\n---\nb: 2", "x", b"\xff\xfe\x00"], ids=repr
+)
+def test_what_is_no_configuration(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError):
+        write_curve(path, tmp_path / "out", OPTIONS, [1.0])
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [math.nan, math.inf, None, "0.9", {}, {"a": None}, {"a": math.nan}, {1: 0.5}, [0.5], 1j],
+    ids=repr,
+)
+def test_what_is_no_score_is_refused_at_once(llamas: Any, tmp_path: Path, returned: Any) -> None:
+    seen = Recorder(lambda call: returned)
+    with pytest.raises(EvaluationError, match=r"tuned0's individual model returned .*expected"):
+        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), seen)
+    assert len(seen.calls) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [1, True, np.float32(1), np.int64(1), torch.tensor(1.0), {"score": np.array(1.0)}],
+    ids=repr,
+)
+def test_scalars_of_all_kinds_are_scores(llamas: Any, tmp_path: Path, returned: Any) -> None:
+    seen = Recorder(lambda call: returned)
+    curve = write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), seen)
+    assert curve.points[0].scores == {task: {"score": 1.0} for task in TASKS}
+
+
+def failing_at(call: int, then: Callable[[], Any]) -> Recorder:
+    return Recorder(lambda number: 0.5 if number < call else then())
+
+
+def test_an_exception_keeps_what_is_done(
+    llamas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode() -> None:
+        raise ZeroDivisionError("my own mistake")
+
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError, match="my own mistake") as raised:
+        write_curve(
+            written(tmp_path, llamas), out, OPTIONS, [1.0, 2.0, 3.0], (), failing_at(7, explode)
+        )
+    notes = getattr(raised.value, "__notes__", ["tuned1, `task_arithmetic` at size 1."])
+    assert "tuned1, `task_arithmetic` at size 1." in notes[0]
+    assert [row["requested"] for row in rows(out)] == ["3.0"] and len(points(out)) == 1
+    assert "the first 1 sizes are in" in capsys.readouterr().err
+
+
+def test_nan_at_a_late_size_keeps_what_is_done(llamas: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    broken = failing_at(9, lambda: {"score": math.nan})
+    with pytest.raises(EvaluationError, match="tuned0, `task_arithmetic` at size 1 returned"):
+        write_curve(written(tmp_path, llamas), out, OPTIONS, [1.0, 2.0, 3.0], (), broken)
+    assert [row["requested"] for row in rows(out)] == ["3.0", "2.0"]
+
+
+def test_other_metrics_than_before(llamas: Any, tmp_path: Path) -> None:
+    broken = failing_at(4, lambda: {"f1": 1.0})
+    with pytest.raises(EvaluationError, match="returned f1; expected score as for the first"):
+        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), broken)
+
+
+def test_tasks_may_have_metrics_of_their_own(llamas: Any, tmp_path: Path) -> None:
+    def evaluate(model: Any, task: str) -> dict[str, float]:
+        return {"f1": 0.5} if task == "tuned1" else {"accuracy": 0.5, "f1": 0.25}
+
+    out = tmp_path / "out"
+    write_curve(written(tmp_path, llamas), out, OPTIONS, [1.0], (), evaluate, "f1")
+    (row,) = rows(out)
+    assert "tuned1/accuracy" not in row and float(row["mean/f1"]) == pytest.approx(1 / 3)
+    assert (out / "sizes.png").exists()
+
+
+def test_an_unknown_metric_is_refused_before_the_sizes(llamas: Any, tmp_path: Path) -> None:
+    seen = Recorder()
+    with pytest.raises(ConfigError, match="found 'bleu'; expected one of score"):
+        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), seen, "bleu")
+    assert len(seen.calls) == 3 and not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="--evaluate"):
+        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], metric="score")
+
+
+def test_without_a_ratio_there_are_tables_and_no_plot(
+    llamas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "sizes.png").write_text("of an earlier run")
+    seen = Recorder(lambda call: 0.0)
+    write_curve(written(tmp_path, llamas), out, OPTIONS, [1.0], (), seen)
+    assert rows(out)[0]["normalised/score"] == "" and not (out / "sizes.png").exists()
+    shown = capsys.readouterr()
+    assert "No plot: score of an individual model is not above zero" in shown.err
+    assert "mean score" in shown.out
+
+
+def test_a_folder_that_cannot_be_written(llamas: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    seen = Recorder()
+    with pytest.raises(ConfigError, match="OUT_PATH"):
+        write_curve(written(tmp_path, llamas), tmp_path / "file" / "out", OPTIONS, [1.0], (), seen)
+    with pytest.raises(ConfigError, match="where the input"):
+        write_curve(written(tmp_path, llamas), llamas[1][0], OPTIONS, [1.0], (), seen)
+    assert not seen.calls
+
+
+class Watch(MergeCallback):
+    def __init__(self) -> None:
+        self.sizes: list[SizeReached] = []
+        self.passes = 0
+
+    def on_size_reached(self, event: SizeReached) -> None:
+        self.sizes.append(event)
+
+    def on_statistics_begin(self, event: StatisticsBegin) -> None:
+        self.passes += 1
+
+
+def test_events_and_one_analysis_for_all(llamas: Any, tmp_path: Path) -> None:
+    path, out, watch = written(tmp_path, llamas), tmp_path / "out", Watch()
+    algorithms = ("average", "emr")
+    curve = write_curve(path, out, OPTIONS, [1.0, 3.0], algorithms, Recorder(), None, [watch])
+    assert watch.passes == 1
+    assert watch.sizes == [SizeReached(p.algorithm, p.size, p.bytes) for p in curve.points]
+    write_curve(path, out, OPTIONS, [1.0, 3.0], algorithms, callbacks=[watch])
+    assert watch.passes == 1
+
+
+def test_progress_counts_evaluations(
+    llamas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, llamas)
+    write_curve(path, tmp_path / "a", MergeOptions(), [1.0, 2.0], ("ties", "emr"), Recorder())
+    shown = capsys.readouterr().err
+    assert "Individual models: 100%" in shown and "3/3" in shown
+    assert "Evaluating: 100%" in shown and "9/9" in shown  # EMR has one size only
+    write_curve(path, tmp_path / "b", OPTIONS, [1.0], (), Recorder())
+    assert capsys.readouterr().err == ""
+
+
+def with_labels(count: int) -> PreTrainedModel:
+    settings = bert().config.to_dict() | {"num_labels": count, "id2label": None, "label2id": None}
+    return BertForSequenceClassification(BertConfig(**settings))
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """Classifiers with 2, 3 and 4 labels."""
+    folder = tmp_path_factory.mktemp("heads")
+    base, tuned = family(folder, bert)
+    for labels, path in enumerate(tuned, 2):
+        source = BertForSequenceClassification.from_pretrained(path)
+        model = with_labels(labels)
+        model.bert.load_state_dict(source.bert.state_dict())
+        model.save_pretrained(path)
+    return base, tuned
+
+
+@pytest.mark.parametrize("algorithm", ["ties", "emr", "channel_merging"])
+def test_private_heads(heads: Any, tmp_path: Path, algorithm: str) -> None:
+    own = {path.name: BertForSequenceClassification.from_pretrained(path) for path in heads[1]}
+
+    def evaluate(model: Any, task: str) -> float:
+        assert torch.equal(model.classifier.weight, own[task].classifier.weight)
+        assert model.config.num_labels == own[task].config.num_labels
+        assert model(torch.arange(8)[None]).logits.shape == (1, own[task].config.num_labels)
+        return 1.0
+
+    path = written(tmp_path, heads)
+    curve = write_curve(path, tmp_path / "out", OPTIONS, None, (algorithm,), evaluate)
+    assert len(curve.points) >= 2
+    # Heads lie outside of the number of models.
+    assert curve.points[0].size == 3.0
+
+
+def test_masks_over_a_base_of_a_wider_dtype_save_nothing(llamas: Any, tmp_path: Path) -> None:
+    path = written(tmp_path, llamas, out_dtype="bfloat16")
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 3.0, "all"], ("emr",))
+    assert [(point.requested, point.size) for point in curve.points] == [(3.0, 3.0)]
+
+
+@pytest.mark.parametrize("count", [2, 30])
+@pytest.mark.parametrize("algorithm", ["task_arithmetic", "emr"])
+def test_few_and_many_models(tmp_path: Path, count: int, algorithm: str) -> None:
+    def tiny() -> PreTrainedModel:
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=8,
+                hidden_size=4,
+                intermediate_size=4,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                max_position_embeddings=4,
+            )
+        )
+
+    inputs = family(tmp_path, tiny, amounts=[0.01 * (i + 1) for i in range(count)])
+    seen = Recorder()
+    path = written(tmp_path, inputs)
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 2.0], (algorithm,), seen)
+    # Masks do not save anything for two models; each of thirty costs a 32nd of a model.
+    masked = [2.0] if count == 2 else [2 + 30 / 32]
+    expected = masked if algorithm == "emr" else [2.0, 1.0]
+    assert [p.size for p in curve.points] == pytest.approx(expected, rel=0.02)
+    assert len(seen.calls) == count * (1 + len(expected))
