@@ -19,7 +19,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], 
     return write, copy
 
 
-def alternate(pair: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
+def alternate(pair: Mapping[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
     """Run each once uncounted, then in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in pair}
     for turn in range(runs + 1):

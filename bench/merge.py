@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -28,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import machine
 
-PAIRS = (
+PAIRS: tuple[tuple[str, str, dict[str, float]], ...] = (
     # (method, the method it is compared with, parameters of both)
     ("nan", "task_arithmetic", {}),
     ("nan_ties", "ties", {"density": 0.2}),
@@ -73,8 +74,16 @@ def write_config(folder: Path, method: str, parameters: dict[str, float]) -> Pat
     return path
 
 
-def run(config: Path, out: Path) -> tuple[float, float]:
-    """Wall seconds and peak GiB of one mergekit-yaml process."""
+class Run(NamedTuple):
+    """What one process took. Processor time is not stretched by what else the machine does."""
+
+    seconds: float
+    processor: float
+    peak_gib: float
+
+
+def run(config: Path, out: Path) -> Run:
+    """One mergekit-yaml process."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml")]
     started = time.perf_counter()
@@ -89,25 +98,34 @@ def run(config: Path, out: Path) -> tuple[float, float]:
     seconds = time.perf_counter() - started
     if status != 0:
         raise SystemExit(f"{config} failed:\n{errors.decode()}")
-    return seconds, usage.ru_maxrss / 2**20
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
 
 
-def compare(folder: Path, ours: str, theirs: str, parameters: dict[str, float], runs: int) -> dict:
+def compare(
+    folder: Path, ours: str, theirs: str, parameters: dict[str, float], runs: int
+) -> dict[str, Any]:
     """Alternate two methods; medians, and the ratio of each pair of runs."""
     configs = {name: write_config(folder, name, parameters) for name in (ours, theirs)}
     for config in configs.values():
         run(config, folder / "out")
-    measured: dict[str, list[tuple[float, float]]] = {ours: [], theirs: []}
+    measured: dict[str, list[Run]] = {ours: [], theirs: []}
     for _ in range(runs):
         for name, config in configs.items():
             measured[name].append(run(config, folder / "out"))
-    ratios = [a[0] / b[0] for a, b in zip(measured[ours], measured[theirs], strict=True)]
+    medians = {
+        field: {n: statistics.median(getattr(m, field) for m in v) for n, v in measured.items()}
+        for field in Run._fields
+    }
+    pairs = list(zip(measured[ours], measured[theirs], strict=True))
+    wall = [a.seconds / b.seconds for a, b in pairs]
+    processor = [a.processor / b.processor for a, b in pairs]
     return {
         "pair": f"{ours} / {theirs}",
-        "seconds": {n: statistics.median(m[0] for m in v) for n, v in measured.items()},
-        "peak_gib": {n: statistics.median(m[1] for m in v) for n, v in measured.items()},
-        "ratios": ratios,
-        "ratio": statistics.median(ratios),
+        **medians,
+        "ratios": wall,
+        "ratio": statistics.median(wall),
+        "processor_ratios": processor,
+        "processor_ratio": statistics.median(processor),
     }
 
 
@@ -134,7 +152,9 @@ def main() -> None:
             print(
                 f"{result['pair']}: {seconds[ours]:.1f} s / {seconds[theirs]:.1f} s, "
                 f"ratio {result['ratio']:.2f} (pairs: "
-                f"{', '.join(f'{r:.2f}' for r in result['ratios'])}); "
+                f"{', '.join(f'{r:.2f}' for r in result['ratios'])}), "
+                f"processor time {result['processor_ratio']:.2f} "
+                f"({', '.join(f'{r:.2f}' for r in result['processor_ratios'])}); "
                 f"peak {peak[ours]:.2f} / {peak[theirs]:.2f} GiB",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""NAN and LoRE-Merging for mergekit.
+"""NAN, LoRE-Merging and FlexMerge for mergekit.
 
 After installation mergekit's own commands know the methods. Importing this package loads neither
 torch nor mergekit.

@@ -41,4 +41,4 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup)
 @click.version_option(package_name="mergekit-ext")
 def main() -> None:
-    """NAN and LoRE-Merging for mergekit."""
+    """NAN, LoRE-Merging and FlexMerge for mergekit."""
