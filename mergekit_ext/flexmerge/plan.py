@@ -72,6 +72,19 @@ class Storage:
             block.bytes((task,), self.forced) for block in self.layout.blocks for task in tasks
         )
 
+    @property
+    def least(self) -> Size:
+        """The smallest size there is: every block merged, or kept apart where that is smaller.
+
+        Masks over a base of a wider dtype may take more than they save.
+        """
+        tasks = tuple(range(len(self.layout.tasks)))
+        merged = self.groups([(tasks, None)])
+        apart = [StoredGroup((task,)) for task in tasks]
+        return self.size(
+            sum(min(self.bytes(b, merged), self.bytes(b, apart)) for b in self.layout.blocks)
+        )
+
     def size(self, shareable: int) -> Size:
         """The size of a merge that stores so many bytes of blocks."""
         unit = self.whole / len(self.layout.tasks)
@@ -86,9 +99,9 @@ class Storage:
         expected = (
             f"{least.bytes} bytes or more"
             if target.is_bytes
-            else f"{_up(least.models):g} to {most.models:g}"
+            else f"{_up(least.models):.10g} to {most.models:.10g}"
         )
-        low = f"'{least.bytes}B'" if target.is_bytes else f"{_up(least.models):g}"
+        low = f"'{least.bytes}B'" if target.is_bytes else f"{_up(least.models):.10g}"
         problem = Problem(
             "parameters.target_size",
             str(target),
@@ -204,23 +217,32 @@ class Clusters(Planner):
 
     def plan(self, target: Target) -> Plan:
         """See `Planner.plan`; the target is the number of clusters."""
-        count = len(self.storage.layout.tasks)
-        clusters = target.models
-        if clusters is None or clusters != int(clusters) or not 1 <= clusters <= count:
-            problem = Problem(
-                "parameters.target_size",
-                str(target),
-                f"a whole number of models from 1 to {count} for `channel_merging`",
-                "Write a whole number, or use `task_arithmetic` for sizes in between.",
-            )
-            raise ConfigError([problem])
+        clusters = whole_models(target, len(self.storage.layout.tasks))
         groups, total = [], 0
         for block, gram in zip(self.storage.layout.blocks, self._grams, strict=True):
-            found = kmeans_groups(gram, int(clusters), self._seed)
+            found = kmeans_groups(gram, clusters, self._seed)
             stored = tuple(self.storage.groups([(tasks, None) for tasks in found]))
             groups.append(stored)
             total += self.storage.bytes(block, stored)
         return Plan(tuple(groups), self.storage.size(total))
+
+
+def whole_models(target: Target, count: int) -> int:
+    """The number of clusters that a target of `channel_merging` means.
+
+    Raises:
+        ConfigError: it is not a whole number from 1 to `count`.
+    """
+    clusters = target.models
+    if clusters is None or clusters != int(clusters) or not 1 <= clusters <= count:
+        problem = Problem(
+            "parameters.target_size",
+            str(target),
+            f"a whole number of models from 1 to {count} for `channel_merging`",
+            "Write a whole number, or use `task_arithmetic` for sizes in between.",
+        )
+        raise ConfigError([problem])
+    return int(clusters)
 
 
 def _up(value: float) -> float:

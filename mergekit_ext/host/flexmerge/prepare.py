@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.layout import Layout, Naming, make_layout
-from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
-from mergekit_ext.flexmerge.plan import Storage
+from mergekit_ext.flexmerge.plan import Storage, whole_models
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
-from mergekit_ext.host.checks.models import ModelFacts, read_model
+from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.checks.support import listing, quiet
+from mergekit_ext.host.flexmerge.checks import (
+    check_family,
+    check_supported,
+    task_items,
+    task_names,
+)
 from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
 from mergekit_ext.host.lore_method import layout_of
 
@@ -67,7 +71,7 @@ def check(
     source: str | Mapping[str, Any] | None = None,
     pending: Collection[str] = (),
 ) -> tuple[CheckReport, Prepared | None]:
-    """Check a FlexMerge; the second value is None if there are problems."""
+    """Check a FlexMerge; the second value is None if there are problems, or models to come."""
     findings = Findings()
     with quiet():
         if source is not None:
@@ -81,12 +85,8 @@ def _prepare(
     config: Any, options: Any, findings: Findings, pending: Collection[str]
 ) -> Prepared | None:
     check_settings(config, options, findings)
-    _unsupported(config, options, findings)
-    items = [
-        (f"models[{i}]", item)
-        for i, item in enumerate(config.models or ())
-        if item.model != config.base_model
-    ]
+    check_supported(config, options, findings)
+    items = task_items(config, findings)
     seed = DEFAULT_SEED if options.random_seed is None else options.random_seed
     written = read_parameters(
         config.parameters or {},
@@ -94,20 +94,23 @@ def _prepare(
         seed,
         findings,
     )
-    tasks = _task_names(items, findings)
+    tasks = task_names(items, findings)
     facts = {
         model: read_model(model, where, options, findings, pending)
         for where, model in references(groups_of(config), config.base_model)
     }
-    _same_family(facts, config.base_model, findings)
+    check_family(facts, config.base_model, findings)
     if findings.count or written is None or config.base_model is None:
+        return None
+    if any(fact.pending for fact in facts.values()):
+        findings.note("Nothing is estimated: a model is the result of another document.")
         return None
     base = facts[config.base_model]
     models = [facts[item.model] for _, item in items]
     naming = naming_for(base.config, written.shared)
     headers = [fact.tensors or {} for fact in models]
     layout = make_layout(tasks, base.tensors or {}, headers, naming)
-    if not layout.blocks:
+    if not any(block.size for block in layout.blocks):
         findings.problem(
             "models",
             "no tensor that the base and all models have in one shape and a floating dtype",
@@ -138,88 +141,6 @@ def naming_for(config: Any, shared: Mapping[str, Any]) -> Naming:
     )
 
 
-def _unsupported(config: Any, options: Any, findings: Findings) -> None:
-    if config.base_model is None:
-        findings.problem(
-            "base_model",
-            "nothing",
-            "the model that the others were fine-tuned from",
-            "Add `base_model:`; FlexMerge compares and merges task vectors.",
-        )
-    for key in ("slices", "modules"):
-        if getattr(config, key):
-            findings.problem(
-                key,
-                f"`{key}:`",
-                "`models:`, because `flexmerge` keeps whole models apart",
-                "List the models under `models:`.",
-            )
-    for key in ("tokenizer", "tokenizer_source", "chat_template"):
-        if getattr(config, key, None):
-            findings.problem(
-                key,
-                f"`{key}:`",
-                "none: each task keeps its own model's tokenizer and chat template",
-                f"Remove `{key}:`.",
-            )
-    if options.multi_gpu:
-        findings.note("--multi-gpu: `flexmerge` uses one device.")
-
-
-def _task_names(items: Sequence[tuple[str, Any]], findings: Findings) -> list[str]:
-    if len(items) < 2:
-        findings.problem(
-            "models",
-            f"{len(items)} model{'s' if len(items) != 1 else ''} besides the base",
-            "at least 2",
-            "Add models.",
-        )
-    names = []
-    for where, item in items:
-        given = (item.parameters or {}).get("task")
-        name = str(given) if given is not None else Path(item.model.model.path).name
-        names.append(name)
-        problem = task_name_problem(name)
-        if problem is not None:
-            findings.problem(
-                f"{where}.parameters.task",
-                repr(name),
-                f"a name for the task's folder: {problem}",
-                "Write another `task:`.",
-            )
-    for one, other in colliding_names(names):
-        findings.problem(
-            "models",
-            f"two tasks called {one!r} and {other!r}",
-            "a name of its own for each task (upper and lower case are the same)",
-            "Give one of them another `task:` under its `parameters:`.",
-        )
-    return names
-
-
-def _same_family(facts: Mapping[Any, ModelFacts], base: Any, findings: Findings) -> None:
-    kinds = {
-        model: fact.config.model_type for model, fact in facts.items() if fact.config is not None
-    }
-    if base in kinds:
-        for model, kind in kinds.items():
-            if kind != kinds[base]:
-                findings.problem(
-                    facts[model].where,
-                    f"a model of type {kind}",
-                    f"{kinds[base]}, the type of the base model {base}",
-                    "Merge fine-tunes of one base.",
-                )
-    for fact in facts.values():
-        if fact.config is not None and fact.tensors is None and not fact.pending:
-            findings.problem(
-                fact.where,
-                f"{fact.reference}, whose tensors are not known",
-                "a folder with weights",
-                "Download the model first.",
-            )
-
-
 def _notes(prepared: Prepared, findings: Findings) -> None:
     layout = prepared.layout
     kinds: dict[str, int] = {}
@@ -242,14 +163,12 @@ def _notes(prepared: Prepared, findings: Findings) -> None:
 
 
 def _reachable(prepared: Prepared, findings: Findings) -> None:
-    if prepared.written.algorithm.kmeans:
-        return
-    storage, tasks = prepared.storage, tuple(range(len(prepared.layout.tasks)))
-    least = storage.size(
-        sum(storage.bytes(b, storage.groups([(tasks, None)])) for b in prepared.layout.blocks)
-    )
+    storage = prepared.storage
     try:
-        storage.require_reachable(prepared.target, least)
+        if prepared.written.algorithm.kmeans:
+            whole_models(prepared.target, len(prepared.layout.tasks))
+        else:
+            storage.require_reachable(prepared.target, storage.least)
     except ConfigError as error:
         findings.extend(error.problems)
 

@@ -1,0 +1,122 @@
+"""What is checked of a FlexMerge's models and settings before their tensors are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
+from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.host.checks.report import Findings
+
+
+def check_supported(config: Any, options: Any, findings: Findings) -> None:
+    """What mergekit's configuration can say and FlexMerge cannot do."""
+    if config.base_model is None:
+        findings.problem(
+            "base_model",
+            "nothing",
+            "the model that the others were fine-tuned from",
+            "Add `base_model:`; FlexMerge compares and merges task vectors.",
+        )
+    for key in ("slices", "modules"):
+        if getattr(config, key):
+            findings.problem(
+                key,
+                f"`{key}:`",
+                "`models:`, because `flexmerge` keeps whole models apart",
+                "List the models under `models:`.",
+            )
+    for key in ("tokenizer", "tokenizer_source", "chat_template"):
+        if getattr(config, key, None):
+            findings.problem(
+                key,
+                f"`{key}:`",
+                "none: each task keeps its own model's tokenizer and chat template",
+                f"Remove `{key}:`.",
+            )
+    if options.multi_gpu:
+        findings.note("--multi-gpu: `flexmerge` uses one device.")
+
+
+def task_items(config: Any, findings: Findings) -> list[tuple[str, Any]]:
+    """The entries of ``models:`` that are tasks, with their places."""
+    tasks: list[tuple[str, Any]] = []
+    seen: dict[Any, str] = {}
+    for index, item in enumerate(config.models or ()):
+        where = f"models[{index}]"
+        if item.model in seen:
+            findings.problem(
+                f"{where}.model",
+                f"{item.model}, which {seen[item.model]} already names",
+                "each model once",
+                "Remove one of the two.",
+            )
+        seen.setdefault(item.model, where)
+        if item.model != config.base_model:
+            tasks.append((where, item))
+        elif item.parameters:
+            findings.problem(
+                f"{where}.parameters",
+                f"{', '.join(item.parameters)} for {item.model}, the base of the merge",
+                "no parameters: the base is not a task",
+                "Remove them.",
+            )
+    if len(tasks) < 2 and not (config.slices or config.modules):
+        findings.problem(
+            "models",
+            f"{len(tasks)} model{'s' if len(tasks) != 1 else ''} besides the base",
+            "at least 2",
+            "Add models.",
+        )
+    return tasks
+
+
+def task_names(items: Sequence[tuple[str, Any]], findings: Findings) -> list[str]:
+    """The tasks' names, as given or from the models' paths."""
+    names = []
+    for where, item in items:
+        given = (item.parameters or {}).get("task")
+        name = str(given) if given is not None else Path(item.model.model.path).name
+        names.append(name)
+        problem = task_name_problem(name)
+        if problem is not None:
+            findings.problem(
+                f"{where}.parameters.task",
+                repr(name),
+                f"a name for the task's folder: {problem}",
+                "Write another `task:`.",
+            )
+    for one, other in colliding_names(names):
+        findings.problem(
+            "models",
+            f"two tasks called {one!r} and {other!r}",
+            "a name of its own for each task (upper and lower case are the same)",
+            "Give one of them another `task:` under its `parameters:`.",
+        )
+    return names
+
+
+def check_family(facts: Mapping[Any, ModelFacts], base: Any, findings: Findings) -> None:
+    """All models must be of the base's type, and their tensors known."""
+    kinds = {
+        model: fact.config.model_type for model, fact in facts.items() if fact.config is not None
+    }
+    if base in kinds:
+        for model, kind in kinds.items():
+            if kind != kinds[base]:
+                findings.problem(
+                    facts[model].where,
+                    f"a model of type {kind}",
+                    f"{kinds[base]}, the type of the base model {base}",
+                    "Merge fine-tunes of one base.",
+                )
+    for fact in facts.values():
+        if fact.config is not None and fact.tensors is None and not fact.pending:
+            findings.problem(
+                fact.where,
+                f"{fact.reference}, whose tensors are not known",
+                "a folder with weights",
+                "Download the model first.",
+            )

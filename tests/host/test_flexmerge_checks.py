@@ -1,0 +1,431 @@
+"""`merge_method: flexmerge`: what is wrong is said at once, before a weight is read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+import mergekit_ext
+from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.flexmerge.algorithms import ALGORITHMS
+from mergekit_ext.flexmerge.source import FileSource
+from mergekit_ext.host.checks import check_merge, check_source
+from tests import models as small
+
+QUIET = MergeOptions(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    return small.family(tmp_path_factory.mktemp("llama"), small.llama)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return small.family(tmp_path_factory.mktemp("bert"), small.bert, amounts=(0.01,))[1][0]
+
+
+@pytest.fixture
+def content(llamas):
+    base, tuned = llamas
+    return small.config("flexmerge", tuned, base, {"target_size": 2})
+
+
+def problems_of(content: Mapping[str, Any], options: Any = QUIET) -> Sequence[Problem]:
+    config = MergeConfiguration.model_validate(dict(content))
+    return check_merge(config, options, dict(content)).problems
+
+
+def places(content: Mapping[str, Any]) -> list[str]:
+    return [problem.where for problem in problems_of(content)]
+
+
+def only(content: Mapping[str, Any]) -> Problem:
+    (problem,) = problems_of(content)
+    return problem
+
+
+def put(content, **parameters):
+    content["parameters"].update(parameters)
+    return content
+
+
+def test_a_good_one_has_no_problems_and_says_what_it_will_do(content):
+    config = MergeConfiguration.model_validate(content)
+    report = check_merge(config, QUIET, content)
+    assert not report.problems
+    # 3 layers of attention, MLP and two norms; embedding, last norm and head.
+    assert "15 blocks" in " ".join(report.notes)
+    assert report.estimate.bytes_written > 0
+
+
+def test_defaults_are_enough_for_every_algorithm(content):
+    for name in ALGORITHMS:
+        target = 2.9 if ALGORITHMS[name].masks else 2
+        assert not problems_of(put(content, algorithm=name, target_size=target))
+
+
+# Target sizes
+
+
+def test_no_target(content):
+    del content["parameters"]["target_size"]
+    problem = only(content)
+    assert problem.where == "parameters.target_size"
+    assert "2.25" in problem.expected
+
+
+@pytest.mark.parametrize("value", ["abc", 0, -1, -0.5, "0", True, "5 parsecs", "-1GB", 10**400])
+def test_no_size(content, value):
+    problem = only(put(content, target_size=value))
+    assert problem.where == "parameters.target_size"
+    assert "a number of models such as 2.25" in problem.expected
+
+
+@pytest.mark.parametrize(
+    ("value", "algorithm", "expected"),
+    [
+        (0.99, "task_arithmetic", "1 to 3"),
+        (3.01, "task_arithmetic", "1 to 3"),
+        (100, "average", "1 to 3"),
+        ("10kB", "average", "bytes or more"),
+        (1, "emr", " to 3"),
+        (2, "consensus", " to 3"),
+        (2.5, "channel_merging", "a whole number of models from 1 to 3"),
+        (4, "channel_merging", "a whole number of models from 1 to 3"),
+        ("900kB", "channel_merging", "a whole number of models from 1 to 3"),
+    ],
+)
+def test_sizes_that_cannot_be(content, value, algorithm, expected):
+    problem = only(put(content, target_size=value, algorithm=algorithm))
+    assert problem.where == "parameters.target_size"
+    assert expected in problem.expected
+
+
+@pytest.mark.parametrize("algorithm", ["average", "emr"])
+def test_the_smallest_that_is_named_is_accepted(content, algorithm):
+    remedy = only(put(content, target_size=0.5, algorithm=algorithm)).remedy
+    named = float(remedy.split()[1])
+    assert not problems_of(put(content, target_size=named))
+    assert problems_of(put(content, target_size=named - 0.001))
+    remedy = only(put(content, target_size="1kB")).remedy
+    named = remedy.split()[1].strip("'")
+    assert not problems_of(put(content, target_size=named))
+    assert problems_of(put(content, target_size=f"{int(named[:-1]) - 1}B"))
+
+
+def test_masks_over_a_wider_base_do_not_forbid_keeping_everything(tmp_path):
+    base, tuned = small.family(tmp_path, small.llama)
+    for folder in tuned:
+        state = {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    content = small.config("flexmerge", tuned, base, {"target_size": 3, "algorithm": "emr"})
+    assert not problems_of(content)
+
+
+# Parameters
+
+
+def test_the_nearest_names(content):
+    problem = only(put(content, algorithm="task_aritmetic"))
+    assert problem.where == "parameters.algorithm"
+    assert "task_arithmetic" in problem.remedy
+    put(content, algorithm="ties", desnity=0.2)
+    content["models"][1]["parameters"] = {"wieght": 2}
+    found = {p.where: p for p in problems_of(content)}
+    assert "density" in found["parameters.desnity"].remedy
+    assert "weight" in found["models[1].parameters.wieght"].remedy
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("value", [3, ["ties", "average"], True, ""])
+def test_an_algorithm_that_is_no_name(content, value):
+    assert "parameters.algorithm" in places(put(content, algorithm=value))
+
+
+def test_parameters_of_another_algorithm(content):
+    problem = only(put(content, algorithm="average", density=0.3))
+    assert problem.where == "parameters.density"
+    assert "neither `flexmerge` nor the algorithm has" in problem.found
+    del content["parameters"]["density"]
+    put(content, algorithm="emr", target_size=2.9, **{"lambda": 1.0})
+    assert only(content).where == "parameters.lambda"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("granularity", "block"),
+        ("granularity", float("nan")),
+        ("linkage", "single"),
+        ("order", "gredy"),
+        ("trim_scope", "layer"),
+        ("similarity_on", "merged"),
+        ("heads", "shared"),
+        ("dare_density", 0),
+        ("dare_density", 1.5),
+        ("lambda", float("nan")),
+        ("lambda", float("inf")),
+        ("lambda", "much"),
+        ("weight", float("nan")),
+        ("density", 0),
+        ("density", 1.1),
+        ("density", -0.1),
+    ],
+)
+def test_values_that_cannot_be(content, name, value):
+    algorithm = "ties" if name in ("density", "trim_scope", "similarity_on") else "task_arithmetic"
+    problem = only(put(content, algorithm=algorithm, **{name: value}))
+    assert problem.where == f"parameters.{name}"
+
+
+def test_the_nearest_value(content):
+    assert "greedy" in only(put(content, order="gredy")).remedy
+
+
+@pytest.mark.parametrize("value", [[0.1, 0.5], [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]])
+def test_gradients_and_filters(content, value):
+    put(content, algorithm="ties", density=value)
+    content["models"][0]["parameters"] = {"weight": value}
+    found = problems_of(content)
+    assert [p.where for p in found] == ["parameters.density", "models[0].parameters.weight"]
+    assert all("no gradients and filters" in p.expected for p in found)
+
+
+def test_shared_parameters_under_a_model_and_the_other_way_round(content):
+    content["models"][1]["parameters"] = {"target_size": 2, "lambda": 1.0}
+    content["parameters"]["task"] = "x"
+    assert sorted(places(content)) == [
+        "models[1].parameters.lambda",
+        "models[1].parameters.target_size",
+        "parameters.task",
+    ]
+
+
+def test_trimming_parameters_without_trimming(content):
+    put(content, trim_scope="block", similarity_on="trimmed")
+    assert places(content) == ["parameters.trim_scope", "parameters.similarity_on"]
+    assert not problems_of(put(content, algorithm="ties"))
+
+
+def test_dare_changes_magnitudes_so_that_a_whole_models_are_not_known(content):
+    put(content, algorithm="ties", dare_density=0.5)
+    assert only(content).where == "parameters.trim_scope"
+    assert only(put(content, trim_scope="model")).where == "parameters.trim_scope"
+    assert not problems_of(put(content, trim_scope="block"))
+
+
+def test_methods_of_two(content):
+    for name in ("slerp", "nuslerp", "passthrough", "flexmerge"):
+        assert "parameters.algorithm" in places(put(content, algorithm=name)), name
+
+
+def test_required_parameters_of_registered_methods(content):
+    found = places(put(content, algorithm="linear"))
+    assert found == [f"models[{i}].parameters.weight" for i in range(3)]
+    assert not problems_of(put(content, weight=1.0))
+
+
+# Models and tasks
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "shards", "SHARDS", "-x", "a b", "x" * 101])
+def test_names_that_cannot_be_folders(content, name):
+    content["models"][1]["parameters"] = {"task": name}
+    problem = only(content)
+    assert problem.where == "models[1].parameters.task"
+    assert repr(name) in problem.found
+
+
+@pytest.mark.parametrize("name", [5, 1.5, ["x"]])
+def test_names_that_are_no_text(content, name):
+    content["models"][1]["parameters"] = {"task": name}
+    assert set(places(content)) == {"models[1].parameters.task"}
+
+
+def test_folders_whose_names_cannot_be_tasks(content, tmp_path):
+    shutil.copytree(content["models"][0]["model"], tmp_path / "my model")
+    content["models"][0]["model"] = str(tmp_path / "my model")
+    assert only(content).where == "models[0].parameters.task"
+    content["models"][0]["parameters"] = {"task": "mine"}
+    assert not problems_of(content)
+
+
+def test_names_that_collide(content):
+    content["models"][0]["parameters"] = {"task": "Same"}
+    content["models"][2]["parameters"] = {"task": "same"}
+    problem = only(content)
+    assert "'Same'" in problem.found
+    assert "'same'" in problem.found
+
+
+def test_a_model_twice(content):
+    content["models"].append(
+        {"model": content["models"][0]["model"], "parameters": {"task": "again"}}
+    )
+    problem = only(content)
+    assert problem.where == "models[3].model"
+    assert "models[0]" in problem.found
+
+
+def test_the_base_among_the_models(content):
+    content["models"].insert(0, {"model": content["base_model"]})
+    assert not problems_of(content)
+    content["models"][0]["parameters"] = {"weight": 2.0}
+    assert only(content).where == "models[0].parameters"
+
+
+def test_no_base(content):
+    del content["base_model"]
+    assert only(content).where == "base_model"
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few(content, count):
+    del content["models"][count:]
+    content["models"].append({"model": content["base_model"]})
+    problem = only(put(content, target_size=1))
+    assert (problem.where, problem.expected) == ("models", "at least 2")
+
+
+def test_another_architecture(content, bert):
+    content["models"][1] = {"model": str(bert), "parameters": {"task": "bert"}}
+    problem = only(content)
+    assert problem.where == "models[1].model"
+    assert "bert" in problem.found
+    assert "llama" in problem.expected
+
+
+def test_a_folder_that_is_not_there(content):
+    content["models"][1]["model"] = "/nowhere/at/all"
+    assert any(place.startswith("models[1]") for place in places(content))
+
+
+def test_slices(content):
+    models = content.pop("models")
+    content["slices"] = [
+        {"sources": [{"model": m["model"], "layer_range": [0, 3]} for m in models]}
+    ]
+    assert "slices" in places(content)
+    assert "models" not in places(content)
+
+
+def test_tokenizers(content):
+    content["tokenizer_source"] = "base"
+    assert "tokenizer_source" in places(content)
+    del content["tokenizer_source"]
+    content["chat_template"] = "auto"
+    assert places(content) == ["chat_template"]
+
+
+def test_dtypes(content):
+    content["dtype"] = "int8"
+    assert places(content) == ["dtype"]
+
+
+def test_nothing_in_common(content, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(content["models"][0]["model"], folder)
+    save_file({"other.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    content["models"][0]["model"] = str(folder)
+    assert only(content).where == "models"
+
+
+def test_only_empty_tensors_in_common(content, tmp_path):
+    for index in range(3):
+        folder = tmp_path / f"m{index}"
+        shutil.copytree(content["models"][index]["model"], folder)
+        save_file({"x.weight": torch.ones(0, 2)}, folder / "model.safetensors", {"format": "pt"})
+        content["models"][index]["model"] = str(folder)
+    shutil.copytree(content["base_model"], tmp_path / "base")
+    shutil.copyfile(folder / "model.safetensors", tmp_path / "base" / "model.safetensors")
+    content["base_model"] = str(tmp_path / "base")
+    assert only(content).where == "models"
+
+
+def test_private_tensors_are_told(content, tmp_path):
+    folder = tmp_path / "larger"
+    shutil.copytree(content["models"][0]["model"], folder)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = torch.randn(70, 32)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    content["models"][0]["model"] = str(folder)
+    report = check_merge(MergeConfiguration.model_validate(content), QUIET, content)
+    notes = " ".join(report.notes)
+    assert not report.problems
+    assert "private to larger, 8960 bytes: lm_head.weight" in notes
+    assert "come on top of `target_size`" in notes
+
+
+# All at once
+
+
+def test_everything_at_once_and_no_weight_is_read(content, bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileSource, "read", lambda *a: pytest.fail("a weight was read"))
+    put(content, target_size="abc", algorithm="average", density=2, order="gredy", task="x")
+    content["models"][0]["parameters"] = {"task": ".."}
+    content["models"][1]["parameters"] = {"wight": 1}
+    content["models"][2]["model"] = str(bert)
+    content["tokenizer_source"] = "base"
+    content["unknown_key"] = 1
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "something").touch()
+    with pytest.raises(ConfigError) as caught:
+        mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET)
+    found = {problem.where for problem in caught.value.problems}
+    assert found >= {
+        "parameters.target_size",
+        "parameters.density",
+        "parameters.order",
+        "parameters.task",
+        "models[0].parameters.task",
+        "models[1].parameters.wight",
+        "models[2].model",
+        "tokenizer_source",
+        "unknown_key",
+        "OUT_PATH",
+    }
+    assert "nothing was written" in str(caught.value)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["something"]
+
+
+def test_unreachable_sizes_are_found_before_weights_are_read(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileSource, "read", lambda *a: pytest.fail("a weight was read"))
+    for given in ({"target_size": 5}, {"target_size": 2.5, "algorithm": "channel_merging"}):
+        with pytest.raises(ConfigError, match="target_size"):
+            mergekit_ext.merge(yaml.safe_dump(put(content, **given)), tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_of_what_another_document_will_write(content):
+    first = copy.deepcopy(content)
+    first |= {"merge_method": "linear", "name": "mean", "parameters": {"weight": 1.0}}
+    content["models"][0]["model"] = "mean"
+    text = yaml.safe_dump_all([first, content])
+    reports = check_source(text, QUIET)
+    assert [list(report.problems) for _, report in reports] == [[], []]
+
+
+def test_yaml_that_pydantic_refuses(content):
+    text = yaml.safe_dump({**content, "models": 3})
+    ((_, report),) = check_source(text, QUIET)
+    assert report.problems
+
+
+def test_a_config_of_a_model_that_is_broken(content, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(content["models"][0]["model"], folder)
+    Path(folder / "config.json").write_text(json.dumps({}))
+    content["models"][0]["model"] = str(folder)
+    assert places(content)
