@@ -24,13 +24,15 @@ def flexmerge_section(
         [kind, str(blocks), f"{groups / blocks:.2f} of {count}"]
         for kind, (blocks, groups) in kinds.items()
     ]
+    private = size["private_bytes"]
+    apart = f", and {private:,.0f} bytes that only one task each has" if private else ""
     plain = [name for name, ordinary in tasks if ordinary]
     masked = [name for name, ordinary in tasks if not ordinary]
     lines = [
         "### FlexMerge",
         "",
-        f"{count} tasks in the space of {size['models']:.4g} models "
-        f"({size['bytes']:,.0f} bytes, {size['private_bytes']:,.0f} of them private).",
+        f"{count} tasks in the space of {size['models']:.4g} models{apart}: "
+        f"{size['bytes']:,.0f} bytes in all.",
         "",
     ]
     if plain:
@@ -39,7 +41,8 @@ def flexmerge_section(
         lines += [
             f"Stored as masks: {', '.join(masked)}. Load these with "
             "`mergekit_ext.flexmerge.load(folder, task=...)`, or write an ordinary folder with "
-            "`mergekit-ext export`.",
+            "`mergekit-ext export folder task out`. The base and the masks come on top of the "
+            "copies below.",
             "",
         ]
     lines.append(table(["blocks", "number", "mean copies"], rows))
