@@ -13,7 +13,7 @@ from mergekit_ext.flexmerge.layout import Layout, Naming, make_layout
 from mergekit_ext.flexmerge.plan import Storage, whole_models
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.headers import TensorHeader
-from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
+from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.models import read_model
@@ -123,6 +123,7 @@ def _prepare(
         config.base_model, [item.model for _, item in items], naming, layout, written, forced
     )
     _notes(prepared, findings)
+    _tied_notes(layout, base.config, findings)
     _reachable(prepared, findings)
     return prepared
 
@@ -141,8 +142,21 @@ def naming_for(config: Any, shared: Mapping[str, Any]) -> Naming:
     )
 
 
+def _tied_notes(layout: Layout, config: Any, findings: Findings) -> None:
+    names = [part.name for block in layout.blocks for part in block.parts]
+    for group in tied_groups(names, bool(getattr(config, "tie_word_embeddings", False))):
+        if len(group) > 1:
+            findings.note(f"tied, and so in one block: {', '.join(sorted(group))}.")
+
+
 def _notes(prepared: Prepared, findings: Findings) -> None:
     layout = prepared.layout
+    if not prepared.written.algorithm.kmeans:
+        low, high = prepared.storage.least, prepared.storage.size(prepared.storage.whole)
+        findings.note(
+            f"sizes from {low.models:.4g} ({low.bytes:,} bytes) to {high.models:.4g} "
+            f"({high.bytes:,} bytes) can be reached."
+        )
     kinds: dict[str, int] = {}
     for block in layout.blocks:
         kinds[block.kind] = kinds.get(block.kind, 0) + 1
