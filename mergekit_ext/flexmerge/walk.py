@@ -16,7 +16,7 @@ from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
-from mergekit_ext.kernels.numerics import count_non_finite
+from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,13 @@ class _Reconstructed:
     def of(self, task: int) -> Mapping[str, Tensor]:
         mask = unpack_bits(self.masks[task], self.block.size)
         rescale = self.rescale[task]
-        return {
-            part.name: reconstruct(
-                self.base[part.name],
-                self.unified[part.name],
-                mask[part.slice],
-                rescale,
-                self.unified[part.name].dtype,
-            )
-            for part in self.block.parts
-        }
+        found = {}
+        for part in self.block.parts:
+            base, unified = self.base[part.name], self.unified[part.name]
+            made = reconstruct(base, unified, mask[part.slice], rescale, unified.dtype)
+            _require_finite(part.name, made)
+            found[part.name] = made
+        return found
 
 
 _Stored: TypeAlias = "_Dense | _Reconstructed"
@@ -114,6 +111,9 @@ class Walk:
         """Every tensor of one task at the present size, as a checkpoint of that size holds it.
 
         On the CPU. Not to be written to: other tasks and later sizes have the same tensors.
+
+        Raises:
+            MergeError: a reconstructed tensor is not finite in its dtype.
         """
         found = dict(self._private[task])
         for groups in self._now:
@@ -165,7 +165,8 @@ def _key(group: StoredGroup) -> StoredGroup:
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
-    if count := count_non_finite(tensor):
+    if not all_finite(tensor):
+        count = count_non_finite(tensor)
         raise MergeError(
             f"{name}: {count} of {tensor.numel()} merged values are not finite in {tensor.dtype}, "
             "although all inputs are; a merge of this size would stop here. Choose a wider "

@@ -17,13 +17,17 @@ from torch import Tensor
 
 import mergekit_ext
 from mergekit_ext.errors import MergeError
-from mergekit_ext.flexmerge.plan import Plan
+from mergekit_ext.flexmerge.algorithms import ALGORITHMS
+from mergekit_ext.flexmerge.algorithms.base import Parameters
+from mergekit_ext.flexmerge.manifest import MASKED, Size
+from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.walk import Walk
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.sources import open_inputs
+from tests.flexmerge import inputs as memory
 from tests.models import bert, config, family, llama, state
 
 OPTIONS = MergeOptions(quiet=True)
@@ -56,7 +60,7 @@ def content(
     inputs: tuple[Path, Sequence[Path]], parameters: Mapping[str, Any], **keys: Any
 ) -> dict[str, Any]:
     base, models = inputs
-    return config("flexmerge", models, base, {"target_size": 2.5, **parameters}, **keys)
+    return config("flexmerge", models, base, {"target_size": 3.0, **parameters}, **keys)
 
 
 def engine(document: Mapping[str, Any], folder: Path) -> Engine:
@@ -250,6 +254,20 @@ def test_a_merge_that_leaves_the_range_is_an_error(llamas: Any, tmp_path: Path) 
     walk = walk_of(made)
     with pytest.raises(MergeError, match=r"not finite in torch\.float16"):
         walk.go(some_plans(made)[-1])
+
+
+def test_a_reconstruction_that_leaves_the_range_is_an_error() -> None:
+    # The second model is rescaled by 7, as all but one seventh of it is masked.
+    moves = [[5e3, -4e4], [5e3, 3e4], [5e3, -4e4]]
+    base = {"mlp.up": torch.tensor([6e4, 0.0], dtype=torch.float16)}
+    models = [{"mlp.up": (base["mlp.up"].double() + torch.tensor(m)).half()} for m in moves]
+    reader = memory.reader(base, models)
+    emr = ALGORITHMS["emr"](Parameters({}, [{}, {}, {}]))
+    walk = Walk(reader, emr)
+    walk.go(Plan(((StoredGroup((0, 1, 2), MASKED),),), Size(1.0, 1, 1, 0)))
+    assert torch.isfinite(walk.tensors(0)["mlp.up"]).all()
+    with pytest.raises(MergeError, match=r"mlp\.up: 1 of 2 merged values are not finite"):
+        walk.tensors(1)
 
 
 def test_the_manifest_agrees(llamas: Any, tmp_path: Path) -> None:
