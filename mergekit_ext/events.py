@@ -30,21 +30,26 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class MergeBegin(Event):
-    """The checks have passed and the graph is planned; no weight has been read."""
+    """The checks have passed and the graph is planned; no weight has been read.
+
+    `tensors` counts what will be merged: `unit`s, which are blocks for `flexmerge`.
+    """
 
     handler = "on_merge_begin"
     method: str
     output: str
     models: tuple[str, ...]
     tensors: int
+    unit: str = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
 class StatisticsBegin(Event):
-    """A pass over the inputs starts that only measures."""
+    """A pass over the inputs starts that only measures; `tensors` counts in `unit`s."""
 
     handler = "on_statistics_begin"
     tensors: int
+    unit: str = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,19 +196,19 @@ class ProgressBar(MergeCallback):
         self._file = file
         self._bar: Any = None
         self._tensors = 0
-        self._method = ""
+        self._method, self._unit = "", "tensor"
 
-    def _start(self, description: str, total: int) -> None:
+    def _start(self, description: str, total: int, unit: str) -> None:
         import tqdm  # only who watches pays for it
 
         self.close()
-        self._bar = tqdm.tqdm(total=total, desc=description, unit="tensor", file=self._file)
+        self._bar = tqdm.tqdm(total=total, desc=description, unit=unit, file=self._file)
 
     def on_merge_begin(self, event: MergeBegin) -> None:
-        self._method, self._tensors = event.method, event.tensors
+        self._method, self._tensors, self._unit = event.method, event.tensors, event.unit
 
     def on_statistics_begin(self, event: StatisticsBegin) -> None:
-        self._start("Measuring norms", event.tensors)
+        self._start("Measuring", event.tensors, event.unit)
 
     def on_tensor_measured(self, event: TensorMeasured) -> None:
         self._bar.update()
@@ -225,7 +230,7 @@ class ProgressBar(MergeCallback):
 
     def _merging(self) -> Any:
         if self._bar is None:
-            self._start(f"Merging ({self._method})", self._tensors)
+            self._start(f"Merging ({self._method})", self._tensors, self._unit)
         return self._bar
 
     def close(self) -> None:

@@ -76,7 +76,7 @@ class Engine:
             return found
         started = time.perf_counter()
         passes = 1 if densities is None or all(d >= 1 for d in densities) else 2
-        self._emit(StatisticsBegin(passes * len(self._inputs.layout.blocks)))
+        self._emit(StatisticsBegin(passes * len(self._inputs.layout.blocks), "block"))
         made = analyse(self.reader, densities, self._measured)
         if found is not None:
             made = Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})
@@ -95,7 +95,7 @@ class Engine:
         blocks = self._inputs.layout.blocks
         found = self.analysis.grams
         if self._prepared.written.shared["similarity_on"] == "trimmed":
-            self._emit(StatisticsBegin(len(blocks)))
+            self._emit(StatisticsBegin(len(blocks), "block"))
             started = time.perf_counter()
             found = trimmed_grams(self.reader, self.algorithm, self.cuts, self._measured)
             self._emit(StatisticsEnd({}, time.perf_counter() - started))

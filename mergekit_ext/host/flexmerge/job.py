@@ -31,7 +31,9 @@ def write(config: Any, folder: Path, options: Any, source: str, session: Session
     assert prepared is not None
     inputs = open_inputs(prepared, options)
     models = tuple(str(model) for model in (prepared.base, *prepared.models))
-    session.emit(MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks)))
+    session.emit(
+        MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks), "block")
+    )
     neighbours = Path(session.output or folder).resolve().parent
     engine = Engine(prepared, inputs, options, neighbours, session.emit)
     plan = engine.planner.plan(prepared.target)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.flexmerge.layout import Layout, Naming, make_layout
+from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
 from mergekit_ext.flexmerge.plan import Storage, whole_models
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.headers import TensorHeader
@@ -107,9 +107,9 @@ def _prepare(
         return None
     base = facts[config.base_model]
     models = [facts[item.model] for _, item in items]
-    naming = naming_for(base.config, written.shared)
-    headers = [fact.tensors or {} for fact in models]
-    layout = make_layout(tasks, base.tensors or {}, headers, naming)
+    naming = naming_for([fact.config for fact in (base, *models)], written.shared)
+    first, *others = complete_ties([fact.tensors or {} for fact in (base, *models)], naming)
+    layout = make_layout(tasks, first, others, naming)
     if not any(block.size for block in layout.blocks):
         findings.problem(
             "models",
@@ -128,9 +128,9 @@ def _prepare(
     return prepared
 
 
-def naming_for(config: Any, shared: Mapping[str, Any]) -> Naming:
-    """How the names of this model become blocks."""
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+def naming_for(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
+    """How the names of these models become blocks."""
+    tied = all(getattr(config, "tie_word_embeddings", False) for config in configs)
     granularity = shared["granularity"]
     merges_heads = shared["heads"] == "merged"
     return Naming(
@@ -139,6 +139,7 @@ def naming_for(config: Any, shared: Mapping[str, Any]) -> Naming:
         depth=depth_of,
         private=lambda name: not merges_heads and is_task_head(name),
         matrices=layout_of,
+        ties=lambda names: tied_groups(names, tied),
     )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.layout import Layout, make_layout
+from mergekit_ext.flexmerge.layout import Layout, complete_ties, make_layout
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
-from mergekit_ext.headers import read_folder
+from mergekit_ext.headers import TensorHeader, read_folder
 from mergekit_ext.host.flexmerge.prepare import Prepared
 
 
@@ -45,14 +45,10 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
 
     cache = LoaderCache()
     cache.setup(options=options)
-    opened = [_open(reference, options, cache) for reference in (prepared.base, *prepared.models)]
-    (base, _), *models = opened
-    layout = make_layout(
-        prepared.layout.tasks,
-        base.tensors,
-        [source.tensors for source, _ in models],
-        prepared.naming,
-    )
+    references = (prepared.base, *prepared.models)
+    folders = [_fetch(reference, options) for reference in references]
+    headers = complete_ties([read_folder(folder) for folder in folders], prepared.naming)
+    layout = make_layout(prepared.layout.tasks, headers[0], headers[1:], prepared.naming)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
         problem = Problem(
             "models",
@@ -61,21 +57,26 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
             "Try again.",
         )
         raise ConfigError([problem])
-    return Inputs(layout, base, [s for s, _ in models], [folder for _, folder in models])
-
-
-def _open(reference: Any, options: Any, cache: Any) -> tuple[Source, Path]:
-    folder = Path(
-        reference.merged(
-            cache_dir=options.lora_merge_cache,
-            trust_remote_code=options.trust_remote_code,
-            lora_merge_dtype=options.lora_merge_dtype,
-        ).local_path(cache_dir=options.transformers_cache)
+    base, *models = (
+        _open(reference, folder, tensors, cache)
+        for reference, folder, tensors in zip(references, folders, headers, strict=True)
     )
-    tensors = read_folder(folder)
+    return Inputs(layout, base, models, folders[1:])
+
+
+def _fetch(reference: Any, options: Any) -> Path:
+    merged = reference.merged(
+        cache_dir=options.lora_merge_cache,
+        trust_remote_code=options.trust_remote_code,
+        lora_merge_dtype=options.lora_merge_dtype,
+    )
+    return Path(merged.local_path(cache_dir=options.transformers_cache))
+
+
+def _open(reference: Any, folder: Path, tensors: Mapping[str, TensorHeader], cache: Any) -> Source:
     name = str(reference)
     if all(header.file is not None for header in tensors.values()):
-        return FileSource(name, tensors), folder
+        return FileSource(name, tensors)
     loader = cache.get(reference)
     files = [path for path in folder.iterdir() if path.is_file()]
-    return LoadedSource(name, tensors, lambda tensor: loader.get_tensor(tensor), files), folder
+    return LoadedSource(name, tensors, lambda tensor: loader.get_tensor(tensor), files)
