@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -102,6 +102,7 @@ class Naming:
         depth: the layer that a name belongs to, if any.
         private: whether a name belongs to one task whatever its shape (a classification head).
         matrices: from a name and a number of axes to `Part.matrices`.
+        ties: of names, those that are one tensor in the model.
     """
 
     blocks: Callable[[Sequence[str]], Mapping[str, Sequence[str]]]
@@ -109,6 +110,31 @@ class Naming:
     depth: Callable[[str], int | None]
     private: Callable[[str], bool]
     matrices: Callable[[str, int], str]
+    ties: Callable[[Collection[str]], Sequence[Collection[str]]] = lambda names: ()
+
+
+def complete_ties(
+    owners: Sequence[Mapping[str, TensorHeader]], naming: Naming
+) -> list[Mapping[str, TensorHeader]]:
+    """Let base and models (in this order) have their tied tensors under the same names.
+
+    Some files hold a tied tensor under one of its names, others under several. A name that is
+    missing is taken for another one of the same tensor. Otherwise the copy would be private to
+    those that have it, and differ from what is merged under the first name: loaders no longer tie
+    what differs.
+    """
+    completed = [dict(owner) for owner in owners]
+    written = {name for model in owners[1:] for name in model}
+    for tied in naming.ties(written):
+        names = sorted(tied)
+        added = []
+        for owner in owners:
+            found = [owner[name] for name in names if name in owner]
+            added.append({name: owner.get(name, found[0]) for name in names} if found else {})
+        if all(_shareable(added, name) for name in names):
+            for owner, headers in zip(completed, added, strict=True):
+                owner.update(headers)
+    return list(completed)
 
 
 def make_layout(
@@ -117,7 +143,7 @@ def make_layout(
     models: Sequence[Mapping[str, TensorHeader]],
     naming: Naming,
 ) -> Layout:
-    """Sort the stored tensors of m models into blocks and private ones.
+    """Sort the stored tensors of m models into blocks and private ones, after `complete_ties`.
 
     A tensor is merged if the base and every model have it in one shape and a floating dtype, and
     it is not a task's head. Everything else is private to each task that has it.

@@ -21,7 +21,7 @@ class Source(Protocol):
 
     Attributes:
         name: for messages.
-        tensors: what is stored.
+        tensors: what is stored; a header may have another name, that of the same tensor there.
         files: where, so that a change can be noticed.
     """
 
@@ -71,7 +71,7 @@ class FileSource:
     def tensor(self, name: str) -> Tensor:
         """See `Source`."""
         with safe_open(self.tensors[name].file, framework="pt") as file:
-            mapped: Tensor = file.get_tensor(name)
+            mapped: Tensor = file.get_tensor(self.tensors[name].name)
         return mapped
 
 
@@ -89,12 +89,12 @@ class LoadedSource:
 
     def read(self, name: str, out: Tensor) -> None:
         """See `Source`."""
-        stored = self._load(name).contiguous().reshape(-1)
+        stored = self._load(self.tensors[name].name).contiguous().reshape(-1)
         out.view(torch.uint8).copy_(stored.view(torch.uint8))
 
     def tensor(self, name: str) -> Tensor:
         """See `Source`."""
-        return self._load(name)
+        return self._load(self.tensors[name].name)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ NAMING = Naming(
     kind=lambda name: name.partition(".")[0],
     depth=lambda name: None,
     private=lambda name: name.startswith("head."),
-    matrices=lambda name, axes: "matrix" if axes < 3 else "flattened",
+    matrices=lambda name, axes: ("matrix", "stacked", "flattened")[max(2, min(axes, 4)) - 2],
 )
 
 
@@ -73,7 +73,8 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "mlp.down": (6, 9),
     "norm.weight": (6,),
     "gate.scale": (),
-    "conv.weight": (4, 2, 3),
+    "conv.weight": (4, 2, 3, 1),
+    "conv.experts": (2, 4, 3),
 }
 
 

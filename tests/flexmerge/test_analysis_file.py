@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -100,13 +101,7 @@ def test_a_changed_pickle_is_another_subject(tmp_path):
 
 def test_blocks_and_tasks_are_part_of_it(case, tmp_path):
     saved(case, tmp_path / "out")
-    whole = type(NAMING)(
-        lambda names: {"model": list(names)},
-        NAMING.kind,
-        NAMING.depth,
-        NAMING.private,
-        NAMING.matrices,
-    )
+    whole = dataclasses.replace(NAMING, blocks=lambda names: {"model": list(names)})
     assert find(tmp_path, case.open(naming=whole)) is None
     assert find(tmp_path, case.open(tasks=("a", "b", "d"))) is None
     case.names[1:] = case.names[:0:-1]

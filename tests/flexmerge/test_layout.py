@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from tests.flexmerge.inputs import family, layout
+from mergekit_ext.flexmerge.layout import complete_ties
+from tests.flexmerge.inputs import NAMING, family, headers, layout
 
 
 def test_blocks_come_in_order_and_their_tensors_follow_each_other():
@@ -81,3 +84,32 @@ def test_tensors_without_elements_take_part_and_take_nothing():
     mlp = layout(base, models).blocks[2]
     assert mlp.parts[-1].slice == slice(mlp.size, mlp.size)
     assert mlp.bytes((0, 1)) == 4 * (54 + 54)
+
+
+TIED = dataclasses.replace(NAMING, ties=lambda names: [{"embed.weight", "out.weight"} & set(names)])
+
+
+def completed(base, models):
+    return complete_ties([headers(base), *map(headers, models)], TIED)
+
+
+def test_a_tied_tensor_has_its_names_in_every_model():
+    base, models = family(3)
+    models[1]["out.weight"] = models[1]["embed.weight"]
+    for owner, state in zip(completed(base, models), (base, *models), strict=True):
+        assert owner.keys() == {*base, "out.weight"}
+        stored = "out.weight" if state is models[1] else "embed.weight"
+        assert owner["out.weight"].name == stored
+
+
+def test_a_tied_tensor_that_cannot_be_shared_is_left_as_it_is():
+    base, models = family(3)
+    models[1]["out.weight"] = models[1]["embed.weight"] = torch.zeros(12, 6)
+    for owner, state in zip(completed(base, models), (base, *models), strict=True):
+        assert owner.keys() == state.keys()
+
+
+def test_a_name_that_only_the_base_has_is_not_given_to_the_models():
+    base, models = family(2)
+    base["out.weight"] = base["embed.weight"]
+    assert [set(owner) for owner in completed(base, models)[1:]] == [set(models[0])] * 2

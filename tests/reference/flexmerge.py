@@ -114,9 +114,13 @@ def tsv_m(deltas: Sequence[Parts], options: Options) -> list[Tensor]:
     for j in range(len(deltas[0])):
         # `tsv.merge` takes the resolution of its inputs' dtype: those of the files are float32.
         scaled = [(options.weight(i) * parts[j]).float() for i, parts in enumerate(deltas)]
-        if scaled[0].ndim > 2:  # a convolution
-            scaled = [piece.flatten(1) for piece in scaled]
-        merged.append(options.lam * tsv.merge(scaled).reshape(deltas[0][j].shape))
+        if scaled[0].ndim == 3:  # stacked matrices
+            found = torch.stack([tsv.merge(slot) for slot in zip(*scaled, strict=True)])
+        elif scaled[0].ndim > 3:  # a convolution
+            found = tsv.merge([piece.flatten(1) for piece in scaled])
+        else:
+            found = tsv.merge(scaled)
+        merged.append(options.lam * found.reshape(deltas[0][j].shape))
     return merged
 
 
