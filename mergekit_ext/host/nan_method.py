@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from mergekit.merge_methods.base import (
@@ -17,7 +17,6 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from pydantic import Field
 
 from mergekit_ext.errors import (
     HostVersionError,
@@ -26,8 +25,8 @@ from mergekit_ext.errors import (
     Problem,
     UniformCoefficientsWarning,
 )
-from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
+from mergekit_ext.host.nan_parameters import GRANULARITIES, SHARED, Factor
 from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.kernels.nan import default_scale, inverse_norm_coefficients, uniform
@@ -40,44 +39,9 @@ PAPER = "https://arxiv.org/abs/2505.16148"
 # ParameterSpec, so a user cannot set it.
 NORMS = "nan:norms"
 
-# Which tensors share one set of coefficients: from the name of a tensor to the name of its group.
-GRANULARITIES: dict[str, Callable[[str], str]] = {
-    "tensor": lambda name: name,
-    "block": block_of,
-    "model": lambda name: "model",
-}
-
-NormOf = Literal["task_vector", "weights"]
-Granularity = Literal["tensor", "block", "model"]
-# Wide enough for every use, and no product of it leaves float32.
-Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
-
-_SHARED = (
-    ParameterSpec(
-        "norm_of",
-        NormOf | None,
-        ParameterScope.SHARED,
-        default=None,
-        description="whose norms: task_vector (default with a base) or weights (without)",
-    ),
-    ParameterSpec(
-        "granularity",
-        Granularity,
-        ParameterScope.SHARED,
-        default="tensor",
-        description="what shares one set of coefficients: tensor, block or model",
-    ),
-    ParameterSpec(
-        "scale",
-        Factor | None,
-        ParameterScope.SHARED,
-        default=None,
-        description="global factor; default max(1, m/2) over a base, 1 without",
-    ),
-)
 # A merged task vector below this share of the dtype's range cannot take a base out of it.
 _SAFE_RANGE = 1e-3
-_RESERVED = frozenset(p.name for p in _SHARED)
+_RESERVED = frozenset(p.name for p in SHARED)
 
 
 def takes_nan(method: MergeMethod) -> bool:
@@ -113,7 +77,7 @@ class NanMethod(ExtMethod):
                 name="nan",
                 pretty_name="NAN",
                 reference_url=PAPER,
-                parameters=(*_SHARED, weight),
+                parameters=(*SHARED, weight),
                 contract=InputContract(base=BasePolicy.OPTIONAL, min_non_base=1),
             ),
             DirectRule(),
@@ -132,7 +96,7 @@ class NanMethod(ExtMethod):
                 name=f"nan_{inner.name}",
                 pretty_name=f"{inner.pretty_name or inner.name} with NAN coefficients",
                 reference_url=PAPER,
-                parameters=(*_SHARED, *parameters),
+                parameters=(*SHARED, *parameters),
                 contract=inner.contract,
                 optional_tensor_policy=inner.optional_tensor_policy,
                 uses_accelerator=inner.uses_accelerator,

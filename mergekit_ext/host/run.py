@@ -112,7 +112,9 @@ def _merge(
     compat.clear_loaders()
     # The libraries' million objects outlive the merge: planning, which makes many small ones,
     # would have the collector go through all of them again and again.
-    gc.freeze()
+    frozen = gc.get_freeze_count() == 0  # a caller's own freeze is left alone
+    if frozen:
+        gc.freeze()
     try:
         report = check_merge(config, options, config_source)
         config = compat.ordered(config)
@@ -133,7 +135,8 @@ def _merge(
             else:
                 stock(config, os.fspath(folder), quiet, source)
     finally:
-        gc.unfreeze()
+        if frozen:
+            gc.unfreeze()
         compat.clear_loaders()
 
 
