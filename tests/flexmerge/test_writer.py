@@ -231,6 +231,17 @@ def test_values_out_of_range_stop_the_merge(name, tmp_path):
         write_plan(tmp_path / "out", found, Plan(groups, size), algorithm)
 
 
+def test_weights_that_only_readers_would_see_out_of_range(tmp_path):
+    """All that is stored of an EMR group is finite; the first task's rescaled weights are not."""
+    base = {"b.x": torch.tensor([40_000.0, 0.0]).half()}
+    steps = ([25_000, -30_000], [24_000, 20_000], [24_000, 20_000])
+    models = [{"b.x": base["b.x"] + torch.tensor(step).half()} for step in steps]
+    found, algorithm = reader(base, models), algorithm_for("emr", 3)
+    plan = Plan(((StoredGroup((0, 1, 2), MASKED, 0.5),),), Storage(found.layout, True).size(30))
+    with pytest.raises(MergeError, match=r"b\.x: 1 of 2 merged values are not finite"):
+        write_plan(tmp_path / "out", found, plan, algorithm)
+
+
 def test_a_cast_out_of_range_stops_the_merge(tmp_path):
     base, models = family(2)
     models[1]["mlp.up"][0, 0] = 1e6
