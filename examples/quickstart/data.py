@@ -68,9 +68,9 @@ class Task:
 def load_tasks(seed: int) -> tuple[Task, ...]:
     """The four tasks; ``seed`` decides the division into splits and how images are composed."""
     rng = np.random.default_rng(seed)
-    digits, digit_labels = _digits()
-    tiles, tile_labels = _tiles()
-    digit_rows, tile_rows = _divide(len(digits), rng), _divide(len(tiles), rng)
+    digits, digit_labels = load_digit_images()
+    tiles, tile_labels = load_tiles()
+    digit_rows, tile_rows = divide(len(digits), rng), divide(len(tiles), rng)
     class_names = {
         "digit": tuple(str(digit) for digit in range(10)),
         "rotation": ("0", "90", "180", "270"),
@@ -80,10 +80,18 @@ def load_tasks(seed: int) -> tuple[Task, ...]:
     pairs: dict[str, dict[str, tuple[Tensor, Tensor]]] = {name: {} for name in class_names}
     for split in SPLITS:
         some_digits, some_tiles = digits[digit_rows[split]], tiles[tile_rows[split]]
-        pairs["digit"][split] = _upright(some_digits), digit_labels[digit_rows[split]]
-        pairs["rotation"][split] = _rotated(some_digits, rng)
+        pairs["digit"][split] = upright(some_digits), digit_labels[digit_rows[split]]
+        pairs["rotation"][split] = rotated(some_digits, rng)
         pairs["scene"][split] = some_tiles, tile_labels[tile_rows[split]]
         pairs["place"][split] = _placed(some_digits, some_tiles, rng)
+    return assemble(class_names, pairs)
+
+
+def assemble(
+    class_names: Mapping[str, tuple[str, ...]],
+    pairs: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+) -> tuple[Task, ...]:
+    """Tasks from images in [0, 1] and labels from 0, by task and split; classes are numbered on."""
     tasks, offset = [], 0
     for name, names in class_names.items():
         splits = {k: Split(x * 2 - 1, y + offset) for k, (x, y) in pairs[name].items()}
@@ -92,20 +100,20 @@ def load_tasks(seed: int) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def _divide(n: int, rng: np.random.Generator) -> dict[str, Tensor]:
+def divide(n: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """Disjoint random index sets with the proportions of ``SPLITS``."""
     ends = np.round(np.cumsum(list(SPLITS.values())) * n).astype(int)
     parts = np.split(rng.permutation(n), ends[:-1])
     return {name: torch.from_numpy(part) for name, part in zip(SPLITS, parts, strict=True)}
 
 
-def _digits() -> tuple[Tensor, Tensor]:
+def load_digit_images() -> tuple[Tensor, Tensor]:
     """All handwritten digits, ``(n, 1, 8, 8)`` in [0, 1], and which digit each is."""
     data = load_digits()
     return torch.from_numpy(data.images).float().div(16)[:, None], torch.from_numpy(data.target)
 
 
-def _tiles() -> tuple[Tensor, Tensor]:
+def load_tiles() -> tuple[Tensor, Tensor]:
     """Non-overlapping square tiles of the rectangles in ``SCENES``, and what they show."""
     data = load_sample_images()
     names = (Path(name).name for name in data.filenames)
@@ -121,14 +129,14 @@ def _tiles() -> tuple[Tensor, Tensor]:
     return torch.stack(tiles), torch.tensor(labels)
 
 
-def _upright(digits: Tensor) -> Tensor:
+def upright(digits: Tensor) -> Tensor:
     large = F.interpolate(digits, size=IMAGE_SIZE, mode="bilinear", align_corners=False)
     return large.repeat(1, 3, 1, 1)
 
 
-def _rotated(digits: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def rotated(digits: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Every digit four times, turned by 0, 90, 180, 270 degrees, dark on a light tint."""
-    ink = _upright(digits)
+    ink = upright(digits)
     turned = torch.cat([torch.rot90(ink, turns, dims=(2, 3)) for turns in range(4)])
     paper = torch.from_numpy(rng.uniform(0.6, 1.0, (len(turned), 3, 1, 1))).float()
     return paper * (1 - turned), torch.arange(4).repeat_interleave(len(digits))

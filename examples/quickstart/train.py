@@ -30,14 +30,14 @@ FULL = Schedule(240, {"digit": 200, "rotation": 250, "scene": 100, "place": 250}
 QUICK = Schedule(100, {"digit": 40, "rotation": 60, "scene": 40, "place": 160})
 
 
-def new_model(tasks: Sequence[Task], seed: int) -> ViTForImageClassification:
+def new_model(tasks: Sequence[Task], seed: int, layers: int = 2) -> ViTForImageClassification:
     """A randomly initialised ViT with one classifier over the classes of all tasks."""
     names = [f"{task.name}:{label}" for task in tasks for label in task.class_names]
     config = ViTConfig(
         image_size=IMAGE_SIZE,
         patch_size=4,
         hidden_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=256,
         hidden_dropout_prob=0.0,
@@ -55,7 +55,7 @@ def pretrain(
     """Train everything, the classifier included, on the small pre-training splits, in turn."""
     data = [(task.splits["pretrain"], task.classes) for task in tasks]
     parameters = list(model.parameters())
-    _fit(model, parameters, data, schedule.pretrain_steps, schedule.pretrain_lr, seed)
+    fit(model, parameters, data, schedule.pretrain_steps, schedule.pretrain_lr, seed)
 
 
 def finetune(
@@ -66,7 +66,7 @@ def finetune(
     parameters = list(model.vit.parameters())
     data = [(task.splits["train"], task.classes)]
     steps = schedule.finetune_steps[task.name]
-    _fit(model, parameters, data, steps, schedule.finetune_lr, seed)
+    fit(model, parameters, data, steps, schedule.finetune_lr, seed)
     return model
 
 
@@ -79,7 +79,7 @@ def save(model: ViTForImageClassification, folder: Path) -> None:
     model.save_pretrained(folder, save_original_format=False)
 
 
-def _fit(
+def fit(
     model: ViTForImageClassification,
     parameters: list[torch.nn.Parameter],
     data: Sequence[tuple[Split, slice]],

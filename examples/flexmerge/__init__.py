@@ -1,0 +1,1 @@
+"""Eight small vision transformers, merged to every size between one model and eight."""
