@@ -111,7 +111,7 @@ def finetune(
     model = _with_own_head(base, task)
     images = task.splits["train"].images
     labels = task.splits["train"].labels - task.offset
-    # Plain gradients: the noise of Adam's steps would be most of a task vector.
+    # Not AdamW: its task vectors gain less at the fraction of their length that a merge leaves.
     optimizer = torch.optim.SGD(model.parameters(), schedule.finetune_lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
