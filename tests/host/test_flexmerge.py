@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -840,3 +841,31 @@ def test_memory_is_that_of_one_block(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     # Vectors, task vectors and a result of one MLP: 18 times 3 MB.
     assert int(done.stdout) < 150
+
+
+def test_adapters_on_one_base(families, tmp_path):
+    """mergekit's `base+adapter`: tasks go by their adapters' names."""
+    family = families("llama")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM.from_pretrained(family.base)
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        )
+        adapted.save_pretrained(tmp_path / name)
+    content = small.config(
+        "flexmerge",
+        [f"{family.base}+{tmp_path / name}" for name in ("one", "two")],
+        family.base,
+        {"target_size": 1.5, "algorithm": "average"},
+    )
+    manifest = merge(content, tmp_path / "out", lora_merge_cache=str(tmp_path / "cache"))
+    assert [task.name for task in manifest.tasks] == ["one", "two"]
+    found = [as_index_says(tmp_path / "out" / name) for name in ("one", "two")]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before = small.state(family.base)
+    assert not torch.equal(found[0][name], before[name])
+    # Blocks that no adapter touches are alike in both, and shared first.
+    apart = {block.name for block in manifest.blocks if len(block.groups) == 2}
+    assert apart >= {f"model.layers.{number}.attention" for number in range(3)}
+    assert torch.equal(found[1]["lm_head.weight"], before["lm_head.weight"])

@@ -78,7 +78,8 @@ def task_names(items: Sequence[tuple[str, Any]], findings: Findings) -> list[str
     names = []
     for where, item in items:
         given = (item.parameters or {}).get("task")
-        name = str(given) if given is not None else Path(item.model.model.path).name
+        part = item.model.lora or item.model.model
+        name = str(given) if given is not None else Path(part.path).name
         names.append(name)
         problem = task_name_problem(name)
         if problem is not None:
