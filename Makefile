@@ -1,13 +1,16 @@
 # Each target makes the virtual environment it needs; `make clean` removes it.
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= out/quickstart
+OUT ?= out
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart flexmerge test check format clean
 
 quickstart: $(VENV)/examples.stamp
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.quickstart --out $(OUT)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.quickstart --out $(OUT)/quickstart
+
+flexmerge: $(VENV)/examples.stamp
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.flexmerge --out $(OUT)/flexmerge
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest --numprocesses 2

@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that ``python -m examples.flexmerge.train --quick`` writes."""
+    """The folder that ``python -m examples.flexmerge --quick`` writes."""
     folder = tmp_path_factory.mktemp("flexmerge")
-    command = [sys.executable, "-m", "examples.flexmerge.train", "--quick", "--out", str(folder)]
+    command = [sys.executable, "-m", "examples.flexmerge", "--quick", "--out", str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -77,6 +77,17 @@ def test_place_tells_where_a_tile_was_changed() -> None:
         differs = (tiles != image).any(dim=1)
         differs[:, 4 * row : 4 * row + 8, 4 * column : 4 * column + 8] = False
         assert not differs.flatten(1).any(dim=1).all()  # one tile is the same everywhere else
+
+
+def test_the_curve_and_the_merge(output: Path) -> None:
+    content = json.loads((output / "sizes.json").read_text(encoding="utf-8"))
+    assert set(content["reference"]) == set(TASKS)
+    lines = {point["algorithm"]: point["size"] for point in content["points"]}
+    assert lines["task_arithmetic"] == 1.0 and 2 < lines["emr"] < 3
+    assert all(set(point["scores"]) == set(TASKS) for point in content["points"])
+    assert (output / "sizes.png").stat().st_size > 10_000
+    for name in TASKS:
+        assert set(evaluate(load(output / "merged" / name), name)) == {"accuracy"}
 
 
 @pytest.mark.parametrize("name", TASKS)
