@@ -2,6 +2,7 @@
 
     python -m bench.flexmerge                    # 8 and 30 models of ViT-B/32's shape, 10.7 GB
     python -m bench.flexmerge --tasks 8 --runs 3
+    python -m bench.flexmerge --disk             # with the models out of the page cache
     python -m bench.flexmerge --quick            # a tiny model, to see that it runs
 
 *All sizes*: similarities of every block, and every merged vector that any size contains
@@ -14,6 +15,7 @@ the peak of the process's own memory.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import statistics
@@ -122,16 +124,28 @@ def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], 
     return write, copy
 
 
-def alternate(pair: Mapping[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
-    """Run each once uncounted, then in turn."""
+def alternate(
+    pair: Mapping[str, Callable[[], None]], runs: int, before: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Run each once uncounted, then in turn; `before` each run."""
     seconds: dict[str, list[float]] = {name: [] for name in pair}
     for turn in range(runs + 1):
         for name, work in pair.items():
+            before()
             started = time.perf_counter()
             work()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def forget(folder: Path) -> None:
+    """Take the models out of the page cache, so that they come from the disk."""
+    for path in folder.glob("*/model.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def show(title: str, seconds: dict[str, list[float]]) -> None:
@@ -155,6 +169,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--folder", type=Path, help="where models are, or are made and kept")
+    parser.add_argument("--disk", action="store_true", help="nothing in the page cache")
     arguments = parser.parse_args()
     print(machine.describe())
     with tempfile.TemporaryDirectory() as temporary:
@@ -162,15 +177,16 @@ def main() -> None:
         if not (folder / "base").exists():
             folder.mkdir(exist_ok=True)
             make_models(folder, max(arguments.tasks), arguments.quick)
+        before = partial(forget, folder) if arguments.disk else lambda: None
         for count in arguments.tasks:
             pair = {
                 "all": partial(all_sizes, folder, count),
                 "one": partial(one_size, folder, count),
             }
-            show(f"{count} tasks, all sizes", alternate(pair, arguments.runs))
+            show(f"{count} tasks, all sizes", alternate(pair, arguments.runs, before))
             write, copy = writing(folder, count)
             title = f"{count} tasks, size {WRITTEN_SIZE:g}"
-            show(title, alternate({"write": write, "copy": copy}, arguments.runs))
+            show(title, alternate({"write": write, "copy": copy}, arguments.runs, before))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.threads import in_threads
+from mergekit_ext.kernels.threads import in_threads, scratch
 
 # Elements per pass over a CPU tensor: a few chunks of this size stay in the caches, so that
 # converting, subtracting and reducing read main memory once.
@@ -61,8 +61,8 @@ def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list
     flat_base = None if base is None else base.reshape(-1)
 
     def squares(part: slice) -> list[float]:
-        delta = torch.empty(part.stop - part.start, dtype=dtype, device=flat[0].device)
-        start = None if flat_base is None else flat_base[part].to(dtype)
+        delta, room = scratch(2, part.stop - part.start, dtype, flat[0].device)
+        start = None if flat_base is None else room.copy_(flat_base[part])
         return [_square(delta, source[part], start) for source in flat]
 
     found = in_threads(squares, chunks(flat[0]), flat[0].device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.numerics import compute_dtype
-from mergekit_ext.kernels.threads import in_threads
+from mergekit_ext.kernels.threads import in_threads, scratch
 
 # float64 entries of the m x chunk buffer: 4 MB on a CPU, where it stays in cache between being
 # filled and being multiplied; a GPU wants few, large kernels.
@@ -71,13 +71,13 @@ class Gram:
         def products(start: int) -> Tensor:
             part = slice(start, min(start + step, size))
             length = part.stop - start
-            vectors = torch.empty(self._count, length, dtype=torch.float64, device=device)
+            vectors = scratch(self._count, length, torch.float64, device)
             if flat_base is None:
                 for row, source in zip(vectors, flat, strict=True):
                     row.copy_(source[part])
             else:
-                origin = flat_base[part].to(dtype)
-                delta = torch.empty_like(origin)
+                origin, delta = torch.empty((2, length), dtype=dtype, device=device)
+                origin.copy_(flat_base[part])
                 for row, source in zip(vectors, flat, strict=True):
                     row.copy_(torch.sub(source[part], origin, out=delta))
             return vectors @ vectors.T

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.numerics import chunks, compute_dtype
-from mergekit_ext.kernels.threads import in_threads
+from mergekit_ext.kernels.threads import in_threads, scratch
 
-# Entries of all sums of a chunk together: 2 MB in float32, which stays in a core's cache.
-_CACHED = 1 << 19
+# Entries of all sums of a chunk together: 8 MB in float32. Smaller would fit a core's own cache,
+# but then the calls cost more than the sums.
+_CACHED = 1 << 21
 
 
 def add_task_vectors(
@@ -40,8 +41,9 @@ def add_task_vectors(
     flat = [t.reshape(-1) for t in tensors]
 
     def add(part: slice) -> None:
-        start = flat_base[part].to(dtype, copy=True)
-        delta, total = torch.empty_like(start), torch.zeros_like(start)
+        start, delta, total = scratch(3, part.stop - part.start, dtype, base.device)
+        start.copy_(flat_base[part])
+        total.zero_()
         for source, coefficient in zip(flat, coefficients, strict=True):
             total.add_(delta.copy_(source[part]).sub_(start), alpha=coefficient)
         flat_out[part] = total.add_(start)
@@ -56,9 +58,9 @@ def nested_sums(
     weights: Mapping[int, float],
     groups: Sequence[Sequence[int]],
     scales: Sequence[float],
-    out_dtype: torch.dtype,
+    out: Tensor,
 ) -> Tensor:
-    r"""Return :math:`W_0 + s_g \sum_{i \in g} w_i (W_i - W_0)` for groups that grow.
+    r"""Fill `out` with :math:`W_0 + s_g \sum_{i \in g} w_i (W_i - W_0)` for groups that grow.
 
     Args:
         base: :math:`W_0`, flat.
@@ -66,10 +68,10 @@ def nested_sums(
         weights: the :math:`w_i` by index.
         groups: each the union of two disjoint ones before it, or of single indices.
         scales: one :math:`s_g` for each group.
-        out_dtype: dtype of the result.
+        out: one row for each group, of any floating dtype.
 
     Returns:
-        one row for each group. Each costs one addition, whatever its size; all of them are made
+        `out`. Each row costs one addition, whatever its size; all of them are made
         while a chunk of every input is in the cache. Rounding differs from that of
         `add_task_vectors` in the order of the sum only.
 
@@ -79,20 +81,22 @@ def nested_sums(
     dtype = compute_dtype([base, *tensors.values()])
     pairs = _unions(tensors, groups)
     rows = {index: row for row, index in enumerate(tensors)}
-    out = torch.empty((len(groups), base.numel()), dtype=out_dtype, device=base.device)
     step = max(1, _CACHED // (len(rows) + 2))
 
     def merge(start_at: int) -> None:
         part = slice(start_at, min(start_at + step, base.numel()))
-        start = base[part].to(dtype, copy=True)
-        total = torch.empty_like(start)
-        sums = []
-        for index, source in tensors.items():
-            delta = source[part].to(dtype, copy=True).sub_(start)
-            sums.append(delta if weights[index] == 1 else delta.mul_(weights[index]))
+        start, total, *sums = scratch(len(rows) + 2, part.stop - start_at, dtype, base.device)
+        start.copy_(base[part])
+        for delta, (index, source) in zip(sums, tensors.items(), strict=True):
+            delta.copy_(source[part]).sub_(start)
+            if weights[index] != 1:
+                delta.mul_(weights[index])
         for row, ((first, second), scale) in enumerate(zip(pairs, scales, strict=True)):
             kept = sums[rows[first]].add_(sums[rows[second]])
-            out[row, part] = torch.add(start, kept, alpha=scale, out=total)
+            if out.dtype == dtype:
+                torch.add(start, kept, alpha=scale, out=out[row, part])
+            else:
+                out[row, part] = torch.add(start, kept, alpha=scale, out=total)
 
     in_threads(merge, range(0, base.numel(), step), base.device)
     return out
@@ -125,8 +129,8 @@ def weighted_sum(
     flat = [t.reshape(-1) for t in tensors]
 
     def add(part: slice) -> None:
-        total = torch.zeros(part.stop - part.start, dtype=dtype, device=first.device)
-        weights = torch.empty_like(total)
+        total, weights = scratch(2, part.stop - part.start, dtype, first.device)
+        total.zero_()
         for source, coefficient in zip(flat, coefficients, strict=True):
             total.add_(weights.copy_(source[part]), alpha=coefficient)
         flat_out[part] = total

@@ -9,11 +9,15 @@ lock while it computes. Each piece is computed alike whatever the number of thre
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+_local = threading.local()
 
 _Piece = TypeVar("_Piece")
 _Result = TypeVar("_Result")
@@ -29,6 +33,19 @@ def in_threads(
     if device.type != "cpu":
         return [work(piece) for piece in pieces]
     return list(_pool(torch.get_num_threads()).map(work, pieces))
+
+
+def scratch(count: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised ``(count, length)`` memory, this thread's own until it asks again.
+
+    Fresh memory for every piece costs more than the sums: the allocator gives it back to the
+    system, and every page of it has to be faulted in again.
+    """
+    kept: dict[tuple[torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("kept", {})
+    key, size = (dtype, device), count * length
+    if key not in kept or kept[key].numel() < size:
+        kept[key] = torch.empty(size, dtype=dtype, device=device)
+    return kept[key][:size].view(count, length)
 
 
 @functools.cache

@@ -23,6 +23,8 @@ WEIGHT = Option("weight", Factor, 1.0, "multiplies the model's task vector", per
 class Linear(Algorithm):
     """Algorithms whose merged vector is W_0 + c sum_i w_i t_i, c depending on the group."""
 
+    _room: Tensor | None = None
+
     @abstractmethod
     def scale(self, members: Sequence[int]) -> float:
         """The c of a group."""
@@ -48,7 +50,15 @@ class Linear(Algorithm):
             zip(block.models, self.parameters.each("weight", tuple(block.models)), strict=True)
         )
         scales = [self.scale(members) for members in groups]
-        yield from nested_sums(block.base, block.models, weights, groups, scales, dtype)
+        rows = self._rows((len(groups), block.base.numel()), dtype, block.base.device)
+        yield from nested_sums(block.base, block.models, weights, groups, scales, rows)
+
+    def _rows(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a block's results, kept: on many systems fresh pages cost more than sums."""
+        room, size = self._room, math.prod(shape)
+        if room is None or (room.dtype, room.device) != (dtype, device) or room.numel() < size:
+            self._room = room = torch.empty(size, dtype=dtype, device=device)
+        return room[:size].view(shape)
 
 
 class Average(Linear):
