@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -31,6 +32,9 @@ class Source(Protocol):
 
     def read(self, name: str, out: Tensor) -> None:
         """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
+
+    def expect(self, name: str) -> None:
+        """Say that `read` will be asked for a tensor soon."""
 
     def tensor(self, name: str) -> Tensor:
         """The stored tensor; mapped, where that is possible, so that it costs no memory."""
@@ -68,6 +72,17 @@ class FileSource:
                     raise OSError(f"{header.file} ends before {name} does")
                 done += count
 
+    def expect(self, name: str) -> None:
+        """Have the system read ahead, while what was read before is computed with."""
+        header = self.tensors[name]
+        if header.file is None or not hasattr(os, "posix_fadvise"):
+            return
+        descriptor = os.open(header.file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, header.offset, header.nbytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
     def tensor(self, name: str) -> Tensor:
         """See `Source`."""
         with safe_open(self.tensors[name].file, framework="pt") as file:
@@ -91,6 +106,9 @@ class LoadedSource:
         """See `Source`."""
         stored = self._load(self.tensors[name].name).contiguous().reshape(-1)
         out.view(torch.uint8).copy_(stored.view(torch.uint8))
+
+    def expect(self, name: str) -> None:
+        """See `Source`; nothing can be done ahead."""
 
     def tensor(self, name: str) -> Tensor:
         """See `Source`."""
@@ -138,12 +156,17 @@ class BlockReader:
             for p in b.parts
         }
         self._least = torch.float64 if torch.float64 in stored else None
+        self._next = dict(zip((b.name for b in layout.blocks), layout.blocks[1:], strict=False))
 
     def read(self, block: BlockLayout, members: Sequence[int] | None = None) -> BlockData:
         """The block of the base and of the members' models (default: of all)."""
         chosen = range(len(self._models)) if members is None else members
         base = self._vector(-1, self._base, block)
         models = {member: self._vector(member, self._models[member], block) for member in chosen}
+        if (following := self._next.get(block.name)) is not None:
+            for source in (self._base, *(self._models[member] for member in chosen)):
+                for part in following.parts:
+                    source.expect(part.name)
         return BlockData(block, base, models)
 
     def read_stored(self, member: int, name: str) -> Tensor:

@@ -27,6 +27,9 @@ class MemorySource:
         flat = self._state[name].contiguous().reshape(-1)
         out.view(torch.uint8).copy_(flat.view(torch.uint8))
 
+    def expect(self, name: str) -> None:
+        pass
+
     def tensor(self, name: str) -> Tensor:
         return self._state[name]
 
