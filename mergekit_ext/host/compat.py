@@ -12,6 +12,8 @@ loaded):
 ``mergekit.scripts.merge_raw_pytorch``
                                 ``plan_flat_merge`` checks, and runs the statistics graph; the
                                 command's output is staged as in ``run_merge``.
+``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
+                                merge of ours runs (`local_cards`).
 
 Everything is found by its 0.1.5 name, once, here: an import that fails says which version is at
 fault.
@@ -21,7 +23,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -154,6 +158,28 @@ def source_key(task: Any) -> Hashable:
         elif hasattr(part, "tensor_name"):
             loads.append((part.model, part.tensor_name))
     return tuple(sorted(loads))
+
+
+@contextmanager
+def local_cards() -> Iterator[None]:
+    """Inside, model cards are written without the Hub.
+
+    Of a local folder called like a repository (``big/base``) mergekit asks the Hub whether there
+    is one of that name. The merge has read the folder; and without a network the question raises
+    when all the weights are written.
+    """
+    from mergekit import card
+
+    stock = card.is_hf
+
+    def is_hf(path: str) -> bool:
+        return not Path(path).exists() and stock(path)
+
+    card.is_hf = is_hf
+    try:
+        yield
+    finally:
+        card.is_hf = stock
 
 
 def clear_loaders() -> None:

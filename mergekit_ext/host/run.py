@@ -166,7 +166,7 @@ def output(
     session = Session(Dispatcher(_listeners(options, callbacks)), out_path, source)
     try:
         with sessions.active(session):
-            with staged(out_path) as folder:
+            with compat.local_cards(), staged(out_path) as folder:
                 yield folder
                 if method is not None:
                     _describe(folder, method, session)

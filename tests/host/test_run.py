@@ -161,6 +161,28 @@ def test_without_a_base_the_first_model_gives_the_configuration(llamas, tmp_path
         assert [line.split("/")[-1].rstrip(")") for line in listed] == [m.name for m in order]
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("nan", None), ("task_arithmetic", {"weight": 0.5}), ("flexmerge", {"target_size": 1.5})],
+)
+def test_a_local_folder_called_like_a_repository_is_local(
+    llamas, tmp_path, monkeypatch, method, parameters
+):
+    def asked(*arguments, **options):
+        raise ConnectionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.repo_exists", asked)
+    base, tuned = llamas
+    (tmp_path / "big").mkdir()
+    shutil.copytree(base, tmp_path / "big" / "base")
+    monkeypatch.chdir(tmp_path)
+    content = small.config(method, tuned[:2], "big/base", parameters)
+    mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "big/base" in card
+    assert "huggingface.co/big/base" not in card
+
+
 def test_a_second_merge_reads_files_that_were_replaced(llamas, tmp_path):
     base, tuned = llamas
     content = yaml.safe_dump(small.config("nan", [tmp_path / "model"], base))
