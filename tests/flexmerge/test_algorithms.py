@@ -18,7 +18,8 @@ from mergekit_ext.flexmerge.algorithms.base import Algorithm, Parameters
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.flexmerge.parameters import algorithm_names, read_parameters
+from mergekit_ext.host.flexmerge.algorithm import algorithm_names
+from mergekit_ext.host.flexmerge.parameters import read_parameters
 from tests.flexmerge.inputs import SHAPES, family, reader
 from tests.reference import flexmerge as naive
 from tests.reference import lore as naive_lore
@@ -482,3 +483,22 @@ def test_methods_of_two_models_are_refused_for_more():
             p for p in findings.report(None).problems if p.where == "parameters.algorithm"
         ]
         assert "at most 1 models" in problem.found or "no base" in problem.found
+
+
+def test_what_a_method_refuses_of_the_weights_names_algorithm_block_and_tensor(monkeypatch):
+    base, models = family(2)
+    findings = Findings()
+    given = {"target_size": 1, "algorithm": "lore", "mu_relative": 0.1}
+    written = read_parameters(given, [("a", {}), ("b", {})], 0, findings)
+    assert not findings.count
+    source = reader(base, models)
+    block = source.layout.blocks[1]
+
+    def refuse(*arguments, **named):
+        raise ValueError("no such matrix")
+
+    monkeypatch.setattr(type(written.algorithm._method), "__call__", refuse)
+    with pytest.raises(MergeError) as caught:
+        written.algorithm.merge(source.read(block), (0, 1), torch.float32)
+    for said in ("lore", "no such matrix", block.name, block.parts[0].name):
+        assert said in str(caught.value)

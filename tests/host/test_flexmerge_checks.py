@@ -157,7 +157,8 @@ def test_an_algorithm_that_is_no_name(content, value):
 def test_parameters_of_another_algorithm(content):
     problem = only(put(content, algorithm="average", density=0.3))
     assert problem.where == "parameters.density"
-    assert "neither `flexmerge` nor the algorithm has" in problem.found
+    assert "neither `flexmerge` nor the algorithm `average` has" in problem.found
+    assert "`density` belongs to ties, pcb, consensus" in problem.remedy
     del content["parameters"]["density"]
     put(content, algorithm="emr", target_size=2.9, **{"lambda": 1.0})
     assert only(content).where == "parameters.lambda"
@@ -232,9 +233,40 @@ def test_methods_of_two(content):
 
 
 def test_required_parameters_of_registered_methods(content):
-    found = places(put(content, algorithm="linear"))
-    assert found == [f"models[{i}].parameters.weight" for i in range(3)]
+    problem = only(put(content, algorithm="linear"))
+    assert problem.where == "parameters.weight"
+    assert "`weight: 1` to the top-level parameters" in problem.remedy
+    content["models"][1]["parameters"] = {"weight": 2.0}
+    assert places(content) == [f"models[{i}].parameters.weight" for i in (0, 2)]
     assert not problems_of(put(content, weight=1.0))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "given", "expected"),
+    [
+        ("lore", {}, "exactly one of mu"),
+        ("lore", {"mu": 0.1, "rank_ratio": 0.2}, "exactly one of mu"),
+        ("nan_lore", {}, "exactly one of mu"),
+        ("della", {"weight": 1, "density": 0.5, "epsilon": 3}, "parameters that `della` accepts"),
+        ("nan_della", {"density": 0.5, "epsilon": 3}, ""),
+    ],
+)
+def test_what_registered_methods_refuse(content, algorithm, given, expected):
+    before = torch.random.get_rng_state()
+    problem = only(put(content, algorithm=algorithm, **given))
+    assert problem.where in ("parameters", "parameters.epsilon")
+    assert expected in problem.expected
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("algorithm", ["nan_ties", "dare_ties", "mergekit:ties"])
+@pytest.mark.parametrize("density", [5, 0, -0.5, float("nan")])
+def test_densities_of_registered_methods(content, algorithm, density):
+    put(content, algorithm=algorithm, weight=1.0)
+    content["models"][1]["parameters"] = {"density": density}
+    assert only(content).where == "models[1].parameters.density"
+    content["models"][1]["parameters"] = {"density": 1}
+    assert not problems_of(content)
 
 
 # Models and tasks

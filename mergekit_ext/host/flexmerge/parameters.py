@@ -6,32 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from mergekit import merge_methods
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    InputContract,
-    MergeMethod,
-    ParameterScope,
-    ParameterSpec,
-)
-from pydantic import BeforeValidator, Field
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from pydantic import BeforeValidator
 
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Option, Parameters
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Parameters
 from mergekit_ext.flexmerge.algorithms.preprocessing import Dare
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.parameters import value_problem
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import did_you_mean, join, shown
-from mergekit_ext.host.flexmerge.registered import Registered
+from mergekit_ext.host.checks.support import did_you_mean, join, listing, shown
+from mergekit_ext.host.flexmerge.algorithm import Share, algorithm_specs, make, owners
+from mergekit_ext.host.flexmerge.fit import check_fit
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
 
-# Names mergekit's method where FlexMerge has an algorithm of the same name.
-STOCK_PREFIX = "mergekit:"
-
 TargetSize = Annotated[Target, BeforeValidator(Target.parse)]
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 def _choice(names: Sequence[str]) -> Any:
@@ -70,6 +59,11 @@ OWN: tuple[ParameterSpec, ...] = (
     ParameterSpec("task", str, ParameterScope.NON_BASE, description="the task's name"),
 )
 _OWN = {spec.name: spec for spec in OWN}
+# Where the nearest of the words in an error's text is no help.
+_REMEDIES = {
+    "target_size": "Write 2.25, or a budget such as '12GB'.",
+    "task": "Write a name, such as `task: digits`.",
+}
 
 
 @dataclass(frozen=True)
@@ -103,9 +97,10 @@ def read_parameters(
     """
     before = findings.count
     name = shared.get("algorithm", _OWN["algorithm"].default)
-    algorithm = _algorithm_specs(name, len(models), findings)
+    algorithm = algorithm_specs(name, len(models), _OWN, findings)
     specs = {**_OWN, **(algorithm or {})}
-    _unknown(shared, models, specs, algorithm is not None, findings)
+    if algorithm is not None:  # of an unknown algorithm the parameters are unknown too
+        _unknown(shared, models, specs, str(name), findings)
     top = _values("parameters", shared, specs, findings)
     own = [_values(where, given, specs, findings) for where, given in models]
     _misplaced(own, models, specs, findings)
@@ -121,87 +116,37 @@ def read_parameters(
         }
         for given in own
     ]
-    made = _make(str(name), full, each, seed, algorithm)
-    _fits(made, full, top, findings)
+    scope = full["trim_scope"] or "model"
+    made = make(str(name), Parameters(full, each, scope), algorithm)
+    check_fit(made, full, top, findings)
     if findings.count > before:
         return None
+    if full["dare_density"] is not None:
+        made = Dare(made, full["dare_density"], seed)
     tasks = [{**given, "task": values.get("task")} for given, values in zip(each, own, strict=True)]
     return Written(full, tasks, made)
-
-
-def _registered(name: str) -> MergeMethod | None:
-    wanted = name.removeprefix(STOCK_PREFIX)
-    return next((m for m in merge_methods.registered_methods() if m.spec.name == wanted), None)
-
-
-def algorithm_names() -> list[str]:
-    """Everything that `algorithm:` takes."""
-    methods = [
-        m.spec.name for m in merge_methods.registered_methods() if m.spec.name != "flexmerge"
-    ]
-    return [*ALGORITHMS, *(STOCK_PREFIX * (name in ALGORITHMS) + name for name in methods)]
-
-
-def _algorithm_specs(name: Any, tasks: int, findings: Findings) -> dict[str, ParameterSpec] | None:
-    known = algorithm_names()
-    if name not in known:
-        remedy = did_you_mean(str(name), known)
-        findings.problem("parameters.algorithm", shown(name), f"one of {', '.join(known)}", remedy)
-        return None
-    if name in ALGORITHMS:
-        return {option.name: _spec(option) for option in ALGORITHMS[name].options}
-    method = _registered(name)
-    assert method is not None
-    contract = method.spec.contract
-    most = _most_models(contract)
-    if most is not None and most < tasks:
-        findings.problem(
-            "parameters.algorithm",
-            f"`{name}`, which merges at most {most} models",
-            f"an algorithm for groups of up to {tasks}",
-            "Use another algorithm.",
-        )
-    if contract.base == BasePolicy.FORBIDDEN:
-        findings.problem(
-            "parameters.algorithm",
-            f"`{name}`, which takes no base model",
-            "an algorithm that merges task vectors or weights",
-            "Use another algorithm.",
-        )
-    # NAN's `granularity` gives way to FlexMerge's: it measures the block.
-    return {spec.name: spec for spec in method.spec.parameters if spec.name not in _OWN}
-
-
-def _most_models(contract: InputContract) -> int | None:
-    based = contract.base != BasePolicy.IGNORED
-    limits = [] if contract.max_inputs is None else [contract.max_inputs - based]
-    if contract.max_non_base is not None:
-        limits.append(contract.max_non_base)
-    return min(limits, default=None)
-
-
-def _spec(option: Option) -> ParameterSpec:
-    scope = ParameterScope.NON_BASE if option.per_model else ParameterScope.SHARED
-    return ParameterSpec(option.name, option.annotation, scope, option.default, option.description)
 
 
 def _unknown(
     shared: Mapping[str, Any],
     models: Sequence[tuple[str, Mapping[str, Any]]],
     specs: Mapping[str, ParameterSpec],
-    complete: bool,
+    algorithm: str,
     findings: Findings,
 ) -> None:
     for where, given in (("parameters", shared), *models):
         for name in given:
-            # Of an unknown algorithm the parameters are unknown too: one problem is enough.
-            if name not in specs and complete:
-                findings.problem(
-                    join(where, name),
-                    "a parameter that neither `flexmerge` nor the algorithm has",
-                    f"one of {', '.join(sorted(specs))}",
-                    did_you_mean(name, set(specs)),
-                )
+            if name in specs:
+                continue
+            elsewhere = owners(name)
+            findings.problem(
+                join(where, name),
+                f"a parameter that neither `flexmerge` nor the algorithm `{algorithm}` has",
+                f"one of {', '.join(sorted(specs))}",
+                f"`{name}` belongs to {listing(elsewhere)}: take it out, or change `algorithm:`."
+                if elsewhere
+                else did_you_mean(name, set(specs)),
+            )
 
 
 def _values(
@@ -211,7 +156,7 @@ def _values(
     for name, value in given.items():
         if name not in specs:
             continue
-        if isinstance(value, list) or hasattr(value, "filter"):
+        if name != "task" and (isinstance(value, list) or hasattr(value, "filter")):
             findings.problem(
                 join(where, name),
                 shown(value),
@@ -221,7 +166,8 @@ def _values(
             continue
         wrong = value_problem(specs[name], value)
         if wrong is not None:
-            findings.problem(join(where, name), shown(value), wrong[0], wrong[1])
+            remedy = _REMEDIES.get(name, wrong[1])
+            findings.problem(join(where, name), shown(value), wrong[0], remedy)
         else:
             found[name] = specs[name].validate(value)
     return found
@@ -257,54 +203,15 @@ def _required(
     for name, spec in specs.items():
         if not spec.required or name in shared or name == "task":
             continue
-        places = [("parameters", shared)] if spec.scope == ParameterScope.SHARED else models
-        for where, given in places:
-            if name not in given:
-                about = spec.description or f"`{name}` has no default"
-                findings.problem(
-                    join(where, name), "nothing", f"a value: {about}", f"Add `{name}:`."
-                )
-
-
-def _make(
-    name: str,
-    shared: Mapping[str, Any],
-    models: Sequence[Mapping[str, Any]],
-    seed: int,
-    specs: Mapping[str, ParameterSpec],
-) -> Algorithm:
-    scope = shared["trim_scope"] or "model"
-    if name in ALGORITHMS:
-        algorithm: Algorithm = ALGORITHMS[name](Parameters(shared, models, scope))
-    else:
-        method = _registered(name)
-        assert method is not None
-        algorithm = Registered(method, Parameters(shared, models, scope), specs)
-    density = shared["dare_density"]
-    return algorithm if density is None else Dare(algorithm, density, seed)
-
-
-def _fits(
-    algorithm: Algorithm, full: Mapping[str, Any], given: Mapping[str, Any], findings: Findings
-) -> None:
-    """Parameters that contradict each other."""
-    where = "parameters.trim_scope"
-    if not algorithm.trims:
-        for name in ("trim_scope", "similarity_on"):
-            if given.get(name) not in (None, "original"):
-                findings.problem(
-                    f"parameters.{name}",
-                    shown(given[name]),
-                    f"it with an algorithm that trims; `{full['algorithm']}` does not",
-                    f"Remove `{name}:`.",
-                )
-    elif full["dare_density"] is not None and full["trim_scope"] in (None, "model"):
-        findings.problem(
-            where,
-            "the scope `model` together with `dare_density`, which changes every magnitude",
-            "`block` or `tensor`",
-            "Write `trim_scope: block`.",
-        )
+        about = f"a value: {spec.description or f'`{name}` has no default'}"
+        lacking = [where for where, given in models if name not in given]
+        if spec.scope == ParameterScope.SHARED or len(lacking) == len(models):
+            value = " 1" if name == "weight" else ""
+            remedy = f"Add `{name}:{value}` to the top-level parameters."
+            findings.problem(f"parameters.{name}", "nothing", about, remedy)
+            continue
+        for where in lacking:
+            findings.problem(join(where, name), "nothing", about, f"Add `{name}:`.")
 
 
 def for_manifest(written: Written, tasks: Sequence[str]) -> dict[str, Any]:

@@ -17,10 +17,18 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_ext.errors import MergeError, MergekitExtError, Problem
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Parameters
 from mergekit_ext.flexmerge.source import BlockData
+from mergekit_ext.host import session as sessions
+from mergekit_ext.host.checks.support import tensors_at
+from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod
+from mergekit_ext.host.session import Session
 from mergekit_ext.kernels.numerics import compute_dtype
+
+# The shape of a tensor that a method is tried on.
+_TRIAL = (8, 8)
 
 
 class Registered(Algorithm):
@@ -37,6 +45,51 @@ class Registered(Algorithm):
         self._based = method.spec.contract.base != BasePolicy.IGNORED
         self.__dict__["name"] = method.spec.name
 
+    def problems(self) -> list[Problem]:
+        """What the method has against its parameters, before a weight is read."""
+        if isinstance(self._method, ExtMethod):
+            found = list(self._method.problems(self.parameters.shared, **self._situation()))
+            if found:
+                return found
+        error = self._refusal()
+        if error is None:
+            return []
+        expected, remedy = f"parameters that `{self.name}` accepts", "Change them."
+        return [Problem("parameters", f"an error of `{self.name}` ({error})", expected, remedy)]
+
+    def notes(self) -> list[str]:
+        """What the method says of a merge that it can do."""
+        if not isinstance(self._method, ExtMethod):
+            return []
+        return list(self._method.notes(self.parameters.shared, **self._situation()))
+
+    def _situation(self) -> dict[str, Any]:
+        inputs = [f"model {index}" for index in range(len(self.parameters.models))]
+        return {"has_base": self._based, "inputs": inputs, "where": "parameters"}
+
+    def _refusal(self) -> ValueError | None:
+        """What the method raises over a few numbers in place of weights.
+
+        Methods of mergekit look at some of their parameters only when they merge.
+        """
+        members = range(len(self.parameters.models))
+        generator = torch.Generator().manual_seed(0)
+        inputs = [*([("base", True)] if self._based else []), *((m, False) for m in members)]
+        entries = [
+            TensorEntry(id=key, tensor=torch.randn(*_TRIAL, generator=generator), is_base=is_base)
+            for key, is_base in inputs
+        ]
+        group = TensorGroup(entries=tuple(entries), metadata=TensorMetadata(name="a trial"))
+        try:
+            # In a session of its own, and without a step of the user's random numbers.
+            with sessions.active(Session()), torch.random.fork_rng(devices=[]):
+                self._method([group], parameters=self._bound(members), dtype=torch.float32)
+        except MergekitExtError:
+            return None  # over these numbers; the weights may do
+        except ValueError as error:
+            return error
+        return None
+
     def merge(
         self,
         block: BlockData,
@@ -44,10 +97,24 @@ class Registered(Algorithm):
         dtype: torch.dtype,
         cuts: Cuts | None = None,
     ) -> Tensor:
-        """See `Algorithm.merge`."""
+        """See `Algorithm.merge`.
+
+        Raises:
+            MergeError: the method refuses its parameters or these tensors.
+        """
         wide = compute_dtype([block.base, *block.models.values()])
         groups = [self._group(block, members, i) for i in range(len(block.layout.parts))]
-        merged = self._method(groups, parameters=self._bound(members), dtype=wide)
+        try:
+            merged = self._method(groups, parameters=self._bound(members), dtype=wide)
+        except MergekitExtError:
+            raise
+        except ValueError as error:
+            where = tensors_at([part.name for part in block.layout.parts])
+            raise MergeError(
+                f"{where} in block {block.layout.name}: `{self.name}` stops ({error}); expected "
+                "parameters and tensors that it accepts. Change its parameters, or use another "
+                "`algorithm`."
+            ) from error
         out = torch.empty_like(block.base, dtype=dtype)
         for part, tensor in zip(block.layout.parts, merged, strict=True):
             out[part.slice] = tensor.reshape(-1)

@@ -8,7 +8,8 @@ from typing import Any
 from mergekit import merge_methods
 
 from mergekit_ext.flexmerge.algorithms import ALGORITHMS
-from mergekit_ext.host.flexmerge.parameters import OWN, STOCK_PREFIX
+from mergekit_ext.host.flexmerge.algorithm import STOCK_PREFIX
+from mergekit_ext.host.flexmerge.parameters import OWN
 
 # What only algorithms that trim take.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
