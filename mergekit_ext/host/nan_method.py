@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,10 +25,15 @@ from mergekit_ext.errors import (
     UniformCoefficientsWarning,
 )
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
-from mergekit_ext.host.nan_parameters import GRANULARITIES, SHARED, Factor
+from mergekit_ext.host.nan_parameters import GRANULARITIES, SHARED, Factor, parameters_with_nan
 from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
-from mergekit_ext.kernels.nan import default_scale, inverse_norm_coefficients, uniform
+from mergekit_ext.kernels.nan import (
+    combine_norms,
+    default_scale,
+    inverse_norm_coefficients,
+    uniform,
+)
 from mergekit_ext.kernels.numerics import all_finite, squared_norm, squared_norms
 from mergekit_ext.report.card import coefficients_section
 
@@ -87,16 +91,12 @@ class NanMethod(ExtMethod):
     def wrapping(cls, method: MergeMethod) -> NanMethod:
         """`nan_<method>` for a method that `takes_nan`."""
         inner = method.spec
-        parameters = (
-            ParameterSpec("weight", Factor, p.scope, default=1.0) if p.name == "weight" else p
-            for p in inner.parameters
-        )
         return cls(
             MergeMethodSpec(
                 name=f"nan_{inner.name}",
                 pretty_name=f"{inner.pretty_name or inner.name} with NAN coefficients",
                 reference_url=PAPER,
-                parameters=(*SHARED, *parameters),
+                parameters=tuple(parameters_with_nan(method)),
                 contract=inner.contract,
                 optional_tensor_policy=inner.optional_tensor_policy,
                 uses_accelerator=inner.uses_accelerator,
@@ -179,6 +179,7 @@ class NanMethod(ExtMethod):
             scale = default_scale(len(models), has_base)
         merged = self._merge(group, norms, coefficients, scale, parameters, out_dtype)
         details = {
+            "norm_of": self._norm_of(parameters, has_base),
             "group": GRANULARITIES[parameters["granularity"]](group.metadata.name or ""),
             "norms": {str(key): norm for key, norm in norms.items()},
             "coefficients": {str(key): value for key, value in coefficients.items()},
@@ -285,33 +286,31 @@ class NanMethod(ExtMethod):
         size = sum(r.size for r in measured)
         even = sum(r.size for r in measured if uniform(list(r.details["coefficients"].values())))
         if size and even >= 0.95 * size:
+            over = {str(r.details["norm_of"]) for r in measured}
             yield UniformCoefficientsWarning(
                 f"{self.spec.name}: the coefficients came out uniform (within 1%) for "
                 f"{even / size:.0%} of the parameters, so that only `weight` and `scale` acted. "
-                "Norms of raw weights of fine-tunes of one base always agree; norms of task "
-                "vectors differ: give `base_model` and leave `norm_of` at task_vector."
+                f"{self._why_uniform(over)}"
             )
+
+    def _why_uniform(self, measured: set[str]) -> str:
+        if "weights" not in measured:
+            return (
+                "The task vectors have equal norms, as those of one fine-tune given twice: where "
+                "one model should count for more, give it a larger `weight`."
+            )
+        remedy = (
+            "use `nan` or `nan_task_arithmetic` with `base_model`"
+            if self.ignores_base
+            else "give `base_model` and leave `norm_of` out"
+        )
+        return (
+            "Norms of raw weights, which were measured, always agree for fine-tunes of one base; "
+            f"norms of task vectors differ: {remedy}."
+        )
 
     def summary(self, records: Sequence[TensorRecord]) -> str:
         """The coefficients, and what the wrapped method has to say."""
         own = coefficients_section({r.name: r.details for r in records})
         inner = self._inner.summary(records) if self._inner else ""
         return f"{own}\n\n{inner}".strip()
-
-
-def combine_norms(
-    measured: Iterable[tuple[Hashable, Mapping[Hashable, float]]],
-) -> dict[Hashable, dict[Hashable, float]]:
-    """Norms of whole groups from those of their tensors: the root of the sum of squares.
-
-    Args:
-        measured: for each tensor the key of its group, and the norm of each model.
-    """
-    norms: dict[Hashable, dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for key, values in measured:
-        for model, norm in values.items():
-            norms[key][model].append(norm)
-    return {
-        key: {model: math.hypot(*values) for model, values in models.items()}
-        for key, models in norms.items()
-    }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
+from mergekit.merge_methods.base import MergeMethod, ParameterScope, ParameterSpec
 from pydantic import Field
 
 from mergekit_ext.host.blocks import block_of
@@ -45,3 +47,29 @@ SHARED = (
         description="global factor; default max(1, m/2) over a base, 1 without",
     ),
 )
+
+# What these mean in mergekit's sparsifying methods, which take any number: at a density of 0 or
+# less most of them drop the whole task vector, above 1 all keep it. `epsilon` goes up and down
+# from the density, which is between 0 and 1.
+_RANGES: dict[str, Any] = {
+    "density": Annotated[float, Field(gt=0, le=1)],
+    "gamma": Annotated[float, Field(ge=0, lt=1)],
+    "epsilon": Annotated[float, Field(ge=0, lt=0.5)],
+}
+
+
+def parameters_with_nan(method: MergeMethod) -> Iterator[ParameterSpec]:
+    """The parameters of `nan_<method>`: those of `method`, and `SHARED`.
+
+    `weight` gets a default, and `density`, `gamma` and `epsilon` of mergekit's sparsifying
+    methods their range.
+    """
+    yield from SHARED
+    ranges = _RANGES if isinstance(method, GeneralizedTaskArithmeticMerge) else {}
+    for spec in method.spec.parameters:
+        if spec.name == "weight":
+            yield ParameterSpec("weight", Factor, spec.scope, default=1.0)
+        elif spec.name in ranges:
+            yield dataclasses.replace(spec, value_type=ranges[spec.name])
+        else:
+            yield spec

@@ -18,10 +18,10 @@ from mergekit_ext.events import StatisticsBegin, StatisticsEnd
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
-from mergekit_ext.host.nan_method import NORMS, NanMethod, combine_norms
+from mergekit_ext.host.nan_method import NORMS, NanMethod
 from mergekit_ext.host.nan_parameters import GRANULARITIES
 from mergekit_ext.host.tasks import MeasureTensorTask, MergeTensorTask
-from mergekit_ext.kernels.nan import inverse_norm_coefficients
+from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
 
 Norms = dict[Hashable, dict[Hashable, float]]
 

@@ -6,7 +6,8 @@ Si et al., "NAN: A Training-Free Solution to Coefficient Estimation in Model Mer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 
 def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
@@ -54,3 +55,21 @@ def uniform(coefficients: Sequence[float], tolerance: float = 1e-2) -> bool:
         return False
     mean = math.fsum(coefficients) / len(coefficients)
     return mean > 0 and max(coefficients) - min(coefficients) < tolerance * mean
+
+
+def combine_norms(
+    measured: Iterable[tuple[Hashable, Mapping[Hashable, float]]],
+) -> dict[Hashable, dict[Hashable, float]]:
+    """Norms of whole groups from those of their tensors: the root of the sum of squares.
+
+    Args:
+        measured: for each tensor the key of its group, and the norm of each model.
+    """
+    norms: dict[Hashable, dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, values in measured:
+        for model, norm in values.items():
+            norms[key][model].append(norm)
+    return {
+        key: {model: math.hypot(*values) for model, values in models.items()}
+        for key, models in norms.items()
+    }

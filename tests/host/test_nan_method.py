@@ -231,6 +231,24 @@ def test_uniform_coefficients_are_told():
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "over_base", "remedy"),
+    [
+        ("nan", False, "give `base_model`"),
+        ("nan_linear", False, "use `nan` or"),
+        ("nan", True, "larger `weight`"),
+        ("nan_ties", True, "larger `weight`"),
+    ],
+)
+def test_the_remedy_for_uniform_coefficients_is_not_what_is_done_already(method, over_base, remedy):
+    base, model = states(1)
+    with pytest.warns(UniformCoefficientsWarning) as seen:
+        merged(method, base if over_base else None, [model, dict(model)])
+    text = str(seen[0].message)
+    assert remedy in text
+    assert ("base_model" in text) != over_base
+
+
 def test_weights_that_sum_to_zero_have_no_average():
     _, first = states(1)
     same = {n: first[n].clone() for n in first}
@@ -297,6 +315,38 @@ def test_bad_values_are_refused(parameters):
     base, *models = states()
     with pytest.raises(ValidationError):
         merged("nan", base, models, **parameters)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1.01, 5, math.nan])
+@pytest.mark.parametrize(
+    "method", ["nan_ties", "nan_dare_linear", "nan_breadcrumbs", "nan_della", "nan_pcb"]
+)
+def test_a_density_is_a_share(method, value):
+    base, *models = states(2)
+    with pytest.raises(ValidationError):
+        merged(method, base, models, density=value)
+
+
+@pytest.mark.parametrize(
+    ("method", "bad", "good"),
+    [
+        ("nan_breadcrumbs", {"gamma": -0.1}, {"gamma": 0.0}),
+        ("nan_breadcrumbs_ties", {"gamma": 1.0}, {"gamma": 0.9}),
+        ("nan_della", {"epsilon": 0.5}, {"epsilon": 0.3}),
+        ("nan_della_linear", {"epsilon": -0.1}, {"epsilon": 0.0}),
+    ],
+)
+def test_other_ranges_of_sparsifying_methods(method, bad, good):
+    base, *models = states(2)
+    with pytest.raises(ValidationError):
+        merged(method, base, models, density=0.5, **bad)
+    merged(method, base, models, density=0.5, **good)
+
+
+def test_mergekits_own_method_keeps_its_parameters():
+    base, *models = states(2)
+    found = merged("ties", base, models, density=-1, weight=1.0)
+    check(found, base)
 
 
 def test_graph_without_statistics_fails_rather_than_measuring_one_tensor():
