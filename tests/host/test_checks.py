@@ -354,6 +354,21 @@ def test_dtypes_template_and_tokenizer(models: Path) -> None:
     assert "base_model" in at(report, "tokenizer.source").remedy
 
 
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
+@pytest.mark.parametrize("method", ["linear", "flexmerge"])
+def test_a_device_that_is_not_there(models: Path, method: str, device: str) -> None:
+    document = {**LINEAR, "models": entries(models, "a", "b"), "merge_method": method}
+    problem = at(run(document, device=device), "--device")
+    assert problem.found.startswith(f"{device}, which cannot be used (")
+    assert problem.expected.startswith("one of cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_cuda_that_is_not_there(models: Path) -> None:
+    document = {**LINEAR, "models": entries(models, "a", "b")}
+    assert "cannot be used" in at(run(document, cuda=True), "--cuda").found
+
+
 def test_tokenizer_files_are_needed_where_the_tokenizer_comes_from(models: Path) -> None:
     document = {**LINEAR, "models": entries(models, "a", "b"), "tokenizer_source": "x"}
     assert run(document).problems == ()  # a name on the Hub; the first model has a tokenizer

@@ -1,4 +1,4 @@
-"""Top-level settings that mergekit reads late: dtypes, the chat template, the tokenizer."""
+"""Settings that mergekit uses late: dtypes, the device, the chat template, the tokenizer."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
                 f"one of {', '.join(_DTYPES)}",
                 did_you_mean(name.removeprefix("torch."), _DTYPES),
             )
+    _device(options, findings)
     _chat_template(getattr(config, "chat_template", None), findings)
     _tokenizer(config, findings)
 
@@ -50,6 +51,30 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
 def wants_tokenizer(config: Any) -> bool:
     """Whether mergekit builds a tokenizer and aligns the vocabularies."""
     return bool(getattr(config, "tokenizer_source", None) or getattr(config, "tokenizer", None))
+
+
+def _device(options: Any, findings: Findings) -> None:
+    import torch
+
+    name = str(options.device)
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # every backend has its own way to say that it is not there
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0]
+        findings.problem(
+            "--cuda" if options.cuda and name == "cuda" else "--device",
+            f"{name}, which cannot be used ({type(error).__name__}: {reason.rstrip('.')})",
+            f"one of {', '.join(_devices())}",
+            "Choose another device, or install a build of torch that supports this one.",
+        )
+
+
+def _devices() -> list[str]:
+    import torch
+
+    kind = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count() if kind is not None else 0
+    return ["cpu", *(f"{kind}:{index}" for index in range(count))]
 
 
 def _chat_template(template: str | None, findings: Findings) -> None:
