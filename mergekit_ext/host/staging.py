@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.manifest import SHARDS
+from mergekit_ext.host.rooms import hidden_room
 
 # The files that a merge writes, and no others: a folder may hold more than one model's files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
@@ -27,14 +28,20 @@ def output_problems(
         out_path: the folder that will be written.
         inputs: local folders or files that the merge reads; other names are passed over.
     """
-    target = Path(out_path).resolve()
     where = "OUT_PATH"
-    if target.exists() and not target.is_dir():
-        yield Problem(where, f"{target}, which is a file", "a folder", "Choose another name.")
+    try:
+        target = Path(out_path).resolve()
+        if target.exists() and not target.is_dir():
+            yield Problem(where, f"{target}, which is a file", "a folder", "Choose another name.")
+            return
+        # Permissions do not tell it all: nobody can make a folder in /proc.
+        existing = next(folder for folder in (target, *target.parents) if folder.exists())
+        with tempfile.TemporaryDirectory(prefix=".place-", dir=existing) as room:
+            (Path(room) / target.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+        reason = getattr(error, "strerror", None) or error
+        yield Problem(where, f"{out_path}, which cannot be made ({reason})", "a writable folder")
         return
-    existing = next(folder for folder in (target, *target.parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        yield Problem(where, f"{existing}, which cannot be written", "a writable folder")
     for name in inputs:
         source = Path(name).resolve()
         replaced = source == target or (source.parent == target and _is_output(source.name))
@@ -51,7 +58,8 @@ def output_problems(
 def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a folder to write in, of the same name as `out_path`, which it becomes at the end.
 
-    After an exception nothing is left. If `out_path` is a folder already, as after an earlier
+    After an exception nothing is left; what a killed process leaves, the next merge into the same
+    place removes. If `out_path` is a folder already, as after an earlier
     merge, its weights give way to the new ones; other files of the same name are replaced, and the
     rest stays. What is there stays loadable, or becomes incomplete, but is never a mixture.
     """
@@ -59,14 +67,11 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     # On the file system of the output, which may be a mount point, so that renaming is enough.
     beside = target if target.exists() else target.parent
     beside.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix="-incomplete", dir=beside))
-    try:
+    with hidden_room(target, beside) as room:
         written = room / target.name
         written.mkdir()
         yield written
         _put(written, target)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
 
 
 def _put(written: Path, target: Path) -> None:

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from mergekit_ext.host.staging import output_problems, shards, staged
@@ -98,4 +103,64 @@ def test_places_that_an_output_cannot_have(tmp_path):
     assert "where the input" in found(model, model / "model.safetensors")[0]
     assert found(model, model / "other.safetensors") == []
     assert "is a file" in found(model / "model.safetensors")[0]
-    assert "cannot be written" in found(model / "model.safetensors" / "out")[0]
+    assert "cannot be made" in found(model / "model.safetensors" / "out")[0]
+    assert "cannot be made" in found(tmp_path / ("x" * 300) / "out")[0]
+    assert "cannot be made" in found(tmp_path / "new" / ("x" * 300))[0]
+    (tmp_path / "circle").symlink_to("circle")
+    assert "cannot be made" in found(tmp_path / "circle" / "out")[0]
+    assert names(tmp_path) == ["circle", "model"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that nobody can write in")
+def test_a_folder_that_cannot_be_written_whatever_its_permissions():
+    (problem,) = output_problems("/proc/no/out", ())
+    assert problem.where == "OUT_PATH"
+    assert "cannot be made" in problem.found
+
+
+def test_a_long_name_is_no_obstacle(tmp_path):
+    out = tmp_path / ("x" * 250)
+    assert list(output_problems(out, ())) == []
+    with staged(out) as folder:
+        (folder / "config.json").write_text("{}")
+    assert names(tmp_path) == [out.name]
+
+
+KILLED = """
+import os, signal, sys
+from mergekit_ext.host.staging import staged
+with staged(sys.argv[1]) as folder:
+    (folder / "model.safetensors").write_text("half")
+    if sys.argv[2] == "wait":
+        print("ready", flush=True)
+        sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks that end with a process")
+def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path):
+    for name in ("out", "other"):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / name, "now"], check=False)
+    assert len(names(tmp_path)) == 2
+    with staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("{}")
+    left, out = names(tmp_path)
+    assert out == "out"
+    assert left.startswith(".other-")
+    assert names(tmp_path / "out") == ["config.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks that end with a process")
+def test_what_a_running_process_writes_stays(tmp_path):
+    arguments = [sys.executable, "-c", KILLED, tmp_path / "out", "wait"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"ready\n"
+        (room,) = tmp_path.iterdir()
+        with staged(tmp_path / "out"):
+            pass
+        assert (room / "out" / "model.safetensors").exists()
+        running.kill()
+    with staged(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]

@@ -72,9 +72,12 @@ def _device(options: Any, findings: Findings) -> None:
 def _devices() -> list[str]:
     import torch
 
-    kind = torch.accelerator.current_accelerator()
-    count = torch.accelerator.device_count() if kind is not None else 0
-    return ["cpu", *(f"{kind}:{index}" for index in range(count))]
+    found = ["cpu"]
+    for kind in ("cuda", "xpu", "mps"):
+        backend = getattr(torch, kind, None)
+        if backend is not None and (count := backend.device_count()):
+            found += [f"{kind}:{index}" for index in range(count)]
+    return found
 
 
 def _chat_template(template: str | None, findings: Findings) -> None:
