@@ -52,6 +52,7 @@ def merge(
         ConfigError: something is wrong with the configuration or the inputs; nothing was read
             but configurations and headers, nothing was written.
         NonFiniteError: an input holds NaN or infinity; nothing was written.
+        TypeError: a callback is a class, or has none of those methods; nothing was written.
     """
     from mergekit_ext.host.run import merge as run
 

@@ -63,11 +63,22 @@ def test_dispatch_reaches_whoever_has_the_method():
             self.seen.append(event.name)
 
     some = Some()
-    dispatcher = Dispatcher([some, object()])
+    dispatcher = Dispatcher([some, MergeCallback()])
     for event in RUN:
         dispatcher.emit(event)
     dispatcher.close()
     assert some.seen == ["x", "y"]
+
+
+def test_what_is_no_callback_is_refused():
+    class Misspelt:
+        def on_tensor_merge(self, event): ...
+
+    with pytest.raises(TypeError, match=r"the class MergeCallback; .* MergeCallback\(\)"):
+        Dispatcher([MergeCallback])
+    for other in (3, object(), Misspelt(), print):
+        with pytest.raises(TypeError, match="expected some of the methods on_merge_begin"):
+            Dispatcher([other])
 
 
 def test_a_callback_can_stop_the_merge():

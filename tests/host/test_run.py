@@ -114,6 +114,15 @@ def test_a_callback_that_raises_stops_the_merge_and_leaves_nothing(llamas, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("callback", [Listener, 3])
+def test_what_is_no_callback_is_told_before_any_work(llamas, tmp_path, callback):
+    base, tuned = llamas
+    content = yaml.safe_dump(small.config("nan", tuned, base))
+    with pytest.raises(TypeError, match="callbacks: found"):
+        mergekit_ext.merge(content, tmp_path / "out", QUIET, callbacks=[callback])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_callbacks_are_closed_whatever_happens(llamas, tmp_path):
     class Raises(Listener):
         def on_merge_end(self, event):
