@@ -14,6 +14,7 @@ from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
+from mergekit_ext.flexmerge.private import require_finite
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
@@ -54,7 +55,7 @@ class _Reconstructed:
         for part in self.block.parts:
             base, unified = self.base[part.name], self.unified[part.name]
             made = reconstruct(base, unified, mask[part.slice], rescale, unified.dtype)
-            _require_finite(part.name, made)
+            _require_in_range(part.name, made)
             found[part.name] = made
         return found
 
@@ -70,6 +71,9 @@ class Walk:
         algorithm: merges the members of a group.
         cuts: what trimming keeps of each model.
         forced: the dtype of all shareable tensors, if it is not that of the inputs.
+
+    Raises:
+        NonFiniteError: a private tensor holds NaN or infinity.
     """
 
     def __init__(
@@ -86,6 +90,9 @@ class Walk:
             {header.name: reader.tensor(task, header.name) for header in headers}
             for task, headers in enumerate(reader.layout.private)
         ]
+        for task, tensors in zip(reader.layout.tasks, self._private, strict=True):
+            for name, tensor in tensors.items():
+                require_finite(tensor, name, task)
 
     def go(self, plan: Plan) -> int:
         """Change to the groups of `plan`; return how many blocks had to be touched.
@@ -139,7 +146,7 @@ class Walk:
             tensor = self._reader.tensor(task, part.name)
             if self._forced is not None:
                 tensor = tensor.to(self._forced)
-                _require_finite(part.name, tensor)
+                _require_in_range(part.name, tensor)
             yield part.name, tensor
 
     def _split(self, block: BlockLayout, vector: Tensor, group: StoredGroup) -> dict[str, Tensor]:
@@ -147,7 +154,7 @@ class Walk:
         for part in block.parts:
             dtype = self._forced or part.dtype(group.tasks)
             tensors[part.name] = vector[part.slice].view(part.shape).to("cpu", dtype)
-            _require_finite(part.name, tensors[part.name])
+            _require_in_range(part.name, tensors[part.name])
         return tensors
 
 
@@ -164,7 +171,7 @@ def _key(group: StoredGroup) -> StoredGroup:
     return StoredGroup(group.tasks, group.kind)
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
+def _require_in_range(name: str, tensor: Tensor) -> None:
     if not all_finite(tensor):
         count = count_non_finite(tensor)
         raise MergeError(

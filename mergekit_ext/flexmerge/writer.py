@@ -30,6 +30,7 @@ from mergekit_ext.flexmerge.manifest import (
     TensorInfo,
 )
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
+from mergekit_ext.flexmerge.private import stored_private
 from mergekit_ext.flexmerge.shards import Entry, Key, ShardWriter
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
@@ -85,6 +86,7 @@ def write_checkpoint(
 
     Raises:
         MergeError: a merged tensor is not finite in its dtype.
+        NonFiniteError: a private tensor holds NaN or infinity.
         OSError: a file cannot be read or written.
     """
     layout = reader.layout
@@ -97,7 +99,7 @@ def write_checkpoint(
         for task, headers in enumerate(layout.private):
             for header in headers:
                 key = (DENSE, (layout.tasks[task],))
-                shards.write(key, header.name, reader.read_stored(task, header.name))
+                shards.write(key, header.name, stored_private(reader, task, header))
         files = shards.finish()
     finally:
         shards.close()

@@ -397,7 +397,38 @@ def test_private_tensors_are_told(content, tmp_path):
     notes = " ".join(report.notes)
     assert not report.problems
     assert "private to larger, 8960 bytes: lm_head.weight" in notes
+    assert (
+        "lm_head.weight: differs in shape in larger ([70, 32]) from the base ([64, 32]): private "
+        f"to every task ({8960 + 2 * 64 * 32 * 4:,} bytes in all)" in notes
+    )
     assert "come on top of `target_size`" in notes
+
+
+def without(content, folder, index, *names):
+    shutil.copytree(content["models"][index]["model"], folder)
+    state = load_file(folder / "model.safetensors")
+    for name in names:
+        del state[name]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    content["models"][index]["model"] = str(folder)
+
+
+def test_a_tensor_that_one_model_lacks(content, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    without(content, tmp_path / "holey", 1, name)
+    problem = only(content)
+    assert problem.where == "models[1].model"
+    assert name in problem.found
+    assert "holey" in problem.found
+
+
+def test_a_tensor_that_most_models_lack_is_told(content, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    for index in (0, 2):
+        without(content, tmp_path / f"holey{index}", index, name)
+    report = check_merge(MergeConfiguration.model_validate(content), QUIET, content)
+    assert not report.problems
+    assert f"{name}: missing in holey0, holey2: private to every task" in " ".join(report.notes)
 
 
 # All at once

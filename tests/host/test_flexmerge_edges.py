@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from tests import models as small
 from tests.host.flexmerge_models import (
@@ -24,6 +25,16 @@ from tests.host.flexmerge_models import (
     tied_family,
 )
 from tests.reference import flexmerge as naive
+
+
+def test_a_head_that_is_not_finite_leaves_nothing(tmp_path):
+    base, tuned = small.family(tmp_path, small.bert)
+    rewrite(tuned[1], lambda s: {**s, "classifier.weight": s["classifier.weight"] * float("nan")})
+    out = tmp_path / "out"
+    with pytest.raises(NonFiniteError, match=r"classifier\.weight of model tuned1"):
+        merge(Family(base, tuned).content(2), out)
+    assert not out.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"base", *TASKS}
 
 
 def test_two_models(families, tmp_path):
@@ -84,7 +95,8 @@ def test_tensors_that_are_odd(families, tmp_path):
     }
     for folder in (family.base, *family.tuned):
         rewrite(folder, lambda s: {**s, **odd})
-    rewrite(family.tuned[1], lambda s: {n: t for n, t in s.items() if "q_proj" not in n})
+    for folder in family.tuned[1:]:
+        rewrite(folder, lambda s: {n: t for n, t in s.items() if "q_proj" not in n})
     rewrite(family.tuned[2], lambda s: {**s, "lm_head.weight": torch.randn(70, 32)})
     rewrite(family.tuned[2], lambda s: {**s, "model.embed_tokens.weight": torch.randn(70, 32)})
     manifest = merge(family.content(1), tmp_path / "out", out_shard_size=2000)

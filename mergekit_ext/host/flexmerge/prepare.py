@@ -11,6 +11,7 @@ import torch
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
 from mergekit_ext.flexmerge.plan import Storage, whole_models
+from mergekit_ext.flexmerge.prefix import find_renaming, named_as
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
@@ -27,6 +28,7 @@ from mergekit_ext.host.flexmerge.checks import (
     task_names,
 )
 from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
+from mergekit_ext.host.flexmerge.presence import check_missing, note_unshared
 from mergekit_ext.host.lore_method import layout_of
 
 DEFAULT_SEED = 0
@@ -108,7 +110,11 @@ def _prepare(
     base = facts[config.base_model]
     models = [facts[item.model] for _, item in items]
     naming = naming_for([fact.config for fact in (base, *models)], written.shared)
-    first, *others = complete_ties([fact.tensors or {} for fact in (base, *models)], naming)
+    stored = [fact.tensors or {} for fact in (base, *models)]
+    renaming = find_renaming(stored[0], stored[1:])
+    if renaming is not None:
+        findings.note(f"{renaming} ({config.base_model}).")
+    first, *others = complete_ties([named_as(stored[0], stored[1:]), *stored[1:]], naming)
     layout = make_layout(tasks, first, others, naming)
     if not any(block.size for block in layout.blocks):
         findings.problem(
@@ -118,6 +124,8 @@ def _prepare(
             "Check that these are fine-tunes of that base.",
         )
         return None
+    check_missing(first, others, models, findings)
+    note_unshared(first, others, layout, naming, findings)
     forced = dtype_of(config.out_dtype or config.dtype)
     prepared = Prepared(
         config.base_model, [item.model for _, item in items], naming, layout, written, forced
@@ -172,8 +180,8 @@ def _notes(prepared: Prepared, findings: Findings) -> None:
     private = layout.private_bytes / max(1, prepared.storage.whole + layout.private_bytes)
     if private > _NOTED_PRIVATE:
         findings.note(
-            f"{private:.0%} of all bytes are private and come on top of `target_size`: tensors "
-            "that one model alone has, or has in another shape, and task heads."
+            f"{private:.0%} of all bytes are private and come on top of `target_size`: task "
+            "heads, integers, and what the base or a model lacks or has in another shape."
         )
 
 

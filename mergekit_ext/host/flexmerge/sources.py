@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import Layout, complete_ties, make_layout
+from mergekit_ext.flexmerge.prefix import named_as
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
 from mergekit_ext.headers import TensorHeader, read_folder
 from mergekit_ext.host.flexmerge.prepare import Prepared
@@ -47,7 +48,8 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
     cache.setup(options=options)
     references = (prepared.base, *prepared.models)
     folders = [_fetch(reference, options) for reference in references]
-    headers = complete_ties([read_folder(folder) for folder in folders], prepared.naming)
+    stored = [read_folder(folder) for folder in folders]
+    headers = complete_ties([named_as(stored[0], stored[1:]), *stored[1:]], prepared.naming)
     layout = make_layout(prepared.layout.tasks, headers[0], headers[1:], prepared.naming)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
         problem = Problem(

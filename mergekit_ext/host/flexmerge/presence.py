@@ -1,0 +1,88 @@
+"""Tensors that cannot be shared because a model lacks them, or has them in another shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from mergekit_ext.flexmerge.layout import Layout, Naming
+from mergekit_ext.headers import TensorHeader
+from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.support import listing
+
+Headers = Mapping[str, TensorHeader]
+# Computed by the module: some versions of transformers store them, others do not.
+_COMPUTED = re.compile(r"(.*\.)?(inv_freq|masked_bias|attn\.bias|position_ids|token_type_ids)")
+
+
+def check_missing(
+    base: Headers, models: Sequence[Headers], facts: Sequence[ModelFacts], findings: Findings
+) -> None:
+    """Report models that lack what the base and all other models have.
+
+    `from_pretrained` would initialise it at random. A model of a class of its own may do without.
+    """
+    classes = [(getattr(fact.config, "architectures", None) or [None])[0] for fact in facts]
+    for index, (model, fact) in enumerate(zip(models, facts, strict=True)):
+        others = [other for place, other in enumerate(models) if place != index]
+        if classes.count(classes[index]) < 2:
+            continue
+        missing = [
+            name
+            for name, header in base.items()
+            if name not in model
+            and header.floating
+            and not _COMPUTED.fullmatch(name)
+            and all(name in other for other in others)
+        ]
+        if missing:
+            findings.problem(
+                fact.where,
+                f"{fact.reference} without {listing(missing)}",
+                "the tensors that the base and all other models have",
+                "Save that model again as a whole; `from_pretrained` would initialise what is "
+                "missing at random.",
+            )
+
+
+def note_unshared(
+    base: Headers,
+    models: Sequence[Headers],
+    layout: Layout,
+    naming: Naming,
+    findings: Findings,
+) -> None:
+    """Say of each tensor that is private, and no task's head, why, and how large it is."""
+    merged = {part.name for block in layout.blocks for part in block.parts}
+    reasons: dict[str, dict[str, int]] = {}
+    for name in dict.fromkeys(name for model in models for name in model):
+        if name in merged or naming.private(name):
+            continue
+        reason = _reason(name, base, models, layout.tasks)
+        if reason is not None:
+            size = sum(model[name].nbytes for model in models if name in model)
+            reasons.setdefault(reason, {})[name] = size
+    for reason, sizes in reasons.items():
+        total = sum(sizes.values())
+        findings.note(f"{listing(list(sizes))}: {reason} ({total:,} bytes in all).")
+
+
+def _reason(
+    name: str, base: Headers, models: Sequence[Headers], tasks: Sequence[str]
+) -> str | None:
+    if name not in base:
+        return "not in the base: private to every task that has it"
+    lacking = [task for task, model in zip(tasks, models, strict=True) if name not in model]
+    if lacking:
+        return f"missing in {listing(lacking)}: private to every task that has it"
+    shape = base[name].shape
+    other = {
+        task: list(model[name].shape)
+        for task, model in zip(tasks, models, strict=True)
+        if model[name].shape != shape
+    }
+    if not other:
+        return None
+    shapes = listing([f"{task} ({found})" for task, found in other.items()])
+    return f"differs in shape in {shapes} from the base ({list(shape)}): private to every task"

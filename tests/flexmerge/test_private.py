@@ -1,0 +1,51 @@
+"""Private tensors are copied as they are; NaN and infinity in them are not copied silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mergekit_ext.errors import NonFiniteError
+from mergekit_ext.flexmerge.private import stored_private
+from mergekit_ext.flexmerge.walk import Walk
+from tests.flexmerge.inputs import family, reader
+from tests.flexmerge.test_writer import algorithm_for, write
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
+
+
+def with_heads(value: float, dtype: torch.dtype):
+    base, models = family(2)
+    for size, model in enumerate(models, 2):
+        model["head.weight"] = torch.ones(size, 3).to(dtype)
+        model["head.steps"] = torch.tensor([1 << 60])
+    models[1]["head.weight"] = torch.tensor([[1.0, value, value]], dtype=torch.float64).to(dtype)
+    return base, models
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named(value, dtype, tmp_path):
+    base, models = with_heads(value, dtype)
+    with pytest.raises(NonFiniteError) as caught:
+        write(tmp_path / "out", base, models, 1)
+    found = caught.value
+    assert (found.tensor, found.model, found.count, found.size) == ("head.weight", "task1", 2, 3)
+    with pytest.raises(NonFiniteError, match=r"head\.weight of model task1"):
+        Walk(reader(base, models), algorithm_for("average", 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_values_are_finite(dtype, tmp_path):
+    base, models = with_heads(torch.finfo(dtype).max, dtype)
+    write(tmp_path / "out", base, models, 1)
+    Walk(reader(base, models), algorithm_for("average", 2))
+
+
+def test_bytes_stay_as_they_are():
+    base, models = with_heads(-0.0, torch.bfloat16)
+    source = reader(base, models)
+    for task, headers in enumerate(source.layout.private):
+        for header in headers:
+            original = models[task][header.name].reshape(-1).view(torch.uint8)
+            assert torch.equal(stored_private(source, task, header), original)
