@@ -102,13 +102,28 @@ class Storage:
             else f"{_up(least.models):.10g} to {most.models:.10g}"
         )
         low = f"'{least.bytes}B'" if target.is_bytes else f"{_up(least.models):.10g}"
+        remedy = f"Write {low} for the smallest."
+        if target.exceeds(most):
+            remedy = f"Write {most.models:.10g}, at which nothing is merged, or less."
+        elif dtypes := self._widening:
+            expected += f" (dtypes differ, {dtypes}, and what is shared takes the widest)"
+            remedy += " With `dtype:` all are stored in one dtype, and size 1 can be reached."
         problem = Problem(
             "parameters.target_size",
-            str(target),
+            target.described,
             f"what these models and this algorithm can reach: {expected}",
-            f"Write {low} for the smallest.",
+            remedy,
         )
         raise ConfigError([problem])
+
+    @property
+    def _widening(self) -> str:
+        """The dtypes of tensors that take more room merged than some model gives them."""
+        if self.masks or self.forced is not None:
+            return ""
+        parts = [part for block in self.layout.blocks for part in block.parts]
+        mixed = {dtype for part in parts if len(set(part.dtypes)) > 1 for dtype in part.dtypes}
+        return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in mixed))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ _UNITS = {
     "B": 1,
 }
 _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# A budget that holds every merge, for those who want all sizes.
+ANY_SIZE = "1000000TB"
 # Nobody merges so many models, and no model is so small.
 _FIRST_BYTES = 100_000
 # No disk is so large.
@@ -73,6 +75,12 @@ class Target:
     def exceeds(self, largest: Size) -> bool:
         """Whether it is above the size at which nothing is merged; a budget may be."""
         return self.models is not None and self.models > largest.models * (1 + _ROUNDING)
+
+    @property
+    def described(self) -> str:
+        """With its unit, and the rule for numbers that have none."""
+        rule = f"numbers below {_FIRST_BYTES} are models, others bytes"
+        return f"{self} ({rule})" if self.is_bytes else f"{self} models ({rule})"
 
     def __str__(self) -> str:
         return f"{self.bytes} bytes" if self.is_bytes else f"{self.models:.15g}"

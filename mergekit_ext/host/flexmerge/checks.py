@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
+
+# Keys of mergekit that are checked no further: they are refused.
+NOT_TAKEN = ("tokenizer", "tokenizer_source", "chat_template")
 
 
 def check_supported(config: Any, options: Any, findings: Findings) -> None:
@@ -28,7 +31,7 @@ def check_supported(config: Any, options: Any, findings: Findings) -> None:
                 "`models:`, because `flexmerge` keeps whole models apart",
                 "List the models under `models:`.",
             )
-    for key in ("tokenizer", "tokenizer_source", "chat_template"):
+    for key in NOT_TAKEN:
         if getattr(config, key, None):
             findings.problem(
                 key,
@@ -38,11 +41,14 @@ def check_supported(config: Any, options: Any, findings: Findings) -> None:
             )
     if options.multi_gpu:
         findings.note("--multi-gpu: `flexmerge` uses one device.")
+    if not options.safe_serialization:
+        findings.note("--no-safe-serialization: `flexmerge` writes safetensors always.")
 
 
 def task_items(config: Any, findings: Findings) -> list[tuple[str, Any]]:
     """The entries of ``models:`` that are tasks, with their places."""
     tasks: list[tuple[str, Any]] = []
+    repeated = 0
     seen: dict[Any, str] = {}
     for index, item in enumerate(config.models or ()):
         where = f"models[{index}]"
@@ -53,7 +59,10 @@ def task_items(config: Any, findings: Findings) -> list[tuple[str, Any]]:
                 "each model once",
                 "Remove one of the two.",
             )
-        seen.setdefault(item.model, where)
+            # No task: its name would be another problem with the same reason.
+            repeated += item.model != config.base_model
+            continue
+        seen[item.model] = where
         if item.model != config.base_model:
             tasks.append((where, item))
         elif item.parameters:
@@ -63,7 +72,7 @@ def task_items(config: Any, findings: Findings) -> list[tuple[str, Any]]:
                 "no parameters: the base is not a task",
                 "Remove them.",
             )
-    if len(tasks) < 2 and not (config.slices or config.modules):
+    if len(tasks) + repeated < 2 and not (config.slices or config.modules):
         findings.problem(
             "models",
             f"{len(tasks)} model{'s' if len(tasks) != 1 else ''} besides the base",
@@ -78,8 +87,11 @@ def task_names(items: Sequence[tuple[str, Any]], findings: Findings) -> list[str
     names = []
     for where, item in items:
         given = (item.parameters or {}).get("task")
+        if given is not None and not isinstance(given, str):
+            names.append(where)  # a problem of the parameter's type
+            continue
         part = item.model.lora or item.model.model
-        name = str(given) if given is not None else Path(part.path).name
+        name = given if given is not None else Path(part.path).name
         names.append(name)
         problem = task_name_problem(name)
         if problem is not None:
@@ -99,8 +111,13 @@ def task_names(items: Sequence[tuple[str, Any]], findings: Findings) -> list[str
     return names
 
 
-def check_family(facts: Mapping[Any, ModelFacts], base: Any, findings: Findings) -> None:
-    """All models must be of the base's type, and their tensors known."""
+def check_family(
+    facts: Mapping[Any, ModelFacts], base: Any, reported: Collection[Any], findings: Findings
+) -> None:
+    """All models must be of the base's type, and their tensors known.
+
+    Why those of `reported` are not known has been said already.
+    """
     kinds = {
         model: fact.config.model_type for model, fact in facts.items() if fact.config is not None
     }
@@ -113,7 +130,9 @@ def check_family(facts: Mapping[Any, ModelFacts], base: Any, findings: Findings)
                     f"{kinds[base]}, the type of the base model {base}",
                     "Merge fine-tunes of one base.",
                 )
-    for fact in facts.values():
+    for model, fact in facts.items():
+        if model in reported:
+            continue
         if fact.config is not None and fact.tensors is None and not fact.pending:
             findings.problem(
                 fact.where,

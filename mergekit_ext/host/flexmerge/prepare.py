@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,7 @@ from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
 from mergekit_ext.flexmerge.plan import Storage, whole_models
 from mergekit_ext.flexmerge.prefix import find_renaming, named_as
-from mergekit_ext.flexmerge.target import Target
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
@@ -22,6 +22,7 @@ from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.checks.support import listing, quiet
 from mergekit_ext.host.flexmerge.checks import (
+    NOT_TAKEN,
     check_family,
     check_supported,
     task_items,
@@ -86,7 +87,8 @@ def check(
 def _prepare(
     config: Any, options: Any, findings: Findings, pending: Collection[str]
 ) -> Prepared | None:
-    check_settings(config, options, findings)
+    taken = config.model_copy(update=dict.fromkeys(NOT_TAKEN))
+    check_settings(taken, options, findings)
     check_supported(config, options, findings)
     items = task_items(config, findings)
     seed = DEFAULT_SEED if options.random_seed is None else options.random_seed
@@ -97,11 +99,13 @@ def _prepare(
         findings,
     )
     tasks = task_names(items, findings)
-    facts = {
-        model: read_model(model, where, options, findings, pending)
-        for where, model in references(groups_of(config), config.base_model)
-    }
-    check_family(facts, config.base_model, findings)
+    facts, reported = {}, set()
+    for where, model in references(groups_of(config), config.base_model):
+        before = findings.count
+        facts[model] = read_model(model, where, options, findings, pending)
+        if findings.count > before:
+            reported.add(model)
+    check_family(facts, config.base_model, reported, findings)
     if findings.count or written is None or config.base_model is None:
         return None
     if any(fact.pending for fact in facts.values()):
@@ -143,12 +147,19 @@ def naming_for(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
     merges_heads = shared["heads"] == "merged"
     return Naming(
         blocks=lambda names: blocks_of(names, granularity, tied),
-        kind=kind_of,
+        kind=lambda name: _kind(name, granularity),
         depth=depth_of,
         private=lambda name: not merges_heads and is_task_head(name),
         matrices=layout_of,
         ties=lambda names: tied_groups(names, tied),
     )
+
+
+def _kind(name: str, granularity: str) -> str:
+    """The kind of block that a name belongs to: of whole layers and models, that they are such."""
+    if granularity == "model" or (granularity == "layer" and depth_of(name) is not None):
+        return granularity
+    return kind_of(name)
 
 
 def _tied_notes(layout: Layout, config: Any, findings: Findings) -> None:
@@ -170,7 +181,8 @@ def _notes(prepared: Prepared, findings: Findings) -> None:
     for block in layout.blocks:
         kinds[block.kind] = kinds.get(block.kind, 0) + 1
     blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    findings.note(f"{len(layout.blocks)} blocks: {blocks}.")
+    total = len(layout.blocks)
+    findings.note(f"{total} block{'s' if total != 1 else ''}: {blocks}.")
     for task, headers in zip(layout.tasks, layout.private, strict=True):
         if headers:
             size = sum(header.nbytes for header in headers)
@@ -194,12 +206,18 @@ def _reachable(prepared: Prepared, findings: Findings) -> None:
             storage.require_reachable(prepared.target, storage.least)
     except ConfigError as error:
         findings.extend(error.problems)
+        return
+    if prepared.target == Target.parse(ANY_SIZE):
+        return
+    if prepared.target.holds(storage.size(storage.whole)):
+        findings.note(f"target_size: nothing is merged, as all models fit into {prepared.target}.")
 
 
 def _estimate(prepared: Prepared) -> Estimate:
     layout, written = prepared.layout, prepared.written
     storage = prepared.storage
-    models: list[TensorHeader | Any] = [part for block in layout.blocks for part in block.parts]
+    parts = [part for block in layout.blocks for part in block.parts]
+    private = [header for headers in layout.private for header in headers]
     whole = storage.whole
     passes = 2 + (written.algorithm.trims and (written.shared["trim_scope"] or "model") == "model")
     base = sum(block.base_bytes for block in layout.blocks)
@@ -209,11 +227,14 @@ def _estimate(prepared: Prepared) -> Estimate:
         if target.bytes is not None
         else int((target.models or 1) * whole / len(layout.tasks)) + layout.private_bytes
     )
+    # Which tensors are shared is known after the analysis; a model's worth of bytes is one model.
+    models = max(0, stored - layout.private_bytes) * len(layout.tasks) / whole
     largest = max(block.size for block in layout.blocks)
     return Estimate(
         bytes_read=passes * (whole + base) + layout.private_bytes,
         bytes_written=stored,
         bytes_held=largest * 4 * (len(layout.tasks) + 3),
-        tensors=len(models) * len(layout.tasks) + sum(map(len, layout.private)),
-        parameters=sum(block.size for block in layout.blocks) * len(layout.tasks),
+        tensors=round(models * len(parts)) + len(private),
+        parameters=round(models * sum(block.size for block in layout.blocks))
+        + sum(math.prod(header.shape) for header in private),
     )

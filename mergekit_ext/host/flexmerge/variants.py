@@ -8,13 +8,12 @@ from typing import Any
 from mergekit import merge_methods
 
 from mergekit_ext.flexmerge.algorithms import ALGORITHMS
+from mergekit_ext.flexmerge.target import ANY_SIZE
 from mergekit_ext.host.flexmerge.algorithm import STOCK_PREFIX
 from mergekit_ext.host.flexmerge.parameters import OWN
 
 # What only algorithms that trim take.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
-# A budget that holds every merge: the checks are to find nothing wrong with the size.
-_ANY_SIZE = "1000000TB"
 _FOR_ALL = frozenset(spec.name for spec in OWN) - _OF_TRIMMING
 
 
@@ -36,7 +35,7 @@ def variant(config: Any, algorithm: str, algorithms: Sequence[str]) -> Any:
         **_without(config.parameters, left_out),
         "algorithm": algorithm,
         # K-means has whole numbers only, a masked merge over a wide base no number at all.
-        "target_size": float(max(count, 1)) if _is_kmeans(algorithm) else _ANY_SIZE,
+        "target_size": float(max(count, 1)) if _is_kmeans(algorithm) else ANY_SIZE,
     }
     return config.model_copy(update={"models": models or None, "parameters": parameters})
 
