@@ -50,6 +50,14 @@ class ExtMethod(MergeMethod):
         """
         return ()
 
+    def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
+        """What is wrong with the parameters of one model together, for one tensor.
+
+        Args:
+            values: those that are sound by themselves. A problem's `where` is the name of one.
+        """
+        return ()
+
     def forewarnings(
         self,
         shared: Mapping[str, Any],

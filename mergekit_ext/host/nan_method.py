@@ -119,6 +119,10 @@ class NanMethod(ExtMethod):
         if self._inner:
             yield from self._inner.problems(shared, has_base=has_base, inputs=inputs, where=where)
 
+    def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
+        """Those of the wrapped method."""
+        return self._inner.input_problems(values) if self._inner else self._rule.problems(values)
+
     def notes(
         self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
     ) -> Iterable[str]:

@@ -8,7 +8,7 @@ of the inputs, without sorting them and without a float32 copy of each.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError
+from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
@@ -32,6 +32,10 @@ class Rule(ABC):
     """
 
     linear: ClassVar[bool] = False
+
+    def problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
+        """See `ExtMethod.input_problems`."""
+        return ()
 
     @abstractmethod
     def merge(
@@ -106,6 +110,33 @@ class WrappedRule(Rule):
         return merged.to(out_dtype)
 
 
+class DellaRule(WrappedRule):
+    """mergekit's `della` and `della_linear`, which stop in the middle of a merge if the range of
+    shares that they keep, ``density - epsilon`` to ``density + epsilon``, is not within (0, 1)."""
+
+    @staticmethod
+    def computes(method: MergeMethod) -> bool:
+        """Whether `method` is one of the two."""
+        return (
+            isinstance(method, GeneralizedTaskArithmeticMerge)
+            and method.sparsification_method == SparsificationMethod.della_magprune
+        )
+
+    def problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
+        """A density too near to 0 or 1; at 1 itself everything is kept."""
+        if not {"density", "epsilon"} <= values.keys():
+            return
+        density, epsilon = values["density"], values["epsilon"]
+        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            yield Problem(
+                "epsilon",
+                f"{epsilon:g} with a density of {density:g}",
+                f"less than {min(density, 1 - density):g}, which keeps density - epsilon and "
+                "density + epsilon between 0 and 1",
+                "Set a smaller `epsilon`.",
+            )
+
+
 class TiesRule(Rule):
     """mergekit's `ties` and `task_arithmetic`, with the parameters they have there."""
 
@@ -149,6 +180,7 @@ class TiesRule(Rule):
 
 _RULES: tuple[tuple[Callable[[MergeMethod], bool], Callable[[Any], Rule]], ...] = (
     (TiesRule.computes, TiesRule),
+    (DellaRule.computes, DellaRule),
     (lambda method: True, WrappedRule),
 )
 

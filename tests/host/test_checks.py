@@ -369,6 +369,37 @@ def test_cuda_that_is_not_there(models: Path) -> None:
     assert "cannot be used" in at(run(document, cuda=True), "--cuda").found
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+def test_multi_gpu_without_any(models: Path) -> None:
+    document = {**LINEAR, "models": entries(models, "a", "b")}
+    assert the(run(document, multi_gpu=True)).where == "--multi-gpu"
+
+
+def test_parameters_that_are_wrong_together(models: Path) -> None:
+    document = {
+        "merge_method": "nan_della",
+        "base_model": str(models / "base"),
+        "models": [
+            *entries(models, "a", density=0.9),
+            *entries(models, "b", density=[0.5, 0.1], epsilon=0.2),
+            *entries(models, "c", density=0.5),
+        ],
+    }
+    report = run(document)
+    assert [problem.where for problem in report.problems] == [
+        "parameters.epsilon",
+        "models[1].parameters.epsilon",
+    ]
+    assert report.problems[0].found == "0.15 with a density of 0.9"
+    assert "less than 0.1," in report.problems[0].expected
+    document["models"] = entries(models, "a", "b", "c")
+    document["parameters"] = {"density": 0.9}
+    assert the(run(document)).where == "parameters.epsilon"
+    document["parameters"] = {"density": 0.9, "epsilon": 0.05}
+    assert not run(document).problems
+    assert not run({**document, "merge_method": "nan_ties", "parameters": {}}).problems
+
+
 def test_tokenizer_files_are_needed_where_the_tokenizer_comes_from(models: Path) -> None:
     document = {**LINEAR, "models": entries(models, "a", "b"), "tokenizer_source": "x"}
     assert run(document).problems == ()  # a name on the Hub; the first model has a tokenizer

@@ -15,7 +15,7 @@ from mergekit_ext.host.checks.locate import locate
 from mergekit_ext.host.checks.merge import find_method, resolve_and_estimate
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
-from mergekit_ext.host.checks.settings import check_settings
+from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings
 from mergekit_ext.host.checks.support import listing, quiet
 from mergekit_ext.host.checks.survey import PlannedTensor
 from mergekit_ext.host.checks.tensors import check_tensors
@@ -51,6 +51,7 @@ def _check(
     config: Any, options: Any, union: bool, intersection: bool, findings: Findings
 ) -> Estimate | None:
     check_settings(config, options, findings)
+    check_multi_gpu(options, findings)
     method = find_method(config.merge_method, findings)
     files = Findings()
     group = groups_of(config)[0] if config.models else None

@@ -15,7 +15,7 @@ from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.resolve import ParameterResolution
-from mergekit_ext.host.checks.settings import check_settings, wants_tokenizer
+from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings, wants_tokenizer
 from mergekit_ext.host.checks.support import nearest, quiet, shown
 from mergekit_ext.host.checks.survey import PlannedTensor, survey
 from mergekit_ext.host.checks.tensors import check_tensors
@@ -98,6 +98,7 @@ def _check(
     config: Any, options: Any, findings: Findings, pending: Collection[str]
 ) -> Estimate | None:
     check_settings(config, options, findings)
+    check_multi_gpu(options, findings)
     method = find_method(config.merge_method, findings)
     models = Findings()  # parameters are reported first, but need the tensors' names
     facts = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.layout import Group, Source, all_settings
 from mergekit_ext.host.checks.parameters import Absent, leaves, value_problem
 from mergekit_ext.host.checks.report import Findings
@@ -25,6 +27,7 @@ class ParameterResolution:
         self._holes: dict[tuple[str, str], list[str]] = {}
         self._invalid: dict[tuple[str, str, str], dict[str, list[str]]] = {}
         self._shared: dict[tuple[Any, ...], tuple[Group, dict[str, Any]]] = {}
+        self._combined: dict[str, Problem] = {}  # the first of each input
 
     def run(self, planned: Sequence[PlannedTensor]) -> list[Mapping[str, Any]]:
         """Resolve, report, ask the method. Returns each distinct set of shared parameters."""
@@ -38,6 +41,7 @@ class ParameterResolution:
             if where not in seen:  # no model of the group is known: what holds for all tensors
                 self._shared_of(group, "", [s.values for s in group.settings], 0.0)
         self._report()
+        self._report_combined()
         self._ask_method()
         self._filters(planned)
         return [shared for _, shared in self._shared.values()]
@@ -50,12 +54,24 @@ class ParameterResolution:
         for model, weight in tensor.inputs:
             settings = tuple(tensor.sources(model))
             source = group.source(model)
+            values: dict[str, Any] = {}
             for spec in specs:
                 if source is None or (model == tensor.base and spec.scope != ParameterScope.INPUT):
                     continue
                 if (source.where, spec.name) not in self._absent:
                     at = _written_at(group, source, spec.name)
-                    self._value(spec, settings, weight.name, tensor.t, at, model)
+                    value = self._value(spec, settings, weight.name, tensor.t, at, model)
+                    if value is not _NOTHING:
+                        values[spec.name] = value
+            if source is not None:
+                self._ask_of_input(group, source, values)
+
+    def _ask_of_input(self, group: Group, source: Source, values: Mapping[str, Any]) -> None:
+        ask = getattr(self._method, "input_problems", None)
+        if callable(ask) and source.where not in self._combined:
+            for problem in ask(values):
+                at = _written_at(group, source, problem.where)
+                self._combined[source.where] = dataclasses.replace(problem, where=at)
 
     def _shared_of(self, group: Group, tensor: str, settings: Sequence[Any], t: float) -> None:
         values: dict[str, Any] = {}
@@ -112,6 +128,10 @@ class ParameterResolution:
                 wanted,
                 remedy or "Give one value, or one for each part of the model with `filter:`.",
             )
+
+    def _report_combined(self) -> None:
+        # What is written once for all models is wrong once.
+        self._findings.extend(dict.fromkeys(self._combined.values()))
 
     def _written(self, name: str) -> set[str]:
         found = set()

@@ -69,6 +69,14 @@ def _device(options: Any, findings: Findings) -> None:
         )
 
 
+def check_multi_gpu(options: Any, findings: Findings) -> None:
+    """`--multi-gpu` needs an accelerator, for merges that mergekit's executor runs."""
+    if options.multi_gpu and len(_devices()) == 1:
+        findings.problem(
+            "--multi-gpu", "no accelerator", "one at least", "Leave `--multi-gpu` out."
+        )
+
+
 def _devices() -> list[str]:
     import torch
 
