@@ -100,6 +100,9 @@ def _function(name: str | None) -> Callable[..., Any] | None:
     if name is None:
         return None
     module, _, attribute = name.partition(":")
+    names = (*module.split("."), attribute)
+    if module.endswith(".py") or not all(part.isidentifier() for part in names):
+        raise ConfigError([_no_function(name, module, attribute)])
     # As for `python -m`: the user's module lies where the command is run.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -107,8 +110,21 @@ def _function(name: str | None) -> Callable[..., Any] | None:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         expected = "MODULE:FUNCTION, which can be imported from here"
-        raise ConfigError([Problem("--evaluate", f"{name} ({error})", expected)]) from None
+        remedy = "Run the command in the folder of the module, or name that folder in PYTHONPATH."
+        raise ConfigError([Problem("--evaluate", f"{name} ({error})", expected, remedy)]) from None
     if not callable(function):
         raise ConfigError([Problem("--evaluate", name, "a function of a module and a task")])
     found: Callable[..., Any] = function
     return found
+
+
+def _no_function(name: str, module: str, attribute: str) -> Problem:
+    """Most often the path of a file, or a module alone."""
+    expected = "MODULE:FUNCTION, as Python imports them, such as scores:evaluate for scores.py"
+    file = Path(module.removesuffix(".py"))
+    if not file.name.isidentifier():
+        return Problem("--evaluate", repr(name), expected, "Write the module and its function.")
+    remedy = f"Write {file.name}:{attribute or 'FUNCTION'}"
+    if len(file.parts) > 1:
+        remedy += f", and run the command in {file.parent}"
+    return Problem("--evaluate", repr(name), expected, f"{remedy}.")

@@ -48,6 +48,16 @@ class Analysis:
         return [math.sqrt(value) for value in self.grams[block].diagonal().tolist()]
 
 
+def passes(layout: Layout, densities: Sequence[float] | None) -> int:
+    """How many times `analyse` reads the inputs."""
+    if densities is None or all(density >= 1 for density in densities):
+        return 1
+    parts = [part for block in layout.blocks for part in block.parts]
+    stored = {dtype for part in parts for dtype in (part.base_dtype, *part.dtypes)}
+    # Sixteen bits of the threshold a pass (`kernels.selection`), the first with the products.
+    return 4 if torch.float64 in stored else 2
+
+
 def analyse(
     reader: BlockReader,
     densities: Sequence[float] | None = None,

@@ -100,13 +100,14 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[st
 
 
 def _companions(root: Path, task: str) -> Iterator[tuple[str, Path]]:
-    """Every file of a task's folder but its weights: the name there, and where the content is."""
+    """The files of a task's folder, without weights and card: their names, and where they are."""
     problems = []
     folder = root / task
     for found, _, names in os.walk(folder):
         for name in sorted(names):
             relative = (Path(found) / name).relative_to(folder).as_posix()
-            if _WEIGHTS.fullmatch(name):
+            # The card of a task's folder says how to make what is written here.
+            if _WEIGHTS.fullmatch(name) or relative == "README.md":
                 continue
             try:
                 yield relative, regular_file(root, f"{task}/{relative}", f"{task}/{relative}")

@@ -21,9 +21,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder) / FILE_NAME
     where = str(path)
+    if not path.is_file():
+        raise CheckpointError([_no_checkpoint(path)], str(folder))
     try:
-        if not path.is_file():
-            raise OSError("there is no such file")
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
         text = content.decode("utf-8")
@@ -34,6 +34,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         problem = Problem(where, f"more than {LARGEST:,} bytes", f"{LARGEST:,} at most")
         raise CheckpointError([problem], str(folder))
     return Manifest.from_json(text, where)
+
+
+def _no_checkpoint(path: Path) -> Problem:
+    folder = path.resolve().parent
+    remedy = "Give the folder that a `flexmerge` merge wrote; load other models with transformers."
+    if (folder.parent / FILE_NAME).is_file():
+        remedy = f"Give the folder above, {folder.parent}, and the task {folder.name!r}."
+    return Problem(str(path), "no such file", "the manifest of a FlexMerge checkpoint", remedy)
 
 
 def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Checkpoint:

@@ -49,6 +49,23 @@ def test_digests(checkpoint: Path, tmp_path: Path) -> None:
     assert run(checkpoint, "b", tmp_path / "b", "--no-verify").exit_code == 0
 
 
+def test_folders_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    inside = run(checkpoint / "b", "b", tmp_path / "b")
+    assert inside.exit_code == 2
+    assert f"Give the folder above, {checkpoint}, and the task 'b'" in inside.stderr
+    (tmp_path / "other").mkdir()
+    other = run(tmp_path / "other", "b", tmp_path / "b")
+    assert other.exit_code == 2
+    assert "expected the manifest of a FlexMerge checkpoint" in other.stderr
+    assert "above" not in other.stderr
+
+
+def test_the_card_of_a_masked_task_stays(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "b" / "README.md").write_text("how to load it")
+    assert run(checkpoint, "b", tmp_path / "b").exit_code == 0
+    assert not (tmp_path / "b" / "README.md").exists()
+
+
 def test_no_such_folder(tmp_path: Path) -> None:
     result = run(tmp_path / "nothing", "a", tmp_path / "a")
     assert result.exit_code == 2

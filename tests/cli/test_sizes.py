@@ -121,9 +121,13 @@ def test_wrong_sizes(configuration: Path, here: Path, sizes: str, message: str) 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("scores_of_a_test", "MODULE:FUNCTION"),
+        ("scores_of_a_test", "Write scores_of_a_test:FUNCTION."),
+        ("scores_of_a_test.py:evaluate", "Write scores_of_a_test:evaluate."),
+        ("./scores_of_a_test.py:evaluate", "Write scores_of_a_test:evaluate."),
+        ("a/b/scores.py:f", "Write scores:f, and run the command in a/b."),
         ("scores_of_a_test:missing", "has no attribute 'missing'"),
         ("no_such_module:evaluate", "No module named 'no_such_module'"),
+        ("no_such_module:evaluate", "PYTHONPATH"),
         (":evaluate", "MODULE:FUNCTION"),
         (".x:y", "MODULE:FUNCTION"),
         ("scores_of_a_test:number", "expected a function"),

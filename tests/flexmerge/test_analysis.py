@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_ext.errors import NonFiniteError
-from mergekit_ext.flexmerge.analysis import analyse, trimmed_grams
+from mergekit_ext.flexmerge.analysis import analyse, passes, trimmed_grams
 from mergekit_ext.kernels.selection import Keeper
 from tests.flexmerge.inputs import family, reader
 from tests.flexmerge.test_algorithms import made
@@ -156,7 +156,7 @@ def _three(algorithm):
 
 
 @pytest.mark.parametrize(
-    ("densities", "kind", "passes"),
+    ("densities", "kind", "times"),
     [
         (None, "float32", 1),
         ((1.0, 1.0), "float32", 1),
@@ -164,12 +164,13 @@ def _three(algorithm):
         ((0.1, 0.2), "double", 4),
     ],
 )
-def test_how_often_the_inputs_are_read(densities, kind, passes):
+def test_how_often_the_inputs_are_read(densities, kind, times):
     base, models = family(2, dtype=KINDS[kind])
     found = reader(base, models)
     seen: list[str] = []
     analyse(found, densities, seen.append)
-    assert seen == [b.name for b in found.layout.blocks] * passes
+    assert seen == [b.name for b in found.layout.blocks] * times
+    assert passes(found.layout, densities) == times
 
 
 def test_devices(device):

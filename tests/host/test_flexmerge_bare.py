@@ -6,6 +6,7 @@ import pytest
 from mergekit.config import MergeConfiguration
 from transformers import AutoModel, BertModel, ViTModel
 
+from mergekit_ext import flexmerge
 from mergekit_ext.host.checks import check_merge
 from tests import models as small
 from tests.host.flexmerge_models import QUIET, Family, as_index_says, merge, same, vit
@@ -31,6 +32,13 @@ def test_a_bare_base_is_the_same_base(name, algorithm, tmp_path):
     ours = merge(content, tmp_path / "ours")
     theirs = merge({**content, "base_model": str(whole.base)}, tmp_path / "theirs")
     assert ours.blocks == theirs.blocks
+    for task in ours.tasks:
+        card = tmp_path / "ours" / task.name / "README.md"
+        assert card.exists() != task.ordinary
+        if not task.ordinary:
+            assert f'flexmerge.load("..", task="{task.name}")' in card.read_text()
+            model = flexmerge.load(tmp_path / "ours", task=task.name)
+            assert type(model).__name__.endswith("Classification")
     assert [f.sha256 for f in ours.files] == [f.sha256 for f in theirs.files]
 
 

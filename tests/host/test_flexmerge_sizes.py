@@ -293,13 +293,17 @@ def test_other_metrics_than_before(llamas: Any, tmp_path: Path) -> None:
         write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), broken)
 
 
-def test_tasks_may_have_metrics_of_their_own(llamas: Any, tmp_path: Path) -> None:
+def test_tasks_may_have_metrics_of_their_own(
+    llamas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def evaluate(model: Any, task: str) -> dict[str, float]:
         return {"f1": 0.5} if task == "tuned1" else {"accuracy": 0.5, "f1": 0.25}
 
     out = tmp_path / "out"
     write_curve(written(tmp_path, llamas), out, OPTIONS, [1.0], (), evaluate, "f1")
     (row,) = rows(out)
+    said = capsys.readouterr().err
+    assert "accuracy: means are over tuned0, tuned2 alone" in said and "f1:" not in said
     assert "tuned1/accuracy" not in row and float(row["mean/f1"]) == pytest.approx(1 / 3)
     assert (out / "sizes.png").exists()
 

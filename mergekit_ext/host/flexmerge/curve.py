@@ -104,7 +104,7 @@ def write_curve(
                 click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
             raise
     _write(folder, points, reference)
-    for note in tracer.notes:
+    for note in (*tracer.notes, *_partial(reference)):
         click.echo(f"Note: {note}", err=True)
     if drawn is not None:
         _draw(folder / "sizes.png", points, reference, drawn)
@@ -141,6 +141,17 @@ def _metric(asked: str | None, reference: Scores) -> str | None:
     if asked is not None and asked not in known:
         require([Problem("--metric", repr(asked), f"one of {', '.join(known)}")])
     return asked or next(iter(known), None)
+
+
+def _partial(reference: Scores) -> list[str]:
+    """What the means of metrics are over that not every task has."""
+    known = dict.fromkeys(metric for scores in reference.values() for metric in scores)
+    having = {m: [task for task, scores in reference.items() if m in scores] for m in known}
+    return [
+        f"{metric}: means are over {', '.join(tasks)} alone; no other task has it."
+        for metric, tasks in having.items()
+        if len(tasks) < len(reference)
+    ]
 
 
 def _write(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:

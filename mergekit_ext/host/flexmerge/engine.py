@@ -21,7 +21,7 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
-from mergekit_ext.flexmerge.analysis import Analysis, analyse, trimmed_grams
+from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import Manifest
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner, StoredGroup
@@ -75,8 +75,9 @@ class Engine:
         if found is not None and (densities is None or tuple(densities) in found.cuts):
             return found
         started = time.perf_counter()
-        passes = 1 if densities is None or all(d >= 1 for d in densities) else 2
-        self._emit(StatisticsBegin(passes * len(self._inputs.layout.blocks), "block"))
+        layout = self._inputs.layout
+        total = passes(layout, densities) * len(layout.blocks)
+        self._emit(StatisticsBegin(total, "block"))
         made = analyse(self.reader, densities, self._measured)
         if found is not None:
             made = Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})

@@ -37,6 +37,26 @@ def copy_model_files(source: Path, target: Path, dtype: str | None) -> None:
         _set_dtype(target / "config.json", dtype)
 
 
+def explain_masks(folder: Path) -> None:
+    """Say in a task's folder that holds no weights where they are."""
+    task = folder.name
+    (folder / "README.md").write_text(
+        f"""# {task}
+
+This folder has no weights: those of `{task}` are stored as masks over a vector that it shares with
+other tasks, in `../shards/`. Load the model with
+
+    from mergekit_ext import flexmerge
+    model = flexmerge.load("..", task="{task}")
+
+(the path is that of the folder above), or write it as an ordinary checkpoint with
+
+    mergekit-ext export .. {task} OUT
+""",
+        encoding="utf-8",
+    )
+
+
 def _set_dtype(path: Path, dtype: str) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     present = [key for key in _DTYPE_KEYS if key in content] or [_DTYPE_KEYS[0]]

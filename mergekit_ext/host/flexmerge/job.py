@@ -12,7 +12,7 @@ from mergekit_ext.flexmerge.analysis_file import FILE_NAME as ANALYSIS_NAME
 from mergekit_ext.flexmerge.manifest import Manifest
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
-from mergekit_ext.host.flexmerge.folders import copy_model_files
+from mergekit_ext.host.flexmerge.folders import copy_model_files, explain_masks
 from mergekit_ext.host.flexmerge.prepare import Prepared
 from mergekit_ext.host.flexmerge.sources import open_inputs
 from mergekit_ext.host.session import Session
@@ -39,8 +39,11 @@ def write(config: Any, folder: Path, options: Any, source: str, session: Session
     plan = engine.planner.plan(prepared.target)
     manifest = engine.write(folder, plan, generator())
     engine.save_analysis(folder / ANALYSIS_NAME)
-    for task, home in zip(inputs.layout.tasks, inputs.folders, strict=True):
-        copy_model_files(home, folder / task, _dtype_name(prepared))
+    for name, home in zip(inputs.layout.tasks, inputs.folders, strict=True):
+        copy_model_files(home, folder / name, _dtype_name(prepared))
+    for task in manifest.tasks:
+        if not task.ordinary:
+            explain_masks(folder / task.name)
     if (folder / "model.safetensors.index.json").exists():
         copy_model_files(inputs.folders[0], folder, _dtype_name(prepared))
     _describe(folder, config, options, source, manifest)

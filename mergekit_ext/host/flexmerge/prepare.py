@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.errors import ConfigError
+from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
 from mergekit_ext.flexmerge.plan import Storage, whole_models
 from mergekit_ext.flexmerge.prefix import find_renaming, named_as
@@ -219,7 +220,9 @@ def _estimate(prepared: Prepared) -> Estimate:
     parts = [part for block in layout.blocks for part in block.parts]
     private = [header for headers in layout.private for header in headers]
     whole = storage.whole
-    passes = 2 + (written.algorithm.trims and (written.shared["trim_scope"] or "model") == "model")
+    # The analysis, similarities of trimmed vectors, and the merge.
+    reads = passes(layout, written.algorithm.densities) + 1
+    reads += written.shared["similarity_on"] == "trimmed"
     base = sum(block.base_bytes for block in layout.blocks)
     target = prepared.target
     stored = (
@@ -231,7 +234,7 @@ def _estimate(prepared: Prepared) -> Estimate:
     models = max(0, stored - layout.private_bytes) * len(layout.tasks) / whole
     largest = max(block.size for block in layout.blocks)
     return Estimate(
-        bytes_read=passes * (whole + base) + layout.private_bytes,
+        bytes_read=reads * (whole + base) + layout.private_bytes,
         bytes_written=stored,
         bytes_held=largest * 4 * (len(layout.tasks) + 3),
         tensors=round(models * len(parts)) + len(private),
