@@ -56,6 +56,7 @@ def test_the_nearest_size(content):
     assert problem.remedy.startswith("Write 4,")
     assert "9 models" in problem.found
     assert "numbers below 100000 are models" in problem.found
+    assert report_of(content).estimate is None
     content["parameters"]["target_size"] = 0.5
     assert only(content).remedy == "Write 1 for the smallest."
     content["parameters"]["target_size"] = 100_000

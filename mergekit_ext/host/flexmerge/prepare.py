@@ -81,7 +81,7 @@ def check(
         if source is not None:
             findings.extend(unknown_keys(source))
         prepared = _prepare(config, options, findings, pending)
-    report = findings.report(_estimate(prepared) if prepared else None)
+    report = findings.report(_estimate(prepared) if prepared and not findings.count else None)
     return report, None if report.problems else prepared
 
 
@@ -211,7 +211,7 @@ def _reachable(prepared: Prepared, findings: Findings) -> None:
     if prepared.target == Target.parse(ANY_SIZE):
         return
     if prepared.target.holds(storage.size(storage.whole)):
-        findings.note(f"target_size: nothing is merged, as all models fit into {prepared.target}.")
+        findings.note(f"target_size {prepared.target}: nothing is merged, as all models fit.")
 
 
 def _estimate(prepared: Prepared) -> Estimate:
