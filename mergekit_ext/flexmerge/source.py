@@ -16,6 +16,9 @@ from torch import Tensor
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout
 from mergekit_ext.headers import TensorHeader
 
+# Linux reads no more than its read-ahead window for one request, commonly this much.
+_READ_AHEAD = 128 << 10
+
 
 class Source(Protocol):
     """The stored tensors of one model.
@@ -79,7 +82,8 @@ class FileSource:
             return
         descriptor = os.open(header.file, os.O_RDONLY)
         try:
-            os.posix_fadvise(descriptor, header.offset, header.nbytes, os.POSIX_FADV_WILLNEED)
+            for start in range(header.offset, header.offset + header.nbytes, _READ_AHEAD):
+                os.posix_fadvise(descriptor, start, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)
 
