@@ -10,15 +10,27 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
-ANY = {"errors", "events", "headers", "kernels", "flexmerge", "host", "report", "cli", "autoload"}
+ANY = {
+    "errors",
+    "events",
+    "headers",
+    "rooms",
+    "kernels",
+    "flexmerge",
+    "host",
+    "report",
+    "cli",
+    "autoload",
+}
 ALLOWED = {
     "errors": set(),
     "events": set(),
     "headers": set(),
+    "rooms": set(),
     "kernels": {"kernels", "errors"},
     "report": {"report", "kernels", "errors", "events"},
-    "flexmerge": {"flexmerge", "headers", "kernels", "errors", "events", "report"},
-    "host": {"headers", "flexmerge", "host", "kernels", "errors", "events", "report"},
+    "flexmerge": {"flexmerge", "headers", "rooms", "kernels", "errors", "events", "report"},
+    "host": {"headers", "rooms", "flexmerge", "host", "kernels", "errors", "events", "report"},
     "cli": ANY,
     "__main__": {"cli"},
     "__init__": {"autoload", "host"},

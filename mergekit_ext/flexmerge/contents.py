@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from mergekit_ext.errors import Problem
+from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.manifest import (
     BASE,
     DENSE,
@@ -17,9 +18,6 @@ from mergekit_ext.flexmerge.manifest import (
     ShardFile,
 )
 from mergekit_ext.headers import TensorHeader
-
-# What arithmetic is done with.
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Shelf(NamedTuple):
@@ -105,5 +103,5 @@ def _tensor(
         yield Problem(where, f"shape {list(header.shape)}", f"{list(shape)}")
     if file.kind == MASKS and header.dtype != "U8":
         yield Problem(where, f"dtype {header.dtype}", "U8, as masks have")
-    if file.kind in (BASE, UNIFIED) and header.dtype not in _FLOATS:
-        yield Problem(where, f"dtype {header.dtype}", f"one of {', '.join(_FLOATS)}")
+    if file.kind in (BASE, UNIFIED) and header.dtype not in FLOATING:
+        yield Problem(where, f"dtype {header.dtype}", f"one of {', '.join(FLOATING)}")

@@ -6,9 +6,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,6 +16,7 @@ from torch import Tensor
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.stored import RefusedError, regular_file
+from mergekit_ext.rooms import hidden_room
 
 _SHARD_BYTES = 5_000_000_000
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack)(\.index\.json)?")
@@ -136,20 +136,17 @@ def _appearing(target: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `target`; after an exception nothing is left."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, and so on its file system.
-        outer = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}-", suffix="-incomplete", dir=target.parent)
-        )
+        outer = hidden_room(target, target.parent)
+        with ExitStack() as stack:
+            # Not the hidden folder itself, which only its owner may read.
+            room = stack.enter_context(outer) / target.name
+            room.mkdir()
+            stack = stack.pop_all()
     except OSError as error:
         problem = Problem("OUT", f"{target} ({error.strerror})", "a place that can be written")
         raise ConfigError([problem], "this export") from None
-    try:
-        # Not `outer` itself, which only its owner may read.
-        room = outer / target.name
-        room.mkdir()
+    with stack:
         yield room
         if target.is_dir():
             target.rmdir()
         room.rename(target)
-    finally:
-        shutil.rmtree(outer, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 
@@ -86,7 +86,7 @@ class Layout:
     blocks: tuple[BlockLayout, ...]
     private: tuple[tuple[TensorHeader, ...], ...]
 
-    @property
+    @cached_property
     def private_bytes(self) -> int:
         """Bytes of all private tensors."""
         return sum(header.nbytes for headers in self.private for header in headers)

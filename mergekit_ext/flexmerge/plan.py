@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Storage:
             total += sum(len(group.tasks) for group in masked) * -(-block.size // 8)
         return total
 
-    @property
+    @cached_property
     def whole(self) -> int:
         """Bytes of all shareable tensors of all models, kept apart."""
         tasks = range(len(self.layout.tasks))
@@ -72,7 +73,7 @@ class Storage:
             block.bytes((task,), self.forced) for block in self.layout.blocks for task in tasks
         )
 
-    @property
+    @cached_property
     def least(self) -> Size:
         """The smallest size there is: every block merged, or kept apart where that is smaller.
 
@@ -163,7 +164,12 @@ class Planner(ABC):
 
 
 class Dendrograms(Planner):
-    """Algorithm 1: the merges of all blocks in one order, stopped where the target is met."""
+    """Algorithm 1: the merges of all blocks in one order, stopped where the target is met.
+
+    Attributes:
+        order: the merges.
+        trajectory: the size before the first merge, and after each.
+    """
 
     def __init__(
         self,
@@ -175,20 +181,18 @@ class Dendrograms(Planner):
     ):
         super().__init__(storage)
         self.order: MergeOrder = merge_order(similarities, linkage, order, seed)
-        self.bytes = tuple(self._trajectory())
+        self.trajectory = tuple(map(storage.size, self._trajectory()))
 
     @property
     def sizes(self) -> list[float]:
         """See `Planner.sizes`."""
-        return sorted({self.storage.size(b).models for b in self.bytes}, reverse=True)
+        return sorted({size.models for size in self.trajectory}, reverse=True)
 
     def _trajectory(self) -> list[int]:
         blocks = self.storage.layout.blocks
-        count = len(self.storage.layout.tasks)
         now = [self.storage.bytes(block, self._stored(i, 0)) for i, block in enumerate(blocks)]
         done = [0] * len(blocks)
         sizes, total = [sum(now)], sum(now)
-        assert total == self.storage.whole or count == 0
         for index in self.order.steps:
             done[index] += 1
             after = self.storage.bytes(blocks[index], self._stored(index, done[index]))
@@ -209,13 +213,14 @@ class Dendrograms(Planner):
         for index in self.order.steps[:step]:
             done[index] += 1
         groups = tuple(tuple(self._stored(i, merges)) for i, merges in enumerate(done))
-        return Plan(groups, self.storage.size(self.bytes[step]))
+        return Plan(groups, self.trajectory[step])
 
     def plan(self, target: Target) -> Plan:
         """See `Planner.plan`."""
-        sizes = [self.storage.size(shareable) for shareable in self.bytes]
-        self.storage.require_reachable(target, min(sizes, key=lambda size: size.bytes))
-        return self.at(next(step for step, size in enumerate(sizes) if target.holds(size)))
+        least = min(self.trajectory, key=lambda size: size.bytes)
+        self.storage.require_reachable(target, least)
+        fitting = (step for step, size in enumerate(self.trajectory) if target.holds(size))
+        return self.at(next(fitting))
 
 
 class Clusters(Planner):

@@ -50,10 +50,9 @@ def find_renaming(base: Collection[str], models: Sequence[Collection[str]]) -> R
 
 
 def named_as(
-    base: Mapping[str, TensorHeader], models: Sequence[Mapping[str, TensorHeader]]
+    base: Mapping[str, TensorHeader], renaming: Renaming | None
 ) -> Mapping[str, TensorHeader]:
     """The base's headers under the names that the models have; each keeps its stored name."""
-    renaming = find_renaming(base, models)
     if renaming is None:
         return base
     return {renaming.apply(name): header for name, header in base.items()}

@@ -17,14 +17,8 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.manifest import SHARDS, ShardFile
+from mergekit_ext.headers import dtype_name
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-}
 # A file per set of tasks may mean thousands of files.
 _OPEN_FILES = 64
 
@@ -41,7 +35,7 @@ class Entry:
     @classmethod
     def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Entry:
         """An entry of a torch dtype."""
-        return cls(name, DTYPE_NAMES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
+        return cls(name, dtype_name(dtype), tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
 @dataclass

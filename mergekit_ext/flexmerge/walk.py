@@ -9,15 +9,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
+from mergekit_ext.flexmerge.finite import require_finite, require_in_range
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
-from mergekit_ext.flexmerge.private import require_finite
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
-from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class _Reconstructed:
         for part in self.block.parts:
             base, unified = self.base[part.name], self.unified[part.name]
             made = reconstruct(base, unified, mask[part.slice], rescale, unified.dtype)
-            _require_in_range(part.name, made)
+            require_in_range(made, part.name)
             found[part.name] = made
         return found
 
@@ -146,7 +144,7 @@ class Walk:
             tensor = self._reader.tensor(task, part.name)
             if self._forced is not None:
                 tensor = tensor.to(self._forced)
-                _require_in_range(part.name, tensor)
+                require_in_range(tensor, part.name)
             yield part.name, tensor
 
     def _split(self, block: BlockLayout, vector: Tensor, group: StoredGroup) -> dict[str, Tensor]:
@@ -154,7 +152,7 @@ class Walk:
         for part in block.parts:
             dtype = self._forced or part.dtype(group.tasks)
             tensors[part.name] = vector[part.slice].view(part.shape).to("cpu", dtype)
-            _require_in_range(part.name, tensors[part.name])
+            require_in_range(tensors[part.name], part.name)
         return tensors
 
 
@@ -169,13 +167,3 @@ def _base(data: BlockData) -> dict[str, Tensor]:
 def _key(group: StoredGroup) -> StoredGroup:
     """A group without its similarity, which does not change what is stored."""
     return StoredGroup(group.tasks, group.kind)
-
-
-def _require_in_range(name: str, tensor: Tensor) -> None:
-    if not all_finite(tensor):
-        count = count_non_finite(tensor)
-        raise MergeError(
-            f"{name}: {count} of {tensor.numel()} merged values are not finite in {tensor.dtype}, "
-            "although all inputs are; a merge of this size would stop here. Choose a wider "
-            "`dtype`, or smaller `lambda` and `weight`."
-        )

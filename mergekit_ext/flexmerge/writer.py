@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Masked
-from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
+from mergekit_ext.flexmerge.finite import require_in_range
+from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.links import link_model
 from mergekit_ext.flexmerge.manifest import (
     BASE,
@@ -33,7 +33,6 @@ from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.private import stored_private
 from mergekit_ext.flexmerge.shards import Entry, Key, ShardWriter
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 # Below this share of a dtype's largest value no rounding leads out of its range.
 _SAFE_RANGE = 0.9
@@ -199,10 +198,9 @@ def _copy(
     for part in block.parts:
         stored = reader.read_stored(task, part.name)
         dtype = part.dtypes[task]
-        if order.forced not in (None, dtype):
-            assert order.forced is not None
+        if order.forced is not None and order.forced != dtype:
             stored = stored.view(dtype).to(order.forced)
-            _require_finite(part, stored)
+            require_in_range(stored, part.name)
         shards.write((DENSE, (reader.layout.tasks[task],)), part.name, stored)
 
 
@@ -216,7 +214,7 @@ def _write_vector(
 ) -> None:
     for part in block.parts:
         tensor = vector[part.slice].to(order.forced or part.dtype(group.tasks))
-        _require_finite(part, tensor)
+        require_in_range(tensor, part.name)
         shards.write(key, part.name, tensor)
 
 
@@ -234,17 +232,8 @@ def _require_reconstructible(
         if most < _SAFE_RANGE * torch.finfo(dtype).max:
             continue
         for task in group.tasks:
-            _require_finite(part, found.vector(data.base, task)[part.slice].to(dtype))
-
-
-def _require_finite(part: Part, tensor: Tensor) -> None:
-    if not all_finite(tensor):
-        count = count_non_finite(tensor)
-        raise MergeError(
-            f"{part.name}: {count} of {tensor.numel()} merged values are not finite in "
-            f"{tensor.dtype}, although all inputs are; expected values inside of its range. Choose "
-            "a wider `dtype`, or smaller `lambda` and `weight`."
-        )
+            made = found.vector(data.base, task)[part.slice].to(dtype)
+            require_in_range(made, part.name)
 
 
 def _block_entry(

@@ -128,24 +128,27 @@ class WholeModelMethod(ExtMethod):
     """A merge method that does not go tensor by tensor through mergekit's planner and executor."""
 
     @abstractmethod
-    def check(
+    def prepare(
         self,
         config: Any,
         options: Any,
         source: str | Mapping[str, Any] | None = None,
         pending: Collection[str] = (),
-    ) -> CheckReport:
-        """What `checks.check_merge` does for other methods; arguments as there."""
+    ) -> tuple[CheckReport, Any]:
+        """Do what `checks.check_merge` does for other methods; arguments as there.
+
+        Returns the report, and what `write` needs; None if it cannot start.
+        """
 
     @abstractmethod
     def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
         """What is wrong with a place for the output, beyond what would be for any method."""
 
     @abstractmethod
-    def write(self, config: Any, folder: Path, options: Any, source: str) -> None:
+    def write(self, prepared: Any, config: Any, folder: Path, options: Any, source: str) -> None:
         """Merge into `folder`, which is empty and becomes the output, with its model card.
 
-        Called inside of a session, after the checks. `source` is the configuration's text.
+        Called inside of a session. `prepared` is from `prepare`, `source` the configuration's text.
         """
 
 

@@ -116,12 +116,16 @@ def _merge(
     if frozen:
         gc.freeze()
     try:
-        report = check_merge(config, options, config_source)
+        method = ext_method(config.merge_method)
+        whole = method if isinstance(method, WholeModelMethod) else None
+        report, prepared = (
+            whole.prepare(config, options, config_source)
+            if whole
+            else (check_merge(config, options, config_source), None)
+        )
         config = compat.ordered(config)
         models = config.referenced_models()
         inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
-        method = ext_method(config.merge_method)
-        whole = method if isinstance(method, WholeModelMethod) else None
         place = [
             *output_problems(out_path, inputs),
             *(whole.output_problems(out_path) if whole else ()),
@@ -131,7 +135,7 @@ def _merge(
         quiet = options.model_copy(update={"quiet": True})
         with output(options, out_path, None if whole else method, callbacks) as folder:
             if whole:
-                whole.write(config, folder, options, source)
+                whole.write(prepared, config, folder, options, source)
             else:
                 stock(config, os.fspath(folder), quiet, source)
     finally:

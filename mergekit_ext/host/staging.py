@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.manifest import SHARDS
-from mergekit_ext.host.rooms import hidden_room
+from mergekit_ext.rooms import hidden_room
 
 # The files that a merge writes, and no others: a folder may hold more than one model's files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")

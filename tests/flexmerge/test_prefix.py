@@ -49,6 +49,6 @@ def test_headers_keep_the_names_they_are_stored_under():
     def headers(names):
         return {name: TensorHeader(name, "F32", (1,), 4) for name in names}
 
-    base = named_as(headers(BODY), [headers(prefixed("vit", BODY))])
+    base = named_as(headers(BODY), Renaming("vit", adds=True))
     assert list(base) == prefixed("vit", BODY)
     assert [header.name for header in base.values()] == BODY

@@ -100,7 +100,7 @@ def test_every_block_of_every_task(kind, done, name, tmp_path):
     models[1]["head.weight"] = torch.randn(2, 6)
     found, algorithm = reader(base, models), algorithm_for(name, 3)
     planner = planner_for(found, algorithm.masks)
-    plan = planner.at(round(done * (len(planner.bytes) - 1)))
+    plan = planner.at(round(done * (len(planner.trajectory) - 1)))
     if done == 1:
         assert all(len(groups) == 1 for groups in plan.groups)
     kinds = {group.kind for groups in plan.groups for group in groups}

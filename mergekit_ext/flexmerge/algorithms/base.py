@@ -86,11 +86,11 @@ class Algorithm(ABC):
         kmeans: whether groups are K-means clusters instead of a dendrogram's.
     """
 
-    name: ClassVar[str]
+    name: str
     options: ClassVar[tuple[Option, ...]]
-    trims: ClassVar[bool] = False
-    masks: ClassVar[bool] = False
-    kmeans: ClassVar[bool] = False
+    trims: bool = False
+    masks: bool = False
+    kmeans: bool = False
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters

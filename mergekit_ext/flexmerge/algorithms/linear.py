@@ -64,7 +64,7 @@ class Linear(Algorithm):
 class Average(Linear):
     r"""The mean of the members, :math:`W_0 + \sum_i w_i t_i / \sum_i w_i`."""
 
-    name: ClassVar[str] = "average"
+    name = "average"
     options: ClassVar[tuple[Option, ...]] = (WEIGHT,)
 
     def scale(self, members: Sequence[int]) -> float:
@@ -86,7 +86,7 @@ class TaskArithmetic(Linear):
     :math:`\lambda = 1.5` in section 4).
     """
 
-    name: ClassVar[str] = "task_arithmetic"
+    name = "task_arithmetic"
     options: ClassVar[tuple[Option, ...]] = (
         Option("lambda", Factor, 1.5, "scales the mean task vector"),
         WEIGHT,
@@ -105,5 +105,5 @@ class ChannelMerging(TaskArithmetic):
     comparison, whole blocks. `target_size` is the number of clusters, an integer.
     """
 
-    name: ClassVar[str] = "channel_merging"
-    kmeans: ClassVar[bool] = True
+    name = "channel_merging"
+    kmeans = True

@@ -21,7 +21,7 @@ from mergekit_ext.kernels.masks import pack_bits
 class MaskAlgorithm(Algorithm):
     """Algorithms that reconstruct each member from a unified task vector."""
 
-    masks: ClassVar[bool] = True
+    masks = True
 
     @abstractmethod
     def unified(
@@ -70,7 +70,7 @@ class MaskAlgorithm(Algorithm):
 class Emr(MaskAlgorithm):
     """Huang et al. 2024, "EMR-Merging", section 3: see `kernels.emr`."""
 
-    name: ClassVar[str] = "emr"
+    name = "emr"
     options: ClassVar[tuple[Option, ...]] = ()
 
     def unified(
@@ -96,7 +96,7 @@ class Consensus(MaskAlgorithm):
     |t| >= threshold |unified - t|, with its original task vector t.
     """
 
-    name: ClassVar[str] = "consensus"
+    name = "consensus"
     options: ClassVar[tuple[Option, ...]] = (
         Option(
             "threshold",
@@ -107,7 +107,7 @@ class Consensus(MaskAlgorithm):
         DENSITY,
         WEIGHT,
     )
-    trims: ClassVar[bool] = True
+    trims = True
 
     def unified(
         self, block: BlockData, deltas: Sequence[Tensor], members: Sequence[int], cuts: Cuts | None
@@ -116,8 +116,7 @@ class Consensus(MaskAlgorithm):
         vectors = dict(zip(members, deltas, strict=True))
         zero = torch.zeros_like(deltas[0])
         relative = BlockData(block.layout, zero, vectors)
-        scope = self.parameters.trim_scope
-        return ties_over(scope, relative, members, self, 1.0, zero.dtype, cuts)
+        return ties_over(relative, members, self, 1.0, zero.dtype, cuts)
 
     def mask(self, delta: Tensor, unified: Tensor) -> Tensor:
         """See the class."""

@@ -24,9 +24,8 @@ class Dare(Algorithm):
         super().__init__(inner.parameters)
         self._inner, self._density, self._seed = inner, density, seed
         # What FlexMerge asks of an algorithm is the inner one's to answer.
-        self.__dict__.update(
-            name=inner.name, trims=inner.trims, masks=inner.masks, kmeans=inner.kmeans
-        )
+        self.name, self.trims = inner.name, inner.trims
+        self.masks, self.kmeans = inner.masks, inner.kmeans
 
     def merge(
         self,

@@ -21,7 +21,7 @@ class TsvM(Algorithm):
     Each tensor of the block on its own: singular vectors are those of a matrix.
     """
 
-    name: ClassVar[str] = "tsv_m"
+    name = "tsv_m"
     options: ClassVar[tuple[Option, ...]] = (SCALE, WEIGHT)
 
     def merge(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
@@ -21,8 +21,12 @@ DENSITY = Option("density", Share, 0.1, "share of the entries that trimming keep
 SCALE = Option("lambda", Factor, 1.0, "scales the merged task vector")
 
 
+def slices(block: BlockData, scope: str) -> list[slice]:
+    """What of a block vector is trimmed as one; the scope ``model`` has its cuts already."""
+    return [part.slice for part in block.layout.parts] if scope == "tensor" else [slice(None)]
+
+
 def ties_over(
-    scope: str,
     block: BlockData,
     members: Sequence[int],
     algorithm: Algorithm,
@@ -30,51 +34,17 @@ def ties_over(
     dtype: torch.dtype,
     cuts: Cuts | None,
 ) -> Tensor:
-    """TIES with the algorithm's weights and densities, trimmed over `scope`."""
-    return _SCOPES[scope](block, members, algorithm, TiesOptions(factor=factor), dtype, cuts)
-
-
-def _ties_block(
-    block: BlockData,
-    members: Sequence[int],
-    algorithm: Algorithm,
-    options: TiesOptions,
-    dtype: torch.dtype,
-    cuts: Cuts | None,
-) -> Tensor:
-    densities = algorithm.parameters.each("density", members)
-    return merge_ties(
-        block.base,
-        [block.models[member] for member in members],
-        algorithm.parameters.each("weight", members),
-        densities if cuts is None else [cuts[member] for member in members],
-        options,
-        dtype,
-    )
-
-
-def _ties_tensors(
-    block: BlockData,
-    members: Sequence[int],
-    algorithm: Algorithm,
-    options: TiesOptions,
-    dtype: torch.dtype,
-    cuts: Cuts | None,
-) -> Tensor:
+    """TIES with the weights, densities and trimming scope of the algorithm's parameters."""
+    parameters = algorithm.parameters
+    weights = parameters.each("weight", members)
+    densities = parameters.each("density", members)
+    kept = densities if cuts is None else [cuts[member] for member in members]
     out = torch.empty_like(block.base, dtype=dtype)
-    for part in block.layout.parts:
-        models = {member: model[part.slice] for member, model in block.models.items()}
-        piece = BlockData(block.layout, block.base[part.slice], models)
-        out[part.slice] = _ties_block(piece, members, algorithm, options, dtype, None)
+    for part in slices(block, parameters.trim_scope):
+        models = [block.models[member][part] for member in members]
+        options = TiesOptions(factor=factor)
+        out[part] = merge_ties(block.base[part], models, weights, kept, options, dtype)
     return out
-
-
-# With the scope "model" the cuts are given.
-_SCOPES: Mapping[str, Callable[..., Tensor]] = {
-    "model": _ties_block,
-    "block": _ties_block,
-    "tensor": _ties_tensors,
-}
 
 
 def trimmed_deltas(
@@ -87,9 +57,7 @@ def trimmed_deltas(
         if cuts is not None:
             Keeper(cuts[member]).drop(delta)
             continue
-        by_tensor = algorithm.parameters.trim_scope == "tensor"
-        slices = [part.slice for part in block.layout.parts] if by_tensor else [slice(None)]
-        for part in slices:
+        for part in slices(block, algorithm.parameters.trim_scope):
             Keeper(cut_of(delta[part], density)).drop(delta[part])
     return deltas
 
@@ -97,9 +65,9 @@ def trimmed_deltas(
 class Ties(Algorithm):
     """Yadav et al., "TIES-Merging", section 3: trim, elect signs, average what agrees."""
 
-    name: ClassVar[str] = "ties"
+    name = "ties"
     options: ClassVar[tuple[Option, ...]] = (SCALE, DENSITY, WEIGHT)
-    trims: ClassVar[bool] = True
+    trims = True
 
     def merge(
         self,
@@ -109,9 +77,7 @@ class Ties(Algorithm):
         cuts: Cuts | None = None,
     ) -> Tensor:
         """See `kernels.ties.merge_ties` and `Algorithm.merge`."""
-        factor = self.parameters.shared["lambda"]
-        scope = self.parameters.trim_scope
-        return ties_over(scope, block, members, self, factor, dtype, cuts)
+        return ties_over(block, members, self, self.parameters.shared["lambda"], dtype, cuts)
 
 
 class Pcb(Algorithm):
@@ -122,13 +88,13 @@ class Pcb(Algorithm):
     ``block`` the drop of PCB is the only one, as in its paper. ``tensor``: the same by tensor.
     """
 
-    name: ClassVar[str] = "pcb"
+    name = "pcb"
     options: ClassVar[tuple[Option, ...]] = (
         SCALE,
         Option("density", Share, 0.1, "share of the entries that are kept"),
         WEIGHT,
     )
-    trims: ClassVar[bool] = True
+    trims = True
 
     def merge(
         self,
@@ -146,11 +112,8 @@ class Pcb(Algorithm):
             density = 1.0
         for weight, delta in zip(self.parameters.each("weight", members), deltas, strict=True):
             delta.mul_(weight)
-        slices = [slice(None)]
-        if self.parameters.trim_scope == "tensor":
-            slices = [part.slice for part in block.layout.parts]
         out = torch.empty_like(block.base, dtype=dtype)
-        for part in slices:
+        for part in slices(block, self.parameters.trim_scope):
             (merged,) = pcb_merge([[delta[part]] for delta in deltas], density, DEFAULT_CLIP)
             merged.mul_(self.parameters.shared["lambda"])
             out[part] = merged.add_(block.base[part].to(merged.dtype))

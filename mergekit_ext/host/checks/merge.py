@@ -48,7 +48,7 @@ def check_merge(
 
     method = ext_method(config.merge_method)
     if isinstance(method, WholeModelMethod):
-        return method.check(config, options, source, pending)
+        return method.prepare(config, options, source, pending)[0]
     findings = Findings()
     with quiet():
         if source is not None:

@@ -91,8 +91,7 @@ def _steps(planner: Planner, layout: Layout) -> Iterator[Step]:
             yield Step(number, "", "", None, size.models, size.bytes)
         return
     done = [0] * len(layout.blocks)
-    for number, stored in enumerate(planner.bytes):
-        size = planner.storage.size(stored)
+    for number, size in enumerate(planner.trajectory):
         if number == 0:
             yield Step(0, "", "", None, size.models, size.bytes)
             continue

@@ -10,7 +10,7 @@ from typing import Any
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME as ANALYSIS_NAME
 from mergekit_ext.flexmerge.manifest import Manifest
-from mergekit_ext.host.flexmerge import prepare
+from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.folders import copy_model_files, explain_masks
 from mergekit_ext.host.flexmerge.prepare import Prepared
@@ -24,11 +24,9 @@ def generator() -> str:
     return f"mergekit-ext {metadata.version('mergekit-ext')}"
 
 
-def write(config: Any, folder: Path, options: Any, source: str, session: Session) -> None:
+def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: str) -> None:
     """Merge into `folder`, which is empty, and make it complete but for its name."""
-    report, prepared = prepare.check(config, options)
-    report.raise_for_problems("this merge")
-    assert prepared is not None
+    session = sessions.current() or Session()
     inputs = open_inputs(prepared, options)
     models = tuple(str(model) for model in (prepared.base, *prepared.models))
     session.emit(

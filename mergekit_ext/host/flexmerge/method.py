@@ -11,11 +11,11 @@ import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 
 from mergekit_ext.errors import MergeError, Problem
-from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import WholeModelMethod
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
+    from mergekit_ext.host.flexmerge.prepare import Prepared
 
 PAPER = "https://arxiv.org/abs/2505.23209"
 
@@ -50,17 +50,17 @@ class FlexMergeMethod(WholeModelMethod):
             "with mergekit-yaml or `mergekit_ext.merge`."
         )
 
-    def check(
+    def prepare(
         self,
         config: Any,
         options: Any,
         source: str | Mapping[str, Any] | None = None,
         pending: Collection[str] = (),
-    ) -> CheckReport:
-        """See `WholeModelMethod.check`."""
+    ) -> tuple[CheckReport, Prepared | None]:
+        """See `WholeModelMethod.prepare`."""
         from mergekit_ext.host.flexmerge import prepare
 
-        return prepare.check(config, options, source, pending)[0]
+        return prepare.check(config, options, source, pending)
 
     def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
         """A FlexMerge is a folder of folders, and is mixed with nothing."""
@@ -73,10 +73,10 @@ class FlexMergeMethod(WholeModelMethod):
                 "Choose another folder, or delete this one.",
             )
 
-    def write(self, config: Any, folder: Path, options: Any, source: str) -> None:
+    def write(
+        self, prepared: Prepared, config: Any, folder: Path, options: Any, source: str
+    ) -> None:
         """See `WholeModelMethod.write`."""
         from mergekit_ext.host.flexmerge import job
 
-        session = sessions.current()
-        assert session is not None
-        job.write(config, folder, options, source, session)
+        job.write(prepared, config, folder, options, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Prepared:
     written: Written
     forced: torch.dtype | None
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         """How groups are stored."""
         return Storage(self.layout, self.written.algorithm.masks, self.forced)
@@ -119,7 +120,7 @@ def _prepare(
     renaming = find_renaming(stored[0], stored[1:])
     if renaming is not None:
         findings.note(f"{renaming} ({config.base_model}).")
-    first, *others = complete_ties([named_as(stored[0], stored[1:]), *stored[1:]], naming)
+    first, *others = complete_ties([named_as(stored[0], renaming), *stored[1:]], naming)
     layout = make_layout(tasks, first, others, naming)
     if not any(block.size for block in layout.blocks):
         findings.problem(
@@ -136,7 +137,7 @@ def _prepare(
         config.base_model, [item.model for _, item in items], naming, layout, written, forced
     )
     _notes(prepared, findings)
-    _tied_notes(layout, base.config, findings)
+    _tied_notes(prepared, findings)
     _reachable(prepared, findings)
     return prepared
 
@@ -163,9 +164,9 @@ def _kind(name: str, granularity: str) -> str:
     return kind_of(name)
 
 
-def _tied_notes(layout: Layout, config: Any, findings: Findings) -> None:
-    names = [part.name for block in layout.blocks for part in block.parts]
-    for group in tied_groups(names, bool(getattr(config, "tie_word_embeddings", False))):
+def _tied_notes(prepared: Prepared, findings: Findings) -> None:
+    names = [part.name for block in prepared.layout.blocks for part in block.parts]
+    for group in prepared.naming.ties(names):
         if len(group) > 1:
             findings.note(f"tied, and so in one block: {', '.join(sorted(group))}.")
 

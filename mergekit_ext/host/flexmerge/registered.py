@@ -43,7 +43,7 @@ class Registered(Algorithm):
         super().__init__(parameters)
         self._method, self._specs = method, specs
         self._based = method.spec.contract.base != BasePolicy.IGNORED
-        self.__dict__["name"] = method.spec.name
+        self.name = method.spec.name
 
     def problems(self) -> list[Problem]:
         """What the method has against its parameters, before a weight is read."""

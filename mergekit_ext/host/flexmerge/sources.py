@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import Layout, complete_ties, make_layout
-from mergekit_ext.flexmerge.prefix import named_as
+from mergekit_ext.flexmerge.prefix import find_renaming, named_as
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
 from mergekit_ext.headers import TensorHeader, read_folder
 from mergekit_ext.host.flexmerge.prepare import Prepared
@@ -49,7 +49,8 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
     references = (prepared.base, *prepared.models)
     folders = [_fetch(reference, options) for reference in references]
     stored = [read_folder(folder) for folder in folders]
-    headers = complete_ties([named_as(stored[0], stored[1:]), *stored[1:]], prepared.naming)
+    base = named_as(stored[0], find_renaming(stored[0], stored[1:]))
+    headers = complete_ties([base, *stored[1:]], prepared.naming)
     layout = make_layout(prepared.layout.tasks, headers[0], headers[1:], prepared.naming)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
         problem = Problem(
@@ -59,11 +60,11 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
             "Try again.",
         )
         raise ConfigError([problem])
-    base, *models = (
+    source, *models = (
         _open(reference, folder, tensors, cache)
         for reference, folder, tensors in zip(references, folders, headers, strict=True)
     )
-    return Inputs(layout, base, models, folders[1:])
+    return Inputs(layout, source, models, folders[1:])
 
 
 def _fetch(reference: Any, options: Any) -> Path:
