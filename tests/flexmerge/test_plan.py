@@ -100,8 +100,8 @@ def blocks_whole(blocks):
 def test_every_order_ends_with_one_group_and_never_depends_on_the_target(problem, order, masks):
     sizes, kinds, cosines = problem
     made = [Dendrograms(storage(sizes, kinds, masks), cosines, "min", order, 7) for _ in range(2)]
-    assert made[0].bytes == made[1].bytes
-    last = len(made[0].bytes) - 1
+    assert made[0].trajectory == made[1].trajectory
+    last = len(made[0].trajectory) - 1
     assert last == len(sizes) * (len(kinds) - 2)
     tasks = tuple(range(len(kinds) - 1))
     assert made[0].at(0).size.models == pytest.approx(len(tasks))
