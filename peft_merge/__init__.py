@@ -1,0 +1,1 @@
+"""Exact, base-free merging of LoRA and (IA)^3 adapters."""
