@@ -1,0 +1,218 @@
+"""Merging (IA)^3 vectors, against the definition and against activations of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from peft_merge.adapter import Ia3Adapter, VectorInfo
+from peft_merge.ia3 import merge_ia3
+from peft_merge.rules.base import Call, Merged, Rule
+from tests.peft_merge import models
+from tests.reference.ia3 import combine, multiplied, vectors_of
+
+
+def weighted(tensors: list[Tensor], call: Call) -> Merged:
+    total = sum(w * t for w, t in zip(call.weights, tensors, strict=True))
+    return Merged(total, {"seen": list(call.shape)})
+
+
+SUM = Rule("sum", weighted, invariant=True)
+
+
+def call(*weights: float) -> Call:
+    return Call(weights, {}, [{}] * len(weights), (0, 0), [])
+
+
+def adapter(
+    name: str, vectors: Mapping[str, Tensor], feedforward: set[str] = frozenset()
+) -> Ia3Adapter:
+    infos = {
+        key: VectorInfo(tuple(value.shape), key in feedforward, value.dtype)
+        for key, value in vectors.items()
+    }
+    return Ia3Adapter(name, {"peft_type": "IA3"}, infos, vectors.__getitem__)
+
+
+def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)[:, None]
+
+
+def merge(adapters, weights, **options):
+    return merge_ia3(adapters, SUM, lambda module: call(*weights), **options)
+
+
+KINDS = [name for name, kind in models.KINDS.items() if not kind.lora]
+
+
+@pytest.mark.parametrize("space", ["additive", "log"])
+@pytest.mark.parametrize("name", KINDS)
+def test_merged_vectors_act_on_activations_as_the_maths_say(name, space):
+    kind = models.KINDS[name]
+    ours, feedforward = vectors_of(models.adapted(kind, 1), "default")
+    theirs, _ = vectors_of(models.adapted(kind, 2), "default")
+    ours = {key: value.abs() + 0.1 for key, value in ours.items()}
+    theirs = {key: value.abs() + 0.1 for key, value in theirs.items()}
+    only = next(iter(theirs))
+    del theirs[only]
+    weights = [0.7, 1.9]
+    merged, infos, report = merge(
+        [adapter("ours", ours, feedforward), adapter("theirs", theirs, feedforward)],
+        weights,
+        space=space,
+    )
+    by_hand = combine(
+        [{k: v.flatten().double().tolist() for k, v in side.items()} for side in (ours, theirs)],
+        weights,
+        space,
+    )
+    model = models.base(kind)
+    with multiplied(model, {k: torch.tensor(v) for k, v in by_hand.items()}, feedforward):
+        expected = models.answer(kind, model)
+    plain = models.answer(kind, model)
+
+    live = models.adapted(kind, 3)
+    for module in live.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
+    with torch.no_grad():
+        for key, vector in merged.items():
+            live.base_model.model.get_submodule(key).ia3_l["default"].copy_(vector)
+    assert {key: value.shape for key, value in merged.items()} == {
+        key: value.shape for key, value in ours.items()
+    }
+    assert {key for key, info in infos.items() if info.feedforward} == feedforward
+    assert report[only]["adapters"] == 1
+    torch.testing.assert_close(models.answer(kind, live), expected, rtol=2e-4, atol=2e-4)
+    assert (expected - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("space", ["additive", "log"])
+def test_an_adapter_alone_comes_back(space):
+    vector = column(0.3, 1.0, 2.5, 1e-3)
+    merged, _, _ = merge([adapter("a", {"m": vector})], [1.0], space=space)
+    torch.testing.assert_close(merged["m"], vector, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-3, 3), min_size=2, max_size=5),
+    st.sampled_from(["additive", "log"]),
+)
+def test_no_weights_change_what_no_adapter_changes(weights, space):
+    ones = {"m": column(1.0, 1.0, 1.0)}
+    adapters = [adapter("a0", ones)]
+    adapters += [adapter(f"a{i}", {}) for i in range(1, len(weights))]
+    merged, _, _ = merge(adapters, weights, space=space)
+    assert torch.equal(merged["m"], ones["m"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(-2, 2), st.lists(st.floats(0.01, 50), min_size=3, max_size=3)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["additive", "log"]),
+    st.data(),
+)
+def test_equals_the_definition_in_any_order(parts, space, data):
+    order = data.draw(st.permutations(range(len(parts))))
+    adapters = [
+        adapter(f"a{i}", {"m": column(*values, dtype=torch.float64)})
+        for i, (_, values) in enumerate(parts)
+    ]
+    weights = [weight for weight, _ in parts]
+    merged, _, _ = merge([adapters[i] for i in order], [weights[i] for i in order], space=space)
+    expected = combine([{"m": values} for _, values in parts], weights, space)
+    torch.testing.assert_close(
+        merged["m"].flatten(),
+        torch.tensor(expected["m"], dtype=torch.float64),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+def test_half_precision_is_rounded_once():
+    parts = [column(1.0078125, 0.99609375, dtype=torch.bfloat16) for _ in range(3)]
+    adapters = [adapter(f"a{i}", {"m": part}) for i, part in enumerate(parts)]
+    merged, infos, _ = merge(adapters, [0.3, 0.3, 0.4])
+    assert torch.equal(merged["m"], parts[0])
+    assert merged["m"].dtype == infos["m"].dtype == torch.bfloat16
+
+
+def test_the_dtype_holds_all_unless_given():
+    adapters = [
+        adapter("a", {"m": column(2.0, dtype=torch.bfloat16)}),
+        adapter("b", {"m": column(2.0, dtype=torch.float16)}),
+    ]
+    assert merge(adapters, [1.0, 1.0])[0]["m"].dtype == torch.float32
+    assert merge(adapters, [1.0, 1.0], dtype=torch.float16)[0]["m"].dtype == torch.float16
+
+
+def test_rules_see_vectors_and_their_length():
+    seen = []
+
+    def spy(tensors, given):
+        seen.append(([t.shape for t in tensors], {t.dtype for t in tensors}, given.shape))
+        return weighted(tensors, given)
+
+    vectors = {"m": torch.full((1, 5), 1.5), "c": torch.ones(1, 4, 1, 1)}
+    _, _, report = merge_ia3(
+        [adapter("a", vectors, {"m"})], replace(SUM, merge=spy), lambda module: call(1.0)
+    )
+    assert seen == [([(5,)], {torch.float64}, (1, 5)), ([(4,)], {torch.float64}, (1, 4))]
+    assert report["m"] == {"shape": [1, 5], "feedforward": True, "adapters": 1, "seen": [1, 5]}
+
+
+def test_modules_are_told_of_in_order():
+    told = []
+    merge(
+        [adapter("a", {"x": column(1.0)}), adapter("b", {"y": column(1.0), "x": column(2.0)})],
+        [1.0, 1.0],
+        on_module=lambda module, entry: told.append((module, entry["adapters"])),
+    )
+    assert told == [("x", 2), ("y", 1)]
+
+
+def test_what_does_not_fit_is_named_before_work():
+    with pytest.raises(ConfigError) as error:
+        merge(
+            [
+                adapter("a", {"m": torch.ones(1, 3), "n": column(1.0)}, {"m"}),
+                adapter("b", {"m": column(1.0, 1.0, 1.0), "n": column(1.0, 2.0)}),
+            ],
+            [1.0, 1.0],
+            space="delta",
+        )
+    text = str(error.value)
+    assert len(error.value.problems) == 3
+    assert "feedforward (inputs) in a" in text and "(2, 1) in b" in text and "'delta'" in text
+
+
+def test_logarithms_need_positive_values_everywhere():
+    adapters = [
+        adapter("a", {"m": column(1.0, -0.25), "n": column(0.0)}),
+        adapter("b", {"m": column(1.0, 1.0)}),
+    ]
+    with pytest.raises(ConfigError) as error:
+        merge(adapters, [1.0, 1.0], space="log")
+    assert [p.where for p in error.value.problems] == ["m of adapter a", "n of adapter a"]
+    assert "-0.25" in str(error.value) and "additive" in str(error.value)
+    merge(adapters, [1.0, 1.0])
+
+
+def test_nan_and_overflow_are_not_passed_on():
+    with pytest.raises(NonFiniteError, match="m of model bad"):
+        merge([adapter("bad", {"m": column(float("nan"))})], [1.0])
+    with pytest.raises(MergeError, match="float16"):
+        merge([adapter("a", {"m": column(6e4)})], [2.0], dtype=torch.float16)
