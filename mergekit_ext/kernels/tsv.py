@@ -30,7 +30,7 @@ class _Triplets(NamedTuple):
     v: Tensor
 
 
-def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix") -> Tensor:
+def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | None = None) -> Tensor:
     r"""The merged task vector :math:`\hat U\,\mathrm{diag}(\sigma)\,\hat V^T` of one parameter.
 
     Of each of the m task vectors, ``(a, b)`` matrices of full rank r = min(a, b), the
@@ -51,6 +51,8 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix") -> Tensor:
         deltas: one task vector per model, of one shape; finite. Half precision is upcast.
         layout: how tensors of more than two axes are seen: "stacked" (each matrix of the last two
             axes by itself: experts) or "flattened" (first axis against the rest: convolutions).
+        count: k, at least 1, where the matrices are coordinates in a smaller space; by default
+            the k above.
 
     Returns:
         the shape of the inputs, float32 (float64 if one of them is). Tensors of one or no axis
@@ -59,10 +61,12 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix") -> Tensor:
         loses nothing for float32 data, full singular value decompositions otherwise.
 
     Raises:
-        ValueError: no inputs, shapes that differ, non-finite entries, an unknown layout, or
-            "matrix" for more than two axes.
+        ValueError: no inputs, shapes that differ, non-finite entries, an unknown layout, "matrix"
+            for more than two axes, or a count below 1.
     """
     _check(deltas, layout)
+    if count is not None and count < 1:
+        raise ValueError(f"count: found {count!r}; expected an integer >= 1")
     dtype = compute_dtype(deltas)
     shape = deltas[0].shape
     if len(shape) < 2 or deltas[0].numel() == 0:
@@ -73,12 +77,12 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix") -> Tensor:
     stacks = [LAYOUTS[layout](delta) for delta in deltas]
     out = torch.empty(stacks[0].shape, dtype=dtype, device=deltas[0].device)
     for slot in range(len(out)):
-        out[slot] = _merge([stack[slot] for stack in stacks], dtype)
+        out[slot] = _merge([stack[slot] for stack in stacks], dtype, count)
     return out.reshape(shape)
 
 
-def _merge(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    count = max(1, min(matrices[0].shape) // len(matrices))
+def _merge(matrices: Sequence[Tensor], dtype: torch.dtype, count: int | None) -> Tensor:
+    count = count or max(1, min(matrices[0].shape) // len(matrices))
     found = [_leading(matrix, count, dtype) for matrix in matrices]
     sigma = torch.cat([task.sigma for task in found])
     if not len(sigma):

@@ -6,14 +6,18 @@ LoRAs, vectors of (IA)^3), and returns one. It knows nothing of adapters or file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import MergeWarning, Problem
+
+# Gives the rows of one tensor in order, some at a time (a vector at once), as float64 tensors of
+# the caller's own, each time it is called.
+Pieces = Callable[[], Iterator[Tensor]]
 
 REQUIRED: Any = object()
 
@@ -46,6 +50,25 @@ class Parameter:
 
 
 WEIGHT = Parameter("weight", float, 1.0, per_model=True, help="of each adapter")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of a rule's parameters for one module.
+
+    Attributes:
+        weights: one for each adapter (NAN's coefficients multiplied in).
+        options: the rule's shared parameters, complete.
+        each: the rule's per-model parameters other than weight, complete, for each adapter.
+    """
+
+    weights: Sequence[float]
+    options: Mapping[str, Any]
+    each: Sequence[Mapping[str, Any]]
+
+    def call(self, shape: tuple[int, int], generators: Sequence[torch.Generator]) -> Call:
+        """What a rule needs to merge one tensor."""
+        return Call(self.weights, self.options, self.each, shape, generators)
 
 
 @dataclass(frozen=True)
@@ -89,6 +112,13 @@ class Rule:
         parameters: without `WEIGHT`, which every rule has.
         check: yields what is wrong with the shared options for so many adapters (beyond what
             `parameters` say), before anything is read.
+        check_each: yields what is wrong with the per-model parameters of one adapter together
+            with the shared options, likewise.
+        forewarnings: for so many adapters and the shared options, before anything is read.
+        elementwise: whether these shared options take the invariance of an `invariant` rule away.
+        blockwise: ``blockwise(sources, call)``: the same as `merge` for matrices, but rows come
+            and go in pieces, so that no input is held whole. None where the rule needs them so.
+        coefficients: "nan" if the weights are to be multiplied by NAN's coefficients.
     """
 
     name: str
@@ -96,6 +126,32 @@ class Rule:
     invariant: bool
     parameters: tuple[Parameter, ...] = ()
     check: Callable[[int, Mapping[str, Any]], Iterable[Problem]] = lambda count, options: ()
+    check_each: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[Problem]] = (
+        lambda options, each: ()
+    )
+    forewarnings: Callable[[int, Mapping[str, Any]], Iterable[MergeWarning]] = (
+        lambda count, options: ()
+    )
+    elementwise: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    blockwise: Callable[[Sequence[Pieces], Call], Iterator[Tensor]] | None = None
+    coefficients: str | None = None
+
+    def invariant_with(self, options: Mapping[str, Any]) -> bool:
+        """Whether the rule is rotation-invariant with these shared options."""
+        return self.invariant and not self.elementwise(options)
+
+    def defaults(self, count: int) -> Settings:
+        """All defaults, weights 1, for so many adapters.
+
+        Raises:
+            KeyError: a parameter has no default.
+        """
+        missing = [p.name for p in self.parameters if p.default is REQUIRED]
+        if missing:
+            raise KeyError(f"{self.name}: no default for {', '.join(missing)}")
+        shared = {p.name: p.default for p in self.parameters if not p.per_model}
+        own = {p.name: p.default for p in self.parameters if p.per_model}
+        return Settings([1.0] * count, shared, [own] * count)
 
 
 _RULES: dict[str, Rule] = {}
@@ -111,6 +167,11 @@ def register(rule: Rule) -> Rule:
         raise ValueError(f"{rule.name}: there is a merge rule of this name already")
     _RULES[rule.name] = rule
     return rule
+
+
+def registered() -> tuple[Rule, ...]:
+    """The rules that are registered so far."""
+    return tuple(_RULES.values())
 
 
 def rules() -> Mapping[str, Rule]:

@@ -1,0 +1,200 @@
+"""Sparsifiers: which entries of one change are kept, seen in pieces.
+
+A sparsifier looks at a change as often as it needs, and returns a function that is called with its
+pieces once more, in order, and may change them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import Problem
+from mergekit_ext.kernels.dare import drop_and_rescale
+from mergekit_ext.kernels.order_statistic import order_statistic
+from mergekit_ext.kernels.selection import Cut, Keeper, patterns
+from mergekit_ext.kernels.ties import kept
+from peft_merge.rules.base import Parameter, Pieces
+
+Sparsified = Callable[[Tensor], Tensor]
+
+# mergekit rescales only where both sums of magnitudes reach this.
+_RESCALE_FROM = 1e-7
+
+DENSITY = Parameter(
+    "density",
+    float,
+    1.0,
+    per_model=True,
+    low=0.0,
+    high=1.0,
+    above=True,
+    help="share of entries kept of each adapter's change",
+)
+GAMMA = Parameter(
+    "gamma",
+    float,
+    0.01,
+    per_model=True,
+    low=0.0,
+    high=1.0,
+    help="share of the largest entries that is dropped of each adapter's change",
+)
+EPSILON = Parameter(
+    "epsilon",
+    float,
+    0.15,
+    per_model=True,
+    low=0.0,
+    high=0.5,
+    help="how far the probability of keeping an entry goes up and down from density",
+)
+
+
+@dataclass(frozen=True)
+class Sparsifier:
+    """One way to drop entries.
+
+    Attributes:
+        prepare: ``prepare(source, generator, own, rescale)``, `own` being the per-model
+            parameters of one adapter. Not called at a density of 1, which keeps everything.
+        parameters: those that it reads.
+        check: what is wrong with one adapter's parameters.
+    """
+
+    prepare: Callable[[Pieces, torch.Generator, Mapping[str, Any], bool], Sparsified]
+    parameters: tuple[Parameter, ...]
+    check: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda own: ()
+
+
+def _magnitude(
+    source: Pieces, generator: torch.Generator, own: Mapping[str, Any], rescale: bool
+) -> Sparsified:
+    size = _size(source)
+    if not size:
+        return _same
+    cut = _cut(source, kept(own["density"], size), size)
+    return _rescaled(source, lambda: Keeper(cut).drop, rescale)
+
+
+def _magnitude_outliers(
+    source: Pieces, generator: torch.Generator, own: Mapping[str, Any], rescale: bool
+) -> Sparsified:
+    """Drops the largest entries too; fewer of them where the density would not be reached."""
+    size = _size(source)
+    wanted = int(own["density"] * size)
+    largest = min(int(own["gamma"] * size), size - wanted)
+    if not wanted:
+        return torch.zero_
+    inner = _cut(source, wanted + largest, size)
+    outer = _cut(source, largest, size) if largest else None
+
+    def make() -> Sparsified:
+        keep = Keeper(inner)
+        if outer is None:
+            return keep.drop
+        outliers = Keeper(outer)
+        return lambda piece: keep.drop(piece.clone()).sub_(outliers.drop(piece))
+
+    return _rescaled(source, make, rescale)
+
+
+def _random(
+    source: Pieces, generator: torch.Generator, own: Mapping[str, Any], rescale: bool
+) -> Sparsified:
+    density = own["density"]
+    if rescale:
+        return lambda piece: drop_and_rescale(piece, density, generator)
+    return lambda piece: drop_and_rescale(piece, density, generator).mul_(density)
+
+
+def _by_rank(
+    source: Pieces, generator: torch.Generator, own: Mapping[str, Any], rescale: bool
+) -> Sparsified:
+    """Keeps entry j with probability ``p_j``, which grows with its rank within its row."""
+    density, epsilon = own["density"], own["epsilon"]
+
+    def sparsified(piece: Tensor) -> Tensor:
+        rows = piece.reshape(-1, piece.shape[-1])
+        order = rows.abs().argsort(dim=1, stable=True)
+        steps = torch.linspace(
+            density - epsilon,
+            density + epsilon,
+            rows.shape[1],
+            dtype=piece.dtype,
+            device=piece.device,
+        )
+        if rows.shape[1] == 1:
+            steps.fill_(density)
+        chance = torch.empty_like(rows).scatter_(1, order, steps.expand_as(rows))
+        drawn = torch.rand(rows.shape, generator=generator, device=generator.device)
+        rows = rows * (drawn.to(chance) < chance)
+        return (rows.div_(chance) if rescale else rows).reshape(piece.shape)
+
+    return sparsified
+
+
+def _spread(own: Mapping[str, Any]) -> Iterator[Problem]:
+    density, epsilon = own["density"], own["epsilon"]
+    if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+        yield Problem(
+            "epsilon",
+            f"{epsilon:g} with a density of {density:g}",
+            f"less than {min(density, 1 - density):g}, which keeps density - epsilon and "
+            "density + epsilon between 0 and 1",
+            "Set a smaller `epsilon`.",
+        )
+
+
+MAGNITUDE = Sparsifier(_magnitude, (DENSITY,))
+MAGNITUDE_OUTLIERS = Sparsifier(_magnitude_outliers, (DENSITY, GAMMA))
+RANDOM = Sparsifier(_random, (DENSITY,))
+BY_RANK = Sparsifier(_by_rank, (DENSITY, EPSILON), _spread)
+
+
+def sparsify(
+    sparsifier: Sparsifier,
+    source: Pieces,
+    generator: torch.Generator,
+    own: Mapping[str, Any],
+    rescale: bool,
+) -> Sparsified:
+    """The function for the pieces of `source`."""
+    if own["density"] >= 1.0:
+        return _same
+    return sparsifier.prepare(source, generator, own, rescale)
+
+
+def _same(piece: Tensor) -> Tensor:
+    return piece
+
+
+def _size(source: Pieces) -> int:
+    return sum(piece.numel() for piece in source())
+
+
+def _cut(source: Pieces, keep: int, size: int) -> Cut:
+    """Where the `keep` largest magnitudes end; of equal ones at the edge, the first are kept."""
+    if keep >= size:
+        return Cut(-1, 0)
+    edge = order_statistic(lambda: (piece.abs_() for piece in source()), size - keep, size)
+    above = sum(int((piece.abs_() > edge).sum()) for piece in source())
+    return Cut(int(patterns(torch.tensor([edge], dtype=torch.float64))), keep - above)
+
+
+def _rescaled(source: Pieces, make: Callable[[], Sparsified], rescale: bool) -> Sparsified:
+    """With `rescale`, what is kept is scaled to the sum of magnitudes that there was."""
+    if not rescale:
+        return make()
+    before, after, sparsified = 0.0, 0.0, make()
+    for piece in source():
+        before += float(piece.abs().sum())
+        after += float(sparsified(piece).abs().sum())
+    if min(before, after) < _RESCALE_FROM:
+        return make()
+    factor, again = before / after, make()
+    return lambda piece: again(piece).mul_(factor)
