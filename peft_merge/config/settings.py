@@ -1,0 +1,202 @@
+"""Settings: values of one parameter that may vary over the modules, in mergekit's notation.
+
+A setting is a value, a gradient (a list of values over the layers), an entry with ``value:`` and
+``filter:``, or a list of such entries.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from mergekit_ext.errors import Problem
+from peft_merge.config.wording import did_you_mean, join, shown
+from peft_merge.rules.base import Parameter
+
+_SCALARS = (bool, int, float, str, type(None))
+_ENTRY = frozenset({"value", "filter"})
+_SHAPE = (
+    "a value, a list of values (a gradient over the layers), or entries with `value:` and `filter:`"
+)
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+# Nothing of a setting applies to a module: the next source is asked.
+UNSET: Any = object()
+
+
+def problems_of(parameter: Parameter, setting: Any, where: str) -> Iterator[Problem]:
+    """Everything that is wrong with a setting: its form, and each value in it."""
+    if isinstance(setting, Mapping):
+        yield from _entry_problems(parameter, setting, where)
+    elif isinstance(setting, (list, tuple)):
+        if not setting:
+            yield Problem(where, "an empty list", _SHAPE, "Fill it in, or remove the parameter.")
+        entries = [isinstance(item, Mapping) for item in setting]
+        if any(entries) and not all(entries):
+            remedy = "Write `- value: ...` for each of them."
+            yield Problem(where, "values and filters mixed", _SHAPE, remedy)
+            return
+        for position, item in enumerate(setting):
+            place = join(where, position)
+            if isinstance(item, Mapping):
+                yield from _entry_problems(parameter, item, place)
+            else:
+                yield from _value_problems(parameter, item, place)
+    else:
+        yield from _value_problems(parameter, setting, where)
+
+
+def _entry_problems(
+    parameter: Parameter, entry: Mapping[Any, Any], where: str
+) -> Iterator[Problem]:
+    for key in entry:
+        if key not in _ENTRY:
+            remedy = did_you_mean(key, _ENTRY)
+            yield Problem(join(where, str(key)), "an unknown key", "`value` or `filter`", remedy)
+    text = entry.get("filter")
+    if text is not None and not isinstance(text, str):
+        yield Problem(f"{where}.filter", shown(text), "a text, part of the modules' names")
+    if "value" not in entry:
+        yield Problem(f"{where}.value", "nothing", "a value", "Add it.")
+    elif isinstance(entry["value"], (list, tuple)) and entry["value"]:
+        for position, item in enumerate(entry["value"]):
+            yield from _value_problems(parameter, item, join(f"{where}.value", position))
+    else:
+        yield from _value_problems(parameter, entry["value"], f"{where}.value")
+
+
+def _value_problems(parameter: Parameter, value: Any, where: str) -> Iterator[Problem]:
+    if not isinstance(value, _SCALARS):
+        yield Problem(where, shown(value), expectation(parameter))
+        return
+    try:
+        converted = convert(parameter, value)
+    except ValueError:
+        remedy = (
+            did_you_mean(value, parameter.choices)
+            if parameter.choices and isinstance(value, str)
+            else ""
+        )
+        yield Problem(where, shown(value), expectation(parameter), remedy)
+        return
+    if converted is not None and not _within(parameter, converted):
+        yield Problem(where, shown(value), expectation(parameter))
+
+
+def convert(parameter: Parameter, value: Any) -> Any:
+    """A scalar as the parameter's kind. Numbers may be texts: YAML reads ``1e-3`` as one.
+
+    Raises:
+        ValueError: it is of another kind, not finite, or none of the choices.
+    """
+    if value is None and parameter.default is None:
+        return None
+    if parameter.kind is bool and isinstance(value, bool):
+        return value
+    if parameter.kind is str and isinstance(value, str):
+        if parameter.choices and value not in parameter.choices:
+            raise ValueError(value)
+        return value
+    if parameter.kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if parameter.kind in (int, float) and isinstance(value, (int, float, str)):
+        number = float("nan") if isinstance(value, bool) else _float(value)
+        if math.isfinite(number) and (parameter.kind is float or number.is_integer()):
+            return parameter.kind(number)
+    raise ValueError(value)
+
+
+def _float(value: int | float | str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _within(parameter: Parameter, value: Any) -> bool:
+    if parameter.low is not None and (
+        value < parameter.low or (parameter.above and value == parameter.low)
+    ):
+        return False
+    return parameter.high is None or value <= parameter.high
+
+
+def expectation(parameter: Parameter) -> str:
+    """What a value of the parameter must be, as the end of "expected ..."."""
+    if parameter.choices:
+        return f"one of {', '.join(parameter.choices)}"
+    if parameter.kind is bool:
+        return "true or false"
+    if parameter.kind is str:
+        return "a text"
+    kind = "a whole number" if parameter.kind is int else "a finite number"
+    parts = [kind]
+    if parameter.low is not None:
+        parts.append(f"{'above' if parameter.above else 'from'} {parameter.low:g}")
+    if parameter.high is not None:
+        parts.append(f"up to {parameter.high:g}")
+    return " ".join(parts)
+
+
+def evaluate(parameter: Parameter, setting: Any, module: str, place: float) -> Any:
+    """The value of a setting for one module, or `UNSET` when no filter matches.
+
+    Args:
+        module: its name, in which filters are looked for.
+        place: of its layer, from 0 to 1. Gradients of fractions are interpolated; those of other
+            kinds take the value at or below the place.
+    """
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if isinstance(setting, (list, tuple)):
+        if not isinstance(setting[0], Mapping):
+            return _along(parameter, setting, place)
+        for entry in setting:
+            text = entry.get("filter")
+            if text in (None, "*") or text in module:
+                return evaluate(parameter, entry["value"], module, place)
+        return UNSET
+    return convert(parameter, setting)
+
+
+def _along(parameter: Parameter, gradient: list[Any] | tuple[Any, ...], place: float) -> Any:
+    values = [convert(parameter, item) for item in gradient]
+    at = place * (len(values) - 1)
+    below = int(at)
+    if parameter.kind is not float or None in values:
+        return values[below]
+    above = min(below + 1, len(values) - 1)
+    share = at - below
+    return (1 - share) * values[below] + share * values[above]
+
+
+def filters(setting: Any) -> Iterator[str]:
+    """The filters of a setting that do not match everything."""
+    entries = [setting] if isinstance(setting, Mapping) else setting
+    if isinstance(entries, (list, tuple)):
+        for entry in entries:
+            if isinstance(entry, Mapping) and isinstance(text := entry.get("filter"), str):
+                if text != "*":
+                    yield text
+
+
+def places(modules: Collection[str]) -> dict[str, float]:
+    """Where each module's layer is, from 0 to the last one: 1. Outside layers: 0.
+
+    The layer is the first number in the name. What stands before it (`encoder.block`,
+    `decoder.block`) names a stack of layers, and each stack goes from 0 to 1. As in mergekit, a
+    stack of one layer is at 1.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    last: dict[str, int] = {}
+    for module in modules:
+        if (match := _LAYER.search(module)) is not None:
+            stack, layer = module[: match.start()], int(match[1])
+            found[module] = (stack, layer)
+            last[stack] = max(last.get(stack, 0), layer)
+    result = dict.fromkeys(modules, 0.0)
+    for module, (stack, layer) in found.items():
+        result[module] = layer / last[stack] if last[stack] else 1.0
+    return result

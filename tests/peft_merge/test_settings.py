@@ -1,0 +1,138 @@
+"""Values that vary over modules: mergekit's gradients and filters."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.config import ConditionalParameter, evaluate_setting
+
+from peft_merge.config.settings import UNSET, evaluate, places, problems_of
+from peft_merge.rules.base import Parameter
+
+DENSITY = Parameter("density", float, low=0.0, high=1.0, above=True, per_model=True)
+FACTOR = Parameter("lambda", float, 1.0)
+COUNT = Parameter("count", int, 1, low=1)
+FLAG = Parameter("flag", bool, True)
+CHOICE = Parameter("combine", str, "sum", choices=("sum", "mean"))
+OPTIONAL = Parameter("mu", float, None, low=0.0)
+
+
+def messages(parameter, setting):
+    return [str(problem) for problem in problems_of(parameter, setting, "p")]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "setting"),
+    [
+        (DENSITY, 0.5),
+        (DENSITY, 1),
+        (DENSITY, "1e-3"),
+        (DENSITY, [0.1, 0.5]),
+        (DENSITY, {"value": 0.5, "filter": "mlp"}),
+        (DENSITY, [{"filter": "mlp", "value": [0.1, 0.2]}, {"value": 1.0}]),
+        (FACTOR, -3),
+        (COUNT, 3),
+        (COUNT, 3.0),
+        (FLAG, False),
+        (CHOICE, "mean"),
+        (OPTIONAL, None),
+    ],
+)
+def test_right_settings(parameter, setting):
+    assert messages(parameter, setting) == []
+
+
+@pytest.mark.parametrize(
+    ("parameter", "setting", "said"),
+    [
+        (DENSITY, 0, "p: found 0; expected a finite number above 0 up to 1."),
+        (DENSITY, 1.5, "up to 1"),
+        (DENSITY, True, "found True"),
+        (DENSITY, math.nan, "found nan"),
+        (DENSITY, "inf", "found 'inf'"),
+        (DENSITY, "half", "a finite number"),
+        (DENSITY, None, "found None"),
+        (FACTOR, 10**400, "finite number"),
+        (DENSITY, [], "an empty list"),
+        (DENSITY, [0.1, [0.2]], "p[1]: found [0.2]"),
+        (DENSITY, [0.1, {"value": 0.2}], "mixed"),
+        (DENSITY, {"values": 0.2}, "p.values: found an unknown key"),
+        (DENSITY, {"filter": "mlp"}, "p.value: found nothing"),
+        (DENSITY, {"value": [], "filter": "mlp"}, "p.value: found []"),
+        (DENSITY, {"value": 0.2, "filter": 3}, "p.filter: found 3"),
+        (DENSITY, [{"value": [0.5, 7]}], "p[0].value[1]: found 7"),
+        (COUNT, 2.5, "a whole number from 1"),
+        (COUNT, 0, "from 1"),
+        (COUNT, True, "found True"),
+        (FLAG, 1, "true or false"),
+        (CHOICE, "maen", "one of sum, mean. Write `mean`."),
+        (CHOICE, 3, "one of sum, mean"),
+    ],
+)
+def test_wrong_settings(parameter, setting, said):
+    assert any(said in message for message in messages(parameter, setting))
+
+
+def test_every_problem_of_a_setting_is_told():
+    assert len(messages(DENSITY, [{"value": [2, 3]}, {"filter": 1, "value": "x"}])) == 4
+
+
+_numbers = st.floats(-10, 10)
+_gradients = st.one_of(_numbers, st.lists(_numbers, min_size=1, max_size=4))
+_filters = st.sampled_from([None, "*", "mlp", "attn", "nothing"])
+_settings = st.one_of(
+    _gradients,
+    st.lists(st.tuples(_filters, _gradients), min_size=1, max_size=3).map(
+        lambda entries: [{"filter": f, "value": v} for f, v in entries]
+    ),
+)
+
+
+@given(_settings, st.sampled_from(["layers.0.mlp", "layers.1.attn"]), st.floats(0, 1))
+def test_resolved_as_mergekit_does(setting, module, place):
+    theirs = setting
+    if isinstance(setting, list) and isinstance(setting[0], dict):
+        theirs = [ConditionalParameter(**entry) for entry in setting]
+    expected = evaluate_setting(module, theirs, place, validate=float)
+    found = evaluate(FACTOR, setting, module, place)
+    if expected is None:
+        assert found is UNSET
+    else:
+        assert found == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "gradient"), [(FLAG, [True, False]), (CHOICE, ["sum", "mean"]), (COUNT, [1, 5])]
+)
+def test_other_kinds_than_fractions_are_chosen_not_interpolated(parameter, gradient):
+    assert [evaluate(parameter, gradient, "m", place) for place in (0, 0.9, 1)] == [
+        gradient[0],
+        gradient[0],
+        gradient[1],
+    ]
+
+
+def test_places_of_layers():
+    assert places(
+        [
+            "model.layers.0.q",
+            "model.layers.2.experts.7.w",
+            "model.layers.4.q",
+            "head",
+            "visual.blocks.0.q",
+            "encoder.block.1.layer.0.q",
+            "encoder.block.3.layer.1.q",
+        ]
+    ) == {
+        "model.layers.0.q": 0.0,
+        "model.layers.2.experts.7.w": 0.5,
+        "model.layers.4.q": 1.0,
+        "head": 0.0,
+        "visual.blocks.0.q": 1.0,  # a stack of one layer, as in mergekit
+        "encoder.block.1.layer.0.q": pytest.approx(1 / 3),
+        "encoder.block.3.layer.1.q": 1.0,
+    }
+
