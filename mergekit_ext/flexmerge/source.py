@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -160,18 +162,35 @@ class BlockReader:
             for p in b.parts
         }
         self._least = torch.float64 if torch.float64 in stored else None
-        self._next = dict(zip((b.name for b in layout.blocks), layout.blocks[1:], strict=False))
+        self._place = {block.name: index for index, block in enumerate(layout.blocks)}
+        self._last, self._expected = -1, 0  # the place last read, and where announcing goes on
+        # The system makes who announces more than its queue holds wait.
+        self._herald = ThreadPoolExecutor(1, thread_name_prefix="mergekit-ext-ahead")
 
     def read(self, block: BlockLayout, members: Sequence[int] | None = None) -> BlockData:
         """The block of the base and of the members' models (default: of all)."""
         chosen = range(len(self._models)) if members is None else members
         base = self._vector(-1, self._base, block)
         models = {member: self._vector(member, self._models[member], block) for member in chosen}
-        if (following := self._next.get(block.name)) is not None:
-            for source in (self._base, *(self._models[member] for member in chosen)):
-                for part in following.parts:
-                    source.expect(part.name)
+        self._expect(self._place[block.name], [self._base, *(self._models[m] for m in chosen)])
         return BlockData(block, base, models)
+
+    def _expect(self, place: int, sources: Sequence[Source]) -> None:
+        """Announce what will be read after `place`: as much as the largest block holds.
+
+        Blocks are of very different sizes. One block ahead would leave the disk idle while the
+        one before a small block is computed with.
+        """
+        if not self._last < place < self._expected:
+            self._expected = place + 1
+        self._last = place
+        ahead = sum(block.size for block in self.layout.blocks[place + 1 : self._expected])
+        for block in self.layout.blocks[self._expected :]:
+            if ahead >= self._largest:
+                return
+            self._herald.submit(_announce, sources, block)
+            ahead += block.size
+            self._expected += 1
 
     def read_stored(self, member: int, name: str) -> Tensor:
         """One tensor of one model as it is stored: its bytes, on the CPU.
@@ -212,3 +231,11 @@ class BlockReader:
         if key not in self._room or self._room[key].numel() < size:
             self._room[key] = torch.empty(max(self._largest, size), dtype=dtype)
         return self._room[key][:size]
+
+
+def _announce(sources: Sequence[Source], block: BlockLayout) -> None:
+    # Nothing is lost without: a file that is gone is reported when it is read.
+    with suppress(OSError):
+        for source in sources:
+            for part in block.parts:
+                source.expect(part.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +18,19 @@ from mergekit_ext.kernels.similarity import Gram, cosines
 
 @dataclass(frozen=True)
 class Merged:
-    """One merge of one block.
+    """Some entries of the vectors of some new groups of one block.
 
     Attributes:
         block: where.
-        merge: which groups became one.
-        vector: the weights of the new group, (n,).
+        merges: which groups became one, for each row.
+        part: which entries of the block, one for each column.
+        vectors: their weights, (merges, entries).
     """
 
     block: BlockLayout
-    merge: Merge
-    vector: Tensor
+    merges: Sequence[Merge]
+    part: slice
+    vectors: Tensor
 
 
 def sweep(
@@ -41,7 +43,8 @@ def sweep(
 
     A block's sequence of merges does not depend on other blocks nor on the target size: so its
     similarities and all of its m - 1 merged vectors are computed while its m vectors are in
-    memory, once. A vector is the caller's until the next one is asked for.
+    memory, once. They come in pieces, so that not all of them must be held; each is the
+    caller's until the next one is asked for.
 
     Args:
         reader: reads the blocks.
@@ -63,6 +66,5 @@ def sweep(
         merges = dendrogram(cosines(gram.value), linkage)
         dtype = forced or block.dtype(range(count))
         unions = [merge.union for merge in merges]
-        vectors = algorithm.sequence(data, unions, dtype)
-        for merge, vector in zip(merges, vectors, strict=True):
-            yield Merged(block, merge, vector)
+        for piece in algorithm.sequence(data, unions, dtype):
+            yield Merged(block, merges[piece.groups], piece.part, piece.vectors)

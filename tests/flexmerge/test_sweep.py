@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergekit_ext.errors import NonFiniteError
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
+from mergekit_ext.flexmerge.algorithms import ALGORITHMS, linear
 from mergekit_ext.flexmerge.algorithms.base import Parameters
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.sweep import sweep
@@ -30,14 +30,29 @@ def states(dtype, count=4):
     return base, [{n: t + 0.1 * draw()[n] for n, t in base.items()} for _ in range(count)]
 
 
+def vectors_of(pieces):
+    """The pieces put together: (block, merge, vector) in the order of the merges."""
+    made = {}
+    for piece in pieces:
+        for merge, row in zip(piece.merges, piece.vectors, strict=True):
+            vector = made.setdefault(
+                (piece.block.name, merge), row.new_full((piece.block.size,), torch.nan)
+            )
+            assert vector[piece.part].isnan().all()
+            vector[piece.part] = row
+    return [(block, merge, vector) for (block, merge), vector in made.items()]
+
+
+@pytest.mark.parametrize("piece", [1 << 24, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_all_merges_of_all_blocks(name, dtype):
+def test_all_merges_of_all_blocks(name, dtype, piece, monkeypatch):
+    monkeypatch.setattr(linear, "_PIECE", piece)
     base, models = states(dtype)
     weights = [{"weight": w} for w in (1.0, 0.5, 2.0, 1.0)]
     algorithm = ALGORITHMS[name](Parameters(PARAMETERS[name], weights))
     inputs = reader(base, models)
-    found = [(m.block.name, m.merge, m.vector.clone()) for m in sweep(inputs, algorithm)]
+    found = vectors_of(sweep(inputs, algorithm))
     analysis = analyse(inputs)
     wanted = [
         (block, merge)

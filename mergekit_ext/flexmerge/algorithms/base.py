@@ -75,6 +75,21 @@ class Masked:
         return reconstruct(base, self.unified, mask, self.rescale[member], self.unified.dtype)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some entries of some groups' merged vectors.
+
+    Attributes:
+        groups: which groups, one for each row.
+        part: which entries of the block, one for each column.
+        vectors: (groups, entries); the memory is used again for the next piece.
+    """
+
+    groups: slice
+    part: slice
+    vectors: Tensor
+
+
 class Algorithm(ABC):
     """Merges the members of a group into one block vector.
 
@@ -124,16 +139,17 @@ class Algorithm(ABC):
 
     def sequence(
         self, block: BlockData, groups: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> Iterator[Tensor]:
-        """Merge one group after the other; a vector may be overwritten by the next.
+    ) -> Iterator[Piece]:
+        """Merge all groups; their vectors come in pieces, in any order, each entry once.
 
         Args:
             block: the original vectors of all tasks.
             groups: each is the union of two that came before, or of single tasks.
             dtype: of the results.
         """
-        for members in groups:
-            yield self.merge(block, members, dtype)
+        for index, members in enumerate(groups):
+            merged = self.merge(block, members, dtype)
+            yield Piece(slice(index, index + 1), slice(0, merged.numel()), merged[None])
 
     def merge_masked(
         self,

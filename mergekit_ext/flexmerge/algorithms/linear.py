@@ -12,11 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option, Piece
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums
 
 Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
+# Entries of all groups' vectors that are made at once: 64 MB in float32.
+_PIECE = 1 << 24
+
 WEIGHT = Option("weight", Factor, 1.0, "multiplies the model's task vector", per_model=True)
 
 
@@ -44,21 +47,28 @@ class Linear(Algorithm):
 
     def sequence(
         self, block: BlockData, groups: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Piece]:
         """See `Algorithm.sequence`: every group costs one addition, to the sum of its parts."""
         weights = dict(
             zip(block.models, self.parameters.each("weight", tuple(block.models)), strict=True)
         )
         scales = [self.scale(members) for members in groups]
-        rows = self._rows((len(groups), block.base.numel()), dtype, block.base.device)
-        yield from nested_sums(block.base, block.models, weights, groups, scales, rows)
+        size, count = block.base.numel(), len(groups)
+        step = min(size, max(1, _PIECE // max(1, count)))
+        room = self._memory(count * step, dtype, block.base.device).view(count, step)
+        for start in range(0, size, max(1, step)):
+            part = slice(start, min(start + step, size))
+            models = {member: vector[part] for member, vector in block.models.items()}
+            rows = room[:, : part.stop - start]
+            nested_sums(block.base[part], models, weights, groups, scales, rows)
+            yield Piece(slice(0, count), part, rows)
 
-    def _rows(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a block's results, kept: on many systems fresh pages cost more than sums."""
-        room, size = self._room, math.prod(shape)
+    def _memory(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for pieces, kept: on many systems fresh pages cost more than sums."""
+        room = self._room
         if room is None or (room.dtype, room.device) != (dtype, device) or room.numel() < size:
             self._room = room = torch.empty(size, dtype=dtype, device=device)
-        return room[:size].view(shape)
+        return room[:size]
 
 
 class Average(Linear):
