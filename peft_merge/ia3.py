@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError, Problem
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.rules.base import Call, Rule
+from peft_merge.rules.base import Rule, Settings
+from peft_merge.rules.seeds import generators
 
 Space = Literal["additive", "log"]
 OnModule = Callable[[str, Mapping[str, Any]], None]
@@ -48,11 +49,12 @@ _SPACES: dict[str, _Coordinates] = {
 def merge_ia3(
     adapters: Sequence[Ia3Adapter],
     rule: Rule,
-    resolve: Callable[[str], Call],
+    resolve: Callable[[str], Settings],
     *,
     space: Space = "additive",
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    seed: int = 0,
     on_module: OnModule | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, VectorInfo], dict[str, dict[str, Any]]]:
     """Merge the vectors of every module that some adapter has.
@@ -60,11 +62,11 @@ def merge_ia3(
     Args:
         adapters: m of them; their modules are united.
         rule: sees m float64 vectors of shape (length,).
-        resolve: weights (NAN's coefficients in them), options and generators for a module;
-            `shape` is set here, to (1, length).
+        resolve: a module's weights (NAN's coefficients multiplied in) and parameters.
         space: `additive` or `log`, see above.
         dtype: of the results, cast to once; default: the vectors' own, promoted where they differ.
         device: where the rule runs; results lie there.
+        seed: of random rules.
         on_module: called after each module with its name and report.
 
     Returns:
@@ -78,15 +80,7 @@ def merge_ia3(
         NonFiniteError: a vector holds NaN or infinity.
         MergeError: a merged vector overflows `dtype`.
     """
-    problems = [
-        *_bad_space(space),
-        *(p for name in _modules(adapters) for p in _bad(adapters, name)),
-    ]
-    if not problems and space == "log":
-        problems = [p for adapter in adapters for p in _not_positive(adapter)]
-    if problems:
-        raise ConfigError(problems, "this merge of (IA)^3 adapters")
-    coordinates = _SPACES[space]
+    _check(adapters, space)
     vectors: dict[str, Tensor] = {}
     infos: dict[str, VectorInfo] = {}
     report: dict[str, dict[str, Any]] = {}
@@ -95,13 +89,14 @@ def merge_ia3(
         info = replace(own[0], dtype=dtype or reduce(torch.promote_types, (i.dtype for i in own)))
         length = torch.Size(info.shape).numel()
         changes = [
-            coordinates.change(_read(adapter, module).to(device).flatten())
+            _change(adapter, module, space).to(device).flatten()
             if module in adapter.infos
             else torch.zeros(length, dtype=torch.float64, device=device)
             for adapter in adapters
         ]
-        merged = rule.merge(changes, replace(resolve(module), shape=(1, length)))
-        vector = coordinates.vector(merged.tensor.to(torch.float64)).to(info.dtype)
+        call = resolve(module).call((1, length), generators(seed, module, len(adapters)))
+        merged = rule.merge(changes, call)
+        vector = _SPACES[space].vector(merged.tensor.to(torch.float64)).to(info.dtype)
         if not bool(torch.isfinite(vector).all()):
             raise MergeError(
                 f"{module}: the merged vector leaves the range of {info.dtype}. Use smaller "
@@ -117,6 +112,39 @@ def merge_ia3(
         if on_module is not None:
             on_module(module, report[module])
     return vectors, infos, report
+
+
+def norms(adapters: Sequence[Ia3Adapter], *, space: Space = "additive") -> dict[str, list[float]]:
+    """Lengths of the changes that a rule sees, for NAN: of each module, one for each adapter.
+
+    Raises:
+        ConfigError, NonFiniteError: as `merge_ia3`.
+    """
+    _check(adapters, space)
+    return {
+        module: [
+            float(torch.linalg.vector_norm(_change(adapter, module, space)))
+            if module in adapter.infos
+            else 0.0
+            for adapter in adapters
+        ]
+        for module in _modules(adapters)
+    }
+
+
+def _check(adapters: Sequence[Ia3Adapter], space: str) -> None:
+    problems = [
+        *_bad_space(space),
+        *(p for name in _modules(adapters) for p in _bad(adapters, name)),
+    ]
+    if not problems and space == "log":
+        problems = [p for adapter in adapters for p in _not_positive(adapter)]
+    if problems:
+        raise ConfigError(problems, "this merge of (IA)^3 adapters")
+
+
+def _change(adapter: Ia3Adapter, module: str, space: Space) -> Tensor:
+    return _SPACES[space].change(_read(adapter, module))
 
 
 def _modules(adapters: Sequence[Ia3Adapter]) -> list[str]:

@@ -16,8 +16,9 @@ from mergekit_ext.errors import Problem
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
 from peft_merge.weight_shapes import Shape, orientations
 
-# Of a linear layer, and of torch's MultiheadAttention, whose input projection is a bare parameter.
-_WEIGHT_NAMES = ("weight", "in_proj_weight")
+# Of a layer, and of torch's MultiheadAttention, whose input projection is a bare parameter.
+_ATTENTION = "in_proj_weight"
+_WEIGHT_NAMES = ("weight", _ATTENTION)
 # PEFT's wrappers keep what they wrap under this name.
 _WRAPPED = "base_layer"
 _SHOWN = 6
@@ -46,7 +47,7 @@ def unwrapped(name: str) -> str:
 
 
 def bias_name(weight: str) -> str:
-    """The bias beside a weight: ``a.weight`` -> ``a.bias``, ``in_proj_weight`` likewise."""
+    """The bias beside a weight: ``a.weight`` -> ``a.bias``."""
     return weight.removesuffix("weight") + "bias"
 
 
@@ -61,6 +62,7 @@ def locate(adapter: Adapter, shapes: Mapping[str, Shape]) -> tuple[Located, list
     weights: dict[str, str] = {}
     for group in _by_owner(adapter).values():
         weights.update(_assign(adapter, group, choices, shapes, problems))
+    problems += _attention(adapter, weights)
     saved: dict[str, str] = {}
     added: dict[str, str] = {}
     for stored in adapter.saved:
@@ -217,6 +219,21 @@ def _assign(
         )
     )
     return {}
+
+
+def _attention(adapter: Adapter, weights: Mapping[str, str]) -> list[Problem]:
+    # PEFT 0.21 adds the change of out_proj twice (tuners/lora/layer.py, MultiheadAttention.merge,
+    # by which its forward works too). No file says whether an adapter was trained that way.
+    return [
+        Problem(
+            f"{module} of adapter {adapter.name}",
+            "a LoRA of torch's MultiheadAttention, whose out_proj PEFT changes twice",
+            "a change that is the same in every version of PEFT",
+            "Merge it into its base with the PEFT that trained it, and use the merged model.",
+        )
+        for module, tensor in weights.items()
+        if tensor.endswith(f".{_ATTENTION}")
+    ]
 
 
 def _shorten(names: list[str]) -> str:

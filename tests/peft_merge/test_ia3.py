@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.ia3 import merge_ia3
-from peft_merge.rules.base import Call, Merged, Rule
+from peft_merge.ia3 import merge_ia3, norms
+from peft_merge.rules.base import Call, Merged, Rule, Settings, rules
 from tests.peft_merge import models
 from tests.reference.ia3 import combine, multiplied, vectors_of
 
@@ -28,8 +28,8 @@ def weighted(tensors: list[Tensor], call: Call) -> Merged:
 SUM = Rule("sum", weighted, invariant=True)
 
 
-def call(*weights: float) -> Call:
-    return Call(weights, {}, [{}] * len(weights), (0, 0), [])
+def call(*weights: float) -> Settings:
+    return Settings(weights, {}, [{}] * len(weights))
 
 
 def adapter(
@@ -100,6 +100,72 @@ def test_an_adapter_alone_comes_back(space):
     vector = column(0.3, 1.0, 2.5, 1e-3)
     merged, _, _ = merge([adapter("a", {"m": vector})], [1.0], space=space)
     torch.testing.assert_close(merged["m"], vector, rtol=1e-6, atol=0)
+
+
+OFF = {"mu": 0.0, "density": 1.0, "epsilon": 0.0, "gamma": 0.0, "clip": 0.0}
+
+
+def unshrunk(rule: Rule, count: int) -> Settings:
+    """Defaults, with every threshold off."""
+    given = rule.defaults(count)
+    options = {key: OFF.get(key, value) for key, value in given.options.items()}
+    each = [{key: OFF.get(key, value) for key, value in own.items()} for own in given.each]
+    return Settings([1.0] * count, options, each)
+
+
+@pytest.mark.parametrize("space", ["additive", "log"])
+@pytest.mark.parametrize("name", sorted(rules()))
+def test_every_rule_gives_an_adapter_alone_back(name, space):
+    rule = rules()[name]
+    vectors = {
+        "m": column(0.3, 1.0, 2.5, 1e-3, 1.2),
+        "n": column(0.7),
+        "still": column(1.0, 1.0),
+        "c": torch.linspace(0.5, 2, 4).reshape(1, 4, 1, 1),
+    }
+    merged, _, _ = merge_ia3(
+        [adapter("a", vectors)], rule, lambda module: unshrunk(rule, 1), space=space
+    )
+    for module, vector in vectors.items():
+        torch.testing.assert_close(merged[module], vector, rtol=1e-5, atol=1e-7)
+
+
+def test_lore_shrinks_whole_vectors():
+    """A vector is a matrix of one row: its one singular value is its length."""
+    rule = rules()["lore"]
+    given = rule.defaults(2)
+    options = {**given.options, "mu": 0.5}
+    merged, _, _ = merge_ia3(
+        [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"m": column(1.3, 1.0)})],
+        rule,
+        lambda module: Settings(given.weights, options, given.each),
+    )
+    torch.testing.assert_close(merged["m"], 1 + 0.9 * column(3.0, 4.0))
+
+
+def test_random_rules_depend_on_seed_and_module_only():
+    rule = rules()["dare_linear"]
+    given = rule.defaults(1)
+    given = Settings([1.0], given.options, [{**given.each[0], "density": 0.5}])
+    vectors = {"m": torch.full((64, 1), 2.0), "n": torch.full((64, 1), 2.0)}
+
+    def merged(names: list[str], seed: int) -> dict[str, Tensor]:
+        one = adapter("a", {name: vectors[name] for name in names})
+        return merge_ia3([one], rule, lambda module: given, seed=seed)[0]
+
+    both = merged(["m", "n"], 1)
+    assert torch.equal(both["n"], merged(["n"], 1)["n"])
+    assert not torch.equal(both["m"], both["n"])
+    assert not torch.equal(both["m"], merged(["m"], 2)["m"])
+
+
+def test_norms_are_of_what_rules_see():
+    adapters = [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"n": column(1.0)})]
+    assert norms(adapters) == {"m": [5.0, 0.0], "n": [0.0, 0.0]}
+    logs = norms([adapter("a", {"m": column(torch.e, torch.e)})], space="log")
+    assert logs["m"] == [pytest.approx(2**0.5)]
+    with pytest.raises(ConfigError, match="additive"):
+        norms([adapter("a", {"m": column(-1.0)})], space="log")
 
 
 @settings(max_examples=40, deadline=None)
