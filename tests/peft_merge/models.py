@@ -102,12 +102,12 @@ class Convolutions(nn.Module):
         self.grouped = nn.Conv2d(6, 8, 3, padding=1, groups=2)
         self.point = nn.Conv2d(8, 6, 1)
         self.line = nn.Conv1d(6, 10, 3)
-        self.volume = nn.Conv3d(10, 4, (1, 1, 2))
+        self.volume = nn.Conv3d(10, 4, (1, 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.point(torch.tanh(self.grouped(x)))
         x = torch.tanh(self.line(x.flatten(2)))
-        return self.volume(x[:, :, None, None])
+        return self.volume(x[:, :, None, :, None])
 
 
 class Images(nn.Module):

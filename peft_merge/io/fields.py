@@ -1,0 +1,99 @@
+"""Types and values of the fields of adapter_config.json that are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_ext.errors import Problem
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field must hold, as a test and in words."""
+
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+def _rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _names_or_regex(value: Any) -> bool:
+    return _regex(value) if isinstance(value, str) else _names(value)
+
+
+def _regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, dict) and all(_regex(k) and of(v) for k, v in value.items())
+        )
+
+    return fits
+
+
+def _replication(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
+            for pair in value
+        )
+    )
+
+
+_FLAG = Field(lambda value: isinstance(value, bool), "true or false")
+_NAMES = Field(_names, "a list of names, or null")
+_NAMES_OR_REGEX = Field(_names_or_regex, "a list of names, a regular expression, or null")
+_TEXT = Field(lambda value: value is None or isinstance(value, str), "a text, or null")
+
+FIELDS: dict[str, Field] = {
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "task_type": _TEXT,
+    "target_modules": _NAMES_OR_REGEX,
+    "exclude_modules": _NAMES_OR_REGEX,
+    "feedforward_modules": _NAMES_OR_REGEX,
+    "modules_to_save": _NAMES,
+    "target_parameters": _NAMES,
+    "fan_in_fan_out": _FLAG,
+    "use_rslora": _FLAG,
+    "lora_bias": _FLAG,
+    "r": Field(_rank, "a whole number, 1 or more"),
+    "lora_alpha": Field(_number, "a number"),
+    "rank_pattern": Field(
+        _pattern(_rank), "an object of regular expressions and ranks, 1 or more each"
+    ),
+    "alpha_pattern": Field(_pattern(_number), "an object of regular expressions and numbers"),
+    "bias": Field(lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "layer_replication": Field(_replication, "a list of pairs of whole numbers, or null"),
+}
+
+
+def problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Every field that holds what it cannot."""
+    for name, field in FIELDS.items():
+        if name in config and not field.fits(config[name]):
+            yield Problem(f"{where}: {name}", repr(config[name])[:80], field.expected)

@@ -1,0 +1,54 @@
+"""Names of tensors in PEFT's files, and of the modules that they belong to.
+
+PEFT wraps an adapted module, and what was in it moves below ``base_layer``: the bias of an adapted
+``query`` is stored as ``query.base_layer.bias``, the output projection inside an adapted attention
+of torch as ``attention.base_layer.out_proj``, and a second target parameter of ``experts`` as
+``experts.base_layer``. Whether a module is wrapped differs between adapters, so whole tensors are
+kept here under the base's own names and `stored` puts the wrappers back in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+PREFIX = "base_model.model."
+_WRAPPED = ".base_layer"
+_OUT_PROJECTION = ".base_layer.out_proj"
+
+
+def unwrapped(name: str) -> str:
+    """A module's or tensor's name in the base model."""
+    return name.replace(_WRAPPED, "")
+
+
+def stored(name: str, adapted: Collection[str]) -> str:
+    """The stored name of a base model's tensor when the modules `adapted` are wrapped."""
+    *path, leaf = name.split(".")
+    found = ""
+    for part in path:
+        found = f"{found}.{part}" if found else part
+        while found in adapted:
+            found += _WRAPPED
+    return f"{found}.{leaf}" if found else leaf
+
+
+def in_attention(name: str, adapted: Collection[str]) -> bool:
+    """Whether a module is the output projection inside an adapted attention of torch.
+
+    PEFT adapts both projections together: one entry in the configuration, one rank, one scaling.
+    """
+    return name.endswith(_OUT_PROJECTION) and name.removesuffix(_OUT_PROJECTION) in adapted
+
+
+def owner(name: str, adapted: Collection[str]) -> str:
+    """The base model's module whose entry in the configuration governs the module `name`."""
+    if in_attention(name, adapted):
+        name = name.removesuffix(_OUT_PROJECTION)
+    return unwrapped(name)
+
+
+def sound(name: str) -> bool:
+    """Whether a stored name is dotted parts without separators of paths or control characters."""
+    return all(
+        part and part.isprintable() and not set(part) & set("/\\") for part in name.split(".")
+    )
