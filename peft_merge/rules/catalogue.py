@@ -6,7 +6,7 @@ import importlib
 from functools import cache
 
 # `nan` comes last: it wraps each rule that is registered by then.
-FAMILIES = ("linear", "lore", "tsv", "arithmetic", "pcb", "emr", "nan")
+FAMILIES = ("linear", "lore", "tsv", "arithmetic", "peft", "pcb", "emr", "nan")
 
 
 @cache
