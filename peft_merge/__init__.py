@@ -1,1 +1,47 @@
 """Exact, base-free merging of LoRA and (IA)^3 adapters."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+    from peft_merge.io import load_adapter, save_adapter
+    from peft_merge.memory import add_merged_adapter
+    from peft_merge.merge import MergedAdapter, merge_adapters, run_config
+
+# Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
+_HOMES = {
+    "Adapter": "adapter",
+    "Ia3Adapter": "adapter",
+    "LoraAdapter": "adapter",
+    "MergedAdapter": "merge",
+    "add_merged_adapter": "memory",
+    "load_adapter": "io",
+    "merge_adapters": "merge",
+    "run_config": "merge",
+    "save_adapter": "io",
+}
+
+__all__ = [
+    "Adapter",
+    "Ia3Adapter",
+    "LoraAdapter",
+    "MergedAdapter",
+    "add_merged_adapter",
+    "load_adapter",
+    "merge_adapters",
+    "run_config",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

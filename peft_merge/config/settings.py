@@ -176,10 +176,8 @@ def filters(setting: Any) -> Iterator[str]:
     """The filters of a setting that do not match everything."""
     entries = [setting] if isinstance(setting, Mapping) else setting
     if isinstance(entries, (list, tuple)):
-        for entry in entries:
-            if isinstance(entry, Mapping) and isinstance(text := entry.get("filter"), str):
-                if text != "*":
-                    yield text
+        found = (entry.get("filter") for entry in entries if isinstance(entry, Mapping))
+        yield from (text for text in found if isinstance(text, str) and text != "*")
 
 
 def places(modules: Collection[str]) -> dict[str, float]:

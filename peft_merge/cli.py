@@ -1,0 +1,114 @@
+"""The command ``peft-merge CONFIG OUT``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from peft_merge.methods import Result
+
+# As for click's own usage errors: the input is at fault.
+EXIT_PROBLEMS = 2
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--check", is_flag=True, help="Say what would be merged, and merge nothing.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ...")
+@click.option("--rank", metavar="RANK", help="Instead of the file's: 16, lossless, or energy=0.99.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary.")
+@click.option(
+    "--jsonl",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Append what happens to this file, one JSON object a line.",
+)
+@click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin of people you trust.")
+@click.version_option(package_name="mergekit-ext")
+def main(
+    config: Path,
+    out: Path | None,
+    check: bool,
+    device: str,
+    rank: str | None,
+    quiet: bool,
+    jsonl: Path | None,
+    allow_pickle: bool,
+) -> None:
+    """Merge LoRA or (IA)^3 adapters as the YAML file CONFIG says, into the folder OUT.
+
+    The base model is not needed. OUT is an adapter that PeftModel.from_pretrained loads; it must
+    not exist or be empty, and appears when it is complete. The exit code is 2 if something is
+    wrong with CONFIG or the adapters.
+    """
+    if out is None and not check:
+        raise click.UsageError("Missing argument 'OUT'. Name a folder, or give --check.")
+    # Heavy, and only needed here: `--help` stays fast.
+    from mergekit_ext.errors import MergekitExtError
+
+    options: dict[str, Any] = {
+        "device": device,
+        "rank": _rank(rank),
+        "allow_pickle": allow_pickle,
+    }
+    with warnings.catch_warnings():
+        warnings.showwarning = _show
+        try:
+            if check:
+                _check(config, out, options)
+            else:
+                _run(config, out, options, jsonl, quiet)
+        except MergekitExtError as error:
+            click.echo(f"Error: {error}", err=True)
+            raise click.exceptions.Exit(EXIT_PROBLEMS) from None
+
+
+def _check(config: Path, out: Path | None, options: dict[str, Any]) -> None:
+    from peft_merge.merge import plan_config
+    from peft_merge.preview import preview
+
+    click.echo(preview(plan_config(config, out, **options)))
+
+
+def _run(
+    config: Path, out: Path | None, options: dict[str, Any], jsonl: Path | None, quiet: bool
+) -> None:
+    from mergekit_ext.events import JsonLines, ProgressBar
+    from peft_merge.merge import run_config
+
+    try:
+        lines = [JsonLines(jsonl)] if jsonl else []
+    except OSError as error:
+        raise click.BadParameter(f"{jsonl}: {error.strerror}", param_hint="--jsonl") from None
+    bars = [] if quiet else [ProgressBar()]
+    result = run_config(config, out or "", callbacks=[*bars, *lines], **options)
+    if not quiet:
+        _summary(result, out)
+
+
+def _summary(result: Result, out: Path | None) -> None:
+    from peft_merge.report import sentences
+
+    for sentence in sentences(result.report):
+        click.echo(sentence)
+    click.echo(f"Written: {out}")
+
+
+def _rank(text: str | None) -> Any:
+    """A rank as it would stand in YAML; what it is not is said with everything else."""
+    if text is None:
+        return None
+    kind, equals, energy = text.partition("=")
+    try:
+        return {"energy": float(energy)} if equals and kind == "energy" else int(text)
+    except ValueError:
+        return text
+
+
+def _show(message: Any, *_: Any, **__: Any) -> None:
+    print(f"Warning: {message}", file=sys.stderr)

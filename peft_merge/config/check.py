@@ -1,0 +1,219 @@
+"""A `Request` -> a `MergePlan`, or one error with everything that is wrong.
+
+Only configurations and headers are read (and whole tensors, when they may be averaged).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+from peft_merge.config import saved
+from peft_merge.config.options import (
+    common_dtype,
+    device_of,
+    dtype_of,
+    rank_problem,
+    seed_problem,
+)
+from peft_merge.config.plan import Kind, MergePlan
+from peft_merge.config.request import Input, Request
+from peft_merge.config.resolve import Resolver
+from peft_merge.config.spaces import default_space, space_problems
+from peft_merge.config.wording import did_you_mean, shown
+from peft_merge.io import compatible, load_adapter
+from peft_merge.methods import Method, WholeMethod, methods, parameters_of
+from peft_merge.rules.base import Rule
+
+
+def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
+    """Check a request as far as configurations and headers go.
+
+    Args:
+        problems: what was found wrong with its form.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    found = list(problems)
+    method = _method(request.method, found)
+    resolve = None
+    if method is not None:
+        parameters = parameters_of(method, request.parameters)
+        resolve = Resolver(method.name, parameters, request.parameters, request.inputs)
+        wrong = list(resolve.problems())
+        found += wrong
+        resolve = None if wrong else resolve
+    dtype, device = _options(request, found)
+    adapters = _adapters(request, found)
+    if not adapters or len(adapters) < len(request.inputs):
+        _stop(request, found)
+    found += compatible(adapters)
+    kinds = {_kind(adapter) for adapter in adapters}
+    if method is None or resolve is None or len(kinds) > 1 or not adapters:
+        _stop(request, found)
+    kind = kinds.pop()
+    modules = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.infos))
+    resolve = replace(resolve, modules=modules)
+    found += _fitting(request, kind, adapters)
+    absent = list(resolve.missing())
+    found += absent
+    if not absent and not isinstance(method, WholeMethod):
+        found += _rule_problems(method, resolve)
+    unsaved = list(saved.problems_of(request.modules_to_save, adapters))
+    found += unsaved
+    taken = {} if unsaved else saved.carriers(request.modules_to_save or saved.AVERAGE, adapters)
+    for name, positions in taken.items() if not absent else ():
+        if len(positions) > 1:
+            wrong_weights = saved.weights_problem(name, resolve.weights(name), positions)
+            found += [wrong_weights] if wrong_weights else []
+    if found:
+        _stop(request, found)
+    ruled = () if isinstance(method, WholeMethod) else _forewarnings(method, resolve)
+    plan = MergePlan(
+        request=request,
+        method=method,
+        kind=kind,
+        adapters=tuple(adapters),
+        modules=modules,
+        resolve=resolve,
+        rank=request.rank,
+        space=request.space or default_space(kind),
+        seed=request.seed,
+        dtype=dtype or _common_dtype(adapters),
+        device=device,
+        saved=taken,
+        notes=tuple(resolve.idle_filters()),
+        forewarnings=ruled,
+    )
+    if isinstance(method, WholeMethod) and (wrong := list(method.check(plan))):
+        _stop(request, wrong)
+    return plan
+
+
+def _stop(request: Request, problems: Sequence[Problem]) -> Any:
+    raise ConfigError(dict.fromkeys(problems), request.subject)
+
+
+def _method(name: Any, found: list[Problem]) -> Method | None:
+    known = methods()
+    if isinstance(name, str) and name in known:
+        return known[name]
+    if name is not None:
+        remedy = did_you_mean(name, known)
+        found.append(Problem("merge_method", shown(name), "a merge method", remedy))
+    return None
+
+
+def _options(request: Request, found: list[Problem]) -> tuple[torch.dtype | None, torch.device]:
+    if request.rank is not None and (wrong := rank_problem(request.rank)):
+        found.append(wrong)
+    if (wrong := seed_problem(request.seed)) is not None:
+        found.append(wrong)
+    dtype = None if request.dtype is None else dtype_of(request.dtype)
+    device = device_of(request.device)
+    found += [item for item in (dtype, device) if isinstance(item, Problem)]
+    return (
+        dtype if isinstance(dtype, torch.dtype) else None,
+        device if isinstance(device, torch.device) else torch.device("cpu"),
+    )
+
+
+def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
+    adapters = [_adapter(item, request, found) for item in request.inputs]
+    found += _same_names(request.inputs, adapters)
+    return [adapter for adapter in adapters if adapter is not None]
+
+
+def _adapter(item: Input, request: Request, found: list[Problem]) -> Adapter | None:
+    if isinstance(item.source, (LoraAdapter, Ia3Adapter)):
+        return item.source if item.name is None else replace(item.source, name=item.name)
+    try:
+        return load_adapter(
+            item.source,
+            name=item.name,
+            revision=item.revision,
+            allow_pickle=request.allow_pickle,
+        )
+    except ConfigError as error:
+        found += error.problems
+        return None
+
+
+def _same_names(inputs: Sequence[Input], adapters: Sequence[Adapter | None]) -> Iterator[Problem]:
+    places: dict[str, list[str]] = {}
+    for item, adapter in zip(inputs, adapters, strict=True):
+        if adapter is not None:
+            places.setdefault(adapter.name, []).append(item.where)
+    for name, where in places.items():
+        if len(where) > 1:
+            remedy = "Give each a name of its own with `name:`."
+            found = f"{len(where)} adapters called {name!r}"
+            yield Problem(", ".join(where), found, "names that differ", remedy)
+
+
+def _kind(adapter: Adapter) -> Kind:
+    return "lora" if isinstance(adapter, LoraAdapter) else "ia3"
+
+
+def _fitting(request: Request, kind: Kind, adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    """Rank and space against the kind of adapters."""
+    if request.space is not None:
+        yield from space_problems(request.space, kind, adapters)
+    if request.rank is None:
+        return
+    if kind == "ia3":
+        remedy = "Take it out."
+        yield Problem("rank", shown(request.rank), "none: (IA)^3 vectors have no rank", remedy)
+    elif isinstance(request.rank, int) and request.rank > (possible := _largest_rank(adapters)):
+        expected = f"at most {possible}, the smaller side of the largest module"
+        yield Problem("rank", shown(request.rank), expected)
+
+
+def _largest_rank(adapters: Sequence[Adapter]) -> int:
+    return max(
+        min(info.rows, info.columns)
+        for adapter in adapters
+        if isinstance(adapter, LoraAdapter)
+        for info in adapter.infos.values()
+    )
+
+
+def _rule_problems(rule: Rule, resolve: Resolver) -> list[Problem]:
+    """What the rule says of its options, as each module gets them."""
+    problems: dict[Problem, None] = {}
+    for module in resolve.modules:
+        values = resolve(module)
+        problems.update(dict.fromkeys(rule.check(len(values.weights), values.options)))
+        for own in values.each:
+            problems.update(dict.fromkeys(rule.check_each(values.options, own)))
+    if rule.coefficients is not None:
+        problems.update(dict.fromkeys(_granularity_problems(resolve)))
+    return list(problems)
+
+
+def _granularity_problems(resolve: Resolver) -> Iterator[Problem]:
+    found = sorted({resolve(module).options["granularity"] for module in resolve.modules})
+    if len(found) > 1:
+        found_text = f"{' and '.join(found)}, by module"
+        remedy = "Give one value, without filters."
+        yield Problem("parameters.granularity", found_text, "one for the whole merge", remedy)
+
+
+def _forewarnings(rule: Rule, resolve: Resolver) -> tuple[MergeWarning, ...]:
+    """Each once, however many modules it is about."""
+    found = {}
+    for module in resolve.modules:
+        values = resolve(module)
+        for warning in rule.forewarnings(len(values.weights), values.options):
+            found.setdefault(str(warning), warning)
+    return tuple(found.values())
+
+
+def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+    return common_dtype([info.dtype for adapter in adapters for info in adapter.infos.values()])

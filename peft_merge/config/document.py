@@ -1,0 +1,210 @@
+"""YAML text or a parsed mapping -> a `Request`, in mergekit's schema."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_ext.errors import ConfigError, Problem
+from peft_merge.adapter import Adapter
+from peft_merge.config.request import Input, Request, located
+from peft_merge.config.wording import did_you_mean, join, shown
+
+_KEYS = (
+    *("merge_method", "models", "parameters", "rank", "space", "dtype"),
+    *("modules_to_save", "seed", "base_model"),
+)
+_MODEL_KEYS = ("model", "name", "parameters")
+
+# Keys of mergekit that mean nothing for adapters, and what to do instead.
+_FULL_MODELS = {
+    "slices": "Adapters are merged whole: list them under `models:`.",
+    "modules": "List the adapters under `models:`; `filter:` sets values for some modules only.",
+    "tokenizer": "Take it out: the tokenizer is the base's, or that of one adapter.",
+    "tokenizer_source": "Take it out: the tokenizer is the base's, or that of one adapter.",
+    "chat_template": "Take it out: an adapter has none.",
+    "out_dtype": "Write `dtype`, which is the dtype of the output.",
+}
+
+
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any], instead: Mapping[str, Any]
+) -> tuple[Request, list[Problem]]:
+    """A request from a YAML file or a parsed document, and what is wrong with its form.
+
+    Args:
+        instead: keys of the top level that replace those of the document.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no mapping, so that there is nothing to check.
+    """
+    if isinstance(source, Mapping):
+        return _request({**source, **instead}, None, "this merge")
+    subject = os.fspath(source)
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        problem = Problem(subject, f"a file that cannot be read ({reason})", "a YAML file")
+        raise ConfigError([problem]) from None
+    try:
+        documents = list(yaml.safe_load_all(text))
+        repeated = _repeated_keys(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = Problem(subject, " ".join(str(error).split()), "YAML")
+        raise ConfigError([problem]) from None
+    if len(documents) != 1 or not isinstance(documents[0], Mapping):
+        found = f"{len(documents)} documents" if len(documents) != 1 else shown(documents[0])
+        expected = "one mapping with `merge_method:` and `models:`"
+        raise ConfigError([Problem(subject, found, expected)])
+    document = {**documents[0], **instead}
+    request, problems = _request(document, None if instead else text, subject)
+    return request, repeated + problems
+
+
+def written(request: Request, adapters: Sequence[Adapter]) -> str:
+    """The YAML of a request: the user's own text, or what gives the same merge."""
+    if request.text is not None:
+        return request.text
+    models = []
+    for item, adapter in zip(request.inputs, adapters, strict=True):
+        source = adapter.name if hasattr(item.source, "infos") else os.fspath(item.source)
+        entry = {
+            "model": source + (f"@{item.revision}" if item.revision else ""),
+            "name": adapter.name,
+            "parameters": dict(item.parameters),
+        }
+        models.append({key: value for key, value in entry.items() if value})
+    dtype = request.dtype and str(request.dtype).removeprefix("torch.")
+    values = {
+        "merge_method": request.method,
+        "models": models,
+        "parameters": dict(request.parameters),
+        "rank": request.rank,
+        "space": request.space,
+        "seed": request.seed or None,
+        "dtype": dtype,
+        "modules_to_save": request.modules_to_save,
+        "base_model": request.base_model,
+    }
+    document = {key: _plain(value) for key, value in values.items() if value not in (None, {})}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Paths and tuples as YAML writes them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _request(
+    document: Mapping[str, Any], text: str | None, subject: str
+) -> tuple[Request, list[Problem]]:
+    problems = list(_unknown(document, _KEYS, ""))
+    if "merge_method" not in document:
+        problems.append(Problem("merge_method", "nothing", "a merge method", "Add it."))
+    models = document.get("models")
+    if not isinstance(models, list) or not models:
+        found = "nothing" if models is None else shown(models)
+        expected = "a list of entries with `model:`"
+        problems.append(Problem("models", found, expected, "List the adapters to merge."))
+        models = []
+    inputs = tuple(_input(entry, join("models", i), problems) for i, entry in enumerate(models))
+    base_model = document.get("base_model")
+    if base_model is not None and not isinstance(base_model, str):
+        expected = "a model's name, which goes into the card and adapter_config.json"
+        problems.append(Problem("base_model", shown(base_model), expected))
+    request = Request(
+        method=document.get("merge_method"),
+        inputs=tuple(item for item in inputs if item is not None),
+        parameters=_mapping(document.get("parameters"), "parameters", problems),
+        text=text,
+        subject=subject,
+    )
+    given = {
+        key: document[key]
+        for key in ("rank", "space", "seed", "dtype", "modules_to_save", "base_model")
+        if document.get(key) is not None
+    }
+    return replace(request, **given), problems
+
+
+def _input(entry: Any, where: str, problems: list[Problem]) -> Input | None:
+    if not isinstance(entry, Mapping):
+        remedy = f"Write `- model: {entry}`." if isinstance(entry, str) else ""
+        problems.append(Problem(where, shown(entry), "an entry with `model:`", remedy))
+        return None
+    problems.extend(_unknown(entry, _MODEL_KEYS, where))
+    model, name = entry.get("model"), entry.get("name")
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        found = "nothing" if model is None else shown(model)
+        expected = "an adapter's folder, or its name on the Hub"
+        problems.append(Problem(f"{where}.model", found, expected))
+        return None
+    if name is not None and (not isinstance(name, str) or not name):
+        problems.append(Problem(f"{where}.name", shown(name), "a text"))
+        name = None
+    at = f"{where}.parameters"
+    source, revision = located(os.fspath(model))
+    if "+" in source and not Path(source).exists():
+        remedy = f"Write `model: {source.split('+', 1)[1]}`: the base is not needed."
+        problems.append(Problem(f"{where}.model", shown(source), "an adapter alone", remedy))
+        return None
+    parameters = _mapping(entry.get("parameters"), at, problems)
+    return Input(where, source, name, revision, parameters, at)
+
+
+def _mapping(value: Any, where: str, problems: list[Problem]) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        problems.append(Problem(where, shown(value), "a mapping from parameters to values"))
+        return {}
+    return value
+
+
+def _unknown(document: Mapping[Any, Any], known: tuple[str, ...], path: str) -> list[Problem]:
+    problems = []
+    for key in document:
+        if key in known:
+            continue
+        where = join(path, str(key))
+        if not path and key in _FULL_MODELS:
+            found = "a key for full models"
+            remedy = _FULL_MODELS[key]
+        else:
+            found, remedy = "an unknown key", did_you_mean(key, known)
+        problems.append(Problem(where, found, f"one of {', '.join(sorted(known))}", remedy))
+    return problems
+
+
+def _repeated_keys(text: str) -> list[Problem]:
+    """Keys that stand twice in one mapping: YAML keeps the last and forgets the others."""
+    problems: list[Problem] = []
+
+    def visit(node: yaml.Node | None, path: str) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for position, item in enumerate(node.value):
+                visit(item, join(path, position))
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines and name != "<<":
+                    found = f"the key twice, on lines {lines[name]} and {line}"
+                    expected, remedy = "each key once", "Remove one of the two."
+                    problems.append(Problem(join(path, name), found, expected, remedy))
+                lines.setdefault(name, line)
+                visit(value, join(path, name))
+
+    for document in yaml.compose_all(text, Loader=yaml.SafeLoader):
+        visit(document, "")
+    return problems

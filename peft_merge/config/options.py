@@ -1,0 +1,74 @@
+"""The options beside the parameters: rank, space, dtype, device, seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from mergekit_ext.errors import Problem
+from peft_merge.config.wording import did_you_mean, shown
+
+Rank = int | Literal["lossless"] | Mapping[str, float]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_RANK = "a whole number from 1, `lossless`, or {energy: 0.99}"
+
+
+def rank_problem(rank: Any) -> Problem | None:
+    """What is wrong with a rank that was given."""
+    if isinstance(rank, Mapping):
+        energy = rank.get("energy")
+        number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
+        if set(rank) == {"energy"} and number and 0 < float(energy or 0) <= 1:
+            return None
+        expected = f"{_RANK}, with a share above 0 up to 1"
+        return Problem("rank", shown(dict(rank)), expected)
+    if rank == "lossless" or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
+        return None
+    remedy = did_you_mean(rank, ["lossless"]) if isinstance(rank, str) else ""
+    return Problem("rank", shown(rank), _RANK, remedy)
+
+
+def dtype_of(name: Any) -> torch.dtype | Problem:
+    """The dtype that a user names; torch's own objects and names are taken too."""
+    if isinstance(name, torch.dtype) and name in _DTYPES.values():
+        return name
+    text = name.removeprefix("torch.") if isinstance(name, str) else None
+    if text in _DTYPES:
+        return _DTYPES[text]
+    remedy = did_you_mean(text, _DTYPES) if text else ""
+    return Problem("dtype", shown(name), f"one of {', '.join(_DTYPES)}", remedy)
+
+
+def common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
+    """The dtype of all, or the smallest that holds the values of each."""
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return result
+
+
+def device_of(name: Any) -> torch.device | Problem:
+    """The device that a user names, if it can be used here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every backend has its own way to say that it is not there
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
+        found = f"{name}, which cannot be used ({type(error).__name__}: {reason})"
+        return Problem("device", found, "a device that is here, such as cpu")
+    return device
+
+
+def seed_problem(seed: Any) -> Problem | None:
+    """Seeds are whole numbers from 0 that torch's generators take."""
+    if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63:
+        return None
+    return Problem("seed", shown(seed), "a whole number from 0, below 2^63")

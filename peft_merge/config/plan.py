@@ -1,0 +1,87 @@
+"""A merge that can start: everything is known of it but the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from mergekit_ext.errors import MergeWarning
+from peft_merge.adapter import Adapter
+from peft_merge.config.options import Rank
+from peft_merge.config.request import Request
+from peft_merge.config.resolve import Resolver
+from peft_merge.methods import Method
+
+Kind = Literal["lora", "ia3"]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A checked request.
+
+    Attributes:
+        request: what the user wrote.
+        method: a merge rule or a whole-merge method.
+        kind: of all adapters.
+        adapters: in the user's order, their names differ.
+        modules: of all adapters, in the order in which they come.
+        resolve: the values of its parameters for each module.
+        rank: of the output, None for the default of the method and for (IA)^3.
+        space: where it works.
+        seed: of random rules.
+        dtype: of the output.
+        device: where is computed.
+        saved: for each whole tensor of the output the positions of the adapters it is the mean of.
+        notes: what a user may want to know before the merge.
+        forewarnings: what the method says of its result before it is computed.
+    """
+
+    request: Request
+    method: Method
+    kind: Kind
+    adapters: tuple[Adapter, ...]
+    modules: tuple[str, ...]
+    resolve: Resolver
+    rank: Rank | None
+    space: str
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    saved: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
+    forewarnings: tuple[MergeWarning, ...] = ()
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        """Of the module's change."""
+        return next(a.infos[module].shape for a in self.adapters if module in a.infos)
+
+    def described(self) -> dict[str, Any]:
+        """Method, adapters and options as the report shows them."""
+        return {
+            "method": self.method.name,
+            "kind": self.kind,
+            "adapters": [
+                {
+                    "name": adapter.name,
+                    "source": _source(item.source),
+                    "modules": len(adapter.infos),
+                }
+                for adapter, item in zip(self.adapters, self.request.inputs, strict=True)
+            ],
+            "parameters": {
+                "shared": dict(self.request.parameters),
+                "each": [dict(item.parameters) for item in self.request.inputs],
+            },
+            "rank": self.rank if not isinstance(self.rank, Mapping) else dict(self.rank),
+            "space": self.space,
+            "seed": self.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def _source(source: Any) -> str | None:
+    """Where an adapter was read; None for one in memory."""
+    return None if hasattr(source, "infos") else str(source)

@@ -1,0 +1,293 @@
+"""The driver: from adapters and a method to one merged adapter and its report."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_ext.errors import Problem
+from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+from peft_merge.coefficients import measured
+from peft_merge.config.check import checked
+from peft_merge.config.document import read, written
+from peft_merge.config.plan import MergePlan
+from peft_merge.config.request import Input, Request, located
+from peft_merge.ia3 import merge_ia3
+from peft_merge.io import merged_ia3, merged_lora, save_adapter
+from peft_merge.lora import merge_lora
+from peft_merge.methods import Result, WholeMethod
+from peft_merge.report import report
+from peft_merge.rules.base import Rule, Settings
+from peft_merge.saved_tensors import merge_saved
+
+Source = Adapter | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """A merged adapter.
+
+    Attributes:
+        adapter: as data; `peft_merge.adapter` says how it is read.
+        report: what `merge_report.json` holds: options, coefficients, and for each module ranks,
+            relative truncation error and the rule's details.
+        config: the merge as YAML.
+    """
+
+    adapter: Adapter
+    report: dict[str, Any]
+    config: str
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a PEFT folder, which must not exist or be empty. It appears when it is complete.
+
+        Raises:
+            ConfigError: there is something at `path`.
+        """
+        save_adapter(self.adapter, path, merge_config=self.config, report=self.report)
+
+
+def merge_adapters(
+    adapters: Sequence[Source] | Mapping[str, Source],
+    method: str = "linear",
+    *,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    rank: Any = None,
+    space: str | None = None,
+    seed: int = 0,
+    dtype: Any = None,
+    device: Any = "cpu",
+    modules_to_save: str | None = None,
+    base_model: str | None = None,
+    name: str = "merged",
+    callbacks: Iterable[object] = (),
+    allow_pickle: bool = False,
+) -> Any:
+    """Merge LoRA or (IA)^3 adapters of one base, without the base.
+
+    Args:
+        adapters: folders, names on the Hub, or adapters; a mapping gives them names.
+        method: as `merge_method` in YAML (docs/adapters.md).
+        weights: one for each adapter; default 1.
+        parameters: of the method, for all adapters. Values may be gradients and filters, as in
+            YAML.
+        each: of the method, one mapping for each adapter.
+        rank: of a merged LoRA: a number, "lossless", or {"energy": 0.99}; default: lossless for
+            rules that are exact in the small, else the sum of the ranks.
+        space: where the method works; default: the changes themselves.
+        seed: of random methods.
+        dtype: of the result; default: that of the adapters.
+        device: where is computed.
+        modules_to_save: "average", "drop", or the name of an adapter.
+        base_model: written into adapter_config.json; default: that of the first adapter.
+        name: of the merged adapter.
+        callbacks: see `mergekit_ext.events`.
+        allow_pickle: read adapter_model.bin, which can run code: of people whom you trust.
+
+    Returns:
+        A `MergedAdapter`; for methods that make several adapters what they say.
+
+    Raises:
+        ConfigError: something is wrong with arguments or adapters; it lists everything.
+        NonFiniteError: an adapter holds NaN or infinity.
+    """
+    problems: list[Problem] = []
+    request = Request(
+        method=method,
+        inputs=_inputs(adapters, weights, each, problems),
+        parameters=dict(parameters or {}),
+        rank=rank,
+        space=space,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        modules_to_save=modules_to_save,
+        base_model=base_model,
+        name=name,
+        allow_pickle=allow_pickle,
+    )
+    events = Dispatcher(callbacks)
+    try:
+        started = time.perf_counter()
+        result = _merge(checked(request, problems), events, "")
+        events.emit(MergeEnd("", time.perf_counter() - started))
+    finally:
+        events.close()
+    return result
+
+
+def run_config(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    rank: Any = None,
+    device: Any = "cpu",
+    callbacks: Iterable[object] = (),
+    allow_pickle: bool = False,
+) -> Result:
+    """Merge as a YAML file (or its content as a mapping) says, and write the result.
+
+    Args:
+        config: see docs/adapters.md.
+        out: the folder to write; it must not exist or be empty.
+        rank: instead of the configuration's.
+        device, callbacks, allow_pickle: as for `merge_adapters`.
+
+    Raises:
+        ConfigError, NonFiniteError: as `merge_adapters`; nothing is written.
+    """
+    events = Dispatcher(callbacks)
+    try:
+        started = time.perf_counter()
+        plan = plan_config(config, out, rank=rank, device=device, allow_pickle=allow_pickle)
+        result = _merge(plan, events, os.fspath(out))
+        result.save(out)
+        events.emit(MergeEnd(os.fspath(out), time.perf_counter() - started))
+    finally:
+        events.close()
+    return result
+
+
+def plan_config(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    rank: Any = None,
+    device: Any = "cpu",
+    allow_pickle: bool = False,
+) -> MergePlan:
+    """Check what `run_config` would do, from configurations and headers.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    request, problems = read(config, {} if rank is None else {"rank": rank})
+    if out is not None and _taken(Path(out)):
+        expected = "a folder that does not exist or is empty"
+        problems.append(
+            Problem(os.fspath(out), "something there already", expected, "Choose another place.")
+        )
+    return checked(replace(request, device=device, allow_pickle=allow_pickle), problems)
+
+
+def _taken(out: Path) -> bool:
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+
+
+def _inputs(
+    adapters: Sequence[Source] | Mapping[str, Source],
+    weights: Sequence[float] | None,
+    each: Sequence[Mapping[str, Any]] | None,
+    problems: list[Problem],
+) -> tuple[Input, ...]:
+    if isinstance(adapters, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
+        raise TypeError("adapters: found one of them; expected a list, as in [adapter].")
+    named: list[tuple[str | None, Source]] = (
+        list(adapters.items())
+        if isinstance(adapters, Mapping)
+        else [(None, adapter) for adapter in adapters]
+    )
+    if not named:
+        problems.append(Problem("adapters", "none", "one adapter at least"))
+    for argument, values in (("weights", weights), ("each", each)):
+        if values is not None and len(values) != len(named):
+            expected = f"{len(named)}, one for each adapter"
+            problems.append(Problem(argument, str(len(values)), expected))
+    result = []
+    for i, (name, source) in enumerate(named):
+        own = dict(each[i]) if each is not None and i < len(each) else {}
+        if weights is not None and i < len(weights):
+            if "weight" in own:
+                problems.append(
+                    Problem(f"each[{i}].weight", "a weight in `weights` too", "one of the two")
+                )
+            own["weight"] = weights[i]
+        revision = None
+        if isinstance(source, str):
+            source, revision = located(source)
+        where = f"adapters[{i}]"
+        result.append(Input(where, source, name, revision, own, where))
+    return tuple(result)
+
+
+def _merge(plan: MergePlan, events: Dispatcher, output: str) -> Any:
+    names = tuple(adapter.name for adapter in plan.adapters)
+    units = len(plan.modules) + len(plan.saved)
+    events.emit(MergeBegin(plan.method.name, output, names, units, "module"))
+    if isinstance(plan.method, WholeMethod):
+        return plan.method.run(plan, events)
+    return _by_rule(plan, plan.method, events)
+
+
+def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
+    started = time.perf_counter()
+    for warning in plan.forewarnings:
+        warnings.warn(warning, stacklevel=4)
+    coefficients = measured(plan, rule, events)
+
+    def resolve(module: str) -> Settings:
+        settings = plan.resolve(module)
+        if not coefficients:
+            return settings
+        pairs = zip(coefficients[module], settings.weights, strict=True)
+        return replace(settings, weights=[a * weight for a, weight in pairs])
+
+    clock = time.perf_counter()
+
+    def on_module(module: str, details: Mapping[str, Any]) -> None:
+        nonlocal clock
+        before, clock = clock, time.perf_counter()
+        shape = tuple(plan.shape(module))
+        events.emit(TensorMerged(module, shape, details, clock - before))
+
+    options: dict[str, Any] = {
+        "space": plan.space,
+        "dtype": plan.dtype,
+        "device": plan.device,
+        "seed": plan.seed,
+        "on_module": on_module,
+    }
+    adapter: Adapter
+    if plan.kind == "lora":
+        loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
+        updates, infos, modules = merge_lora(loras, rule, resolve, rank=plan.rank, **options)
+        tensors = _saved(plan, events)
+        adapter = merged_lora(plan.request.name, updates, infos, loras, tensors)
+    else:
+        vectors = [adapter for adapter in plan.adapters if isinstance(adapter, Ia3Adapter)]
+        merged, vector_infos, modules = merge_ia3(vectors, rule, resolve, **options)
+        tensors = _saved(plan, events)
+        adapter = merged_ia3(plan.request.name, merged, vector_infos, vectors, tensors)
+    if plan.request.base_model is not None:
+        config = {**adapter.config, "base_model_name_or_path": plan.request.base_model}
+        adapter = replace(adapter, config=config)
+    seconds = time.perf_counter() - started
+    return MergedAdapter(
+        adapter, report(plan, modules, coefficients, seconds), written(plan.request, plan.adapters)
+    )
+
+
+def _saved(plan: MergePlan, events: Dispatcher) -> dict[str, Tensor]:
+    tensors = {}
+    # Without `dtype` a head keeps its own, which often is wider than the factors'.
+    dtype = plan.dtype if plan.request.dtype is not None else None
+    for name, positions in plan.saved.items():
+        clock = time.perf_counter()
+        weights = plan.resolve.weights(name)
+        tensors[name] = merge_saved(
+            name, [plan.adapters[i] for i in positions], [weights[i] for i in positions], dtype
+        )
+        details = {"adapters": [plan.adapters[i].name for i in positions]}
+        seconds = time.perf_counter() - clock
+        events.emit(TensorMerged(name, tuple(tensors[name].shape), details, seconds))
+    return tensors

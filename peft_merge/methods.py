@@ -1,0 +1,74 @@
+"""Merge methods: rules, which make one adapter module by module, and whole-merge methods.
+
+A whole-merge method decides over all modules together, and may make several adapters (FlexMerge).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mergekit_ext.errors import Problem
+from mergekit_ext.events import Dispatcher
+from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
+
+if TYPE_CHECKING:
+    from peft_merge.config.plan import MergePlan
+
+
+class Result(Protocol):
+    """What a merge gives: it can be written, and tells how it came about."""
+
+    report: Mapping[str, Any]
+
+    def save(self, path: str | os.PathLike[str], events: Dispatcher | None = None) -> None:
+        """Write it into a folder that does not exist or is empty."""
+
+
+@dataclass(frozen=True)
+class WholeMethod:
+    """A method with a way of its own through the modules.
+
+    Attributes:
+        name: in YAML.
+        parameters: all of them, `WEIGHT` included where it has one, given the settings of the
+            whole merge: some choose an algorithm with parameters of its own.
+        check: yields what is wrong, before any factor is read.
+        run: merges.
+    """
+
+    name: str
+    parameters: Callable[[Mapping[str, Any]], tuple[Parameter, ...]]
+    check: Callable[[MergePlan], Iterable[Problem]]
+    run: Callable[[MergePlan, Dispatcher], Result]
+
+
+Method = Rule | WholeMethod
+
+_WHOLE: dict[str, WholeMethod] = {}
+
+
+def register(method: WholeMethod) -> WholeMethod:
+    """Add a whole-merge method under its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if method.name in methods():
+        raise ValueError(f"{method.name}: there is a merge method of this name already")
+    _WHOLE[method.name] = method
+    return method
+
+
+def methods() -> Mapping[str, Method]:
+    """All methods by name."""
+    return {**rules(), **_WHOLE}
+
+
+def parameters_of(method: Method, shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
+    """All parameters of a method, in the light of the settings of the whole merge."""
+    if isinstance(method, WholeMethod):
+        return method.parameters(shared)
+    return (WEIGHT, *method.parameters)

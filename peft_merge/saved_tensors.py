@@ -1,0 +1,71 @@
+"""Merging whole tensors that adapters carry: `modules_to_save`, and trained biases of the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import MergeError, NonFiniteError
+from peft_merge.adapter import Adapter
+
+
+def merge_saved(
+    name: str,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    dtype: torch.dtype | None,
+) -> Tensor:
+    r""":math:`\sum_i w_i T_i / \sum_i w_i`, in float64; of one adapter its own tensor, untouched.
+
+    Args:
+        name: of the tensor; every adapter has it, in one shape.
+        adapters: those that it is the mean of.
+        weights: one for each, whose sum is not 0.
+        dtype: of the result; None for the tensors' own, promoted where they differ.
+
+    Raises:
+        NonFiniteError: a tensor holds NaN or infinity.
+        MergeError: the tensors are no fractions and differ, or the mean leaves the dtype's range.
+    """
+    tensors = [adapter.saved[name]().cpu() for adapter in adapters]
+    for adapter, tensor in zip(adapters, tensors, strict=True):
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise NonFiniteError(name, adapter.name, bad, tensor.numel())
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return _the_same(name, adapters, tensors)
+    target = dtype or _common(tensors)
+    if len(tensors) == 1:
+        return _cast(name, tensors[0], target)
+    total = math.fsum(weights)
+    mean = torch.zeros(tensors[0].shape, dtype=torch.float64)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        mean.add_(tensor.to(torch.float64), alpha=weight / total)
+    return _cast(name, mean, target)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(dtype)
+    if not bool(torch.isfinite(result).all()):
+        raise MergeError(f"{name}: the merged tensor leaves the range of {dtype}. Use a wider one.")
+    return result
+
+
+def _common(tensors: Sequence[Tensor]) -> torch.dtype:
+    result = tensors[0].dtype
+    for tensor in tensors[1:]:
+        result = torch.promote_types(result, tensor.dtype)
+    return result
+
+
+def _the_same(name: str, adapters: Sequence[Adapter], tensors: Sequence[Tensor]) -> Tensor:
+    for adapter, tensor in zip(adapters, tensors, strict=True):
+        if not torch.equal(tensor, tensors[0]):
+            raise MergeError(
+                f"{name}: tensors of {tensor.dtype} that differ between {adapters[0].name} and "
+                f"{adapter.name} have no mean. Set `modules_to_save` to `drop` or to the name of "
+                "an adapter."
+            )
+    return tensors[0]
