@@ -3,15 +3,23 @@
 What is changed, and why (each by one function below, called by `autoload` when the module is
 loaded):
 
-``mergekit.merge_methods``      the methods are registered.
+``mergekit.merge_methods``      the methods are registered; and models with an adapter are read
+                                with the adapter applied (`host.adapters`):
+                                ``ModelReference.lazy_loader``, ``LoaderCache.setup`` and ``get``,
+                                ``LoadTensor.execute``. ``MERGEKIT_EXT_ADAPTERS=0`` leaves them
+                                to mergekit.
 ``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
                                 runs the statistics graph before it hands out the merge graph.
 ``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
-                                project's methods; other merges go to mergekit's own function.
+                                project's methods; other merges go to mergekit's own function,
+                                those with adapters checked first. ``_get_donor_model`` takes the
+                                files of a model with an adapter from its base.
 ``mergekit.scripts.multimerge`` ``load_config`` looks for unknown keys, which pydantic drops.
 ``mergekit.scripts.merge_raw_pytorch``
                                 ``plan_flat_merge`` checks, and runs the statistics graph; the
                                 command's output is staged as in ``run_merge``.
+                                ``SimpleLoaderCache.get`` and ``SimpleLoadTensor.execute`` read
+                                ``file+adapter``.
 ``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
                                 merge of ours runs (`local_cards`).
 
@@ -47,11 +55,23 @@ def check_version() -> None:
 
 
 def extend_methods(module: ModuleType) -> None:
-    """Register the methods."""
+    """Register the methods, and read models with an adapter.
+
+    The second is done here because nothing opens a model before this module is loaded, while
+    ``mergekit.io.tasks`` itself may be loaded in the middle of modules that the host imports.
+    """
     check_version()
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache, LoadTensor
+
+    from mergekit_ext.host.adapters import extension
     from mergekit_ext.host.methods import register_methods
 
     register_methods()
+    _replace(ModelReference, "lazy_loader", extension.lazy_loader)
+    _replace(LoaderCache, "setup", extension.setup)
+    _replace(LoaderCache, "get", extension.get)
+    _replace(LoadTensor, "execute", extension.load_tensor)
 
 
 def extend_planner(module: Any) -> None:
@@ -67,10 +87,12 @@ def extend_merge(module: Any) -> None:
     from mergekit import plan
 
     from mergekit_ext.host import run
+    from mergekit_ext.host.adapters import extension
 
     module.MergePlanner = plan.MergePlanner
     if not hasattr(module.run_merge, "stock"):
         module.run_merge = run.extended(module.run_merge)
+    _replace(module, "_get_donor_model", extension.donor)
 
 
 def extend_multimerge(module: Any) -> None:
@@ -85,7 +107,10 @@ def extend_multimerge(module: Any) -> None:
 def extend_raw_pytorch(module: Any) -> None:
     """Check, measure and stage merges of single files."""
     from mergekit_ext.host import run_flat
+    from mergekit_ext.host.adapters import extension
 
+    _replace(module.SimpleLoaderCache, "get", extension.file_loader)
+    _replace(module.SimpleLoadTensor, "execute", extension.load_tensor)
     if not hasattr(module.plan_flat_merge, "stock"):
         module.plan_flat_merge = run_flat.extended_plan(module.plan_flat_merge)
         module.main.callback = run_flat.extended_command(module.main.callback)
@@ -102,6 +127,15 @@ def replaces(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
         return wrapper
 
     return decorate
+
+
+def _replace(
+    owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Put what `make` makes of ``owner.name`` in its place, once."""
+    current = getattr(owner, name)
+    if not hasattr(current, "stock"):
+        setattr(owner, name, replaces(current)(make(current)))
 
 
 def make_executor(targets: Sequence[Any], options: Any) -> Any:

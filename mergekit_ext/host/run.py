@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
+from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
+from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
+from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.method import ExtMethod, WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.session import Session
@@ -93,12 +96,44 @@ def extended(run_merge: Callable[..., None]) -> Callable[..., None]:
         stock = run.stock  # type: ignore[attr-defined]
         # An unknown name is probably one of ours, misspelt: the checks know the nearest.
         if is_stock(merge_config.merge_method):
-            stock(merge_config, out_path, options, config_source)
+            with checked_adapters(_places(merge_config), options):
+                stock(merge_config, out_path, options, config_source)
             return
         with for_commands():
             _merge(stock, merge_config, os.fspath(out_path), options, config_source, ())
 
     return run
+
+
+@contextmanager
+def checked_adapters(places: Mapping[Any, str], options: MergeOptions) -> Iterator[None]:
+    """Around a merge by mergekit itself: adapters that cannot be applied stop it first.
+
+    Args:
+        places: every model of the merge, with its place in the configuration.
+        options: mergekit's.
+    """
+    if not any(map(applies, places)):
+        yield
+        return
+    with for_commands():
+        compat.clear_loaders()
+        try:
+            require(adapter_problems(places, options).report().problems)
+            _warn_of_cache(places, options)
+            yield
+        finally:
+            compat.clear_loaders()
+
+
+def _places(config: MergeConfiguration) -> dict[Any, str]:
+    found = references(groups_of(config), config.base_model)
+    return {model: where for where, model in found}
+
+
+def _warn_of_cache(models: Iterable[Any], options: MergeOptions) -> None:
+    if options.lora_merge_cache and any(map(applies, models)):
+        warnings.warn(MergeWarning(unused_cache(options)), stacklevel=3)
 
 
 def _merge(
@@ -131,6 +166,7 @@ def _merge(
             *(whole.output_problems(out_path) if whole else ()),
         ]
         require([*report.problems, *place])
+        _warn_of_cache(models, options)
         source = config_source or config.to_yaml()
         quiet = options.model_copy(update={"quiet": True})
         with output(options, out_path, None if whole else method, callbacks) as folder:

@@ -12,7 +12,9 @@ import yaml
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
+from mergekit_ext.host.adapters.extension import file_with_adapter
 from mergekit_ext.host.checks import check_flat
+from mergekit_ext.host.checks.flat import adapter_problems
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.run import for_commands, output, require
 from mergekit_ext.host.staging import output_problems
@@ -29,7 +31,12 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
     ) -> list[Any]:
         stock = plan.stock  # type: ignore[attr-defined]
         session = sessions.current()
+        places = {item.model: f"models[{i}].model" for i, item in enumerate(config.models)}
+        if config.base_model is not None:
+            places.setdefault(config.base_model, "base_model")
         if ext_method(config.merge_method) is None:
+            with for_commands():
+                require(adapter_problems(places).report().problems)
             return stock(config, out_path, tensor_union, tensor_intersection, options)
         report = check_flat(
             config,
@@ -38,9 +45,7 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
             intersection=tensor_intersection,
             source=session.source if session else None,
         )
-        files = [model.model for model in config.models]
-        if config.base_model is not None:
-            files.append(config.base_model)
+        files = [part for model in places for part in _parts(model)]
         place = session.output if session else out_path
         require([*report.problems, *output_problems(place, files)])
         targets = stock(config, out_path, tensor_union, tensor_intersection, options)
@@ -77,6 +82,12 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
             stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
 
     return command
+
+
+def _parts(model: str) -> list[str]:
+    """The file, or the file and its adapter."""
+    reference = file_with_adapter(model)
+    return [model] if reference is None else [reference.model.path, reference.lora.path]
 
 
 def _options(arguments: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 
@@ -69,7 +70,12 @@ def _inferred(
 ) -> Any:
     named = ", ".join(unknown)
     findings.note(f"mergekit has no table for {named} and takes the tensors' names instead.")
-    adapters = [fact for fact in facts.values() if fact.reference.lora is not None]
+    # mergekit's own way does not merge them for this.
+    adapters = [
+        fact
+        for fact in facts.values()
+        if fact.reference.lora is not None and not applies(fact.reference)
+    ]
     for fact in adapters:
         findings.problem(
             fact.where,

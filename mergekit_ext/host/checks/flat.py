@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext.headers import HeaderError, TensorHeader, read_file
+from mergekit_ext.host.adapters.extension import config_beside, file_with_adapter
+from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of
 from mergekit_ext.host.checks.locate import locate
@@ -73,7 +75,28 @@ def _check(
     return costs
 
 
+def adapter_problems(places: Mapping[str, str]) -> Findings:
+    """What is wrong with the files with adapters among the models and their places.
+
+    For merges with methods that the project does not check further.
+    """
+    findings = Findings()
+    for path, where in places.items():
+        if file_with_adapter(path) is not None:
+            _tensors(path, where, findings)
+    return findings
+
+
 def _tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
+    reference = file_with_adapter(path)
+    if reference is None:
+        return _file_tensors(path, where, findings)
+    file = reference.model.path
+    base = _file_tensors(file, where, findings)
+    return adapted_tensors(reference.lora, base, config_beside(file), where, findings)
+
+
+def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"
         findings.problem(

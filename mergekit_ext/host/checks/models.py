@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import json
+import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, weights_of
+from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks import hub
+from mergekit_ext.host.checks.adapters import (
+    adapted_tensors,
+    check_heads,
+    check_merged_beforehand,
+    near,
+    note_unused,
+)
 from mergekit_ext.host.checks.report import Findings
-
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,35 @@ def read_model(
     reference: Any, where: str, options: Any, findings: Findings, pending: Collection[str] = ()
 ) -> ModelFacts:
     """Look at one model, and at its adapter if it has one."""
-    path, revision = reference.model.path, reference.model.revision
+    if applies(reference):
+        note_unused(options, findings)
+        base = _read_base(reference, where, options, findings, pending)
+        return _with_adapter(base, options, findings)
+    merged = None
     if reference.lora is not None:
-        _check_adapter(reference, where, options, findings)
+        merged = check_merged_beforehand(reference, where, options, findings)
+    return _read_base(reference, where, options, findings, pending, merged)
+
+
+def _with_adapter(base: ModelFacts, options: Any, findings: Findings) -> ModelFacts:
+    reference, where = base.reference, base.where
+    known = base.tensors if base.config is not None else None
+    tensors = adapted_tensors(reference.lora, known, base.config, where, findings)
+    if known is not None and tensors is not None:
+        check_heads(known, tensors, reference, base.config, where, options, findings)
+    return dataclasses.replace(base, tensors=tensors)
+
+
+def _read_base(
+    reference: Any,
+    where: str,
+    options: Any,
+    findings: Findings,
+    pending: Collection[str],
+    merged: dict[str, TensorHeader] | None = None,
+) -> ModelFacts:
+    """Look at a model without its adapter; `merged` are the tensors that mergekit merged before."""
+    path, revision = reference.model.path, reference.model.revision
     if path in pending:
         return ModelFacts(reference, where, pending=True)
     if not Path(path).exists():
@@ -54,9 +85,7 @@ def read_model(
             "Give its folder; single weight files are merged with mergekit-pytorch.",
         )
         return ModelFacts(reference, where)
-    tensors = _merged_adapter(reference, where, options, findings)
-    if tensors is None:
-        tensors = _folder_tensors(Path(path), where, findings)
+    tensors = merged or _folder_tensors(Path(path), where, findings)
     if not (Path(path) / "config.json").is_file():
         adapter = (Path(path) / "adapter_config.json").is_file()
         findings.problem(
@@ -103,7 +132,7 @@ def _hub_model(
             (
                 f"Write the path of the cached copy, {folder}."
                 if known
-                else "Unset HF_HUB_OFFLINE, or download the model and write its path." + _near(path)
+                else "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(path)
             ),
         )
         if not known:
@@ -119,23 +148,12 @@ def _hub_model(
 
 
 def _missing_folder(path: str, where: str, findings: Findings) -> None:
-    remedy = "Check the path." + _near(path)
+    remedy = "Check the path." + near(path)
     if path.startswith("~"):
         remedy = f"Write {Path(path).expanduser()}: mergekit does not expand `~`."
     findings.problem(
         where, f"{path}, which does not exist", "a model's folder, or a name on the Hub", remedy
     )
-
-
-def _near(path: str) -> str:
-    """A neighbour in the file system with nearly that name, as the end of a remedy."""
-    parent = Path(path).parent
-    try:
-        names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(Path(path).name, names, n=1)
-    return f" Did you mean {parent / close[0]}?" if close else ""
 
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:
@@ -168,74 +186,3 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
             "their scales. Give the model as it was before quantisation."
         )
     return config
-
-
-def _check_adapter(reference: Any, where: str, options: Any, findings: Findings) -> None:
-    path = reference.lora.path
-    if not options.lora_merge_cache:
-        findings.problem(
-            where,
-            f"{reference}, a model with an adapter, and no folder for the merged copy",
-            "a folder that has room for one whole model per adapter",
-            "Add --lora-merge-cache with such a folder.",
-        )
-    folder = Path(path)
-    if not folder.is_dir():
-        if not hub.may_be_hub_name(path) or hub.offline():
-            findings.problem(
-                where,
-                f"the adapter {path}, which does not exist",
-                "an adapter's folder, or a name on the Hub",
-                "Check the part after `+`." + _near(path),
-            )
-        return
-    try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        findings.problem(
-            where,
-            f"an adapter {path} without a readable adapter_config.json ({error})",
-            "a PEFT adapter's folder",
-            "Give the folder that PeftModel.save_pretrained wrote.",
-        )
-    weights = [folder / name for name in _ADAPTER_FILES if (folder / name).is_file()]
-    if not weights:
-        findings.problem(
-            where,
-            f"an adapter {path} without weights",
-            f"one of {', '.join(_ADAPTER_FILES)}",
-            "Give the folder that PeftModel.save_pretrained wrote.",
-        )
-    elif weights[0].suffix == ".safetensors":
-        _read_adapter(weights[0], where, findings)
-
-
-def _read_adapter(weights: Path, where: str, findings: Findings) -> None:
-    from mergekit_ext.headers import read_safetensors
-
-    try:
-        read_safetensors(weights)
-    except HeaderError as error:
-        findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
-
-
-def _merged_adapter(
-    reference: Any, where: str, options: Any, findings: Findings
-) -> dict[str, TensorHeader] | None:
-    """The merged copy that an earlier run left: mergekit trusts it whatever is in it."""
-    if reference.lora is None or not options.lora_merge_cache:
-        return None
-    name = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
-    folder = Path(options.lora_merge_cache) / name
-    if not folder.exists():
-        return None
-    try:
-        return read_folder(folder)
-    except HeaderError as error:
-        findings.problem(
-            where,
-            f"an unfinished merged copy in {folder} ({error.file} with {error.found})",
-            "a whole model, because mergekit uses that copy as it is",
-            f"Delete {folder}.",
-        )
-        return None

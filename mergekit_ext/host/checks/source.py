@@ -64,7 +64,8 @@ def is_flat(document: Any) -> bool:
         for item in (models if isinstance(models, list) else ())
         if isinstance(item, Mapping) and isinstance(item.get("model"), str)
     ]
-    return any(PurePath(path).suffix in _WEIGHT_SUFFIXES for path in paths)
+    files = [part for path in paths for part in (path, path.partition("+")[0])]
+    return any(PurePath(file).suffix in _WEIGHT_SUFFIXES for file in files)
 
 
 def _check_document(

@@ -12,6 +12,8 @@ from mergekit_ext.flexmerge.layout import Layout, complete_ties, make_layout
 from mergekit_ext.flexmerge.prefix import find_renaming, named_as
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
 from mergekit_ext.headers import TensorHeader, read_folder
+from mergekit_ext.host.adapters import Fitted, applies, base_of, fit, read_adapter
+from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.flexmerge.prepare import Prepared
 
 
@@ -49,6 +51,14 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
     references = (prepared.base, *prepared.models)
     folders = [_fetch(reference, options) for reference in references]
     stored = [read_folder(folder) for folder in folders]
+    adapters = [
+        _fitted(reference, tensors, options) if applies(reference) else None
+        for reference, tensors in zip(references, stored, strict=True)
+    ]
+    stored = [
+        tensors if adapter is None else adapter.tensors(tensors)
+        for adapter, tensors in zip(adapters, stored, strict=True)
+    ]
     base = named_as(stored[0], find_renaming(stored[0], stored[1:]))
     headers = complete_ties([base, *stored[1:]], prepared.naming)
     layout = make_layout(prepared.layout.tasks, headers[0], headers[1:], prepared.naming)
@@ -62,12 +72,18 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
         raise ConfigError([problem])
     source, *models = (
         _open(reference, folder, tensors, cache)
-        for reference, folder, tensors in zip(references, folders, headers, strict=True)
+        if adapter is None
+        else _open_adapted(reference, folder, tensors, adapter, cache, options)
+        for reference, folder, tensors, adapter in zip(
+            references, folders, headers, adapters, strict=True
+        )
     )
     return Inputs(layout, source, models, folders[1:])
 
 
 def _fetch(reference: Any, options: Any) -> Path:
+    if applies(reference):
+        reference = base_of(reference)
     merged = reference.merged(
         cache_dir=options.lora_merge_cache,
         trust_remote_code=options.trust_remote_code,
@@ -76,10 +92,32 @@ def _fetch(reference: Any, options: Any) -> Path:
     return Path(merged.local_path(cache_dir=options.transformers_cache))
 
 
+def _fitted(reference: Any, tensors: Mapping[str, TensorHeader], options: Any) -> Fitted:
+    config = reference.config(trust_remote_code=options.trust_remote_code)
+    return fit(read_adapter(reference.lora), tensors, config)
+
+
 def _open(reference: Any, folder: Path, tensors: Mapping[str, TensorHeader], cache: Any) -> Source:
     name = str(reference)
     if all(header.file is not None for header in tensors.values()):
         return FileSource(name, tensors)
     loader = cache.get(reference)
-    files = [path for path in folder.iterdir() if path.is_file()]
-    return LoadedSource(name, tensors, lambda tensor: loader.get_tensor(tensor), files)
+    return LoadedSource(name, tensors, lambda tensor: loader.get_tensor(tensor), _files(folder))
+
+
+def _open_adapted(
+    reference: Any,
+    folder: Path,
+    tensors: Mapping[str, TensorHeader],
+    adapter: Fitted,
+    cache: Any,
+    options: Any,
+) -> Source:
+    own = {name: header for name, header in tensors.items() if header.name not in adapter.added}
+    base = _open(base_of(reference), folder, own, cache)
+    files = [*base.files, *_files(adapter_folder(reference.lora))]
+    return AdaptedSource(str(reference), tensors, base, adapter, files, options.device)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()]

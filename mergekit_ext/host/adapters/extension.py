@@ -1,0 +1,125 @@
+"""The functions of mergekit that open models, with adapters applied while reading.
+
+Models without an adapter go to mergekit's own function, which each of these keeps as ``stock``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.host.adapters.fitted import base_of
+from mergekit_ext.host.adapters.loader import adapted, open_adapted, wanted
+from mergekit_ext.host.adapters.switch import applies
+
+
+def lazy_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``ModelReference.lazy_loader``, which refuses models with an adapter in mergekit."""
+
+    def lazy_loader(self: Any, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:
+        if not applies(self):
+            return stock(self, cache_dir, lazy_unpickle)
+        from mergekit.io.tasks import LoaderCache
+
+        base = stock(base_of(self), cache_dir, lazy_unpickle)
+        return open_adapted(self, base, trust_remote_code=LoaderCache().trust_remote_code)
+
+    return lazy_loader
+
+
+def setup(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``LoaderCache.setup``, which also remembers where to compute."""
+
+    def setup(self: Any, options: Any) -> None:
+        stock(self, options)
+        # With several GPUs a thread's own one is not known here.
+        self.math_device = None if options.multi_gpu else options.device
+
+    return setup
+
+
+def get(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``LoaderCache.get``: one loader of the base for all models that are adapters on it."""
+
+    def get(self: Any, model: Any) -> Any:
+        if not applies(model):
+            return stock(self, model)
+        if model not in self.loaders:
+            from mergekit.common import dtype_from_name
+
+            self.loaders[model] = open_adapted(
+                model,
+                stock(self, base_of(model)),
+                trust_remote_code=self.trust_remote_code,
+                device=getattr(self, "math_device", None),
+                dtype=dtype_from_name(self.lora_merge_dtype),
+            )
+        return self.loaders[model]
+
+    return get
+
+
+def load_tensor(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``execute`` of ``LoadTensor`` and ``SimpleLoadTensor``, which cast what they have read."""
+
+    def execute(self: Any) -> Any:
+        from mergekit.common import dtype_from_name
+
+        with wanted(dtype_from_name(self.dtype)):
+            return stock(self)
+
+    return execute
+
+
+def donor(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``_get_donor_model``: tokenizer and the like come from the base's folder."""
+
+    def donor(merge_config: Any, options: Any) -> Any:
+        model = merge_config.base_model or merge_config.referenced_models()[0]
+        if not applies(model):
+            return stock(merge_config, options)
+        folder = base_of(model).local_path(cache_dir=options.transformers_cache)
+        return model, folder
+
+    return donor
+
+
+def file_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``SimpleLoaderCache.get`` of mergekit-pytorch: ``file.safetensors+adapter``."""
+
+    def get(self: Any, model: str) -> Any:
+        reference = file_with_adapter(model)
+        if reference is None:
+            return stock(self, model)
+        if model not in self.loaders:
+            file = reference.model.path
+            self.loaders[model] = adapted(
+                reference.lora, model, stock(self, file), config_beside(file)
+            )
+        return self.loaders[model]
+
+    return get
+
+
+def file_with_adapter(model: str) -> Any:
+    """What ``file+adapter`` refers to; None where `model` is a file's name, or has no adapter."""
+    from mergekit.common import ModelReference
+
+    if Path(model).exists() or model.count("+") != 1:
+        return None
+    reference = ModelReference.parse(model)
+    return reference if applies(reference) else None
+
+
+def config_beside(file: str) -> Any:
+    """The configuration in the folder of a file of weights, which says what is tied; or None."""
+    from transformers import AutoConfig
+
+    folder = Path(file).parent
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):
+        return None  # not a model's: the file is taken by the names in it alone

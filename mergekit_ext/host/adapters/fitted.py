@@ -1,0 +1,168 @@
+"""An adapter matched with the stored tensors of one base: which it changes, and to what."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.flexmerge.layout import FLOATING
+from mergekit_ext.headers import TensorHeader, dtype_name
+from mergekit_ext.host.adapters.class_names import class_names
+from mergekit_ext.host.adapters.switch import VARIABLE
+from mergekit_ext.host.adapters.ties import tied_names
+from peft_merge.adapter import Adapter
+from peft_merge.weights import AdaptedWeights
+
+# Where refused kinds of adapters are reported.
+_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter on one base.
+
+    Attributes:
+        adapter: as read.
+        touched: stored tensors that it changes -> what `weights` calls them.
+        added: whole tensors that it has and the base lacks, by the name that they are read by.
+        weights: what applies it.
+    """
+
+    adapter: Adapter
+    touched: Mapping[str, str]
+    added: Mapping[str, Callable[[], Tensor]]
+    weights: AdaptedWeights
+
+    def tensors(self, base: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+        """The headers of the base and of what the adapter adds."""
+        return {**base, **{name: _header(name, read()) for name, read in self.added.items()}}
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """The stored tensor `name` with the adapter applied, in the dtype of `tensor`."""
+        if name not in self.touched:
+            return tensor
+        return self.weights.apply(self.touched[name], tensor)
+
+
+def _header(name: str, tensor: Tensor) -> TensorHeader:
+    size = tensor.numel() * tensor.element_size()
+    return TensorHeader(name, dtype_name(tensor.dtype), tuple(tensor.shape), size)
+
+
+def base_of(reference: Any) -> Any:
+    """The same `ModelReference` without its adapter."""
+    return reference.model_copy(update={"lora": None})
+
+
+def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> Fitted:
+    """Match `adapter` with a base; no weight is read.
+
+    Args:
+        adapter: LoRA or (IA)^3.
+        tensors: every stored tensor of the base.
+        config: the base's transformers configuration; None for a bare file of weights.
+
+    Raises:
+        ConfigError: the adapter cannot be applied to these tensors exactly.
+    """
+    weights, stored = _matched(adapter, tensors, config)
+    touched = {name: known for known, name in stored.items()}
+    problems = [
+        *_not_floating(tensors, touched),
+        *_tied(adapter, {*stored, *weights.added}, config),
+    ]
+    if problems:
+        subject = f"adapter {adapter.name} on this base"
+        raise ConfigError(map(_with_way, problems), subject)
+    return Fitted(adapter, touched, weights.added, weights)
+
+
+def read_adapter(path: Any) -> Adapter:
+    """The adapter at mergekit's `ModelPath`.
+
+    Pickles are read as mergekit reads those of models: by torch's restricted unpickler.
+
+    Raises:
+        ConfigError: it cannot be read, or is of a kind that is not applied exactly.
+    """
+    from peft_merge.io import load_adapter
+
+    try:
+        return load_adapter(path.path, revision=path.revision, allow_pickle=True)
+    except ConfigError as error:
+        problems = [
+            _with_way(problem) if problem.where.endswith(_CONFIG) else problem
+            for problem in error.problems
+        ]
+        raise ConfigError(problems, error.subject) from None
+
+
+def _with_way(problem: Problem) -> Problem:
+    way = f"Or set {VARIABLE}=0, with which mergekit merges the adapter with PEFT beforehand."
+    return dataclasses.replace(problem, remedy=f"{problem.remedy} {way}".strip())
+
+
+def _matched(
+    adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any
+) -> tuple[AdaptedWeights, dict[str, str]]:
+    """The adapter under the stored names, or else under those of the transformers class.
+
+    The second value gives each tensor's stored name.
+    """
+    errors: list[ConfigError] = []
+    for names in (
+        {name: name for name in tensors},
+        class_names(tensors, getattr(config, "model_type", None)),
+    ):
+        weights = AdaptedWeights(adapter)
+        try:
+            known = weights.touched({names[n]: header.shape for n, header in tensors.items()})
+        except ConfigError as error:
+            errors.append(error)
+        else:
+            return weights, {names[name]: name for name in tensors if names[name] in known}
+    raise ConfigError(map(_with_way, errors[0].problems), errors[0].subject)
+
+
+def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -> list[Problem]:
+    found: dict[str, list[str]] = {}
+    for name in touched:
+        if tensors[name].dtype not in FLOATING:
+            found.setdefault(tensors[name].dtype, []).append(name)
+    if not found:
+        return []
+    # Not with the module: the checks load mergekit's planner, which may be loading this.
+    from mergekit_ext.host.checks.support import tensors_at
+
+    return [
+        Problem(
+            tensors_at(names),
+            f"{dtype} in the base, which looks quantised",
+            f"one of {', '.join(FLOATING)}, which an adapter can be added to",
+            "Give the base as it was before quantisation.",
+        )
+        for dtype, names in found.items()
+    ]
+
+
+def _tied(adapter: Adapter, changed: set[str], config: Any) -> list[Problem]:
+    if adapter.config.get("ensure_weight_tying"):
+        return []  # trained tied: what is done to one name is done to the tensor
+    names = tied_names(changed, config)
+    if not names:
+        return []
+    from mergekit_ext.host.checks.support import listing, tensors_at
+
+    return [
+        Problem(
+            tensors_at(names),
+            f"a change of {listing(names)} alone, which this base ties to another tensor",
+            "a change of what is not tied: one tensor cannot be adapted in one of its uses only",
+            "Save the base with `tie_word_embeddings=False` and both tensors, and give that.",
+        )
+    ]

@@ -1,0 +1,221 @@
+"""The adapter of a ``base+adapter`` input: can it be read, and applied to that base."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, read_safetensors
+from mergekit_ext.host.adapters import VARIABLE, applies, fit, read_adapter
+from mergekit_ext.host.checks import hub
+from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.support import listing
+
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def note_unused(options: Any, findings: Findings) -> None:
+    """Say that ``--lora-merge-cache`` is not needed."""
+    if options.lora_merge_cache:
+        findings.note(unused_cache(options))
+
+
+def unused_cache(options: Any) -> str:
+    """What becomes of ``--lora-merge-cache``."""
+    return (
+        f"--lora-merge-cache {options.lora_merge_cache} is not used: adapters are applied while "
+        f"their base is read, and nothing is written there. {VARIABLE}=0 brings mergekit's own "
+        "way back."
+    )
+
+
+def adapted_tensors(
+    path: Any,
+    tensors: Mapping[str, TensorHeader] | None,
+    config: Any,
+    where: str,
+    findings: Findings,
+) -> dict[str, TensorHeader] | None:
+    """The tensors of a base with an adapter; None with problems, or when they are not known yet.
+
+    Args:
+        path: mergekit's `ModelPath` of the adapter.
+        tensors: the base's; None when they are not known.
+        config: the base's configuration; None for a bare file of weights.
+    """
+    if not _is_here(path, where, findings):
+        return None
+    try:
+        adapter = read_adapter(path)
+        if tensors is None:
+            return None
+        return fit(adapter, tensors, config).tensors(tensors)
+    except ConfigError as error:
+        for problem in error.problems:
+            place = f"{where} ({problem.where})"
+            findings.problem(place, problem.found, problem.expected, problem.remedy)
+        return None
+
+
+def check_heads(
+    base: Mapping[str, TensorHeader],
+    adapted: Mapping[str, TensorHeader],
+    reference: Any,
+    config: Any,
+    where: str,
+    options: Any,
+    findings: Findings,
+) -> None:
+    """Whole tensors that the adapter brings must be tensors of the architecture.
+
+    The output has the tensors of its architecture and no others: a classifier on a causal
+    language model would be lost.
+    """
+    added = sorted(adapted.keys() - base.keys())
+    if not added:
+        return
+    known = _tensor_names(reference, config, options)
+    lost = [name for name in added if known is not None and name not in known]
+    if lost:
+        findings.problem(
+            where,
+            f"{listing(lost)} in the adapter {reference.lora}, which {config.architectures[0]}, "
+            f"the architecture of {reference.model}, does not have",
+            "a base of the class that the adapter was trained on",
+            "Give the base with `override_architecture:` and that class, or save it as that class.",
+        )
+
+
+def check_merged_beforehand(
+    reference: Any, where: str, options: Any, findings: Findings
+) -> dict[str, TensorHeader] | None:
+    """Check what mergekit's own way needs.
+
+    Returns the tensors of the merged copy that an earlier run left, if it did: mergekit trusts it
+    whatever is in it.
+    """
+    if not options.lora_merge_cache:
+        findings.problem(
+            where,
+            f"{reference}, a model with an adapter, and no folder for the merged copy",
+            "a folder that has room for one whole model per adapter",
+            f"Add --lora-merge-cache with such a folder, or do without {VARIABLE}=0.",
+        )
+    path = reference.lora.path
+    if _is_here(reference.lora, where, findings) and Path(path).is_dir():
+        _check_files(Path(path), where, findings)
+    return _merged_copy(reference, where, options, findings)
+
+
+def _is_here(path: Any, where: str, findings: Findings) -> bool:
+    """Whether an adapter can be read without a download; a problem if it never can."""
+    if Path(path.path).expanduser().is_dir():
+        return True
+    if hub.may_be_hub_name(path.path):
+        if hub.cached_folder(path.path, path.revision, "adapter_config.json", None) is not None:
+            return True
+        if not hub.offline():
+            findings.note(
+                f"{where}: the adapter {path} is checked when it has been downloaded, before "
+                "anything is merged."
+            )
+            return False
+    findings.problem(
+        where,
+        f"the adapter {path}, which does not exist",
+        "an adapter's folder, or a name on the Hub",
+        "Check the part after `+`." + near(path.path),
+    )
+    return False
+
+
+def near(path: str) -> str:
+    """A neighbour in the file system with nearly that name, as the end of a remedy."""
+    parent = Path(path).parent
+    try:
+        names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(Path(path).name, names, n=1)
+    return f" Did you mean {parent / close[0]}?" if close else ""
+
+
+def _tensor_names(reference: Any, config: Any, options: Any) -> set[str] | None:
+    """Every name that a tensor of the architecture may have; None when nobody knows."""
+    from mergekit.architecture import arch_info_for_config
+    from mergekit.architecture.base import ConfiguredModelArchitecture
+
+    info = arch_info_for_config(config)
+    if info is not None:
+        weights = ConfiguredModelArchitecture(info=info, config=config).all_weights()
+        return {name for weight in weights for name in (weight.name, *(weight.aliases or ()))}
+    from mergekit.architecture.auto import get_transformers_info
+
+    names = get_transformers_info(reference, options)[-1]
+    return None if names is None else set(names)
+
+
+def _check_files(folder: Path, where: str, findings: Findings) -> None:
+    try:
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        findings.problem(
+            where,
+            f"an adapter {folder} without a readable adapter_config.json ({error})",
+            "a PEFT adapter's folder",
+            "Give the folder that PeftModel.save_pretrained wrote.",
+        )
+    weights = [folder / name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    if not weights:
+        findings.problem(
+            where,
+            f"an adapter {folder} without weights",
+            f"one of {', '.join(_ADAPTER_FILES)}",
+            "Give the folder that PeftModel.save_pretrained wrote.",
+        )
+    elif weights[0].suffix == ".safetensors":
+        try:
+            read_safetensors(weights[0])
+        except HeaderError as error:
+            findings.problem(
+                where, f"{error.file} with {error.found}", error.expected, error.remedy
+            )
+
+
+def _merged_copy(
+    reference: Any, where: str, options: Any, findings: Findings
+) -> dict[str, TensorHeader] | None:
+    if not options.lora_merge_cache:
+        return None
+    name = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
+    folder = Path(options.lora_merge_cache) / name
+    if not folder.exists():
+        return None
+    try:
+        return read_folder(folder)
+    except HeaderError as error:
+        findings.problem(
+            where,
+            f"an unfinished merged copy in {folder} ({error.file} with {error.found})",
+            "a whole model, because mergekit uses that copy as it is",
+            f"Delete {folder}.",
+        )
+        return None
+
+
+def adapter_problems(references: Mapping[Any, str], options: Any) -> Findings:
+    """What is wrong with the models with adapters among `references` (and their places).
+
+    For merges with methods that the project does not check further.
+    """
+    from mergekit_ext.host.checks.models import read_model
+
+    findings = Findings()
+    for reference, where in references.items():
+        if applies(reference):
+            read_model(reference, where, options, findings)
+    return findings

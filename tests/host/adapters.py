@@ -1,0 +1,45 @@
+"""Real adapters of small bases, and the models that PEFT merges them into."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from tests import models as small
+from tests.peft_merge.models import randomise
+
+
+def saved_base(folder: Path, make=small.llama, dtype: torch.dtype = torch.float32) -> Path:
+    """A base as an ordinary checkpoint."""
+    torch.manual_seed(0)
+    make().to(dtype).save_pretrained(folder)
+    return folder
+
+
+def saved_adapter(base: Path, folder: Path, config: PeftConfig, seed: int, kind: type) -> Path:
+    """An adapter of `base` with values as if trained; `kind` is the model's class."""
+    model = quietly(lambda: get_peft_model(kind.from_pretrained(base), config))
+    randomise(model, "default", seed)
+    quietly(lambda: model.save_pretrained(folder))
+    return folder
+
+
+def merged_with_peft(base: Path, adapter: Path, folder: Path, kind: type) -> Path:
+    """The whole model, as PEFT merges it in float32; stored in the base's dtype."""
+    whole = kind.from_pretrained(base)
+    dtype = whole.dtype
+    model = quietly(lambda: PeftModel.from_pretrained(whole.float(), adapter))
+    merged: PreTrainedModel = quietly(model.merge_and_unload)
+    merged.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def quietly(action):
+    """Without PEFT's warnings, which are not what is tested."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return action()
