@@ -1,0 +1,200 @@
+r"""The best approximation of low rank of a dense matrix, without its singular value decomposition.
+
+Block Lanczos on :math:`X X^T` from random vectors, every block orthogonalised against all others
+(Golub, Luk and Overton 1981, "A Block Lanczos Method for Computing the Singular Values and
+Corresponding Singular Vectors of a Matrix"). The approximation from the space found so far can
+only get better as it grows; it grows until it hardly does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to this short side a full decomposition is as fast.
+DIRECT_SIDE = 512
+# Beyond this share of the short side the space is as dear as the whole.
+LARGEST_SPACE = 0.5
+BLOCK = 16
+# The space starts with so many times the rank and grows by this share between two looks at it.
+FIRST, GROWTH = 1.5, 0.25
+# Growing further would lower the squared error by less than this share of it, ...
+SETTLED = 1e-6
+# ... or by less than this share of the squared norm, which float32 products cannot tell.
+INVISIBLE = 1e-12
+# A column of a new block that keeps less than this of its length lies in the space already.
+_DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
+_ROWS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Leading:
+    """``U diag(sigma) V^T``, the leading singular triplets of X.
+
+    Attributes:
+        u: (rows, k), orthonormal to the precision of X.
+        sigma: (k,), float64, descending.
+        v: (columns, k).
+        rest: Frobenius norm of what is left of X.
+    """
+
+    u: Tensor
+    sigma: Tensor
+    v: Tensor
+    rest: float
+
+
+def leading(x: Tensor, rank: int | None) -> Leading:
+    r"""The `rank` leading singular triplets; all of them with None.
+
+    Args:
+        x: (rows, columns), float32 or float64, finite. Scaled in place, and back.
+        rank: k; at most ``min(rows, columns)`` are returned.
+
+    Returns:
+        triplets whose product is a best approximation: :math:`\|X - U \Sigma V^T\|_F` is above the
+        least possible by at most about 1e-6 of it (or of :math:`\|X\|_F` in float32, where it is
+        small). `rest` is measured on x itself where x is large. Vectors in the dtype of x
+        (float64 from a full decomposition).
+    """
+    scale = _power_of_two(x)
+    x.div_(scale)
+    try:
+        found = _scaled(x, min(x.shape) if rank is None else min(rank, *x.shape))
+    finally:
+        x.mul_(scale)
+    return Leading(found.u, found.sigma * scale, found.v, found.rest * scale)
+
+
+def _power_of_two(x: Tensor) -> float:
+    """Scaling by it is exact, and keeps squares in range. Makes no copy of x, as abs() would."""
+    peak = max(float(x.max()), -float(x.min())) if x.numel() else 0.0
+    return 2.0 ** math.floor(math.log2(peak)) if peak > 0.0 else 1.0
+
+
+def _scaled(x: Tensor, rank: int) -> Leading:
+    if x.shape[0] > x.shape[1]:
+        turned = _wide(x.mT, rank)
+        return Leading(turned.v, turned.sigma, turned.u, turned.rest)
+    return _wide(x, rank)
+
+
+def _wide(x: Tensor, rank: int) -> Leading:
+    """Of a matrix with no more rows than columns."""
+    side = x.shape[0]
+    if side <= DIRECT_SIDE:
+        u, sigma, vh = torch.linalg.svd(x.to(torch.float64), full_matrices=False)
+        rest = float(torch.linalg.vector_norm(sigma[rank:]))
+        return Leading(u[:, :rank], sigma[:rank], vh[:rank].mT, rest)
+    basis = None
+    if FIRST * rank + 2 * BLOCK <= LARGEST_SPACE * side:
+        basis = _lanczos(x, rank)
+    return _from_left(x, _by_gram(x, rank) if basis is None else basis)
+
+
+def _from_left(x: Tensor, u: Tensor) -> Leading:
+    """Triplets from the left vectors, which say what is kept: ``U U^T X``."""
+    across = x.mT @ u
+    sigma = torch.linalg.vector_norm(across, dim=0, dtype=torch.float64)
+    v = across / sigma.to(across).masked_fill(sigma.to(across) == 0, 1.0)
+    left = 0.0
+    step = max(1, _ROWS // x.shape[1])
+    for start in range(0, x.shape[0], step):
+        part = slice(start, start + step)
+        left += float((x[part] - u[part] @ across.mT).square_().sum(dtype=torch.float64))
+    return Leading(u, sigma, v, left**0.5)
+
+
+def _by_gram(x: Tensor, rank: int) -> Tensor:
+    """From the eigenvectors of ``X X^T`` in float64."""
+    gram = x.new_zeros((x.shape[0], x.shape[0]), dtype=torch.float64)
+    step = max(1, _ROWS // x.shape[0])
+    for start in range(0, x.shape[1], step):
+        part = x[:, start : start + step].to(torch.float64)
+        gram.addmm_(part, part.mT)
+    _, vectors = torch.linalg.eigh(gram)
+    return vectors[:, -rank:].flip(1).to(x.dtype)
+
+
+def _lanczos(x: Tensor, rank: int) -> Tensor | None:
+    """The left vectors; None if the space that it takes grows too large."""
+    norm = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    if norm == 0.0:
+        return torch.eye(x.shape[0], rank, dtype=x.dtype, device=x.device)
+    space = _Space(x)
+    target, before = int(FIRST * rank) + 2 * BLOCK, 0.0
+    while target <= LARGEST_SPACE * x.shape[0]:
+        space.grow(target)
+        values, vectors = torch.linalg.eigh(space.gram)
+        kept = float(values[-rank:].clamp(min=0.0).sum())
+        error = max(norm - kept, 0.0)
+        if kept - before <= max(SETTLED * error, INVISIBLE * norm):
+            return space.basis @ vectors[:, -rank:].flip(1).to(x.dtype)
+        before = kept
+        target = space.size + max(2 * BLOCK, int(GROWTH * space.size))
+    return None
+
+
+class _Space:
+    """An orthonormal basis Q of the Krylov space, ``X^T Q``, and ``Q^T X X^T Q`` in float64."""
+
+    def __init__(self, x: Tensor):
+        self._x = x
+        most = int(LARGEST_SPACE * x.shape[0]) + BLOCK
+        self._basis = x.new_empty((most, x.shape[0]))
+        self._across = x.new_empty((most, x.shape[1]))
+        self._gram = x.new_zeros((most, most), dtype=torch.float64)
+        self._generator = torch.Generator().manual_seed(0)
+        self.size = 0
+
+    @property
+    def basis(self) -> Tensor:
+        return self._basis[: self.size].mT
+
+    @property
+    def gram(self) -> Tensor:
+        return self._gram[: self.size, : self.size]
+
+    def grow(self, target: int) -> None:
+        """Add blocks until the space has at least `target` dimensions."""
+        while self.size < target:
+            if self.size:
+                block = self._x @ self._across[self.size - BLOCK : self.size].mT
+            else:
+                block = self._random()
+            self._add(self._fresh(block))
+
+    def _random(self) -> Tensor:
+        drawn = torch.randn((self._x.shape[0], BLOCK), generator=self._generator)
+        return drawn.to(self._x)
+
+    def _fresh(self, block: Tensor) -> Tensor:
+        """The part of a block outside the space, orthonormal; random where there is none."""
+        lengths = torch.linalg.vector_norm(block, dim=0)
+        block = self._outside(block)
+        block, triangle = torch.linalg.qr(block)
+        lost = triangle.diagonal().abs() <= _DEPENDENT[block.dtype] * lengths
+        if bool(lost.any()):
+            block = torch.where(lost, self._random(), block)
+        block, _ = torch.linalg.qr(self._outside(block))
+        return torch.linalg.qr(self._outside(block)).Q
+
+    def _outside(self, block: Tensor) -> Tensor:
+        basis = self._basis[: self.size]
+        return block - basis.mT @ (basis @ block)
+
+    def _add(self, block: Tensor) -> None:
+        new = slice(self.size, self.size + BLOCK)
+        self._basis[new] = block.mT
+        self._across[new] = block.mT @ self._x
+        self.size = new.stop
+        products = self._across[new].to(torch.float64) @ self._wide(self._across[: self.size])
+        self._gram[new, : self.size] = products
+        self._gram[: self.size, new] = products.mT
+
+    @staticmethod
+    def _wide(rows: Tensor) -> Tensor:
+        return rows.to(torch.float64).mT

@@ -1,0 +1,168 @@
+"""Merging LoRAs, one module at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, MergeError, Problem
+from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
+from peft_merge.core_space import Factored
+from peft_merge.ranks import Rank
+from peft_merge.rules.base import Rule, Settings
+from peft_merge.rules.seeds import generators
+from peft_merge.spaces import SPACES, Job
+from peft_merge.statistics import finite
+
+OnModule = Callable[[str, Mapping[str, Any]], None]
+
+
+def merge_lora(
+    adapters: Sequence[LoraAdapter],
+    rule: Rule,
+    resolve: Callable[[str], Settings],
+    *,
+    space: str = "delta",
+    rank: Rank | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    on_module: OnModule | None = None,
+) -> tuple[dict[str, Update], dict[str, ModuleInfo], dict[str, dict[str, Any]]]:
+    r"""Merge every module that some adapter has; where another has none, its change is zero.
+
+    The bias of B (`lora_bias`) is a change of its own, :math:`s_i` times the bias, merged by the
+    same rule with the same weights; zeros where an adapter has none.
+
+    Args:
+        adapters: m of them, read one module at a time.
+        rule: sees m changes of one matrix, or their coordinates, see `peft_merge.spaces`.
+        resolve: a module's weights (NAN's coefficients multiplied in) and parameters.
+        space: one of `SPACES`.
+        rank: a number (zeros fill up what is not needed; never above rows or columns),
+            "lossless", or {"energy": share}. Default: lossless for rotation-invariant rules and
+            in the small spaces; for elementwise rules the sum of the input ranks.
+        dtype: of the results, cast to once; default: the factors' own, promoted where they differ.
+        device: where to compute; results lie there.
+        seed: of random rules.
+        on_module: called after each module with its name and report.
+
+    Returns:
+        The merged updates, of scale 1, balanced (the roots of the singular values on both sides);
+        what they are; and for each module a report: `shape`, `rank`, `error` (relative Frobenius
+        error of the truncation), `adapters` (how many have it), `singular_values_kept` (the
+        largest and the smallest), and the rule's details.
+
+    Raises:
+        ConfigError: an unknown space, modules whose shapes differ, ranks that differ for
+            `factors`. Before anything is read, all of them together.
+        NonFiniteError: factors hold NaN or infinity; it names module, factor and adapter.
+        MergeError: the merged change leaves the range of the arithmetic or of `dtype`.
+    """
+    problems = [*_space_problems(space), *_module_problems(adapters, space)]
+    if problems:
+        raise ConfigError(problems, "this merge of LoRAs")
+    merged: dict[str, Update] = {}
+    infos: dict[str, ModuleInfo] = {}
+    report: dict[str, dict[str, Any]] = {}
+    for module in _modules(adapters):
+        own = _own(adapters, module)
+        like = next(iter(own.values()))
+        updates = [
+            finite(adapter.load(module), module, adapter.name) if module in adapter.infos else None
+            for adapter in adapters
+        ]
+        call = resolve(module).call(like.shape[1:], generators(seed, module, len(adapters)))
+        job = Job(updates, like.shape, rule, call, rank, device)
+        try:
+            factored, details = SPACES[space](job)
+            bias = _bias(job, generators(seed, module, len(adapters), "bias"))
+            out = dtype or reduce(torch.promote_types, (info.dtype for info in own.values()))
+            merged[module] = _update(factored, bias, out)
+        except MergeError as error:
+            raise MergeError(f"{module}: {error}") from error
+        infos[module] = dataclasses.replace(
+            like, rank=factored.rank, bias=bias is not None, dtype=out
+        )
+        report[module] = {
+            "shape": list(like.shape),
+            "rank": factored.rank,
+            "error": factored.error,
+            "adapters": len(own),
+            "singular_values_kept": _ends(factored.sigma),
+            **details,
+        }
+        if on_module is not None:
+            on_module(module, report[module])
+    return merged, infos, report
+
+
+def _modules(adapters: Sequence[LoraAdapter]) -> list[str]:
+    """All modules, in the order in which they first occur."""
+    return list(dict.fromkeys(name for adapter in adapters for name in adapter.infos))
+
+
+def _own(adapters: Sequence[LoraAdapter], module: str) -> dict[str, ModuleInfo]:
+    return {a.name: a.infos[module] for a in adapters if module in a.infos}
+
+
+def _bias(job: Job, generators: Sequence[torch.Generator]) -> Tensor | None:
+    own = [None if update is None else update.bias for update in job.updates]
+    known = next((bias for bias in own if bias is not None), None)
+    if known is None:
+        return None
+    changes = [
+        torch.zeros(known.shape, dtype=torch.float64, device=job.device)
+        if update is None or update.bias is None
+        else update.scale * update.bias.to(job.device, torch.float64)
+        for update in job.updates
+    ]
+    call = dataclasses.replace(job.call, shape=(1, known.numel()), generators=generators)
+    return job.rule.merge(changes, call).tensor
+
+
+def _update(factored: Factored, bias: Tensor | None, dtype: torch.dtype) -> Update:
+    update = Update(
+        factored.a.to(dtype),
+        factored.b.to(dtype),
+        1.0,
+        None if bias is None else bias.to(dtype),
+    )
+    for tensor in (update.a, update.b, update.bias):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise MergeError(
+                f"the merged factors leave the range of {dtype}. Use smaller weights, or a wider "
+                "dtype."
+            )
+    return update
+
+
+def _ends(sigma: Tensor) -> list[float]:
+    """The largest and the smallest singular value that is kept, over all matrices."""
+    return [float(sigma[:, 0].max()), float(sigma[:, -1].min())]
+
+
+def _space_problems(space: str) -> Iterator[Problem]:
+    if space not in SPACES:
+        yield Problem("space", repr(space), f"one of {', '.join(SPACES)}")
+
+
+def _module_problems(adapters: Sequence[LoraAdapter], space: str) -> Iterator[Problem]:
+    for module in _modules(adapters):
+        own = _own(adapters, module)
+        if len({(info.layout, info.kernel, info.shape) for info in own.values()}) > 1:
+            shapes = ", ".join(f"{i.layout} {i.shape} in {name}" for name, i in own.items())
+            yield Problem(module, shapes, "one shape", "Merge adapters of one base model.")
+        elif space == "factors" and len({info.rank for info in own.values()}) > 1:
+            ranks = ", ".join(f"{info.rank} in {name}" for name, info in own.items())
+            yield Problem(
+                module,
+                f"ranks {ranks}",
+                "one rank, as for every merge of factors",
+                "Use `space: delta`, which is exact for all ranks.",
+            )

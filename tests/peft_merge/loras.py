@@ -1,0 +1,77 @@
+"""Adapters made by hand, for tests of the algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
+from peft_merge.rules.base import REQUIRED, Rule, Settings
+
+
+def update(
+    seed: int,
+    rank: int,
+    shape: tuple[int, int, int] = (1, 24, 18),
+    *,
+    scale: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    size: float = 1.0,
+    bias: bool = False,
+) -> Update:
+    """Random factors; about as large as trained ones when `size` is 1."""
+    n, rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*of: int) -> Tensor:
+        return (size * torch.randn(of, generator=generator, dtype=torch.float64)).to(dtype)
+
+    return Update(
+        drawn(n, rank, columns), drawn(n, rows, rank), scale, drawn(rows) if bias else None
+    )
+
+
+def adapter(name: str, updates: Mapping[str, Update]) -> LoraAdapter:
+    """An adapter of these modules."""
+    infos = {
+        module: ModuleInfo(
+            layout="linear" if len(u.a) == 1 else "parameter",
+            matrices=len(u.a),
+            rows=u.b.shape[1],
+            columns=u.a.shape[2],
+            rank=u.a.shape[1],
+            bias=u.bias is not None,
+            dtype=u.a.dtype,
+        )
+        for module, u in updates.items()
+    }
+    return LoraAdapter(name, {}, infos, updates.__getitem__)
+
+
+def settings(
+    rule: Rule,
+    count: int,
+    *,
+    weights: Sequence[float] | None = None,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Settings:
+    """Defaults of a rule with some values changed."""
+    own = {p.name: p.default for p in rule.parameters if p.per_model}
+    shared = {p.name: p.default for p in rule.parameters if not p.per_model}
+    names = {name.rstrip("_"): value for name, value in options.items()}
+    assert names.keys() <= shared.keys(), names
+    assert all(value is not REQUIRED for value in {**shared, **own, **names}.values())
+    return Settings(
+        weights or [1.0] * count,
+        {**shared, **names},
+        [{**own, **(each[i] if each else {})} for i in range(count)],
+    )
+
+
+def always(values: Settings) -> Callable[[str], Settings]:
+    """The same settings for every module."""
+    return lambda module: values
