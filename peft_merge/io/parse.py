@@ -23,13 +23,12 @@ from peft_merge.adapter import (
     VectorInfo,
 )
 from peft_merge.io import names, whole
-from peft_merge.io.tensors import DTYPES, Tensors, finite
+from peft_merge.io.tensors import DTYPES, VECTOR, Tensors, finite
 from peft_merge.layouts import BIAS, LAYOUTS, LayoutError
 from peft_merge.patterns import Scaling, parameter_scalings, scaling, targeted_parameters
 from peft_merge.refused import unknown_tensor
 
-_VECTOR = "ia3_l"
-_PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embedding_B", _VECTOR)
+_PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embedding_B", VECTOR)
 # Kept by training only (VeLoRA's projection of activations).
 _IGNORED = (".lora_velora_embed",)
 
@@ -210,9 +209,9 @@ def _vectors(
 ) -> Iterator[tuple[str, VectorInfo]]:
     chosen = config.get("feedforward_modules")
     for module, parts in modules.items():
-        if not _complete(module, parts, [_VECTOR], where, found):
+        if not _complete(module, parts, [VECTOR], where, found):
             continue
-        header = parts[_VECTOR]
+        header = parts[VECTOR]
         shape = header.shape
         by_shape = {
             feedforward
@@ -228,7 +227,7 @@ def _vectors(
         if len(possible) != 1:
             found.append(
                 Problem(
-                    f"{where}: {module}.{_VECTOR}",
+                    f"{where}: {module}.{VECTOR}",
                     f"shape {list(shape)} with feedforward_modules {chosen!r}",
                     "(1, in) for a feedforward module, (out, 1) for another, (1, channels, 1, ...)"
                     " for a convolution",
@@ -304,7 +303,7 @@ class _Reader:
         return Update(a, b, scales[module], bias)
 
     def vector(self, module: str) -> Tensor:
-        return self._get(f"{names.PREFIX}{module}.{_VECTOR}")
+        return self._get(f"{names.PREFIX}{module}.{VECTOR}")
 
     def whole(self, header: TensorHeader) -> Tensor:
         return self._get(header.name)

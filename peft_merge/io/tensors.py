@@ -23,6 +23,9 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
+# What follows the module's name in the key of an (IA)^3 vector.
+VECTOR = "ia3_l"
+
 # What factors and vectors may be stored as, by the names of the safetensors format.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

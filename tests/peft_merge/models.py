@@ -28,7 +28,6 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-
 # Large enough that every part of an adapter is seen in the outputs.
 _SPREAD = 0.4
 

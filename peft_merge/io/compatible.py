@@ -1,0 +1,150 @@
+"""Whether adapters can be merged with each other."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mergekit_ext.errors import MergeWarning, Problem
+from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo
+from peft_merge.io import names
+
+
+class DifferentBasesWarning(MergeWarning):
+    """Adapters name different base models; merging them only makes sense if it is one base."""
+
+
+def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
+    """Everything that keeps adapters from being merged: [] if nothing does.
+
+    They must be of one kind, change the base's structure in the same way, and agree in the shape
+    and the kind of every module that they share. Names of bases may differ (paths do), which is a
+    `DifferentBasesWarning`.
+    """
+    if len({type(adapter) for adapter in adapters}) > 1:
+        kinds = ", ".join(f"{a.name}: {a.config.get('peft_type')}" for a in adapters)
+        return [
+            Problem(
+                "adapters",
+                kinds,
+                "adapters of one kind",
+                "Merge the LoRAs and the (IA)^3s separately.",
+            )
+        ]
+    _warn_about_bases(adapters)
+    return [
+        *_same_fields(adapters),
+        *_same_modules(adapters),
+        *_replaced(adapters),
+        *_parameters(adapters),
+        *_biases(adapters),
+    ]
+
+
+def _warn_about_bases(adapters: Sequence[Adapter]) -> None:
+    bases = {
+        str(base).rstrip("/\\"): adapter.name
+        for adapter in adapters
+        if (base := adapter.config.get("base_model_name_or_path"))
+    }
+    if len(bases) > 1:
+        warnings.warn(
+            "The adapters name different base models: "
+            + ", ".join(f"{base} ({name})" for base, name in bases.items())
+            + ". Their merge only makes sense if these are copies of one model.",
+            DifferentBasesWarning,
+            stacklevel=3,
+        )
+
+
+_STRUCTURE: dict[str, Callable[[Any], Any]] = {
+    "layer_replication": lambda value: [list(pair) for pair in value or ()],
+    "fan_in_fan_out": bool,
+}
+
+
+def _same_fields(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    for field, normal in _STRUCTURE.items():
+        values = {adapter.name: normal(adapter.config.get(field)) for adapter in adapters}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            yield Problem(
+                field, _listed(values), "one value in all", "Merge those that agree in it."
+            )
+
+
+def _same_modules(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.infos):
+        kinds = {a.name: _kind(a.infos[module]) for a in adapters if module in a.infos}
+        if len(set(kinds.values())) > 1:
+            yield Problem(
+                module,
+                _listed(kinds),
+                "one shape and kind in all adapters",
+                "They were trained on different models; merge those that agree.",
+            )
+
+
+def _kind(info: ModuleInfo | VectorInfo) -> str:
+    if isinstance(info, VectorInfo):
+        kind = "feedforward" if info.feedforward else "not feedforward"
+        return f"{kind} of shape {list(info.shape)}"
+    kernel = f", kernel {list(info.kernel)}" if info.kernel else ""
+    return f"{info.layout} of shape {list(info.shape)}{kernel}"
+
+
+def _replaced(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    """Modules that one adapter changes and another one replaces as a whole."""
+    adapted = {
+        names.owner(module, adapter.infos): adapter.name
+        for adapter in adapters
+        for module in adapter.infos
+    }
+    for adapter in adapters:
+        for entry in adapter.config.get("modules_to_save") or ():
+            inside = re.compile(rf"(^|.*\.){re.escape(entry)}($|\..*)")
+            for module, other in adapted.items():
+                if inside.match(module):
+                    yield Problem(
+                        module,
+                        f"it adapted by {other}, and saved whole by {adapter.name} "
+                        f"(modules_to_save: {entry})",
+                        "one of the two in all adapters",
+                        "Leave one of these adapters out: PEFT cannot load both for one module.",
+                    )
+
+
+def _parameters(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    """Files do not name target parameters, so only equal lists mean equal parameters."""
+    lists = {
+        adapter.name: sorted(entries)
+        for adapter in adapters
+        if (entries := adapter.config.get("target_parameters"))
+    }
+    if any(entries != next(iter(lists.values())) for entries in lists.values()):
+        yield Problem(
+            "target_parameters",
+            _listed(lists),
+            "the same parameters in all adapters that have some",
+            "Merge those that agree in it (PEFT cannot load them side by side either).",
+        )
+
+
+def _biases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    loras = [adapter for adapter in adapters if isinstance(adapter, LoraAdapter)]
+    with_bias = [adapter.name for adapter in loras if adapter.config.get("lora_bias")]
+    for adapter in loras:
+        for module, info in adapter.infos.items():
+            if with_bias and info.layout in ("embedding", "parameter"):
+                yield Problem(
+                    module,
+                    f"{info.layout} factors in {adapter.name}, and lora_bias in {with_bias[0]}",
+                    "no lora_bias beside adapted embeddings and target parameters",
+                    "Leave one of these adapters out: PEFT cannot load such a merged adapter.",
+                )
+                return
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items())

@@ -1,0 +1,172 @@
+"""The adapter_config.json of a merged adapter.
+
+`target_modules` is the inputs' own where it gives exactly the modules of the output: all inputs
+agree in it, in what goes with it and in their modules. Otherwise it lists every module by its full
+name. PEFT takes such a name for the end of a name as well, so a base that has both ``proj`` and
+``deep.proj`` gets a further module; it is initialised as no change and therefore is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from peft_merge.adapter import Adapter, ModuleInfo, VectorInfo
+from peft_merge.io import names, whole
+from peft_merge.layouts import LAYOUTS
+from peft_merge.patterns import qualified, targeted_parameters
+
+# Fields that say which modules are adapted; they are only taken over together.
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_TIED = ("embed_tokens", "lm_head")
+
+
+def lora_configuration(
+    infos: Mapping[str, ModuleInfo], inputs: Sequence[Adapter], saved: Iterable[str]
+) -> dict[str, Any]:
+    """Of a LoRA whose modules have alpha = r.
+
+    Args:
+        infos: the modules of the output.
+        inputs: the merged adapters.
+        saved: names of the whole tensors of the output.
+    """
+    kept = list(saved)
+    config = _common("LORA", infos, inputs, kept)
+    ranks: dict[str, int] = {}
+    parameters = sorted(
+        {entry for adapter in inputs for entry in adapter.config.get("target_parameters") or ()}
+    )
+    modules = []
+    for module, info in infos.items():
+        owner = names.owner(module, infos)
+        rank = LAYOUTS[info.layout].configured_rank(info)
+        if info.layout == "parameter":
+            leaves = targeted_parameters({"target_parameters": parameters}, owner)
+            ranks[qualified(owner, leaves)] = rank
+        else:
+            ranks[qualified(owner)] = rank
+            modules.append(owner)
+    largest = max(ranks.values(), default=1)
+    pattern = {key: rank for key, rank in ranks.items() if rank != largest}
+    config |= _selection(infos, inputs, config["modules_to_save"]) or {
+        "target_modules": sorted(set(modules))
+    }
+    dropout = {adapter.config.get("lora_dropout") or 0.0 for adapter in inputs}
+    return config | {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "lora_bias": any(info.bias for info in infos.values()),
+        "lora_dropout": dropout.pop() if len(dropout) == 1 and not parameters else 0.0,
+        "bias": _bias(inputs, kept),
+        "target_parameters": parameters or None,
+        "layer_replication": inputs[0].config.get("layer_replication"),
+        "ensure_weight_tying": _tied(inputs, kept),
+    }
+
+
+def ia3_configuration(
+    infos: Mapping[str, VectorInfo], inputs: Sequence[Adapter], saved: Iterable[str]
+) -> dict[str, Any]:
+    """Of an (IA)^3. Arguments as for `lora_configuration`."""
+    kept = list(saved)
+    config = _common("IA3", infos, inputs, kept)
+    feedforward = sorted(module for module, info in infos.items() if info.feedforward)
+    others = [module for module, info in infos.items() if not info.feedforward]
+    selection = _selection(infos, inputs, config["modules_to_save"], ("feedforward_modules",))
+    if selection:
+        return config | selection
+    # PEFT asks whether a name ends with an entry, with or without a dot before it.
+    mistaken = any(other.endswith(entry) for other in others for entry in feedforward)
+    return config | {
+        "target_modules": sorted(infos),
+        "feedforward_modules": "|".join(map(re.escape, feedforward)) if mistaken else feedforward,
+        "init_ia3_weights": True,
+    }
+
+
+def _common(
+    kind: str, infos: Iterable[str], inputs: Sequence[Adapter], saved: Sequence[str]
+) -> dict[str, Any]:
+    entries = {
+        entry: None
+        for adapter in inputs
+        for tensor in saved
+        if tensor in adapter.saved
+        and (entry := whole.module_to_save(tensor, adapter.config)) is not None
+    }
+    task = _shared(inputs, "task_type")
+    dropped = any(whole.module_to_save(t, a.config) for a in inputs for t in a.saved)
+    if task in _TASKS_WITH_HEADS and dropped and not entries:
+        task = None
+    bases = [adapter.config.get("base_model_name_or_path") for adapter in inputs]
+    return {
+        "peft_type": kind,
+        "task_type": task,
+        "auto_mapping": _shared(inputs, "auto_mapping"),
+        "base_model_name_or_path": next((base for base in bases if base), None),
+        "revision": _shared(inputs, "revision"),
+        "inference_mode": True,
+        "fan_in_fan_out": bool(inputs[0].config.get("fan_in_fan_out")),
+        "modules_to_save": list(entries) or None,
+    }
+
+
+def _shared(inputs: Sequence[Adapter], field: str) -> Any:
+    """The value of a field if all inputs agree in it."""
+    first = inputs[0].config.get(field)
+    return first if all(adapter.config.get(field) == first for adapter in inputs) else None
+
+
+def _selection(
+    infos: Mapping[str, Any],
+    inputs: Sequence[Adapter],
+    modules_to_save: list[str] | None,
+    further: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    fields = (*_SELECTION, *further)
+    first = {field: inputs[0].config.get(field) for field in fields}
+    for adapter in inputs:
+        same = all(_equal(adapter.config.get(field), first[field]) for field in fields)
+        # What is saved whole is not adapted.
+        saving = _equal(adapter.config.get("modules_to_save") or [], modules_to_save or [])
+        if not same or not saving or set(adapter.infos) != set(infos):
+            return None
+    if any(first[field] is None for field in ("target_modules", *further)):
+        return None
+    return {field: value for field, value in first.items() if value is not None}
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, list) and isinstance(right, list):
+        return sorted(map(str, left)) == sorted(map(str, right))
+    return bool(left == right)
+
+
+def _bias(inputs: Sequence[Adapter], saved: Sequence[str]) -> str:
+    kinds = {
+        adapter.config.get("bias", "none")
+        for adapter in inputs
+        for tensor in saved
+        if tensor.endswith("bias")
+        and tensor in adapter.saved
+        and whole.module_to_save(tensor, adapter.config) is None
+    }
+    return next((kind for kind in ("all", "lora_only") if kind in kinds), "none")
+
+
+def _tied(inputs: Sequence[Adapter], saved: Sequence[str]) -> bool:
+    """Whether a saved embedding also stands in for the layer that the base ties to it.
+
+    Tied factors become factors of their own: merging gives both layers the same change.
+    """
+    if not any(tensor.split(".")[-2:-1] == [leaf] for tensor in saved for leaf in _TIED):
+        return False
+    return any(adapter.config.get("ensure_weight_tying") for adapter in inputs)

@@ -1,0 +1,156 @@
+"""Writing an adapter as PEFT's save_pretrained would, and checking it before it appears."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, MergeError, Problem
+from mergekit_ext.rooms import hidden_room
+from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.io import names
+from peft_merge.io.card import card as default_card
+from peft_merge.io.read import load_adapter
+from peft_merge.io.tensors import CONFIG, SAFETENSORS, VECTOR
+from peft_merge.layouts import BIAS, LAYOUTS
+
+MERGE_CONFIG = "merge_config.yml"
+REPORT = "merge_report.json"
+CARD = "README.md"
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    merge_config: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> None:
+    """Write an adapter's folder: it appears complete and checked, or not at all.
+
+    The folder is written beside `path`, read again (names, shapes, scalings, finite values), and
+    then renamed.
+
+    Args:
+        adapter: as read, or merged.
+        path: a folder that does not exist or is empty.
+        merge_config: for merge_config.yml.
+        report: JSON values for merge_report.json.
+        card: the text of README.md; one is made if it is None.
+
+    Raises:
+        ConfigError: there is something at `path`.
+        NonFiniteError: a tensor overflowed in the dtype in which it is to be stored.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(
+            [
+                Problem(
+                    str(target),
+                    "something there already",
+                    "a folder that does not exist or is empty",
+                    "Choose another place, or remove it.",
+                )
+            ],
+            f"writing the adapter {adapter.name}",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with hidden_room(target, target.parent) as room:
+        folder = room / "adapter"
+        folder.mkdir()
+        _fill(adapter, folder, merge_config, report, card)
+        _check(adapter, folder)
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+
+
+def state_dict(adapter: Adapter) -> dict[str, Tensor]:
+    """All tensors of an adapter under the names of PEFT's files, on the CPU, contiguous."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in _named(adapter):
+        tensor = value.detach().to("cpu").contiguous()
+        # safetensors takes no two tensors that share memory.
+        start = tensor.untyped_storage().data_ptr()
+        if start in seen:
+            tensor = tensor.clone()
+        seen.add(start)
+        stored[names.PREFIX + name] = tensor
+    return stored
+
+
+def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(adapter, LoraAdapter):
+        for module, info in adapter.infos.items():
+            update = adapter.load(module)
+            layout = LAYOUTS[info.layout]
+            a, b = layout.store(info, update.a, update.b)
+            yield f"{module}.{layout.a}", a
+            yield f"{module}.{layout.b}", b
+            if update.bias is not None:
+                yield f"{module}.{BIAS}", update.bias
+    else:
+        for module in adapter.infos:
+            yield f"{module}.{VECTOR}", adapter.load(module)
+    for name, load in adapter.saved.items():
+        yield names.stored(name, adapter.infos), load()
+
+
+def _fill(
+    adapter: Adapter,
+    folder: Path,
+    merge_config: str | None,
+    report: Mapping[str, Any] | None,
+    card: str | None,
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(state_dict(adapter), folder / SAFETENSORS, {"format": "pt"})
+    _write(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True))
+    if merge_config is not None:
+        _write(folder / MERGE_CONFIG, merge_config.rstrip())
+    if report is not None:
+        _write(folder / REPORT, json.dumps(report, indent=2))
+    text = default_card(adapter, merge_config, report) if card is None else card
+    _write(folder / CARD, text.rstrip())
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _check(adapter: Adapter, folder: Path) -> None:
+    """Read the folder as anybody would and compare."""
+    again = load_adapter(folder, name=adapter.name)
+    different = sorted(
+        module
+        for module in {*adapter.infos, *again.infos}
+        if adapter.infos.get(module) != again.infos.get(module) or not _same(adapter, again, module)
+    )
+    different += sorted(set(adapter.saved) ^ set(again.saved))
+    if different:
+        raise MergeError(
+            f"{adapter.name}: {', '.join(different[:5])} read differently from what was to be "
+            f"written ({len(different)} in all); the configuration does not describe the tensors."
+        )
+
+
+def _same(adapter: Adapter, again: Adapter, module: str) -> bool:
+    if isinstance(adapter, LoraAdapter) and isinstance(again, LoraAdapter):
+        left, right = adapter.load(module), again.load(module)
+        return abs(left.scale - right.scale) <= 1e-9 * abs(left.scale)
+    first, second = adapter.load(module), again.load(module)
+    return (
+        isinstance(first, Tensor)
+        and isinstance(second, Tensor)
+        and torch.equal(first.to("cpu"), second)
+    )
