@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_ext.errors import MergeWarning, Problem
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo
-from peft_merge.io import names
+from peft_merge.io import names, whole
 
 
 class DifferentBasesWarning(MergeWarning):
@@ -38,6 +38,7 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
         *_same_fields(adapters),
         *_same_modules(adapters),
         *_replaced(adapters),
+        *_tying(adapters),
         *_parameters(adapters),
         *_biases(adapters),
     ]
@@ -113,6 +114,24 @@ def _replaced(adapters: Sequence[Adapter]) -> Iterator[Problem]:
                         "one of the two in all adapters",
                         "Leave one of these adapters out: PEFT cannot load both for one module.",
                     )
+
+
+def _tying(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    """A saved embedding either replaces the tied head as well or does not."""
+    values = {
+        adapter.name: bool(adapter.config.get("ensure_weight_tying"))
+        for adapter in adapters
+        for tensor in adapter.saved
+        if tensor.endswith(tuple(f"{leaf}.weight" for leaf in whole.TIED))
+        and whole.module_to_save(tensor, adapter.config) is not None
+    }
+    if len(set(values.values())) > 1:
+        yield Problem(
+            "ensure_weight_tying",
+            _listed(values),
+            "one value in all adapters that save an embedding",
+            "Merge those that agree in it.",
+        )
 
 
 def _parameters(adapters: Sequence[Adapter]) -> Iterator[Problem]:

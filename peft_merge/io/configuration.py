@@ -21,7 +21,6 @@ from peft_merge.patterns import qualified, targeted_parameters
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_TIED = ("embed_tokens", "lm_head")
 
 
 def lora_configuration(
@@ -135,6 +134,8 @@ def _selection(
     first = {field: inputs[0].config.get(field) for field in fields}
     for adapter in inputs:
         same = all(_equal(adapter.config.get(field), first[field]) for field in fields)
+        # Tied factors become factors of their own, so that the tied layer is to be named, too.
+        same = same and not adapter.config.get("ensure_weight_tying")
         # What is saved whole is not adapted.
         saving = _equal(adapter.config.get("modules_to_save") or [], modules_to_save or [])
         if not same or not saving or set(adapter.infos) != set(infos):
@@ -163,10 +164,12 @@ def _bias(inputs: Sequence[Adapter], saved: Sequence[str]) -> str:
 
 
 def _tied(inputs: Sequence[Adapter], saved: Sequence[str]) -> bool:
-    """Whether a saved embedding also stands in for the layer that the base ties to it.
-
-    Tied factors become factors of their own: merging gives both layers the same change.
-    """
-    if not any(tensor.split(".")[-2:-1] == [leaf] for tensor in saved for leaf in _TIED):
-        return False
-    return any(adapter.config.get("ensure_weight_tying") for adapter in inputs)
+    """Whether a saved embedding also stands in for the layer that the base ties to it."""
+    return any(
+        adapter.config.get("ensure_weight_tying")
+        and tensor in adapter.saved
+        and tensor.split(".")[-2:-1] in ([leaf] for leaf in whole.TIED)
+        and whole.module_to_save(tensor, adapter.config) is not None
+        for adapter in inputs
+        for tensor in saved
+    )

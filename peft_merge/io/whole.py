@@ -25,6 +25,8 @@ EMBEDDINGS = frozenset(
         *("tok_embeddings", "output", "embeddings", "embedding", "wpe", "decoder"),
     )
 )
+# What PEFT takes for the two ends of a tied embedding (`ensure_weight_tying`).
+TIED = ("embed_tokens", "lm_head")
 # With `bias: all` PEFT stores the biases of `modules_to_save` twice more; neither is used.
 _COPIES = (".original_module.", ".modules_to_save.")
 

@@ -8,6 +8,7 @@ answer(kind, model)                            # its output on the kind's fixed 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import EvaConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -42,6 +44,21 @@ def llama() -> nn.Module:
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=False,
+            initializer_range=_SPREAD,
+        )
+    )
+
+
+def tied_llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
             initializer_range=_SPREAD,
         )
     )
@@ -203,7 +220,7 @@ def _lora(
     **fields: Any,
 ) -> None:
     fields = {"r": 4, "lora_alpha": 6, **fields}
-    KINDS[name] = Kind(name, base, lambda: LoraConfig(**fields), inputs)
+    KINDS[name] = Kind(name, base, lambda: LoraConfig(**copy.deepcopy(fields)), inputs)
 
 
 def _ia3(
@@ -212,7 +229,7 @@ def _ia3(
     inputs: Callable[[], Mapping[str, Tensor]] = tokens,
     **fields: Any,
 ) -> None:
-    KINDS[name] = Kind(name, base, lambda: IA3Config(**fields), inputs)
+    KINDS[name] = Kind(name, base, lambda: IA3Config(**copy.deepcopy(fields)), inputs)
 
 
 _QV = ["q_proj", "v_proj"]
@@ -242,6 +259,16 @@ _lora("modules_to_save", bert, target_modules=["query", "value"], task_type="SEQ
 _lora("saved_embedding", target_modules=_QV, modules_to_save=["embed_tokens", "lm_head"])
 _lora("conv1d_transformers", gpt2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
 _lora("embedding", target_modules=["embed_tokens", "q_proj"])
+_lora("tied_factors", tied_llama, target_modules=["embed_tokens"], ensure_weight_tying=True)
+_lora(
+    "tied_saved",
+    tied_llama,
+    target_modules=["q_proj"],
+    modules_to_save=["embed_tokens"],
+    ensure_weight_tying=True,
+)
+_lora("velora", target_modules=_QV, velora_config=VeloraConfig(num_groups=4))
+_lora("eva", target_modules=_QV, init_lora_weights="eva", eva_config=EvaConfig())
 _lora("parameters", mixtral, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
 _lora(
     "nested_parameters",
