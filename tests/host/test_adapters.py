@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from peft import IA3Config, LoraConfig
 from transformers import LlamaForCausalLM
 
-from mergekit_ext.errors import ConfigError, MergeWarning
+from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
 from tests import models as small
 from tests.host.adapters import merged_with_peft, saved_adapter, saved_base
 
@@ -115,3 +115,111 @@ def test_methods_see_the_same_models(exact, method, parameters, tmp_path):
         config = configuration(method, source("lora", "ia3", "patterns"), base, parameters)
         run_merge(config, str(tmp_path / out), QUIET)
     compare(tmp_path / "ours", tmp_path / "theirs", 2e-4 if method == "lore" else 2e-5)
+
+
+def test_many_adapters_open_their_base_once(exact):
+    cache = LoaderCache()
+    cache.loaders.clear()
+    cache.setup(QUIET)
+    references = [ModelReference.parse(name) for name in exact.adapted("lora", "ia3")]
+    one, two = (cache.get(reference) for reference in references)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    tensors = [loader.get_tensor(name) for loader in (one, two)]
+    assert not torch.equal(*tensors)
+    assert one._base is two._base
+    assert cache.get(references[0]) is one
+    cache.loaders.clear()
+
+
+def test_adapted_tensors_are_rounded_once(tmp_path):
+    """A half-precision base merged in float32 keeps changes smaller than its rounding."""
+    base = saved_base(tmp_path / "base", dtype=torch.bfloat16)
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter = saved_adapter(base, tmp_path / "adapter", config, 1, LlamaForCausalLM)
+    wide = tmp_path / "wide"
+    LlamaForCausalLM.from_pretrained(base).float().save_pretrained(wide)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    whole = merged_with_peft(wide, adapter, tmp_path / "whole", LlamaForCausalLM)
+    merged = small.state(whole)[name]
+    content = configuration("linear", [f"{base}+{adapter}"], None, {"weight": 1.0}, dtype="float32")
+    run_merge(content, str(tmp_path / "out"), QUIET)
+    found = small.state(tmp_path / "out")[name]
+    torch.testing.assert_close(found, merged, rtol=1e-6, atol=1e-6)
+    assert (merged.bfloat16().float() - merged).abs().max() > 1e-4  # it would have been seen
+    half = configuration("linear", [f"{base}+{adapter}"], None, {"weight": 1.0})
+    run_merge(half, str(tmp_path / "half"), MergeOptions(quiet=True, lora_merge_dtype="float32"))
+    torch.testing.assert_close(small.state(tmp_path / "half")[name], merged, rtol=1e-6, atol=1e-6)
+
+
+def test_flexmerge(exact, tmp_path):
+    for source, out in ((exact.adapted, "ours"), (exact.whole, "theirs")):
+        for size in (1.0, 3.0):
+            names = ["lora", "ia3", "patterns"]
+            content = small.config(
+                "flexmerge",
+                source(*names),
+                exact.base,
+                {"target_size": size, "algorithm": "average"},
+            )
+            for model, name in zip(content["models"], names, strict=True):
+                model["parameters"] = {"task": name}
+            folder = tmp_path / f"{out}{size}"
+            run_merge(MergeConfiguration.model_validate(content), str(folder), QUIET)
+    for size in (1.0, 3.0):
+        for name in ("lora", "ia3", "patterns"):
+            compare(tmp_path / f"ours{size}" / name, tmp_path / f"theirs{size}" / name, 1e-5)
+
+
+def test_a_broken_adapter_stops_the_merge(exact, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = exact.adapters["lora"] / "adapter_model.safetensors"
+    copy = tmp_path / "nan"
+    copy.mkdir()
+    (copy / "adapter_config.json").write_bytes(
+        (exact.adapters["lora"] / "adapter_config.json").read_bytes()
+    )
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, copy / file.name, {"format": "pt"})
+    content = configuration("nan", [f"{exact.base}+{copy}", *exact.adapted("ia3")], exact.base)
+    with pytest.raises(NonFiniteError, match="nan"):
+        run_merge(content, str(tmp_path / "out"), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cache_is_not_used_and_said_not_to_be(exact, tmp_path):
+    options = MergeOptions(quiet=True, lora_merge_cache=str(tmp_path / "cache"))
+    for method in ("linear", "nan"):
+        base = None if method == "linear" else exact.base
+        parameters = {"weight": 1.0}
+        content = configuration(method, exact.adapted("lora", "ia3"), base, parameters)
+        with pytest.warns(MergeWarning, match="--lora-merge-cache"):
+            run_merge(content, str(tmp_path / method), options)
+    assert {path.name for path in tmp_path.iterdir()} == {"linear", "nan"}
+
+
+def test_mergekits_own_way(exact, tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", "0")
+    content = configuration("linear", exact.adapted("lora", "ia3"), None, {"weight": 0.5})
+    cache = tmp_path / "cache"
+    run_merge(
+        content, str(tmp_path / "theirs"), QUIET.model_copy(update={"lora_merge_cache": str(cache)})
+    )
+    assert len(list(cache.iterdir())) == 2
+    LoaderCache.loaders.clear()
+    monkeypatch.delenv("MERGEKIT_EXT_ADAPTERS")
+    run_merge(content, str(tmp_path / "ours"), QUIET)
+    compare(tmp_path / "ours", tmp_path / "theirs", 1e-5)
+
+
+def test_stock_methods_stop_before_work_too(exact, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    dora = saved_adapter(exact.base, tmp_path / "dora", config, 1, LlamaForCausalLM)
+    content = configuration("linear", [f"{exact.base}+{dora}"], None, {"weight": 1.0})
+    with pytest.raises(ConfigError, match="DoRA") as caught:
+        run_merge(content, str(tmp_path / "out"), QUIET)
+    (problem,) = caught.value.problems
+    assert problem.where.startswith("models[0].model")
+    assert "MERGEKIT_EXT_ADAPTERS=0" in problem.remedy
+    assert not (tmp_path / "out").exists()

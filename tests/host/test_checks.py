@@ -772,7 +772,8 @@ def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, mo
     assert "404 Client Error" in the(run(document)).found
 
 
-def test_base_with_adapter(models: Path, tmp_path: Path) -> None:
+def test_base_with_adapter_by_mergekits_own_way(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", "0")
     reference = f"{models / 'a'}+{tmp_path / 'adapter'}"
     document = {**LINEAR, "models": [{"model": reference}, *entries(models, "b")]}
     texts = [str(problem) for problem in run(document).problems]

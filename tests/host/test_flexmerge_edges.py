@@ -180,8 +180,11 @@ def test_heads_that_are_not_tied_stay_with_their_tasks(tmp_path):
     assert "lm_head.weight" not in as_index_says(tmp_path / "out" / "tuned0")
 
 
-def test_adapters_on_one_base(families, tmp_path):
+@pytest.mark.parametrize("way", ["1", "0"], ids=["while reading", "merged beforehand"])
+def test_adapters_on_one_base(way, families, tmp_path, monkeypatch):
     """mergekit's `base+adapter`: tasks go by their adapters' names."""
+    monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", way)
+    cache = {} if way == "1" else {"lora_merge_cache": str(tmp_path / "cache")}
     family = families("llama")
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
@@ -196,8 +199,9 @@ def test_adapters_on_one_base(families, tmp_path):
         family.base,
         {"target_size": 1.5, "algorithm": "average"},
     )
-    manifest = merge(content, tmp_path / "out", lora_merge_cache=str(tmp_path / "cache"))
+    manifest = merge(content, tmp_path / "out", **cache)
     assert [task.name for task in manifest.tasks] == ["one", "two"]
+    assert (tmp_path / "cache").exists() == (way == "0")
     found = [as_index_says(tmp_path / "out" / name) for name in ("one", "two")]
     name = "model.layers.0.self_attn.q_proj.weight"
     before = small.state(family.base)

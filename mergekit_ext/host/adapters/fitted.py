@@ -96,7 +96,7 @@ def read_adapter(path: Any) -> Adapter:
         return load_adapter(path.path, revision=path.revision, allow_pickle=True)
     except ConfigError as error:
         problems = [
-            _with_way(problem) if problem.where.endswith(_CONFIG) else problem
+            _with_way(problem) if _CONFIG in problem.where else problem
             for problem in error.problems
         ]
         raise ConfigError(problems, error.subject) from None

@@ -1,0 +1,193 @@
+"""What is said of adapters before a merge: refusals with reasons, ties, heads, other names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mergekit_ext.headers import read_folder
+from mergekit_ext.host.adapters import fit, read_adapter
+from mergekit_ext.host.adapters.class_names import class_names
+from mergekit_ext.host.checks import check_source
+from tests import models as small
+from tests.host.adapters import saved_adapter, saved_base
+
+PLAIN = LoraConfig(r=2, target_modules=["q_proj"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return saved_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    return saved_adapter(base, base.parent / "adapter", PLAIN, 1, LlamaForCausalLM)
+
+
+def tied_llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def check(*models: str, method: str = "linear", **options):
+    content = small.config(method, [Path(model) for model in models], None, {"weight": 1.0})
+    ((_, report),) = check_source(yaml.safe_dump(content), MergeOptions(**options))
+    return report
+
+
+def edited(adapter: Path, folder: Path, **fields) -> Path:
+    """A copy of an adapter with other fields in its configuration."""
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return folder
+
+
+def test_nothing_to_say(base, adapter):
+    report = check(f"{base}+{adapter}")
+    assert report.problems == ()
+    assert report.estimate is not None
+
+
+def test_the_cache_is_noted(base, adapter, tmp_path):
+    report = check(f"{base}+{adapter}", lora_merge_cache=str(tmp_path))
+    assert report.problems == ()
+    assert any("--lora-merge-cache" in note for note in report.notes)
+
+
+def test_all_problems_of_all_adapters(base, adapter, tmp_path):
+    broken = edited(adapter, tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"short")
+    dora = edited(adapter, tmp_path / "dora", use_dora=True)
+    report = check(f"{base}+{broken}", f"{base}+{dora}", f"{base}+{tmp_path / 'brokem'}")
+    found = {problem.where.split(" ")[0]: problem for problem in report.problems}
+    assert found.keys() == {"models[0].model", "models[1].model", "models[2].model"}
+    assert "DoRA" in found["models[1].model"].found
+    assert "MERGEKIT_EXT_ADAPTERS=0" in found["models[1].model"].remedy
+    assert "MERGEKIT_EXT_ADAPTERS" not in found["models[0].model"].remedy
+    assert "Did you mean" in found["models[2].model"].remedy
+
+
+def test_an_adapter_of_another_base(base, adapter, tmp_path):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    problems = check(f"{tmp_path / 'other'}+{adapter}").problems
+    assert len(problems) == 3
+    assert all("shape" in problem.found for problem in problems)
+    config.num_hidden_layers = 2
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "shorter")
+    assert any(
+        "without a tensor" in problem.found
+        for problem in check(f"{tmp_path / 'shorter'}+{adapter}").problems
+    )
+
+
+def test_flexmerge_is_told_too(base, adapter, tmp_path):
+    dora = edited(adapter, tmp_path / "dora", use_dora=True)
+    content = small.config(
+        "flexmerge", [f"{base}+{adapter}", f"{base}+{dora}"], base, {"target_size": 1.5}
+    )
+    ((_, report),) = check_source(yaml.safe_dump(content), MergeOptions())
+    (problem,) = report.problems
+    assert "DoRA" in problem.found
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_use_of_a_tied_tensor(target, tmp_path):
+    base = saved_base(tmp_path / "base", tied_llama)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[target])
+    saved = saved_adapter(base, tmp_path / "saved", config, 1, LlamaForCausalLM)
+    (problem,) = check(f"{base}+{saved}").problems
+    assert "ties" in problem.found
+    assert "tie_word_embeddings=False" in problem.remedy
+    # Not tied in this class: only the head could be tied.
+    headless = SimpleNamespace(
+        model_type="llama", architectures=["LlamaModel"], tie_word_embeddings=True
+    )
+    tensors = read_folder(base)
+    assert fit(read_adapter(SimpleNamespace(path=str(saved), revision=None)), tensors, headless)
+
+
+def test_an_embedding_that_is_not_tied_is_adapted(base, tmp_path):
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"])
+    adapter = saved_adapter(base, tmp_path / "adapter", config, 1, LlamaForCausalLM)
+    assert check(f"{base}+{adapter}").problems == ()
+
+
+def test_a_quantised_base(base, adapter, tmp_path):
+    shutil.copytree(base, tmp_path / "int8")
+    file = tmp_path / "int8" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file, {"format": "pt"})
+    problems = check(f"{tmp_path / 'int8'}+{adapter}").problems
+    assert any(problem.where.startswith(f"models[0].model ({name})") for problem in problems)
+
+
+def test_a_head_that_the_architecture_does_not_have(base, tmp_path):
+    kind = transformers.LlamaForSequenceClassification
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    with_head = saved_adapter(base, tmp_path / "classifier", config, 1, kind)
+    (problem,) = check(f"{base}+{with_head}").problems
+    assert "score.weight" in problem.found
+    assert "override_architecture" in problem.remedy
+
+
+def test_a_head_that_only_the_adapters_have(tmp_path):
+    """A pretrained encoder under its classifier's name: the head comes with the adapters."""
+    base = saved_base(tmp_path / "base", small.bert)
+    file = base / "model.safetensors"
+    body = {n: t for n, t in load_file(file).items() if not n.startswith("classifier.")}
+    save_file(body, file, {"format": "pt"})
+    kind = transformers.BertForSequenceClassification
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    adapters = [saved_adapter(base, tmp_path / f"a{seed}", lora, seed, kind) for seed in range(2)]
+    models = [f"{base}+{path}" for path in adapters]
+    assert check(*models).problems == ()
+    content = small.config("linear", [Path(m) for m in models], None, {"weight": 0.5})
+    config = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(content)))
+    run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
+    heads = [load_file(path / "adapter_model.safetensors") for path in adapters]
+    name = "classifier.weight"
+    wanted = sum(head[f"base_model.model.{name}"] for head in heads) / 2
+    torch.testing.assert_close(small.state(tmp_path / "out")[name], wanted)
+
+
+def test_names_of_another_version_of_transformers():
+    stored = ["language_model.model.layers.0.q.weight", "language_model.lm_head.weight"]
+    assert list(class_names(stored, "llava").values()) == [
+        "model.language_model.model.layers.0.q.weight",
+        "lm_head.weight",
+    ]
+    assert class_names(stored, "llama") == {name: name for name in stored}
+    assert class_names(stored, None) == {name: name for name in stored}
