@@ -1,0 +1,100 @@
+"""Ranks and scalings against PEFT's own resolution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from peft_merge.patterns import (
+    Scaling,
+    parameter_scalings,
+    qualified,
+    scaling,
+    targeted_parameters,
+)
+
+PARTS = st.sampled_from(["layers", "1", "11", "q", "qq", "x.q"])
+NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
+KEYS = st.one_of(NAMES, NAMES.map(lambda name: f"^{name}"), st.sampled_from([".*q", "1|q", "l.*"]))
+
+
+@given(
+    ranks=st.dictionaries(KEYS, st.integers(1, 9), max_size=4),
+    alphas=st.dictionaries(KEYS, st.integers(1, 9), max_size=4),
+    rslora=st.booleans(),
+    name=NAMES,
+)
+def test_patterns_resolve_as_peft_resolves_them(
+    ranks: dict[str, int], alphas: dict[str, int], rslora: bool, name: str
+) -> None:
+    config = {
+        "r": 5,
+        "lora_alpha": 7,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "use_rslora": rslora,
+    }
+    rank = ranks.get(get_pattern_key(list(ranks), name), 5)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), 7)
+    expected = alpha / (math.sqrt(rank) if rslora else rank)
+    assert scaling(config, name) == Scaling(rank, expected)
+
+
+@given(name=NAMES, other=NAMES)
+def test_a_qualified_key_matches_one_module_only(name: str, other: str) -> None:
+    matches = get_pattern_key([qualified(name)], other) == qualified(name)
+    assert matches == (name == other)
+
+
+def test_names_with_special_characters_are_themselves() -> None:
+    for name in ("a+b.c", "blocks[0]", "layers.1"):
+        assert scaling({"r": 1, "rank_pattern": {qualified(name): 3}}, name).rank == 3
+    assert scaling({"r": 1, "rank_pattern": {qualified("layers.1"): 3}}, "layers11").rank == 1
+
+
+def test_a_key_that_is_literally_the_name_counts_though_it_matches_nothing() -> None:
+    assert scaling({"r": 1, "rank_pattern": {"a+b": 3}}, "a+b").rank == 3
+
+
+@pytest.mark.parametrize(
+    ("entries", "module", "leaves"),
+    [
+        (["experts.up"], "layers.0.experts", ["up"]),
+        (["experts.up"], "experts", ["up"]),
+        (["experts.up"], "my_experts", []),
+        (["experts.up", "experts.down"], "layers.0.experts", ["down", "up"]),
+        (["up"], "anything", ["up"]),
+        (None, "experts", []),
+    ],
+)
+def test_target_parameters_of_a_module(
+    entries: list[str] | None, module: str, leaves: list[str]
+) -> None:
+    assert targeted_parameters({"target_parameters": entries}, module) == leaves
+
+
+def test_parameters_of_different_ranks_are_told_apart_by_the_number_of_experts() -> None:
+    config = {"r": 4, "lora_alpha": 4, "rank_pattern": {"experts.up": 2}}
+    # Outermost first: 12 rows are three experts of rank 4, the six below them three of rank 2.
+    found = parameter_scalings(config, "experts", ["down", "up"], [12, 6])
+    assert found == [Scaling(4, 1.0), Scaling(2, 2.0)]
+    assert parameter_scalings(config, "experts", ["down", "up"], [6, 12]) == found[::-1]
+
+
+def test_what_a_file_leaves_open_is_not_guessed() -> None:
+    config = {"r": 4, "lora_alpha": 4, "alpha_pattern": {"experts.up": 2}}
+    assert parameter_scalings(config, "experts", ["down", "up"], [12, 12]) is None
+    config = {"r": 4, "lora_alpha": 4, "rank_pattern": {"experts.up": 2}}
+    assert parameter_scalings(config, "experts", ["down", "up"], [12]) is None
+    assert parameter_scalings(config, "experts", ["up"], [12, 12]) is None
+    assert parameter_scalings(config, "experts", ["up"], [7]) is None
+
+
+def test_a_key_for_parameters_matches_these_only() -> None:
+    key = qualified("experts", ["up", "down"])
+    for name, rank in (("experts.up", 3), ("experts.down", 3), ("experts.gate", 1)):
+        assert scaling({"r": 1, "rank_pattern": {key: 3}}, name).rank == rank

@@ -1,0 +1,150 @@
+"""What cannot be merged exactly is refused, with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.config import ArrowConfig, KasaConfig, MontecloraConfig
+
+from mergekit_ext.errors import ConfigError
+from peft_merge.io import adapters_of, load_adapter
+from peft_merge.refused import FIELDS, REFUSALS, refusals
+from tests.peft_merge.models import KINDS, base
+
+Make = Callable[..., Path]
+
+# A field, a value that sets it, and words of the reason.
+CASES: list[tuple[str, Any, str]] = [
+    ("use_dora", True, "magnitudes"),
+    ("kasa_config", {"beta": 1e-4, "gamma": 1e-3}, "truncates the base"),
+    ("alora_invocation_tokens", [1, 2], "invocation tokens"),
+    ("use_qalora", True, "pools"),
+    ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
+    ("arrow_config", {"top_k": 2}, "routes"),
+    ("monteclora_config", {"num_samples": 2}, "samples"),
+    ("trainable_token_indices", [3], "rows of the embedding"),
+    ("megatron_config", {"hidden_size": 8}, "Megatron"),
+    ("init_lora_weights", "pissa", "principal components"),
+    ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
+    ("init_lora_weights", "olora", "QR"),
+    ("init_lora_weights", "OLoRA", "QR"),
+    ("init_lora_weights", "corda", "covariances"),
+    ("init_lora_weights", "loftq", "quantises"),
+    ("init_lora_weights", "lora_ga", "subtracted"),
+    ("init_lora_weights", "brand_new", "not known"),
+    ("a_field_of_tomorrow", {"on": True}, "newer PEFT"),
+    ("peft_type", "PROMPT_TUNING", "LORA or IA3"),
+    ("peft_type", "LORAA", "LORA or IA3"),
+    ("peft_type", ["LORA"], "LORA or IA3"),
+    ("peft_type", None, "LORA or IA3"),
+]
+
+
+def _change(folder: Path, **fields: Any) -> Path:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config.update(fields)
+    file.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"), CASES, ids=lambda value: str(value)[:24].replace("/", "_")
+)
+def test_each_is_refused_with_its_reason(
+    field: str, value: Any, reason: str, adapter_folder: Make
+) -> None:
+    folder = _change(adapter_folder("plain"), **{field: value})
+    with pytest.raises(ConfigError, match=reason) as raised:
+        load_adapter(folder)
+    (problem,) = raised.value.problems
+    assert field in problem.where and problem.remedy
+
+
+def test_every_refusal_is_tried_above() -> None:
+    assert {refusal.field for refusal in REFUSALS} <= {field for field, _, _ in CASES}
+
+
+def test_all_reasons_come_at_once(adapter_folder: Make) -> None:
+    folder = _change(adapter_folder("plain"), use_dora=True, init_lora_weights="pissa", r="four")
+    with pytest.raises(ConfigError) as raised:
+        load_adapter(folder)
+    assert len(raised.value.problems) == 3
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_an_unknown_field_that_is_not_set_does_not_matter(value: Any, adapter_folder: Make) -> None:
+    load_adapter(_change(adapter_folder("plain"), a_field_of_tomorrow=value))
+
+
+def test_every_field_of_the_installed_peft_is_known() -> None:
+    assert set(LoraConfig().to_dict()) <= FIELDS["LORA"]
+    assert set(IA3Config().to_dict()) <= FIELDS["IA3"]
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), IA3Config()], ids=["LORA", "IA3"])
+def test_a_default_configuration_is_accepted(config: Any) -> None:
+    assert not list(refusals(json.loads(json.dumps(config.to_dict())), "here"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], use_dora=True),
+        LoraConfig(target_modules=["q_proj"], kasa_config=KasaConfig()),
+        LoraConfig(target_modules=["q_proj"], monteclora_config=MontecloraConfig()),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"),
+        LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
+        AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_itself_makes_of_them_is_refused(config: Any, tmp_path: Path) -> None:
+    model = get_peft_model(base(KINDS["plain"]), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError):
+        load_adapter(tmp_path)
+    with pytest.raises(ConfigError):
+        adapters_of(model, ["default"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dora_whose_configuration_hides_it_is_seen_by_its_tensors(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], use_dora=True)
+    get_peft_model(base(KINDS["plain"]), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a magnitude of DoRA"):
+        load_adapter(_change(tmp_path, use_dora=False))
+
+
+def test_arrow_is_refused_by_its_own_configuration() -> None:
+    config = {"peft_type": "LORA", "arrow_config": ArrowConfig().__dict__}
+    assert [problem.where for problem in refusals(config, "x")] == ["x: arrow_config"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_converted_pissa_is_an_ordinary_lora(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(base(KINDS["plain"]), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(
+        tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    adapter = load_adapter(tmp_path / "end")
+    assert {info.rank for info in adapter.infos.values()} == {4}
