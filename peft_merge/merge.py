@@ -18,6 +18,7 @@ from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
 from peft_merge.config.document import read, written
+from peft_merge.config.options import place_problem
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.request import Input, Request, located
 from peft_merge.ia3 import merge_ia3
@@ -172,16 +173,9 @@ def plan_config(
         ConfigError: with everything that is wrong.
     """
     request, problems = read(config, {} if rank is None else {"rank": rank})
-    if out is not None and _taken(Path(out)):
-        expected = "a folder that does not exist or is empty"
-        problems.append(
-            Problem(os.fspath(out), "something there already", expected, "Choose another place.")
-        )
+    if out is not None and (wrong := place_problem(Path(out).expanduser())) is not None:
+        problems.append(wrong)
     return checked(replace(request, device=device, allow_pickle=allow_pickle), problems)
-
-
-def _taken(out: Path) -> bool:
-    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
 
 
 def _inputs(

@@ -72,11 +72,9 @@ def _output(plan: MergePlan) -> str:
     for module, rank in ranks.items():
         matrices, rows, columns = plan.shape(module)
         numbers += matrices * rank * (rows + columns)
-    low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
-    span = f"{high}" if low == high else f"{low} to {high}"
+    bound = "" if isinstance(plan.rank, int) else "at most "
     size = _size(numbers * plan.dtype.itemsize)
-    exact = isinstance(plan.rank, int)
-    return f"rank {'' if exact else 'up to '}{span}, {size} of {_short(plan.dtype)} at most"
+    return f"{bound}rank {max(ranks.values(), default=0)}, {size} of {_short(plan.dtype)}"
 
 
 def _largest_rank(plan: MergePlan, module: str) -> int:

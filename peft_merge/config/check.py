@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,7 +28,6 @@ from peft_merge.config.spaces import default_space, space_problems
 from peft_merge.config.wording import did_you_mean, shown
 from peft_merge.io import compatible, load_adapter
 from peft_merge.methods import Method, WholeMethod, methods, parameters_of
-from peft_merge.rules.base import Rule
 
 
 def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
@@ -42,45 +41,33 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     """
     found = list(problems)
     method = _method(request.method, found)
-    resolve = None
-    if method is not None:
-        parameters = parameters_of(method, request.parameters)
-        resolve = Resolver(method.name, parameters, request.parameters, request.inputs)
-        wrong = list(resolve.problems())
-        found += wrong
-        resolve = None if wrong else resolve
+    resolve = None if method is None else _settings(request, method, found)
     dtype, device = _options(request, found)
     adapters = _adapters(request, found)
-    if not adapters or len(adapters) < len(request.inputs):
+    if len(adapters) == len(request.inputs) > 0:
+        found += compatible(adapters)
+    if (
+        method is None
+        or resolve is None
+        or not 0 < len(adapters) == len(request.inputs)
+        or len({type(adapter) for adapter in adapters}) > 1
+    ):
         _stop(request, found)
-    found += compatible(adapters)
-    kinds = {_kind(adapter) for adapter in adapters}
-    if method is None or resolve is None or len(kinds) > 1 or not adapters:
-        _stop(request, found)
-    kind = kinds.pop()
-    modules = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.infos))
-    resolve = replace(resolve, modules=modules)
+    modules = dict.fromkeys(name for adapter in adapters for name in adapter.infos)
+    resolve = replace(resolve, modules=tuple(modules))
+    kind: Kind = "lora" if isinstance(adapters[0], LoraAdapter) else "ia3"
     found += _fitting(request, kind, adapters)
     absent = list(resolve.missing())
-    found += absent
-    if not absent and not isinstance(method, WholeMethod):
-        found += _rule_problems(method, resolve)
-    unsaved = list(saved.problems_of(request.modules_to_save, adapters))
-    found += unsaved
-    taken = {} if unsaved else saved.carriers(request.modules_to_save or saved.AVERAGE, adapters)
-    for name, positions in taken.items() if not absent else ():
-        if len(positions) > 1:
-            wrong_weights = saved.weights_problem(name, resolve.weights(name), positions)
-            found += [wrong_weights] if wrong_weights else []
+    found += absent or _value_problems(method, resolve)
+    taken = _taken(request, resolve, adapters, found)
     if found:
         _stop(request, found)
-    ruled = () if isinstance(method, WholeMethod) else _forewarnings(method, resolve)
     plan = MergePlan(
         request=request,
         method=method,
         kind=kind,
         adapters=tuple(adapters),
-        modules=modules,
+        modules=tuple(modules),
         resolve=resolve,
         rank=request.rank,
         space=request.space or default_space(kind),
@@ -89,14 +76,14 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         device=device,
         saved=taken,
         notes=tuple(resolve.idle_filters()),
-        forewarnings=ruled,
+        forewarnings=_forewarnings(method, resolve),
     )
     if isinstance(method, WholeMethod) and (wrong := list(method.check(plan))):
         _stop(request, wrong)
     return plan
 
 
-def _stop(request: Request, problems: Sequence[Problem]) -> Any:
+def _stop(request: Request, problems: Iterable[Problem]) -> NoReturn:
     raise ConfigError(dict.fromkeys(problems), request.subject)
 
 
@@ -108,6 +95,15 @@ def _method(name: Any, found: list[Problem]) -> Method | None:
         remedy = did_you_mean(name, known)
         found.append(Problem("merge_method", shown(name), "a merge method", remedy))
     return None
+
+
+def _settings(request: Request, method: Method, found: list[Problem]) -> Resolver | None:
+    """The settings, if they are right by themselves."""
+    parameters = parameters_of(method, request.parameters)
+    resolve = Resolver(method.name, parameters, request.parameters, request.inputs)
+    wrong = list(resolve.problems())
+    found += wrong
+    return None if wrong else resolve
 
 
 def _options(request: Request, found: list[Problem]) -> tuple[torch.dtype | None, torch.device]:
@@ -157,10 +153,6 @@ def _same_names(inputs: Sequence[Input], adapters: Sequence[Adapter | None]) -> 
             yield Problem(", ".join(where), found, "names that differ", remedy)
 
 
-def _kind(adapter: Adapter) -> Kind:
-    return "lora" if isinstance(adapter, LoraAdapter) else "ia3"
-
-
 def _fitting(request: Request, kind: Kind, adapters: Sequence[Adapter]) -> Iterator[Problem]:
     """Rank and space against the kind of adapters."""
     if request.space is not None:
@@ -184,15 +176,17 @@ def _largest_rank(adapters: Sequence[Adapter]) -> int:
     )
 
 
-def _rule_problems(rule: Rule, resolve: Resolver) -> list[Problem]:
-    """What the rule says of its options, as each module gets them."""
+def _value_problems(method: Method, resolve: Resolver) -> list[Problem]:
+    """What a rule says of its options, as each module gets them."""
+    if isinstance(method, WholeMethod):
+        return []
     problems: dict[Problem, None] = {}
     for module in resolve.modules:
         values = resolve(module)
-        problems.update(dict.fromkeys(rule.check(len(values.weights), values.options)))
+        problems.update(dict.fromkeys(method.check(len(values.weights), values.options)))
         for own in values.each:
-            problems.update(dict.fromkeys(rule.check_each(values.options, own)))
-    if rule.coefficients is not None:
+            problems.update(dict.fromkeys(method.check_each(values.options, own)))
+    if method.coefficients is not None:
         problems.update(dict.fromkeys(_granularity_problems(resolve)))
     return list(problems)
 
@@ -205,12 +199,30 @@ def _granularity_problems(resolve: Resolver) -> Iterator[Problem]:
         yield Problem("parameters.granularity", found_text, "one for the whole merge", remedy)
 
 
-def _forewarnings(rule: Rule, resolve: Resolver) -> tuple[MergeWarning, ...]:
+def _taken(
+    request: Request, resolve: Resolver, adapters: Sequence[Adapter], found: list[Problem]
+) -> dict[str, tuple[int, ...]]:
+    """For each whole tensor of the output the positions of the adapters that give it."""
+    unfit = list(saved.problems_of(request.modules_to_save, adapters))
+    found += unfit
+    if unfit:
+        return {}
+    taken = saved.carriers(request.modules_to_save or saved.AVERAGE, adapters)
+    for name, positions in taken.items():
+        if len(positions) > 1:
+            wrong = saved.weights_problem(name, resolve.weights(name), positions)
+            found += [wrong] if wrong else []
+    return taken
+
+
+def _forewarnings(method: Method, resolve: Resolver) -> tuple[MergeWarning, ...]:
     """Each once, however many modules it is about."""
-    found = {}
+    if isinstance(method, WholeMethod):
+        return ()
+    found: dict[str, MergeWarning] = {}
     for module in resolve.modules:
         values = resolve(module)
-        for warning in rule.forewarnings(len(values.weights), values.options):
+        for warning in method.forewarnings(len(values.weights), values.options):
             found.setdefault(str(warning), warning)
     return tuple(found.values())
 

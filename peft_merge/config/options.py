@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from mergekit_ext.errors import Problem
 from peft_merge.config.wording import did_you_mean, shown
-
-Rank = int | Literal["lossless"] | Mapping[str, float]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -65,6 +65,20 @@ def device_of(name: Any) -> torch.device | Problem:
         found = f"{name}, which cannot be used ({type(error).__name__}: {reason})"
         return Problem("device", found, "a device that is here, such as cpu")
     return device
+
+
+def place_problem(out: Path) -> Problem | None:
+    """What keeps an output from being written at `out`."""
+    if out.exists():
+        if out.is_dir() and not any(out.iterdir()):
+            return None
+        expected = "a folder that does not exist or is empty"
+        return Problem(str(out), "something there already", expected, "Choose another place.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return None
+    kind = "a folder without the right to write" if above.is_dir() else "a file"
+    return Problem(str(out), f"{kind} above it, {above}", "a place that can be made")
 
 
 def seed_problem(seed: Any) -> Problem | None:

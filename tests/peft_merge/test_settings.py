@@ -135,4 +135,3 @@ def test_places_of_layers():
         "encoder.block.1.layer.0.q": pytest.approx(1 / 3),
         "encoder.block.3.layer.1.q": 1.0,
     }
-

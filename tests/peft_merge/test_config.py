@@ -1,0 +1,263 @@
+"""Configurations: what is understood, and every mistake in one error."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergekit_ext.errors import ConfigError
+from peft_merge.merge import merge_adapters, plan_config
+from tests.peft_merge.models import KINDS, saved
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two LoRAs of different ranks, and an (IA)^3, of one base."""
+    place = tmp_path_factory.mktemp("adapters")
+    return {
+        "one": saved(KINDS["plain"], place / "one", 1),
+        "two": saved(KINDS["plain"], place / "two", 2, r=3),
+        "ia3": saved(KINDS["ia3"], place / "ia3", 3),
+        "heads": saved(KINDS["modules_to_save"], place / "heads", 4),
+        "more_heads": saved(KINDS["modules_to_save"], place / "more_heads", 5),
+        "no_head": saved(KINDS["lora_bias"], place / "no_head", 6),
+    }
+
+
+def document(folders, *names, **others):
+    return {
+        "merge_method": "linear",
+        "models": [{"model": str(folders[name])} for name in names],
+        **others,
+    }
+
+
+def problems_of(config, **options):
+    with pytest.raises(ConfigError) as caught:
+        plan_config(config, **options)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def the_problem(config, **options):
+    (problem,) = problems_of(config, **options)
+    return problem
+
+
+def test_a_plan_of_a_plain_merge(folders):
+    plan = plan_config(document(folders, "one", "two"))
+    assert plan.kind == "lora"
+    assert [adapter.name for adapter in plan.adapters] == ["one", "two"]
+    assert plan.dtype == torch.float32
+    assert (plan.rank, plan.space, plan.seed, plan.notes) == (None, "delta", 0, ())
+    values = plan.resolve(plan.modules[0])
+    assert list(values.weights) == [1.0, 1.0]
+    assert values.options == {"normalize": True}
+
+
+def test_values_by_model_layer_and_filter(folders):
+    config = document(folders, "one", "two", merge_method="ties")
+    config["parameters"] = {"density": [0.2, 0.6], "weight": 0.5}
+    config["models"][0]["parameters"] = {
+        "density": [{"filter": "q_proj", "value": 0.9}],
+        "weight": {"filter": "layers.1", "value": "2e0"},
+    }
+    plan = plan_config(config)
+    seen = {module: plan.resolve(module) for module in plan.modules}
+    for module, values in seen.items():
+        last = "layers.1" in module
+        assert list(values.weights) == [2.0 if last else 0.5, 0.5]
+        own, other = (each["density"] for each in values.each)
+        assert other == (0.6 if last else 0.2)
+        assert own == (0.9 if "q_proj" in module else other)
+
+
+def test_names_and_dtype_and_base(folders):
+    config = document(folders, "one", dtype="bfloat16", rank={"energy": 0.9}, seed=7)
+    config["models"].append({"model": str(folders["one"]), "name": "again"})
+    plan = plan_config(config)
+    assert [adapter.name for adapter in plan.adapters] == ["one", "again"]
+    assert (plan.dtype, plan.seed) == (torch.bfloat16, 7)
+
+
+def test_the_default_dtype_holds_all_inputs(folders, tmp_path):
+    half = saved(KINDS["plain"], tmp_path / "half", 1, torch.bfloat16)
+    other = saved(KINDS["plain"], tmp_path / "other", 1, torch.float16)
+    for chosen, dtype in (([half], torch.bfloat16), ([half, other], torch.float32)):
+        config = {"merge_method": "linear", "models": [{"model": str(f)} for f in chosen]}
+        assert plan_config(config).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"merge_method": "linaer"}, "merge_method: found 'linaer'.* Write `linear`"),
+        ({"merge_method": ["linear"]}, r"merge_method: found \['linear'\]"),
+        ({"mergemethod": "ties"}, "mergemethod: found an unknown key.*Write `merge_method`"),
+        ({"slices": []}, "slices: found a key for full models.*list them under `models:`"),
+        ({"out_dtype": "float16"}, "Write `dtype`"),
+        ({"tokenizer_source": "union"}, "tokenizer is the base's"),
+        ({"dtype": "bfloat"}, "dtype: found 'bfloat'.*Write `bfloat16`"),
+        ({"dtype": "int8"}, "dtype: found 'int8'"),
+        ({"dtype": 16}, "dtype: found 16"),
+        ({"rank": 0}, "rank: found 0; expected a whole number from 1"),
+        ({"rank": True}, "rank: found True"),
+        ({"rank": 2.5}, "rank: found 2.5"),
+        ({"rank": 17}, "rank: found 17; expected at most 16"),
+        ({"rank": "losless"}, "Write `lossless`"),
+        ({"rank": {"energy": 1.5}}, "share above 0 up to 1"),
+        ({"rank": {"enrgy": 0.5}}, "rank: found"),
+        ({"space": "dleta"}, "space: found 'dleta'.*Write `delta`"),
+        ({"space": "log"}, "space: found 'log'; expected for LoRA one of delta"),
+        ({"space": ["delta"]}, "space: found"),
+        ({"space": "factors"}, "different ranks in .*q_proj"),
+        ({"seed": -1}, "seed: found -1"),
+        ({"seed": True}, "seed: found True"),
+        ({"modules_to_save": "avrage"}, "modules_to_save: found 'avrage'.*Write `average`"),
+        ({"modules_to_save": 1}, "modules_to_save: found 1"),
+        ({"base_model": 7}, "base_model: found 7"),
+        ({"parameters": [1]}, r"parameters: found \[1\]; expected a mapping"),
+        ({"parameters": {"weigth": 1}}, "parameters.weigth: found a parameter that `linear` does"),
+        ({"parameters": {"normalize": 1}}, "parameters.normalize: found 1; expected true or false"),
+        ({"parameters": {"weight": float("nan")}}, "parameters.weight: found nan"),
+        ({"merge_method": "lore"}, "none of mu, mu_relative, rank_ratio"),
+        (
+            {"merge_method": "nan", "parameters": {"granularity": ["tensor", "model"]}},
+            "parameters.granularity: found model and tensor, by module",
+        ),
+    ],
+)
+def test_one_mistake_gives_one_problem(folders, change, said):
+    config = document(folders, "one", "two", **change)
+    problem = the_problem(config)
+    assert re.search(said, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("./one", r"models\[2\]: found './one'.*Write `- model: ./one`"),
+        ({"modle": "x"}, r"models\[2\].modle: found an unknown key.*Write `model`"),
+        ({"model": 3}, r"models\[2\].model: found 3"),
+        ({"model": "base+adapter"}, "the base is not needed"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+    ],
+)
+def test_mistakes_in_an_entry(folders, entry, said):
+    config = document(folders, "one", "two")
+    config["models"].append(entry)
+    assert any(re.search(said, problem) for problem in problems_of(config))
+
+
+def test_parameters_of_the_merge_do_not_stand_under_a_model(folders):
+    config = document(folders, "one")
+    config["models"][0]["parameters"] = {"normalize": False, "weight": "much"}
+    first, second = problems_of(config)
+    assert first.startswith("models[0].parameters.normalize: found a parameter of the whole merge")
+    assert second.startswith("models[0].parameters.weight: found 'much'")
+
+
+def test_all_mistakes_at_once(folders, tmp_path):
+    config = document(folders, "one", "one", "ia3", dtype="x", seed="y", rank="z", sede=3)
+    config["parameters"] = {"normalise": True, "weight": [1, "two"]}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    found = problems_of(config, out=tmp_path / "out", device="abacus")
+    for start in (
+        *("dtype:", "seed:", "rank:", "sede:", "parameters.normalise:", "parameters.weight[1]:"),
+        *("models[0], models[1]: found 2 adapters called 'one'", "adapters:", "device:"),
+        f"{tmp_path / 'out'}:",
+    ):
+        assert [problem for problem in found if problem.startswith(start)], start
+
+
+def test_ia3_has_no_rank_and_its_own_spaces(folders):
+    assert plan_config(document(folders, "ia3")).space == "additive"
+    assert plan_config(document(folders, "ia3", space="log")).space == "log"
+    assert "no rank" in the_problem(document(folders, "ia3", rank=4))
+    assert "(IA)^3 one of additive, log" in the_problem(document(folders, "ia3", space="delta"))
+
+
+def test_filters_that_match_nothing_are_noted(folders):
+    config = document(folders, "one")
+    config["parameters"] = {"weight": [{"filter": "mpl", "value": 2}, {"value": 1}]}
+    (note,) = plan_config(config).notes
+    assert note == "parameters.weight: the filter 'mpl' matches no adapted module."
+
+
+def test_heads_are_averaged_dropped_or_taken(folders):
+    both = document(folders, "heads", "more_heads")
+    name = "classifier.weight"
+    assert plan_config(both).saved[name] == (0, 1)
+    assert plan_config({**both, "modules_to_save": "more_heads"}).saved[name] == (1,)
+    assert plan_config({**both, "modules_to_save": "drop"}).saved == {}
+    both["parameters"] = {"weight": [{"filter": "classifier", "value": 0}, {"value": 1}]}
+    assert all("weights that sum to 0" in problem for problem in problems_of(both))
+
+
+def test_heads_that_only_some_have_need_a_word(folders):
+    mixed = document(folders, "heads", "no_head")
+    assert all("Say which to take with `modules_to_save`" in p for p in problems_of(mixed))
+    assert plan_config({**mixed, "modules_to_save": "average"}).saved["classifier.weight"] == (0,)
+    assert plan_config({**mixed, "modules_to_save": "no_head"}).saved == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("merge_method: [", "expected YAML"),
+        ("- 1", "one mapping"),
+        ("a: 1\n---\nb: 2", "2 documents"),
+        ("", "one mapping"),
+        ("a: &a [*a]", "expected YAML"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, said):
+    file = tmp_path / "merge.yml"
+    file.write_text(text)
+    assert said in the_problem(file)
+    assert "cannot be read" in the_problem(tmp_path / "missing.yml")
+
+
+def test_keys_given_twice(folders, tmp_path):
+    file = tmp_path / "merge.yml"
+    file.write_text(
+        f"merge_method: linear\nmodels:\n- model: {folders['one']}\n"
+        "parameters:\n  weight: 1\n  weight: 2\n"
+    )
+    assert "the key twice, on lines 5 and 6" in the_problem(file)
+
+
+def test_yaml_makes_no_objects(tmp_path):
+    file = tmp_path / "merge.yml"
+    mark = tmp_path / "mark"
+    file.write_text(f"merge_method: !!python/object/apply:pathlib.Path.touch [{mark}]")
+    assert "expected YAML" in the_problem(file)
+    assert not mark.exists()
+
+
+def test_arguments_from_python(folders):
+    with pytest.raises(ConfigError) as caught:
+        merge_adapters(
+            [folders["one"], folders["two"]],
+            "tise",
+            weights=[1.0],
+            each=[{"weight": 1.0}, {}, {}],
+        )
+    text = str(caught.value)
+    for said in ("Write `ties`", "weights: found 1; expected 2", "each: found 3", "each[0].weight"):
+        assert said in text
+    with pytest.raises(TypeError, match="a list"):
+        merge_adapters(str(folders["one"]))
+    with pytest.raises(ConfigError, match="one adapter at least"):
+        merge_adapters([])
+
+
+def test_a_place_that_cannot_be_made(folders, tmp_path):
+    (tmp_path / "file").touch()
+    config = document(folders, "one")
+    assert "a file above it" in the_problem(config, out=tmp_path / "file" / "out")
+    assert "something there already" in the_problem(config, out=tmp_path / "file")
+    assert plan_config(config, Path(tmp_path / "new" / "deeper")).kind == "lora"
