@@ -1,0 +1,282 @@
+"""Merging adapters of a live PeftModel into a further adapter of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, MergeError, Problem
+from peft_merge.adapter import Adapter
+from peft_merge.combination_types import COMBINATION_TYPES
+from peft_merge.config.wording import did_you_mean, shown
+from peft_merge.io import adapters_of, state_dict
+from peft_merge.merge import MergedAdapter, merge_adapters
+from peft_merge.methods import methods
+
+_SUBJECT = "add_merged_adapter"
+
+
+def add_merged_adapter(
+    peft_model: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float] | None = None,
+    adapter_name: str | None = None,
+    combination_type: str | None = None,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+    *,
+    method: str | None = None,
+    rank: int | str | Mapping[str, float] | None = None,
+    space: str | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    modules_to_save: str | None = None,
+    callbacks: Iterable[object] = (),
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Merge adapters of a model into a new one, as `add_weighted_adapter` of PEFT is called.
+
+    ``model.add_weighted_adapter(a, w, name, ...)`` becomes ``add_merged_adapter(model, a, w, name,
+    ...)``. Weights are not normalised unless `normalize` says so. The new adapter is not active
+    and not trained; nothing else of the model changes.
+
+    Args:
+        peft_model: a PeftModel with LoRA or (IA)^3 adapters.
+        adapters: names of adapters in it.
+        weights: one for each; default 1.
+        adapter_name: of the new adapter.
+        combination_type: one of PEFT's (see `peft_merge.combination_types`), taken as the exact
+            method that it approximates.
+        svd_rank: PEFT's name of `rank`.
+        svd_clamp: refused: it would change the result.
+        svd_full_matrices: taken for PEFT's sake; how singular values are computed changes nothing.
+        svd_driver: likewise.
+        density: share of entries kept, for the methods that drop some; one number, or what
+            `merge_adapters` takes.
+        majority_sign_method: of PEFT's TIES types.
+        method: any method of `merge_adapters`, instead of a combination type; default `linear`.
+        rank: of the new LoRA; default as in `merge_adapters`: nothing is cut off by `linear`.
+        space, seed, device, callbacks: as in `merge_adapters`.
+        dtype: of the new adapter; default: that of the merged ones.
+        modules_to_save: as in `merge_adapters`: "average", "drop" or an adapter's name.
+        **parameters: of the method. A trailing underscore is left out: `lambda_=0.5`.
+
+    Returns:
+        The report of the merge: ranks, truncation errors, coefficients.
+
+    Raises:
+        ConfigError: wrong arguments, or adapters that cannot be merged exactly; all at once.
+        NonFiniteError: an adapter holds NaN or infinity.
+        The model is as it was after any error.
+    """
+    from peft import PeftModel
+
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"peft_model: found {type(peft_model).__name__}; expected a PeftModel")
+    given = {name.removesuffix("_"): value for name, value in parameters.items()}
+    problems = [*_name_problems(peft_model, adapter_name), *_adapter_problems(peft_model, adapters)]
+    chosen, known = _method(combination_type, method, problems)
+    found: dict[str, Any] = {"density": density} if density is not None else {}
+    if majority_sign_method != "total":
+        found["majority_sign_method"] = majority_sign_method
+    problems += _peft_problems(combination_type, {**given, **found}, svd_clamp)
+    if rank is not None and svd_rank is not None:
+        problems.append(Problem("svd_rank", "it beside `rank`", "one of the two"))
+    if weights is not None and len(weights) != len(adapters):
+        problems.append(Problem("weights", f"{len(weights)}", f"{len(adapters)}, one per adapter"))
+    if problems or adapter_name is None:
+        raise ConfigError(problems, _SUBJECT)
+    merged = merge_adapters(
+        [_without_biases(peft_model, each) for each in adapters_of(peft_model, adapters)],
+        chosen,
+        weights=weights,
+        parameters={**known, **given, **found},
+        rank=svd_rank if rank is None else rank,
+        space=space,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        modules_to_save=modules_to_save,
+        name=adapter_name,
+        callbacks=callbacks,
+    )
+    if not isinstance(merged, MergedAdapter):
+        expected = "one that makes one adapter"
+        raise ConfigError([Problem("method", shown(chosen), expected)], _SUBJECT)
+    _add(peft_model, adapter_name, merged.adapter)
+    return merged.report
+
+
+def _name_problems(model: Any, name: str | None) -> Iterator[Problem]:
+    if not isinstance(name, str) or not name or "." in name:
+        found = "nothing" if name is None else shown(name)
+        yield Problem("adapter_name", found, "a name without dots", "Give the new adapter one.")
+    elif hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):
+        expected = "a name that is no attribute of torch's modules, which hold adapters by name"
+        yield Problem("adapter_name", shown(name), expected, "Choose another one.")
+    elif name in model.peft_config:
+        expected = "a name that the model does not have yet"
+        remedy = "Choose another one, or call `delete_adapter` first."
+        yield Problem("adapter_name", f"an adapter called {name!r} already", expected, remedy)
+
+
+def _adapter_problems(model: Any, adapters: Sequence[str]) -> Iterator[Problem]:
+    if isinstance(adapters, str) or not adapters:
+        yield Problem("adapters", shown(adapters), "a list of names of the model's adapters")
+        return
+    for name in adapters:
+        if name not in model.peft_config:
+            remedy = did_you_mean(name, list(model.peft_config))
+            yield Problem("adapters", shown(name), "an adapter of the model", remedy)
+    for name in dict.fromkeys(name for name in adapters if list(adapters).count(name) > 1):
+        yield Problem("adapters", f"{name!r} more than once", "each once", "Add its weights up.")
+
+
+def _method(
+    combination_type: str | None, method: str | None, problems: list[Problem]
+) -> tuple[str, dict[str, Any]]:
+    """The method's name, and the parameters in which its default is not PEFT's."""
+    if combination_type is not None and method is not None:
+        expected = "one of the two"
+        problems.append(Problem("method", "it beside `combination_type`", expected))
+    elif combination_type is not None and combination_type in COMBINATION_TYPES:
+        meaning = COMBINATION_TYPES[combination_type]
+        return meaning.method, dict(meaning.parameters)
+    elif combination_type is not None:
+        remedy = did_you_mean(combination_type, list(COMBINATION_TYPES))
+        expected = "a combination type of PEFT"
+        problems.append(Problem("combination_type", shown(combination_type), expected, remedy))
+    elif method is not None and method not in methods():
+        remedy = did_you_mean(method, list(methods()))
+        problems.append(Problem("method", shown(method), "a merge method", remedy))
+    chosen = method or "linear"
+    return chosen, {"normalize": False} if chosen == "linear" else {}
+
+
+def _peft_problems(
+    combination_type: str | None, found: Mapping[str, Any], svd_clamp: float | None
+) -> Iterator[Problem]:
+    if svd_clamp is not None:
+        expected = "nothing: clamped factors are not those of the merged change"
+        yield Problem("svd_clamp", shown(svd_clamp), expected, "Leave it out.")
+    meaning = COMBINATION_TYPES.get(combination_type or "")
+    if meaning is None:
+        return
+    if meaning.density and "density" not in found:
+        expected = f"the share of entries that `{combination_type}` keeps, above 0 up to 1"
+        yield Problem("density", "nothing", expected, "Add `density=0.5`, say.")
+    if not meaning.density and "density" in found:
+        expected = f"nothing: `{combination_type}` drops no entries"
+        yield Problem("density", shown(found["density"]), expected, "Leave it out.")
+    if not meaning.majority and "majority_sign_method" in found:
+        expected = f"nothing: `{combination_type}` elects no signs"
+        value = shown(found["majority_sign_method"])
+        yield Problem("majority_sign_method", value, expected, "Leave it out.")
+
+
+def _without_biases(model: Any, adapter: Adapter) -> Adapter:
+    """Without trained biases of the base: in a live model they act with every adapter."""
+    saved = {name: load for name, load in adapter.saved.items() if _owner(model, name)}
+    return replace(adapter, saved=saved)
+
+
+def _owner(model: Any, tensor: str) -> str | None:
+    """The module of `modules_to_save` that a whole tensor is in."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and tensor.startswith(f"{name}."):
+            return str(name)
+    return None
+
+
+def _add(model: Any, name: str, adapter: Adapter) -> None:
+    """Add the adapter, and leave everything else as it was, whether that works or not."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_peft_type(**_settings(model, adapter))
+    replication = adapter.config.get("layer_replication")
+    restore = _snapshot(model)
+    before = {id(parameter) for parameter in model.parameters()}
+    modules = {id(module) for module in model.modules()}
+    try:
+        model.add_adapter(name, config, autocast_adapter_dtype=False)
+        added = {k: p for k, p in model.named_parameters() if id(p) not in before}
+        _fill(model, name, adapter, added)
+        for parameter in added.values():
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            if id(module) not in modules:
+                module.train(model.training)
+        if replication:
+            config.layer_replication = replication
+    except BaseException:
+        # PEFT forgets the configuration of an adapter that failed, but not its layers.
+        model.peft_config.setdefault(name, config)
+        model.delete_adapter(name)
+        restore()
+        raise
+    restore()
+
+
+def _settings(model: Any, adapter: Adapter) -> dict[str, Any]:
+    """The adapter's configuration, for a model that has adapters like it already."""
+    settings = dict(adapter.config)
+    if settings["peft_type"] == "LORA":
+        # Layers are replicated already, and biases belong to the model.
+        settings |= {"layer_replication": None, "bias": "none"}
+    if settings.get("ensure_weight_tying"):
+        # PEFT does not find modules tied to one that it has wrapped before.
+        owners = {_owner(model, name) for name in adapter.saved}
+        settings |= {"ensure_weight_tying": False}
+        settings["modules_to_save"] = sorted(owner for owner in owners if owner) or None
+    return settings
+
+
+def _snapshot(model: Any) -> Callable[[], None]:
+    """What adding and deleting adapters may touch: what is trained, what is active."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active, tuner_active = model.active_adapter, model.base_model.active_adapter
+
+    def restore() -> None:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        model.active_adapter, model.base_model.active_adapter = active, tuner_active
+
+    return restore
+
+
+def _fill(model: Any, name: str, adapter: Adapter, added: Mapping[str, Tensor]) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    dtype = adapter.infos[next(iter(adapter.infos))].dtype
+    factor = model.base_model.prefix
+    for key, parameter in added.items():
+        if f".{factor}" in key:
+            parameter.data = parameter.data.to(dtype)
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = state_dict(adapter)
+    unknown = sorted(tensors.keys() - expected.keys())
+    shapes = sorted(k for k in tensors if k in expected and tensors[k].shape != expected[k].shape)
+    if unknown or shapes:
+        raise MergeError(
+            f"{name}: the model has no place for {', '.join([*unknown, *shapes][:5])} "
+            f"({len(unknown) + len(shapes)} tensors in all)."
+        )
+    # PEFT adapts modules whose names end like a merged one's too: there it must change nothing.
+    for key in expected.keys() - tensors.keys():
+        if f".{factor}" in key:
+            neutral = torch.ones_like if key.endswith(".ia3_l") else torch.zeros_like
+            tensors[key] = neutral(expected[key])
+        else:
+            tensors[key] = expected[key]
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
