@@ -25,6 +25,7 @@ from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError, Problem
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.weight_names import Located, bias_name, locate, missing_biases, unwrapped
 from peft_merge.weight_shapes import Shape, orientations
+from peft_merge.weight_ties import with_tied_once
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -59,7 +60,7 @@ class AdaptedWeights:
             ConfigError: modules without a tensor, ambiguous names or orientations, shapes that do
                 not fit, `lora_bias` without a bias, `layer_replication`.
         """
-        adapter = self._adapter
+        adapter = with_tied_once(self._adapter, shapes)
         located, problems = locate(adapter, shapes)
         if adapter.config.get("layer_replication"):
             problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from peft_merge.weights import AdaptedWeights
 from tests.peft_merge import models
 
 REFUSED = {"transposed_parameters", "convolutions", "attention", "replicated"}
-ACCEPTED = sorted(set(models.KINDS) - REFUSED)
+# PEFT's merge adds the one change of tied weights twice to what it has in memory once.
+TIED = {"tied_factors"}
+ACCEPTED = sorted(set(models.KINDS) - REFUSED - TIED)
 
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -59,6 +62,33 @@ def check(kind: models.Kind, folder: Path) -> None:
 def test_equals_the_merge_of_peft(name, tmp_path):
     kind = models.KINDS[name]
     check(kind, models.saved(kind, tmp_path / "a", 1))
+
+
+@pytest.mark.parametrize("head_stored", [True, False])
+@pytest.mark.parametrize("name", ["tied_factors", "tied_saved"])
+def test_tied_weights_are_changed_once(name, head_stored, tmp_path):
+    kind = models.KINDS[name]
+    folder = models.saved(kind, tmp_path / "a", 1)
+    plain = models.base(kind)
+    base = dict(plain.state_dict())
+    if not head_stored:
+        del base["lm_head.weight"]
+    ours = applied(load_adapter(folder), base)
+    plain.load_state_dict(ours, strict=False)
+    plain.tie_weights()
+    expected = models.answer(kind, models.reloaded(kind, folder))
+    torch.testing.assert_close(models.answer(kind, plain), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_not_stored_is_only_left_out_if_it_is_tied(tmp_path):
+    kind = models.KINDS["tied_factors"]
+    adapter = load_adapter(models.saved(kind, tmp_path / "a", 1))
+    base = dict(models.base(kind).state_dict())
+    del base["lm_head.weight"]
+    loads = {name: adapter.load(name) for name in adapter.infos}
+    loads["lm_head"] = dataclasses.replace(loads["lm_head"], scale=9.0)
+    with pytest.raises(ConfigError, match="lm_head"):
+        applied(dataclasses.replace(adapter, load=loads.__getitem__), base)
 
 
 @pytest.mark.parametrize("target", ["point", "line", "volume"])
