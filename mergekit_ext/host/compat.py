@@ -19,7 +19,8 @@ loaded):
                                 ``plan_flat_merge`` checks, and runs the statistics graph; the
                                 command's output is staged as in ``run_merge``.
                                 ``SimpleLoaderCache.get`` and ``SimpleLoadTensor.execute`` read
-                                ``file+adapter``.
+                                ``file+adapter``; ``TensorDictWrapper.execute`` does not take a
+                                path with a plus sign for another model.
 ``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
                                 merge of ours runs (`local_cards`).
 
@@ -111,6 +112,7 @@ def extend_raw_pytorch(module: Any) -> None:
 
     _replace(module.SimpleLoaderCache, "get", extension.file_loader)
     _replace(module.SimpleLoadTensor, "execute", extension.load_tensor)
+    _replace(module.TensorDictWrapper, "execute", extension.by_model)
     if not hasattr(module.plan_flat_merge, "stock"):
         module.plan_flat_merge = run_flat.extended_plan(module.plan_flat_merge)
         module.main.callback = run_flat.extended_command(module.main.callback)

@@ -31,7 +31,7 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
     ) -> list[Any]:
         stock = plan.stock  # type: ignore[attr-defined]
         session = sessions.current()
-        places = {item.model: f"models[{i}].model" for i, item in enumerate(config.models)}
+        places = {item.model: f"models[{i}]" for i, item in enumerate(config.models)}
         if config.base_model is not None:
             places.setdefault(config.base_model, "base_model")
         if ext_method(config.merge_method) is None:

@@ -6,11 +6,12 @@ opened once, however many adapters of it there are. ``MERGEKIT_EXT_ADAPTERS=0`` 
 own way back, for adapters that can only be applied inside of a model.
 """
 
-from mergekit_ext.host.adapters.fitted import Fitted, base_of, fit, read_adapter
+from mergekit_ext.host.adapters.fitted import BEFOREHAND, Fitted, base_of, fit, read_adapter
 from mergekit_ext.host.adapters.loader import AdaptedLoader, open_adapted
 from mergekit_ext.host.adapters.switch import VARIABLE, applies
 
 __all__ = [
+    "BEFOREHAND",
     "VARIABLE",
     "AdaptedLoader",
     "Fitted",

@@ -102,6 +102,18 @@ def file_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
+def by_model(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``TensorDictWrapper.execute``, which makes models of texts again, other ones if they have a
+    plus sign."""
+
+    def execute(self: Any, **tensors: Any) -> dict[Any, Any]:
+        return {
+            model: tensors[key] for model, key in zip(self.tensors, self.arguments(), strict=True)
+        }
+
+    return execute
+
+
 def file_with_adapter(model: str) -> Any:
     """What ``file+adapter`` refers to; None where `model` is a file's name, or has no adapter."""
     from mergekit.common import ModelReference

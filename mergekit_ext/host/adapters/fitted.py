@@ -18,6 +18,7 @@ from mergekit_ext.host.adapters.ties import tied_names
 from peft_merge.adapter import Adapter
 from peft_merge.weights import AdaptedWeights
 
+BEFOREHAND = f"Or set {VARIABLE}=0, with which mergekit merges the adapter with PEFT beforehand."
 # Where refused kinds of adapters are reported.
 _CONFIG = "adapter_config.json"
 
@@ -59,33 +60,42 @@ def base_of(reference: Any) -> Any:
     return reference.model_copy(update={"lora": None})
 
 
-def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> Fitted:
+def fit(
+    adapter: Adapter,
+    tensors: Mapping[str, TensorHeader],
+    config: Any,
+    otherwise: str = BEFOREHAND,
+) -> Fitted:
     """Match `adapter` with a base; no weight is read.
 
     Args:
         adapter: LoRA or (IA)^3.
         tensors: every stored tensor of the base.
         config: the base's transformers configuration; None for a bare file of weights.
+        otherwise: what else can be done with an adapter that does not fit, added to the remedies.
 
     Raises:
         ConfigError: the adapter cannot be applied to these tensors exactly.
     """
-    weights, stored = _matched(adapter, tensors, config)
-    touched = {name: known for known, name in stored.items()}
-    problems = [
-        *_not_floating(tensors, touched),
-        *_tied(adapter, {*stored, *weights.added}, config),
-    ]
-    if problems:
-        subject = f"adapter {adapter.name} on this base"
-        raise ConfigError(map(_with_way, problems), subject)
+    try:
+        weights, stored = _matched(adapter, tensors, config)
+        touched = {name: known for known, name in stored.items()}
+        problems = [
+            *_not_floating(tensors, touched),
+            *_tied(adapter, {*stored, *weights.added}, config),
+        ]
+        if problems:
+            raise ConfigError(problems, f"adapter {adapter.name} on this base")
+    except ConfigError as error:
+        raise ConfigError((_or(p, otherwise) for p in error.problems), error.subject) from None
     return Fitted(adapter, touched, weights.added, weights)
 
 
-def read_adapter(path: Any) -> Adapter:
+def read_adapter(path: Any, otherwise: str = BEFOREHAND) -> Adapter:
     """The adapter at mergekit's `ModelPath`.
 
     Pickles are read as mergekit reads those of models: by torch's restricted unpickler.
+    `otherwise` is as in `fit`.
 
     Raises:
         ConfigError: it cannot be read, or is of a kind that is not applied exactly.
@@ -95,16 +105,12 @@ def read_adapter(path: Any) -> Adapter:
     try:
         return load_adapter(path.path, revision=path.revision, allow_pickle=True)
     except ConfigError as error:
-        problems = [
-            _with_way(problem) if _CONFIG in problem.where else problem
-            for problem in error.problems
-        ]
+        problems = (_or(p, otherwise) if _CONFIG in p.where else p for p in error.problems)
         raise ConfigError(problems, error.subject) from None
 
 
-def _with_way(problem: Problem) -> Problem:
-    way = f"Or set {VARIABLE}=0, with which mergekit merges the adapter with PEFT beforehand."
-    return dataclasses.replace(problem, remedy=f"{problem.remedy} {way}".strip())
+def _or(problem: Problem, otherwise: str) -> Problem:
+    return dataclasses.replace(problem, remedy=f"{problem.remedy} {otherwise}".strip())
 
 
 def _matched(
@@ -126,7 +132,7 @@ def _matched(
             errors.append(error)
         else:
             return weights, {names[name]: name for name in tensors if names[name] in known}
-    raise ConfigError(map(_with_way, errors[0].problems), errors[0].subject)
+    raise errors[0]
 
 
 def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -> list[Problem]:

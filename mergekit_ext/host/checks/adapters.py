@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, read_safetensors
-from mergekit_ext.host.adapters import VARIABLE, applies, fit, read_adapter
+from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, applies, fit, read_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing
@@ -39,6 +39,7 @@ def adapted_tensors(
     config: Any,
     where: str,
     findings: Findings,
+    otherwise: str = BEFOREHAND,
 ) -> dict[str, TensorHeader] | None:
     """The tensors of a base with an adapter; None with problems, or when they are not known yet.
 
@@ -46,14 +47,15 @@ def adapted_tensors(
         path: mergekit's `ModelPath` of the adapter.
         tensors: the base's; None when they are not known.
         config: the base's configuration; None for a bare file of weights.
+        otherwise: see `fit`.
     """
     if not _is_here(path, where, findings):
         return None
     try:
-        adapter = read_adapter(path)
+        adapter = read_adapter(path, otherwise)
         if tensors is None:
             return None
-        return fit(adapter, tensors, config).tensors(tensors)
+        return fit(adapter, tensors, config, otherwise).tensors(tensors)
     except ConfigError as error:
         for problem in error.problems:
             place = f"{where} ({problem.where})"

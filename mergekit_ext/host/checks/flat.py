@@ -93,7 +93,7 @@ def _tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeade
         return _file_tensors(path, where, findings)
     file = reference.model.path
     base = _file_tensors(file, where, findings)
-    return adapted_tensors(reference.lora, base, config_beside(file), where, findings)
+    return adapted_tensors(reference.lora, base, config_beside(file), where, findings, otherwise="")
 
 
 def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:

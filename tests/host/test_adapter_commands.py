@@ -1,0 +1,138 @@
+"""``base+adapter`` through the installed commands: mergekit-yaml, -multi, -pytorch, the check."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import IA3Config, LoraConfig
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from tests import models as small
+from tests.host.adapters import merged_with_peft, saved_adapter, saved_base
+
+CONFIGS = {
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a base, two adapters, and what PEFT makes of them."""
+    folder = tmp_path_factory.mktemp("models")
+    base = saved_base(folder / "base")
+    (base / "tokenizer_config.json").write_text('{"model_max_length": 7}')
+    (base / "tokenizer.json").write_text("{}")
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        saved_adapter(base, folder / name, config, seed, LlamaForCausalLM)
+        merged_with_peft(base, folder / name, folder / f"{name}-whole", LlamaForCausalLM)
+    return folder
+
+
+def adapted(models):
+    return [f"{models / 'base'}+{models / name}" for name in CONFIGS]
+
+
+def mean(models):
+    states = [small.state(models / f"{name}-whole") for name in CONFIGS]
+    return {name: (states[0][name] + states[1][name]) / 2 for name in states[0]}
+
+
+def compare(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_yaml(models, tmp_path):
+    content = small.config("linear", adapted(models), None, {"weight": 0.5})
+    yml = small.write_yaml(tmp_path / "merge.yml", content)
+    cache = tmp_path / "cache"
+    done = small.command("mergekit-yaml", yml, tmp_path / "out", "--lora-merge-cache", cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--lora-merge-cache") == 1
+    compare(small.state(tmp_path / "out"), mean(models))
+    assert {path.name for path in tmp_path.iterdir()} == {"merge.yml", "out"}
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "model_max_length": 7
+    }
+    LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_multi(models, tmp_path):
+    """The base of an adapter is the result of another document."""
+    base = str(models / "base")
+    documents = [
+        {
+            "name": "same",
+            "merge_method": "linear",
+            "models": [{"model": base, "parameters": {"weight": 1.0}}],
+        },
+        small.config(
+            "nan_linear", [f"same+{models / name}" for name in CONFIGS], None, {"weight": 1.0}
+        ),
+    ]
+    yml = tmp_path / "multi.yml"
+    yml.write_text(yaml.safe_dump_all(documents))
+    checked = small.command("mergekit-ext", "check", yml)
+    assert checked.returncode == 0, checked.stdout
+    done = small.command(
+        "mergekit-multi", yml, "-I", tmp_path / "parts", "--out-path", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = small.config(
+        "nan_linear", [models / f"{name}-whole" for name in CONFIGS], None, {"weight": 1.0}
+    )
+    wanted["models"] = [{"model": str(models / f"{name}-whole")} for name in CONFIGS]
+    yml = small.write_yaml(tmp_path / "wanted.yml", wanted)
+    done = small.command("mergekit-yaml", yml, tmp_path / "wanted")
+    assert done.returncode == 0, done.stderr
+    compare(small.state(tmp_path / "out"), small.state(tmp_path / "wanted"))
+
+
+@pytest.mark.parametrize("method", ["linear", "nan"])
+def test_pytorch(method, models, tmp_path):
+    file = models / "base" / "model.safetensors"
+    content = small.config(
+        method,
+        [f"{file}+{models / name}" for name in CONFIGS],
+        file if method == "nan" else None,
+        {"weight": 0.5},
+    )
+    yml = small.write_yaml(tmp_path / "merge.yml", content)
+    done = small.command("mergekit-pytorch", yml, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    whole = small.config(
+        method,
+        [models / f"{name}-whole" / "model.safetensors" for name in CONFIGS],
+        file if method == "nan" else None,
+        {"weight": 0.5},
+    )
+    yml = small.write_yaml(tmp_path / "whole.yml", whole)
+    done = small.command("mergekit-pytorch", yml, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    compare(*(load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole")))
+
+
+def test_a_refused_adapter(models, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    dora = saved_adapter(models / "base", tmp_path / "dora", config, 1, LlamaForCausalLM)
+    file = models / "base" / "model.safetensors"
+    for command, base in (("mergekit-yaml", models / "base"), ("mergekit-pytorch", file)):
+        content = small.config("linear", [f"{base}+{dora}"], None, {"weight": 1.0})
+        yml = small.write_yaml(tmp_path / "merge.yml", content)
+        checked = small.command("mergekit-ext", "check", yml)
+        assert checked.returncode == 2, checked.stdout
+        done = small.command(command, yml, tmp_path / "out")
+        assert done.returncode == 2, done.stderr
+        for text in (checked.stdout, done.stderr):
+            assert "models[0]" in text
+            assert "DoRA" in text
+            # mergekit-pytorch has no way of its own.
+            assert ("MERGEKIT_EXT_ADAPTERS=0" in text) == (command == "mergekit-yaml")
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
