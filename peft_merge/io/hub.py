@@ -10,7 +10,7 @@ from mergekit_ext.errors import Problem
 from peft_merge.io.tensors import CONFIG, PICKLE, SAFETENSORS
 
 # As the Hub allows them: letters, digits, and -_. in one or two parts.
-_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+_HUB_NAME = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?", re.ASCII)
 
 
 def locate(
@@ -21,13 +21,17 @@ def locate(
     A folder that exists wins over a name on the Hub. With ``HF_HUB_OFFLINE`` the cache is used.
     """
     text = os.fspath(source)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return folder
-    if not isinstance(source, str) or folder.exists() or not _HUB_NAME.fullmatch(text):
+    try:
+        folder = Path(text).expanduser()
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except (OSError, RuntimeError, ValueError):  # no name of a file on this system
+        exists = False
+    if not isinstance(source, str) or exists or not _HUB_NAME.fullmatch(text):
         return Problem(
-            text,
-            "a file" if folder.exists() else "no such folder",
+            text or "an empty name",
+            "a file" if exists else "no such folder",
             f"a folder with {CONFIG}, or a name on the Hub",
         )
     import huggingface_hub

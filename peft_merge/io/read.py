@@ -114,8 +114,8 @@ def _read(
 
 def default_name(source: Source) -> str:
     """The last component of a path or of a name on the Hub."""
-    path = Path(os.fspath(source)).expanduser()
-    return path.name or path.resolve().name
+    path = Path(os.fspath(source))
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def _usable(name: str) -> bool:

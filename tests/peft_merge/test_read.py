@@ -1,21 +1,23 @@
-"""Reading adapters that PEFT wrote: every kind, and every bad file."""
+"""Reading adapters that PEFT wrote, of every kind."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, NonFiniteError
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, ModuleInfo
-from peft_merge.io import load_adapter, load_adapters
+from peft_merge.io import load_adapter
+from tests.peft_merge.edit import Q, change_tensors
 from tests.peft_merge.models import KINDS, Kind, adapted, cast, reloaded, saved
+
+Make = Callable[..., Path]
+
 
 LORAS = [kind for kind in KINDS.values() if kind.lora]
 VECTORS = [kind for kind in KINDS.values() if not kind.lora]
@@ -77,3 +79,41 @@ def test_every_vector_is_the_one_that_peft_multiplies_by(kind: Kind, tmp_path: P
         assert info.feedforward == layers[name].is_feedforward
         assert info.shape == tuple(layers[name].ia3_l["default"].shape)
         assert torch.equal(adapter.load(name), layers[name].ia3_l["default"].detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_are_kept(dtype: torch.dtype, adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    cast(folder, dtype)
+    adapter = load_adapter(folder)
+    assert isinstance(adapter, LoraAdapter)
+    for module, info in adapter.infos.items():
+        update = adapter.load(module)
+        assert info.dtype == update.a.dtype == update.b.dtype == dtype
+
+
+def test_factors_of_two_dtypes_are_read_in_the_wider(adapter_folder: Make) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q}.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"].bfloat16()
+
+    adapter = load_adapter(change_tensors(adapter_folder("plain"), change))
+    update = adapter.load("model.layers.0.self_attn.q_proj")
+    assert update.a.dtype == update.b.dtype == torch.float32
+
+
+def test_whole_tensors_have_the_names_of_the_base(adapter_folder: Make) -> None:
+    saved_names = set(load_adapter(adapter_folder("bias_all")).saved)
+    assert "bert.encoder.layer.0.attention.self.query.bias" in saved_names
+    assert "classifier.weight" in saved_names
+    assert not any("base_layer" in n or "original" in n or "modules_to" in n for n in saved_names)
+    assert set(load_adapter(adapter_folder("embedding")).saved) == {"model.embed_tokens.weight"}
+
+
+def test_a_resized_embedding_is_a_whole_tensor(adapter_folder: Make) -> None:
+    key = "model.embed_tokens.weight"
+    folder = change_tensors(
+        adapter_folder("plain"), lambda t: t.update({f"base_model.model.{key}": torch.ones(40, 16)})
+    )
+    adapter = load_adapter(folder)
+    assert set(adapter.saved) == {key}
+    assert torch.equal(adapter.saved[key](), torch.ones(40, 16))

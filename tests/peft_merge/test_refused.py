@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -20,7 +21,8 @@ from peft.tuners.lora.config import ArrowConfig, KasaConfig, MontecloraConfig
 from mergekit_ext.errors import ConfigError
 from peft_merge.io import adapters_of, load_adapter
 from peft_merge.refused import FIELDS, REFUSALS, refusals
-from tests.peft_merge.models import KINDS, base
+from tests.peft_merge.edit import change_config
+from tests.peft_merge.models import KINDS, base, reloaded
 
 Make = Callable[..., Path]
 
@@ -51,21 +53,13 @@ CASES: list[tuple[str, Any, str]] = [
 ]
 
 
-def _change(folder: Path, **fields: Any) -> Path:
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text())
-    config.update(fields)
-    file.write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("field", "value", "reason"), CASES, ids=lambda value: str(value)[:24].replace("/", "_")
 )
 def test_each_is_refused_with_its_reason(
     field: str, value: Any, reason: str, adapter_folder: Make
 ) -> None:
-    folder = _change(adapter_folder("plain"), **{field: value})
+    folder = change_config(adapter_folder("plain"), **{field: value})
     with pytest.raises(ConfigError, match=reason) as raised:
         load_adapter(folder)
     (problem,) = raised.value.problems
@@ -77,7 +71,9 @@ def test_every_refusal_is_tried_above() -> None:
 
 
 def test_all_reasons_come_at_once(adapter_folder: Make) -> None:
-    folder = _change(adapter_folder("plain"), use_dora=True, init_lora_weights="pissa", r="four")
+    folder = change_config(
+        adapter_folder("plain"), use_dora=True, init_lora_weights="pissa", r="four"
+    )
     with pytest.raises(ConfigError) as raised:
         load_adapter(folder)
     assert len(raised.value.problems) == 3
@@ -85,7 +81,7 @@ def test_all_reasons_come_at_once(adapter_folder: Make) -> None:
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
 def test_an_unknown_field_that_is_not_set_does_not_matter(value: Any, adapter_folder: Make) -> None:
-    load_adapter(_change(adapter_folder("plain"), a_field_of_tomorrow=value))
+    load_adapter(change_config(adapter_folder("plain"), a_field_of_tomorrow=value))
 
 
 def test_every_field_of_the_installed_peft_is_known() -> None:
@@ -128,7 +124,7 @@ def test_a_dora_whose_configuration_hides_it_is_seen_by_its_tensors(tmp_path: Pa
     config = LoraConfig(target_modules=["q_proj"], use_dora=True)
     get_peft_model(base(KINDS["plain"]), config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a magnitude of DoRA"):
-        load_adapter(_change(tmp_path, use_dora=False))
+        load_adapter(change_config(tmp_path, use_dora=False))
 
 
 def test_arrow_is_refused_by_its_own_configuration() -> None:
@@ -148,3 +144,18 @@ def test_a_converted_pissa_is_an_ordinary_lora(tmp_path: Path) -> None:
     )
     adapter = load_adapter(tmp_path / "end")
     assert {info.rank for info in adapter.infos.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("initialisation", "changes"),
+    [("pissa", True), ("olora", True), ("gaussian", False), ("orthogonal", False), ("mica", False)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_which_initialisations_change_the_base_when_they_are_loaded(
+    initialisation: str, changes: bool, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=initialisation)
+    get_peft_model(base(KINDS["plain"]), config).save_pretrained(tmp_path)
+    loaded = reloaded(KINDS["plain"], tmp_path).base_model.model.model.layers[0].self_attn.q_proj
+    original = base(KINDS["plain"]).model.layers[0].self_attn.q_proj
+    assert torch.equal(loaded.base_layer.weight, original.weight) != changes

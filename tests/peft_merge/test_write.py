@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig
-from safetensors import safe_open
 
-from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
-from peft_merge.adapter import Ia3Adapter, LoraAdapter, Update
+from peft_merge.adapter import Ia3Adapter, LoraAdapter, Update, VectorInfo
 from peft_merge.io import compatible, load_adapter, merged_ia3, merged_lora, save_adapter
 from tests.peft_merge.models import KINDS, Kind, answer, reloaded, saved
 
+Make = Callable[..., Path]
 ALL = list(KINDS.values())
 
 
@@ -122,3 +119,98 @@ def test_the_sum_of_unlike_adapters_has_the_sum_of_their_changes(
     assert set(found) == set(expected)
     for module, change in expected.items():
         torch.testing.assert_close(found[module], change, rtol=1e-4, atol=1e-4, msg=module)
+
+
+def test_ranks_differ_where_they_must_and_only_there(adapter_folder: Make) -> None:
+    adapters = [load_adapter(adapter_folder("plain", 1)), load_adapter(adapter_folder("regex", 2))]
+    config = _sum([a for a in adapters if isinstance(a, LoraAdapter)]).config
+    assert config["r"] == config["lora_alpha"] == 4 and not config["rank_pattern"]
+    assert len(config["target_modules"]) == 6
+    doubled = _sum([adapters[0], replace(adapters[0], name="b"), adapters[1]])  # type: ignore
+    assert doubled.config["r"] == 8
+    assert doubled.config["rank_pattern"] == {
+        rf"^model\.layers\.1\.mlp\.{part}_proj": 4 for part in ("up", "down")
+    }
+
+
+def test_the_inputs_own_target_modules_are_kept_where_they_say_the_same(
+    adapter_folder: Make,
+) -> None:
+    for kind in ("regex", "excluded", "one_layer", "ia3"):
+        one, two = (load_adapter(adapter_folder(kind, seed)) for seed in (1, 2))
+        assert (
+            one.config["target_modules"]
+            == _again("x", Path(adapter_folder(kind, 3))).config["target_modules"]
+        )
+        assert set(one.infos) == set(two.infos)
+
+
+def test_a_scale_goes_into_the_factors(adapter_folder: Make) -> None:
+    adapter = load_adapter(adapter_folder("lora_bias"))
+    assert isinstance(adapter, LoraAdapter)
+    for scale in (1.5, -0.7, 0.0, 1e-12):
+        updates = {name: replace(adapter.load(name), scale=scale) for name in adapter.infos}
+        merged = merged_lora("x", updates, adapter.infos, [adapter])
+        for name, update in updates.items():
+            found = merged.load(name)
+            assert found.scale == 1 and found.bias is not None and update.bias is not None
+            torch.testing.assert_close(
+                found.dense(), update.dense(), rtol=1e-5, atol=1e-5 * abs(scale)
+            )
+            torch.testing.assert_close(found.bias, scale * update.bias)
+
+
+def test_a_change_of_rank_zero_is_stored_as_zeros(adapter_folder: Make, tmp_path: Path) -> None:
+    adapter = load_adapter(adapter_folder("plain"))
+    assert isinstance(adapter, LoraAdapter)
+    updates = {}
+    for name in adapter.infos:
+        update = adapter.load(name)
+        updates[name] = replace(update, a=update.a[:, :0], b=update.b[:, :, :0])
+    save_adapter(merged_lora("zero", updates, adapter.infos, [adapter]), tmp_path / "zero")
+    model = reloaded(KINDS["plain"], tmp_path / "zero")
+    with model.disable_adapter():
+        expected = answer(KINDS["plain"], model)
+    assert torch.equal(answer(KINDS["plain"], model), expected)
+
+
+def test_projections_of_one_attention_get_one_rank(adapter_folder: Make, tmp_path: Path) -> None:
+    kind = KINDS["attention"]
+    folder = adapter_folder("attention")
+    adapter = load_adapter(folder)
+    assert isinstance(adapter, LoraAdapter)
+    updates = {name: adapter.load(name) for name in adapter.infos}
+    wide = updates["attention"]
+    updates["attention"] = replace(
+        wide, a=torch.cat([wide.a, wide.a], 1), b=torch.cat([wide.b, wide.b], 2) / 2
+    )
+    save_adapter(merged_lora("wide", updates, adapter.infos, [adapter]), tmp_path / "wide")
+    _same_answers(kind, folder, tmp_path / "wide")
+    assert PeftConfig.from_pretrained(str(tmp_path / "wide")).rank_pattern == {"^head": 4}
+
+
+def test_a_dropped_head_is_not_expected_either(adapter_folder: Make, tmp_path: Path) -> None:
+    # PEFT adds "classifier" to modules_to_save for SEQ_CLS, and then needs its tensors.
+    for kind in ("modules_to_save", "ia3_modules_to_save"):
+        adapter = replace(load_adapter(adapter_folder(kind)), name=kind)
+        infos, load = adapter.infos, adapter.load
+        values = {name: load(name) for name in infos}
+        build = merged_lora if isinstance(adapter, LoraAdapter) else merged_ia3
+        save_adapter(build(kind, values, infos, [adapter]), tmp_path / kind)  # type: ignore
+        assert torch.isfinite(answer(KINDS[kind], reloaded(KINDS[kind], tmp_path / kind))).all()
+
+
+def test_a_feedforward_name_that_ends_another_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    infos = {
+        "proj": VectorInfo((1, 6), True),
+        "deep.proj": VectorInfo((6, 1), False),
+    }
+    vectors = {name: torch.full(info.shape, 2.0) for name, info in infos.items()}
+    config = {"peft_type": "IA3", "target_modules": ["proj"], "feedforward_modules": []}
+    source = Ia3Adapter("a", config, infos, vectors.__getitem__)
+    other = replace(source, name="b", config={**config, "target_modules": ["x"]})
+    save_adapter(merged_ia3("m", vectors, infos, [source, other]), tmp_path / "m")
+    model = reloaded(KINDS["named"], tmp_path / "m")
+    layers = model.base_model.model
+    assert layers.proj.is_feedforward and not layers.deep["proj"].is_feedforward
+    assert torch.equal(layers.deep["proj"].ia3_l["default"].detach(), vectors["deep.proj"])

@@ -1,0 +1,216 @@
+"""Adapters that cannot be used: one error with everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, NonFiniteError
+from peft_merge.io import load_adapter
+from tests.peft_merge.edit import Q, change_config, change_tensors
+
+Make = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"r": 0}, "r"),
+        ({"r": "4"}, "r"),
+        ({"r": True}, "r"),
+        ({"r": 4.0}, "r"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": "2"}}, "alpha_pattern"),
+        ({"target_modules": [1]}, "target_modules"),
+        ({"target_modules": "("}, "target_modules"),
+        ({"modules_to_save": "classifier"}, "modules_to_save"),
+        ({"bias": "some"}, "bias"),
+        ({"use_rslora": 1}, "use_rslora"),
+        ({"layer_replication": [[0, 1, 2]]}, "layer_replication"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
+    ],
+    ids=str,
+)
+def test_a_field_of_the_wrong_type_is_named(
+    fields: dict[str, Any], where: str, adapter_folder: Make
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_adapter(change_config(adapter_folder("plain"), **fields))
+    assert [problem.where.rpartition(": ")[2] for problem in raised.value.problems] == [where]
+
+
+def test_a_rank_that_the_tensors_do_not_have_is_refused(adapter_folder: Make) -> None:
+    with pytest.raises(ConfigError, match="8 rows in A") as raised:
+        load_adapter(change_config(adapter_folder("plain"), r=8))
+    assert len(raised.value.problems) == 4  # each module, all at once
+
+
+def test_missing_and_further_tensors_are_listed_together(adapter_folder: Make) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{Q}.lora_B.weight"]
+        tensors["base_model.model.model.norm.mystery"] = torch.ones(2)
+        tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 2)
+
+    with pytest.raises(ConfigError) as raised:
+        load_adapter(change_tensors(adapter_folder("plain"), change))
+    text = str(raised.value)
+    assert len(raised.value.problems) == 3
+    assert "no lora_B.weight" in text and "mystery" in text and "base_model.model." in text
+
+
+def test_a_bias_that_the_configuration_does_not_have_is_refused(adapter_folder: Make) -> None:
+    folder = change_tensors(
+        adapter_folder("plain"), lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(16)})
+    )
+    with pytest.raises(ConfigError, match="no place"):
+        load_adapter(folder)
+
+
+def test_a_bias_of_another_length_is_refused(adapter_folder: Make) -> None:
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.bias"
+    folder = change_tensors(adapter_folder("lora_bias"), lambda t: t.update({key: torch.ones(3)}))
+    with pytest.raises(ConfigError, match=r"shape \[16\]"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_factors_that_are_no_floating_point_numbers_are_refused(
+    dtype: torch.dtype, adapter_folder: Make
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q}.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"].to(dtype)
+
+    with pytest.raises(ConfigError, match="dtype"):
+        load_adapter(change_tensors(adapter_folder("plain"), change))
+
+
+@pytest.mark.parametrize(
+    "key", ["base_model.model.../x", "base_model.model.a\\b.lora_A.weight", "a\nb"]
+)
+def test_names_with_separators_are_refused(key: str, adapter_folder: Make) -> None:
+    folder = change_tensors(adapter_folder("plain"), lambda t: t.update({key: torch.ones(2, 2)}))
+    with pytest.raises(ConfigError, match="without slashes"):
+        load_adapter(folder)
+
+
+def test_no_factors_at_all(adapter_folder: Make) -> None:
+    with pytest.raises(ConfigError, match="no factors"):
+        load_adapter(change_tensors(adapter_folder("plain"), lambda t: t.clear()))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 20, 300, -1])
+def test_a_truncated_file_is_refused(keep: int, adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ConfigError):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"r": 4}', "\x00", "[" * 100_000])
+def test_a_configuration_that_is_none_is_refused(text: str, adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(file: str, adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    (folder / file).unlink()
+    with pytest.raises(ConfigError, match=f"no {file}"):
+        load_adapter(folder)
+
+
+def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
+        load_adapter(tmp_path)
+
+
+def test_a_pickle_only_with_leave(adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    expected = load_adapter(folder).load("model.layers.0.self_attn.q_proj")
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
+    with pytest.raises(ConfigError, match="allow_pickle"):
+        load_adapter(folder)
+    adapter = load_adapter(folder, allow_pickle=True)
+    assert torch.equal(adapter.load("model.layers.0.self_attn.q_proj").a, expected.a)
+
+
+def test_a_pickle_that_runs_code_is_refused_even_then(adapter_folder: Make, tmp_path: Path) -> None:
+    folder = adapter_folder("plain")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": _Hostile(tmp_path / "ran")}, folder / "adapter_model.bin")
+    with pytest.raises(ConfigError, match="refuses"):
+        load_adapter(folder, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+class _Hostile:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
+def test_what_is_not_finite_stops_with_tensor_and_adapter(
+    part: str, value: float, adapter_folder: Make
+) -> None:
+    folder = change_tensors(
+        adapter_folder("plain"), lambda t: t[f"{Q}.{part}"].view(-1)[3:5].fill_(value)
+    )
+    adapter = load_adapter(folder, name="mine")
+    adapter.load("model.layers.1.self_attn.q_proj")
+    with pytest.raises(NonFiniteError, match=f"{Q}.{part} of model mine: found 2 non-finite"):
+        adapter.load("model.layers.0.self_attn.q_proj")
+
+
+def test_whole_tensors_and_vectors_are_checked_for_nan_as_well(adapter_folder: Make) -> None:
+    folder = adapter_folder("ia3_modules_to_save")
+    change_tensors(folder, lambda t: [v.view(-1)[:1].fill_(float("nan")) for v in t.values()])
+    adapter = load_adapter(folder)
+    with pytest.raises(NonFiniteError):
+        adapter.saved["classifier.weight"]()
+    with pytest.raises(NonFiniteError):
+        adapter.load(next(iter(adapter.infos)))
+
+
+@pytest.mark.parametrize(
+    ("feedforward", "accepted"),
+    [
+        (["down_proj"], True),
+        (r".*\.down_proj", True),
+        (None, True),
+        ([], False),
+        (["down_proj", "k_proj"], False),
+    ],
+)
+def test_feedforward_modules_must_fit_the_shapes(
+    feedforward: Any, accepted: bool, adapter_folder: Make
+) -> None:
+    folder = change_config(adapter_folder("ia3"), feedforward_modules=feedforward)
+    if accepted:
+        adapter = load_adapter(folder)
+        assert {n for n, info in adapter.infos.items() if info.feedforward} == {
+            f"model.layers.{i}.mlp.down_proj" for i in (0, 1)
+        }
+    else:
+        with pytest.raises(ConfigError, match="feedforward_modules"):
+            load_adapter(folder)

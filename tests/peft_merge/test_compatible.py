@@ -1,0 +1,92 @@
+"""Which adapters can be merged with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_merge.adapter import Adapter
+from peft_merge.io import DifferentBasesWarning, compatible, load_adapter
+
+Load = Callable[..., Adapter]
+
+
+@pytest.fixture
+def load(adapter_folder: Callable[..., Path]) -> Load:
+    def make(kind: str, seed: int = 1, name: str | None = None, **config: Any) -> Adapter:
+        adapter = load_adapter(adapter_folder(kind, seed), name=name or f"{kind}-{seed}")
+        return replace(adapter, config={**adapter.config, **config})
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("plain",),
+        ("plain", "patterns", "rslora", "regex", "gaussian"),
+        ("lora_bias", "bias_all", "modules_to_save"),
+        ("parameters", "parameters"),
+        ("ia3", "ia3_attention"),
+    ],
+    ids="+".join,
+)
+def test_different_ranks_and_modules_are_fine(kinds: tuple[str, ...], load: Load) -> None:
+    assert compatible([load(kind, seed) for seed, kind in enumerate(kinds)]) == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "where"),
+    [
+        (("plain", "ia3"), "adapters"),
+        (("plain", "replicated"), "layer_replication"),
+        (("parameters", "nested_parameters"), "target_parameters"),
+        (("embedding", "saved_embedding"), "model.embed_tokens"),
+        (("lora_bias", "embedding"), "model.embed_tokens"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(kinds: tuple[str, str], where: str, load: Load) -> None:
+    problems = compatible([load(kind) for kind in kinds])
+    assert where in {problem.where for problem in problems}
+    assert all(problem.remedy for problem in problems)
+
+
+def test_all_problems_come_at_once(load: Load) -> None:
+    one, other = load("plain"), load("plain", 2)
+    module, info = next(iter(other.infos.items()))
+    other = replace(
+        other,
+        infos={**other.infos, module: replace(info, rows=3)},  # type: ignore[call-arg]
+        config={**other.config, "fan_in_fan_out": True},
+    )
+    assert [problem.where for problem in compatible([one, other])] == ["fan_in_fan_out", module]
+
+
+def test_a_module_that_is_feedforward_in_one_adapter_only(load: Load) -> None:
+    one, other = load("ia3"), load("ia3", 2)
+    module = "model.layers.0.self_attn.k_proj"
+    changed = replace(other.infos[module], feedforward=True)  # type: ignore[call-arg]
+    other = replace(other, infos={**other.infos, module: changed})
+    (problem,) = compatible([one, other])
+    assert "feedforward" in problem.found and problem.where == module
+
+
+def test_saved_embeddings_must_agree_about_tying(load: Load) -> None:
+    one = load("tied_saved")
+    other = replace(one, name="b", config={**one.config, "ensure_weight_tying": False})
+    assert [problem.where for problem in compatible([one, other])] == ["ensure_weight_tying"]
+
+
+def test_names_of_bases_may_differ_with_a_warning(load: Load) -> None:
+    one = load("plain", base_model_name_or_path="a/base")
+    same = load("plain", 2, base_model_name_or_path="a/base/")
+    other = load("plain", 3, base_model_name_or_path="b/base")
+    silent = load("plain", 4, base_model_name_or_path=None)
+    assert compatible([one, same, silent]) == []
+    with pytest.warns(DifferentBasesWarning, match="a/base"):
+        assert compatible([one, other]) == []

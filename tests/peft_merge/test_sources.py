@@ -1,0 +1,95 @@
+"""Where adapters come from: folders, the Hub; several at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_ext.errors import ConfigError
+from peft_merge.io import load_adapter, load_adapters
+from tests.peft_merge.edit import change_config
+
+Make = Callable[..., Path]
+
+
+def test_names(adapter_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = adapter_folder("plain", seed=7)
+    assert load_adapter(folder).name == "plain-7"
+    assert load_adapter(f"{folder}/").name == "plain-7"
+    assert load_adapter(folder / ".." / folder.name).name == "plain-7"
+    assert load_adapter(folder, name="mine").name == "mine"
+    monkeypatch.chdir(folder)
+    assert load_adapter(".").name == "plain-7"
+    for name in ("", "..", "a/b", "a\\b", "a\nb"):
+        with pytest.raises(ConfigError, match="without slashes"):
+            load_adapter(folder, name=name)
+
+
+def test_problems_of_all_adapters_come_at_once(adapter_folder: Make, tmp_path: Path) -> None:
+    good = adapter_folder("plain", seed=1)
+    bad = change_config(adapter_folder("plain", seed=2), r=0)
+    with pytest.raises(ConfigError) as raised:
+        load_adapters([good, bad, tmp_path / "absent", good])
+    text = str(raised.value)
+    assert len(raised.value.problems) == 3
+    assert "absent" in text and "called 'plain-1'" in text and ": r:" in text
+    adapters = load_adapters([good, good], names=[None, "other"])
+    assert [adapter.name for adapter in adapters] == ["plain-1", "other"]
+    with pytest.raises(ValueError, match="zip"):
+        load_adapters([good], names=["a", "b"])
+
+
+def test_a_name_on_the_hub_is_downloaded_without_the_rest(
+    adapter_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter_folder("plain")
+    calls: list[tuple[Any, ...]] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((name, revision, sorted(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    adapter = load_adapter("someone/an-adapter", revision="v1")
+    assert adapter.name == "an-adapter"
+    assert calls == [
+        ("someone/an-adapter", "v1", ["adapter_config.json", "adapter_model.safetensors"])
+    ]
+    load_adapter("someone/an-adapter", allow_pickle=True)
+    assert "adapter_model.bin" in calls[1][2]
+
+
+def test_what_cannot_be_downloaded_is_one_problem() -> None:
+    with pytest.raises(ConfigError, match="no download from the Hub"):
+        load_adapter("someone/that-is-not-cached")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["./here", "/nowhere/at/all", "a/b/c", "~/none", "", "x" * 300, "~nobody-here/x", "a\0b"],
+)
+def test_a_path_is_not_looked_for_on_the_hub(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def download(*args: Any, **kwargs: Any) -> str:
+        raise OSError("asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError):
+        load_adapter(source)
+
+
+def test_importing_loads_neither_peft_nor_transformers() -> None:
+    code = (
+        "import sys, peft_merge.io; "
+        "print([m for m in ('peft', 'transformers', 'mergekit') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
