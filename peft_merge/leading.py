@@ -9,6 +9,7 @@ only get better as it grows; it grows until it hardly does.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,10 @@ class Leading:
     """``U diag(sigma) V^T``, the leading singular triplets of X.
 
     Attributes:
-        u: (rows, k), orthonormal to the precision of X.
-        sigma: (k,), float64, descending.
-        v: (columns, k).
+        u: (rows, k), float64.
+        sigma: (k,), descending.
+        v: (columns, k). Of u and v the one on the longer side is orthonormal to the precision of
+            X only.
         rest: Frobenius norm of what is left of X.
     """
 
@@ -57,8 +59,7 @@ def leading(x: Tensor, rank: int | None) -> Leading:
     Returns:
         triplets whose product is a best approximation: :math:`\|X - U \Sigma V^T\|_F` is above the
         least possible by at most about 1e-6 of it (or of :math:`\|X\|_F` in float32, where it is
-        small). `rest` is measured on x itself where x is large. Vectors in the dtype of x
-        (float64 from a full decomposition).
+        small). `rest` is measured.
     """
     scale = _power_of_two(x)
     x.div_(scale)
@@ -89,34 +90,51 @@ def _wide(x: Tensor, rank: int) -> Leading:
         u, sigma, vh = torch.linalg.svd(x.to(torch.float64), full_matrices=False)
         rest = float(torch.linalg.vector_norm(sigma[rank:]))
         return Leading(u[:, :rank], sigma[:rank], vh[:rank].mT, rest)
-    basis = None
+    found = None
     if FIRST * rank + 2 * BLOCK <= LARGEST_SPACE * side:
-        basis = _lanczos(x, rank)
-    return _from_left(x, _by_gram(x, rank) if basis is None else basis)
+        found = _lanczos(x, rank)
+    return _from_left(x, _by_gram(x, rank) if found is None else _sharpened(x, found))
 
 
-def _from_left(x: Tensor, u: Tensor) -> Leading:
-    """Triplets from the left vectors, which say what is kept: ``U U^T X``."""
-    across = x.mT @ u
-    sigma = torch.linalg.vector_norm(across, dim=0, dtype=torch.float64)
-    v = across / sigma.to(across).masked_fill(sigma.to(across) == 0, 1.0)
-    left = 0.0
+def _sharpened(x: Tensor, left: Tensor) -> Tensor:
+    """One step of subspace iteration in float64, which takes away the rounding of the basis."""
+    across = _across(x, left.to(torch.float64))
+    return torch.cat([x[part].to(torch.float64) @ across for part in _parts(x)])
+
+
+def _across(x: Tensor, left: Tensor) -> Tensor:
+    """``X^T U`` in float64."""
+    total = left.new_zeros((x.shape[1], left.shape[1]))
+    for part in _parts(x):
+        total.addmm_(x[part].to(torch.float64).mT, left[part])
+    return total
+
+
+def _from_left(x: Tensor, left: Tensor) -> Leading:
+    """Triplets from the left vectors, which say what is kept: ``U U^T X``, in float64."""
+    u = torch.linalg.qr(left).Q
+    across = _across(x, u)
+    sigma = torch.linalg.vector_norm(across, dim=0)
+    rest = 0.0
+    for part in _parts(x):
+        rest += float((x[part] - u[part] @ across.mT).square_().sum())
+    return Leading(u, sigma, across / sigma.masked_fill(sigma == 0, 1.0), rest**0.5)
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Slices of rows."""
     step = max(1, _ROWS // x.shape[1])
-    for start in range(0, x.shape[0], step):
-        part = slice(start, start + step)
-        left += float((x[part] - u[part] @ across.mT).square_().sum(dtype=torch.float64))
-    return Leading(u, sigma, v, left**0.5)
+    return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
 def _by_gram(x: Tensor, rank: int) -> Tensor:
     """From the eigenvectors of ``X X^T`` in float64."""
     gram = x.new_zeros((x.shape[0], x.shape[0]), dtype=torch.float64)
-    step = max(1, _ROWS // x.shape[0])
-    for start in range(0, x.shape[1], step):
-        part = x[:, start : start + step].to(torch.float64)
-        gram.addmm_(part, part.mT)
+    for part in _parts(x.mT):
+        some = x[:, part].to(torch.float64)
+        gram.addmm_(some, some.mT)
     _, vectors = torch.linalg.eigh(gram)
-    return vectors[:, -rank:].flip(1).to(x.dtype)
+    return vectors[:, -rank:].flip(1)
 
 
 def _lanczos(x: Tensor, rank: int) -> Tensor | None:

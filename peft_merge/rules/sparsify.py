@@ -15,13 +15,14 @@ from torch import Tensor
 
 from mergekit_ext.errors import Problem
 from mergekit_ext.kernels.dare import drop_and_rescale
-from mergekit_ext.kernels.order_statistic import order_statistic
-from mergekit_ext.kernels.selection import Cut, Keeper, patterns
+from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, patterns
 from mergekit_ext.kernels.ties import kept
 from peft_merge.rules.base import Parameter, Pieces
 
 Sparsified = Callable[[Tensor], Tensor]
 
+# Of the 64 bits of a magnitude's pattern, the leading 16 (sign, exponent, 4 digits) make a bin.
+_FINE, _BINS = 48, 1 << 15
 # mergekit rescales only where both sums of magnitudes reach this.
 _RESCALE_FROM = 1e-7
 
@@ -78,7 +79,7 @@ def _magnitude(
     if not size:
         return _same
     cut = _cut(source, kept(own["density"], size), size)
-    return _rescaled(source, lambda: Keeper(cut).drop, rescale)
+    return _rescaled(source, lambda: _keeping(cut), rescale)
 
 
 def _magnitude_outliers(
@@ -94,11 +95,11 @@ def _magnitude_outliers(
     outer = _cut(source, largest, size) if largest else None
 
     def make() -> Sparsified:
-        keep = Keeper(inner)
+        keep = _keeping(inner)
         if outer is None:
-            return keep.drop
-        outliers = Keeper(outer)
-        return lambda piece: keep.drop(piece.clone()).sub_(outliers.drop(piece))
+            return keep
+        outliers = _keeping(outer)
+        return lambda piece: keep(piece.clone()).sub_(outliers(piece))
 
     return _rescaled(source, make, rescale)
 
@@ -178,12 +179,32 @@ def _size(source: Pieces) -> int:
 
 
 def _cut(source: Pieces, keep: int, size: int) -> Cut:
-    """Where the `keep` largest magnitudes end; of equal ones at the edge, the first are kept."""
+    """Where the `keep` largest magnitudes end; of equal ones at the edge, the first are kept.
+
+    Two passes: magnitudes are counted by the leading bits of their patterns, which are ordered as
+    they are; only those with the bits of the edge are gathered.
+    """
     if keep >= size:
-        return Cut(-1, 0)
-    edge = order_statistic(lambda: (piece.abs_() for piece in source()), size - keep, size)
-    above = sum(int((piece.abs_() > edge).sum()) for piece in source())
-    return Cut(int(patterns(torch.tensor([edge], dtype=torch.float64))), keep - above)
+        return EVERYTHING
+    counts = sum(
+        torch.bincount(patterns(piece).flatten() >> _FINE, minlength=_BINS).cpu()
+        for piece in source()
+    )
+    above = counts.flip(0).cumsum(0).flip(0)
+    edge_bin = int((above >= keep).nonzero().max())
+    wanted = keep - int(above[edge_bin] - counts[edge_bin])
+    found = []
+    for piece in source():
+        bits = patterns(piece).flatten()
+        found.append(bits[(bits >> _FINE) == edge_bin])
+    inside = torch.cat(found)
+    edge = int(inside.kthvalue(len(inside) - wanted + 1).values)
+    return Cut(edge, wanted - int((inside > edge).sum()))
+
+
+def _keeping(cut: Cut) -> Sparsified:
+    keeper = Keeper(cut)
+    return lambda piece: keeper.drop(piece.reshape(-1)).reshape(piece.shape)
 
 
 def _rescaled(source: Pieces, make: Callable[[], Sparsified], rescale: bool) -> Sparsified:

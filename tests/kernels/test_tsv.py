@@ -157,3 +157,15 @@ def test_layouts():
 def test_what_is_refused(deltas, layout, message):
     with pytest.raises(ValueError, match=message):
         tsv_merge(deltas, layout)
+
+
+def test_count_in_coordinates():
+    """In an orthonormal basis of a larger space the k of that space is asked for."""
+    generator = torch.Generator().manual_seed(1)
+    left = torch.linalg.qr(torch.randn(30, 9, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(20, 8, generator=generator, dtype=torch.float64)).Q
+    small = models((9, 8), 3, torch.float64)
+    large = [left @ core @ right.T for core in small]
+    close(left @ tsv_merge(small, count=20 // 3) @ right.T, reference(large), 1e-10)
+    with pytest.raises(ValueError, match="count: found 0"):
+        tsv_merge(small, count=0)

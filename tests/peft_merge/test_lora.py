@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from peft_merge.adapter import Update
+from peft_merge.lora import merge_lora
+from peft_merge.rules.base import Merged, Rule, rules
+from peft_merge.statistics import coefficients, lora_norms
+from tests.peft_merge.loras import adapter, always, settings, update
+from tests.reference import adapters as reference
+
+SHAPE = (1, 24, 18)
+WEIGHTS = [0.5, 1.5, 1.0]
+# of the rules that need some, and thresholds at 0
+OPTIONS = {"lore": {"mu": 0.0}, "pcb": {"density": 1.0, "clip": 0.0}}
+
+
+def options(name):
+    return OPTIONS.get(name.removeprefix("nan_"), {})
+
+
+def three():
+    """Mixed ranks, scalings and dtypes; not all modules everywhere."""
+    return [
+        adapter("one", {"x": update(1, 4, scale=0.25), "y": update(2, 2)}),
+        adapter("two", {"x": update(3, 2, scale=2.0, dtype=torch.bfloat16)}),
+        adapter("three", {"z": update(4, 1), "x": update(5, 3)}),
+    ]
+
+
+def changes(adapters, module, shape=SHAPE):
+    updates = [a.load(module) if module in a.infos else None for a in adapters]
+    return [change[0] for change in reference.dense(updates, shape)]
+
+
+def merged(adapters, name, weights=None, each=None, rank=None, space="delta", **given):
+    rule = rules()[name]
+    values = settings(rule, len(adapters), weights=weights, each=each, **given)
+    return merge_lora(adapters, rule, always(values), rank=rank, space=space, dtype=torch.float64)
+
+
+def close(found, wanted, tolerance):
+    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
+
+
+INVARIANT = {
+    "linear": lambda d, w: reference.linear(d, w, normalize=True),
+    "task_arithmetic": lambda d, w: 0.7 * reference.linear(d, w, normalize=False),
+    "lore": lambda d, w: 0.7 * reference.lore_known(d, w, 2.0),
+    "tsv_m": lambda d, w: 0.7 * reference.tsv_m(d, w),
+}
+GIVEN = {"linear": {}, "task_arithmetic": {"lambda_": 0.7}, "tsv_m": {"lambda_": 0.7}}
+GIVEN["lore"] = {"mu": 2.0, "lambda_": 0.7}
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+@pytest.mark.parametrize("module", ["x", "y", "z"])
+def test_invariant_rules_equal_the_dense_computation(name, module):
+    adapters = three()
+    wanted = INVARIANT[name](changes(adapters, module), WEIGHTS)
+    updates, infos, report = merged(adapters, name, WEIGHTS, **GIVEN[name])
+    close(updates[module].dense()[0], wanted, 1e-7 if name == "lore" else 1e-12)
+    assert infos[module].rank == report[module]["rank"] == updates[module].a.shape[1]
+    assert report[module]["rank"] == int(torch.linalg.matrix_rank(wanted, rtol=1e-10))
+    assert report[module]["error"] < 1e-12
+    cut, _, report = merged(adapters, name, WEIGHTS, rank=1, **GIVEN[name])
+    close(cut[module].dense()[0], reference.best(wanted, 1), 1e-6)
+    left = float((wanted - reference.best(wanted, 1)).norm() / wanted.norm())
+    assert report[module]["error"] == pytest.approx(left, abs=1e-7)
+
+
+DENSITIES = [0.3, 0.8, 0.5]
+EACH = [{"density": d} for d in DENSITIES]
+ELEMENTWISE = {
+    "ties": (lambda d, w: reference.ties_family(d, w, DENSITIES), EACH),
+    "magnitude_prune": (
+        lambda d, w: reference.ties_family(d, w, DENSITIES, elect=False, normalize=False),
+        EACH,
+    ),
+    "breadcrumbs": (
+        lambda d, w: sum(
+            weight * reference.breadcrumbs(delta, density, 0.1)
+            for weight, delta, density in zip(w, d, DENSITIES, strict=True)
+        ),
+        [{"density": d, "gamma": 0.1} for d in DENSITIES],
+    ),
+    "dare_ties": (
+        lambda d, w: reference.ties_family(d, w, [1, 1, 1], normalize=False),
+        [{"density": 1.0}] * 3,
+    ),
+    "emr": (reference.emr, None),
+    "pcb": (lambda d, w: reference.pcb_merge(d, w, 0.1), None),
+}
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 20])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_rules_equal_the_dense_computation(name, block, monkeypatch):
+    monkeypatch.setattr("peft_merge.dense._BLOCK", block)
+    naive, each = ELEMENTWISE[name]
+    adapters = three()
+    wanted = naive(changes(adapters, "x"), WEIGHTS)
+    updates, _, report = merged(adapters, name, WEIGHTS, each)
+    assert report["x"]["rank"] == 9
+    close(updates["x"].dense()[0], reference.best(wanted, 9), 1e-9)
+    left = float((wanted - reference.best(wanted, 9)).norm() / wanted.norm())
+    assert report["x"]["error"] == pytest.approx(left, rel=1e-6, abs=1e-9)
+    whole, _, report = merged(adapters, name, WEIGHTS, each, rank="lossless")
+    close(whole["x"].dense()[0], wanted, 1e-9)
+    some, _, report = merged(adapters, name, WEIGHTS, each, rank={"energy": 0.9})
+    left = float((some["x"].dense()[0] - wanted).norm() / wanted.norm())
+    assert left**2 <= 0.1 + 1e-9 and report["x"]["error"] == pytest.approx(left, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_random_rules_depend_on_the_seed_alone(name, monkeypatch):
+    adapters, each = three(), [{"density": 0.5}] * 3
+
+    def run(of, seed):
+        rule = rules()[name]
+        values = always(settings(rule, 3, each=each))
+        return merge_lora(of, rule, values, seed=seed, dtype=torch.float64)[0]["x"].dense()
+
+    first = run(adapters, 1)
+    assert not torch.equal(first, run(adapters, 2))
+    fewer = [adapter(a.name, {"x": a.load("x")}) for a in adapters]
+    monkeypatch.setattr("peft_merge.dense._BLOCK", 40)
+    assert torch.allclose(first, run(fewer, 1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear"])
+def test_random_rules_are_right_on_average(name):
+    one = [adapter("one", {"x": update(1, 3)})]
+    rule = rules()[name]
+    values = always(
+        settings(
+            rule,
+            1,
+            each=[{"density": 0.6, "epsilon": 0.2}]
+            if name == "della_linear"
+            else [{"density": 0.6}],
+        )
+    )
+    total = sum(
+        merge_lora(one, rule, values, seed=seed, rank=18, dtype=torch.float64)[0]["x"].dense()
+        for seed in range(400)
+    )
+    close(total / 400, one[0].load("x").dense(), 0.1)
+
+
+@pytest.mark.parametrize("space", ["delta", "core", "knots", "factors"])
+@pytest.mark.parametrize("name", sorted(rules()))
+def test_one_adapter_comes_back(name, space):
+    shape = (3, 9, 7)
+    one = adapter("one", {"x": update(1, 4, scale=-0.3, bias=True), "e": update(2, 3, shape)})
+    updates, infos, _ = merged([one], name, space=space, **options(name))
+    for module, found in updates.items():
+        own = one.load(module)
+        close(found.dense(), own.dense(), 1e-9)
+        assert found.scale == 1.0 and infos[module].shape == one.infos[module].shape
+    close(updates["x"].bias, one.load("x").scale * one.load("x").bias.double(), 1e-9)
+    assert updates["e"].bias is None and not infos["e"].bias
+
+
+@pytest.mark.parametrize("name", sorted(rules()))
+def test_adapters_that_change_nothing(name):
+    zero = Update(torch.zeros(1, 2, 18), torch.zeros(1, 24, 2), 1.0, torch.zeros(24))
+    adapters = [adapter("one", {"x": zero}), adapter("two", {"x": zero}), adapter("three", {})]
+    updates, _, report = merged(adapters, name, **options(name))
+    assert not updates["x"].dense().any() and not updates["x"].bias.any()
+    assert report["x"]["error"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["nan", "nan_linear", "nan_ties", "nan_lore", "nan_emr"])
+def test_nan(name):
+    adapters = three()
+    found = coefficients(lora_norms(adapters))
+    given = {"mu": 2.0} if name == "nan_lore" else {}
+    rule = rules()[name]
+    updates, _, _ = merge_lora(
+        adapters,
+        rule,
+        lambda module: settings(rule, 3, weights=found[module], **given),
+        rank="lossless",
+        dtype=torch.float64,
+    )
+    weights = reference.nan(changes(adapters, "x"))
+    naive = {
+        "nan": lambda d, w: reference.linear(d, w, normalize=False),
+        "nan_linear": lambda d, w: reference.linear(d, w, normalize=True),
+        "nan_ties": lambda d, w: reference.ties_family(d, w, [1, 1, 1]),
+        "nan_lore": lambda d, w: reference.lore_known(d, w, 2.0),
+        "nan_emr": reference.emr,
+    }
+    wanted = 1.5 * naive[name](changes(adapters, "x"), weights)
+    close(updates["x"].dense()[0], wanted, 1e-7)
+
+
+def test_the_bias_is_merged_by_the_same_rule():
+    adapters = [
+        adapter("one", {"x": update(1, 2, scale=2.0, bias=True)}),
+        adapter("two", {"x": update(2, 2)}),
+        adapter("three", {"x": update(3, 2, scale=0.5, bias=True)}),
+    ]
+    biases = [2.0 * update(1, 2, bias=True).bias.double(), torch.zeros(24).double()]
+    biases.append(0.5 * update(3, 2, bias=True).bias.double())
+    updates, infos, _ = merged(adapters, "linear", WEIGHTS)
+    close(updates["x"].bias, reference.linear(biases, WEIGHTS, normalize=True), 1e-12)
+    assert infos["x"].bias
+    updates, _, _ = merged(adapters, "ties", WEIGHTS, EACH)
+    close(updates["x"].bias, reference.ties_family(biases, WEIGHTS, DENSITIES), 1e-12)
+    updates, _, _ = merged(adapters, "lore", WEIGHTS, mu=2.0)
+    shrunk = [b * max(0.0, 1 - 2.0 / float(b.norm())) if b.any() else b for b in biases]
+    close(updates["x"].bias, reference.linear(shrunk, WEIGHTS, normalize=False), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear", "lore", "tsv_m", "ties"])
+def test_stacked_matrices_are_merged_each_by_itself(name):
+    shape = (3, 9, 7)
+    stacked = [adapter(f"{i}", {"x": update(i, 2 + i, shape)}) for i in range(3)]
+    given = {"mu": 1.0} if name == "lore" else {}
+    found, infos, _ = merged(stacked, name, WEIGHTS, rank="lossless", **given)
+    assert infos["x"].matrices == 3
+    for slot in range(3):
+        parts = []
+        for whole in stacked:
+            own = whole.load("x")
+            part = dataclasses.replace(own, a=own.a[slot, None], b=own.b[slot, None])
+            parts.append(adapter(whole.name, {"x": part}))
+        alone, _, _ = merged(parts, name, WEIGHTS, rank="lossless", **given)
+        close(found["x"].dense()[slot], alone["x"].dense()[0], 1e-9)
+
+
+def test_rank_ratio_counts_on_the_change_itself():
+    one = [adapter("one", {"x": update(1, 8)})]
+    wanted = reference.best(changes(one, "x")[0], 4)  # ceil(0.2 * 18)
+    updates, _, _ = merged(one, "lore", rank_ratio=0.2)
+    close(updates["x"].dense()[0], wanted, 1e-7)
+
+
+def test_lore_around_an_estimated_base():
+    adapters = three()
+    updates, _, report = merged(
+        adapters, "lore", mu=1.0, base="estimated", max_iterations=2000, tolerance=1e-9
+    )
+    assert report["x"]["converged"] and report["x"]["iterations"] > 1
+    close(updates["x"].dense()[0], reference.lore_estimated(changes(adapters, "x"), 1.0), 1e-5)
+
+
+def test_lore_that_elects_signs_is_not_done_on_cores():
+    adapters = three()
+    updates, _, report = merged(adapters, "lore", mu=1.0, combine="ties")
+    kept = [reference.svt(change, 1.0) for change in changes(adapters, "x")]
+    wanted = reference.ties_family(kept, [1.0, 1.0, 1.0], [1, 1, 1])
+    assert report["x"]["error"] > 1e-3
+    close(updates["x"].dense()[0], reference.best(wanted, 9), 1e-6)
+
+
+# --- properties ------------------------------------------------------------------------------
+
+
+def family(seed, count=3):
+    return [adapter(f"{i}", {"x": update(seed + i, 1 + (seed + i) % 3)}) for i in range(count)]
+
+
+PERMUTED = ("linear", "task_arithmetic", "lore", "tsv_m", "ties", "magnitude_prune", "emr", "nan")
+
+
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 50), order=st.permutations(range(3)))
+@pytest.mark.parametrize("space", ["delta", "core"])
+@pytest.mark.parametrize("name", PERMUTED)
+def test_the_order_of_the_adapters_does_not_matter(name, space, seed, order):
+    adapters = family(seed)
+    given_ = {"mu": 1.0} if name == "lore" else {}
+    first, _, _ = merged(adapters, name, WEIGHTS, rank=18, space=space, **given_)
+    turned, _, _ = merged(
+        [adapters[i] for i in order],
+        name,
+        [WEIGHTS[i] for i in order],
+        rank=18,
+        space=space,
+        **given_,
+    )
+    close(turned["x"].dense(), first["x"].dense(), 1e-6)
+
+
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 50))
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "lore", "tsv_m", "nan"])
+def test_invariant_rules_follow_rotations(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(18, 18, generator=generator, dtype=torch.float64)).Q
+    adapters = family(seed)
+    rotated = []
+    for own in adapters:
+        u = own.load("x")
+        turned = Update(u.a.double() @ right.T, left @ u.b.double(), u.scale)
+        rotated.append(adapter(own.name, {"x": turned}))
+    given_ = {"mu": 1.0} if name == "lore" else {}
+    first, _, _ = merged(adapters, name, WEIGHTS, **given_)
+    second, _, _ = merged(rotated, name, WEIGHTS, **given_)
+    close(second["x"].dense()[0], left @ first["x"].dense()[0] @ right.T, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "magnitude_prune", "emr", "tsv_m", "nan"])
+def test_duplicates(name):
+    one = adapter("one", {"x": update(1, 3)})
+    twins = [one, dataclasses.replace(one, name="twin")]
+    weights = [0.5, 0.5] if name in ("magnitude_prune", "nan") else None
+    updates, _, _ = merged(twins, name, weights)
+    # two equal task vectors, of which each may keep half of the triplets: all three are kept
+    close(updates["x"].dense(), one.load("x").dense(), 1e-9)
+
+
+# --- spaces ----------------------------------------------------------------------------------
+
+
+def test_knots_merges_the_parts_of_the_common_decomposition():
+    adapters = three()
+    found = changes(adapters, "x")
+    u, s, vh = torch.linalg.svd(torch.cat(found, dim=1), full_matrices=False)
+    keep = int((s > 1e-10 * s[0]).sum())
+    parts = [part[:keep] for part in vh.split(18, dim=1)]
+    wanted = (u[:, :keep] * s[:keep]) @ reference.ties_family(parts, WEIGHTS, DENSITIES)
+    updates, _, _ = merged(adapters, "ties", WEIGHTS, EACH, space="knots")
+    close(updates["x"].dense()[0], wanted, 1e-9)
+
+
+def test_core_merges_coordinates_along_principal_axes():
+    adapters = three()
+    loads = [own.load("x") for own in adapters]
+    left = torch.cat([u.scale**0.5 * u.b[0].double() for u in loads], dim=1)
+    right = torch.cat([u.scale**0.5 * u.a[0].double() for u in loads], dim=0)
+    u = torch.linalg.svd(left, full_matrices=False).U
+    v = torch.linalg.svd(right.T, full_matrices=False).U
+    cores = [u.T @ change @ v for change in changes(adapters, "x")]
+    wanted = u @ reference.ties_family(cores, WEIGHTS, DENSITIES) @ v.T
+    updates, _, _ = merged(adapters, "ties", WEIGHTS, EACH, space="core")
+    close(updates["x"].dense()[0], wanted, 1e-9)
+
+
+def test_factors_are_merged_each_by_itself():
+    adapters = [adapter(f"{i}", {"x": update(i, 3, scale=0.5 + i)}) for i in range(3)]
+    loads = [own.load("x") for own in adapters]
+    weights = [0.5, -1.5, 1.0]
+    roots = [(abs(w) * u.scale) ** 0.5 for w, u in zip(weights, loads, strict=True)]
+    signs = [1.0, -1.0, 1.0]
+    a = sum(r * u.a[0].double() for r, u in zip(roots, loads, strict=True))
+    b = sum(s * r * u.b[0].double() for s, r, u in zip(signs, roots, loads, strict=True))
+    updates, _, report = merged(adapters, "task_arithmetic", weights, space="factors")
+    close(updates["x"].dense()[0], b @ a, 1e-12)
+    assert report["x"]["rank"] == 3
+
+
+@pytest.mark.parametrize("name", ["linear", "lore"])
+def test_invariant_rules_are_the_same_in_delta_and_core(name):
+    given_ = {"mu": 1.0} if name == "lore" else {}
+    delta, _, _ = merged(three(), name, WEIGHTS, **given_)
+    core, _, _ = merged(three(), name, WEIGHTS, space="core", **given_)
+    close(core["x"].dense(), delta["x"].dense(), 1e-12)
+
+
+# --- results and errors ----------------------------------------------------------------------
+
+
+def test_dtypes():
+    rule = rules()["linear"]
+    values = always(settings(rule, 3))
+    updates, infos, _ = merge_lora(three(), rule, values)
+    assert updates["x"].a.dtype == updates["x"].b.dtype == infos["x"].dtype == torch.float32
+    updates, infos, _ = merge_lora(three(), rule, values, dtype=torch.bfloat16)
+    assert updates["y"].a.dtype == updates["y"].b.dtype == infos["y"].dtype == torch.bfloat16
+
+
+def test_callback_and_order():
+    seen = []
+    rule = rules()["linear"]
+    _, _, report = merge_lora(
+        three(),
+        rule,
+        always(settings(rule, 3)),
+        on_module=lambda name, details: seen.append((name, details["rank"])),
+    )
+    assert seen == [(name, report[name]["rank"]) for name in ("x", "y", "z")]
+
+
+def test_inputs_are_left_alone():
+    adapters = three()
+    before = {a.name: {m: a.load(m).a.clone() for m in a.infos} for a in adapters}
+    for name in ("linear", "ties", "emr"):
+        merged(adapters, name)
+    assert all(torch.equal(a.load(m).a, before[a.name][m]) for a in adapters for m in a.infos)
+
+
+def test_all_problems_at_once_and_before_reading():
+    def never(module):
+        raise AssertionError(module)
+
+    one = dataclasses.replace(three()[0], load=never)
+    two = adapter("two", {"x": update(1, 2, (1, 24, 19)), "y": update(1, 5)})
+    rule = rules()["linear"]
+    with pytest.raises(ConfigError) as raised:
+        merge_lora([one, two], rule, always(settings(rule, 2)), space="factors")
+    assert [p.where for p in raised.value.problems] == ["x", "y"]
+    assert "(1, 24, 18) in one" in str(raised.value) and "ranks 2 in one, 5 in two" in str(
+        raised.value
+    )
+    with pytest.raises(ConfigError, match="one of delta, core, factors, knots"):
+        merge_lora([one], rule, always(settings(rule, 1)), space="deltas")
+
+
+@pytest.mark.parametrize("name", ["linear", "ties"])
+def test_not_finite_inputs(name):
+    bad = update(1, 2)
+    bad.b[0, 3, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"x\.lora_B of model two: found 1 non-finite value"):
+        merged([three()[0], adapter("two", {"x": bad})], name)
+
+
+def test_what_leaves_the_range_is_an_error():
+    rule = rules()["task_arithmetic"]
+    big = [adapter("one", {"x": update(1, 2, size=1e4)})]
+    with pytest.raises(MergeError, match=r"x: the merged factors leave the range of torch.float16"):
+        merge_lora(big, rule, always(settings(rule, 1, lambda_=1e6)), dtype=torch.float16)
+    broken = Rule("broken", lambda t, call: Merged(t[0] * float("inf")), invariant=False)
+    with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
+        merge_lora(big, broken, always(settings(broken, 1)))
+    broken = dataclasses.replace(broken, invariant=True)
+    with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
+        merge_lora(big, broken, always(settings(broken, 1)))
