@@ -98,7 +98,7 @@ def add_merged_adapter(
     merged = merge_adapters(
         [_without_biases(peft_model, each) for each in adapters_of(peft_model, adapters)],
         chosen,
-        weights=weights,
+        weights=None if weights is None else [_number(weight) for weight in weights],
         parameters={**known, **given, **found},
         rank=svd_rank if rank is None else rank,
         space=space,
@@ -114,6 +114,11 @@ def add_merged_adapter(
         raise ConfigError([Problem("method", shown(chosen), expected)], _SUBJECT)
     _add(peft_model, adapter_name, merged.adapter)
     return merged.report
+
+
+def _number(weight: Any) -> Any:
+    """Weights may be computed: one-element tensors and NumPy's numbers."""
+    return weight.item() if hasattr(weight, "item") else weight
 
 
 def _name_problems(model: Any, name: str | None) -> Iterator[Problem]:
@@ -209,7 +214,7 @@ def _add(model: Any, name: str, adapter: Adapter) -> None:
     before = {id(parameter) for parameter in model.parameters()}
     modules = {id(module) for module in model.modules()}
     try:
-        model.add_adapter(name, config, autocast_adapter_dtype=False)
+        model.add_adapter(name, config)
         added = {k: p for k, p in model.named_parameters() if id(p) not in before}
         _fill(model, name, adapter, added)
         for parameter in added.values():

@@ -101,10 +101,11 @@ class AdaptedWeights:
             itself if the adapter does not touch it.
 
         Raises:
-            MergeError: a quantised tensor, or one of another shape than the adapter's.
+            MergeError: a quantised tensor, one of another shape than the adapter's, or a result
+                outside the range of its dtype.
             NonFiniteError: the adapter holds NaN or infinity.
         """
-        dtype = tensor.dtype
+        dtype, given = tensor.dtype, tensor
         if name in self._located.saved:
             tensor = self._replaced(name, tensor)
         if name in self._weights:
@@ -114,7 +115,13 @@ class AdaptedWeights:
         elif name in self._biases:
             _check_dtype(name, dtype)
             tensor = self._bias(self._biases[name], _wide(tensor))
-        return tensor.to(dtype)
+        result = tensor.to(dtype)
+        if result is not given and not _finite(result) and _finite(given):
+            raise MergeError(
+                f"{name}: with adapter {self._adapter.name} it leaves the range of {dtype}. Take "
+                "the base in bfloat16 or float32."
+            )
+        return result
 
     def _weight(self, module: str, weight: Tensor, transposed: bool) -> Tensor:
         if isinstance(self._adapter, LoraAdapter):
@@ -249,6 +256,10 @@ def _changes_bias(info: ModuleInfo | VectorInfo) -> bool:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:

@@ -385,6 +385,33 @@ def test_an_add_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
     add_merged_adapter(model, ["default", "a1"], [1.0, 1.0], "m")
 
 
+@pytest.mark.parametrize("name", ["plain", "ia3", "modules_to_save"])
+def test_a_layer_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
+    kind = models.KINDS[name]
+    model = model_of(kind, {}, {})
+    before = state(model)
+    genuine, calls = type(model.base_model)._create_and_replace, []
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no memory")
+        return genuine(*arguments, **more)
+
+    monkeypatch.setattr(type(model.base_model), "_create_and_replace", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        add_merged_adapter(model, ["default", "a1"], [1.0, 1.0], "m")
+    assert_kept(model, before, exactly=True)
+
+
+def test_weights_may_be_tensors():
+    model = model_of(models.KINDS["plain"], {}, {})
+    add_merged_adapter(model, ["default", "a1"], torch.tensor([0.5, 0.25]), "m")
+    expected = exact_sum(model, ["default", "a1"], [0.5, 0.25])
+    for module, delta in deltas(model, "m").items():
+        torch.testing.assert_close(delta, expected[module], rtol=1e-4, atol=1e-5)
+
+
 def test_a_tensor_without_a_place_is_an_error(monkeypatch):
     model = model_of(models.KINDS["plain"], {}, {})
     before = state(model)

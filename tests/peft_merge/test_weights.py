@@ -272,10 +272,15 @@ def test_quantised_and_misshapen_tensors_and_nan():
     adapter = several({"q": (1, 4, 6)}, saved={"head.weight": torch.ones(3, 4)})
     weights = AdaptedWeights(adapter)
     weights.touched({"q.weight": (4, 6), "head.weight": (2, 4)})
+    adapter.load("q").a.mul_(100)
+    delta = adapter.load("q").dense()[0]
     with pytest.raises(MergeError, match="int8"):
         weights.apply("q.weight", torch.zeros(4, 6, dtype=torch.int8))
     with pytest.raises(MergeError, match=r"\(3, 4\).*\(2, 4\)"):
         weights.apply("head.weight", torch.zeros(2, 4))
+    largest = torch.full((4, 6), 65504.0).copysign(delta).to(torch.float16)
+    with pytest.raises(MergeError, match=r"range of torch\.float16"):
+        weights.apply("q.weight", largest)
     adapter.load("q").a[0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="q of model a"):
         weights.apply("q.weight", torch.zeros(4, 6))
