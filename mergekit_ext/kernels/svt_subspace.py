@@ -24,13 +24,13 @@ from mergekit_ext.kernels.svt import Eigen, Rule, Shrunk, gram_dtype
 # An eigendecomposition of order a takes as long as products of so many a^3 operations (CPU).
 EIGEN_COST = 10.0
 # Guard vectors: a share of the rank, at most a share of the short side, and at least a few.
-GUARD_SHARE, GUARD_MOST, GUARD_LEAST = 0.3, 0.06, 12
+GUARD_SHARE, GUARD_MOST, GUARD_LEAST = 0.3, 0.03, 12
 # Error of a shrinking factor that float32 Gram matrices may cause; see `gram_dtype`.
 FACTOR_ACCURACY = 1e-5
 # The proof of completeness leaves this much of mu^2 to rounding.
 COMPLETE_SLACK = 1e-4
 # A direction at mu should gain this much on the damped ones in one call.
-WANTED_GAIN, LARGEST_DEGREE = 2.0, 4
+WANTED_GAIN, LARGEST_DEGREE = 3.0, 4
 # Columns of the filtered basis may differ in size by this much before float32 loses them.
 LARGEST_SPREAD = 1e5
 # Least diagonal of a Cholesky factor, columns of norm 1, for which it may stand in for QR.
@@ -84,6 +84,9 @@ class WarmShrinker:
         size, rank = len(sigma), int((sigma > mu).sum())
         if size - rank < GUARD_LEAST // 2:
             return self._from_eigen(Eigen.of(x, self._gram))
+        surplus = size - rank - _guard(rank, x.shape[0])
+        if surplus > 0:  # the rank has sunk
+            sigma, vectors, size = sigma[surplus:], vectors[:, surplus:], size - surplus
         vectors = vectors.to(x.dtype)
         self._basis = basis @ vectors
         self._exact = False
@@ -150,8 +153,7 @@ class WarmShrinker:
         self._basis, self._exact = None, True
         if self._rule.mu:
             rows, columns = eigen.short.shape
-            guard = min(round(GUARD_SHARE * result.rank), round(GUARD_MOST * rows))
-            size = result.rank + max(GUARD_LEAST, guard)
+            size = result.rank + _guard(result.rank, rows)
             if _pays(rows, columns, size):
                 self._basis = eigen.top(size)
                 self._ritz = eigen.sigma[len(eigen.sigma) - size :].clone()
@@ -180,6 +182,10 @@ def _pays(rows: int, columns: int, size: int) -> bool:
     step = 12.0 * area * size + (2.0 * columns + 5.0 * rows + EIGEN_COST * size) * size**2
     whole = 2.0 * area * rows + EIGEN_COST * rows**3 + 4.0 * area * min(size, rows - size)
     return step < whole
+
+
+def _guard(rank: int, rows: int) -> int:
+    return max(GUARD_LEAST, min(round(GUARD_SHARE * rank), round(GUARD_MOST * rows)))
 
 
 def _normalised(y: Tensor) -> Tensor:
