@@ -175,7 +175,10 @@ def plan_config(
     request, problems = read(config, {} if rank is None else {"rank": rank})
     if out is not None and (wrong := place_problem(Path(out).expanduser())) is not None:
         problems.append(wrong)
-    return checked(replace(request, device=device, allow_pickle=allow_pickle), problems)
+    request = replace(request, device=device, allow_pickle=allow_pickle)
+    if out is not None and Path(out).name.isprintable():
+        request = replace(request, name=Path(out).name or request.name)
+    return checked(request, problems)
 
 
 def _inputs(

@@ -44,8 +44,7 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     resolve = None if method is None else _settings(request, method, found)
     dtype, device = _options(request, found)
     adapters = _adapters(request, found)
-    if len(adapters) == len(request.inputs) > 0:
-        found += compatible(adapters)
+    found += compatible(adapters) if adapters else []
     if (
         method is None
         or resolve is None
@@ -137,7 +136,10 @@ def _adapter(item: Input, request: Request, found: list[Problem]) -> Adapter | N
             allow_pickle=request.allow_pickle,
         )
     except ConfigError as error:
-        found += error.problems
+        found += [
+            replace(problem, where=f"{item.where}.name") if problem.where == "name" else problem
+            for problem in error.problems
+        ]
         return None
 
 

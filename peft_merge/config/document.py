@@ -181,7 +181,7 @@ def _unknown(document: Mapping[Any, Any], known: tuple[str, ...], path: str) -> 
             found = "a key for full models"
             remedy = _FULL_MODELS[key]
         else:
-            found, remedy = "an unknown key", did_you_mean(key, known)
+            found, remedy = "an unknown key", did_you_mean(key, known, listed=True)
         problems.append(Problem(where, found, f"one of {', '.join(sorted(known))}", remedy))
     return problems
 

@@ -32,7 +32,11 @@ def rank_problem(rank: Any) -> Problem | None:
         return Problem("rank", shown(dict(rank)), expected)
     if rank == "lossless" or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
         return None
-    remedy = did_you_mean(rank, ["lossless"]) if isinstance(rank, str) else ""
+    remedy = ""
+    if isinstance(rank, str):
+        remedy = (
+            f"Write {rank}." if rank.isdecimal() else did_you_mean(rank, ["lossless"], listed=True)
+        )
     return Problem("rank", shown(rank), _RANK, remedy)
 
 
@@ -43,7 +47,7 @@ def dtype_of(name: Any) -> torch.dtype | Problem:
     text = name.removeprefix("torch.") if isinstance(name, str) else None
     if text in _DTYPES:
         return _DTYPES[text]
-    remedy = did_you_mean(text, _DTYPES) if text else ""
+    remedy = did_you_mean(text, _DTYPES, listed=True) if text else ""
     return Problem("dtype", shown(name), f"one of {', '.join(_DTYPES)}", remedy)
 
 

@@ -49,7 +49,7 @@ class Resolver:
             if name not in known:
                 found = f"a parameter that `{self.method}` does not have"
                 expected = f"one of {', '.join(sorted(known))}"
-                yield Problem(where, found, expected, did_you_mean(name, known))
+                yield Problem(where, found, expected, did_you_mean(name, known, listed=True))
             elif own and not known[name].per_model:
                 found = "a parameter of the whole merge under one adapter"
                 remedy = f"Move `{name}` to the `parameters` of the whole merge."

@@ -46,18 +46,21 @@ def problems_of(choice: Any, adapters: Sequence[Adapter]) -> Iterator[Problem]:
     if choice in (DROP, *names):
         return
     ways = f"average, drop, {', '.join(names)}"
+    lacking: dict[str, list[str]] = {}
     for name in saved_names(adapters):
-        lacking = [adapter.name for adapter in adapters if name not in adapter.saved]
-        if lacking and choice is None:
-            found = f"a whole tensor that {listing(lacking)} does not have"
-            remedy = f"Say which to take with `modules_to_save`, one of: {ways}."
-            yield Problem(name, found, "it in all adapters", remedy)
+        without = [adapter.name for adapter in adapters if name not in adapter.saved]
+        if without and choice is None:
+            lacking.setdefault(listing(without), []).append(name)
             continue
         shapes = {a.name: tuple(a.saved[name]().shape) for a in adapters if name in a.saved}
         if len(set(shapes.values())) > 1:
             found = ", ".join(f"{shape} in {owner}" for owner, shape in shapes.items())
             remedy = f"Set `modules_to_save` to one of: drop, {', '.join(names)}."
             yield Problem(name, f"whole tensors of shapes {found}", "one shape", remedy)
+    for without_them, tensors in lacking.items():
+        remedy = f"Say which to take with `modules_to_save`, one of: {ways}."
+        found = f"whole tensors that {without_them} lacks"
+        yield Problem(listing(tensors), found, "them in all adapters, or a choice", remedy)
 
 
 def weights_problem(

@@ -53,7 +53,7 @@ def _entry_problems(
 ) -> Iterator[Problem]:
     for key in entry:
         if key not in _ENTRY:
-            remedy = did_you_mean(key, _ENTRY)
+            remedy = did_you_mean(key, _ENTRY, listed=True)
             yield Problem(join(where, str(key)), "an unknown key", "`value` or `filter`", remedy)
     text = entry.get("filter")
     if text is not None and not isinstance(text, str):
@@ -75,7 +75,7 @@ def _value_problems(parameter: Parameter, value: Any, where: str) -> Iterator[Pr
         converted = convert(parameter, value)
     except ValueError:
         remedy = (
-            did_you_mean(value, parameter.choices)
+            did_you_mean(value, parameter.choices, listed=True)
             if parameter.choices and isinstance(value, str)
             else ""
         )

@@ -28,7 +28,7 @@ def space_problems(space: Any, kind: Kind, adapters: Sequence[Adapter]) -> Itera
     names = _NAMES[kind]
     if not isinstance(space, str) or space not in names:
         title = "LoRA" if kind == "lora" else "(IA)^3"
-        remedy = did_you_mean(space, names)
+        remedy = did_you_mean(space, names, listed=True)
         yield Problem("space", shown(space), f"for {title} one of {', '.join(names)}", remedy)
     elif space == "factors":
         yield from _equal_ranks(adapters)

@@ -15,14 +15,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def did_you_mean(name: Any, known: Collection[str]) -> str:
-    """A remedy: the nearest known name, or all of them when none is near."""
+def did_you_mean(name: Any, known: Collection[str], *, listed: bool = False) -> str:
+    """A remedy: the nearest known name; when none is near all of them, unless `listed` before."""
     folded = {k.lower().replace("-", "_"): k for k in known}
     text = str(name).lower().replace("-", "_")
     close = difflib.get_close_matches(text, folded, n=1, cutoff=0.6)
     if close:
         return f"Write `{folded[close[0]]}`."
-    return f"Take it out, or use one of: {', '.join(sorted(known))}." if known else "Take it out."
+    if listed or not known:
+        return "Take it out."
+    return f"Take it out, or use one of: {', '.join(sorted(known))}."
 
 
 def join(path: str, key: str | int) -> str:

@@ -49,7 +49,17 @@ class Parameter:
     help: str = ""
 
 
-WEIGHT = Parameter("weight", float, 1.0, per_model=True, help="of each adapter")
+# Wide enough for every use, and no sum of weights leaves float64.
+_LARGEST_WEIGHT = 1e30
+WEIGHT = Parameter(
+    "weight",
+    float,
+    1.0,
+    per_model=True,
+    low=-_LARGEST_WEIGHT,
+    high=_LARGEST_WEIGHT,
+    help="of each adapter",
+)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ def test_the_default_dtype_holds_all_inputs(folders, tmp_path):
         ({"rank": 2.5}, "rank: found 2.5"),
         ({"rank": 17}, "rank: found 17; expected at most 16"),
         ({"rank": "losless"}, "Write `lossless`"),
+        ({"rank": "16"}, r"rank: found '16'.* Write 16\."),
+        ({"parameters": {"weight": 1e308}}, "parameters.weight: found 1e\\+308"),
         ({"rank": {"energy": 1.5}}, "share above 0 up to 1"),
         ({"rank": {"enrgy": 0.5}}, "rank: found"),
         ({"space": "dleta"}, "space: found 'dleta'.*Write `delta`"),
@@ -143,10 +145,14 @@ def test_one_mistake_gives_one_problem(folders, change, said):
         ({"model": 3}, r"models\[2\].model: found 3"),
         ({"model": "base+adapter"}, "the base is not needed"),
         ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"model": "one", "name": "a/b"}, r"models\[2\].name: found 'a/b'"),
+        ({"model": "one", "name": 3}, r"models\[2\].name: found 3"),
     ],
 )
 def test_mistakes_in_an_entry(folders, entry, said):
     config = document(folders, "one", "two")
+    if isinstance(entry, dict) and entry.get("model") == "one":
+        entry = {**entry, "model": str(folders["one"])}
     config["models"].append(entry)
     assert any(re.search(said, problem) for problem in problems_of(config))
 
@@ -199,7 +205,11 @@ def test_heads_are_averaged_dropped_or_taken(folders):
 
 def test_heads_that_only_some_have_need_a_word(folders):
     mixed = document(folders, "heads", "no_head")
-    assert all("Say which to take with `modules_to_save`" in p for p in problems_of(mixed))
+    problem = the_problem(mixed)
+    assert problem.startswith(
+        "classifier.bias, classifier.weight: found whole tensors that no_head"
+    )
+    assert "Say which to take with `modules_to_save`" in problem
     assert plan_config({**mixed, "modules_to_save": "average"}).saved["classifier.weight"] == (0,)
     assert plan_config({**mixed, "modules_to_save": "no_head"}).saved == {}
 
