@@ -56,7 +56,7 @@ class Update:
         a: (n, r, columns), any floating dtype.
         b: (n, rows, r), the same dtype and device.
         scale: s, PEFT's scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        bias: (rows,), the bias of B (`lora_bias`), or None. The change of the output's bias is
+        bias: (n rows,), the bias of B (`lora_bias`), or None. The change of the output's bias is
             ``s * bias``.
     """
 
@@ -80,8 +80,9 @@ class LoraAdapter:
         infos: by the name of the weight's module, as in PEFT's files without the prefix
             ``base_model.model.`` (for target parameters with PEFT's ``base_layer`` parts).
         load: reads one module's update.
-        saved: whole tensors that the adapter carries, by their stored names without that prefix:
-            `modules_to_save`, and trained biases of the base (`bias`). Read when called.
+        saved: whole tensors that the adapter carries, by the names of the base's tensors that they
+            replace (without PEFT's ``base_layer`` parts): `modules_to_save`, trained biases of the
+            base (`bias`), and embeddings that PEFT saved along. Read when called.
     """
 
     name: str

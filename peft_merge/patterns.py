@@ -58,12 +58,23 @@ def qualified(name: str, leaves: Iterable[str] = ()) -> str:
     return rf"{key}\.(?:{'|'.join(map(re.escape, choices))})"
 
 
+def targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether `target_modules` selects a module by its name (PEFT's rule for lists and regexes)."""
+    chosen = config.get("target_modules") or ()
+    if isinstance(chosen, str):
+        return re.fullmatch(chosen, module) is not None
+    return any(module == entry or module.endswith(f".{entry}") for entry in chosen)
+
+
 def targeted_parameters(config: Mapping[str, Any], module: str) -> list[str]:
     """Names of the parameters of `module` that `target_parameters` may mean.
 
     An entry ``experts.up`` means the parameter `up` of every module whose name is ``experts`` or
-    ends with ``.experts``; an entry without a dot means any module's.
+    ends with ``.experts``; an entry without a dot means any module's. A module that is adapted
+    itself has no parameters that are: PEFT refuses both for one module.
     """
+    if targeted(config, module):
+        return []
     found = []
     for entry in config.get("target_parameters") or ():
         owner, _, leaf = entry.rpartition(".")

@@ -35,7 +35,8 @@ def lora_configuration(
     """
     kept = list(saved)
     config = _common("LORA", infos, inputs, kept)
-    ranks: dict[str, int] = {}
+    # By rank: PEFT tries every key for every module, which is slow for one key a module.
+    keys: dict[int, dict[str, None]] = {}
     parameters = sorted(
         {entry for adapter in inputs for entry in adapter.config.get("target_parameters") or ()}
     )
@@ -45,12 +46,13 @@ def lora_configuration(
         rank = LAYOUTS[info.layout].configured_rank(info)
         if info.layout == "parameter":
             leaves = targeted_parameters({"target_parameters": parameters}, owner)
-            ranks[qualified(owner, leaves)] = rank
+            key = qualified(owner, leaves)
         else:
-            ranks[qualified(owner)] = rank
+            key = qualified(owner)
             modules.append(owner)
-    largest = max(ranks.values(), default=1)
-    pattern = {key: rank for key, rank in ranks.items() if rank != largest}
+        keys.setdefault(rank, {})[key] = None
+    largest = max(keys, default=1)
+    pattern = {"|".join(keys[rank]): rank for rank in sorted(keys) if rank != largest}
     config |= _selection(infos, inputs, config["modules_to_save"]) or {
         "target_modules": sorted(set(modules))
     }

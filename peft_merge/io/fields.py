@@ -64,7 +64,7 @@ def _replication(value: Any) -> bool:
     )
 
 
-_FLAG = Field(lambda value: isinstance(value, bool), "true or false")
+_FLAG = Field(lambda value: value is None or isinstance(value, bool), "true or false")
 _NAMES = Field(_names, "a list of names, or null")
 _NAMES_OR_REGEX = Field(_names_or_regex, "a list of names, a regular expression, or null")
 _TEXT = Field(lambda value: value is None or isinstance(value, str), "a text, or null")

@@ -133,8 +133,12 @@ def _configuration(folder: Path) -> dict[str, Any] | Problem:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
         return Problem(
-            str(folder), f"no {CONFIG}", "an adapter as PEFT's save_pretrained writes it"
+            str(folder),
+            f"no {CONFIG}",
+            "an adapter as PEFT's save_pretrained writes it",
+            f"Give one of the folders in it: {', '.join(inner)}." if inner else "",
         )
     except (OSError, ValueError, RecursionError) as error:
         return Problem(str(path), f"a file that is not JSON ({error})", "a JSON object")

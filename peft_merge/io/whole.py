@@ -16,6 +16,7 @@ from typing import Any
 from mergekit_ext.errors import Problem
 from mergekit_ext.headers import TensorHeader
 from peft_merge.io import names
+from peft_merge.io.tensors import DTYPES
 from peft_merge.refused import unknown_tensor
 
 # Last part of the names of embeddings and heads, which PEFT saves when a vocabulary was resized.
@@ -56,6 +57,15 @@ def collect(
         base = names.unwrapped(name)
         if not _known(name, base, config, biases, adapted) or base in saved:
             unknown.append(name)
+        elif not _readable(header.dtype):
+            found.append(
+                Problem(
+                    f"{where}: {name}",
+                    f"dtype {header.dtype}",
+                    f"one of {', '.join(DTYPES)}, or whole numbers",
+                    "Save the adapter in a floating-point dtype.",
+                )
+            )
         else:
             saved[base] = header
     if unknown:
@@ -71,6 +81,10 @@ def collect(
             )
         )
     return saved
+
+
+def _readable(dtype: str) -> bool:
+    return dtype in DTYPES or dtype.startswith(("I", "U", "BOOL"))
 
 
 def _known(

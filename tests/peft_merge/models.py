@@ -278,6 +278,14 @@ _lora(
     rank_pattern={r"experts\.[a-z_]+_proj": 2},
 )
 _lora(
+    "bare_parameters",
+    mixtral,
+    target_modules=["q_proj"],
+    target_parameters=["down_proj"],
+    alpha_pattern={"q_proj": 3},
+    rank_pattern={"q_proj": 2},
+)
+_lora(
     "transposed_parameters",
     Experts,
     numbers(2, 6),

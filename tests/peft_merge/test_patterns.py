@@ -68,13 +68,15 @@ def test_a_key_that_is_literally_the_name_counts_though_it_matches_nothing() -> 
         (["experts.up"], "my_experts", []),
         (["experts.up", "experts.down"], "layers.0.experts", ["down", "up"]),
         (["up"], "anything", ["up"]),
+        (["up"], "layers.0.q_proj", []),
         (None, "experts", []),
     ],
 )
 def test_target_parameters_of_a_module(
     entries: list[str] | None, module: str, leaves: list[str]
 ) -> None:
-    assert targeted_parameters({"target_parameters": entries}, module) == leaves
+    config = {"target_parameters": entries, "target_modules": ["q_proj"]}
+    assert targeted_parameters(config, module) == leaves
 
 
 def test_parameters_of_different_ranks_are_told_apart_by_the_number_of_experts() -> None:

@@ -30,6 +30,12 @@ def test_names(adapter_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
             load_adapter(folder, name=name)
 
 
+def test_a_folder_of_adapters_is_told_from_one(adapter_folder: Make) -> None:
+    folder = adapter_folder("plain", seed=7)
+    with pytest.raises(ConfigError, match=r"folders in it: .*plain-7"):
+        load_adapter(folder.parent)
+
+
 def test_problems_of_all_adapters_come_at_once(adapter_folder: Make, tmp_path: Path) -> None:
     good = adapter_folder("plain", seed=1)
     bad = change_config(adapter_folder("plain", seed=2), r=0)
