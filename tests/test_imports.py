@@ -37,10 +37,14 @@ ALLOWED = {
     "autoload": {"host"},
 }
 HOSTS = {"mergekit"}  # only host and cli may know it
+# peft_merge knows of mergekit_ext only what knows nothing of mergekit.
+ADAPTERS = PACKAGE.parent / "peft_merge"
+SHARED = {"kernels", "errors", "events", "headers", "rooms"}
+LIBRARIES = {"peft", "transformers"}  # loaded inside of functions
 
 
-def modules():
-    return sorted(PACKAGE.rglob("*.py"))
+def modules(package=PACKAGE):
+    return sorted(package.rglob("*.py"))
 
 
 def imported(path):
@@ -63,6 +67,48 @@ def test_arrows(path):
             assert parts[1] in ALLOWED[room], f"{path.name} imports {name}"
         if parts[0] in HOSTS:
             assert room in {"host", "cli"}, f"{path.name} imports {name}"
+        if parts[0] == "peft_merge":
+            assert room == "host", f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(ADAPTERS), ids=lambda p: str(p.relative_to(ADAPTERS)))
+def test_arrows_of_peft_merge(path):
+    for name in imported(path):
+        parts = name.split(".")
+        assert parts[0] not in HOSTS, f"{path.name} imports {name}"
+        if parts[0] == "mergekit_ext" and len(parts) > 1:
+            assert parts[1] in SHARED, f"{path.name} imports {name}"
+
+
+def top_level(path):
+    """What a module imports when it is imported itself, outside of functions."""
+    pending = list(ast.parse(path.read_text()).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            pending += ast.iter_child_nodes(node)
+
+
+@pytest.mark.parametrize("path", modules(ADAPTERS), ids=lambda p: str(p.relative_to(ADAPTERS)))
+def test_peft_merge_loads_libraries_late(path):
+    early = {name.split(".")[0] for name in top_level(path)} & LIBRARIES
+    assert not early, f"{path.name} imports {early} when it is imported"
+
+
+def test_importing_peft_merge_loads_no_host_and_no_library():
+    code = (
+        "import sys, peft_merge; "
+        "heavy = {'mergekit', 'peft', 'transformers'} & set(sys.modules); "
+        "sys.exit(' '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("module", ["mergekit_ext", "mergekit_ext.events", "mergekit_ext.autoload"])

@@ -120,19 +120,22 @@ def _matched(
 
     The second value gives each tensor's stored name.
     """
-    errors: list[ConfigError] = []
-    for names in (
-        {name: name for name in tensors},
-        class_names(tensors, getattr(config, "model_type", None)),
-    ):
+    refusal: ConfigError | None = None
+    for names_of in (_as_stored, class_names):
+        names = names_of(tensors, config)
         weights = AdaptedWeights(adapter)
         try:
             known = weights.touched({names[n]: header.shape for n, header in tensors.items()})
         except ConfigError as error:
-            errors.append(error)
+            refusal = refusal or error
         else:
             return weights, {names[name]: name for name in tensors if names[name] in known}
-    raise errors[0]
+    assert refusal is not None
+    raise refusal
+
+
+def _as_stored(names: Iterable[str], _config: Any) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -> list[Problem]:
