@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, NonFiniteError
 from peft_merge.io import load_adapter
+from peft_merge.refused import FIELDS
 from tests.peft_merge.edit import Q, change_config, change_tensors
+from tests.peft_merge.models import KINDS, saved
 
 Make = Callable[..., Path]
 
@@ -214,3 +218,53 @@ def test_feedforward_modules_must_fit_the_shapes(
     else:
         with pytest.raises(ConfigError, match="feedforward_modules"):
             load_adapter(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("kind", ["plain", "ia3", "nested_parameters", "modules_to_save"])
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_whatever_stands_in_a_field_gives_an_adapter_or_one_error(
+    kind: str, data: st.DataObject, tmp_path: Path
+) -> None:
+    folder = tmp_path / kind
+    if not folder.exists():
+        saved(KINDS[kind], folder, seed=1)
+    known = sorted(FIELDS["IA3" if kind == "ia3" else "LORA"])
+    changes = data.draw(st.dictionaries(st.sampled_from(known), JSON, min_size=1, max_size=2))
+    original = (folder / "adapter_config.json").read_text()
+    try:
+        load_adapter(change_config(folder, **changes))
+    except ConfigError as error:
+        assert error.problems
+    finally:
+        (folder / "adapter_config.json").write_text(original)
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_whatever_bytes_a_file_has_it_gives_an_adapter_or_one_error(
+    data: st.DataObject, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plain"
+    if not folder.exists():
+        saved(KINDS["plain"], folder, seed=1)
+    file = folder / "adapter_model.safetensors"
+    original = file.read_bytes()
+    place = data.draw(st.integers(0, 600))
+    change = data.draw(st.binary(min_size=1, max_size=4))
+    try:
+        file.write_bytes(original[:place] + change + original[place + len(change) :])
+        load_adapter(folder)
+    except ConfigError as error:
+        assert error.problems
+    finally:
+        file.write_bytes(original)
