@@ -21,6 +21,7 @@ from peft_merge.config.document import read, written
 from peft_merge.config.options import place_problem
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.request import Input, Request, located
+from peft_merge.convergence import warn_of_late
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
 from peft_merge.lora import merge_lora
@@ -268,6 +269,7 @@ def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
     if plan.request.base_model is not None:
         config = {**adapter.config, "base_model_name_or_path": plan.request.base_model}
         adapter = replace(adapter, config=config)
+    warn_of_late(rule.name, modules)
     seconds = time.perf_counter() - started
     return MergedAdapter(
         adapter, report(plan, modules, coefficients, seconds), written(plan.request, plan.adapters)

@@ -119,6 +119,11 @@ def _request(
         models = []
     inputs = tuple(_input(entry, join("models", i), problems) for i, entry in enumerate(models))
     base_model = document.get("base_model")
+    for item in inputs:
+        if item is not None and item.source == base_model:
+            expected, remedy = "an adapter", "Take it out: the base is not needed."
+            problems.append(Problem(item.where, "the base model", expected, remedy))
+    inputs = tuple(item for item in inputs if item is None or item.source != base_model)
     if base_model is not None and not isinstance(base_model, str):
         expected = "a model's name, which goes into the card and adapter_config.json"
         problems.append(Problem("base_model", shown(base_model), expected))

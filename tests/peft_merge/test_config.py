@@ -186,6 +186,14 @@ def test_ia3_has_no_rank_and_its_own_spaces(folders):
     assert "(IA)^3 one of additive, log" in the_problem(document(folders, "ia3", space="delta"))
 
 
+def test_the_base_is_no_adapter(folders):
+    config = document(folders, "one", base_model="some/base")
+    config["models"].append({"model": "some/base"})
+    assert the_problem(config) == (
+        "models[1]: found the base model; expected an adapter. Take it out: the base is not needed."
+    )
+
+
 def test_filters_that_match_nothing_are_noted(folders):
     config = document(folders, "one")
     config["parameters"] = {"weight": [{"filter": "mpl", "value": 2}, {"value": 1}]}

@@ -12,6 +12,7 @@ import peft_merge
 from mergekit_ext.errors import (
     ConfigError,
     NonFiniteError,
+    NotConvergedWarning,
     TwoModelsWarning,
     UniformCoefficientsWarning,
 )
@@ -75,6 +76,41 @@ def test_every_kind_of_adapter_comes_back(kind, tmp_path):
         answer(KINDS[kind], reloaded(KINDS[kind], place)) for place in (folder, tmp_path / "merged")
     )
     assert float((after - before).abs().max()) < 5e-5 * float(before.abs().max())
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_method_returns_the_only_adapter_of_every_kind(kind, tmp_path):
+    adapter = load(saved(KINDS[kind], tmp_path / "only", 1))
+    lora = KINDS[kind].lora
+    expected = {m: u.dense() if lora else u for m in adapter.infos for u in [adapter.load(m)]}
+    for method in rules():
+        merged = merge_adapters([adapter], method, parameters=off(method)).adapter
+        assert difference(merged, expected) < 1e-5, method
+        for name, load_whole in adapter.saved.items():
+            assert torch.equal(merged.saved[name](), load_whole()), (method, name)
+        for module in adapter.infos if lora else ():
+            before, after = adapter.load(module), merged.load(module)
+            if before.bias is not None:
+                error = (after.scale * after.bias - before.scale * before.bias).abs().max()
+                assert float(error) < 1e-5, (method, module)
+
+
+@pytest.mark.parametrize("kind", ["plain", "convolutions", "parameters"])
+@pytest.mark.parametrize("space", ["core", "knots", "factors"])
+def test_the_only_adapter_comes_back_in_every_space(kind, space, tmp_path):
+    adapter = load(saved(KINDS[kind], tmp_path / "only", 1))
+    expected = {module: adapter.load(module).dense() for module in adapter.infos}
+    for method in rules():
+        merged = merge_adapters([adapter], method, space=space, parameters=off(method)).adapter
+        assert difference(merged, expected) < 1e-5, method
+
+
+def test_half_precision_comes_back(tmp_path):
+    folder = saved(KINDS["patterns"], tmp_path / "only", 1, torch.bfloat16)
+    adapter = load(folder)
+    merged = merge_adapters([folder], "ties").adapter
+    assert {info.dtype for info in merged.infos.values()} == {torch.bfloat16}
+    assert difference(merged, {m: adapter.load(m).dense() for m in adapter.infos}) < 1e-2
 
 
 def test_linear_is_the_weighted_mean_of_the_changes(tmp_path):
@@ -262,6 +298,13 @@ def test_two_adapters_of_unknown_base_are_told(tmp_path):
     folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("ab")]
     with pytest.warns(TwoModelsWarning):
         merge_adapters(folders, "lore", parameters={"mu_relative": 0.1, "base": "estimated"})
+
+
+def test_a_solver_that_stops_early_is_told(tmp_path):
+    folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("abc")]
+    options = {"mu_relative": 0.1, "base": "estimated", "max_iterations": 1}
+    with pytest.warns(NotConvergedWarning, match="4 of 4 modules .* in 1 iterations"):
+        merge_adapters(folders, "lore", parameters=options)
 
 
 def test_a_merge_can_be_repeated_from_what_it_wrote(tmp_path):
