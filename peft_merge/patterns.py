@@ -58,12 +58,20 @@ def qualified(name: str, leaves: Iterable[str] = ()) -> str:
     return rf"{key}\.(?:{'|'.join(map(re.escape, choices))})"
 
 
+def either(keys: Iterable[str]) -> str:
+    """One key for what several keys of `qualified` match."""
+    chosen = list(keys)
+    if len(chosen) == 1:
+        return chosen[0]
+    return f"^(?:{'|'.join(key.removeprefix('^') for key in chosen)})"
+
+
 def targeted(config: Mapping[str, Any], module: str) -> bool:
     """Whether `target_modules` selects a module by its name (PEFT's rule for lists and regexes)."""
     chosen = config.get("target_modules") or ()
     if isinstance(chosen, str):
         return re.fullmatch(chosen, module) is not None
-    return any(module == entry or module.endswith(f".{entry}") for entry in chosen)
+    return f".{module}".endswith(tuple(f".{entry}" for entry in chosen))
 
 
 def targeted_parameters(config: Mapping[str, Any], module: str) -> list[str]:
@@ -73,10 +81,11 @@ def targeted_parameters(config: Mapping[str, Any], module: str) -> list[str]:
     ends with ``.experts``; an entry without a dot means any module's. A module that is adapted
     itself has no parameters that are: PEFT refuses both for one module.
     """
-    if targeted(config, module):
+    entries = config.get("target_parameters") or ()
+    if not entries or targeted(config, module):
         return []
     found = []
-    for entry in config.get("target_parameters") or ():
+    for entry in entries:
         owner, _, leaf = entry.rpartition(".")
         if not owner or module == owner or module.endswith(f".{owner}"):
             found.append(leaf)

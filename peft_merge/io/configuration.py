@@ -15,7 +15,7 @@ from typing import Any
 from peft_merge.adapter import Adapter, ModuleInfo, VectorInfo
 from peft_merge.io import names, whole
 from peft_merge.layouts import LAYOUTS
-from peft_merge.patterns import qualified, targeted_parameters
+from peft_merge.patterns import either, qualified, targeted_parameters
 
 # Fields that say which modules are adapted; they are only taken over together.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -52,7 +52,7 @@ def lora_configuration(
             modules.append(owner)
         keys.setdefault(rank, {})[key] = None
     largest = max(keys, default=1)
-    pattern = {"|".join(keys[rank]): rank for rank in sorted(keys) if rank != largest}
+    pattern = {either(keys[rank]): rank for rank in sorted(keys) if rank != largest}
     config |= _selection(infos, inputs, config["modules_to_save"]) or {
         "target_modules": sorted(set(modules))
     }
@@ -85,7 +85,7 @@ def ia3_configuration(
     if selection:
         return config | selection
     # PEFT asks whether a name ends with an entry, with or without a dot before it.
-    mistaken = any(other.endswith(entry) for other in others for entry in feedforward)
+    mistaken = any(other.endswith(tuple(feedforward)) for other in others)
     return config | {
         "target_modules": sorted(infos),
         "feedforward_modules": "|".join(map(re.escape, feedforward)) if mistaken else feedforward,

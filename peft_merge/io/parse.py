@@ -223,7 +223,7 @@ def _vectors(
         elif isinstance(chosen, str):
             possible = by_shape & {bool(re.fullmatch(chosen, module))}
         else:
-            possible = by_shape & {any(module.endswith(entry) for entry in chosen)}
+            possible = by_shape & {module.endswith(tuple(chosen))}
         if len(possible) != 1:
             found.append(
                 Problem(

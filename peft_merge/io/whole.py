@@ -23,7 +23,7 @@ from peft_merge.refused import unknown_tensor
 EMBEDDINGS = frozenset(
     (
         *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
-        *("tok_embeddings", "output", "embeddings", "embedding", "wpe", "decoder"),
+        *("tok_embeddings", "output", "embeddings", "embedding", "decoder"),
     )
 )
 # What PEFT takes for the two ends of a tied embedding (`ensure_weight_tying`).

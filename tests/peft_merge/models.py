@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from peft import EvaConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -219,6 +218,10 @@ def _lora(
     inputs: Callable[[], Mapping[str, Tensor]] = tokens,
     **fields: Any,
 ) -> None:
+    known = LoraConfig.__dataclass_fields__
+    initialisation = fields.get("init_lora_weights", True)
+    if set(fields) - set(known) or str(initialisation) not in f"True{known['init_lora_weights']}":
+        return  # of a newer PEFT than the installed one
     fields = {"r": 4, "lora_alpha": 6, **fields}
     KINDS[name] = Kind(name, base, lambda: LoraConfig(**copy.deepcopy(fields)), inputs)
 
@@ -267,7 +270,7 @@ _lora(
     modules_to_save=["embed_tokens"],
     ensure_weight_tying=True,
 )
-_lora("velora", target_modules=_QV, velora_config=VeloraConfig(num_groups=4))
+_lora("velora", target_modules=_QV, velora_config={"num_groups": 4})
 _lora("eva", target_modules=_QV, init_lora_weights="eva", eva_config=EvaConfig())
 _lora("parameters", mixtral, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
 _lora(

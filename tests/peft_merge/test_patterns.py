@@ -11,6 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from peft_merge.patterns import (
     Scaling,
+    either,
     parameter_scalings,
     qualified,
     scaling,
@@ -42,6 +43,12 @@ def test_patterns_resolve_as_peft_resolves_them(
     alpha = alphas.get(get_pattern_key(list(alphas), name), 7)
     expected = alpha / (math.sqrt(rank) if rslora else rank)
     assert scaling(config, name) == Scaling(rank, expected)
+
+
+@given(names=st.lists(NAMES, min_size=1, max_size=3, unique=True), other=NAMES)
+def test_one_key_for_several_modules_matches_these_only(names: list[str], other: str) -> None:
+    key = either(qualified(name) for name in names)
+    assert (get_pattern_key([key], other) == key) == (other in names)
 
 
 @given(name=NAMES, other=NAMES)

@@ -16,7 +16,6 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from peft.tuners.lora.config import ArrowConfig, KasaConfig, MontecloraConfig
 
 from mergekit_ext.errors import ConfigError
 from peft_merge.io import adapters_of, load_adapter
@@ -98,8 +97,8 @@ def test_a_default_configuration_is_accepted(config: Any) -> None:
     "config",
     [
         LoraConfig(target_modules=["q_proj"], use_dora=True),
-        LoraConfig(target_modules=["q_proj"], kasa_config=KasaConfig()),
-        LoraConfig(target_modules=["q_proj"], monteclora_config=MontecloraConfig()),
+        LoraConfig(target_modules=["q_proj"], kasa_config={"beta": 1e-4}),
+        LoraConfig(target_modules=["q_proj"], monteclora_config={"num_samples": 2}),
         LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]),
         LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
         LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"),
@@ -128,7 +127,7 @@ def test_a_dora_whose_configuration_hides_it_is_seen_by_its_tensors(tmp_path: Pa
 
 
 def test_arrow_is_refused_by_its_own_configuration() -> None:
-    config = {"peft_type": "LORA", "arrow_config": ArrowConfig().__dict__}
+    config = {"peft_type": "LORA", "arrow_config": {"top_k": 3}}
     assert [problem.where for problem in refusals(config, "x")] == ["x: arrow_config"]
 
 
