@@ -55,15 +55,13 @@ def merge(
     most = min(rows, columns)
     wanted = min(rank, most) if isinstance(rank, int) else None
     found, details = [], {}
-    total = 0.0
     dtype = torch.float64 if rows * columns <= _SMALL else torch.float32
     for index in range(n):
         sources = [_source(update, index, (rows, columns), device) for update in updates]
         merged, said = _merged(sources, rule, call, (rows, columns), dtype, device)
         details.update(said)
-        total += float(torch.linalg.vector_norm(merged, dtype=torch.float64)) ** 2
         found.append(leading(merged, wanted))
-    return _factored(found, rank, _FLOOR[dtype], total), details
+    return _factored(found, rank, _FLOOR[dtype]), details
 
 
 def _source(
@@ -121,10 +119,11 @@ def require_finite(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _factored(found: Sequence[Leading], rank: Rank, floor: float, total: float) -> Factored:
+def _factored(found: Sequence[Leading], rank: Rank, floor: float) -> Factored:
     sigma = torch.stack([part.sigma for part in found])
     kept = chosen(sigma, rank, floor)
     left = sum(part.rest**2 for part in found) + float(sigma[:, kept:].square().sum())
+    total = sum(part.whole**2 for part in found)
     factors = [_balanced(part, kept) for part in found]
     return Factored(
         a=torch.stack([a for _, a in factors]),

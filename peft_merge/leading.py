@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_merge.ranks import padded
+
 # Up to this short side a full decomposition is as fast.
 DIRECT_SIDE = 512
 # Beyond this share of the short side the space is as dear as the whole.
@@ -22,8 +24,9 @@ LARGEST_SPACE = 0.5
 BLOCK = 16
 # The space starts with so many times the rank and grows by this share between two looks at it.
 FIRST, GROWTH = 1.5, 0.25
-# Growing further would lower the squared error by less than this share of it, ...
-SETTLED = 1e-6
+# The last growth lowered the squared error by less than this share of it (measured: what is left
+# to gain is then below 1e-8 of it, since each growth gains less than a hundredth of the last), ...
+SETTLED = 3e-5
 # ... or by less than this share of the squared norm, which float32 products cannot tell.
 INVISIBLE = 1e-12
 # A column of a new block that keeps less than this of its length lies in the space already.
@@ -38,15 +41,17 @@ class Leading:
     Attributes:
         u: (rows, k), float64.
         sigma: (k,), descending.
-        v: (columns, k). Of u and v the one on the longer side is orthonormal to the precision of
-            X only.
+        v: (columns, k). Of u and v the one on the longer side is orthonormal only as far as the
+            space has settled.
         rest: Frobenius norm of what is left of X.
+        whole: of X itself.
     """
 
     u: Tensor
     sigma: Tensor
     v: Tensor
     rest: float
+    whole: float
 
 
 def leading(x: Tensor, rank: int | None) -> Leading:
@@ -67,7 +72,7 @@ def leading(x: Tensor, rank: int | None) -> Leading:
         found = _scaled(x, min(x.shape) if rank is None else min(rank, *x.shape))
     finally:
         x.mul_(scale)
-    return Leading(found.u, found.sigma * scale, found.v, found.rest * scale)
+    return Leading(found.u, found.sigma * scale, found.v, found.rest * scale, found.whole * scale)
 
 
 def _power_of_two(x: Tensor) -> float:
@@ -79,7 +84,7 @@ def _power_of_two(x: Tensor) -> float:
 def _scaled(x: Tensor, rank: int) -> Leading:
     if x.shape[0] > x.shape[1]:
         turned = _wide(x.mT, rank)
-        return Leading(turned.v, turned.sigma, turned.u, turned.rest)
+        return Leading(turned.v, turned.sigma, turned.u, turned.rest, turned.whole)
     return _wide(x, rank)
 
 
@@ -88,8 +93,8 @@ def _wide(x: Tensor, rank: int) -> Leading:
     side = x.shape[0]
     if side <= DIRECT_SIDE:
         u, sigma, vh = torch.linalg.svd(x.to(torch.float64), full_matrices=False)
-        rest = float(torch.linalg.vector_norm(sigma[rank:]))
-        return Leading(u[:, :rank], sigma[:rank], vh[:rank].mT, rest)
+        rest, whole = (float(torch.linalg.vector_norm(part)) for part in (sigma[rank:], sigma))
+        return Leading(u[:, :rank], sigma[:rank], vh[:rank].mT, rest, whole)
     found = None
     if FIRST * rank + 2 * BLOCK <= LARGEST_SPACE * side:
         found = _lanczos(x, rank)
@@ -115,10 +120,14 @@ def _from_left(x: Tensor, left: Tensor) -> Leading:
     u = torch.linalg.qr(left).Q
     across = _across(x, u)
     sigma = torch.linalg.vector_norm(across, dim=0)
-    rest = 0.0
-    for part in _parts(x):
-        rest += float((x[part] - u[part] @ across.mT).square_().sum())
-    return Leading(u, sigma, across / sigma.masked_fill(sigma == 0, 1.0), rest**0.5)
+    rest = sum(float((x[part] - u[part] @ across.mT).square_().sum()) for part in _parts(x))
+    v = across / sigma.masked_fill(sigma == 0, 1.0)
+    return Leading(u, sigma, v, rest**0.5, _squared_norm(x) ** 0.5)
+
+
+def _squared_norm(x: Tensor) -> float:
+    """In float64, without a copy of x in it."""
+    return sum(float(x[part].to(torch.float64).square_().sum()) for part in _parts(x))
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
@@ -139,7 +148,7 @@ def _by_gram(x: Tensor, rank: int) -> Tensor:
 
 def _lanczos(x: Tensor, rank: int) -> Tensor | None:
     """The left vectors; None if the space that it takes grows too large."""
-    norm = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    norm = _squared_norm(x)
     if norm == 0.0:
         return torch.eye(x.shape[0], rank, dtype=x.dtype, device=x.device)
     space = _Space(x)
@@ -161,10 +170,9 @@ class _Space:
 
     def __init__(self, x: Tensor):
         self._x = x
-        most = int(LARGEST_SPACE * x.shape[0]) + BLOCK
-        self._basis = x.new_empty((most, x.shape[0]))
-        self._across = x.new_empty((most, x.shape[1]))
-        self._gram = x.new_zeros((most, most), dtype=torch.float64)
+        self._basis = x.new_empty((0, x.shape[0]))
+        self._across = x.new_empty((0, x.shape[1]))
+        self._gram = x.new_empty((0, 0), dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(0)
         self.size = 0
 
@@ -178,6 +186,10 @@ class _Space:
 
     def grow(self, target: int) -> None:
         """Add blocks until the space has at least `target` dimensions."""
+        more = -(-(target - self.size) // BLOCK) * BLOCK
+        self._basis = padded(self._basis, self.size + more, 0)
+        self._across = padded(self._across, self.size + more, 0)
+        self._gram = padded(padded(self._gram, self.size + more, 0), self.size + more, 1)
         while self.size < target:
             if self.size:
                 block = self._x @ self._across[self.size - BLOCK : self.size].mT

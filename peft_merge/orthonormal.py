@@ -75,18 +75,19 @@ class Cholesky:
 
 def _cholesky(columns: Tensor) -> Cholesky | None:
     """None where it would not be orthonormal."""
-    norms = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+    gram = columns.mT @ columns
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
     if not bool((norms > 0).all()):
         return None
-    gram = (columns.mT @ columns) / (norms.mT * norms)
+    gram = gram / norms.mT / norms
     triangle, info = torch.linalg.cholesky_ex(gram, upper=True)
     if bool(info.any()):
         return None
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     inverse = torch.linalg.solve_triangular(triangle, unit, upper=True)
-    if float(torch.linalg.matrix_norm(inverse).max()) > LARGEST_INVERSE:
-        return None
-    return Cholesky(columns, norms, triangle)
+    if float(torch.linalg.matrix_norm(inverse).max()) <= LARGEST_INVERSE:
+        return Cholesky(columns, norms, triangle)
+    return None  # also where squares have left the range
 
 
 @dataclass(frozen=True)
