@@ -437,3 +437,59 @@ def test_what_leaves_the_range_is_an_error():
     broken = dataclasses.replace(broken, invariant=True)
     with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
         merge_lora(big, broken, always(settings(broken, 1)))
+
+
+# --- adversarial inputs ----------------------------------------------------------------------
+
+HARD = {
+    "duplicates": [update(1, 4), update(1, 4), update(2, 3)],
+    "zero factors": [Update(torch.zeros(1, 2, 18), torch.zeros(1, 24, 2), 1.0), update(1, 3)],
+    "untrained": [Update(update(4, 2).a, torch.zeros(1, 24, 2), 1.0), update(1, 3)],
+    "scales": [update(1, 3, scale=1e6), update(2, 3, scale=1e-6)],
+    "tiny": [update(1, 3, size=1e-18), update(2, 3, size=1e-18)],
+    "negative": [update(1, 3, scale=-2.0), update(2, 3)],
+    "bfloat16": [update(1, 3, dtype=torch.bfloat16), update(2, 3, dtype=torch.float16)],
+    "more ranks than rows": [update(1, 16), update(2, 14)],
+    "opposite": [update(1, 3), update(1, 3, scale=-0.5)],
+}
+NAIVE = {
+    "linear": lambda d, w: reference.linear(d, w, normalize=True),
+    "tsv_m": reference.tsv_m,
+    "ties": lambda d, w: reference.ties_family(d, w, [0.5] * len(d)),
+    "magnitude_prune": lambda d, w: reference.ties_family(
+        d, w, [0.5] * len(d), elect=False, normalize=False
+    ),
+    "emr": reference.emr,
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("name", NAIVE)
+def test_hard_inputs_equal_the_dense_computation(name, case):
+    adapters = [adapter(f"{i}", {"x": own}) for i, own in enumerate(HARD[case])]
+    count = len(adapters)
+    each = [{"density": 0.5}] * count if name in ("ties", "magnitude_prune") else None
+    found = changes(adapters, "x")
+    wanted = NAIVE[name](found, [1.0] * count)
+    updates, _, _ = merged(adapters, name, each=each, rank="lossless")
+    largest = max(float(change.norm()) for change in found)
+    assert float((updates["x"].dense()[0] - wanted).norm()) <= 1e-9 * largest
+
+
+def test_one_element():
+    shape = (1, 1, 1)
+    adapters = [adapter(f"{i}", {"x": update(i, 1 + i, shape)}) for i in range(3)]
+    for name in sorted(rules()):
+        updates, infos, _ = merged(adapters, name, rank=4, **options(name))
+        assert infos["x"].rank == 1 and torch.isfinite(updates["x"].dense()).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "lore", "tsv_m", "ties", "della", "emr", "pcb"])
+def test_on_every_device(name, device):
+    rule = rules()[name]
+    each = [{"density": 0.5}] * 3 if name in ("ties", "della") else None
+    values = always(settings(rule, 3, each=each, **({"mu": 1.0} if name == "lore" else {})))
+    found, _, _ = merge_lora(three(), rule, values, device=device, dtype=torch.float64)
+    wanted, _, _ = merge_lora(three(), rule, values, dtype=torch.float64)
+    assert found["x"].a.device.type == found["x"].b.device.type == device.type
+    close(found["x"].dense().cpu(), wanted["x"].dense(), 1e-6)
