@@ -45,7 +45,7 @@ def factors(
         if not complete(module, parts, wanted, where, found):
             continue
         a, b = parts[LAYOUTS[kind].a], parts[LAYOUTS[kind].b]
-        if targeted_parameters(config, names.unwrapped(module)) and not embedding:
+        if targeted_parameters(config, names.owner(module, modules)) and not embedding:
             kind = "parameter"
         elif len(a.shape) > 2:
             kind = "convolution"
