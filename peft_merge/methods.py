@@ -5,6 +5,7 @@ A whole-merge method decides over all modules together, and may make several ada
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Result(Protocol):
 
     report: Mapping[str, Any]
 
-    def save(self, path: str | os.PathLike[str], events: Dispatcher | None = None) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write it into a folder that does not exist or is empty."""
 
 
@@ -48,6 +49,7 @@ class WholeMethod:
 Method = Rule | WholeMethod
 
 _WHOLE: dict[str, WholeMethod] = {}
+_WHOLE_METHODS = ("peft_merge.flexmerge.method",)
 
 
 def register(method: WholeMethod) -> WholeMethod:
@@ -63,7 +65,10 @@ def register(method: WholeMethod) -> WholeMethod:
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by name."""
+    """All methods by name, those of the project included."""
+    # Each registers itself; here, because they need this module.
+    for module in _WHOLE_METHODS:
+        importlib.import_module(module)
     return {**rules(), **_WHOLE}
 
 

@@ -58,7 +58,9 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     found += _fitting(request, kind, adapters)
     absent = list(resolve.missing())
     found += absent or _value_problems(method, resolve)
-    taken = _taken(request, resolve, adapters, found)
+    # Whole-merge methods say themselves what becomes of whole tensors.
+    whole = isinstance(method, WholeMethod)
+    taken = {} if whole else _taken(request, resolve, adapters, found)
     if found:
         _stop(request, found)
     plan = MergePlan(
@@ -90,7 +92,9 @@ def _method(name: Any, found: list[Problem]) -> Method | None:
     known = methods()
     if isinstance(name, str) and name in known:
         return known[name]
-    if name is not None:
+    if name is None:
+        found.append(Problem("merge_method", "nothing", "a merge method", "Add it."))
+    else:
         remedy = did_you_mean(name, known)
         found.append(Problem("merge_method", shown(name), "a merge method", remedy))
     return None

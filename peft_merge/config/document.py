@@ -109,8 +109,6 @@ def _request(
     document: Mapping[str, Any], text: str | None, subject: str
 ) -> tuple[Request, list[Problem]]:
     problems = list(_unknown(document, _KEYS, ""))
-    if "merge_method" not in document:
-        problems.append(Problem("merge_method", "nothing", "a merge method", "Add it."))
     models = document.get("models")
     if not isinstance(models, list) or not models:
         found = "nothing" if models is None else shown(models)

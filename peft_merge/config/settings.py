@@ -93,6 +93,8 @@ def convert(parameter: Parameter, value: Any) -> Any:
     """
     if value is None and parameter.default is None:
         return None
+    if parameter.read is not None:
+        return parameter.read(value)
     if parameter.kind is bool and isinstance(value, bool):
         return value
     if parameter.kind is str and isinstance(value, str):
@@ -125,6 +127,8 @@ def _within(parameter: Parameter, value: Any) -> bool:
 
 def expectation(parameter: Parameter) -> str:
     """What a value of the parameter must be, as the end of "expected ..."."""
+    if parameter.expected:
+        return parameter.expected
     if parameter.choices:
         return f"one of {', '.join(parameter.choices)}"
     if parameter.kind is bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError
 from peft_merge.merge import merge_adapters, plan_config
@@ -271,6 +273,48 @@ def test_arguments_from_python(folders):
         merge_adapters(str(folders["one"]))
     with pytest.raises(ConfigError, match="one adapter at least"):
         merge_adapters([])
+
+
+_leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just("one")
+)
+_texts = st.sampled_from(
+    [
+        *(
+            "model",
+            "name",
+            "parameters",
+            "merge_method",
+            "models",
+            "rank",
+            "space",
+            "seed",
+            "dtype",
+        ),
+        *("modules_to_save", "base_model", "value", "filter", "density", "weight", "energy"),
+    ]
+)
+_values = st.recursive(
+    _leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(_texts, _leaves), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(_texts, _values, max_size=4), _values, _values)
+@settings(max_examples=150)
+def test_nothing_but_one_error_whatever_is_written(folders, changes, parameters, own):
+    config = document(folders, "one", "two", merge_method="della")
+    config["models"][0] |= {"parameters": own}
+    config |= {"parameters": parameters, **changes}
+    try:
+        plan = plan_config(config)
+    except ConfigError as error:
+        assert all(problem.where and problem.found for problem in error.problems)
+    else:
+        assert all(plan.resolve(module) for module in plan.modules)
 
 
 def test_a_place_that_cannot_be_made(folders, tmp_path):

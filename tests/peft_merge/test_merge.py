@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ from mergekit_ext.errors import (
     ConfigError,
     NonFiniteError,
     NotConvergedWarning,
+    Problem,
     TwoModelsWarning,
     UniformCoefficientsWarning,
 )
 from mergekit_ext.events import MergeCallback
+from peft_merge import methods
 from peft_merge.io import load_adapter
 from peft_merge.merge import merge_adapters, run_config
-from peft_merge.rules.base import rules
+from peft_merge.rules.base import WEIGHT, Parameter, rules
 from tests.peft_merge.models import KINDS, answer, reloaded, saved
 
 # What makes each method return its only input; the others need nothing.
@@ -332,6 +336,39 @@ def test_adapters_in_memory(tmp_path):
     with pytest.raises(ConfigError, match="2 adapters called 'a'"):
         merge_adapters([adapters[0], adapters[0]])
     assert merge_adapters({"x": adapters[0], "y": adapters[0]}).report["adapters"][1]["name"] == "y"
+
+
+def test_methods_with_a_way_of_their_own(tmp_path, monkeypatch):
+    folder = saved(KINDS["plain"], tmp_path / "a", 1)
+
+    def check(plan):
+        if plan.resolve(plan.modules[0]).options["size"] > len(plan.adapters):
+            yield Problem("parameters.size", "too much", "less")
+
+    @dataclasses.dataclass
+    class Pair:
+        report: dict
+
+        def save(self, path):
+            Path(path).mkdir()
+
+    method = methods.WholeMethod(
+        "pairs",
+        lambda shared: (WEIGHT, Parameter("size", int, 1)),
+        check,
+        lambda plan, events: Pair({"method": plan.method.name}),
+    )
+    monkeypatch.setattr(methods, "_WHOLE", {})
+    methods.register(method)
+    config = {"merge_method": "pairs", "models": [{"model": str(folder)}]}
+    assert run_config(config, tmp_path / "out").report == {"method": "pairs"}
+    assert (tmp_path / "out").is_dir()
+    with pytest.raises(ConfigError, match="too much"):
+        run_config({**config, "parameters": {"size": 2}}, tmp_path / "more")
+    with pytest.raises(ConfigError, match=r"parameters.sise: .* Write `size`"):
+        run_config({**config, "parameters": {"sise": 2}}, tmp_path / "more")
+    with pytest.raises(ValueError, match="already"):
+        methods.register(method)
 
 
 def test_the_package_names_what_it_offers():

@@ -1,0 +1,89 @@
+"""docs/adapters.md says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peft_merge.cli import main
+from peft_merge.combination_types import COMBINATION_TYPES
+from peft_merge.config.spaces import default_space
+from peft_merge.ia3 import Space
+from peft_merge.rules.base import REQUIRED, rules
+from peft_merge.spaces import SPACES
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+
+
+def tables():
+    """All table rows, as lists of cells, by the section's title."""
+    found: dict[str, list[list[str]]] = {}
+    title = ""
+    for line in TEXT.splitlines():
+        if line.startswith("## "):
+            title = line[3:]
+        elif line.startswith("| ") and not line.startswith("| ---"):
+            cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+            found.setdefault(title, []).append([cell.strip() for cell in cells])
+    return found
+
+
+def quoted(cell):
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_table_of_methods():
+    listed = {}
+    for names, _, shared, own in tables()["Methods"][1:]:
+        for name in quoted(names):
+            listed[name] = ("†" in names, quoted(shared), quoted(own))
+    plain = {name: rule for name, rule in rules().items() if not name.startswith("nan_")}
+    assert set(listed) == {*plain, "nan_<method>"}
+    for name, rule in plain.items():
+        exact, shared, own = listed[name]
+        if name != "nan":
+            assert exact == rule.invariant, name
+        for parameters, per_model in ((shared, False), (own, True)):
+            known = {p.name for p in rule.parameters if p.per_model is per_model}
+            assert set(parameters) == known or name == "nan", (name, parameters, known)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in rules() if not n.startswith("nan")))
+def test_defaults_in_the_table(name):
+    (row,) = [row for row in tables()["Methods"][1:] if name in quoted(row[0])]
+    position = quoted(row[0]).index(name)
+    for parameter in rules()[name].parameters:
+        cell = row[3 if parameter.per_model else 2]
+        said = re.search(rf"`{parameter.name}` ([\w., ]+?)(?:[;`]|, `|$)", cell)
+        if said is None or parameter.default in (None, REQUIRED):
+            continue
+        values = [value.strip() for value in said[1].split(",") if value.strip()]
+        value = values[position] if len(values) > 1 else values[0]
+        if value.startswith(("max", "tol")):
+            continue
+        assert value == str(parameter.default).lower().removesuffix(".0"), parameter.name
+
+
+def test_the_tables_of_spaces_and_combination_types():
+    spaces = {name for row in tables()["Space"] for name in quoted(row[0])} - {"space"}
+    assert spaces == set(SPACES) - {default_space("lora")}
+    assert default_space("ia3") == "additive"
+    assert set(Space.__args__) == {"additive", "log"}
+    for names, method in tables()["In a live model"][1:]:
+        for name in quoted(names):
+            assert COMBINATION_TYPES[name].method == quoted(method)[0]
+
+
+def test_the_options_of_the_command():
+    usage = re.search(r"peft-merge CONFIG OUT (\[.*)", TEXT)
+    assert usage is not None
+    options = {option for p in main.params for option in p.opts if option.startswith("--")}
+    assert set(re.findall(r"--[\w-]+", usage[1])) == options - {"--version"}
+
+
+def test_the_yaml_parses():
+    for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL):
+        assert isinstance(yaml.safe_load(block), dict)
