@@ -5,7 +5,6 @@ A whole-merge method decides over all modules together, and may make several ada
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -49,7 +48,6 @@ class WholeMethod:
 Method = Rule | WholeMethod
 
 _WHOLE: dict[str, WholeMethod] = {}
-_WHOLE_METHODS = ("peft_merge.flexmerge.method",)
 
 
 def register(method: WholeMethod) -> WholeMethod:
@@ -65,10 +63,7 @@ def register(method: WholeMethod) -> WholeMethod:
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by name, those of the project included."""
-    # Each registers itself; here, because they need this module.
-    for module in _WHOLE_METHODS:
-        importlib.import_module(module)
+    """All methods by name."""
     return {**rules(), **_WHOLE}
 
 

@@ -36,6 +36,9 @@ class Parameter:
         above: the value must be greater than `low`.
         choices: of a str.
         help: one line for documentation and errors.
+        read: makes the value of what stands there, in place of `kind` and limits; raises
+            ValueError.
+        expected: what `read` takes, as the end of "expected ...".
     """
 
     name: str
@@ -47,6 +50,8 @@ class Parameter:
     above: bool = False
     choices: tuple[str, ...] = ()
     help: str = ""
+    read: Callable[[Any], Any] | None = None
+    expected: str = ""
 
 
 # Wide enough for every use, and no sum of weights leaves float64.
