@@ -12,8 +12,10 @@ from peft_merge.cli import main
 from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.config.spaces import default_space
 from peft_merge.ia3 import Space
+from peft_merge.merge import plan_config
 from peft_merge.rules.base import REQUIRED, rules
 from peft_merge.spaces import SPACES
+from tests.peft_merge.models import KINDS, saved
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
 
@@ -87,3 +89,16 @@ def test_the_options_of_the_command():
 def test_the_yaml_parses():
     for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL):
         assert isinstance(yaml.safe_load(block), dict)
+
+
+def test_the_first_example_runs(tmp_path, monkeypatch):
+    for name, seed in (("lora-code", 1), ("lora-maths", 2)):
+        saved(KINDS["plain"], tmp_path / name, seed, r=16)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(blocks[0], {})
+    assert (tmp_path / "merged" / "adapter_model.safetensors").exists()
+    document = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[0])
+    document["models"][1]["model"] = "./lora-maths"
+    plan = plan_config(document)
+    assert (plan.method.name, plan.rank) == ("ties", 16)
