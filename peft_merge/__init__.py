@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+    from peft_merge.flexmerge.load import load_tasks
     from peft_merge.io import load_adapter, save_adapter
     from peft_merge.memory import add_merged_adapter
     from peft_merge.merge import MergedAdapter, merge_adapters, run_config
@@ -19,6 +20,7 @@ _HOMES = {
     "MergedAdapter": "merge",
     "add_merged_adapter": "memory",
     "load_adapter": "io",
+    "load_tasks": "flexmerge.load",
     "merge_adapters": "merge",
     "run_config": "merge",
     "save_adapter": "io",
@@ -31,6 +33,7 @@ __all__ = [
     "MergedAdapter",
     "add_merged_adapter",
     "load_adapter",
+    "load_tasks",
     "merge_adapters",
     "run_config",
     "save_adapter",

@@ -80,22 +80,17 @@ def merge_ia3(
         NonFiniteError: a vector holds NaN or infinity.
         MergeError: a merged vector overflows `dtype`.
     """
-    _check(adapters, space)
+    check(adapters, space)
     vectors: dict[str, Tensor] = {}
     infos: dict[str, VectorInfo] = {}
     report: dict[str, dict[str, Any]] = {}
     for module in _modules(adapters):
         own = [adapter.infos[module] for adapter in adapters if module in adapter.infos]
         info = replace(own[0], dtype=dtype or reduce(torch.promote_types, (i.dtype for i in own)))
-        length = torch.Size(info.shape).numel()
-        changes = [
-            _change(adapter, module, space).to(device).flatten()
-            if module in adapter.infos
-            else torch.zeros(length, dtype=torch.float64, device=device)
-            for adapter in adapters
-        ]
-        call = resolve(module).call((1, length), generators(seed, module, len(adapters)))
-        merged = rule.merge(changes, call)
+        vectors_in = changes(adapters, module, space=space, device=device)
+        shape = (1, len(vectors_in[0]))
+        call = resolve(module).call(shape, generators(seed, module, len(adapters)))
+        merged = rule.merge(vectors_in, call)
         vector = _SPACES[space].vector(merged.tensor.to(torch.float64)).to(info.dtype)
         if not bool(torch.isfinite(vector).all()):
             raise MergeError(
@@ -114,13 +109,35 @@ def merge_ia3(
     return vectors, infos, report
 
 
+def changes(
+    adapters: Sequence[Ia3Adapter],
+    module: str,
+    *,
+    space: Space = "additive",
+    device: str | torch.device = "cpu",
+) -> list[Tensor]:
+    """What a rule sees of a module that one of the adapters has: m float64 vectors (length,).
+
+    Raises:
+        NonFiniteError: a vector holds NaN or infinity.
+    """
+    shape = next(adapter.infos[module].shape for adapter in adapters if module in adapter.infos)
+    nothing = torch.zeros(torch.Size(shape).numel(), dtype=torch.float64, device=device)
+    return [
+        _change(adapter, module, space).to(device).flatten()
+        if module in adapter.infos
+        else nothing.clone()
+        for adapter in adapters
+    ]
+
+
 def norms(adapters: Sequence[Ia3Adapter], *, space: Space = "additive") -> dict[str, list[float]]:
     """Lengths of the changes that a rule sees, for NAN: of each module, one for each adapter.
 
     Raises:
         ConfigError, NonFiniteError: as `merge_ia3`.
     """
-    _check(adapters, space)
+    check(adapters, space)
     return {
         module: [
             float(torch.linalg.vector_norm(_change(adapter, module, space)))
@@ -132,7 +149,12 @@ def norms(adapters: Sequence[Ia3Adapter], *, space: Space = "additive") -> dict[
     }
 
 
-def _check(adapters: Sequence[Ia3Adapter], space: str) -> None:
+def check(adapters: Sequence[Ia3Adapter], space: str) -> None:
+    """Whether the vectors can be merged in a space.
+
+    Raises:
+        ConfigError, NonFiniteError: as `merge_ia3`.
+    """
     problems = [
         *_bad_space(space),
         *(p for name in _modules(adapters) for p in _bad(adapters, name)),

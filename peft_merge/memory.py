@@ -112,7 +112,7 @@ def add_merged_adapter(
     if not isinstance(merged, MergedAdapter):
         expected = "one that makes one adapter"
         raise ConfigError([Problem("method", shown(chosen), expected)], _SUBJECT)
-    _add(peft_model, adapter_name, merged.adapter)
+    add_adapter(peft_model, adapter_name, merged.adapter)
     return merged.report
 
 
@@ -204,7 +204,7 @@ def _owner(model: Any, tensor: str) -> str | None:
     return None
 
 
-def _add(model: Any, name: str, adapter: Adapter) -> None:
+def add_adapter(model: Any, name: str, adapter: Adapter) -> None:
     """Add the adapter, and leave everything else as it was, whether that works or not."""
     from peft import PeftConfig
 

@@ -5,6 +5,7 @@ A whole-merge method decides over all modules together, and may make several ada
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 class Result(Protocol):
     """What a merge gives: it can be written, and tells how it came about."""
 
-    report: Mapping[str, Any]
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """JSON values."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it into a folder that does not exist or is empty."""
@@ -48,6 +51,7 @@ class WholeMethod:
 Method = Rule | WholeMethod
 
 _WHOLE: dict[str, WholeMethod] = {}
+_WHOLE_METHODS = ("peft_merge.flexmerge.method",)
 
 
 def register(method: WholeMethod) -> WholeMethod:
@@ -63,7 +67,10 @@ def register(method: WholeMethod) -> WholeMethod:
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by name."""
+    """All methods by name, those of the project included."""
+    # Each registers itself; here, because they need this module.
+    for module in _WHOLE_METHODS:
+        importlib.import_module(module)
     return {**rules(), **_WHOLE}
 
 

@@ -22,7 +22,7 @@ def preview(plan: MergePlan) -> str:
         f"Method:  {plan.method.name} (space: {plan.space})",
         f"Modules: {len(plan.modules)}, {shared} of them in all adapters",
     ]
-    if saved_names(plan.adapters):
+    if saved_names(plan.adapters) and not isinstance(plan.method, WholeMethod):
         lines.append(
             f"Whole:   {len(plan.saved)} of {len(saved_names(plan.adapters))} tensors kept"
         )

@@ -1,0 +1,169 @@
+r"""`merge_method: flexmerge` for adapters.
+
+FlexMerge (arXiv:2505.23209), section 3 and algorithm 1: every task keeps an adapter of its own, and
+the tasks share a module's change where theirs are most alike, until all adapters together take no
+more than `target_size`. Modules (or layers of them) are the blocks; a change is :math:`s B A` of a
+LoRA, :math:`\ell - 1` or :math:`\log \ell` of an (IA)^3. An adapter without a module has a change
+of zero there.
+
+A group of two or more tasks shares F of its members' original changes, F being any rule of
+`peft_merge.rules`. The default is the paper's: task arithmetic with :math:`\lambda` = 1.5 times the
+mean (footnote 1, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mergekit_ext.errors import Problem
+from mergekit_ext.events import Dispatcher
+from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
+from peft_merge.adapter import LoraAdapter
+from peft_merge.config.plan import MergePlan
+from peft_merge.config.settings import convert
+from peft_merge.config.wording import listing, shown
+from peft_merge.flexmerge.blocks import GRANULARITIES
+from peft_merge.flexmerge.manifest import task_name_problem
+from peft_merge.flexmerge.options import Options
+from peft_merge.flexmerge.result import FlexMerged
+from peft_merge.flexmerge.run import merge
+from peft_merge.flexmerge.target import EXPECTED, Target
+from peft_merge.methods import WholeMethod, register
+from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
+
+DEFAULT = "task_arithmetic"
+
+OWN = (
+    Parameter(
+        "target_size",
+        str,
+        help="what all adapters together may take: a number of adapters, or a memory budget",
+        read=Target.parse,
+        expected=EXPECTED,
+    ),
+    Parameter("algorithm", str, DEFAULT, help="any method that makes one adapter"),
+    Parameter(
+        "linkage", str, "min", choices=tuple(LINKAGES), help="similarity of two groups of tasks"
+    ),
+    Parameter("order", str, "greedy", choices=tuple(ORDERS), help="which groups merge first"),
+    Parameter("granularity", str, "module", choices=tuple(GRANULARITIES), help="what is a block"),
+)
+_NAMES = {parameter.name for parameter in OWN}
+
+# Where the paper's defaults are not those of a merge of everything: lambda times the mean.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "task_arithmetic": {"lambda": 1.5, "normalize": True},
+}
+
+
+def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
+    """FlexMerge's own, and those of the algorithm that is chosen.
+
+    NAN's `granularity` is FlexMerge's here: its coefficients are those of each module and group.
+    """
+    known = rules()
+    chosen = shared.get("algorithm", DEFAULT)
+    rule = known.get(chosen) if isinstance(chosen, str) else None
+    own = tuple(replace(p, choices=tuple(known)) if p.name == "algorithm" else p for p in OWN)
+    if rule is None:
+        return (*own, WEIGHT)
+    defaults = _DEFAULTS.get(rule.name, {})
+    inherited = (
+        replace(p, default=defaults.get(p.name, p.default))
+        for p in rule.parameters
+        if p.name not in _NAMES
+    )
+    return (*own, WEIGHT, *inherited)
+
+
+def check(plan: MergePlan) -> Iterator[Problem]:
+    """What is wrong, from configurations and headers."""
+    varying = [
+        name for name in _NAMES if isinstance(plan.request.parameters.get(name), (list, dict))
+    ]
+    for name in sorted(varying):
+        found = shown(plan.request.parameters[name])
+        remedy = "Give one value, without filters."
+        yield Problem(f"parameters.{name}", found, "one value for the whole merge", remedy)
+    yield from _tasks(plan)
+    yield from _lora_biases(plan)
+    if plan.request.modules_to_save is not None:
+        found = shown(plan.request.modules_to_save)
+        expected = "nothing: every task keeps its own whole tensors"
+        yield Problem("modules_to_save", found, expected, "Take it out.")
+    if not varying:
+        yield from _algorithm(plan)
+
+
+def _tasks(plan: MergePlan) -> Iterator[Problem]:
+    """Adapters' names become those of folders, and of adapters in one model."""
+    seen: dict[str, str] = {}
+    for adapter, item in zip(plan.adapters, plan.request.inputs, strict=True):
+        if (reason := task_name_problem(adapter.name)) is not None:
+            remedy = "Give the adapter another one with `name:`."
+            expected = f"a task's name: {reason}"
+            yield Problem(f"{item.where}.name", repr(adapter.name), expected, remedy)
+        other = seen.setdefault(adapter.name.casefold(), adapter.name)
+        if other != adapter.name:
+            found = f"{adapter.name!r} beside {other!r}"
+            expected = "names that differ in more than case, which name folders"
+            yield Problem(f"{item.where}.name", found, expected, "Rename one with `name:`.")
+
+
+def _lora_biases(plan: MergePlan) -> Iterator[Problem]:
+    loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
+    having = {adapter.name: bool(adapter.config.get("lora_bias")) for adapter in loras}
+    if len(set(having.values())) > 1:
+        with_bias = [name for name, has in having.items() if has]
+        yield Problem(
+            "lora_bias",
+            f"{listing(with_bias)} with a bias of B, others without",
+            "adapters that all have it, or none: PEFT has one setting for all modules of a task",
+            "Leave one kind out.",
+        )
+
+
+def _algorithm(plan: MergePlan) -> Iterator[Problem]:
+    rule = chosen_rule(plan)
+    problems: dict[Problem, None] = {}
+    for module in plan.modules:
+        values = plan.resolve(module)
+        for count in range(2, len(plan.adapters) + 1):
+            problems.update(dict.fromkeys(rule.check(count, values.options)))
+        for own in values.each:
+            problems.update(dict.fromkeys(rule.check_each(values.options, own)))
+    yield from problems
+
+
+def chosen_rule(plan: MergePlan) -> Rule:
+    """The algorithm of a checked plan."""
+    return rules()[str(_value(plan, "algorithm"))]
+
+
+def options(plan: MergePlan) -> Options:
+    """FlexMerge's own parameters of a checked plan."""
+    target = _value(plan, "target_size")
+    assert isinstance(target, Target)
+    return Options(
+        target=target,
+        rule=chosen_rule(plan),
+        linkage=str(_value(plan, "linkage")),
+        order=str(_value(plan, "order")),
+        granularity=str(_value(plan, "granularity")),
+    )
+
+
+def _value(plan: MergePlan, name: str) -> Any:
+    parameter = next(p for p in OWN if p.name == name)
+    given = plan.request.parameters.get(name, parameter.default)
+    return convert(parameter, given)
+
+
+def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
+    """See `peft_merge.flexmerge.run.merge`."""
+    return merge(plan, options(plan), events)
+
+
+register(WholeMethod("flexmerge", parameters, check, run))

@@ -1,0 +1,129 @@
+"""From adapters to m adapters that share: compare, choose, merge the groups."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_ext.events import (
+    BlockMerged,
+    Dispatcher,
+    SizeReached,
+    StatisticsBegin,
+    StatisticsEnd,
+    TensorMeasured,
+)
+from mergekit_ext.kernels.similarity import cosines
+from peft_merge.config.document import written
+from peft_merge.config.plan import MergePlan
+from peft_merge.flexmerge.blocks import Block, blocks_of
+from peft_merge.flexmerge.family import Family, Piece
+from peft_merge.flexmerge.ia3 import Ia3Family
+from peft_merge.flexmerge.lora import LoraFamily
+from peft_merge.flexmerge.options import Options
+from peft_merge.flexmerge.private import private_bytes
+from peft_merge.flexmerge.report import MergedBlock, MergedGroup, report
+from peft_merge.flexmerge.result import FlexMerged
+from peft_merge.flexmerge.trajectory import Shared, Trajectory
+from peft_merge.rules.base import Rule
+
+FAMILIES: Mapping[str, Callable[[MergePlan, Rule], Family]] = {
+    "lora": LoraFamily,
+    "ia3": Ia3Family,
+}
+
+
+def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
+    """Merge as a checked plan says.
+
+    The inputs are read twice, one module at a time: once for the similarities of all tasks, once
+    for what is stored.
+
+    Raises:
+        ConfigError: the target size cannot be reached.
+        NonFiniteError: an adapter holds NaN or infinity.
+        MergeError: a merged change leaves the range of its dtype.
+    """
+    started = time.perf_counter()
+    family = FAMILIES[plan.kind](plan, options.rule)
+    blocks = blocks_of(plan.modules, options.granularity)
+    similarities = _similarities(family, blocks, events)
+    forced = plan.dtype if plan.request.dtype is not None else None
+    trajectory = Trajectory(
+        family,
+        blocks,
+        similarities,
+        private_bytes(plan.adapters, forced),
+        linkage=options.linkage,
+        order=options.order,
+        seed=plan.seed,
+    )
+    step = trajectory.first(options.target)
+    size = trajectory.sizes[step]
+    groups = trajectory.at(step)
+    _forewarn(plan, options.rule, groups)
+    pieces: list[dict[str, Piece[Any, Any]]] = [{} for _ in plan.adapters]
+    shared: list[set[str]] = [set() for _ in plan.adapters]
+    merged = []
+    for block, found in zip(blocks, groups, strict=True):
+        merged.append(_merge_block(family, block, found, pieces, shared))
+        named = tuple(tuple(plan.adapters[i].name for i in group.tasks) for group in found)
+        events.emit(BlockMerged(block.name, named))
+    adapters = tuple(family.adapter(task, own, shared[task]) for task, own in enumerate(pieces))
+    events.emit(SizeReached(options.rule.name, size.adapters, size.bytes))
+    seconds = time.perf_counter() - started
+    return FlexMerged(
+        adapters,
+        report(plan, options, merged, similarities, trajectory.sizes, step, seconds),
+        written(plan.request, plan.adapters),
+    )
+
+
+def _similarities(family: Family, blocks: Sequence[Block], events: Dispatcher) -> list[Tensor]:
+    started = time.perf_counter()
+    events.emit(StatisticsBegin(len(blocks), "block"))
+    found = []
+    for block in blocks:
+        found.append(cosines(sum(family.gram(module) for module in block.modules)))
+        events.emit(TensorMeasured(block.name))
+    events.emit(StatisticsEnd({}, time.perf_counter() - started))
+    return found
+
+
+def _forewarn(plan: MergePlan, rule: Rule, groups: Sequence[Sequence[Shared]]) -> None:
+    """What the rule says of groups of such sizes, once."""
+    counts = {len(group.tasks) for found in groups for group in found} - {1}
+    said = {
+        str(warning): warning
+        for module in plan.modules
+        for count in sorted(counts)
+        for warning in rule.forewarnings(count, plan.resolve(module).options)
+    }
+    for warning in said.values():
+        warnings.warn(warning, stacklevel=6)
+
+
+def _merge_block(
+    family: Family,
+    block: Block,
+    groups: Sequence[Shared],
+    pieces: Sequence[dict[str, Piece[Any, Any]]],
+    shared: Sequence[set[str]],
+) -> MergedBlock:
+    merged = []
+    for group in groups:
+        if len(group.tasks) == 1:
+            found = family.own(block.modules, group.tasks[0])
+        else:
+            found = family.merge(block.modules, group.tasks)
+            for task in group.tasks:
+                shared[task].update(found)
+        for task in group.tasks:
+            pieces[task].update(found)
+        details = {module: dict(piece.details) for module, piece in found.items()}
+        merged.append(MergedGroup(group.tasks, group.similarity, details))
+    return MergedBlock(block.name, tuple(merged))

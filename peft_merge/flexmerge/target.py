@@ -1,0 +1,91 @@
+"""What a merge may occupy: a number of adapters, or a number of bytes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
+_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# Nobody merges so many adapters, and few adapters are so small.
+_FIRST_BYTES = 100_000
+# No memory is so large.
+_MOST = 1 << 80
+# Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 adapters.
+_ROUNDING = 1e-9
+
+EXPECTED = "a number of adapters such as 2.5, or a memory budget such as '40MB'"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is stored.
+
+    Attributes:
+        bytes: of all tensors that differ between tasks or are shared, each once.
+        unit_bytes: of the factors (or vectors) of one adapter, on average over the inputs.
+        private_bytes: of whole tensors (`modules_to_save`), which are never shared; in `bytes`.
+    """
+
+    bytes: int
+    unit_bytes: float
+    private_bytes: int
+
+    @property
+    def adapters(self) -> float:
+        """``(bytes - private_bytes) / unit_bytes``: m when nothing is shared."""
+        return (self.bytes - self.private_bytes) / self.unit_bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """Exactly one of the two is given.
+
+    Attributes:
+        adapters: see `Size.adapters`.
+        bytes: see `Size.bytes`.
+    """
+
+    adapters: float | None = None
+    bytes: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> Target:
+        """Read 2.5, 40000000 or "40MB" (powers of 1000; "MiB" for powers of 1024).
+
+        Raises:
+            ValueError: anything else.
+        """
+        unit = ""
+        amount: float | Fraction = 0
+        if isinstance(value, str):
+            match = _MEMORY.fullmatch(value)
+            unit = match[2].upper() if match else ""
+            if match is not None and unit in _UNITS:
+                amount = Fraction(match[1]) * _UNITS[unit]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            amount = value
+        budget = bool(unit) or amount >= _FIRST_BYTES
+        if not 0 < amount < _MOST or (budget and amount < 1):
+            raise ValueError(EXPECTED)
+        return cls(bytes=int(amount)) if budget else cls(adapters=float(amount))
+
+    def holds(self, size: Size) -> bool:
+        """Whether a merge of that size is small enough."""
+        if self.adapters is not None:
+            return size.adapters <= self.adapters * (1 + _ROUNDING)
+        assert self.bytes is not None
+        return size.bytes <= self.bytes
+
+    def exceeds(self, largest: Size) -> bool:
+        """Whether it is above the size at which nothing is shared; a budget may be."""
+        return self.adapters is not None and self.adapters > largest.adapters * (1 + _ROUNDING)
+
+    def __str__(self) -> str:
+        return f"{self.bytes} bytes" if self.adapters is None else f"{self.adapters:.15g} adapters"
