@@ -12,7 +12,7 @@ import yaml
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.adapters.extension import file_with_adapter
+from mergekit_ext.host.adapters.extension import file_with_adapter, set_up_files
 from mergekit_ext.host.checks import check_flat
 from mergekit_ext.host.checks.flat import adapter_problems
 from mergekit_ext.host.methods import ext_method
@@ -31,6 +31,7 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
     ) -> list[Any]:
         stock = plan.stock  # type: ignore[attr-defined]
         session = sessions.current()
+        set_up_files(options)
         places = {item.model: f"models[{i}]" for i, item in enumerate(config.models)}
         if config.base_model is not None:
             places.setdefault(config.base_model, "base_model")

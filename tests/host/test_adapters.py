@@ -16,8 +16,10 @@ from peft import IA3Config, LoraConfig
 from transformers import LlamaForCausalLM
 
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
+from mergekit_ext.host.adapters import open_adapted
 from tests import models as small
 from tests.host.adapters import merged_with_peft, saved_adapter, saved_base
+from tests.host.flexmerge_models import as_index_says
 
 QUIET = MergeOptions(quiet=True)
 CONFIGS = {
@@ -151,23 +153,47 @@ def test_adapted_tensors_are_rounded_once(tmp_path):
     torch.testing.assert_close(small.state(tmp_path / "half")[name], merged, rtol=1e-6, atol=1e-6)
 
 
-def test_flexmerge(exact, tmp_path):
-    for source, out in ((exact.adapted, "ours"), (exact.whole, "theirs")):
-        for size in (1.0, 3.0):
-            names = ["lora", "ia3", "patterns"]
-            content = small.config(
-                "flexmerge",
-                source(*names),
-                exact.base,
-                {"target_size": size, "algorithm": "average"},
+def flexmerged(models, names, base, size, folder, **options):
+    content = small.config("flexmerge", models, base, {"target_size": size, "algorithm": "average"})
+    for model, name in zip(content["models"], names, strict=True):
+        model["parameters"] = {"task": name}
+    run_merge(
+        MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(content))),
+        str(folder),
+        MergeOptions(quiet=True, **options),
+    )
+    return folder
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_flexmerge(case, size, tmp_path):
+    names = list(CONFIGS)
+    ours = flexmerged(case.adapted(*names), names, case.base, size, tmp_path / "ours")
+    theirs = flexmerged(case.whole(*names), names, case.base, size, tmp_path / "theirs")
+    for name in names:
+        found, wanted = as_index_says(ours / name), as_index_says(theirs / name)
+        assert found.keys() == wanted.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(
+                tensor, wanted[key], rtol=PRECISION[case.dtype], atol=PRECISION[case.dtype]
             )
-            for model, name in zip(content["models"], names, strict=True):
-                model["parameters"] = {"task": name}
-            folder = tmp_path / f"{out}{size}"
-            run_merge(MergeConfiguration.model_validate(content), str(folder), QUIET)
-    for size in (1.0, 3.0):
-        for name in ("lora", "ia3", "patterns"):
-            compare(tmp_path / f"ours{size}" / name, tmp_path / f"theirs{size}" / name, 1e-5)
+
+
+def test_flexmerge_in_the_dtype_asked_for(tmp_path):
+    base = saved_base(tmp_path / "base", dtype=torch.bfloat16)
+    wide = tmp_path / "wide"
+    LlamaForCausalLM.from_pretrained(base).float().save_pretrained(wide)
+    names, ours, theirs = ["lora", "ia3"], [], []
+    for seed, name in enumerate(names):
+        path = saved_adapter(base, tmp_path / name, CONFIGS[name], seed, LlamaForCausalLM)
+        ours.append(f"{base}+{path}")
+        theirs.append(merged_with_peft(wide, path, tmp_path / f"{name}-whole", LlamaForCausalLM))
+    options = {"lora_merge_dtype": "float32"}
+    found = flexmerged(ours, names, base, 2.0, tmp_path / "ours", **options)
+    for name, whole in zip(names, theirs, strict=True):
+        state, wanted = as_index_says(found / name), small.state(whole)
+        for key, tensor in state.items():
+            torch.testing.assert_close(tensor, wanted[key], rtol=1e-6, atol=1e-6)
 
 
 def test_a_broken_adapter_stops_the_merge(exact, tmp_path):
@@ -223,3 +249,25 @@ def test_stock_methods_stop_before_work_too(exact, tmp_path):
     assert problem.where.startswith("models[0].model")
     assert "MERGEKIT_EXT_ADAPTERS=0" in problem.remedy
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_applied_on_the_device(exact, device):
+    """And the tensor comes to where it was asked for."""
+    reference = ModelReference.parse(exact.adapted("lora")[0])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = ModelReference.parse(str(exact.base)).lazy_loader()
+    found = open_adapted(reference, base, device=str(device)).get_tensor(name)
+    assert found.device.type == "cpu"
+    wanted = small.state(exact.wholes["lora"])[name]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    there = open_adapted(reference, base).get_tensor(name, device=str(device))
+    assert there.device.type == device.type
+
+
+def test_a_tensor_that_is_not_there(exact):
+    loader = ModelReference.parse(exact.adapted("lora")[0]).lazy_loader()
+    assert loader.get_tensor("nothing", raise_on_missing=False) is None
+    with pytest.raises(KeyError, match="nothing"):
+        loader.get_tensor("nothing")
+    name = "model.norm.weight"
+    assert torch.equal(loader.get_tensor("nothing", aliases=[name]), small.state(exact.base)[name])

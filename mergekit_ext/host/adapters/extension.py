@@ -95,11 +95,23 @@ def file_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
         if model not in self.loaders:
             file = reference.model.path
             self.loaders[model] = adapted(
-                reference.lora, model, stock(self, file), config_beside(file)
+                reference.lora, model, stock(self, file), config_beside(file), *self.adapters
             )
         return self.loaders[model]
 
     return get
+
+
+def set_up_files(options: Any) -> None:
+    """What ``LoaderCache.setup`` does, for mergekit-pytorch, which sets up only how to unpickle."""
+    from mergekit.common import dtype_from_name
+    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+    cache = SimpleLoaderCache()
+    device = None if options.multi_gpu else options.device
+    cache.adapters = (device, dtype_from_name(options.lora_merge_dtype))
+    for model in [model for model in cache.loaders if file_with_adapter(model) is not None]:
+        del cache.loaders[model]  # opened for an earlier merge
 
 
 def by_model(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem
@@ -39,9 +41,15 @@ class Fitted:
     added: Mapping[str, Callable[[], Tensor]]
     weights: AdaptedWeights
 
-    def tensors(self, base: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
-        """The headers of the base and of what the adapter adds."""
-        return {**base, **{name: _header(name, read()) for name, read in self.added.items()}}
+    def tensors(
+        self, base: Mapping[str, TensorHeader], dtype: torch.dtype | None = None
+    ) -> dict[str, TensorHeader]:
+        """The headers of the base and of what the adapter adds.
+
+        With `dtype` (mergekit's ``--lora-merge-dtype``) all floating tensors are read in it.
+        """
+        found = {**base, **{name: _header(name, read()) for name, read in self.added.items()}}
+        return found if dtype is None else {n: _cast(header, dtype) for n, header in found.items()}
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The stored tensor `name` with the adapter applied, in the dtype of `tensor`."""
@@ -53,6 +61,13 @@ class Fitted:
 def _header(name: str, tensor: Tensor) -> TensorHeader:
     size = tensor.numel() * tensor.element_size()
     return TensorHeader(name, dtype_name(tensor.dtype), tuple(tensor.shape), size)
+
+
+def _cast(header: TensorHeader, dtype: torch.dtype) -> TensorHeader:
+    if header.dtype not in FLOATING:
+        return header
+    size = math.prod(header.shape) * dtype.itemsize
+    return TensorHeader(header.name, dtype_name(dtype), header.shape, size)
 
 
 def base_of(reference: Any) -> Any:

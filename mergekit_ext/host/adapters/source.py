@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError
+from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.adapters.fitted import Fitted
@@ -20,8 +21,8 @@ class AdaptedSource:
 
     Args:
         name: for messages.
-        tensors: of the base and of the adapter.
-        base: the base's source.
+        tensors: of the base and of the adapter, in the dtypes that they are read in.
+        base: the base's source, with the same names.
         adapter: what is applied.
         files: the base's and the adapter's.
         device: where it is applied; tensors come on the CPU.
@@ -41,12 +42,11 @@ class AdaptedSource:
 
     def read(self, name: str, out: Tensor) -> None:
         """See `Source`."""
-        stored = self.tensors[name].name
-        if stored in self._adapter.added or stored in self._adapter.touched:
+        if self._as_stored(name):
+            self._base.read(name, out)
+        else:
             tensor = self.tensor(name).contiguous().reshape(-1)
             out.view(torch.uint8).copy_(tensor.view(torch.uint8))
-        else:
-            self._base.read(name, out)
 
     def expect(self, name: str) -> None:
         """See `Source`."""
@@ -55,13 +55,24 @@ class AdaptedSource:
 
     def tensor(self, name: str) -> Tensor:
         """See `Source`; what is adapted is in memory of its own."""
-        stored = self.tensors[name].name
-        if stored in self._adapter.added:
-            return self._adapter.added[stored]()
-        tensor = self._base.tensor(name)
-        if stored not in self._adapter.touched:
-            return tensor
-        return self._adapter.apply(stored, tensor.to(self._device)).cpu()
+        header = self.tensors[name]
+        if self._as_stored(name):
+            return self._base.tensor(name)
+        if header.name in self._adapter.added:
+            tensor = self._adapter.added[header.name]()
+        else:
+            tensor = self._base.tensor(name)
+        dtype = FLOATING.get(header.dtype, tensor.dtype)
+        if header.name in self._adapter.touched:
+            wide = torch.promote_types(tensor.dtype, dtype)
+            tensor = self._adapter.apply(header.name, tensor.to(self._device, wide)).cpu()
+        return tensor.to(dtype)
+
+    def _as_stored(self, name: str) -> bool:
+        header = self.tensors[name]
+        if header.name in self._adapter.added or header.name in self._adapter.touched:
+            return False
+        return header.dtype == self._base.tensors[name].dtype
 
 
 def adapter_folder(path: Any) -> Path:

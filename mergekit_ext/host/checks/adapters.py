@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, read_safetensors
 from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, applies, fit, read_adapter
@@ -39,6 +41,7 @@ def adapted_tensors(
     config: Any,
     where: str,
     findings: Findings,
+    dtype: torch.dtype | None = None,
     otherwise: str = BEFOREHAND,
 ) -> dict[str, TensorHeader] | None:
     """The tensors of a base with an adapter; None with problems, or when they are not known yet.
@@ -47,6 +50,7 @@ def adapted_tensors(
         path: mergekit's `ModelPath` of the adapter.
         tensors: the base's; None when they are not known.
         config: the base's configuration; None for a bare file of weights.
+        dtype: that they are read in; None for that of the file.
         otherwise: see `fit`.
     """
     if not _is_here(path, where, findings):
@@ -55,7 +59,7 @@ def adapted_tensors(
         adapter = read_adapter(path, otherwise)
         if tensors is None:
             return None
-        return fit(adapter, tensors, config, otherwise).tensors(tensors)
+        return fit(adapter, tensors, config, otherwise).tensors(tensors, dtype)
     except ConfigError as error:
         for problem in error.problems:
             place = f"{where} ({problem.where})"

@@ -19,6 +19,7 @@ from mergekit_ext.host.checks.adapters import (
     note_unused,
 )
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.settings import dtype_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read_model(
 def _with_adapter(base: ModelFacts, options: Any, findings: Findings) -> ModelFacts:
     reference, where = base.reference, base.where
     known = base.tensors if base.config is not None else None
-    tensors = adapted_tensors(reference.lora, known, base.config, where, findings)
+    dtype = dtype_of(options.lora_merge_dtype)
+    tensors = adapted_tensors(reference.lora, known, base.config, where, findings, dtype)
     if known is not None and tensors is not None:
         check_heads(known, tensors, reference, base.config, where, options, findings)
     return dataclasses.replace(base, tensors=tensors)

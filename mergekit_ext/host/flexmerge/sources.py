@@ -14,6 +14,7 @@ from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource,
 from mergekit_ext.headers import TensorHeader, read_folder
 from mergekit_ext.host.adapters import Fitted, applies, base_of, fit, read_adapter
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
+from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge.prepare import Prepared
 
 
@@ -55,12 +56,13 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
         _fitted(reference, tensors, options) if applies(reference) else None
         for reference, tensors in zip(references, stored, strict=True)
     ]
-    stored = [
-        tensors if adapter is None else adapter.tensors(tensors)
+    dtype = dtype_of(options.lora_merge_dtype)
+    read = [
+        tensors if adapter is None else adapter.tensors(tensors, dtype)
         for adapter, tensors in zip(adapters, stored, strict=True)
     ]
-    base = named_as(stored[0], find_renaming(stored[0], stored[1:]))
-    headers = complete_ties([base, *stored[1:]], prepared.naming)
+    base = named_as(read[0], find_renaming(read[0], read[1:]))
+    headers = complete_ties([base, *read[1:]], prepared.naming)
     layout = make_layout(prepared.layout.tasks, headers[0], headers[1:], prepared.naming)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
         problem = Problem(
@@ -73,9 +75,9 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
     source, *models = (
         _open(reference, folder, tensors, cache)
         if adapter is None
-        else _open_adapted(reference, folder, tensors, adapter, cache, options)
-        for reference, folder, tensors, adapter in zip(
-            references, folders, headers, adapters, strict=True
+        else _open_adapted(reference, folder, tensors, own, adapter, cache, options)
+        for reference, folder, tensors, own, adapter in zip(
+            references, folders, headers, stored, adapters, strict=True
         )
     )
     return Inputs(layout, source, models, folders[1:])
@@ -109,11 +111,12 @@ def _open_adapted(
     reference: Any,
     folder: Path,
     tensors: Mapping[str, TensorHeader],
+    stored: Mapping[str, TensorHeader],
     adapter: Fitted,
     cache: Any,
     options: Any,
 ) -> Source:
-    own = {name: header for name, header in tensors.items() if header.name not in adapter.added}
+    own = {name: stored[h.name] for name, h in tensors.items() if h.name in stored}
     base = _open(base_of(reference), folder, own, cache)
     files = [*base.files, *_files(adapter_folder(reference.lora))]
     return AdaptedSource(str(reference), tensors, base, adapter, files, options.device)
