@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,18 +13,13 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from mergekit_ext.errors import MergekitExtError
 from mergekit_ext.flexmerge.runtime import build_module
-from mergekit_ext.host.checks.support import shown
+from mergekit_ext.scores import SCORE, EvaluationError, require
+
+__all__ = ["SCORE", "Evaluate", "EvaluationError", "Evaluator"]
 
 # From a module and the name of its task to its scores.
 Evaluate = Callable[[Any, str], Mapping[str, float] | float]
-# The metric of a function that returns one number.
-SCORE = "score"
-
-
-class EvaluationError(MergekitExtError, ValueError):
-    """What was to score a model did not return scores."""
 
 
 class Evaluator:
@@ -95,12 +89,7 @@ class Evaluator:
             if sys.version_info >= (3, 11):
                 error.add_note(f"This was the evaluation of {what}.")
             raise
-        found = _numbers(returned)
-        if found is None:
-            raise EvaluationError(
-                f"the evaluation of {what} returned {shown(returned)}; expected a finite number, "
-                "or a mapping from metrics to finite numbers such as {'accuracy': 0.9}."
-            )
+        found = require(returned, what)
         metrics = self._metrics.setdefault(task, set(found))
         if metrics != set(found):
             raise EvaluationError(
@@ -109,21 +98,3 @@ class Evaluator:
             )
         self._bar.update()
         return found
-
-
-def _numbers(returned: Any) -> dict[str, float] | None:
-    """Finite scores by metric; None if it is something else."""
-    given = returned if isinstance(returned, Mapping) else {SCORE: returned}
-    found = {}
-    for metric, value in given.items():
-        # Scalars of numpy and torch are numbers too; strings are not.
-        if not isinstance(metric, str) or not hasattr(value, "__float__"):
-            return None
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            return None
-        if not math.isfinite(number):
-            return None
-        found[metric] = number
-    return found or None

@@ -1,0 +1,49 @@
+"""Callbacks for merges and for training: one protocol, and ready ones.
+
+They serve a merge, a plain PyTorch loop, an accelerate loop and, through `as_trainer_callback`,
+transformers' Trainer. Importing this package loads neither torch nor transformers, mergekit or
+peft. docs/callbacks.md lists every event.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_ext.callbacks.checkpoints import MergeCheckpoints
+    from mergekit_ext.callbacks.evaluate import Evaluate
+    from mergekit_ext.callbacks.log import LogTo
+    from mergekit_ext.callbacks.merged import Merged
+    from mergekit_ext.callbacks.protocol import TRAINING_HOOKS, Callback
+    from mergekit_ext.callbacks.trainer import as_trainer_callback
+
+__all__ = [
+    "TRAINING_HOOKS",
+    "Callback",
+    "Evaluate",
+    "LogTo",
+    "MergeCheckpoints",
+    "Merged",
+    "as_trainer_callback",
+]
+
+_HOMES = {
+    "TRAINING_HOOKS": "protocol",
+    "Callback": "protocol",
+    "Evaluate": "evaluate",
+    "LogTo": "log",
+    "MergeCheckpoints": "checkpoints",
+    "Merged": "merged",
+    "as_trainer_callback": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,75 @@
+"""The base model of methods that merge changes of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mergekit_ext.callbacks.kinds import Kind, kind_of_model
+from mergekit_ext.callbacks.settings import INITIAL, Settings
+from mergekit_ext.callbacks.store import copied, packed, unpacked
+from mergekit_ext.callbacks.weights import Weights, read, write
+from mergekit_ext.errors import Problem
+
+
+class Base:
+    """The weights that the user gives, or those at the beginning of the training."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self.weights: Weights | None = None
+
+    def wanted(self, kind: Kind) -> bool:
+        """Whether there is to be one."""
+        return self._settings.base is not None or kind.needs_base
+
+    def problems(self, kind: Kind, beginning: bool) -> Iterable[Problem]:
+        """Whether the initial weights are asked for when it is too late to see them."""
+        if self._initial(kind) and self.weights is None and not beginning:
+            found = "no initial weights: training had begun"
+            remedy = (
+                "Call on_train_begin(0, model) before the first step, give `base=`, or load the "
+                "state of the run that is resumed."
+            )
+            yield Problem("base", found, "the weights of the beginning", remedy)
+
+    def keep(self, kind: Kind, weights: Weights) -> None:
+        """Keep `weights` if the initial ones are wanted, or read those that were given."""
+        if self.weights is not None or not self.wanted(kind):
+            return
+        self.weights = self._stored(weights) if self._initial(kind) else self._given()
+
+    def state(self) -> dict[str, Any] | None:
+        """Initial weights: the path, or tensors; None for others, which are given again."""
+        if self.weights is None or self._settings.base not in (None, INITIAL):
+            return None
+        if self._settings.folder is not None:
+            return {"path": str(self.weights.folder)}
+        return packed(self.weights)
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from `state`."""
+        if state is not None:
+            self.weights = read(state["path"]) if "path" in state else unpacked(state)
+
+    def _initial(self, kind: Kind) -> bool:
+        given = self._settings.base
+        return kind.needs_base if given is None else isinstance(given, str) and given == INITIAL
+
+    def _stored(self, weights: Weights) -> Weights:
+        if self._settings.folder is None:
+            return copied(weights)
+        place = self._settings.folder.resolve() / INITIAL
+        shutil.rmtree(place, ignore_errors=True)
+        write(weights, place)
+        return read(place)
+
+    def _given(self) -> Weights:
+        given = self._settings.base
+        if isinstance(given, (str, os.PathLike)):
+            return read(given)
+        if isinstance(given, Mapping):
+            return Weights(given)
+        return copied(kind_of_model(given, self._settings).view(given))

@@ -1,0 +1,164 @@
+"""A user's evaluation as a callback, and as what `mergekit-ext sizes` calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext import scores
+from mergekit_ext.callbacks.log import require_log
+from mergekit_ext.callbacks.protocol import Callback
+from mergekit_ext.events import MergeEnd
+
+# From a model and the name of a task to scores by metric, or to one number.
+Function = Callable[[Any, str], Mapping[str, float] | float]
+MANIFEST = "flexmerge.json"
+
+
+class Evaluate(Callback):
+    """Scores models with any function ``(model, task) -> {metric: value}``.
+
+    An object of it is such a function too, which checks what the user's returns: give it to
+    ``mergekit-ext sizes --evaluate MODULE:NAME`` or to `MergeCheckpoints`. As a callback it scores
+    the output of each merge that is written to a folder, and models while and after they train.
+    What it found is in `found`: one ``{"where", "task", "scores"}`` for each evaluation.
+
+    Args:
+        function: called without gradients, with the model in evaluation mode; the model's mode is
+            restored. In a run of several processes it is called in the main one only.
+        tasks: the names that `function` is called with; a FlexMerge output has its own.
+        every: while training, after each step that is a multiple of it; None for the end only.
+        load: makes a model of the folder of a merge; by default transformers loads it as the class
+            that its ``config.json`` names.
+        log: an object with a method ``log(values, step)`` for the scores of training.
+
+    Raises:
+        TypeError: `function` cannot be called, or `log` cannot log.
+        ValueError: there are no tasks, or `every` is less than 1.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        *,
+        tasks: Sequence[str] = ("model",),
+        every: int | None = None,
+        load: Callable[[Path], Any] | None = None,
+        log: Any = None,
+    ):
+        if not callable(function):
+            raise TypeError(f"function: found {function!r}; expected a function (model, task).")
+        if log is not None:
+            require_log(log)
+        self._tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        if not self._tasks:
+            raise ValueError("tasks: found none; expected the name of one task at least.")
+        if every is not None and every < 1:
+            raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
+        self._function, self._every, self._log = function, every, log
+        self._load = load or _load
+        self._metrics: dict[str, set[str]] = {}
+        self.found: list[dict[str, Any]] = []
+
+    def __call__(self, model: Any, task: str) -> dict[str, float]:
+        """The scores of one model.
+
+        Raises:
+            EvaluationError: the function returned no finite scores, or other metrics than before.
+            Exception: whatever the function raises.
+        """
+        return self._score(model, task, f"task {task}")
+
+    def on_merge_end(self, event: MergeEnd) -> None:
+        """Score the output; a merge in memory has none."""
+        if not event.output:
+            return
+        folder = Path(event.output)
+        if (folder / MANIFEST).is_file():
+            from mergekit_ext.flexmerge import load
+
+            for task, model in load(folder).items():
+                self._keep(event.output, task, model)
+            return
+        model = self._load(folder)
+        for task in self._tasks:
+            self._keep(event.output, task, model)
+
+    def on_step_end(self, step: int, model: Any) -> None:
+        """Score the model that is trained."""
+        if self._every is not None and step % self._every == 0:
+            self._train(step, model)
+
+    def on_train_end(self, step: int, model: Any) -> None:
+        """Score the trained model, unless the last step has just done it."""
+        if self._every is None or step % self._every:
+            self._train(step, model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found."""
+        return {"found": list(self.found)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what an earlier run found."""
+        self.found = list(state["found"])
+
+    def _train(self, step: int, model: Any) -> None:
+        from mergekit_ext.callbacks.processes import is_main, unwrapped
+
+        if not is_main():
+            return
+        inner = unwrapped(model)
+        for task in self._tasks:
+            found = self._keep(f"step {step}", task, inner)
+            if self._log is not None:
+                self._log.log({f"{task}/{metric}": v for metric, v in found.items()}, step)
+
+    def _keep(self, where: str, task: str, model: Any) -> dict[str, float]:
+        found = self._score(model, task, f"{where} on task {task}")
+        self.found.append({"where": where, "task": task, "scores": found})
+        return found
+
+    def _score(self, model: Any, task: str, what: str) -> dict[str, float]:
+        import torch
+
+        try:
+            with torch.no_grad(), evaluating(model):
+                returned = self._function(model, task)
+        except Exception as error:
+            if sys.version_info >= (3, 11):
+                error.add_note(f"This was the evaluation of {what}.")
+            raise
+        found = scores.require(returned, what)
+        metrics = self._metrics.setdefault(task, set(found))
+        if metrics != set(found):
+            raise scores.EvaluationError(
+                f"the evaluation of {what} returned {', '.join(sorted(found))}; expected "
+                f"{', '.join(sorted(metrics))} as the first time."
+            )
+        return found
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is as it was."""
+    modules = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modules:
+            module.training = training
+
+
+def _load(folder: Path) -> Any:
+    """A saved model, as the class that its configuration names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for name in config.architectures or ():
+        if (found := getattr(transformers, name, None)) is not None:
+            return found.from_pretrained(folder)
+    return transformers.AutoModel.from_pretrained(folder)

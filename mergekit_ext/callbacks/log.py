@@ -1,0 +1,149 @@
+"""Merges and training, logged to whatever logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mergekit_ext.callbacks.protocol import Callback
+from mergekit_ext.events import (
+    BlockMerged,
+    MergeBegin,
+    MergeEnd,
+    SizeReached,
+    StatisticsEnd,
+    TensorMerged,
+)
+
+# From a step and the model to values by name.
+Values = Callable[[int, Any], Mapping[str, float]]
+
+
+def require_log(target: object) -> None:
+    """Refuse an object that cannot log.
+
+    Raises:
+        TypeError: it has no method ``log``.
+    """
+    if not callable(getattr(target, "log", None)):
+        raise TypeError(
+            f"log: found {target!r}; expected an object with a method log(values, step), such as "
+            "an Accelerator or a tracker."
+        )
+
+
+class LogTo(Callback):
+    """Logs numbers of merges and of training by calling ``target.log(values, step)``.
+
+    A merge by itself counts its tensors (or blocks) as steps and logs each of them. A merge during
+    or after training is logged once, when it ends, under the step of the training, because trackers
+    refuse steps that go back; numbers of its tensors are averaged.
+
+    Args:
+        target: an Accelerator, one of its trackers, or any object with that method. In a run of
+            several processes an Accelerator logs in the main one only.
+        values: further numbers to log while training, from the step and the model.
+        every: `values` is called in each step that is a multiple of it.
+        prefix: of the names of merge values.
+
+    Raises:
+        TypeError: `target` cannot log.
+        ValueError: `every` is less than 1.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        values: Values | None = None,
+        every: int = 1,
+        prefix: str = "merge/",
+    ):
+        require_log(target)
+        if every < 1:
+            raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
+        self._target, self._values, self._every, self._prefix = target, values, every, prefix
+        self._training: int | None = None
+        self._units = 0
+        self._gathered: dict[str, list[float]] = {}
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Pass values on as they are: a `LogTo` is a target itself."""
+        self._target.log(dict(values), step)
+
+    def on_train_begin(self, step: int, model: Any) -> None:
+        """From here on merges are logged under the step of the training."""
+        self._training = step
+
+    def on_step_end(self, step: int, model: Any) -> None:
+        """Log the user's values."""
+        self._training = step
+        if self._values is not None and step % self._every == 0:
+            self.log(self._values(step, model), step)
+
+    def on_log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log what the loop logs."""
+        self._training = step
+        self.log(values, step)
+
+    def on_train_end(self, step: int, model: Any) -> None:
+        """Merges that follow are logged under the last step."""
+        self._training = step
+
+    def on_merge_begin(self, event: MergeBegin) -> None:
+        """Start counting."""
+        self._units, self._gathered = 0, {}
+
+    def on_statistics_end(self, event: StatisticsEnd) -> None:
+        """Coefficients, by group and model."""
+        self._emit(
+            {
+                f"coefficient/{group}/{model}": value
+                for group, models in event.coefficients.items()
+                for model, value in models.items()
+            }
+        )
+
+    def on_tensor_merged(self, event: TensorMerged) -> None:
+        """The numbers that the method reports, and the seconds that it took."""
+        self._units += 1
+        self._emit({**_numbers(event.details), "tensor_seconds": event.seconds})
+
+    def on_block_merged(self, event: BlockMerged) -> None:
+        """How many groups of tasks are left in the block."""
+        self._units += 1
+        self._emit({"groups": len(event.groups)})
+
+    def on_size_reached(self, event: SizeReached) -> None:
+        """What the size takes."""
+        self._emit({"models": event.models, "bytes": event.bytes})
+
+    def on_merge_end(self, event: MergeEnd) -> None:
+        """The whole merge."""
+        values = {k: sum(found) / len(found) for k, found in self._gathered.items()}
+        self._gathered = {}
+        self._send({**values, "units": self._units, "seconds": event.seconds})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the training."""
+        return {"step": self._training}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the step of an earlier run."""
+        self._training = state["step"]
+
+    def _emit(self, values: Mapping[str, float]) -> None:
+        if self._training is None:
+            self._send(values)
+            return
+        for name, value in values.items():
+            self._gathered.setdefault(name, []).append(value)
+
+    def _send(self, values: Mapping[str, float]) -> None:
+        if values:
+            step = self._units if self._training is None else self._training
+            self.log({f"{self._prefix}{name}": value for name, value in values.items()}, step)
+
+
+def _numbers(details: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in details.items() if isinstance(v, (bool, int, float))}

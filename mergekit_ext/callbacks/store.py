@@ -1,0 +1,168 @@
+"""Where the last snapshots are kept: in memory, in a folder, or where the trainer saved them."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.callbacks.settings import SUBJECT
+from mergekit_ext.callbacks.weights import Weights, read, write
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+
+
+class Store(ABC):
+    """At most `keep` snapshots by step. The oldest goes before a new one is made."""
+
+    def __init__(self, keep: int):
+        self._keep = keep
+        self._kept: dict[int, Any] = {}
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of the snapshots, oldest first."""
+        return tuple(self._kept)
+
+    def add(self, step: int, weights: Weights) -> None:
+        """Keep a snapshot of `weights`, which may be those of a live model."""
+        if step in self._kept:  # a resumed run does a step again
+            self._drop(self._kept.pop(step))
+        while len(self._kept) >= self._keep:
+            self._drop(self._kept.pop(min(self._kept)))
+        self._kept[step] = self._made(step, weights)
+
+    def snapshots(self, last: int | None = None) -> dict[int, Weights]:
+        """Up to step `last`, oldest first."""
+        return {
+            step: self._opened(kept)
+            for step, kept in sorted(self._kept.items())
+            if last is None or step <= last
+        }
+
+    @abstractmethod
+    def _made(self, step: int, weights: Weights) -> Any: ...
+
+    @abstractmethod
+    def _opened(self, kept: Any) -> Weights: ...
+
+    def _drop(self, kept: Any) -> None:  # noqa: B027 (forgetting is enough, unless there are files)
+        """Remove what a snapshot left outside of this object."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """For `load`, in another process."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over the snapshots of an earlier run."""
+
+
+class MemoryStore(Store):
+    """Copies on the CPU."""
+
+    def _made(self, step: int, weights: Weights) -> Weights:
+        return copied(weights)
+
+    def _opened(self, kept: Weights) -> Weights:
+        return kept
+
+    def state(self) -> dict[str, Any]:
+        """The tensors themselves."""
+        return {str(step): packed(weights) for step, weights in self._kept.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See `Store.load`."""
+        self._kept = {int(step): unpacked(value) for step, value in state.items()}
+
+
+class SavedStore(Store):
+    """The folders that the trainer saved; they stay when they are forgotten."""
+
+    def _made(self, step: int, weights: Weights) -> str:
+        return str(weights.folder)
+
+    def _opened(self, kept: str) -> Weights:
+        return read(kept)
+
+    def state(self) -> dict[str, Any]:
+        """The paths."""
+        return {str(step): path for step, path in self._kept.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over those paths that still exist."""
+        self._kept = {int(step): path for step, path in state.items() if Path(path).is_dir()}
+        if gone := [path for path in state.values() if not Path(path).is_dir()]:
+            warnings.warn(
+                MergeWarning(
+                    f"{len(gone)} of {len(state)} snapshots are gone since the state was saved: "
+                    f"{', '.join(gone)}. Later merges are made of the others."
+                ),
+                stacklevel=3,
+            )
+
+
+class FolderStore(SavedStore):
+    """Folders ``step-<step>`` in a folder that belongs to one run."""
+
+    def __init__(self, keep: int, folder: Path):
+        super().__init__(keep)
+        self._folder = folder
+
+    def require_own(self) -> None:
+        """Refuse a folder with snapshots of another run.
+
+        Raises:
+            ConfigError: there are some.
+        """
+        if strange := [place for place in self._found() if place not in self._known()]:
+            found = f"{len(strange)} snapshots of another run, such as {strange[0].name}"
+            remedy = "Choose another folder, delete them, or load the state of that run."
+            problem = Problem(f"where: {self._folder}", found, "a folder for this run", remedy)
+            raise ConfigError([problem], SUBJECT)
+
+    def _made(self, step: int, weights: Weights) -> str:
+        place = self._folder / f"step-{step:08d}"
+        shutil.rmtree(place, ignore_errors=True)
+        write(weights, place)
+        return str(place.resolve())
+
+    def _drop(self, kept: str) -> None:
+        shutil.rmtree(kept, ignore_errors=True)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over snapshots; those made after the state was saved are deleted."""
+        super().load(state)
+        last = max(map(int, state), default=0)
+        for place in self._found():
+            if place not in self._known() and int(place.name.removeprefix("step-")) > last:
+                shutil.rmtree(place)
+
+    def _known(self) -> set[Path]:
+        return {Path(path).resolve() for path in self._kept.values()}
+
+    def _found(self) -> Iterator[Path]:
+        for place in sorted(self._folder.glob("step-*")):
+            if place.is_dir() and place.name.removeprefix("step-").isdecimal():
+                yield place.resolve()
+
+
+def copied(weights: Weights) -> Weights:
+    """A copy on the CPU that nothing else changes."""
+    tensors = {k: t.detach().to("cpu", copy=True) for k, t in weights.tensors.items()}
+    return Weights(tensors, weights.config, weights.folder)
+
+
+def packed(weights: Weights) -> dict[str, Any]:
+    """Weights as a state dictionary holds them."""
+    config = None if weights.config is None else dict(weights.config)
+    folder = None if weights.folder is None else str(weights.folder)
+    return {"tensors": dict(weights.tensors), "config": config, "folder": folder}
+
+
+def unpacked(state: Mapping[str, Any]) -> Weights:
+    """The weights in a state dictionary."""
+    folder = None if state["folder"] is None else Path(state["folder"])
+    return Weights(dict(state["tensors"]), state["config"], folder)
