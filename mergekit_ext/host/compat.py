@@ -5,9 +5,9 @@ loaded):
 
 ``mergekit.merge_methods``      the methods are registered; and models with an adapter are read
                                 with the adapter applied (`host.adapters`):
-                                ``ModelReference.lazy_loader``, ``LoaderCache.setup`` and ``get``,
-                                ``LoadTensor.execute``. ``MERGEKIT_EXT_ADAPTERS=0`` leaves them
-                                to mergekit.
+                                ``LoaderCache.setup`` and ``get``, ``LoadTensor.execute``, and
+                                ``get_model_tensor_names`` for architectures without a table.
+                                ``MERGEKIT_EXT_ADAPTERS=0`` leaves them to mergekit.
 ``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
                                 runs the statistics graph before it hands out the merge graph.
 ``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
@@ -62,14 +62,14 @@ def extend_methods(module: ModuleType) -> None:
     ``mergekit.io.tasks`` itself may be loaded in the middle of modules that the host imports.
     """
     check_version()
-    from mergekit.common import ModelReference
+    from mergekit.architecture import auto
     from mergekit.io.tasks import LoaderCache, LoadTensor
 
     from mergekit_ext.host.adapters import extension
     from mergekit_ext.host.methods import register_methods
 
     register_methods()
-    _replace(ModelReference, "lazy_loader", extension.lazy_loader)
+    _replace(auto, "get_model_tensor_names", extension.tensor_names)
     _replace(LoaderCache, "setup", extension.setup)
     _replace(LoaderCache, "get", extension.get)
     _replace(LoadTensor, "execute", extension.load_tensor)

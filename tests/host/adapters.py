@@ -6,9 +6,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from mergekit.common import ModelReference
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from mergekit_ext.host.adapters import AdaptedLoader, open_adapted
 from tests import models as small
 from tests.peft_merge.models import randomise
 
@@ -36,6 +38,12 @@ def merged_with_peft(base: Path, adapter: Path, folder: Path, kind: type) -> Pat
     merged: PreTrainedModel = quietly(model.merge_and_unload)
     merged.to(dtype).save_pretrained(folder)
     return folder
+
+
+def opened(model: str) -> AdaptedLoader:
+    """The loader of ``base+adapter``."""
+    reference = ModelReference.parse(model)
+    return open_adapted(reference, ModelReference(model=reference.model).lazy_loader())
 
 
 def quietly(action):

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -23,7 +22,7 @@ from mergekit_ext.headers import read_folder
 from mergekit_ext.host.adapters import fit, read_adapter
 from mergekit_ext.host.checks import check_source
 from tests import models as small
-from tests.host.adapters import merged_with_peft, saved_adapter, saved_base
+from tests.host.adapters import merged_with_peft, opened, saved_adapter, saved_base
 
 PLAIN = LoraConfig(r=2, target_modules=["q_proj"])
 
@@ -201,7 +200,7 @@ def test_a_checkpoint_with_the_names_of_another_version(tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
     adapter = saved_adapter(base, tmp_path / "adapter", lora, 1, kind)
     wanted = small.state(merged_with_peft(base, adapter, tmp_path / "whole", kind))
-    loader = ModelReference.parse(f"{base}+{adapter}").lazy_loader()
+    loader = opened(f"{base}+{adapter}")
     name = "language_model.model.layers.1.self_attn.q_proj.weight"
     assert name in small.state(base)
     assert not torch.equal(loader.get_tensor(name), small.state(base)[name])

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
 from mergekit_ext.host.adapters import open_adapted
 from tests import models as small
-from tests.host.adapters import merged_with_peft, saved_adapter, saved_base
+from tests.host.adapters import merged_with_peft, opened, saved_adapter, saved_base
 from tests.host.flexmerge_models import as_index_says
 
 QUIET = MergeOptions(quiet=True)
@@ -265,9 +265,15 @@ def test_adapters_are_applied_on_the_device(exact, device):
 
 
 def test_a_tensor_that_is_not_there(exact):
-    loader = ModelReference.parse(exact.adapted("lora")[0]).lazy_loader()
+    loader = opened(exact.adapted("lora")[0])
     assert loader.get_tensor("nothing", raise_on_missing=False) is None
     with pytest.raises(KeyError, match="nothing"):
         loader.get_tensor("nothing")
     name = "model.norm.weight"
     assert torch.equal(loader.get_tensor("nothing", aliases=[name]), small.state(exact.base)[name])
+
+
+def test_what_would_look_at_the_base_alone_still_refuses(exact):
+    """mergekit-moe opens models itself, and computes hidden states without the adapter."""
+    with pytest.raises(AssertionError, match="LoRA not merged"):
+        ModelReference.parse(exact.adapted("lora")[0]).lazy_loader()

@@ -14,18 +14,23 @@ from mergekit_ext.host.adapters.loader import adapted, open_adapted, wanted
 from mergekit_ext.host.adapters.switch import applies
 
 
-def lazy_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """``ModelReference.lazy_loader``, which refuses models with an adapter in mergekit."""
+def tensor_names(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``get_model_tensor_names``, from which mergekit infers an architecture without a table.
 
-    def lazy_loader(self: Any, cache_dir: str | None = None, lazy_unpickle: bool = True) -> Any:
-        if not applies(self):
-            return stock(self, cache_dir, lazy_unpickle)
-        from mergekit.io.tasks import LoaderCache
+    ``ModelReference.lazy_loader``, which it calls, goes on to refuse models with an adapter:
+    mergekit-moe, which calls it too, takes hidden states from the base alone.
+    """
 
-        base = stock(base_of(self), cache_dir, lazy_unpickle)
-        return open_adapted(self, base, trust_remote_code=LoaderCache().trust_remote_code)
+    def get_model_tensor_names(model: Any, options: Any) -> list[str]:
+        if not applies(model):
+            return stock(model, options)
+        base = base_of(model).lazy_loader(
+            cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
+        )
+        loader = open_adapted(model, base, trust_remote_code=options.trust_remote_code)
+        return list(loader.index.tensor_paths)
 
-    return lazy_loader
+    return get_model_tensor_names
 
 
 def setup(stock: Callable[..., Any]) -> Callable[..., Any]:
