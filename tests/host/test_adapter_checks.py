@@ -14,7 +14,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -283,3 +283,26 @@ def test_an_architecture_without_a_table(tmp_path):
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["embed_tokens"]}, {}], ids=["saved", "lora"]
+)
+def test_a_tied_tensor_trained_tied(fields, tmp_path):
+    """`ensure_weight_tying`: the change is that of the tensor, in all its uses."""
+    base = saved_base(tmp_path / "base", tied_llama)
+    targets = ["q_proj"] if fields else ["q_proj", "embed_tokens"]
+    lora = LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True, **fields)
+    adapter = saved_adapter(base, tmp_path / "adapter", lora, 1, LlamaForCausalLM)
+    model = f"{base}+{adapter}"
+    assert check(model).problems == ()
+    content = small.config("linear", [Path(model)], None, {"weight": 1.0})
+    parsed = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(content)))
+    run_merge(parsed, str(tmp_path / "out"), MergeOptions(quiet=True))
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
+    tokens = torch.tensor([[1, 5, 9, 30]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4
+        )
