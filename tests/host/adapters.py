@@ -6,11 +6,14 @@ import warnings
 from pathlib import Path
 
 import torch
+import yaml
 from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from mergekit_ext.host.adapters import AdaptedLoader, open_adapted
+from mergekit_ext.host.checks import CheckReport, check_source
 from tests import models as small
 from tests.peft_merge.models import randomise
 
@@ -44,6 +47,13 @@ def opened(model: str) -> AdaptedLoader:
     """The loader of ``base+adapter``."""
     reference = ModelReference.parse(model)
     return open_adapted(reference, ModelReference(model=reference.model).lazy_loader())
+
+
+def check(*models: str, method: str = "linear", **options) -> CheckReport:
+    """What `mergekit-ext check` finds about a merge of these models."""
+    content = small.config(method, [Path(model) for model in models], None, {"weight": 1.0})
+    ((_, report),) = check_source(yaml.safe_dump(content), MergeOptions(**options))
+    return report
 
 
 def quietly(action):

@@ -22,7 +22,7 @@ from mergekit_ext.headers import read_folder
 from mergekit_ext.host.adapters import fit, read_adapter
 from mergekit_ext.host.checks import check_source
 from tests import models as small
-from tests.host.adapters import merged_with_peft, opened, saved_adapter, saved_base
+from tests.host.adapters import check, saved_adapter, saved_base
 
 PLAIN = LoraConfig(r=2, target_modules=["q_proj"])
 
@@ -48,12 +48,6 @@ def tied_llama():
             tie_word_embeddings=True,
         )
     )
-
-
-def check(*models: str, method: str = "linear", **options):
-    content = small.config(method, [Path(model) for model in models], None, {"weight": 1.0})
-    ((_, report),) = check_source(yaml.safe_dump(content), MergeOptions(**options))
-    return report
 
 
 def edited(adapter: Path, folder: Path, **fields) -> Path:
@@ -182,55 +176,6 @@ def test_a_head_that_only_the_adapters_have(tmp_path):
     torch.testing.assert_close(small.state(tmp_path / "out")[name], wanted)
 
 
-def test_a_checkpoint_with_the_names_of_another_version(tmp_path):
-    """Stored as `language_model.model...`, adapted as `model.language_model...`."""
-    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
-    small_text = LlamaConfig(**text, num_hidden_layers=2, num_attention_heads=4)
-    image = transformers.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    config = transformers.LlavaConfig(text_config=small_text, vision_config=image)
-    kind = transformers.LlavaForConditionalGeneration
-    base = saved_base(tmp_path / "base", lambda: kind(config))
-    lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
-    adapter = saved_adapter(base, tmp_path / "adapter", lora, 1, kind)
-    wanted = small.state(merged_with_peft(base, adapter, tmp_path / "whole", kind))
-    loader = opened(f"{base}+{adapter}")
-    name = "language_model.model.layers.1.self_attn.q_proj.weight"
-    assert name in small.state(base)
-    assert not torch.equal(loader.get_tensor(name), small.state(base)[name])
-    assert loader.index.tensor_paths.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(loader.get_tensor(name), tensor, rtol=1e-5, atol=1e-5)
-
-
-def test_experts_that_transformers_stacks(tmp_path):
-    """The file has one tensor for each expert: a change of the stack is not applied to it."""
-    config = transformers.MixtralConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    kind = transformers.MixtralForCausalLM
-    base = saved_base(tmp_path / "base", lambda: kind(config))
-    attention = saved_adapter(base, tmp_path / "attention", PLAIN, 1, kind)
-    assert check(f"{base}+{attention}").problems == ()
-    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
-    experts = saved_adapter(base, tmp_path / "experts", lora, 1, kind)
-    (problem,) = check(f"{base}+{experts}").problems
-    assert "experts" in problem.found
-    assert "MERGEKIT_EXT_ADAPTERS=0" in problem.remedy
-
-
 def test_adapters_on_the_hub(base, adapter, monkeypatch):
     """A cached one is checked; another is not downloaded for a check."""
     import huggingface_hub
@@ -255,34 +200,6 @@ def test_adapters_on_the_hub(base, adapter, monkeypatch):
     assert report.problems == ()
     assert any("somebody/other is checked when" in note for note in report.notes)
     assert len(asked) == 1
-
-
-def test_an_architecture_without_a_table(tmp_path):
-    """mergekit takes the tensors' names; its own way refuses adapters there."""
-    config = transformers.OPTConfig(
-        vocab_size=64,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        word_embed_proj_dim=32,
-    )
-    kind = transformers.OPTForCausalLM
-    base = saved_base(tmp_path / "base", lambda: kind(config))
-    adapter = saved_adapter(base, tmp_path / "adapter", PLAIN, 1, kind)
-    whole = merged_with_peft(base, adapter, tmp_path / "whole", kind)
-    model = f"{base}+{adapter}"
-    report = check(model)
-    assert report.problems == ()
-    assert any("no table" in note for note in report.notes)
-    content = small.config("linear", [Path(model)], None, {"weight": 1.0})
-    parsed = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(content)))
-    run_merge(parsed, str(tmp_path / "out"), MergeOptions(quiet=True))
-    found, wanted = small.state(tmp_path / "out"), small.state(whole)
-    assert found.keys() == wanted.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
