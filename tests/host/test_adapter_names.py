@@ -1,4 +1,4 @@
-"""Adapters on checkpoints whose tensors have other names than in the class or in mergekit's table."""
+"""Adapters on checkpoints whose tensors are called otherwise than in the class or the table."""
 
 from __future__ import annotations
 
