@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem
+from mergekit_ext.kernels.threads import in_turn
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
 from peft_merge.core_space import Factored
 from peft_merge.ranks import Rank
@@ -67,39 +68,61 @@ def merge_lora(
     problems = [*_space_problems(space), *_module_problems(adapters, space)]
     if problems:
         raise ConfigError(problems, "this merge of LoRAs")
+    modules = _modules(adapters)
+    merge = partial(_merge_module, adapters, rule, resolve, space, rank, dtype, device, seed)
+    # Small algebra does not fill a core, so that modules are done side by side; dense changes do,
+    # and only one of them should be in memory.
+    small = [space != "delta" or rule.invariant_with(resolve(name).options) for name in modules]
+    results = in_turn(merge, modules, torch.device(device)) if all(small) else map(merge, modules)
     merged: dict[str, Update] = {}
     infos: dict[str, ModuleInfo] = {}
     report: dict[str, dict[str, Any]] = {}
-    for module in _modules(adapters):
-        own = _own(adapters, module)
-        like = next(iter(own.values()))
-        updates = [
-            finite(adapter.load(module), module, adapter.name) if module in adapter.infos else None
-            for adapter in adapters
-        ]
-        call = resolve(module).call(like.shape[1:], generators(seed, module, len(adapters)))
-        job = Job(updates, like.shape, rule, call, rank, device)
-        try:
-            factored, details = SPACES[space](job)
-            bias = _bias(job, generators(seed, module, len(adapters), "bias"))
-            out = dtype or reduce(torch.promote_types, (info.dtype for info in own.values()))
-            merged[module] = _update(factored, bias, out)
-        except MergeError as error:
-            raise MergeError(f"{module}: {error}") from error
-        infos[module] = dataclasses.replace(
-            like, rank=factored.rank, bias=bias is not None, dtype=out
-        )
-        report[module] = {
+    for module, result in zip(modules, results, strict=True):
+        merged[module], infos[module], report[module] = result
+        if on_module is not None:
+            on_module(module, report[module])
+    return merged, infos, report
+
+
+def _merge_module(
+    adapters: Sequence[LoraAdapter],
+    rule: Rule,
+    resolve: Callable[[str], Settings],
+    space: str,
+    rank: Rank | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    seed: int,
+    module: str,
+) -> tuple[Update, ModuleInfo, dict[str, Any]]:
+    own = _own(adapters, module)
+    like = next(iter(own.values()))
+    updates = [
+        finite(adapter.load(module), module, adapter.name) if module in adapter.infos else None
+        for adapter in adapters
+    ]
+    call = resolve(module).call(like.shape[1:], generators(seed, module, len(adapters)))
+    job = Job(updates, like.shape, rule, call, rank, device)
+    out = dtype or reduce(torch.promote_types, (info.dtype for info in own.values()))
+    try:
+        factored, details = SPACES[space](job)
+        bias = _bias(job, generators(seed, module, len(adapters), "bias"))
+        update = _update(factored, bias, out)
+    except MergeError as error:
+        raise MergeError(f"{module}: {error}") from error
+    info = dataclasses.replace(like, rank=factored.rank, bias=bias is not None, dtype=out)
+    return (
+        update,
+        info,
+        {
             "shape": list(like.shape),
             "rank": factored.rank,
             "error": factored.error,
             "adapters": len(own),
             "singular_values_kept": _ends(factored.sigma),
             **details,
-        }
-        if on_module is not None:
-            on_module(module, report[module])
-    return merged, infos, report
+        },
+    )
 
 
 def _modules(adapters: Sequence[LoraAdapter]) -> list[str]:

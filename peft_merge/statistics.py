@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
+from mergekit_ext.kernels.threads import in_turn
 from peft_merge.adapter import LoraAdapter, Update
 from peft_merge.orthonormal import orthonormal
 
@@ -61,14 +62,19 @@ def lora_norms(
     Raises:
         NonFiniteError: factors hold NaN or infinity.
     """
-    norms = {}
-    for module in dict.fromkeys(name for adapter in adapters for name in adapter.infos):
-        norms[module] = [
+    modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.infos))
+
+    def measure(module: str) -> list[float]:
+        return [
             update_norm(finite(adapter.load(module), module, adapter.name))
             if module in adapter.infos
             else 0.0
             for adapter in adapters
         ]
+
+    norms = {}
+    for module, found in zip(modules, in_turn(measure, modules, torch.device("cpu")), strict=True):
+        norms[module] = found
         if on_module is not None:
             on_module(module)
     return norms

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -30,9 +30,21 @@ def in_threads(
 
     On a CPU by as many threads as torch uses; a GPU is fed by one, and has its own parallelism.
     """
-    if device.type != "cpu":
-        return [work(piece) for piece in pieces]
-    return list(_pool(torch.get_num_threads()).map(work, pieces))
+    return list(in_turn(work, pieces, device))
+
+
+def in_turn(
+    work: Callable[[_Piece], _Result], pieces: Iterable[_Piece], device: torch.device
+) -> Iterator[_Result]:
+    """`in_threads`, but results come one after the other, in order.
+
+    All pieces may be done before the first result is taken. An exception of one piece is raised
+    in its turn, and those that have not begun are left.
+    """
+    # A worker that waited for its own pool would wait for ever.
+    if device.type != "cpu" or getattr(_local, "worker", False):
+        return map(work, pieces)
+    return _pool(torch.get_num_threads()).map(work, pieces)
 
 
 def scratch(count: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -56,6 +68,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _prepare_thread() -> None:
+    _local.working = True
+    _local.worker = True
     torch.set_num_threads(1)
     # The caller's `no_grad` does not reach another thread.
     torch.set_grad_enabled(False)
