@@ -28,7 +28,7 @@ EXIT_PROBLEMS = 2
 )
 @click.option("--trust-remote-code", is_flag=True, help="Let models run their own code.")
 @click.option("--transformers-cache", metavar="DIR", help="Where downloaded models are.")
-@click.option("--lora-merge-cache", metavar="DIR", help="Where adapters are merged.")
+@click.option("--lora-merge-cache", metavar="DIR", help="Used with MERGEKIT_EXT_ADAPTERS=0 only.")
 @click.option("--lora-merge-dtype", metavar="DTYPE", help="In which dtype adapters are merged.")
 @click.option(
     "--out-shard-size", metavar="SIZE", default="5B", show_default=True, help="Bytes of one shard."
