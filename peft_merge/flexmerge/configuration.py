@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from peft_merge.adapter import LoraAdapter, ModuleInfo
@@ -20,10 +20,11 @@ def task_configuration(
     own: LoraAdapter,
     adapters: Sequence[LoraAdapter],
 ) -> dict[str, Any]:
-    """The task's own configuration, with patterns for what is shared before its own patterns.
+    """The task's own configuration, and a rank and an alpha for each module that has others.
 
-    PEFT takes the first pattern that matches. So the task's own factors keep their alphas, whether
-    rsLoRA or not, and need no change.
+    The task's own factors keep their scalings, whether rsLoRA or not, and need no change. What is
+    shared has a scaling of 1: with rsLoRA its alpha is the root of its rank. No two keys match one
+    module, so their order does not matter: PEFT sorts them when it saves.
 
     Args:
         infos: of all modules of the output.
@@ -45,38 +46,40 @@ def task_configuration(
         "lora_alpha": own.config.get("lora_alpha", 8),
         "use_rslora": bool(own.config.get("use_rslora")),
     }
-    ranks: dict[int, dict[str, None]] = {}
-    alphas: dict[float, dict[str, None]] = {}
+    default = (config["r"], config["lora_alpha"])
+    patterns: tuple[dict[Any, dict[str, None]], ...] = ({}, {})
+    for key, values in _entries(infos, scales, shared, own, parameters):
+        for pattern, value, usual in zip(patterns, values, default, strict=True):
+            if value != usual:
+                pattern.setdefault(value, {})[key] = None
+    # By value: PEFT tries every key for every module, which is slow for one key a module.
+    ranks, alphas = ({"|".join(keys): value for value, keys in p.items()} for p in patterns)
+    return config | {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _entries(
+    infos: Mapping[str, ModuleInfo],
+    scales: Mapping[str, float],
+    shared: Collection[str],
+    own: LoraAdapter,
+    parameters: Sequence[str],
+) -> Iterator[tuple[str, tuple[int, float]]]:
+    """Keys that match one module each, or one target parameter, and their rank and alpha."""
+    rslora = bool(own.config.get("use_rslora"))
     for module, info in infos.items():
         owner = names.owner(module, infos)
         rank = LAYOUTS[info.layout].configured_rank(info)
-        if module not in shared and _resolves(own, owner, info, rank, scales[module]):
-            continue
-        key = qualified(owner)
-        if info.layout == "parameter":
+        if info.layout != "parameter":
+            yield qualified(owner), (rank, _alpha(scales[module], rank, rslora))
+        elif module in shared:
             leaves = targeted_parameters({"target_parameters": parameters}, owner)
-            key = qualified(owner, leaves)
-        alpha = _alpha(scales[module], rank, config["use_rslora"])
-        ranks.setdefault(rank, {})[key] = None
-        alphas.setdefault(alpha, {})[key] = None
-    return config | {
-        "rank_pattern": {
-            **{"|".join(keys): rank for rank, keys in ranks.items()},
-            **(own.config.get("rank_pattern") or {}),
-        },
-        "alpha_pattern": {
-            **{"|".join(keys): alpha for alpha, keys in alphas.items()},
-            **(own.config.get("alpha_pattern") or {}),
-        },
-    }
-
-
-def _resolves(own: LoraAdapter, owner: str, info: ModuleInfo, rank: int, scale: float) -> bool:
-    """Whether the task's own patterns say the right thing of a module of its own."""
-    if info.layout == "parameter":  # of which the files do not say which pattern is meant
-        return True
-    found = scaling(own.config, owner)
-    return (found.rank, found.scale) == (rank, scale)
+            yield qualified(owner, leaves), (rank, _alpha(scales[module], rank, rslora))
+        else:
+            # Files do not name target parameters, so their own patterns say what is whose.
+            for leaf in targeted_parameters(own.config, owner):
+                found = scaling(own.config, f"{owner}.{leaf}")
+                alpha = _alpha(found.scale, found.rank, rslora)
+                yield qualified(owner, [leaf]), (found.rank, alpha)
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:

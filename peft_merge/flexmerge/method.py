@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 from mergekit_ext.errors import Problem
@@ -28,7 +29,7 @@ from peft_merge.flexmerge.blocks import GRANULARITIES
 from peft_merge.flexmerge.manifest import task_name_problem
 from peft_merge.flexmerge.options import Options
 from peft_merge.flexmerge.result import FlexMerged
-from peft_merge.flexmerge.run import merge
+from peft_merge.flexmerge.run import merge, unreachable
 from peft_merge.flexmerge.target import EXPECTED, Target
 from peft_merge.methods import WholeMethod, register
 from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
@@ -93,8 +94,11 @@ def check(plan: MergePlan) -> Iterator[Problem]:
         found = shown(plan.request.modules_to_save)
         expected = "nothing: every task keeps its own whole tensors"
         yield Problem("modules_to_save", found, expected, "Take it out.")
-    if not varying:
-        yield from _algorithm(plan)
+    if not plan.modules:
+        yield Problem("models", "adapters without adapted modules", "something to share")
+    elif not varying:
+        problems = list(_algorithm(plan))
+        yield from problems or _size(plan)
 
 
 def _tasks(plan: MergePlan) -> Iterator[Problem]:
@@ -135,6 +139,12 @@ def _algorithm(plan: MergePlan) -> Iterator[Problem]:
         for own in values.each:
             problems.update(dict.fromkeys(rule.check_each(values.options, own)))
     yield from problems
+
+
+def _size(plan: MergePlan) -> Iterator[Problem]:
+    """A target that cannot be reached, as far as headers tell."""
+    if isinstance(plan.rank, (int, NoneType)) and (wrong := unreachable(plan, options(plan))):
+        yield wrong
 
 
 def chosen_rule(plan: MergePlan) -> Rule:

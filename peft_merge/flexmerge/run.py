@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mergekit_ext.errors import Problem
 from mergekit_ext.events import (
     BlockMerged,
     Dispatcher,
@@ -28,6 +29,7 @@ from peft_merge.flexmerge.options import Options
 from peft_merge.flexmerge.private import private_bytes
 from peft_merge.flexmerge.report import MergedBlock, MergedGroup, report
 from peft_merge.flexmerge.result import FlexMerged
+from peft_merge.flexmerge.target import Size, out_of_reach
 from peft_merge.flexmerge.trajectory import Shared, Trajectory
 from peft_merge.rules.base import Rule
 
@@ -81,6 +83,26 @@ def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
         report(plan, options, merged, similarities, trajectory.sizes, step, seconds),
         written(plan.request, plan.adapters),
     )
+
+
+def unreachable(plan: MergePlan, options: Options) -> Problem | None:
+    """Whether the target size is beyond what is possible, without reading a factor.
+
+    However tasks share a block, it takes the room of the largest of their own changes (cut to the
+    rank of what is shared). Between that bound and what the similarities lead to, `merge` tells.
+    """
+    family = FAMILIES[plan.kind](plan, options.rule)
+    tasks = range(len(plan.adapters))
+    most = least = 0
+    for block in blocks_of(plan.modules, options.granularity):
+        own = [family.bytes(block.modules, (task,)) for task in tasks]
+        cut = [family.bytes(block.modules, (task, task)) for task in tasks]
+        most += sum(own)
+        least += max(map(min, own, cut))
+    forced = plan.dtype if plan.request.dtype is not None else None
+    private = private_bytes(plan.adapters, forced)
+    sizes = [Size(total + private, most / len(tasks), private) for total in (most, least)]
+    return None if options.target.within(sizes) else out_of_reach(options.target, sizes)
 
 
 def _similarities(family: Family, blocks: Sequence[Block], events: Dispatcher) -> list[Tensor]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+
+from mergekit_ext.errors import Problem
 
 _UNITS = {
     "": 1,
@@ -87,5 +91,32 @@ class Target:
         """Whether it is above the size at which nothing is shared; a budget may be."""
         return self.adapters is not None and self.adapters > largest.adapters * (1 + _ROUNDING)
 
+    def within(self, sizes: Sequence[Size]) -> bool:
+        """Whether it can be met, given what can be had; the first is the size without sharing."""
+        return not self.exceeds(sizes[0]) and any(map(self.holds, sizes))
+
     def __str__(self) -> str:
         return f"{self.bytes} bytes" if self.adapters is None else f"{self.adapters:.15g} adapters"
+
+
+def out_of_reach(target: Target, sizes: Sequence[Size]) -> Problem:
+    """What is said of a target that is not within `sizes`."""
+    least = min(sizes, key=lambda size: size.bytes)
+    high = sizes[0].adapters
+    remedy = (
+        f"Write {high:.10g}, at which nothing is shared, or less."
+        if target.exceeds(sizes[0])
+        else "A smaller `rank` for what LoRAs share makes smaller sizes possible."
+    )
+    return Problem(
+        "parameters.target_size",
+        str(target),
+        f"what these adapters can reach: {_up(least.adapters):.10g} to {high:.10g} adapters, or "
+        f"{least.bytes} bytes and more",
+        remedy,
+    )
+
+
+def _up(value: float) -> float:
+    """A short number that is not below `value`."""
+    return math.ceil(value * 1e4 - 1e-6) / 1e4

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import ConfigError
 from mergekit_ext.kernels.grouping import MergeOrder, merge_order, partition
 from peft_merge.flexmerge.blocks import Block
 from peft_merge.flexmerge.family import Family, Group
-from peft_merge.flexmerge.target import Size, Target
+from peft_merge.flexmerge.target import Size, Target, out_of_reach
 
 
 @dataclass(frozen=True)
@@ -88,29 +87,6 @@ class Trajectory:
         Raises:
             ConfigError: there is none, or it is above the size at which nothing is shared.
         """
-        if not target.exceeds(self.sizes[0]):
-            for step, size in enumerate(self.sizes):
-                if target.holds(size):
-                    return step
-        raise ConfigError([self._unreachable(target)], "this FlexMerge")
-
-    def _unreachable(self, target: Target) -> Problem:
-        least = min(self.sizes, key=lambda size: size.bytes)
-        low, high = _up(least.adapters), self.sizes[0].adapters
-        expected = f"{low:.10g} to {high:.10g} adapters, or {least.bytes} bytes and more"
-        remedy = (
-            f"Write {high:.10g}, at which nothing is shared, or less."
-            if target.exceeds(self.sizes[0])
-            else "A smaller `rank` for what is shared makes smaller sizes possible."
-        )
-        return Problem(
-            "parameters.target_size",
-            str(target),
-            f"what these adapters can reach: {expected}",
-            remedy,
-        )
-
-
-def _up(value: float) -> float:
-    """A short number that is not below `value`."""
-    return math.ceil(value * 1e4 - 1e-6) / 1e4
+        if not target.within(self.sizes):
+            raise ConfigError([out_of_reach(target, self.sizes)], "this FlexMerge")
+        return next(step for step, size in enumerate(self.sizes) if target.holds(size))
