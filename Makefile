@@ -4,13 +4,16 @@ VENV ?= .venv
 OUT ?= out
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: quickstart flexmerge test check format clean
+.PHONY: quickstart flexmerge adapters test check format clean
 
 quickstart: $(VENV)/examples.stamp
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.quickstart --out $(OUT)/quickstart
 
 flexmerge: $(VENV)/examples.stamp
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.flexmerge --out $(OUT)/flexmerge
+
+adapters: $(VENV)/examples.stamp
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.adapters --out $(OUT)/adapters
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest --numprocesses 2
