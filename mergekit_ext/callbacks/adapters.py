@@ -132,15 +132,14 @@ class AdapterWeights(Kind):
         self._add(inner, weights, LOADED)
 
     def _add(self, model: Any, weights: Weights, name: str) -> None:
-        known = {id(module) for module in model.modules()}
+        modes = {module: module.training for module in model.modules()}
         with tempfile.TemporaryDirectory() as room:
             folder = Path(room) / name
             write(weights, folder)
             model.load_adapter(str(folder), name, autocast_adapter_dtype=False)
         model.set_adapter(name)
-        for module in model.modules():
-            if id(module) not in known:
-                module.train(model.training)
+        for module in model.modules():  # PEFT has switched all to evaluation
+            module.training = modes.get(module, modes[model])
 
     def share(self, model: Any, weights: Weights | None) -> None:
         """See `Kind.share`."""

@@ -19,7 +19,7 @@ from mergekit_ext.callbacks.merged import Merged
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.settings import MEMORY, SUBJECT, Settings
 from mergekit_ext.callbacks.weights import Weights, read, require_finite
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError, Problem
 
 
 class MergeCheckpoints(Callback):
@@ -131,7 +131,7 @@ class MergeCheckpoints(Callback):
         """Check what depends on the model, and keep the initial weights if they are needed."""
         if processes.is_main() and self._kind is None:
             kind = kind_of_model(model, self._settings)
-            self._prepare(kind, kind.view(model), beginning=step == 0)
+            self._prepare(kind, _seen(kind, model, step), beginning=step == 0)
 
     def on_step_end(self, step: int, model: Any) -> None:
         """Take a snapshot if one is due.
@@ -144,9 +144,9 @@ class MergeCheckpoints(Callback):
             return
         if self._kind is None:
             kind = kind_of_model(model, self._settings)
-            self._prepare(kind, kind.view(model))
+            self._prepare(kind, _seen(kind, model, step))
         if self._settings.wants(step):
-            self._take(step, self._the_kind().view(model))
+            self._take(step, _seen(self._the_kind(), model, step))
 
     def on_save(self, step: int, path: str | os.PathLike[str]) -> None:
         """Take the saved checkpoint as a snapshot, if they are what is merged."""
@@ -289,3 +289,12 @@ class MergeCheckpoints(Callback):
         self._saves = state["saves"]
         self._collected.load(state["collected"])
         self._base.load(state["base"])
+
+
+def _seen(kind: Kind, model: Any, step: int) -> Weights:
+    """The model's weights; adapters are looked through when they are seen."""
+    try:
+        return kind.view(model)
+    except NonFiniteError as error:
+        where = f"at step {step}"
+        raise NonFiniteError(error.tensor, where, error.count, error.size) from None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from mergekit_ext.callbacks.protocol import require_training_callback
 
-STATE = "callback_{}.pt"
+# On a Trainer's control object, which its callbacks share: the files of their states.
+_FILES = "_callback_state_files"
 
 
 def as_trainer_callback(callback: Any) -> Any:
     """A ``transformers.TrainerCallback`` that calls `callback` while a Trainer trains.
 
     The callback gets ``state.global_step`` as the step. Its state, if it has any, is saved in each
-    checkpoint as ``callback_<class>.pt`` and taken over when the Trainer resumes from a checkpoint
+    checkpoint as ``callback_<class>.pt`` (with a number for a second of its class) and taken over when the Trainer resumes from a checkpoint
     in its output folder.
 
     Args:
@@ -32,10 +34,13 @@ def as_trainer_callback(callback: Any) -> Any:
 
         def __init__(self) -> None:
             self.callback = callback
+            self.file = ""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            self.file = self.file or _free(type(callback).__name__, control)
+            vars(control).setdefault(_FILES, set()).add(self.file)
             if state.global_step:
-                _resume(callback, _folder(args, state))
+                _resume(callback, _folder(args, state) / self.file)
             _call(callback, "on_train_begin", state.global_step, others["model"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -49,7 +54,7 @@ def as_trainer_callback(callback: Any) -> Any:
             folder = _folder(args, state)
             _call(callback, "on_save", state.global_step, folder)
             if state.is_world_process_zero:
-                _save(callback, folder)
+                _save(callback, folder / self.file)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             _call(callback, "on_train_end", state.global_step, others["model"])
@@ -67,22 +72,24 @@ def _folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _file(callback: Any, folder: Path) -> Path:
-    return folder / STATE.format(type(callback).__name__)
+def _free(name: str, control: Any) -> str:
+    """The file for the state of the next callback of a class: the order decides."""
+    taken = vars(control).get(_FILES, set())
+    names = (f"callback_{name}{'' if i == 1 else f'_{i}'}.pt" for i in itertools.count(1))
+    return next(file for file in names if file not in taken)
 
 
-def _save(callback: Any, folder: Path) -> None:
+def _save(callback: Any, file: Path) -> None:
     import torch
 
     state = callback.state_dict() if hasattr(callback, "state_dict") else None
-    if state and folder.is_dir():
-        torch.save(state, _file(callback, folder))
+    if state and file.parent.is_dir():
+        torch.save(state, file)
 
 
-def _resume(callback: Any, folder: Path) -> None:
+def _resume(callback: Any, file: Path) -> None:
     import torch
 
-    file = _file(callback, folder)
     if hasattr(callback, "load_state_dict") and file.is_file():
         # Numbers, texts and tensors only: a checkpoint may come from somebody else.
         callback.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
