@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.events import (
     BlockMerged,
     Dispatcher,
@@ -48,7 +49,7 @@ def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
     Raises:
         ConfigError: the target size cannot be reached.
         NonFiniteError: an adapter holds NaN or infinity.
-        MergeError: a merged change leaves the range of its dtype.
+        MergeError: changes, or a merged one, leave the range of their dtype.
     """
     started = time.perf_counter()
     family = FAMILIES[plan.kind](plan, options.rule)
@@ -110,7 +111,13 @@ def _similarities(family: Family, blocks: Sequence[Block], events: Dispatcher) -
     events.emit(StatisticsBegin(len(blocks), "block"))
     found = []
     for block in blocks:
-        found.append(cosines(sum(family.gram(module) for module in block.modules)))
+        gram = sum(family.gram(module) for module in block.modules)
+        if not bool(torch.isfinite(gram).all()):
+            raise MergeError(
+                f"{block.name}: the changes are so large that their squares leave the range of "
+                "float64. Check the scalings of these adapters."
+            )
+        found.append(cosines(gram))
         events.emit(TensorMeasured(block.name))
     events.emit(StatisticsEnd({}, time.perf_counter() - started))
     return found

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_ext.errors import ConfigError, NonFiniteError
+from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from mergekit_ext.events import MergeCallback
 from peft_merge.io import load_adapter, state_dict
 from peft_merge.merge import merge_adapters
@@ -246,6 +246,50 @@ def test_huge_and_tiny_changes(scale):
         adapter(f"t{i}", {m: update(i * 7 + j, 2) for j, m in enumerate(NAMES)}) for i in range(3)
     ]
     assert groups_of(flex(adapters, 2)) == groups_of(flex(usual, 2))
+
+
+def test_changes_beyond_all_bounds_are_an_error():
+    adapters = [adapter(f"t{i}", {"m": update(i, 2, scale=1e200)}) for i in range(2)]
+    with pytest.raises(MergeError, match="m: the changes are so large"):
+        flex(adapters, 1)
+
+
+def test_the_order_of_the_adapters_does_not_matter():
+    adapters = some(4, 3, [1, 2, 3])
+    turned = adapters[::-1]
+    first, second = flex(adapters, 2.2), flex(turned, 2.2)
+    names = [
+        [
+            sorted(sorted(group["tasks"]) for group in block["groups"])
+            for block in result.report["blocks"]
+        ]
+        for result in (first, second)
+    ]
+    assert names[0] == names[1]
+    for one, same in zip(first.adapters, second.adapters[::-1], strict=True):
+        for module in one.infos:
+            left, right = one.load(module).dense(), same.load(module).dense()
+            assert torch.allclose(left, right, atol=1e-5)
+
+
+def test_one_adapter_comes_back():
+    source = adapter("only", {m: update(j, 2) for j, m in enumerate(NAMES)})
+    (found,) = flex([source], 1).adapters
+    for module in NAMES:
+        assert torch.equal(found.load(module).a, source.load(module).a)
+        assert found.load(module).scale == source.load(module).scale
+
+
+def test_orders_of_the_ablation_are_taken():
+    adapters = [
+        adapter(f"t{i}", {m: update(i * 7 + j, 2) for j, m in enumerate(NAMES)}) for i in range(3)
+    ]
+    left = flex(adapters, 2.4, order="left_to_right")
+    right = flex(adapters, 2.4, order="right_to_left")
+    assert [len(found) for found in groups_of(left)] == [1, 3, 3]
+    assert [len(found) for found in groups_of(right)] == [3, 3, 1]
+    shuffled = {str(groups_of(flex(adapters, 2, order="random", seed=s))) for s in range(6)}
+    assert len(shuffled) > 1
 
 
 def test_zero_changes_and_rank_1_and_one_element():
