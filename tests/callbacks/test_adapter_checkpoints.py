@@ -90,9 +90,7 @@ def test_other_methods_agree_with_merge_adapters_on_saved_adapters(tmp_path, met
 
     parameters = {"ties": {"density": 0.5}, "lore": {"mu_relative": 0.2}}.get(method, {})
     model = lora_model()
-    callback = MergeCheckpoints(
-        method, keep=2, parameters=parameters, adapter_options={"rank": 4}
-    )
+    callback = MergeCheckpoints(method, keep=2, parameters=parameters, adapter_options={"rank": 4})
     callback.on_train_begin(0, model)
     for step in (1, 2, 3):
         spread(model, 0.2, seed=step)
@@ -137,9 +135,7 @@ def test_merging_and_loading_again_replaces_what_was_loaded():
     callback.merge(model=model)
     callback.merge(model=model)
     assert sorted(model.peft_config) == ["default", "merged"]
-    torch.testing.assert_close(
-        change(model), torch.stack(found).mean(0), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(change(model), torch.stack(found).mean(0), rtol=1e-4, atol=1e-5)
     callback.on_step_end(3, model)  # of the trained adapter still
     assert callback.steps == (1, 2, 3)
 

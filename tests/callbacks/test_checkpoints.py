@@ -7,12 +7,12 @@ import re
 
 import pytest
 import torch
-from tests.callbacks.small import Net, llama, same, spread, train
 
 from mergekit_ext.callbacks import MergeCheckpoints
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
 from mergekit_ext.host import state_dicts
 from mergekit_ext.kernels.lore import lore
+from tests.callbacks.small import Net, llama, same, spread, train
 
 TIED = "third.weight"  # the second name of second.weight
 

@@ -1,0 +1,1 @@
+"""Merging the last checkpoints of a run while it trains, and what that gives."""

@@ -1,0 +1,67 @@
+"""The training examples in their short form, and the evaluation with lm-eval."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import types
+
+import pytest
+
+pytest.importorskip("sklearn")
+
+ROWS = ["last checkpoint", "mean of the last 8", "lore of the last 8"]
+
+
+@pytest.mark.parametrize("example", ["plain", "trainer"])
+def test_an_example_trains_merges_and_prints_its_table(example, capsys, monkeypatch):
+    import importlib
+
+    module = importlib.import_module(f"examples.training.{example}")
+    monkeypatch.setattr(sys, "argv", [example, "--quick"])
+    module.main()
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| " in line]
+    found = {row[0].strip("| "): float(row[1]) for row in table[2:]}
+    assert list(found) == ROWS
+    assert found["last checkpoint"] > 0.15  # of ten classes, after a few steps
+    assert all(0 <= accuracy <= 1 for accuracy in found.values())
+
+
+def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch):
+    from examples.training.harness import lm_eval_function
+
+    stock = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("lm_eval"):
+            raise ImportError(name)
+        return stock(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'mergekit-ext\[eval\]'"):
+        lm_eval_function("some/tokenizer")
+
+
+def test_what_lm_eval_returns_becomes_scores(monkeypatch):
+    from examples.training.harness import lm_eval_function
+    from mergekit_ext.callbacks import Evaluate
+    from tests.callbacks.small import Net
+
+    asked = {}
+
+    def simple_evaluate(model, tasks, limit):
+        asked.update(model=model, tasks=tasks, limit=limit)
+        scores = {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.1, "em,strict": 1}
+        return {"results": {tasks[0]: scores}}
+
+    package, models = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models")
+    huggingface = types.ModuleType("lm_eval.models.huggingface")
+    package.simple_evaluate = simple_evaluate
+    huggingface.HFLM = dict
+    for module in (package, models, huggingface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = Net()
+    evaluate = Evaluate(lm_eval_function("tokenizer", limit=10))
+    assert evaluate(model, "arc") == {"acc": 0.25, "em,strict": 1.0}
+    assert asked["tasks"] == ["arc"] and asked["limit"] == 10
+    assert asked["model"] == {"pretrained": model, "tokenizer": "tokenizer", "batch_size": 8}
