@@ -34,7 +34,7 @@ class Schedule:
 
 
 FULL = Schedule(steps=60)
-QUICK = Schedule(steps=3)
+QUICK = Schedule(steps=2)
 
 
 def model_folder() -> Path:

@@ -42,7 +42,7 @@ class Size:
 
 
 FULL = Size(modules=120, train=900, validation=60, test=144)
-QUICK = Size(modules=30, train=96, validation=12, test=24)
+QUICK = Size(modules=20, train=48, validation=12, test=12)
 
 
 def write_tasks(path: Path, size: Size, seed: int) -> None:
