@@ -36,7 +36,7 @@ class Schedule:
 
 
 FULL = Schedule(pretrain_steps=300, finetune_steps=60, test=96)
-QUICK = Schedule(pretrain_steps=10, finetune_steps=4, test=4)
+QUICK = Schedule(pretrain_steps=12, finetune_steps=4, test=4)
 
 
 def read_styles(largest: int = 1_500_000) -> dict[str, Tensor]:
