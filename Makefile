@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= out
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: quickstart flexmerge adapters test check format clean
+.PHONY: quickstart flexmerge training adapters test check format clean
 
 quickstart: $(VENV)/examples.stamp
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.quickstart --out $(OUT)/quickstart
@@ -14,6 +14,10 @@ flexmerge: $(VENV)/examples.stamp
 
 adapters: $(VENV)/examples.stamp
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.adapters --out $(OUT)/adapters
+
+training: $(VENV)/examples.stamp
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.training.plain
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.training.trainer
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest --numprocesses 2

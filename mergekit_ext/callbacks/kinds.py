@@ -88,6 +88,6 @@ def dtypes(weights: Weights) -> dict[str, str]:
 @contextmanager
 def same_randomness(seed: int) -> Iterator[None]:
     """For a block: random numbers from `seed`; those of the training go on as if nothing was."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

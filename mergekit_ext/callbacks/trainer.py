@@ -15,9 +15,10 @@ _FILES = "_callback_state_files"
 def as_trainer_callback(callback: Any) -> Any:
     """A ``transformers.TrainerCallback`` that calls `callback` while a Trainer trains.
 
-    The callback gets ``state.global_step`` as the step. Its state, if it has any, is saved in each
-    checkpoint as ``callback_<class>.pt`` (with a number for a second of its class) and taken over when the Trainer resumes from a checkpoint
-    in its output folder.
+    The callback gets ``state.global_step`` as the step, and `on_log` in the main process only. Its
+    state, if it has any, is saved in each checkpoint as ``callback_<class>.pt`` (with a number for
+    a second one of its class) and taken over when the Trainer resumes from a checkpoint in its
+    output folder.
 
     Args:
         callback: an object with some of the methods in `TRAINING_HOOKS`.

@@ -80,3 +80,7 @@ def same(found, expected, **tolerance) -> None:
     assert set(found) == set(expected)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], **tolerance)
+
+
+def mean(states, names):
+    return {k: torch.stack([s[k].double() for s in states]).mean(0).float() for k in names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import pytest
 import torch
@@ -12,13 +11,9 @@ from mergekit_ext.callbacks import MergeCheckpoints
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
 from mergekit_ext.host import state_dicts
 from mergekit_ext.kernels.lore import lore
-from tests.callbacks.small import Net, llama, same, spread, train
+from tests.callbacks.small import Net, llama, mean, same, train
 
 TIED = "third.weight"  # the second name of second.weight
-
-
-def mean(states, names):
-    return {k: torch.stack([s[k].double() for s in states]).mean(0).float() for k in names}
 
 
 def floating(state):
@@ -295,99 +290,3 @@ def test_start_and_a_run_that_was_too_short():
     train(model, [callback], steps=3)
     with pytest.warns(MergeWarning, match="no snapshot was taken in 3 steps"):
         callback.on_train_end(3, model)
-
-
-def test_all_problems_at_once():
-    with pytest.raises(ConfigError) as caught:
-        MergeCheckpoints("nan_tie", keep=0, every=1.5, on="epoch", keep_better=True)
-    text = str(caught.value)
-    assert len(caught.value.problems) == 6
-    for part in ("keep: found 0", "every: found 1.5", "'epoch'", "Write `nan_ties`", "evaluate="):
-        assert part in text
-    with pytest.raises(ConfigError) as caught:
-        MergeCheckpoints("ema", parameters={"decay": 2, "beta": 1}, base="initial")
-    where = {problem.where for problem in caught.value.problems}
-    assert where == {"parameters.decay", "parameters.beta", "base"}
-
-
-def test_problems_of_the_method_come_before_training():
-    callback = MergeCheckpoints("lore", parameters={"mu": "a", "rank": 3, "rank_ratio": 0.5})
-    with pytest.raises(ConfigError) as caught:
-        callback.on_train_begin(0, Net())
-    assert {p.where for p in caught.value.problems} == {"parameters.mu", "parameters.rank"}
-    callback = MergeCheckpoints("lore", parameters={})
-    with pytest.raises(ConfigError, match="none of mu, mu_relative, rank_ratio"):
-        callback.on_train_begin(0, Net())
-    callback = MergeCheckpoints("slerp", keep=3, parameters={"t": 0.5})
-    with pytest.raises(ConfigError, match="keep: found 3 snapshots"):
-        callback.on_train_begin(0, Net())
-    with pytest.raises(ConfigError, match="`linear` has no base"):
-        MergeCheckpoints("linear", base="initial").on_train_begin(0, Net())
-    with pytest.raises(ConfigError, match="which merges adapters"):
-        MergeCheckpoints("peft_ties").on_train_begin(0, Net())
-
-
-def test_a_merged_transformers_model_is_saved_with_its_configuration(tmp_path):
-    from transformers import LlamaForCausalLM
-
-    model = llama(tied=True)
-    callback = MergeCheckpoints("linear", keep=2)
-    train(model, [callback], steps=3)
-    merged = callback.merge()
-    merged.save(tmp_path / "merged", model)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
-    for name, tensor in merged.weights.tensors.items():
-        torch.testing.assert_close(loaded.state_dict()[name], tensor)
-    with pytest.raises(FileExistsError, match=re.escape(str(tmp_path / "merged"))):
-        merged.save(tmp_path / "merged")
-
-
-def test_saved_checkpoints_are_merged_from_where_they_are(tmp_path):
-    model = llama()
-    callback = MergeCheckpoints("linear", on="save", keep=2, load=True)
-    states = []
-    for step in (1, 2, 3):
-        spread(model, 0.1, seed=step)
-        model.save_pretrained(tmp_path / f"c{step}")
-        states.append(copy.deepcopy(model.state_dict()))
-        callback.on_step_end(step, model)
-        callback.on_save(step, tmp_path / f"c{step}")
-    callback.on_train_end(3, model)
-    assert callback.result.steps == (2, 3)
-    expected = mean(states[1:], states[0])
-    same(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)
-    callback.result.save(tmp_path / "merged")
-    assert (tmp_path / "merged/config.json").is_file() and (tmp_path / "c1").is_dir()
-    import shutil
-
-    shutil.rmtree(tmp_path / "c2")
-    with pytest.raises(ConfigError, match=r"c2: found no such folder.*save_total_limit"):
-        callback.merge()
-
-
-def test_models_that_are_saved_under_other_names_are_loaded_too(tmp_path):
-    from transformers import ViTConfig, ViTForImageClassification
-
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=4,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-        )
-    )
-    callback = MergeCheckpoints("linear", on="save", load=True, evaluate=lambda m, t: 0.0)
-    for step in (1, 2):
-        spread(model, 0.1, seed=step)
-        model.save_pretrained(tmp_path / f"c{step}")
-        callback.on_save(step, tmp_path / f"c{step}")
-    own, merged = model.state_dict().keys(), callback.merge().weights.tensors.keys()
-    assert merged - own, "this model is no example any more"
-    expected = {k: v.clone() for k, v in model.state_dict().items()}
-    spread(model, -0.1, seed=2)
-    for name, tensor in model.state_dict().items():
-        expected[name] = (expected[name] + tensor) / 2
-    callback.on_train_end(2, model)
-    same(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)

@@ -88,7 +88,7 @@ def test_models_are_scored_while_they_train():
 def test_what_is_no_score_is_refused():
     model = Net()
     for bad in (None, "0.9", float("nan"), {}, {"a": "b"}, {1: 2.0}):
-        with pytest.raises(EvaluationError, match="task x returned .*expected a finite number"):
+        with pytest.raises(EvaluationError, match=r"task x returned .*expected a finite number"):
             Evaluate(lambda model, task, bad=bad: bad)(model, "x")
     answers = iter([{"a": 1}, {"b": 1}])
     evaluate = Evaluate(lambda model, task: next(answers))

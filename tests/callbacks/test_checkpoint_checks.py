@@ -1,0 +1,39 @@
+"""What is wrong with the arguments of MergeCheckpoints is said before training."""
+
+from __future__ import annotations
+
+import pytest
+
+from mergekit_ext.callbacks import MergeCheckpoints
+from mergekit_ext.errors import ConfigError
+from tests.callbacks.small import Net
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ConfigError) as caught:
+        MergeCheckpoints("nan_tie", keep=0, every=1.5, on="epoch", keep_better=True)
+    text = str(caught.value)
+    assert len(caught.value.problems) == 6
+    for part in ("keep: found 0", "every: found 1.5", "'epoch'", "Write `nan_ties`", "evaluate="):
+        assert part in text
+    with pytest.raises(ConfigError) as caught:
+        MergeCheckpoints("ema", parameters={"decay": 2, "beta": 1}, base="initial")
+    where = {problem.where for problem in caught.value.problems}
+    assert where == {"parameters.decay", "parameters.beta", "base"}
+
+
+def test_problems_of_the_method_come_before_training():
+    callback = MergeCheckpoints("lore", parameters={"mu": "a", "rank": 3, "rank_ratio": 0.5})
+    with pytest.raises(ConfigError) as caught:
+        callback.on_train_begin(0, Net())
+    assert {p.where for p in caught.value.problems} == {"parameters.mu", "parameters.rank"}
+    callback = MergeCheckpoints("lore", parameters={})
+    with pytest.raises(ConfigError, match="none of mu, mu_relative, rank_ratio"):
+        callback.on_train_begin(0, Net())
+    callback = MergeCheckpoints("slerp", keep=3, parameters={"t": 0.5})
+    with pytest.raises(ConfigError, match="keep: found 3 snapshots"):
+        callback.on_train_begin(0, Net())
+    with pytest.raises(ConfigError, match="`linear` has no base"):
+        MergeCheckpoints("linear", base="initial").on_train_begin(0, Net())
+    with pytest.raises(ConfigError, match="which merges adapters"):
+        MergeCheckpoints("peft_ties").on_train_begin(0, Net())
