@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -190,15 +190,17 @@ def measure_peak(index: int, who: str, size: int) -> None:
     small = make_model(64)
     CALLS[who](small, PAIRS[index])  # imports, and libraries that start threads
     model = make_model(size)
-    before = _resident()
+    # Not ru_maxrss: it would begin with that of the process that started this one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak()
     CALLS[who](model, PAIRS[index])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(max(0.0, peak - before))
+    print(_peak() - before)
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _peak() -> float:
+    """MiB, since the peak was last forgotten."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) / 1024
 
 
 def modules(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -7,12 +7,14 @@ merges them in a process of its own, whose start counts.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,9 @@ def measure(place: Path | None, quick: bool) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
-        size = make(folder, quick)
+        # In another process: the peak of a child counts what this one held when it started it.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            size = pool.submit(make, folder, quick).result()
         print(f"{ADAPTERS} adapters of {size / 2**20:.0f} MiB each, by peft-merge:")
         for method in METHODS:
             for rank in ("lossless", RANK):
