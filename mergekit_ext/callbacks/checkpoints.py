@@ -13,13 +13,13 @@ from mergekit_ext.callbacks import processes
 from mergekit_ext.callbacks.base import Base
 from mergekit_ext.callbacks.collected import collected
 from mergekit_ext.callbacks.evaluate import Evaluate
-from mergekit_ext.callbacks.kinds import Kind, kind_of_model, kind_of_weights
-from mergekit_ext.callbacks.log import require_log
+from mergekit_ext.callbacks.kinds import Kind, kind_of_model, kind_of_weights, seen
+from mergekit_ext.callbacks.log import LogTo, require_log
 from mergekit_ext.callbacks.merged import Merged
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.settings import MEMORY, SUBJECT, Settings
 from mergekit_ext.callbacks.weights import Weights, read, require_finite
-from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError, Problem
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 
 
 class MergeCheckpoints(Callback):
@@ -119,7 +119,7 @@ class MergeCheckpoints(Callback):
         self._collected = collected(self._settings)
         self._kind: Kind | None = None
         self._base = Base(self._settings)
-        self._saves = 0
+        self._saves = self._step = 0
         self.result: Merged | None = None
 
     @property
@@ -129,9 +129,10 @@ class MergeCheckpoints(Callback):
 
     def on_train_begin(self, step: int, model: Any) -> None:
         """Check what depends on the model, and keep the initial weights if they are needed."""
+        self._step = step
         if processes.is_main() and self._kind is None:
             kind = kind_of_model(model, self._settings)
-            self._prepare(kind, _seen(kind, model, step), beginning=step == 0)
+            self._prepare(kind, seen(kind, model, step), beginning=step == 0)
 
     def on_step_end(self, step: int, model: Any) -> None:
         """Take a snapshot if one is due.
@@ -140,13 +141,14 @@ class MergeCheckpoints(Callback):
             NonFiniteError: the model holds NaN or infinity; names the tensor and the step.
             ConfigError: see the class.
         """
+        self._step = step
         if not processes.is_main() or self._settings.on != "step":
             return
         if self._kind is None:
             kind = kind_of_model(model, self._settings)
-            self._prepare(kind, _seen(kind, model, step))
+            self._prepare(kind, seen(kind, model, step))
         if self._settings.wants(step):
-            self._take(step, _seen(self._the_kind(), model, step))
+            self._take(step, seen(self._the_kind(), model, step))
 
     def on_save(self, step: int, path: str | os.PathLike[str]) -> None:
         """Take the saved checkpoint as a snapshot, if they are what is merged."""
@@ -162,6 +164,7 @@ class MergeCheckpoints(Callback):
 
     def on_train_end(self, step: int, model: Any) -> None:
         """Merge, evaluate, and load if asked; without snapshots a warning."""
+        self._step = step
         empty = processes.agree(not self.steps)
         if not empty:
             self.merge(model=model)
@@ -198,6 +201,9 @@ class MergeCheckpoints(Callback):
             raise ConfigError(
                 [Problem("snapshots", "none", "one at least", "Train first.")], SUBJECT
             )
+        for callback in self._settings.callbacks:
+            if isinstance(callback, LogTo):
+                callback.at(self._step)
         steps, weights, report = self._collected.merge(self._kind, self._base.weights, step)
         self.result = Merged(steps[-1], steps, self._settings.method, weights, report)
         return self.result
@@ -232,7 +238,7 @@ class MergeCheckpoints(Callback):
             scores = self._evaluate(inner, self._task)
         if self._log is not None:
             values = {f"merged/{name}": value for name, value in scores.items()}
-            self._log.log(values | {f"last/{k}": v for k, v in before.items()}, merged.step)
+            self._log.log(values | {f"last/{k}": v for k, v in before.items()}, self._step)
         return dataclasses.replace(merged, scores=scores, before=before)
 
     def _better(self, merged: Merged) -> bool:
@@ -289,12 +295,3 @@ class MergeCheckpoints(Callback):
         self._saves = state["saves"]
         self._collected.load(state["collected"])
         self._base.load(state["base"])
-
-
-def _seen(kind: Kind, model: Any, step: int) -> Weights:
-    """The model's weights; adapters are looked through when they are seen."""
-    try:
-        return kind.view(model)
-    except NonFiniteError as error:
-        where = f"at step {step}"
-        raise NonFiniteError(error.tensor, where, error.count, error.size) from None

@@ -13,7 +13,7 @@ import torch
 from mergekit_ext.callbacks.processes import unwrapped
 from mergekit_ext.callbacks.settings import Settings
 from mergekit_ext.callbacks.weights import Weights
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import NonFiniteError, Problem
 
 
 class Kind(ABC):
@@ -91,3 +91,12 @@ def same_randomness(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+def seen(kind: Kind, model: Any, step: int) -> Weights:
+    """The model's weights; adapters are looked through when they are seen."""
+    try:
+        return kind.view(model)
+    except NonFiniteError as error:
+        where = f"at step {step}"
+        raise NonFiniteError(error.tensor, where, error.count, error.size) from None

@@ -71,6 +71,10 @@ class LogTo(Callback):
         """Pass values on as they are: a `LogTo` is a target itself."""
         self._target.log(dict(values), step)
 
+    def at(self, step: int) -> None:
+        """Log merges that follow under this step of the training, or the one that it knows of."""
+        self._training = max(step, self._training or 0)
+
     def on_train_begin(self, step: int, model: Any) -> None:
         """From here on merges are logged under the step of the training."""
         self._training = step

@@ -108,6 +108,8 @@ def test_other_methods_agree_with_merge_adapters_on_saved_adapters(tmp_path, met
 def test_evaluating_leaves_the_model_as_it_was():
     model = lora_model()
     model.train()
+    frozen = model.base_model.model.get_submodule(MODULE).lora_A["default"].weight
+    frozen.requires_grad_(False)  # which PEFT would switch on again
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     seen = []

@@ -37,3 +37,10 @@ def test_problems_of_the_method_come_before_training():
         MergeCheckpoints("linear", base="initial").on_train_begin(0, Net())
     with pytest.raises(ConfigError, match="which merges adapters"):
         MergeCheckpoints("peft_ties").on_train_begin(0, Net())
+
+
+def test_parameters_that_are_divided_among_processes_are_refused():
+    model = Net()
+    model.first.weight.ds_id = 1  # as ZeRO-3 marks them
+    with pytest.raises(ConfigError, match=r'FSDP or ZeRO-3.*on="save"'):
+        MergeCheckpoints("average").on_step_end(1, model)

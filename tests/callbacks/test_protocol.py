@@ -138,6 +138,19 @@ def test_a_merge_while_training_is_logged_once_under_the_step_of_training():
     assert merge["merge/coefficient/model/a"] == 0.25
 
 
+def test_merges_of_checkpoints_are_logged_under_the_step_of_training():
+    target, loss = Target(), LogTo(Target())
+    merge = callbacks.MergeCheckpoints(
+        "linear", every=2, callbacks=[LogTo(target)], log=loss, evaluate=lambda model, task: 1.0
+    )
+    model = torch.nn.Linear(2, 2)
+    for step in range(1, 6):
+        merge.on_step_end(step, model)
+    merge.on_train_end(5, model)
+    assert [(step, values["merge/units"]) for step, values in target.lines] == [(5, 2)]
+    assert loss._target.lines == [(5, {"merged/score": 1.0, "last/score": 1.0})]
+
+
 def test_log_goes_to_an_accelerator_and_its_trackers(tmp_path):
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
@@ -178,4 +191,3 @@ def test_bad_arguments():
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):
         _ = callbacks.Missing
     assert set(callbacks.__all__) <= set(dir(callbacks))
-    torch.manual_seed(0)
