@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
@@ -19,6 +20,9 @@ from peft_merge.rules.base import Rule, Settings
 from peft_merge.rules.seeds import generators
 from peft_merge.spaces import SPACES, Job
 from peft_merge.statistics import finite
+
+# Entries of a change that may be dense in every thread at once.
+_SMALL = 1 << 20
 
 OnModule = Callable[[str, Mapping[str, Any]], None]
 
@@ -70,10 +74,15 @@ def merge_lora(
         raise ConfigError(problems, "this merge of LoRAs")
     modules = _modules(adapters)
     merge = partial(_merge_module, adapters, rule, resolve, space, rank, dtype, device, seed)
-    # Small algebra does not fill a core, so that modules are done side by side; dense changes do,
-    # and only one of them should be in memory.
-    small = [space != "delta" or rule.invariant_with(resolve(name).options) for name in modules]
-    results = in_turn(merge, modules, torch.device(device)) if all(small) else map(merge, modules)
+    # Small algebra does not fill the cores, so that modules are done side by side; large dense
+    # changes do, and only one of them should be in memory.
+    small = all(
+        space != "delta"
+        or rule.invariant_with(resolve(name).options)
+        or math.prod(next(iter(_own(adapters, name).values())).shape) <= _SMALL
+        for name in modules
+    )
+    results = in_turn(merge, modules, torch.device(device)) if small else map(merge, modules)
     merged: dict[str, Update] = {}
     infos: dict[str, ModuleInfo] = {}
     report: dict[str, dict[str, Any]] = {}
