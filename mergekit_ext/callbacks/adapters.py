@@ -39,7 +39,7 @@ class AdapterWeights(Kind):
         """See `Kind.problems`."""
         from peft_merge.config.check import checked
         from peft_merge.config.request import Input, Request
-        from peft_merge.methods import methods
+        from peft_merge.rules.base import rules
 
         settings = self.settings
         unknown = settings.adapter_options.keys() - {"rank", "space", "modules_to_save", "dtype"}
@@ -49,8 +49,8 @@ class AdapterWeights(Kind):
         if has_base:
             expected = "nothing: adapters are merged as changes of the model's frozen weights"
             yield Problem("base", "a base", expected, "Leave it out.")
-        if settings.running is None and settings.method not in methods():
-            expected = "a method of `peft-merge` (docs/adapters.md), for an adapter"
+        if settings.running is None and settings.method not in rules():
+            expected = "a method of `peft-merge` that makes one adapter (docs/adapters.md)"
             yield Problem("method", repr(settings.method), expected)
             return
         if unknown:

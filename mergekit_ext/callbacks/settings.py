@@ -88,9 +88,10 @@ class Settings:
 
 def _name_problems(method: Any) -> Iterable[Problem]:
     from peft_merge.config.wording import did_you_mean
-    from peft_merge.methods import methods
+    from peft_merge.rules.base import rules
 
-    names = {*RUNNING, *methods()}
+    # Rules make one adapter; the other methods of `peft_merge` make several.
+    names = {*RUNNING, *rules()}
     if method in names:
         return
     from mergekit_ext.host.state_dicts import known_methods  # takes seconds

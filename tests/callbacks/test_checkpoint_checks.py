@@ -22,6 +22,11 @@ def test_all_problems_at_once():
     assert where == {"parameters.decay", "parameters.beta", "base"}
 
 
+def test_methods_that_make_several_models_are_refused():
+    with pytest.raises(ConfigError, match=r"method: found 'flexmerge'; .* makes one model"):
+        MergeCheckpoints("flexmerge")
+
+
 def test_problems_of_the_method_come_before_training():
     callback = MergeCheckpoints("lore", parameters={"mu": "a", "rank": 3, "rank_ratio": 0.5})
     with pytest.raises(ConfigError) as caught:
