@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem
 from peft_merge.adapter import Adapter
 from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.config.wording import did_you_mean, shown
 from peft_merge.io import adapters_of, state_dict
+from peft_merge.io.names import PREFIX
 from peft_merge.merge import MergedAdapter, merge_adapters
 from peft_merge.methods import methods
 
@@ -215,10 +215,10 @@ def add_adapter(model: Any, name: str, adapter: Adapter) -> None:
     modules = {id(module) for module in model.modules()}
     try:
         model.add_adapter(name, config)
-        added = {k: p for k, p in model.named_parameters() if id(p) not in before}
-        _fill(model, name, adapter, added)
-        for parameter in added.values():
-            parameter.requires_grad_(False)
+        fill(model, name, adapter)
+        for parameter in model.parameters():
+            if id(parameter) not in before:
+                parameter.requires_grad_(False)
         for module in model.modules():
             if id(module) not in modules:
                 module.train(model.training)
@@ -260,13 +260,21 @@ def _snapshot(model: Any) -> Callable[[], None]:
     return restore
 
 
-def _fill(model: Any, name: str, adapter: Adapter, added: Mapping[str, Tensor]) -> None:
+def fill(model: Any, name: str, adapter: Adapter) -> None:
+    """Give the adapter `name` of a model the tensors of `adapter`, factors in their own dtypes.
+
+    Raises:
+        MergeError: the model has no place for some of them.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    dtype = adapter.infos[next(iter(adapter.infos))].dtype
     factor = model.base_model.prefix
-    for key, parameter in added.items():
-        if f".{factor}" in key:
+    dtypes = {module: adapter.infos[module].dtype for module in adapter.infos}
+    usual = next(iter(dtypes.values()))
+    for key, parameter in model.named_parameters():
+        module, found, rest = key.rpartition(f".{factor}")
+        if found and rest.split(".")[1:2] == [name]:
+            dtype = dtypes.get(module.removeprefix(PREFIX), usual)
             parameter.data = parameter.data.to(dtype)
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = state_dict(adapter)

@@ -18,7 +18,7 @@ from peft_merge.flexmerge.manifest import Group, Manifest
 from peft_merge.flexmerge.parse import open_manifest
 from peft_merge.flexmerge.private import of_the_base
 from peft_merge.io import load_adapter, whole
-from peft_merge.memory import add_adapter
+from peft_merge.memory import add_adapter, fill
 
 # Where PEFT's layers keep what is loaded of one adapter.
 _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "ia3_l")
@@ -27,11 +27,11 @@ _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "ia3_
 def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = True) -> Any:
     """Put all adapters of a FlexMerge on one base model; what tasks share is one parameter.
 
-    The adapters' tensors take `size.bytes` of the manifest, in their stored dtypes. Sharing
-    outlasts ``model.to(...)``. The first task is active; ``model.set_adapter(task)`` changes it,
-    and for LoRA ``model(..., adapter_names=[task of each row])`` runs rows of several tasks in one
-    batch, as PEFT supports it. The model is in evaluation mode and meant for inference: training
-    one task would change the others.
+    Factors and vectors keep their stored dtypes, and take what the manifest says. Sharing outlasts
+    ``model.to(...)``. The first task is active; ``model.set_adapter(task)`` changes it, and for
+    LoRA ``model(..., adapter_names=[task of each row])`` runs rows of several tasks in one batch,
+    as PEFT supports it. The model is in evaluation mode and meant for inference: training one task
+    would change the others.
 
     Args:
         base_model: whose modules PEFT wraps, as ``PeftModel.from_pretrained`` does.
@@ -59,6 +59,8 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
         model = PeftModel.from_pretrained(
             base_model, folder / first, adapter_name=first, autocast_adapter_dtype=False
         )
+    # PEFT has rounded its factors to the dtype of the base.
+    fill(model, first, _apart(adapters[0]))
     for adapter in adapters[1:]:
         add_adapter(model, adapter.name, _apart(adapter))
         for module, owner in _owners(manifest, adapter.name):

@@ -135,6 +135,28 @@ def test_shared_tensors_are_one_storage_and_stay_so(tmp_path):
     assert not model.training
 
 
+@pytest.mark.parametrize("of_the_base", [torch.float32, torch.bfloat16, torch.float64])
+def test_factors_keep_their_own_dtypes_on_every_base(of_the_base, tmp_path):
+    dtypes = [torch.bfloat16, torch.float32, torch.float32]
+    sources = [
+        saved(KINDS["plain"], tmp_path / name, i, dtype)
+        for i, (name, dtype) in enumerate(zip(TASKS, dtypes, strict=True))
+    ]
+    found = merge_adapters(sources, "flexmerge", parameters={"target_size": 2})
+    found.save(tmp_path / "out")
+    model = load_tasks(base(KINDS["plain"]).to(of_the_base), tmp_path / "out")
+    for adapter in found.adapters:
+        assert len({info.dtype for info in found.adapters[0].infos.values()}) == 2
+        for module in adapter.infos:
+            layer, update = model.base_model.model.get_submodule(module), adapter.load(module)
+            for held, stored in ((layer.lora_A, update.a), (layer.lora_B, update.b)):
+                assert held[adapter.name].weight.dtype == stored.dtype
+                assert torch.equal(held[adapter.name].weight, stored[0])
+    own = {p.data_ptr(): p.nbytes for p in parameters_of(model).values()}
+    assert sum(own.values()) == found.report["size"]["bytes"]
+    model(**KINDS["plain"].inputs(), adapter_names=TASKS[:2])
+
+
 def test_the_base_is_not_copied(tmp_path):
     written("plain", tmp_path, 2)
     model = base(KINDS["plain"])
