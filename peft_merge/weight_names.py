@@ -14,13 +14,12 @@ from functools import partial
 
 from mergekit_ext.errors import Problem
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
+from peft_merge.io.names import unwrapped
 from peft_merge.weight_shapes import Shape, orientations
 
 # Of a layer, and of torch's MultiheadAttention, whose input projection is a bare parameter.
 _ATTENTION = "in_proj_weight"
 _WEIGHT_NAMES = ("weight", _ATTENTION)
-# PEFT's wrappers keep what they wrap under this name.
-_WRAPPED = "base_layer"
 _SHOWN = 6
 
 Rename = Callable[[str], str]
@@ -39,11 +38,6 @@ class Located:
     weights: Mapping[str, str]
     saved: Mapping[str, str]
     added: Mapping[str, str]
-
-
-def unwrapped(name: str) -> str:
-    """A module's or tensor's name in the base model, without PEFT's wrappers."""
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
 def bias_name(weight: str) -> str:

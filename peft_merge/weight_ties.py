@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.weight_names import unwrapped
+from peft_merge.io.names import unwrapped
 from peft_merge.weight_shapes import Shape
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError, Problem
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
-from peft_merge.weight_names import Located, bias_name, locate, missing_biases, unwrapped
+from peft_merge.io.names import unwrapped
+from peft_merge.weight_names import Located, bias_name, locate, missing_biases
 from peft_merge.weight_shapes import Shape, orientations
 from peft_merge.weight_ties import with_tied_once
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 PREFIX = "base_model.model."
-_WRAPPED = ".base_layer"
-_OUT_PROJECTION = ".base_layer.out_proj"
+_WRAPPED = "base_layer"
+_OUT_PROJECTION = f".{_WRAPPED}.out_proj"
 
 
 def unwrapped(name: str) -> str:
-    """A module's or tensor's name in the base model."""
-    return name.replace(_WRAPPED, "")
+    """A module's or tensor's name in the base model, without PEFT's wrappers."""
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
 def stored(name: str, adapted: Collection[str]) -> str:
@@ -28,7 +28,7 @@ def stored(name: str, adapted: Collection[str]) -> str:
     for part in path:
         found = f"{found}.{part}" if found else part
         while found in adapted:
-            found += _WRAPPED
+            found += f".{_WRAPPED}"
     return f"{found}.{leaf}" if found else leaf
 
 

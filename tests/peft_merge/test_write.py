@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
 
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, Update, VectorInfo
 from peft_merge.io import compatible, load_adapter, merged_ia3, merged_lora, save_adapter
-from tests.peft_merge.models import KINDS, Kind, answer, reloaded, saved
+from peft_merge.merge import merge_adapters
+from tests.peft_merge.models import KINDS, Kind, answer, numbers, reloaded, saved
 
 Make = Callable[..., Path]
 ALL = list(KINDS.values())
@@ -214,3 +216,27 @@ def test_a_feedforward_name_that_ends_another_name_is_not_taken_for_it(tmp_path:
     layers = model.base_model.model
     assert layers.proj.is_feedforward and not layers.deep["proj"].is_feedforward
     assert torch.equal(layers.deep["proj"].ia3_l["default"].detach(), vectors["deep.proj"])
+
+
+class _Layers(nn.Module):
+    """A model whose own names start like PEFT's wrapper, `base_layer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.encoder = nn.ModuleDict({"base_layers": layers})
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.encoder["base_layers"]
+        return second(torch.tanh(first(x)))
+
+
+def test_names_that_start_like_peft_s_wrapper(tmp_path: Path) -> None:
+    def config(*target: str) -> LoraConfig:
+        return LoraConfig(r=2, target_modules=[f"base_layers.{index}" for index in target])
+
+    kind = Kind("layers", _Layers, lambda: config("0", "1"), numbers(2, 6))
+    folder = saved(kind, tmp_path / "one", seed=1)
+    other = saved(replace(kind, config=lambda: config("0")), tmp_path / "two", seed=2)
+    merge_adapters([folder, other], weights=[1, 0]).save(tmp_path / "merged")
+    _same_answers(kind, folder, tmp_path / "merged")
