@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit_ext.errors import Problem
+
+# As far as torch counts.
+_LARGEST_RANK = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,11 @@ class Field:
 
 
 def _rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= _LARGEST_RANK
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _names(value: Any) -> bool:

@@ -29,6 +29,8 @@ Make = Callable[..., Path]
         ({"r": "4"}, "r"),
         ({"r": True}, "r"),
         ({"r": 4.0}, "r"),
+        ({"r": 2**63}, "r"),
+        ({"lora_alpha": 10**309}, "lora_alpha"),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
