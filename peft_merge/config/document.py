@@ -97,11 +97,13 @@ def written(request: Request, adapters: Sequence[Adapter]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Paths and tuples as YAML writes them."""
+    """Paths, tuples and NumPy's numbers as YAML writes them."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, (float, str)):
+        return float(value) if isinstance(value, float) else str(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

@@ -7,8 +7,10 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 import peft_merge
 from mergekit_ext.errors import (
@@ -327,6 +329,12 @@ def test_a_merge_can_be_repeated_from_what_it_wrote(tmp_path):
     first, again = (load(tmp_path / name) for name in ("out", "again"))
     assert first.infos == again.infos
     assert all(torch.equal(first.load(m).dense(), again.load(m).dense()) for m in first.infos)
+
+
+def test_weights_may_be_those_of_numpy(tmp_path):
+    folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("ab")]
+    merged = merge_adapters(folders, weights=np.array([0.75, 0.25]))
+    assert yaml.safe_load(merged.config)["models"][0]["parameters"] == {"weight": 0.75}
 
 
 def test_adapters_in_memory(tmp_path):
