@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_ext.errors import Problem
 from peft_merge.adapter import Adapter
 from peft_merge.config.wording import did_you_mean, listing, shown
+from peft_merge.rules.parameters import cancelling
 
 AVERAGE, DROP = "average", "drop"
 
@@ -67,7 +68,7 @@ def weights_problem(
     name: str, weights: Sequence[float], positions: Sequence[int]
 ) -> Problem | None:
     """Means divide by the sum of the weights."""
-    if sum(weights[i] for i in positions) != 0:
+    if not cancelling([weights[i] for i in positions]):
         return None
     found = "weights that sum to 0, which have no mean"
     remedy = "Set `modules_to_save` to `drop` or the name of an adapter, or change `weight`."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeWarning, Problem, TwoModelsWarning
+from mergekit_ext.errors import MergeError, MergeWarning, Problem, TwoModelsWarning
 from mergekit_ext.kernels.lore import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
@@ -20,7 +20,7 @@ from mergekit_ext.kernels.lore import (
     lore,
 )
 from peft_merge.rules.base import Call, Merged, Parameter, Rule, register
-from peft_merge.rules.parameters import LAMBDA
+from peft_merge.rules.parameters import LAMBDA, cancelling
 
 _THRESHOLDS = ("mu", "mu_relative", "rank_ratio")
 _PASSED = ("combine", "update", "max_iterations", "tolerance")
@@ -98,12 +98,20 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     are its coordinates in a smaller space.
     """
     matrices = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    weights = call.weights
+    if call.options["combine"] == "mean" and cancelling(weights):
+        if any(bool(tensor.any()) for tensor in tensors):
+            raise MergeError(
+                "weights that sum to 0, of which `combine: mean` has no mean. Use `combine: sum`, "
+                "or change `weight`."
+            )
+        weights = [1.0] * len(tensors)  # NAN gives changes of zero no weight; so is their mean
     known = call.options["base"] == "known"
     result = lore(
         matrices,
         base=torch.zeros_like(matrices[0]) if known else None,
         lam=call.options["lambda"],
-        weights=call.weights,
+        weights=weights,
         **_threshold(call, min(matrices[0].shape)),
         **{name: call.options[name] for name in _PASSED},
     )

@@ -213,6 +213,14 @@ def test_heads_are_averaged_dropped_or_taken(folders):
     assert all("weights that sum to 0" in problem for problem in problems_of(both))
 
 
+def test_weights_of_heads_may_not_cancel_but_for_rounding(folders):
+    three = document(folders, "heads", "more_heads", "heads")
+    three["models"][2]["name"] = "again"
+    for entry, weight in zip(three["models"], (0.1, 0.2, -0.3), strict=True):
+        entry["parameters"] = {"weight": weight}
+    assert all("weights that sum to 0" in problem for problem in problems_of(three))
+
+
 def test_heads_that_only_some_have_need_a_word(folders):
     mixed = document(folders, "heads", "no_head")
     problem = the_problem(mixed)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mergekit_ext.errors import TwoModelsWarning
+from mergekit_ext.errors import MergeError, TwoModelsWarning
 from peft_merge.rules import base
 from peft_merge.rules.base import Merged, Rule, register, rules
 from peft_merge.rules.seeds import generators
@@ -248,6 +248,20 @@ def test_rules_without_checks():
 
 
 # --- vectors ---------------------------------------------------------------------------------
+
+
+def test_lore_has_no_mean_of_weights_that_cancel():
+    of = tensors((4, 3), 3)
+    with pytest.raises(MergeError, match="weights that sum to 0"):
+        merge("lore", of, [0.1, 0.2, -0.3], mu=0.0, combine="mean")
+
+
+@pytest.mark.parametrize("base", ["known", "estimated"])
+def test_the_mean_of_changes_of_zero_is_zero_where_nan_gives_them_no_weight(base):
+    nothing = [torch.zeros(4, 3, dtype=torch.float64)] * 3
+    options = {"mu": None, "mu_relative": 0.1, "combine": "mean", "base": base}
+    merged = merge("nan_lore", nothing, [0.0] * 3, **options)
+    assert not merged.tensor.any()
 
 
 def test_lore_shrinks_vectors_as_groups():
