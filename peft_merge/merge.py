@@ -21,6 +21,7 @@ from peft_merge.config.document import read, written
 from peft_merge.config.options import place_problem
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.request import Input, Request, located
+from peft_merge.config.wording import shown
 from peft_merge.convergence import warn_of_late
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
@@ -174,7 +175,7 @@ def plan_config(
         ConfigError: with everything that is wrong.
     """
     request, problems = read(config, {} if rank is None else {"rank": rank})
-    if out is not None and (wrong := place_problem(Path(out).expanduser())) is not None:
+    if out is not None and (wrong := place_problem(out)) is not None:
         problems.append(wrong)
     request = replace(request, device=device, allow_pickle=allow_pickle)
     if out is not None and Path(out).name.isprintable():
@@ -197,25 +198,37 @@ def _inputs(
     )
     if not named:
         problems.append(Problem("adapters", "none", "one adapter at least"))
-    for argument, values in (("weights", weights), ("each", each)):
-        if values is not None and len(values) != len(named):
-            expected = f"{len(named)}, one for each adapter"
-            problems.append(Problem(argument, str(len(values)), expected))
+    weighted = _listed("weights", weights, len(named), problems)
+    parameters = _listed("each", each, len(named), problems)
     result = []
     for i, (name, source) in enumerate(named):
-        own = dict(each[i]) if each is not None and i < len(each) else {}
-        if weights is not None and i < len(weights):
+        own = dict(parameters[i]) if i < len(parameters) else {}
+        if i < len(weighted):
             if "weight" in own:
                 problems.append(
                     Problem(f"each[{i}].weight", "a weight in `weights` too", "one of the two")
                 )
-            own["weight"] = weights[i]
+            own["weight"] = weighted[i]
         revision = None
         if isinstance(source, str):
             source, revision = located(source)
         where = f"adapters[{i}]"
         result.append(Input(where, source, name, revision, own, where))
     return tuple(result)
+
+
+def _listed(argument: str, values: Any, count: int, problems: list[Problem]) -> Sequence[Any]:
+    """What is given for each adapter; nothing if nothing is, or if it is no list."""
+    if values is None:
+        return ()
+    if isinstance(values, (Mapping, str)):
+        expected = "a list, one for each adapter in their order"
+        problems.append(Problem(argument, shown(values), expected))
+        return ()
+    if len(values) != count:
+        expected = f"{count}, one for each adapter"
+        problems.append(Problem(argument, str(len(values)), expected))
+    return values
 
 
 def _merge(plan: MergePlan, events: Dispatcher, output: str) -> Any:

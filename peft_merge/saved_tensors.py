@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def merge_saved(
             raise NonFiniteError(name, adapter.name, bad, tensor.numel())
     if not all(tensor.is_floating_point() for tensor in tensors):
         return _the_same(name, adapters, tensors)
-    target = dtype or _common(tensors)
+    target = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     if len(tensors) == 1:
         return _cast(name, tensors[0], target)
     total = math.fsum(weights)
@@ -50,13 +51,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = tensor.to(dtype)
     if not bool(torch.isfinite(result).all()):
         raise MergeError(f"{name}: the merged tensor leaves the range of {dtype}. Use a wider one.")
-    return result
-
-
-def _common(tensors: Sequence[Tensor]) -> torch.dtype:
-    result = tensors[0].dtype
-    for tensor in tensors[1:]:
-        result = torch.promote_types(result, tensor.dtype)
     return result
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,6 @@ from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.config import saved
 from peft_merge.config.options import (
-    common_dtype,
     device_of,
     dtype_of,
     rank_problem,
@@ -234,4 +234,6 @@ def _forewarnings(method: Method, resolve: Resolver) -> tuple[MergeWarning, ...]
 
 
 def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
-    return common_dtype([info.dtype for adapter in adapters for info in adapter.infos.values()])
+    """That of all, or the smallest that holds the values of each."""
+    dtypes = (info.dtype for adapter in adapters for info in adapter.infos.values())
+    return reduce(torch.promote_types, dtypes)

@@ -12,7 +12,7 @@ import yaml
 
 from mergekit_ext.errors import ConfigError, Problem
 from peft_merge.adapter import Adapter
-from peft_merge.config.request import Input, Request, located
+from peft_merge.config.request import Input, Request, exists, located
 from peft_merge.config.wording import did_you_mean, join, shown
 
 _KEYS = (
@@ -159,7 +159,7 @@ def _input(entry: Any, where: str, problems: list[Problem]) -> Input | None:
         name = None
     at = f"{where}.parameters"
     source, revision = located(os.fspath(model))
-    if "+" in source and not Path(source).exists():
+    if "+" in source and not exists(source):
         remedy = f"Write `model: {source.split('+', 1)[1]}`: the base is not needed."
         problems.append(Problem(f"{where}.model", shown(source), "an adapter alone", remedy))
         return None

@@ -51,14 +51,6 @@ def dtype_of(name: Any) -> torch.dtype | Problem:
     return Problem("dtype", shown(name), f"one of {', '.join(_DTYPES)}", remedy)
 
 
-def common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
-    """The dtype of all, or the smallest that holds the values of each."""
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
-
-
 def device_of(name: Any) -> torch.device | Problem:
     """The device that a user names, if it can be used here."""
     try:
@@ -71,8 +63,16 @@ def device_of(name: Any) -> torch.device | Problem:
     return device
 
 
-def place_problem(out: Path) -> Problem | None:
-    """What keeps an output from being written at `out`."""
+def place_problem(place: str | os.PathLike[str]) -> Problem | None:
+    """What keeps an output from being written at `place`."""
+    try:
+        return _place_problem(Path(place).expanduser())
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user
+        found = f"no place ({getattr(error, 'strerror', None) or error})"
+        return Problem(str(place), found, "a folder's path", "Choose another place.")
+
+
+def _place_problem(out: Path) -> Problem | None:
     if out.exists():
         if out.is_dir() and not any(out.iterdir()):
             return None

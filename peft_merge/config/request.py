@@ -61,9 +61,17 @@ class Request:
     allow_pickle: bool = False
 
 
+def exists(path: str) -> bool:
+    """Whether there is something at a path, which may be no path at all."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        return False
+
+
 def located(model: str) -> tuple[str, str | None]:
     """The folder or name, and the revision of ``name@revision`` as mergekit writes it."""
-    if "@" not in model or Path(model).exists():
+    if "@" not in model or exists(model):
         return model, None
     name, _, revision = model.partition("@")
     return name, revision

@@ -82,7 +82,9 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
 def check(plan: MergePlan) -> Iterator[Problem]:
     """What is wrong, from configurations and headers."""
     varying = [
-        name for name in _NAMES if isinstance(plan.request.parameters.get(name), (list, dict))
+        name
+        for name in _NAMES
+        if isinstance(plan.request.parameters.get(name), (list, tuple, Mapping))
     ]
     for name in sorted(varying):
         found = shown(plan.request.parameters[name])

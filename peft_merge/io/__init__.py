@@ -3,7 +3,7 @@
 from peft_merge.io.compatible import DifferentBasesWarning, compatible
 from peft_merge.io.merged import merged_ia3, merged_lora
 from peft_merge.io.model import adapters_of
-from peft_merge.io.read import load_adapter, load_adapters
+from peft_merge.io.read import load_adapter
 from peft_merge.io.write import save_adapter, state_dict
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "adapters_of",
     "compatible",
     "load_adapter",
-    "load_adapters",
     "merged_ia3",
     "merged_lora",
     "save_adapter",

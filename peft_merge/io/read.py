@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,50 +43,6 @@ def load_adapter(
     if problems or adapter is None:
         raise ConfigError(problems, f"the adapter {os.fspath(source)}")
     return adapter
-
-
-def load_adapters(
-    sources: Iterable[Source],
-    *,
-    names: Sequence[str | None] | None = None,
-    revisions: Sequence[str | None] | None = None,
-    allow_pickle: bool = False,
-) -> list[Adapter]:
-    """Read several adapters, whose names must differ.
-
-    Args:
-        sources: folders and names on the Hub.
-        names: of the adapters; None for the last component of a source.
-        revisions: on the Hub.
-        allow_pickle: as for `load_adapter`.
-
-    Raises:
-        ConfigError: with the problems of all of them.
-        ValueError: `names` or `revisions` are not as many as `sources`.
-    """
-    chosen = list(sources)
-    given = [None] * len(chosen) if names is None else list(names)
-    wanted = [None] * len(chosen) if revisions is None else list(revisions)
-    adapters: list[Adapter] = []
-    problems: list[Problem] = []
-    for source, name, revision in zip(chosen, given, wanted, strict=True):
-        adapter, found = _read(source, name, revision, allow_pickle)
-        problems += found
-        adapters += [adapter] if adapter is not None else []
-    repeated = Counter(adapter.name for adapter in adapters)
-    problems += [
-        Problem(
-            "adapters",
-            f"{count} adapters called {name!r}",
-            "a different name for each",
-            "Give them names.",
-        )
-        for name, count in repeated.items()
-        if count > 1
-    ]
-    if problems:
-        raise ConfigError(problems, "these adapters")
-    return adapters
 
 
 def _read(

@@ -325,6 +325,17 @@ def test_nothing_but_one_error_whatever_is_written(folders, changes, parameters,
         assert all(plan.resolve(module) for module in plan.modules)
 
 
+@pytest.mark.parametrize("place", ["~nobody-of-this-name/x", "x" * 5000])
+def test_a_place_that_is_no_path(folders, place):
+    with pytest.raises(ConfigError, match="no place"):
+        plan_config(document(folders, "one"), place)
+
+
+def test_weights_by_name_are_no_list(folders):
+    with pytest.raises(ConfigError, match=r"weights: found .* expected a list"):
+        merge_adapters({"a": folders["one"], "b": folders["two"]}, weights={"a": 1, "b": 2})
+
+
 def test_a_place_that_cannot_be_made(folders, tmp_path):
     (tmp_path / "file").touch()
     config = document(folders, "one")

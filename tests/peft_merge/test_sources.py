@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mergekit_ext.errors import ConfigError
-from peft_merge.io import load_adapter, load_adapters
+from peft_merge.io import load_adapter
+from peft_merge.merge import merge_adapters
 from tests.peft_merge.edit import change_config
 
 Make = Callable[..., Path]
@@ -30,24 +31,30 @@ def test_names(adapter_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
             load_adapter(folder, name=name)
 
 
-def test_a_folder_of_adapters_is_told_from_one(adapter_folder: Make) -> None:
-    folder = adapter_folder("plain", seed=7)
-    with pytest.raises(ConfigError, match=r"folders in it: .*plain-7"):
-        load_adapter(folder.parent)
-
-
 def test_problems_of_all_adapters_come_at_once(adapter_folder: Make, tmp_path: Path) -> None:
     good = adapter_folder("plain", seed=1)
     bad = change_config(adapter_folder("plain", seed=2), r=0)
     with pytest.raises(ConfigError) as raised:
-        load_adapters([good, bad, tmp_path / "absent", good])
+        merge_adapters([good, bad, tmp_path / "absent", good])
     text = str(raised.value)
     assert len(raised.value.problems) == 3
     assert "absent" in text and "called 'plain-1'" in text and ": r:" in text
-    adapters = load_adapters([good, good], names=[None, "other"])
-    assert [adapter.name for adapter in adapters] == ["plain-1", "other"]
-    with pytest.raises(ValueError, match="zip"):
-        load_adapters([good], names=["a", "b"])
+
+
+def test_an_at_sign_in_the_path_of_a_folder(
+    adapter_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter_folder("plain", seed=7).rename(tmp_path / "a@b")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert merge_adapters(["~/a@b"]).report["adapters"][0]["name"] == "a@b"
+    with pytest.raises(ConfigError, match="no such folder"):
+        merge_adapters(["x" * 5000 + "@b"])
+
+
+def test_a_folder_of_adapters_is_told_from_one(adapter_folder: Make) -> None:
+    folder = adapter_folder("plain", seed=7)
+    with pytest.raises(ConfigError, match=r"folders in it: .*plain-7"):
+        load_adapter(folder.parent)
 
 
 def test_a_name_on_the_hub_is_downloaded_without_the_rest(

@@ -38,6 +38,7 @@ def refused(sources, **parameters):
         ({"target_size": "10B"}, "bytes and more"),
         ({"target_size": [1, 2]}, "one value for the whole merge"),
         ({"target_size": {"value": 2, "filter": "m"}}, "one value for the whole merge"),
+        ({"target_size": (2, 1)}, "one value for the whole merge"),
         ({"target_size": 2, "linkage": "single"}, "min, average, max"),
         ({"target_size": 2, "order": "best"}, "greedy"),
         ({"target_size": 2, "granularity": "head"}, "module, layer"),
