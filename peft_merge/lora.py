@@ -74,15 +74,8 @@ def merge_lora(
         raise ConfigError(problems, "this merge of LoRAs")
     modules = _modules(adapters)
     merge = partial(_merge_module, adapters, rule, resolve, space, rank, dtype, device, seed)
-    # Small algebra does not fill the cores, so that modules are done side by side; large dense
-    # changes do, and only one of them should be in memory.
-    small = all(
-        space != "delta"
-        or rule.invariant_with(resolve(name).options)
-        or math.prod(next(iter(_own(adapters, name).values())).shape) <= _SMALL
-        for name in modules
-    )
-    results = in_turn(merge, modules, torch.device(device)) if small else map(merge, modules)
+    side_by_side = small(adapters, rule, resolve, space)
+    results = in_turn(merge, modules, torch.device(device)) if side_by_side else map(merge, modules)
     merged: dict[str, Update] = {}
     infos: dict[str, ModuleInfo] = {}
     report: dict[str, dict[str, Any]] = {}
@@ -91,6 +84,22 @@ def merge_lora(
         if on_module is not None:
             on_module(module, report[module])
     return merged, infos, report
+
+
+def small(
+    adapters: Sequence[LoraAdapter], rule: Rule, resolve: Callable[[str], Settings], space: str
+) -> bool:
+    """Whether no module needs a large dense change.
+
+    Small algebra does not fill the cores, so that modules are done side by side; large dense
+    changes do, and only one of them should be in memory.
+    """
+    return all(
+        space != "delta"
+        or rule.invariant_with(resolve(name).options)
+        or math.prod(next(iter(_own(adapters, name).values())).shape) <= _SMALL
+        for name in _modules(adapters)
+    )
 
 
 def _merge_module(

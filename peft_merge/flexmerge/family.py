@@ -34,7 +34,14 @@ class Piece(Generic[V, I]):
 
 
 class Family(Protocol):
-    """One kind of adapter: its inner products, its bytes, its merge. Tasks go by their index."""
+    """One kind of adapter: its inner products, its bytes, its merge. Tasks go by their index.
+
+    Inner products, merges and a task's own changes may be asked for by several threads.
+    """
+
+    @property
+    def small(self) -> bool:
+        """Whether blocks may be merged side by side, as none of them needs much memory."""
 
     def gram(self, module: str) -> Tensor:
         """Inner products of the m changes of a module: (m, m), float64, symmetric."""

@@ -35,6 +35,11 @@ class Ia3Family:
         self._space = cast(ia3.Space, plan.space)
         ia3.check(self._adapters, self._space)
 
+    @property
+    def small(self) -> bool:
+        """Vectors are."""
+        return True
+
     def gram(self, module: str) -> Tensor:
         """Of the changes that the rule sees: l - 1, or log l."""
         gram = Gram(len(self._adapters))

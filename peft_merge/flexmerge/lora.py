@@ -16,7 +16,7 @@ from peft_merge.flexmerge.configuration import task_configuration
 from peft_merge.flexmerge.family import Group, Piece, settings_of
 from peft_merge.flexmerge.private import cast_to, private
 from peft_merge.io import names
-from peft_merge.lora import merge_lora
+from peft_merge.lora import merge_lora, small
 from peft_merge.ranks import Rank, padded
 from peft_merge.rules.base import Rule
 from peft_merge.statistics import coefficients, finite, lora_norms
@@ -37,6 +37,11 @@ class LoraFamily:
         self._adapters = [a for a in plan.adapters if isinstance(a, LoraAdapter)]
         self._forced = plan.dtype if plan.request.dtype is not None else None
         self._found: dict[tuple[tuple[str, ...], Group], dict[str, int]] = {}
+
+    @property
+    def small(self) -> bool:
+        """See `peft_merge.lora.small`."""
+        return small(self._adapters, self._rule, self._plan.resolve, self._plan.space)
 
     def gram(self, module: str) -> Tensor:
         """In core space; the bias of B belongs to the change."""

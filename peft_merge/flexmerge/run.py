@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mergekit_ext.events import (
     TensorMeasured,
 )
 from mergekit_ext.kernels.similarity import cosines
+from mergekit_ext.kernels.threads import in_turn
 from peft_merge.config.document import written
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.blocks import Block, blocks_of
@@ -33,6 +35,9 @@ from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.flexmerge.target import Size, out_of_reach
 from peft_merge.flexmerge.trajectory import Shared, Trajectory
 from peft_merge.rules.base import Rule
+
+# Of modules, by their names.
+Changes = dict[str, Piece[Any, Any]]
 
 FAMILIES: Mapping[str, Callable[[MergePlan, Rule], Family]] = {
     "lora": LoraFamily,
@@ -54,7 +59,7 @@ def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
     started = time.perf_counter()
     family = FAMILIES[plan.kind](plan, options.rule)
     blocks = blocks_of(plan.modules, options.granularity)
-    similarities = _similarities(family, blocks, events)
+    similarities = _similarities(family, blocks, plan.device, events)
     forced = plan.dtype if plan.request.dtype is not None else None
     trajectory = Trajectory(
         family,
@@ -69,11 +74,14 @@ def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
     size = trajectory.sizes[step]
     groups = trajectory.at(step)
     _forewarn(plan, options.rule, groups)
-    pieces: list[dict[str, Piece[Any, Any]]] = [{} for _ in plan.adapters]
+    pieces: list[Changes] = [{} for _ in plan.adapters]
     shared: list[set[str]] = [set() for _ in plan.adapters]
     merged = []
-    for block, found in zip(blocks, groups, strict=True):
-        merged.append(_merge_block(family, block, found, pieces, shared))
+    merge_block = partial(_merge_block, family)
+    work = list(zip(blocks, groups, strict=True))
+    results = in_turn(merge_block, work, plan.device) if family.small else map(merge_block, work)
+    for (block, found), changes in zip(work, results, strict=True):
+        merged.append(_shared_out(block, found, changes, pieces, shared))
         named = tuple(tuple(plan.adapters[i].name for i in group.tasks) for group in found)
         events.emit(BlockMerged(block.name, named))
     adapters = tuple(family.adapter(task, own, shared[task]) for task, own in enumerate(pieces))
@@ -106,12 +114,16 @@ def unreachable(plan: MergePlan, options: Options) -> Problem | None:
     return None if options.target.within(sizes) else out_of_reach(options.target, sizes)
 
 
-def _similarities(family: Family, blocks: Sequence[Block], events: Dispatcher) -> list[Tensor]:
+def _similarities(
+    family: Family, blocks: Sequence[Block], device: torch.device, events: Dispatcher
+) -> list[Tensor]:
+    def gram_of(block: Block) -> Tensor:
+        return torch.stack([family.gram(module) for module in block.modules]).sum(dim=0)
+
     started = time.perf_counter()
     events.emit(StatisticsBegin(len(blocks), "block"))
     found = []
-    for block in blocks:
-        gram = sum(family.gram(module) for module in block.modules)
+    for block, gram in zip(blocks, in_turn(gram_of, blocks, device), strict=True):
         if not bool(torch.isfinite(gram).all()):
             raise MergeError(
                 f"{block.name}: the changes are so large that their squares leave the range of "
@@ -136,23 +148,31 @@ def _forewarn(plan: MergePlan, rule: Rule, groups: Sequence[Sequence[Shared]]) -
         warnings.warn(warning, stacklevel=6)
 
 
-def _merge_block(
-    family: Family,
+def _merge_block(family: Family, work: tuple[Block, Sequence[Shared]]) -> list[Changes]:
+    """What each group of a block has there."""
+    block, groups = work
+    return [
+        family.own(block.modules, group.tasks[0])
+        if len(group.tasks) == 1
+        else family.merge(block.modules, group.tasks)
+        for group in groups
+    ]
+
+
+def _shared_out(
     block: Block,
     groups: Sequence[Shared],
-    pieces: Sequence[dict[str, Piece[Any, Any]]],
+    changes: Sequence[Changes],
+    pieces: Sequence[Changes],
     shared: Sequence[set[str]],
 ) -> MergedBlock:
+    """Give the changes of a block's groups to their tasks."""
     merged = []
-    for group in groups:
-        if len(group.tasks) == 1:
-            found = family.own(block.modules, group.tasks[0])
-        else:
-            found = family.merge(block.modules, group.tasks)
-            for task in group.tasks:
-                shared[task].update(found)
+    for group, found in zip(groups, changes, strict=True):
         for task in group.tasks:
             pieces[task].update(found)
+            if len(group.tasks) > 1:
+                shared[task].update(found)
         details = {module: dict(piece.details) for module, piece in found.items()}
         merged.append(MergedGroup(group.tasks, group.similarity, details))
     return MergedBlock(block.name, tuple(merged))

@@ -9,6 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from peft_merge import lora
 from peft_merge.adapter import Update
 from peft_merge.lora import merge_lora
 from peft_merge.rules.base import Merged, Rule, rules
@@ -493,3 +494,16 @@ def test_on_every_device(name, device):
     wanted, _, _ = merge_lora(three(), rule, values, dtype=torch.float64)
     assert found["x"].a.device.type == found["x"].b.device.type == device.type
     close(found["x"].dense().cpu(), wanted["x"].dense(), 1e-6)
+
+
+def test_large_dense_changes_come_one_at_a_time(monkeypatch):
+    def small(name, space="delta", **given):
+        rule = rules()[name]
+        return lora.small(three(), rule, always(settings(rule, 3, **given)), space)
+
+    assert small("ties")
+    monkeypatch.setattr(lora, "_SMALL", 0)
+    assert not small("ties")
+    assert not small("lore", mu=0.1, combine="ties")
+    assert small("ties", "core")
+    assert small("lore", mu=0.1)
