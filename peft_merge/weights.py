@@ -194,16 +194,18 @@ class AdaptedWeights:
         infos = self._adapter.infos
         settled: dict[str, bool] = {}
         square: list[str] = []
+        known: dict[tuple[str, str], set[bool]] = {}
         for module, tensor in weights.items():
             ways = orientations(infos[module], shapes[tensor])
             if len(ways) == 1:
                 settled.update(dict.fromkeys([module], *ways))
+                known.setdefault(self._alike(module), set()).update(ways)
             elif ways:
                 square.append(module)
             else:
                 problems.append(self._misfit(module, tensor, shapes[tensor]))
         for module in square:
-            evidence = {settled[other] for other in settled if self._alike(module, other)}
+            evidence = set(known.get(self._alike(module), ()))
             if _layout(infos[module]) != "parameter":
                 evidence.add(bool(self._adapter.config.get("fan_in_fan_out")))
             if len(evidence) == 1:
@@ -212,11 +214,10 @@ class AdaptedWeights:
                 problems.append(self._ambiguous(module, weights[module], shapes[weights[module]]))
         return settled
 
-    def _alike(self, module: str, other: str) -> bool:
+    def _alike(self, module: str) -> tuple[str, str]:
+        """The same for modules that are stored the same way round."""
         layout = _layout(self._adapter.infos[module])
-        if _layout(self._adapter.infos[other]) != layout:
-            return False
-        return layout != "parameter" or unwrapped(module) == unwrapped(other)
+        return layout, unwrapped(module) if layout == "parameter" else ""
 
     def _misfit(self, module: str, tensor: str, shape: Shape) -> Problem:
         info = self._adapter.infos[module]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,12 @@ def test_quantised_and_misshapen_tensors_and_nan():
     adapter.load("q").a[0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="q of model a"):
         weights.apply("q.weight", torch.zeros(4, 6))
+
+
+def test_many_square_weights_do_not_ask_each_other() -> None:
+    infos = {f"layers.{i}.q": ModuleInfo("linear", 1, 8, 8, 2) for i in range(20_000)}
+    adapter = LoraAdapter("a", {}, infos, lambda module: pytest.fail(module))
+    started = time.process_time()
+    touched = AdaptedWeights(adapter).touched({f"{name}.weight": (8, 8) for name in infos})
+    assert len(touched) == len(infos)
+    assert time.process_time() - started < 5  # 30 s when every one looks at all others
