@@ -71,7 +71,7 @@ def merge_adapters(
     dtype: Any = None,
     device: Any = "cpu",
     modules_to_save: str | None = None,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     name: str = "merged",
     callbacks: Iterable[object] = (),
     allow_pickle: bool = False,
@@ -103,6 +103,7 @@ def merge_adapters(
     Raises:
         ConfigError: something is wrong with arguments or adapters; it lists everything.
         NonFiniteError: an adapter holds NaN or infinity.
+        MergeError: the result leaves the range of its dtype.
     """
     problems: list[Problem] = []
     request = Request(
@@ -115,7 +116,7 @@ def merge_adapters(
         dtype=dtype,
         device=device,
         modules_to_save=modules_to_save,
-        base_model=base_model,
+        base_model=os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model,
         name=name,
         allow_pickle=allow_pickle,
     )
@@ -147,7 +148,7 @@ def run_config(
         device, callbacks, allow_pickle: as for `merge_adapters`.
 
     Raises:
-        ConfigError, NonFiniteError: as `merge_adapters`; nothing is written.
+        ConfigError, NonFiniteError, MergeError: as `merge_adapters`; nothing is written.
     """
     events = Dispatcher(callbacks)
     try:

@@ -114,6 +114,9 @@ def _options(request: Request, found: list[Problem]) -> tuple[torch.dtype | None
         found.append(wrong)
     if (wrong := seed_problem(request.seed)) is not None:
         found.append(wrong)
+    if request.base_model is not None and not isinstance(request.base_model, str):
+        expected = "a model's name, which goes into the card and adapter_config.json"
+        found.append(Problem("base_model", shown(request.base_model), expected))
     dtype = None if request.dtype is None else dtype_of(request.dtype)
     device = device_of(request.device)
     found += [item for item in (dtype, device) if isinstance(item, Problem)]

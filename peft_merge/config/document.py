@@ -124,9 +124,6 @@ def _request(
             expected, remedy = "an adapter", "Take it out: the base is not needed."
             problems.append(Problem(item.where, "the base model", expected, remedy))
     inputs = tuple(item for item in inputs if item is None or item.source != base_model)
-    if base_model is not None and not isinstance(base_model, str):
-        expected = "a model's name, which goes into the card and adapter_config.json"
-        problems.append(Problem("base_model", shown(base_model), expected))
     request = Request(
         method=document.get("merge_method"),
         inputs=tuple(item for item in inputs if item is not None),

@@ -224,6 +224,14 @@ def test_whole_tensors(tmp_path):
     assert reloaded(kind, tmp_path / "dropped").peft_config["default"].modules_to_save is None
 
 
+def test_a_base_model_may_be_a_path_and_nothing_else(tmp_path):
+    folder = saved(KINDS["plain"], tmp_path / "a", 1)
+    merge_adapters([folder], base_model=Path("some/base")).save(tmp_path / "merged")
+    assert load(tmp_path / "merged").config["base_model_name_or_path"] == str(Path("some/base"))
+    with pytest.raises(ConfigError, match=r"base_model: found 5; expected a model's name"):
+        merge_adapters([folder], base_model=5)
+
+
 def test_a_base_model_is_only_written_down(tmp_path):
     folder = saved(KINDS["plain"], tmp_path / "a", 1)
     merged = merge_adapters([folder], base_model="someone/base")
