@@ -197,6 +197,12 @@ def _inputs(
         if isinstance(adapters, Mapping)
         else [(None, adapter) for adapter in adapters]
     )
+    for i, (_, source) in enumerate(named):
+        if not isinstance(source, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
+            raise TypeError(
+                f"adapters[{i}]: found {shown(source)}; expected a folder, a name on the Hub or "
+                "an adapter that was read."
+            )
     if not named:
         problems.append(Problem("adapters", "none", "one adapter at least"))
     weighted = _listed("weights", weights, len(named), problems)

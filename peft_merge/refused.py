@@ -133,6 +133,14 @@ def refusals(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
         where: its file, for the messages.
     """
     kind = config.get("peft_type")
+    if kind is None:
+        yield Problem(
+            f"{where}: peft_type",
+            "nothing: this is no PEFT configuration",
+            "LORA or IA3",
+            "Give the folder that PEFT's save_pretrained wrote.",
+        )
+        return
     if not isinstance(kind, str) or kind not in FIELDS:
         yield Problem(
             f"{where}: peft_type",

@@ -58,7 +58,7 @@ def device_of(name: Any) -> torch.device | Problem:
         torch.zeros(1, device=device).item()
     except Exception as error:  # every backend has its own way to say that it is not there
         reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
-        found = f"{name}, which cannot be used ({type(error).__name__}: {reason})"
+        found = f"{name}, which cannot be used ({reason or type(error).__name__})"
         return Problem("device", found, "a device that is here, such as cpu")
     return device
 

@@ -270,3 +270,19 @@ def test_whatever_bytes_a_file_has_it_gives_an_adapter_or_one_error(
         assert error.problems
     finally:
         file.write_bytes(original)
+
+
+def test_a_configuration_is_read_no_further_than_one_can_be(adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    with (folder / "adapter_config.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="more than 64 MiB"):
+        load_adapter(folder)
+
+
+def test_json_of_something_else_is_no_configuration(adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no PEFT configuration") as raised:
+        load_adapter(folder)
+    assert "into its base" not in str(raised.value)

@@ -148,6 +148,14 @@ def test_other_mistakes(place):
     assert (done.exit_code, "device: found abacus" in done.stderr) == (2, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there(place):
+    done = called(place / "merge.yml", place / "out", "--device", "cuda")
+    assert done.exit_code == 2
+    assert "device: found cuda, which cannot be used" in done.stderr
+    assert "AssertionError" not in done.stderr
+
+
 def test_values_that_stop_a_merge_are_no_traceback(place):
     file = place / "one" / "adapter_model.safetensors"
     tensors = load_file(file)

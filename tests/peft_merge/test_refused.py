@@ -48,7 +48,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("peft_type", "PROMPT_TUNING", "LORA or IA3"),
     ("peft_type", "LORAA", "LORA or IA3"),
     ("peft_type", ["LORA"], "LORA or IA3"),
-    ("peft_type", None, "LORA or IA3"),
+    ("peft_type", None, "no PEFT configuration"),
 ]
 
 

@@ -106,3 +106,12 @@ def test_importing_loads_neither_peft_nor_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("item", [3, None, b"folder", ["folder"]])
+def test_what_is_no_source_is_named_by_its_number(item: Any, adapter_folder: Make) -> None:
+    folder = adapter_folder("plain")
+    with pytest.raises(TypeError, match=r"adapters\[1\]: found .* expected a folder"):
+        merge_adapters([folder, item])
+    with pytest.raises(TypeError, match=r"adapters\[1\]"):
+        merge_adapters({"a": folder, "b": item})
