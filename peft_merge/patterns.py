@@ -38,9 +38,14 @@ def scaling(config: Mapping[str, Any], name: str) -> Scaling:
     return Scaling(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
+def keyed(key: str) -> str:
+    """What PEFT makes of a key of `rank_pattern` or `alpha_pattern`."""
+    return rf"(.*\.)?({key})$"
+
+
 def _resolved(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     for key in patterns or {}:
-        if re.match(rf"(.*\.)?({key})$", name):
+        if re.match(keyed(key), name):
             return (patterns or {})[key]
     return (patterns or {}).get(name, default)
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_ext.errors import Problem
+from peft_merge.patterns import keyed
 
 # As far as torch counts.
 _LARGEST_RANK = 2**63 - 1
+# Of characters. Longer ones take too much to compile.
+_LONGEST_REGEX = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,11 @@ def _names_or_regex(value: Any) -> bool:
 
 
 def _regex(value: Any) -> bool:
+    if len(value) > _LONGEST_REGEX:
+        return False
     try:
         re.compile(value)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
@@ -51,7 +56,7 @@ def _regex(value: Any) -> bool:
 def _pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
         return value is None or (
-            isinstance(value, dict) and all(_regex(k) and of(v) for k, v in value.items())
+            isinstance(value, dict) and all(_regex(keyed(k)) and of(v) for k, v in value.items())
         )
 
     return fits

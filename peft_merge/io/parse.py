@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +23,24 @@ from peft_merge.io.factors import factors
 from peft_merge.io.tensors import VECTOR, Tensors, finite
 from peft_merge.io.vectors import vectors
 from peft_merge.layouts import BIAS, LAYOUTS
+from peft_merge.prompt import slow
 from peft_merge.refused import unknown_tensor
 
 _PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embedding_B", VECTOR)
 # Kept by training only (VeLoRA's projection of activations).
 _IGNORED = (".lora_velora_embed",)
+# Fields with expressions that are matched with the modules' names.
+_MATCHED = (
+    *("rank_pattern", "alpha_pattern", "feedforward_modules"),
+    *("target_modules", "exclude_modules", "layers_pattern"),
+)
+
+
+def _matched_names(config: Mapping[str, Any], modules: Collection[str]) -> Iterator[str]:
+    leaves = {entry.rpartition(".")[2] for entry in config.get("target_parameters") or ()}
+    for module in modules:
+        owner = names.owner(module, modules)
+        yield from (module, owner, *(f"{owner}.{leaf}" for leaf in leaves))
 
 
 @dataclass
@@ -51,6 +64,9 @@ def parse(
     """
     found: list[Problem] = []
     stored = _sort(tensors.headers, where, found)
+    found += slow(config, _MATCHED, _matched_names(config, stored.modules), where)
+    if found:
+        return None, found
     saved = whole.collect(config, stored.rest, stored.modules, where, found)
     read = _Reader(name, tensors)
     load_saved = {key: partial(read.whole, header) for key, header in saved.items()}
