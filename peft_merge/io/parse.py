@@ -64,9 +64,9 @@ def parse(
     """
     found: list[Problem] = []
     stored = _sort(tensors.headers, where, found)
-    found += slow(config, _MATCHED, _matched_names(config, stored.modules), where)
-    if found:
-        return None, found
+    endless = list(slow(config, _MATCHED, _matched_names(config, stored.modules), where))
+    if endless:
+        return None, [*found, *endless]
     saved = whole.collect(config, stored.rest, stored.modules, where, found)
     read = _Reader(name, tensors)
     load_saved = {key: partial(read.whole, header) for key, header in saved.items()}
