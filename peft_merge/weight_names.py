@@ -8,6 +8,7 @@ one more. Nothing here reads a weight.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -126,6 +127,9 @@ def _rename(
         found_text, expected = f"several tensors that {first} could be: {ways}", "one"
     else:
         lost = [name for name in adapter.infos if not _found(adapter, name, shapes, _same)]
+        if (reason := _apart(adapter, lost, shapes)) is not None:
+            problems.append(reason)
+            return _same, {}
         found_text = f"{len(lost)} adapted modules without a tensor: {_shorten(lost)}"
         expected = "tensors of these names in the base model (with or without one outer prefix)"
     problems.append(
@@ -138,6 +142,23 @@ def _rename(
         )
     )
     return _same, {}
+
+
+def _apart(adapter: Adapter, lost: list[str], shapes: Mapping[str, Shape]) -> Problem | None:
+    """What to say of target parameters that a base stores expert by expert."""
+    for module in lost:
+        info = adapter.infos[module]
+        if isinstance(info, ModuleInfo) and info.layout == "parameter":
+            leaf = re.escape(unwrapped(module).rpartition(".")[2])
+            each = re.compile(rf"(?:^|.*\.){leaf}\.\d+\..*")
+            if (stored := next(filter(each.fullmatch, shapes), None)) is not None:
+                return Problem(
+                    f"adapter {adapter.name}",
+                    f"target_parameters ({', '.join(_target_parameters(adapter))}) of "
+                    f"{unwrapped(module)}, which this base stores expert by expert ({stored})",
+                    "the experts of a module in one tensor, as target_parameters adapt them",
+                )
+    return None
 
 
 def _same(name: str) -> str:

@@ -125,7 +125,10 @@ def read_adapter(path: Any, otherwise: str = BEFOREHAND) -> Adapter:
 
 
 def _or(problem: Problem, otherwise: str) -> Problem:
-    return dataclasses.replace(problem, remedy=f"{problem.remedy} {otherwise}".strip())
+    if not problem.remedy:  # nothing else helps
+        otherwise = otherwise.removeprefix("Or ")
+        return dataclasses.replace(problem, remedy=otherwise[:1].upper() + otherwise[1:])
+    return dataclasses.replace(problem, remedy=f"{problem.remedy} {otherwise}")
 
 
 def _matched(
