@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,9 @@ from mergekit_ext.events import Dispatcher
 from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
 
 if TYPE_CHECKING:
+    from peft_merge.adapter import Adapter
     from peft_merge.config.plan import MergePlan
+    from peft_merge.config.request import Request
 
 
 class Result(Protocol):
@@ -40,12 +42,16 @@ class WholeMethod:
             whole merge: some choose an algorithm with parameters of its own.
         check: yields what is wrong, before any factor is read.
         run: merges.
+        check_inputs: yields what is wrong whatever the parameters are, which may be wrong, too.
     """
 
     name: str
     parameters: Callable[[Mapping[str, Any]], tuple[Parameter, ...]]
     check: Callable[[MergePlan], Iterable[Problem]]
     run: Callable[[MergePlan, Dispatcher], Result]
+    check_inputs: Callable[[Request, Sequence[Adapter]], Iterable[Problem]] = (
+        lambda request, adapters: ()
+    )
 
 
 Method = Rule | WholeMethod
@@ -79,3 +85,14 @@ def parameters_of(method: Method, shared: Mapping[str, Any]) -> tuple[Parameter,
     if isinstance(method, WholeMethod):
         return method.parameters(shared)
     return (WEIGHT, *method.parameters)
+
+
+def of_any_rule() -> dict[str, list[Parameter]]:
+    """Every form that a parameter has in some rule, by its name."""
+    found: dict[str, list[Parameter]] = {WEIGHT.name: [WEIGHT]}
+    for rule in rules().values():
+        for parameter in rule.parameters:
+            forms = found.setdefault(parameter.name, [])
+            if parameter not in forms:
+                forms.append(parameter)
+    return found

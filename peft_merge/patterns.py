@@ -18,6 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# Fields that together say which modules are adapted.
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_ALL_LINEAR = "all-linear"
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -77,6 +81,34 @@ def targeted(config: Mapping[str, Any], module: str) -> bool:
     if isinstance(chosen, str):
         return re.fullmatch(chosen, module) is not None
     return f".{module}".endswith(tuple(f".{entry}" for entry in chosen))
+
+
+def adapted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT adapts the module `module` when it loads an adapter of this configuration.
+
+    As PEFT's ``check_target_module_exists`` tells by names, save for `modules_to_save`. Where that
+    cannot be told (no `target_modules`, which PEFT then has from a table; "all-linear"; the two
+    layers that are tied), True.
+    """
+    chosen = config.get("target_modules")
+    if chosen is None or config.get("ensure_weight_tying"):
+        return True
+    if isinstance(chosen, str) and chosen.lower() == _ALL_LINEAR:
+        return True
+    excluded = config.get("exclude_modules")
+    if excluded and targeted({"target_modules": excluded}, module):
+        return False
+    if not targeted(config, module):
+        return False
+    layers = config.get("layers_to_transform")
+    if isinstance(chosen, str) or module in chosen or layers is None or layers == []:
+        return True
+    given = config.get("layers_pattern") or []
+    given = [given] if isinstance(given, str) else given
+    for pattern in [rf"(?:^|.*?\.){each}" for each in given] or [r".*?\.[^.]*"]:
+        if (found := re.match(rf"{pattern}\.(?P<idx>\d+)\.", module)) is not None:
+            return int(found["idx"]) in (layers if isinstance(layers, list) else [layers])
+    return False
 
 
 def targeted_parameters(config: Mapping[str, Any], module: str) -> list[str]:

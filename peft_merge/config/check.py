@@ -5,6 +5,7 @@ Only configurations and headers are read (and whole tensors, when they may be av
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -23,10 +24,10 @@ from peft_merge.config.options import (
 )
 from peft_merge.config.plan import Kind, MergePlan
 from peft_merge.config.request import Input, Request
-from peft_merge.config.resolve import Resolver
+from peft_merge.config.resolve import Resolver, unknown_everywhere
 from peft_merge.config.spaces import default_space, space_problems
-from peft_merge.config.wording import did_you_mean, shown
-from peft_merge.io import compatible, load_adapter
+from peft_merge.config.wording import did_you_mean, listing, shown
+from peft_merge.io import compatible, different_bases, load_adapter
 from peft_merge.methods import Method, WholeMethod, methods, parameters_of
 
 
@@ -41,28 +42,25 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     """
     found = list(problems)
     method = _method(request.method, found)
-    resolve = None if method is None else _settings(request, method, found)
+    resolve = _settings(request, method, found)
     dtype, device = _options(request, found)
     adapters = _adapters(request, found)
     found += compatible(adapters) if adapters else []
-    if (
-        method is None
-        or resolve is None
-        or not 0 < len(adapters) == len(request.inputs)
-        or len({type(adapter) for adapter in adapters}) > 1
-    ):
+    if not 0 < len(adapters) == len(request.inputs) or len({type(a) for a in adapters}) > 1:
         _stop(request, found)
-    modules = dict.fromkeys(name for adapter in adapters for name in adapter.infos)
-    resolve = replace(resolve, modules=tuple(modules))
     kind: Kind = "lora" if isinstance(adapters[0], LoraAdapter) else "ia3"
     found += _fitting(request, kind, adapters)
+    if method is None or resolve is None:
+        _stop(request, [*found, *_of_inputs(request, method, adapters)])
+    modules = dict.fromkeys(name for adapter in adapters for name in adapter.infos)
+    resolve = replace(resolve, modules=tuple(modules))
     absent = list(resolve.missing())
     found += absent or _value_problems(method, resolve)
-    # Whole-merge methods say themselves what becomes of whole tensors.
+    unfit = _of_inputs(request, method, adapters)
     whole = isinstance(method, WholeMethod)
-    taken = {} if whole else _taken(request, resolve, adapters, found)
-    if found:
-        _stop(request, found)
+    taken = {} if whole or unfit else _taken(request, resolve, adapters, found)
+    if found or (unfit and not whole):
+        _stop(request, [*found, *unfit])
     plan = MergePlan(
         request=request,
         method=method,
@@ -79,8 +77,10 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         notes=tuple(resolve.idle_filters()),
         forewarnings=_forewarnings(method, resolve),
     )
-    if isinstance(method, WholeMethod) and (wrong := list(method.check(plan))):
+    if isinstance(method, WholeMethod) and (wrong := [*unfit, *method.check(plan)]):
         _stop(request, wrong)
+    if (warning := different_bases(adapters)) is not None:
+        warnings.warn(warning, stacklevel=4)
     return plan
 
 
@@ -100,8 +100,11 @@ def _method(name: Any, found: list[Problem]) -> Method | None:
     return None
 
 
-def _settings(request: Request, method: Method, found: list[Problem]) -> Resolver | None:
+def _settings(request: Request, method: Method | None, found: list[Problem]) -> Resolver | None:
     """The settings, if they are right by themselves."""
+    if method is None:
+        found += unknown_everywhere(request.parameters, request.inputs)
+        return None
     parameters = parameters_of(method, request.parameters)
     resolve = Resolver(method.name, parameters, request.parameters, request.inputs)
     wrong = list(resolve.problems())
@@ -186,18 +189,30 @@ def _largest_rank(adapters: Sequence[Adapter]) -> int:
 
 
 def _value_problems(method: Method, resolve: Resolver) -> list[Problem]:
-    """What a rule says of its options, as each module gets them."""
+    """What a rule says of its options and weights, as each module gets them."""
     if isinstance(method, WholeMethod):
         return []
     problems: dict[Problem, None] = {}
+    cancelled = []
     for module in resolve.modules:
         values = resolve(module)
+        if method.without_mean(values):
+            cancelled.append(module)
         problems.update(dict.fromkeys(method.check(len(values.weights), values.options)))
         for own in values.each:
             problems.update(dict.fromkeys(method.check_each(values.options, own)))
     if method.coefficients is not None:
         problems.update(dict.fromkeys(_granularity_problems(resolve)))
+    if cancelled:
+        some = f" for {listing(cancelled)}" if len(cancelled) < len(resolve.modules) else ""
+        problems[_cancelled(some)] = None
     return list(problems)
+
+
+def _cancelled(some: str) -> Problem:
+    found = f"weights that sum to 0{some}, which have no mean"
+    remedy = "Change `weight`, or leave the sum undivided (`normalize: false`, `combine: sum`)."
+    return Problem("parameters.weight", found, "a sum other than 0", remedy)
 
 
 def _granularity_problems(resolve: Resolver) -> Iterator[Problem]:
@@ -208,14 +223,21 @@ def _granularity_problems(resolve: Resolver) -> Iterator[Problem]:
         yield Problem("parameters.granularity", found_text, "one for the whole merge", remedy)
 
 
+def _of_inputs(
+    request: Request, method: Method | None, adapters: Sequence[Adapter]
+) -> list[Problem]:
+    """What is wrong whatever the parameters are; without a method what is wrong for each."""
+    if isinstance(method, WholeMethod):  # says itself what becomes of whole tensors
+        return list(method.check_inputs(request, adapters))
+    if method is None and request.modules_to_save is None:
+        return []
+    return list(saved.problems_of(request.modules_to_save, adapters))
+
+
 def _taken(
     request: Request, resolve: Resolver, adapters: Sequence[Adapter], found: list[Problem]
 ) -> dict[str, tuple[int, ...]]:
     """For each whole tensor of the output the positions of the adapters that give it."""
-    unfit = list(saved.problems_of(request.modules_to_save, adapters))
-    found += unfit
-    if unfit:
-        return {}
     taken = saved.carriers(request.modules_to_save or saved.AVERAGE, adapters)
     for name, positions in taken.items():
         if len(positions) > 1:

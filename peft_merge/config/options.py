@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+_ENERGY = re.compile(r"\{?\s*energy\s*[:=]\s*([\d.]+)\s*\}?", re.IGNORECASE)
 _RANK = "a whole number from 1, `lossless`, or {energy: 0.99}"
 
 
@@ -34,10 +34,22 @@ def rank_problem(rank: Any) -> Problem | None:
         return None
     remedy = ""
     if isinstance(rank, str):
-        remedy = (
-            f"Write {rank}." if rank.isdecimal() else did_you_mean(rank, ["lossless"], listed=True)
-        )
+        remedy = _meant(rank) or did_you_mean(rank, ["lossless"], listed=True)
     return Problem("rank", shown(rank), _RANK, remedy)
+
+
+def _meant(text: str) -> str:
+    """What a rank that is text should look like, if it holds a number."""
+    if (energy := _ENERGY.fullmatch(text)) is not None:
+        return f"Write {{energy: {energy[1]}}}."
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    if not number.is_integer() or number < 1:
+        return ""
+    said = "" if text.isdecimal() else f"YAML reads {text} as text, not as a number. "
+    return f"{said}Write {number:.0f}."
 
 
 def dtype_of(name: Any) -> torch.dtype | Problem:
@@ -61,28 +73,6 @@ def device_of(name: Any) -> torch.device | Problem:
         found = f"{name}, which cannot be used ({reason or type(error).__name__})"
         return Problem("device", found, "a device that is here, such as cpu")
     return device
-
-
-def place_problem(place: str | os.PathLike[str]) -> Problem | None:
-    """What keeps an output from being written at `place`."""
-    try:
-        return _place_problem(Path(place).expanduser())
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user
-        found = f"no place ({getattr(error, 'strerror', None) or error})"
-        return Problem(str(place), found, "a folder's path", "Choose another place.")
-
-
-def _place_problem(out: Path) -> Problem | None:
-    if out.exists():
-        if out.is_dir() and not any(out.iterdir()):
-            return None
-        expected = "a folder that does not exist or is empty"
-        return Problem(str(out), "something there already", expected, "Choose another place.")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
-        return None
-    kind = "a folder without the right to write" if above.is_dir() else "a file"
-    return Problem(str(out), f"{kind} above it, {above}", "a place that can be made")
 
 
 def seed_problem(seed: Any) -> Problem | None:

@@ -11,7 +11,28 @@ from mergekit_ext.errors import Problem
 from peft_merge.config.request import Input
 from peft_merge.config.settings import UNSET, evaluate, filters, places, problems_of
 from peft_merge.config.wording import did_you_mean, join, listing
+from peft_merge.methods import WholeMethod, methods, of_any_rule
 from peft_merge.rules.base import REQUIRED, WEIGHT, Parameter, Settings
+
+
+def unknown_everywhere(shared: Mapping[Any, Any], inputs: Sequence[Input]) -> Iterator[Problem]:
+    """What is wrong with settings for every method: none has them, or none takes the value."""
+    known = of_any_rule()
+    for method in methods().values():
+        if isinstance(method, WholeMethod):
+            for parameter in method.parameters({}):
+                known.setdefault(parameter.name, []).append(parameter)
+    sources = [("parameters", shared), *((item.settings_at, item.parameters) for item in inputs)]
+    for at, values in sources:
+        for name, setting in values.items():
+            where = join(at, str(name))
+            if name not in known:
+                remedy = did_you_mean(name, known, listed=True)
+                yield Problem(where, "a parameter that no method has", "one of a method's", remedy)
+                continue
+            wrong = [list(problems_of(form, setting, where)) for form in known[name]]
+            if all(wrong):
+                yield from wrong[0]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_ext.errors import Problem
 from peft_merge.adapter import Adapter
 from peft_merge.config.wording import did_you_mean, listing, shown
-from peft_merge.rules.parameters import cancelling
+from peft_merge.rules.base import cancelling
 
 AVERAGE, DROP = "average", "drop"
 

@@ -13,7 +13,7 @@ mean (footnote 1, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import NoneType
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
-from peft_merge.adapter import LoraAdapter
+from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.plan import MergePlan
+from peft_merge.config.request import Request
 from peft_merge.config.settings import convert
 from peft_merge.config.wording import listing, shown
 from peft_merge.flexmerge.blocks import GRANULARITIES
@@ -31,7 +32,7 @@ from peft_merge.flexmerge.options import Options
 from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.flexmerge.run import merge, unreachable
 from peft_merge.flexmerge.target import EXPECTED, Target
-from peft_merge.methods import WholeMethod, register
+from peft_merge.methods import WholeMethod, of_any_rule, register
 from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
 
 DEFAULT = "task_arithmetic"
@@ -68,8 +69,10 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
     chosen = shared.get("algorithm", DEFAULT)
     rule = known.get(chosen) if isinstance(chosen, str) else None
     own = tuple(replace(p, choices=tuple(known)) if p.name == "algorithm" else p for p in OWN)
-    if rule is None:
-        return (*own, WEIGHT)
+    if rule is None:  # said of `algorithm`; what any algorithm has may be meant for the right one
+        forms = of_any_rule()
+        others = (name for name in forms if name not in {*_NAMES, WEIGHT.name})
+        return (*own, WEIGHT, *(_any_value(name, forms[name]) for name in others))
     defaults = _DEFAULTS.get(rule.name, {})
     inherited = (
         replace(p, default=defaults.get(p.name, p.default))
@@ -79,34 +82,45 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
     return (*own, WEIGHT, *inherited)
 
 
-def check(plan: MergePlan) -> Iterator[Problem]:
-    """What is wrong, from configurations and headers."""
-    varying = [
-        name
-        for name in _NAMES
-        if isinstance(plan.request.parameters.get(name), (list, tuple, Mapping))
-    ]
-    for name in sorted(varying):
-        found = shown(plan.request.parameters[name])
+def _any_value(name: str, forms: Sequence[Parameter]) -> Parameter:
+    """A parameter of which it is not known which of these it is."""
+    per_model = any(form.per_model for form in forms)
+    return Parameter(name, str, None, per_model, read=lambda value: value)
+
+
+def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    """What is wrong with the tasks and with what is asked for beside the parameters."""
+    for name in sorted(_varying(request)):
+        found = shown(request.parameters[name])
         remedy = "Give one value, without filters."
         yield Problem(f"parameters.{name}", found, "one value for the whole merge", remedy)
-    yield from _tasks(plan)
-    yield from _lora_biases(plan)
-    if plan.request.modules_to_save is not None:
-        found = shown(plan.request.modules_to_save)
+    yield from _tasks(request, adapters)
+    yield from _lora_biases(adapters)
+    if request.modules_to_save is not None:
+        found = shown(request.modules_to_save)
         expected = "nothing: every task keeps its own whole tensors"
         yield Problem("modules_to_save", found, expected, "Take it out.")
-    if not plan.modules:
+    if not any(adapter.infos for adapter in adapters):
         yield Problem("models", "adapters without adapted modules", "something to share")
-    elif not varying:
+
+
+def check(plan: MergePlan) -> Iterator[Problem]:
+    """What is wrong with the algorithm and the size, from configurations and headers."""
+    if plan.modules and not _varying(plan.request):
         problems = list(_algorithm(plan))
         yield from problems or _size(plan)
 
 
-def _tasks(plan: MergePlan) -> Iterator[Problem]:
+def _varying(request: Request) -> list[str]:
+    """FlexMerge's own parameters that have several values."""
+    given = request.parameters
+    return [name for name in _NAMES if isinstance(given.get(name), (list, tuple, Mapping))]
+
+
+def _tasks(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
     """Adapters' names become those of folders, and of adapters in one model."""
     seen: dict[str, str] = {}
-    for adapter, item in zip(plan.adapters, plan.request.inputs, strict=True):
+    for adapter, item in zip(adapters, request.inputs, strict=True):
         if (reason := task_name_problem(adapter.name)) is not None:
             remedy = "Give the adapter another one with `name:`."
             expected = f"a task's name: {reason}"
@@ -118,8 +132,8 @@ def _tasks(plan: MergePlan) -> Iterator[Problem]:
             yield Problem(f"{item.where}.name", found, expected, "Rename one with `name:`.")
 
 
-def _lora_biases(plan: MergePlan) -> Iterator[Problem]:
-    loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
+def _lora_biases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    loras = [adapter for adapter in adapters if isinstance(adapter, LoraAdapter)]
     having = {adapter.name: bool(adapter.config.get("lora_bias")) for adapter in loras}
     if len(set(having.values())) > 1:
         with_bias = [name for name, has in having.items() if has]
@@ -178,4 +192,4 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
     return merge(plan, options(plan), events)
 
 
-register(WholeMethod("flexmerge", parameters, check, run))
+register(WholeMethod("flexmerge", parameters, check, run, check_inputs))

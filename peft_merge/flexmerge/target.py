@@ -103,11 +103,15 @@ def out_of_reach(target: Target, sizes: Sequence[Size]) -> Problem:
     """What is said of a target that is not within `sizes`."""
     least = min(sizes, key=lambda size: size.bytes)
     high = sizes[0].adapters
-    remedy = (
-        f"Write {high:.10g}, at which nothing is shared, or less."
-        if target.exceeds(sizes[0])
-        else "A smaller `rank` for what LoRAs share makes smaller sizes possible."
-    )
+    if target.exceeds(sizes[0]):
+        remedy = f"Write {high:.10g}, at which nothing is shared, or less."
+    elif target.adapters is not None and target.adapters < 1:
+        remedy = (
+            "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
+            "than they have."
+        )
+    else:
+        remedy = "A smaller `rank` for what LoRAs share makes smaller sizes possible."
     return Problem(
         "parameters.target_size",
         str(target),

@@ -1,6 +1,6 @@
 """Adapters in and out: folders, the Hub, live models."""
 
-from peft_merge.io.compatible import DifferentBasesWarning, compatible
+from peft_merge.io.compatible import DifferentBasesWarning, compatible, different_bases
 from peft_merge.io.merged import merged_ia3, merged_lora
 from peft_merge.io.model import adapters_of
 from peft_merge.io.read import load_adapter
@@ -10,6 +10,7 @@ __all__ = [
     "DifferentBasesWarning",
     "adapters_of",
     "compatible",
+    "different_bases",
     "load_adapter",
     "merged_ia3",
     "merged_lora",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +19,8 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     """Everything that keeps adapters from being merged: [] if nothing does.
 
     They must be of one kind, change the base's structure in the same way, and agree in the shape
-    and the kind of every module that they share. Names of bases may differ (paths do), which is a
-    `DifferentBasesWarning`.
+    and the kind of every module that they share. Names of bases may differ (paths do): that is for
+    `different_bases` to tell.
     """
     if len({type(adapter) for adapter in adapters}) > 1:
         kinds = ", ".join(f"{a.name}: {a.config.get('peft_type')}" for a in adapters)
@@ -33,7 +32,6 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
                 "Merge the LoRAs and the (IA)^3s separately.",
             )
         ]
-    _warn_about_bases(adapters)
     return [
         *_same_fields(adapters),
         *_same_modules(adapters),
@@ -44,25 +42,25 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     ]
 
 
-def _warn_about_bases(adapters: Sequence[Adapter]) -> None:
+def different_bases(adapters: Sequence[Adapter]) -> DifferentBasesWarning | None:
+    """What to say of adapters that name different bases."""
     bases = {
         str(base).rstrip("/\\"): adapter.name
         for adapter in adapters
         if (base := adapter.config.get("base_model_name_or_path"))
     }
-    if len(bases) > 1:
-        warnings.warn(
-            "The adapters name different base models: "
-            + ", ".join(f"{base} ({name})" for base, name in bases.items())
-            + ". Their merge only makes sense if these are copies of one model.",
-            DifferentBasesWarning,
-            stacklevel=3,
-        )
+    if len(bases) <= 1:
+        return None
+    named = ", ".join(f"{base} ({name})" for base, name in bases.items())
+    return DifferentBasesWarning(
+        f"The adapters name different base models: {named}. Their merge only makes sense if these "
+        "are copies of one model."
+    )
 
 
+# Fields that say what the base is made of, in one form each.
 _STRUCTURE: dict[str, Callable[[Any], Any]] = {
     "layer_replication": lambda value: [list(pair) for pair in value or ()],
-    "fan_in_fan_out": bool,
 }
 
 
@@ -73,11 +71,29 @@ def _same_fields(adapters: Sequence[Adapter]) -> Iterator[Problem]:
             yield Problem(
                 field, _listed(values), "one value in all", "Merge those that agree in it."
             )
+    turned = {a.name: bool(a.config.get("fan_in_fan_out")) for a in adapters if has_layers(a)}
+    if len(set(turned.values())) > 1:
+        yield Problem(
+            "fan_in_fan_out",
+            _listed(turned),
+            "one value in all adapters of linear layers",
+            "Merge those that agree in it.",
+        )
+
+
+def has_layers(adapter: Adapter) -> bool:
+    """Whether it adapts linear layers, of which alone `fan_in_fan_out` says something."""
+    if isinstance(adapter, LoraAdapter):
+        return any(info.layout == "linear" for info in adapter.infos.values())
+    return any(len(info.shape) == 2 for info in adapter.infos.values())
 
 
 def _same_modules(adapters: Sequence[Adapter]) -> Iterator[Problem]:
+    unlike = any(_parameters(adapters))
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.infos):
         kinds = {a.name: _kind(a.infos[module]) for a in adapters if module in a.infos}
+        if unlike and all(kind.startswith("parameter") for kind in kinds.values()):
+            continue  # stacks of different parameters, which is said of the lists
         if len(set(kinds.values())) > 1:
             yield Problem(
                 module,

@@ -14,11 +14,10 @@ from typing import Any
 
 from peft_merge.adapter import Adapter, ModuleInfo, VectorInfo
 from peft_merge.io import names, whole
+from peft_merge.io.compatible import has_layers
 from peft_merge.layouts import LAYOUTS
-from peft_merge.patterns import either, qualified, targeted_parameters
+from peft_merge.patterns import SELECTION, either, qualified, targeted_parameters
 
-# Fields that say which modules are adapted; they are only taken over together.
-_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -115,7 +114,7 @@ def _common(
         "base_model_name_or_path": next((base for base in bases if base), None),
         "revision": _shared(inputs, "revision"),
         "inference_mode": True,
-        "fan_in_fan_out": bool(inputs[0].config.get("fan_in_fan_out")),
+        "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in inputs if has_layers(a)),
         "modules_to_save": list(entries) or None,
     }
 
@@ -132,7 +131,7 @@ def _selection(
     modules_to_save: list[str] | None,
     further: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    fields = (*_SELECTION, *further)
+    fields = (*SELECTION, *further)
     first = {field: inputs[0].config.get(field) for field in fields}
     for adapter in inputs:
         same = all(_equal(adapter.config.get(field), first[field]) for field in fields)

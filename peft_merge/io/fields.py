@@ -53,6 +53,17 @@ def _regex(value: Any) -> bool:
     return True
 
 
+def _layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return value is None or all(type(number) is int for number in numbers)
+
+
+def _patterns(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, str) and _regex(item) for item in value)
+    return value is None or (isinstance(value, str) and _regex(value))
+
+
 def _pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
         return value is None or (
@@ -84,6 +95,8 @@ FIELDS: dict[str, Field] = {
     "target_modules": _NAMES_OR_REGEX,
     "exclude_modules": _NAMES_OR_REGEX,
     "feedforward_modules": _NAMES_OR_REGEX,
+    "layers_to_transform": Field(_layers, "a whole number, a list of them, or null"),
+    "layers_pattern": Field(_patterns, "a regular expression, a list of them, or null"),
     "modules_to_save": _NAMES,
     "target_parameters": _NAMES,
     "fan_in_fan_out": _FLAG,

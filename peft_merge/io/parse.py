@@ -23,6 +23,7 @@ from peft_merge.io.factors import factors
 from peft_merge.io.tensors import VECTOR, Tensors, finite
 from peft_merge.io.vectors import vectors
 from peft_merge.layouts import BIAS, LAYOUTS
+from peft_merge.patterns import SELECTION, adapted, targeted_parameters
 from peft_merge.prompt import slow
 from peft_merge.refused import unknown_tensor
 
@@ -80,6 +81,7 @@ def parse(
         scales = {module: each.scale for module, (_, each) in described.items()}
         load = partial(read.update, infos, scales)
         adapter = LoraAdapter(name, config, infos, load, load_saved)
+    found += _idle(config, stored.modules, where)
     if not stored.modules and not found:
         found.append(
             Problem(
@@ -132,6 +134,24 @@ def _sort(headers: Mapping[str, TensorHeader], where: str, found: list[Problem])
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
     return f"{', '.join(map(repr, keys[:2]))}{more} ({unknown_tensor(keys[0])})"
+
+
+def _idle(
+    config: Mapping[str, Any], modules: Mapping[str, Mapping[str, TensorHeader]], where: str
+) -> Iterator[Problem]:
+    """Modules with tensors that PEFT would not read."""
+    owners = dict.fromkeys(names.owner(module, modules) for module in modules)
+    idle = [o for o in owners if not adapted(config, o) and not targeted_parameters(config, o)]
+    if idle:
+        fields = [field for field in SELECTION if config.get(field)]
+        more = f" and {len(idle) - 2} more" if len(idle) > 2 else ""
+        yield Problem(
+            f"{where}: target_modules",
+            f"tensors of {', '.join(idle[:2])}{more}, which {' with '.join(fields)} "
+            f"{'leave' if len(fields) > 1 else 'leaves'} out: PEFT would not load them",
+            "tensors of modules that the configuration adapts",
+            "Restore the adapter_config.json that was saved with these tensors.",
+        )
 
 
 class _Reader:

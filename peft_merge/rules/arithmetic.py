@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from peft_merge.rules.base import Call, Merged, Parameter, Pieces, Rule, register
-from peft_merge.rules.parameters import LAMBDA, normalize
+from peft_merge.rules.parameters import LAMBDA, divided_by, normalize, normalized
 from peft_merge.rules.sparsify import (
     BY_RANK,
     MAGNITUDE,
@@ -53,6 +53,8 @@ def blockwise(
         options = TiesOptions(
             elect=elect, normalize=call.options["normalize"], factor=call.options["lambda"]
         )
+        if options.normalize and not elect and any(call.weights):
+            divided_by(call.weights, "normalize: false")
         functions = [
             sparsify(sparsifier, source, generator, own, call.options["rescale"])
             for source, generator, own in zip(sources, call.generators, call.each, strict=True)
@@ -97,6 +99,7 @@ def _rule(name: str, sparsifier: Sparsifier, elect: bool, normal: bool, rescale:
         ),
         check_each=lambda options, own: sparsifier.check(own),
         blockwise=rows,
+        divides=(lambda options: False) if elect else normalized,
     )
 
 

@@ -6,6 +6,7 @@ LoRAs, vectors of (IA)^3), and returns one. It knows nothing of adapters or file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,6 +134,7 @@ class Rule:
         elementwise: whether these shared options take the invariance of an `invariant` rule away.
         blockwise: ``blockwise(sources, call)``: the same as `merge` for matrices, but rows come
             and go in pieces, so that no input is held whole. None where the rule needs them so.
+        divides: whether the sum is divided by that of the weights with these shared options.
         coefficients: "nan" if the weights are to be multiplied by NAN's coefficients.
     """
 
@@ -149,7 +151,19 @@ class Rule:
     )
     elementwise: Callable[[Mapping[str, Any]], bool] = lambda options: False
     blockwise: Callable[[Sequence[Pieces], Call], Iterator[Tensor]] | None = None
+    divides: Callable[[Mapping[str, Any]], bool] = lambda options: False
     coefficients: str | None = None
+
+    def without_mean(self, settings: Settings) -> bool:
+        """Whether these weights sum to 0 where they are divided by.
+
+        Those that NAN's coefficients multiply are only known to when all are 0.
+        """
+        if not self.divides(settings.options):
+            return False
+        if self.coefficients is not None:
+            return not any(settings.weights)
+        return cancelling(settings.weights)
 
     def invariant_with(self, options: Mapping[str, Any]) -> bool:
         """Whether the rule is rotation-invariant with these shared options."""
@@ -167,6 +181,15 @@ class Rule:
         shared = {p.name: p.default for p in self.parameters if not p.per_model}
         own = {p.name: p.default for p in self.parameters if p.per_model}
         return Settings([1.0] * count, shared, [own] * count)
+
+
+# What is left of 0.1 + 0.2 - 0.3 in floats is none.
+_CANCELLED = 1e-12
+
+
+def cancelling(weights: Sequence[float]) -> bool:
+    """Whether weights sum to 0 but for rounding, so that nothing can be divided by their sum."""
+    return abs(math.fsum(weights)) <= _CANCELLED * math.fsum(map(abs, weights))
 
 
 _RULES: dict[str, Rule] = {}

@@ -6,25 +6,21 @@ Arithmetic", section 2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from mergekit_ext.kernels.lore_combine import weighted_sum
 from peft_merge.rules.base import Call, Merged, Rule, register
-from peft_merge.rules.parameters import LAMBDA, normalize
-
-# As in mergekit: weights whose sum is smaller leave the sum of the changes as it is.
-_LEAST_DIVISOR = 1e-8
+from peft_merge.rules.parameters import LAMBDA, divided_by, normalize, normalized
 
 
 def linear(tensors: Sequence[Tensor], call: Call) -> Merged:
     r""":math:`\sum_i w_i D_i`, divided by :math:`\sum_i w_i` if `normalize`."""
     total = weighted_sum(tensors, call.weights)
-    divisor = math.fsum(call.weights)
-    if call.options["normalize"] and abs(divisor) >= _LEAST_DIVISOR:
-        total.div_(divisor)
+    # NAN gives changes of zero no weight.
+    if call.options["normalize"] and any(bool(tensor.any()) for tensor in tensors):
+        total.div_(divided_by(call.weights, "normalize: false"))
     return Merged(total)
 
 
@@ -33,12 +29,13 @@ def task_arithmetic(tensors: Sequence[Tensor], call: Call) -> Merged:
     return Merged(linear(tensors, call).tensor.mul_(call.options["lambda"]))
 
 
-register(Rule("linear", linear, invariant=True, parameters=(normalize(True),)))
+register(Rule("linear", linear, invariant=True, parameters=(normalize(True),), divides=normalized))
 register(
     Rule(
         "task_arithmetic",
         task_arithmetic,
         invariant=True,
         parameters=(normalize(False), LAMBDA),
+        divides=normalized,
     )
 )

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError, MergeWarning, Problem, TwoModelsWarning
+from mergekit_ext.errors import MergeWarning, Problem, TwoModelsWarning
 from mergekit_ext.kernels.lore import (
     DEFAULT_MAX_ITERATIONS,
     DEFAULT_TOLERANCE,
     LoreResult,
     lore,
 )
-from peft_merge.rules.base import Call, Merged, Parameter, Rule, register
-from peft_merge.rules.parameters import LAMBDA, cancelling
+from peft_merge.rules.base import Call, Merged, Parameter, Rule, cancelling, register
+from peft_merge.rules.parameters import LAMBDA, divided_by
 
 _THRESHOLDS = ("mu", "mu_relative", "rank_ratio")
 _PASSED = ("combine", "update", "max_iterations", "tolerance")
@@ -101,10 +101,7 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     weights = call.weights
     if call.options["combine"] == "mean" and cancelling(weights):
         if any(bool(tensor.any()) for tensor in tensors):
-            raise MergeError(
-                "weights that sum to 0, of which `combine: mean` has no mean. Use `combine: sum`, "
-                "or change `weight`."
-            )
+            divided_by(weights, "combine: sum")
         weights = [1.0] * len(tensors)  # NAN gives changes of zero no weight; so is their mean
     known = call.options["base"] == "known"
     result = lore(
@@ -176,6 +173,7 @@ register(
         parameters=_PARAMETERS,
         check=_problems,
         forewarnings=_forewarnings,
+        divides=lambda options: options["combine"] == "mean",
         # signs are elected entry by entry
         elementwise=lambda options: options["combine"] == "ties",
     )

@@ -17,7 +17,7 @@ from mergekit_ext.errors import ConfigError, NonFiniteError
 from peft_merge.io import load_adapter
 from peft_merge.refused import FIELDS
 from tests.peft_merge.edit import Q, change_config, change_tensors
-from tests.peft_merge.models import KINDS, saved
+from tests.peft_merge.models import KINDS, reloaded, saved
 
 Make = Callable[..., Path]
 
@@ -39,6 +39,8 @@ Make = Callable[..., Path]
         ({"alpha_pattern": {"q_proj": "2"}}, "alpha_pattern"),
         ({"target_modules": [1]}, "target_modules"),
         ({"target_modules": "("}, "target_modules"),
+        ({"layers_to_transform": "1"}, "layers_to_transform"),
+        ({"layers_pattern": ["("]}, "layers_pattern"),
         ({"modules_to_save": "classifier"}, "modules_to_save"),
         ({"bias": "some"}, "bias"),
         ({"use_rslora": 1}, "use_rslora"),
@@ -53,6 +55,37 @@ def test_a_field_of_the_wrong_type_is_named(
     with pytest.raises(ConfigError) as raised:
         load_adapter(change_config(adapter_folder("plain"), **fields))
     assert [problem.where.rpartition(": ")[2] for problem in raised.value.problems] == [where]
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"target_modules": ["zzz"]}, 4),
+        ({"target_modules": ["q_proj"]}, 2),
+        ({"target_modules": r".*layers\.1\..*(q|v)_proj"}, 2),
+        ({"exclude_modules": ["v_proj"]}, 2),
+        ({"layers_to_transform": [0]}, 2),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, 2),
+        ({"layers_to_transform": 1, "layers_pattern": ["h", "blocks"]}, 4),
+    ],
+    ids=str,
+)
+def test_tensors_that_peft_would_not_load_are_refused(
+    fields: dict[str, Any], count: int, adapter_folder: Make
+) -> None:
+    folder = change_config(adapter_folder("plain"), **fields)
+    with pytest.raises(ConfigError) as raised:
+        load_adapter(folder)
+    (problem,) = raised.value.problems
+    assert "PEFT would not load them" in problem.found
+    assert ("and 2 more" in problem.found) == (count == 4)
+    try:
+        model = reloaded(KINDS["plain"], folder)
+    except ValueError as error:
+        assert "not found" in str(error) or "No modules were targeted" in str(error)
+    else:
+        read = [name for name in model.state_dict() if "lora_A" in name]
+        assert len(read) == 4 - count
 
 
 def test_a_rank_that_the_tensors_do_not_have_is_refused(adapter_folder: Make) -> None:

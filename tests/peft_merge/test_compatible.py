@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from peft_merge.adapter import Adapter
-from peft_merge.io import DifferentBasesWarning, compatible, load_adapter
+from peft_merge.io import DifferentBasesWarning, compatible, different_bases, load_adapter
+from peft_merge.io.configuration import lora_configuration
 
 Load = Callable[..., Adapter]
 
@@ -87,6 +88,27 @@ def test_names_of_bases_may_differ_with_a_warning(load: Load) -> None:
     same = load("plain", 2, base_model_name_or_path="a/base/")
     other = load("plain", 3, base_model_name_or_path="b/base")
     silent = load("plain", 4, base_model_name_or_path=None)
-    assert compatible([one, same, silent]) == []
-    with pytest.warns(DifferentBasesWarning, match="a/base"):
-        assert compatible([one, other]) == []
+    assert different_bases([one, same, silent]) is None
+    warning = different_bases([one, other])
+    assert isinstance(warning, DifferentBasesWarning) and "a/base (plain-1)" in str(warning)
+    assert compatible([one, other]) == []
+
+
+def test_fan_in_fan_out_is_of_linear_layers_only(load: Load) -> None:
+    one, turned = load("plain"), load("plain", 2, fan_in_fan_out=True)
+    assert [problem.where for problem in compatible([one, turned])] == ["fan_in_fan_out"]
+    embedding = load("embedding", fan_in_fan_out=True)
+    only = {m: info for m, info in embedding.infos.items() if info.layout == "embedding"}  # type: ignore[union-attr]
+    embedding = replace(embedding, infos=only)
+    assert only and compatible([one, embedding]) == compatible([embedding, one]) == []
+    config = lora_configuration(one.infos, [embedding, one], ())  # type: ignore[arg-type]
+    assert config["fan_in_fan_out"] is False
+
+
+def test_different_target_parameters_are_the_only_reason(load: Load) -> None:
+    one = load("parameters")
+    module, info = next((m, i) for m, i in one.infos.items() if i.layout == "parameter")  # type: ignore[union-attr]
+    config = {**one.config, "target_parameters": ["experts.other"]}
+    other = replace(one, name="b", config=config)
+    other = replace(other, infos={**one.infos, module: replace(info, rows=3)})  # type: ignore[call-arg]
+    assert [problem.where for problem in compatible([one, other])] == ["target_parameters"]

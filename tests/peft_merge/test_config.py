@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, MergeError, UniformCoefficientsWarning
+from peft_merge.io import DifferentBasesWarning
 from peft_merge.merge import merge_adapters, plan_config
+from tests.peft_merge.edit import change_config
 from tests.peft_merge.models import KINDS, saved
 
 
@@ -111,6 +114,8 @@ def test_the_default_dtype_holds_all_inputs(folders, tmp_path):
         ({"rank": "losless"}, "Write `lossless`"),
         ({"rank": "16"}, r"rank: found '16'.* Write 16\."),
         ({"parameters": {"weight": 1e308}}, "parameters.weight: found 1e\\+308"),
+        ({"rank": "energy=0.9"}, r"rank: found 'energy=0.9'.* Write \{energy: 0.9\}"),
+        ({"rank": "1e9"}, r"YAML reads 1e9 as text, not as a number\. Write 1000000000\."),
         ({"rank": {"energy": 1.5}}, "share above 0 up to 1"),
         ({"rank": {"enrgy": 0.5}}, "rank: found"),
         ({"space": "dleta"}, "space: found 'dleta'.*Write `delta`"),
@@ -211,6 +216,73 @@ def test_heads_are_averaged_dropped_or_taken(folders):
     assert plan_config({**both, "modules_to_save": "drop"}).saved == {}
     both["parameters"] = {"weight": [{"filter": "classifier", "value": 0}, {"value": 1}]}
     assert all("weights that sum to 0" in problem for problem in problems_of(both))
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "where"),
+    [
+        ("linear", {"weight": 0}, ""),
+        ("linear", {"weight": [{"filter": "q_proj", "value": 0}, {"value": 1}]}, "q_proj"),
+        ("nan_linear", {"weight": 0}, ""),
+        ("task_arithmetic", {"normalize": True, "weight": 0}, ""),
+        ("dare_linear", {"normalize": True, "weight": 0}, ""),
+        ("lore", {"mu": 0, "combine": "mean", "weight": 0}, ""),
+    ],
+)
+def test_weights_that_are_divided_by_may_not_sum_to_0(folders, method, parameters, where):
+    config = document(folders, "one", "two", merge_method=method, parameters=parameters)
+    problem = the_problem(config)
+    assert problem.startswith("parameters.weight: found weights that sum to 0") and where in problem
+
+
+def test_weights_of_opposite_signs(folders):
+    config = document(folders, "one", "two")
+    for entry, weight in zip(config["models"], ([1, 1], [1, -1]), strict=True):
+        entry["parameters"] = {"weight": weight}
+    problem = the_problem(config)
+    assert "sum to 0 for" in problem and "layers.1" in problem and "layers.0" not in problem
+    assert plan_config({**config, "parameters": {"normalize": False}}).kind == "lora"
+    # NAN's coefficients come in between
+    assert plan_config({**config, "merge_method": "nan_linear"}).kind == "lora"
+    config["models"][1]["parameters"] = {"weight": -0.5}
+    assert plan_config(config).kind == "lora"
+
+
+def test_nan_may_make_weights_cancel(folders):
+    again = {"one": folders["one"], "again": folders["one"]}
+    with (
+        pytest.warns(UniformCoefficientsWarning),
+        pytest.raises(MergeError, match="weights that sum to 0"),
+    ):
+        merge_adapters(again, "nan_linear", weights=[1, -1])
+
+
+def test_an_unknown_method_hides_nothing_else(folders):
+    config = document(folders, "heads", "more_heads", merge_method="tise", space="dleta", rank=99)
+    config["parameters"] = {"densty": 0.5, "weight": "much", "density": 0.5, "target_size": 2}
+    config["modules_to_save"] = "drp"
+    found = problems_of(config)
+    starts = ("merge_method:", "parameters.densty:", "parameters.weight:", "rank:", "space:")
+    assert len(found) == 6
+    for start in (*starts, "modules_to_save:"):
+        assert any(problem.startswith(start) for problem in found), start
+
+
+def test_a_wrong_parameter_hides_nothing_else(folders):
+    config = document(folders, "one", "two", space="dleta", modules_to_save="drp")
+    config["parameters"] = {"normalise": True}
+    assert len(problems_of(config)) == 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_different_bases_are_told_of_merges_that_go_ahead(folders, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(folders[name], tmp_path / name)
+        change_config(tmp_path / name, base_model_name_or_path=f"base-of-{name}")
+    other = {name: tmp_path / name for name in ("one", "two")}
+    assert len(problems_of(document(other, "one", "two", rank=0))) == 1
+    with pytest.warns(DifferentBasesWarning, match="base-of-one"):
+        plan_config(document(other, "one", "two"))
 
 
 def test_weights_of_heads_may_not_cancel_but_for_rounding(folders):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from peft_merge.patterns import (
     Scaling,
+    adapted,
     either,
     parameter_scalings,
     qualified,
@@ -43,6 +47,27 @@ def test_patterns_resolve_as_peft_resolves_them(
     alpha = alphas.get(get_pattern_key(list(alphas), name), 7)
     expected = alpha / (math.sqrt(rank) if rslora else rank)
     assert scaling(config, name) == Scaling(rank, expected)
+
+
+@given(
+    chosen=st.one_of(st.lists(NAMES, max_size=3), KEYS),
+    excluded=st.one_of(st.none(), st.lists(NAMES, max_size=2), KEYS),
+    layers=st.one_of(st.none(), st.integers(0, 12), st.lists(st.sampled_from([1, 11]), max_size=2)),
+    pattern=st.sampled_from([None, [], "layers", ["q", "layers"]]),
+    name=NAMES,
+)
+@settings(max_examples=400)
+def test_modules_are_adapted_as_peft_tells(
+    chosen: Any, excluded: Any, layers: Any, pattern: Any, name: str
+) -> None:
+    config = {
+        "target_modules": chosen,
+        "exclude_modules": excluded,
+        "layers_to_transform": layers,
+        "layers_pattern": pattern,
+    }
+    expected = check_target_module_exists(SimpleNamespace(**config), name)
+    assert adapted(config, name) == bool(expected)
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=3, unique=True), other=NAMES)

@@ -108,13 +108,26 @@ def test_not_normalised_by_default(name):
     assert torch.allclose(merge(name, of, [0.2, 0.6], normalize=True).tensor, of[0])
 
 
-@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_linear"])
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "dare_linear", "magnitude_prune"])
 def test_weights_that_cancel(name):
     a, b = tensors((4, 3), 2)
-    found = merge(name, [a, b], [1.0, -1.0], normalize=True).tensor
+    with pytest.raises(MergeError, match="weights that sum to 0"):
+        merge(name, [a, b], [1.0, -1.0], normalize=True)
+    assert torch.allclose(merge(name, [a, b], [1.0, -1.0], normalize=False).tensor, a - b)
+    # as NAN weighs them
+    zeros = [torch.zeros_like(a)] * 2
+    assert torch.equal(merge(name, zeros, [0.0, 0.0], normalize=True).tensor, zeros[0])
+
+
+def test_elected_entries_whose_weights_cancel_are_finite():
+    a, b = tensors((4, 3), 2)
+    found = merge("ties", [a, b], [1.0, -1.0], normalize=True).tensor
     assert torch.isfinite(found).all()
-    if name != "ties":
-        assert torch.allclose(found, a - b)
+
+
+def test_small_weights_have_a_mean():
+    of = tensors((6, 5), 1) * 2
+    assert torch.allclose(merge("linear", of, [1e-10, 1e-10]).tensor, of[0])
 
 
 @pytest.mark.parametrize("name", sorted(n for n in rules() if not n.startswith("nan")))

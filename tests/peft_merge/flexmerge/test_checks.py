@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mergekit_ext.errors import ConfigError, TwoModelsWarning
+from mergekit_ext.errors import ConfigError, MergeError, TwoModelsWarning
 from peft_merge.flexmerge.blocks import blocks_of
 from peft_merge.flexmerge.target import Size, Target
 from peft_merge.merge import merge_adapters, plan_config
@@ -50,6 +50,29 @@ def refused(sources, **parameters):
 )
 def test_wrong_parameters(given, said):
     assert said in refused(adapters(), **given)
+
+
+def test_a_wrong_algorithm_hides_nothing_else():
+    wrong = {"rank": 99, "space": "dleta", "modules_to_save": "drop"}
+    parameters = {"algorithm": "tyes", "density": 0.5, "lambda": 1, "densty": 1, "order": "best"}
+    text = refused(adapters(names=["a.b", "c"]), target_size=2, **parameters, arguments=wrong)
+    for said in ("Write `ties`", "parameters.densty", "greedy", "rank: found 99", "space:"):
+        assert said in text
+    assert "modules_to_save:" in text and "'a.b'" in text and "7 problems" in text
+
+
+def test_sizes_below_one_take_a_smaller_rank():
+    assert "No size below 1 can ever be reached" in refused(adapters(), target_size=0.5)
+    unlike = [adapter("a", {"m": update(1, 1)}), adapter("b", {"m": update(2, 5)})]
+    text = refused(unlike, target_size=1.1)
+    assert "below 1" not in text and "A smaller `rank`" in text
+    made = merge_adapters(adapters(), "flexmerge", parameters={"target_size": 0.5}, rank=1)
+    assert made.report["size"]["adapters"] <= 0.5
+
+
+def test_a_group_without_a_mean_stops_the_merge():
+    with pytest.raises(MergeError, match="weights that sum to 0"):
+        merge_adapters(adapters(2), "flexmerge", weights=[1, -1], parameters={"target_size": 1})
 
 
 def test_names_of_tasks_are_folders_and_adapters():
