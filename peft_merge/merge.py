@@ -18,13 +18,13 @@ from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
 from peft_merge.config.document import read, written
-from peft_merge.config.options import place_problem
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.request import Input, Request, located
 from peft_merge.config.wording import shown
 from peft_merge.convergence import warn_of_late
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
+from peft_merge.io.place import inside_problem, place_problem
 from peft_merge.lora import merge_lora
 from peft_merge.methods import Result, WholeMethod
 from peft_merge.report import report
@@ -53,7 +53,7 @@ class MergedAdapter:
         """Write a PEFT folder, which must not exist or be empty. It appears when it is complete.
 
         Raises:
-            ConfigError: there is something at `path`.
+            ConfigError: there is something at `path`, or it cannot be written.
         """
         save_adapter(self.adapter, path, merge_config=self.config, report=self.report)
 
@@ -178,6 +178,9 @@ def plan_config(
     request, problems = read(config, {} if rank is None else {"rank": rank})
     if out is not None and (wrong := place_problem(out)) is not None:
         problems.append(wrong)
+    if out is not None:
+        inside = (inside_problem(out, item.source, item.where) for item in request.inputs)
+        problems += [problem for problem in inside if problem is not None]
     request = replace(request, device=device, allow_pickle=allow_pickle)
     if out is not None and Path(out).name.isprintable():
         request = replace(request, name=Path(out).name or request.name)

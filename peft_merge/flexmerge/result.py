@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.errors import ConfigError
-from mergekit_ext.rooms import hidden_room
 from peft_merge.adapter import Adapter
-from peft_merge.config.options import place_problem
 from peft_merge.flexmerge.card import card, task_card
 from peft_merge.flexmerge.manifest import FILE_NAME, Block, Group, Manifest, StoredFile, Task
-from peft_merge.io import save_adapter
+from peft_merge.io.place import new_folder
 from peft_merge.io.tensors import CONFIG, SAFETENSORS
-from peft_merge.io.write import CARD, MERGE_CONFIG, REPORT
+from peft_merge.io.write import CARD, MERGE_CONFIG, REPORT, fill_folder
 
 
 @dataclass(frozen=True)
@@ -38,26 +35,18 @@ class FlexMerged:
         """Write a folder with one PEFT folder for each task. It appears when it is complete.
 
         Raises:
-            ConfigError: there is something at `path`.
+            ConfigError: there is something at `path`, or it cannot be written.
         """
-        target = Path(path).expanduser()
-        if (problem := place_problem(target)) is not None:
-            raise ConfigError([problem], "writing this FlexMerge")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with hidden_room(target, target.parent) as room:
-            folder = room / "tasks"
-            folder.mkdir()
+        with new_folder(path, "writing this FlexMerge") as folder:
             for adapter in self.adapters:
-                text = task_card(adapter, self.report)
-                save_adapter(adapter, folder / adapter.name, card=text)
+                own = folder / adapter.name
+                own.mkdir()
+                fill_folder(adapter, own, card=task_card(adapter, self.report))
             manifest = self.manifest(folder)
             (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
             _write(folder / REPORT, json.dumps(self.report, indent=1))
             _write(folder / MERGE_CONFIG, self.config.rstrip())
             _write(folder / CARD, card(self.adapters, self.report, self.config).rstrip())
-            if target.exists():
-                target.rmdir()
-            folder.rename(target)
 
     def manifest(self, folder: Path) -> Manifest:
         """Of the tasks' folders in `folder`."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, MergeError, Problem
-from mergekit_ext.rooms import hidden_room
+from mergekit_ext.errors import MergeError
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.io import names
 from peft_merge.io.card import card as default_card
+from peft_merge.io.place import new_folder
 from peft_merge.io.read import load_adapter
 from peft_merge.io.tensors import CONFIG, SAFETENSORS, VECTOR
 from peft_merge.layouts import BIAS, LAYOUTS
@@ -46,31 +46,11 @@ def save_adapter(
         card: the text of README.md; one is made if it is None.
 
     Raises:
-        ConfigError: there is something at `path`.
+        ConfigError: there is something at `path`, or it cannot be written.
         NonFiniteError: a tensor overflowed in the dtype in which it is to be stored.
     """
-    target = Path(path).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(
-            [
-                Problem(
-                    str(target),
-                    "something there already",
-                    "a folder that does not exist or is empty",
-                    "Choose another place, or remove it.",
-                )
-            ],
-            f"writing the adapter {adapter.name}",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with hidden_room(target, target.parent) as room:
-        folder = room / "adapter"
-        folder.mkdir()
-        _fill(adapter, folder, merge_config, report, card)
-        _check(adapter, folder)
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
+    with new_folder(path, f"writing the adapter {adapter.name}") as folder:
+        fill_folder(adapter, folder, merge_config=merge_config, report=report, card=card)
 
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
@@ -105,16 +85,16 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield names.stored(name, adapter.infos), load()
 
 
-def _fill(
+def fill_folder(
     adapter: Adapter,
     folder: Path,
-    merge_config: str | None,
-    report: Mapping[str, Any] | None,
-    card: str | None,
+    *,
+    merge_config: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
-    from safetensors.torch import save_file
-
-    save_file(state_dict(adapter), folder / SAFETENSORS, {"format": "pt"})
+    """Write an adapter's files into an empty folder, and check them; see `save_adapter`."""
+    _save(state_dict(adapter), folder / SAFETENSORS)
     _write(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True))
     if merge_config is not None:
         _write(folder / MERGE_CONFIG, merge_config.rstrip())
@@ -122,6 +102,17 @@ def _fill(
         _write(folder / REPORT, json.dumps(report, indent=2))
     text = default_card(adapter, merge_config, report) if card is None else card
     _write(folder / CARD, text.rstrip())
+    _check(adapter, folder)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(str(error)) from error
 
 
 def _write(path: Path, text: str) -> None:
