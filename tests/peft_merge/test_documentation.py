@@ -6,18 +6,25 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from mergekit.config import MergeConfiguration
 
+from mergekit_ext.errors import ConfigError
 from peft_merge.cli import main
 from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.config.spaces import default_space
 from peft_merge.ia3 import Space
-from peft_merge.merge import plan_config
+from peft_merge.io import load_adapter
+from peft_merge.merge import merge_adapters, plan_config
 from peft_merge.rules.base import REQUIRED, rules
 from peft_merge.spaces import SPACES
 from tests.peft_merge.models import KINDS, saved
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "adapters.md").read_text(encoding="utf-8")
+FLEXMERGE = (DOCS / "adapters-flexmerge.md").read_text(encoding="utf-8")
+YAML = r"```yaml\n(.*?)```"
 
 
 def tables():
@@ -87,8 +94,56 @@ def test_the_options_of_the_command():
 
 
 def test_the_yaml_parses():
-    for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL):
+    for block in re.findall(YAML, TEXT + FLEXMERGE, re.DOTALL):
         assert isinstance(yaml.safe_load(block), dict)
+
+
+def test_a_size_that_mixed_ranks_reach_with_a_rank(tmp_path, monkeypatch):
+    for name, rank in (("small", 4), ("large", 16)):
+        saved(KINDS["rank_one"], tmp_path / name, rank, r=rank)
+    monkeypatch.chdir(tmp_path)
+    documents = [yaml.safe_load(block) for block in re.findall(YAML, FLEXMERGE, re.DOTALL)]
+    (document,) = [found for found in documents if "rank" in found]
+    assert plan_config(document).rank == 8
+    del document["rank"]
+    with pytest.raises(ConfigError, match=r"1\.6 to 2 adapters"):
+        plan_config(document)
+
+
+def test_pcb_gives_one_adapter_back_without_density_and_clip(tmp_path):
+    assert "`density: 1`; `pcb` also needs `clip: 0`" in TEXT
+    adapter = load_adapter(saved(KINDS["plain"], tmp_path / "one", 1))
+    module = next(iter(adapter.infos))
+    wanted = adapter.load(module).dense()
+    for clip, same in ((0, True), (0.01, False)):
+        parameters = {"density": 1, "clip": clip}
+        merged = merge_adapters([adapter], "pcb", parameters=parameters).adapter
+        assert torch.allclose(merged.load(module).dense(), wanted, atol=1e-5) is same
+
+
+def test_paths_in_a_file_are_those_of_the_current_directory(tmp_path, monkeypatch):
+    saved(KINDS["plain"], tmp_path / "one", 1)
+    (tmp_path / "else").mkdir()
+    for model in ("./one", "~/one"):
+        text = f"merge_method: linear\nmodels:\n- model: {model}\n"
+        (tmp_path / "else" / "merge.yml").write_text(text)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        assert plan_config("else/merge.yml").adapters[0].name == "one"
+    monkeypatch.chdir(tmp_path / "else")
+    (tmp_path / "else" / "merge.yml").write_text(text.replace("~", "."))
+    with pytest.raises(ConfigError, match="no such folder"):
+        plan_config("merge.yml")
+
+
+def test_models_with_adapters_are_read_as_mergekit_reads_them():
+    documents = [yaml.safe_load(block) for block in re.findall(YAML, TEXT, re.DOTALL)]
+    (document,) = [each for each in documents if "+" in str(each.get("models", ""))]
+    parsed = MergeConfiguration.model_validate(document)
+    assert {model.lora.path for model in parsed.referenced_models()} == {
+        "./lora-code",
+        "./lora-maths",
+    }
 
 
 def test_the_first_example_runs(tmp_path, monkeypatch):
