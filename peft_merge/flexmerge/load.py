@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from peft_merge.adapter import Adapter
-from peft_merge.config.wording import listing
+from peft_merge.config.wording import listing, shown
+from peft_merge.flexmerge.fit import require_base, require_fit, restored_on_error
 from peft_merge.flexmerge.manifest import Group, Manifest
 from peft_merge.flexmerge.parse import open_manifest
 from peft_merge.flexmerge.private import of_the_base
@@ -43,15 +45,24 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
 
     Raises:
         CheckpointError: the folder is not as docs/adapters-flexmerge.md says.
-        ConfigError: adapters that PEFT cannot hold side by side; each folder loads by itself.
+        ConfigError: adapters that PEFT cannot hold side by side (each folder loads by itself), or
+            a base that they do not fit or that has adapters. The base is as it was.
+        TypeError: `base_model` is no model.
     """
-    from peft import PeftModel
-
+    require_base(base_model)
     folder = Path(path).expanduser()
     manifest = open_manifest(folder, verify=verify)
     adapters = [load_adapter(folder / task.name, name=task.name) for task in manifest.tasks]
     _require_separable(adapters)
     _require_sharing(manifest, adapters, folder)
+    require_fit(adapters, base_model)
+    with restored_on_error(base_model):
+        return _loaded(base_model, manifest, adapters, folder)
+
+
+def _loaded(base_model: Any, manifest: Manifest, adapters: Sequence[Adapter], folder: Path) -> Any:
+    from peft import PeftModel
+
     first = manifest.tasks[0].name
     with warnings.catch_warnings():
         # of layers that the base has and the adapter's file has not
@@ -68,7 +79,21 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
     model.set_adapter(first)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if manifest.kind == "ia3":
+        # PEFT would take `adapter_names` without a word, and use the active task for all rows.
+        model.base_model._enable_peft_forward_hooks = _one_task_at_a_time
     return model.eval()
+
+
+@contextmanager
+def _one_task_at_a_time(*_: Any, adapter_names: Any = None, **__: Any) -> Iterator[None]:
+    if adapter_names is not None:
+        raise ValueError(
+            f"adapter_names: found {shown(adapter_names)}; expected nothing: PEFT has no batches "
+            "of several tasks for (IA)^3. Give each task a batch of its own after "
+            "model.set_adapter(task)."
+        )
+    yield
 
 
 def _require_separable(adapters: Sequence[Adapter]) -> None:
