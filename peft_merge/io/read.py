@@ -18,7 +18,7 @@ from peft_merge.io.tensors import CONFIG, open_folder
 Source = str | os.PathLike[str]
 
 # Of bytes. Longer ones are no configuration, and would fill the memory.
-_LARGEST_CONFIG = 1 << 26
+LARGEST_CONFIG = 1 << 26
 
 
 def load_adapter(
@@ -91,10 +91,10 @@ def _configuration(folder: Path) -> dict[str, Any] | Problem:
         if path.exists() and not path.is_file():
             return Problem(str(path), "no file", "a JSON object in a file")
         with path.open("rb") as file:
-            content = file.read(_LARGEST_CONFIG + 1)
-        if len(content) > _LARGEST_CONFIG:
+            content = file.read(LARGEST_CONFIG + 1)
+        if len(content) > LARGEST_CONFIG:
             remedy = "Save the adapter again with PEFT's save_pretrained."
-            found = f"more than {_LARGEST_CONFIG >> 20} MiB"
+            found = f"more than {LARGEST_CONFIG >> 20} MiB"
             return Problem(str(path), found, "a configuration of a few kilobytes", remedy)
         config = json.loads(content.decode("utf-8"))
     except FileNotFoundError:

@@ -223,3 +223,13 @@ def test_a_tied_tensor_trained_tied(fields, tmp_path):
         torch.testing.assert_close(
             merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4
         )
+
+
+def test_a_configuration_that_is_too_long_is_not_read(base, adapter, tmp_path, monkeypatch):
+    folder = edited(adapter, tmp_path / "long")
+    with (folder / "adapter_config.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    for way in ("1", "0"):
+        monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", way)
+        report = check(f"{base}+{folder}")
+        assert any("more than 64 MiB" in problem.found for problem in report.problems)

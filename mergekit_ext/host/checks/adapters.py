@@ -166,9 +166,14 @@ def _tensor_names(reference: Any, config: Any, options: Any) -> set[str] | None:
 
 
 def _check_files(folder: Path, where: str, findings: Findings) -> None:
+    from peft_merge.io.read import LARGEST_CONFIG
+
+    config = folder / "adapter_config.json"
     try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if config.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"more than {LARGEST_CONFIG >> 20} MiB")
+        json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         findings.problem(
             where,
             f"an adapter {folder} without a readable adapter_config.json ({error})",
