@@ -1,11 +1,12 @@
 """Merging LoRAs: `add_merged_adapter` against PEFT's `add_weighted_adapter`, and a large merge.
 
-    python -m bench.peft                 # one module of 2048x2048, and 8 adapters of a 7B shape
+    python -m bench.peft                 # modules of 2048x2048, and 8 adapters of a 7B shape
     python -m bench.peft --quick         # small shapes, to see that it runs
 
-Modules: a live model with one linear layer and four LoRAs of r = 16. Each of our methods runs in
+Modules: a live model with some linear layers and four LoRAs of r = 16. Each of our methods runs in
 turn with the one of PEFT that it stands for (A B A B ...), with the same rank of the result. Time
-is that of the whole call, making the new adapter included; it is deleted again between the runs.
+is that of the whole call, making the new adapter included, over the number of layers; the adapter
+is deleted again between the runs. Error and peak memory are those of one layer.
 *error* is the relative Frobenius error against the best approximation of that rank of the merged
 change, computed densely in float64; of random types there is no such reference, since every call
 draws other entries. Peak memory is that of a process that makes one merge, above what the process
@@ -79,30 +80,33 @@ PAIRS = (
 )
 
 
-class OneLayer(torch.nn.Module):
-    def __init__(self, size: int) -> None:
+class Layers(torch.nn.Module):
+    def __init__(self, size: int, count: int) -> None:
         super().__init__()
-        self.layer = torch.nn.Linear(size, size, bias=False)
+        linear = (torch.nn.Linear(size, size, bias=False) for _ in range(count))
+        self.layer = torch.nn.ModuleList(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        for layer in self.layer:
+            x = layer(x)
+        return x
 
 
-def make_model(size: int) -> Any:
+def make_model(size: int, layers: int = 1) -> Any:
     """A live model with four random LoRAs, spectra falling as those of trained ones do."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"])
-    model = get_peft_model(OneLayer(size), config, adapter_name=NAMES[0])
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=r"layer\.\d+")
+    model = get_peft_model(Layers(size, layers), config, adapter_name=NAMES[0])
     for name in NAMES[1:]:
         model.add_adapter(name, config)
     falling = torch.arange(1, RANK + 1, dtype=torch.float32).reciprocal()
-    layer = model.base_model.model.layer
     with torch.no_grad():
-        for name in NAMES:
-            layer.lora_A[name].weight.normal_(0, size**-0.5)
-            layer.lora_B[name].weight.normal_(0, size**-0.5).mul_(falling)
+        for layer in model.base_model.model.layer:
+            for name in NAMES:
+                layer.lora_A[name].weight.normal_(0, size**-0.5)
+                layer.lora_B[name].weight.normal_(0, size**-0.5).mul_(falling)
     return model
 
 
@@ -129,8 +133,8 @@ CALLS = {"ours": ours, "theirs": theirs}
 
 
 def change(model: Any, name: str) -> Tensor:
-    """The dense change of the layer by one adapter."""
-    layer = model.base_model.model.layer
+    """The dense change of the first layer by one adapter."""
+    layer = model.base_model.model.layer[0]
     a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
     return layer.scaling[name] * (b.double() @ a.double())
 
@@ -138,7 +142,7 @@ def change(model: Any, name: str) -> Tensor:
 def timed(model: Any, call: Callable[[Any, Pair], None], pair: Pair) -> tuple[float, Tensor]:
     started = time.perf_counter()
     call(model, pair)
-    seconds = time.perf_counter() - started
+    seconds = (time.perf_counter() - started) / len(model.base_model.model.layer)
     result = change(model, "merged")
     model.delete_adapter("merged")
     return seconds, result
@@ -205,11 +209,11 @@ def _peak() -> float:
 
 def modules(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     size = 128 if arguments.quick else arguments.size
-    model = make_model(size)
+    model = make_model(size, arguments.layers)
     dense, factors = size**2 * 4 / 2**20, ADAPTERS * 2 * RANK * size * 4 / 2**20
     print(
-        f"one {size}x{size} module, {ADAPTERS} adapters of r = {RANK}, float32: "
-        f"{dense:.1f} MiB dense, {factors:.1f} MiB of factors"
+        f"{arguments.layers} modules of {size}x{size}, {ADAPTERS} adapters of r = {RANK}, float32; "
+        f"each {dense:.1f} MiB dense, {factors:.1f} MiB of factors"
     )
     results = []
     for index, pair in enumerate(PAIRS):
@@ -234,7 +238,8 @@ def modules(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each method")
-    parser.add_argument("--size", type=int, default=2048, help="rows and columns of the module")
+    parser.add_argument("--size", type=int, default=2048, help="rows and columns of a module")
+    parser.add_argument("--layers", type=int, default=4, help="modules of the model")
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--only", choices=("modules", "large"), help="one of the two parts")

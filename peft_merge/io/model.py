@@ -41,7 +41,7 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
         found = [*refused.refusals(config, where), *fields.problems(config, where)]
         if not found:
             state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-            adapter, found = parse(name, config, Memory(state), where)
+            adapter, found = parse(name, config, Memory(state), where, live=True)
             adapters += [adapter] if adapter is not None else []
         problems += found
     if problems:

@@ -53,7 +53,7 @@ class _Stored:
 
 
 def parse(
-    name: str, config: Mapping[str, Any], tensors: Tensors, where: str
+    name: str, config: Mapping[str, Any], tensors: Tensors, where: str, *, live: bool = False
 ) -> tuple[Adapter | None, list[Problem]]:
     """Make an adapter of a checked configuration and of tensors, or list what is wrong.
 
@@ -62,10 +62,12 @@ def parse(
         config: of an accepted kind, every field of its type.
         tensors: under PEFT's names, ``base_model.model.`` included.
         where: the file, for the messages.
+        live: the adapter is in a model, so that PEFT has matched its expressions already.
     """
     found: list[Problem] = []
     stored = _sort(tensors.headers, where, found)
-    endless = list(slow(config, _MATCHED, _matched_names(config, stored.modules), where))
+    matched = _matched_names(config, stored.modules)
+    endless = [] if live else list(slow(config, _MATCHED, matched, where))
     if endless:
         return None, [*found, *endless]
     saved = whole.collect(config, stored.rest, stored.modules, where, found)
