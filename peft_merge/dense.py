@@ -21,7 +21,7 @@ from peft_merge.ranks import Rank, chosen
 from peft_merge.rules.base import Call, Pieces, Rule
 
 # Entries of a block of rows.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 # A merged change up to this size is held in float64, a larger one in float32.
 _SMALL = 1 << 20
 # Singular values below this share of the largest are rounding of the merged change.

@@ -31,7 +31,7 @@ SETTLED = 3e-5
 INVISIBLE = 1e-12
 # A column of a new block that keeps less than this of its length lies in the space already.
 _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
-_ROWS = 1 << 19
+_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
