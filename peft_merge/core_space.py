@@ -108,14 +108,6 @@ class CoreSpace:
         flat = torch.stack([core.flatten() for core in self.cores])
         return flat @ flat.T
 
-    def norms(self) -> list[float]:
-        r""":math:`\|D_i\|_F` over all matrices of the module."""
-        return [float(torch.linalg.vector_norm(core)) for core in self.cores]
-
-    def dense(self, core: Tensor) -> Tensor:
-        """``Q_b C Q_a^T`` of an (n, p, q) core: (n, rows, columns)."""
-        return self.right.expand(self.left.expand(core).mT).mT
-
     def factor(self, core: Tensor, rank: Rank) -> Factored:
         """The best factors of a merged core.
 

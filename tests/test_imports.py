@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
 ANY = {
+    "budget",
     "errors",
     "events",
     "headers",
@@ -25,6 +26,7 @@ ANY = {
     "autoload",
 }
 ALLOWED = {
+    "budget": set(),
     "errors": set(),
     "events": set(),
     "headers": set(),
@@ -32,7 +34,16 @@ ALLOWED = {
     "scores": {"errors"},
     "kernels": {"kernels", "errors"},
     "report": {"report", "kernels", "errors", "events"},
-    "flexmerge": {"flexmerge", "headers", "rooms", "kernels", "errors", "events", "report"},
+    "flexmerge": {
+        "budget",
+        "flexmerge",
+        "headers",
+        "rooms",
+        "kernels",
+        "errors",
+        "events",
+        "report",
+    },
     "host": {
         "headers",
         "rooms",
@@ -63,7 +74,7 @@ ALLOWED = {
 HOSTS = {"mergekit"}  # only host and cli may know it
 # peft_merge knows of mergekit_ext only what knows nothing of mergekit.
 ADAPTERS = PACKAGE.parent / "peft_merge"
-SHARED = {"kernels", "errors", "events", "headers", "rooms"}
+SHARED = {"budget", "kernels", "errors", "events", "headers", "rooms"}
 LIBRARIES = {"peft", "transformers"}  # loaded inside of functions
 
 

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from fractions import Fraction
 
+from mergekit_ext import budget
 from mergekit_ext.flexmerge.manifest import Size
 
-_UNITS = {
-    "": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
-    "B": 1,
-}
-_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # A budget that holds every merge, for those who want all sizes.
 ANY_SIZE = "1000000TB"
-# Nobody merges so many models, and no model is so small.
-_FIRST_BYTES = 100_000
-# No disk is so large.
-_MOST = 1 << 80
 # Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 models.
 _ROUNDING = 1e-9
 
@@ -45,20 +33,8 @@ class Target:
             ValueError: anything else; the message says what was expected.
         """
         expected = "a number of models such as 2.25, or a memory budget such as '12GB'"
-        unit = ""
-        amount: float | Fraction = 0
-        if isinstance(value, str):
-            match = _MEMORY.fullmatch(value)
-            unit = match[2].upper() if match else ""
-            if match is not None and unit in _UNITS:
-                # Exact: 2.3 * 10**9 in floats is a byte less.
-                amount = Fraction(match[1]) * _UNITS[unit]
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            amount = value
-        budget = bool(unit) or amount >= _FIRST_BYTES
-        if not 0 < amount < _MOST or (budget and amount < 1):
-            raise ValueError(expected)
-        return cls(bytes=int(amount)) if budget else cls(models=float(amount))
+        models, size = budget.parse(value, expected)
+        return cls(models, size)
 
     @property
     def is_bytes(self) -> bool:
@@ -79,7 +55,7 @@ class Target:
     @property
     def described(self) -> str:
         """With its unit, and the rule for numbers that have none."""
-        rule = f"numbers below {_FIRST_BYTES} are models, others bytes"
+        rule = f"numbers below {budget.FIRST_BYTES} are models, others bytes"
         return f"{self} ({rule})" if self.is_bytes else f"{self} models ({rule})"
 
     def __str__(self) -> str:

@@ -7,12 +7,12 @@ A setting is a value, a gradient (a list of values over the layers), an entry wi
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergekit_ext.errors import Problem
 from peft_merge.config.wording import did_you_mean, join, shown
+from peft_merge.io.names import LAYER
 from peft_merge.rules.base import Parameter
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -20,7 +20,6 @@ _ENTRY = frozenset({"value", "filter"})
 _SHAPE = (
     "a value, a list of values (a gradient over the layers), or entries with `value:` and `filter:`"
 )
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 # Nothing of a setting applies to a module: the next source is asked.
 UNSET: Any = object()
@@ -194,7 +193,7 @@ def places(modules: Collection[str]) -> dict[str, float]:
     found: dict[str, tuple[str, int]] = {}
     last: dict[str, int] = {}
     for module in modules:
-        if (match := _LAYER.search(module)) is not None:
+        if (match := LAYER.search(module)) is not None:
             stack, layer = module[: match.start()], int(match[1])
             found[module] = (stack, layer)
             last[stack] = max(last.get(stack, 0), layer)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from peft_merge.io import names
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-
 
 @dataclass(frozen=True)
 class Block:
@@ -21,7 +19,7 @@ class Block:
 
 def _layer(module: str, adapted: Collection[str]) -> str:
     owner = names.owner(module, adapted)
-    match = _LAYER.search(owner)
+    match = names.LAYER.search(owner)
     return owner[: match.end(1)] if match else owner
 
 

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
+from mergekit_ext import budget
 from mergekit_ext.errors import Problem
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
-}
-_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-# Nobody merges so many adapters, and few adapters are so small.
-_FIRST_BYTES = 100_000
-# No memory is so large.
-_MOST = 1 << 80
 # Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 adapters.
 _ROUNDING = 1e-9
 
@@ -66,19 +54,8 @@ class Target:
         Raises:
             ValueError: anything else.
         """
-        unit = ""
-        amount: float | Fraction = 0
-        if isinstance(value, str):
-            match = _MEMORY.fullmatch(value)
-            unit = match[2].upper() if match else ""
-            if match is not None and unit in _UNITS:
-                amount = Fraction(match[1]) * _UNITS[unit]
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            amount = value
-        budget = bool(unit) or amount >= _FIRST_BYTES
-        if not 0 < amount < _MOST or (budget and amount < 1):
-            raise ValueError(EXPECTED)
-        return cls(bytes=int(amount)) if budget else cls(adapters=float(amount))
+        adapters, size = budget.parse(value, EXPECTED)
+        return cls(adapters, size)
 
     def holds(self, size: Size) -> bool:
         """Whether a merge of that size is small enough."""

@@ -9,8 +9,11 @@ kept here under the base's own names and `stored` puts the wrappers back in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
+# The number of a module's layer: the first in its name.
+LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 PREFIX = "base_model.model."
 _WRAPPED = "base_layer"
 _OUT_PROJECTION = f".{_WRAPPED}.out_proj"
