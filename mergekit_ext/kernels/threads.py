@@ -68,7 +68,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _prepare_thread() -> None:
-    _local.working = True
     _local.worker = True
     torch.set_num_threads(1)
     # The caller's `no_grad` does not reach another thread.

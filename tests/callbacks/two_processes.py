@@ -6,6 +6,7 @@ Argument: the folder for the results.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -113,3 +114,5 @@ if __name__ == "__main__":
     path.write_text(json.dumps(found))
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    # torch's threads that outlive the group can abort the interpreter while it shuts down.
+    os._exit(0)
