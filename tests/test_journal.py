@@ -1,0 +1,50 @@
+"""Finished pieces are found again, and nothing else."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_ext.journal import Journal
+
+LINES = [("tensor", "a", {"crc": 7}), ("tensor", "b", 0.1 + 0.2), ("norms", "a", [1e-300, math.pi])]
+
+
+def written(folder, lines=LINES, rank=0):
+    journal = Journal(folder, rank)
+    for line in lines:
+        journal.add(*line)
+    journal.close()
+    return folder / f"journal-{rank}.jsonl"
+
+
+def test_pieces_come_back_exactly(tmp_path):
+    written(tmp_path, LINES[:2])
+    written(tmp_path, LINES[2:], rank=1)
+    assert Journal(tmp_path).finished == {(kind, key): value for kind, key, value in LINES}
+
+
+def test_the_last_of_two_lines_counts(tmp_path):
+    written(tmp_path, [("tensor", "a", 1), ("tensor", "a", 2)])
+    assert Journal(tmp_path).finished == {("tensor", "a"): 2}
+
+
+@given(st.integers(min_value=0))
+def test_a_file_cut_anywhere_keeps_its_whole_lines(tmp_path_factory, cut):
+    folder = tmp_path_factory.mktemp("journal")
+    path = written(folder)
+    data = path.read_bytes()
+    kept = data[: cut % (len(data) + 1)]
+    path.write_bytes(kept)
+    whole = LINES[: kept.count(b"\n")]
+    assert Journal(folder).finished == {(kind, key): value for kind, key, value in whole}
+    written(folder, LINES[len(whole) :])
+    assert Journal(folder).finished == {(kind, key): value for kind, key, value in LINES}
+
+
+def test_a_line_of_anything_is_passed_over(tmp_path):
+    path = written(tmp_path)
+    path.write_bytes(b"\xff\x00\n[1]\n{}\n" + path.read_bytes())
+    assert len(Journal(tmp_path).finished) == len(LINES)
