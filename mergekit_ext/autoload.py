@@ -16,6 +16,7 @@ _EXTENSIONS = {
     "mergekit.merge": "extend_merge",
     "mergekit.scripts.multimerge": "extend_multimerge",
     "mergekit.scripts.merge_raw_pytorch": "extend_raw_pytorch",
+    "mergekit.scripts.run_yaml": "extend_yaml",
 }
 
 

@@ -67,7 +67,7 @@ def test_any_module_may_be_imported_first(module):
 def test_the_finder_leaves_when_its_work_is_done():
     code = (
         "import sys, mergekit.merge, mergekit.scripts.multimerge, "
-        "mergekit.scripts.merge_raw_pytorch; "
+        "mergekit.scripts.merge_raw_pytorch, mergekit.scripts.run_yaml; "
         "print([type(f).__module__ for f in sys.meta_path if 'mergekit' in type(f).__module__])"
     )
     assert python(code).strip() == "[]"

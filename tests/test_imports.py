@@ -12,11 +12,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
 ANY = {
     "budget",
+    "documents",
     "errors",
     "events",
     "headers",
     "journal",
     "planned",
+    "launch",
+    "processes",
     "ranks",
     "rooms",
     "scores",
@@ -30,12 +33,15 @@ ANY = {
 }
 ALLOWED = {
     "budget": set(),
+    "documents": {"errors"},
     "errors": set(),
     "events": set(),
     "headers": set(),
     "journal": set(),
     "planned": {"headers"},
-    "ranks": {"errors"},
+    "launch": {"errors", "processes", "ranks"},
+    "processes": {"errors", "ranks"},
+    "ranks": set(),
     "rooms": set(),
     "scores": {"errors"},
     "kernels": {"kernels", "errors"},
@@ -54,6 +60,7 @@ ALLOWED = {
         "report",
     },
     "host": {
+        "documents",
         "headers",
         "journal",
         "planned",
@@ -86,7 +93,7 @@ ALLOWED = {
 HOSTS = {"mergekit"}  # only host and cli may know it
 # peft_merge knows of mergekit_ext only what knows nothing of mergekit.
 ADAPTERS = PACKAGE.parent / "peft_merge"
-SHARED = {"budget", "kernels", "errors", "events", "headers", "rooms"}
+SHARED = {"budget", "documents", "kernels", "errors", "events", "headers", "rooms"}
 LIBRARIES = {"peft", "transformers"}  # loaded inside of functions
 
 

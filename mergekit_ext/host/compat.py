@@ -21,6 +21,8 @@ loaded):
                                 ``SimpleLoaderCache.get`` and ``SimpleLoadTensor.execute`` read
                                 ``file+adapter``; ``TensorDictWrapper.execute`` does not take a
                                 path with a plus sign for another model.
+``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
+                                YAML, or a bomb, is one message.
 ``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
                                 merge of ours runs (`local_cards`).
 
@@ -116,6 +118,14 @@ def extend_raw_pytorch(module: Any) -> None:
     if not hasattr(module.plan_flat_merge, "stock"):
         module.plan_flat_merge = run_flat.extended_plan(module.plan_flat_merge)
         module.main.callback = run_flat.extended_command(module.main.callback)
+
+
+def extend_yaml(module: Any) -> None:
+    """Look at the file of ``mergekit-yaml`` before it is parsed."""
+    from mergekit_ext.host import run_yaml
+
+    if not hasattr(module.main.callback, "stock"):
+        module.main.callback = run_yaml.extended_command(module.main.callback)
 
 
 def replaces(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
+from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.events import (
     Dispatcher,
@@ -62,7 +62,7 @@ def merge(
     options = options or MergeOptions()
     if not isinstance(config, MergeConfiguration):
         text = str(config)
-        config_source = text if "\n" in text else Path(text).read_text(encoding="utf-8")
+        config_source = text if "\n" in text else text_of(Path(text))
         config = parsed(config_source, options)
     stock = getattr(host.run_merge, "stock", host.run_merge)
     _merge(stock, config, os.fspath(out_path), options, config_source, callbacks)
@@ -75,8 +75,13 @@ def parsed(source: str, options: MergeOptions) -> MergeConfiguration:
         ConfigError: it is none.
     """
     try:
-        return MergeConfiguration.model_validate(yaml.safe_load(source))
-    except (yaml.YAMLError, ValidationError, RuntimeError):
+        documents, _ = read(source)
+        if len(documents) > 1:
+            found, expected = f"{len(documents)} documents", "one merge"
+            remedy = "Use mergekit-multi for several."
+            raise ConfigError([Problem("the file", found, expected, remedy)], "this configuration")
+        return MergeConfiguration.model_validate(documents[0] if documents else None)
+    except (DocumentError, ValidationError, RuntimeError):
         # The check says it in the words of the file, with all that is wrong besides.
         for _, report in check_source(source, options):
             report.raise_for_problems("this configuration")
@@ -280,13 +285,17 @@ def checked_load_config(load_config: Callable[..., Any]) -> Callable[..., Any]:
 
     @compat.replaces(load_config)
     def load(config_source: str, intermediate_dir: str) -> Any:
-        problems = [
-            problem
-            for document in yaml.safe_load_all(config_source)
-            if isinstance(document, dict) and ext_method(str(document.get("merge_method")))
-            for problem in unknown_keys({k: v for k, v in document.items() if k != "name"})
-        ]
         with for_commands():
+            try:
+                documents, _ = read(config_source)
+            except DocumentError as error:
+                raise ConfigError([error.problem], "these merges") from None
+            problems = [
+                problem
+                for document in documents
+                if isinstance(document, dict) and ext_method(str(document.get("merge_method")))
+                for problem in unknown_keys({k: v for k, v in document.items() if k != "name"})
+            ]
             if problems:
                 raise ConfigError(problems, "these merges")
             return load.stock(config_source, intermediate_dir)  # type: ignore[attr-defined]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mergekit_ext.documents import DocumentError, read, text_of
+from mergekit_ext.errors import ConfigError
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
@@ -71,9 +71,9 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
     @compat.replaces(callback)
     def command(config_path: str, out_path: str, **arguments: Any) -> None:
         stock = command.stock  # type: ignore[attr-defined]
-        text = Path(config_path).read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
-        name = document.get("merge_method") if isinstance(document, dict) else None
+        with for_commands():
+            text = text_of(Path(config_path))
+            name = _method_of(text)
         method = ext_method(str(name))
         if method is None:
             stock(config_path=config_path, out_path=out_path, **arguments)
@@ -83,6 +83,15 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
             stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
 
     return command
+
+
+def _method_of(text: str) -> Any:
+    try:
+        documents, _ = read(text)
+    except DocumentError as error:
+        raise ConfigError([error.problem], "this configuration") from None
+    first = documents[0] if documents else None
+    return first.get("merge_method") if isinstance(first, dict) else None
 
 
 def _parts(model: str) -> list[str]:

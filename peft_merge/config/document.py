@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from mergekit_ext.documents import DocumentError, text_of
+from mergekit_ext.documents import read as parsed
 from mergekit_ext.errors import ConfigError, Problem
 from peft_merge.adapter import Adapter
 from peft_merge.config.request import Input, Request, exists, located
@@ -46,18 +48,13 @@ def read(
     if isinstance(source, Mapping):
         return _request({**source, **instead}, None, "this merge")
     subject = os.fspath(source)
+    text = text_of(Path(source))
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        problem = Problem(subject, f"a file that cannot be read ({reason})", "a YAML file")
-        raise ConfigError([problem]) from None
-    try:
-        documents = list(yaml.safe_load_all(text))
-        repeated = _repeated_keys(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        problem = Problem(subject, " ".join(str(error).split()), "YAML")
-        raise ConfigError([problem]) from None
+        documents, repeated = parsed(text)
+    except DocumentError as error:
+        where = error.problem.where
+        located_at = subject if where == "the file" else f"{subject}, {where}"
+        raise ConfigError([replace(error.problem, where=located_at)]) from None
     if len(documents) != 1 or not isinstance(documents[0], Mapping):
         found = f"{len(documents)} documents" if len(documents) != 1 else shown(documents[0])
         expected = "one mapping with `merge_method:` and `models:`"
@@ -185,28 +182,4 @@ def _unknown(document: Mapping[Any, Any], known: tuple[str, ...], path: str) -> 
         else:
             found, remedy = "an unknown key", did_you_mean(key, known, listed=True)
         problems.append(Problem(where, found, f"one of {', '.join(sorted(known))}", remedy))
-    return problems
-
-
-def _repeated_keys(text: str) -> list[Problem]:
-    """Keys that stand twice in one mapping: YAML keeps the last and forgets the others."""
-    problems: list[Problem] = []
-
-    def visit(node: yaml.Node | None, path: str) -> None:
-        if isinstance(node, yaml.SequenceNode):
-            for position, item in enumerate(node.value):
-                visit(item, join(path, position))
-        elif isinstance(node, yaml.MappingNode):
-            lines: dict[str, int] = {}
-            for key, value in node.value:
-                name, line = str(key.value), key.start_mark.line + 1
-                if name in lines and name != "<<":
-                    found = f"the key twice, on lines {lines[name]} and {line}"
-                    expected, remedy = "each key once", "Remove one of the two."
-                    problems.append(Problem(join(path, name), found, expected, remedy))
-                lines.setdefault(name, line)
-                visit(value, join(path, name))
-
-    for document in yaml.compose_all(text, Loader=yaml.SafeLoader):
-        visit(document, "")
     return problems

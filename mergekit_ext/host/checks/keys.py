@@ -11,8 +11,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Union
 
-import yaml
-
+from mergekit_ext.documents import DocumentError, read
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.support import did_you_mean, join, nearest
 
@@ -37,10 +36,9 @@ def unknown_keys(
     if not isinstance(source, str):
         return _in_model(source, schema, "", also) if isinstance(source, Mapping) else []
     try:
-        documents = list(yaml.safe_load_all(source))
-    except yaml.YAMLError:
+        documents, problems = read(source)
+    except DocumentError:
         return []  # `check_source` reports it; elsewhere the configuration is already parsed
-    problems = repeated_keys(source)
     for i, document in enumerate(documents):
         path = f"document {i + 1}: " if len(documents) > 1 else ""
         if isinstance(document, Mapping):
@@ -48,36 +46,6 @@ def unknown_keys(
                 Problem(path + p.where, p.found, p.expected, p.remedy)
                 for p in _in_model(document, schema, "", also)
             ]
-    return problems
-
-
-def repeated_keys(text: str) -> list[Problem]:
-    """Keys that stand twice in one mapping: YAML keeps the last and forgets the others."""
-    problems: list[Problem] = []
-
-    def visit(node: yaml.Node | None, path: str) -> None:
-        if isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                visit(item, join(path, i))
-        elif isinstance(node, yaml.MappingNode):
-            seen: dict[str, int] = {}
-            for key, value in node.value:
-                name, line = str(key.value), key.start_mark.line + 1
-                where = join(path, name)
-                if name in seen and name != "<<":
-                    problems.append(
-                        Problem(
-                            where,
-                            f"the key twice, on lines {seen[name]} and {line}",
-                            "each key once (YAML keeps the last one only)",
-                            "Remove one of the two.",
-                        )
-                    )
-                seen.setdefault(name, line)
-                visit(value, where)
-
-    for document in yaml.compose_all(text, Loader=yaml.SafeLoader):
-        visit(document, "")
     return problems
 
 

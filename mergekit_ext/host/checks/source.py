@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from mergekit_ext.documents import DocumentError, read
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.flat import check_flat
-from mergekit_ext.host.checks.keys import repeated_keys, unknown_keys
+from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.merge import check_merge
 from mergekit_ext.host.checks.report import CheckReport, Findings
@@ -36,10 +35,9 @@ def check_source(
         union, intersection: mergekit-pytorch's flags, see `check_flat`.
     """
     try:
-        documents = list(yaml.safe_load_all(text))
-        repeated = repeated_keys(text)
-    except yaml.YAMLError as error:
-        return [(None, CheckReport((_yaml_problem(error),), (), None))]
+        documents, repeated = read(text)
+    except DocumentError as error:
+        return [(None, CheckReport((error.problem,), (), None))]
     if not documents:
         problem = Problem("the file", "no document", "a merge configuration")
         return [(None, CheckReport((problem,), (), None))]
@@ -86,13 +84,6 @@ def _check_document(
     if flat:
         return check_flat(config, options, union=union, intersection=intersection, source=document)
     return check_merge(config, options, document, pending=pending)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> Problem:
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
-    found = str(getattr(error, "problem", None) or error)
-    return Problem(where, found, "YAML", "Mend the indentation, quotes or colons there.")
 
 
 def _between_documents(documents: list[Any], names: list[Any]) -> dict[int, list[Problem]]:

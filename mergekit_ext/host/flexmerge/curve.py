@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
+from mergekit_ext.documents import text_of
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.host import compat
 from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
@@ -119,9 +119,9 @@ def flexmerge_config(path: Path, options: MergeOptions) -> tuple[MergeConfigurat
         ConfigError: it is another one, or none.
     """
     try:
-        source = path.read_text(encoding="utf-8")
+        source = text_of(path)
         config = parsed(source, options)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError, RuntimeError) as error:
+    except (ValidationError, RuntimeError) as error:
         found = str(error).replace("\n", " ")
         raise ConfigError([Problem(str(path), found, "one merge configuration")]) from None
     if config.merge_method != "flexmerge":

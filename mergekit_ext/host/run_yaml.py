@@ -1,0 +1,41 @@
+"""``mergekit-yaml``: a file that is no merge is one message, not a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.documents import DocumentError, read, text_of
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.host import compat
+from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.run import for_commands, parsed
+
+
+def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """The command's callback, after a look at the text.
+
+    mergekit parses the file before any function of ours is called. A text that cannot be read
+    safely stops here, whatever its method; the schema is the project's business for its own.
+    """
+
+    @compat.replaces(callback)
+    def command(config_file: str, out_path: str, merge_options: Any) -> None:
+        stock = command.stock  # type: ignore[attr-defined]
+        with for_commands():
+            _check(text_of(Path(config_file)), merge_options)
+        stock(config_file=config_file, out_path=out_path, merge_options=merge_options)
+
+    return command
+
+
+def _check(text: str, options: Any) -> None:
+    try:
+        documents, _ = read(text)
+    except DocumentError as error:
+        raise ConfigError([error.problem], "this configuration") from None
+    first = documents[0] if documents else None
+    name = first.get("merge_method") if isinstance(first, dict) else None
+    if ext_method(str(name)) is not None:
+        parsed(text, options)
