@@ -33,12 +33,13 @@ from bench import machine
 from mergekit_ext.flexmerge.algorithms.base import Parameters
 from mergekit_ext.flexmerge.algorithms.linear import TaskArithmetic
 from mergekit_ext.flexmerge.analysis import analyse
+from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import Naming, make_layout
 from mergekit_ext.flexmerge.plan import Dendrograms, Storage
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
 from mergekit_ext.flexmerge.sweep import sweep
 from mergekit_ext.flexmerge.target import Target
-from mergekit_ext.flexmerge.writer import Order, Provenance, write_checkpoint
+from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.headers import read_folder
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.host.lore_method import layout_of
@@ -81,8 +82,8 @@ def algorithm_for(count: int) -> TaskArithmetic:
 def one_size(folder: Path, count: int) -> None:
     """Merge all models into one, block by block; keep nothing."""
     reader, algorithm = reader_of(folder, count), algorithm_for(count)
-    for block in reader.layout.blocks:
-        algorithm.merge(reader.read(block), range(count), torch.float32)
+    for data in reader.once():
+        algorithm.merge(data, range(count), torch.float32)
 
 
 def all_sizes(folder: Path, count: int) -> None:

@@ -57,8 +57,8 @@ def sweep(
         NonFiniteError: an input holds NaN or infinity.
     """
     count = len(reader.layout.tasks)
-    for block in reader.layout.blocks:
-        data = reader.read(block)
+    for data in reader.once():
+        block = data.layout
         gram = Gram(count)
         gram.add(list(data.models.values()), data.base)
         if not bool(torch.isfinite(gram.value).all()):
