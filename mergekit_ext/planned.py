@@ -116,17 +116,22 @@ class PlannedFiles:
 
     def write(self, file: PlannedFile, name: str, tensor: Tensor) -> int:
         """Put a tensor in its place; return the CRC-32 of its bytes."""
-        start, entry = file.places[name]
+        entry = file.places[name][1]
+        if dtype_name(tensor.dtype) != entry.dtype:
+            raise AssertionError(f"{name} ({tensor.dtype}) was planned as {entry}")
         data = as_bytes(tensor)
-        if dtype_name(tensor.dtype) != entry.dtype or data.nbytes != entry.nbytes:
-            raise AssertionError(
-                f"{name} ({tensor.dtype}, {tuple(tensor.shape)}) was planned as {entry}"
-            )
+        self.put(file, name, data)
+        return zlib.crc32(data)
+
+    def put(self, file: PlannedFile, name: str, data: memoryview) -> None:
+        """Put the bytes of a tensor in its place."""
+        start, entry = file.places[name]
+        if data.nbytes != entry.nbytes:
+            raise AssertionError(f"{name} ({data.nbytes} bytes) was planned as {entry}")
         handle = self._handle(file.path)
         done = 0
         while done < data.nbytes:
             done += os.pwrite(handle, data[done:], start + done)
-        return zlib.crc32(data)
 
     def crc(self, file: PlannedFile, name: str) -> int:
         """The CRC-32 of what lies in the place of a tensor."""

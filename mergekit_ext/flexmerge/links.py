@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mergekit_ext.flexmerge.shards import Entry
+from mergekit_ext.planned import Entry
 
 
 def link_model(folder: Path, home: Path, files: Sequence[tuple[str, Sequence[Entry]]]) -> None:

@@ -1,159 +1,181 @@
-"""Writing safetensors files whose content is known before the first byte: header first, then data
-as it comes."""
+"""The files under ``shards/``: planned, written tensor by tensor, and digested."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import struct
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import torch
 from torch import Tensor
 
+from mergekit_ext.flexmerge.declared import Key
 from mergekit_ext.flexmerge.manifest import SHARDS, ShardFile
-from mergekit_ext.headers import dtype_name
+from mergekit_ext.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
+from mergekit_ext.ranks import Ranks
 
-# A file per set of tasks may mean thousands of files.
-_OPEN_FILES = 64
+_READ = 1 << 22
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor that will be written. `dtype` is the format's name for it."""
+class Shard:
+    """One planned file of tensors that a set of tasks has."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Entry:
-        """An entry of a torch dtype."""
-        return cls(name, dtype_name(dtype), tuple(shape), math.prod(shape) * dtype.itemsize)
-
-
-@dataclass
-class _Shard:
-    path: str
+    file: PlannedFile
     kind: str
     tasks: tuple[str, ...]
-    entries: list[Entry] = field(default_factory=list)
-    written: int = 0
-    length: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
 
-Key = tuple[str, tuple[str, ...]]  # kind of file, set of tasks
+def planned_shards(declared: Mapping[Key, Sequence[Entry]], shard_size: int) -> list[Shard]:
+    """Cut each kind and set of tasks into files of at most `shard_size` bytes."""
+    shards: list[Shard] = []
+    counts: dict[str, int] = {}
+    for (kind, tasks), entries in declared.items():
+        for part in split(entries, shard_size):
+            counts[kind] = counts.get(kind, 0) + 1
+            path = f"{SHARDS}/{kind}-{counts[kind]:05d}.safetensors"
+            shards.append(Shard(PlannedFile(path, part), kind, tasks))
+    return shards
+
+
+class _Digest:
+    """SHA-256 of a file on the way, as long as its tensors come in its order."""
+
+    def __init__(self, file: PlannedFile):
+        self._names = iter([entry.name for entry in file.entries])
+        self._left = len(file.entries)
+        self._sum = hashlib.sha256(file.header)
+
+    def expects(self, name: str) -> bool:
+        return next(self._names, None) == name
+
+    def update(self, data: memoryview) -> None:
+        self._sum.update(data)
+        self._left -= 1
+
+    @property
+    def value(self) -> str | None:
+        return None if self._left else self._sum.hexdigest()
 
 
 class ShardWriter:
-    """Writes every shard of a checkpoint at once, tensor by tensor, holding none of them.
+    """Writes the tensors of planned shards, in any order, holding none of them.
 
-    Tensors of one kind and set of tasks must come in the order in which they were declared.
-    Digests are computed on the way: what is given to `write` must stay as it is until the call
-    after the next.
+    Digests are computed in the background: what is given to `write` must stay as it is until the
+    call after the next.
+
+    Args:
+        folder: of the checkpoint.
+        shards: its files; `create` makes them, once for all processes.
+        whole: whether this process writes all tensors. Then files whose tensors come in their
+            order need not be read for their digests.
     """
 
-    def __init__(self, folder: Path, declared: Mapping[Key, Sequence[Entry]], shard_size: int):
-        self._folder = folder
-        (folder / SHARDS).mkdir()
-        self._shards: dict[Key, list[_Shard]] = {}
-        self._open: dict[str, IO[bytes]] = {}
-        self._hasher = ThreadPoolExecutor(max_workers=1)
-        self._hashing: Future[None] | None = None
-        counts: dict[str, int] = {}
-        for (kind, tasks), entries in declared.items():
-            for shard in _split(entries, shard_size):
-                counts[kind] = counts.get(kind, 0) + 1
-                path = f"{SHARDS}/{kind}-{counts[kind]:05d}.safetensors"
-                made = _Shard(path, kind, tasks, shard)
-                self._shards.setdefault((kind, tasks), []).append(made)
-                self._append(made, memoryview(_header(shard)))
+    def __init__(self, folder: Path, shards: Sequence[Shard], *, whole: bool = True):
+        self._folder, self._shards = folder, shards
+        self._files = PlannedFiles(folder)
+        self._sets: dict[Key, list[PlannedFile]] = {}
+        for shard in shards:
+            self._sets.setdefault((shard.kind, shard.tasks), []).append(shard.file)
+        self._places = {
+            (shard.kind, shard.tasks, entry.name): shard.file
+            for shard in shards
+            for entry in shard.file.entries
+        }
+        self._digests = {s.file.path: _Digest(s.file) for s in shards} if whole else {}
+        self._behind = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
+        self._crcs: list[int] = []
+
+    def create(self) -> None:
+        """Make the files that are not there yet; remove what belongs to no shard."""
+        home = self._folder / SHARDS
+        home.mkdir(exist_ok=True)
+        known = {self._folder / shard.file.path for shard in self._shards}
+        for path in home.iterdir():
+            if path not in known:
+                path.unlink()
+        self._files.create(shard.file for shard in self._shards)
 
     def write(self, key: Key, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of its set; its dtype and size must be those declared."""
-        shard = next(s for s in self._shards[key] if s.written < len(s.entries))
-        entry = shard.entries[shard.written]
-        data = memoryview(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
-        if entry.name != name or entry.nbytes != data.nbytes:
-            raise AssertionError(f"{name} ({data.nbytes} bytes) was declared as {entry}")
-        shard.written += 1
-        self._append(shard, data)
+        """Put a tensor, or its bytes, in its place; its size must be that declared."""
+        file = self._places[(*key, name)]
+        data = as_bytes(tensor)
+        digest = self._digests.get(file.path)
+        if digest is not None and not digest.expects(name):
+            del self._digests[file.path]
+            digest = None
+        before, self._last = self._last, self._behind.submit(self._sum, data, digest)
+        self._files.put(file, name, data)
+        if before is not None:
+            before.result()
 
-    def finish(self) -> tuple[ShardFile, ...]:
-        """Close the files; return what the manifest says of them."""
-        shards = [shard for found in self._shards.values() for shard in found]
-        for shard in shards:
-            if shard.written != len(shard.entries):
-                raise AssertionError(f"{shard.path} lacks {shard.entries[shard.written].name}")
-        if self._hashing is not None:
-            self._hashing.result()
+    def done(self, note: Callable[[list[int]], None]) -> None:
+        """Have `note` called, in the background, when what was written since the last call is
+        summed up: with the CRC-32 of each tensor, in order."""
+        before, self._last = self._last, self._behind.submit(self._hand_over, note)
+        if before is not None:
+            before.result()
+
+    def holds(self, entries: Iterable[tuple[Key, Entry]], crcs: Sequence[int]) -> bool:
+        """Whether these tensors lie in their places with these sums."""
+        wanted = list(entries)
+        return len(wanted) == len(crcs) and all(
+            self._files.crc(self._places[(*key, entry.name)], entry.name) == crc
+            for (key, entry), crc in zip(wanted, crcs, strict=True)
+        )
+
+    def finish(self, ranks: Ranks) -> tuple[ShardFile, ...]:
+        """Close the files; return what the manifest says of them. All processes come here.
+
+        Files whose digests are not known are read, each by one process.
+        """
+        self.wait()
         self.close()
+        known = {path: digest.value for path, digest in self._digests.items()}
+        left = [shard.file for shard in self._shards if not known.get(shard.file.path)]
+        owners = ranks.share([file.length for file in left])
+        ranks.wait()
+        for file, owner in zip(left, owners, strict=True):
+            if owner == ranks.rank:
+                ranks.check()
+                known[file.path] = _digest_of(self._folder / file.path)
+        for others in ranks.gather(known):
+            known.update({path: digest for path, digest in others.items() if digest})
         return tuple(
-            ShardFile(s.path, s.kind, s.tasks, s.length, s.digest.hexdigest()) for s in shards
+            ShardFile(s.file.path, s.kind, s.tasks, s.file.length, known[s.file.path] or "")
+            for s in self._shards
         )
 
     def where(self, key: Key) -> Sequence[tuple[str, Sequence[Entry]]]:
         """The files of one set of tasks, with what is in each."""
-        return [(shard.path, shard.entries) for shard in self._shards.get(key, ())]
+        return [(file.path, file.entries) for file in self._sets.get(key, ())]
+
+    def wait(self) -> None:
+        """Until what was given to `done` has been called."""
+        if self._last is not None:
+            self._last.result()
 
     def close(self) -> None:
         """Close all files, whole or not."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-        self._hasher.shutdown()
+        self._behind.shutdown()
+        self._files.close()
 
-    def _append(self, shard: _Shard, data: memoryview) -> None:
-        if not data.nbytes:
-            return
-        before, self._hashing = self._hashing, self._hasher.submit(shard.digest.update, data)
-        file = self._file(shard.path)
-        done = 0
-        while done < data.nbytes:
-            done += file.write(data[done:])
-        shard.length += data.nbytes
-        if before is not None:
-            before.result()
+    def _sum(self, data: memoryview, digest: _Digest | None) -> None:
+        self._crcs.append(zlib.crc32(data))
+        if digest is not None:
+            digest.update(data)
 
-    def _file(self, path: str) -> IO[bytes]:
-        file = self._open.pop(path, None)
-        if file is None:
-            if len(self._open) >= _OPEN_FILES:
-                self._open.pop(next(iter(self._open))).close()
-            file = (self._folder / path).open("ab", buffering=0)
-        self._open[path] = file  # the least recently used comes first
-        return file
+    def _hand_over(self, note: Callable[[list[int]], None]) -> None:
+        crcs, self._crcs = self._crcs, []
+        note(crcs)
 
 
-def _split(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = []
-    size = 0
-    for entry in entries:
-        if not shards or (limit > 0 and size + entry.nbytes > limit):
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.nbytes
-    return shards
-
-
-def _header(entries: Sequence[Entry]) -> bytes:
-    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for entry in entries:
-        content[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [start, start + entry.nbytes],
-        }
-        start += entry.nbytes
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def _digest_of(path: Path) -> str:
+    digest, room = hashlib.sha256(), memoryview(bytearray(_READ))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(room):
+            digest.update(room[:count])
+    return digest.hexdigest()

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mergekit_ext.flexmerge.shards import Entry, ShardWriter
+from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
 from mergekit_ext.headers import read_safetensors
+from mergekit_ext.planned import Entry
+from mergekit_ext.ranks import Ranks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 KEY = ("dense", ("a", "b"))
@@ -23,13 +25,20 @@ def entries(tensors):
     return [Entry.of(name, t.dtype, t.shape) for name, t in tensors.items()]
 
 
-def written(folder, sets, limit=0):
+def begun(folder, sets, limit=0, whole=True):
     folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, {key: entries(tensors) for key, tensors in sets.items()}, limit)
+    declared = {key: entries(tensors) for key, tensors in sets.items()}
+    writer = ShardWriter(folder, planned_shards(declared, limit), whole=whole)
+    writer.create()
+    return writer
+
+
+def written(folder, sets, limit=0):
+    writer = begun(folder, sets, limit)
     for key, tensors in sets.items():
         for name, tensor in tensors.items():
             writer.write(key, name, tensor)
-    return writer.finish(), writer
+    return writer.finish(Ranks()), writer
 
 
 def test_any_reader_reads_them(tmp_path):
@@ -102,39 +111,64 @@ def test_many_sets_are_open_at_once(tmp_path):
     }
     sets = {k: {n: t.float() for n, t in v.items()} for k, v in sets.items()}
     folder = tmp_path / "out"
-    folder.mkdir()
-    writer = ShardWriter(folder, {k: entries(v) for k, v in sets.items()}, 0)
+    writer = begun(folder, sets)
     for name in ("x", "y"):  # back and forth between all of them
         for key, tensors in sets.items():
             writer.write(key, name, tensors[name])
-    for file in writer.finish():
+    for file in writer.finish(Ranks()):
         content = load_file(folder / file.path)
         assert torch.equal(content["x"], sets[file.kind, file.tasks]["x"])
         assert torch.equal(content["y"], sets[file.kind, file.tasks]["y"])
         assert file.sha256 == hashlib.sha256((folder / file.path).read_bytes()).hexdigest()
 
 
-def test_what_was_not_declared_or_is_missing(tmp_path):
-    tensors = {"x": torch.ones(3), "y": torch.ones(2)}
-
-    def fresh(name):
-        (tmp_path / name).mkdir()
-        return ShardWriter(tmp_path / name, {KEY: entries(tensors)}, 0)
-
-    writer = fresh("order")
-    with pytest.raises(AssertionError, match="y"):
-        writer.write(KEY, "y", tensors["y"])
-    writer.close()
-    writer = fresh("size")
+def test_what_was_not_declared(tmp_path):
+    writer = begun(tmp_path / "size", {KEY: {"x": torch.ones(3)}})
     with pytest.raises(AssertionError, match="x"):
         writer.write(KEY, "x", torch.ones(3, dtype=torch.float16))
-    writer.close()
-    writer = fresh("missing")
-    writer.write(KEY, "x", tensors["x"])
-    with pytest.raises(AssertionError, match="lacks y"):
-        writer.finish()
+    with pytest.raises(KeyError):
+        writer.write(KEY, "y", torch.ones(3))
     writer.close()
     writer.close()  # as an exception's `finally` may
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_any_order_gives_the_same_files_and_digests(whole, tmp_path):
+    tensors = {"x": torch.ones(3), "none": torch.zeros(0), "y": torch.ones(2)}
+    outs = []
+    for names in (["x", "none", "y"], ["y", "x", "none"], ["x", "y", "none"]):
+        writer = begun(tmp_path / "-".join(names), {KEY: tensors}, whole=whole)
+        for name in names:
+            writer.write(KEY, name, tensors[name])
+        outs.append(writer.finish(Ranks()))
+    assert outs[0] == outs[1] == outs[2]
+    assert outs[0] == written(tmp_path / "again", {KEY: tensors})[0]
+
+
+def test_sums_are_of_what_lies_there(tmp_path):
+    tensors = {"x": torch.ones(3), "y": torch.ones(2)}
+    writer = begun(tmp_path / "out", {KEY: tensors})
+    found, planned = [], [(KEY, entry) for entry in entries(tensors)]
+    for name, tensor in tensors.items():
+        writer.write(KEY, name, tensor)
+        writer.done(found.append)
+    writer.wait()
+    (one,), (two,) = found
+    assert writer.holds(planned, [one, two])
+    assert not writer.holds(planned, [one, one])
+    assert not writer.holds(planned, [one])
+    path = tmp_path / "out" / "shards" / "dense-00001.safetensors"
+    stray = path.with_name("dense-00002.safetensors")
+    stray.write_text("of a larger plan")
+    writer.create()  # again: what is written stays, what is no shard goes
+    assert writer.holds(planned, [one, two])
+    assert not stray.exists()
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    assert writer.holds(planned[:1], [one])
+    assert not writer.holds(planned, [one, two])
+    writer.close()
 
 
 def test_kinds_are_numbered_apart(tmp_path):

@@ -15,11 +15,12 @@ from mergekit_ext.flexmerge.algorithms import ALGORITHMS
 from mergekit_ext.flexmerge.algorithms.base import Parameters
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.checkpoint import Checkpoint
+from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, Manifest
 from mergekit_ext.flexmerge.plan import Dendrograms, Plan, Storage, StoredGroup
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.target import Target
-from mergekit_ext.flexmerge.writer import Order, Provenance, write_checkpoint
+from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from tests.flexmerge.inputs import family, reader
 from tests.reference import flexmerge as naive
 

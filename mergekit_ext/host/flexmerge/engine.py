@@ -22,10 +22,11 @@ from mergekit_ext.events import (
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
+from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import Manifest
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner, StoredGroup
-from mergekit_ext.flexmerge.writer import Order, Provenance, write_checkpoint
+from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.flexmerge.parameters import for_manifest
 from mergekit_ext.host.flexmerge.prepare import DEFAULT_SEED, Prepared
 from mergekit_ext.host.flexmerge.sources import Inputs
