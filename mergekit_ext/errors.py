@@ -84,6 +84,32 @@ class MergeError(MergekitExtError, ValueError):
     """A tensor cannot be merged as asked. The merge stops and leaves no output."""
 
 
+class RankError(MergekitExtError, RuntimeError):
+    """Another process of this merge has stopped, or cannot be reached: this one stops too.
+
+    Attributes:
+        rank: which one.
+        reason: what it said, or what is known.
+        resumable: whether what was finished may be used when the same merge starts again.
+    """
+
+    def __init__(self, rank: int, reason: str, resumable: bool = True):
+        self.rank, self.reason, self.resumable = rank, reason, resumable
+        super().__init__(f"rank {rank} stopped: {reason}")
+
+    def __reduce__(self) -> tuple[type[RankError], tuple[int, str, bool]]:
+        return type(self), (self.rank, self.reason, self.resumable)
+
+
+class StoppedError(MergekitExtError, RuntimeError):
+    """The machine stopped the merge: a full disk, an input that is gone, no memory.
+
+    Raised from the error that says it. What is finished is kept for the same merge to go on with.
+    """
+
+    resumable = True
+
+
 class HostVersionError(MergekitExtError, RuntimeError):
     """The installed mergekit lacks something that the plugin relies on."""
 

@@ -6,7 +6,8 @@ One process is the ordinary case: `current()` is then `Ranks()`, whose every ans
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -68,3 +69,13 @@ _current: list[Ranks] = [Ranks()]
 def current() -> Ranks:
     """The processes that this one works with."""
     return _current[-1]
+
+
+@contextmanager
+def joined(ranks: Ranks) -> Iterator[None]:
+    """Inside, `ranks` is what `current` returns."""
+    _current.append(ranks)
+    try:
+        yield
+    finally:
+        _current.remove(ranks)

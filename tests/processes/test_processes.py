@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch.distributed as distributed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_ext.errors import ConfigError, MergeError, RankError
+from mergekit_ext.launch import launched, launched_size, own_device
+from mergekit_ext.processes import Processes
+from mergekit_ext.ranks import Ranks, current
+from tests.processes.launching import ROOT, by_hand, torchrun
+
+TOY = ROOT / "tests/processes/toy.py"
+
+
+@given(st.lists(st.integers(0, 1000)), st.integers(1, 8))
+def test_shares_are_balanced_within_the_largest_piece(sizes, processes):
+    ranks = Ranks()
+    ranks.size = processes
+    owners = ranks.share(sizes)
+    loads = [0] * processes
+    for owner, size in zip(owners, sizes, strict=True):
+        loads[owner] += size
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+    assert sum(loads) == sum(sizes)
+    assert owners == ranks.share(list(sizes))
+
+
+def together(work, size=2):
+    """Run `work` in `size` threads that see each other as processes; what each returned."""
+    store = distributed.HashStore()
+    found = [None] * size
+
+    def run(rank):
+        ranks = Processes(store, rank, size)
+        ranks.open()
+        try:
+            found[rank] = work(ranks)
+        except BaseException as error:
+            found[rank] = error
+            ranks.close(error)
+        else:
+            ranks.close()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_values_of_all_come_to_all_in_order():
+    found = together(lambda us: [us.gather((us.rank, turn)) for turn in range(3)], size=3)
+    assert found == [[[(rank, turn) for rank in range(3)] for turn in range(3)]] * 3
+
+
+def test_what_the_main_process_makes_is_made_once():
+    made = []
+
+    def work(us):
+        return us.from_main(lambda: made.append(us.rank) or "made")
+
+    assert together(work) == ["made", "made"] and made == [0]
+
+
+def test_an_error_of_one_stops_the_others_with_its_reason():
+    def work(us):
+        if us.rank == 1:
+            raise MergeError("no such thing")
+        us.wait()
+
+    main, other, third = together(work, size=3)
+    assert isinstance(other, MergeError)
+    for heard in (main, third):
+        assert isinstance(heard, RankError)
+        assert str(heard) == "rank 1 stopped: no such thing" and not heard.resumable
+
+
+def test_an_error_of_the_main_process_while_others_wait_for_what_it_makes():
+    def work(us):
+        return us.from_main(lambda: 1 / 0)
+
+    main, other = together(work)
+    assert isinstance(main, ZeroDivisionError)
+    assert str(other) == "rank 0 stopped: ZeroDivisionError: division by zero" and other.resumable
+
+
+def test_who_gives_no_sign_of_life_is_named(monkeypatch):
+    monkeypatch.setattr("mergekit_ext.processes._LAST_SIGN", 0.2)
+    monkeypatch.setattr("mergekit_ext.processes._BEAT", 0.1)
+    ranks = Processes(distributed.HashStore(), 0, 2)
+    ranks.open()
+    with pytest.raises(RankError, match="rank 1 stopped: no sign of life"):
+        ranks.wait()
+    ranks._closing.set()
+
+
+def test_two_processes_talk_and_end_well():
+    done = torchrun(TOY, "talk")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_reaches_a_process_that_is_busy():
+    done = torchrun(TOY, "fail")
+    assert done.returncode != 0
+    assert "own: [Errno 28]" in done.stderr
+    assert "heard: rank 1 stopped: OSError: [Errno 28]" in done.stderr
+
+
+def test_a_killed_process_stops_the_other_without_a_launcher():
+    pairs = [by_hand(TOY, "die", VICTIM=str(victim)) for victim in (0, 1)]
+    for victim, pair in enumerate(pairs):
+        messages = [process.communicate(timeout=60)[1] for process in pair]
+        assert pair[victim].returncode == -9
+        assert pair[1 - victim].returncode == 3
+        assert f"heard: rank {victim} stopped: " in messages[1 - victim]
+
+
+def test_without_a_launcher_a_process_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with launched() as us:
+        assert us is current() and us.size == 1
+    assert own_device("cuda:3") == "cuda:3"
+
+
+@pytest.mark.parametrize("found", ["many", "0", "-1"])
+def test_a_world_of_no_size_is_refused(monkeypatch, found):
+    monkeypatch.setenv("WORLD_SIZE", found)
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        launched_size()
+
+
+def test_a_world_without_a_place_to_meet_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="MASTER_ADDR"), launched():
+        pass
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert own_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="cuda:1"):
+        own_device("cuda:1")
