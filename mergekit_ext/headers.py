@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +28,12 @@ BITS = {
 }
 # The format's own limit, which keeps a hostile length from filling the memory.
 _LARGEST_HEADER = 100_000_000
+# One entry a tensor: a model of 100,000 tensors takes some 10 MB.
+_LARGEST_INDEX = 64 << 20
+# As far as torch counts.
+_MOST_DIMENSIONS = 64
+_LONGEST_NAME = 200
+_MOST_ELEMENTS = 2**63 - 1
 # Where mergekit looks, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -63,7 +71,7 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
     """Read and verify the header of one safetensors file."""
     name = str(path)
     try:
-        size = path.stat().st_size
+        size = _regular(path).st_size
         with path.open("rb") as file:
             start = file.read(8)
             if len(start) < 8:
@@ -76,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
                     "a header inside of the file",
                 )
             raw = file.read(length)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise HeaderError(name, f"an error ({error})", "a readable file") from error
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats)
@@ -114,7 +122,7 @@ def read_folder(folder: Path) -> dict[str, TensorHeader]:
         if missing:
             raise HeaderError(
                 str(folder / shard),
-                f"no tensor {missing[0]} ({len(missing)} are missing)",
+                f"no tensor {name_shown(missing[0])} ({len(missing)} are missing)",
                 f"all {len(listed)} tensors that {weights.name} places there",
             )
         found |= {tensor: tensors[tensor] for tensor in listed}
@@ -140,6 +148,7 @@ def read_pickle(path: Path) -> dict[str, TensorHeader]:
     import torch
 
     try:
+        _regular(path)
         # Neither code nor weights are loaded: mmap leaves the storages on disk.
         state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds; its message is kept
@@ -174,28 +183,61 @@ def dtype_name(dtype: Any) -> str:
 def read_index(path: Path) -> dict[str, str]:
     """The tensors of an index and the shard of each, verified to stay inside of the folder."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = content["weight_map"]
+        if (size := _regular(path).st_size) > _LARGEST_INDEX:
+            raise ValueError(f"{size:,} bytes, more than {_LARGEST_INDEX:,}")
+        text = path.read_text(encoding="utf-8")
+        weight_map = json.loads(text, object_pairs_hook=_no_repeats)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HeaderError(
             str(path), f"an index that cannot be read ({error!r})", "JSON with a `weight_map`"
         ) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(str(path), "an empty `weight_map`", "a file name for every tensor")
-    for shard in sorted({str(value) for value in weight_map.values()}):
+    if not all(_is_unicode(item) for pair in weight_map.items() for item in pair):
+        raise HeaderError(str(path), "names that are no texts", "a file name for every tensor")
+    for shard in sorted(set(weight_map.values())):
         posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
         if posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts:
             raise HeaderError(
                 str(path),
-                f"the shard {shard!r}, outside of the model's folder",
+                f"the shard {name_shown(shard)}, outside of the model's folder",
                 "file names inside of it",
                 "Do not use this model unless you know who wrote the index.",
             )
-        if not (path.parent / shard).is_file():
+        if not _is_file(path.parent / shard):
             raise HeaderError(
-                str(path), f"the shard {shard!r}, which does not exist", "every shard in the folder"
+                str(path),
+                f"the shard {name_shown(shard)}, which does not exist",
+                "every shard in the folder",
             )
-    return {str(tensor): str(shard) for tensor, shard in weight_map.items()}
+    return weight_map
+
+
+def name_shown(name: str) -> str:
+    """A stranger's name as a message shows it: short, and without control characters."""
+    if len(name) > _LONGEST_NAME:
+        return f"{name[:_LONGEST_NAME]!a}... ({len(name):,} characters)"
+    return name if name.isprintable() else f"{name!a}"
+
+
+def _is_unicode(text: object) -> bool:
+    """Whether it is a text without half of a surrogate pair, which no output can hold."""
+    return isinstance(text, str) and text.encode("utf-8", "replace").decode() == text
+
+
+def _regular(path: Path) -> os.stat_result:
+    """The state of a file; opening a pipe would wait for its other end."""
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError("not a regular file")
+    return state
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links
+        return False
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -212,30 +254,42 @@ def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> dict[
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        shown = name_shown(name)
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            sound = _is_unicode(name) and isinstance(dtype, str)
+            sound = sound and all(
+                type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in (*shape, begin, end)
+            )
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
             raise HeaderError(
-                file, f"a malformed entry for {name}", "a dtype, a shape and two data offsets"
+                file, f"a malformed entry for {shown}", "a dtype, a shape and two data offsets"
             )
         if dtype not in BITS:
             raise HeaderError(
-                file, f"the unknown dtype {dtype!r} of {name}", f"one of {', '.join(sorted(BITS))}"
+                file,
+                f"the unknown dtype {dtype[:80]!r} of {shown}",
+                f"one of {', '.join(sorted(BITS))}",
+            )
+        if len(shape) > _MOST_DIMENSIONS or math.prod(shape) > _MOST_ELEMENTS:
+            raise HeaderError(
+                file,
+                f"{shown} of {len(shape)} dimensions, or of more elements than 64 bits count",
+                f"{_MOST_DIMENSIONS} dimensions at most, and fewer elements",
             )
         if not begin <= end <= size:
             raise HeaderError(
                 file,
-                f"{name} at bytes {begin} to {end} of {size} bytes of data",
+                f"{shown} at bytes {begin} to {end} of {size} bytes of data",
                 "offsets inside of the file (it may be truncated)",
             )
         if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
             raise HeaderError(
                 file,
-                f"{end - begin} bytes for {name}",
+                f"{end - begin} bytes for {shown}",
                 f"{math.prod(shape) * BITS[dtype] // 8} for {dtype} of shape {list(shape)}",
             )
         found[name] = TensorHeader(name, dtype, shape, end - begin, path, start + begin)
@@ -244,7 +298,7 @@ def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> dict[
     for begin, end, name in sorted(ranges):
         if begin != position:
             what = "overlapping the tensor before it" if begin < position else "after a gap"
-            raise HeaderError(file, f"{name} {what}", "tensors that follow each other")
+            raise HeaderError(file, f"{name_shown(name)} {what}", "tensors that follow each other")
         position = end
     if position != size:
         raise HeaderError(file, f"{size} bytes of data", f"{position}, the end of the last tensor")

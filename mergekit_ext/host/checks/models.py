@@ -18,6 +18,7 @@ from mergekit_ext.host.checks.adapters import (
     near,
     note_unused,
 )
+from mergekit_ext.host.checks.configuration import unreadable
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
 
@@ -159,6 +160,10 @@ def _missing_folder(path: str, where: str, findings: Findings) -> None:
 
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:
+    folder = Path(reference.model.path)
+    if folder.is_dir() and (wrong := unreadable(folder)) is not None:
+        findings.problem(where, *wrong, "Mend config.json, or download it again.")
+        return None
     try:
         config = reference.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:  # transformers raises many kinds; its message is kept

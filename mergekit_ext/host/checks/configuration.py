@@ -1,0 +1,50 @@
+"""config.json of a model, before transformers and mergekit make something of it.
+
+Both go through its layers and experts one by one, some classes already when they are made: a count
+of 10^12 would fill the memory before anything is compared with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "config.json"
+_LARGEST = 64 << 20
+_COUNT = re.compile(r"(^|_)(num|n)(_.*)?(layer|expert|head|block|label|group)|_layers$|^layers$")
+_MOST = 100_000
+
+
+def unreadable(folder: Path) -> tuple[str, str] | None:
+    """What keeps a model's config.json from being read: what was found, and what is expected."""
+    path = folder / FILE_NAME
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            return f"{path} of {size:,} bytes", f"{_LARGEST:,} at most"
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path}, which is not JSON ({error})", "a model's configuration"
+    if not isinstance(content, dict):
+        return f"{path}, which is no JSON object", "a model's configuration"
+    for name, value in _numbers(content):
+        if _COUNT.search(name) and not 0 <= value <= _MOST:
+            shown = str(value) if abs(value) < 2**63 else "more than 64 bits"
+            return f"{name} of {shown} in {path}", f"0 to {_MOST:,}"
+    return None
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Whole numbers, and the keys that they stand under."""
+    inner = [(name, value)]
+    while inner:
+        name, item = inner.pop()
+        if isinstance(item, dict):
+            inner += item.items()
+        elif isinstance(item, list):
+            inner += [(name, each) for each in item]
+        elif type(item) is int:
+            yield name, item
