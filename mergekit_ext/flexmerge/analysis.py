@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,16 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import NonFiniteError
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, deltas_of
+from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
 from mergekit_ext.flexmerge.algorithms.trimming import trimmed_deltas
-from mergekit_ext.flexmerge.layout import Layout
+from mergekit_ext.flexmerge.layout import BlockLayout, Layout
+from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.kernels.numerics import compute_dtype, count_non_finite
-from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
+from mergekit_ext.flexmerge.trim_search import Counts, TrimSearch, widest
+from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.similarity import Gram, cosines
-from mergekit_ext.kernels.ties import kept
+from mergekit_ext.ranks import Ranks
 
-# More than any model has: a model's cut keeps every entry at its edge.
-ALL_TIES = 1 << 62
 # Told the name of each block that is done.
 Progress = Callable[[str], None]
 
@@ -52,16 +52,16 @@ def passes(layout: Layout, densities: Sequence[float] | None) -> int:
     """How many times `analyse` reads the inputs."""
     if densities is None or all(density >= 1 for density in densities):
         return 1
-    parts = [part for block in layout.blocks for part in block.parts]
-    stored = {dtype for part in parts for dtype in (part.base_dtype, *part.dtypes)}
     # Sixteen bits of the threshold a pass (`kernels.selection`), the first with the products.
-    return 4 if torch.float64 in stored else 2
+    return widest(layout).itemsize // 2
 
 
 def analyse(
     reader: BlockReader,
     densities: Sequence[float] | None = None,
     progress: Progress = lambda name: None,
+    notes: Notes | None = None,
+    ranks: Ranks | None = None,
 ) -> Analysis:
     """Measure every block.
 
@@ -69,31 +69,34 @@ def analyse(
         reader: reads blocks of the base and the models.
         densities: for each task the share of its whole model that trimming keeps; None for no
             trimming. Exact, which takes one pass more over the inputs (three in float64).
-        progress: called after each block of each pass.
+        progress: called after each block of each pass, in the process that did it.
+        notes: what is measured already. Their subject is what the inputs are.
+        ranks: the processes that share out the blocks, all of which call this.
 
     Raises:
         NonFiniteError: an input holds NaN or infinity.
     """
+    notes, ranks = notes or Notes(), ranks or Ranks()
     layout = reader.layout
+    blocks = own_blocks(layout, ranks)
     grams: dict[str, Tensor] = {}
-    counter = _Counter(layout, densities)
-    for block in layout.blocks:
-        data = reader.read(block)
-        gram = Gram(len(layout.tasks))
-        gram.add(list(data.models.values()), data.base)
-        if not bool(torch.isfinite(gram.value).all()):
-            raise_non_finite(data, layout)
-        grams[block.name] = gram.value
-        counter.add(data)
+    search = TrimSearch(layout, densities)
+    for block in blocks:
+        ranks.check()
+        visit = _Visit(reader, block, notes)
+        grams[block.name] = visit.gram()
+        if not search.done:
+            search.add(visit.counts(search, densities or ()))
         progress(block.name)
-    counter.advance()
-    while not counter.done:
-        for block in layout.blocks:
-            counter.add(reader.read(block))
+    search.advance(ranks)
+    while not search.done:
+        for block in blocks:
+            ranks.check()
+            search.add(_Visit(reader, block, notes).counts(search, densities or ()))
             progress(block.name)
-        counter.advance()
-    cuts = {} if densities is None else {tuple(densities): counter.cuts}
-    return Analysis(layout.tasks, grams, cuts)
+        search.advance(ranks)
+    cuts = {} if densities is None else {tuple(densities): search.cuts}
+    return Analysis(layout.tasks, gathered(grams, layout, ranks), cuts)
 
 
 def trimmed_grams(
@@ -101,16 +104,80 @@ def trimmed_grams(
     algorithm: Algorithm,
     cuts: Cuts | None,
     progress: Progress = lambda name: None,
+    notes: Notes | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
-    """Inner products of trimmed task vectors (`similarity_on: trimmed`)."""
+    """Inner products of trimmed task vectors (`similarity_on: trimmed`).
+
+    Arguments as of `analyse`; the subject of `notes` says how they are trimmed, too.
+    """
+    notes, ranks = notes or Notes(), ranks or Ranks()
     members = range(len(reader.layout.tasks))
     grams = {}
-    for block in reader.layout.blocks:
-        gram = Gram(len(members))
-        gram.add(trimmed_deltas(reader.read(block), members, algorithm, cuts))
-        grams[block.name] = gram.value
+    for block in own_blocks(reader.layout, ranks):
+        ranks.check()
+        rows = notes.found("trimmed gram", block.name)
+        if rows is None:
+            gram = Gram(len(members))
+            gram.add(trimmed_deltas(reader.read(block), members, algorithm, cuts))
+            rows = gram.value.tolist()
+            notes.add("trimmed gram", block.name, rows)
+        grams[block.name] = torch.tensor(rows, dtype=torch.float64)
         progress(block.name)
-    return grams
+    return gathered(grams, reader.layout, ranks)
+
+
+def own_blocks(layout: Layout, ranks: Ranks) -> list[BlockLayout]:
+    """The blocks that this process measures."""
+    tasks = range(len(layout.tasks))
+    owners = ranks.share([block.bytes(tasks) for block in layout.blocks])
+    return [b for b, owner in zip(layout.blocks, owners, strict=True) if owner == ranks.rank]
+
+
+def gathered(grams: Mapping[str, Tensor], layout: Layout, ranks: Ranks) -> dict[str, Tensor]:
+    """Those of all processes, in the order of the blocks."""
+    found = {name: gram for part in ranks.gather(grams) for name, gram in part.items()}
+    return {block.name: found[block.name] for block in layout.blocks}
+
+
+class _Visit:
+    """One block in one pass: read if something of it is not noted yet."""
+
+    def __init__(self, reader: BlockReader, block: BlockLayout, notes: Notes):
+        self._reader, self._block, self._notes = reader, block, notes
+        self._read: BlockData | None = None
+
+    def gram(self) -> Tensor:
+        """Inner products of the block's task vectors.
+
+        Raises:
+            NonFiniteError: an input is not finite.
+        """
+        rows = self._notes.found("gram", self._block.name)
+        if rows is not None:
+            return torch.tensor(rows, dtype=torch.float64)
+        gram = Gram(len(self._reader.layout.tasks))
+        gram.add(list(self._data.models.values()), self._data.base)
+        if not bool(torch.isfinite(gram.value).all()):
+            raise_non_finite(self._data, self._reader.layout)
+        self._notes.add("gram", self._block.name, gram.value.tolist())
+        return gram.value
+
+    def counts(self, search: TrimSearch, densities: Sequence[float]) -> Counts:
+        """What `search` counts in this pass. After the first it depends on the densities."""
+        told = list(densities) if search.passes else [density < 1 for density in densities]
+        key = json.dumps([self._block.name, search.passes, told])
+        found: Counts | None = self._notes.found("counts", key)
+        if found is None:
+            found = search.count(self._data)
+            self._notes.add("counts", key, found)
+        return found
+
+    @property
+    def _data(self) -> BlockData:
+        if self._read is None:
+            self._read = self._reader.read(self._block)
+        return self._read
 
 
 def raise_non_finite(data: BlockData, layout: Layout) -> None:
@@ -129,45 +196,3 @@ def raise_non_finite(data: BlockData, layout: Layout) -> None:
     raise NonFiniteError(
         data.layout.name, "(differences of all)", data.layout.size, data.layout.size
     )
-
-
-class _Counter:
-    """Finds what trimming keeps of each whole model, a digit a pass."""
-
-    def __init__(self, layout: Layout, densities: Sequence[float] | None):
-        size = sum(block.size for block in layout.blocks)
-        self._size = size
-        self._densities = densities or ()
-        self._searches: list[CutSearch | None] = []
-
-    def add(self, data: BlockData) -> None:
-        if not self._densities:
-            return
-        dtype = compute_dtype([data.base, *data.models.values()])
-        if not self._searches:
-            self._searches = [
-                CutSearch(kept(density, self._size), dtype) if density < 1 else None
-                for density in self._densities
-            ]
-        for member, search in enumerate(self._searches):
-            if search is not None and not search.done:
-                (delta,) = deltas_of(data, [member])
-                search.add(delta)
-
-    def advance(self) -> None:
-        for search in self._searches:
-            if search is not None and not search.done:
-                search.advance()
-
-    @property
-    def done(self) -> bool:
-        return all(search is None or search.done for search in self._searches)
-
-    @property
-    def cuts(self) -> Cuts:
-        # All entries of the magnitude at the edge are kept, as in the authors' code: which of
-        # them come first would depend on the order of the blocks.
-        return [
-            EVERYTHING if search is None else Cut(search.cut.pattern, ALL_TIES)
-            for search in self._searches
-        ]

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.flexmerge.analysis import ALL_TIES, Analysis
+from mergekit_ext.flexmerge.analysis import Analysis
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import Source
+from mergekit_ext.flexmerge.trim_search import ALL_TIES
 from mergekit_ext.headers import TensorHeader
 from mergekit_ext.kernels.selection import EVERYTHING, Cut
 

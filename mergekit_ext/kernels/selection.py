@@ -52,7 +52,13 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
 
 class CutSearch:
     """`cut_for` for whom a pass over the pieces is dear: feed each pass with `add`, end it with
-    `advance`, until `done`."""
+    `advance`, until `done`. Pieces may be counted elsewhere: `count` there, `take` here.
+
+    Attributes:
+        bins: how many counters a pass has.
+    """
+
+    bins = 1 << _DIGIT
 
     def __init__(self, keep: int, dtype: torch.dtype):
         self._wanted, self._prefix = keep, 0
@@ -71,12 +77,24 @@ class CutSearch:
 
     def add(self, piece: Tensor) -> None:
         """Count one piece of this pass; flat, of the search's dtype."""
+        self.take(self.count(piece))
+
+    def count(self, piece: Tensor) -> Tensor:
+        """How many entries of a piece fall into each of the pass's `bins`; int64."""
         bits = patterns(piece)
         leading = bits >> self._shift
         if self._shift != self._first:
             leading = leading[(leading >> _DIGIT) == self._prefix] & ((1 << _DIGIT) - 1)
-        found = torch.bincount(leading, minlength=1 << _DIGIT)
-        self._counts = found if self._counts is None else self._counts.add_(found)
+        return torch.bincount(leading, minlength=self.bins)
+
+    def take(self, counts: Tensor) -> None:
+        """Add what `count` found, here or elsewhere; the search's own from then on."""
+        self._counts = counts if self._counts is None else self._counts.add_(counts)
+
+    @property
+    def taken(self) -> Tensor:
+        """The sum of what this pass has been given so far."""
+        return torch.zeros(self.bins, dtype=torch.int64) if self._counts is None else self._counts
 
     def advance(self) -> None:
         """End a pass: one digit more of the cut is known."""
