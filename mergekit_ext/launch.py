@@ -17,6 +17,7 @@ from mergekit_ext.ranks import Ranks
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MEETING = timedelta(minutes=5)
+_ENDED = "the launcher ended it (SIGTERM), as it does when another process dies"
 
 
 def launched_size() -> int:
@@ -38,6 +39,33 @@ def launched_size() -> int:
     return int(found)
 
 
+def require_one(command: str) -> bool:
+    """Refuse several processes for a command that does not share its work out.
+
+    Returns:
+        whether to go on: no process but the first has anything to do or say.
+
+    Raises:
+        ConfigError: in the first process, if there are others.
+    """
+    size = launched_size()
+    if size == 1 or ranks.current().size == size:
+        return True
+    if is_first():
+        remedy = (
+            "Start it alone, or merge with several: torchrun --nproc_per_node N -m mergekit_ext "
+            "merge CONFIG OUT."
+        )
+        found = f"{size} processes for {command}"
+        raise ConfigError([Problem("WORLD_SIZE", found, "one process", remedy)], "this command")
+    return False
+
+
+def is_first() -> bool:
+    """Whether this process is the one of all launched ones that speaks for them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def launched() -> Iterator[Ranks]:
     """Inside, this process works with the others that were launched; all end together.
@@ -57,6 +85,8 @@ def launched() -> Iterator[Ranks]:
         try:
             yield processes
         except BaseException as error:
+            # The launcher ends all when the first has gone; this one has its reason to tell.
+            _ignore_signal()
             with suppress(RankError):
                 processes.close(error)
             raise
@@ -64,22 +94,20 @@ def launched() -> Iterator[Ranks]:
 
 
 def own_device(device: str) -> str:
-    """The device of this process, for `device` as the user names it: ``cuda`` is one GPU each.
+    """The device of this process, for ``cuda`` or another kind of which each takes its own.
 
-    Raises:
-        ConfigError: the user names one GPU for all processes.
+    It becomes the kind's current device. A kind that is not here stays as it is.
     """
-    kind, _, number = device.partition(":")
-    if launched_size() == 1 or kind == "cpu":
-        return device
-    if number:
-        remedy = f"Write {kind}: every process takes a device of its own."
-        raise ConfigError([Problem("--device", device, f"{kind}, with several processes", remedy)])
     import torch
 
-    count = getattr(torch, kind).device_count()
-    # Without a device the merge says so itself, as it does for one process.
-    return f"{kind}:{int(os.environ['LOCAL_RANK']) % count}" if count else device
+    if device == "cpu":
+        return device
+    kind = getattr(torch, device, None)
+    if kind is None or not kind.device_count():
+        return device
+    number = int(os.environ["LOCAL_RANK"]) % kind.device_count()
+    kind.set_device(number)
+    return f"{device}:{number}"
 
 
 @contextmanager
@@ -104,18 +132,26 @@ def _stopped_by_signal(processes: Processes) -> Iterator[None]:
     """Launchers send SIGTERM to all when one has died, perhaps before anybody asked for news."""
 
     def stop(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it ends in good order
         failure = None
         with suppress(RankError):
             failure = processes.failure()
-        reason = "the launcher ended it (SIGTERM), as it does when another process dies"
-        raise failure or RankError(processes.rank, reason)
+        if failure is not None and failure.rank == processes.rank:
+            return  # on its way out
+        _ignore_signal()
+        raise failure or RankError(processes.rank, _ENDED)
 
-    if threading.current_thread() is not threading.main_thread():
+    if not _may_handle_signals():
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def _ignore_signal() -> None:
+    if _may_handle_signals():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _may_handle_signals() -> bool:
+    return threading.current_thread() is threading.main_thread()

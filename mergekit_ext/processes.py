@@ -111,7 +111,7 @@ class Processes(Ranks):
     def check(self) -> None:
         if time.monotonic() - self._checked < _BETWEEN_CHECKS:
             return
-        if (failure := self.failure()) is not None:
+        if (failure := self.failure()) is not None and failure.rank != self.rank:
             raise failure
         if self._silent is not None:
             raise self._silent
@@ -152,11 +152,10 @@ class Processes(Ranks):
         self._ask("compare_set", _FAILURE, "", told)
 
     def failure(self) -> RankError | None:
-        """What another process has told with `fail`, if one has."""
+        """What the first process to fail has told, this one or another; None without one."""
         if not self._ask("check", [_FAILURE]):
             return None
-        rank, reason, resumable = json.loads(self._ask("get", _FAILURE))
-        return None if rank == self.rank else RankError(rank, reason, resumable)
+        return RankError(*json.loads(self._ask("get", _FAILURE)))
 
     def _next_turn(self) -> int:
         self._turn += 1

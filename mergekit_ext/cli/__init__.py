@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.launch import require_one
+
 # Loaded when asked for: mergekit takes seconds to import, and `--help` should not.
 _COMMANDS = {
     "analyze": ("mergekit_ext.cli.analyze", "Measure how alike the models of a FlexMerge are."),
@@ -18,6 +21,7 @@ _COMMANDS = {
     "merge": ("mergekit_ext.cli.merge", "Merge, as mergekit-yaml does, with the methods known."),
     "sizes": ("mergekit_ext.cli.sizes", "Merge at many sizes, and score each."),
 }
+_SHARED_OUT = {"merge"}
 
 
 class LazyGroup(click.Group):
@@ -40,5 +44,15 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup)
 @click.version_option(package_name="mergekit-ext")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """NAN, LoRE-Merging and FlexMerge for mergekit."""
+    command = context.invoked_subcommand
+    if command in _SHARED_OUT:
+        return
+    try:
+        alone = require_one(f"mergekit-ext {command}")
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    if not alone:
+        context.exit()

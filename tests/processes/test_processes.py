@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 import torch.distributed as distributed
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,7 +125,17 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with launched() as us:
         assert us is current() and us.size == 1
-    assert own_device("cuda:3") == "cuda:3"
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for rank, expected in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert own_device("cuda") == expected
+    assert taken == [0, 1, 0]
+    assert own_device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("found", ["many", "0", "-1"])
@@ -140,12 +151,3 @@ def test_a_world_without_a_place_to_meet_is_refused(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="MASTER_ADDR"), launched():
         pass
-
-
-def test_one_gpu_for_all_processes_is_refused(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert own_device("cpu") == "cpu"
-    with pytest.raises(ConfigError, match="cuda:1"):
-        own_device("cuda:1")
