@@ -37,6 +37,7 @@ def merge(
     options: "Any" = None,
     *,
     callbacks: "Iterable[object]" = (),
+    restart: bool = False,
 ) -> None:
     """Merge as ``mergekit-yaml`` does, checked first and with callbacks.
 
@@ -47,14 +48,17 @@ def merge(
         options: a ``mergekit.options.MergeOptions``; by default mergekit's defaults.
         callbacks: objects with methods of `mergekit_ext.events.MergeCallback`, beside the
             progress bar, which `options.quiet` switches off.
+        restart: start over where an earlier merge into `out_path` was stopped, instead of going
+            on with what it had finished.
 
     Raises:
         ConfigError: something is wrong with the configuration or the inputs; nothing was read
             but configurations and headers, nothing was written.
         NonFiniteError: an input holds NaN or infinity; nothing was written.
+        StoppedError: a full disk, an input that is gone, no memory; what is finished is kept.
         TypeError: a callback is a class, or has none of those methods; nothing was written.
     """
     from mergekit_ext.host.run import merge as run
 
     register()
-    run(config, out_path, options, callbacks=callbacks)
+    run(config, out_path, options, callbacks=callbacks, restart=restart)

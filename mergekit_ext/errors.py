@@ -9,6 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_SHORT, _LONG = 1_000, 10_000
+
+
+def printable(text: str, longest: int = _SHORT) -> str:
+    """A text that may hold a stranger's names, for people to read: cut, and on one line.
+
+    Control characters would move a terminal's cursor, or pass for messages of ours.
+    """
+    if len(text) > longest:
+        text = f"{text[:longest]}... ({len(text):,} characters)"
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -28,8 +42,9 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.where}: found {self.found}; expected {self.expected}."
-        return f"{text} {self.remedy}" if self.remedy else text
+        where, found = printable(self.where), printable(self.found)
+        text = f"{where}: found {found}; expected {printable(self.expected, _LONG)}."
+        return f"{text} {printable(self.remedy, _LONG)}" if self.remedy else text
 
 
 class MergekitExtError(Exception):
@@ -74,7 +89,7 @@ class NonFiniteError(MergekitExtError, ValueError):
         self.tensor, self.model, self.count, self.size = tensor, model, count, size
         values = "values" if count != 1 else "value"
         super().__init__(
-            f"{tensor} of model {model}: found {count} non-finite {values} "
+            f"{printable(tensor)} of model {model}: found {count} non-finite {values} "
             f"among {size}; expected finite weights. Check that checkpoint (a diverged training "
             "run or a float16 overflow leaves such values) or take it out of the merge."
         )

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 _LOCK = ".lock"
+_IDENTITY = "identity.json"
+_UNKNOWN = ("",)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A hidden folder to write in.
+
+    Attributes:
+        path: the folder.
+        taken_over: whether an earlier process with the same identity has worked in it.
+        changed: otherwise, in which parts of their identities what was left of an earlier
+            process differs; empty if nothing was left.
+    """
+
+    path: Path
+    taken_over: bool = False
+    changed: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -24,20 +44,53 @@ def hidden_room(target: Path, beside: Path) -> Iterator[Path]:
     of earlier runs with the same target that nobody holds go when the next one starts. The lock
     may not be seen from other machines, so their folders, which bear their names, are left alone.
     """
-    prefix = _prefix(target)
-    for place in {beside, target.parent}:
-        for left in place.glob(f"{glob.escape(prefix)}*-incomplete"):
-            _remove_if_left(left)
-    room = Path(tempfile.mkdtemp(prefix=prefix, suffix="-incomplete", dir=beside))
-    lock = os.open(room / "new", os.O_RDWR | os.O_CREAT, 0o600)
+    for left, lock in _left(target, beside):
+        _remove(left, lock)
+    room, lock = _new(target, beside)
     try:
-        _locked(lock)
-        # Only now: another process that found the file first would take the room for a left one.
-        (room / "new").rename(room / _LOCK)
         yield room
     finally:
-        shutil.rmtree(room, ignore_errors=True)
-        os.close(lock)
+        _remove(room, lock)
+
+
+@contextmanager
+def lasting_room(
+    target: Path,
+    beside: Path,
+    identity: Mapping[str, str],
+    keeps: Callable[[BaseException], bool],
+    restart: bool = False,
+) -> Iterator[Room]:
+    """Like `hidden_room`, but a process with the same identity goes on in what another has left.
+
+    Args:
+        target: what the folder will become.
+        beside: where it is made.
+        identity: whatever decides the output, by names that a user understands.
+        keeps: whether the folder stays after an error, for the next one to go on in.
+        restart: remove what is left, whatever its identity.
+    """
+    taken: tuple[Path, int] | None = None
+    changed: tuple[str, ...] = ()
+    for left, lock in _left(target, beside):
+        differs = _differences(left, identity)
+        if taken is None and not (differs or restart) and left.parent == beside:
+            taken = left, lock
+        else:
+            changed = changed or (() if differs == _UNKNOWN else differs)
+            _remove(left, lock)
+    room, lock = taken or _new(target, beside)
+    try:
+        if taken is None:
+            (room / _IDENTITY).write_text(json.dumps(dict(identity)), encoding="utf-8")
+        yield Room(room, taken is not None, () if taken or restart else changed)
+    except BaseException as error:
+        if keeps(error):
+            os.close(lock)
+        else:
+            _remove(room, lock)
+        raise
+    _remove(room, lock)
 
 
 def _prefix(target: Path) -> str:
@@ -46,16 +99,50 @@ def _prefix(target: Path) -> str:
     return f".{target.name[:40]}-{host[:40]}-"
 
 
-def _remove_if_left(room: Path) -> None:
+def _new(target: Path, beside: Path) -> tuple[Path, int]:
+    room = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix="-incomplete", dir=beside))
+    lock = os.open(room / "new", os.O_RDWR | os.O_CREAT, 0o600)
+    _locked(lock)
+    # Only now: another process that found the file first would take the room for a left one.
+    (room / "new").rename(room / _LOCK)
+    return room, lock
+
+
+def _left(target: Path, beside: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of earlier runs that nobody holds, locked."""
+    for place in sorted({beside, target.parent}):
+        for room in sorted(place.glob(f"{glob.escape(_prefix(target))}*-incomplete")):
+            try:
+                lock = os.open(room / _LOCK, os.O_RDWR)
+            except OSError:  # somebody else's, or so new that it has no lock yet
+                continue
+            if _locked(lock) and _same(lock, room / _LOCK):
+                yield room, lock
+            else:
+                os.close(lock)
+
+
+def _same(lock: int, path: Path) -> bool:
+    """Whether the file has not been removed, by whoever held it, before it was locked here."""
     try:
-        lock = os.open(room / _LOCK, os.O_RDWR)
-    except OSError:  # somebody else's, or so new that it has no lock yet
-        return
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except OSError:
+        return False
+
+
+def _remove(room: Path, lock: int) -> None:
+    shutil.rmtree(room, ignore_errors=True)
+    os.close(lock)
+
+
+def _differences(room: Path, identity: Mapping[str, str]) -> tuple[str, ...]:
     try:
-        if _locked(lock):
-            shutil.rmtree(room, ignore_errors=True)
-    finally:
-        os.close(lock)
+        found = json.loads((room / _IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):  # of something that cannot go on, or killed at once
+        return _UNKNOWN
+    return tuple(key for key in {**identity, **found} if found.get(key) != identity.get(key))
 
 
 def _locked(lock: int) -> bool:

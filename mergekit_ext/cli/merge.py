@@ -6,8 +6,9 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ext
+from mergekit_ext import ranks
+from mergekit_ext.cli.shared import shared_out
 from mergekit_ext.events import JsonLines
-from mergekit_ext.host.run import for_commands
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -18,17 +19,22 @@ from mergekit_ext.host.run import for_commands
     type=click.Path(dir_okay=False),
     help="Append what happens to this file, one JSON object a line",
 )
+@click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
 @add_merge_options  # type: ignore[untyped-decorator]
-def merge(merge_options: MergeOptions, config_file: str, out_path: str, events: str | None) -> None:
+def merge(
+    merge_options: MergeOptions, config_file: str, out_path: str, events: str | None, restart: bool
+) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
     Takes every merge method and every flag of mergekit-yaml. The configuration and the headers of
-    the inputs are checked first; the output appears when it is complete.
+    the inputs are checked first; the output appears when it is complete. Where the same merge was
+    stopped before, it goes on. Several processes, started with torchrun or accelerate launch,
+    share the work.
     """
     merge_options.apply_global_options()
-    try:
-        callbacks = [JsonLines(events)] if events else []
-    except OSError as error:
-        raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
-    with for_commands():
-        mergekit_ext.merge(config_file, out_path, merge_options, callbacks=callbacks)
+    with shared_out(merge_options) as options:
+        try:
+            callbacks = [JsonLines(events)] if events and ranks.current().is_main else []
+        except OSError as error:
+            raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
+        mergekit_ext.merge(config_file, out_path, options, callbacks=callbacks, restart=restart)

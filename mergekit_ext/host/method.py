@@ -125,7 +125,14 @@ class ExtMethod(MergeMethod):
 
 
 class WholeModelMethod(ExtMethod):
-    """A merge method that does not go tensor by tensor through mergekit's planner and executor."""
+    """A merge method that does not go tensor by tensor through mergekit's planner and executor.
+
+    Attributes:
+        resumes: whether `write` goes on with what the session's journal says is finished; the
+            folder is then as an earlier merge has left it.
+    """
+
+    resumes = False
 
     @abstractmethod
     def prepare(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,27 +18,18 @@ from pydantic import ValidationError
 
 from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
-from mergekit_ext.events import (
-    Dispatcher,
-    JsonLines,
-    MergeEnd,
-    ProgressBar,
-    ShardWritten,
-)
 from mergekit_ext.host import compat
-from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
 from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
-from mergekit_ext.host.method import ExtMethod, WholeModelMethod
+from mergekit_ext.host.identity import identity
+from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
-from mergekit_ext.host.session import Session
-from mergekit_ext.host.staging import output_problems, shards, staged
-from mergekit_ext.report.card import append_section
-from mergekit_ext.report.merge_report import write_report
+from mergekit_ext.host.output import output
+from mergekit_ext.host.staging import output_problems
 
-EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
+RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 
 
 class CommandError(click.ClickException):
@@ -54,6 +44,7 @@ def merge(
     options: MergeOptions | None = None,
     *,
     callbacks: Iterable[object] = (),
+    restart: bool = False,
     config_source: str | None = None,
 ) -> None:
     """Merge; see `mergekit_ext.merge`."""
@@ -65,7 +56,7 @@ def merge(
         config_source = text if "\n" in text else text_of(Path(text))
         config = parsed(config_source, options)
     stock = getattr(host.run_merge, "stock", host.run_merge)
-    _merge(stock, config, os.fspath(out_path), options, config_source, callbacks)
+    _merge(stock, config, os.fspath(out_path), options, config_source, callbacks, restart)
 
 
 def parsed(source: str, options: MergeOptions) -> MergeConfiguration:
@@ -148,6 +139,7 @@ def _merge(
     options: MergeOptions,
     config_source: str | None,
     callbacks: Iterable[object],
+    restart: bool = False,
 ) -> None:
     compat.clear_loaders()
     # The libraries' million objects outlive the merge: planning, which makes many small ones,
@@ -174,7 +166,11 @@ def _merge(
         _warn_of_cache(models, options)
         source = config_source or config.to_yaml()
         quiet = options.model_copy(update={"quiet": True})
-        with output(options, out_path, None if whole else method, callbacks) as folder:
+        restart = restart or os.environ.get(RESTART_VARIABLE) == "1"
+        resumes = whole.resumes if whole else options.safe_serialization
+        parts = identity(source, options, models) if resumes else None
+        reports = None if whole else method
+        with output(options, out_path, reports, callbacks, source, parts, restart) as folder:
             if whole:
                 whole.write(prepared, config, folder, options, source)
             else:
@@ -189,71 +185,6 @@ def require(problems: Sequence[Problem]) -> None:
     """Raise one error with all `problems`, if there are any."""
     if problems:
         raise ConfigError(problems)
-
-
-@contextmanager
-def output(
-    options: MergeOptions,
-    out_path: str,
-    method: ExtMethod | None,
-    callbacks: Iterable[object],
-    source: str = "",
-) -> Iterator[Path]:
-    """Yield the folder to merge into; then report, put it in its place, and tell who listens.
-
-    Args:
-        options: mergekit's; `quiet` switches the progress bar off.
-        out_path: the folder that the output becomes.
-        method: the method that reports; None for mergekit's own.
-        callbacks: beside the progress bar and what the environment asks for.
-        source: the text of the configuration.
-    """
-    session = Session(Dispatcher(_listeners(options, callbacks)), out_path, source)
-    try:
-        with sessions.active(session):
-            with compat.local_cards(), staged(out_path) as folder:
-                yield folder
-                if method is not None:
-                    _describe(folder, method, session)
-            for shard in shards(Path(out_path)):
-                session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
-            session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
-            if method is not None:
-                # After the output stands: a warning that is an error must not cost the merge.
-                session.warn(method.warnings(session.records))
-    finally:
-        session.close()
-
-
-@contextmanager
-def listening(
-    options: MergeOptions, callbacks: Iterable[object], out_path: str = ""
-) -> Iterator[Session]:
-    """A session with the progress bar, `callbacks` and what the environment asks for."""
-    session = Session(Dispatcher(_listeners(options, callbacks)), out_path)
-    try:
-        with sessions.active(session):
-            yield session
-    finally:
-        session.close()
-
-
-def _listeners(options: MergeOptions, callbacks: Iterable[object]) -> list[object]:
-    listeners: list[object] = [] if options.quiet else [ProgressBar()]
-    listeners.extend(callbacks)
-    if path := os.environ.get(EVENTS_VARIABLE):
-        try:
-            listeners.append(JsonLines(path))
-        except OSError as error:
-            problem = Problem(EVENTS_VARIABLE, f"{path} ({error.strerror})", "a file to append to")
-            raise ConfigError([problem]) from None
-    return listeners
-
-
-def _describe(folder: Path, method: ExtMethod, session: Session) -> None:
-    details = {record.name: record.details for record in session.records}
-    write_report(folder, method.spec.name, details)
-    append_section(folder / "README.md", method.summary(session.records))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from mergekit_ext.host.adapters.extension import file_with_adapter, set_up_files
 from mergekit_ext.host.checks import check_flat
 from mergekit_ext.host.checks.flat import adapter_problems
 from mergekit_ext.host.methods import ext_method
-from mergekit_ext.host.run import for_commands, output, require
+from mergekit_ext.host.output import output
+from mergekit_ext.host.run import for_commands, require
 from mergekit_ext.host.staging import output_problems
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask

@@ -7,16 +7,31 @@ returns its session.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mergekit_ext import ranks
 from mergekit_ext.errors import MergeWarning
-from mergekit_ext.events import Dispatcher, Event
+from mergekit_ext.events import (
+    BlockMerged,
+    Dispatcher,
+    Event,
+    SolverIteration,
+    TensorMeasured,
+    TensorMerged,
+)
+from mergekit_ext.journal import Journal
+from mergekit_ext.planned import Entry
+
+# What every process of a merge has its own of; the rest is said once, by the main one.
+_SHARED_OUT = (BlockMerged, SolverIteration, TensorMeasured, TensorMerged)
 
 
 @dataclass(frozen=True)
@@ -29,11 +44,27 @@ class TensorRecord:
 
 
 class Session:
-    """Listeners and records of one merge."""
+    """Listeners and records of one merge.
+
+    Attributes:
+        output: the folder that the output becomes.
+        source: the text of the configuration.
+        quiet: whether `say` says nothing.
+        room: the hidden folder of the output, the same in all processes; None for merges that
+            cannot be gone on with.
+        journal: what is finished of it; None without a room.
+        predicted: the output's tensors as far as headers tell; None for those they do not tell.
+        order: the names of the output's tensors, in which `records` come.
+    """
 
     def __init__(self, dispatcher: Dispatcher | None = None, output: str = "", source: str = ""):
         self.output = output
         self.source = source
+        self.quiet = True
+        self.room: Path | None = None
+        self.journal: Journal | None = None
+        self.predicted: Mapping[str, Entry | None] = {}
+        self.order: Sequence[str] = ()
         self.started = time.perf_counter()
         self._dispatcher = dispatcher or Dispatcher()
         self._lock = threading.Lock()
@@ -42,17 +73,36 @@ class Session:
 
     def close(self) -> None:
         """Let the listeners close their files and bars."""
+        if self.journal is not None:
+            self.journal.close()
         self._dispatcher.close()
+
+    def say(self, line: str) -> None:
+        """Tell who watches the command something in passing."""
+        if not self.quiet and ranks.current().is_main:
+            print(line, file=sys.stderr)
 
     def warn(self, found: Iterable[MergeWarning]) -> None:
         """Issue warnings, one of each kind: a thousand tensors are one reason."""
+        if not ranks.current().is_main:
+            return
         for warning in found:
             if type(warning) not in self._warned:
                 self._warned.add(type(warning))
                 warnings.warn(warning, stacklevel=3)
 
     def emit(self, event: Event) -> None:
-        self._dispatcher.emit(event)
+        """Tell the listeners, who are in the main process."""
+        if ranks.current().is_main:
+            self.relay()
+            self._dispatcher.emit(event)
+        elif isinstance(event, _SHARED_OUT):
+            ranks.current().post(event)
+
+    def relay(self) -> None:
+        """Tell the listeners what other processes have sent since the last time."""
+        for event in ranks.current().received():
+            self._dispatcher.emit(event)
 
     def record(self, record: TensorRecord) -> None:
         """Keep what a method reports; a method that wraps another adds to what that one said."""
@@ -67,7 +117,9 @@ class Session:
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
-        return tuple(self._records.values())
+        """In the order of the output, whatever the order of the work."""
+        names = {name: None for name in (*self.order, *self._records) if name in self._records}
+        return tuple(self._records[name] for name in names)
 
 
 _active: list[Session] = []

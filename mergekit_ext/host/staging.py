@@ -6,13 +6,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mergekit_ext.errors import Problem
+import torch
+
+from mergekit_ext.errors import MergekitExtError, Problem
 from mergekit_ext.flexmerge.manifest import SHARDS
-from mergekit_ext.rooms import hidden_room
+from mergekit_ext.rooms import Room, hidden_room, lasting_room
 
 # The files that a merge writes, and no others: a folder may hold more than one model's files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
@@ -63,15 +65,55 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     merge, its weights give way to the new ones; other files of the same name are replaced, and the
     rest stays. What is there stays loadable, or becomes incomplete, but is never a mixture.
     """
+    target, beside = _place(out_path)
+    with hidden_room(target, beside) as room:
+        written = written_in(room, out_path)
+        yield written
+        _put(written, target)
+
+
+@contextmanager
+def resumable(
+    out_path: str | os.PathLike[str], identity: Mapping[str, str], restart: bool
+) -> Iterator[Room]:
+    """Like `staged`, but what is finished stays when the machine or the user stops the merge.
+
+    The next one with the same identity gets the same room, as it was left; one with another, or
+    with `restart`, removes it. `written_in` is the folder in it that becomes `out_path`.
+    """
+    target, beside = _place(out_path)
+    with lasting_room(target, beside, identity, keeps_finished, restart) as room:
+        written = written_in(room.path, out_path)
+        yield room
+        _put(written, target)
+
+
+def keeps_finished(error: BaseException) -> bool:
+    """Whether a merge that was stopped by `error` can be gone on with.
+
+    The machine or the user stopped it, and not what is in a file, which would do so again.
+    """
+    if isinstance(error, MergekitExtError):
+        return bool(getattr(error, "resumable", False))
+    return isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) or not isinstance(
+        error, Exception
+    )
+
+
+def written_in(room: Path, out_path: str | os.PathLike[str]) -> Path:
+    """The folder in a room that becomes `out_path`, whose name it has."""
+    written = room / Path(out_path).resolve().name
+    written.mkdir(exist_ok=True)
+    return written
+
+
+def _place(out_path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The output's folder, and where it is written."""
     target = Path(out_path).resolve()
     # On the file system of the output, which may be a mount point, so that renaming is enough.
     beside = target if target.exists() else target.parent
     beside.mkdir(parents=True, exist_ok=True)
-    with hidden_room(target, beside) as room:
-        written = room / target.name
-        written.mkdir()
-        yield written
-        _put(written, target)
+    return target, beside
 
 
 def _put(written: Path, target: Path) -> None:

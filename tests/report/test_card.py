@@ -72,6 +72,7 @@ def test_append_section(tmp_path):
 
 
 def test_write_report(tmp_path):
-    write_report(tmp_path, "nan", {"x": {"scale": 1.0}})
+    write_report(tmp_path, "nan", {"x": {"scale": 1.0}}, seed=0)
     content = json.loads((tmp_path / REPORT_NAME).read_text())
-    assert content == {"format_version": 1, "method": "nan", "tensors": {"x": {"scale": 1.0}}}
+    tensors = {"x": {"scale": 1.0}}
+    assert content == {"format_version": 1, "method": "nan", "seed": 0, "tensors": tensors}

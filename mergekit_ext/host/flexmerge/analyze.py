@@ -20,7 +20,7 @@ from mergekit_ext.host.flexmerge.curve import (
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.sources import open_inputs
 from mergekit_ext.host.flexmerge.variants import variant
-from mergekit_ext.host.run import listening
+from mergekit_ext.host.output import listening
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report import plotting
 from mergekit_ext.report.similarity import (

@@ -17,7 +17,8 @@ from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.host import compat
 from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
 from mergekit_ext.host.flexmerge.sizes import Tracer
-from mergekit_ext.host.run import listening, parsed, require
+from mergekit_ext.host.output import listening
+from mergekit_ext.host.run import parsed, require
 from mergekit_ext.host.staging import output_problems
 from mergekit_ext.report.curve import (
     Scores,

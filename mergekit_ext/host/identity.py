@@ -1,0 +1,55 @@
+"""What decides an output: a merge that was killed is gone on with only if all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.host.adapters.switch import VARIABLE as ADAPTERS_VARIABLE
+from mergekit_ext.host.checks.hub import cached_folder
+
+# What says how a merge runs and is shown, and nothing about its result.
+_NO_EFFECT = {"quiet", "verbosity", "num_threads", "async_write", "write_threads", "lazy_unpickle"}
+_PACKAGES = ("mergekit-ext", "mergekit", "torch")
+_PROSE = {".md"}
+
+
+def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]:
+    """The parts of a merge's identity, by names that a user understands.
+
+    Args:
+        source: the text of the configuration.
+        options: mergekit's.
+        models: every model that is read, as mergekit's references. Local ones are known by the
+            length and the time of change of their files, those of the Hub by their commit.
+    """
+    given = {k: v for k, v in options.model_dump().items() if k not in _NO_EFFECT}
+    parts = [part for model in models for part in (model.model, model.lora) if part is not None]
+    inputs = sorted({(part.path, part.revision or "") for part in parts})
+    return {
+        "configuration": _digest(source),
+        "options": _digest(given, os.environ.get(ADAPTERS_VARIABLE, "")),
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES),
+        **{f"input {path}": _input(path, at, options) for path, at in inputs},
+    }
+
+
+def _input(path: str, revision: str, options: Any) -> str:
+    folder = Path(path)
+    if folder.is_dir():
+        # Stories about a model may be rewritten while it is merged.
+        kept = [f for f in folder.iterdir() if f.is_file() and f.suffix not in _PROSE]
+        files = sorted((f.name, f.stat()) for f in kept if not f.name.startswith("."))
+        return _digest([(name, found.st_size, found.st_mtime_ns) for name, found in files])
+    snapshot = cached_folder(path, revision or None, "config.json", options.transformers_cache)
+    return _digest(str(snapshot), revision)
+
+
+def _digest(*values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
