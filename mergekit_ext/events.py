@@ -20,6 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+from mergekit_ext.hooks import require_hooks
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -140,6 +142,7 @@ EVENTS: tuple[type[Event], ...] = (
     ShardWritten,
     MergeEnd,
 )
+MERGE_HOOKS = {kind.handler: ("event",) for kind in EVENTS}
 
 
 class MergeCallback:
@@ -164,13 +167,14 @@ class Dispatcher:
     """Sends each event to every callback that has a method for it, one event at a time.
 
     Raises:
-        TypeError: one of `callbacks` is a class, or has no method of the protocol.
+        TypeError: one of `callbacks` is a class, has no method of the protocol, or one that cannot
+            be called with its event.
     """
 
     def __init__(self, callbacks: Iterable[object] = ()):
         self._callbacks = list(callbacks)
         for callback in self._callbacks:
-            _require_callback(callback)
+            require_hooks(callback, MERGE_HOOKS, "callbacks")
         # mergekit's multi-GPU executor runs tasks in threads.
         self._lock = threading.RLock()
         self._handlers: dict[str, list[Callable[[Event], None]]] = {
@@ -193,15 +197,6 @@ class Dispatcher:
             for callback in reversed(self._callbacks):
                 if (close := getattr(callback, "close", None)) is not None:
                     stack.callback(close)
-
-
-def _require_callback(callback: object) -> None:
-    if isinstance(callback, type):
-        name = callback.__name__
-        raise TypeError(f"callbacks: found the class {name}; expected an object of it: {name}().")
-    if not any(hasattr(callback, kind.handler) for kind in EVENTS):
-        wanted = ", ".join(kind.handler for kind in EVENTS)
-        raise TypeError(f"callbacks: found {callback!r}; expected some of the methods {wanted}.")
 
 
 class ProgressBar(MergeCallback):

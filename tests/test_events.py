@@ -48,10 +48,13 @@ def test_every_event_has_a_method_of_the_protocol():
 
 def test_every_event_is_documented():
     text = (Path(__file__).parents[1] / "docs/callbacks.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:6] == "| `on_"]
+    documented = {row[0].strip("`"): row[1:] for row in rows}
     for kind in events.EVENTS:
-        assert f"`{kind.handler}`" in text
+        fires, fields = documented[kind.handler]
+        assert len(fires.split()) > 2
         for field in dataclasses.fields(kind):
-            assert f"`{field.name}`" in text, f"{kind.__name__}.{field.name}"
+            assert f"`{field.name}`" in fields, f"{kind.__name__}.{field.name}"
 
 
 def test_dispatch_reaches_whoever_has_the_method():
@@ -79,6 +82,18 @@ def test_what_is_no_callback_is_refused():
     for other in (3, object(), Misspelt(), print):
         with pytest.raises(TypeError, match="expected some of the methods on_merge_begin"):
             Dispatcher([other])
+
+
+def test_a_method_that_cannot_take_its_event_is_refused_before_the_merge():
+    class Late:
+        def on_merge_begin(self, event, more=None): ...
+
+        def on_merge_end(self): ...
+
+    with pytest.raises(TypeError, match=r"found Late.on_merge_end .*expected on_merge_end\(event"):
+        Dispatcher([Late()])
+    Late.on_merge_end = print  # says nothing about its arguments that would exclude it
+    Dispatcher([Late()])
 
 
 def test_a_callback_can_stop_the_merge():

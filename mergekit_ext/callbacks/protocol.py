@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_ext.events import EVENTS, MergeCallback
+from mergekit_ext.events import MERGE_HOOKS, MergeCallback
+from mergekit_ext.hooks import require_hooks
 
 TRAINING_HOOKS: tuple[str, ...] = (
     "on_train_begin",
@@ -51,15 +53,13 @@ def require_training_callback(callback: object) -> None:
     """Refuse what cannot be called while training.
 
     Raises:
-        TypeError: `callback` is a class, or has none of the methods in `TRAINING_HOOKS`.
+        TypeError: `callback` is a class, has none of the methods in `TRAINING_HOOKS`, or one that
+            does not take its arguments.
     """
-    if isinstance(callback, type):
-        name = callback.__name__
-        raise TypeError(f"callback: found the class {name}; expected an object of it: {name}().")
-    if not any(hasattr(callback, hook) for hook in TRAINING_HOOKS):
-        wanted = ", ".join(TRAINING_HOOKS)
-        merges = any(hasattr(callback, kind.handler) for kind in EVENTS)
-        only = ", which only listens to merges" if merges else ""
-        raise TypeError(
-            f"callback: found {callback!r}{only}; expected some of the methods {wanted}."
-        )
+    hooks = {
+        hook: tuple(inspect.signature(getattr(Callback, hook)).parameters)[1:]
+        for hook in TRAINING_HOOKS
+    }
+    merges = any(hasattr(callback, hook) for hook in MERGE_HOOKS)
+    only = ", which only listens to merges" if merges else ""
+    require_hooks(callback, hooks, "callback", only)
