@@ -32,7 +32,6 @@ _LARGEST_HEADER = 100_000_000
 _LARGEST_INDEX = 64 << 20
 # As far as torch counts.
 _MOST_DIMENSIONS = 64
-_LONGEST_NAME = 200
 _MOST_ELEMENTS = 2**63 - 1
 # Where mergekit looks, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -122,7 +121,7 @@ def read_folder(folder: Path) -> dict[str, TensorHeader]:
         if missing:
             raise HeaderError(
                 str(folder / shard),
-                f"no tensor {name_shown(missing[0])} ({len(missing)} are missing)",
+                f"no tensor {missing[0]} ({len(missing)} are missing)",
                 f"all {len(listed)} tensors that {weights.name} places there",
             )
         found |= {tensor: tensors[tensor] for tensor in listed}
@@ -200,24 +199,17 @@ def read_index(path: Path) -> dict[str, str]:
         if posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts:
             raise HeaderError(
                 str(path),
-                f"the shard {name_shown(shard)}, outside of the model's folder",
+                f"the shard {shard!r}, outside of the model's folder",
                 "file names inside of it",
                 "Do not use this model unless you know who wrote the index.",
             )
         if not _is_file(path.parent / shard):
             raise HeaderError(
                 str(path),
-                f"the shard {name_shown(shard)}, which does not exist",
+                f"the shard {shard!r}, which does not exist",
                 "every shard in the folder",
             )
     return weight_map
-
-
-def name_shown(name: str) -> str:
-    """A stranger's name as a message shows it: short, and without control characters."""
-    if len(name) > _LONGEST_NAME:
-        return f"{name[:_LONGEST_NAME]!a}... ({len(name):,} characters)"
-    return name if name.isprintable() else f"{name!a}"
 
 
 def _is_unicode(text: object) -> bool:
@@ -254,7 +246,6 @@ def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> dict[
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        shown = name_shown(name)
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
@@ -266,30 +257,30 @@ def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> dict[
             sound = False
         if not sound:
             raise HeaderError(
-                file, f"a malformed entry for {shown}", "a dtype, a shape and two data offsets"
+                file, f"a malformed entry for {name}", "a dtype, a shape and two data offsets"
             )
         if dtype not in BITS:
             raise HeaderError(
                 file,
-                f"the unknown dtype {dtype[:80]!r} of {shown}",
+                f"the unknown dtype {dtype[:80]!r} of {name}",
                 f"one of {', '.join(sorted(BITS))}",
             )
         if len(shape) > _MOST_DIMENSIONS or math.prod(shape) > _MOST_ELEMENTS:
             raise HeaderError(
                 file,
-                f"{shown} of {len(shape)} dimensions, or of more elements than 64 bits count",
+                f"{name} of {len(shape)} dimensions, or of more elements than 64 bits count",
                 f"{_MOST_DIMENSIONS} dimensions at most, and fewer elements",
             )
         if not begin <= end <= size:
             raise HeaderError(
                 file,
-                f"{shown} at bytes {begin} to {end} of {size} bytes of data",
+                f"{name} at bytes {begin} to {end} of {size} bytes of data",
                 "offsets inside of the file (it may be truncated)",
             )
         if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
             raise HeaderError(
                 file,
-                f"{end - begin} bytes for {shown}",
+                f"{end - begin} bytes for {name}",
                 f"{math.prod(shape) * BITS[dtype] // 8} for {dtype} of shape {list(shape)}",
             )
         found[name] = TensorHeader(name, dtype, shape, end - begin, path, start + begin)
@@ -298,7 +289,7 @@ def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> dict[
     for begin, end, name in sorted(ranges):
         if begin != position:
             what = "overlapping the tensor before it" if begin < position else "after a gap"
-            raise HeaderError(file, f"{name_shown(name)} {what}", "tensors that follow each other")
+            raise HeaderError(file, f"{name} {what}", "tensors that follow each other")
         position = end
     if position != size:
         raise HeaderError(file, f"{size} bytes of data", f"{position}, the end of the last tensor")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_ext.errors import printable
+
 if TYPE_CHECKING:
     from mergekit_ext.host.checks import CheckReport, Estimate
 
@@ -97,7 +99,7 @@ def _as_text(name: str | None, report: CheckReport) -> str:
         lines += _estimate(report.estimate)
     if report.notes:
         lines.append("Notes:")
-        lines += [f"  - {note}" for note in report.notes]
+        lines += [f"  - {printable(note)}" for note in report.notes]
     return "\n".join(lines)
 
 
