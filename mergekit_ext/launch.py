@@ -49,7 +49,7 @@ def require_one(command: str) -> bool:
         ConfigError: in the first process, if there are others.
     """
     size = launched_size()
-    if size == 1 or ranks.current().size == size:
+    if size == 1 or ranks.current().size > 1:
         return True
     if is_first():
         remedy = (

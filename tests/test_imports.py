@@ -65,6 +65,7 @@ ALLOWED = {
         "documents",
         "headers",
         "journal",
+        "launch",
         "planned",
         "ranks",
         "rooms",

@@ -26,7 +26,7 @@ def shared_out(options: MergeOptions) -> Iterator[MergeOptions]:
     The main process alone shows progress, warnings and what became of the others. They show one
     thing: their own error, if it ended the merge.
     """
-    with for_commands(), _one_voice(), launched() as us:
+    with for_commands(shared=True), _one_voice(), launched() as us:
         us.from_main(lambda: _require_shareable(options))
         if us.size == 1:
             yield options
@@ -74,7 +74,8 @@ def _one_voice() -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except RankError:
+        except (RankError, ConfigError):
+            # The main process says it: it hears of errors, and reads the same configuration.
             raise click.exceptions.Exit(_EXIT_PROBLEMS) from None
         except (MergekitExtError, click.ClickException):
             raise

@@ -16,6 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
+from mergekit_ext import ranks
 from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import compat
@@ -23,11 +24,13 @@ from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
 from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.processes import sharing_problems
 from mergekit_ext.host.identity import identity
 from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
 from mergekit_ext.host.staging import output_problems
+from mergekit_ext.launch import require_one
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 
@@ -161,8 +164,12 @@ def _merge(
         place = [
             *output_problems(out_path, inputs),
             *(whole.output_problems(out_path) if whole else ()),
+            *sharing_problems(config.merge_method, method, options),
         ]
-        require([*report.problems, *place])
+        problems = [*report.problems, *place]
+        # Every process finds the same; the main one says it.
+        ranks.current().from_main(lambda: require(problems))
+        require(problems)
         _warn_of_cache(models, options)
         source = config_source or config.to_yaml()
         quiet = options.model_copy(update={"quiet": True})
@@ -188,9 +195,13 @@ def require(problems: Sequence[Problem]) -> None:
 
 
 @contextmanager
-def for_commands() -> Iterator[None]:
-    """Inside a command, an error of ours is a message and exit code 2, not a traceback."""
-    if click.get_current_context(silent=True) is None:
+def for_commands(*, shared: bool = False) -> Iterator[None]:
+    """Inside a command, an error of ours is a message and exit code 2, not a traceback.
+
+    Several processes are refused unless the command's work is `shared` by them.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None:
         yield
         return
     shown = warnings.showwarning
@@ -203,6 +214,8 @@ def for_commands() -> Iterator[None]:
 
     warnings.showwarning = show
     try:
+        if not shared and not require_one(context.command_path):
+            raise click.exceptions.Exit(0)
         yield
     except MergekitExtError as error:
         raise CommandError(str(error)) from None
