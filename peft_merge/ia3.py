@@ -15,9 +15,9 @@ So no weights, whatever their sum, scale a module that no adapter has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,11 +25,10 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError, Problem
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.rules.base import Rule, Settings
+from peft_merge.rules.base import OnModule, OnModuleIteration, Rule, Settings
 from peft_merge.rules.seeds import generators
 
 Space = Literal["additive", "log"]
-OnModule = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ def merge_ia3(
     device: str | torch.device = "cpu",
     seed: int = 0,
     on_module: OnModule | None = None,
+    on_iteration: OnModuleIteration | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, VectorInfo], dict[str, dict[str, Any]]]:
     """Merge the vectors of every module that some adapter has.
 
@@ -68,6 +68,7 @@ def merge_ia3(
         device: where the rule runs; results lie there.
         seed: of random rules.
         on_module: called after each module with its name and report.
+        on_iteration: called after each iteration of a solver, as in `merge_lora`.
 
     Returns:
         The merged vectors in their stored shapes, what they are, and for each module a report:
@@ -89,7 +90,11 @@ def merge_ia3(
         info = replace(own[0], dtype=dtype or reduce(torch.promote_types, (i.dtype for i in own)))
         vectors_in = changes(adapters, module, space=space, device=device)
         shape = (1, len(vectors_in[0]))
-        call = resolve(module).call(shape, generators(seed, module, len(adapters)))
+        call = resolve(module).call(
+            shape,
+            generators(seed, module, len(adapters)),
+            None if on_iteration is None else partial(on_iteration, module),
+        )
         merged = rule.merge(vectors_in, call)
         vector = _SPACES[space].vector(merged.tensor.to(torch.float64)).to(info.dtype)
         if not bool(torch.isfinite(vector).all()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -16,15 +17,13 @@ from mergekit_ext.kernels.threads import in_turn
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
 from peft_merge.core_space import Factored
 from peft_merge.ranks import Rank
-from peft_merge.rules.base import Rule, Settings
+from peft_merge.rules.base import OnModule, OnModuleIteration, Rule, Settings
 from peft_merge.rules.seeds import generators
 from peft_merge.spaces import SPACES, Job
 from peft_merge.statistics import finite
 
 # Entries of a change that may be dense in every thread at once.
 _SMALL = 1 << 20
-
-OnModule = Callable[[str, Mapping[str, Any]], None]
 
 
 def merge_lora(
@@ -38,6 +37,7 @@ def merge_lora(
     device: str | torch.device = "cpu",
     seed: int = 0,
     on_module: OnModule | None = None,
+    on_iteration: OnModuleIteration | None = None,
 ) -> tuple[dict[str, Update], dict[str, ModuleInfo], dict[str, dict[str, Any]]]:
     r"""Merge every module that some adapter has; where another has none, its change is zero.
 
@@ -55,7 +55,9 @@ def merge_lora(
         dtype: of the results, cast to once; default: the factors' own, promoted where they differ.
         device: where to compute; results lie there.
         seed: of random rules.
-        on_module: called after each module with its name and report.
+        on_module: called after each module with its name and report, in order.
+        on_iteration: called after each iteration of a solver with the module's name, iteration,
+            objective and change; modules may be solved side by side in threads.
 
     Returns:
         The merged updates, of scale 1, balanced (the roots of the singular values on both sides);
@@ -73,7 +75,7 @@ def merge_lora(
     if problems:
         raise ConfigError(problems, "this merge of LoRAs")
     modules = _modules(adapters)
-    merge = partial(_merge_module, adapters, rule, resolve, space, rank, dtype, device, seed)
+    merge = _Merger(adapters, rule, resolve, space, rank, dtype, device, seed, on_iteration).merge
     side_by_side = small(adapters, rule, resolve, space)
     results = in_turn(merge, modules, torch.device(device)) if side_by_side else map(merge, modules)
     merged: dict[str, Update] = {}
@@ -102,45 +104,57 @@ def small(
     )
 
 
-def _merge_module(
-    adapters: Sequence[LoraAdapter],
-    rule: Rule,
-    resolve: Callable[[str], Settings],
-    space: str,
-    rank: Rank | None,
-    dtype: torch.dtype | None,
-    device: str | torch.device,
-    seed: int,
-    module: str,
-) -> tuple[Update, ModuleInfo, dict[str, Any]]:
-    own = _own(adapters, module)
-    like = next(iter(own.values()))
-    updates = [
-        finite(adapter.load(module), module, adapter.name) if module in adapter.infos else None
-        for adapter in adapters
-    ]
-    call = resolve(module).call(like.shape[1:], generators(seed, module, len(adapters)))
-    job = Job(updates, like.shape, rule, call, rank, device)
-    out = dtype or reduce(torch.promote_types, (info.dtype for info in own.values()))
-    try:
-        factored, details = SPACES[space](job)
-        bias = _bias(job, generators(seed, module, len(adapters), "bias"))
-        update = _update(factored, bias, out)
-    except MergeError as error:
-        raise MergeError(f"{module}: {error}") from error
-    info = dataclasses.replace(like, rank=factored.rank, bias=bias is not None, dtype=out)
-    return (
-        update,
-        info,
-        {
-            "shape": list(like.shape),
-            "rank": factored.rank,
-            "error": factored.error,
-            "adapters": len(own),
-            "singular_values_kept": _ends(factored.sigma),
-            **details,
-        },
-    )
+@dataclass(frozen=True)
+class _Merger:
+    """`merge_lora` of one module; the attributes are its arguments."""
+
+    adapters: Sequence[LoraAdapter]
+    rule: Rule
+    resolve: Callable[[str], Settings]
+    space: str
+    rank: Rank | None
+    dtype: torch.dtype | None
+    device: str | torch.device
+    seed: int
+    on_iteration: OnModuleIteration | None
+
+    def merge(self, module: str) -> tuple[Update, ModuleInfo, dict[str, Any]]:
+        """The update, what it is, and the report."""
+        own = _own(self.adapters, module)
+        like = next(iter(own.values()))
+        updates = [
+            finite(adapter.load(module), module, adapter.name) if module in adapter.infos else None
+            for adapter in self.adapters
+        ]
+        call = self.resolve(module).call(
+            like.shape[1:],
+            self._generators(module),
+            None if self.on_iteration is None else partial(self.on_iteration, module),
+        )
+        job = Job(updates, like.shape, self.rule, call, self.rank, self.device)
+        out = self.dtype or reduce(torch.promote_types, (info.dtype for info in own.values()))
+        try:
+            factored, details = SPACES[self.space](job)
+            bias = _bias(job, self._generators(module, "bias"))
+            update = _update(factored, bias, out)
+        except MergeError as error:
+            raise MergeError(f"{module}: {error}") from error
+        info = dataclasses.replace(like, rank=factored.rank, bias=bias is not None, dtype=out)
+        return (
+            update,
+            info,
+            {
+                "shape": list(like.shape),
+                "rank": factored.rank,
+                "error": factored.error,
+                "adapters": len(own),
+                "singular_values_kept": _ends(factored.sigma),
+                **details,
+            },
+        )
+
+    def _generators(self, module: str, *parts: str) -> Sequence[torch.Generator]:
+        return generators(self.seed, module, len(self.adapters), *parts)
 
 
 def _modules(adapters: Sequence[LoraAdapter]) -> list[str]:
@@ -163,7 +177,9 @@ def _bias(job: Job, generators: Sequence[torch.Generator]) -> Tensor | None:
         else update.scale * update.bias.to(job.device, torch.float64)
         for update in job.updates
     ]
-    call = dataclasses.replace(job.call, shape=(1, known.numel()), generators=generators)
+    call = dataclasses.replace(
+        job.call, shape=(1, known.numel()), generators=generators, on_iteration=None
+    )
     return job.rule.merge(changes, call).tensor
 
 

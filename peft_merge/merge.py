@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
+from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
@@ -277,6 +277,7 @@ def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
         "device": plan.device,
         "seed": plan.seed,
         "on_module": on_module,
+        "on_iteration": lambda *told: events.emit(SolverIteration(*told)),
     }
     adapter: Adapter
     if plan.kind == "lora":

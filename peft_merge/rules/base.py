@@ -20,6 +20,12 @@ from mergekit_ext.errors import MergeWarning, Problem
 # the caller's own, each time it is called.
 Pieces = Callable[[], Iterator[Tensor]]
 
+# What merges tell: a module's name and report; iteration, objective and change of a solver; the
+# same with the module's name first.
+OnModule = Callable[[str, Mapping[str, Any]], None]
+OnIteration = Callable[[int, float, float], None]
+OnModuleIteration = Callable[[str, int, float, float], None]
+
 REQUIRED: Any = object()
 
 
@@ -82,9 +88,14 @@ class Settings:
     options: Mapping[str, Any]
     each: Sequence[Mapping[str, Any]]
 
-    def call(self, shape: tuple[int, int], generators: Sequence[torch.Generator]) -> Call:
+    def call(
+        self,
+        shape: tuple[int, int],
+        generators: Sequence[torch.Generator],
+        on_iteration: OnIteration | None = None,
+    ) -> Call:
         """What a rule needs to merge one tensor."""
-        return Call(self.weights, self.options, self.each, shape, generators)
+        return Call(self.weights, self.options, self.each, shape, generators, on_iteration)
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ class Call:
         shape: (rows, columns) of the change itself, of which the tensors may be coordinates;
             (1, length) of a vector.
         generators: one for each tensor, seeded by module and adapter; on the CPU.
+        on_iteration: told of each iteration of an iterative rule.
     """
 
     weights: Sequence[float]
@@ -105,6 +117,7 @@ class Call:
     each: Sequence[Mapping[str, Any]]
     shape: tuple[int, int]
     generators: Sequence[torch.Generator]
+    on_iteration: OnIteration | None = None
 
 
 @dataclass(frozen=True)

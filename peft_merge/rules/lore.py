@@ -109,6 +109,7 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
         base=torch.zeros_like(matrices[0]) if known else None,
         lam=call.options["lambda"],
         weights=weights,
+        on_iteration=call.on_iteration,
         **_threshold(call, min(matrices[0].shape)),
         **{name: call.options[name] for name in _PASSED},
     )

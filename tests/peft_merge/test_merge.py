@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,21 @@ def test_events(tmp_path):
     assert (begin.method, begin.models, begin.unit) == ("nan", ("a", "b"), "module")
     assert begin.tensors == modules + whole
     assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", "ia3"])
+def test_iterations_of_a_solver_are_told(tmp_path, kind):
+    folders = [saved(KINDS[kind], tmp_path / name, i) for i, name in enumerate("abc")]
+    seen = Everything()
+    config = {
+        "merge_method": "lore",
+        "parameters": {"mu_relative": 0.2, "base": "estimated"},
+        "models": [{"model": str(folder)} for folder in folders],
+    }
+    run_config(config, tmp_path / "out", callbacks=[seen])
+    counts = Counter(e.tensor for e in seen.events if e.handler == "on_solver_iteration")
+    merged = {e.name: e.details for e in seen.events if e.handler == "on_tensor_merged"}
+    assert counts == {module: details["iterations"] for module, details in merged.items()}
 
 
 def test_a_callback_that_raises_leaves_nothing(tmp_path):
