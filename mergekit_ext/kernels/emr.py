@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.numerics import chunks
+from mergekit_ext.kernels.threads import in_threads
+
+_Sums = tuple[float, float]
 
 
 def unified(deltas: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -73,10 +76,17 @@ def rescale(delta: Sequence[Tensor], unified: Sequence[Tensor]) -> float:
     whole, left = 0.0, 0.0
     for part, common in zip(delta, unified, strict=True):
         flat, flat_common = part.reshape(-1), common.reshape(-1)
-        for chunk in chunks(flat):
-            piece, elected = flat[chunk], flat_common[chunk]
-            whole += float(piece.abs().sum(dtype=torch.float64))
-            left += float((elected.abs() * mask(piece, elected)).sum(dtype=torch.float64))
+
+        def sums(chunk: slice, flat: Tensor = flat, other: Tensor = flat_common) -> _Sums:
+            piece, elected = flat[chunk], other[chunk]
+            kept = elected.abs() * mask(piece, elected)
+            return (
+                float(piece.abs().sum(dtype=torch.float64)),
+                float(kept.sum(dtype=torch.float64)),
+            )
+
+        for own, elected in in_threads(sums, chunks(flat), flat.device):
+            whole, left = whole + own, left + elected
     if whole == 0.0:
         return 0.0
     return 1.0 if left == 0.0 else whole / left

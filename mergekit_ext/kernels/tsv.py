@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_ext.kernels.lore import LAYOUTS
 from mergekit_ext.kernels.numerics import all_finite, compute_dtype
 from mergekit_ext.kernels.svt import power_of_two
+from mergekit_ext.kernels.threads import in_threads
 
 # Directions whose singular value is below this share of the largest are rounding of the data.
 RESOLUTION = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -83,13 +84,16 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
 
 def _merge(matrices: Sequence[Tensor], dtype: torch.dtype, count: int | None) -> Tensor:
     count = count or max(1, min(matrices[0].shape) // len(matrices))
-    found = [_leading(matrix, count, dtype) for matrix in matrices]
+    # By threads of our own: torch's would round differently with another number of them.
+    device, most = matrices[0].device, count
+    found = in_threads(lambda matrix: _leading(matrix, most, dtype), matrices, device)
     sigma = torch.cat([task.sigma for task in found])
     if not len(sigma):
         return torch.zeros_like(matrices[0], dtype=dtype)
-    u = _polar(torch.cat([task.u for task in found], dim=1), dtype)
-    v = _polar(torch.cat([task.v for task in found], dim=1), dtype)
-    return ((u * sigma) @ v.T).to(dtype)
+    sides = [torch.cat([task.u for task in found], 1), torch.cat([task.v for task in found], 1)]
+    u, v = in_threads(lambda columns: _polar(columns, dtype), sides, device)
+    (merged,) = in_threads(lambda left: left @ v.T, [u * sigma], device)
+    return merged.to(dtype)
 
 
 def _leading(matrix: Tensor, count: int, dtype: torch.dtype) -> _Triplets:

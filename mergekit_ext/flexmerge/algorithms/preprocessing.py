@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Masked, deltas_of
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.dare import drop_and_rescale
+from mergekit_ext.kernels.seeds import derived
 
 
 class Dare(Algorithm):
@@ -54,8 +54,7 @@ class Dare(Algorithm):
         vectors = {}
         deltas = deltas_of(block, members)
         for member, delta in zip(members, deltas, strict=True):
-            key = f"{self._seed}/{block.layout.name}/{member}".encode()
-            seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+            seed = derived(self._seed, block.layout.name, member)
             generator = torch.Generator().manual_seed(seed)
             vectors[member] = drop_and_rescale(delta, self._density, generator)
         return BlockData(block.layout, torch.zeros_like(deltas[0]), vectors)

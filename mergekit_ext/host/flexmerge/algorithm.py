@@ -115,10 +115,19 @@ def owners(parameter: str) -> list[str]:
     ]
 
 
-def make(name: str, parameters: Parameters, specs: Mapping[str, ParameterSpec]) -> Algorithm:
-    """The algorithm with its parameters; `specs` are those of `algorithm_specs`."""
+def make(
+    name: str, parameters: Parameters, specs: Mapping[str, ParameterSpec], seed: int
+) -> Algorithm:
+    """The algorithm with its parameters.
+
+    Args:
+        name: as in YAML.
+        parameters: of this merge.
+        specs: those of `algorithm_specs`.
+        seed: for methods that draw random numbers.
+    """
     if name in ALGORITHMS:
         return ALGORITHMS[name](parameters)
     method = registered(name)
     assert method is not None
-    return Registered(method, parameters, specs)
+    return Registered(method, parameters, specs, seed)

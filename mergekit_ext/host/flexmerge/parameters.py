@@ -92,7 +92,7 @@ def read_parameters(
     Args:
         shared: the ``parameters:`` of the top level.
         models: for each task the path of its ``parameters:``, and their values.
-        seed: for `dare_density`.
+        seed: for `dare_density`, and for methods that draw random numbers.
         findings: takes the problems.
     """
     before = findings.count
@@ -117,7 +117,7 @@ def read_parameters(
         for given in own
     ]
     scope = full["trim_scope"] or "model"
-    made = make(str(name), Parameters(full, each, scope), algorithm)
+    made = make(str(name), Parameters(full, each, scope), algorithm, seed)
     check_fit(made, full, top, findings)
     if findings.count > before:
         return None

@@ -26,6 +26,8 @@ from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod
 from mergekit_ext.host.session import Session
 from mergekit_ext.kernels.numerics import compute_dtype
+from mergekit_ext.kernels.seeds import derived, seeded
+from mergekit_ext.kernels.threads import in_threads
 
 # The shape of a tensor that a method is tried on.
 _TRIAL = (8, 8)
@@ -34,13 +36,19 @@ _TRIAL = (8, 8)
 class Registered(Algorithm):
     """A mergekit method, called with all tensors of a block at once.
 
-    It computes in float32 at least and is rounded once. NAN measures the block as a whole.
+    It computes in float32 at least and is rounded once. NAN measures the block as a whole. Random
+    numbers depend on seed, block and members alone.
     """
 
     def __init__(
-        self, method: MergeMethod, parameters: Parameters, specs: Mapping[str, ParameterSpec]
+        self,
+        method: MergeMethod,
+        parameters: Parameters,
+        specs: Mapping[str, ParameterSpec],
+        seed: int,
     ):
         super().__init__(parameters)
+        self._seed = seed
         self._method, self._specs = method, specs
         self._based = method.spec.contract.base != BasePolicy.IGNORED
         self.name = method.spec.name
@@ -104,8 +112,10 @@ class Registered(Algorithm):
         """
         wide = compute_dtype([block.base, *block.models.values()])
         groups = [self._group(block, members, i) for i in range(len(block.layout.parts))]
+        seed = derived(self._seed, block.layout.name, *members)
         try:
-            merged = self._method(groups, parameters=self._bound(members), dtype=wide)
+            with seeded(seed, block.base.device):
+                merged = self._merged(groups, members, wide)
         except MergekitExtError:
             raise
         except ValueError as error:
@@ -119,6 +129,20 @@ class Registered(Algorithm):
         for part, tensor in zip(block.layout.parts, merged, strict=True):
             out[part.slice] = tensor.reshape(-1)
         return out
+
+    def _merged(
+        self, groups: Sequence[TensorGroup], members: Sequence[int], dtype: torch.dtype
+    ) -> Sequence[Tensor]:
+        def call(groups: Sequence[TensorGroup]) -> Sequence[Tensor]:
+            found: Sequence[Tensor]
+            found = self._method(groups, parameters=self._bound(members), dtype=dtype)
+            return found
+
+        if isinstance(self._method, ExtMethod):
+            return call(groups)
+        # By one thread: torch's own threads split sums, whose rounding depends on their number.
+        (found,) = in_threads(call, [groups], groups[0].entries[0].tensor.device)
+        return found
 
     def _group(self, block: BlockData, members: Sequence[int], index: int) -> TensorGroup:
         entries = [

@@ -1,0 +1,30 @@
+"""Seeds for parts of a merge, so that no part's random numbers depend on what came before it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derived(seed: int, *names: str | int) -> int:
+    """A seed for the part of the work that `names` tell, from 0 to 2**63 - 1."""
+    key = "/".join(map(str, (seed, *names))).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's global generators start from `seed`; afterwards they are as before.
+
+    Args:
+        seed: for the CPU's generator and that of `device`.
+        device: the one that the work inside is done on.
+    """
+    own = [] if device.type == "cpu" else [device]
+    kind = device.type if own else "cuda"
+    with torch.random.fork_rng(own, device_type=kind):
+        torch.manual_seed(seed)
+        yield
