@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -25,12 +27,15 @@ from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_g
 from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import Manifest
+from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner, StoredGroup
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.flexmerge.parameters import for_manifest
 from mergekit_ext.host.flexmerge.prepare import DEFAULT_SEED, Prepared
 from mergekit_ext.host.flexmerge.sources import Inputs
+from mergekit_ext.journal import Journal
 from mergekit_ext.kernels.similarity import cosines
+from mergekit_ext.ranks import Ranks
 
 
 class Engine:
@@ -42,6 +47,8 @@ class Engine:
         options: mergekit's; the device and the seed are used.
         neighbours: the folder in which earlier analyses are looked for.
         emit: told what happens.
+        journal: of what is finished; None to begin with nothing, and to note nothing.
+        ranks: the processes that share out the blocks. All of them make the same calls.
     """
 
     def __init__(
@@ -51,7 +58,10 @@ class Engine:
         options: Any,
         neighbours: Path,
         emit: Callable[[Event], None],
+        journal: Journal | None = None,
+        ranks: Ranks | None = None,
     ):
+        self._journal, self._ranks = journal, ranks or Ranks()
         self._prepared, self._inputs, self._options = prepared, inputs, options
         self._neighbours, self._emit = neighbours, emit
         self.reader = inputs.reader(options.device)
@@ -72,14 +82,16 @@ class Engine:
     def analysis(self) -> Analysis:
         """That of an earlier run on the same files, or a new one."""
         densities = self.algorithm.densities
-        found = analysis_file.find(self._neighbours, self.subject)
+        found = self._ranks.from_main(lambda: analysis_file.find(self._neighbours, self.subject))
         if found is not None and (densities is None or tuple(densities) in found.cuts):
             return found
         started = time.perf_counter()
         layout = self._inputs.layout
         total = passes(layout, densities) * len(layout.blocks)
         self._emit(StatisticsBegin(total, "block"))
-        made = analyse(self.reader, densities, self._measured)
+        made = analyse(
+            self.reader, densities, self._measured, self._notes("statistics"), self._ranks
+        )
         if found is not None:
             made = Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})
         self._emit(StatisticsEnd({}, time.perf_counter() - started))
@@ -99,7 +111,10 @@ class Engine:
         if self._prepared.written.shared["similarity_on"] == "trimmed":
             self._emit(StatisticsBegin(len(blocks), "block"))
             started = time.perf_counter()
-            found = trimmed_grams(self.reader, self.algorithm, self.cuts, self._measured)
+            notes = self._notes("trimmed", self._acting)
+            found = trimmed_grams(
+                self.reader, self.algorithm, self.cuts, self._measured, notes, self._ranks
+            )
             self._emit(StatisticsEnd({}, time.perf_counter() - started))
         return [found[block.name] for block in blocks]
 
@@ -126,19 +141,20 @@ class Engine:
 
     def write(self, folder: Path, plan: Plan, generator: str) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
-        tasks = self._inputs.layout.tasks
-        settings = for_manifest(self._prepared.written, tasks)
+        patterns = None if self.cuts is None else [cut.pattern for cut in self.cuts]
         manifest = write_checkpoint(
             folder,
             self.reader,
             self.order(plan),
             Provenance(
                 generator,
-                {**settings, "seed": self.seed},
+                self._settings,
                 str(self._prepared.base),
                 [str(model) for model in self._prepared.models],
             ),
             self._merged,
+            self._notes("blocks", self._acting, patterns, str(self.forced)),
+            self._ranks,
         )
         self._emit(SizeReached(self.algorithm.name, plan.size.models, plan.size.bytes))
         return manifest
@@ -161,6 +177,21 @@ class Engine:
             for b in self._inputs.layout.blocks
         ]
         analysis_file.save(path, self.analysis, self.subject, {"blocks": blocks})
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        settings = for_manifest(self._prepared.written, self._inputs.layout.tasks)
+        return {**settings, "seed": self.seed}
+
+    @property
+    def _acting(self) -> dict[str, Any]:
+        """What decides how a group is merged: the target size decides only which groups are."""
+        return {name: value for name, value in self._settings.items() if name != "target_size"}
+
+    def _notes(self, *what: Any) -> Notes:
+        """Notes that hold for these inputs on this device, and for whatever else is given."""
+        text = json.dumps([self.subject.digest, self._options.device, *what], sort_keys=True)
+        return Notes(self._journal, hashlib.sha256(text.encode()).hexdigest())
 
     def _measured(self, name: str) -> None:
         self._emit(TensorMeasured(name))

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import ranks
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME as ANALYSIS_NAME
 from mergekit_ext.flexmerge.manifest import Manifest
@@ -25,17 +26,30 @@ def generator() -> str:
 
 
 def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: str) -> None:
-    """Merge into `folder`, which is empty, and make it complete but for its name."""
+    """Merge into `folder`, and make it complete but for its name.
+
+    Args:
+        prepared: a merge that has passed its checks.
+        config: mergekit's configuration.
+        folder: empty, or with what a run that was stopped has left. That of the main process
+            counts in all of them.
+        options: mergekit's.
+        source: the text of the configuration.
+    """
     session = sessions.current() or Session()
-    inputs = open_inputs(prepared, options)
+    together = ranks.current()
+    folder = together.from_main(lambda: folder)
+    inputs = open_inputs(prepared, options, together)
     models = tuple(str(model) for model in (prepared.base, *prepared.models))
     session.emit(
         MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks), "block")
     )
     neighbours = Path(session.output or folder).resolve().parent
-    engine = Engine(prepared, inputs, options, neighbours, session.emit)
+    engine = Engine(prepared, inputs, options, neighbours, session.emit, session.journal, together)
     plan = engine.planner.plan(prepared.target)
     manifest = engine.write(folder, plan, generator())
+    if not together.is_main:
+        return
     engine.save_analysis(folder / ANALYSIS_NAME)
     for name, home in zip(inputs.layout.tasks, inputs.folders, strict=True):
         copy_model_files(home, folder / name, _dtype_name(prepared))

@@ -28,6 +28,8 @@ class FlexMergeMethod(WholeModelMethod):
     needed: the class is known to every mergekit process.
     """
 
+    resumes = True
+
     def __init__(self) -> None:
         self.spec = MergeMethodSpec(
             name="flexmerge",

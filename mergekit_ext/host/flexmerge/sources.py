@@ -16,6 +16,7 @@ from mergekit_ext.host.adapters import Fitted, applies, base_of, fit, read_adapt
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge.prepare import Prepared
+from mergekit_ext.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,13 @@ class Inputs:
         return BlockReader(self.layout, self.base, self.models, device)
 
 
-def open_inputs(prepared: Prepared, options: Any) -> Inputs:
+def open_inputs(prepared: Prepared, options: Any, ranks: Ranks | None = None) -> Inputs:
     """Fetch what is not here yet (as mergekit does), and look at the files again.
+
+    Args:
+        prepared: a merge that has passed its checks.
+        options: mergekit's.
+        ranks: the processes that do this; the main one fetches.
 
     Raises:
         ConfigError: they are not what the check saw.
@@ -50,7 +56,7 @@ def open_inputs(prepared: Prepared, options: Any) -> Inputs:
     cache = LoaderCache()
     cache.setup(options=options)
     references = (prepared.base, *prepared.models)
-    folders = [_fetch(reference, options) for reference in references]
+    folders = (ranks or Ranks()).from_main(lambda: [_fetch(r, options) for r in references])
     stored = [read_folder(folder) for folder in folders]
     adapters = [
         _fitted(reference, tensors, options) if applies(reference) else None
