@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mergekit.options import MergeOptions
+
 from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host import compat
@@ -21,16 +23,16 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @compat.replaces(callback)
-    def command(config_file: str, out_path: str, merge_options: Any) -> None:
+    def command(config_file: str, **arguments: Any) -> None:
         stock = command.stock  # type: ignore[attr-defined]
         with for_commands():
-            _check(text_of(Path(config_file)), merge_options)
-        stock(config_file=config_file, out_path=out_path, merge_options=merge_options)
+            _check(text_of(Path(config_file)))
+        stock(config_file=config_file, **arguments)
 
     return command
 
 
-def _check(text: str, options: Any) -> None:
+def _check(text: str) -> None:
     try:
         documents, _ = read(text)
     except DocumentError as error:
@@ -38,4 +40,4 @@ def _check(text: str, options: Any) -> None:
     first = documents[0] if documents else None
     name = first.get("merge_method") if isinstance(first, dict) else None
     if ext_method(str(name)) is not None:
-        parsed(text, options)
+        parsed(text, MergeOptions())
