@@ -53,6 +53,7 @@ def main(context: click.Context) -> None:
     try:
         alone = require_one(f"mergekit-ext {command}")
     except ConfigError as error:
-        raise click.UsageError(str(error)) from None
+        click.echo(f"Error: {error}", err=True)
+        context.exit(2)
     if not alone:
         context.exit()

@@ -75,6 +75,10 @@ class Checkpoint:
         """A tensor as the files hold it, on the CPU, not kept."""
         return self._places[shelf][name].tensor(name)
 
+    def path(self, shelf: Shelf, name: str) -> Path:
+        """The file of a tensor, links resolved."""
+        return self._places[shelf][name].path
+
 
 @dataclass(frozen=True)
 class _Masked:
@@ -124,6 +128,12 @@ class TaskTensors(Mapping[str, Tensor]):
     def is_stored(self, name: str) -> bool:
         """Whether the tensor is in the files as it is, so that every access gives the same one."""
         return isinstance(self._sources[name], Shelf)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor for which `is_stored`, under its name."""
+        shelf = self._sources[name]
+        assert isinstance(shelf, Shelf)
+        return self._checkpoint.path(shelf, name)
 
     def _reconstructed(self, name: str, source: _Masked) -> Tensor:
         read, device = self._checkpoint.read, self._device

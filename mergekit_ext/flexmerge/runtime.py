@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-from mergekit_ext.errors import CheckpointError, Problem
+from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.checkpoint import Checkpoint
+from mergekit_ext.flexmerge.placement import DeviceMap, MaxMemory, place
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.sharing import Sharing
 from mergekit_ext.flexmerge.stored import RefusedError, regular_file
@@ -22,6 +23,9 @@ def load(
     task: str | None = None,
     *,
     device: str | torch.device = "cpu",
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
     trust_remote_code: bool = False,
@@ -37,6 +41,14 @@ def load(
         path: folder with ``flexmerge.json``.
         task: name of one task; None for all.
         device: where the modules go.
+        device_map: spread them over several devices instead, with accelerate: ``"auto"``, or a
+            mapping from parts of the modules, the same for all tasks, to devices, ``"cpu"`` and
+            ``"disk"``. What tasks share lies in one place, once.
+        max_memory: with ``"auto"``, what each device may hold, as accelerate takes it:
+            ``{0: "20GB", "cpu": "60GB"}``. What tasks share counts once. What does not fit is on
+            disk. By default what is free.
+        offload_folder: for tensors on disk that no file of the checkpoint holds as they are
+            (cast, stacked by transformers, or reconstructed from masks).
         dtype: that of the parameters; by default as ``from_pretrained`` decides for an ordinary
             checkpoint (the configuration's, or else the stored one). A cast copies, after which the
             copies are shared again.
@@ -48,9 +60,16 @@ def load(
         evaluation mode; without `task`, a dictionary of all of them in the manifest's order.
 
     Raises:
+        ConfigError: the modules cannot be placed so.
         CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, has no such task,
             or does not fit its model's class: a parameter that is missing is never initialised.
     """
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        problem = Problem("device_map", "None", 'with max_memory or offload_folder: "auto"')
+        raise ConfigError([problem], "placing these models")
+    if device_map is not None and torch.device(device).type != "cpu":
+        problem = Problem("device", f"{device} beside device_map", "one of the two")
+        raise ConfigError([problem], "placing these models")
     checkpoint = open_checkpoint(path, verify)
     names = checkpoint.tasks if task is None else (checkpoint.known_task(task),)
     sharing = Sharing(torch.device(device))
@@ -61,6 +80,9 @@ def load(
         # Tensors that were reconstructed are the task's own, and so in the module alone.
         sharing.add(module, {key: tensors[key] for key in tensors if tensors.is_stored(key)})
         modules[name] = module
+    if device_map is not None:
+        held = {name: checkpoint.tensors(name) for name in names}
+        place(modules, held, device_map, max_memory, offload_folder)
     return modules if task is None else modules[task]
 
 

@@ -31,6 +31,7 @@ class StoredFile:
     """A shard whose place, length and header are those of the manifest.
 
     Attributes:
+        path: where it is, links resolved.
         headers: name, dtype and shape of its tensors.
 
     Raises:
@@ -39,16 +40,16 @@ class StoredFile:
 
     def __init__(self, root: Path, file: ShardFile):
         self.file = file
-        self._path = regular_file(root, file.path, file.path)
-        length = self._path.stat().st_size
+        self.path = regular_file(root, file.path, file.path)
+        length = self.path.stat().st_size
         if length != file.bytes:
             raise RefusedError(
                 Problem(file.path, f"{length} bytes", f"{file.bytes} bytes", _DAMAGED)
             )
         try:
-            self.headers: Mapping[str, TensorHeader] = read_safetensors(self._path)
+            self.headers: Mapping[str, TensorHeader] = read_safetensors(self.path)
             # Memory-mapped: what is not used is not read.
-            opened: Any = safe_open(self._path, framework="pt")
+            opened: Any = safe_open(self.path, framework="pt")
             metadata = opened.metadata() or {}
         except HeaderError as error:
             raise RefusedError(
@@ -72,7 +73,7 @@ class StoredFile:
         """
         digest = hashlib.sha256()
         try:
-            with self._path.open("rb") as content:
+            with self.path.open("rb") as content:
                 while chunk := content.read(_CHUNK):
                     digest.update(chunk)
         except OSError as error:
