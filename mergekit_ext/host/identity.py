@@ -29,6 +29,8 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
             length and the time of change of their files, those of the Hub by their commit.
     """
     given = {k: v for k, v in options.model_dump().items() if k not in _NO_EFFECT}
+    # Several processes have devices of one kind.
+    given["device"] = str(options.device).partition(":")[0]
     parts = [part for model in models for part in (model.model, model.lora) if part is not None]
     inputs = sorted({(part.path, part.revision or "") for part in parts})
     return {

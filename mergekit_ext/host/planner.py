@@ -1,20 +1,28 @@
-"""mergekit's planner, with the statistics graph before the merge graph."""
+"""mergekit's planner, with the statistics graph before the merge graph, and planned files."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
+from mergekit_ext import ranks
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.session import Session
+from mergekit_ext.host.staging import written_in
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
+from mergekit_ext.host.writer import PlannedWriter, PlannedWriterTask
 
 
 def extended(stock: type) -> type:
     """A subclass of mergekit's ``MergePlanner`` that measures before it hands out a plan.
+
+    In a session with a journal the plan leaves out what is finished, and what other processes do.
 
     The class is made from `stock` because ``mergekit.plan`` is still being imported when this is
     needed. Plans for mergekit's own methods are left as they are, unless somebody listens.
@@ -25,16 +33,61 @@ def extended(stock: type) -> type:
 
         def _plan(self) -> None:
             super()._plan()
+            self._prepare(sessions.current(), frozenset())
+
+        def plan_to_disk(self, out_path: str) -> list[Any]:
+            """mergekit's tasks, with a writer whose finished tensors are not merged again."""
             session = sessions.current()
+            if session is None or session.journal is None or session.room is None:
+                return super().plan_to_disk(out_path)
+            super()._plan()
+            # Of two tensors of one name the last counts, as in mergekit.
+            self._tensors = list({item[0].name: item for item in self._tensors}.values())
+            session.order = [weight.name for weight, _ in self._tensors]
+            entries = {name: session.predicted.get(name) for name in session.order}
+            # All processes write where the main one does, whatever `out_path` is in them.
+            folder = written_in(session.room, session.output)
+            limit = self.options.out_shard_size
+            writer = PlannedWriter(folder, session, entries, limit)
+            if writer.finished:
+                done, count = len(writer.finished), len(entries)
+                session.say(f"Going on with a merge that was stopped: {done} of {count} tensors.")
+            self._prepare(session, writer.finished)
+            task = PlannedWriterTask.of(writer, out_path, limit)
+            saves = [
+                SaveTensor(
+                    tensor_name=weight.name,
+                    tensor_task=merged,
+                    writer_task=task,
+                    clone=False,
+                    optional=weight.optional,
+                    dtype=weight.force_dtype or self.config.out_dtype,
+                )
+                for weight, merged in self._own_share(session, writer.finished)
+            ]
+            last = FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=task)
+            rest = [self._tokenizer_task] if self._tokenizer_task else []
+            return [*saves, last, *rest]
+
+        def _own_share(self, session: Session, finished: Collection[str]) -> list[Any]:
+            left = [item for item in self._tensors if item[0].name not in finished]
+            owners = ranks.current().share([session.size_of(weight.name) for weight, _ in left])
+            mine = ranks.current().rank
+            return [item for item, owner in zip(left, owners, strict=True) if owner == mine]
+
+        def _prepare(self, session: Session | None, finished: Collection[str]) -> None:
+            """Make the tasks ours, with what the statistics graph measures."""
             method = self._method.spec.name
             if ext_method(method) is None and session is None:
                 return
             _forewarn(method, [task for _, task in self._tensors], session)
             if session is not None:
                 models = tuple(map(str, self.config.referenced_models()))
-                session.emit(MergeBegin(method, session.output, models, len(self._tensors)))
+                left = len(self._tensors) - len(finished)
+                session.emit(MergeBegin(method, session.output, models, left))
+            seed = self.options.random_seed or 0
             tasks = [
-                _reporting(task, weight.force_dtype or self.config.out_dtype)
+                _reporting(task, weight.force_dtype or self.config.out_dtype, seed)
                 for weight, task in self._tensors
             ]
             planned = with_statistics(tasks, self.options)
@@ -69,7 +122,7 @@ def _forewarn(
         )
 
 
-def _reporting(task: ExecuteMergeMethodTask, out_dtype: str | None) -> MergeTensorTask:
+def _reporting(task: ExecuteMergeMethodTask, out_dtype: str | None, seed: int) -> MergeTensorTask:
     fields = {name: getattr(task, name) for name in type(task).model_fields}
     # Cast once: without this a half-precision result would be rounded before a wider out_dtype.
-    return MergeTensorTask.model_construct(**{**fields, "out_dtype": out_dtype})
+    return MergeTensorTask.model_construct(**{**fields, "out_dtype": out_dtype, "seed": seed})

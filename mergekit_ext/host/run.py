@@ -20,15 +20,18 @@ from mergekit_ext import ranks
 from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import compat
+from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters import applies
-from mergekit_ext.host.checks import check_merge, check_source, unknown_keys
+from mergekit_ext.host.checks import check_source, examine, unknown_keys
 from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
 from mergekit_ext.host.identity import identity
 from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
+from mergekit_ext.host.predicted import predicted
 from mergekit_ext.host.staging import output_problems
 from mergekit_ext.launch import require_one
 
@@ -153,11 +156,12 @@ def _merge(
     try:
         method = ext_method(config.merge_method)
         whole = method if isinstance(method, WholeModelMethod) else None
-        report, prepared = (
-            whole.prepare(config, options, config_source)
-            if whole
-            else (check_merge(config, options, config_source), None)
-        )
+        prepared: Any = None
+        located: list[FoundTensor] = []
+        if whole:
+            report, prepared = whole.prepare(config, options, config_source)
+        else:
+            report, located = examine(config, options, config_source)
         config = compat.ordered(config)
         models = config.referenced_models()
         inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
@@ -180,7 +184,8 @@ def _merge(
         with output(options, out_path, reports, callbacks, source, parts, restart) as folder:
             if whole:
                 whole.write(prepared, config, folder, options, source)
-            else:
+            elif session := sessions.current():
+                session.predicted = predicted(located, config)
                 stock(config, os.fspath(folder), quiet, source)
     finally:
         if frozen:

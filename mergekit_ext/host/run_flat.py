@@ -55,7 +55,8 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
         if session is not None:
             models = tuple(model.model for model in config.models)
             session.emit(MergeBegin(config.merge_method, session.output, models, len(saves)))
-        tasks = with_statistics([_reporting(save.tensor_task) for save in saves], options)
+        seed = options.random_seed or 0
+        tasks = with_statistics([_reporting(save.tensor_task, seed) for save in saves], options)
         replaced = [
             save.model_copy(update={"tensor_task": task})
             for save, task in zip(saves, tasks, strict=True)
@@ -109,7 +110,6 @@ def _options(arguments: dict[str, Any]) -> Any:
     )
 
 
-def _reporting(task: Any) -> MergeTensorTask:
-    return MergeTensorTask.model_construct(
-        **{name: getattr(task, name) for name in type(task).model_fields}
-    )
+def _reporting(task: Any, seed: int) -> MergeTensorTask:
+    fields = {name: getattr(task, name) for name in type(task).model_fields}
+    return MergeTensorTask.model_construct(**fields, seed=seed)

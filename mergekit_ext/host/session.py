@@ -104,11 +104,25 @@ class Session:
         for event in ranks.current().received():
             self._dispatcher.emit(event)
 
+    def size_of(self, name: str) -> int:
+        """About how much work tensor `name` is, in bytes: those that it will have.
+
+        What no header tells is most often the embedding, which is the largest.
+        """
+        entry = self.predicted.get(name)
+        if entry is not None:
+            return entry.nbytes
+        return max((e.nbytes for e in self.predicted.values() if e is not None), default=0)
+
     def record(self, record: TensorRecord) -> None:
         """Keep what a method reports; a method that wraps another adds to what that one said."""
         with self._lock:
             details = {**self.details(record.name), **record.details}
             self._records[record.name] = TensorRecord(record.name, record.size, details)
+
+    def find(self, name: str) -> TensorRecord | None:
+        """What was recorded of tensor `name`."""
+        return self._records.get(name)
 
     def details(self, name: str) -> Mapping[str, Any]:
         """What was recorded of tensor `name`; empty if nothing was."""

@@ -14,15 +14,19 @@ from typing import Any
 
 from mergekit.common import ImmutableMap, ModelReference
 
+from mergekit_ext import ranks
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.nan_method import NORMS, NanMethod
 from mergekit_ext.host.nan_parameters import GRANULARITIES
+from mergekit_ext.host.session import Session
 from mergekit_ext.host.tasks import MeasureTensorTask, MergeTensorTask
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
 
+# The kind of line in the journal.
+_LINE = "norms"
 Norms = dict[Hashable, dict[Hashable, float]]
 
 
@@ -82,17 +86,37 @@ def _measure(tasks: Sequence[MergeTensorTask], options: Any) -> Norms:
         ): GroupKey.of(task)
         for task in reversed(unique.values())
     }
-    session = sessions.current()
-    if session is not None:
-        session.emit(StatisticsBegin(len(measuring)))
+    session = sessions.current() or Session()
     by_name = {str(model): model for task in tasks for model in task.model_order}
+    measured = _norms_of(list(measuring), session, options)
     totals = combine_norms(
-        (measuring[target], {by_name[name]: norm for name, norm in values.items()})
-        for target, values in compat.run_tasks(list(measuring), options)
+        (key, {by_name[name]: norm for name, norm in measured[target.tensor].items()})
+        for target, key in measuring.items()
     )
-    if session is not None:
-        session.emit(StatisticsEnd(_coefficients(totals), time.perf_counter() - started))
+    session.emit(StatisticsEnd(_coefficients(totals), time.perf_counter() - started))
     return totals
+
+
+def _norms_of(
+    targets: Sequence[MeasureTensorTask], session: Session, options: Any
+) -> dict[str, dict[str, float]]:
+    """The norms of each tensor: from the journal, or measured by this process or by another."""
+    together, journal = ranks.current(), session.journal
+    finished = {} if journal is None else journal.finished
+    found = {key: norms for (kind, key), norms in finished.items() if kind == _LINE}
+    missing = [target for target in targets if target.tensor not in found]
+    session.emit(StatisticsBegin(len(missing)))
+    owners = together.share([session.size_of(target.tensor) for target in missing])
+    mine = [t for t, owner in zip(missing, owners, strict=True) if owner == together.rank]
+    measured = {}
+    for target, norms in compat.run_tasks(mine, options):
+        measured[target.tensor] = norms
+        if journal is not None:
+            journal.add(_LINE, target.tensor, norms)
+    for part in together.gather(measured):
+        found |= part
+    session.relay()
+    return found
 
 
 def _coefficients(norms: Norms) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from mergekit.graph import Task
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
+from mergekit_ext import ranks
 from mergekit_ext.events import TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
@@ -18,12 +20,22 @@ from mergekit_ext.host.nan_method import NanMethod
 
 
 class MergeTensorTask(ExecuteMergeMethodTask):
-    """mergekit's task, which also tells those who listen that a tensor is done."""
+    """mergekit's task, which also tells those who listen that a tensor is done.
+
+    What is random in it depends on `seed` and the tensor's name alone: not on which tensors were
+    merged before, in which process.
+    """
+
+    seed: int = 0
 
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor | None:
+        ranks.current().check()
         started = time.perf_counter()
+        seed_generators(
+            self.seed, self.output_weight.name, {tensor.device for tensor in tensors.values()}
+        )
         merged: torch.Tensor | None = super().execute(tensors)
         session = sessions.current()
         if session is not None:
@@ -58,6 +70,7 @@ class MeasureTensorTask(Task[dict[str, float]]):
         return True
 
     def execute(self, tensors: dict[ModelReference, torch.Tensor]) -> dict[str, float]:
+        ranks.current().check()
         method = ext_method(self.method_name)
         present = [(m, tensors[m]) for m in self.model_order if tensors.get(m) is not None]
         norms: dict[str, float] = {}
@@ -77,3 +90,17 @@ class MeasureTensorTask(Task[dict[str, float]]):
         if session is not None:
             session.emit(TensorMeasured(self.tensor))
         return norms
+
+
+def seed_generators(seed: int, name: str, devices: set[torch.device]) -> None:
+    """Seed torch's global generators, of the CPU and of `devices`, for the tensor `name`.
+
+    Those of other devices are left alone: other tensors may be drawing from them, in threads.
+    """
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "big") >> 1
+    torch.default_generator.manual_seed(value)
+    for device in devices:
+        if device.type in ("cuda", "xpu"):
+            generators = torch.get_device_module(device).default_generators
+            generators[device.index or 0].manual_seed(value)

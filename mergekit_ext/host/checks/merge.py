@@ -49,11 +49,23 @@ def check_merge(
     method = ext_method(config.merge_method)
     if isinstance(method, WholeModelMethod):
         return method.prepare(config, options, source, pending)[0]
+    return examine(config, options, source, pending=pending)[0]
+
+
+def examine(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    source: str | Mapping[str, Any] | None = None,
+    *,
+    pending: Collection[str] = (),
+) -> tuple[CheckReport, list[FoundTensor]]:
+    """`check_merge` of a method that goes tensor by tensor, and the tensors that it would write."""
     findings = Findings()
     with quiet():
         if source is not None:
             findings.extend(unknown_keys(source))
-        return findings.report(_check(config, options, findings, pending))
+        costs, located = _check(config, options, findings, pending)
+    return findings.report(costs), located
 
 
 def find_method(name: str, findings: Findings) -> Any:
@@ -96,7 +108,7 @@ def resolve_and_estimate(
 
 def _check(
     config: Any, options: Any, findings: Findings, pending: Collection[str]
-) -> Estimate | None:
+) -> tuple[Estimate | None, list[FoundTensor]]:
     check_settings(config, options, findings)
     check_multi_gpu(options, findings)
     method = find_method(config.merge_method, findings)
@@ -122,4 +134,4 @@ def _check(
     if any(fact.pending for fact in facts.values()):
         models.note("Nothing is estimated: a model is the result of another document.")
     findings.merge(models)
-    return costs
+    return costs, located

@@ -1,0 +1,144 @@
+"""Where the tensors of a merge go: planned files, with a line in the journal for each tensor.
+
+It takes the place of mergekit's `TensorWriter`, which holds a whole shard in memory. Here each
+tensor is written at once, by the process that merged it. A tensor that no header foretells gets a
+file of its own, so that the layout is the same whoever writes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit.io.tasks import TensorWriterTask
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from mergekit_ext import ranks
+from mergekit_ext.host import weight_files
+from mergekit_ext.host.session import Session, TensorRecord
+from mergekit_ext.journal import Journal
+from mergekit_ext.planned import Entry, PlannedFile, PlannedFiles, split
+
+_LINE = "tensor"
+
+
+class PlannedWriter:
+    """The weights of one output; every process of the merge has one.
+
+    Args:
+        folder: of the main process; the others write into it too.
+        session: gets the records of tensors that are finished already, and of other processes.
+        entries: the tensors of the output in their order; None for what no header foretells.
+        limit: bytes of one file; 0 for a single one.
+
+    Attributes:
+        finished: the names of tensors that an earlier merge has written, and that are as it left
+            them.
+    """
+
+    def __init__(
+        self, folder: Path, session: Session, entries: Mapping[str, Entry | None], limit: int
+    ):
+        if session.journal is None:
+            raise AssertionError("planned files go with a journal")
+        self._folder, self._session, self._entries = folder, session, entries
+        self._journal: Journal = session.journal
+        self._files = PlannedFiles(folder)
+        self._lock = threading.Lock()
+        self._placed: dict[str, tuple[str, Entry]] = {}
+        cuts = split([entry for entry in entries.values() if entry is not None], limit)
+        alone = [name for name, entry in entries.items() if entry is None]
+        paths = weight_files.names(len(cuts) + len(alone))
+        self._planned = [PlannedFile(path, cut) for path, cut in zip(paths, cuts, strict=False)]
+        self._plan = {entry.name: file for file in self._planned for entry in file.entries}
+        self._alone = dict(zip(alone, paths[len(cuts) :], strict=True))
+        self.finished = self._go_on()
+
+    def save_tensor(self, name: str, tensor: Tensor, clone: bool = False) -> None:
+        """Write a merged tensor, and note it. `clone` is for writers that keep what they get."""
+        entry = Entry.of(name, tensor.dtype, tensor.shape)
+        record = self._session.find(name)
+        with self._lock:
+            file = self._file(entry)
+            if name not in self._plan or file is not self._plan[name]:
+                self._files.create([file])
+            crc = self._files.write(file, name, tensor)
+            details = None if record is None else dict(record.details)
+            self._journal.add(_LINE, name, [crc, entry.dtype, entry.shape, entry.nbytes, details])
+            self._placed[name] = file.path, entry
+
+    def finalize(self) -> None:
+        """When all processes are done: give the main one all records, and finish the files."""
+        self._files.close()
+        together = ranks.current()
+        records = {name: self._session.find(name) for name in self._placed}
+        placed: dict[str, tuple[str, Entry]] = {}
+        for files, found in together.gather((self._placed, records)):
+            placed |= files
+            for record in found.values():
+                if record is not None:
+                    self._session.record(record)
+        self._session.relay()
+        if together.is_main:
+            in_order = {name: placed[name] for name in self._entries if name in placed}
+            weight_files.finish(self._folder, self._planned, in_order)
+        together.wait()
+
+    def _go_on(self) -> frozenset[str]:
+        together = ranks.current()
+        lines = {
+            name: value
+            for (kind, name), value in self._journal.finished.items()
+            if kind == _LINE and name in self._entries
+        }
+        claimed = {
+            name: self._file(Entry(name, dtype, tuple(shape), nbytes))
+            for name, (_, dtype, shape, nbytes, _) in lines.items()
+        }
+        if together.is_main:
+            weight_files.remove_others(
+                self._folder, [file.path for file in (*self._planned, *claimed.values())]
+            )
+            self._files.create([*self._planned, *claimed.values()])
+        together.wait()
+        names = list(lines)
+        owners = together.share([lines[name][3] for name in names])
+        for name, owner in zip(names, owners, strict=True):
+            file = claimed[name]
+            if owner == together.rank and self._files.crc(file, name) == lines[name][0]:
+                self._placed[name] = file.path, file.places[name][1]
+        finished = frozenset().union(*together.gather(frozenset(self._placed)))
+        for name in finished:
+            _, _, shape, _, details = lines[name]
+            if details is not None:
+                self._session.record(TensorRecord(name, math.prod(shape), details))
+        return finished
+
+    def _file(self, entry: Entry) -> PlannedFile:
+        """The planned file of a tensor, or one of its own if it is not as planned."""
+        file = self._plan.get(entry.name)
+        if file is not None and file.places[entry.name][1] == entry:
+            return file
+        number = list(self._entries).index(entry.name)
+        return PlannedFile(self._alone.get(entry.name, f"extra-{number}.safetensors"), (entry,))
+
+
+class PlannedWriterTask(TensorWriterTask):
+    """mergekit's task that makes the writer of a merge, for a writer that is made already."""
+
+    _writer: Any = PrivateAttr()
+
+    @classmethod
+    def of(cls, writer: PlannedWriter, out_path: str, limit: int) -> PlannedWriterTask:
+        """The task that returns `writer`."""
+        task = cls(out_path=out_path, max_shard_size=limit)
+        task._writer = writer
+        return task
+
+    def execute(self, **_arguments: Any) -> Any:
+        """Return the writer."""
+        return self._writer
