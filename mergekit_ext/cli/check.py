@@ -68,7 +68,10 @@ def check(
         with click.open_file(str(config), encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{config} cannot be read: {error}", param_hint="CONFIG") from None
+        raise click.BadParameter(
+            f"found {config}, which cannot be read ({error}); expected YAML in UTF-8",
+            param_hint="CONFIG",
+        ) from None
     reports = check_source(
         text,
         MergeOptions(out_shard_size=size, **flags),

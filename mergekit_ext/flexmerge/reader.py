@@ -37,7 +37,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def _no_checkpoint(path: Path) -> Problem:
-    folder = path.resolve().parent
+    # Not `resolve`, which a loop of links stops.
+    folder = Path(os.path.realpath(path.parent))
     remedy = "Give the folder that a `flexmerge` merge wrote; load other models with transformers."
     if (folder.parent / FILE_NAME).is_file():
         remedy = f"Give the folder above, {folder.parent}, and the task {folder.name!r}."

@@ -40,12 +40,15 @@ def output_problems(
         existing = next(folder for folder in (target, *target.parents) if folder.exists())
         with tempfile.TemporaryDirectory(prefix=".place-", dir=existing) as room:
             (Path(room) / target.relative_to(existing)).mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; no name of a file
         reason = getattr(error, "strerror", None) or error
         yield Problem(where, f"{out_path}, which cannot be made ({reason})", "a writable folder")
         return
     for name in inputs:
-        source = Path(name).resolve()
+        try:
+            source = Path(name).resolve()
+        except (OSError, RuntimeError, ValueError):  # no file's name, which is said elsewhere
+            continue
         replaced = source == target or (source.parent == target and _is_output(source.name))
         if source.exists() and replaced:
             yield Problem(

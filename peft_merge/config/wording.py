@@ -19,7 +19,8 @@ def did_you_mean(name: Any, known: Collection[str], *, listed: bool = False) -> 
     """A remedy: the nearest known name; when none is near all of them, unless `listed` before."""
     folded = {k.lower().replace("-", "_"): k for k in known}
     text = str(name).lower().replace("-", "_")
-    close = difflib.get_close_matches(text, folded, n=1, cutoff=0.6)
+    # Comparing takes as long as both are, multiplied.
+    close = difflib.get_close_matches(text, folded, n=1, cutoff=0.6) if len(text) <= _SHOWN else []
     if close:
         return f"Write `{folded[close[0]]}`."
     if listed or not known:

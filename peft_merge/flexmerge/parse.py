@@ -45,6 +45,8 @@ def open_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 
 def _text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder, a pipe or a device")
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:

@@ -14,6 +14,8 @@ _SHOWN = 80
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was most probably meant to be, or None."""
+    if len(name) > _SHOWN:  # comparing takes as long as both are, multiplied
+        return None
     folded = {k.lower().replace("-", "_"): k for k in known}
     close = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
