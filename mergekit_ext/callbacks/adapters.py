@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.callbacks.kinds import Kind
+import torch
+
+from mergekit_ext.callbacks.kinds import Kind, Shape
 from mergekit_ext.callbacks.processes import agree, is_main, unwrapped
-from mergekit_ext.callbacks.settings import SUBJECT
-from mergekit_ext.callbacks.weights import Weights, write
+from mergekit_ext.callbacks.settings import SUBJECT, Settings
+from mergekit_ext.callbacks.weights import Weights, saved, write
 from mergekit_ext.errors import ConfigError, MergeError, Problem
 
 # The adapter that merged weights become in the live model.
@@ -22,6 +24,10 @@ _CANDIDATE = "merged_candidate"
 
 class AdapterWeights(Kind):
     """One adapter: its factors or vectors, and the whole tensors that it carries."""
+
+    def __init__(self, settings: Settings):
+        super().__init__(settings)
+        self._trained = ""
 
     def view(self, model: Any) -> Weights:
         """See `Kind.view`; of the adapter that is trained."""
@@ -55,10 +61,21 @@ class AdapterWeights(Kind):
             return
         if unknown:
             return
+        shared, each = self._parameters()
+        for name, values in each.items():
+            if len(values) != count:
+                expected = f"one value for all snapshots, or a list of {count}, one for each"
+                yield Problem(f"parameters.{name}", f"{len(values)} values", expected)
+        inputs = tuple(
+            Input("adapter", _adapter(weights, f"snapshot {i}"), None, None, own, "parameters")
+            for i, own in enumerate(
+                _for_each(each, min(map(len, each.values()), default=1)) or [{}]
+            )
+        )
         request = Request(
             method="linear" if settings.running else settings.method,
-            inputs=(Input("adapter", _adapter(weights, "snapshot")),),
-            parameters={} if settings.running else settings.parameters,
+            inputs=inputs,
+            parameters=shared,
             seed=settings.seed,
             device=settings.device,
             subject=SUBJECT,
@@ -69,15 +86,30 @@ class AdapterWeights(Kind):
         except ConfigError as error:
             yield from error.problems
 
+    def unlike(self, weights: Weights, first: Mapping[str, Shape]) -> Iterable[Problem]:
+        """See `Kind.unlike`; adapters of several ranks and modules can be merged."""
+        if weights.config is None:
+            yield Problem("model", "whole weights", "an adapter, as the first snapshot was")
+
+    def unlike_base(self, weights: Weights, base: Weights) -> Iterable[Problem]:
+        """See `Kind.unlike_base`; there is none."""
+        return ()
+
+    def saved(self, checkpoint: Path) -> Path:
+        """See `Kind.saved`."""
+        return saved(checkpoint, self._trained or self.settings.adapter)
+
     def merge(
         self, snapshots: Mapping[int, Weights], base: Weights | None
     ) -> tuple[Weights, Mapping[str, Any]]:
         """See `Kind.merge`."""
         settings = self.settings
+        shared, each = self._parameters()
         return self._merged(
             {f"step-{step}": weights for step, weights in snapshots.items()},
             settings.method,
-            parameters=settings.parameters,
+            parameters=shared,
+            each=_for_each(each, len(snapshots)),
             callbacks=settings.callbacks,
             **settings.adapter_options,
         )
@@ -102,10 +134,12 @@ class AdapterWeights(Kind):
 
     def finished(self, mean: Weights, like: Mapping[str, str]) -> Weights:
         """See `Kind.finished`; cut to `rank` if that was asked for."""
-        factors = [dtype for name, dtype in like.items() if "lora_" in name or "ia3_" in name]
-        options = {"dtype": (factors or list(like.values()))[0], **self.settings.adapter_options}
+        options = {"dtype": "float64", **self.settings.adapter_options}
         merged, _ = self._merged({"mean": mean}, "linear", **options)
-        return merged
+        if "dtype" in self.settings.adapter_options:
+            return merged
+        tensors = {k: t.to(getattr(torch, like[k])) for k, t in merged.tensors.items()}
+        return Weights(tensors, merged.config)
 
     @contextmanager
     def applied(self, model: Any, weights: Weights) -> Iterator[None]:
@@ -149,9 +183,30 @@ class AdapterWeights(Kind):
 
     def _name(self, model: Any) -> str:
         """The adapter that is trained: what was active when the model was seen first."""
-        if not hasattr(self, "_trained"):
-            self._trained = self._find(model)
+        self._trained = self._trained or self._find(model)
         return self._trained
+
+    def _parameters(self) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
+        """Parameters for all snapshots, and lists with a value for each.
+
+        To `merge_adapters` a list is a gradient over layers, or one of filters.
+        """
+        from peft_merge.methods import parameters_of
+        from peft_merge.rules.base import rules
+
+        if self.settings.running is not None:
+            return {}, {}
+        given = self.settings.parameters
+        method = rules()[self.settings.method]
+        own = {p.name for p in parameters_of(method, given) if p.per_model}
+        each: dict[str, Sequence[Any]] = {
+            name: value
+            for name, value in given.items()
+            if name in own
+            and isinstance(value, (list, tuple))
+            and not any(isinstance(item, Mapping) for item in value)
+        }
+        return {k: v for k, v in given.items() if k not in each}, each
 
     def _find(self, model: Any) -> str:
         wanted = self.settings.adapter
@@ -202,6 +257,10 @@ def _adapter(weights: Weights, name: str) -> Any:
     if adapter is None or problems:
         raise ConfigError(problems, SUBJECT)
     return adapter
+
+
+def _for_each(lists: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
+    return [{name: values[i] for name, values in lists.items()} for i in range(count)]
 
 
 def _is_ia3(weights: Weights) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from mergekit_ext.callbacks.kinds import Kind, kind_of_model
 from mergekit_ext.callbacks.settings import INITIAL, Settings
-from mergekit_ext.callbacks.store import copied, packed, unpacked
-from mergekit_ext.callbacks.weights import Weights, read, write
+from mergekit_ext.callbacks.store import packed, unpacked
+from mergekit_ext.callbacks.weights import Weights, copied, read, require_finite, write
 from mergekit_ext.errors import Problem
 
 
@@ -36,10 +36,16 @@ class Base:
             yield Problem("base", found, "the weights of the beginning", remedy)
 
     def keep(self, kind: Kind, weights: Weights) -> None:
-        """Keep `weights` if the initial ones are wanted, or read those that were given."""
+        """Keep `weights` if the initial ones are wanted, or read those that were given.
+
+        Raises:
+            NonFiniteError: the base holds NaN or infinity.
+        """
         if self.weights is not None or not self.wanted(kind):
             return
-        self.weights = self._stored(weights) if self._initial(kind) else self._given()
+        base = weights if self._initial(kind) else self._given()
+        require_finite(base.tensors, "base")
+        self.weights = self._stored(base) if self._initial(kind) else base
 
     def state(self) -> dict[str, Any] | None:
         """Initial weights: the path, or tensors; None for others, which are given again."""

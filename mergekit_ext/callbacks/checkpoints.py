@@ -12,13 +12,13 @@ from typing import Any
 from mergekit_ext.callbacks import processes
 from mergekit_ext.callbacks.base import Base
 from mergekit_ext.callbacks.collected import collected
-from mergekit_ext.callbacks.evaluate import Evaluate
-from mergekit_ext.callbacks.kinds import Kind, kind_of_model, kind_of_weights, seen
-from mergekit_ext.callbacks.log import LogTo, require_log
+from mergekit_ext.callbacks.comparison import Comparison
+from mergekit_ext.callbacks.kinds import Kind, Shape, kind_of_model, kind_of_weights, seen
+from mergekit_ext.callbacks.log import LogTo
 from mergekit_ext.callbacks.merged import Merged
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.settings import MEMORY, SUBJECT, Settings
-from mergekit_ext.callbacks.weights import Weights, read, require_finite
+from mergekit_ext.callbacks.weights import Weights, read, require_finite, saved
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 
 
@@ -63,7 +63,6 @@ class MergeCheckpoints(Callback):
     Raises:
         ConfigError: the arguments are wrong, all at once. What depends on the model is checked
             when it is first seen, at `on_train_begin` or in the first step.
-        TypeError: `evaluate` cannot be called, or `log` cannot log.
     """
 
     def __init__(
@@ -90,12 +89,6 @@ class MergeCheckpoints(Callback):
         callbacks: Iterable[object] = (),
         log: Any = None,
     ):
-        if log is not None:
-            require_log(log)
-        self._log, self._task = log, task
-        if evaluate is not None and not isinstance(evaluate, Evaluate):
-            evaluate = Evaluate(evaluate)
-        self._evaluate: Evaluate | None = evaluate
         self._settings = Settings(
             method=method,
             keep=keep,
@@ -106,19 +99,23 @@ class MergeCheckpoints(Callback):
             base=base,
             parameters={} if parameters is None else parameters,
             adapter=adapter,
-            adapter_options=dict(adapter_options or {}),
+            adapter_options={} if adapter_options is None else adapter_options,
             seed=seed,
             device=device,
+            evaluate=evaluate,
+            task=task,
             metric=metric,
             greater_is_better=greater_is_better,
             load=load,
             keep_better=keep_better,
-            evaluated=evaluate is not None,
-            callbacks=tuple(callbacks),
+            callbacks=tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks,
+            log=log,
         )
+        self._comparison = Comparison(self._settings)
         self._collected = collected(self._settings)
         self._kind: Kind | None = None
         self._base = Base(self._settings)
+        self._shapes: dict[str, Shape] | None = None  # of the first snapshot
         self._saves = self._step = 0
         self.result: Merged | None = None
 
@@ -128,10 +125,19 @@ class MergeCheckpoints(Callback):
         return self._collected.steps
 
     def on_train_begin(self, step: int, model: Any) -> None:
-        """Check what depends on the model, and keep the initial weights if they are needed."""
+        """Check what depends on the model, and keep the initial weights if they are needed.
+
+        A second training that begins with step 0 begins anew: what the first left is forgotten.
+        """
         self._step = step
-        if processes.is_main() and self._kind is None:
-            kind = kind_of_model(model, self._settings)
+        if not processes.is_main():
+            return
+        again = self._kind is not None and step == 0
+        if again:
+            self._collected.clear()
+            self._base, self._shapes, self._saves = Base(self._settings), None, 0
+        if self._kind is None or again:
+            kind = self._kind or kind_of_model(model, self._settings)
             self._prepare(kind, seen(kind, model, step), beginning=step == 0)
 
     def on_step_end(self, step: int, model: Any) -> None:
@@ -139,7 +145,7 @@ class MergeCheckpoints(Callback):
 
         Raises:
             NonFiniteError: the model holds NaN or infinity; names the tensor and the step.
-            ConfigError: see the class.
+            ConfigError: see the class; or the model has other tensors than it had.
         """
         self._step = step
         if not processes.is_main() or self._settings.on != "step":
@@ -157,7 +163,9 @@ class MergeCheckpoints(Callback):
         self._saves += 1
         if step < self._settings.start or self._saves % self._settings.every:
             return
-        weights = read(Path(path).resolve())
+        place = Path(path).resolve()
+        adapter = self._settings.adapter
+        weights = read(self._kind.saved(place) if self._kind else saved(place, adapter))
         if self._kind is None:
             self._prepare(kind_of_weights(weights, self._settings), weights)
         self._take(step, weights)
@@ -212,10 +220,11 @@ class MergeCheckpoints(Callback):
         merged, error = None, None
         if processes.is_main():
             try:
-                merged = self._scored(self._merge(step), model)
+                merged = self._merge(step)
+                merged = self._comparison.scored(merged, model, self._the_kind(), self._step)
             except Exception as raised:
                 error = raised
-        wanted = processes.agree(merged is not None and self._better(merged), error)
+        wanted = processes.agree(merged is not None and self._comparison.wanted(merged), error)
         if error is not None:
             raise error
         if wanted:
@@ -225,32 +234,6 @@ class MergeCheckpoints(Callback):
         self.result = merged
         return merged
 
-    def _scored(self, merged: Merged, model: Any) -> Merged:
-        if self._evaluate is None:
-            return merged
-        inner = processes.unwrapped(model)
-        before = self._evaluate(inner, self._task)
-        metric = self._settings.metric
-        if metric is not None and metric not in before:
-            expected = f"one of {', '.join(before)}, which `evaluate` returns"
-            raise ConfigError([Problem("metric", repr(metric), expected)], SUBJECT)
-        with self._the_kind().applied(model, merged.weights):
-            scores = self._evaluate(inner, self._task)
-        if self._log is not None:
-            values = {f"merged/{name}": value for name, value in scores.items()}
-            self._log.log(values | {f"last/{k}": v for k, v in before.items()}, self._step)
-        return dataclasses.replace(merged, scores=scores, before=before)
-
-    def _better(self, merged: Merged) -> bool:
-        """Whether the merged weights are to be loaded."""
-        if not self._settings.load or not self._settings.keep_better:
-            return self._settings.load
-        if merged.scores is None or merged.before is None:
-            return False
-        metric = self._settings.metric or next(iter(merged.scores))
-        gain = merged.scores[metric] - merged.before[metric]
-        return gain > 0 if self._settings.greater_is_better else gain < 0
-
     def _prepare(self, kind: Kind, weights: Weights, beginning: bool = False) -> None:
         """Check what depends on the model, before the first snapshot."""
         problems = [
@@ -259,13 +242,26 @@ class MergeCheckpoints(Callback):
         ]
         if problems:
             raise ConfigError(problems, SUBJECT)
-        self._collected.require_own()
+        self._collected.open()
         self._base.keep(kind, weights)
+        if self._settings.on == "step":  # saved folders may have other names
+            self._require_base_of(kind, weights)
         self._kind = kind
 
+    def _require_base_of(self, kind: Kind, weights: Weights) -> None:
+        base = self._base.weights
+        if base is not None and (problems := [*kind.unlike_base(weights, base)]):
+            raise ConfigError(problems, SUBJECT)
+
     def _take(self, step: int, weights: Weights) -> None:
-        require_finite(weights.tensors, step)
-        self._collected.add(step, weights, self._the_kind())
+        kind = self._the_kind()
+        require_finite(weights.tensors, f"at step {step}")
+        if self._shapes is None:
+            self._require_base_of(kind, weights)
+            self._shapes = weights.shapes
+        elif problems := [*kind.unlike(weights, self._shapes)]:
+            raise ConfigError(problems, f"the snapshot of step {step}")
+        self._collected.add(step, weights, kind)
 
     def _the_kind(self) -> Kind:
         assert self._kind is not None, "prepared before"
@@ -284,11 +280,11 @@ class MergeCheckpoints(Callback):
         """Go on with the snapshots of an earlier run; only the main process does.
 
         Raises:
-            ConfigError: they were collected for another method.
+            ConfigError: they were collected for another method, or by another callback.
         """
-        if state["method"] != self._settings.method:
+        if (method := state.get("method")) != self._settings.method:
             expected = f"that of a run with `{self._settings.method}`"
-            problem = Problem("state", f"one of `{state['method']}`", expected)
+            problem = Problem("state", f"one of `{method}`", expected)
             raise ConfigError([problem], SUBJECT)
         if not processes.is_main():
             return

@@ -15,7 +15,7 @@ from mergekit_ext.callbacks.store import (
     packed,
     unpacked,
 )
-from mergekit_ext.callbacks.weights import Weights
+from mergekit_ext.callbacks.weights import Weights, copied
 from mergekit_ext.errors import ConfigError, Problem
 
 
@@ -31,10 +31,13 @@ class Snapshots:
         """Of what would be merged."""
         return self._store.steps
 
-    def require_own(self) -> None:
-        """See `FolderStore.require_own`."""
-        if isinstance(self._store, FolderStore):
-            self._store.require_own()
+    def open(self) -> None:
+        """See `Store.open`."""
+        self._store.open()
+
+    def clear(self) -> None:
+        """Forget all snapshots."""
+        self._store.clear()
 
     def add(self, step: int, weights: Weights, kind: Kind) -> None:
         """Keep a snapshot."""
@@ -72,22 +75,31 @@ class RunningMean:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self.steps: tuple[int, ...] = ()
+        self._steps: list[int] = []
         self._mean: Weights | None = None
         self._dtypes: dict[str, str] = {}
 
-    def require_own(self) -> None:
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of all snapshots in the mean."""
+        return tuple(self._steps)
+
+    def open(self) -> None:
         """Nothing is written."""
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._steps, self._mean = [], None
 
     def add(self, step: int, weights: Weights, kind: Kind) -> None:
         """Let a snapshot into the mean; once for each step."""
-        if step in self.steps or self._settings.running is None:
+        if self._settings.running is None or (self._steps and step <= self._steps[-1]):
             return
-        count = len(self.steps) + 1
+        count = len(self._steps) + 1
         weight = self._settings.running.next_weight(count, self._settings.parameters)
         self._mean = kind.blend(self._mean, weights, weight)
         self._dtypes = dtypes(weights)
-        self.steps = (*self.steps, step)
+        self._steps.append(step)
 
     def merge(
         self, kind: Kind, base: Weights | None, last: int | None
@@ -102,13 +114,14 @@ class RunningMean:
 
     def state(self) -> dict[str, Any]:
         """For `load`."""
-        mean = None if self._mean is None else packed(self._mean)
-        return {"steps": list(self.steps), "mean": mean, "dtypes": dict(self._dtypes)}
+        # A copy: the next snapshot is blended into the mean itself.
+        mean = None if self._mean is None else packed(copied(self._mean))
+        return {"steps": list(self._steps), "mean": mean, "dtypes": dict(self._dtypes)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        self.steps, self._dtypes = tuple(state["steps"]), dict(state["dtypes"])
-        self._mean = None if state["mean"] is None else unpacked(state["mean"])
+        self._steps, self._dtypes = list(state["steps"]), dict(state["dtypes"])
+        self._mean = None if state["mean"] is None else copied(unpacked(state["mean"]))
 
 
 def collected(settings: Settings) -> Snapshots | RunningMean:

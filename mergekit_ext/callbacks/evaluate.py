@@ -12,6 +12,7 @@ from mergekit_ext import scores
 from mergekit_ext.callbacks.log import require_log
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.events import MergeEnd
+from mergekit_ext.hooks import takes
 
 # From a model and the name of a task to scores by metric, or to one number.
 Function = Callable[[Any, str], Mapping[str, float] | float]
@@ -49,7 +50,7 @@ class Evaluate(Callback):
         load: Callable[[Path], Any] | None = None,
         log: Any = None,
     ):
-        if not callable(function):
+        if not takes(function, "model", "task"):
             raise TypeError(f"function: found {function!r}; expected a function (model, task).")
         if log is not None:
             require_log(log)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.callbacks.kinds import Kind, same_randomness
-from mergekit_ext.callbacks.merged import save_full
-from mergekit_ext.callbacks.processes import is_main, send, unwrapped
-from mergekit_ext.callbacks.settings import SUBJECT
-from mergekit_ext.callbacks.weights import Weights, untied
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.callbacks.kinds import Kind, Shape, same_randomness
+from mergekit_ext.callbacks.merged import fill_with_configuration
+from mergekit_ext.callbacks.processes import agree, send, unwrapped
+from mergekit_ext.callbacks.weights import Weights, copied, renamed, untied
+from mergekit_ext.errors import Problem
 from mergekit_ext.kernels.numerics import compute_dtype
 
 
@@ -55,6 +54,38 @@ class FullWeights(Kind):
             return
         yield from state_dicts.problems(method, self.settings.parameters, count, has_base)
 
+    def unlike(self, weights: Weights, first: Mapping[str, Shape]) -> Iterable[Problem]:
+        """See `Kind.unlike`."""
+        shapes = weights.shapes
+        if differ := sorted(first.keys() ^ shapes.keys()):
+            found = f"{'a new' if differ[0] in shapes else 'no'} tensor {differ[0]}"
+            more = f", and {len(differ) - 1} more differences" * (len(differ) > 1)
+            yield Problem("model", found + more, "the tensors of the first snapshot")
+        for name in first.keys() & shapes.keys():
+            if first[name] != shapes[name]:
+                yield Problem(
+                    "model",
+                    f"{name} of shape {shapes[name]}",
+                    f"the first snapshot's {first[name]}",
+                )
+
+    def unlike_base(self, weights: Weights, base: Weights) -> Iterable[Problem]:
+        """See `Kind.unlike_base`."""
+        given = base.shapes
+        wanted = {k: s for k, s in weights.shapes.items() if weights.tensors[k].is_floating_point()}
+        if lacking := [name for name in wanted if name not in given]:
+            more = f", and {len(lacking) - 1} more" * (len(lacking) > 1)
+            remedy = "Give `base` the folder of the initial model, saved as the checkpoints are."
+            expected = "the tensors of the snapshots"
+            yield Problem("base", f"no tensor {lacking[0]}{more}", expected, remedy)
+        for name, shape in wanted.items():
+            if given.get(name, shape) != shape:
+                yield Problem("base", f"{name} of shape {given[name]}", f"the snapshots' {shape}")
+
+    def saved(self, checkpoint: Path) -> Path:
+        """See `Kind.saved`."""
+        return checkpoint
+
     def merge(
         self, snapshots: Mapping[int, Weights], base: Weights | None
     ) -> tuple[Weights, Mapping[str, Any]]:
@@ -63,8 +94,6 @@ class FullWeights(Kind):
 
         settings = self.settings
         last = list(snapshots.values())[-1]
-        if base is not None and (problems := [*_unlike(last, base)]):
-            raise ConfigError(problems, SUBJECT)
         with same_randomness(settings.seed):
             merged = state_dicts.merge(
                 settings.method,
@@ -96,7 +125,7 @@ class FullWeights(Kind):
     @contextmanager
     def applied(self, model: Any, weights: Weights) -> Iterator[None]:
         """See `Kind.applied`."""
-        before = {k: t.clone() for k, t in self.view(model).tensors.items()}
+        before = copied(self.view(model)).tensors  # on the CPU: an accelerator may be full
         try:
             self.apply(model, weights)
             yield
@@ -106,19 +135,19 @@ class FullWeights(Kind):
     def apply(self, model: Any, weights: Weights) -> None:
         """See `Kind.apply`."""
         state = _state(model)
-        tensors = _named_like(unwrapped(model), state, weights)
-        names = untied(state)
-        left = sorted(set(names.values()) - {names[k] for k in tensors if k in names})
-        strange = sorted(tensors.keys() - state.keys())
-        if left or strange:
-            found = f"no weights for {left[:3]}" if left else f"no place for {strange[:3]}"
-            raise ConfigError([Problem("model", found, "the model that was trained")], SUBJECT)
-        _copy(state, tensors)
+        _copy(state, renamed(_named_like(unwrapped(model), state, weights), state))
 
     def share(self, model: Any, weights: Weights | None) -> None:
         """See `Kind.share`."""
-        if is_main() and weights is not None:
-            self.apply(model, weights)
+        error: Exception | None = None
+        if weights is not None:
+            try:
+                self.apply(model, weights)
+            except Exception as raised:
+                error = raised
+        agree(None, error)
+        if error is not None:
+            raise error
         send(dict(self.view(model).tensors))
 
 
@@ -141,21 +170,6 @@ def _named_like(model: Any, state: Mapping[str, Tensor], weights: Weights) -> Ma
         return weights.tensors
     with tempfile.TemporaryDirectory() as room:
         folder = Path(room) / "merged"
-        save_full(weights, folder)
+        fill_with_configuration(folder, weights)
         loaded: dict[str, Tensor] = type(model).from_pretrained(folder).state_dict()
     return loaded
-
-
-def _unlike(snapshot: Weights, base: Weights) -> Iterable[Problem]:
-    """Where a base is not of the snapshots' model."""
-    lacking = [k for k, t in snapshot.tensors.items() if t.is_floating_point()]
-    lacking = [k for k in lacking if k not in base.tensors]
-    if lacking:
-        found = f"no tensor {lacking[0]}" + (f", and {len(lacking) - 1} more" * (len(lacking) > 1))
-        remedy = "Give `base` the folder of the initial model, saved as the checkpoints are."
-        yield Problem("base", found, "the tensors of the snapshots", remedy)
-        return
-    for key, tensor in snapshot.tensors.items():
-        if tensor.is_floating_point() and base.tensors[key].shape != tensor.shape:
-            found = f"{key} of shape {tuple(base.tensors[key].shape)}"
-            yield Problem("base", found, f"the snapshots' {tuple(tensor.shape)}")

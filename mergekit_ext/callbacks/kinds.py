@@ -6,6 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from mergekit_ext.callbacks.processes import unwrapped
 from mergekit_ext.callbacks.settings import Settings
 from mergekit_ext.callbacks.weights import Weights
 from mergekit_ext.errors import NonFiniteError, Problem
+
+Shape = tuple[int, ...]
 
 
 class Kind(ABC):
@@ -34,6 +37,18 @@ class Kind(ABC):
     @abstractmethod
     def problems(self, weights: Weights, count: int, has_base: bool) -> Iterable[Problem]:
         """What is wrong with a merge of `count` snapshots like `weights`."""
+
+    @abstractmethod
+    def unlike(self, weights: Weights, first: Mapping[str, Shape]) -> Iterable[Problem]:
+        """Why a further snapshot cannot be merged with the first, whose shapes are given."""
+
+    @abstractmethod
+    def unlike_base(self, weights: Weights, base: Weights) -> Iterable[Problem]:
+        """Why a snapshot cannot be merged over a base."""
+
+    @abstractmethod
+    def saved(self, checkpoint: Path) -> Path:
+        """The folder of the weights in that of a checkpoint."""
 
     @abstractmethod
     def merge(

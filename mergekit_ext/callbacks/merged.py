@@ -11,7 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ext.callbacks.weights import Weights, untied, write
+from mergekit_ext.callbacks.weights import Weights, fill, renamed
+
+# Configurations, tokenizers, templates; not the state of a training.
+_BESIDE = {".json", ".model", ".txt", ".jinja"}
+_NOT_BESIDE = (".index.json", "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -48,34 +52,40 @@ class Merged:
 
         Raises:
             FileExistsError: there is something at `path` already.
+        ConfigError: `model` is another one than that which was trained.
         """
+        from mergekit_ext.rooms import hidden_room
+
         target = Path(path)
         if target.exists():
             raise FileExistsError(f"{target}: expected a folder that does not exist yet.")
-        if self.weights.config is not None or model is None:
-            save_full(self.weights, target)
-            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with hidden_room(target, target.parent) as room:
+            self._fill(room / "merged", model)
+            (room / "merged").rename(target)
+
+    def _fill(self, folder: Path, model: Any) -> None:
         from mergekit_ext.callbacks.processes import unwrapped
 
-        inner = unwrapped(model)
-        if not hasattr(inner, "save_pretrained"):
-            save_full(self.weights, target)
-            return
-        inner.save_pretrained(target, state_dict=_with_ties(inner, self.weights.tensors))
+        inner: Any = None
+        if model is not None and self.weights.config is None:
+            inner = unwrapped(model)
+        if hasattr(inner, "save_pretrained"):
+            state = {k: t for k, t in inner.state_dict().items() if isinstance(t, Tensor)}
+            # Saved checkpoints may have other names, and bring a configuration.
+            if self.weights.folder is None or self.weights.tensors.keys() <= state.keys():
+                inner.save_pretrained(folder, state_dict=renamed(self.weights.tensors, state))
+                return
+        fill_with_configuration(folder, self.weights)
 
 
-def save_full(weights: Weights, target: Path) -> None:
-    """Write weights, and the configuration of the folder that they come from beside them."""
-    write(weights, target)
+def fill_with_configuration(folder: Path, weights: Weights) -> None:
+    """Write weights into a new folder, and what stands beside those that they come from."""
+    fill(folder, weights)
     if weights.folder is None:
         return
-    for file in (*weights.folder.glob("*.json"), *weights.folder.glob("*.model")):
+    for file in sorted(weights.folder.iterdir()):
         # The index of a sharded checkpoint names files that are not there.
-        wanted = not file.name.endswith((".index.json", "trainer_state.json"))
-        if wanted and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
-
-
-def _with_ties(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = untied({k: t for k, t in model.state_dict().items() if isinstance(t, Tensor)})
-    return {name: tensors[first] for name, first in names.items() if first in tensors}
+        wanted = file.suffix in _BESIDE and not file.name.endswith(_NOT_BESIDE)
+        if wanted and file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)

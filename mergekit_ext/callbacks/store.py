@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.callbacks.settings import SUBJECT
-from mergekit_ext.callbacks.weights import Weights, read, write
+from mergekit_ext.callbacks.weights import Weights, copied, read, write
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.rooms import hidden_room
 
 
 class Store(ABC):
@@ -32,21 +33,34 @@ class Store(ABC):
             self._drop(self._kept.pop(step))
         while len(self._kept) >= self._keep:
             self._drop(self._kept.pop(min(self._kept)))
+        self._require_kept()
         self._kept[step] = self._made(step, weights)
 
     def snapshots(self, last: int | None = None) -> dict[int, Weights]:
         """Up to step `last`, oldest first."""
+        self._require_kept()
         return {
             step: self._opened(kept)
             for step, kept in sorted(self._kept.items())
             if last is None or step <= last
         }
 
+    def open(self) -> None:  # noqa: B027 (memory is there)
+        """Refuse a place where snapshots cannot be kept."""
+
+    def clear(self) -> None:
+        """Forget all snapshots."""
+        for step in self.steps:
+            self._drop(self._kept.pop(step))
+
     @abstractmethod
     def _made(self, step: int, weights: Weights) -> Any: ...
 
     @abstractmethod
     def _opened(self, kept: Any) -> Weights: ...
+
+    def _require_kept(self) -> None:  # noqa: B027 (what is in memory stays)
+        """Refuse to go on when somebody else has removed snapshots."""
 
     def _drop(self, kept: Any) -> None:  # noqa: B027 (forgetting is enough, unless there are files)
         """Remove what a snapshot left outside of this object."""
@@ -87,6 +101,14 @@ class SavedStore(Store):
     def _opened(self, kept: str) -> Weights:
         return read(kept)
 
+    def _require_kept(self) -> None:
+        gone = [path for path in self._kept.values() if not Path(path).is_dir()]
+        remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
+        if gone:
+            raise ConfigError(
+                [Problem(path, "no such folder", "a snapshot", remedy) for path in gone], SUBJECT
+            )
+
     def state(self) -> dict[str, Any]:
         """The paths."""
         return {str(step): path for step, path in self._kept.items()}
@@ -111,17 +133,24 @@ class FolderStore(SavedStore):
         super().__init__(keep)
         self._folder = folder
 
-    def require_own(self) -> None:
-        """Refuse a folder with snapshots of another run.
+    def open(self) -> None:
+        """Refuse a folder with snapshots of another run, or in which nothing can be written.
 
         Raises:
-            ConfigError: there are some.
+            ConfigError: it is one of them.
         """
+        where = f"where: {self._folder}"
         if strange := [place for place in self._found() if place not in self._known()]:
             found = f"{len(strange)} snapshots of another run, such as {strange[0].name}"
             remedy = "Choose another folder, delete them, or load the state of that run."
-            problem = Problem(f"where: {self._folder}", found, "a folder for this run", remedy)
-            raise ConfigError([problem], SUBJECT)
+            raise ConfigError([Problem(where, found, "a folder for this run", remedy)], SUBJECT)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with hidden_room(self._folder / "step", self._folder):
+                pass
+        except OSError as error:
+            problem = Problem(where, str(error), "a folder that can be written")
+            raise ConfigError([problem], SUBJECT) from None
 
     def _made(self, step: int, weights: Weights) -> str:
         place = self._folder / f"step-{step:08d}"
@@ -136,6 +165,8 @@ class FolderStore(SavedStore):
         """Take over snapshots; those made after the state was saved are deleted."""
         super().load(state)
         last = max(map(int, state), default=0)
+        if any(Path(path).parent != self._folder.resolve() for path in state.values()):
+            return  # this folder is not that run's
         for place in self._found():
             if place not in self._known() and int(place.name.removeprefix("step-")) > last:
                 shutil.rmtree(place)
@@ -147,12 +178,6 @@ class FolderStore(SavedStore):
         for place in sorted(self._folder.glob("step-*")):
             if place.is_dir() and place.name.removeprefix("step-").isdecimal():
                 yield place.resolve()
-
-
-def copied(weights: Weights) -> Weights:
-    """A copy on the CPU that nothing else changes."""
-    tensors = {k: t.detach().to("cpu", copy=True) for k, t in weights.tensors.items()}
-    return Weights(tensors, weights.config, weights.folder)
 
 
 def packed(weights: Weights) -> dict[str, Any]:

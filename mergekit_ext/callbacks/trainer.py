@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
 from mergekit_ext.callbacks.protocol import require_training_callback
+from mergekit_ext.errors import MergeWarning
 
 # On a Trainer's control object, which its callbacks share: the files of their states.
 _FILES = "_callback_state_files"
@@ -91,6 +93,16 @@ def _save(callback: Any, file: Path) -> None:
 def _resume(callback: Any, file: Path) -> None:
     import torch
 
-    if hasattr(callback, "load_state_dict") and file.is_file():
+    if not hasattr(callback, "load_state_dict"):
+        return
+    if file.is_file():
         # Numbers, texts and tensors only: a checkpoint may come from somebody else.
         callback.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    elif hasattr(callback, "state_dict") and callback.state_dict():
+        warnings.warn(
+            MergeWarning(
+                f"{type(callback).__name__}: there is no {file}, so it goes on without what it had "
+                "before the checkpoint. Resume from a checkpoint in the output folder."
+            ),
+            stacklevel=2,
+        )

@@ -33,9 +33,9 @@ class Weights:
     folder: Path | None = None
 
     @property
-    def bytes(self) -> int:
-        """What the tensors take."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each tensor, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
 class FileTensors(Mapping[str, Tensor]):
@@ -67,44 +67,60 @@ def read(folder: str | os.PathLike[str]) -> Weights:
     """The weights in the folder of a checkpoint or of an adapter.
 
     Raises:
-        ConfigError: there are no safetensors files in it.
+        ConfigError: there are no safetensors files in it, or they cannot be read.
     """
     place = Path(folder)
     config = place / CONFIG
-    if config.is_file() and (place / ADAPTER).is_file():
-        tensors = FileTensors([place / ADAPTER])
-        return Weights(tensors, json.loads(config.read_text(encoding="utf-8")), place)
-    files = sorted(place.glob("*.safetensors"))
-    if not files:
-        gone = not place.is_dir()
-        found = "no such folder" if gone else "a folder without safetensors files"
-        remedy = (
-            "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
-            if gone
-            else "Save with safe_serialization."
-        )
-        raise ConfigError(
-            [Problem(str(place), found, "a saved model or adapter", remedy)], "merging checkpoints"
-        )
-    return Weights(FileTensors(files), None, place)
+    try:
+        if config.is_file() and (place / ADAPTER).is_file():
+            tensors = FileTensors([place / ADAPTER])
+            return Weights(tensors, json.loads(config.read_text(encoding="utf-8")), place)
+        if files := sorted(place.glob("*.safetensors")):
+            return Weights(FileTensors(files), None, place)
+    except Exception as error:  # safetensors has one of its own, which derives from no other
+        found, remedy = f"files that cannot be read ({error})", "Save it again."
+    else:
+        found, remedy = _lacking(place)
+    problem = Problem(str(place), found, "a saved model or adapter", remedy)
+    raise ConfigError([problem], "merging checkpoints") from None
+
+
+def _lacking(place: Path) -> tuple[str, str]:
+    if not place.is_dir():
+        remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
+        return "no such folder", remedy
+    if names := sorted(file.parent.name for file in place.glob(f"*/{ADAPTER}")):
+        return f"only adapters of other names: {', '.join(names)}", "Give `adapter` one of them."
+    return "a folder without safetensors files", "Save with safe_serialization."
+
+
+def saved(checkpoint: Path, adapter: str | None) -> Path:
+    """Where in a checkpoint the weights are: PEFT gives adapters folders unless called default."""
+    place = checkpoint / (adapter or "")
+    return place if adapter != "default" and (place / CONFIG).is_file() else checkpoint
 
 
 def write(weights: Weights, target: Path) -> None:
     """Write weights into the folder `target`, which appears when it is complete."""
-    from safetensors.torch import save_file
-
     from mergekit_ext.rooms import hidden_room
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with hidden_room(target, target.parent) as room:
         folder = room / "snapshot"
-        folder.mkdir()
-        tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
-        save_file(tensors, folder / (FULL if weights.config is None else ADAPTER), {"format": "pt"})
-        if weights.config is not None:
-            text = json.dumps(dict(weights.config), indent=2, sort_keys=True)
-            (folder / CONFIG).write_text(text, encoding="utf-8")
+        fill(folder, weights)
         folder.rename(target)
+
+
+def fill(folder: Path, weights: Weights) -> None:
+    """Write weights into a new folder, file by file."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
+    save_file(tensors, folder / (FULL if weights.config is None else ADAPTER), {"format": "pt"})
+    if weights.config is not None:
+        text = json.dumps(dict(weights.config), indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def untied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -121,12 +137,35 @@ def untied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    """Refuse a snapshot with NaN or infinity in it.
+def copied(weights: Weights) -> Weights:
+    """A copy on the CPU that nothing else changes."""
+    tensors = {k: t.detach().to("cpu", copy=True) for k, t in weights.tensors.items()}
+    return Weights(tensors, weights.config, weights.folder)
+
+
+def renamed(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by every name of a model's state, of which tied ones have several.
 
     Raises:
-        NonFiniteError: with the first such tensor and the step.
+        ConfigError: the model has other names.
+    """
+    names = untied(state)
+    given = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+    left = sorted(set(names.values()) - given.keys())
+    strange = sorted(tensors.keys() - names.keys())
+    if left or strange:
+        found = f"no weights for {left[:3]}" if left else f"no place for {strange[:3]}"
+        problem = Problem("model", found, "the model that was trained")
+        raise ConfigError([problem], "merging checkpoints")
+    return {name: given[first] for name, first in names.items()}
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights with NaN or infinity in them.
+
+    Raises:
+        NonFiniteError: with the first such tensor, and what the weights are.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and (count := count_non_finite(tensor)):
-            raise NonFiniteError(name, f"at step {step}", count, tensor.numel())
+            raise NonFiniteError(name, what, count, tensor.numel())

@@ -67,6 +67,14 @@ def problems(
             expected = f"one of {', '.join(sorted(specs))}" if specs else "no parameters at all"
             yield Problem(where, found, expected, did_you_mean(key, set(specs)))
             continue
+        if specs[key].scope != ParameterScope.SHARED:
+            wanted = count + (has_base and specs[key].scope == ParameterScope.INPUT)
+            expected = f"one value for all snapshots, or a list of {wanted}, one for each"
+            if isinstance(value, Mapping):
+                yield Problem(where, "a mapping", expected)
+                continue
+            if isinstance(value, (list, tuple)) and len(value) != wanted:
+                yield Problem(where, f"{len(value)} values", expected)
         wrong = [
             (item, problem)
             for item in _items(specs[key], value)
@@ -208,6 +216,4 @@ def _with_weight(method: MergeMethod, parameters: Mapping[str, Any]) -> dict[str
 def _items(spec: Any, value: Any) -> list[Any]:
     if spec.scope == ParameterScope.SHARED or isinstance(value, str):
         return [value]
-    if isinstance(value, Mapping):
-        return list(value.values())
     return list(value) if isinstance(value, Sequence) else [value]

@@ -105,6 +105,42 @@ def test_other_methods_agree_with_merge_adapters_on_saved_adapters(tmp_path, met
         torch.testing.assert_close(found.weights.tensors[name], tensor)
 
 
+def test_lists_are_for_snapshots_and_not_for_layers():
+    def found(**options):
+        callback = MergeCheckpoints("linear", keep=3, **options)
+        changes_while_training(lora_model(), [callback], 3)
+        return callback.merge().weights
+
+    weights = found(parameters={"weight": [1.0, 0.0, 0.0]}, adapter_options={"rank": "lossless"})
+    model = lora_model()
+    (first,) = changes_while_training(model, [], 1)
+    key = f"base_model.model.{MODULE}.lora_{{}}.weight"
+    a, b = (weights.tensors[key.format(x)].double() for x in "AB")
+    scale = weights.config["lora_alpha"] / weights.config["r"]
+    torch.testing.assert_close(scale * b @ a, first, rtol=1e-4, atol=1e-5)
+    callback = MergeCheckpoints("ties", keep=3, parameters={"density": [0.5, 2.0], "weight": [1]})
+    with pytest.raises(ConfigError) as caught:
+        callback.on_train_begin(0, lora_model())
+    assert "density: found 2 values; expected one value for all snapshots" in str(caught.value)
+    assert "weight: found 1 values" in str(caught.value)
+    callback = MergeCheckpoints("ties", keep=2, parameters={"density": [0.5, 2.0]})
+    with pytest.raises(ConfigError, match=r"parameters\.density: found 2"):
+        callback.on_train_begin(0, lora_model())
+
+
+def test_running_means_return_the_dtype_of_each_tensor():
+    model = lora_model(modules_to_save=["lm_head"])
+    head = model.base_model.model.lm_head.modules_to_save["default"].to(torch.bfloat16)
+    average = MergeCheckpoints("average")
+    changes_while_training(model, [average], 2)
+    found = {name: tensor.dtype for name, tensor in average.merge().weights.tensors.items()}
+    assert found.pop("base_model.model.lm_head.weight") == head.weight.dtype == torch.bfloat16
+    assert set(found.values()) == {torch.float32}
+    cast = MergeCheckpoints("average", adapter_options={"dtype": "float16"})
+    changes_while_training(lora_model(), [cast], 2)
+    assert {t.dtype for t in cast.merge().weights.tensors.values()} == {torch.float16}
+
+
 def test_evaluating_leaves_the_model_as_it_was():
     model = lora_model()
     model.train()
@@ -178,6 +214,31 @@ def test_saved_checkpoints_of_adapters_and_the_result_as_a_folder(tmp_path):
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "merged")
     expected = torch.stack(found[1:]).mean(0)
     torch.testing.assert_close(change(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_checkpoints_of_an_adapter_with_a_name_of_its_own(tmp_path):
+    def trained(*others):
+        model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), "mine")
+        for other in others:
+            model.add_adapter(other, LoraConfig(r=3, target_modules=["v_proj"]))
+        return model
+
+    for others in ((), ("default",)):
+        model = trained(*others)
+        live = MergeCheckpoints("linear", on="save")
+        named = MergeCheckpoints("linear", on="save", adapter="mine")
+        live.on_train_begin(0, model)
+        for step in (1, 2):
+            spread(model, 0.2, seed=step)
+            folder = tmp_path / f"{len(others)}-{step}"
+            model.save_pretrained(folder)
+            live.on_save(step, folder)
+            named.on_save(step, folder)
+        for callback in (live, named):
+            merged = callback.merge().weights
+            assert set(merged.config["target_modules"]) == {"q_proj"}
+    with pytest.raises(ConfigError, match=r"only adapters of other names: mine; .* Give `adapter`"):
+        MergeCheckpoints("linear", on="save").on_save(1, tmp_path / "0-1")
 
 
 def test_what_does_not_fit_adapters_is_said_before_training():

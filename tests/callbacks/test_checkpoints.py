@@ -168,9 +168,12 @@ def test_a_base_that_is_needed_and_was_not_seen_is_an_error_in_the_first_step():
         train(copy.deepcopy(model), [callback], steps=2, begin=False)
         assert callback.merge().weights.tensors["first.weight"].isfinite().all()
     callback = MergeCheckpoints("ties", base={"other": torch.zeros(2)})
-    train(copy.deepcopy(model), [callback], steps=1, begin=False)
     with pytest.raises(ConfigError, match=r"base: found no tensor .*, and \d+ more"):
-        callback.merge()
+        callback.on_train_begin(0, model)
+    base = {**model.state_dict(), "first.bias": torch.zeros(3), "norm.bias": torch.zeros(2)}
+    with pytest.raises(ConfigError) as caught:
+        MergeCheckpoints("ties", base=base).on_step_end(1, model)
+    assert len(caught.value.problems) == 2 and "of shape (3,)" in str(caught.value)
 
 
 def test_random_methods_leave_the_random_numbers_of_training_alone():
@@ -237,6 +240,55 @@ def test_what_is_not_finite_is_an_error_with_tensor_and_step():
         with pytest.raises(NonFiniteError, match=r"first\.bias of model at step 3: found 1 "):
             callback.on_step_end(3, model)
         assert callback.steps == (1, 2)
+
+
+def test_a_base_that_is_not_finite_is_an_error_before_training():
+    model = Net()
+    with torch.no_grad():
+        model.first.bias[1] = float("inf")
+    for base in ("initial", model, dict(model.state_dict())):
+        with pytest.raises(NonFiniteError, match=r"first\.bias of model base"):
+            MergeCheckpoints("ties", base=base).on_train_begin(0, model)
+
+
+@pytest.mark.parametrize("method", ["linear", "average"])
+def test_a_model_whose_tensors_change_is_an_error_in_that_step(method):
+    model = Net()
+    callback = MergeCheckpoints(method)
+    train(model, [callback], steps=2)
+    before = callback.merge().weights.tensors["scale"].clone()
+    model.scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ConfigError, match=r"step 3;[^$]*scale of shape \(2,\); .*first snapshot's"):
+        callback.on_step_end(3, model)
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    model.more = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ConfigError, match="a new tensor more"):
+        callback.on_step_end(3, model)
+    assert callback.steps == (1, 2)
+    torch.testing.assert_close(callback.merge().weights.tensors["scale"], before)
+
+
+def test_an_evaluation_that_fails_loses_neither_the_merge_nor_the_weights():
+    scores = iter([1.0])
+    model = Net()
+    callback = MergeCheckpoints("average", load=True, evaluate=lambda model, task: next(scores))
+    states = train(model, [callback], steps=2)
+    with pytest.raises(StopIteration):
+        callback.on_train_end(2, model)
+    assert callback.result.steps == (1, 2) and not callback.result.loaded
+    same(dict(model.state_dict()), states[-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"method": "average"}, {"method": "ties", "keep": 3}])
+def test_a_second_training_begins_anew(tmp_path, options):
+    where = {"where": tmp_path / "s"} if options["method"] == "ties" else {}
+    callback = MergeCheckpoints(**options, **where)
+    train(Net(), [callback], steps=5)
+    states = train(Net(1), [callback], steps=2)
+    assert callback.steps == (1, 2)
+    fresh = MergeCheckpoints(**options)
+    assert train(Net(1), [fresh], steps=2)[1].keys() == states[1].keys()
+    same(callback.merge().weights.tensors, fresh.merge().weights.tensors)
 
 
 def test_loading_and_keeping_the_better_one():

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import mergekit_ext
 from mergekit_ext.callbacks import LogTo, MergeCheckpoints, as_trainer_callback
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, MergeWarning
 from tests import models
 from tests.callbacks.diary import Diary
 from tests.callbacks.small import llama, lora_model, same, train
@@ -78,6 +78,7 @@ def test_an_accelerate_loop_with_two_processes(tmp_path):
     assert main["weights"] == other["weights"]
     assert main["logits"] == pytest.approx(other["logits"], rel=1e-6)
     # A merge that fails in the main process stops the others with its reason.
+    assert (main["misfit"], other["misfit"]) == ("ConfigError", "MergeError")
     assert main["error"] == "RuntimeError: no score today"
     assert other["error"].startswith("MergeError: the main process could not merge: RuntimeError")
 
@@ -146,6 +147,11 @@ def test_a_trainer_resumes_with_the_callbacks_state(tmp_path):
         return callbacks
 
     whole = run(tmp_path / "whole", 6)
+    with (
+        pytest.warns(MergeWarning, match=r"there is no .*callback_MergeCheckpoints.*\.pt, so"),
+        pytest.raises(ConfigError, match="load the state of the run that is resumed"),
+    ):
+        run(tmp_path / "elsewhere", 6, resume=str(tmp_path / "whole/checkpoint-4"))
     run(tmp_path / "parts", 4)
     parts = run(tmp_path / "parts", 6, resume=str(tmp_path / "parts/checkpoint-4"))
     for one, other in zip(whole, parts, strict=True):

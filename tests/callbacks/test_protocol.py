@@ -17,7 +17,6 @@ from mergekit_ext.events import (
     BlockMerged,
     Dispatcher,
     MergeBegin,
-    MergeCallback,
     MergeEnd,
     ProgressBar,
     SizeReached,
@@ -190,8 +189,6 @@ def test_log_goes_to_an_accelerator_and_its_trackers(tmp_path):
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"found 3; expected an object with a method log"):
         LogTo(3)
-    with pytest.raises(TypeError, match="log: found"):
-        callbacks.MergeCheckpoints(log=MergeCallback())
     with pytest.raises(ValueError, match="every: found 0"):
         LogTo(Target(), every=0)
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):

@@ -48,6 +48,15 @@ def test_saved_checkpoints_are_merged_from_where_they_are(tmp_path):
     shutil.rmtree(tmp_path / "c2")
     with pytest.raises(ConfigError, match=r"c2: found no such folder.*save_total_limit"):
         callback.merge()
+    callback.on_save(4, tmp_path / "c1")  # that was the oldest, which goes anyway
+    shutil.rmtree(tmp_path / "c1")
+    shutil.rmtree(tmp_path / "c3")
+    model.save_pretrained(tmp_path / "c5")
+    with pytest.raises(ConfigError, match=r"c1: found no such folder.*save_total_limit"):
+        callback.on_save(5, tmp_path / "c5")  # and not when training ends
+    (tmp_path / "c5/model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ConfigError, match=r"c5: found files that cannot be read"):
+        callback.on_save(5, tmp_path / "c5")
 
 
 def test_models_that_are_saved_under_other_names_are_loaded_too(tmp_path):
@@ -76,3 +85,13 @@ def test_models_that_are_saved_under_other_names_are_loaded_too(tmp_path):
         expected[name] = (expected[name] + tensor) / 2
     callback.on_train_end(2, model)
     same(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)
+    (tmp_path / "c2/chat_template.jinja").write_text("{{ x }}")
+    callback.result.save(tmp_path / "merged", model)
+    assert (tmp_path / "merged/chat_template.jinja").is_file()
+    loaded = ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    same(dict(loaded.state_dict()), expected, rtol=1e-5, atol=1e-6)
+    live = MergeCheckpoints("linear")
+    live.on_step_end(1, model)
+    with pytest.raises(ConfigError, match="no weights for"):
+        live.merge().save(tmp_path / "other", llama())
+    assert not (tmp_path / "other").exists()

@@ -80,11 +80,42 @@ def test_snapshots_made_after_the_state_was_saved_go(tmp_path):
         MergeCheckpoints("linear", where=tmp_path).on_step_end(1, model)
 
 
+def test_a_state_is_no_part_of_the_run_that_goes_on():
+    model = Net()
+    first = MergeCheckpoints("average")
+    steps(model, first, (1, 2))
+    state, expected = first.state_dict(), first.merge().weights.tensors
+    steps(model, first, (3,))
+    for _ in range(2):
+        again = MergeCheckpoints("average")
+        again.load_state_dict(state)
+        steps(model, again, (3,))  # blends into its own copy
+    last = MergeCheckpoints("average")
+    last.load_state_dict(state)
+    last.on_step_end(2, model)  # which is in the mean already
+    assert last.steps == (1, 2)
+    same(last.merge().weights.tensors, expected)
+
+
+def test_the_state_of_another_folder_deletes_nothing(tmp_path):
+    model = Net()
+    one, other = (MergeCheckpoints("linear", where=tmp_path / name) for name in "ab")
+    steps(model, one, (1, 2))
+    steps(model, other, (3, 4))
+    wrong = MergeCheckpoints("linear", where=tmp_path / "b")
+    wrong.load_state_dict(one.state_dict())
+    assert len(list((tmp_path / "b").iterdir())) == 2
+    with pytest.raises(ConfigError, match="2 snapshots of another run, such as step-00000003"):
+        wrong.on_step_end(3, model)
+
+
 def test_a_resumed_run_without_its_base_is_refused():
     with pytest.raises(ConfigError, match="load the state of the run that is resumed"):
         MergeCheckpoints("ties").on_train_begin(100, Net())
     with pytest.raises(ConfigError, match="found one of `average`"):
         MergeCheckpoints("ties").load_state_dict(MergeCheckpoints("average").state_dict())
+    with pytest.raises(ConfigError, match="found one of `None`"):
+        MergeCheckpoints("ties").load_state_dict({"step": 3})
 
 
 def test_accelerate_saves_and_loads_the_state(tmp_path):

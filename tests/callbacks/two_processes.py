@@ -103,11 +103,22 @@ def fail(accelerator):
     return ""
 
 
+def misfit(accelerator):
+    average = MergeCheckpoints("average", load=True)
+    average.on_step_end(1, llama())
+    try:
+        average.merge(model=torch.nn.Linear(2, 2))
+    except (MergeError, ConfigError) as error:
+        return type(error).__name__
+    return ""
+
+
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     found = {
         **train(accelerator),
         "error": fail(accelerator),
+        "misfit": misfit(accelerator),
         "processes": accelerator.num_processes,
     }
     path = Path(sys.argv[1]) / f"rank{accelerator.process_index}.json"
