@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,17 @@ def _read(folder: Path) -> dict[tuple[str, str], Any]:
     found = {}
     for path in sorted(folder.glob(_FILES)):
         for line in path.read_bytes().split(b"\n")[:-1]:
-            try:
-                kind, key, value = json.loads(line)
-            except ValueError:
-                # After a power cut there may be anything: what is not noted is made again.
-                continue
-            found[kind, key] = value
+            # After a power cut there may be anything: what is not noted is made again.
+            with suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if _is_entry(entry):
+                    found[entry[0], entry[1]] = entry[2]
     return found
+
+
+def _is_entry(value: Any) -> bool:
+    sound = isinstance(value, list) and len(value) == 3
+    return sound and all(isinstance(name, str) for name in value[:2])
 
 
 def _drop_torn_line(file: int) -> None:

@@ -122,10 +122,13 @@ def _companions(root: Path, task: str) -> Iterator[tuple[str, Path]]:
 def _check_target(target: Path) -> None:
     expected = "a folder that does not exist or is empty"
     found = None
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        found = f"{target}, which is not a folder"
-    elif target.is_dir() and any(target.iterdir()):
-        found = f"{target}, which is not empty"
+    try:
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            found = f"{target}, which is not a folder"
+        elif target.is_dir() and any(target.iterdir()):
+            found = f"{target}, which is not empty"
+    except (OSError, ValueError) as error:  # too long, or no name of a file
+        found = f"{target} ({getattr(error, 'strerror', None) or error})"
     if found is not None:
         problem = Problem("OUT", found, expected, "Choose another name.")
         raise ConfigError([problem], "this export")

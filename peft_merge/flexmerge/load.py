@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
-from peft_merge.adapter import Adapter
+from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.wording import listing, shown
 from peft_merge.flexmerge.fit import require_base, require_fit, restored_on_error
 from peft_merge.flexmerge.manifest import Group, Manifest
@@ -53,6 +53,7 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
     folder = Path(path).expanduser()
     manifest = open_manifest(folder, verify=verify)
     adapters = [load_adapter(folder / task.name, name=task.name) for task in manifest.tasks]
+    _require_kind(manifest, adapters, folder)
     _require_separable(adapters)
     _require_sharing(manifest, adapters, folder)
     require_fit(adapters, base_model)
@@ -94,6 +95,14 @@ def _one_task_at_a_time(*_: Any, adapter_names: Any = None, **__: Any) -> Iterat
             "model.set_adapter(task)."
         )
     yield
+
+
+def _require_kind(manifest: Manifest, adapters: Sequence[Adapter], folder: Path) -> None:
+    found = {"lora" if isinstance(adapter, LoraAdapter) else "ia3" for adapter in adapters}
+    if found != {manifest.kind}:
+        remedy = "Copy or download the folder again."
+        problem = Problem("kind", f"adapters of {' and '.join(found)}", manifest.kind, remedy)
+        raise CheckpointError([problem], str(folder))
 
 
 def _require_separable(adapters: Sequence[Adapter]) -> None:

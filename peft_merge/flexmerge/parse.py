@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def from_json(text: str, where: str) -> Manifest:
         problem = Problem(where, f"something else ({error})", "a JSON object", _DAMAGED)
         raise CheckpointError([problem], where) from None
     found = (content.get("format"), content.get("version"))
-    if found != (FORMAT, VERSION):
+    if found != (FORMAT, VERSION) or isinstance(found[1], bool):
         shown = f"format {found[0]!r}, version {found[1]!r}"
         expected = f"format {FORMAT!r}, version {VERSION}"
         remedy = "A newer release may read it."
@@ -85,7 +86,7 @@ def from_json(text: str, where: str) -> Manifest:
             tasks=tuple(_task(item) for item in _list(content["tasks"])),
             blocks=tuple(_block(item) for item in _list(content["blocks"])),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         shown = f"an entry that is missing or of another kind ({error!r})"
         raise CheckpointError([Problem(where, shown, "a manifest", _DAMAGED)], where) from None
     if problems := list(_inconsistent(manifest, where)):
@@ -152,6 +153,9 @@ def _inconsistent(manifest: Manifest, where: str) -> Iterator[Problem]:
         if sorted(files) != [CONFIG, SAFETENSORS]:
             expected = f"{CONFIG} and {SAFETENSORS}"
             yield Problem(f"{where}: files of {task.name}", repr(files), expected, _DAMAGED)
+    blocks = [block.name for block in manifest.blocks]
+    if twice := [name for name, count in Counter(blocks).items() if count > 1]:
+        yield Problem(f"{where}: blocks", f"{twice[0]} twice", "each block once", _DAMAGED)
     for block in manifest.blocks:
         members = [name for group in block.groups for name in group.tasks]
         if sorted(members) != sorted(tasks):

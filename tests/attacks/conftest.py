@@ -1,4 +1,4 @@
-"""Inputs that are made once, a copy of them for each attack, and what must be true of every answer."""
+"""Inputs that are made once, copies to spoil, and what must be true of every answer."""
 
 from __future__ import annotations
 

@@ -116,9 +116,7 @@ ATTACKS: dict[str, Attack] = {
         lambda header, names: header.update({"copy": dict(header[names[0]])})
     ),
     "gap": _gap,
-    "offsets backwards": _entries(
-        lambda header, names: header[names[0]]["data_offsets"].reverse()
-    ),
+    "offsets backwards": _entries(lambda header, names: header[names[0]]["data_offsets"].reverse()),
     "offsets negative": _field("data_offsets", [-4, 0]),
     "offsets behind the end": _field("data_offsets", [0, 2**60]),
     "offsets of texts": _field("data_offsets", ["0", "4"]),

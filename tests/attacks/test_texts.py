@@ -1,0 +1,105 @@
+"""JSON and YAML of any kind: one error for each, from every reader."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.attacks import texts
+from tests.attacks.readers import JSON, command, file_of
+
+_READERS = [name for name in JSON if not name.endswith(("nan_ties", "flexmerge.load"))]
+
+
+@pytest.mark.parametrize("text", texts.JSON)
+@pytest.mark.parametrize("name", _READERS)
+def test_json(name, text, inputs, refused):
+    reader, pattern = JSON[name]
+    file_of(inputs, pattern).write_bytes(texts.JSON[text])
+    refused(reader, inputs)
+
+
+_COMMANDS = {
+    "mergekit-ext check": lambda file, out: ("mergekit-ext", "check", file),
+    "mergekit-ext merge": lambda file, out: ("mergekit-ext", "merge", file, out),
+    "mergekit-ext analyze": lambda file, out: ("mergekit-ext", "analyze", file, out),
+    "mergekit-ext sizes": lambda file, out: ("mergekit-ext", "sizes", file, out),
+    "peft-merge": lambda file, out: ("peft-merge", file, out),
+}
+
+
+# Commands of mergekit-ext parse alike: each meets a fifth of the corpus, and `check` all of it.
+_PAIRS = [
+    (name, text)
+    for place, name in enumerate(_COMMANDS)
+    for number, text in enumerate(texts.YAML)
+    if name in ("mergekit-ext check", "peft-merge") or number % 5 == place
+]
+
+
+@pytest.mark.parametrize(("name", "text"), _PAIRS)
+def test_yaml(name, text, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "merge.yml"
+    file.write_bytes(texts.YAML[text])
+    refused(lambda inputs, out: command(*_COMMANDS[name](file, out)), tmp_path / "work")
+    assert not (tmp_path / "owned").exists()
+
+
+# mergekit parses by itself before it looks for the method; what it makes of a sound document that
+# is no merge of ours is its own business.
+_TEXTS_FOR_MERGEKIT = [
+    name
+    for name, text in texts.YAML.items()
+    if b"merge_method: nan_ties" in text or "laughs" in name or "number of 10,000" in name
+]
+
+
+@pytest.mark.parametrize("text", [*_TEXTS_FOR_MERGEKIT, "not UTF-8", "nested flow", "no date"])
+def test_mergekit_yaml(text, tmp_path, refused):
+    file = tmp_path / "merge.yml"
+    file.write_bytes(texts.YAML[text])
+    refused(lambda inputs, out: command("mergekit-yaml", file, out), tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_hidden_layers": "two"}, "config.json"),
+        ({"num_hidden_layers": None}, "config.json"),
+        ({"num_local_experts": 10**9, "model_type": "mixtral"}, "num_local_experts"),
+        ({"text_config": {"num_hidden_layers": 10**15}}, "num_hidden_layers"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architectures"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures"),
+        ({"architectures": [{}]}, "architectures"),
+        ({"architectures": []}, "architectures"),
+        ({"model_type": ["llama"]}, "config.json"),
+        ({"model_type": {"a": 1}}, "config.json"),
+        ({"model_type": "../../llama"}, "config.json"),
+        ({"hidden_size": "8"}, "config.json"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reader", [name for name in JSON if name.startswith("config.json")])
+def test_hostile_configurations(value, said, reader, inputs, refused):
+    read, pattern = JSON[reader]
+    file = inputs / pattern
+    file.write_text(json.dumps({**json.loads(file.read_text()), **value}))
+    assert said in refused(read, inputs)
+
+
+@pytest.mark.parametrize("reader", [name for name in JSON if name.startswith("config.json")])
+@pytest.mark.parametrize("kind", ["llama", "mine"])
+def test_code_of_a_model_is_not_run(kind, reader, inputs, answer):
+    read, pattern = JSON[reader]
+    file = inputs / pattern
+    owned = inputs.parent / "owned"
+    own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    content = {**json.loads(file.read_text()), "model_type": kind, "auto_map": own}
+    file.write_text(json.dumps({**content, "trust_remote_code": True}))
+    (file.parent / "evil.py").write_text(f"import pathlib; pathlib.Path({str(owned)!r}).touch()")
+    assert answer(read, inputs).code == (0 if kind == "llama" else 2)
+    assert not owned.exists()
