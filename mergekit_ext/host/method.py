@@ -134,6 +134,13 @@ class WholeModelMethod(ExtMethod):
 
     resumes = False
 
+    def identity(self, parts: Mapping[str, str]) -> Mapping[str, str]:
+        """Of a merge's identity what must be the same for another one to go on in its room.
+
+        For the rest `write` must see by itself what still holds.
+        """
+        return parts
+
     @abstractmethod
     def prepare(
         self,
@@ -153,9 +160,10 @@ class WholeModelMethod(ExtMethod):
 
     @abstractmethod
     def write(self, prepared: Any, config: Any, folder: Path, options: Any, source: str) -> None:
-        """Merge into `folder`, which is empty and becomes the output, with its model card.
+        """Merge into `folder`, which becomes the output, with its model card.
 
-        Called inside of a session. `prepared` is from `prepare`, `source` the configuration's text.
+        It is empty, unless the method `resumes`. Called inside of a session. `prepared` is from
+        `prepare`, `source` the configuration's text.
         """
 
 

@@ -179,7 +179,10 @@ def _merge(
         quiet = options.model_copy(update={"quiet": True})
         restart = restart or os.environ.get(RESTART_VARIABLE) == "1"
         resumes = whole.resumes if whole else options.safe_serialization
+        parts: Mapping[str, str] | None
         parts = identity(source, options, models) if resumes else None
+        if whole and parts is not None:
+            parts = whole.identity(parts)
         reports = None if whole else method
         with output(options, out_path, reports, callbacks, source, parts, restart) as folder:
             if whole:

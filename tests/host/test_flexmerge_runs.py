@@ -202,6 +202,39 @@ def test_an_exception_in_the_middle(families, tmp_path):
     assert as_index_says(tmp_path / "empty" / "tuned0")
 
 
+def test_after_an_interrupt_another_configuration_takes_what_still_holds(families, tmp_path):
+    """In one room: the analysis and untouched blocks are used again, the others are not."""
+    family = families("llama")
+
+    class Interrupt(Listener):
+        def on_statistics_end(self, event):
+            self.heard.append("measured")
+
+        def on_block_merged(self, event):
+            super().on_block_merged(event)
+            if len(self.groups) == 5:
+                raise KeyboardInterrupt
+
+    wanted = {}
+    for name, target in (("average", 1.6), ("task_arithmetic", 1.3), ("task_arithmetic", 1.3)):
+        listener = Interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            merge(family.content(target, name), tmp_path / "one" / "out", listener)
+        assert not (tmp_path / "one" / "out").exists()
+        wanted[name] = listener.heard
+    assert wanted["average"] == ["begin", "statistics", "measured"]
+    (room,) = (tmp_path / "one").iterdir()
+    lines = [json.loads(line) for line in (room / "journal-0.jsonl").read_text().splitlines()]
+    measured = [key for kind, key, _ in lines if kind == "gram"]
+    assert len(measured) == len(set(measured)) > 5
+    merged = [key for kind, key, _ in lines if kind == "block"]
+    assert len(merged) == 10  # five by each algorithm; the third run found those of the second
+    merge(family.content(1.3, "task_arithmetic"), tmp_path / "one" / "out")
+    merge(family.content(1.3, "task_arithmetic"), tmp_path / "two" / "out")
+    assert digests(tmp_path / "one" / "out") == digests(tmp_path / "two" / "out")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["out"]
+
+
 def test_callbacks_hear_what_the_manifest_says(families, tmp_path):
     listener = Listener()
     manifest = merge(families("vit").content(1.7), tmp_path / "out", listener)

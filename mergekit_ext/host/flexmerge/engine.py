@@ -190,7 +190,8 @@ class Engine:
 
     def _notes(self, *what: Any) -> Notes:
         """Notes that hold for these inputs on this device, and for whatever else is given."""
-        text = json.dumps([self.subject.digest, self._options.device, *what], sort_keys=True)
+        device = torch.device(self._options.device).type
+        text = json.dumps([self.subject.digest, device, *what], sort_keys=True)
         return Notes(self._journal, hashlib.sha256(text.encode()).hexdigest())
 
     def _measured(self, name: str) -> None:

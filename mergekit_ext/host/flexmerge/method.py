@@ -30,6 +30,11 @@ class FlexMergeMethod(WholeModelMethod):
 
     resumes = True
 
+    def identity(self, parts: Mapping[str, str]) -> Mapping[str, str]:
+        """Not the configuration: what was measured holds for other sizes and algorithms, and
+        finished blocks are noted with what they depend on (`Engine`)."""
+        return {name: value for name, value in parts.items() if name != "configuration"}
+
     def __init__(self) -> None:
         self.spec = MergeMethodSpec(
             name="flexmerge",
