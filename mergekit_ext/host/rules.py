@@ -19,8 +19,10 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError, Problem
+from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
+from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 
 
@@ -97,9 +99,17 @@ class WrappedRule(Rule):
     ) -> Tensor:
         dtype = compute_dtype(group.tensors)
         arguments = {name: parameters[name] for name in self._names}
-        (merged,) = self._method(
-            (group,), parameters={**arguments, "weight": dict(weights)}, dtype=dtype
-        )
+
+        def call(group: TensorGroup) -> Tensor:
+            given = {**arguments, "weight": dict(weights)}
+            (found,) = self._method((group,), parameters=given, dtype=dtype)
+            return found
+
+        if isinstance(self._method, ExtMethod):
+            merged = call(group)
+        else:
+            # By one thread: torch's own split sums, whose rounding then depends on their number.
+            (merged,) = in_threads(call, [group], group.entries[0].tensor.device)
         if scale != 1:
             # Not through the weights: TIES and others divide by their sum.
             if group.base is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ from mergekit_ext.events import TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.nan_method import NanMethod
+from mergekit_ext.kernels.seeds import derived, seeded
 
 
 class MergeTensorTask(ExecuteMergeMethodTask):
@@ -33,10 +33,9 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     ) -> torch.Tensor | None:
         ranks.current().check()
         started = time.perf_counter()
-        seed_generators(
-            self.seed, self.output_weight.name, {tensor.device for tensor in tensors.values()}
-        )
-        merged: torch.Tensor | None = super().execute(tensors)
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        with seeded(derived(self.seed, self.output_weight.name), device):
+            merged: torch.Tensor | None = super().execute(tensors)
         session = sessions.current()
         if session is not None:
             name = self.output_weight.name
@@ -90,17 +89,3 @@ class MeasureTensorTask(Task[dict[str, float]]):
         if session is not None:
             session.emit(TensorMeasured(self.tensor))
         return norms
-
-
-def seed_generators(seed: int, name: str, devices: set[torch.device]) -> None:
-    """Seed torch's global generators, of the CPU and of `devices`, for the tensor `name`.
-
-    Those of other devices are left alone: other tensors may be drawing from them, in threads.
-    """
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    value = int.from_bytes(digest, "big") >> 1
-    torch.default_generator.manual_seed(value)
-    for device in devices:
-        if device.type in ("cuda", "xpu"):
-            generators = torch.get_device_module(device).default_generators
-            generators[device.index or 0].manual_seed(value)

@@ -26,5 +26,16 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     own = [] if device.type == "cpu" else [device]
     kind = device.type if own else "cuda"
     with torch.random.fork_rng(own, device_type=kind):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: threads may be drawing from the generators of other devices.
+        torch.default_generator.manual_seed(seed)
+        if own:
+            _seed_device(seed, device)
         yield
+
+
+def _seed_device(seed: int, device: torch.device) -> None:
+    module = torch.get_device_module(device)
+    if hasattr(module, "default_generators"):
+        module.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        module.manual_seed(seed)
