@@ -27,7 +27,7 @@ def shared_out(options: MergeOptions) -> Iterator[MergeOptions]:
     thing: their own error, if it ended the merge.
     """
     with for_commands(shared=True), _one_voice(), launched() as us:
-        us.from_main(lambda: _require_shareable(options))
+        us.from_main(lambda: require_shareable(options))
         if us.size == 1:
             yield options
             return
@@ -37,7 +37,12 @@ def shared_out(options: MergeOptions) -> Iterator[MergeOptions]:
         )
 
 
-def _require_shareable(options: MergeOptions) -> None:
+def require_shareable(options: MergeOptions) -> None:
+    """Refuse flags that several processes cannot all have.
+
+    Raises:
+        ConfigError: naming them.
+    """
     if ranks.current().size == 1:
         return
     problems = []

@@ -14,7 +14,7 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_ext import ranks
-from mergekit_ext.errors import ConfigError, Problem, StoppedError
+from mergekit_ext.errors import ConfigError, Problem, RankError, StoppedError
 from mergekit_ext.events import Dispatcher, JsonLines, MergeEnd, ProgressBar, ShardWritten
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
@@ -131,6 +131,10 @@ def _folder(
         if together.is_main:
             print(_KEPT, file=sys.stderr)
         raise
+    except RankError as error:
+        if not error.resumable or _KEPT in error.reason:
+            raise
+        raise RankError(error.rank, f"{error.reason}. {_KEPT}") from None
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise StoppedError(f"{type(error).__name__}: {error}. {_KEPT}") from error
 

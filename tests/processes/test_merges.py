@@ -1,0 +1,110 @@
+"""Merges by two processes: the same bytes as by one; killed, failed, gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+import mergekit_ext
+from mergekit_ext.headers import read_safetensors
+from mergekit_ext.ranks import Ranks
+from tests import models
+from tests.processes.launching import ROOT, by_hand, torchrun
+
+METHODS = {
+    "nan_ties": {"density": 0.5, "granularity": "model"},
+    "nan_dare_ties": {"density": 0.5},
+    "lore": {"mu_relative": 0.1},
+    "flexmerge": {"target_size": 1.6},
+}
+QUIET = ["--quiet", "--no-copy-tokenizer"]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return models.family(tmp_path_factory.mktemp("models"), models.llama)
+
+
+def write(folder: Path, name: str, family) -> Path:
+    base, tuned = family
+    folder.mkdir(exist_ok=True)
+    content = models.config(name, tuned, base, METHODS[name])
+    return models.write_yaml(folder / f"{name}.yml", content)
+
+
+@pytest.fixture(scope="module")
+def alone(family, tmp_path_factory):
+    """What one process makes of each."""
+    folder = tmp_path_factory.mktemp("one")
+    for name in METHODS:
+        options = MergeOptions(quiet=True, copy_tokenizer=False)
+        mergekit_ext.merge(write(folder, name, family), folder / name / "out", options)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_two_processes_give_the_bytes_of_one(alone, family, tmp_path):
+    for name in METHODS:
+        write(tmp_path, name, family)
+    pair = by_hand(ROOT / "tests/processes/merges.py", tmp_path, *METHODS)
+    messages = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], messages
+    for name in METHODS:
+        one, two = files(alone / name), files(tmp_path / name)
+        assert list(one) == list(two)
+        assert [path for path in one if one[path] != two[path]] == []
+        # The second one has done its share, and the main one's listeners have heard of all of it.
+        merged = "on_block_merged" if name == "flexmerge" else "on_tensor_merged"
+        main, other = (json.loads((tmp_path / f"{name}.{r}.json").read_text()) for r in (0, 1))
+        assert not main and other.count(merged) > 5
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        heard = [event for event in map(json.loads, lines) if f"on_{event['event']}" == merged]
+        assert len({event["name"] for event in heard}) == len(heard) > other.count(merged)
+
+
+def test_a_merge_goes_on_after_a_process_was_killed(alone, family, tmp_path, capfd):
+    config = write(tmp_path, "nan_ties", family)
+    out = tmp_path / "nan_ties" / "out"
+    script = ROOT / "tests/processes/killed.py"
+    done = torchrun(script, "merge", config, out, *QUIET, VICTIM="1")
+    assert done.returncode != 0 and not out.exists()
+    assert "Error: rank 0 stopped: the launcher ended it" in done.stderr
+    assert "the same command goes on with it" in done.stderr
+    assert "SIGKILL" in done.stderr
+    options = MergeOptions(copy_tokenizer=False)
+    mergekit_ext.merge(config, out, options)
+    assert "Going on with a merge that was stopped" in capfd.readouterr().err
+    assert files(alone / "nan_ties") == files(tmp_path / "nan_ties")
+
+
+def test_a_tensor_that_is_not_finite_stops_all(alone, family, tmp_path):
+    base, tuned = family
+    written = read_safetensors(alone / "nan_dare_ties" / "out" / "model.safetensors")
+    two = Ranks()
+    two.size = 2
+    owners = two.share([header.nbytes for header in written.values()])
+    name = next(name for name, owner in zip(written, owners, strict=True) if owner == 1)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_bytes((tuned[0] / "config.json").read_bytes())
+    tensors = load_file(tuned[0] / "model.safetensors")
+    tensors[name].view(-1)[3] = torch.nan
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    content = models.config("nan_dare_ties", [bad, *tuned[1:]], base, {"density": 0.5})
+    config = models.write_yaml(tmp_path / "config.yml", content)
+    place = tmp_path / "place"
+    done = torchrun("-m", "mergekit_ext", "merge", config, place / "out", *QUIET)
+    assert done.returncode != 0 and list(place.iterdir()) == []
+    said = f"{name} of model {bad}: found 1 non-finite value"
+    assert f"Error: rank 1 stopped: {said}" in done.stderr
+    assert f"Error: {said}" in done.stderr
+    assert done.stderr.count("Traceback") == 1  # the launcher's
