@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines
+from mergekit_ext.hooks import takes
 from mergekit_ext.host.run import for_commands
 
 
@@ -112,7 +113,7 @@ def _function(name: str | None) -> Callable[..., Any] | None:
         expected = "MODULE:FUNCTION, which can be imported from here"
         remedy = "Run the command in the folder of the module, or name that folder in PYTHONPATH."
         raise ConfigError([Problem("--evaluate", f"{name} ({error})", expected, remedy)]) from None
-    if not callable(function):
+    if not takes(function, "model", "task"):
         raise ConfigError([Problem("--evaluate", name, "a function of a module and a task")])
     found: Callable[..., Any] = function
     return found

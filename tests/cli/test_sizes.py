@@ -31,6 +31,10 @@ def explode(model, task):
     raise RuntimeError("out of luck")
 
 
+def alone(model):
+    return 1.0
+
+
 number = 3
 """
 
@@ -131,6 +135,7 @@ def test_wrong_sizes(configuration: Path, here: Path, sizes: str, message: str) 
         (":evaluate", "MODULE:FUNCTION"),
         (".x:y", "MODULE:FUNCTION"),
         ("scores_of_a_test:number", "expected a function"),
+        ("scores_of_a_test:alone", "expected a function of a module and a task"),
         ("scores_of_a_test:broken", "tuned0's individual model returned 'good'"),
     ],
 )
