@@ -161,12 +161,16 @@ class FolderStore(SavedStore):
     def _drop(self, kept: str) -> None:
         shutil.rmtree(kept, ignore_errors=True)
 
+    def state(self) -> dict[str, Any]:
+        """The paths, and whose they are."""
+        return {"folder": str(self._folder.resolve()), "kept": super().state()}
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over snapshots; those made after the state was saved are deleted."""
-        super().load(state)
-        last = max(map(int, state), default=0)
-        if any(Path(path).parent != self._folder.resolve() for path in state.values()):
-            return  # this folder is not that run's
+        super().load(state["kept"])
+        if state["folder"] != str(self._folder.resolve()):
+            return  # what is here is another run's
+        last = max(map(int, state["kept"]), default=0)
         for place in self._found():
             if place not in self._known() and int(place.name.removeprefix("step-")) > last:
                 shutil.rmtree(place)

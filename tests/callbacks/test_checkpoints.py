@@ -258,7 +258,9 @@ def test_a_model_whose_tensors_change_is_an_error_in_that_step(method):
     train(model, [callback], steps=2)
     before = callback.merge().weights.tensors["scale"].clone()
     model.scale = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match=r"step 3;[^$]*scale of shape \(2,\); .*first snapshot's"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)step 3;.*scale of shape \(2,\); .*first snapshot's"
+    ):
         callback.on_step_end(3, model)
     model.scale = torch.nn.Parameter(torch.tensor(1.0))
     model.more = torch.nn.Parameter(torch.ones(2))
@@ -284,10 +286,10 @@ def test_a_second_training_begins_anew(tmp_path, options):
     where = {"where": tmp_path / "s"} if options["method"] == "ties" else {}
     callback = MergeCheckpoints(**options, **where)
     train(Net(), [callback], steps=5)
-    states = train(Net(1), [callback], steps=2)
+    train(Net(1), [callback], steps=2)
     assert callback.steps == (1, 2)
     fresh = MergeCheckpoints(**options)
-    assert train(Net(1), [fresh], steps=2)[1].keys() == states[1].keys()
+    train(Net(1), [fresh], steps=2)
     same(callback.merge().weights.tensors, fresh.merge().weights.tensors)
 
 

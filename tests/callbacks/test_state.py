@@ -69,7 +69,7 @@ def test_snapshots_made_after_the_state_was_saved_go(tmp_path):
     first = MergeCheckpoints("linear", keep=3, where=tmp_path)
     steps(model, first, (1, 2, 3))
     state = through_a_file(first.state_dict())
-    assert all(isinstance(path, str) for path in state["collected"].values())
+    assert all(isinstance(path, str) for path in state["collected"]["kept"].values())
     steps(model, first, (4, 5))
     second = MergeCheckpoints("linear", keep=3, where=tmp_path)
     with pytest.warns(MergeWarning, match="2 of 3 snapshots are gone"):
@@ -102,9 +102,11 @@ def test_the_state_of_another_folder_deletes_nothing(tmp_path):
     one, other = (MergeCheckpoints("linear", where=tmp_path / name) for name in "ab")
     steps(model, one, (1, 2))
     steps(model, other, (3, 4))
-    wrong = MergeCheckpoints("linear", where=tmp_path / "b")
-    wrong.load_state_dict(one.state_dict())
-    assert len(list((tmp_path / "b").iterdir())) == 2
+    empty = MergeCheckpoints("linear", where=tmp_path / "c")
+    for state in (one.state_dict(), empty.state_dict()):
+        wrong = MergeCheckpoints("linear", where=tmp_path / "b")
+        wrong.load_state_dict(state)
+        assert len(list((tmp_path / "b").iterdir())) == 2
     with pytest.raises(ConfigError, match="2 snapshots of another run, such as step-00000003"):
         wrong.on_step_end(3, model)
 
