@@ -28,8 +28,7 @@ BITS = {
 }
 # The format's own limit, which keeps a hostile length from filling the memory.
 _LARGEST_HEADER = 100_000_000
-# One entry a tensor: a model of 100,000 tensors takes some 10 MB.
-_LARGEST_INDEX = 64 << 20
+_LARGEST_INDEX = 64 << 20  # some 10 MB are 100,000 tensors
 # As far as torch counts.
 _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**63 - 1
@@ -86,13 +85,18 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
     except (OSError, ValueError) as error:
         raise HeaderError(name, f"an error ({error})", "a readable file") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats)
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise HeaderError(
             name, f"a header that is not JSON ({error})", "a JSON object with the tensors"
         ) from error
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not raw.startswith(b"{"):
         raise HeaderError(name, "a header that is not an object", "a JSON object with the tensors")
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
+    if not isinstance(metadata, dict) or not all(map(_is_unicode, metadata.values())):
+        raise HeaderError(name, "`__metadata__` of another kind", "an object of texts, or none")
     return _entries(path, header, size - 8 - length, 8 + length)
 
 
@@ -232,6 +236,10 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number in JSON")
+
+
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
@@ -250,26 +258,22 @@ def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> dict[
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
             sound = _is_unicode(name) and isinstance(dtype, str)
-            sound = sound and all(
-                type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in (*shape, begin, end)
-            )
+            sound = sound and len(shape) <= _MOST_DIMENSIONS
+            sound = sound and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            sound = sound and max(math.prod(shape), end) <= _MOST_ELEMENTS
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
             raise HeaderError(
-                file, f"a malformed entry for {name}", "a dtype, a shape and two data offsets"
+                file,
+                f"a malformed entry for {name}",
+                "a dtype, a shape and two data offsets of 64 bits",
             )
         if dtype not in BITS:
             raise HeaderError(
                 file,
                 f"the unknown dtype {dtype[:80]!r} of {name}",
                 f"one of {', '.join(sorted(BITS))}",
-            )
-        if len(shape) > _MOST_DIMENSIONS or math.prod(shape) > _MOST_ELEMENTS:
-            raise HeaderError(
-                file,
-                f"{name} of {len(shape)} dimensions, or of more elements than 64 bits count",
-                f"{_MOST_DIMENSIONS} dimensions at most, and fewer elements",
             )
         if not begin <= end <= size:
             raise HeaderError(

@@ -26,7 +26,7 @@ _READERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "place"), itertools.product(_READERS, PLACES))
+@pytest.mark.parametrize(("name", "place"), list(itertools.product(_READERS, PLACES)))
 def test_what_is_no_file(name, place, inputs, refused):
     if name == "index" and place in ("a link to itself", "a broken link"):
         pytest.skip("no index, so that model.safetensors is read")

@@ -91,6 +91,12 @@ def _deep(content: bytes) -> bytes:
 
 
 ATTACKS: dict[str, Attack] = {
+    "metadata a text": _entries(lambda header, names: header.update(__metadata__="*")),
+    "metadata false": _entries(lambda header, names: header.update(__metadata__=False)),
+    "metadata of numbers": _entries(lambda header, names: header.update(__metadata__={"a": 1})),
+    "spaces first": lambda content: joined(
+        b" " + json.dumps(split(content)[0]).encode(), split(content)[1]
+    ),
     "empty": lambda content: b"",
     "seven bytes": lambda content: content[:7],
     "cut in the header": lambda content: content[:40],
