@@ -115,16 +115,30 @@ def _group() -> Iterator[Processes]:
     import torch.distributed as distributed
     from accelerate.state import PartialState
 
-    # Small Python objects are all that is sent: gloo does it for processes with GPUs as well.
-    state = PartialState(cpu=True, backend="gloo", timeout=_MEETING)
-    store = distributed.distributed_c10d._get_default_store()
     try:
-        yield Processes(
-            distributed.PrefixStore("mergekit_ext", store), state.process_index, state.num_processes
-        )
+        found, rank, size = next(distributed.rendezvous("env://", timeout=_MEETING))
+        # A launcher that starts all processes again may keep the store of those that failed.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = distributed.PrefixStore(f"mergekit_ext/{attempt}", found)
+        # Small Python objects are all that is sent: gloo does it for processes with GPUs as well.
+        state = PartialState(cpu=True, backend="gloo", store=store, timeout=_MEETING)
+    except RuntimeError as error:  # all errors of torch.distributed are
+        raise ConfigError([_not_met(error)]) from None
+    try:
+        yield Processes(distributed.PrefixStore("merge", store), rank, size)
     finally:
         state.destroy_process_group()
         state._reset_state()
+
+
+def _not_met(error: RuntimeError) -> Problem:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    remedy = (
+        "Check that all were started, that they reach this address, and, with several network "
+        "interfaces, that GLOO_SOCKET_IFNAME names the right one."
+    )
+    reason = str(error).partition("\n")[0]
+    return Problem(f"MASTER_ADDR, {where}", reason, "all processes to meet there", remedy)
 
 
 @contextmanager
@@ -132,12 +146,12 @@ def _stopped_by_signal(processes: Processes) -> Iterator[None]:
     """Launchers send SIGTERM to all when one has died, perhaps before anybody asked for news."""
 
     def stop(*_: Any) -> None:
+        if processes.failed:
+            return  # on its way out
+        _ignore_signal()
         failure = None
         with suppress(RankError):
             failure = processes.failure()
-        if failure is not None and failure.rank == processes.rank:
-            return  # on its way out
-        _ignore_signal()
         raise failure or RankError(processes.rank, _ENDED)
 
     if not _may_handle_signals():

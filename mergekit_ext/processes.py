@@ -37,11 +37,15 @@ class Processes(Ranks):
         rank: the number of this process.
         size: how many there are.
 
+    Attributes:
+        failed: whether this process has told the others that it stops.
+
     Call `open` before and `close` after everything else. Every method may raise `RankError`.
     """
 
     def __init__(self, store: Any, rank: int, size: int):
         self.rank, self.size = rank, size
+        self.failed = False
         self._store = store
         self._turn = 0
         self._old: list[str] = []
@@ -145,6 +149,7 @@ class Processes(Ranks):
         """Tell the others that this process stops, and why. The first of all errors counts."""
         if isinstance(error, RankError) and error.rank != self.rank:
             return  # they can see it themselves
+        self.failed = True
         reason = error.reason if isinstance(error, RankError) else _described(error)
         # What an error of ours is about stays so; a full disk or a signal does not.
         resumable = getattr(error, "resumable", not isinstance(error, MergekitExtError))

@@ -90,7 +90,7 @@ ALLOWED = {
         "host",
     },
     "cli": ANY,
-    "__main__": {"cli"},
+    "__main__": {"cli", "launch"},
     "__init__": {"autoload", "host"},
     "autoload": {"host"},
 }

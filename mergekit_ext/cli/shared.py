@@ -82,6 +82,8 @@ def _one_voice() -> Iterator[None]:
         except (RankError, ConfigError):
             # The main process says it: it hears of errors, and reads the same configuration.
             raise click.exceptions.Exit(_EXIT_PROBLEMS) from None
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(_EXIT_FAILURE) from None
         except (MergekitExtError, click.ClickException):
             raise
         except Exception as error:
