@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError
+from mergekit_ext.kernels.linear_algebra import matmul
 from peft_merge.adapter import Update
 from peft_merge.core_space import Factored
 from peft_merge.leading import Leading, leading
@@ -77,7 +78,7 @@ def _source(
         )
     b = update.b[index].to(device, torch.float64) * update.scale
     a = update.a[index].to(device, torch.float64)
-    return lambda: (b[start : start + step] @ a for start in starts)
+    return lambda: (matmul(b[start : start + step], a) for start in starts)
 
 
 def _merged(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError, Problem
+from mergekit_ext.kernels.linear_algebra import norm
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.rules.base import OnModule, OnModuleIteration, Rule, Settings
 from peft_merge.rules.seeds import generators
@@ -145,9 +146,7 @@ def norms(adapters: Sequence[Ia3Adapter], *, space: Space = "additive") -> dict[
     check(adapters, space)
     return {
         module: [
-            float(torch.linalg.vector_norm(_change(adapter, module, space)))
-            if module in adapter.infos
-            else 0.0
+            norm(_change(adapter, module, space)) if module in adapter.infos else 0.0
             for adapter in adapters
         ]
         for module in _modules(adapters)

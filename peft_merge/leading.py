@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, qr, svd, total
 from peft_merge.ranks import padded
 
 # Up to this short side a full decomposition is as fast.
@@ -92,7 +93,7 @@ def _wide(x: Tensor, rank: int) -> Leading:
     """Of a matrix with no more rows than columns."""
     side = x.shape[0]
     if side <= DIRECT_SIDE:
-        u, sigma, vh = torch.linalg.svd(x.to(torch.float64), full_matrices=False)
+        u, sigma, vh = svd(x.to(torch.float64))
         rest, whole = (float(torch.linalg.vector_norm(part)) for part in (sigma[rank:], sigma))
         return Leading(u[:, :rank], sigma[:rank], vh[:rank].mT, rest, whole)
     found = None
@@ -104,30 +105,30 @@ def _wide(x: Tensor, rank: int) -> Leading:
 def _sharpened(x: Tensor, left: Tensor) -> Tensor:
     """One step of subspace iteration in float64, which takes away the rounding of the basis."""
     across = _across(x, left.to(torch.float64))
-    return torch.cat([x[part].to(torch.float64) @ across for part in _parts(x)])
+    return torch.cat([matmul(x[part].to(torch.float64), across) for part in _parts(x)])
 
 
 def _across(x: Tensor, left: Tensor) -> Tensor:
     """``X^T U`` in float64."""
-    total = left.new_zeros((x.shape[1], left.shape[1]))
+    across = left.new_zeros((x.shape[1], left.shape[1]))
     for part in _parts(x):
-        total.addmm_(x[part].to(torch.float64).mT, left[part])
-    return total
+        across.add_(matmul(x[part].to(torch.float64).mT, left[part]))
+    return across
 
 
 def _from_left(x: Tensor, left: Tensor) -> Leading:
     """Triplets from the left vectors, which say what is kept: ``U U^T X``, in float64."""
-    u = torch.linalg.qr(left).Q
+    u, _ = qr(left)
     across = _across(x, u)
     sigma = torch.linalg.vector_norm(across, dim=0)
-    rest = sum(float((x[part] - u[part] @ across.mT).square_().sum()) for part in _parts(x))
+    rest = sum(total((x[part] - matmul(u[part], across.mT)).square_()) for part in _parts(x))
     v = across / sigma.masked_fill(sigma == 0, 1.0)
     return Leading(u, sigma, v, rest**0.5, _squared_norm(x) ** 0.5)
 
 
 def _squared_norm(x: Tensor) -> float:
     """In float64, without a copy of x in it."""
-    return sum(float(x[part].to(torch.float64).square_().sum()) for part in _parts(x))
+    return sum(total(x[part].to(torch.float64).square_()) for part in _parts(x))
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
@@ -138,11 +139,10 @@ def _parts(x: Tensor) -> Iterator[slice]:
 
 def _by_gram(x: Tensor, rank: int) -> Tensor:
     """From the eigenvectors of ``X X^T`` in float64."""
-    gram = x.new_zeros((x.shape[0], x.shape[0]), dtype=torch.float64)
+    squares = x.new_zeros((x.shape[0], x.shape[0]), dtype=torch.float64)
     for part in _parts(x.mT):
-        some = x[:, part].to(torch.float64)
-        gram.addmm_(some, some.mT)
-    _, vectors = torch.linalg.eigh(gram)
+        squares.add_(gram(x[:, part].to(torch.float64)))
+    _, vectors = eigh(squares)
     return vectors[:, -rank:].flip(1)
 
 
@@ -155,11 +155,11 @@ def _lanczos(x: Tensor, rank: int) -> Tensor | None:
     target, before = int(FIRST * rank) + 2 * BLOCK, 0.0
     while target <= LARGEST_SPACE * x.shape[0]:
         space.grow(target)
-        values, vectors = torch.linalg.eigh(space.gram)
+        values, vectors = eigh(space.gram)
         kept = float(values[-rank:].clamp(min=0.0).sum())
         error = max(norm - kept, 0.0)
         if kept - before <= max(SETTLED * error, INVISIBLE * norm):
-            return space.basis @ vectors[:, -rank:].flip(1).to(x.dtype)
+            return matmul(space.basis, vectors[:, -rank:].flip(1).to(x.dtype))
         before = kept
         target = space.size + max(2 * BLOCK, int(GROWTH * space.size))
     return None
@@ -192,7 +192,7 @@ class _Space:
         self._gram = padded(padded(self._gram, self.size + more, 0), self.size + more, 1)
         while self.size < target:
             if self.size:
-                block = self._x @ self._across[self.size - BLOCK : self.size].mT
+                block = matmul(self._x, self._across[self.size - BLOCK : self.size].mT)
             else:
                 block = self._random()
             self._add(self._fresh(block))
@@ -205,23 +205,25 @@ class _Space:
         """The part of a block outside the space, orthonormal; random where there is none."""
         lengths = torch.linalg.vector_norm(block, dim=0)
         block = self._outside(block)
-        block, triangle = torch.linalg.qr(block)
+        block, triangle = qr(block)
         lost = triangle.diagonal().abs() <= _DEPENDENT[block.dtype] * lengths
         if bool(lost.any()):
             block = torch.where(lost, self._random(), block)
-        block, _ = torch.linalg.qr(self._outside(block))
-        return torch.linalg.qr(self._outside(block)).Q
+        block, _ = qr(self._outside(block))
+        return qr(self._outside(block))[0]
 
     def _outside(self, block: Tensor) -> Tensor:
         basis = self._basis[: self.size]
-        return block - basis.mT @ (basis @ block)
+        return block - matmul(basis.mT, matmul(basis, block))
 
     def _add(self, block: Tensor) -> None:
         new = slice(self.size, self.size + BLOCK)
         self._basis[new] = block.mT
-        self._across[new] = block.mT @ self._x
+        self._across[new] = matmul(block.mT, self._x)
         self.size = new.stop
-        products = self._across[new].to(torch.float64) @ self._wide(self._across[: self.size])
+        products = matmul(
+            self._across[new].to(torch.float64), self._wide(self._across[: self.size])
+        )
         self._gram[new, : self.size] = products
         self._gram[: self.size, new] = products.mT
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.lore_combine import COMBINE, weighted_sum
 from mergekit_ext.kernels.lore_fit import Fit, Shrinkage, fit
 from mergekit_ext.kernels.lore_outer import UPDATES, Limits
@@ -208,7 +209,7 @@ def _average(models: list[Tensor], weights: list[float], mu: float | None) -> Lo
         raise ValueError("weights: found a sum of 0; expected another sum to average 1-D tensors")
     shift = weighted_sum([m - models[0] for m in models], weights) / total
     mean = models[0] + shift
-    apart = [float(torch.linalg.vector_norm(m - mean, dtype=torch.float64)) for m in models]
+    apart = [norm((m - mean).double()) for m in models]
     return LoreResult(
         merged=mean,
         base=mean.clone(),

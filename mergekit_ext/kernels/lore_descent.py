@@ -15,22 +15,13 @@ from __future__ import annotations
 
 from collections import deque
 
-import torch
 from torch import Tensor
+
+from mergekit_ext.kernels.linear_algebra import inner, norm
 
 # Secant pairs kept: two matrices each. Measured: 3 costs up to 15% more iterations, 8 saves 4%.
 MEMORY = 5
 FIRST_REACH = 2.0
-
-
-def inner(x: Tensor, y: Tensor) -> float:
-    """Frobenius inner product: of rows in the dtype of the data, together in float64."""
-    return float((x * y).sum(dim=-1).sum(dtype=torch.float64))
-
-
-def norm(x: Tensor) -> float:
-    """Frobenius norm: of rows in the dtype of the data, together in float64."""
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double()))
 
 
 class Secants:

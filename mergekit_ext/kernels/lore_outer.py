@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.lore_descent import Secants, norm
+from mergekit_ext.kernels.linear_algebra import norm
+from mergekit_ext.kernels.lore_descent import Secants
 from mergekit_ext.kernels.svt import Rule, Shrunk
 
 Report = Callable[[int, float, float], None]

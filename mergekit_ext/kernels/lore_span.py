@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.linear_algebra import matmul, qr
+
 # The factorisation costs a few products; below this gain it is not worth it.
 WORTHWHILE = 0.8
 
@@ -38,11 +40,11 @@ class Span:
         independent = len(differences) - 1
         if independent == 0 or independent * rows > WORTHWHILE * columns:
             return cls(list(differences), None)
-        frame, corner = torch.linalg.qr(torch.cat(list(differences[:-1])).T)
+        frame, corner = qr(torch.cat(list(differences[:-1])).T)
         blocks = [block.T.contiguous() for block in corner.split(rows, dim=1)]
         blocks.append(-torch.stack(blocks).sum(0))
         return cls(blocks, frame)
 
     def expand(self, coordinates: Tensor) -> Tensor:
         """Back to ``(a, b)``."""
-        return coordinates if self.frame is None else coordinates @ self.frame.T
+        return coordinates if self.frame is None else matmul(coordinates, self.frame.T)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul
 from mergekit_ext.kernels.numerics import compute_dtype
 
 
@@ -108,7 +109,7 @@ class Eigen:
         short = matrix.T if transposed else matrix
         scale = power_of_two(matrix)
         scaled = (short / scale).to(dtype)
-        values, vectors = torch.linalg.eigh(scaled @ scaled.T)
+        values, vectors = eigh(gram(scaled))
         sigma = values.double().clamp_(min=0.0).sqrt_() * scale
         # below this a singular value cannot be told from zero: rounding of G, square-rooted
         floor = float(sigma[-1]) * (max(short.shape) * torch.finfo(dtype).eps) ** 0.5
@@ -154,10 +155,10 @@ class Eigen:
         top, rest = self.vectors[:, size - rank :], self.vectors[:, : size - rank]
         weight = factor[size - rank :].to(self.short.dtype)
         if 2 * rank <= size:
-            return top @ (weight[:, None] * (top.T @ self.short))
+            return matmul(top, weight[:, None] * matmul(top.T, self.short))
         # mostly kept: fewer products (and exact where c = 1) from what is taken away
-        removed = (top * (1.0 - weight)) @ top.T + rest @ rest.T
-        return self.short - removed @ self.short
+        removed = matmul(top * (1.0 - weight), top.T).add_(matmul(rest, rest.T))
+        return self.short - matmul(removed, self.short)
 
     def _result(self, short: Tensor, rank: int, nuclear: float) -> Shrunk:
         value = short.T.contiguous() if self.transposed else short

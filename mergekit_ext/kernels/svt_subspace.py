@@ -19,6 +19,15 @@ import math
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.linear_algebra import (
+    cholesky,
+    eigh,
+    gram,
+    matmul,
+    norm,
+    qr,
+    solve_triangular,
+)
 from mergekit_ext.kernels.svt import Eigen, Rule, Shrunk, gram_dtype
 
 # An eigendecomposition of order a takes as long as products of so many a^3 operations (CPU).
@@ -77,9 +86,9 @@ class WarmShrinker:
             return self._from_eigen(Eigen.of(x, self._gram))
         mu = self._rule.mu
         basis = orthonormal(self._filtered(x, self._basis, mu))
-        inner = basis.T @ x
+        inner = matmul(basis.T, x)
         wide = inner.to(self._gram)
-        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        values, vectors = eigh(gram(wide))
         sigma = values.double().clamp_(min=0.0).sqrt_()
         size, rank = len(sigma), int((sigma > mu).sum())
         if size - rank < GUARD_LEAST // 2:
@@ -88,12 +97,14 @@ class WarmShrinker:
         if surplus > 0:  # the rank has sunk
             sigma, vectors, size = sigma[surplus:], vectors[:, surplus:], size - surplus
         vectors = vectors.to(x.dtype)
-        self._basis = basis @ vectors
+        self._basis = matmul(basis, vectors)
         self._exact = False
         self._ritz = sigma
         kept = sigma[size - rank :]
         weight = (1.0 - mu / kept).to(x.dtype)
-        value = (self._basis[:, size - rank :] * weight) @ (vectors[:, size - rank :].T @ inner)
+        value = matmul(
+            self._basis[:, size - rank :] * weight, matmul(vectors[:, size - rank :].T, inner)
+        )
         return Shrunk(value, rank, float((kept - mu).sum()), float(sigma[-1]))
 
     def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk:
@@ -106,12 +117,12 @@ class WarmShrinker:
             return last
         result = self.shrink(x) if last is None else last
         eps = torch.finfo(x.dtype).eps
-        accuracy = max(accuracy, ROUNDING * eps * float(torch.linalg.vector_norm(x)))
+        accuracy = max(accuracy, ROUNDING * eps * norm(x))
         for _ in range(SETTLE_STEPS):
             if self._exact:
                 return result
             before, result = result, self.shrink(x)
-            moved = float(torch.linalg.vector_norm(result.value - before.value))
+            moved = norm(result.value - before.value)
             if moved <= accuracy and self.complete(x):
                 return result
         return result if self._exact else self._from_eigen(Eigen.of(x, self._gram))
@@ -120,10 +131,10 @@ class WarmShrinker:
         """Whether no singular value outside the basis exceeds mu (up to rounding)."""
         if self._basis is None or self._rule.mu is None:
             return True
-        rest = x - self._basis @ (self._basis.T @ x)
-        gap = (rest @ rest.T).neg_()
+        rest = x - matmul(self._basis, matmul(self._basis.T, x))
+        gap = gram(rest).neg_()
         gap.diagonal().add_(self._rule.mu**2 * (1.0 + COMPLETE_SLACK))
-        return int(torch.linalg.cholesky_ex(gap).info) == 0
+        return int(cholesky(gap)[1]) == 0
 
     def _filtered(self, x: Tensor, basis: Tensor, mu: float) -> Tensor:
         """``p(X X^T) Q`` with columns of norm 1, p Chebyshev, at most 1 on ``[0, edge^2]``.
@@ -133,17 +144,17 @@ class WarmShrinker:
         """
         edge = float(self._ritz[0])
         if edge <= 0.0:
-            return _normalised(x @ (x.T @ basis))
+            return _normalised(matmul(x, matmul(x.T, basis)))
         degree = _degree(mu / edge, float(self._ritz[-1]) / edge)
         scale = 2.0 / edge**2
-        result = (x @ (x.T @ basis)).mul_(scale).sub_(basis)
+        result = (matmul(x, matmul(x.T, basis))).mul_(scale).sub_(basis)
         before, now = basis, result
         for done in range(1, degree):
             left = _unsatisfied(self._ritz / edge, done)
             if left == 0:
                 break
             before, now = before[:, :left], now[:, :left]
-            after = (x @ (x.T @ now)).mul_(scale).sub_(now).mul_(2.0).sub_(before)
+            after = (matmul(x, matmul(x.T, now))).mul_(scale).sub_(now).mul_(2.0).sub_(before)
             before, now = now.clone(), after
             result[:, :left] = after
         return _normalised(result)
@@ -166,10 +177,10 @@ def orthonormal(y: Tensor) -> Tensor:
     Filtered singular vectors are nearly orthogonal already: then a Cholesky factorisation of
     ``Y^T Y`` is exact enough and costs a fraction of Householder's QR.
     """
-    factor, failed = torch.linalg.cholesky_ex(y.T @ y)
+    factor, failed = cholesky(gram(y.T))
     if int(failed) == 0 and float(factor.diagonal().min()) > WELL_CONDITIONED:
-        return torch.linalg.solve_triangular(factor.T, y, upper=True, left=False)
-    return torch.linalg.qr(y).Q
+        return solve_triangular(factor.T, y, upper=True, left=False)
+    return qr(y)[0]
 
 
 def _pays(rows: int, columns: int, size: int) -> bool:

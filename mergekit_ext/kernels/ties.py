@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ext.kernels.linear_algebra import total
 from mergekit_ext.kernels.numerics import chunks, compute_dtype
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
 
@@ -119,8 +120,8 @@ class _Source:
     def _rescaling(self) -> float:
         keeper, before, after = Keeper(self._cut), 0.0, 0.0
         for piece in self._pieces():
-            before += float(piece.abs().sum(dtype=torch.float64))
-            after += float(keeper.drop(piece).abs().sum(dtype=torch.float64))
+            before += total(piece.abs().double())
+            after += total(keeper.drop(piece).abs().double())
         return 1.0 if min(before, after) < _RESCALE_FROM else before / after
 
     def trimmed(self, part: slice) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import Problem
 from mergekit_ext.kernels.dare import drop_and_rescale
+from mergekit_ext.kernels.linear_algebra import total
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, patterns
 from mergekit_ext.kernels.ties import kept
 from peft_merge.rules.base import Parameter, Pieces
@@ -213,8 +214,8 @@ def _rescaled(source: Pieces, make: Callable[[], Sparsified], rescale: bool) -> 
         return make()
     before, after, sparsified = 0.0, 0.0, make()
     for piece in source():
-        before += float(piece.abs().sum())
-        after += float(sparsified(piece).abs().sum())
+        before += total(piece.abs())
+        after += total(sparsified(piece).abs())
     if min(before, after) < _RESCALE_FROM:
         return make()
     factor, again = before / after, make()
