@@ -215,6 +215,8 @@ def _module_problems(adapters: Sequence[LoraAdapter], space: str) -> Iterator[Pr
         if len({(info.layout, info.kernel, info.shape) for info in own.values()}) > 1:
             shapes = ", ".join(f"{i.layout} {i.shape} in {name}" for name, i in own.items())
             yield Problem(module, shapes, "one shape", "Merge adapters of one base model.")
+        elif 0 in (shape := next(iter(own.values())).shape):
+            yield Problem(module, f"a change of shape {shape}", "entries that can be merged")
         elif space == "factors" and len({info.rank for info in own.values()}) > 1:
             ranks = ", ".join(f"{info.rank} in {name}" for name, info in own.items())
             yield Problem(

@@ -16,12 +16,19 @@ from mergekit.merge_methods.base import (
 )
 from pydantic import Field
 
-from mergekit_ext.errors import MergeWarning, NotConvergedWarning, Problem, TwoModelsWarning
+from mergekit_ext.errors import (
+    MergeError,
+    MergeWarning,
+    NotConvergedWarning,
+    Problem,
+    TwoModelsWarning,
+)
 from mergekit_ext.events import SolverIteration
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.kernels.lore import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, lore
+from mergekit_ext.kernels.numerics import all_finite
 from mergekit_ext.report.card import solver_section
 
 PAPER = "https://arxiv.org/abs/2502.10749"
@@ -154,6 +161,13 @@ class LoreMethod(ExtMethod):
         except ValueError:
             raise_non_finite(group)
             raise
+        except (OverflowError, torch.linalg.LinAlgError):
+            raise_non_finite(group)
+            raise _out_of_range(name, "differences of the models") from None
+        merged = result.merged.to(out_dtype)
+        if not all_finite(merged):
+            raise_non_finite(group)
+            raise _out_of_range(name, "values")
         details = {
             "iterations": result.iterations,
             "change": result.change,
@@ -166,7 +180,7 @@ class LoreMethod(ExtMethod):
                 group.base is None and entries[0].tensor.ndim > 1 and _cancels(parameters, weights)
             ),
         }
-        return result.merged.to(out_dtype), details
+        return merged, details
 
     def warnings(self, records: Sequence[TensorRecord]) -> Iterable[MergeWarning]:
         """Tensors that did not converge, and two-model merges that averaged."""
@@ -197,6 +211,14 @@ def layout_of(name: str, axes: int) -> str:
     if axes <= 2:
         return "matrix"
     return "flattened" if axes > 3 or "conv" in name.lower() else "stacked"
+
+
+def _out_of_range(name: str, what: str) -> MergeError:
+    return MergeError(
+        f"{name}: lore gives {what} that are not finite from finite inputs; expected ones within "
+        "the range of the dtype. Check `weight` and `lambda`, and that these are fine-tunes of one "
+        "model."
+    )
 
 
 def _reporter(name: str) -> Callable[[int, float, float], None] | None:

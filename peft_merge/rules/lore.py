@@ -97,7 +97,9 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     `rank_ratio` counts singular values of the change itself (`Call.shape`), also when the tensors
     are its coordinates in a smaller space.
     """
-    matrices = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    matrices = [
+        tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]) for tensor in tensors
+    ]
     weights = call.weights
     if call.options["combine"] == "mean" and cancelling(weights):
         if any(bool(tensor.any()) for tensor in tensors):

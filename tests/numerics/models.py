@@ -1,0 +1,106 @@
+"""Merging tensors that are in memory, with each method, as each family of methods is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.options import MergeOptions
+from safetensors.torch import save_file
+from torch import Tensor
+
+import mergekit_ext
+from mergekit_ext.flexmerge.algorithms import ALGORITHMS
+from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.host import state_dicts
+from peft_merge.adapter import Ia3Adapter, VectorInfo
+from peft_merge.ia3 import merge_ia3
+from peft_merge.lora import merge_lora
+from peft_merge.rules.base import Rule, rules
+from tests.models import config, write_yaml
+from tests.peft_merge import loras
+
+State = Mapping[str, Tensor]
+
+# The methods of mergekit-yaml, with what they cannot do without. nan_ties stands for nan_<method>.
+HOST: dict[str, dict[str, Any]] = {
+    "nan": {},
+    "nan_ties": {"density": 0.5},
+    "lore": {"mu_relative": 0.1, "lambda": 1.0, "combine": "mean"},
+    "tsv_m": {},
+    "pcb": {"density": 0.5},
+    "emr": {},
+}
+FLEXMERGE = tuple(ALGORITHMS)
+
+
+def host(name: str, models: Sequence[State], base: State | None = None, **more: Any) -> State:
+    """The merged tensors of a method of mergekit-yaml."""
+    named = {f"model{index}": model for index, model in enumerate(models)}
+    return state_dicts.merge(name, named, base, {**HOST[name], **more})
+
+
+def flexmerge(
+    folder: Path, name: str, models: Sequence[State], base: State, **more: Any
+) -> list[State]:
+    """Each task's tensors of a FlexMerge in one group."""
+    paths = []
+    for index, state in enumerate([base, *models]):
+        place = folder / f"m{index}"
+        place.mkdir(parents=True)
+        save_file(dict(state), place / "model.safetensors", {"format": "pt"})
+        (place / "config.json").write_text(
+            json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+        )
+        paths.append(place)
+    # One block of everything: of three models one group, with masks or without.
+    size = 2.9 if ALGORITHMS[name].masks else 1.0
+    parameters = {"target_size": size, "algorithm": name, "granularity": "model", **more}
+    text = config("flexmerge", paths[1:], paths[0], parameters)
+    out = folder / "out"
+    mergekit_ext.merge(write_yaml(folder / "m.yml", text), out, MergeOptions(quiet=True))
+    checkpoint = open_checkpoint(out)
+    return [dict(checkpoint.tensors(task)) for task in checkpoint.tasks]
+
+
+def given(rule: Rule, count: int, **options: Any) -> Callable[[str], Any]:
+    """Settings of a rule, with values for what has no default."""
+    wanted = {"lore": {"mu_relative": 0.1}}.get(rule.name.removeprefix("nan_"), {})
+    names = {p.name for p in rule.parameters if not p.per_model}
+    wanted = {k: v for k, v in {**wanted, **options}.items() if k in names}
+    return loras.always(loras.settings(rule, count, **wanted))
+
+
+def lora(
+    rule: Rule,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    dtype: torch.dtype | None = None,
+    rank: Any = "lossless",
+    **options: Any,
+) -> Tensor:
+    """The merged change B A of adapters with factors (A, B), in float64."""
+    adapters = []
+    for index, (a, b) in enumerate(factors):
+        adapters.append(loras.adapter(f"a{index}", {"q": loras.Update(a[None], b[None], 1.0)}))
+    merged, _, _ = merge_lora(
+        adapters, rule, given(rule, len(factors), **options), dtype=dtype, rank=rank
+    )
+    return (merged["q"].b.double() @ merged["q"].a.double())[0]
+
+
+def ia3(rule: Rule, vectors: Sequence[Tensor], space: str = "additive", **options: Any) -> Tensor:
+    """The merged vector of (IA)^3 adapters."""
+    adapters = []
+    for index, vector in enumerate(vectors):
+        info = VectorInfo(shape=tuple(vector.shape), feedforward=False, dtype=vector.dtype)
+        load = partial(lambda v, module: v, vector)
+        adapters.append(Ia3Adapter(f"a{index}", {}, {"k": info}, load, {}))
+    merged, _, _ = merge_ia3(adapters, rule, given(rule, len(vectors), **options), space=space)
+    return merged["k"]
+
+
+RULES = dict(rules())
