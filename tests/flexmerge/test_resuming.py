@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as distributed
 
 from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.flexmerge.algorithms import ALGORITHMS
@@ -23,9 +21,9 @@ from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.journal import Journal
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.processes import Processes
 from mergekit_ext.ranks import Ranks
 from tests.flexmerge.inputs import family, reader
+from tests.processes.together import together
 
 CASES = ("average", "ties", "emr", "consensus", "dare", "forced")
 BLOCKS = 6  # of `family`
@@ -106,30 +104,6 @@ class Merge:
 def files(folder: Path):
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
-
-
-def together(work, size):
-    """`work` in threads that see each other as processes; what each returned or raised."""
-    store = distributed.HashStore()
-    found = [None] * size
-
-    def run(rank):
-        ranks = Processes(store, rank, size)
-        ranks.open()
-        try:
-            found[rank] = work(ranks)
-        except BaseException as error:
-            found[rank] = error
-            ranks.close(error)
-        else:
-            ranks.close()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return found
 
 
 @pytest.fixture(scope="module")

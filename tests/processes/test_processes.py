@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.distributed as distributed
@@ -13,6 +11,7 @@ from mergekit_ext.launch import launched, launched_size, own_device
 from mergekit_ext.processes import Processes
 from mergekit_ext.ranks import Ranks, current
 from tests.processes.launching import ROOT, by_hand
+from tests.processes.together import together
 
 TOY = ROOT / "tests/processes/toy.py"
 
@@ -28,30 +27,6 @@ def test_shares_are_balanced_within_the_largest_piece(sizes, processes):
     assert max(loads) - min(loads) <= max(sizes, default=0)
     assert sum(loads) == sum(sizes)
     assert owners == ranks.share(list(sizes))
-
-
-def together(work, size=2):
-    """Run `work` in `size` threads that see each other as processes; what each returned."""
-    store = distributed.HashStore()
-    found = [None] * size
-
-    def run(rank):
-        ranks = Processes(store, rank, size)
-        ranks.open()
-        try:
-            found[rank] = work(ranks)
-        except BaseException as error:
-            found[rank] = error
-            ranks.close(error)
-        else:
-            ranks.close()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return found
 
 
 def test_values_of_all_come_to_all_in_order():
