@@ -18,6 +18,7 @@ from pathlib import Path
 _LOCK = ".lock"
 _IDENTITY = "identity.json"
 _UNKNOWN = ("",)
+_SUFFIX = "-incomplete"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ def lasting_room(
     _remove(room, lock)
 
 
+def is_room(path: Path) -> bool:
+    """Whether a folder is called as the hidden ones are."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
+
 def _prefix(target: Path) -> str:
     host = re.sub(r"[^\w.]", "_", socket.gethostname())
     # Names end at 255 bytes on most file systems; the output's may be as long as that.
@@ -100,7 +106,7 @@ def _prefix(target: Path) -> str:
 
 
 def _new(target: Path, beside: Path) -> tuple[Path, int]:
-    room = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix="-incomplete", dir=beside))
+    room = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=_SUFFIX, dir=beside))
     lock = os.open(room / "new", os.O_RDWR | os.O_CREAT, 0o600)
     _locked(lock)
     # Only now: another process that found the file first would take the room for a left one.
@@ -111,7 +117,7 @@ def _new(target: Path, beside: Path) -> tuple[Path, int]:
 def _left(target: Path, beside: Path) -> Iterator[tuple[Path, int]]:
     """The folders of earlier runs that nobody holds, locked."""
     for place in sorted({beside, target.parent}):
-        for room in sorted(place.glob(f"{glob.escape(_prefix(target))}*-incomplete")):
+        for room in sorted(place.glob(f"{glob.escape(_prefix(target))}*{_SUFFIX}")):
             try:
                 lock = os.open(room / _LOCK, os.O_RDWR)
             except OSError:  # somebody else's, or so new that it has no lock yet

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from mergekit_ext.rooms import hidden_room, lasting_room
+from mergekit_ext.rooms import hidden_room, is_room, lasting_room
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks that end with a process")
 
@@ -93,4 +93,6 @@ def test_other_rooms_are_left_and_ordinary_ones_remove_what_is_left(tmp_path):
     with hidden_room(tmp_path / "out", tmp_path):
         pass
     (left,) = tmp_path.iterdir()
+    assert is_room(left)
+    assert not is_room(tmp_path)
     assert json.loads((left / "identity.json").read_text()) == IDENTITY

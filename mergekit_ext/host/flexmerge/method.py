@@ -12,6 +12,7 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSp
 
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.host.method import WholeModelMethod
+from mergekit_ext.rooms import is_room
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
@@ -72,7 +73,7 @@ class FlexMergeMethod(WholeModelMethod):
     def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
         """A FlexMerge is a folder of folders, and is mixed with nothing."""
         target = Path(out_path)
-        if target.is_dir() and any(target.iterdir()):
+        if target.is_dir() and not all(map(is_room, target.iterdir())):
             yield Problem(
                 "OUT_PATH",
                 f"{target}, which is not empty",
