@@ -24,7 +24,7 @@ from peft_merge.io.tensors import CONFIG, SAFETENSORS
 
 _DAMAGED = "Copy or download the file again."
 # More would be no manifest.
-_LARGEST = 1 << 28
+_LARGEST = 1 << 26
 
 
 def open_manifest(folder: Path, *, verify: bool = True) -> Manifest:

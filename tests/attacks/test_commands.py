@@ -42,17 +42,17 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of addresses")
 def test_a_header_of_a_petabyte_takes_no_memory(inputs: Path, tmp_path: Path) -> None:
-    file = inputs / "tuned1" / "model.safetensors"
+    file = inputs / "adapter1" / "adapter_model.safetensors"
     file.write_bytes(ATTACKS["shape of 10^15 elements"](file.read_bytes()))
-    models = [inputs / f"tuned{index}" for index in range(3)]
-    where = write_yaml(tmp_path / "m.yml", config("nan_ties", models, inputs / "base"))
-    assert "1000000000000000" in refused(run("mergekit-yaml", where, tmp_path / "out"))
+    models = [inputs / "adapter0", inputs / "adapter1"]
+    where = write_yaml(tmp_path / "m.yml", config("linear", models))
+    assert "1000000000000000" in refused(run("peft-merge", where, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_bomb_of_aliases(tmp_path: Path) -> None:
     (tmp_path / "m.yml").write_bytes(texts.YAML["billion laughs"])
-    assert "aliases" in refused(run("peft-merge", tmp_path / "m.yml", tmp_path / "out"))
+    assert "aliases" in refused(run("mergekit-yaml", tmp_path / "m.yml", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
