@@ -38,6 +38,7 @@ def merge(
     *,
     callbacks: "Iterable[object]" = (),
     restart: bool = False,
+    max_memory: "int | str | None" = None,
 ) -> None:
     """Merge as ``mergekit-yaml`` does, checked first and with callbacks.
 
@@ -50,6 +51,8 @@ def merge(
             progress bar, which `options.quiet` switches off.
         restart: start over where an earlier merge into `out_path` was stopped, instead of going
             on with what it had finished.
+        max_memory: bytes, or text such as "8GB", that the process and each GPU may hold; a merge
+            that needs more is refused. See docs/limits.md.
 
     Raises:
         ConfigError: something is wrong with the configuration or the inputs; nothing was read
@@ -59,6 +62,8 @@ def merge(
         TypeError: a callback is a class, or has none of those methods; nothing was written.
     """
     from mergekit_ext.host.run import merge as run
+    from mergekit_ext.memory import limited
 
     register()
-    run(config, out_path, options, callbacks=callbacks, restart=restart)
+    with limited(max_memory, "max_memory"):
+        run(config, out_path, options, callbacks=callbacks, restart=restart)

@@ -28,6 +28,7 @@ EXIT_PROBLEMS = 2
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append what happens to this file, one JSON object a line.",
 )
+@click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
 @click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin of people you trust.")
 @click.version_option(package_name="mergekit-ext")
 def main(
@@ -39,6 +40,7 @@ def main(
     quiet: bool,
     jsonl: Path | None,
     allow_pickle: bool,
+    max_memory: str | None,
 ) -> None:
     """Merge LoRA or (IA)^3 adapters as the YAML file CONFIG says, into the folder OUT.
 
@@ -50,6 +52,8 @@ def main(
         raise click.UsageError("Missing argument 'OUT'. Name a folder, or give --check.")
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit_ext.errors import MergekitExtError
+    from mergekit_ext.interrupts import prompt
+    from mergekit_ext.memory import limited
 
     options: dict[str, Any] = {
         "device": device,
@@ -59,10 +63,11 @@ def main(
     with warnings.catch_warnings():
         warnings.showwarning = _show
         try:
-            if check:
-                _check(config, out, options)
-            else:
-                _run(config, out, options, jsonl, quiet)
+            with prompt(), limited(max_memory):
+                if check:
+                    _check(config, out, options)
+                else:
+                    _run(config, out, options, jsonl, quiet)
         except MergekitExtError as error:
             click.echo(f"Error: {error}", err=True)
             raise click.exceptions.Exit(EXIT_PROBLEMS) from None

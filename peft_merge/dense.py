@@ -22,9 +22,9 @@ from peft_merge.ranks import Rank, chosen
 from peft_merge.rules.base import Call, Pieces, Rule
 
 # Entries of a block of rows.
-_BLOCK = 1 << 16
+BLOCK = 1 << 16
 # A merged change up to this size is held in float64, a larger one in float32.
-_SMALL = 1 << 20
+SMALL = 1 << 20
 # Singular values below this share of the largest are rounding of the merged change.
 _FLOOR = {torch.float32: 1e-6, torch.float64: 1e-13}
 
@@ -56,7 +56,7 @@ def merge(
     most = min(rows, columns)
     wanted = min(rank, most) if isinstance(rank, int) else None
     found, details = [], {}
-    dtype = torch.float64 if rows * columns <= _SMALL else torch.float32
+    dtype = torch.float64 if rows * columns <= SMALL else torch.float32
     for index in range(n):
         sources = [_source(update, index, (rows, columns), device) for update in updates]
         merged, said = _merged(sources, rule, call, (rows, columns), dtype, device)
@@ -69,7 +69,7 @@ def _source(
     update: Update | None, index: int, shape: tuple[int, int], device: str | torch.device
 ) -> Pieces:
     rows, columns = shape
-    step = max(1, _BLOCK // columns)
+    step = max(1, BLOCK // columns)
     starts = range(0, rows, step)
     if update is None:
         return lambda: (

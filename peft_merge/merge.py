@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
+from mergekit_ext.memory import limited
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
@@ -75,6 +76,7 @@ def merge_adapters(
     name: str = "merged",
     callbacks: Iterable[object] = (),
     allow_pickle: bool = False,
+    max_memory: int | str | None = None,
 ) -> Any:
     """Merge LoRA or (IA)^3 adapters of one base, without the base.
 
@@ -96,6 +98,8 @@ def merge_adapters(
         name: of the merged adapter.
         callbacks: see `mergekit_ext.events`.
         allow_pickle: read adapter_model.bin, which can run code: of people whom you trust.
+        max_memory: bytes, or text such as "8GB", that the process and a GPU may hold; a merge
+            that needs more is refused.
 
     Returns:
         A `MergedAdapter`; for methods that make several adapters what they say.
@@ -123,7 +127,9 @@ def merge_adapters(
     events = Dispatcher(callbacks)
     try:
         started = time.perf_counter()
-        result = _merge(checked(request, problems), events, "")
+        with limited(max_memory, "max_memory"):
+            plan = checked(request, problems)
+        result = _merge(plan, events, "")
         events.emit(MergeEnd("", time.perf_counter() - started))
     finally:
         events.close()
@@ -251,7 +257,6 @@ def _merge(plan: MergePlan, events: Dispatcher, output: str) -> Any:
 
 
 def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
-    started = time.perf_counter()
     for warning in plan.forewarnings:
         warnings.warn(warning, stacklevel=4)
     coefficients = measured(plan, rule, events)
@@ -294,9 +299,8 @@ def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
         config = {**adapter.config, "base_model_name_or_path": plan.request.base_model}
         adapter = replace(adapter, config=config)
     warn_of_late(rule.name, modules)
-    seconds = time.perf_counter() - started
     return MergedAdapter(
-        adapter, report(plan, modules, coefficients, seconds), written(plan.request, plan.adapters)
+        adapter, report(plan, modules, coefficients), written(plan.request, plan.adapters)
     )
 
 

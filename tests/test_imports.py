@@ -19,7 +19,9 @@ ANY = {
     "hooks",
     "journal",
     "planned",
+    "interrupts",
     "launch",
+    "memory",
     "processes",
     "ranks",
     "rooms",
@@ -42,6 +44,8 @@ ALLOWED = {
     "journal": set(),
     "planned": {"headers"},
     "launch": {"errors", "processes", "ranks"},
+    "interrupts": set(),
+    "memory": {"budget", "errors"},
     "processes": {"errors", "ranks"},
     "ranks": set(),
     "rooms": set(),
@@ -65,7 +69,9 @@ ALLOWED = {
         "documents",
         "headers",
         "journal",
+        "interrupts",
         "launch",
+        "memory",
         "planned",
         "ranks",
         "rooms",
@@ -91,13 +97,23 @@ ALLOWED = {
     },
     "cli": ANY,
     "__main__": {"cli", "launch"},
-    "__init__": {"autoload", "host"},
+    "__init__": {"autoload", "host", "memory"},
     "autoload": {"host"},
 }
 HOSTS = {"mergekit"}  # only host and cli may know it
 # peft_merge knows of mergekit_ext only what knows nothing of mergekit.
 ADAPTERS = PACKAGE.parent / "peft_merge"
-SHARED = {"budget", "documents", "kernels", "errors", "events", "headers", "rooms"}
+SHARED = {
+    "budget",
+    "documents",
+    "kernels",
+    "errors",
+    "events",
+    "headers",
+    "interrupts",
+    "memory",
+    "rooms",
+}
 LIBRARIES = {"peft", "transformers"}  # loaded inside of functions
 
 

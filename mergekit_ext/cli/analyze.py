@@ -8,14 +8,22 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_ext.host.run import for_commands
+from mergekit_ext.memory import limited
 
 
 @click.command("analyze", cls=PrettyPrintHelp)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out_path", type=click.Path(file_okay=False))
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw similarity.png")
+@click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB")
 @add_merge_options  # type: ignore[untyped-decorator]
-def analyze(merge_options: MergeOptions, config_file: str, out_path: str, plot: bool) -> None:
+def analyze(
+    merge_options: MergeOptions,
+    config_file: str,
+    out_path: str,
+    plot: bool,
+    max_memory: str | None,
+) -> None:
     """Measure the models of a `flexmerge` configuration, and merge nothing.
 
     Prints the similarity of the task vectors in every block, and the size after each merge. Writes
@@ -25,5 +33,5 @@ def analyze(merge_options: MergeOptions, config_file: str, out_path: str, plot: 
     from mergekit_ext.host.flexmerge.analyze import analyze as run
 
     merge_options.apply_global_options()
-    with for_commands():
+    with for_commands(), limited(max_memory):
         click.echo(run(Path(config_file), Path(out_path), merge_options, plot=plot))

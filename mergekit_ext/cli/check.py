@@ -35,12 +35,14 @@ EXIT_PROBLEMS = 2
 @click.option(
     "--out-shard-size", metavar="SIZE", default="5B", show_default=True, help="Bytes of one shard."
 )
+@click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
 @click.option("--tensor-union", "-u", is_flag=True, help="As for mergekit-pytorch.")
 @click.option("--tensor-intersection", "-i", is_flag=True, help="As for mergekit-pytorch.")
 def check(
     config: Path,
     as_json: bool,
     out_shard_size: str,
+    max_memory: str | None,
     tensor_union: bool,
     tensor_intersection: bool,
     **flags: Any,
@@ -56,6 +58,8 @@ def check(
     from mergekit.options import MergeOptions
 
     from mergekit_ext.host.checks import check_source
+    from mergekit_ext.host.run import for_commands
+    from mergekit_ext.memory import limited
 
     try:
         size = parse_kmb(out_shard_size)
@@ -72,12 +76,13 @@ def check(
             f"found {config}, which cannot be read ({error}); expected YAML in UTF-8",
             param_hint="CONFIG",
         ) from None
-    reports = check_source(
-        text,
-        MergeOptions(out_shard_size=size, **flags),
-        union=tensor_union,
-        intersection=tensor_intersection,
-    )
+    with for_commands(), limited(max_memory):
+        reports = check_source(
+            text,
+            MergeOptions(out_shard_size=size, **flags),
+            union=tensor_union,
+            intersection=tensor_intersection,
+        )
     if as_json:
         click.echo(json.dumps({"documents": [_as_json(name, r) for name, r in reports]}, indent=2))
     else:

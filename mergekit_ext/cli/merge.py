@@ -9,6 +9,7 @@ import mergekit_ext
 from mergekit_ext import ranks
 from mergekit_ext.cli.shared import shared_out
 from mergekit_ext.events import JsonLines
+from mergekit_ext.memory import limited
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -20,9 +21,15 @@ from mergekit_ext.events import JsonLines
     help="Append what happens to this file, one JSON object a line",
 )
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
+@click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB")
 @add_merge_options  # type: ignore[untyped-decorator]
 def merge(
-    merge_options: MergeOptions, config_file: str, out_path: str, events: str | None, restart: bool
+    merge_options: MergeOptions,
+    config_file: str,
+    out_path: str,
+    events: str | None,
+    restart: bool,
+    max_memory: str | None,
 ) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
@@ -32,7 +39,7 @@ def merge(
     share the work.
     """
     merge_options.apply_global_options()
-    with shared_out(merge_options) as options:
+    with shared_out(merge_options) as options, limited(max_memory):
         try:
             callbacks = [JsonLines(events)] if events and ranks.current().is_main else []
         except OSError as error:

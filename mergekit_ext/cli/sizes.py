@@ -15,6 +15,7 @@ from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines
 from mergekit_ext.hooks import takes
 from mergekit_ext.host.run import for_commands
+from mergekit_ext.memory import limited
 
 
 @click.command("sizes", cls=PrettyPrintHelp)
@@ -42,6 +43,7 @@ from mergekit_ext.host.run import for_commands
     type=click.Path(dir_okay=False),
     help="Append what happens to this file, one JSON object a line",
 )
+@click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB")
 @add_merge_options  # type: ignore[untyped-decorator]
 def sizes(
     merge_options: MergeOptions,
@@ -52,6 +54,7 @@ def sizes(
     algorithms: tuple[str, ...],
     metric: str | None,
     events: str | None,
+    max_memory: str | None,
 ) -> None:
     """Merge a `flexmerge` configuration at many sizes, in memory, and score each.
 
@@ -70,7 +73,7 @@ def sizes(
         callbacks = [JsonLines(events)] if events else []
     except OSError as error:
         raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
-    with for_commands():
+    with for_commands(), limited(max_memory):
         write_curve(
             Path(config_file),
             Path(out_path),

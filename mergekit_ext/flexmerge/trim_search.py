@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_ext.flexmerge.algorithms.base import Cuts, deltas_of
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import BlockData
+from mergekit_ext.kernels.numerics import chunks
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
 from mergekit_ext.kernels.ties import kept
 from mergekit_ext.ranks import Ranks
@@ -56,7 +57,7 @@ class TrimSearch:
     def count(self, data: BlockData) -> Counts:
         """Count one block in this pass; it counts when it is given to `add`."""
         return [
-            None if search is None else packed(search.count(*deltas_of(data, [member])))
+            None if search is None else packed(_counted(search, data, member))
             for member, search in enumerate(self._searches)
         ]
 
@@ -90,6 +91,16 @@ class TrimSearch:
             EVERYTHING if search is None else Cut(search.cut.pattern, ALL_TIES)
             for search in self._searches
         ]
+
+
+def _counted(search: CutSearch, data: BlockData, member: int) -> Tensor:
+    """What `search` counts of a task vector, which is formed in pieces."""
+    total = torch.zeros(search.bins, dtype=torch.int64, device=data.base.device)
+    for part in chunks(data.base):
+        models = {member: data.models[member][part]}
+        piece = BlockData(data.layout, data.base[part], models)
+        total.add_(search.count(*deltas_of(piece, [member])))
+    return total
 
 
 def packed(counts: Tensor) -> str:

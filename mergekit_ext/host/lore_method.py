@@ -27,6 +27,8 @@ from mergekit_ext.events import SolverIteration
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.session import TensorRecord
+from mergekit_ext.kernels import footprint
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.lore import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, lore
 from mergekit_ext.kernels.numerics import all_finite
 from mergekit_ext.report.card import solver_section
@@ -131,6 +133,10 @@ class LoreMethod(ExtMethod):
         if not has_base and _cancels(shared, weights or [1.0] * len(inputs)):
             given = [name for name in _THRESHOLDS if shared.get(name) is not None]
             yield TwoModelsWarning(_TWO_MODELS.format(given=" and ".join(given) or "mu"))
+
+    def scratch(self, work: Work) -> Parts:
+        """What solving one matrix takes."""
+        return footprint.lore(work)
 
     def merge_one(
         self,

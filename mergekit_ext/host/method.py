@@ -15,6 +15,8 @@ from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from mergekit_ext.errors import MergeWarning, NonFiniteError, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.session import Session, TensorRecord
+from mergekit_ext.kernels import footprint
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.numerics import count_non_finite
 
 if TYPE_CHECKING:
@@ -84,6 +86,10 @@ class ExtMethod(MergeMethod):
     def passes(self, shared: Mapping[str, Any]) -> int:
         """How many times the merge reads each input tensor."""
         return 1
+
+    def scratch(self, work: Work) -> Parts:
+        """What `merge_one` holds at once, its result among it: see `kernels.footprint`."""
+        return footprint.foreign(work)
 
     def warnings(self, records: Sequence[TensorRecord]) -> Iterable[MergeWarning]:
         """What a user should know about a finished merge."""

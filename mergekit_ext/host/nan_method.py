@@ -28,6 +28,7 @@ from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.nan_parameters import GRANULARITIES, SHARED, Factor, parameters_with_nan
 from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.nan import (
     combine_norms,
     default_scale,
@@ -153,6 +154,10 @@ class NanMethod(ExtMethod):
     def passes(self, shared: Mapping[str, Any]) -> int:
         """`block` and `model` measure everything before the first tensor is merged."""
         return 1 if shared.get("granularity", "tensor") == "tensor" else 2
+
+    def scratch(self, work: Work) -> Parts:
+        """That of the rule; norms are summed in pieces before."""
+        return self._rule.scratch(work)
 
     def merge_one(
         self,

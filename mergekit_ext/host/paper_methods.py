@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from mergekit.merge_methods.base import (
@@ -24,8 +24,9 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.host.lore_method import layout_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
-from mergekit_ext.kernels import emr
-from mergekit_ext.kernels.numerics import all_finite, compute_dtype
+from mergekit_ext.kernels import emr, footprint
+from mergekit_ext.kernels.footprint import Parts, Work
+from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype
 from mergekit_ext.kernels.pcb import DEFAULT_DENSITY, pcb_merge
 from mergekit_ext.kernels.tsv import tsv_merge
 
@@ -53,7 +54,14 @@ def _spec(name: str, title: str, paper: str, *parameters: ParameterSpec) -> Merg
 
 
 class TaskVectorMethod(ExtMethod):
-    r"""``W_0 + lambda * F(w_1 t_1, ..., w_m t_m)``, the :math:`t_i = W_i - W_0` of one tensor."""
+    r"""``W_0 + lambda * F(w_1 t_1, ..., w_m t_m)``, the :math:`t_i = W_i - W_0` of one tensor.
+
+    Attributes:
+        elementwise: whether each entry depends on the same entries of the inputs alone, so that
+            task vectors are formed in pieces.
+    """
+
+    elementwise: ClassVar[bool] = False
 
     @abstractmethod
     def combine(self, deltas: Sequence[Tensor], name: str, parameters: Mapping[str, Any]) -> Tensor:
@@ -73,18 +81,37 @@ class TaskVectorMethod(ExtMethod):
         """
         if group.base is None or not group.non_base:
             return group.entries[0].tensor.to(out_dtype), {}
-        name = group.metadata.name or ""
+        base, tensors = group.base.tensor, [entry.tensor for entry in group.non_base]
+        if not self.elementwise:
+            merged = self._merged(base, tensors, group, parameters).to(out_dtype)
+            self._require_finite([merged], group)
+            return merged, {}
+        out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+        flat_out, flat_base = out.view(-1), base.reshape(-1)
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        for part in chunks(flat_base):
+            pieces = [source[part] for source in flat]
+            flat_out[part] = self._merged(flat_base[part], pieces, group, parameters)
+        self._require_finite([out], group)
+        return out, {}
+
+    def _merged(
+        self,
+        base: Tensor,
+        tensors: Sequence[Tensor],
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+    ) -> Tensor:
         dtype = compute_dtype(group.tensors)
-        base = group.base.tensor.to(dtype)
+        start = base.to(dtype)
+        weights = [parameters["weight"][entry.id] for entry in group.non_base]
         deltas = [
-            (entry.tensor.to(dtype) - base).mul_(parameters["weight"][entry.id])
-            for entry in group.non_base
+            (tensor.to(dtype) - start).mul_(weight)
+            for tensor, weight in zip(tensors, weights, strict=True)
         ]
         self._require_finite(deltas, group)
-        merged = self.combine(deltas, name, parameters)
-        merged = merged.mul_(parameters["lambda"]).add_(base).to(out_dtype)
-        self._require_finite([merged], group)
-        return merged, {}
+        merged = self.combine(deltas, group.metadata.name or "", parameters)
+        return merged.mul_(parameters["lambda"]).add_(start)
 
     def _require_finite(self, tensors: Sequence[Tensor], group: TensorGroup) -> None:
         if not all(map(all_finite, tensors)):
@@ -100,6 +127,10 @@ class TsvMethod(TaskVectorMethod):
     """`tsv_m`: Gargiulo et al. 2025, see `mergekit_ext.kernels.tsv`."""
 
     spec = _spec("tsv_m", "TSV-Merge", "https://arxiv.org/abs/2412.00081")
+
+    def scratch(self, work: Work) -> Parts:
+        """Task vectors, and their decompositions."""
+        return {**footprint.tsv(work), **footprint.task_vectors(work)}
 
     def combine(self, deltas: Sequence[Tensor], name: str, parameters: Mapping[str, Any]) -> Tensor:
         """Leading singular vectors of each task, decorrelated; vectors are averaged."""
@@ -122,6 +153,10 @@ class PcbMethod(TaskVectorMethod):
         ),
     )
 
+    def scratch(self, work: Work) -> Parts:
+        """Task vectors and their sum; scores are ranked in pieces."""
+        return {**footprint.pcb(work), **footprint.task_vectors(work)}
+
     def combine(self, deltas: Sequence[Tensor], name: str, parameters: Mapping[str, Any]) -> Tensor:
         """Weights from the competition of the task vectors within this tensor."""
         (merged,) = pcb_merge([[delta] for delta in deltas], parameters["density"])
@@ -132,6 +167,11 @@ class EmrMethod(TaskVectorMethod):
     """`emr`: the unified vector of Huang et al. 2024, see `mergekit_ext.kernels.emr`."""
 
     spec = _spec("emr", "EMR-Merging (unified vector)", "https://arxiv.org/abs/2405.17461")
+    elementwise = True
+
+    def scratch(self, work: Work) -> Parts:
+        """Pieces of every task vector."""
+        return footprint.elected(work)
 
     def combine(self, deltas: Sequence[Tensor], name: str, parameters: Mapping[str, Any]) -> Tensor:
         """Elected signs and largest magnitudes; one model has no masks."""

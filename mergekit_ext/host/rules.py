@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.kernels import footprint
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
 from mergekit_ext.kernels.threads import in_threads
@@ -40,6 +43,10 @@ class Rule(ABC):
         return ()
 
     @abstractmethod
+    def scratch(self, work: Work) -> Parts:
+        """See `ExtMethod.scratch`."""
+
+    @abstractmethod
     def merge(
         self,
         group: TensorGroup,
@@ -55,6 +62,10 @@ class DirectRule(Rule):
     """Task arithmetic over a base; a weighted average without one."""
 
     linear = True
+
+    def scratch(self, work: Work) -> Parts:
+        """Pieces of every input."""
+        return footprint.sums(work)
 
     def merge(
         self,
@@ -88,6 +99,15 @@ class WrappedRule(Rule):
     def __init__(self, method: MergeMethod):
         self._method = method
         self._names = tuple(p.name for p in method.spec.parameters if p.name != "weight")
+
+    def scratch(self, work: Work) -> Parts:
+        """That of the method in float32, and of its result being scaled."""
+        wide = replace(work, out=work.width)
+        if isinstance(self._method, ExtMethod):
+            parts = self._method.scratch(wide)
+        else:
+            parts = footprint.foreign(wide)
+        return {**parts, "the result, scaled": 2 * work.unit + work.size * work.out}
 
     def merge(
         self,
@@ -162,6 +182,10 @@ class TiesRule(Rule):
             and method.consensus_method in (None, ConsensusMethod.sum)
             and method.sparsification_method in (None, SparsificationMethod.magnitude)
         )
+
+    def scratch(self, work: Work) -> Parts:
+        """Pieces of every task vector."""
+        return footprint.ties(work)
 
     def merge(
         self,

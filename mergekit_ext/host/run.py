@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
 from mergekit_ext.host.predicted import predicted
 from mergekit_ext.host.staging import output_problems
-from mergekit_ext.launch import require_one
+from mergekit_ext.interrupts import prompt
+from mergekit_ext.launch import launched_size, require_one
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 
@@ -224,7 +225,8 @@ def for_commands(*, shared: bool = False) -> Iterator[None]:
     try:
         if not shared and not require_one(context.command_path):
             raise click.exceptions.Exit(0)
-        yield
+        with prompt() if launched_size() == 1 else nullcontext():
+            yield
     except MergekitExtError as error:
         raise CommandError(str(error)) from None
     finally:

@@ -13,6 +13,7 @@ from mergekit_ext.errors import ConfigError
 from mergekit_ext.host import compat
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.run import for_commands, parsed
+from mergekit_ext.interrupts import prompt
 
 
 def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +28,8 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
         stock = command.stock  # type: ignore[attr-defined]
         with for_commands():
             _check(text_of(Path(config_file)))
-        stock(config_file=config_file, **arguments)
+        with prompt():
+            stock(config_file=config_file, **arguments)
 
     return command
 

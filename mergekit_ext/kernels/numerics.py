@@ -28,13 +28,14 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def chunks(tensor: Tensor) -> Iterator[slice]:
     """Slices that cover the flattened `tensor` in cache-sized pieces, for its device."""
-    step, size = _chunk(tensor), tensor.numel()
+    step, size = chunk_length(tensor.device.type), tensor.numel()
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
 
 
-def _chunk(tensor: Tensor) -> int:
-    return _CPU_CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
+def chunk_length(device: str) -> int:
+    """How many entries `chunks` gives at once on a kind of device."""
+    return _CPU_CHUNK if device == "cpu" else _ACCELERATOR_CHUNK
 
 
 def squared_norm(tensor: Tensor, base: Tensor | None = None) -> float:

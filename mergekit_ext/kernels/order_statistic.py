@@ -15,7 +15,7 @@ from torch import Tensor
 _DIGIT = 16
 _SHIFTS = (48, 32, 16, 0)
 # Numbers that are gathered at once: 32 MB of float64.
-_GATHER = 1 << 22
+GATHER = 1 << 22
 
 
 def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: int) -> float:
@@ -36,7 +36,7 @@ def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: in
         raise ValueError(f"rank: found {rank!r}; expected 0 to {count - 1}")
     prefix, shift, inside = 0, 64, count
     for finer in _SHIFTS:
-        if inside <= _GATHER:
+        if inside <= GATHER:
             break
         counts = _histogram(pieces, finer, prefix)
         upto = counts.cumsum(0)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from mergekit_ext import memory
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.config import saved
@@ -27,6 +28,7 @@ from peft_merge.config.request import Input, Request
 from peft_merge.config.resolve import Resolver, unknown_everywhere
 from peft_merge.config.spaces import default_space, space_problems
 from peft_merge.config.wording import did_you_mean, listing, shown
+from peft_merge.footprint import need_of
 from peft_merge.io import compatible, different_bases, load_adapter
 from peft_merge.methods import Method, WholeMethod, methods, parameters_of
 
@@ -78,6 +80,8 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         forewarnings=_forewarnings(method, resolve),
     )
     if isinstance(method, WholeMethod) and (wrong := [*unfit, *method.check(plan)]):
+        _stop(request, wrong)
+    if wrong := list(memory.problems(need_of(plan))):
         _stop(request, wrong)
     if (warning := different_bases(adapters)) is not None:
         warnings.warn(warning, stacklevel=4)

@@ -25,13 +25,13 @@ def test_it_is_the_kth_of_the_sorted(values, data, size, gather):
     rank = data.draw(st.integers(0, len(values) - 1))
     x = torch.tensor(values, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_GATHER", gather)
+        patch.setattr(module, "GATHER", gather)
         found = order_statistic(lambda: x.split(size), rank, len(values))
     assert found == sorted(values)[rank]
 
 
 def test_duplicates_take_no_room(monkeypatch):
-    monkeypatch.setattr(module, "_GATHER", 8)
+    monkeypatch.setattr(module, "GATHER", 8)
     x = torch.full((100,), -2.5, dtype=torch.float64)
     x[3] = 7.0
     assert order_statistic(lambda: x.split(9), 98, 100) == -2.5

@@ -16,7 +16,7 @@ SHAPES = [(17, 13), (5,), (1,), (0, 3), (2, 3, 4)]
 def chunk(request, monkeypatch):
     monkeypatch.setattr(numerics, "_CPU_CHUNK", request.param[0])
     monkeypatch.setattr(numerics, "_ACCELERATOR_CHUNK", request.param[0])
-    monkeypatch.setattr(order_statistic, "_GATHER", request.param[1])
+    monkeypatch.setattr(order_statistic, "GATHER", request.param[1])
 
 
 def block(device="cpu", dtype=torch.float32, count=4, scale=1.0, seed=5):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.source import BlockData
+from mergekit_ext.kernels import footprint
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.selection import Cut
@@ -119,6 +121,15 @@ class Algorithm(ABC):
         if "density" in self.parameters.shared:
             return [self.parameters.shared["density"]] * count
         return self.parameters.each("density", range(count))
+
+    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
+        """What merging all models in a block holds at once, the result among it.
+
+        Args:
+            block: the block as one vector; see `kernels.footprint`.
+            parts: its tensors.
+        """
+        return {**footprint.foreign(block), **footprint.task_vectors(block)}
 
     @abstractmethod
     def merge(

@@ -10,6 +10,7 @@ from torch import Tensor
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Masked, deltas_of
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.dare import drop_and_rescale
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.seeds import derived
 
 
@@ -26,6 +27,11 @@ class Dare(Algorithm):
         # What FlexMerge asks of an algorithm is the inner one's to answer.
         self.name, self.trims = inner.name, inner.trims
         self.masks, self.kmeans = inner.masks, inner.kmeans
+
+    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
+        """See `Algorithm.scratch`: thinned task vectors beside the first."""
+        thinned = {"thinned task vectors": (2 * block.models + 4) * block.unit}
+        return {**self._inner.scratch(block, parts), **thinned}
 
     def merge(
         self,

@@ -12,6 +12,8 @@ from torch import Tensor
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option, deltas_of
 from mergekit_ext.flexmerge.algorithms.linear import WEIGHT, Factor
 from mergekit_ext.flexmerge.source import BlockData
+from mergekit_ext.kernels import footprint
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.pcb import DEFAULT_CLIP, pcb_merge
 from mergekit_ext.kernels.selection import Keeper
 from mergekit_ext.kernels.ties import TiesOptions, cut_of, merge_ties
@@ -69,6 +71,10 @@ class Ties(Algorithm):
     options: ClassVar[tuple[Option, ...]] = (SCALE, DENSITY, WEIGHT)
     trims = True
 
+    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
+        """See `Algorithm.scratch`: pieces of every task vector."""
+        return footprint.ties(block)
+
     def merge(
         self,
         block: BlockData,
@@ -95,6 +101,14 @@ class Pcb(Algorithm):
         WEIGHT,
     )
     trims = True
+
+    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
+        """See `Algorithm.scratch`: task vectors, what trims one of them, and their sum."""
+        return {
+            **footprint.pcb(block),
+            **footprint.task_vectors(block),
+            "trimming": 4 * block.unit,
+        }
 
     def merge(
         self,

@@ -10,9 +10,17 @@ from mergekit_ext.headers import BITS, TensorHeader, dtype_name
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.kernels.footprint import Work, foreign
+from mergekit_ext.memory import Need
 
 # Methods compute in float32 at least, whatever the dtype of the files.
 _LEAST_BYTES = 4
+# An adapter's change of a tensor is added to it in float32: the tensor, the change, the sum.
+_ADAPTED = 3 * _LEAST_BYTES
+_REMEDY = (
+    "Merge fewer models at a time, or take a method that works in pieces: `nan`, `nan_ties`, "
+    "`nan_task_arithmetic`, `emr`."
+)
 
 
 def estimate(
@@ -22,14 +30,17 @@ def estimate(
     method: Any,
     shared: Sequence[Mapping[str, Any]],
     largest_vocabulary: bool,
+    collects: bool = False,
 ) -> Estimate | None:
     """Add everything up; None when the shape of some tensor is known from no input.
 
     `largest_vocabulary`: a tokenizer decides the vocabulary; the largest one of the inputs is
-    taken for it. Otherwise vocabularies that differ are cut to the smallest.
+    taken for it. Otherwise vocabularies that differ are cut to the smallest. `collects`: the
+    output's tensors are collected for a shard, not written one by one.
     """
     read: dict[tuple[Any, str], int] = {}
-    written = parameters = largest = 0
+    written = parameters = 0
+    needs = []
     for tensor in located:
         headers = tensor.headers
         if not headers:
@@ -37,31 +48,95 @@ def estimate(
         for model, header in tensor.found.items():
             stored = header or headers[0]
             read[model, stored.name] = stored.nbytes
-        count = _elements(tensor, headers, largest_vocabulary)
+        shape = _shape(tensor, headers, largest_vocabulary)
         bits = _merge_bits(tensor, headers, config)
         forced = tensor.planned.weight.force_dtype or config.out_dtype
+        count, out = math.prod(shape), _bits(forced, bits)
         parameters += count
-        written += count * _bits(forced, bits) // 8
-        held = count * max(bits // 8, _LEAST_BYTES) * (len(tensor.found) + 2)
-        largest = max(largest, held)
+        written += count * out // 8
+        rows_moved = largest_vocabulary and tensor.planned.weight.vocabulary_axis is not None
+        needs.append(_need(tensor, shape, bits, -(-out // 8), options, method, rows_moved))
     passes = getattr(method, "passes", None)
     times = max((int(passes(s)) for s in shared), default=1) if callable(passes) else 1
-    shard = options.out_shard_size
+    need = max(needs, key=lambda need: max(need.bytes, need.device_bytes), default=Need("nothing"))
+    if collects:
+        shard = options.out_shard_size
+        collected = min(shard, written) if shard > 0 else written
+        need = Need(
+            need.what, {**need.parts, "the shard": collected}, need.device, "Use smaller shards."
+        )
     return Estimate(
         bytes_read=sum(read.values()) * times,
         bytes_written=written,
-        bytes_held=largest + (min(shard, written) if shard > 0 else written),
+        bytes_held=need.bytes,
         tensors=len(located),
         parameters=parameters,
+        need=need,
     )
 
 
-def _elements(tensor: FoundTensor, headers: list[TensorHeader], largest: bool) -> int:
+def _need(
+    tensor: FoundTensor,
+    shape: tuple[int, ...],
+    bits: int,
+    out: int,
+    options: Any,
+    method: Any,
+    rows_moved: bool,
+) -> Need:
+    import torch
+
+    from mergekit_ext.host.lore_method import layout_of
+
+    name = tensor.planned.weight.name
+    device = str(options.device).partition(":")[0]
+    models = [model for model in tensor.found if model != tensor.planned.base]
+    work = Work(
+        shape=shape,
+        models=max(1, len(models)),
+        based=len(models) < len(tensor.found),
+        width=max(bits // 8, _LEAST_BYTES),
+        out=out,
+        layout=layout_of(name, len(shape)),
+        threads=torch.get_num_threads(),
+        device=device,
+    )
+    scratch = getattr(method, "scratch", foreign)(work)
+    loaded = work.size * bits // 8
+    unmapped = sum(_unmapped(header, model, bits, work.size) for model, header in _each(tensor))
+    if rows_moved:  # to where one tokenizer has them, before and after
+        unmapped = max(unmapped, 2 * len(tensor.found) * loaded)
+    own = {"inputs that are not mapped": unmapped}
+    if device == "cpu":
+        return Need(name, {**own, **scratch}, {}, _REMEDY)
+    on_device = {"inputs": len(tensor.found) * loaded, **scratch}
+    result = {"the result": work.size * out}
+    if options.low_cpu_memory:
+        return Need(name, {}, {**on_device, "the result before": result["the result"]}, _REMEDY)
+    own["inputs that are not mapped"] = max(unmapped, loaded)
+    return Need(name, {**own, **result}, on_device, _REMEDY)
+
+
+def _each(tensor: FoundTensor) -> list[tuple[Any, TensorHeader]]:
+    headers = tensor.headers
+    return [(model, header or headers[0]) for model, header in tensor.found.items()]
+
+
+def _unmapped(header: TensorHeader, model: Any, bits: int, count: int) -> int:
+    """Bytes that an input takes in memory: none where it is mapped as it is stored."""
+    if getattr(model, "lora", None) is not None:
+        return count * (_ADAPTED + bits // 8)
+    mapped = header.file is not None and header.file.suffix == ".safetensors"
+    as_stored = BITS.get(header.dtype, 32) == bits and math.prod(header.shape) == count
+    return 0 if mapped and as_stored else header.nbytes * (not mapped) + count * bits // 8
+
+
+def _shape(tensor: FoundTensor, headers: list[TensorHeader], largest: bool) -> tuple[int, ...]:
     shape, axis = list(headers[0].shape), tensor.planned.weight.vocabulary_axis
     if axis is not None and axis < len(shape):
         sizes = [header.shape[axis] for header in headers if axis < len(header.shape)]
         shape[axis] = max(sizes) if largest else min(sizes)
-    return math.prod(shape)
+    return tuple(shape)
 
 
 def _merge_bits(tensor: FoundTensor, headers: list[TensorHeader], config: Any) -> int:

@@ -70,7 +70,9 @@ def _check(
     located = locate(planned, facts)
     check_tensors(located, _without_policy(method), config, facts, False, files)
     complete = not files.count
-    costs = resolve_and_estimate(config, options, method, planned, located, complete, findings)
+    costs = resolve_and_estimate(
+        config, options, method, planned, located, complete, findings, collects=True
+    )
     findings.merge(files)
     return costs
 

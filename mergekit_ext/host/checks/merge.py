@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mergekit_ext import memory
 from mergekit_ext.host.checks.architecture import find_architecture
 from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
@@ -92,8 +93,12 @@ def resolve_and_estimate(
     located: list[FoundTensor],
     complete: bool,
     findings: Findings,
+    collects: bool = False,
 ) -> Estimate | None:
-    """Check the parameters, as written and as each tensor gets them, and add up the costs."""
+    """Check the parameters, as written and as each tensor gets them, and add up the costs.
+
+    `collects` as for `estimate`. What needs more than the cap on memory is a problem.
+    """
     groups = groups_of(config)
     shared: list[Mapping[str, Any]] = []
     if method is not None:
@@ -103,7 +108,10 @@ def resolve_and_estimate(
         shared = ParameterResolution(method, groups, absent, findings).run(merged)
     if not complete or not located:
         return None
-    return estimate(located, config, options, method, shared, wants_tokenizer(config))
+    costs = estimate(located, config, options, method, shared, wants_tokenizer(config), collects)
+    if costs is not None:
+        findings.extend(memory.problems(costs.need))
+    return costs
 
 
 def _check(
@@ -130,7 +138,10 @@ def _check(
             left_out(planned, located, facts, architecture.inferred, models)
     known = all(fact.config is not None and fact.tensors is not None for fact in facts.values())
     complete = known and not models.count
-    costs = resolve_and_estimate(config, options, method, planned, located, complete, findings)
+    collects = not options.safe_serialization
+    costs = resolve_and_estimate(
+        config, options, method, planned, located, complete, findings, collects
+    )
     if any(fact.pending for fact in facts.values()):
         models.note("Nothing is estimated: a model is the result of another document.")
     findings.merge(models)

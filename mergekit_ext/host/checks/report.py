@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.memory import Need
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,13 @@ class Estimate:
             does not use are not counted; adapters of ``base+adapter`` inputs are not either.
         bytes_written: data bytes of the output's weights in the dtype they are saved in, without
             the headers, the tokenizer and the configuration.
-        bytes_held: memory at the worst moment: the largest tensor in the dtype of the arithmetic
-            (float32 at least) times the number of its inputs plus two, and one output shard,
-            which mergekit collects before writing it. An estimate: Python, the libraries and a
-            method's own scratch come on top.
+        bytes_held: memory at the worst moment that tensors take, an upper estimate: what the
+            method holds for the largest tensor, block or module, inputs that are not mapped, and
+            where mergekit writes the output, one shard, which it collects first. Python and the
+            libraries come on top (`mergekit_ext.memory`).
         tensors: tensors in the output.
         parameters: elements in the output.
+        need: `bytes_held` by what it is for, and what an accelerator holds.
     """
 
     bytes_read: int
@@ -31,6 +33,7 @@ class Estimate:
     bytes_held: int
     tensors: int
     parameters: int
+    need: Need
 
 
 @dataclass(frozen=True)

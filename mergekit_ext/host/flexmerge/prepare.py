@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mergekit_ext import memory
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
@@ -30,6 +31,7 @@ from mergekit_ext.host.flexmerge.checks import (
     task_items,
     task_names,
 )
+from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
 from mergekit_ext.host.flexmerge.presence import check_missing, note_unshared
 from mergekit_ext.host.lore_method import layout_of
@@ -82,7 +84,11 @@ def check(
         if source is not None:
             findings.extend(unknown_keys(source))
         prepared = _prepare(config, options, findings, pending)
-    report = findings.report(_estimate(prepared) if prepared and not findings.count else None)
+    costs = None
+    if prepared and not findings.count:
+        costs = _estimate(prepared, options)
+        findings.extend(memory.problems(costs.need))
+    report = findings.report(costs)
     return report, None if report.problems else prepared
 
 
@@ -215,7 +221,7 @@ def _reachable(prepared: Prepared, findings: Findings) -> None:
         findings.note(f"target_size {prepared.target}: nothing is merged, as all models fit.")
 
 
-def _estimate(prepared: Prepared) -> Estimate:
+def _estimate(prepared: Prepared, options: Any) -> Estimate:
     layout, written = prepared.layout, prepared.written
     storage = prepared.storage
     parts = [part for block in layout.blocks for part in block.parts]
@@ -233,12 +239,13 @@ def _estimate(prepared: Prepared) -> Estimate:
     )
     # Which tensors are shared is known after the analysis; a model's worth of bytes is one model.
     models = max(0, stored - layout.private_bytes) * len(layout.tasks) / whole
-    largest = max(block.size for block in layout.blocks)
+    need = need_of(prepared, options)
     return Estimate(
         bytes_read=reads * (whole + base) + layout.private_bytes,
         bytes_written=stored,
-        bytes_held=largest * 4 * (len(layout.tasks) + 3),
+        bytes_held=need.bytes,
         tensors=round(models * len(parts)) + len(private),
         parameters=round(models * sum(block.size for block in layout.blocks))
         + sum(math.prod(header.shape) for header in private),
+        need=need,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from mergekit_ext.host.checks.support import tensors_at
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod
 from mergekit_ext.host.session import Session
+from mergekit_ext.kernels import footprint
+from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.kernels.threads import in_threads
@@ -52,6 +55,13 @@ class Registered(Algorithm):
         self._method, self._specs = method, specs
         self._based = method.spec.contract.base != BasePolicy.IGNORED
         self.name = method.spec.name
+
+    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
+        """See `Algorithm.scratch`: a method of ours merges tensor by tensor, others all at once."""
+        if isinstance(self._method, ExtMethod):
+            wide = [self._method.scratch(replace(part, out=part.width)) for part in parts]
+            return {**footprint.largest(wide), "merged tensors of the block": 2 * block.unit}
+        return {**footprint.foreign(block), "merged tensors of the block": block.unit}
 
     def problems(self) -> list[Problem]:
         """What the method has against its parameters, before a weight is read."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import memory
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import Event, SizeReached
 from mergekit_ext.flexmerge.plan import Planner
@@ -14,6 +15,7 @@ from mergekit_ext.flexmerge.walk import Walk
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.evaluation import Evaluator
+from mergekit_ext.host.flexmerge.needs import need_of, with_models
 from mergekit_ext.host.flexmerge.sources import Inputs, open_inputs
 from mergekit_ext.host.flexmerge.variants import variant
 from mergekit_ext.report.curve import Scores, SizePoint
@@ -61,6 +63,23 @@ class Tracer:
         self._count = len(next(iter(self._prepared.values())).models)
         self._sizes = self._default() if sizes is None else tuple(sizes)
         _require_within(self._sizes, self._count)
+        if evaluator is not None:
+            self._require_room()
+
+    def _require_room(self) -> None:
+        """Models that are scored are in memory, whole."""
+        largest = max(float(self._count) if size == ALL else float(size) for size in self._sizes)
+        found = [
+            problem
+            for prepared in self._prepared.values()
+            for problem in memory.problems(
+                with_models(
+                    need_of(prepared, self._options), prepared.layout, largest, prepared.forced
+                )
+            )
+        ]
+        if found:
+            raise ConfigError(dict.fromkeys(found))
 
     def _default(self) -> tuple[float | str, ...]:
         return (1.0, 1.5, *(float(size) for size in range(2, self._count + 1)))

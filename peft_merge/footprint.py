@@ -1,0 +1,152 @@
+"""What a merge of adapters holds at its worst moment, from headers alone: upper estimates.
+
+docs/limits.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_ext.memory import Need
+from peft_merge.adapter import LoraAdapter
+from peft_merge.config.plan import MergePlan
+from peft_merge.dense import BLOCK, SMALL
+from peft_merge.methods import WholeMethod
+from peft_merge.rules.base import Rule
+
+Parts = Mapping[str, int]
+_DOUBLE = 8
+_REMEDY = (
+    "Merge fewer adapters at a time, set a smaller `rank`, or take a rule that works in the "
+    "adapters' own small space (`linear`, `nan`, `lore`, `tsv_m`)."
+)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module of all adapters: n matrices, m adapters, the sum of their ranks."""
+
+    name: str
+    matrices: int
+    rows: int
+    columns: int
+    adapters: int
+    ranks: int
+    rule: Rule | None
+
+    @property
+    def factors(self) -> int:
+        """Bytes of all factors in float64."""
+        return _DOUBLE * self.matrices * self.ranks * (self.rows + self.columns)
+
+    @property
+    def core(self) -> int:
+        """Bytes of one core in float64."""
+        width = min(self.ranks, self.rows) * min(self.ranks, self.columns)
+        return _DOUBLE * self.matrices * width
+
+
+def need_of(plan: MergePlan) -> Need:
+    """Of the module that needs the most, with the merged adapter, which is kept whole."""
+    output = {"the merged adapter": _output(plan)}
+    threads = torch.get_num_threads()
+    if plan.kind == "ia3":
+        vectors = max((math.prod(plan.shape(name)) for name in plan.modules), default=0)
+        work = 8 * (len(plan.adapters) + 4) * vectors * threads
+        needs = [Need("the adapter", {**output, "vectors": work}, {}, _REMEDY)]
+    else:
+        needs = [_placed(plan, _module(plan, name), output, threads) for name in plan.modules]
+    return max(needs, key=lambda need: max(need.bytes, need.device_bytes), default=Need("nothing"))
+
+
+def _placed(plan: MergePlan, module: _Module, output: Parts, threads: int) -> Need:
+    parts = SPACES[plan.space](module)
+    side_by_side = 1 if "dense changes" in parts and _large(module) else threads
+    working = {what: side_by_side * count for what, count in parts.items()}
+    if plan.device.type == "cpu":
+        return Need(module.name, {**output, **working}, {}, _REMEDY)
+    return Need(module.name, output, {**output, **working}, _REMEDY)
+
+
+def _module(plan: MergePlan, name: str) -> _Module:
+    loras = [a for a in plan.adapters if isinstance(a, LoraAdapter) and name in a.infos]
+    matrices, rows, columns = plan.shape(name)
+    ranks = sum(adapter.infos[name].rank for adapter in loras)
+    rule = None
+    if not isinstance(plan.method, WholeMethod):
+        invariant = plan.method.invariant_with(plan.resolve(name).options)
+        rule = None if invariant else plan.method
+    return _Module(name, matrices, rows, columns, len(plan.adapters), ranks, rule)
+
+
+def _large(module: _Module) -> bool:
+    return module.matrices * module.rows * module.columns > SMALL
+
+
+def _output(plan: MergePlan) -> int:
+    """The merged adapter, or all that a whole-merge method may make, and its bytes when saved."""
+    if plan.kind == "ia3":
+        count = sum(math.prod(plan.shape(name)) for name in plan.modules)
+    else:
+        count = sum(_numbers(plan, name) for name in plan.modules)
+    copies = len(plan.adapters) if isinstance(plan.method, WholeMethod) else 1
+    # Both sides of a factor are cut from one in float64 before the cast of the last module.
+    return 2 * copies * count * plan.dtype.itemsize
+
+
+def _numbers(plan: MergePlan, name: str) -> int:
+    matrices, rows, columns = plan.shape(name)
+    ranks = sum(
+        a.infos[name].rank for a in plan.adapters if isinstance(a, LoraAdapter) and name in a.infos
+    )
+    rank = plan.rank if isinstance(plan.rank, int) else ranks
+    if plan.rank is not None and not isinstance(plan.rank, int):
+        rank = min(rows, columns)  # of an elementwise rule nothing less is sure
+    return matrices * min(rank, rows, columns) * (rows + columns)
+
+
+def _in_core(module: _Module) -> Parts:
+    """Stacked factors, their bases and expansions; a core of each adapter, and what merges them."""
+    return {
+        "factors in float64": 6 * module.factors,
+        "cores in float64": (4 * module.adapters + 12) * module.core,
+    }
+
+
+def _in_delta(module: _Module) -> Parts:
+    """The merged change, its decomposition, and either blocks of rows or all changes at once."""
+    if module.rule is None:
+        return _in_core(module)
+    entries = module.rows * module.columns
+    width = 4 if entries > SMALL else _DOUBLE
+    at_once = 0 if module.rule.blockwise is not None else 3 * module.adapters + 4
+    block = min(entries, max(BLOCK, module.columns))
+    return {
+        "factors in float64": 4 * module.factors,
+        "dense changes": (3 + at_once) * entries * width,
+        "blocks of rows": (2 * module.adapters + 10) * block * _DOUBLE,
+    }
+
+
+def _in_knots(module: _Module) -> Parts:
+    """Cores, and a wide part of each adapter."""
+    parts = _DOUBLE * module.matrices * module.ranks * module.columns
+    own = {"parts in float64": (2 * module.adapters + 4) * parts}
+    return {**_in_core(module), **own}
+
+
+def _in_factors(module: _Module) -> Parts:
+    """The factors themselves."""
+    return {"factors in float64": (3 * module.adapters + 8) * module.factors}
+
+
+SPACES: Mapping[str, Callable[[_Module], Parts]] = {
+    "delta": _in_delta,
+    "core": _in_core,
+    "knots": _in_knots,
+    "factors": _in_factors,
+}
