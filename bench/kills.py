@@ -93,8 +93,10 @@ class Study:
             old = digests(out)
         wanted = expected(old, self._whole)
         moments, wrong = self._kill(chance, out, old, wanted)
-        counted(self._folder)
-        ended = self._run(out, None)[0]
+        ended = state(out, old, wanted) == "new"
+        if not ended:
+            counted(self._folder)
+            ended = self._run(out, None)[0]
         again = counted(self._folder)
         found = digests(out) if out.exists() else {}
         if not ended:
@@ -126,8 +128,10 @@ class Study:
         for _ in range(2 if chance.random() < _TWICE else 1):
             for _ in range(_TRIES):
                 moment = chance.uniform(0, self.seconds)
-                ended, _ = self._run(out, moment)
-                if not ended:
+                counted(self._folder)
+                self._run(out, moment)
+                found = state(out, old, wanted)
+                if found != "new":
                     break
                 if moments:  # the second of two came too late: the merge is done
                     return moments, wrong
@@ -135,7 +139,6 @@ class Study:
             else:
                 raise SystemExit(f"{self._case.name}: every run ends before it is killed")
             moments.append(moment)
-            found = state(out, old, wanted)
             if found == "wrong":
                 wrong.append(f"what loads after a kill at {moment:.2f} s is a mixture or a part")
         return moments, wrong

@@ -20,9 +20,8 @@ def report(
     plan: MergePlan,
     modules: Mapping[str, Mapping[str, Any]],
     coefficients: Mapping[str, Sequence[float]],
-    seconds: float,
 ) -> dict[str, Any]:
-    """All that is known of a merge.
+    """All that is known of a merge, and nothing of the run: a file of it is always the same.
 
     Args:
         modules: what was reported of each: `rank`, `error`, the rule's details.
@@ -42,7 +41,7 @@ def report(
     return {
         "format_version": FORMAT_VERSION,
         **plan.described(),
-        "summary": {**_summary(modules), "seconds": round(seconds, 3)},
+        "summary": _summary(modules),
         "modules": entries,
         "whole_tensors": saved.summary(plan.saved, plan.adapters),
         "notes": list(plan.notes),
@@ -81,7 +80,7 @@ def sentences(report: Mapping[str, Any]) -> Iterator[str]:
     if "largest_rank" in summary:
         low, high = summary["smallest_rank"], summary["largest_rank"]
         line += f", rank {high}" if low == high else f", ranks {low} to {high}"
-    yield f"{line}, {summary['seconds']:.1f} s."
+    yield f"{line}."
     if summary.get("largest_error", 0) > NEGLIGIBLE:
         yield (
             f"Cutting off the rank changed the merged weights by {summary['mean_error']:.2%} on "

@@ -26,7 +26,8 @@ class Runner:
     def run(self, out: Path, kill_after: float | None) -> tuple[bool, float]:
         """Merge into `out`; whether it came to its end, and the seconds.
 
-        Seconds count from when all processes know what is finished: starting takes longer.
+        Seconds count from when all processes know what is finished until there is something at
+        `out`: starting and ending take longer.
         """
         files = [process_file(self._folder, rank) for rank in self._ranks]
         for file in files:
@@ -52,7 +53,10 @@ class Runner:
             time.sleep(kill_after)
             if running.poll() is None:
                 os.kill(int(self._chance.choice(files).read_text()), signal.SIGKILL)
+        while running.poll() is None and not out.exists():
+            time.sleep(_SLEEP)
+        seconds = time.monotonic() - started
         said = running.communicate()[1]
         if running.returncode and kill_after is None:
             raise SystemExit(f"{self._case.name} failed:\n{said[-3000:]}")
-        return running.returncode == 0, time.monotonic() - started
+        return running.returncode == 0, seconds

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,25 +50,27 @@ def available(study: str) -> list[str]:
 
 
 def by_command(out: Path, study: str, config: str) -> tuple[Path, float]:
-    """``peft-merge``; the merged folder, and the seconds that its report gives.
+    """``peft-merge``; the merged folder, and the seconds that it gives, with reading and writing.
 
     The command runs in the folder of the adapters, because the YAML files name ``./<adapter>``.
     """
     target = Path("merged") / config
     program = Path(sysconfig.get_path("scripts")) / "peft-merge"
-    done = subprocess.run(
-        [sys.executable, program, CONFIGS / study / f"{config}.yml", target, "--quiet"],
-        cwd=out / study,
-        env={"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"peft-merge failed on {study}/{config}.yml:\n{done.stderr}")
-    folder = out / study / target
-    report = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))
-    return folder, float(report["summary"]["seconds"])
+    source = CONFIGS / study / f"{config}.yml"
+    with tempfile.TemporaryDirectory() as scratch:
+        events = Path(scratch) / "events.jsonl"
+        done = subprocess.run(
+            [sys.executable, program, source, target, "--quiet", "--jsonl", events],
+            cwd=out / study,
+            env={"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"peft-merge failed on {study}/{config}.yml:\n{done.stderr}")
+        end = json.loads(events.read_text(encoding="utf-8").splitlines()[-1])
+    return out / study / target, float(end["seconds"])
 
 
 def loaded(base: Any, folder: Path) -> Any:

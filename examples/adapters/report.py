@@ -15,7 +15,8 @@ class Row:
 
     Attributes:
         kind: "base", "individual", "merged", or "peft" for PEFT's own merge.
-        seconds: of the merge, without loading and starting; None where nothing was merged.
+        seconds: of the merge, without starting; peft-merge reads and writes files in them. None
+            where nothing was merged.
     """
 
     study: str

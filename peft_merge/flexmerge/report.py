@@ -39,9 +39,8 @@ def report(
     similarities: Sequence[Tensor],
     sizes: Sequence[Size],
     step: int,
-    seconds: float,
 ) -> dict[str, Any]:
-    """All that is known of a merge.
+    """All that is known of a merge, and nothing of the run: a file of it is always the same.
 
     Args:
         similarities: of each block, (m, m).
@@ -56,7 +55,7 @@ def report(
         "flexmerge": options.described(),
         "size": described(size),
         "sizes": [round(each.adapters, 6) for each in sizes],
-        "summary": {**_summary(blocks), "seconds": round(seconds, 3)},
+        "summary": _summary(blocks),
         "blocks": [
             {
                 "name": block.name,

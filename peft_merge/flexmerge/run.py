@@ -56,7 +56,6 @@ def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
         NonFiniteError: an adapter holds NaN or infinity.
         MergeError: changes, or a merged one, leave the range of their dtype.
     """
-    started = time.perf_counter()
     family = FAMILIES[plan.kind](plan, options.rule)
     blocks = blocks_of(plan.modules, options.granularity)
     similarities = _similarities(family, blocks, plan.device, events)
@@ -86,10 +85,9 @@ def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
         events.emit(BlockMerged(block.name, named))
     adapters = tuple(family.adapter(task, own, shared[task]) for task, own in enumerate(pieces))
     events.emit(SizeReached(options.rule.name, size.adapters, size.bytes))
-    seconds = time.perf_counter() - started
     return FlexMerged(
         adapters,
-        report(plan, options, merged, similarities, trajectory.sizes, step, seconds),
+        report(plan, options, merged, similarities, trajectory.sizes, step),
         written(plan.request, plan.adapters),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_merge.cli import main
 from peft_merge.io import load_adapter
+from peft_merge.merge import run_config
 from tests.peft_merge.models import KINDS, answer, base, reloaded, saved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +62,17 @@ def place(tmp_path):
         },
     )
     return tmp_path
+
+
+def test_two_runs_write_the_same_files(place, monkeypatch):
+    monkeypatch.chdir(place)
+    written = []
+    for _ in range(2):
+        run_config("merge.yml", "out")
+        written.append({path.name: path.read_bytes() for path in Path("out").iterdir()})
+        shutil.rmtree("out")
+    assert len(written[0]) == 5
+    assert written[0] == written[1]
 
 
 def test_from_yaml_to_logits(place):
