@@ -133,19 +133,19 @@ def qr(columns: Tensor) -> tuple[Tensor, Tensor]:
     rest = columns.mT.contiguous().mT  # by columns, as LAPACK wants them
     if rest.data_ptr() == columns.data_ptr():
         rest = rest.clone()
-    reflections: list[tuple[int, Tensor, Tensor]] = []
-    for start in range(0, count, _REFLECTIONS):
-        end = min(start + _REFLECTIONS, count)
+    parts = [slice(at, min(at + _REFLECTIONS, count)) for at in range(0, count, _REFLECTIONS)]
+    factors = rest.new_empty(count)
+    for part in parts:
         with one_thread():
-            stored, factors = torch.geqrf(rest[start:, start:end])
-            vectors, middle = _compact(stored, factors)
-        rest[start:end, start:end] = stored[: end - start].triu()
-        _reflect(rest[start:, end:], vectors, middle.T)
-        reflections.append((start, vectors, middle))
+            rest[part.start :, part], factors[part] = torch.geqrf(rest[part.start :, part])
+            vectors, middle = _compact(rest[part.start :, part], factors[part])
+        _reflect(rest[part.start :, part.stop :], vectors, middle.T)
     q = torch.zeros_like(rest)
     q.diagonal().fill_(1.0)
-    for start, vectors, middle in reversed(reflections):
-        _reflect(q[start:, start:], vectors, middle)
+    for part in reversed(parts):
+        with one_thread():
+            vectors, middle = _compact(rest[part.start :, part], factors[part])
+        _reflect(q[part.start :, part.start :], vectors, middle)
     return q, rest[:count].triu()
 
 

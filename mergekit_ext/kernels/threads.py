@@ -31,6 +31,10 @@ def in_threads(
 
     On a CPU by as many threads as torch uses; a GPU is fed by one, and has its own parallelism.
     """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        # A pool of one would cost more than it does for small pieces.
+        with torch.no_grad():
+            return [work(piece) for piece in pieces]
     return list(in_turn(work, pieces, device))
 
 
@@ -81,6 +85,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _prepare_thread() -> None:
     _local.worker = True
+    # Asked first: a thread that has not asked takes the number of another one when it computes.
+    torch.get_num_threads()
     torch.set_num_threads(1)
     # The caller's `no_grad` does not reach another thread.
     torch.set_grad_enabled(False)

@@ -1,0 +1,109 @@
+"""Merges of adapters give the same bytes with any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_merge import dense
+from peft_merge.core_space import CoreSpace
+from peft_merge.leading import leading
+from peft_merge.lora import merge_lora
+from peft_merge.rules.base import REQUIRED, rules
+from peft_merge.rules.seeds import generators
+from peft_merge.statistics import update_norm
+from tests.kernels.threads import with_any_number_of_threads
+from tests.peft_merge.loras import adapter, always, settings, update
+
+# More than torch does by one thread.
+ROWS, COLUMNS = 131, 257
+SPARSE = {"density": 0.4, "gamma": 0.1, "epsilon": 0.1}
+
+
+def configured(rule, count=3):
+    """Not the defaults where these drop nothing."""
+    own = {p.name: SPARSE[p.name] for p in rule.parameters if p.name in SPARSE and p.per_model}
+    shared = {"rescale": True, "mu_relative": 0.6, "max_iterations": 4, "tolerance": 1e-3}
+    names = {p.name for p in rule.parameters if not p.per_model}
+    chosen = {name: value for name, value in shared.items() if name in names}
+    return settings(rule, count, weights=[1.0, 0.5, 0.8], each=[own] * count, **chosen)
+
+
+PLAIN = sorted(name for name in rules() if not name.startswith("nan_"))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_rules_on_whole_changes(name):
+    rule = rules()[name]
+    assert not any(p.default is REQUIRED for p in rule.parameters)
+    changes = [
+        torch.randn(
+            (ROWS, COLUMNS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        for seed in range(3)
+    ]
+
+    def work():
+        call = configured(rule).call((ROWS, COLUMNS), generators(0, "m", 3))
+        return rule.merge(changes, call).tensor
+
+    with_any_number_of_threads(work)
+
+
+@pytest.mark.parametrize("name", ("lore", "ties"))
+def test_modules(name):
+    rule = rules()[name]
+    shapes = {"up": (1, ROWS, COLUMNS), "experts": (2, 70, 130)}
+    loras = [
+        adapter(
+            str(seed),
+            {module: update(seed, 5 + seed, shape) for module, shape in shapes.items()},
+        )
+        for seed in range(3)
+    ]
+
+    def work():
+        merged, _, report = merge_lora(loras, rule, always(configured(rule)))
+        return {key: (found.a, found.b) for key, found in merged.items()}, report
+
+    with_any_number_of_threads(work)
+
+
+@pytest.mark.parametrize("rank", (9, None))
+def test_dense_changes(rank):
+    rule = rules()["ties"]
+    updates = [update(seed, 20, (1, 530, 601)) for seed in range(3)]
+
+    def work():
+        call = configured(rule).call((530, 601), generators(0, "m", 3))
+        wanted = "lossless" if rank is None else rank
+        found, _ = dense.merge(updates, (1, 530, 601), rule, call, wanted, "cpu")
+        return found.a, found.b, found.sigma, found.error
+
+    with_any_number_of_threads(work)
+
+
+def test_leading_triplets():
+    x = torch.randn((701, 530), generator=torch.Generator().manual_seed(0))
+    for rank in (20, 300):
+
+        def work(rank=rank):
+            found = leading(x, rank)
+            return found.u, found.sigma, found.v, found.rest, found.whole
+
+        with_any_number_of_threads(work)
+
+
+def test_the_core_and_norms():
+    updates = [update(seed, 40, (1, 700, 801), bias=True) for seed in range(3)]
+    twice = [*updates, updates[0]]
+
+    def work():
+        found = []
+        for some in (updates, twice):
+            space = CoreSpace.of(some, (1, 700, 801))
+            factored = space.factor(sum(space.cores), 100)
+            found += [*space.cores, space.gram(), factored.a, factored.b, factored.error]
+        return [*found, *map(update_norm, updates)]
+
+    with_any_number_of_threads(work)
