@@ -31,7 +31,7 @@ class MaskAlgorithm(Algorithm):
             **footprint.ties(block),
             **footprint.task_vectors(block),
             "the unified vector": block.unit,
-            "masks": block.models * bits + 4 * block.unit,
+            "masks": block.models * bits + 2 * block.unit,
         }
 
     @abstractmethod

@@ -22,8 +22,8 @@ _REMEDY = (
     "Take smaller blocks (`granularity: tensor`), fewer models, or an `algorithm` that works in "
     "pieces: task_arithmetic, average, ties."
 )
-# Pieces of similarities, of counts, and of what is read ahead.
-_PIECES = 64 << 20
+# Pieces of similarities and of counts.
+_PIECES = 16 << 20
 
 
 def need_of(prepared: Prepared, options: Any) -> Need:
