@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -26,13 +27,17 @@ class Runner:
         child = os.fork()
         if child == 0:
             self._merge(out)
+        killer = threading.Timer(kill_after or 0, os.kill, (child, signal.SIGKILL))
         if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)
+            killer.start()
+        # Not yet taken away, a child that has ended keeps its number: nobody else is killed.
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        seconds = time.monotonic() - started
+        killer.cancel()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code not in (0, -signal.SIGKILL):
             raise SystemExit(f"{self._case.name} failed: {code}")
-        return code == 0, time.monotonic() - started
+        return code == 0, seconds
 
     def _merge(self, out: Path) -> None:
         try:
