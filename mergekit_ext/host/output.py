@@ -28,6 +28,7 @@ from mergekit_ext.rooms import Room
 
 EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
 _KEPT = "What is finished is kept: the same command goes on with it, --restart starts over."
+_GONE = "The hidden folder that it was written in is gone: the same command starts over."
 
 
 @contextmanager
@@ -85,10 +86,15 @@ def _session(
     session = Session(Dispatcher(listeners), out_path, source)
     session.quiet = options.quiet
     try:
-        with sessions.active(session):
-            yield session
-    finally:
-        session.close()
+        try:
+            with sessions.active(session):
+                yield session
+        finally:
+            session.close()
+    except KeyboardInterrupt:
+        if session.room is not None and session.room.exists() and ranks.current().is_main:
+            print(_KEPT, file=sys.stderr)  # below the bar, which is closed now
+        raise
 
 
 def _listeners(options: MergeOptions, callbacks: Iterable[object]) -> list[object]:
@@ -127,16 +133,18 @@ def _folder(
             else:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory())
                 yield written_in(Path(scratch), out_path)
-    except KeyboardInterrupt:
-        if together.is_main:
-            print(_KEPT, file=sys.stderr)
-        raise
     except RankError as error:
         if not error.resumable or _KEPT in error.reason:
             raise
-        raise RankError(error.rank, f"{error.reason}. {_KEPT}") from None
+        raise RankError(error.rank, f"{error.reason}. {_left(session)}") from None
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise StoppedError(f"{type(error).__name__}: {error}. {_KEPT}") from error
+        raise StoppedError(f"{type(error).__name__}: {error}. {_left(session)}") from error
+
+
+def _left(session: Session) -> str:
+    """What a merge that was stopped has left, and what to do with it."""
+    gone = session.room is not None and not session.room.exists()
+    return _GONE if gone else _KEPT
 
 
 def _say_why(session: Session, room: Room) -> None:

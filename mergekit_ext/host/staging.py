@@ -127,12 +127,16 @@ def _put(written: Path, target: Path) -> None:
     # The index first: without it the shards of two models cannot be taken for one.
     for path in sorted(old, key=lambda path: not _INDEX.fullmatch(path.name)):
         path.unlink()
-    fresh = sorted(written.iterdir(), key=lambda path: not _WEIGHTS.fullmatch(path.name))
-    for path in fresh:
+    # And last: what makes the folder a model comes when the rest of it is there.
+    for path in sorted(written.iterdir(), key=_place_in_turn):
         destination = target / path.name
         if destination.is_dir():
             shutil.rmtree(destination)
         path.replace(destination)
+
+
+def _place_in_turn(path: Path) -> int:
+    return bool(_WEIGHTS.fullmatch(path.name)) + 2 * bool(_INDEX.fullmatch(path.name))
 
 
 def _is_output(name: str) -> bool:

@@ -24,6 +24,25 @@ def test_the_output_appears_at_the_end(tmp_path):
     assert names(tmp_path / "deep") == ["out"]
 
 
+def test_the_configuration_of_an_earlier_output_goes_before_new_weights_come(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (out / name).write_text("old")
+    moved, move = [], type(out).replace
+
+    def noted(path, destination):
+        moved.append(path.name)
+        return move(path, destination)
+
+    monkeypatch.setattr(type(out), "replace", noted)
+    with staged(out) as folder:
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            (folder / name).write_text("new")
+    assert moved[-1] == "model.safetensors"
+    assert len(moved) == 3
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nothing_is_left_after_a_failure(tmp_path, error):
     with pytest.raises(error), staged(tmp_path / "out") as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -177,6 +178,17 @@ def test_what_makes_a_merge_start_over(configs, llamas, tmp_path, how, monkeypat
         monkeypatch.setenv("MERGEKIT_EXT_RESTART", "1")
     merged(configs["nan_ties"], tmp_path, second, options=options, **keywords)
     assert second.seen == {"merged": TENSORS, "measured": TENSORS}
+
+
+def test_a_hidden_folder_that_went_away_is_not_promised(configs, tmp_path, capsys):
+    class Removes(MergeCallback):
+        def on_tensor_merged(self, event):
+            shutil.rmtree(tmp_path / "above", ignore_errors=True)
+
+    out = tmp_path / "above" / "out"
+    with pytest.raises(StoppedError, match="is gone: the same command starts over"):
+        mergekit_ext.merge(configs["lore"], out, SHARDED, callbacks=[Removes()])
+    assert "is kept" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", [0, 11])

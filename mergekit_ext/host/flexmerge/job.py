@@ -39,6 +39,8 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
     session = sessions.current() or Session()
     together = ranks.current()
     folder = together.from_main(lambda: folder)
+    if session.journal is not None and session.journal.finished:
+        session.say("Going on with a merge that was stopped.")
     inputs = open_inputs(prepared, options, together)
     models = tuple(str(model) for model in (prepared.base, *prepared.models))
     session.emit(
