@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from mergekit.scripts.run_yaml import main as run_yaml
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,6 +54,27 @@ def cases(
         yield name, _command(adapters, [], folder, name, content)
 
 
+def other_commands(folder: Path, side: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """`mergekit-yaml`, `sizes`, and solves of matrices with `side` rows."""
+    small = [{"model": str(path)} for path in _models(folder / "small", 4, 3)]
+    ties = {"merge_method": "nan_ties", "parameters": {"density": 0.5}}
+    flex = {"merge_method": "flexmerge", "parameters": {"algorithm": "ties"}}
+    for content in (ties, flex):
+        content |= {"base_model": small[0]["model"], "models": small[1:]}
+    yield "mergekit-yaml", _command(run_yaml, [], folder, "mergekit-yaml", ties)
+    scored = ["--evaluate", f"{__name__}:score"]
+    yield "sizes", _command(main, ["sizes"], folder, "sizes", flex, *scored)
+    large = [{"model": str(path)} for path in _models(folder / "large", 1, 3, side)[1:]]
+    lore = {"merge_method": "lore", "parameters": {"mu_relative": 0.1}, "models": large}
+    name = f"lore, {side} rows"
+    yield name, _command(main, ["merge"], folder, name, lore, "--no-copy-tokenizer")
+
+
+def score(model: object, task: str) -> float:
+    """Nothing of a model."""
+    return 0.0
+
+
 def peaks(folder: Path, tensors: int, models: int, modules: int) -> Iterator[tuple[str, Peaks]]:
     """What each of the `cases` holds."""
     for name, command in cases(folder, tensors, models, modules):
@@ -72,12 +94,12 @@ def _command(
     return lambda: command([*first, str(file), str(folder / name), "--quiet", *options])
 
 
-def _models(folder: Path, layers: int, count: int) -> list[Path]:
+def _models(folder: Path, layers: int, count: int, side: int = _SIDE) -> list[Path]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=_SIDE,
-        intermediate_size=_SIDE,
+        hidden_size=side,
+        intermediate_size=side,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,

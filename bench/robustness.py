@@ -20,7 +20,7 @@ import torch
 
 from bench import machine
 from bench.interrupted import run as interrupt
-from bench.long_runs import cases, peaks
+from bench.long_runs import cases, other_commands, peaks
 
 _MB = 1e6
 
@@ -50,7 +50,8 @@ def interrupts(folder: Path, count: int) -> None:
     draw = random.Random(0)
     print("| merge | interrupts | median | longest | exit codes |")
     print("| --- | --: | --: | --: | --- |")
-    for name, command in cases(folder, 900, 12, 100):
+    commands = [*cases(folder, 900, 12, 100), *other_commands(folder, 2048)]
+    for name, command in commands:
         log = folder / "log"
         whole = interrupt(command, None, log)
         if whole.code:

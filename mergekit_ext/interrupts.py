@@ -27,6 +27,8 @@ _watched = threading.Lock()
 def prompt() -> Iterator[None]:
     """Inside, and until the process has ended, Ctrl-C is obeyed within `GRACE` seconds.
 
+    Libraries turn it into errors of their own, which leave as `KeyboardInterrupt` all the same.
+
     For commands: the process ends. Does nothing beside the main thread, where no signal arrives,
     and where somebody else handles the signal.
     """
@@ -41,16 +43,25 @@ def prompt() -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    unwound = threading.Event()
+    unwound, pressed = threading.Event(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     arguments = (reading, unwound)
     threading.Thread(target=_watch, args=arguments, name="mergekit-ext-ctrl-c", daemon=True).start()
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException:
+        if not pressed.is_set():
+            raise
         unwound.set()  # the watch goes on: threads may keep the process from its end
-        raise
+        raise KeyboardInterrupt from None
     finally:
         if not unwound.is_set():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.set_wakeup_fd(before)
             os.close(writing)
             _watched.release()
