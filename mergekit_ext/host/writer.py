@@ -93,7 +93,7 @@ class PlannedWriter:
         lines = {
             name: value
             for (kind, name), value in self._journal.finished.items()
-            if kind == _LINE and name in self._entries
+            if kind == _LINE and name in self._entries and _is_line(value)
         }
         claimed = {
             name: self._file(Entry(name, dtype, tuple(shape), nbytes))
@@ -125,6 +125,15 @@ class PlannedWriter:
             return file
         number = list(self._entries).index(entry.name)
         return PlannedFile(self._alone.get(entry.name, f"extra-{number}.safetensors"), (entry,))
+
+
+def _is_line(value: Any) -> bool:
+    """Whether `save_tensor` may have noted it: a disk may hold anything after a power cut."""
+    if not (isinstance(value, list) and len(value) == 5 and isinstance(value[2], list)):
+        return False
+    crc, dtype, shape, nbytes, details = value
+    sizes = all(isinstance(size, int) and size >= 0 for size in (crc, nbytes, *shape))
+    return sizes and isinstance(dtype, str) and isinstance(details, (dict, type(None)))
 
 
 class PlannedWriterTask(TensorWriterTask):

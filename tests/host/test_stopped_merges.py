@@ -152,6 +152,17 @@ def test_what_is_not_as_the_journal_says_is_made_again(configs, undisturbed, tmp
     assert found == undisturbed("nan_ties")
 
 
+WRITTEN_BY_NOBODY = [None, [1, "F32", "x", {}, None], [1, "F32", [-2, 5], -40, None]]
+
+
+@pytest.mark.parametrize("value", WRITTEN_BY_NOBODY)
+def test_lines_that_no_merge_has_written_are_passed_over(configs, undisturbed, tmp_path, value):
+    room = stopped(configs["lore"], tmp_path, Stop(merged=3))
+    with (room / "journal-0.jsonl").open("a") as journal:
+        journal.write(json.dumps(["tensor", "model.norm.weight", value]) + "\n")
+    assert merged(configs["lore"], tmp_path)[0] == undisturbed("lore")
+
+
 def test_another_merge_starts_over(configs, llamas, undisturbed, tmp_path, capsys):
     loud = SHARDED.model_copy(update={"quiet": False})
     stopped(configs["nan_dare_ties"], tmp_path, Stop(merged=12))
