@@ -79,12 +79,14 @@ def analyse(
     notes, ranks = notes or Notes(), ranks or Ranks()
     layout = reader.layout
     blocks = own_blocks(layout, ranks)
-    grams: dict[str, Tensor] = {}
+    # As lists: a small tensor for each block would keep the memory of large ones, freed around it,
+    # from being used again.
+    rows: dict[str, list[list[float]]] = {}
     search = TrimSearch(layout, densities)
     for block in blocks:
         ranks.check()
         visit = _Visit(reader, block, notes)
-        grams[block.name] = visit.gram()
+        rows[block.name] = visit.gram().tolist()
         if not search.done:
             search.add(visit.counts(search, densities or ()))
         progress(block.name)
@@ -96,6 +98,7 @@ def analyse(
             progress(block.name)
         search.advance(ranks)
     cuts = {} if densities is None else {tuple(densities): search.cuts}
+    grams = {name: torch.tensor(gram, dtype=torch.float64) for name, gram in rows.items()}
     return Analysis(layout.tasks, gathered(grams, layout, ranks), cuts)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mergekit_ext.kernels.lore_descent import MEMORY
+from mergekit_ext.kernels.lore_span import WORTHWHILE
 from mergekit_ext.kernels.numerics import chunk_length
 from mergekit_ext.kernels.order_statistic import GATHER
 
@@ -137,15 +138,19 @@ def lore(work: Work) -> Parts:
         return {**result(work), "inputs and differences": (2 * inputs + 4) * work.unit}
     matrix = work.width * short * long
     gram = _DOUBLE * short * short
-    basis = 3 * work.models * matrix  # the factorisation of all differences, side by side
-    history = 0 if work.based else 2 * (MEMORY + 3) * matrix
+    spanned = (work.models - 1) * short
+    reduced = not work.based and 0 < spanned <= WORTHWHILE * long
+    across = spanned if reduced else long
+    inner = work.width * short * across
+    history = 0 if work.based else 2 * (MEMORY + 3) * inner
     return {
         **result(work),
         "inputs in the arithmetic": inputs * matrix,
-        "differences and task vectors": 4 * work.models * matrix,
-        "the basis of the differences": 0 if work.based else basis,
-        "the solver's steps": history + 4 * matrix,
-        "Gram matrix and eigenvectors in float64": _DOUBLE * short * long + 5 * gram,
+        "differences, whole": 2 * work.models * matrix,
+        "the basis of the differences": 4 * (work.models - 1) * matrix if reduced else 0,
+        "task vectors": 4 * work.models * inner,
+        "the solver's steps": history + 4 * inner,
+        "Gram matrix and eigenvectors in float64": _DOUBLE * short * across + 5 * gram,
         "what is known of each spectrum": work.models * gram,
         "merged tensor and base": 3 * work.unit,
     }
