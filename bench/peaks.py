@@ -52,7 +52,7 @@ class Peaks:
 
 def measured(function: Callable[[], object]) -> Peaks:
     """Run `function` in a fork; an exception is exit code 1, with its traceback."""
-    _give_back()
+    give_back()
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -66,7 +66,7 @@ def measured(function: Callable[[], object]) -> Peaks:
     return Peaks(**json.loads(found))
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """What the allocator keeps of earlier work would be used again, and not be seen."""
     gc.collect()
     with suppress(OSError, AttributeError):

@@ -147,7 +147,7 @@ def lore(work: Work) -> Parts:
         **result(work),
         "inputs in the arithmetic": inputs * matrix,
         "differences, whole": 2 * work.models * matrix,
-        "the basis of the differences": 4 * (work.models - 1) * matrix if reduced else 0,
+        "the basis of the differences": 6 * (work.models - 1) * matrix if reduced else 0,
         "task vectors": 4 * work.models * inner,
         "the solver's steps": history + 4 * inner,
         "Gram matrix and eigenvectors in float64": _DOUBLE * short * across + 5 * gram,

@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.peaks import measured
+from bench.peaks import give_back, measured
 from mergekit_ext import memory
 from mergekit_ext.cli import main
 from mergekit_ext.host.checks import check_source
@@ -74,6 +74,7 @@ def run(folder: Path) -> None:
 def _tell(
     name: str, need: memory.Need, command: Callable[..., Any], arguments: list[str], folder: Path
 ) -> None:
+    give_back()
     enough = memory.held() + memory.OVERHEAD + need.bytes + MARGIN
     place, other = folder / "out" / name, folder / "refused" / name
 
