@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -63,12 +64,43 @@ def run(folder: Path) -> None:
         assert report.estimate is not None, report.problems
         options = ["--no-copy-tokenizer", "--quiet"]
         _tell(name, report.estimate.need, main, ["merge", str(file), *options], folder)
+    _larger(folder)
     sources = _loras(folder)
     for name, rule in RULES.items():
         content = {**rule, "models": [{"model": str(source)} for source in sources]}
         file = write_yaml(folder / f"{name}.yml", content)
         need = need_of(plan_config(file))
         _tell(name, need, adapters, [str(file), "--quiet"], folder)
+
+
+def _larger(folder: Path) -> None:
+    """A gigabyte of inputs, which are zeros on a disk that keeps none of them."""
+    models = [_sparse(folder / f"sparse{index}") for index in range(3)]
+    file = write_yaml(folder / "larger.yml", config("nan", models[1:], models[0]))
+    ((_, report),) = check_source(file.read_text(), MergeOptions())
+    assert report.estimate is not None, report.problems
+    arguments = ["merge", str(file), "--no-copy-tokenizer", "--quiet"]
+    _tell("larger than its cap", report.estimate.need, main, arguments, folder)
+    shutil.rmtree(folder / "out" / "larger than its cap", ignore_errors=True)
+
+
+def _sparse(folder: Path) -> Path:
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    fields = LlamaConfig(vocab_size=16384, torch_dtype="bfloat16", **shape)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(fields)
+    fields.architectures = ["LlamaForCausalLM"]
+    fields.save_pretrained(folder)
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        start, end = end, end + 2 * tensor.numel()
+        entry = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
 
 
 def _tell(
@@ -86,6 +118,7 @@ def _tell(
     told = {
         "name": name,
         "cap": enough,
+        "inputs": sum(path.stat().st_size for path in folder.glob("sparse*/model.safetensors")),
         "need": need.bytes,
         "accepted": asdict(accepted),
         "refused": refused.code,

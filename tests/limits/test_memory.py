@@ -43,6 +43,12 @@ def test_an_accepted_merge_stays_below_its_cap(told, name):
     assert found["accepted"]["most"] < found["cap"]
 
 
+def test_a_model_may_be_larger_than_the_cap(told):
+    found = told["larger than its cap"]
+    assert found["accepted"]["code"] == 0 and found["written"], found["stderr"][-2000:]
+    assert found["accepted"]["most"] < found["cap"] < found["inputs"] / 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_merge_that_needs_more_is_refused(told, name):
     found = told[name]
