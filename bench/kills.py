@@ -124,7 +124,7 @@ class Study:
         self, chance: random.Random, out: Path, old: Digests, wanted: Digests
     ) -> tuple[list[float], list[str]]:
         moments: list[float] = []
-        wrong = []
+        wrong: list[str] = []
         for _ in range(2 if chance.random() < _TWICE else 1):
             for _ in range(_TRIES):
                 moment = chance.uniform(0, self.seconds)

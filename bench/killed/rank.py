@@ -30,5 +30,5 @@ if __name__ == "__main__":
         fresh.write_text(str(os.getpid()))
         fresh.rename(process_file(folder, rank))
 
-    Journal.__init__ = begun  # type: ignore[method-assign]
+    Journal.__init__ = begun  # type: ignore[method-assign, assignment]
     main(prog_name="mergekit-ext")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext.errors import MergeError
 from mergekit_ext.host.adapters.switch import VARIABLE as ADAPTERS_VARIABLE
 from mergekit_ext.host.checks.hub import cached_folder
 
@@ -17,6 +18,7 @@ from mergekit_ext.host.checks.hub import cached_folder
 _NO_EFFECT = {"quiet", "verbosity", "num_threads", "async_write", "write_threads", "lazy_unpickle"}
 _PACKAGES = ("mergekit-ext", "mergekit", "torch")
 _PROSE = {".md"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
 def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]:
@@ -39,6 +41,36 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES),
         **{f"input {path}": _input(path, at, options) for path, at in inputs},
     }
+
+
+def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
+    """Length and time of change of every local file of weights, by its path.
+
+    What is compared at the end of a merge: other files of a model may come and go meanwhile.
+    """
+    paths = {part.path for model in models for part in (model.model, model.lora) if part}
+    return {
+        str(file): (found.st_size, found.st_mtime_ns)
+        for folder in map(Path, sorted(paths))
+        if folder.is_dir()
+        for file in sorted(folder.iterdir())
+        if file.suffix in _WEIGHTS and file.is_file()
+        for found in [file.stat()]
+    }
+
+
+def require_unchanged(before: Mapping[str, tuple[int, int]], models: Iterable[Any]) -> None:
+    """Refuse an output of inputs that somebody has written to meanwhile.
+
+    Raises:
+        MergeError: naming the files that are not as `weights_of` found them.
+    """
+    now = weights_of(models)
+    if changed := [path for path, found in before.items() if now.get(path, found) != found]:
+        raise MergeError(
+            f"{', '.join(changed)}: written to while it was merged; the output would be of two "
+            "versions. Merge again when nobody writes to it."
+        )
 
 
 def _input(path: str, revision: str, options: Any) -> str:

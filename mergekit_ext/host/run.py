@@ -27,7 +27,7 @@ from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
-from mergekit_ext.host.identity import identity
+from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
@@ -175,6 +175,7 @@ def _merge(
         # Every process finds the same; the main one says it.
         ranks.current().from_main(lambda: require(problems))
         require(problems)
+        weights = weights_of(models)
         _warn_of_cache(models, options)
         source = config_source or config.to_yaml()
         quiet = options.model_copy(update={"quiet": True})
@@ -191,6 +192,7 @@ def _merge(
             elif session := sessions.current():
                 session.predicted = predicted(located, config)
                 stock(config, os.fspath(folder), quiet, source)
+            ranks.current().from_main(lambda: require_unchanged(weights, models))
     finally:
         if frozen:
             gc.unfreeze()

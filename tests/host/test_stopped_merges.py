@@ -17,7 +17,7 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.options import MergeOptions
 
 import mergekit_ext
-from mergekit_ext.errors import StoppedError
+from mergekit_ext.errors import MergeError, StoppedError
 from mergekit_ext.events import MergeCallback
 from mergekit_ext.host import run
 from mergekit_ext.host.state_dicts import merge
@@ -200,6 +200,19 @@ def test_a_hidden_folder_that_went_away_is_not_promised(configs, tmp_path, capsy
     with pytest.raises(StoppedError, match="is gone: the same command starts over"):
         mergekit_ext.merge(configs["lore"], out, SHARDED, callbacks=[Removes()])
     assert "is kept" not in capsys.readouterr().err
+
+
+def test_an_input_that_is_written_to_meanwhile_is_no_input(configs, llamas, tmp_path):
+    weights = llamas[1][0] / "model.safetensors"
+    found = weights.stat()
+
+    class Writes(MergeCallback):
+        def on_tensor_merged(self, event):
+            os.utime(weights, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+
+    with pytest.raises(MergeError, match=r"tuned0.model\.safetensors: written to while"):
+        mergekit_ext.merge(configs["lore"], tmp_path / "out", SHARDED, callbacks=[Writes()])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", [0, 11])
