@@ -50,7 +50,7 @@ def interrupts(folder: Path, count: int) -> None:
     draw = random.Random(0)
     print("| merge | interrupts | median | longest | exit codes |")
     print("| --- | --: | --: | --: | --- |")
-    commands = [*cases(folder, 900, 12, 100), *other_commands(folder, 2048)]
+    commands = [*cases(folder, 300, 12, 100), *other_commands(folder, 1024)]
     for name, command in commands:
         log = folder / "log"
         whole = interrupt(command, None, log)

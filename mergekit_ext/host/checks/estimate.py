@@ -98,7 +98,7 @@ def _need(
         width=max(bits // 8, _LEAST_BYTES),
         out=out,
         layout=layout_of(name, len(shape)),
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if device == "cpu" else 1,
         device=device,
     )
     scratch = getattr(method, "scratch", foreign)(work)

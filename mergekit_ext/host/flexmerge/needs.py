@@ -62,7 +62,7 @@ def _of_block(
     out = forced or block.dtype(tasks)
 
     def work(shape: tuple[int, ...], layout: str) -> Work:
-        threads = torch.get_num_threads()
+        threads = torch.get_num_threads() if device == "cpu" else 1
         return Work(shape, len(tasks), True, wide.itemsize, out.itemsize, layout, threads, device)
 
     whole = work((block.size,), "matrix")
