@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.threads import one_thread
+from mergekit_ext.kernels.threads import by_one_thread
 from peft_merge.adapter import Update
 from peft_merge.orthonormal import Basis, orthonormal
 from peft_merge.ranks import EPS, Rank, chosen, padded
@@ -66,7 +66,7 @@ class CoreSpace:
 
     # One thread, like the modules that are merged side by side: the same bytes with any number.
     @classmethod
-    @one_thread()
+    @by_one_thread
     def of(
         cls,
         updates: Sequence[Update | None],
@@ -106,13 +106,13 @@ class CoreSpace:
             tuple(nothing if update is None else next(found) for update in updates), left, right
         )
 
-    @one_thread()
+    @by_one_thread
     def gram(self) -> Tensor:
         r""":math:`\langle D_i, D_j \rangle`, (m, m), float64."""
         flat = torch.stack([core.flatten() for core in self.cores])
         return flat @ flat.T
 
-    @one_thread()
+    @by_one_thread
     def factor(self, core: Tensor, rank: Rank) -> Factored:
         """The best factors of a merged core.
 

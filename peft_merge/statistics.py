@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
-from mergekit_ext.kernels.threads import in_turn, one_thread
+from mergekit_ext.kernels.threads import by_one_thread, in_turn
 from peft_merge.adapter import LoraAdapter, Update
 from peft_merge.orthonormal import orthonormal
 
@@ -27,7 +27,7 @@ GRANULARITIES: dict[str, Callable[[str], str]] = {
 }
 
 
-@one_thread()
+@by_one_thread
 def update_norm(update: Update) -> float:
     r""":math:`\sqrt{\|s B A\|_F^2 + \|s\,\mathrm{bias}\|^2}` of one module, in float64.
 

@@ -14,12 +14,12 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.threads import in_threads, one_thread
+from mergekit_ext.kernels.threads import by_one_thread, in_threads
 
-# Multiplications below which threads cost more than they save.
-_SMALL_PRODUCT = 1 << 23
-# The longer side of a product is cut into pieces: four, or more of `_PIECE`, or eight. Measured:
-# one thread loses 1 to 3% to them.
+# Multiplications below which threads cost more than they save, and those that two are enough for.
+_SMALL_PRODUCT, _MIDDLING_PRODUCT = 1 << 24, 1 << 26
+# The longer side of a product is cut into pieces: two, or from `_MIDDLING_PRODUCT` on four, or more
+# of at most `_PIECE`, or eight. Measured: one thread loses 1 to 3% to them.
 _UNIT, _PIECE = 64, 256
 # torch sums so few numbers by one thread.
 _SUMMED = 1 << 12
@@ -30,12 +30,11 @@ _SMALL_QR, _REFLECTIONS = 1 << 26, 128
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` of two matrices."""
-    if left.device.type != "cpu":
-        return left @ right
-    rows, columns = left.shape[0], right.shape[1]
-    if rows * columns * left.shape[1] < _SMALL_PRODUCT:
-        with one_thread():
-            return left @ right
+    columns = right.shape[1]
+    work = left.numel() * columns
+    if work < _SMALL_PRODUCT or not left.is_cpu:
+        return _product(left, right)
+    rows = len(left)
     out = left.new_empty((rows, columns))
 
     def some_rows(part: slice) -> None:
@@ -44,10 +43,14 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     def some_columns(part: slice) -> None:
         torch.mm(left, right[:, part], out=out[:, part])
 
-    in_threads(
-        some_rows if rows >= columns else some_columns, _pieces(max(rows, columns)), left.device
-    )
+    pieces = _pieces(max(rows, columns), work)
+    in_threads(some_rows if rows >= columns else some_columns, pieces, left.device)
     return out
+
+
+@by_one_thread
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -56,99 +59,118 @@ def gram(rows: Tensor) -> Tensor:
     What is above the diagonal is not to be used.
     """
     side, length = rows.shape
-    if rows.device.type != "cpu" or side * side * length < _SMALL_PRODUCT:
-        return matmul(rows, rows.T)
+    work = side * side * length
+    if work < _SMALL_PRODUCT or not rows.is_cpu:
+        return _product(rows, rows.T)
     out = rows.new_zeros((side, side))
 
     def some_rows(part: slice) -> None:
         torch.mm(rows[part], rows[: part.stop].T, out=out[part, : part.stop])
 
     # The longest first, so that no thread is left with it at the end.
-    in_threads(some_rows, _pieces(side)[::-1], rows.device)
+    in_threads(some_rows, _pieces(side, work)[::-1], rows.device)
     return out
 
 
-def _pieces(length: int) -> list[slice]:
-    quarter, eighth = (-(-length // (count * _UNIT)) * _UNIT for count in (4, 8))
-    step = max(min(quarter, _PIECE), eighth, 1)
+def _pieces(length: int, work: int) -> list[slice]:
+    fewest = 2 if work < _MIDDLING_PRODUCT else 4
+    share, eighth = (-(-length // (count * _UNIT)) * _UNIT for count in (fewest, 8))
+    step = max(min(share, _PIECE), eighth, 1)
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def total(x: Tensor) -> float:
-    """The sum of all entries: of pieces in the dtype of the data, together in float64."""
-    flat = x.reshape(-1)
-    whole = flat.numel() // _SUMMED * _SUMMED
-    rest = float(flat[whole:].sum(dtype=torch.float64))
-    return rest + total(flat[:whole].view(-1, _SUMMED).sum(dim=-1).double()) if whole else rest
+    """The sum of all entries: of rows in the dtype of the data, together in float64."""
+    if x.numel() <= _SUMMED:
+        return float(x.sum(dtype=torch.float64))
+    rows, rest = _rows(x)
+    return total(rows.sum(dim=-1).double()) + (0.0 if rest is None else float(rest.sum()))
 
 
 def inner(x: Tensor, y: Tensor) -> float:
-    """Frobenius inner product: of pieces in the dtype of the data, together in float64."""
+    """Frobenius inner product: of rows in the dtype of the data, together in float64."""
     return total(x * y)
 
 
 def norm(x: Tensor) -> float:
-    """Frobenius norm: of pieces in the dtype of the data, together in float64."""
+    """Frobenius norm: of rows in the dtype of the data, together in float64."""
+    rows, rest = _rows(x)
+    norms = torch.linalg.vector_norm(rows, dim=-1).tolist()
+    return math.hypot(*norms, 0.0 if rest is None else float(torch.linalg.vector_norm(rest)))
+
+
+def _rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows of a matrix; of anything else some of one length, and what is left."""
+    if x.ndim == 2 and len(x) > 1:
+        return x, None
     flat = x.reshape(-1)
     whole = flat.numel() // _SUMMED * _SUMMED
-    pieces = torch.linalg.vector_norm(flat[:whole].view(-1, _SUMMED), dim=-1).double()
-    rest = float(torch.linalg.vector_norm(flat[whole:], dtype=torch.float64))
-    return math.hypot(math.sqrt(total(pieces.square_())), rest)
+    return flat[:whole].view(-1, _SUMMED), flat[whole:]
 
 
+@by_one_thread
 def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.eigh`: values in ascending order, and vectors. Reads the lower triangle."""
-    with one_thread():
-        values, vectors = torch.linalg.eigh(symmetric)
+    values, vectors = torch.linalg.eigh(symmetric)
     return values, vectors
 
 
+@by_one_thread
 def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.linalg.svd`, thin: U, sigma in descending order, and V^T."""
-    with one_thread():
-        u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
     return u, sigma, vh
 
 
+@by_one_thread
 def cholesky(symmetric: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
     """`torch.linalg.cholesky_ex`: the factor, and what is not 0 where there is none."""
-    with one_thread():
-        factor, info = torch.linalg.cholesky_ex(symmetric, upper=upper)
+    factor, info = torch.linalg.cholesky_ex(symmetric, upper=upper)
     return factor, info
 
 
+@by_one_thread
 def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool = True) -> Tensor:
     """`torch.linalg.solve_triangular`."""
-    with one_thread():
-        return torch.linalg.solve_triangular(triangle, right, upper=upper, left=left)
+    return torch.linalg.solve_triangular(triangle, right, upper=upper, left=left)
 
 
 def qr(columns: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.qr` of a matrix: Q with orthonormal columns, and R."""
     side, count = columns.shape
-    if columns.device.type != "cpu" or side < count or side * count**2 < _SMALL_QR:
-        with one_thread():
-            q, r = torch.linalg.qr(columns)
-        return q, r
+    if not columns.is_cpu or side < count or side * count**2 < _SMALL_QR:
+        return _qr(columns)
     rest = columns.mT.contiguous().mT  # by columns, as LAPACK wants them
     if rest.data_ptr() == columns.data_ptr():
         rest = rest.clone()
     parts = [slice(at, min(at + _REFLECTIONS, count)) for at in range(0, count, _REFLECTIONS)]
     factors = rest.new_empty(count)
     for part in parts:
-        with one_thread():
-            rest[part.start :, part], factors[part] = torch.geqrf(rest[part.start :, part])
-            vectors, middle = _compact(rest[part.start :, part], factors[part])
+        rest[part.start :, part], factors[part] = _reflections(rest[part.start :, part])
+        vectors, middle = _compact(rest[part.start :, part], factors[part])
         _reflect(rest[part.start :, part.stop :], vectors, middle.T)
     q = torch.zeros_like(rest)
     q.diagonal().fill_(1.0)
     for part in reversed(parts):
-        with one_thread():
-            vectors, middle = _compact(rest[part.start :, part], factors[part])
+        vectors, middle = _compact(rest[part.start :, part], factors[part])
         _reflect(q[part.start :, part.start :], vectors, middle)
     return q, rest[:count].triu()
 
 
+@by_one_thread
+def _qr(columns: Tensor) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(columns)
+    return q, r
+
+
+@by_one_thread
+def _reflections(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """As LAPACK stores them, and their factors."""
+    stored, factors = torch.geqrf(columns)
+    return stored, factors
+
+
+@by_one_thread
 def _compact(stored: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """V and T of the product ``I - V T V^T`` of reflections as LAPACK stores them.
 
@@ -171,4 +193,4 @@ def _reflect(columns: Tensor, vectors: Tensor, middle: Tensor) -> None:
     def some(part: slice) -> None:
         columns[:, part].addmm_(vectors, middle @ (vectors.T @ columns[:, part]), alpha=-1.0)
 
-    in_threads(some, _pieces(columns.shape[1]), columns.device)
+    in_threads(some, _pieces(columns.shape[1], columns.numel() * len(middle)), columns.device)

@@ -12,14 +12,14 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 _local = threading.local()
 
+_Arguments = ParamSpec("_Arguments")
 _Piece = TypeVar("_Piece")
 _Result = TypeVar("_Result")
 
@@ -52,15 +52,21 @@ def in_turn(
     return _pool(torch.get_num_threads()).map(work, pieces)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch's CPU operations of the calling thread by that thread alone (costs a microsecond)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def by_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`function`, whose operations on a CPU torch leaves to the thread that calls it."""
+
+    @functools.wraps(function)
+    def alone(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        before = torch.get_num_threads()
+        if before == 1:
+            return function(*args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return alone
 
 
 def scratch(count: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
