@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError, Problem
+from mergekit_ext.kernels.linear_algebra import add_products
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io.names import unwrapped
 from peft_merge.weight_names import Located, bias_name, locate, missing_biases
@@ -131,7 +132,7 @@ class AdaptedWeights:
             if transposed:
                 left, right = right.mT, left.mT
             stack = weight.reshape(len(left), left.shape[1], right.shape[2])
-            return torch.baddbmm(stack, left, right, alpha=update.scale).reshape(weight.shape)
+            return add_products(stack, left, right, update.scale).reshape(weight.shape)
         vector = self._vector(module).to(weight)
         feedforward = self._adapter.infos[module].feedforward
         if feedforward == transposed:

@@ -53,6 +53,21 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
+def add_products(stack: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``stack + scale left @ right`` of (n, rows, columns), (n, rows, k) and (n, k, columns)."""
+    if not stack.is_cpu:
+        return torch.baddbmm(stack, left, right, alpha=scale)
+    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+
+    def some(piece: tuple[int, slice]) -> None:
+        at, part = piece
+        torch.addmm(stack[at, part], left[at, part], right[at], alpha=scale, out=out[at, part])
+
+    parts = _pieces(stack.shape[1], left[0].numel() * stack.shape[2]) if len(stack) else []
+    in_threads(some, [(at, part) for at in range(len(stack)) for part in parts], stack.device)
+    return out
+
+
 def gram(rows: Tensor) -> Tensor:
     """The lower triangle of ``rows @ rows.T``, which is all that `eigh` and `cholesky` read.
 

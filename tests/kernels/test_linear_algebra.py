@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mergekit_ext.kernels.linear_algebra import (
+    add_products,
     cholesky,
     eigh,
     gram,
@@ -47,6 +48,15 @@ def test_products(shape, dtype):
         for other in (right, right.T.contiguous().T):
             found = with_any_number_of_threads(lambda one=one, other=other: matmul(one, other))
             assert close(found, left @ right, dtype)
+
+
+@pytest.mark.parametrize("shape", ((1, 64, 256, 33), (3, 33, 128, 257), (2, 700, 8, 501)))
+def test_added_products(shape):
+    n, rows, middle, columns = shape
+    stack, right = normal(n, rows, columns), normal(n, middle, columns)
+    left = normal(n, middle, rows).mT
+    found = with_any_number_of_threads(lambda: add_products(stack, left, right, 0.3))
+    assert close(found, stack + 0.3 * left @ right, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
