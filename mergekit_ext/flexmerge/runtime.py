@@ -155,14 +155,15 @@ def _class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
     """The model's class, as ``config.json`` names it."""
     named = getattr(config, "architectures", None) or []
     where = f"{folder / 'config.json'}, architectures"
-    if len(named) != 1:
+    if not isinstance(named, list) or [type(name) for name in named] != [str]:
         raise RefusedError(Problem(where, f"{named}", "the name of one class"))
-    kind = getattr(transformers, str(named[0]), None)
+    kind = getattr(transformers, named[0], None)
     if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
         return kind
+    listed = getattr(config, "auto_map", None)
     own = {
         reference.rpartition(".")[2]: reference
-        for reference in (getattr(config, "auto_map", None) or {}).values()
+        for reference in (listed.values() if isinstance(listed, dict) else ())
         if isinstance(reference, str)
     }
     if named[0] not in own:

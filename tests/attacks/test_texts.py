@@ -80,6 +80,7 @@ def test_mergekit_yaml(text, tmp_path, refused):
         ({"architectures": "LlamaForCausalLM"}, "architectures"),
         ({"architectures": [{}]}, "architectures"),
         ({"architectures": []}, "architectures"),
+        ({"architectures": True}, "architectures"),
         ({"model_type": ["llama"]}, "config.json"),
         ({"model_type": {"a": 1}}, "config.json"),
         ({"model_type": "../../llama"}, "config.json"),

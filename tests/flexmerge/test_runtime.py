@@ -265,7 +265,7 @@ def test_other_shapes_are_refused(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "named", [None, [], ["BertModel", "ViTModel"], ["NoSuchModel"], ["pipeline"]]
+    "named", [None, True, [], [{}], ["BertModel", "ViTModel"], ["NoSuchModel"], ["pipeline"]]
 )
 def test_class_must_be_known(out: Path, named: Any) -> None:
     reconfigure(out, architectures=named)

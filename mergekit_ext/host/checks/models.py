@@ -179,7 +179,8 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
         )
         return None
     architectures = getattr(config, "architectures", None) or []
-    if len(architectures) != 1 or not isinstance(architectures[0], str):
+    named = isinstance(architectures, list) and [type(name) for name in architectures]
+    if named != [str]:
         findings.problem(
             where,
             f"{architectures} as `architectures` in config.json of {reference.model}",
