@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.checkpoint import Checkpoint
@@ -141,7 +142,7 @@ def build_module(
         )
     except RefusedError as refused:
         raise CheckpointError([refused.problem], str(folder)) from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
         problem = Problem(str(folder), f"an error of transformers: {error}", "a model that loads")
         raise CheckpointError([problem], str(folder)) from error
     problems = list(_misfits(folder.name, report))
