@@ -63,8 +63,10 @@ BUSY = {
 @pytest.mark.parametrize("busy", BUSY)
 def test_nothing_that_a_library_does_delays_the_end(busy):
     code = f"""
-import click, torch
+import click, signal, torch
 from mergekit_ext.interrupts import prompt
+# What runs these tests may ignore Ctrl-C, as shells have it in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 @click.command()
 def main():
     with prompt():
