@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from mergekit.options import MergeOptions
 from peft import LoraConfig
 from transformers import LlamaConfig
 
+from mergekit_ext.host.adapters.extension import config_beside
 from tests import models as small
 from tests.host.adapters import check, merged_with_peft, opened, saved_adapter, saved_base
 
@@ -94,3 +96,11 @@ def test_an_architecture_without_a_table(tmp_path):
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_configuration_that_transformers_refuses_says_nothing_of_a_file(tmp_path):
+    LlamaConfig(hidden_size=8).save_pretrained(tmp_path)
+    assert config_beside(str(tmp_path / "model.safetensors")).hidden_size == 8
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "hidden_size": [8]}))
+    assert config_beside(str(tmp_path / "model.safetensors")) is None

@@ -143,6 +143,7 @@ def file_with_adapter(model: str) -> Any:
 
 def config_beside(file: str) -> Any:
     """The configuration in the folder of a file of weights, which says what is tied; or None."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = Path(file).parent
@@ -150,5 +151,5 @@ def config_beside(file: str) -> Any:
         return None
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, StrictDataclassError):
         return None  # not a model's: the file is taken by the names in it alone
