@@ -99,7 +99,7 @@ def test_an_architecture_without_a_table(tmp_path):
 
 
 def test_a_configuration_that_transformers_refuses_says_nothing_of_a_file(tmp_path):
-    LlamaConfig(hidden_size=8).save_pretrained(tmp_path)
+    LlamaConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
     assert config_beside(str(tmp_path / "model.safetensors")).hidden_size == 8
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, "hidden_size": [8]}))
