@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 TABLE = HERE.parents[1] / "docs" / "numerics.md"
 
 
-def tests() -> list[str]:
+def rows_tested() -> list[str]:
     return [
         f"{file.name}::{node.name}"
         for file in sorted(HERE.glob("test_*.py"))
@@ -22,4 +22,4 @@ def tests() -> list[str]:
 
 def test_every_row_has_its_test_and_every_test_its_row() -> None:
     rows = re.findall(r"^\|[^|]*\|[^|]*\| `(test_\w+\.py::\w+)` \|$", TABLE.read_text(), re.M)
-    assert sorted(rows) == sorted(tests())
+    assert sorted(rows) == sorted(rows_tested())
