@@ -15,8 +15,8 @@ import pytest
 from mergekit_ext import memory
 
 ROOT = Path(__file__).resolve().parents[2]
-# The promise is a second, which bench/robustness.py measures; the machine may have other things to do.
-# What is stopped here would go on for half a minute.
+# The promise is a second, which bench/robustness.py measures; here the machine may have other
+# things to do. What is stopped would go on for half a minute.
 AT_ONCE = 5.0
 
 
