@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import NonFiniteError
+from mergekit_ext.errors import MergeError, NonFiniteError
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
 from mergekit_ext.flexmerge.algorithms.trimming import trimmed_deltas
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
@@ -188,7 +188,7 @@ def raise_non_finite(data: BlockData, layout: Layout) -> None:
 
     Raises:
         NonFiniteError: an input is not finite.
-        MergeError: only products left the range of float64.
+        MergeError: only differences or their products left the range.
     """
     owners = [("the base model", data.base), *zip(layout.tasks, data.models.values(), strict=True)]
     for owner, vector in owners:
@@ -196,6 +196,7 @@ def raise_non_finite(data: BlockData, layout: Layout) -> None:
             tensor = data.part(vector, index)
             if count := count_non_finite(tensor):
                 raise NonFiniteError(part.name, owner, count, tensor.numel())
-    raise NonFiniteError(
-        data.layout.name, "(differences of all)", data.layout.size, data.layout.size
+    raise MergeError(
+        f"{data.layout.name}: differences from the base model leave the range of the arithmetic, "
+        "although all weights are finite. Take out the model with such large weights."
     )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from mergekit_ext import memory
+from tests.limits.told import told_by
 
-ROOT = Path(__file__).resolve().parents[2]
 # The promise is a second, which bench/robustness.py measures; here the machine may have other
 # things to do. What is stopped would go on for half a minute.
 AT_ONCE = 5.0
@@ -23,16 +20,8 @@ AT_ONCE = 5.0
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
     """What became of every command; all run in forks of one process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.limits.stops", str(tmp_path_factory.mktemp("stops"))],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines, _ = told_by("stops", tmp_path_factory.mktemp("stops"))
+    return lines
 
 
 def test_interrupts_end_each_command_at_once(lines):

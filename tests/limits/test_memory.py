@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from mergekit_ext import memory
@@ -15,25 +9,16 @@ from mergekit_ext.errors import ConfigError
 from mergekit_ext.kernels import footprint
 from mergekit_ext.kernels.footprint import Work
 from tests.limits.names import NAMES
+from tests.limits.told import told_by
 
 pytestmark = pytest.mark.skipif(not memory.held(), reason="the system does not tell what is held")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """What became of every merge; those of one process after the other."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.limits.caps", str(tmp_path_factory.mktemp("caps"))],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["name"]: line | {"stderr": done.stderr} for line in lines}
+    lines, stderr = told_by("caps", tmp_path_factory.mktemp("caps"))
+    return {line["name"]: line | {"stderr": stderr} for line in lines}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -53,11 +53,6 @@ class Group:
         return {source.model: source for source in reversed(self.sources)}
 
     @property
-    def sliced(self) -> bool:
-        """Whether the user chose the layers."""
-        return any(s.layer_range is not None for s in self.sources)
-
-    @property
     def has_base(self) -> bool:
         """Whether the base is among the inputs."""
         return self.base is not None and self.source(self.base) is not None
