@@ -16,7 +16,7 @@ _STRANGE: list[Any] = [
     *([], {}, [[]], [None], [[[]]], {"": None}, {"a": {"b": []}}),
 ]
 _VALUES = st.one_of(
-    st.sampled_from(_STRANGE),
+    st.sampled_from(_STRANGE).map(copy.deepcopy),  # later steps change what is drawn here
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
         lambda inner: (

@@ -39,6 +39,7 @@ def merge(
     callbacks: "Iterable[object]" = (),
     restart: bool = False,
     max_memory: "int | str | None" = None,
+    allow_pickle: bool = False,
 ) -> None:
     """Merge as ``mergekit-yaml`` does, checked first and with callbacks.
 
@@ -53,6 +54,8 @@ def merge(
             on with what it had finished.
         max_memory: bytes, or text such as "8GB", that the process and each GPU may hold; a merge
             that needs more is refused. See docs/limits.md.
+        allow_pickle: also read pickles (pytorch_model.bin, adapter_model.bin), which can run
+            code, of people whom you trust: by torch's unpickler of tensors only.
 
     Raises:
         ConfigError: something is wrong with the configuration or the inputs; nothing was read
@@ -63,7 +66,8 @@ def merge(
     """
     from mergekit_ext.host.run import merge as run
     from mergekit_ext.memory import limited
+    from mergekit_ext.pickles import allowed
 
     register()
-    with limited(max_memory, "max_memory"):
+    with limited(max_memory, "max_memory"), allowed(allow_pickle):
         run(config, out_path, options, callbacks=callbacks, restart=restart)

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from mergekit_ext import pickles
+from mergekit_ext.paths import is_file
+
 # Bits of one element, for every dtype of the format.
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -95,12 +98,14 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
     if not isinstance(header, dict) or not raw.startswith(b"{"):
         raise HeaderError(name, "a header that is not an object", "a JSON object with the tensors")
     metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
-    if not isinstance(metadata, dict) or not all(map(_is_unicode, metadata.values())):
+    if not isinstance(metadata, dict) or not all(
+        _is_unicode(text) for pair in metadata.items() for text in pair
+    ):
         raise HeaderError(name, "`__metadata__` of another kind", "an object of texts, or none")
     return _entries(path, header, size - 8 - length, 8 + length)
 
 
-def read_folder(folder: Path) -> dict[str, TensorHeader]:
+def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorHeader]:
     """Read the headers of the weights that mergekit would read in a model's folder.
 
     Raises:
@@ -115,11 +120,11 @@ def read_folder(folder: Path) -> dict[str, TensorHeader]:
             "Give the folder of a whole model, as save_pretrained writes it.",
         )
     if not weights.name.endswith(".index.json"):
-        return read_file(weights)
+        return read_file(weights, allow_pickle=allow_pickle)
     wanted = read_index(weights)
     found: dict[str, TensorHeader] = {}
     for shard in sorted(set(wanted.values())):
-        tensors = read_file(folder / shard)
+        tensors = read_file(folder / shard, allow_pickle=allow_pickle)
         listed = [tensor for tensor, file in wanted.items() if file == shard]
         missing = [tensor for tensor in listed if tensor not in tensors]
         if missing:
@@ -141,9 +146,13 @@ def weights_of(folder: Path) -> Path | None:
     return None
 
 
-def read_file(path: Path) -> dict[str, TensorHeader]:
-    """Headers of one weight file, safetensors or pickle."""
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+def read_file(path: Path, *, allow_pickle: bool = False) -> dict[str, TensorHeader]:
+    """Headers of one weight file: safetensors, or a pickle if that is allowed."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if not allow_pickle:
+        raise HeaderError(str(path), pickles.FOUND, pickles.EXPECTED, pickles.REMEDY)
+    return read_pickle(path)
 
 
 def read_pickle(path: Path) -> dict[str, TensorHeader]:
@@ -207,7 +216,7 @@ def read_index(path: Path) -> dict[str, str]:
                 "file names inside of it",
                 "Do not use this model unless you know who wrote the index.",
             )
-        if not _is_file(path.parent / shard):
+        if not is_file(path.parent / shard):
             raise HeaderError(
                 str(path),
                 f"the shard {shard!r}, which does not exist",
@@ -227,13 +236,6 @@ def _regular(path: Path) -> os.stat_result:
     if not stat.S_ISREG(state.st_mode):
         raise OSError("not a regular file")
     return state
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links
-        return False
 
 
 def _no_constant(text: str) -> Any:

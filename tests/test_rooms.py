@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
+from mergekit_ext.errors import ConfigError
 from mergekit_ext.rooms import hidden_room, is_room, lasting_room
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks that end with a process")
 
 IDENTITY = {"configuration": "a", "input x": "b"}
+# Enters when it is told to, and leaves when it is told to.
+SCRIPT = """
+import sys
+from pathlib import Path
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.rooms import hidden_room
+
+target = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with hidden_room(target, target.parent):
+        print("wrote", flush=True)
+        sys.stdin.readline()
+except ConfigError:
+    print("in use", flush=True)
+"""
 
 
 def stopped(target, identity=IDENTITY, error=OSError, piece="half"):
@@ -56,15 +76,45 @@ def test_an_error_that_is_not_kept_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_room_in_use_is_nobody_elses(tmp_path):
+@pytest.mark.parametrize(
+    "enter", [entered, lambda target: hidden_room(target, target.parent).__enter__()]
+)
+def test_a_place_in_use_is_refused(tmp_path, enter):
     target = tmp_path / "out"
     stopped(target)
-    with lasting_room(target, tmp_path, IDENTITY, keeps) as first:
-        room, _ = entered(target)
-        assert first.taken_over
-        assert not room.taken_over
-        assert room.path != first.path
-        assert (first.path / "piece").exists()
+    with lasting_room(target, tmp_path, IDENTITY, keeps) as room:
+        assert room.taken_over
+        with pytest.raises(ConfigError, match="another process that is writing it") as refused:
+            enter(target)
+        assert str(room.path) in str(refused.value)
+        assert (room.path / "piece").exists()
+    assert list(tmp_path.iterdir()) == []
+    entered(target)
+
+
+def test_of_several_that_start_at_once_one_writes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    place = tmp_path / "place"
+    place.mkdir()
+    command = [sys.executable, str(script), str(place / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    started = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 4
+    for process in started:
+        process.stdin.write("\n")
+    said = sorted(process.stdout.readline() for process in started)
+    for process in started:
+        process.communicate("\n", timeout=60)
+    assert said == ["in use\n"] * 3 + ["wrote\n"]
+    assert list(place.iterdir()) == []
+
+
+def test_long_names_that_begin_alike_are_different_places(tmp_path):
+    one, other = tmp_path / ("n" * 60 + "1"), tmp_path / ("n" * 60 + "2")
+    stopped(one)
+    with hidden_room(other, tmp_path), lasting_room(one, tmp_path, IDENTITY, keeps) as room:
+        assert room.taken_over
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"configuration": "a"', "5"])
@@ -73,17 +123,6 @@ def test_a_torn_identity_is_none(tmp_path, content):
     (room,) = tmp_path.iterdir()
     (room / "identity.json").write_text(content)
     assert not entered(tmp_path / "out")[0].taken_over
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_one_of_several_is_taken_and_the_rest_goes(tmp_path):
-    target = tmp_path / "out"
-    with lasting_room(target, tmp_path, IDENTITY, keeps):
-        stopped(target)
-        stopped(target, {"configuration": "z"})
-    stopped(target)
-    room, _ = entered(target)
-    assert room.taken_over
     assert list(tmp_path.iterdir()) == []
 
 

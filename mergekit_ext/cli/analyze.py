@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_ext import pickles
 from mergekit_ext.host.run import for_commands
 from mergekit_ext.memory import limited
 
@@ -15,6 +16,7 @@ from mergekit_ext.memory import limited
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out_path", type=click.Path(file_okay=False))
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw similarity.png")
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust")
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB")
 @add_merge_options  # type: ignore[untyped-decorator]
 def analyze(
@@ -23,6 +25,7 @@ def analyze(
     out_path: str,
     plot: bool,
     max_memory: str | None,
+    allow_pickle: bool,
 ) -> None:
     """Measure the models of a `flexmerge` configuration, and merge nothing.
 
@@ -33,5 +36,5 @@ def analyze(
     from mergekit_ext.host.flexmerge.analyze import analyze as run
 
     merge_options.apply_global_options()
-    with for_commands(), limited(max_memory):
+    with for_commands(), limited(max_memory), pickles.allowed(allow_pickle):
         click.echo(run(Path(config_file), Path(out_path), merge_options, plot=plot))

@@ -35,6 +35,7 @@ EXIT_PROBLEMS = 2
 @click.option(
     "--out-shard-size", metavar="SIZE", default="5B", show_default=True, help="Bytes of one shard."
 )
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust.")
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
 @click.option("--tensor-union", "-u", is_flag=True, help="As for mergekit-pytorch.")
 @click.option("--tensor-intersection", "-i", is_flag=True, help="As for mergekit-pytorch.")
@@ -43,6 +44,7 @@ def check(
     as_json: bool,
     out_shard_size: str,
     max_memory: str | None,
+    allow_pickle: bool,
     tensor_union: bool,
     tensor_intersection: bool,
     **flags: Any,
@@ -57,6 +59,7 @@ def check(
     from mergekit.common import parse_kmb
     from mergekit.options import MergeOptions
 
+    from mergekit_ext import pickles
     from mergekit_ext.host.checks import check_source
     from mergekit_ext.host.run import for_commands
     from mergekit_ext.memory import limited
@@ -76,7 +79,7 @@ def check(
             f"found {config}, which cannot be read ({error}); expected YAML in UTF-8",
             param_hint="CONFIG",
         ) from None
-    with for_commands(), limited(max_memory):
+    with for_commands(), limited(max_memory), pickles.allowed(allow_pickle):
         reports = check_source(
             text,
             MergeOptions(out_shard_size=size, **flags),

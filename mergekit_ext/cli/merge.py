@@ -6,7 +6,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ext
-from mergekit_ext import ranks
+from mergekit_ext import pickles, ranks
 from mergekit_ext.cli.shared import shared_out
 from mergekit_ext.events import JsonLines
 from mergekit_ext.memory import limited
@@ -21,6 +21,7 @@ from mergekit_ext.memory import limited
     help="Append what happens to this file, one JSON object a line",
 )
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust")
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB")
 @add_merge_options  # type: ignore[untyped-decorator]
 def merge(
@@ -30,6 +31,7 @@ def merge(
     events: str | None,
     restart: bool,
     max_memory: str | None,
+    allow_pickle: bool,
 ) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
@@ -39,7 +41,7 @@ def merge(
     share the work.
     """
     merge_options.apply_global_options()
-    with shared_out(merge_options) as options, limited(max_memory):
+    with shared_out(merge_options) as options, limited(max_memory), pickles.allowed(allow_pickle):
         try:
             callbacks = [JsonLines(events)] if events and ranks.current().is_main else []
         except OSError as error:

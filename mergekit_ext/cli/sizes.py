@@ -11,6 +11,7 @@ from typing import Any
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_ext import pickles
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines
 from mergekit_ext.hooks import takes
@@ -43,6 +44,7 @@ from mergekit_ext.memory import limited
     type=click.Path(dir_okay=False),
     help="Append what happens to this file, one JSON object a line",
 )
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust")
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB")
 @add_merge_options  # type: ignore[untyped-decorator]
 def sizes(
@@ -55,6 +57,7 @@ def sizes(
     metric: str | None,
     events: str | None,
     max_memory: str | None,
+    allow_pickle: bool,
 ) -> None:
     """Merge a `flexmerge` configuration at many sizes, in memory, and score each.
 
@@ -73,7 +76,7 @@ def sizes(
         callbacks = [JsonLines(events)] if events else []
     except OSError as error:
         raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
-    with for_commands(), limited(max_memory):
+    with for_commands(), limited(max_memory), pickles.allowed(allow_pickle):
         write_curve(
             Path(config_file),
             Path(out_path),

@@ -127,7 +127,9 @@ def _read(path: Path, subject: Subject) -> Analysis | None:
         cuts = {
             tuple(item["densities"]): _cuts(item["patterns"], subject) for item in content["cuts"]
         }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+    except (OSError, ValueError, LookupError, ArithmeticError):
+        return None
+    except (TypeError, AttributeError, RuntimeError):
         # RuntimeError: torch's, of what is no matrix, and json's, of what is too deep.
         return None
     return Analysis(subject.tasks, grams, cuts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -138,7 +139,15 @@ def _folder(
             raise
         raise RankError(error.rank, f"{error.reason}. {_left(session)}") from None
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise StoppedError(f"{type(error).__name__}: {error}. {_left(session)}") from error
+        raise StoppedError(f"{_reason(error, session)}. {_left(session)}") from error
+
+
+def _reason(error: BaseException, session: Session) -> str:
+    """What stopped a merge; of a full disk, which."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full and session.room is not None:
+        return f"the disk of {session.room.parent} is full ({error}): free some space there"
+    return f"{type(error).__name__}: {error}"
 
 
 def _left(session: Session) -> str:

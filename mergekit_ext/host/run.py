@@ -16,7 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
-from mergekit_ext import ranks
+from mergekit_ext import pickles, ranks
 from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import compat
@@ -32,7 +32,7 @@ from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
 from mergekit_ext.host.predicted import predicted
-from mergekit_ext.host.staging import output_problems
+from mergekit_ext.host.staging import output_problems, space_problems
 from mergekit_ext.interrupts import prompt
 from mergekit_ext.launch import launched_size, require_one
 
@@ -119,7 +119,8 @@ def checked_adapters(places: Mapping[Any, str], options: MergeOptions) -> Iterat
     if not any(map(applies, places)):
         yield
         return
-    with for_commands():
+    # What mergekit's own methods read is for mergekit to say.
+    with for_commands(), pickles.allowed(True):
         compat.clear_loaders()
         try:
             require(adapter_problems(places, options).report().problems)
@@ -168,6 +169,7 @@ def _merge(
         inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
         place = [
             *output_problems(out_path, inputs),
+            *space_problems(out_path, report.estimate.bytes_written if report.estimate else 0),
             *(whole.output_problems(out_path) if whole else ()),
             *sharing_problems(config.merge_method, method, options),
         ]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import pickles
 from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.events import MergeBegin
@@ -18,7 +19,7 @@ from mergekit_ext.host.checks.flat import adapter_problems
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.output import output
 from mergekit_ext.host.run import for_commands, require
-from mergekit_ext.host.staging import output_problems
+from mergekit_ext.host.staging import output_problems, space_problems
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 
@@ -37,7 +38,7 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
         if config.base_model is not None:
             places.setdefault(config.base_model, "base_model")
         if ext_method(config.merge_method) is None:
-            with for_commands():
+            with for_commands(), pickles.allowed(True):
                 require(adapter_problems(places).report().problems)
             return stock(config, out_path, tensor_union, tensor_intersection, options)
         report = check_flat(
@@ -49,7 +50,8 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
         )
         files = [part for model in places for part in _parts(model)]
         place = session.output if session else out_path
-        require([*report.problems, *output_problems(place, files)])
+        needed = report.estimate.bytes_written if report.estimate else 0
+        require([*report.problems, *output_problems(place, files), *space_problems(place, needed)])
         targets = stock(config, out_path, tensor_union, tensor_intersection, options)
         saves = [target for target in targets if hasattr(target, "tensor_task")]
         if session is not None:

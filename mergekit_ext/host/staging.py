@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from mergekit_ext import paths
 from mergekit_ext.errors import MergekitExtError, Problem
 from mergekit_ext.flexmerge.manifest import SHARDS
-from mergekit_ext.rooms import Room, hidden_room, lasting_room
+from mergekit_ext.rooms import Room, hidden_room, lasting_room, left_bytes
 
 # The files that a merge writes, and no others: a folder may hold more than one model's files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
@@ -50,13 +51,35 @@ def output_problems(
         except (OSError, RuntimeError, ValueError):  # no file's name, which is said elsewhere
             continue
         replaced = source == target or (source.parent == target and _is_output(source.name))
-        if source.exists() and replaced:
+        if replaced and paths.exists(source):
             yield Problem(
                 where,
                 f"{target}, where the input {name} lies",
                 "a folder that no input lies in",
                 "Choose another folder: the output would replace that input.",
             )
+
+
+def space_problems(out_path: str | os.PathLike[str], needed: int) -> Iterator[Problem]:
+    """A disk that an output of `needed` bytes does not fit on, beside what it replaces.
+
+    What earlier runs have left in the same place counts as free: it is used, or removed.
+    """
+    try:
+        target = Path(out_path).resolve()
+        existing = next(folder for folder in (target, *target.parents) if folder.exists())
+        disk = shutil.disk_usage(existing)
+        free = disk.free + left_bytes(target, existing)
+    except (OSError, RuntimeError, ValueError):  # no place at all, which is said elsewhere
+        return
+    # Some file systems do not know: they have no bytes at all.
+    if disk.total and needed > free:
+        yield Problem(
+            "OUT_PATH",
+            f"{existing}, which has {free:,} bytes left",
+            f"{needed:,} bytes for the output",
+            "Free some space, or choose a place on another disk.",
+        )
 
 
 @contextmanager

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from mergekit_ext import paths
 from peft_merge.adapter import Adapter
 
 
@@ -63,10 +63,7 @@ class Request:
 
 def exists(path: str) -> bool:
     """Whether there is something at a path, which may be no path at all."""
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
-        return False
+    return paths.exists(paths.expanded(path))
 
 
 def located(model: str) -> tuple[str, str | None]:

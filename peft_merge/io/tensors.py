@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mergekit_ext import pickles
 from mergekit_ext.errors import NonFiniteError, Problem
 from mergekit_ext.headers import (
     HeaderError,
@@ -105,10 +106,10 @@ def open_folder(folder: Path, allow_pickle: bool) -> Tensors | Problem:
                 return PickleFile(pickle)
             return Problem(
                 str(pickle),
-                "a pickle, which may run any code when it is read",
+                pickles.FOUND,
                 SAFETENSORS,
-                "Ask for a safetensors file, or set allow_pickle if you trust its author: only "
-                "tensors are read from it.",
+                "Ask for a safetensors file; or, if you trust its author, give --allow-pickle (in "
+                "Python allow_pickle): only tensors are read from it.",
             )
     except HeaderError as error:
         return Problem(error.file, error.found, error.expected, error.remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -17,12 +18,17 @@ from tests.attacks.readers import (
     merge_flexmerge,
     merge_nan,
 )
+from tests.models import config
 
 _OUT = [
     *("../elsewhere.safetensors", "/etc/passwd", "..", ".", "", "a/../../elsewhere.safetensors"),
     *("..\\elsewhere.safetensors", "C:\\weights.safetensors", "C:weights", "\\\\host\\share"),
     *("a\0b", "\ud800", "n" * 5_000, "~/weights.safetensors"),
 ]
+
+
+def _short(path: str) -> str:
+    return ascii(path)[:20]
 
 
 @pytest.mark.parametrize("shard", [*_OUT, 3, None, ["a"], {"a": 1}], ids=ascii)
@@ -46,6 +52,33 @@ def test_a_name_twice_in_an_index(inputs, refused):
     text = '{"weight_map": {"lm_head.weight": "model.safetensors", "lm_head.weight": "x"}}'
     (inputs / "tuned1" / "model.safetensors.index.json").write_text(text)
     assert "twice" in refused(merge_nan, inputs)
+
+
+@pytest.mark.parametrize("method", ["nan", "flexmerge"])
+@pytest.mark.parametrize("place", ["model", "base", "adapter", "base of an adapter"])
+@pytest.mark.parametrize("path", ["n" * 5_000, "a\0b", "~nobody/x", "loop", "\ud800"], ids=_short)
+def test_a_model(path, place, method, inputs, refused, monkeypatch):
+    monkeypatch.chdir(inputs)
+    Path("loop").symlink_to("loop")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tuned = f"{inputs / 'tuned0'}"
+    written = {
+        "model": path,
+        "base": tuned,
+        "adapter": f"{inputs / 'base'}+{path}",
+        "base of an adapter": f"{path}+{inputs / 'adapter0'}",
+    }[place]
+    base = path if place == "base" else inputs / "base"
+    parameters = {"target_size": 1.0} if method == "flexmerge" else {}
+    content = config(method, [Path(tuned)], None, parameters, base_model=str(base))
+    content["models"].append({"model": written})
+
+    def read(inputs, out):
+        file = out.with_suffix(".yml")
+        file.write_text(json.dumps(content))  # which is YAML, and holds half of a surrogate pair
+        return command("mergekit-ext", "merge", file, out, "--quiet")
+
+    refused(read, inputs)
 
 
 @pytest.mark.parametrize("path", [*_OUT, "shards", "shards/", "shards/..", "shards/a/b"], ids=ascii)

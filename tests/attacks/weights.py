@@ -94,6 +94,9 @@ ATTACKS: dict[str, Attack] = {
     "metadata a text": _entries(lambda header, names: header.update(__metadata__="*")),
     "metadata false": _entries(lambda header, names: header.update(__metadata__=False)),
     "metadata of numbers": _entries(lambda header, names: header.update(__metadata__={"a": 1})),
+    "metadata with half a surrogate": _entries(
+        lambda header, names: header.update(__metadata__={"\ud800": "pt"})
+    ),
     "spaces first": lambda content: joined(
         b" " + json.dumps(split(content)[0]).encode(), split(content)[1]
     ),

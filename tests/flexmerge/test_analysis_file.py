@@ -136,6 +136,7 @@ SPOILED = {
     "negative norm": set_gram([[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
     "not a number": set_gram([[float("nan")] * 3] * 3),
     "null": set_gram(None),
+    "a number beyond float64": set_gram([[10**400] * 3] * 3),
     "another version": lambda c: c.update(version=2),
     "no subject": lambda c: c.pop("subject"),
     "no cuts": lambda c: c.pop("cuts"),

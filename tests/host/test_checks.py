@@ -42,6 +42,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from mergekit_ext import pickles
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.headers import HeaderError, read_folder, read_safetensors
 from mergekit_ext.host.checks import (
@@ -691,16 +692,22 @@ def test_config_without_architecture(copy: Callable[..., Path]) -> None:
     assert "override_architecture" in the(report).remedy
 
 
-def test_pickles_are_checked_and_noted(models: Path, tmp_path: Path) -> None:
+def test_pickles_are_refused_or_checked_and_noted(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "pickle"
     folder.mkdir()
     (folder / "config.json").write_bytes((models / "a" / "config.json").read_bytes())
     tensors = load_file(models / "a" / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")
     document = {**LINEAR, "models": entries(models, folder, "b")}
+    refused = the(run(document))
+    assert "pytorch_model.bin with a pickle" in refused.found
+    assert "MERGEKIT_EXT_ALLOW_PICKLE=1" in refused.remedy
+    monkeypatch.setenv("MERGEKIT_EXT_ALLOW_PICKLE", "1")
     report = run(document)
     assert report.problems == () and report.estimate is not None
-    assert any("run code" in note for note in report.notes)
+    assert any("only tensors" in note for note in report.notes)
     torch.save({**tensors, "lm_head.weight": torch.zeros(3, 3)}, folder / "pytorch_model.bin")
     assert "[3, 3]" in the(run(document)).found
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
@@ -1063,10 +1070,14 @@ def test_weight_files_with_different_tensors(tmp_path: Path) -> None:
         }
     )
     options = MergeOptions()
-    report = check_flat(config, options)
+    refused = check_flat(config, options)
+    assert "b.bin with a pickle" in at(refused, "base_model").found
+    with pickles.allowed(True):
+        report = check_flat(config, options)
+        common = check_flat(config, options, intersection=True)
     assert the(report).where == "y" and "b.bin" in the(report).found
     assert any("pickle" in note for note in report.notes)
-    report = check_flat(config, options, intersection=True)
+    report = common
     assert report.problems == () and report.estimate is not None and report.estimate.tensors == 1
     assert "y" in " ".join(report.notes)
     # Without its base, ties cannot merge y.

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mergekit_ext.host.staging import output_problems, shards, staged
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.host.staging import (
+    output_problems,
+    resumable,
+    shards,
+    space_problems,
+    staged,
+)
 
 
 def names(folder):
@@ -147,6 +155,7 @@ def test_a_long_name_is_no_obstacle(tmp_path):
 
 KILLED = """
 import os, signal, sys
+from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.staging import staged
 with staged(sys.argv[1]) as folder:
     (folder / "model.safetensors").write_text("half")
@@ -176,10 +185,41 @@ def test_what_a_running_process_writes_stays(tmp_path):
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         assert running.stdout.readline() == b"ready\n"
         (room,) = tmp_path.iterdir()
-        with staged(tmp_path / "out"):
+        with pytest.raises(ConfigError, match="another process"), staged(tmp_path / "out"):
             pass
         assert (room / "out" / "model.safetensors").exists()
         running.kill()
     with staged(tmp_path / "out"):
         pass
     assert names(tmp_path) == ["out"]
+
+
+def test_an_output_that_does_not_fit(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    (problem,) = space_problems(tmp_path / "a" / "b", free * 2)
+    assert str(tmp_path) in problem.found
+    assert f"{free * 2:,} bytes" in problem.expected
+    assert list(space_problems(tmp_path / "a" / "b", free // 2)) == []
+    assert list(space_problems("a\0b", free * 2)) == []
+
+
+def test_what_is_left_counts_as_free(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    target = tmp_path / "out"
+    assert len([*space_problems(target, 50_000)]) == 1
+    with (
+        pytest.raises(KeyboardInterrupt),
+        resumable(target, {"a": "b"}, restart=False) as room,
+    ):
+        (room.path / "piece").write_bytes(b"1" * 50_000)
+        raise KeyboardInterrupt
+    assert list(space_problems(target, 50_000)) == []
+    assert len([*space_problems(target, 500_000)]) == 1
+    assert len([*space_problems(tmp_path / "other", 50_000)]) == 1
+
+
+def test_a_disk_that_does_not_say(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(total=0, used=0, free=0))
+    assert list(space_problems(tmp_path / "out", 1000)) == []

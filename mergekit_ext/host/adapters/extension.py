@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import paths
 from mergekit_ext.host.adapters.fitted import base_of
 from mergekit_ext.host.adapters.loader import adapted, open_adapted, wanted
 from mergekit_ext.host.adapters.switch import applies
@@ -135,7 +136,7 @@ def file_with_adapter(model: str) -> Any:
     """What ``file+adapter`` refers to; None where `model` is a file's name, or has no adapter."""
     from mergekit.common import ModelReference
 
-    if Path(model).exists() or model.count("+") != 1:
+    if paths.exists(model) or model.count("+") != 1:
         return None
     reference = ModelReference.parse(model)
     return reference if applies(reference) else None

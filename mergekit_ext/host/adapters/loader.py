@@ -139,6 +139,6 @@ def stored_tensors(index: Any) -> dict[str, TensorHeader]:
     """The headers of everything in mergekit's `ShardedTensorIndex`."""
     found: dict[str, TensorHeader] = {}
     for shard in index.shards:
-        headers = read_file(Path(index.base_path) / shard.filename)
+        headers = read_file(Path(index.base_path) / shard.filename, allow_pickle=True)
         found.update((name, headers[name]) for name in shard.contained_keys if name in headers)
     return found

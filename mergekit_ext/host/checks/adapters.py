@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +9,15 @@ from typing import Any
 
 import torch
 
+from mergekit_ext import paths, pickles
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, read_safetensors
 from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, applies, fit, read_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import listing
+from mergekit_ext.host.checks.support import listing, nearest
 
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_SAFE, _PICKLE = _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def note_unused(options: Any, findings: Findings) -> None:
@@ -54,6 +54,8 @@ def adapted_tensors(
         otherwise: see `fit`.
     """
     if not _is_here(path, where, findings):
+        return None
+    if _is_pickle(paths.expanded(path.path), where, findings):
         return None
     try:
         adapter = read_adapter(path, otherwise)
@@ -112,14 +114,15 @@ def check_merged_beforehand(
             f"Add --lora-merge-cache with such a folder, or do without {VARIABLE}=0.",
         )
     path = reference.lora.path
-    if _is_here(reference.lora, where, findings) and Path(path).is_dir():
+    here = _is_here(reference.lora, where, findings) and paths.is_folder(path)
+    if here and not _is_pickle(Path(path), where, findings):
         _check_files(Path(path), where, findings)
     return _merged_copy(reference, where, options, findings)
 
 
 def _is_here(path: Any, where: str, findings: Findings) -> bool:
     """Whether an adapter can be read without a download; a problem if it never can."""
-    if Path(path.path).expanduser().is_dir():
+    if paths.is_folder(paths.expanded(path.path)):
         return True
     if hub.may_be_hub_name(path.path):
         if hub.cached_folder(path.path, path.revision, "adapter_config.json", None) is not None:
@@ -139,15 +142,24 @@ def _is_here(path: Any, where: str, findings: Findings) -> bool:
     return False
 
 
+def _is_pickle(folder: Path, where: str, findings: Findings) -> bool:
+    """Whether an adapter is a pickle that nobody asked for, which is a problem."""
+    if pickles.are_allowed() or (folder / _SAFE).exists() or not (folder / _PICKLE).exists():
+        return False
+    file = folder / _PICKLE
+    findings.problem(where, f"{file} with {pickles.FOUND}", pickles.EXPECTED, pickles.REMEDY)
+    return True
+
+
 def near(path: str) -> str:
     """A neighbour in the file system with nearly that name, as the end of a remedy."""
     parent = Path(path).parent
     try:
         names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    except OSError:
+    except (OSError, ValueError):
         return ""
-    close = difflib.get_close_matches(Path(path).name, names, n=1)
-    return f" Did you mean {parent / close[0]}?" if close else ""
+    close = nearest(Path(path).name, names)
+    return f" Did you mean {parent / close}?" if close else ""
 
 
 def _tensor_names(reference: Any, config: Any, options: Any) -> set[str] | None:
@@ -207,7 +219,7 @@ def _merged_copy(
     if not folder.exists():
         return None
     try:
-        return read_folder(folder)
+        return read_folder(folder, allow_pickle=pickles.are_allowed())
     except HeaderError as error:
         findings.problem(
             where,

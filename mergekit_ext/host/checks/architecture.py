@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from mergekit_ext import paths
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
@@ -103,4 +103,4 @@ def _inferred(
 
 
 def _remote(fact: ModelFacts) -> bool:
-    return not Path(fact.reference.model.path).is_dir()
+    return not paths.is_folder(fact.reference.model.path)

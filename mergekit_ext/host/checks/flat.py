@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from mergekit_ext import paths, pickles
 from mergekit_ext.headers import HeaderError, TensorHeader, read_file
 from mergekit_ext.host.adapters.extension import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
@@ -99,8 +100,8 @@ def _tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeade
 
 
 def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
+    if not paths.is_file(path):
+        what = "is a folder" if paths.is_folder(path) else "does not exist"
         findings.problem(
             where,
             f"{path}, which {what}",
@@ -108,13 +109,11 @@ def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, Tensor
             "Check the path; whole models are merged with mergekit-yaml.",
         )
         return None
-    if Path(path).suffix != ".safetensors":
-        findings.note(
-            f"{where}: {path} is a pickle; one from somebody you do not trust may run code when "
-            "it is loaded."
-        )
+    allow_pickle = pickles.are_allowed()
+    if Path(path).suffix != ".safetensors" and allow_pickle:
+        findings.note(f"{where}: {path} is a pickle, as allowed; only tensors are read from it.")
     try:
-        return read_file(Path(path))
+        return read_file(Path(path), allow_pickle=allow_pickle)
     except HeaderError as error:
         findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
         return None

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import pickles
 from mergekit_ext.headers import BITS, TensorHeader
 from mergekit_ext.host.checks.report import Findings
 
@@ -48,10 +49,18 @@ def remote_tensors(
     try:
         metadata = huggingface_hub.get_safetensors_metadata(repo, revision=revision)
     except NotASafetensorsRepoError:
-        findings.note(
-            f"{where}: {repo} has no model.safetensors; its names and shapes are not checked "
-            "before the download, and pickles may run code when they are loaded."
-        )
+        if pickles.are_allowed():
+            findings.note(
+                f"{where}: {repo} has no model.safetensors; its names and shapes are not checked "
+                "before the download. Of pickles only tensors are read."
+            )
+        else:
+            findings.problem(
+                where,
+                f"{repo} without model.safetensors; pickles, which may run any code, are left",
+                pickles.EXPECTED,
+                pickles.REMEDY,
+            )
         return None
     except Exception as error:  # network, access, parsing: the client's message is kept
         first = (str(error).splitlines() or [""])[0]

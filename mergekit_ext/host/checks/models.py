@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import paths, pickles
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, weights_of
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks import hub
@@ -78,9 +79,9 @@ def _read_base(
     path, revision = reference.model.path, reference.model.revision
     if path in pending:
         return ModelFacts(reference, where, pending=True)
-    if not Path(path).exists():
+    if not paths.exists(path):
         return _hub_model(reference, path, revision, where, options, findings)
-    if not Path(path).is_dir():
+    if not paths.is_folder(path):
         findings.problem(
             where,
             f"{path}, which is a file",
@@ -105,15 +106,15 @@ def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, T
     if weights_of(folder) is None and (folder / "adapter_config.json").is_file():
         return None  # said once, with the missing config.json
     try:
-        tensors = read_folder(folder)
+        tensors = read_folder(folder, allow_pickle=pickles.are_allowed())
     except HeaderError as error:
         findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
         return None
     weights = weights_of(folder)
     if weights is not None and weights.name.startswith("pytorch_model"):
         findings.note(
-            f"{where}: {folder} holds pickles ({weights.name}) and no safetensors; pickles from "
-            "somebody you do not trust may run code when they are loaded."
+            f"{where}: {folder} holds pickles ({weights.name}) and no safetensors, as allowed; "
+            "only tensors are read from them."
         )
     return tensors
 
@@ -153,7 +154,7 @@ def _hub_model(
 def _missing_folder(path: str, where: str, findings: Findings) -> None:
     remedy = "Check the path." + near(path)
     if path.startswith("~"):
-        remedy = f"Write {Path(path).expanduser()}: mergekit does not expand `~`."
+        remedy = f"Write {paths.expanded(path)}: mergekit does not expand `~`."
     findings.problem(
         where, f"{path}, which does not exist", "a model's folder, or a name on the Hub", remedy
     )
@@ -161,7 +162,7 @@ def _missing_folder(path: str, where: str, findings: Findings) -> None:
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:
     folder = Path(reference.model.path)
-    if folder.is_dir() and (wrong := unreadable(folder)) is not None:
+    if paths.is_folder(folder) and (wrong := unreadable(folder)) is not None:
         findings.problem(where, *wrong, "Mend config.json, or download it again.")
         return None
     try:

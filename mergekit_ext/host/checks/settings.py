@@ -6,6 +6,7 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import paths
 from mergekit_ext.host.checks.hub import may_be_hub_name
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.report import Findings
@@ -130,7 +131,7 @@ def _tokenizer(config: Any, findings: Findings) -> None:
         needed.append(source)
     for reference in dict.fromkeys(needed):
         folder = Path(reference.model.path)
-        if not folder.is_dir():
+        if not paths.is_folder(folder):
             if reference == source and not may_be_hub_name(reference.model.path):
                 findings.problem(
                     where, f"{source}, which does not exist", "a model's folder", "Check the path."

@@ -57,7 +57,7 @@ def open_inputs(prepared: Prepared, options: Any, ranks: Ranks | None = None) ->
     cache.setup(options=options)
     references = (prepared.base, *prepared.models)
     folders = (ranks or Ranks()).from_main(lambda: [_fetch(r, options) for r in references])
-    stored = [read_folder(folder) for folder in folders]
+    stored = [read_folder(folder, allow_pickle=True) for folder in folders]
     adapters = [
         _fitted(reference, tensors, options) if applies(reference) else None
         for reference, tensors in zip(references, stored, strict=True)
