@@ -218,7 +218,8 @@ class ProgressBar(MergeCallback):
         self._method, self._tensors, self._unit = event.method, event.tensors, event.unit
 
     def on_statistics_begin(self, event: StatisticsBegin) -> None:
-        self._start("Measuring", event.tensors, event.unit)
+        if event.tensors:  # none are left of a merge that goes on
+            self._start("Measuring", event.tensors, event.unit)
 
     def on_tensor_measured(self, event: TensorMeasured) -> None:
         self._bar.update()

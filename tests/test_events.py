@@ -135,3 +135,12 @@ def test_progress_bar_counts_tensors():
     assert "Measuring" in shown
     assert "Merging (nan)" in shown
     assert "2/2" in shown
+
+
+def test_no_bar_where_nothing_is_left_to_measure():
+    file = io.StringIO()
+    dispatcher = Dispatcher([ProgressBar(file)])
+    for event in (RUN[0], StatisticsBegin(0), StatisticsEnd({}, 0.0)):
+        dispatcher.emit(event)
+    dispatcher.close()
+    assert "Measuring" not in file.getvalue()

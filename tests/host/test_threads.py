@@ -36,7 +36,14 @@ def llamas(tmp_path_factory):
     [
         ("lore", False, {"mu_relative": 0.5, "max_iterations": 4, "tolerance": 1e-2}),
         ("nan_ties", True, {"density": 0.4, "rescale": True}),
+        ("nan_dare_ties", True, {"density": 0.4}),
+        ("nan_della_linear", True, {"density": 0.4, "epsilon": 0.1}),
         ("flexmerge", True, {"target_size": 2.0, "algorithm": "tsv_m"}),
+        (
+            "flexmerge",
+            True,
+            {"target_size": 1, "algorithm": "mergekit:ties", "weight": 1},
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::mergekit_ext.errors.NotConvergedWarning")
