@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_without_hard_links(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no)
     if kind == "copies":
-        monkeypatch.setattr(os, "symlink", no)
+        monkeypatch.setattr(Path, "symlink_to", no)
     base, models = family(3)
     write(tmp_path / "out", base, models, 1.8)
     shutil.move(tmp_path / "out", tmp_path / "moved")
