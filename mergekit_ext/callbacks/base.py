@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_ext.callbacks.kinds import Kind, kind_of_model
 from mergekit_ext.callbacks.settings import INITIAL, Settings
+from mergekit_ext.callbacks.state import Saved
 from mergekit_ext.callbacks.store import packed, unpacked
 from mergekit_ext.callbacks.weights import Weights, copied, read, require_finite, write
 from mergekit_ext.errors import Problem
@@ -55,10 +56,15 @@ class Base:
             return {"path": str(self.weights.folder)}
         return packed(self.weights)
 
-    def load(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from `state`."""
-        if state is not None:
-            self.weights = read(state["path"]) if "path" in state else unpacked(state)
+    def loaded(self, state: Saved) -> Weights | None:
+        """The weights that `state` stands for; what there is if it stands for none.
+
+        Raises:
+            ConfigError: it is no state of a base, or its folder cannot be read.
+        """
+        if state.value is None:
+            return self.weights
+        return read(state["path"].text()) if "path" in state.fields() else unpacked(state)
 
     def _initial(self, kind: Kind) -> bool:
         given = self._settings.base

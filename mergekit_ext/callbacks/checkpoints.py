@@ -18,6 +18,7 @@ from mergekit_ext.callbacks.log import LogTo
 from mergekit_ext.callbacks.merged import Merged
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.settings import MEMORY, SUBJECT, Settings
+from mergekit_ext.callbacks.state import Saved
 from mergekit_ext.callbacks.weights import Weights, read, require_finite, saved
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 
@@ -280,14 +281,17 @@ class MergeCheckpoints(Callback):
         """Go on with the snapshots of an earlier run; only the main process does.
 
         Raises:
-            ConfigError: they were collected for another method, or by another callback.
+            ConfigError: they were collected for another method, or by another callback; nothing
+                was taken over.
         """
-        if (method := state.get("method")) != self._settings.method:
+        saved = Saved(state)
+        method = saved.fields().get("method", Saved(None)).value
+        if method != self._settings.method:
             expected = f"that of a run with `{self._settings.method}`"
             problem = Problem("state", f"one of `{method}`", expected)
             raise ConfigError([problem], SUBJECT)
         if not processes.is_main():
             return
-        self._saves = state["saves"]
-        self._collected.load(state["collected"])
-        self._base.load(state["base"])
+        saves, base = saved["saves"].count(), self._base.loaded(saved["base"])
+        self._collected.load(saved["collected"])
+        self._saves, self._base.weights = saves, base

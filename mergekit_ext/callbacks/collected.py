@@ -7,6 +7,7 @@ from typing import Any
 
 from mergekit_ext.callbacks.kinds import Kind, dtypes
 from mergekit_ext.callbacks.settings import SUBJECT, Settings
+from mergekit_ext.callbacks.state import Saved
 from mergekit_ext.callbacks.store import (
     FolderStore,
     MemoryStore,
@@ -65,8 +66,8 @@ class Snapshots:
         """For `load`."""
         return self._store.state()
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+    def load(self, state: Saved) -> None:
+        """Go on from `state`; see `Store.load`."""
         self._store.load(state)
 
 
@@ -118,10 +119,19 @@ class RunningMean:
         mean = None if self._mean is None else packed(copied(self._mean))
         return {"steps": list(self._steps), "mean": mean, "dtypes": dict(self._dtypes)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
-        self._steps, self._dtypes = list(state["steps"]), dict(state["dtypes"])
-        self._mean = None if state["mean"] is None else copied(unpacked(state["mean"]))
+    def load(self, state: Saved) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ConfigError: it is no state of a mean; nothing was taken over.
+        """
+        steps, dtypes, mean = state["steps"].counts(), state["dtypes"].dtypes(), state["mean"]
+        weights = None if mean.value is None else copied(unpacked(mean))
+        if bool(steps) != (weights is not None):
+            raise mean.refused("a mean if there are steps, and none if there are none")
+        if weights is not None and weights.tensors.keys() != dtypes.keys():
+            raise state["dtypes"].refused("one for each tensor of the mean")
+        self._steps, self._dtypes, self._mean = steps, dtypes, weights
 
 
 def collected(settings: Settings) -> Snapshots | RunningMean:

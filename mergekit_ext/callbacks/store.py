@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mergekit_ext.callbacks.settings import SUBJECT
+from mergekit_ext.callbacks.state import Saved
 from mergekit_ext.callbacks.weights import Weights, copied, read, write
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
+from mergekit_ext.paths import is_folder
 from mergekit_ext.rooms import hidden_room
 
 
@@ -30,9 +32,9 @@ class Store(ABC):
     def add(self, step: int, weights: Weights) -> None:
         """Keep a snapshot of `weights`, which may be those of a live model."""
         if step in self._kept:  # a resumed run does a step again
-            self._drop(self._kept.pop(step))
+            self._forget(step)
         while len(self._kept) >= self._keep:
-            self._drop(self._kept.pop(min(self._kept)))
+            self._forget(min(self._kept))
         self._require_kept()
         self._kept[step] = self._made(step, weights)
 
@@ -51,7 +53,10 @@ class Store(ABC):
     def clear(self) -> None:
         """Forget all snapshots."""
         for step in self.steps:
-            self._drop(self._kept.pop(step))
+            self._forget(step)
+
+    def _forget(self, step: int) -> None:
+        self._drop(step, self._kept.pop(step))
 
     @abstractmethod
     def _made(self, step: int, weights: Weights) -> Any: ...
@@ -62,7 +67,7 @@ class Store(ABC):
     def _require_kept(self) -> None:  # noqa: B027 (what is in memory stays)
         """Refuse to go on when somebody else has removed snapshots."""
 
-    def _drop(self, kept: Any) -> None:  # noqa: B027 (forgetting is enough, unless there are files)
+    def _drop(self, step: int, kept: Any) -> None:  # noqa: B027 (forgetting is enough, unless there are files)
         """Remove what a snapshot left outside of this object."""
 
     @abstractmethod
@@ -70,8 +75,12 @@ class Store(ABC):
         """For `load`, in another process."""
 
     @abstractmethod
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over the snapshots of an earlier run."""
+    def load(self, state: Saved) -> None:
+        """Take over the snapshots of an earlier run.
+
+        Raises:
+            ConfigError: it is no state of such a store; nothing was taken over.
+        """
 
 
 class MemoryStore(Store):
@@ -87,9 +96,9 @@ class MemoryStore(Store):
         """The tensors themselves."""
         return {str(step): packed(weights) for step, weights in self._kept.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Saved) -> None:
         """See `Store.load`."""
-        self._kept = {int(step): unpacked(value) for step, value in state.items()}
+        self._kept = {step: unpacked(value) for step, value in state.by_step().items()}
 
 
 class SavedStore(Store):
@@ -102,7 +111,7 @@ class SavedStore(Store):
         return read(kept)
 
     def _require_kept(self) -> None:
-        gone = [path for path in self._kept.values() if not Path(path).is_dir()]
+        gone = [path for path in self._kept.values() if not is_folder(path)]
         remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
         if gone:
             raise ConfigError(
@@ -113,21 +122,25 @@ class SavedStore(Store):
         """The paths."""
         return {str(step): path for step, path in self._kept.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Saved) -> None:
         """Take over those paths that still exist."""
-        self._kept = {int(step): path for step, path in state.items() if Path(path).is_dir()}
-        if gone := [path for path in state.values() if not Path(path).is_dir()]:
+        paths = {step: path.text() for step, path in state.by_step().items()}
+        self._kept = {step: path for step, path in paths.items() if is_folder(path)}
+        if gone := [path for step, path in paths.items() if step not in self._kept]:
             warnings.warn(
                 MergeWarning(
-                    f"{len(gone)} of {len(state)} snapshots are gone since the state was saved: "
-                    f"{', '.join(gone)}. Later merges are made of the others."
+                    f"{len(gone)} of {len(paths)} snapshots are gone since the state was saved: "
+                    f"{printable(', '.join(gone))}. Later merges are made of the others."
                 ),
                 stacklevel=3,
             )
 
 
 class FolderStore(SavedStore):
-    """Folders ``step-<step>`` in a folder that belongs to one run."""
+    """Folders ``step-<step>`` in a folder that belongs to one run.
+
+    Nothing else is ever removed: a state may name the snapshots of another run, or anything.
+    """
 
     def __init__(self, keep: int, folder: Path):
         super().__init__(keep)
@@ -140,7 +153,7 @@ class FolderStore(SavedStore):
             ConfigError: it is one of them.
         """
         where = f"where: {self._folder}"
-        if strange := [place for place in self._found() if place not in self._known()]:
+        if strange := [place for _, place in self._found() if place not in self._known()]:
             found = f"{len(strange)} snapshots of another run, such as {strange[0].name}"
             remedy = "Choose another folder, delete them, or load the state of that run."
             raise ConfigError([Problem(where, found, "a folder for this run", remedy)], SUBJECT)
@@ -153,35 +166,42 @@ class FolderStore(SavedStore):
             raise ConfigError([problem], SUBJECT) from None
 
     def _made(self, step: int, weights: Weights) -> str:
-        place = self._folder / f"step-{step:08d}"
+        place = self._place(step)
         shutil.rmtree(place, ignore_errors=True)
         write(weights, place)
-        return str(place.resolve())
+        return str(place)
 
-    def _drop(self, kept: str) -> None:
-        shutil.rmtree(kept, ignore_errors=True)
+    def _drop(self, step: int, kept: str) -> None:
+        if kept == str(self._place(step)):
+            shutil.rmtree(kept, ignore_errors=True)
 
     def state(self) -> dict[str, Any]:
         """The paths, and whose they are."""
         return {"folder": str(self._folder.resolve()), "kept": super().state()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Saved) -> None:
         """Take over snapshots; those made after the state was saved are deleted."""
-        super().load(state["kept"])
-        if state["folder"] != str(self._folder.resolve()):
+        folder, kept = state["folder"].text(), state["kept"]
+        super().load(kept)
+        if folder != str(self._folder.resolve()):
             return  # what is here is another run's
-        last = max(map(int, state["kept"]), default=0)
-        for place in self._found():
-            if place not in self._known() and int(place.name.removeprefix("step-")) > last:
+        last = max(kept.by_step(), default=0)
+        for step, place in self._found():
+            if place not in self._known() and step > last and not place.is_symlink():
                 shutil.rmtree(place)
+
+    def _place(self, step: int) -> Path:
+        return self._folder.resolve() / f"step-{step:08d}"
 
     def _known(self) -> set[Path]:
         return {Path(path).resolve() for path in self._kept.values()}
 
-    def _found(self) -> Iterator[Path]:
-        for place in sorted(self._folder.glob("step-*")):
-            if place.is_dir() and place.name.removeprefix("step-").isdecimal():
-                yield place.resolve()
+    def _found(self) -> Iterator[tuple[int, Path]]:
+        for place in sorted(self._folder.resolve().glob("step-*")):
+            digits = place.name.removeprefix("step-")
+            # Those of other lengths, or of other digits than ours, are none of ours.
+            if digits.isdecimal() and place == self._place(int(digits)) and place.is_dir():
+                yield int(digits), place
 
 
 def packed(weights: Weights) -> dict[str, Any]:
@@ -191,7 +211,14 @@ def packed(weights: Weights) -> dict[str, Any]:
     return {"tensors": dict(weights.tensors), "config": config, "folder": folder}
 
 
-def unpacked(state: Mapping[str, Any]) -> Weights:
-    """The weights in a state dictionary."""
-    folder = None if state["folder"] is None else Path(state["folder"])
-    return Weights(dict(state["tensors"]), state["config"], folder)
+def unpacked(state: Saved) -> Weights:
+    """The weights in a state dictionary.
+
+    Raises:
+        ConfigError: there are none in it.
+    """
+    config, folder = state["config"], state["folder"]
+    if config.value is not None:
+        config.fields()
+    place = None if folder.value is None else Path(folder.text())
+    return Weights(state["tensors"].tensors(), config.value, place)
