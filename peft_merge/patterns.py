@@ -11,16 +11,13 @@ first such key in the file's order wins. PEFT then scales by
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
-
-# Fields that together say which modules are adapted.
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,15 @@ def keyed(key: str) -> str:
 
 def _resolved(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     for key in patterns or {}:
-        if re.match(keyed(key), name):
+        if _compiled(key).match(name):
             return (patterns or {})[key]
     return (patterns or {}).get(name, default)
+
+
+@lru_cache(1 << 14)
+def _compiled(key: str) -> re.Pattern[str]:
+    # `re` forgets them from 512 on, and every key is asked for every module.
+    return re.compile(keyed(key))
 
 
 def qualified(name: str, leaves: Iterable[str] = ()) -> str:
@@ -75,60 +78,6 @@ def either(keys: Iterable[str]) -> str:
     return f"^(?:{'|'.join(key.removeprefix('^') for key in chosen)})"
 
 
-def targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether `target_modules` selects a module by its name (PEFT's rule for lists and regexes)."""
-    chosen = config.get("target_modules") or ()
-    if isinstance(chosen, str):
-        return re.fullmatch(chosen, module) is not None
-    return f".{module}".endswith(tuple(f".{entry}" for entry in chosen))
-
-
-def adapted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT adapts the module `module` when it loads an adapter of this configuration.
-
-    As PEFT's ``check_target_module_exists`` tells by names, save for `modules_to_save`. Where that
-    cannot be told (no `target_modules`, which PEFT then has from a table; "all-linear"; the two
-    layers that are tied), True.
-    """
-    chosen = config.get("target_modules")
-    if chosen is None or config.get("ensure_weight_tying"):
-        return True
-    if isinstance(chosen, str) and chosen.lower() == _ALL_LINEAR:
-        return True
-    excluded = config.get("exclude_modules")
-    if excluded and targeted({"target_modules": excluded}, module):
-        return False
-    if not targeted(config, module):
-        return False
-    layers = config.get("layers_to_transform")
-    if isinstance(chosen, str) or module in chosen or layers is None or layers == []:
-        return True
-    given = config.get("layers_pattern") or []
-    given = [given] if isinstance(given, str) else given
-    for pattern in [rf"(?:^|.*?\.){each}" for each in given] or [r".*?\.[^.]*"]:
-        if (found := re.match(rf"{pattern}\.(?P<idx>\d+)\.", module)) is not None:
-            return int(found["idx"]) in (layers if isinstance(layers, list) else [layers])
-    return False
-
-
-def targeted_parameters(config: Mapping[str, Any], module: str) -> list[str]:
-    """Names of the parameters of `module` that `target_parameters` may mean.
-
-    An entry ``experts.up`` means the parameter `up` of every module whose name is ``experts`` or
-    ends with ``.experts``; an entry without a dot means any module's. A module that is adapted
-    itself has no parameters that are: PEFT refuses both for one module.
-    """
-    entries = config.get("target_parameters") or ()
-    if not entries or targeted(config, module):
-        return []
-    found = []
-    for entry in entries:
-        owner, _, leaf = entry.rpartition(".")
-        if not owner or module == owner or module.endswith(f".{owner}"):
-            found.append(leaf)
-    return sorted(set(found))
-
-
 def parameter_scalings(
     config: Mapping[str, Any], module: str, leaves: Sequence[str], stacked: Sequence[int]
 ) -> list[Scaling] | None:
@@ -147,11 +96,17 @@ def parameter_scalings(
     Returns:
         One scaling for each wrapper, or None if the file leaves open which one is meant.
     """
-    known = {leaf: scaling(config, f"{module}.{leaf}") for leaf in leaves}
-    possible = set()
-    for order in itertools.permutations(leaves, len(stacked)):
-        chosen = tuple(known[leaf] for leaf in order)
-        experts = {divmod(size, each.rank) for size, each in zip(stacked, chosen, strict=True)}
-        if len(experts) == 1 and next(iter(experts))[1] == 0:
-            possible.add(chosen)
-    return list(possible.pop()) if len(possible) == 1 else None
+    alike: dict[int, list[Scaling]] = {}
+    for leaf in leaves:
+        each = scaling(config, f"{module}.{leaf}")
+        alike.setdefault(each.rank, []).append(each)
+    # The number of experts gives the rank of every wrapper.
+    outermost = stacked[0] if stacked else 0
+    orders = []
+    for experts in {outermost // rank for rank in alike if outermost and outermost % rank == 0}:
+        ranks = [size // experts if size % experts == 0 else 0 for size in stacked]
+        if all(len(alike.get(rank, ())) >= count for rank, count in Counter(ranks).items()):
+            orders.append(ranks)
+    if len(orders) != 1 or any(len(set(alike[rank])) > 1 for rank in orders[0]):
+        return None
+    return [alike[rank][0] for rank in orders[0]]

@@ -10,7 +10,8 @@ from peft_merge.adapter import LoraAdapter, ModuleInfo
 from peft_merge.io import names
 from peft_merge.io.configuration import lora_configuration
 from peft_merge.layouts import LAYOUTS
-from peft_merge.patterns import qualified, scaling, targeted_parameters
+from peft_merge.patterns import qualified, scaling
+from peft_merge.targets import Parameters, Targets
 
 
 def task_configuration(
@@ -66,17 +67,17 @@ def _entries(
 ) -> Iterator[tuple[str, tuple[int, float]]]:
     """Keys that match one module each, or one target parameter, and their rank and alpha."""
     rslora = bool(own.config.get("use_rslora"))
+    meant, targets = Parameters(parameters), Targets(own.config)
     for module, info in infos.items():
         owner = names.owner(module, infos)
         rank = LAYOUTS[info.layout].configured_rank(info)
         if info.layout != "parameter":
             yield qualified(owner), (rank, _alpha(scales[module], rank, rslora))
         elif module in shared:
-            leaves = targeted_parameters({"target_parameters": parameters}, owner)
-            yield qualified(owner, leaves), (rank, _alpha(scales[module], rank, rslora))
+            yield qualified(owner, meant.of(owner)), (rank, _alpha(scales[module], rank, rslora))
         else:
             # Files do not name target parameters, so their own patterns say what is whose.
-            for leaf in targeted_parameters(own.config, owner):
+            for leaf in targets.parameters(owner):
                 found = scaling(own.config, f"{owner}.{leaf}")
                 alpha = _alpha(found.scale, found.rank, rslora)
                 yield qualified(owner, [leaf]), (found.rank, alpha)

@@ -12,8 +12,8 @@ from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from peft_merge.adapter import Adapter, ModuleInfo
 from peft_merge.config.wording import listing
 from peft_merge.io.names import unwrapped
-from peft_merge.patterns import targeted_parameters
 from peft_merge.prompt import slow
+from peft_merge.targets import Targets
 from peft_merge.weight_shapes import Shape, orientations
 
 _SUBJECT = "loading these tasks"
@@ -103,12 +103,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _adapted(adapter: Adapter, modules: Mapping[str, nn.Module], where: str) -> Iterator[Problem]:
     missing, others = [], []
+    targets = Targets(adapter.config)
     for name, info in adapter.infos.items():
         module = modules.get(name, modules.get(unwrapped(name)))
         if module is None:
             missing.append(name)
             continue
-        shapes = _shapes(adapter, unwrapped(name), module)
+        shapes = _shapes(adapter, targets, unwrapped(name), module)
         if shapes and not any(_fits(info, shape, module) for shape in shapes):
             shown = " or ".join(str(list(shape)) for shape in shapes)
             others.append(f"{name} (a change of {list(info.shape)}, a weight of {shown})")
@@ -120,12 +121,12 @@ def _adapted(adapter: Adapter, modules: Mapping[str, nn.Module], where: str) -> 
         yield Problem(where, found, "the shapes of the model", _REMEDY)
 
 
-def _shapes(adapter: Adapter, owner: str, module: nn.Module) -> list[Shape]:
+def _shapes(adapter: Adapter, targets: Targets, owner: str, module: nn.Module) -> list[Shape]:
     """What the adapted weight may be; nothing if that cannot be told, as of packed weights."""
     info = adapter.infos.get(owner)
     if isinstance(info, ModuleInfo) and info.layout == "convolution" and info.matrices > 1:
         return []  # of groups, in factors that are not
-    leaves = targeted_parameters(adapter.config, owner) or ["weight", "in_proj_weight"]
+    leaves = targets.parameters(owner) or ["weight", "in_proj_weight"]
     weights = [getattr(module, leaf, None) for leaf in leaves]
     found = [
         tuple(weight.shape)

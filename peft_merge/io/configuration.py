@@ -16,7 +16,8 @@ from peft_merge.adapter import Adapter, ModuleInfo, VectorInfo
 from peft_merge.io import names, whole
 from peft_merge.io.compatible import has_layers
 from peft_merge.layouts import LAYOUTS
-from peft_merge.patterns import SELECTION, either, qualified, targeted_parameters
+from peft_merge.patterns import either, qualified
+from peft_merge.targets import SELECTION, Parameters
 
 # PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -39,13 +40,13 @@ def lora_configuration(
     parameters = sorted(
         {entry for adapter in inputs for entry in adapter.config.get("target_parameters") or ()}
     )
+    meant = Parameters(parameters)
     modules = []
     for module, info in infos.items():
         owner = names.owner(module, infos)
         rank = LAYOUTS[info.layout].configured_rank(info)
         if info.layout == "parameter":
-            leaves = targeted_parameters({"target_parameters": parameters}, owner)
-            key = qualified(owner, leaves)
+            key = qualified(owner, meant.of(owner))
         else:
             key = qualified(owner)
             modules.append(owner)

@@ -14,7 +14,8 @@ from peft_merge.io import names
 from peft_merge.io.parts import complete
 from peft_merge.io.tensors import DTYPES
 from peft_merge.layouts import BIAS, LAYOUTS, LayoutError
-from peft_merge.patterns import Scaling, parameter_scalings, scaling, targeted_parameters
+from peft_merge.patterns import Scaling, parameter_scalings, scaling
+from peft_merge.targets import Targets
 
 
 def factors(
@@ -31,7 +32,8 @@ def factors(
         where: the file, for the messages.
         found: problems are added to it.
     """
-    governing = _scalings(config, modules, where, found)
+    targets = Targets(config)
+    governing = _scalings(config, targets, modules, where, found)
     with_bias = bool(config.get("lora_bias"))
     for module, parts in modules.items():
         if module not in governing:
@@ -45,7 +47,7 @@ def factors(
         if not complete(module, parts, wanted, where, found):
             continue
         a, b = parts[LAYOUTS[kind].a], parts[LAYOUTS[kind].b]
-        if targeted_parameters(config, names.owner(module, modules)) and not embedding:
+        if not embedding and targets.parameters(names.owner(module, modules)):
             kind = "parameter"
         elif len(a.shape) > 2:
             kind = "convolution"
@@ -75,6 +77,7 @@ def factors(
 
 def _scalings(
     config: Mapping[str, Any],
+    targets: Targets,
     modules: Mapping[str, Mapping[str, TensorHeader]],
     where: str,
     found: list[Problem],
@@ -84,13 +87,13 @@ def _scalings(
     wrappers: dict[str, list[str]] = {}
     for module in modules:
         base = names.owner(module, modules)
-        if targeted_parameters(config, base) and LAYOUTS["parameter"].a in modules[module]:
+        if LAYOUTS["parameter"].a in modules[module] and targets.parameters(base):
             wrappers.setdefault(base, []).append(module)
         else:
             known[module] = scaling(config, base)
     for base, nested in wrappers.items():
         nested.sort(key=len)
-        leaves = targeted_parameters(config, base)
+        leaves = targets.parameters(base)
         sizes = [modules[module][LAYOUTS["parameter"].a].shape[:1] for module in nested]
         stacked = [size[0] for size in sizes if size]
         each = parameter_scalings(config, base, leaves, stacked)

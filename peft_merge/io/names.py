@@ -16,6 +16,8 @@ from collections.abc import Collection
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 PREFIX = "base_model.model."
 _WRAPPED = "base_layer"
+# Of characters. What takes a name apart at each of its dots would not end with millions of them.
+_LONGEST = 1 << 10
 _OUT_PROJECTION = f".{_WRAPPED}.out_proj"
 
 
@@ -52,6 +54,6 @@ def owner(name: str, adapted: Collection[str]) -> str:
 
 def sound(name: str) -> bool:
     """Whether a stored name is dotted parts without separators of paths or control characters."""
-    return all(
+    return len(name) <= _LONGEST and all(
         part and part.isprintable() and not set(part) & set("/\\") for part in name.split(".")
     )

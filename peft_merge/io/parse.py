@@ -23,9 +23,9 @@ from peft_merge.io.factors import factors
 from peft_merge.io.tensors import VECTOR, Tensors, finite
 from peft_merge.io.vectors import vectors
 from peft_merge.layouts import BIAS, LAYOUTS
-from peft_merge.patterns import SELECTION, adapted, targeted_parameters
 from peft_merge.prompt import slow
 from peft_merge.refused import unknown_tensor
+from peft_merge.targets import SELECTION, Targets
 
 _PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embedding_B", VECTOR)
 # Kept by training only (VeLoRA's projection of activations).
@@ -116,7 +116,7 @@ def _sort(headers: Mapping[str, TensorHeader], where: str, found: list[Problem])
             Problem(
                 where,
                 f"{_some(unsound)} among its tensors",
-                "names of dotted parts without slashes and control characters",
+                "names of dotted parts without slashes and control characters, of 1,024 at most",
                 "Do not use this adapter unless you know who wrote it.",
             )
         )
@@ -143,7 +143,8 @@ def _idle(
 ) -> Iterator[Problem]:
     """Modules with tensors that PEFT would not read."""
     owners = dict.fromkeys(names.owner(module, modules) for module in modules)
-    idle = [o for o in owners if not adapted(config, o) and not targeted_parameters(config, o)]
+    targets = Targets(config)
+    idle = [o for o in owners if not targets.adapt(o) and not targets.parameters(o)]
     if idle:
         fields = [field for field in SELECTION if config.get(field)]
         more = f" and {len(idle) - 2} more" if len(idle) > 2 else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +16,12 @@ from peft.utils.other import get_pattern_key
 
 from peft_merge.patterns import (
     Scaling,
-    adapted,
     either,
     parameter_scalings,
     qualified,
     scaling,
-    targeted_parameters,
 )
+from peft_merge.targets import Targets
 
 PARTS = st.sampled_from(["layers", "1", "11", "q", "qq", "x.q"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
@@ -67,7 +68,7 @@ def test_modules_are_adapted_as_peft_tells(
         "layers_pattern": pattern,
     }
     expected = check_target_module_exists(SimpleNamespace(**config), name)
-    assert adapted(config, name) == bool(expected)
+    assert Targets(config).adapt(name) == bool(expected)
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=3, unique=True), other=NAMES)
@@ -108,7 +109,7 @@ def test_target_parameters_of_a_module(
     entries: list[str] | None, module: str, leaves: list[str]
 ) -> None:
     config = {"target_parameters": entries, "target_modules": ["q_proj"]}
-    assert targeted_parameters(config, module) == leaves
+    assert Targets(config).parameters(module) == leaves
 
 
 def test_parameters_of_different_ranks_are_told_apart_by_the_number_of_experts() -> None:
@@ -126,6 +127,47 @@ def test_what_a_file_leaves_open_is_not_guessed() -> None:
     assert parameter_scalings(config, "experts", ["down", "up"], [12]) is None
     assert parameter_scalings(config, "experts", ["up"], [12, 12]) is None
     assert parameter_scalings(config, "experts", ["up"], [7]) is None
+
+
+@given(
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    alphas=st.lists(st.sampled_from([1, 2]), min_size=5, max_size=5),
+    experts=st.integers(1, 4),
+    size=st.integers(1, 4),
+    data=st.data(),
+)
+@settings(max_examples=300)
+def test_parameters_are_told_apart_as_trying_every_order_tells(
+    ranks: list[int], alphas: list[int], experts: int, size: int, data: st.DataObject
+) -> None:
+    leaves = [f"p{index}" for index in range(len(ranks))]
+    named = dict(zip(leaves, ranks, strict=True))
+    config = {"rank_pattern": named, "alpha_pattern": dict(zip(leaves, alphas, strict=False))}
+    wrappers = data.draw(st.permutations(ranks))[:size]
+    stacked = [experts * rank for rank in wrappers]
+    known = [scaling(config, f"experts.{leaf}") for leaf in leaves]
+    possible = {
+        order
+        for order in itertools.permutations(known, len(stacked))
+        if len({divmod(s, each.rank) for s, each in zip(stacked, order, strict=True)}) == 1
+        and stacked[0] % order[0].rank == 0
+    }
+    expected = list(possible.pop()) if len(possible) == 1 else None
+    assert parameter_scalings(config, "experts", leaves, stacked) == expected
+
+
+def test_many_parameters_and_modules_take_no_time() -> None:
+    leaves = [f"p{index}" for index in range(60)]
+    names = [f"layers.{index}.experts" for index in range(4_000)]
+    started = time.perf_counter()
+    found = parameter_scalings({"r": 2}, "experts", leaves, [4] * 60)
+    assert found == [Scaling(2, 4.0)] * 60
+    targets = Targets(
+        {"target_modules": names, "target_parameters": [f"{name}.up" for name in names]}
+    )
+    assert all(map(targets.adapt, names))
+    assert not any(map(targets.parameters, names))
+    assert time.perf_counter() - started < 1
 
 
 def test_a_key_for_parameters_matches_these_only() -> None:
