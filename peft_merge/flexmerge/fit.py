@@ -12,17 +12,14 @@ from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from peft_merge.adapter import Adapter, ModuleInfo
 from peft_merge.config.wording import listing
 from peft_merge.io.names import unwrapped
-from peft_merge.prompt import slow
+from peft_merge.prompt import EXPRESSIONS, slow
 from peft_merge.targets import Targets
 from peft_merge.weight_shapes import Shape, orientations
 
 _SUBJECT = "loading these tasks"
 _REMEDY = "Load the model that the adapters were trained on, with the class that they were."
 # Fields with expressions that PEFT matches with the names of all modules.
-_MATCHED = (
-    *("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"),
-    *("rank_pattern", "alpha_pattern", "feedforward_modules"),
-)
+_MATCHED = (*EXPRESSIONS, "modules_to_save")
 
 
 def require_base(base_model: Any) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit_ext.errors import Problem
-from peft_merge.patterns import keyed
+from peft_merge.prompt import EXPRESSIONS, unusable
 
 # As far as torch counts.
 _LARGEST_RANK = 2**63 - 1
-# Of characters. Longer ones take too much to compile.
-_LONGEST_REGEX = 1 << 22
+# Different names; each is looked up in every module.
+_MOST_PARAMETERS = 64
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,13 @@ def _names(value: Any) -> bool:
 
 
 def _names_or_regex(value: Any) -> bool:
-    return _regex(value) if isinstance(value, str) else _names(value)
+    return isinstance(value, str) or _names(value)
 
 
-def _regex(value: Any) -> bool:
-    if len(value) > _LONGEST_REGEX:
-        return False
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
+def _parameters(value: Any) -> bool:
+    return _names(value) and (
+        len({name.rpartition(".")[2] for name in value or ()}) <= _MOST_PARAMETERS
+    )
 
 
 def _layers(value: Any) -> bool:
@@ -60,14 +55,15 @@ def _layers(value: Any) -> bool:
 
 def _patterns(value: Any) -> bool:
     if isinstance(value, list):
-        return all(isinstance(item, str) and _regex(item) for item in value)
-    return value is None or (isinstance(value, str) and _regex(value))
+        return all(isinstance(item, str) for item in value)
+    return value is None or isinstance(value, str)
 
 
 def _pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
         return value is None or (
-            isinstance(value, dict) and all(_regex(keyed(k)) and of(v) for k, v in value.items())
+            isinstance(value, dict)
+            and all(isinstance(key, str) and of(item) for key, item in value.items())
         )
 
     return fits
@@ -98,7 +94,9 @@ FIELDS: dict[str, Field] = {
     "layers_to_transform": Field(_layers, "a whole number, a list of them, or null"),
     "layers_pattern": Field(_patterns, "a regular expression, a list of them, or null"),
     "modules_to_save": _NAMES,
-    "target_parameters": _NAMES,
+    "target_parameters": Field(
+        _parameters, f"a list of names of {_MOST_PARAMETERS} different parameters at most, or null"
+    ),
     "fan_in_fan_out": _FLAG,
     "use_rslora": _FLAG,
     "lora_bias": _FLAG,
@@ -114,7 +112,12 @@ FIELDS: dict[str, Field] = {
 
 
 def problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
-    """Every field that holds what it cannot."""
-    for name, field in FIELDS.items():
-        if name in config and not field.fits(config[name]):
-            yield Problem(f"{where}: {name}", repr(config[name])[:80], field.expected)
+    """Every field that holds what it cannot, and expressions that Python does not take."""
+    wrong = {
+        name: config[name]
+        for name, field in FIELDS.items()
+        if name in config and not field.fits(config[name])
+    }
+    for name, value in wrong.items():
+        yield Problem(f"{where}: {name}", repr(value)[:80], FIELDS[name].expected)
+    yield from unusable(config, [name for name in EXPRESSIONS if name not in wrong], where)

@@ -23,18 +23,13 @@ from peft_merge.io.factors import factors
 from peft_merge.io.tensors import VECTOR, Tensors, finite
 from peft_merge.io.vectors import vectors
 from peft_merge.layouts import BIAS, LAYOUTS
-from peft_merge.prompt import slow
+from peft_merge.prompt import EXPRESSIONS, slow
 from peft_merge.refused import unknown_tensor
 from peft_merge.targets import SELECTION, Targets
 
 _PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embedding_B", VECTOR)
 # Kept by training only (VeLoRA's projection of activations).
 _IGNORED = (".lora_velora_embed",)
-# Fields with expressions that are matched with the modules' names.
-_MATCHED = (
-    *("rank_pattern", "alpha_pattern", "feedforward_modules"),
-    *("target_modules", "exclude_modules", "layers_pattern"),
-)
 
 
 def _matched_names(config: Mapping[str, Any], modules: Collection[str]) -> Iterator[str]:
@@ -67,7 +62,7 @@ def parse(
     found: list[Problem] = []
     stored = _sort(tensors.headers, where, found)
     matched = _matched_names(config, stored.modules)
-    endless = [] if live else list(slow(config, _MATCHED, matched, where))
+    endless = [] if live else list(slow(config, EXPRESSIONS, matched, where))
     if endless:
         return None, [*found, *endless]
     saved = whole.collect(config, stored.rest, stored.modules, where, found)
