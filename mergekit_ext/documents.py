@@ -66,6 +66,7 @@ def read(text: str) -> tuple[list[Any], list[Problem]]:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
         found = str(getattr(error, "problem", None) or " ".join(str(error).split()))
+        found = found.removeprefix("found ")
         raise _error(
             where, found, "YAML", "Mend the indentation, quotes or colons there."
         ) from None

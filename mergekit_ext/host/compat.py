@@ -14,7 +14,9 @@ loaded):
                                 project's methods; other merges go to mergekit's own function,
                                 those with adapters checked first. ``_get_donor_model`` takes the
                                 files of a model with an adapter from its base.
-``mergekit.scripts.multimerge`` ``load_config`` looks for unknown keys, which pydantic drops.
+``mergekit.scripts.multimerge`` the command reads its file as text first, as does ``load_config``:
+                                documents are mappings; their names, which become folders, stay in
+                                theirs; unknown keys, which pydantic drops, are found.
 ``mergekit.scripts.merge_raw_pytorch``
                                 ``plan_flat_merge`` checks, and runs the statistics graph; the
                                 command's output is staged as in ``run_merge``.
@@ -99,12 +101,13 @@ def extend_merge(module: Any) -> None:
 
 
 def extend_multimerge(module: Any) -> None:
-    """Look for unknown keys in the documents of a multi-merge."""
-    from mergekit_ext.host import run
+    """Look at the documents of a multi-merge before they are merged."""
+    from mergekit_ext.host import run, run_multi
 
     module.run_merge = run.extended(module.run_merge)
     if not hasattr(module.load_config, "stock"):
-        module.load_config = run.checked_load_config(module.load_config)
+        module.load_config = run_multi.checked_load_config(module.load_config)
+        module.main.callback = run_multi.extended_command(module.main.callback)
 
 
 def extend_raw_pytorch(module: Any) -> None:

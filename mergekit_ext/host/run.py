@@ -22,7 +22,7 @@ from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Pro
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters import applies
-from mergekit_ext.host.checks import check_source, examine, unknown_keys
+from mergekit_ext.host.checks import check_source, examine
 from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor
@@ -236,26 +236,3 @@ def for_commands(*, shared: bool = False) -> Iterator[None]:
     finally:
         sys.stderr.flush()
         warnings.showwarning = shown
-
-
-def checked_load_config(load_config: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_config`` of multi-merges, which also rejects unknown keys of the project's merges."""
-
-    @compat.replaces(load_config)
-    def load(config_source: str, intermediate_dir: str) -> Any:
-        with for_commands():
-            try:
-                documents, _ = read(config_source)
-            except DocumentError as error:
-                raise ConfigError([error.problem], "these merges") from None
-            problems = [
-                problem
-                for document in documents
-                if isinstance(document, dict) and ext_method(str(document.get("merge_method")))
-                for problem in unknown_keys({k: v for k, v in document.items() if k != "name"})
-            ]
-            if problems:
-                raise ConfigError(problems, "these merges")
-            return load.stock(config_source, intermediate_dir)  # type: ignore[attr-defined]
-
-    return load

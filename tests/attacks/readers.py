@@ -67,6 +67,7 @@ def make_inputs(folder: Path) -> Path:
 
 def command(name: str, *arguments: object) -> Outcome:
     """Run a command in this process. An exception that it lets through is this test's failure."""
+    import mergekit.scripts.multimerge
     import mergekit.scripts.run_yaml
 
     import mergekit_ext.cli
@@ -74,6 +75,7 @@ def command(name: str, *arguments: object) -> Outcome:
 
     commands: Mapping[str, Any] = {
         "mergekit-ext": mergekit_ext.cli.main,
+        "mergekit-multi": mergekit.scripts.multimerge.main,
         "mergekit-yaml": mergekit.scripts.run_yaml.main,
         "peft-merge": peft_merge.cli.main,
     }

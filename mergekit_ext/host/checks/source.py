@@ -10,8 +10,8 @@ from mergekit_ext.documents import DocumentError, read
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.flat import check_flat
 from mergekit_ext.host.checks.keys import unknown_keys
-from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.multi import between_documents, names_of
 from mergekit_ext.host.checks.report import CheckReport, Findings
 from mergekit_ext.host.checks.schema import parse
 
@@ -41,16 +41,15 @@ def check_source(
     if not documents:
         problem = Problem("the file", "no document", "a merge configuration")
         return [(None, CheckReport((problem,), (), None))]
-    names = [d.get("name") if isinstance(d, Mapping) else None for d in documents]
-    between = _between_documents(documents, names)
+    names = names_of(documents)
+    between = between_documents(documents)
     reports = []
     for i, (name, document) in enumerate(zip(names, documents, strict=True)):
-        pending = {str(other) for other in names if other is not None and other != name}
+        pending = {other for other in names if other is not None and other != name}
         report = _check_document(document, options, union, intersection, pending)
         # Keys that stand twice are located in the text, not in a document.
         problems = (*(repeated if i == 0 else ()), *between.get(i, ()), *report.problems)
-        label = str(name) if name is not None else None
-        reports.append((label, CheckReport(problems, report.notes, report.estimate)))
+        reports.append((name, CheckReport(problems, report.notes, report.estimate)))
     return reports
 
 
@@ -84,43 +83,3 @@ def _check_document(
     if flat:
         return check_flat(config, options, union=union, intersection=intersection, source=document)
     return check_merge(config, options, document, pending=pending)
-
-
-def _between_documents(documents: list[Any], names: list[Any]) -> dict[int, list[Problem]]:
-    """What only shows when all documents are seen together."""
-    problems: dict[int, list[Problem]] = {}
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            problem = Problem(
-                "name",
-                "a second document without a name" if name is None else f"{name!r} again",
-                "a name of its own for every document but the last",
-                "Give it another `name:`.",
-            )
-            problems.setdefault(i, []).append(problem)
-    used = [_names_used(document, set(filter(None, names))) for document in documents]
-    edges = {name: used[i] for i, name in enumerate(names) if name is not None}
-    for i, name in enumerate(names):
-        reached, new = set(), set(edges.get(name, ()))
-        while new:
-            reached |= new
-            new = set().union(*(edges[other] for other in new)) - reached
-        if name is not None and name in reached:
-            problem = Problem(
-                "models",
-                f"{name!r}, which depends on itself",
-                "documents that depend on earlier results only",
-                "Take one of the references in the circle out.",
-            )
-            problems.setdefault(i, []).append(problem)
-    return problems
-
-
-def _names_used(document: Any, names: set[Any]) -> set[Any]:
-    from mergekit.config import MergeConfiguration
-
-    config, _ = parse(document, MergeConfiguration)
-    if config is None:
-        return set()
-    models = [model for _, model in references(groups_of(config), config.base_model)]
-    return {model.model.path for model in models} & names
