@@ -13,6 +13,11 @@ from mergekit_ext.errors import Problem
 T = TypeVar("T")
 
 MOST_64_BITS = 2**63 - 1
+MOST_PROBLEMS = 100
+
+
+class EnoughError(Exception):
+    """`MOST_PROBLEMS` are noted: nobody reads more, and a hostile text may have millions."""
 
 
 def decode(text: str) -> Any:
@@ -34,7 +39,8 @@ class Value:
     """One value of the JSON: what it is, where it stands, and where to note what is wrong with it.
 
     A method that does not find what it is for notes a problem and returns something empty, so that
-    the rest of the text is read too.
+    the rest of the text is read too. The one that notes the last of `MOST_PROBLEMS` raises
+    `EnoughError`.
     """
 
     def __init__(self, value: Any, where: str, problems: list[Problem]):
@@ -42,7 +48,12 @@ class Value:
 
     def wrong(self, expected: str) -> None:
         """Note that the value is not what is expected."""
-        self._problems.append(Problem(self.where, shown(self.value), expected))
+        self._note(Problem(self.where, shown(self.value), expected))
+
+    def _note(self, problem: Problem) -> None:
+        self._problems.append(problem)
+        if len(self._problems) >= MOST_PROBLEMS:
+            raise EnoughError
 
     def __getitem__(self, key: str) -> Value:
         """The value of a key of `members`; notes it when it is missing."""
@@ -50,7 +61,7 @@ class Value:
         if isinstance(self.value, dict) and key in self.value:
             return Value(self.value[key], where, self._problems)
         if isinstance(self.value, dict):
-            self._problems.append(Problem(where, "nothing", "a value"))
+            self._note(Problem(where, "nothing", "a value"))
         # Nothing more is noted of what is not there.
         return Value(None, where, [])
 

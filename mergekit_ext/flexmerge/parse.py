@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 
 from mergekit_ext.errors import CheckpointError, Problem
-from mergekit_ext.flexmerge.json_value import MOST_64_BITS, Value, decode, depth, shown
+from mergekit_ext.flexmerge.json_value import (
+    MOST_64_BITS,
+    MOST_PROBLEMS,
+    EnoughError,
+    Value,
+    decode,
+    depth,
+    shown,
+)
 from mergekit_ext.flexmerge.manifest import (
     FILE_KINDS,
     FORMAT,
@@ -31,7 +40,6 @@ from mergekit_ext.flexmerge.rules import broken_rules
 # One entry a tensor: a model of 100,000 tensors takes some 20 MB.
 LARGEST = 64 * 1024 * 1024
 _DEEPEST = 32
-_MOST_PROBLEMS = 100
 _MOST_DIMENSIONS = 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # One file name on every system: no separator, no drive, no control character.
@@ -55,23 +63,21 @@ def parse(text: str, where: str) -> Manifest:
     if not isinstance(content, dict):
         raise CheckpointError([Problem(where, shown(content), "an object")], where)
     _known_version(root)
+    manifest = None
     # Of another version nothing else can be said.
-    manifest = None if problems else _manifest(root)
+    if not problems:
+        with suppress(EnoughError):
+            manifest = _manifest(root)
     if manifest is not None and not problems:
-        return _obeying(manifest, where)
-    raise CheckpointError(listed(problems), where)
+        problems += listed(broken_rules(manifest))
+    if manifest is None or problems:
+        raise CheckpointError(problems, where)
+    return manifest
 
 
 def listed(problems: Iterable[Problem]) -> list[Problem]:
     """The first hundred problems, so that a hostile file has no message of gigabytes."""
-    return list(islice(problems, _MOST_PROBLEMS))
-
-
-def _obeying(manifest: Manifest, where: str) -> Manifest:
-    problems = listed(broken_rules(manifest))
-    if problems:
-        raise CheckpointError(problems, where)
-    return manifest
+    return list(islice(problems, MOST_PROBLEMS))
 
 
 def _known_version(root: Value) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from peft_merge.io.tensors import CONFIG, SAFETENSORS
 _DAMAGED = "Copy or download the file again."
 # More would be no manifest.
 _LARGEST = 1 << 26
+# Nobody reads more, and a hostile manifest may have millions.
+_MOST_PROBLEMS = 100
 
 
 def open_manifest(folder: Path, *, verify: bool = True) -> Manifest:
@@ -38,8 +41,8 @@ def open_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         CheckpointError: something is not as docs/adapters-flexmerge.md says; it lists everything.
     """
     manifest = from_json(_text(folder / FILE_NAME), str(folder / FILE_NAME))
-    problems = [p for task in manifest.tasks for p in _file_problems(folder, task, verify)]
-    if problems:
+    wrong = (p for task in manifest.tasks for p in _file_problems(folder, task, verify))
+    if problems := list(islice(wrong, _MOST_PROBLEMS)):
         raise CheckpointError(problems, str(folder))
     return manifest
 
@@ -89,7 +92,7 @@ def from_json(text: str, where: str) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         shown = f"an entry that is missing or of another kind ({error!r})"
         raise CheckpointError([Problem(where, shown, "a manifest", _DAMAGED)], where) from None
-    if problems := list(_inconsistent(manifest, where)):
+    if problems := list(islice(_inconsistent(manifest, where), _MOST_PROBLEMS)):
         raise CheckpointError(problems, where)
     return manifest
 

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -305,6 +306,14 @@ def test_lists_a_hundred_problems_at_most() -> None:
     content = sound()
     content["files"] = [3] * 5000
     assert refusal(content).startswith("100 problems")
+
+
+@pytest.mark.parametrize("entry", [0, {}], ids=["numbers", "objects"])
+def test_a_million_problems_take_no_time(entry: Any) -> None:
+    text = json.dumps(sound() | {"blocks": [entry] * 1_000_000})
+    started = time.perf_counter()
+    assert refusal(text).startswith("100 problems")
+    assert time.perf_counter() - started < 5
 
 
 @given(

@@ -44,6 +44,16 @@ def test_a_good_folder_is_read(folder):
     assert {len(group.tasks) for block in manifest.blocks for group in block.groups} == {1, 2}
 
 
+@pytest.mark.parametrize("field", ["blocks", "tasks"])
+def test_of_many_problems_a_hundred_are_listed(field, folder):
+    name = f"{'x' * 200}\n"
+    entry = {"name": name, "groups": []} if field == "blocks" else None
+    edit(folder, lambda c: c[field].extend([entry or {**c["tasks"][0], "name": name}] * 3_000))
+    with pytest.raises(CheckpointError) as refused:
+        open_manifest(folder)
+    assert len(refused.value.problems) == 100
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
