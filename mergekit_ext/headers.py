@@ -17,18 +17,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mergekit_ext import pickles
+from mergekit_ext.dtypes import BITS, dtype_name
 from mergekit_ext.paths import is_file
 
-# Bits of one element, for every dtype of the format.
-BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
 # The format's own limit, which keeps a hostile length from filling the memory.
 _LARGEST_HEADER = 100_000_000
 _LARGEST_INDEX = 64 << 20  # some 10 MB are 100,000 tensors
@@ -179,17 +170,6 @@ def read_pickle(path: Path) -> dict[str, TensorHeader]:
         for name, value in state.items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def dtype_name(dtype: Any) -> str:
-    """The format's name of a torch dtype; torch's own name when it has none."""
-    name = str(dtype).removeprefix("torch.")
-    known = {"bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"}
-    if name in known:
-        return known[name]
-    if name.startswith("float8_"):
-        return "F8_" + name.removeprefix("float8_").upper().replace("E4M3FN", "E4M3")
-    return name.replace("uint", "U").replace("int", "I").replace("float", "F")
 
 
 def read_index(path: Path) -> dict[str, str]:

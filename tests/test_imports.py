@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
 ANY = {
     "budget",
     "documents",
+    "dtypes",
     "errors",
     "events",
     "headers",
@@ -39,14 +40,15 @@ ANY = {
 ALLOWED = {
     "budget": set(),
     "documents": {"errors"},
+    "dtypes": set(),
     "errors": set(),
-    "events": {"hooks"},
-    "headers": {"paths", "pickles"},
+    "events": {"errors", "hooks"},
+    "headers": {"dtypes", "paths", "pickles"},
     "hooks": set(),
     "journal": set(),
     "paths": set(),
     "pickles": set(),
-    "planned": {"headers"},
+    "planned": {"dtypes"},
     "launch": {"errors", "processes", "ranks"},
     "interrupts": set(),
     "memory": {"budget", "errors"},
@@ -71,6 +73,7 @@ ALLOWED = {
     },
     "host": {
         "documents",
+        "dtypes",
         "headers",
         "journal",
         "interrupts",
@@ -92,9 +95,12 @@ ALLOWED = {
     # host and peft_merge inside of functions: see tests/callbacks/test_protocol.py.
     "callbacks": {
         "callbacks",
+        "dtypes",
         "errors",
         "events",
+        "headers",
         "hooks",
+        "paths",
         "rooms",
         "scores",
         "kernels",
@@ -112,6 +118,7 @@ ADAPTERS = PACKAGE.parent / "peft_merge"
 SHARED = {
     "budget",
     "documents",
+    "dtypes",
     "kernels",
     "errors",
     "events",

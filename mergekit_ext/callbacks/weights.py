@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mergekit_ext.dtypes import PACKED
 from mergekit_ext.errors import ConfigError, NonFiniteError, Problem
+from mergekit_ext.headers import HeaderError, read_safetensors
 from mergekit_ext.kernels.numerics import count_non_finite
 
 CONFIG = "adapter_config.json"
@@ -39,15 +41,20 @@ class Weights:
 
 
 class FileTensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files, read when they are asked for."""
+    """The tensors of safetensors files, read when they are asked for.
+
+    Raises:
+        HeaderError: a file, or a dtype in it, cannot be read.
+    """
 
     def __init__(self, files: list[Path]):
-        from safetensors import safe_open
-
         self._files: dict[str, Path] = {}
         for file in files:
-            with safe_open(file, "pt") as opened:
-                self._files.update(dict.fromkeys(opened.keys(), file))
+            headers = read_safetensors(file)
+            if packed := [h for h in headers.values() if h.dtype in PACKED]:
+                found = f"{packed[0].dtype} in {packed[0].name}"
+                raise HeaderError(str(file), found, "a dtype that can be converted")
+            self._files.update(dict.fromkeys(headers, file))
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import CheckpointError, Problem
 from mergekit_ext.flexmerge.manifest import ShardFile
 from mergekit_ext.headers import HeaderError, TensorHeader, read_safetensors
 
@@ -86,8 +86,17 @@ class StoredFile:
             )
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU; its storage is the mapped file."""
-        return self._open.get_tensor(name)
+        """One tensor, on the CPU; its storage is the mapped file.
+
+        Raises:
+            CheckpointError: it is of a dtype that torch does not have.
+        """
+        try:
+            tensor: Tensor = self._open.get_tensor(name)
+        except SafetensorError as error:
+            problem = Problem(f"{self.file.path}: {name}", str(error), "a dtype that torch has")
+            raise CheckpointError([problem], str(self.path)) from None
+        return tensor
 
 
 def regular_file(root: Path, path: str, where: str) -> Path:

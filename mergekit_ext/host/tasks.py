@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_ext import ranks
+from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.nan_method import NanMethod
+from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
 
 
@@ -31,11 +34,20 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor | None:
+        """See mergekit's.
+
+        Raises:
+            MergeError: tensors without a mean, which are copied, differ.
+        """
         ranks.current().check()
         started = time.perf_counter()
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         with seeded(derived(self.seed, self.output_weight.name), device):
-            merged: torch.Tensor | None = super().execute(tensors)
+            try:
+                merged: torch.Tensor | None = super().execute(tensors)
+            except ValueError:
+                _require_same_copied(self.output_weight.name, tensors)
+                raise
         session = sessions.current()
         if session is not None:
             name = self.output_weight.name
@@ -43,6 +55,23 @@ class MergeTensorTask(ExecuteMergeMethodTask):
             seconds = time.perf_counter() - started
             session.emit(TensorMerged(name, shape, session.details(name), seconds))
         return merged
+
+
+def _require_same_copied(name: str, tensors: Mapping[ModelReference, torch.Tensor]) -> None:
+    """Refuse what mergekit stops at with an error of its own, without saying in which models."""
+    (first, start), *others = tensors.items()
+    if all(tensor.is_floating_point() for tensor in tensors.values()):
+        return
+    for model, tensor in tensors.items():
+        if tensor.is_complex() and (count := count_non_finite(tensor)):
+            raise NonFiniteError(name, str(model), count, tensor.numel())
+    for model, tensor in others:
+        if tensor.dtype != start.dtype or not torch.equal(tensor, start):
+            raise MergeError(
+                f"{printable(name)}: found different values of {start.dtype} in {first} and "
+                f"{model}; expected the same ones, because they have no mean and are copied. Save "
+                "the models with the same values, or take one out of the merge."
+            )
 
 
 class MeasureTensorTask(Task[dict[str, float]]):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mergekit_ext import pickles
+from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.errors import NonFiniteError, Problem
 from mergekit_ext.headers import (
     HeaderError,
     TensorHeader,
-    dtype_name,
     read_pickle,
     read_safetensors,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 
@@ -11,6 +12,7 @@ import torch
 
 from mergekit_ext.callbacks import MergeCheckpoints
 from mergekit_ext.errors import ConfigError
+from tests.attacks.weights import joined
 from tests.callbacks.small import llama, mean, same, spread, train
 
 
@@ -95,3 +97,19 @@ def test_models_that_are_saved_under_other_names_are_loaded_too(tmp_path):
     with pytest.raises(ConfigError, match="no weights for"):
         live.merge().save(tmp_path / "other", llama())
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+def test_a_pipe_is_no_checkpoint(name, tmp_path):
+    """Opening one would wait for its other end."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        MergeCheckpoints("linear", on="save").on_save(1, tmp_path)
+
+
+def test_dtypes_that_cannot_be_converted_are_no_checkpoint(tmp_path):
+    entry = {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}
+    (tmp_path / "model.safetensors").write_bytes(joined({"w": entry}, bytes(1)))
+    with pytest.raises(ConfigError, match="F4 in w"):
+        MergeCheckpoints("linear", on="save").on_save(1, tmp_path)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.headers import TensorHeader, dtype_name
+from mergekit_ext.headers import TensorHeader
 
 State = Mapping[str, Tensor]
 

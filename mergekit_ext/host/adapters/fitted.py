@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.headers import TensorHeader, dtype_name
+from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.adapters.class_names import class_names
 from mergekit_ext.host.adapters.switch import VARIABLE
 from mergekit_ext.host.adapters.ties import tied_names

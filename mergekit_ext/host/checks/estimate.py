@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_ext.headers import BITS, TensorHeader, dtype_name
+from mergekit_ext.dtypes import BITS, dtype_name
+from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of

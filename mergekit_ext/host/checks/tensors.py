@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergekit_ext.dtypes import NARROW, PACKED
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
@@ -35,8 +36,23 @@ def check_tensors(
             )
             shapes.setdefault((resizable, listed), []).append(tensor.planned.weight.name)
     _report_shapes(shapes, findings)
-    if config.dtype is None:  # otherwise everything is converted on loading
+    _check_packed(located, findings)
+    if config.dtype is None:  # otherwise everything else is converted on loading
         _check_dtypes(located, findings)
+
+
+def _check_packed(located: Sequence[FoundTensor], findings: Findings) -> None:
+    packed: dict[str, list[str]] = {}
+    for tensor in located:
+        for dtype in sorted({h.dtype for h in tensor.found.values() if h is not None} & PACKED):
+            packed.setdefault(dtype, []).append(tensor.planned.weight.name)
+    for dtype, names in packed.items():
+        findings.problem(
+            tensors_at(names),
+            f"{dtype}, which cannot be converted",
+            "a dtype of 8 bits at least",
+            "Give the models before quantisation.",
+        )
 
 
 def _check_dtypes(located: Sequence[FoundTensor], findings: Findings) -> None:
@@ -51,9 +67,8 @@ def _check_dtypes(located: Sequence[FoundTensor], findings: Findings) -> None:
             integers.setdefault(listed, []).append(name)
         elif len(dtypes) > 1:
             mixed |= dtypes
-        for dtype in sorted(dtypes):
-            if dtype.startswith(("F8", "F6", "F4")):
-                eights.setdefault(dtype, []).append(name)
+        for dtype in sorted(dtypes & (NARROW - PACKED)):
+            eights.setdefault(dtype, []).append(name)
     for listed, names in integers.items():
         findings.problem(
             tensors_at(names),
@@ -68,7 +83,7 @@ def _check_dtypes(located: Sequence[FoundTensor], findings: Findings) -> None:
             "a dtype to merge in",
             "Add `dtype: bfloat16`, or give the models before quantisation.",
         )
-    if mixed and not eights:
+    if mixed and not mixed & NARROW:
         findings.note(
             f"The inputs have different dtypes ({', '.join(sorted(mixed))}) and are merged in the "
             "widest; `dtype:` fixes it."

@@ -33,7 +33,11 @@ from mergekit_ext.host.flexmerge.checks import (
 )
 from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
-from mergekit_ext.host.flexmerge.presence import check_missing, note_unshared
+from mergekit_ext.host.flexmerge.presence import (
+    check_missing,
+    check_readable,
+    note_unshared,
+)
 from mergekit_ext.host.lore_method import layout_of
 
 DEFAULT_SEED = 0
@@ -127,6 +131,7 @@ def _prepare(
     if renaming is not None:
         findings.note(f"{renaming} ({config.base_model}).")
     first, *others = complete_ties([named_as(stored[0], renaming), *stored[1:]], naming)
+    check_readable(others, models, findings)
     layout = make_layout(tasks, first, others, naming)
     if not any(block.size for block in layout.blocks):
         findings.problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from mergekit_ext.dtypes import PACKED
 from mergekit_ext.flexmerge.layout import Layout, Naming
 from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.models import ModelFacts
@@ -43,6 +44,22 @@ def check_missing(
                 "the tensors that the base and all other models have",
                 "Save that model again as a whole; `from_pretrained` would initialise what is "
                 "missing at random.",
+            )
+
+
+def check_readable(
+    models: Sequence[Headers], facts: Sequence[ModelFacts], findings: Findings
+) -> None:
+    """Report tensors that could be copied, but that nobody could load from the output."""
+    for model, fact in zip(models, facts, strict=True):
+        packed = [name for name, header in model.items() if header.dtype in PACKED]
+        if packed:
+            dtypes = sorted({model[name].dtype for name in packed})
+            findings.problem(
+                fact.where,
+                f"{fact.reference} with {listing(packed)} in {', '.join(dtypes)}",
+                "dtypes of 8 bits at least",
+                "Give the model before quantisation.",
             )
 
 
