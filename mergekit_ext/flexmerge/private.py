@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mergekit_ext.flexmerge.finite import EIGHT_BITS, require_finite
+from mergekit_ext.flexmerge.finite import COPIED, require_finite
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.headers import TensorHeader
@@ -17,7 +17,7 @@ def stored_private(reader: BlockReader, task: int, header: TensorHeader) -> Tens
         NonFiniteError: they hold NaN or infinity.
     """
     stored = reader.read_stored(task, header.name)
-    dtype = (FLOATING | EIGHT_BITS).get(header.dtype)
+    dtype = (FLOATING | COPIED).get(header.dtype)
     if dtype is not None:
         require_finite(stored.view(dtype), header.name, reader.layout.tasks[task])
     return stored

@@ -12,6 +12,14 @@ from tests.flexmerge.inputs import family, reader
 from tests.flexmerge.test_writer import algorithm_for, write
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
+# Of the rest those with a NaN; some have no infinity.
+NAN_ONLY = [
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e8m0fnu,
+    torch.float8_e5m2fnuz,
+    torch.float8_e4m3fnuz,
+]
 
 
 def with_heads(value: float, dtype: torch.dtype):
@@ -33,6 +41,14 @@ def test_what_is_not_finite_is_named(value, dtype, tmp_path):
     assert (found.tensor, found.model, found.count, found.size) == ("head.weight", "task1", 2, 3)
     with pytest.raises(NonFiniteError, match=r"head\.weight of model task1"):
         Walk(reader(base, models), algorithm_for("average", 2))
+
+
+@pytest.mark.parametrize("dtype", NAN_ONLY)
+def test_nan_of_other_dtypes_is_named(dtype, tmp_path):
+    base, models = with_heads(float("nan"), dtype)
+    with pytest.raises(NonFiniteError, match=r"head\.weight of model task1: found 2 non-finite"):
+        write(tmp_path / "nan", base, models, 1)
+    write(tmp_path / "one", *with_heads(1.0, dtype), 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
