@@ -89,7 +89,7 @@ class NonFiniteError(MergekitExtError, ValueError):
         self.tensor, self.model, self.count, self.size = tensor, model, count, size
         values = "values" if count != 1 else "value"
         super().__init__(
-            f"{printable(tensor)} of model {model}: found {count} non-finite {values} "
+            f"{printable(tensor)} of model {printable(model)}: found {count} non-finite {values} "
             f"among {size}; expected finite weights. Check that checkpoint (a diverged training "
             "run or a float16 overflow leaves such values) or take it out of the merge."
         )

@@ -20,7 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+from mergekit_ext.errors import printable
 from mergekit_ext.hooks import require_hooks
+
+_LONGEST_NAME = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +233,8 @@ class ProgressBar(MergeCallback):
     def on_solver_iteration(self, event: SolverIteration) -> None:
         # tqdm redraws at its own pace: a solver may report a thousand times a second.
         bar = self._merging()
-        bar.set_postfix_str(f"{event.tensor}: iteration {event.iteration}", refresh=False)
+        shown = printable(event.tensor, _LONGEST_NAME)
+        bar.set_postfix_str(f"{shown}: iteration {event.iteration}", refresh=False)
         bar.update(0)
 
     def on_tensor_merged(self, event: TensorMerged) -> None:

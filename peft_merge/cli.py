@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # As for click's own usage errors: the input is at fault.
 EXIT_PROBLEMS = 2
+_LONGEST_WARNING = 10_000
 
 
 @click.command()
@@ -116,4 +117,6 @@ def _rank(text: str | None) -> Any:
 
 
 def _show(message: Any, *_: Any, **__: Any) -> None:
-    print(f"Warning: {message}", file=sys.stderr)
+    from mergekit_ext.errors import printable
+
+    print(f"Warning: {printable(str(message), _LONGEST_WARNING)}", file=sys.stderr)

@@ -99,7 +99,7 @@ def _as_json(name: str | None, report: CheckReport) -> dict[str, Any]:
 
 
 def _as_text(name: str | None, report: CheckReport) -> str:
-    lines = [f"{name}:"] if name is not None else []
+    lines = [f"{printable(name)}:"] if name is not None else []
     count = len(report.problems)
     if count:
         lines.append(f"{count} problem{'s' if count != 1 else ''}:")

@@ -115,10 +115,11 @@ def _function(name: str | None) -> Callable[..., Any] | None:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # the module is the user's: anything may come
+        name = f"{name} ({type(error).__name__}: {error})"
         expected = "MODULE:FUNCTION, which can be imported from here"
         remedy = "Run the command in the folder of the module, or name that folder in PYTHONPATH."
-        raise ConfigError([Problem("--evaluate", f"{name} ({error})", expected, remedy)]) from None
+        raise ConfigError([Problem("--evaluate", name, expected, remedy)]) from None
     if not takes(function, "model", "task"):
         raise ConfigError([Problem("--evaluate", name, "a function of a module and a task")])
     found: Callable[..., Any] = function

@@ -18,7 +18,13 @@ from pydantic import ValidationError
 
 from mergekit_ext import pickles, ranks
 from mergekit_ext.documents import DocumentError, read, text_of
-from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
+from mergekit_ext.errors import (
+    ConfigError,
+    MergekitExtError,
+    MergeWarning,
+    Problem,
+    printable,
+)
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters import applies
@@ -37,6 +43,7 @@ from mergekit_ext.interrupts import prompt
 from mergekit_ext.launch import launched_size, require_one
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
+_LONGEST_WARNING = 10_000
 
 
 class CommandError(click.ClickException):
@@ -221,7 +228,7 @@ def for_commands(*, shared: bool = False) -> Iterator[None]:
 
     def show(message: Any, category: Any, *rest: Any, **options: Any) -> None:
         if issubclass(category, MergeWarning):
-            click.echo(f"Warning: {message}", err=True)
+            click.echo(f"Warning: {printable(str(message), _LONGEST_WARNING)}", err=True)
         else:
             shown(message, category, *rest, **options)
 

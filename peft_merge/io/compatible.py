@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mergekit_ext.errors import MergeWarning, Problem
+from mergekit_ext.errors import MergeWarning, Problem, printable
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo
 from peft_merge.io import names, whole
 
@@ -51,7 +51,7 @@ def different_bases(adapters: Sequence[Adapter]) -> DifferentBasesWarning | None
     }
     if len(bases) <= 1:
         return None
-    named = ", ".join(f"{base} ({name})" for base, name in bases.items())
+    named = ", ".join(f"{printable(base)} ({printable(name)})" for base, name in bases.items())
     return DifferentBasesWarning(
         f"The adapters name different base models: {named}. Their merge only makes sense if these "
         "are copies of one model."

@@ -144,6 +144,24 @@ def test_wrong_evaluations(configuration: Path, here: Path, name: str, message: 
     assert not (here / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import no_such_module_at_all", "ModuleNotFoundError: No module"),
+    ],
+    ids=["syntax", "raises", "exits", "imports"],
+)
+def test_modules_that_cannot_be_imported(
+    configuration: Path, here: Path, text: str, message: str
+) -> None:
+    (here / "broken_module_of_a_test.py").write_text(text)
+    assert_refused(run(configuration, "out", "--evaluate", "broken_module_of_a_test:f"), message)
+    assert not (here / "out").exists()
+
+
 def test_the_users_own_error_has_its_traceback(configuration: Path, here: Path) -> None:
     result = run(configuration, "out", "--evaluate", "scores_of_a_test:explode")
     assert result.exit_code == 1
