@@ -113,10 +113,12 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor
     if not weights.name.endswith(".index.json"):
         return read_file(weights, allow_pickle=allow_pickle)
     wanted = read_index(weights)
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in wanted.items():
+        shards.setdefault(shard, []).append(tensor)
     found: dict[str, TensorHeader] = {}
-    for shard in sorted(set(wanted.values())):
+    for shard, listed in sorted(shards.items()):
         tensors = read_file(folder / shard, allow_pickle=allow_pickle)
-        listed = [tensor for tensor, file in wanted.items() if file == shard]
         missing = [tensor for tensor in listed if tensor not in tensors]
         if missing:
             raise HeaderError(
@@ -196,6 +198,9 @@ def read_index(path: Path) -> dict[str, str]:
                 "file names inside of it",
                 "Do not use this model unless you know who wrote the index.",
             )
+        if posix.as_posix() != shard:  # each way to write one file would have it read again
+            expected = f"the file's name alone, {posix.as_posix()!r}"
+            raise HeaderError(str(path), f"the shard {shard!r}", expected)
         if not is_file(path.parent / shard):
             raise HeaderError(
                 str(path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def test_an_index(shard, inputs, refused):
     index = {"weight_map": {"lm_head.weight": shard}}
     (inputs / "tuned1" / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(merge_nan, inputs)
+
+
+@pytest.mark.parametrize(
+    "shard", ["./model.safetensors", ".//model.safetensors", "model.safetensors/"], ids=ascii
+)
+def test_a_shard_written_in_another_way(shard, inputs, refused):
+    index = {"weight_map": {"lm_head.weight": shard}}
+    (inputs / "tuned1" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "name alone" in refused(merge_nan, inputs)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +163,8 @@ _LINES = [
 @pytest.mark.parametrize("line", _LINES, ids=lambda line: ascii(line[:20]))
 def test_a_broken_journal_counts_for_nothing(line, tmp_path):
     """Or rather its broken lines: what they would say is made again."""
-    good = b'["tensor","a",1]\n'
-    (tmp_path / "journal-0.jsonl").write_bytes(good + line + b"\n" + good.replace(b"a", b"b"))
+    lines = [b'["tensor","a",1]', line, b'["tensor","b",1]']
+    text = b"".join(b"%08x %s\n" % (zlib.crc32(content), content) for content in lines)
+    (tmp_path / "journal-0.lines").write_bytes(text)
     journal = Journal(tmp_path)
     assert {("tensor", "a"), ("tensor", "b")} == set(journal.finished)
