@@ -24,7 +24,7 @@ def require_finite(tensor: Tensor, name: str, task: str) -> None:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return
     wide = tensor.float() if tensor.dtype in EIGHT_BITS.values() else tensor
-    if not all_finite(wide):
+    if not all_finite(torch.view_as_real(wide) if wide.is_complex() else wide):
         raise NonFiniteError(name, task, count_non_finite(wide), wide.numel())
 
 

@@ -33,6 +33,19 @@ def filled(value: float, count: int = 3, dtype: torch.dtype = torch.float32) -> 
     return [{NAME: torch.full((6, 5), value, dtype=dtype)} for _ in range(count)]
 
 
+def with_zeros(state: State) -> State:
+    """The same with zeros of both signs in it."""
+    tensor = state[NAME].clone()
+    tensor.reshape(-1)[:6] = torch.tensor([-0.0, -0.0, -0.0, 0.0, 0.0, 0.0])
+    return {NAME: tensor}
+
+
+def same_but_negative_zeros(found: Tensor, wanted: Tensor) -> bool:
+    """Whether tensors are the same bit by bit, once -0.0 is 0.0 in `wanted`."""
+    plain = torch.where(wanted == 0, torch.zeros_like(wanted), wanted)
+    return torch.equal(found, plain) and torch.equal(found.signbit(), plain.signbit())
+
+
 def spoilt(state: State, value: float) -> State:
     tensor = state[NAME].clone()
     tensor.reshape(-1)[3] = value

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.graph import Executor
 from mergekit.options import MergeOptions
-from safetensors.torch import save_file
+from mergekit.scripts import merge_raw_pytorch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergekit_ext
@@ -42,6 +44,21 @@ def host(name: str, models: Sequence[State], base: State | None = None, **more: 
     """The merged tensors of a method of mergekit-yaml."""
     named = {f"model{index}": model for index, model in enumerate(models)}
     return state_dicts.merge(name, named, base, {**HOST[name], **more})
+
+
+def host_files(folder: Path, name: str, models: Sequence[State], base: State) -> State:
+    """The same of files, as mergekit-pytorch merges them."""
+    folder.mkdir()
+    paths = [folder / f"m{index}.safetensors" for index in range(len(models) + 1)]
+    for path, state in zip(paths, [base, *models], strict=True):
+        save_file(dict(state), path, {"format": "pt"})
+    content = config(name, paths[1:], paths[0], HOST[name])
+    asked = merge_raw_pytorch.RawPyTorchMergeConfig.model_validate(content)
+    out, options = folder / "out", MergeOptions(quiet=True)
+    plan = merge_raw_pytorch.plan_flat_merge(asked, str(out), False, False, options)
+    Executor(plan).execute()
+    (file,) = out.glob("*.safetensors")
+    return load_file(file)
 
 
 def flexmerge(

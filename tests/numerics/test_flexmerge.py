@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from mergekit_ext.errors import MergekitExtError, NonFiniteError
-from tests.numerics.inputs import NAME, filled, spoilt, tuned
+from tests.numerics.inputs import (
+    NAME,
+    filled,
+    same_but_negative_zeros,
+    spoilt,
+    tuned,
+    with_zeros,
+)
 from tests.numerics.models import FLEXMERGE, flexmerge
 
 each = pytest.mark.parametrize("name", FLEXMERGE)
@@ -50,8 +57,9 @@ def test_zeros(name, tmp_path):
 @each
 def test_models_equal_to_the_base(name, tmp_path):
     base, models = tuned()
+    base = with_zeros(base)
     for tensor in merged(tmp_path / "all", name, [base] * 3, base):
-        assert torch.equal(tensor, base[NAME])
+        assert same_but_negative_zeros(tensor, base[NAME])
     assert all_finite(merged(tmp_path / "one", name, [base, *models[1:]], base))
 
 
@@ -102,15 +110,23 @@ def test_thin_matrices_and_scalars(name, shape, tmp_path):
 
 
 @each
-def test_empty_tensors_and_integers(name, tmp_path):
+def test_tensors_that_are_not_merged(name, tmp_path):
     """They are in the output as they are; alone they are nothing that can be merged."""
     base, models = tuned()
-    places = torch.arange(4)
-    more = {"none": torch.zeros(0, 4), "places": places}
+    more = {
+        "none": torch.zeros(0, 4),
+        "places": torch.arange(4),
+        "complex": torch.tensor([1 + 2j]),
+        "scales": torch.ones(4).to(torch.float8_e8m0fnu),
+    }
     whole = [{**model, **more} for model in models]
     for state in flexmerge(tmp_path / "some", name, whole, {**base, **more}):
-        assert state["none"].shape == (0, 4)
-        assert torch.equal(state["places"], places)
+        for key, tensor in more.items():
+            assert state[key].dtype == tensor.dtype and torch.equal(state[key], tensor)
+    for key in ("complex", "scales"):
+        bad = {key: torch.full(more[key].shape, math.nan).to(more[key].dtype)}
+        with pytest.raises(NonFiniteError, match=f"{key} of model"):
+            flexmerge(tmp_path / key, name, [{**model, **bad} for model in whole], base)
     with pytest.raises(MergekitExtError, match="no tensor"):
         flexmerge(tmp_path / "alone", name, [more] * 3, more)
 
