@@ -16,6 +16,9 @@ FILE_NAME = "config.json"
 _LARGEST = 64 << 20
 _COUNT = re.compile(r"(^|_)(num|n)(_.*)?(layer|expert|head|block|label|group)|_layers$|^layers$")
 _MOST = 100_000
+# Every tensor of every layer is named: several times what the largest models have.
+_LAYERS, _MOST_LAYERS = re.compile("layer|block"), 2_000
+_EXPERTS, _MOST_OF_BOTH = re.compile("expert"), 100_000
 
 
 def unreadable(folder: Path) -> tuple[str, str] | None:
@@ -30,10 +33,23 @@ def unreadable(folder: Path) -> tuple[str, str] | None:
         return f"{path}, which is not JSON ({error})", "a model's configuration"
     if not isinstance(content, dict):
         return f"{path}, which is no JSON object", "a model's configuration"
+    return _too_many(content, path)
+
+
+def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:
+    layers = experts = 0
     for name, value in _numbers(content):
-        if _COUNT.search(name) and not 0 <= value <= _MOST:
+        if not _COUNT.search(name):
+            continue
+        most = _MOST_LAYERS if _LAYERS.search(name) else _MOST
+        if not 0 <= value <= most:
             shown = str(value) if abs(value) < 2**63 else "more than 64 bits"
-            return f"{name} of {shown} in {path}", f"0 to {_MOST:,}"
+            return f"{name} of {shown} in {path}", f"0 to {most:,}"
+        layers = max(layers, value) if _LAYERS.search(name) else layers
+        experts = max(experts, value) if _EXPERTS.search(name) else experts
+    if layers * experts > _MOST_OF_BOTH:
+        found = f"{layers:,} layers of {experts:,} experts in {path}"
+        return found, f"{_MOST_OF_BOTH:,} experts at most"
     return None
 
 
