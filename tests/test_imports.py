@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
 ANY = {
     "budget",
     "documents",
+    "durable",
     "dtypes",
     "errors",
     "events",
@@ -40,6 +41,7 @@ ANY = {
 ALLOWED = {
     "budget": set(),
     "documents": {"errors"},
+    "durable": set(),
     "dtypes": set(),
     "errors": set(),
     "events": {"errors", "hooks"},
@@ -60,6 +62,7 @@ ALLOWED = {
     "report": {"report", "kernels", "errors", "events"},
     "flexmerge": {
         "budget",
+        "durable",
         "flexmerge",
         "headers",
         "journal",
@@ -73,6 +76,7 @@ ALLOWED = {
     },
     "host": {
         "documents",
+        "durable",
         "dtypes",
         "headers",
         "journal",
@@ -95,6 +99,7 @@ ALLOWED = {
     # host and peft_merge inside of functions: see tests/callbacks/test_protocol.py.
     "callbacks": {
         "callbacks",
+        "durable",
         "dtypes",
         "errors",
         "events",
@@ -118,6 +123,7 @@ ADAPTERS = PACKAGE.parent / "peft_merge"
 SHARED = {
     "budget",
     "documents",
+    "durable",
     "dtypes",
     "kernels",
     "errors",

@@ -54,6 +54,7 @@ class Merged:
             FileExistsError: there is something at `path` already.
         ConfigError: `model` is another one than that which was trained.
         """
+        from mergekit_ext.durable import appear
         from mergekit_ext.rooms import hidden_room
 
         target = Path(path)
@@ -62,7 +63,7 @@ class Merged:
         target.parent.mkdir(parents=True, exist_ok=True)
         with hidden_room(target, target.parent) as room:
             self._fill(room / "merged", model)
-            (room / "merged").rename(target)
+            appear(room / "merged", target)
 
     def _fill(self, folder: Path, model: Any) -> None:
         from mergekit_ext.callbacks.processes import unwrapped

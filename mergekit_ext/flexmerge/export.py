@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergekit_ext.durable import appear
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.stored import RefusedError, regular_file
@@ -152,4 +153,4 @@ def _appearing(target: Path) -> Iterator[Path]:
         yield room
         if target.is_dir():
             target.rmdir()
-        room.rename(target)
+        appear(room, target)

@@ -11,17 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 from mergekit.options import MergeOptions
 
 from mergekit_ext import ranks
-from mergekit_ext.errors import ConfigError, Problem, RankError, StoppedError
+from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, RankError, StoppedError
 from mergekit_ext.events import Dispatcher, JsonLines, MergeEnd, ProgressBar, ShardWritten
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.session import Session
-from mergekit_ext.host.staging import resumable, shards, staged, written_in
+from mergekit_ext.host.staging import by_machine, resumable, shards, staged, written_in
 from mergekit_ext.journal import Journal
 from mergekit_ext.report.card import append_section
 from mergekit_ext.report.merge_report import write_report
@@ -138,7 +137,9 @@ def _folder(
         if not error.resumable or _KEPT in error.reason:
             raise
         raise RankError(error.rank, f"{error.reason}. {_left(session)}") from None
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if isinstance(error, MergekitExtError) or not by_machine(error):
+            raise
         raise StoppedError(f"{_reason(error, session)}. {_left(session)}") from error
 
 

@@ -196,11 +196,17 @@ def _merge(
             parts = whole.identity(parts)
         reports = None if whole else method
         with output(options, out_path, reports, callbacks, source, parts, restart) as folder:
-            if whole:
-                whole.write(prepared, config, folder, options, source)
-            elif session := sessions.current():
-                session.predicted = predicted(located, config)
-                stock(config, os.fspath(folder), quiet, source)
+            try:
+                if whole:
+                    whole.write(prepared, config, folder, options, source)
+                elif session := sessions.current():
+                    session.predicted = predicted(located, config)
+                    stock(config, os.fspath(folder), quiet, source)
+            except Exception as error:
+                if not isinstance(error, MergekitExtError):
+                    # Whatever a library says of files that were written to meanwhile.
+                    require_unchanged(weights, models)
+                raise
             ranks.current().from_main(lambda: require_unchanged(weights, models))
     finally:
         if frozen:

@@ -11,14 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from mergekit_ext import paths
+from mergekit_ext.durable import appear, flush, flush_entries
 from mergekit_ext.errors import MergekitExtError, Problem
 from mergekit_ext.flexmerge.manifest import SHARDS
 from mergekit_ext.rooms import Room, hidden_room, lasting_room, left_bytes
 
 # The files that a merge writes, and no others: a folder may hold more than one model's files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+# What torch raises for accelerators, in the versions that have it.
+_NAMES = ("OutOfMemoryError", "AcceleratorError")
+_DEVICE = tuple(getattr(torch, name) for name in _NAMES if hasattr(torch, name))
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|unable to mmap|CUDA error")
 _INDEX = re.compile(r"(pytorch_)?model\.(safetensors|bin)\.index\.json")
 
 
@@ -121,9 +127,15 @@ def keeps_finished(error: BaseException) -> bool:
     """
     if isinstance(error, MergekitExtError):
         return bool(getattr(error, "resumable", False))
-    return isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) or not isinstance(
-        error, Exception
-    )
+    return by_machine(error) or not isinstance(error, Exception)
+
+
+def by_machine(error: BaseException) -> bool:
+    """Whether an error of a library is about the machine or its files: disk, memory, device."""
+    if isinstance(error, (OSError, MemoryError, SafetensorError, *_DEVICE)):
+        return True
+    # torch has no class of its own for a CPU without memory, nor for a file that is not mapped.
+    return type(error) is RuntimeError and bool(_NO_MEMORY.search(str(error)))
 
 
 def written_in(room: Path, out_path: str | os.PathLike[str]) -> Path:
@@ -144,8 +156,9 @@ def _place(out_path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 def _put(written: Path, target: Path) -> None:
     if not target.exists():
-        written.replace(target)
+        appear(written, target)
         return
+    flush(written)
     old = [path for path in target.iterdir() if _is_output(path.name)]
     # The index first: without it the shards of two models cannot be taken for one.
     for path in sorted(old, key=lambda path: not _INDEX.fullmatch(path.name)):
@@ -156,6 +169,7 @@ def _put(written: Path, target: Path) -> None:
         if destination.is_dir():
             shutil.rmtree(destination)
         path.replace(destination)
+    flush_entries(target)
 
 
 def _place_in_turn(path: Path) -> int:

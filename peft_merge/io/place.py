@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mergekit_ext.durable import appear
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.rooms import hidden_room
 
@@ -72,7 +73,7 @@ def new_folder(place: str | os.PathLike[str], subject: str) -> Iterator[Path]:
             yield folder
             if target.exists():
                 target.rmdir()
-            folder.rename(target)
+            appear(folder, target)
         made.clear()
     except OSError as error:
         named = f": {error.filename}" if error.filename else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,12 +16,14 @@ import torch
 import yaml
 from mergekit.io.tasks import GatherTensors
 from mergekit.options import MergeOptions
+from safetensors import SafetensorError
 
 import mergekit_ext
 from mergekit_ext.errors import MergeError, StoppedError
 from mergekit_ext.events import MergeCallback
 from mergekit_ext.host import run
 from mergekit_ext.host.state_dicts import merge
+from mergekit_ext.journal import Journal
 from mergekit_ext.kernels.seeds import seeded
 from mergekit_ext.planned import Entry
 from tests import models as small
@@ -137,7 +140,7 @@ def test_norms_are_not_measured_again(configs, undisturbed, tmp_path):
 
 def test_what_is_not_as_the_journal_says_is_made_again(configs, undisturbed, tmp_path):
     room = stopped(configs["nan_ties"], tmp_path, Stop(merged=12))
-    journal = room / "journal-0.jsonl"
+    journal = room / "journal-0.lines"
     journal.write_bytes(journal.read_bytes()[:-5])
     shard = (
         room / "out" / "model-00007-of-00007.safetensors"
@@ -152,15 +155,39 @@ def test_what_is_not_as_the_journal_says_is_made_again(configs, undisturbed, tmp
     assert found == undisturbed("nan_ties")
 
 
-WRITTEN_BY_NOBODY = [None, [1, "F32", "x", {}, None], [1, "F32", [-2, 5], -40, None]]
+WRITTEN_BY_NOBODY = {
+    "null": None,
+    "text": [1, "F32", "x", {}, None],
+    "negative": [1, "F32", [-2, 5], -40, None],
+    "a terabyte": [1, "U13", [10**9], 10**12, {}],
+    "flags": [True, "F32", [True], False, None],
+}
 
 
-@pytest.mark.parametrize("value", WRITTEN_BY_NOBODY)
+@pytest.mark.parametrize("value", WRITTEN_BY_NOBODY.values(), ids=WRITTEN_BY_NOBODY)
 def test_lines_that_no_merge_has_written_are_passed_over(configs, undisturbed, tmp_path, value):
     room = stopped(configs["lore"], tmp_path, Stop(merged=3))
-    with (room / "journal-0.jsonl").open("a") as journal:
-        journal.write(json.dumps(["tensor", "model.norm.weight", value]) + "\n")
+    noted(room, ("tensor", "model.norm.weight", value))
     assert merged(configs["lore"], tmp_path)[0] == undisturbed("lore")
+
+
+def test_norms_that_no_merge_has_measured_are_measured_again(configs, undisturbed, tmp_path):
+    room = stopped(configs["nan_ties"], tmp_path, Stop(measured=9))
+    known = {key[1]: norms for key, norms in Journal(room).finished.items() if key[0] == "norms"}
+    names = list(known)
+    strange = [None, "x", {"no model": 1.0}, [1.0], 3]
+    strange += [dict.fromkeys(known[names[0]], value) for value in (None, -1.0, math.inf)]
+    noted(room, *(("norms", name, value) for name, value in zip(names, strange, strict=True)))
+    second = Stop()
+    assert merged(configs["nan_ties"], tmp_path, second)[0] == undisturbed("nan_ties")
+    assert second.seen["measured"] == TENSORS
+
+
+def noted(room, *lines):
+    journal = Journal(room)
+    for line in lines:
+        journal.add(*line)
+    journal.close()
 
 
 def test_another_merge_starts_over(configs, llamas, undisturbed, tmp_path, capsys):
@@ -231,6 +258,54 @@ def test_a_full_disk_loses_nothing(configs, undisturbed, tmp_path, monkeypatch, 
     second = Stop()
     assert merged(configs["lore"], tmp_path, second)[0] == undisturbed("lore")
     assert second.seen["merged"] == TENSORS - place
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"
+        ),
+        RuntimeError("unable to mmap 8 bytes from file <a>: Cannot allocate memory (12)"),
+        SafetensorError("Error while deserializing header: header too small"),
+        MemoryError(),
+    ],
+    ids=["allocator", "map", "safetensors", "python"],
+)
+def test_what_libraries_say_of_the_machine_loses_nothing(configs, undisturbed, tmp_path, error):
+    stopped(configs["lore"], tmp_path, Stop(merged=12, error=error), StoppedError)
+    second = Stop()
+    assert merged(configs["lore"], tmp_path, second)[0] == undisturbed("lore")
+    assert second.seen["merged"] == TENSORS - 11  # the last was not written yet
+
+
+def test_an_error_of_no_machine_leaves_nothing(configs, tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"):
+        mergekit_ext.merge(
+            configs["lore"],
+            tmp_path / "out",
+            SHARDED,
+            callbacks=[Stop(merged=3, error=RuntimeError("shapes do not match"))],
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_that_is_downloaded_again_meanwhile(configs, llamas, tmp_path):
+    """Whatever a library says of half a file, the reason is that it was written to."""
+    weights = llamas[1][0] / "model.safetensors"
+    before = weights.read_bytes()
+
+    class Begins(MergeCallback):
+        def on_tensor_merged(self, event):
+            weights.write_bytes(b"\0" * 100)
+            raise SafetensorError("Error while deserializing header")
+
+    try:
+        with pytest.raises(MergeError, match=r"tuned0.model\.safetensors: written to while"):
+            mergekit_ext.merge(configs["lore"], tmp_path / "out", SHARDED, callbacks=[Begins()])
+    finally:
+        weights.write_bytes(before)
+    assert list(tmp_path.iterdir()) == []
 
 
 # One process loads the libraries; each merge is a child of it.
