@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mergekit_ext.callbacks.kinds import Kind, kind_of_model
@@ -27,8 +28,14 @@ class Base:
         return self._settings.base is not None or kind.needs_base
 
     def problems(self, kind: Kind, beginning: bool) -> Iterable[Problem]:
-        """Whether the initial weights are asked for when it is too late to see them."""
-        if self._initial(kind) and self.weights is None and not beginning:
+        """Whether the initial weights cannot be kept, or it is too late to see them."""
+        if self.weights is not None or not self._initial(kind):
+            return
+        if self._place is not None and os.path.lexists(self._place):
+            found = f"{INITIAL}, which another run may have left"
+            remedy = "Choose another folder, delete it, or load the state of that run."
+            yield Problem(f"where: {self._place.parent}", found, "a folder for this run", remedy)
+        if not beginning:
             found = "no initial weights: training had begun"
             remedy = (
                 "Call on_train_begin(0, model) before the first step, give `base=`, or load the "
@@ -48,6 +55,14 @@ class Base:
         require_finite(base.tensors, "base")
         self.weights = self._stored(base) if self._initial(kind) else base
 
+    def clear(self) -> None:
+        """Forget the weights, for a training that begins anew."""
+        place, given = self._place, self._settings.base not in (None, INITIAL)
+        own = self.weights is not None and self.weights.folder == place
+        if place is not None and own and not given:
+            shutil.rmtree(place, ignore_errors=True)
+        self.weights = None
+
     def state(self) -> dict[str, Any] | None:
         """Initial weights: the path, or tensors; None for others, which are given again."""
         if self.weights is None or self._settings.base not in (None, INITIAL):
@@ -66,17 +81,21 @@ class Base:
             return self.weights
         return read(state["path"].text()) if "path" in state.fields() else unpacked(state)
 
+    @property
+    def _place(self) -> Path | None:
+        """Where initial weights are kept; None for memory."""
+        folder = self._settings.folder
+        return None if folder is None else folder.resolve() / INITIAL
+
     def _initial(self, kind: Kind) -> bool:
         given = self._settings.base
         return kind.needs_base if given is None else isinstance(given, str) and given == INITIAL
 
     def _stored(self, weights: Weights) -> Weights:
-        if self._settings.folder is None:
+        if self._place is None:
             return copied(weights)
-        place = self._settings.folder.resolve() / INITIAL
-        shutil.rmtree(place, ignore_errors=True)
-        write(weights, place)
-        return read(place)
+        write(weights, self._place)
+        return read(self._place)
 
     def _given(self) -> Weights:
         given = self._settings.base

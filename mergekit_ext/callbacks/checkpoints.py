@@ -136,7 +136,8 @@ class MergeCheckpoints(Callback):
         again = self._kind is not None and step == 0
         if again:
             self._collected.clear()
-            self._base, self._shapes, self._saves = Base(self._settings), None, 0
+            self._base.clear()
+            self._shapes, self._saves = None, 0
         if self._kind is None or again:
             kind = self._kind or kind_of_model(model, self._settings)
             self._prepare(kind, seen(kind, model, step), beginning=step == 0)

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mergekit_ext.callbacks import MergeCheckpoints
 from mergekit_ext.errors import ConfigError, MergekitExtError
@@ -76,6 +77,21 @@ def test_a_run_that_goes_on_elsewhere_leaves_the_snapshots_of_the_first(tmp_path
         second.on_step_end(step, Net())
     assert second.steps == (3, 4)
     assert names(tmp_path / "a") == ["step-00000001", "step-00000002"]
+
+
+def test_a_folder_called_initial_stays_unless_it_is_ours(tmp_path):
+    theirs = tmp_path / "initial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match="initial, which another run may have left"):
+        MergeCheckpoints("ties", where=tmp_path).on_train_begin(0, Net())
+    assert (theirs / "thesis.txt").read_text() == "x"
+    callback = MergeCheckpoints("ties", where=tmp_path / "run")
+    callback.on_train_begin(0, Net())
+    other = Net(seed=1)
+    callback.on_train_begin(0, other)  # begins anew
+    kept = load_file(tmp_path / "run" / "initial" / "model.safetensors")
+    assert torch.equal(kept["first.weight"], other.first.weight)
 
 
 FOLDER, MEMORY, MEAN = "folder", "memory", "mean"
