@@ -71,7 +71,7 @@ def test_mergekit_yaml(text, tmp_path, refused):
     ("value", "said"),
     [
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
-        ({"num_hidden_layers": 2_001}, "num_hidden_layers"),
+        ({"num_hidden_layers": 1_001}, "num_hidden_layers"),
         ({"num_hidden_layers": 1_000, "num_local_experts": 101}, "101 experts"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
         ({"num_hidden_layers": "two"}, "config.json"),

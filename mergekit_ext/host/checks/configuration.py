@@ -17,7 +17,7 @@ _LARGEST = 64 << 20
 _COUNT = re.compile(r"(^|_)(num|n)(_.*)?(layer|expert|head|block|label|group)|_layers$|^layers$")
 _MOST = 100_000
 # Every tensor of every layer is named: several times what the largest models have.
-_LAYERS, _MOST_LAYERS = re.compile("layer|block"), 2_000
+_LAYERS, _MOST_LAYERS = re.compile("layer|block"), 1_000
 _EXPERTS, _MOST_OF_BOTH = re.compile("expert"), 100_000
 
 

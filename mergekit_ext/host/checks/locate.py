@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,10 @@ from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing
 from mergekit_ext.host.checks.survey import PlannedTensor
+
+# With so many tensors of a model missing, whether others can be made of what is stored, a
+# question to all of its names, changes nothing any more.
+_ENOUGH_MISSING = 100
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class FoundTensor:
 def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) -> list[FoundTensor]:
     """Find each planned tensor in its inputs, as mergekit will. Leaves out what it would skip."""
     result = []
+    lacking: Counter[Any] = Counter()  # tensors without which no model is merged
     for tensor in planned:
         # mergekit leaves an optional weight out unless one input has its name or an alias.
         if tensor.weight.optional and not any(
@@ -48,8 +55,10 @@ def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) ->
         for model, weight in tensor.inputs:
             header = _by_name(facts[model], weight, tied=True)
             known = facts[model].tensors is not None
-            if header is None and known and not _converted(facts[model], weight):
+            hopeless = not weight.optional and lacking[model] >= _ENOUGH_MISSING
+            if header is None and known and (hopeless or not _converted(facts[model], weight)):
                 missing.append(model)
+                lacking[model] += not weight.optional
             else:
                 found[model] = header
         result.append(FoundTensor(tensor, found, tuple(missing)))
@@ -107,10 +116,16 @@ def _by_name(fact: ModelFacts, weight: Any, *, tied: bool) -> TensorHeader | Non
 
 
 def _has_conversions(fact: ModelFacts) -> bool:
+    kind = getattr(fact.config, "model_type", None)
+    return bool(kind) and _converts(kind)
+
+
+@functools.cache
+def _converts(model_type: str) -> bool:
+    """Asked for every tensor; transformers copies the whole mapping each time."""
     from mergekit.architecture.conversion import get_checkpoint_conversion_mapping
 
-    kind = getattr(fact.config, "model_type", None)
-    return bool(kind and get_checkpoint_conversion_mapping(kind))
+    return bool(get_checkpoint_conversion_mapping(model_type))
 
 
 def _converted(fact: ModelFacts, weight: Any) -> bool:
