@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,8 @@ def readers(folder: Path) -> dict[str, Reader]:
     subject = Subject("0" * 64, ("a", "b"), ("x", "y"))
     analysis = inputs / "analysis" / analysis_file.FILE_NAME
     made = _file(analysis, json.dumps(_analysis(subject)))
-    journal = _file(inputs / "journal" / "journal-0.jsonl", '["tensor","a",{"crc":1}]\n' * 3)
+    journal = inputs / "journal" / "journal-0.lines"
+    _file(journal, 3 * _line(b'["tensor","a",{"crc":1}]').decode())
     return {
         "safetensors": Reader(weights, heads, _weights),
         "index": _json(index, lambda path: read_folder(path.parent)),
@@ -131,7 +133,7 @@ def readers(folder: Path) -> dict[str, Reader]:
             journal,
             st.one_of(
                 mutations.raw(journal.read_bytes()),
-                mutations.documents(["tensor", "a", {"crc": 1}]).map(lambda line: line + b"\n"),
+                mutations.documents(["tensor", "a", {"crc": 1}]).map(_line),
             ),
             lambda path: Journal(path.parent),
         ),
@@ -139,6 +141,11 @@ def readers(folder: Path) -> dict[str, Reader]:
 
 
 _sound: dict[Path, bytes] = {}
+
+
+def _line(content: bytes) -> bytes:
+    """A line of a journal."""
+    return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
 def _file(path: Path, text: str) -> Path:

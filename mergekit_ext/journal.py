@@ -1,19 +1,23 @@
 """Which pieces of an output are finished, so that a killed merge goes on where it was.
 
-Each process appends lines to a file of its own: one JSON object for each piece, written only when
-the piece's bytes are. A line that a kill has cut short does not count.
+Each process appends lines to a file of its own: for each piece the CRC-32 of what follows, in eight
+hexadecimal digits, a space, and a JSON list, written only when the piece's bytes are. A line that a
+kill has cut short, or that the disk has changed, does not count.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_FILES = "journal-*.jsonl"
+_FILES = "journal-*.lines"
+# Bytes before the JSON of a line.
+_SUM = 9
 
 
 class Journal:
@@ -26,7 +30,7 @@ class Journal:
     def __init__(self, folder: Path, rank: int = 0):
         """Read what there is in `folder`; go on in the file of `rank`."""
         self.finished: Mapping[tuple[str, str], Any] = _read(folder)
-        self._path = folder / f"journal-{rank}.jsonl"
+        self._path = folder / f"journal-{rank}.lines"
         self._file: int | None = None
 
     def add(self, kind: str, key: str, value: Any) -> None:
@@ -40,8 +44,8 @@ class Journal:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             _drop_torn_line(self._file)
-        line = json.dumps([kind, key, value], separators=(",", ":")) + "\n"
-        data = line.encode()
+        content = json.dumps([kind, key, value], separators=(",", ":")).encode()
+        data = _sum(content) + content + b"\n"
         done = 0
         while done < len(data):
             done += os.write(self._file, data[done:])
@@ -58,11 +62,15 @@ def _read(folder: Path) -> dict[tuple[str, str], Any]:
     for path in sorted(folder.glob(_FILES)):
         for line in path.read_bytes().split(b"\n")[:-1]:
             # After a power cut there may be anything: what is not noted is made again.
+            content = line[_SUM:]
             with suppress(ValueError, RecursionError):
-                entry = json.loads(line)
-                if _is_entry(entry):
+                if _sum(content) == line[:_SUM] and _is_entry(entry := json.loads(content)):
                     found[entry[0], entry[1]] = entry[2]
     return found
+
+
+def _sum(content: bytes) -> bytes:
+    return b"%08x " % zlib.crc32(content)
 
 
 def _is_entry(value: Any) -> bool:

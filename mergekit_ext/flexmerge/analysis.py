@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +121,7 @@ def trimmed_grams(
     grams = {}
     for block in own_blocks(reader.layout, ranks):
         ranks.check()
-        rows = notes.found("trimmed gram", block.name)
+        rows = notes.found("trimmed gram", block.name, partial(_are_rows, size=len(members)))
         if rows is None:
             gram = Gram(len(members))
             gram.add(trimmed_deltas(reader.read(block), members, algorithm, cuts))
@@ -143,6 +145,16 @@ def gathered(grams: Mapping[str, Tensor], layout: Layout, ranks: Ranks) -> dict[
     return {block.name: found[block.name] for block in layout.blocks}
 
 
+def _are_rows(value: Any, size: int) -> bool:
+    """Whether these are inner products of `size` task vectors, as they are noted."""
+    return (
+        isinstance(value, list)
+        and len(value) == size
+        and all(isinstance(row, list) and len(row) == size for row in value)
+        and all(type(item) is float and math.isfinite(item) for row in value for item in row)
+    )
+
+
 class _Visit:
     """One block in one pass: read if something of it is not noted yet."""
 
@@ -156,10 +168,11 @@ class _Visit:
         Raises:
             NonFiniteError: an input is not finite.
         """
-        rows = self._notes.found("gram", self._block.name)
+        size = len(self._reader.layout.tasks)
+        rows = self._notes.found("gram", self._block.name, partial(_are_rows, size=size))
         if rows is not None:
             return torch.tensor(rows, dtype=torch.float64)
-        gram = Gram(len(self._reader.layout.tasks))
+        gram = Gram(size)
         gram.add(list(self._data.models.values()), self._data.base)
         if not bool(torch.isfinite(gram.value).all()):
             raise_non_finite(self._data, self._reader.layout)
@@ -170,7 +183,7 @@ class _Visit:
         """What `search` counts in this pass. After the first it depends on the densities."""
         told = list(densities) if search.passes else [density < 1 for density in densities]
         key = json.dumps([self._block.name, search.passes, told])
-        found: Counts | None = self._notes.found("counts", key)
+        found: Counts | None = self._notes.found("counts", key, search.takes)
         if found is None:
             found = search.count(self._data)
             self._notes.add("counts", key, found)

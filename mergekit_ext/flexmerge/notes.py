@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mergekit_ext.journal import Journal
@@ -18,11 +19,14 @@ class Notes:
     def __init__(self, journal: Journal | None = None, subject: str = ""):
         self._journal, self._subject = journal, subject
 
-    def found(self, kind: str, key: str) -> Any:
-        """What an earlier run noted; None if it noted nothing, or of another subject."""
+    def found(self, kind: str, key: str, fits: Callable[[Any], bool]) -> Any:
+        """What an earlier run noted; None if it noted nothing that `fits`, or of another subject.
+
+        A journal may hold anything after a power cut.
+        """
         line = self._journal.finished.get((kind, key)) if self._journal is not None else None
         if isinstance(line, list) and len(line) == 2 and line[0] == self._subject:
-            return line[1]
+            return line[1] if fits(line[1]) else None
         return None
 
     def add(self, kind: str, key: str, value: Any) -> None:

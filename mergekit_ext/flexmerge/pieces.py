@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class Pieces:
         layout, order = self._reader.layout, self._order
         entries = list(block_entries(layout, block, groups, order.forced))
         shared = [[list(group.tasks), group.kind] for group in groups]
-        noted = self._notes.found(_BLOCK, block.name)
+        noted = self._notes.found(_BLOCK, block.name, _is_block)
         if noted and noted["groups"] == shared and self._shards.holds(entries, noted["crcs"]):
             return dict(noted["rescale"])
         rescale = write_block(block, groups, self._reader, order, self._shards)
@@ -74,7 +75,7 @@ class Pieces:
 
     def _private(self, task: int, key: Key, entry: Entry) -> None:
         name = f"{self._reader.layout.tasks[task]}/{entry.name}"
-        noted = self._notes.found(_PRIVATE, name)
+        noted = self._notes.found(_PRIVATE, name, _is_piece)
         if noted and self._shards.holds([(key, entry)], noted["crcs"]):
             return
         header = self._reader.layout.private[task]
@@ -89,3 +90,24 @@ class Pieces:
             self._notes.add(kind, key, {**value, "crcs": crcs})
 
         self._shards.done(add)
+
+
+def _is_piece(value: Any) -> bool:
+    """Whether `_note` may have noted it."""
+    sums = value.get("crcs") if isinstance(value, dict) else None
+    return isinstance(sums, list) and all(type(crc) is int for crc in sums)
+
+
+def _is_block(value: Any) -> bool:
+    return _is_piece(value) and _are_pairs(value.get("rescale")) and "groups" in value
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and type(pair[0]) is int
+        and type(pair[1]) is float
+        and math.isfinite(pair[1])
+        for pair in value
+    )

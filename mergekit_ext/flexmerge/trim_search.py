@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,14 @@ class TrimSearch:
             None if search is None else packed(_counted(search, data, member))
             for member, search in enumerate(self._searches)
         ]
+
+    def takes(self, counts: Any) -> bool:
+        """Whether `count` may have found this, and `add` can take it in."""
+        return (
+            isinstance(counts, list)
+            and len(counts) == len(self._searches)
+            and all(isinstance(found, (str, type(None))) for found in counts)
+        )
 
     def add(self, counts: Counts) -> None:
         """Take in what `count` found of a block."""

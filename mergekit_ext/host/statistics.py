@@ -6,11 +6,12 @@ second graph, which has no edges between tensors and so stays as parallel as mer
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from mergekit.common import ImmutableMap, ModelReference
 
@@ -103,7 +104,11 @@ def _norms_of(
     """The norms of each tensor: from the journal, or measured by this process or by another."""
     together, journal = ranks.current(), session.journal
     finished = {} if journal is None else journal.finished
-    found = {key: norms for (kind, key), norms in finished.items() if kind == _LINE}
+    found = {
+        target.tensor: norms
+        for target in targets
+        if _are_norms(norms := finished.get((_LINE, target.tensor)), target.model_order)
+    }
     missing = [target for target in targets if target.tensor not in found]
     session.emit(StatisticsBegin(len(missing)))
     owners = together.share([session.size_of(target.tensor) for target in missing])
@@ -117,6 +122,15 @@ def _norms_of(
         found |= part
     session.relay()
     return found
+
+
+def _are_norms(value: Any, models: Sequence[ModelReference]) -> TypeGuard[dict[str, float]]:
+    """Whether `MeasureTensorTask` may have found it: a disk may hold anything after a power cut."""
+    return (
+        isinstance(value, dict)
+        and value.keys() <= set(map(str, models))
+        and all(type(norm) is float and 0 <= norm < math.inf for norm in value.values())
+    )
 
 
 def _coefficients(norms: Norms) -> dict[str, dict[str, float]]:

@@ -96,8 +96,9 @@ class PlannedWriter:
             if kind == _LINE and name in self._entries and _is_line(value)
         }
         claimed = {
-            name: self._file(Entry(name, dtype, tuple(shape), nbytes))
+            name: file
             for name, (_, dtype, shape, nbytes, _) in lines.items()
+            if self._stands(file := self._file(Entry(name, dtype, tuple(shape), nbytes)))
         }
         if together.is_main:
             weight_files.remove_others(
@@ -105,7 +106,7 @@ class PlannedWriter:
             )
             self._files.create([*self._planned, *claimed.values()])
         together.wait()
-        names = list(lines)
+        names = list(claimed)
         owners = together.share([lines[name][3] for name in names])
         for name, owner in zip(names, owners, strict=True):
             file = claimed[name]
@@ -117,6 +118,12 @@ class PlannedWriter:
             if details is not None:
                 self._session.record(TensorRecord(name, math.prod(shape), details))
         return finished
+
+    def _stands(self, file: PlannedFile) -> bool:
+        """Whether a file is planned, or of a length that an earlier merge has given it."""
+        path = self._folder / file.path
+        planned = file is self._plan.get(file.entries[0].name)
+        return planned or (path.is_file() and path.stat().st_size == file.length)
 
     def _file(self, entry: Entry) -> PlannedFile:
         """The planned file of a tensor, or one of its own if it is not as planned."""
@@ -132,7 +139,7 @@ def _is_line(value: Any) -> bool:
     if not (isinstance(value, list) and len(value) == 5 and isinstance(value[2], list)):
         return False
     crc, dtype, shape, nbytes, details = value
-    sizes = all(isinstance(size, int) and size >= 0 for size in (crc, nbytes, *shape))
+    sizes = all(type(size) is int and size >= 0 for size in (crc, nbytes, *shape))
     return sizes and isinstance(dtype, str) and isinstance(details, (dict, type(None)))
 
 

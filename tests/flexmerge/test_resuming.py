@@ -181,6 +181,23 @@ def test_a_lost_file_and_a_torn_line_cost_what_they_held(undisturbed, tmp_path):
     assert Merge("emr", tmp_path).run() == undisturbed("emr")
 
 
+STRANGE = (None, "x", 3, [], [[1.0]], {}, {"groups": [], "crcs": "x"}, [["a"] * 4] * 4, [7] * 4)
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=range(len(STRANGE)))
+def test_what_no_merge_has_noted_is_made_again(strange, undisturbed, tmp_path):
+    Merge("emr", tmp_path).run()
+    Merge("ties", tmp_path).run()
+    journal = Journal(tmp_path)
+    for kind, key in journal.finished:
+        value = strange
+        if kind == "block" and isinstance(strange, dict):
+            value = {**journal.finished[kind, key][1], "rescale": [[0, "x"]]}
+        journal.add(kind, key, ["inputs", value])
+    journal.close()
+    assert Merge("ties", tmp_path).run() == undisturbed("ties")
+
+
 def test_another_size_takes_the_analysis_and_makes_what_differs(undisturbed, tmp_path):
     Merge("ties", tmp_path).run()
     other = Merge("ties", tmp_path, target=1.4)
@@ -232,7 +249,9 @@ def test_trimmed_products_are_noted_and_shared_out(tmp_path):
     for found in (*together(measured, 2), measured(Ranks())):
         assert list(found) == list(wanted)
         assert all(torch.equal(found[name], gram) for name, gram in wanted.items())
-    lines = [json.loads(x) for p in tmp_path.glob("journal-*") for x in p.read_text().splitlines()]
+    lines = [
+        json.loads(x[9:]) for p in tmp_path.glob("journal-*") for x in p.read_text().splitlines()
+    ]
     assert sorted(key for _, key, _ in lines) == sorted(wanted)
 
 

@@ -224,7 +224,7 @@ def test_after_an_interrupt_another_configuration_takes_what_still_holds(familie
         wanted[name] = listener.heard
     assert wanted["average"] == ["begin", "statistics", "measured"]
     (room,) = (tmp_path / "one").iterdir()
-    lines = [json.loads(line) for line in (room / "journal-0.jsonl").read_text().splitlines()]
+    lines = [json.loads(line[9:]) for line in (room / "journal-0.lines").read_text().splitlines()]
     measured = [key for kind, key, _ in lines if kind == "gram"]
     assert len(measured) == len(set(measured)) > 5
     merged = [key for kind, key, _ in lines if kind == "block"]
