@@ -12,11 +12,12 @@ from typing import Any
 
 from mergekit_ext.errors import MergeError
 from mergekit_ext.host.adapters.switch import VARIABLE as ADAPTERS_VARIABLE
-from mergekit_ext.host.checks.hub import cached_folder
+from mergekit_ext.host.checks.hub import cached_folder, may_be_hub_name
+from mergekit_ext.host.inputs import files_of
 
 # What says how a merge runs and is shown, and nothing about its result.
 _NO_EFFECT = {"quiet", "verbosity", "num_threads", "async_write", "write_threads", "lazy_unpickle"}
-_PACKAGES = ("mergekit-ext", "mergekit", "torch")
+_PACKAGES = ("mergekit-ext", "mergekit", "torch", "transformers", "tokenizers")
 _PROSE = {".md"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
@@ -27,8 +28,8 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
     Args:
         source: the text of the configuration.
         options: mergekit's.
-        models: every model that is read, as mergekit's references. Local ones are known by the
-            length and the time of change of their files, those of the Hub by their commit.
+        models: every model that is read (`models_of`). Local ones are known by the length and the
+            time of change of their files, those of the Hub by their commit.
     """
     given = {k: v for k, v in options.model_dump().items() if k not in _NO_EFFECT}
     # Several processes have devices of one kind.
@@ -50,23 +51,22 @@ def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
     """
     paths = {part.path for model in models for part in (model.model, model.lora) if part}
     return {
-        str(file): (found.st_size, found.st_mtime_ns)
+        str(file): _state(file)
         for folder in map(Path, sorted(paths))
         if folder.is_dir()
-        for file in sorted(folder.iterdir())
-        if file.suffix in _WEIGHTS and file.is_file()
-        for found in [file.stat()]
+        for file in files_of(folder)
+        if file.suffix in _WEIGHTS
     }
 
 
-def require_unchanged(before: Mapping[str, tuple[int, int]], models: Iterable[Any]) -> None:
+def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:
     """Refuse an output of inputs that somebody has written to meanwhile.
 
     Raises:
         MergeError: naming the files that are not as `weights_of` found them.
     """
-    now = weights_of(models)
-    if changed := [path for path, found in before.items() if now.get(path, found) != found]:
+    files = [(Path(path), found) for path, found in before.items()]
+    if changed := [str(file) for file, found in files if file.exists() and _state(file) != found]:
         raise MergeError(
             f"{', '.join(changed)}: written to while it was merged; the output would be of two "
             "versions. Merge again when nobody writes to it."
@@ -77,11 +77,19 @@ def _input(path: str, revision: str, options: Any) -> str:
     folder = Path(path)
     if folder.is_dir():
         # Stories about a model may be rewritten while it is merged.
-        kept = [f for f in folder.iterdir() if f.is_file() and f.suffix not in _PROSE]
-        files = sorted((f.name, f.stat()) for f in kept if not f.name.startswith("."))
-        return _digest([(name, found.st_size, found.st_mtime_ns) for name, found in files])
+        kept = (f for f in files_of(folder) if f.suffix not in _PROSE)
+        files = [(str(f.relative_to(folder)), *_state(f)) for f in kept if f.name[0] != "."]
+        return _digest(files)
+    if not may_be_hub_name(path):  # of a tokenizer: mergekit will say it
+        return ""
     snapshot = cached_folder(path, revision or None, "config.json", options.transformers_cache)
-    return _digest(str(snapshot), revision)
+    # The folder's name is the commit; where the cache lies is of no effect.
+    return _digest(snapshot.name if snapshot is not None else "", revision)
+
+
+def _state(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _digest(*values: Any) -> str:

@@ -34,6 +34,7 @@ from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
+from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
@@ -172,7 +173,7 @@ def _merge(
         else:
             report, located = examine(config, options, config_source)
         config = compat.ordered(config)
-        models = config.referenced_models()
+        merged, models = config.referenced_models(), models_of(config)
         inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
         place = [
             *output_problems(out_path, inputs),
@@ -184,8 +185,8 @@ def _merge(
         # Every process finds the same; the main one says it.
         ranks.current().from_main(lambda: require(problems))
         require(problems)
-        weights = weights_of(models)
-        _warn_of_cache(models, options)
+        weights = weights_of(merged)
+        _warn_of_cache(merged, options)
         source = config_source or config.to_yaml()
         quiet = options.model_copy(update={"quiet": True})
         restart = restart or os.environ.get(RESTART_VARIABLE) == "1"
@@ -205,9 +206,9 @@ def _merge(
             except Exception as error:
                 if not isinstance(error, MergekitExtError):
                     # Whatever a library says of files that were written to meanwhile.
-                    require_unchanged(weights, models)
+                    require_unchanged(weights)
                 raise
-            ranks.current().from_main(lambda: require_unchanged(weights, models))
+            ranks.current().from_main(lambda: require_unchanged(weights))
     finally:
         if frozen:
             gc.unfreeze()
