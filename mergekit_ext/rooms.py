@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +25,12 @@ _IDENTITY = "identity.json"
 _UNKNOWN = ("",)
 _SUFFIX = "-incomplete"
 _LONGEST_NAME = 4096
+# Links are not followed, and nobody is waited for at the other end of a pipe.
+_NO_TRAPS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+_PATIENCE = 5.0  # seconds
+# Of characters: some hundred for each input.
+_LARGEST_IDENTITY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,11 @@ def lasting_room(
             differs = _differences(left, identity)
             if taken is None and not (differs or restart) and left.parent == beside:
                 taken = left, lock
-            else:
-                changed = changed or (() if differs == _UNKNOWN else differs)
-                _remove(left, lock)
+                continue
+            if left.parent != beside:
+                differs = ("a folder at the output's place",)
+            changed = changed or (() if differs == _UNKNOWN else differs)
+            _remove(left, lock)
         room, lock = taken or _new(target, beside)
     try:
         if taken is None:
@@ -109,7 +120,7 @@ def left_bytes(target: Path, beside: Path) -> int:
     """What earlier processes have left takes on the disk; it is gone on with, or removed."""
     return sum(
         getattr(file.lstat(), "st_blocks", 0) * 512
-        for room in beside.glob(f"{glob.escape(_prefix(target))}*{_SUFFIX}")
+        for room in _rooms(target, beside)
         for file in room.rglob("*")
     )
 
@@ -127,34 +138,70 @@ def _prefix(target: Path) -> str:
 
 def _new(target: Path, beside: Path) -> tuple[Path, int]:
     room = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=_SUFFIX, dir=beside))
-    lock = os.open(room / "new", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(room / "new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     _locked(lock)
-    os.write(lock, os.fsencode(target.name))
+    os.write(lock, _way(target, room))
     # Only now: another process that found the file first would take the room for a left one.
     (room / "new").rename(room / _LOCK)
     return room, lock
 
 
+def _way(target: Path, room: Path) -> bytes:
+    """What the lock of a room says of its target; it holds where folders above are renamed."""
+    return os.fsencode(os.path.relpath(target, room.parent))
+
+
+def _rooms(target: Path, place: Path) -> Iterator[Path]:
+    """The rooms in `place` for `target`, whoever holds them."""
+    for room in sorted(place.glob(f"{glob.escape(_prefix(target))}*{_SUFFIX}")):
+        if (lock := _opened(target, room)) is not None:
+            os.close(lock)
+            yield room
+
+
+def _opened(target: Path, room: Path) -> int | None:
+    """The lock of a room; None if it is none of ours, or not for `target`.
+
+    Names are cut in the room's, so the lock has the whole of it. Others may write to the place,
+    too: what they have put there is not followed, waited for or taken.
+    """
+    try:
+        # A room that is so new that it has no lock yet is passed over, too.
+        lock = os.open(room / _LOCK, os.O_RDWR | _NO_TRAPS)
+    except OSError:
+        return None
+    file, folder = os.fstat(lock), room.lstat()
+    kinds = stat.S_ISREG(file.st_mode) and stat.S_ISDIR(folder.st_mode)
+    if (
+        kinds
+        and _is_own(file)
+        and _is_own(folder)
+        and os.read(lock, _LONGEST_NAME) == _way(target, room)
+    ):
+        return lock
+    os.close(lock)
+    return None
+
+
+def _is_own(state: os.stat_result) -> bool:
+    return sys.platform == "win32" or state.st_uid == os.getuid()
+
+
 def _left(target: Path, beside: Path) -> list[tuple[Path, int]]:
-    """The folders of earlier runs that nobody holds, locked."""
-    found = []
+    """The rooms of earlier runs that nobody holds, locked."""
+    found: list[tuple[Path, int]] = []
     for place in sorted({beside, target.parent}):
-        for room in sorted(place.glob(f"{glob.escape(_prefix(target))}*{_SUFFIX}")):
-            try:
-                lock = os.open(room / _LOCK, os.O_RDWR)
-            except OSError:  # somebody else's, or so new that it has no lock yet
+        for room in _rooms(target, place):
+            if (lock := _opened(target, room)) is None:
                 continue
-            # Names are cut in the room's: the lock has the whole of it.
-            if os.read(lock, _LONGEST_NAME) != os.fsencode(target.name):
+            held = _locked(lock) is False
+            if held or not (_locked(lock) and _same(lock, room / _LOCK)):
                 os.close(lock)
-            elif _locked(lock):
-                if _same(lock, room / _LOCK):
-                    found.append((room, lock))
-                else:
-                    os.close(lock)
             else:
-                for _, held in [("", lock), *found]:
-                    os.close(held)
+                found.append((room, lock))
+            if held:
+                for _, other in found:
+                    os.close(other)
                 raise ConfigError([_in_use(target, room)])
     return found
 
@@ -170,15 +217,16 @@ def _in_use(target: Path, room: Path) -> Problem:
 
 @contextmanager
 def _one_at_a_time(beside: Path) -> Iterator[None]:
-    """Inside, no other process looks for rooms in `beside`: of two that start, one is the first."""
-    folder = None
-    if sys.platform != "win32":
-        import fcntl
+    """Inside, no other process looks for rooms in `beside`: of two that start, one is the first.
 
-        with suppress(OSError):  # network file systems may lock files only
-            folder = os.open(beside, os.O_RDONLY)
-            fcntl.flock(folder, fcntl.LOCK_EX)
+    Somebody else may hold the folder for reasons of their own: after some seconds we go on.
+    """
+    folder = os.open(beside, os.O_RDONLY) if sys.platform != "win32" else None
     try:
+        if folder is not None:
+            until = time.monotonic() + _PATIENCE
+            while _locked(folder) is False and time.monotonic() < until:
+                time.sleep(0.02)
         yield
     finally:
         if folder is not None:
@@ -194,28 +242,40 @@ def _same(lock: int, path: Path) -> bool:
 
 
 def _remove(room: Path, lock: int) -> None:
+    """Remove a room, its lock last: what a kill leaves of it is still known, and removed."""
+    for path in room.iterdir() if room.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:  # which `rmtree` would open, and wait at a pipe
+            with suppress(OSError):
+                path.unlink()
+    if sys.platform == "win32":  # where open files are not removed
+        os.close(lock)
     shutil.rmtree(room, ignore_errors=True)
-    os.close(lock)
+    if sys.platform != "win32":
+        os.close(lock)
 
 
 def _differences(room: Path, identity: Mapping[str, str]) -> tuple[str, ...]:
     try:
-        found = json.loads((room / _IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        descriptor = os.open(room / _IDENTITY, os.O_RDONLY | _NO_TRAPS)
+        with os.fdopen(descriptor, encoding="utf-8") as file:
+            found = json.loads(file.read(_LARGEST_IDENTITY))
+    except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):  # of something that cannot go on, or killed at once
         return _UNKNOWN
     return tuple(key for key in {**identity, **found} if found.get(key) != identity.get(key))
 
 
-def _locked(lock: int) -> bool:
-    """Take a lock that ends with the process; False if it is held, or there are none here."""
-    if sys.platform == "win32":  # without such locks what is left stays
-        return False
+def _locked(lock: int) -> bool | None:
+    """Take a lock that ends with the process: False if it is held, None if there are none here."""
+    if sys.platform == "win32":  # what is left stays
+        return None
     import fcntl
 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return False if error.errno in _HELD else None
     return True

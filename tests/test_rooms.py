@@ -135,3 +135,40 @@ def test_other_rooms_are_left_and_ordinary_ones_remove_what_is_left(tmp_path):
     assert is_room(left)
     assert not is_room(tmp_path)
     assert json.loads((left / "identity.json").read_text()) == IDENTITY
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+@pytest.mark.parametrize("name", [".lock", "identity.json"])
+def test_what_is_no_file_of_ours_is_neither_waited_for_nor_followed(tmp_path, name, kind):
+    place = tmp_path / "place"
+    place.mkdir()
+    stopped(place / "out")
+    (room,) = place.iterdir()
+    (room / name).rename(tmp_path / "elsewhere")
+    {
+        "pipe": os.mkfifo,
+        "link": lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        "folder": os.mkdir,
+    }[kind](room / name)
+    with hidden_room(place / "other", place):
+        pass
+    assert not entered(place / "out")[0].taken_over
+    assert (tmp_path / "elsewhere").exists()
+    # Without a lock of ours it is not our room.
+    assert list(place.iterdir()) == ([room] if name == ".lock" else [])
+
+
+def test_a_link_to_a_room_and_rooms_of_others_are_left(tmp_path, monkeypatch):
+    place = tmp_path / "place"
+    place.mkdir()
+    stopped(place / "out")
+    (room,) = place.iterdir()
+    room.rename(tmp_path / "kept")
+    room.symlink_to(tmp_path / "kept")
+    assert not entered(place / "out")[0].taken_over
+    assert (tmp_path / "kept" / "piece").exists()
+    room.unlink()
+    (tmp_path / "kept").rename(room)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert not entered(place / "out")[0].taken_over
+    assert (room / "piece").exists()
