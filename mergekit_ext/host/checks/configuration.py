@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,32 @@ _EXPERTS, _MOST_OF_BOTH = re.compile("expert"), 100_000
 def unreadable(folder: Path) -> tuple[str, str] | None:
     """What keeps a model's config.json from being read: what was found, and what is expected."""
     path = folder / FILE_NAME
+    content, wrong = json_object(path, "a model's configuration", _LARGEST)
+    return wrong or _too_many(content, path)
+
+
+def json_object(
+    path: Path, expected: str, largest: int
+) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """The object in a file of JSON, or what was found in its place and what is expected.
+
+    Args:
+        path: the file.
+        expected: what it should hold, for the message.
+        largest: the most bytes that are read.
+    """
     try:
-        size = path.stat().st_size
-        if size > _LARGEST:
-            return f"{path} of {size:,} bytes", f"{_LARGEST:,} at most"
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for its other end
+            return {}, (f"{path}, which is no file", expected)
+        if state.st_size > largest:
+            return {}, (f"{path} of {state.st_size:,} bytes", f"{largest:,} at most")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        return f"{path}, which is not JSON ({error})", "a model's configuration"
+        return {}, (f"{path}, which is not JSON ({error})", expected)
     if not isinstance(content, dict):
-        return f"{path}, which is no JSON object", "a model's configuration"
-    return _too_many(content, path)
+        return {}, (f"{path}, which is no JSON object", expected)
+    return content, None
 
 
 def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:

@@ -20,6 +20,7 @@ from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings, w
 from mergekit_ext.host.checks.support import nearest, quiet, shown
 from mergekit_ext.host.checks.survey import PlannedTensor, survey
 from mergekit_ext.host.checks.tensors import check_tensors
+from mergekit_ext.host.checks.tokenizers import check_tokenizers
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -118,6 +119,7 @@ def _check(
     config: Any, options: Any, findings: Findings, pending: Collection[str]
 ) -> tuple[Estimate | None, list[FoundTensor]]:
     check_settings(config, options, findings)
+    check_tokenizers(config, options, findings)
     check_multi_gpu(options, findings)
     method = find_method(config.merge_method, findings)
     models = Findings()  # parameters are reported first, but need the tensors' names
