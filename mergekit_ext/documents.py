@@ -16,9 +16,10 @@ import yaml
 
 from mergekit_ext.errors import ConfigError, Problem
 
-# Far above any merge that can be run, and nothing to a machine.
-_MOST_CHARACTERS = 16 << 20
-_MOST_VALUES = 1_000_000
+# Several times what a merge of hundreds of layers needs that says something of each.
+_MOST_CHARACTERS = 2 << 20
+_MOST_VALUES = 50_000
+_MOST_DOCUMENTS = 1_000
 _DEEPEST = 64
 _MOST_64_BITS = 1 << 64
 _MOST_PROBLEMS = 100
@@ -58,7 +59,9 @@ def read(text: str) -> tuple[list[Any], list[Problem]]:
         found = f"{len(text):,} characters"
         raise _error("the file", found, f"{_MOST_CHARACTERS:,} at most")
     try:
-        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        nodes = list(islice(yaml.compose_all(text, Loader=_Bounded), _MOST_DOCUMENTS + 1))
+        if len(nodes) > _MOST_DOCUMENTS:
+            raise _error("the file", "more documents", f"{_MOST_DOCUMENTS:,} at most")
         for node in nodes:
             _bound(node)
         documents = list(yaml.safe_load_all(text))
@@ -80,6 +83,18 @@ def read(text: str) -> tuple[list[Any], list[Problem]]:
         _bound_numbers(document)
     repeated = (problem for node in nodes for problem in _repeated(node, ""))
     return documents, list(islice(repeated, _MOST_PROBLEMS))
+
+
+class _Bounded(yaml.SafeLoader):
+    """Stops at the first value too many; PyYAML takes a minute to read a million."""
+
+    _composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._composed += 1
+        if self._composed > _MOST_VALUES:
+            raise _error("the file", f"more than {_MOST_VALUES:,} values", "fewer")
+        return super().compose_node(parent, index)
 
 
 def _bound(root: yaml.Node | None) -> None:

@@ -6,10 +6,12 @@ A configuration is checked as a whole: every problem found is kept as a `Problem
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _SHORT, _LONG = 1_000, 10_000
+# Of several problems; nobody mends more at once.
+MOST_SHOWN = 100
 
 
 def printable(text: str, longest: int = _SHORT) -> str:
@@ -63,8 +65,14 @@ class _ProblemsError(MergekitExtError, ValueError):
         self.subject = subject
         count = len(self.problems)
         head = f"{count} problem{'s' if count != 1 else ''} with {subject}; {self._consequence}:"
-        lines = (f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-        super().__init__("\n".join([head, *lines]))
+        super().__init__("\n".join([head, *numbered(self.problems)]))
+
+
+def numbered(problems: Sequence[Problem]) -> list[str]:
+    """The lines of a message with several problems: the first `MOST_SHOWN`, and how many more."""
+    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:MOST_SHOWN], 1)]
+    more = len(problems) - MOST_SHOWN
+    return [*lines, f"  and {more:,} more"] if more > 0 else lines
 
 
 class ConfigError(_ProblemsError):

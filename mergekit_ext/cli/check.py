@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_ext.errors import printable
+from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks import CheckReport, Estimate
@@ -103,7 +103,7 @@ def _as_text(name: str | None, report: CheckReport) -> str:
     count = len(report.problems)
     if count:
         lines.append(f"{count} problem{'s' if count != 1 else ''}:")
-        lines += [f"  {i}. {problem}" for i, problem in enumerate(report.problems, 1)]
+        lines += numbered(report.problems)
     else:
         lines.append("No problems.")
     if report.estimate is not None:

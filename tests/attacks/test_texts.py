@@ -51,6 +51,17 @@ def test_yaml(name, text, tmp_path, refused, monkeypatch):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("text", texts.MANY)
+@pytest.mark.parametrize("name", ["mergekit-ext check", "mergekit-ext merge", "peft-merge"])
+def test_thousands_of_problems(name, text, tmp_path, answer):
+    file = tmp_path / "merge.yml"
+    file.write_bytes(texts.MANY[text])
+    outcome = answer(lambda inputs, out: command(*_COMMANDS[name](file, out)), tmp_path / "work")
+    assert outcome.code == 2
+    assert " more\n" in outcome.text
+    assert len(outcome.text.splitlines()) < 105
+
+
 # mergekit parses by itself before it looks for the method; what it makes of a sound document that
 # is no merge of ours is its own business.
 _TEXTS_FOR_MERGEKIT = [

@@ -59,6 +59,8 @@ YAML: dict[str, bytes] = {
     "a number of base sixty": b"merge_method: 1" + b":59" * 2_000 + b"\n",
     "a key that is a list": b"? [a, b]\n: 1\n",
     "a key that is an object": b"? {a: b}\n: 1\n",
+    "a million values": b"merge_method: nan\nmodels: [" + b"a," * 1_000_000 + b"]\n",
+    "10,000 documents": b"a: 1\n---\n" * 10_000,
     "two documents": b"merge_method: nan\n---\nmerge_method: nan\n",
     "a method that is a list": b"merge_method: [nan]\nmodels: [{model: a}]\n",
     "a method that is an object": b"merge_method: {nan: 1}\nmodels: [{model: a}]\n",
@@ -76,4 +78,10 @@ YAML: dict[str, bytes] = {
         b"merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]\n"
     ),
     "keys that are no texts": b"1: 2\nnull: 3\n[a]: 4\n",
+}
+
+# Each value of these is wrong.
+MANY: dict[str, bytes] = {
+    "models": b"merge_method: nan\nmodels: [" + b"a," * 5_000 + b"]\n",
+    "keys": b"".join(b"k%d: 1\n" % n for n in range(5_000)),
 }

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from typing import Any, Union
 
 from mergekit_ext.documents import DocumentError, read
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import MOST_SHOWN, Problem
 from mergekit_ext.host.checks.support import did_you_mean, join, nearest
 
 # mergekit-multi reads `name` and takes it out before mergekit's schema sees the document.
@@ -22,7 +23,9 @@ DOCUMENT_KEYS = frozenset({"name"})
 def unknown_keys(
     source: str | Mapping[str, Any], *, schema: Any = None, also: Collection[str] = DOCUMENT_KEYS
 ) -> list[Problem]:
-    """Every key of a configuration that its schema does not know, with the nearest known key.
+    """Keys of a configuration that its schema does not know, each with the nearest known key.
+
+    At most as many of one document as an error shows.
 
     Args:
         source: YAML text (of one or several documents) or one parsed document.
@@ -34,7 +37,7 @@ def unknown_keys(
 
         schema = MergeConfiguration
     if not isinstance(source, str):
-        return _in_model(source, schema, "", also) if isinstance(source, Mapping) else []
+        return _first(source, schema, also) if isinstance(source, Mapping) else []
     try:
         documents, problems = read(source)
     except DocumentError:
@@ -44,31 +47,31 @@ def unknown_keys(
         if isinstance(document, Mapping):
             problems += [
                 Problem(path + p.where, p.found, p.expected, p.remedy)
-                for p in _in_model(document, schema, "", also)
+                for p in _first(document, schema, also)
             ]
     return problems
 
 
+def _first(document: Mapping[str, Any], schema: Any, also: Collection[str]) -> list[Problem]:
+    return list(islice(_in_model(document, schema, "", also), MOST_SHOWN))
+
+
 def _in_model(
     value: Mapping[str, Any], schema: Any, path: str, also: Collection[str] = ()
-) -> list[Problem]:
+) -> Iterator[Problem]:
     fields = {field.alias or name: field for name, field in schema.model_fields.items()}
     known = {*fields, *also}
-    problems = []
     for key, item in value.items():
         name = str(key)
         if name in fields:
-            problems += _in_value(item, fields[name].annotation, join(path, name))
+            yield from _in_value(item, fields[name].annotation, join(path, name))
         elif name not in known:
-            problems.append(
-                Problem(
-                    join(path, name),
-                    "an unknown key, which mergekit drops without a word",
-                    f"one of {', '.join(sorted(known))}",
-                    _remedy(name, known),
-                )
+            yield Problem(
+                join(path, name),
+                "an unknown key, which mergekit drops without a word",
+                f"one of {', '.join(sorted(known))}",
+                _remedy(name, known),
             )
-    return problems
 
 
 def _remedy(name: str, known: Collection[str]) -> str:
@@ -84,28 +87,27 @@ def _parameter_names() -> set[str]:
     return {parameter.name for method in methods for parameter in method.spec.parameters}
 
 
-def _in_value(value: Any, annotation: Any, path: str) -> list[Problem]:
+def _in_value(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
     branches = _branches(annotation)
     if isinstance(value, Mapping):
         models = [b for b in branches if isinstance(b, type) and hasattr(b, "model_fields")]
         if models:
             # Of several possible models, the one that shares most keys was meant.
             best = max(models, key=lambda m: len(set(m.model_fields) & set(value)))
-            return _in_model(value, best, path)
+            yield from _in_model(value, best, path)
+            return
         items = [(join(path, str(k)), v, 1) for k, v in value.items()]
         origin: Any = dict
     elif isinstance(value, list):
         items = [(join(path, i), v, 0) for i, v in enumerate(value)]
         origin = list
     else:
-        return []
+        return
     inner = [typing.get_args(b) for b in branches if typing.get_origin(b) is origin]
-    problems = []
     for where, item, index in items:
         kinds = [arguments[index] for arguments in inner if len(arguments) > index]
         if kinds:
-            problems += _in_value(item, Union[tuple(kinds)], where)  # noqa: UP007
-    return problems
+            yield from _in_value(item, Union[tuple(kinds)], where)  # noqa: UP007
 
 
 def _branches(annotation: Any) -> list[Any]:
