@@ -194,15 +194,15 @@ def _left(target: Path, beside: Path) -> list[tuple[Path, int]]:
         for room in _rooms(target, place):
             if (lock := _opened(target, room)) is None:
                 continue
-            held = _locked(lock) is False
-            if held or not (_locked(lock) and _same(lock, room / _LOCK)):
-                os.close(lock)
-            else:
-                found.append((room, lock))
-            if held:
-                for _, other in found:
-                    os.close(other)
+            taken = _locked(lock)
+            if taken is False:
+                for _, held in [*found, (room, lock)]:
+                    os.close(held)
                 raise ConfigError([_in_use(target, room)])
+            if taken and _same(lock, room / _LOCK):
+                found.append((room, lock))
+            else:
+                os.close(lock)
     return found
 
 
@@ -221,7 +221,10 @@ def _one_at_a_time(beside: Path) -> Iterator[None]:
 
     Somebody else may hold the folder for reasons of their own: after some seconds we go on.
     """
-    folder = os.open(beside, os.O_RDONLY) if sys.platform != "win32" else None
+    folder = None
+    if sys.platform != "win32":
+        with suppress(OSError):  # who may write there, but not read
+            folder = os.open(beside, os.O_RDONLY)
     try:
         if folder is not None:
             until = time.monotonic() + _PATIENCE
@@ -243,17 +246,19 @@ def _same(lock: int, path: Path) -> bool:
 
 def _remove(room: Path, lock: int) -> None:
     """Remove a room, its lock last: what a kill leaves of it is still known, and removed."""
-    for path in room.iterdir() if room.is_dir() else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != _LOCK:  # which `rmtree` would open, and wait at a pipe
-            with suppress(OSError):
-                path.unlink()
-    if sys.platform == "win32":  # where open files are not removed
+    try:
+        for path in room.iterdir() if room.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:  # which `rmtree` would open, and wait at a pipe
+                with suppress(OSError):
+                    path.unlink()
+        if sys.platform != "win32":  # where open files are not removed
+            shutil.rmtree(room, ignore_errors=True)
+    finally:
         os.close(lock)
-    shutil.rmtree(room, ignore_errors=True)
-    if sys.platform != "win32":
-        os.close(lock)
+    if sys.platform == "win32":
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def _differences(room: Path, identity: Mapping[str, str]) -> tuple[str, ...]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from mergekit_ext import rooms
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.rooms import hidden_room, is_room, lasting_room
+from mergekit_ext.rooms import hidden_room, is_room, lasting_room, left_bytes
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks that end with a process")
+fcntl = pytest.importorskip("fcntl", reason="no locks that end with a process")
 
 IDENTITY = {"configuration": "a", "input x": "b"}
 # Enters when it is told to, and leaves when it is told to.
@@ -172,3 +175,72 @@ def test_a_link_to_a_room_and_rooms_of_others_are_left(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert not entered(place / "out")[0].taken_over
     assert (room / "piece").exists()
+
+
+def test_without_locks_everybody_starts_over(tmp_path, monkeypatch):
+    stopped(tmp_path / "out")
+
+    def none_here(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    room, files = entered(tmp_path / "out")
+    assert (room.taken_over, files) == (False, ["identity.json"])
+    (left,) = tmp_path.iterdir()
+    assert (left / "piece").exists()
+
+
+def test_a_room_that_is_half_removed_goes_with_the_next_one(tmp_path, monkeypatch):
+    stopped(tmp_path / "out", piece="p" * 10_000)
+    assert left_bytes(tmp_path / "out", tmp_path) > 0
+    removed, rmtree = [], shutil.rmtree
+
+    def killed(path, **options):
+        removed.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        entered(tmp_path / "out", restart=True)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    (left,) = tmp_path.iterdir()
+    assert removed == [left]
+    assert [path.name for path in left.iterdir()] == [".lock"]
+    assert not entered(tmp_path / "out")[0].taken_over
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_a_folder_of_the_same_name_is_another_place(tmp_path):
+    outer = tmp_path / "m"
+    outer.mkdir()
+    stopped(outer / "m")
+    assert left_bytes(outer, outer) == 0
+    with lasting_room(outer, outer, IDENTITY, keeps) as room:  # which exists
+        assert not room.taken_over
+    assert entered(outer / "m")[0].taken_over
+
+
+def test_a_room_moves_with_the_folder_that_it_is_in(tmp_path):
+    (tmp_path / "a").mkdir()
+    stopped(tmp_path / "a" / "out")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert entered(tmp_path / "b" / "out")[0].taken_over
+
+
+def test_an_output_that_was_made_meanwhile_is_a_reason(tmp_path):
+    target = tmp_path / "out"
+    stopped(target)
+    target.mkdir()
+    with lasting_room(target, target, IDENTITY, keeps) as room:
+        assert (room.taken_over, room.changed) == (False, ("a folder at the output's place",))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_who_holds_the_folder_for_long_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(rooms, "_PATIENCE", 0.1)
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        assert not entered(tmp_path / "out")[0].taken_over
+    finally:
+        os.close(holder)

@@ -10,9 +10,20 @@ import pytest
 from tests.attacks.readers import command
 
 _NAMES = {
-    **{"above": "../evil", "absolute": "/tmp/evil", "below": "a/b", "dot": ".", "dots": ".."},
-    **{"empty": "", "windows": "..\\evil", "drive": "C:evil", "trailing": "a/"},
-    **{"escape": "a\x1b[2J", "NUL": "a\0b", "number": 3, "list": ["a"], "mapping": {"a": 1}},
+    "above": "../evil",
+    "absolute": "/tmp/evil",
+    "below": "a/b",
+    "dot": ".",
+    "dots": "..",
+    "empty": "",
+    "windows": "..\\evil",
+    "drive": "C:evil",
+    "trailing": "a/",
+    "escape": "a\x1b[2J",
+    "NUL": "a\0b",
+    "number": 3,
+    "list": ["a"],
+    "mapping": {"a": 1},
 }
 
 
