@@ -28,6 +28,7 @@ from mergekit_ext.errors import (
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters import applies
+from mergekit_ext.host.agreement import require_same
 from mergekit_ext.host.checks import check_source, examine
 from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
@@ -175,24 +176,30 @@ def _merge(
         config = compat.ordered(config)
         merged, models = config.referenced_models(), models_of(config)
         inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
-        place = [
-            *output_problems(out_path, inputs),
-            *space_problems(out_path, report.estimate.bytes_written if report.estimate else 0),
-            *(whole.output_problems(out_path) if whole else ()),
-            *sharing_problems(config.merge_method, method, options),
-        ]
+        needed = report.estimate.bytes_written if report.estimate else 0
+        together = ranks.current()
+        # One process tries the place: the others would see what it makes there.
+        place = together.from_main(
+            lambda: [
+                *output_problems(out_path, inputs),
+                *space_problems(out_path, needed),
+                *(whole.output_problems(out_path) if whole else ()),
+            ]
+        )
         problems = [*report.problems, *place]
+        problems += sharing_problems(config.merge_method, method, options)
         # Every process finds the same; the main one says it.
-        ranks.current().from_main(lambda: require(problems))
+        together.from_main(lambda: require(problems))
         require(problems)
+        source = config_source or config.to_yaml()
+        given = identity(source, options, models)
+        require_same(together, {**given, "output": os.fspath(Path(out_path).resolve())})
         weights = weights_of(merged)
         _warn_of_cache(merged, options)
-        source = config_source or config.to_yaml()
         quiet = options.model_copy(update={"quiet": True})
         restart = restart or os.environ.get(RESTART_VARIABLE) == "1"
         resumes = whole.resumes if whole else options.safe_serialization
-        parts: Mapping[str, str] | None
-        parts = identity(source, options, models) if resumes else None
+        parts: Mapping[str, str] | None = given if resumes else None
         if whole and parts is not None:
             parts = whole.identity(parts)
         reports = None if whole else method
@@ -208,7 +215,7 @@ def _merge(
                     # Whatever a library says of files that were written to meanwhile.
                     require_unchanged(weights)
                 raise
-            ranks.current().from_main(lambda: require_unchanged(weights))
+            together.from_main(lambda: require_unchanged(weights))
     finally:
         if frozen:
             gc.unfreeze()

@@ -73,7 +73,7 @@ class FlexMergeMethod(WholeModelMethod):
     def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
         """A FlexMerge is a folder of folders, and is mixed with nothing."""
         target = Path(out_path)
-        if target.is_dir() and not all(map(is_room, target.iterdir())):
+        if target.is_dir() and not all(map(_is_passing, target.iterdir())):
             yield Problem(
                 "OUT_PATH",
                 f"{target}, which is not empty",
@@ -88,3 +88,8 @@ class FlexMergeMethod(WholeModelMethod):
         from mergekit_ext.host.flexmerge import job
 
         job.write(prepared, config, folder, options, source)
+
+
+def _is_passing(path: Path) -> bool:
+    """Whether it goes away by itself: a hidden room, or what tries whether a place is writable."""
+    return is_room(path) or path.name.startswith(".place-")

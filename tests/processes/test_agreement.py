@@ -1,0 +1,75 @@
+"""Processes that were not given the same do not merge."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from mergekit.options import MergeOptions
+
+import mergekit_ext
+from mergekit_ext import ranks
+from mergekit_ext.errors import ConfigError, RankError
+from mergekit_ext.host.agreement import require_same
+from mergekit_ext.host.flexmerge.method import FlexMergeMethod
+from mergekit_ext.host.identity import identity
+from mergekit_ext.ranks import Ranks
+from tests import models
+from tests.processes.together import together
+
+
+def test_the_same_is_no_error():
+    require_same(Ranks(), {"a": "1"})
+    assert together(lambda us: require_same(us, {"a": "1"}), size=3) == [None] * 3
+
+
+def test_what_differs_is_named_with_its_ranks():
+    given = [
+        {"configuration": "1", "input a": "1"},
+        {"configuration": "2", "input b": "1"},
+        {"configuration": "2", "input b": "1"},
+        {"configuration": "1", "input a": "1"},
+        {"configuration": "1", "input a": "2"},
+    ]
+    main, *others = together(lambda us: require_same(us, given[us.rank]), size=5)
+    assert isinstance(main, ConfigError) and len(main.problems) == 2
+    assert "ranks 1, 2: found another configuration, input a, input b;" in str(main)
+    assert "rank 4: found another input a; expected what rank 0 was given" in str(main)
+    for other in others:
+        assert isinstance(other, RankError) and str(main) in str(other) and not other.resumable
+
+
+def test_what_does_not_decide_the_output_may_differ():
+    one = MergeOptions(device="cuda:0", quiet=True, num_threads=1, verbosity=2)
+    assert identity("", one, ()) == identity("", MergeOptions(device="cuda:1"), ())
+    assert identity("", one, ()) != identity("", MergeOptions(device="cuda:1", random_seed=1), ())
+
+
+@pytest.mark.parametrize("other", ["nan", "flexmerge"])
+def test_two_configurations(tmp_path, monkeypatch, other):
+    base, tuned = models.family(tmp_path, models.llama, amounts=(0.1, 0.2))
+    parameters = {"target_size": 1.5} if other == "flexmerge" else {"scale": 0.5}
+    configs = [
+        models.write_yaml(tmp_path / "0.yml", models.config("nan", tuned, base)),
+        models.write_yaml(tmp_path / "1.yml", models.config(other, tuned, base, parameters)),
+    ]
+    out = tmp_path / "out"
+    (out / ".place-of-another").mkdir(parents=True)
+    mine = threading.local()
+    monkeypatch.setattr(ranks, "current", lambda: mine.ranks)
+
+    def merge(us):
+        mine.ranks = us
+        mergekit_ext.merge(configs[us.rank], out, MergeOptions(quiet=True, copy_tokenizer=False))
+
+    main, silent = together(merge)
+    assert isinstance(main, ConfigError) and isinstance(silent, RankError)
+    assert "rank 1: found another configuration; expected what rank 0 was given" in str(main)
+    assert [path.name for path in out.iterdir()] == [".place-of-another"]
+
+
+def test_a_place_that_another_process_tries_is_empty(tmp_path):
+    (tmp_path / ".place-1234").mkdir()
+    assert list(FlexMergeMethod().output_problems(tmp_path)) == []
+    (tmp_path / ".place").mkdir()
+    assert list(FlexMergeMethod().output_problems(tmp_path))
