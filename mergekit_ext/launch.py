@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from mergekit_ext.processes import Processes
 from mergekit_ext.ranks import Ranks
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_REMEDY = "Start the processes with torchrun or accelerate launch, or unset WORLD_SIZE."
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+_MOST, _LAST_PORT = 1 << 20, 65_535
 _MEETING = timedelta(minutes=5)
 _ENDED = "the launcher ended it (SIGTERM), as it does when another process dies"
 
@@ -27,16 +31,35 @@ def launched_size() -> int:
         ConfigError: the variables of the launcher are not what they should be.
     """
     found = os.environ.get("WORLD_SIZE", "1")
-    if not found.isdecimal() or int(found) < 1:
-        raise ConfigError([Problem("WORLD_SIZE", repr(found), "a number of processes")])
-    missing = [name for name in _NEEDED if name not in os.environ]
-    if int(found) > 1 and missing:
-        remedy = "Start the processes with torchrun or accelerate launch, or unset WORLD_SIZE."
-        named = ", ".join(missing)
-        raise ConfigError(
-            [Problem("environment", f"WORLD_SIZE={found} without {named}", "all of them", remedy)]
-        )
-    return int(found)
+    if not _is_number(found, 1, _MOST):
+        raise ConfigError([Problem("WORLD_SIZE", repr(found), "a number of processes", _REMEDY)])
+    size = int(found)
+    if size == 1:
+        return size
+    if missing := [name for name in _NEEDED if name not in os.environ]:
+        named = f"WORLD_SIZE={found} without {', '.join(missing)}"
+        raise ConfigError([Problem("environment", named, "all of them", _REMEDY)])
+    if problems := list(_wrong(size)):
+        raise ConfigError(problems)
+    return size
+
+
+def _wrong(size: int) -> Iterator[Problem]:
+    for name, first, last in (
+        ("RANK", 0, size - 1),
+        ("LOCAL_RANK", 0, size - 1),
+        ("MASTER_PORT", 1, _LAST_PORT),
+    ):
+        if not _is_number(found := os.environ[name], first, last):
+            expected = f"a number from {first} to {last}"
+            yield Problem(name, repr(found), expected, _REMEDY)
+    if not os.environ["MASTER_ADDR"].strip():
+        yield Problem("MASTER_ADDR", "nothing", "the main process's machine", _REMEDY)
+
+
+def _is_number(text: str, first: int, last: int) -> bool:
+    """Whether it is one, written as launchers do: as text, 00 would be another than 0."""
+    return bool(_NUMBER.fullmatch(text)) and first <= int(text) <= last
 
 
 def require_one(command: str) -> bool:
@@ -122,7 +145,7 @@ def _group() -> Iterator[Processes]:
         store = distributed.PrefixStore(f"mergekit_ext/{attempt}", found)
         # Small Python objects are all that is sent: gloo does it for processes with GPUs as well.
         state = PartialState(cpu=True, backend="gloo", store=store, timeout=_MEETING)
-    except RuntimeError as error:  # all errors of torch.distributed are
+    except (RuntimeError, ValueError, TypeError) as error:  # of torch.distributed; of variables
         raise ConfigError([_not_met(error)]) from None
     try:
         yield Processes(distributed.PrefixStore("merge", store), rank, size)
@@ -131,7 +154,7 @@ def _group() -> Iterator[Processes]:
         state._reset_state()
 
 
-def _not_met(error: RuntimeError) -> Problem:
+def _not_met(error: Exception) -> Problem:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     remedy = (
         "Check that all were started, that they reach this address, and, with several network "

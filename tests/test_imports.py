@@ -113,7 +113,7 @@ ALLOWED = {
         "host",
     },
     "cli": ANY,
-    "__main__": {"cli", "launch"},
+    "__main__": {"cli"},
     "__init__": {"autoload", "host", "memory", "pickles"},
     "autoload": {"host"},
 }

@@ -107,11 +107,49 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     assert own_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("found", ["many", "0", "-1"])
+SOUND = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "found",
+    ["many", "0", "-1", "", "02", "9" * 20, "9" * 5000, "\u0662"],
+    ids=["word", "none", "negative", "empty", "zero-two", "huge", "endless", "arabic"],
+)
 def test_a_world_of_no_size_is_refused(monkeypatch, found):
-    monkeypatch.setenv("WORLD_SIZE", found)
+    for name, value in {**SOUND, "WORLD_SIZE": found}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
         launched_size()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        *(("RANK", found) for found in ("x", "", "-1", "00", "2", "\u0661")),
+        *(("LOCAL_RANK", found) for found in ("x", "2")),
+        *(("MASTER_PORT", found) for found in ("abc", "0", "65536", "99999999999999999999")),
+        *(("MASTER_ADDR", found) for found in ("", " ")),
+    ],
+)
+def test_what_no_launcher_sets_is_refused(monkeypatch, name, found):
+    for variable, value in {**SOUND, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    assert launched_size() == 2
+    monkeypatch.setenv(name, found)
+    with pytest.raises(ConfigError, match=f"1 problem[^\n]*\n  1. {name}: found"):
+        launched_size()
+
+
+def test_what_torch_says_of_variables_is_an_error_of_ours(monkeypatch):
+    for name, value in {**SOUND, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+    def rendezvous(*_, **__):
+        raise ValueError("invalid literal")
+
+    monkeypatch.setattr(distributed, "rendezvous", rendezvous)
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:29500: found invalid literal"), launched():
+        pass
 
 
 def test_a_world_without_a_place_to_meet_is_refused(monkeypatch):
