@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.dtypes import PACKED
-from mergekit_ext.errors import ConfigError, NonFiniteError, Problem
+from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.flexmerge import finite
 from mergekit_ext.headers import HeaderError, read_safetensors
-from mergekit_ext.kernels.numerics import count_non_finite
 
 CONFIG = "adapter_config.json"
 FULL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -174,5 +174,4 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         NonFiniteError: with the first such tensor, and what the weights are.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and (count := count_non_finite(tensor)):
-            raise NonFiniteError(name, what, count, tensor.numel())
+        finite.require_finite(tensor, name, what)
