@@ -100,7 +100,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     subject = Subject("0" * 64, ("a", "b"), ("x", "y"))
     analysis = inputs / "analysis" / analysis_file.FILE_NAME
     made = _file(analysis, json.dumps(_analysis(subject)))
-    journal = inputs / "journal" / "journal-0.lines"
+    journal = inputs / "journal" / "journal-1-0.lines"
     _file(journal, 3 * _line(b'["tensor","a",{"crc":1}]').decode())
     return {
         "safetensors": Reader(weights, heads, _weights),

@@ -1,21 +1,22 @@
 """Which pieces of an output are finished, so that a killed merge goes on where it was.
 
-Each process appends lines to a file of its own: for each piece the CRC-32 of what follows, in eight
-hexadecimal digits, a space, and a JSON list, written only when the piece's bytes are. A line that a
-kill has cut short, or that the disk has changed, does not count.
+Each process of each run appends lines to a file of its own: for each piece the CRC-32 of what
+follows, in eight hexadecimal digits, a space, and a JSON list, written only when the piece's bytes
+are. A line that a kill has cut short, or that the disk has changed, does not count.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_FILES = "journal-*.lines"
+_FILE = re.compile(r"journal-([0-9]+)-([0-9]+)\.lines")
 # Bytes before the JSON of a line.
 _SUM = 9
 
@@ -23,14 +24,18 @@ _SUM = 9
 class Journal:
     """The finished pieces of one output.
 
+    All processes of a run open theirs before one of them adds a line.
+
     Attributes:
         finished: what earlier runs have written, by kind and key. Nothing of this run.
     """
 
     def __init__(self, folder: Path, rank: int = 0):
-        """Read what there is in `folder`; go on in the file of `rank`."""
-        self.finished: Mapping[tuple[str, str], Any] = _read(folder)
-        self._path = folder / f"journal-{rank}.lines"
+        """Read what there is in `folder`; begin the file of `rank` in a new run."""
+        earlier = _files(folder)
+        self.finished: Mapping[tuple[str, str], Any] = _read(earlier.values())
+        run = max((run for run, _ in earlier), default=0) + 1
+        self._path = folder / f"journal-{run}-{rank}.lines"
         self._file: int | None = None
 
     def add(self, kind: str, key: str, value: Any) -> None:
@@ -38,12 +43,11 @@ class Journal:
 
         Args:
             kind: what sort of piece: ``tensor``, ``block``, ``norms``, ...
-            key: which one; a later line of the same kind and key counts.
+            key: which one; a later line of the same kind and key counts, and one of a later run.
             value: anything that JSON can say; floats come back exactly.
         """
         if self._file is None:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            _drop_torn_line(self._file)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         content = json.dumps([kind, key, value], separators=(",", ":")).encode()
         data = _sum(content) + content + b"\n"
         done = 0
@@ -57,9 +61,15 @@ class Journal:
             self._file = None
 
 
-def _read(folder: Path) -> dict[tuple[str, str], Any]:
+def _files(folder: Path) -> dict[tuple[int, int], Path]:
+    """The files of earlier runs by run and rank, in this order."""
+    found = [(_FILE.fullmatch(path.name), path) for path in folder.iterdir()]
+    return dict(sorted(((int(m[1]), int(m[2])), path) for m, path in found if m))
+
+
+def _read(files: Iterable[Path]) -> dict[tuple[str, str], Any]:
     found = {}
-    for path in sorted(folder.glob(_FILES)):
+    for path in files:
         for line in path.read_bytes().split(b"\n")[:-1]:
             # After a power cut there may be anything: what is not noted is made again.
             content = line[_SUM:]
@@ -76,11 +86,3 @@ def _sum(content: bytes) -> bytes:
 def _is_entry(value: Any) -> bool:
     sound = isinstance(value, list) and len(value) == 3
     return sound and all(isinstance(name, str) for name in value[:2])
-
-
-def _drop_torn_line(file: int) -> None:
-    size = os.lseek(file, 0, os.SEEK_END)
-    while size and os.pread(file, 1, size - 1) != b"\n":
-        size -= 1
-    os.ftruncate(file, size)
-    os.lseek(file, 0, os.SEEK_END)

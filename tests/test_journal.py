@@ -14,11 +14,13 @@ LINES = [("tensor", "a", {"crc": 7}), ("tensor", "b", 0.1 + 0.2), ("norms", "a",
 
 
 def written(folder, lines=LINES, rank=0):
+    """Note lines in a run of its own; return their file, if there are any."""
+    before = set(folder.iterdir())
     journal = Journal(folder, rank)
     for line in lines:
         journal.add(*line)
     journal.close()
-    return folder / f"journal-{rank}.lines"
+    return next(iter(set(folder.iterdir()) - before), None)
 
 
 def test_pieces_come_back_exactly(tmp_path):
@@ -30,6 +32,12 @@ def test_pieces_come_back_exactly(tmp_path):
 def test_the_last_of_two_lines_counts(tmp_path):
     written(tmp_path, [("tensor", "a", 1), ("tensor", "a", 2)])
     assert Journal(tmp_path).finished == {("tensor", "a"): 2}
+
+
+def test_the_last_of_many_runs_counts_whoever_was_in_it(tmp_path):
+    for run in range(12):
+        written(tmp_path, [("tensor", "a", run)], rank=(run + 1) % 2)
+        assert Journal(tmp_path).finished == {("tensor", "a"): run}
 
 
 @given(st.integers(min_value=0))

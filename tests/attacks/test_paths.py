@@ -165,6 +165,6 @@ def test_a_broken_journal_counts_for_nothing(line, tmp_path):
     """Or rather its broken lines: what they would say is made again."""
     lines = [b'["tensor","a",1]', line, b'["tensor","b",1]']
     text = b"".join(b"%08x %s\n" % (zlib.crc32(content), content) for content in lines)
-    (tmp_path / "journal-0.lines").write_bytes(text)
+    (tmp_path / "journal-1-0.lines").write_bytes(text)
     journal = Journal(tmp_path)
     assert {("tensor", "a"), ("tensor", "b")} == set(journal.finished)

@@ -208,6 +208,15 @@ def test_another_size_takes_the_analysis_and_makes_what_differs(undisturbed, tmp
     assert len(changed.inputs.blocks) > BLOCKS
 
 
+def test_what_a_later_run_has_made_counts_before_what_earlier_ranks_noted(undisturbed, tmp_path):
+    pair = [Merge("ties", tmp_path) for _ in range(2)]
+    together(lambda ranks: pair[ranks.rank].run(ranks))
+    Merge("ties", tmp_path, target=1.4).run()
+    again = Merge("ties", tmp_path, target=1.4)
+    assert again.run() == undisturbed("ties", 1.4)
+    assert not again.inputs.blocks
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_an_analysis_goes_on_in_every_pass(double, tmp_path):
     densities = [0.3, 1.0, 0.5]

@@ -140,7 +140,7 @@ def test_norms_are_not_measured_again(configs, undisturbed, tmp_path):
 
 def test_what_is_not_as_the_journal_says_is_made_again(configs, undisturbed, tmp_path):
     room = stopped(configs["nan_ties"], tmp_path, Stop(merged=12))
-    journal = room / "journal-0.lines"
+    journal = room / "journal-1-0.lines"
     journal.write_bytes(journal.read_bytes()[:-5])
     shard = (
         room / "out" / "model-00007-of-00007.safetensors"
