@@ -6,9 +6,10 @@ pages of files that loaders map are the system's to drop, and do not count.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,12 @@ def held() -> int:
     return 0
 
 
+def _trim() -> None:
+    """Give back what is free already: the merge would take it again, and it would count twice."""
+    with suppress(OSError, AttributeError):  # another system, or another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def problems(need: Need) -> Iterator[Problem]:
     """What is wrong with a merge under the present cap: it needs more, here or on its device."""
     try:
@@ -117,6 +124,7 @@ def problems(need: Need) -> Iterator[Problem]:
         return
     if limit is None:
         return
+    _trim()
     before = held()
     whole = before + OVERHEAD + need.bytes
     if whole > limit:

@@ -6,10 +6,12 @@ docs/limits.md has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
+from torch import Tensor
 
 from mergekit_ext.memory import Need
 from peft_merge.adapter import LoraAdapter
@@ -20,10 +22,24 @@ from peft_merge.rules.base import Rule
 
 Parts = Mapping[str, int]
 _DOUBLE = 8
+_MASKS = 3  # bytes an entry, of the question whether all are finite
 _REMEDY = (
     "Merge fewer adapters at a time, set a smaller `rank`, or take a rule that works in the "
     "adapters' own small space (`linear`, `nan`, `lore`, `tsv_m`)."
 )
+_REMEDY_SAVED = (
+    "Set `modules_to_save` to `drop`, or to the name of one adapter, whose tensors are taken as "
+    "they are."
+)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A whole tensor of the output: bytes of the result, and of what makes it."""
+
+    name: str
+    out: int
+    work: int
 
 
 @dataclass(frozen=True)
@@ -51,8 +67,9 @@ class _Module:
 
 
 def need_of(plan: MergePlan) -> Need:
-    """Of the module that needs the most, with the merged adapter, which is kept whole."""
-    output = {"the merged adapter": _output(plan)}
+    """Of the module or whole tensor that needs the most, with the merged adapter, kept whole."""
+    saved = list(_saved(plan))
+    output = {"the merged adapter": _output(plan) + sum(one.out for one in saved)}
     threads = torch.get_num_threads()
     if plan.kind == "ia3":
         vectors = max((math.prod(plan.shape(name)) for name in plan.modules), default=0)
@@ -60,6 +77,9 @@ def need_of(plan: MergePlan) -> Need:
         needs = [Need("the adapter", {**output, "vectors": work}, {}, _REMEDY)]
     else:
         needs = [_placed(plan, _module(plan, name), output, threads) for name in plan.modules]
+    needs += [
+        Need(one.name, {**output, "whole tensors": one.work}, {}, _REMEDY_SAVED) for one in saved
+    ]
     return max(needs, key=lambda need: max(need.bytes, need.device_bytes), default=Need("nothing"))
 
 
@@ -96,6 +116,28 @@ def _output(plan: MergePlan) -> int:
     copies = len(plan.adapters) if isinstance(plan.method, WholeMethod) else 1
     # Both sides of a factor are cut from one in float64 before the cast of the last module.
     return 2 * copies * count * plan.dtype.itemsize
+
+
+def _saved(plan: MergePlan) -> Iterator[_Saved]:
+    """What whole tensors take; their inputs are mapped, or held before."""
+    dtype = plan.dtype if plan.request.dtype is not None else None
+    for name, positions in plan.saved.items():
+        yield _mean(name, [plan.adapters[i].saved[name]() for i in positions], dtype)
+    if isinstance(plan.method, WholeMethod):  # each adapter keeps its own, and is written alone
+        for adapter in plan.adapters:
+            own = [_mean(name, [load()], dtype) for name, load in adapter.saved.items()]
+            work = max((one.work for one in own), default=0)
+            yield _Saved(f"adapter {adapter.name}", 0, work + sum(one.out for one in own))
+
+
+def _mean(name: str, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> _Saved:
+    count = tensors[0].numel()
+    stored = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    out = (dtype or stored).itemsize
+    wide = max(stored.itemsize, out)
+    # Whether it is finite, in memory that the allocator may keep; the sum and one more in float64.
+    each = wide + _MASKS + (2 * _DOUBLE if len(tensors) > 1 else 0)
+    return _Saved(name, count * out, count * each)
 
 
 def _numbers(plan: MergePlan, name: str) -> int:

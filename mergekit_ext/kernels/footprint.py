@@ -116,13 +116,15 @@ def tsv(work: Work) -> Parts:
     """`tsv_merge`: decompositions in float64, of as many models at once as there are threads.
 
     A singular value decomposition where a Gram matrix does not suffice, as it is for updates of
-    low rank.
+    low rank. Of each model at least one direction is joined: with more models than rows that is
+    more than a matrix has.
     """
     short, long = work.sides
     small, matrix = _DOUBLE * short * short, _DOUBLE * short * long
     at_once = min(work.threads, work.models)
     decomposing = at_once * (3 * matrix + 6 * small) + small + matrix
-    joining = 6 * matrix + 15 * small
+    columns = max(short, work.models) if short else 0
+    joining = _DOUBLE * (6 * columns * long + 15 * columns * columns)
     return {
         **result(work),
         "the merged task vector": 2 * work.unit,

@@ -63,14 +63,14 @@ def run(folder: Path) -> None:
         ((_, report),) = check_source(file.read_text(), MergeOptions())
         assert report.estimate is not None, report.problems
         options = ["--no-copy-tokenizer", "--quiet"]
-        _tell(name, report.estimate.need, main, ["merge", str(file), *options], folder)
+        tell(name, report.estimate.need, main, ["merge", str(file), *options], folder)
     _larger(folder)
     sources = _loras(folder)
     for name, rule in RULES.items():
         content = {**rule, "models": [{"model": str(source)} for source in sources]}
         file = write_yaml(folder / f"{name}.yml", content)
         need = need_of(plan_config(file))
-        _tell(name, need, adapters, [str(file), "--quiet"], folder)
+        tell(name, need, adapters, [str(file), "--quiet"], folder)
 
 
 def _larger(folder: Path) -> None:
@@ -80,7 +80,7 @@ def _larger(folder: Path) -> None:
     ((_, report),) = check_source(file.read_text(), MergeOptions())
     assert report.estimate is not None, report.problems
     arguments = ["merge", str(file), "--no-copy-tokenizer", "--quiet"]
-    _tell("larger than its cap", report.estimate.need, main, arguments, folder)
+    tell("larger than its cap", report.estimate.need, main, arguments, folder)
     shutil.rmtree(folder / "out" / "larger than its cap", ignore_errors=True)
 
 
@@ -103,9 +103,10 @@ def _sparse(folder: Path) -> Path:
     return folder
 
 
-def _tell(
+def tell(
     name: str, need: memory.Need, command: Callable[..., Any], arguments: list[str], folder: Path
 ) -> None:
+    """Run a command under caps of what it needs and of less; print what became of it."""
     give_back()
     enough = memory.held() + memory.OVERHEAD + need.bytes + MARGIN
     place, other = folder / "out" / name, folder / "refused" / name

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,9 +46,12 @@ class Fitted:
     ) -> dict[str, TensorHeader]:
         """The headers of the base and of what the adapter adds.
 
-        With `dtype` (mergekit's ``--lora-merge-dtype``) all floating tensors are read in it.
+        What it changes lies in no file. With `dtype` (mergekit's ``--lora-merge-dtype``) all
+        floating tensors are read in it.
         """
-        found = {**base, **{name: _header(name, read()) for name, read in self.added.items()}}
+        changed = {name: replace(base[name], file=None) for name in self.touched if name in base}
+        added = {name: _header(name, read()) for name, read in self.added.items()}
+        found = {**base, **changed, **added}
         return found if dtype is None else {n: _cast(header, dtype) for n, header in found.items()}
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
@@ -128,8 +130,8 @@ def read_adapter(path: Any, otherwise: str = BEFOREHAND) -> Adapter:
 def _or(problem: Problem, otherwise: str) -> Problem:
     if not problem.remedy:  # nothing else helps
         otherwise = otherwise.removeprefix("Or ")
-        return dataclasses.replace(problem, remedy=otherwise[:1].upper() + otherwise[1:])
-    return dataclasses.replace(problem, remedy=f"{problem.remedy} {otherwise}")
+        return replace(problem, remedy=otherwise[:1].upper() + otherwise[1:])
+    return replace(problem, remedy=f"{problem.remedy} {otherwise}")
 
 
 def _matched(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mergekit_ext.dtypes import BITS, dtype_name
 from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.locate import FoundTensor
+from mergekit_ext.host.checks.pickled import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.host.checks.vocabulary import Vocabulary
 from mergekit_ext.kernels.footprint import Work, foreign
 from mergekit_ext.memory import Need
 
@@ -30,14 +33,14 @@ def estimate(
     options: Any,
     method: Any,
     shared: Sequence[Mapping[str, Any]],
-    largest_vocabulary: bool,
+    vocabulary: Vocabulary | None,
     collects: bool = False,
 ) -> Estimate | None:
     """Add everything up; None when the shape of some tensor is known from no input.
 
-    `largest_vocabulary`: a tokenizer decides the vocabulary; the largest one of the inputs is
-    taken for it. Otherwise vocabularies that differ are cut to the smallest. `collects`: the
-    output's tensors are collected for a shard, not written one by one.
+    `vocabulary`: what is known of the one that a tokenizer decides. Without, vocabularies that
+    differ are cut to the smallest. `collects`: the output's tensors are collected for a shard, not
+    written one by one.
     """
     read: dict[tuple[Any, str], int] = {}
     written = parameters = 0
@@ -49,17 +52,23 @@ def estimate(
         for model, header in tensor.found.items():
             stored = header or headers[0]
             read[model, stored.name] = stored.nbytes
-        shape = _shape(tensor, headers, largest_vocabulary)
+        shape = _shape(tensor, headers, vocabulary.at_least if vocabulary else min)
+        most = _shape(tensor, headers, vocabulary.at_most if vocabulary else min)
         bits = _merge_bits(tensor, headers, config)
         forced = tensor.planned.weight.force_dtype or config.out_dtype
         count, out = math.prod(shape), _bits(forced, bits)
         parameters += count
         written += count * out // 8
-        rows_moved = largest_vocabulary and tensor.planned.weight.vocabulary_axis is not None
-        needs.append(_need(tensor, shape, bits, -(-out // 8), options, method, rows_moved))
+        rows_moved = bool(vocabulary) and tensor.planned.weight.vocabulary_axis is not None
+        needs.append(_need(tensor, most, bits, -(-out // 8), options, method, rows_moved))
     passes = getattr(method, "passes", None)
     times = max((int(passes(s)) for s in shared), default=1) if callable(passes) else 1
     need = max(needs, key=lambda need: max(need.bytes, need.device_bytes), default=Need("nothing"))
+    loaders = {
+        "tokenizers": vocabulary.bytes if vocabulary else 0,
+        "whole pickles": pickled_bytes({model for model, _ in read}, options),
+    }
+    need = replace(need, parts={**need.parts, **loaders})
     if collects:
         shard = options.out_shard_size
         collected = min(shard, written) if shard > 0 else written
@@ -104,10 +113,13 @@ def _need(
     )
     scratch = getattr(method, "scratch", foreign)(work)
     loaded = work.size * bits // 8
-    unmapped = sum(_unmapped(header, model, bits, work.size) for model, header in _each(tensor))
-    if rows_moved:  # to where one tokenizer has them, before and after
-        unmapped = max(unmapped, 2 * len(tensor.found) * loaded)
+    unmapped = sum(
+        _unmapped(header, model, bits, math.prod(header.shape) if rows_moved else work.size)
+        for model, header in _each(tensor)
+    )
     own = {"inputs that are not mapped": unmapped}
+    if rows_moved:  # to where one tokenizer has them; those that a model lacks are made before
+        own["aligned vocabularies"] = (len(tensor.found) + 1) * loaded
     if device == "cpu":
         return Need(name, {**own, **scratch}, {}, _REMEDY)
     on_device = {"inputs": len(tensor.found) * loaded, **scratch}
@@ -125,18 +137,20 @@ def _each(tensor: FoundTensor) -> list[tuple[Any, TensorHeader]]:
 
 def _unmapped(header: TensorHeader, model: Any, bits: int, count: int) -> int:
     """Bytes that an input takes in memory: none where it is mapped as it is stored."""
-    if getattr(model, "lora", None) is not None:
+    if getattr(model, "lora", None) is not None and header.file is None:
         return count * (_ADAPTED + bits // 8)
     mapped = header.file is not None and header.file.suffix == ".safetensors"
     as_stored = BITS.get(header.dtype, 32) == bits and math.prod(header.shape) == count
     return 0 if mapped and as_stored else header.nbytes * (not mapped) + count * bits // 8
 
 
-def _shape(tensor: FoundTensor, headers: list[TensorHeader], largest: bool) -> tuple[int, ...]:
+def _shape(
+    tensor: FoundTensor, headers: list[TensorHeader], rows: Callable[[Iterable[int]], int]
+) -> tuple[int, ...]:
     shape, axis = list(headers[0].shape), tensor.planned.weight.vocabulary_axis
     if axis is not None and axis < len(shape):
         sizes = [header.shape[axis] for header in headers if axis < len(header.shape)]
-        shape[axis] = max(sizes) if largest else min(sizes)
+        shape[axis] = rows(sizes)
     return tuple(shape)
 
 

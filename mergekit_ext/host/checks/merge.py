@@ -21,6 +21,7 @@ from mergekit_ext.host.checks.support import nearest, quiet, shown
 from mergekit_ext.host.checks.survey import PlannedTensor, survey
 from mergekit_ext.host.checks.tensors import check_tensors
 from mergekit_ext.host.checks.tokenizers import check_tokenizers
+from mergekit_ext.host.checks.vocabulary import vocabulary
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -109,7 +110,8 @@ def resolve_and_estimate(
         shared = ParameterResolution(method, groups, absent, findings).run(merged)
     if not complete or not located:
         return None
-    costs = estimate(located, config, options, method, shared, wants_tokenizer(config), collects)
+    tokens = vocabulary(config, options)
+    costs = estimate(located, config, options, method, shared, tokens, collects)
     if costs is not None:
         findings.extend(memory.problems(costs.need))
     return costs

@@ -17,6 +17,7 @@ from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_la
 from mergekit_ext.flexmerge.plan import Storage, whole_models
 from mergekit_ext.flexmerge.prefix import find_renaming, named_as
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
+from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
@@ -55,6 +56,7 @@ class Prepared:
         layout: blocks and private tensors.
         written: the parameters.
         forced: the dtype of all shareable tensors, if one is asked for.
+        adapted: names of the tensors that an adapter changes, or brings, in some model.
     """
 
     base: Any
@@ -63,6 +65,7 @@ class Prepared:
     layout: Layout
     written: Written
     forced: torch.dtype | None
+    adapted: frozenset[str] = frozenset()
 
     @cached_property
     def storage(self) -> Storage:
@@ -144,9 +147,15 @@ def _prepare(
     check_missing(first, others, models, findings)
     note_unshared(first, others, layout, naming, findings)
     forced = dtype_of(config.out_dtype or config.dtype)
-    prepared = Prepared(
-        config.base_model, [item.model for _, item in items], naming, layout, written, forced
+    tuned = [item.model for _, item in items]
+    adapted = frozenset(
+        name
+        for reference, tensors in zip(tuned, others, strict=True)
+        if applies(reference)
+        for name, header in tensors.items()
+        if header.file is None
     )
+    prepared = Prepared(config.base_model, tuned, naming, layout, written, forced, adapted)
     _notes(prepared, findings)
     _tied_notes(prepared, findings)
     _reachable(prepared, findings)
