@@ -157,7 +157,8 @@ def read_pickle(path: Path) -> dict[str, TensorHeader]:
         # Neither code nor weights are loaded: mmap leaves the storages on disk.
         state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds; its message is kept
-        first = (str(error).splitlines() or [""])[0]
+        # Not what torch then advises, which is to let the file run what it wants.
+        first = (str(error).splitlines() or [""])[0].partition("Re-running")[0].strip()
         raise HeaderError(
             str(path),
             f"a file that torch.load refuses ({type(error).__name__}: {first})",

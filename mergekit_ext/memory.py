@@ -22,6 +22,8 @@ EXPECTED = 'a size in bytes, such as "8GB" or "6GiB"'
 # What comes on top of tensors once a merge runs: modules that are loaded late, stacks and chunks
 # of threads, and what the allocator keeps (up to 32 MiB a block, which it does not give back).
 OVERHEAD = 96 << 20
+# By which a process may hold more when it is started again, in the figure that is asked for.
+_STARTS_DIFFER = 4 << 20
 
 _cap: ContextVar[int | None] = ContextVar("max_memory", default=None)
 
@@ -129,17 +131,18 @@ def problems(need: Need) -> Iterator[Problem]:
     whole = before + OVERHEAD + need.bytes
     if whole > limit:
         fixed = f"{size(before)} that the process holds now, {size(OVERHEAD)} while it runs"
-        yield _short(limit, whole, need, f"{fixed}, {_listed(need.parts)}", "")
+        parts = f"{fixed}, {_listed(need.parts)}"
+        yield _short(limit, whole, need, parts, "", whole + _STARTS_DIFFER)
     if need.device_bytes > limit:
         parts = _listed(need.device)
-        yield _short(limit, need.device_bytes, need, parts, " on the device")
+        yield _short(limit, need.device_bytes, need, parts, " on the device", need.device_bytes)
 
 
-def _short(limit: int, whole: int, need: Need, parts: str, where: str) -> Problem:
+def _short(limit: int, whole: int, need: Need, parts: str, where: str, enough: int) -> Problem:
     return Problem(
         "--max-memory" if _cap.get() is not None else VARIABLE,
         f"{size(limit)}, while {need.what} needs {size(whole)}{where}: {parts}",
-        f"{size(whole)} or more{where}",
+        f"{size(enough)} or more{where}",
         need.remedy,
     )
 

@@ -54,6 +54,17 @@ def test_digests_tell_what_lies_there(tmp_path):
     assert files.crc(planned(), "a") != crc
 
 
+def test_a_link_in_the_place_of_a_file_is_not_written_through(tmp_path):
+    file = planned()
+    (tmp_path / "shards").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(file.header.ljust(file.length, b"x"))
+    (tmp_path / file.path).symlink_to(elsewhere)
+    PlannedFiles(tmp_path).create([file])
+    assert not (tmp_path / file.path).is_symlink()
+    assert elsewhere.read_bytes().endswith(b"x")
+
+
 def test_what_was_not_planned_is_not_written(tmp_path):
     files = PlannedFiles(tmp_path)
     files.create([planned()])

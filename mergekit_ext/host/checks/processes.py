@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_ext import ranks
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.methods import is_stock
 
 
 def sharing_problems(name: str, method: ExtMethod | None, options: Any) -> Iterator[Problem]:
@@ -21,7 +22,7 @@ def sharing_problems(name: str, method: ExtMethod | None, options: Any) -> Itera
     size = ranks.current().size
     if size == 1:
         return
-    if method is None:
+    if method is None and is_stock(name):  # an unknown name is another problem
         yield Problem(
             "merge_method",
             f"{name}, which is mergekit's own, in {size} processes",
