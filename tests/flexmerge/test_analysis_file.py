@@ -91,7 +91,7 @@ def test_a_changed_pickle_is_another_subject(tmp_path):
     for value in (state, {n: t + 1 for n, t in state.items()}):
         torch.save(value, path)
         os.utime(path, ns=(len(digests) * 10**9,) * 2)
-        headers = read_folder(tmp_path)
+        headers = read_folder(tmp_path, allow_pickle=True)
         source = LoadedSource("m", headers, value.__getitem__, [path])
         layout = make_layout(("a", "b"), headers, [headers] * 2, NAMING)
         digests.append(Subject.of(layout, source, [source] * 2).digest)

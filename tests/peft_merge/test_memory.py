@@ -445,5 +445,5 @@ def test_a_merged_adapter_is_merged_again():
 def test_expressions_of_a_live_model_are_not_tried_again(monkeypatch):
     # Each try starts a process, which takes longer than a merge.
     model = model_of(models.KINDS["plain"], {"target_modules": r".*(q_proj|v_proj)"})
-    monkeypatch.setattr("peft_merge.prompt._stopped", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr("peft_merge.prompt._tried", lambda *_: pytest.fail("tried"))
     adapters_of(model, ["default"])
