@@ -30,6 +30,8 @@ EXPRESSIONS = (
 # Of characters: of one expression, and of all if they are quick. Merged adapters name every module
 # in one, which is quick, but takes its time to compile.
 _LONGEST, _LONGEST_QUICK = 1 << 16, 1 << 22
+# Compiled in less than a second, whatever is in them; a process takes nearly as long to start.
+_SHORT = 500
 _SECONDS_A_CHARACTER = 5e-6
 _REMEDY = "Name the modules, or take repetitions out that stand in another."
 
@@ -82,7 +84,8 @@ def unusable(config: Mapping[str, Any], fields: Iterable[str], where: str) -> It
         yield Problem(where, found, expected, "Name the modules.")
         return
     others = [each for each in texts if not _quick(each.text)]
-    if sum(len(each.text) for each in others) > _LONGEST:
+    doubtful = sum(len(each.text) for each in others)
+    if doubtful > _LONGEST:
         reason, expected = f" and more, {total:,} characters", f"{_LONGEST:,} at most"
         yield others[0].problem(where, reason, expected, "Name the modules.")
         return
@@ -90,7 +93,7 @@ def unusable(config: Mapping[str, Any], fields: Iterable[str], where: str) -> It
     expressions = [each.expression for each in texts]
     wrong, stopped = (
         _tried(expressions, [], seconds)
-        if others or total > _LONGEST
+        if doubtful > _SHORT or total > _LONGEST
         else (_wrong(expressions), None)
     )
     for position in wrong:
