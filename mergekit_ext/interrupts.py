@@ -2,18 +2,22 @@
 
 Python sees a signal between two of its instructions: not while one call of a library decomposes a
 large matrix, and at its end it waits for every thread of a pool. So a thread of ours waits for the
-signal, too, and ends the process if that is still there a moment later. As with a process that is
-killed, nothing is left that looks whole, and what is finished is gone on with.
+signal, too, and ends the process if that is still there a moment later. When the interpreter shuts
+down no such thread runs any more, and taking the libraries down can last seconds: that is left out.
+As with a process that is killed, nothing is left that looks whole, and what is finished is gone on
+with.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Seconds from the signal. What a command tidies up takes a few hundredths.
 GRACE = 0.7
@@ -58,6 +62,7 @@ def prompt() -> Iterator[None]:
         if not pressed.is_set():
             raise
         unwound.set()  # the watch goes on: threads may keep the process from its end
+        atexit.register(_leave)  # the last one to come is the first to be called
         raise KeyboardInterrupt from None
     finally:
         if not unwound.is_set():
@@ -65,6 +70,13 @@ def prompt() -> Iterator[None]:
             signal.set_wakeup_fd(before)
             os.close(writing)
             _watched.release()
+
+
+def _leave() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(EXIT_ABORTED)
 
 
 def _watch(reading: int, unwound: threading.Event) -> None:
