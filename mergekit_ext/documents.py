@@ -64,7 +64,11 @@ def read(text: str) -> tuple[list[Any], list[Problem]]:
             raise _error("the file", "more documents", f"{_MOST_DOCUMENTS:,} at most")
         for node in nodes:
             _bound(node)
-        documents = list(yaml.safe_load_all(text))
+        each = (problem for node in nodes for problem in _repeated(node, ""))
+        repeated = list(islice(each, _MOST_PROBLEMS))  # before merge keys are put into the nodes
+        # From the nodes: reading the text again would take as long as before.
+        loader = yaml.SafeLoader("")
+        documents = [loader.construct_document(node) for node in nodes]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
@@ -81,8 +85,7 @@ def read(text: str) -> tuple[list[Any], list[Problem]]:
         raise _error("the file", found, "numbers, texts and true/false") from None
     for document in documents:
         _bound_numbers(document)
-    repeated = (problem for node in nodes for problem in _repeated(node, ""))
-    return documents, list(islice(repeated, _MOST_PROBLEMS))
+    return documents, repeated
 
 
 class _Bounded(yaml.SafeLoader):

@@ -118,11 +118,11 @@ def lasting_room(
 
 def left_bytes(target: Path, beside: Path) -> int:
     """What earlier processes have left takes on the disk; it is gone on with, or removed."""
-    return sum(
-        getattr(file.lstat(), "st_blocks", 0) * 512
-        for room in _rooms(target, beside)
-        for file in room.rglob("*")
-    )
+    found = 0
+    for room, lock in _rooms(target, beside):
+        os.close(lock)
+        found += sum(getattr(file.lstat(), "st_blocks", 0) * 512 for file in room.rglob("*"))
+    return found
 
 
 def is_room(path: Path) -> bool:
@@ -151,12 +151,11 @@ def _way(target: Path, room: Path) -> bytes:
     return os.fsencode(os.path.relpath(target, room.parent))
 
 
-def _rooms(target: Path, place: Path) -> Iterator[Path]:
-    """The rooms in `place` for `target`, whoever holds them."""
+def _rooms(target: Path, place: Path) -> Iterator[tuple[Path, int]]:
+    """The rooms in `place` for `target`, whoever holds them, with their locks, open."""
     for room in sorted(place.glob(f"{glob.escape(_prefix(target))}*{_SUFFIX}")):
         if (lock := _opened(target, room)) is not None:
-            os.close(lock)
-            yield room
+            yield room, lock
 
 
 def _opened(target: Path, room: Path) -> int | None:
@@ -191,9 +190,7 @@ def _left(target: Path, beside: Path) -> list[tuple[Path, int]]:
     """The rooms of earlier runs that nobody holds, locked."""
     found: list[tuple[Path, int]] = []
     for place in sorted({beside, target.parent}):
-        for room in _rooms(target, place):
-            if (lock := _opened(target, room)) is None:
-                continue
+        for room, lock in _rooms(target, place):
             taken = _locked(lock)
             if taken is False:
                 for _, held in [*found, (room, lock)]:

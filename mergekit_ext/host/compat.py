@@ -102,12 +102,12 @@ def extend_merge(module: Any) -> None:
 
 def extend_multimerge(module: Any) -> None:
     """Look at the documents of a multi-merge before they are merged."""
-    from mergekit_ext.host import run, run_multi
+    from mergekit_ext.host import run, run_multi, run_yaml
 
     module.run_merge = run.extended(module.run_merge)
     if not hasattr(module.load_config, "stock"):
         module.load_config = run_multi.checked_load_config(module.load_config)
-        module.main.callback = run_multi.extended_command(module.main.callback)
+        module.main.callback = run_yaml.extended_command(module.main.callback, run_multi.check)
 
 
 def extend_raw_pytorch(module: Any) -> None:
@@ -128,7 +128,7 @@ def extend_yaml(module: Any) -> None:
     from mergekit_ext.host import run_yaml
 
     if not hasattr(module.main.callback, "stock"):
-        module.main.callback = run_yaml.extended_command(module.main.callback)
+        module.main.callback = run_yaml.extended_command(module.main.callback, run_yaml.check)
 
 
 def replaces(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_ext.documents import DocumentError, read, text_of
+from mergekit_ext.documents import DocumentError, read
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.host import compat
 from mergekit_ext.host.checks import unknown_keys
@@ -17,36 +16,21 @@ from mergekit_ext.host.checks.schema import parse
 from mergekit_ext.host.checks.support import shown
 from mergekit_ext.host.methods import is_stock
 from mergekit_ext.host.run import for_commands
-from mergekit_ext.interrupts import prompt
-
-
-def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The command's callback, after a look at the text, before a folder is made."""
-
-    @compat.replaces(callback)
-    def command(config_file: str, **arguments: Any) -> None:
-        stock = command.stock  # type: ignore[attr-defined]
-        with for_commands():
-            _check(text_of(Path(config_file)))
-        with prompt():
-            stock(config_file=config_file, **arguments)
-
-    return command
 
 
 def checked_load_config(load_config: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_config`` after the same look, for those who call it themselves."""
+    """``load_config`` after `check`, for those who call it without the command."""
 
     @compat.replaces(load_config)
     def load(config_source: str, intermediate_dir: str) -> Any:
         with for_commands():
-            _check(config_source)
+            check(config_source)
             return load.stock(config_source, intermediate_dir)  # type: ignore[attr-defined]
 
     return load
 
 
-def _check(text: str) -> None:
+def check(text: str) -> None:
     """Raise `ConfigError` for a text that is no multi-merge.
 
     Where all methods are mergekit's, only what cannot be one at all is refused.

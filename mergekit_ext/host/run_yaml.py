@@ -1,4 +1,4 @@
-"""``mergekit-yaml``: a file that is no merge is one message, not a traceback."""
+"""``mergekit-yaml`` and ``mergekit-multi``: a file that is no merge is one message, not a traceback."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ from mergekit_ext.host.run import for_commands, parsed
 from mergekit_ext.interrupts import prompt
 
 
-def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The command's callback, after a look at the text.
+def extended_command(
+    callback: Callable[..., Any], check: Callable[[str], None]
+) -> Callable[..., Any]:
+    """The callback of a command, after a look at the text of its file.
 
-    mergekit parses the file before any function of ours is called. A text that cannot be read
-    safely stops here, whatever its method; the schema is the project's business for its own.
+    mergekit parses the file before any function of ours is called. Here it stops, before a folder
+    is made, if `check` raises `ConfigError`.
     """
 
     @compat.replaces(callback)
     def command(config_file: str, **arguments: Any) -> None:
         stock = command.stock  # type: ignore[attr-defined]
         with for_commands():
-            _check(text_of(Path(config_file)))
+            check(text_of(Path(config_file)))
         with prompt():
             stock(config_file=config_file, **arguments)
 
     return command
 
 
-def _check(text: str) -> None:
+def check(text: str) -> None:
+    """Raise `ConfigError` for a text that cannot be read safely, whatever its method.
+
+    The schema is the project's business for its own methods.
+    """
     try:
         documents, _ = read(text)
     except DocumentError as error:
