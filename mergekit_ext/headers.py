@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -100,7 +100,8 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor
     """Read the headers of the weights that mergekit would read in a model's folder.
 
     Raises:
-        HeaderError: for the first file that is wrong, or when there are no weights.
+        HeaderError: for the first file that is wrong, when there are no weights, or when
+            transformers would read other tensors than mergekit (`_require_one_reading`).
     """
     weights = weights_of(folder)
     if weights is None:
@@ -116,6 +117,7 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor
     shards: dict[str, list[str]] = {}
     for tensor, shard in wanted.items():
         shards.setdefault(shard, []).append(tensor)
+    _require_one_reading(weights, set(shards))
     found: dict[str, TensorHeader] = {}
     for shard, listed in sorted(shards.items()):
         tensors = read_file(folder / shard, allow_pickle=allow_pickle)
@@ -126,8 +128,33 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor
                 f"no tensor {missing[0]} ({len(missing)} are missing)",
                 f"all {len(listed)} tensors that {weights.name} places there",
             )
-        found |= {tensor: tensors[tensor] for tensor in listed}
+        more = [tensor for tensor in tensors if wanted.get(tensor) != shard]
+        if more:
+            raise HeaderError(
+                str(folder / shard),
+                f"{more[0]} ({len(more)} in all), which {weights.name} does not place there: "
+                "transformers would load it, mergekit would not",
+                f"the {len(listed)} tensors that {weights.name} places there, and no others",
+                "Save the model again with `save_pretrained` into an empty folder.",
+            )
+        found |= tensors
     return found
+
+
+def _require_one_reading(index: Path, shards: Collection[str]) -> None:
+    """Refuse an index beside a single file, which transformers reads and mergekit does not.
+
+    `save_pretrained` leaves such a file of an earlier save where it is.
+    """
+    single = index.with_name(index.name.removesuffix(".index.json"))
+    if single.exists() and shards != {single.name}:
+        raise HeaderError(
+            str(index.parent),
+            f"{single.name}, which transformers loads, beside {index.name}, whose {len(shards)} "
+            f"shard{'s' if len(shards) != 1 else ''} mergekit reads",
+            "one of the two",
+            f"Remove {single.name} if the shards are the model, or else {index.name}.",
+        )
 
 
 def weights_of(folder: Path) -> Path | None:

@@ -19,6 +19,7 @@ from mergekit_ext.events import Dispatcher, JsonLines, MergeEnd, ProgressBar, Sh
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.staging import by_machine, resumable, shards, staged, written_in
 from mergekit_ext.journal import Journal
@@ -56,6 +57,7 @@ def output(
     with _session(options, callbacks, out_path, source) as session:
         with compat.local_cards(), _folder(session, out_path, identity, restart) as folder:
             yield folder
+            agree(folder)
             if method is not None:
                 _describe(folder, method, session, options.random_seed or 0)
             ranks.current().wait()

@@ -16,7 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
-from mergekit_ext import pickles, ranks
+from mergekit_ext import paths, pickles, ranks
 from mergekit_ext.documents import DocumentError, read, text_of
 from mergekit_ext.errors import (
     ConfigError,
@@ -29,8 +29,8 @@ from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.agreement import require_same
-from mergekit_ext.host.checks import check_source, examine
-from mergekit_ext.host.checks.adapters import adapter_problems, unused_cache
+from mergekit_ext.host.checks import check_source, examine, models_of_stock
+from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
@@ -108,7 +108,7 @@ def extended(run_merge: Callable[..., None]) -> Callable[..., None]:
         stock = run.stock  # type: ignore[attr-defined]
         # An unknown name is probably one of ours, misspelt: the checks know the nearest.
         if is_stock(merge_config.merge_method):
-            with checked_adapters(_places(merge_config), options):
+            with _checked_models(merge_config, options):
                 stock(merge_config, out_path, options, config_source)
             return
         with for_commands():
@@ -118,30 +118,37 @@ def extended(run_merge: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def checked_adapters(places: Mapping[Any, str], options: MergeOptions) -> Iterator[None]:
-    """Around a merge by mergekit itself: adapters that cannot be applied stop it first.
+def _checked_models(config: MergeConfiguration, options: MergeOptions) -> Iterator[None]:
+    """Check the models around a merge by mergekit itself.
 
-    Args:
-        places: every model of the merge, with its place in the configuration.
-        options: mergekit's.
+    Where the project changes what mergekit reads (an adapter is applied), a problem stops the
+    merge; otherwise mergekit goes on, and each problem is a warning.
     """
-    if not any(map(applies, places)):
-        yield
+    models = [model for _, model in references(groups_of(config), config.base_model)]
+    adapted = any(map(applies, models))
+    if not adapted and not all(paths.is_folder(model.model.path) for model in models):
+        yield  # what mergekit downloads is looked at by mergekit
         return
-    # What mergekit's own methods read is for mergekit to say.
-    with for_commands(), pickles.allowed(True):
+    # What mergekit's own methods unpickle is for mergekit to say.
+    with pickles.allowed(True):
         compat.clear_loaders()
         try:
-            require(adapter_problems(places, options).report().problems)
-            _warn_of_cache(places, options)
-            yield
+            with for_commands():
+                report = models_of_stock(config, options)
+                if adapted:
+                    require(report.problems)
+                warn_of([*map(str, report.problems), *report.warnings])
+                _warn_of_cache(models, options)
+            with for_commands() if adapted else nullcontext():
+                yield
         finally:
             compat.clear_loaders()
 
 
-def _places(config: MergeConfiguration) -> dict[Any, str]:
-    found = references(groups_of(config), config.base_model)
-    return {model: where for where, model in found}
+def warn_of(texts: Iterable[str]) -> None:
+    """Issue one warning for each text."""
+    for text in texts:
+        warnings.warn(MergeWarning(text), stacklevel=3)
 
 
 def _warn_of_cache(models: Iterable[Any], options: MergeOptions) -> None:
@@ -195,6 +202,8 @@ def _merge(
         given = identity(source, options, models)
         require_same(together, {**given, "output": os.fspath(Path(out_path).resolve())})
         weights = weights_of(merged)
+        if together.is_main:
+            warn_of(report.warnings)
         _warn_of_cache(merged, options)
         quiet = options.model_copy(update={"quiet": True})
         restart = restart or os.environ.get(RESTART_VARIABLE) == "1"

@@ -1,4 +1,4 @@
-"""``mergekit-yaml`` and ``mergekit-multi``: a file that is no merge is one message, not a traceback."""
+"""Commands that read a YAML: a file that is no merge is one message, not a traceback."""
 
 from __future__ import annotations
 

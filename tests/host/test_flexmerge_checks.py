@@ -15,6 +15,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergekit_ext
 from mergekit_ext.errors import ConfigError, Problem
@@ -367,39 +368,37 @@ def test_dtypes(content):
 
 
 def test_nothing_in_common(content, tmp_path):
-    folder = tmp_path / "bare"
+    config = LlamaConfig.from_pretrained(content["base_model"])
+    config.hidden_size = 16
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
+    content["models"][0]["model"] = str(tmp_path / "narrow")
+    assert only(content).where == "models"
+
+
+def test_tensors_that_were_saved_empty(content, tmp_path):
+    folder = tmp_path / "zero3"
     shutil.copytree(content["models"][0]["model"], folder)
-    save_file({"other.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    state = {name: torch.ones(0) for name in load_file(folder / "model.safetensors")}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     content["models"][0]["model"] = str(folder)
-    assert only(content).where == "models"
-
-
-def test_only_empty_tensors_in_common(content, tmp_path):
-    for index in range(3):
-        folder = tmp_path / f"m{index}"
-        shutil.copytree(content["models"][index]["model"], folder)
-        save_file({"x.weight": torch.ones(0, 2)}, folder / "model.safetensors", {"format": "pt"})
-        content["models"][index]["model"] = str(folder)
-    shutil.copytree(content["base_model"], tmp_path / "base")
-    shutil.copyfile(folder / "model.safetensors", tmp_path / "base" / "model.safetensors")
-    content["base_model"] = str(tmp_path / "base")
-    assert only(content).where == "models"
+    problem = only(content)
+    assert problem.where == "models[0].model" and "DeepSpeed" in problem.remedy
+    assert "lm_head.weight ([0]; the class has [64, 32])" in problem.found
 
 
 def test_private_tensors_are_told(content, tmp_path):
     folder = tmp_path / "larger"
-    shutil.copytree(content["models"][0]["model"], folder)
-    state = load_file(folder / "model.safetensors")
-    state["lm_head.weight"] = torch.randn(70, 32)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    model = LlamaForCausalLM.from_pretrained(content["models"][0]["model"])
+    model.resize_token_embeddings(70)
+    model.save_pretrained(folder)
     content["models"][0]["model"] = str(folder)
     report = check_merge(MergeConfiguration.model_validate(content), QUIET, content)
     notes = " ".join(report.notes)
     assert not report.problems
-    assert "private to larger, 8960 bytes: lm_head.weight" in notes
+    assert "private to larger, 17920 bytes: lm_head.weight, model.embed_tokens.weight" in notes
     assert (
-        "lm_head.weight: differs in shape in larger ([70, 32]) from the base ([64, 32]): private "
-        f"to every task ({8960 + 2 * 64 * 32 * 4:,} bytes in all)" in notes
+        "differs in shape in larger ([70, 32]) from the base ([64, 32]): private "
+        f"to every task ({17920 + 2 * 2 * 64 * 32 * 4:,} bytes in all)" in notes
     )
     assert "come on top of `target_size`" in notes
 
@@ -422,13 +421,11 @@ def test_a_tensor_that_one_model_lacks(content, tmp_path):
     assert "holey" in problem.found
 
 
-def test_a_tensor_that_most_models_lack_is_told(content, tmp_path):
+def test_a_tensor_that_most_models_lack(content, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     for index in (0, 2):
         without(content, tmp_path / f"holey{index}", index, name)
-    report = check_merge(MergeConfiguration.model_validate(content), QUIET, content)
-    assert not report.problems
-    assert f"{name}: missing in holey0, holey2: private to every task" in " ".join(report.notes)
+    assert places(content) == ["models[0].model", "models[2].model"]
 
 
 # All at once

@@ -2,7 +2,7 @@
 
 from mergekit_ext.host.checks.flat import check_flat
 from mergekit_ext.host.checks.keys import unknown_keys
-from mergekit_ext.host.checks.merge import check_merge, examine
+from mergekit_ext.host.checks.merge import check_merge, examine, models_of_stock
 from mergekit_ext.host.checks.report import CheckReport, Estimate
 from mergekit_ext.host.checks.source import check_source
 
@@ -13,5 +13,6 @@ __all__ = [
     "check_merge",
     "check_source",
     "examine",
+    "models_of_stock",
     "unknown_keys",
 ]

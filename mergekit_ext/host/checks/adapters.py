@@ -12,7 +12,7 @@ import torch
 from mergekit_ext import paths, pickles
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, read_safetensors
-from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, applies, fit, read_adapter
+from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, fit, read_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing, nearest
@@ -228,17 +228,3 @@ def _merged_copy(
             f"Delete {folder}.",
         )
         return None
-
-
-def adapter_problems(references: Mapping[Any, str], options: Any) -> Findings:
-    """What is wrong with the models with adapters among `references` (and their places).
-
-    For merges with methods that the project does not check further.
-    """
-    from mergekit_ext.host.checks.models import read_model
-
-    findings = Findings()
-    for reference, where in references.items():
-        if applies(reference):
-            read_model(reference, where, options, findings)
-    return findings

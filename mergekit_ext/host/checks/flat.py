@@ -16,7 +16,7 @@ from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of
 from mergekit_ext.host.checks.locate import locate
 from mergekit_ext.host.checks.merge import find_method, resolve_and_estimate
-from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.host.checks.models import ModelFacts, refuse_codes
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings
 from mergekit_ext.host.checks.support import listing, quiet
@@ -113,10 +113,12 @@ def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, Tensor
     if Path(path).suffix != ".safetensors" and allow_pickle:
         findings.note(f"{where}: {path} is a pickle, as allowed; only tensors are read from it.")
     try:
-        return read_file(Path(path), allow_pickle=allow_pickle)
+        tensors = read_file(Path(path), allow_pickle=allow_pickle)
     except HeaderError as error:
         findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
         return None
+    refuse_codes(tensors, path, where, findings)
+    return tensors
 
 
 def _planned(

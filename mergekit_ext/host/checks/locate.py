@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,14 @@ from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing
 from mergekit_ext.host.checks.survey import PlannedTensor
+from mergekit_ext.host.loading import class_of
 
+# What to do where mergekit's plan has other names than the files.
+BY_FILES = (
+    "Use `merge_method: flexmerge` (with `target_size: 1` for one model), or merge the weight "
+    "files with mergekit-pytorch and copy config.json and the tokenizer beside the result: both "
+    "take the names in the files."
+)
 # With so many tensors of a model missing, whether others can be made of what is stored, a
 # question to all of its names, changes nothing any more.
 _ENOUGH_MISSING = 100
@@ -37,6 +44,11 @@ class FoundTensor:
     def headers(self) -> list[TensorHeader]:
         """The known headers."""
         return [header for header in self.found.values() if header is not None]
+
+    def without(self, models: Collection[Any]) -> FoundTensor:
+        """Return the same tensor as if `models` were not there."""
+        found = {model: header for model, header in self.found.items() if model not in models}
+        return FoundTensor(self.planned, found, tuple(m for m in self.missing if m not in models))
 
 
 def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) -> list[FoundTensor]:
@@ -69,14 +81,12 @@ def left_out(
     planned: Sequence[PlannedTensor],
     located: Sequence[FoundTensor],
     facts: Mapping[Any, ModelFacts],
-    inferred: bool,
     findings: Findings,
-) -> None:
-    """Report stored tensors that the merge does not use, and which the output will not have.
+) -> list[str]:
+    """Name the stored tensors that the merge does not use, and which the output will not have.
 
-    A few extra ones are a note. With an inferred architecture it may be whole layers: transformers
-    calls them otherwise than the file does, and mergekit takes them for optional weights that
-    nobody has. That is a problem.
+    Whether the output's class needs them is for `check_output`. What a class from elsewhere
+    needs is not known: there each of them is a problem. Returns all of these names.
     """
     used: dict[Any, set[str]] = {model: set() for model in facts}
     for tensor in planned:
@@ -84,25 +94,27 @@ def left_out(
             used[model].update(_names(weight, tied=True))
     merged = {id(tensor.planned) for tensor in located}
     skipped = [tensor.weight.name for tensor in planned if id(tensor) not in merged]
-    renamed: dict[tuple[str, ...], list[ModelFacts]] = {}
+    lost: dict[tuple[str, ...], list[ModelFacts]] = {}
+    unused: dict[str, None] = {}
     for model, fact in facts.items():
         rest = sorted(set(fact.tensors or ()) - used[model])
         if not rest or not used[model]:
             continue
-        if inferred and skipped:
-            renamed.setdefault(tuple(rest), []).append(fact)
+        unused.update(dict.fromkeys(rest))
+        if class_of(fact.config) is None:
+            lost.setdefault(tuple(rest), []).append(fact)
         elif not _has_conversions(fact):  # converted names cannot be told from extra ones
             findings.note(f"{model}: the merge does not use {listing(rest)}.")
-    for names, owners in renamed.items():
+    for names, owners in lost.items():
+        instead = f" (it looks for {listing(skipped)})" if skipped else ""
         findings.problem(
             owners[0].where,
-            f"{len(names)} tensors of {', '.join(str(fact.reference) for fact in owners)} that the "
-            f"output would not have ({listing(names)}): transformers calls them otherwise "
-            f"({listing(skipped)}), and mergekit skips them",
-            "stored names that are those of the transformers class",
-            "Merge the weight files with mergekit-pytorch, which takes stored names as they are, "
-            "and copy config.json and the tokenizer beside the result.",
+            f"{len(names)} tensors of {', '.join(str(fact.reference) for fact in owners)} that "
+            f"mergekit's plan leaves out{instead}: {listing(names)}",
+            "a use for every stored tensor, because the model's class is not one of transformers",
+            BY_FILES,
         )
+    return list(unused)
 
 
 def _names(weight: Any, *, tied: bool) -> list[str]:

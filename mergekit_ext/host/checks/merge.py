@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_ext import memory
 from mergekit_ext.host.checks.architecture import find_architecture
+from mergekit_ext.host.checks.complete import check_inputs, check_output
 from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
+from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor, left_out, locate
-from mergekit_ext.host.checks.models import read_model
+from mergekit_ext.host.checks.models import ModelFacts, read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.resolve import ParameterResolution
@@ -125,21 +127,7 @@ def _check(
     check_multi_gpu(options, findings)
     method = find_method(config.merge_method, findings)
     models = Findings()  # parameters are reported first, but need the tensors' names
-    facts = {
-        model: read_model(model, where, options, models, pending)
-        for where, model in references(groups_of(config), config.base_model)
-    }
-    architecture = find_architecture(config, options, facts, models)
-    planned: list[PlannedTensor] = []
-    if architecture.info is not None:
-        planned = survey(config, architecture.info, options, facts, models)
-    located = locate(planned, facts)
-    # Models of other architectures would only give the same problem again for every tensor.
-    if architecture.same or options.allow_crimes:
-        aligned = wants_tokenizer(config) or options.unsafe_truncate_embeddings
-        check_tensors(located, method, config, facts, aligned, models)
-        if config.models:
-            left_out(planned, located, facts, architecture.inferred, models)
+    facts, planned, located = _check_models(config, options, method, models, pending)
     known = all(fact.config is not None and fact.tensors is not None for fact in facts.values())
     complete = known and not models.count
     collects = not options.safe_serialization
@@ -150,3 +138,42 @@ def _check(
         models.note("Nothing is estimated: a model is the result of another document.")
     findings.merge(models)
     return costs, located
+
+
+def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
+    """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
+    findings = Findings()
+    with quiet():
+        _check_models(config, options, find_method(config.merge_method, findings), findings, ())
+    return findings.report()
+
+
+def _check_models(
+    config: Any, options: Any, method: Any, findings: Findings, pending: Collection[str]
+) -> tuple[dict[Any, ModelFacts], list[PlannedTensor], list[FoundTensor]]:
+    """Check the models with each other and with the output.
+
+    Returns what is known of each model, the tensors that mergekit plans, and those that it finds.
+    """
+    facts = {
+        model: read_model(model, where, options, findings, pending)
+        for where, model in references(groups_of(config), config.base_model)
+    }
+    broken = check_inputs(facts, findings)
+    architecture = find_architecture(config, options, facts, findings)
+    planned: list[PlannedTensor] = []
+    out_config = None
+    if architecture.info is not None:
+        planned, out_config = survey(config, architecture.info, options, facts, findings)
+    located = locate(planned, facts)
+    # Models of other architectures would only give the same problem again for every tensor.
+    if architecture.same or options.allow_crimes:
+        aligned = bool(wants_tokenizer(config) or options.unsafe_truncate_embeddings)
+        sound = [tensor.without(broken) for tensor in located]
+        check_tensors(sound, method, config, facts, aligned, findings)
+        donor = config.base_model or next(iter(facts))
+        check_fields(facts, donor, findings, crimes=options.allow_crimes, heads=True)
+        unused = left_out(planned, located, facts, findings) if config.models else []
+        if located and out_config is not None and not findings.count:
+            check_output(located, out_config, aligned, unused, findings)
+    return facts, planned, located

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_ext import paths, pickles
+from mergekit_ext.codes import REMEDY, stored_codes
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, weights_of
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks import hub
@@ -22,6 +23,7 @@ from mergekit_ext.host.checks.adapters import (
 from mergekit_ext.host.checks.configuration import unreadable
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.host.checks.support import listing
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ def _read_base(
             f"Write `<base model>+{path}`." if adapter else "Copy the model's config.json there.",
         )
         return ModelFacts(reference, where, tensors=tensors)
+    own = reference.lora is not None and Path(reference.lora.path) == Path(path)
+    if (Path(path) / "adapter_config.json").is_file() and not own:
+        findings.problem(
+            where,
+            f"an adapter_config.json in {path}: transformers applies that adapter when it loads "
+            "the model, mergekit does not read it",
+            "a model's folder without an adapter",
+            f"Write `{path}+{path}` to apply it, or remove it if the weights contain it.",
+        )
     return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
 
 
@@ -110,6 +121,7 @@ def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, T
     except HeaderError as error:
         findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
         return None
+    refuse_codes(tensors, folder, where, findings)
     weights = weights_of(folder)
     if weights is not None and weights.name.startswith("pytorch_model"):
         findings.note(
@@ -117,6 +129,19 @@ def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, T
             "only tensors are read from them."
         )
     return tensors
+
+
+def refuse_codes(
+    tensors: Mapping[str, TensorHeader], source: str | Path, where: str, findings: Findings
+) -> None:
+    """Report what a quantised model stores in the place of weights."""
+    if codes := stored_codes(tensors):
+        findings.problem(
+            where,
+            f"codes of a quantised model in {source}, with their scales ({listing(codes)})",
+            "weights",
+            REMEDY,
+        )
 
 
 def _hub_model(
@@ -148,6 +173,7 @@ def _hub_model(
         tensors = hub.remote_tensors(path, revision, where, findings)
         if findings.count > before:
             return ModelFacts(reference, where)
+        refuse_codes(tensors or {}, path, where, findings)
     return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
 
 
@@ -189,9 +215,28 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
             "Add it to config.json, or give the model with `override_architecture:`.",
         )
         return None
-    if getattr(config, "quantization_config", None):
-        findings.note(
-            f"{where}: {reference.model} is quantised; mergekit merges the stored numbers without "
-            "their scales. Give the model as it was before quantisation."
-        )
+    for field, found, expected, remedy in _other_readings(config):
+        findings.problem(f"{where} (config.json: {field})", found, expected, remedy)
     return config
+
+
+def _other_readings(config: Any) -> Iterator[tuple[str, str, str, str]]:
+    """Fields with which transformers reads other weights than the files that mergekit reads."""
+    content = config.to_dict()
+    parts = {"": content, **{f"{k}.": v for k, v in content.items() if isinstance(v, dict)}}
+    for prefix, part in parts.items():
+        if quantised := part.get("quantization_config"):
+            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            yield (
+                f"{prefix}quantization_config",
+                f"a model quantised by {kind}, whose codes are no weights without their scales",
+                "weights",
+                f"{REMEDY} If its files hold plain weights, remove that field.",
+            )
+    if file := content.get("transformers_weights"):
+        yield (
+            "transformers_weights",
+            f"{file}, which transformers loads and mergekit does not look at",
+            "the weights in a file of the usual name",
+            "Save the model again with `save_pretrained` into an empty folder.",
+        )

@@ -43,12 +43,14 @@ class CheckReport:
     Attributes:
         problems: what stops the merge or would make it mean something else than it says.
         notes: what is worth knowing and stops nothing.
+        warnings: those of `notes` that are also issued before the merge.
         estimate: the costs; None when some input is not known well enough.
     """
 
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     estimate: Estimate | None
+    warnings: tuple[str, ...] = ()
 
     def raise_for_problems(self, subject: str) -> None:
         """Raise one `ConfigError` with every problem, if there is any."""
@@ -62,6 +64,7 @@ class Findings:
     def __init__(self) -> None:
         self._problems: dict[Problem, None] = {}
         self._notes: dict[str, None] = {}
+        self._warnings: dict[str, None] = {}
 
     def problem(self, where: str, found: str, expected: str, remedy: str = "") -> None:
         """Add one problem."""
@@ -75,8 +78,14 @@ class Findings:
         """Add one note."""
         self._notes[text] = None
 
+    def warn(self, text: str) -> None:
+        """Add a note that is issued as a warning before the merge as well."""
+        self.note(text)
+        self._warnings[text] = None
+
     def merge(self, other: Findings) -> None:
         """Add everything that another collector has."""
+        self._warnings.update(other._warnings)
         self._problems.update(other._problems)
         self._notes.update(other._notes)
 
@@ -87,4 +96,6 @@ class Findings:
 
     def report(self, estimate: Estimate | None = None) -> CheckReport:
         """Freeze what was found."""
-        return CheckReport(tuple(self._problems), tuple(self._notes), estimate)
+        return CheckReport(
+            tuple(self._problems), tuple(self._notes), estimate, tuple(self._warnings)
+        )

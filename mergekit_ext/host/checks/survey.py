@@ -207,8 +207,11 @@ def survey(
     options: Any,
     facts: Mapping[Any, ModelFacts],
     findings: Findings,
-) -> list[PlannedTensor]:
-    """Every tensor that the merge would write, as far as its models can be read."""
+) -> tuple[list[PlannedTensor], Any]:
+    """Every tensor that the merge would write, as far as its models can be read.
+
+    The second value is the output's transformers configuration; None where there is no plan.
+    """
     from mergekit.merge import _model_out_config
 
     usable = {model: fact for model, fact in facts.items() if fact.config is not None}
@@ -218,11 +221,11 @@ def survey(
     # The planner looks the method up; its name may be wrong, and it is not needed here.
     copy.merge_method = "linear"
     if not (copy.models or copy.slices or copy.modules):
-        return []
+        return [], None
     try:
         out_config = _model_out_config(copy, architecture, options.trust_remote_code)
         planner = SurveyPlanner(copy, architecture, options, out_config, usable, where, findings)
-        return planner.survey()
+        return planner.survey(), out_config
     except Exception as error:  # mergekit's planner; its message is kept
         findings.problem(
             "the merge's plan",
@@ -230,4 +233,4 @@ def survey(
             "a configuration that mergekit can plan",
             "Mend the other problems first; then report this one if it stays.",
         )
-        return []
+        return [], None

@@ -19,6 +19,8 @@ from mergekit_ext.flexmerge.prefix import find_renaming, named_as
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
+from mergekit_ext.host.checks.complete import check_inputs
+from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.models import read_model
@@ -35,7 +37,6 @@ from mergekit_ext.host.flexmerge.checks import (
 from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
 from mergekit_ext.host.flexmerge.presence import (
-    check_missing,
     check_readable,
     note_unshared,
 )
@@ -120,7 +121,17 @@ def _prepare(
         facts[model] = read_model(model, where, options, findings, pending)
         if findings.count > before:
             reported.add(model)
+    reported |= check_inputs(facts, findings)
     check_family(facts, config.base_model, reported, findings)
+    if written is not None:
+        check_fields(
+            facts,
+            config.base_model,
+            findings,
+            crimes=options.allow_crimes,
+            heads=written.shared["heads"] == "merged",
+            outcome="each task keeps its own",
+        )
     if findings.count or written is None or config.base_model is None:
         return None
     if any(fact.pending for fact in facts.values()):
@@ -144,7 +155,6 @@ def _prepare(
             "Check that these are fine-tunes of that base.",
         )
         return None
-    check_missing(first, others, models, findings)
     note_unshared(first, others, layout, naming, findings)
     forced = dtype_of(config.out_dtype or config.dtype)
     tuned = [item.model for _, item in items]

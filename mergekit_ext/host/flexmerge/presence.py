@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from mergekit_ext.dtypes import PACKED
@@ -13,38 +12,6 @@ from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing
 
 Headers = Mapping[str, TensorHeader]
-# Computed by the module: some versions of transformers store them, others do not.
-_COMPUTED = re.compile(r"(.*\.)?(inv_freq|masked_bias|attn\.bias|position_ids|token_type_ids)")
-
-
-def check_missing(
-    base: Headers, models: Sequence[Headers], facts: Sequence[ModelFacts], findings: Findings
-) -> None:
-    """Report models that lack what the base and all other models have.
-
-    `from_pretrained` would initialise it at random. A model of a class of its own may do without.
-    """
-    classes = [(getattr(fact.config, "architectures", None) or [None])[0] for fact in facts]
-    for index, (model, fact) in enumerate(zip(models, facts, strict=True)):
-        others = [other for place, other in enumerate(models) if place != index]
-        if classes.count(classes[index]) < 2:
-            continue
-        missing = [
-            name
-            for name, header in base.items()
-            if name not in model
-            and header.floating
-            and not _COMPUTED.fullmatch(name)
-            and all(name in other for other in others)
-        ]
-        if missing:
-            findings.problem(
-                fact.where,
-                f"{fact.reference} without {listing(missing)}",
-                "the tensors that the base and all other models have",
-                "Save that model again as a whole; `from_pretrained` would initialise what is "
-                "missing at random.",
-            )
 
 
 def check_readable(

@@ -1,0 +1,94 @@
+"""Nothing is lost: inputs and output hold what their transformers classes expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
+from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.support import listing, tensors_at
+from mergekit_ext.host.loading import Loading, loading
+
+
+def loading_of(fact: ModelFacts) -> Loading | None:
+    """Return what transformers does with the tensors of one input; None if that is not known."""
+    if fact.config is None or fact.tensors is None:
+        return None
+    return loading(fact.config, {name: h.shape for name, h in fact.tensors.items()})
+
+
+def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any]:
+    """Report models that transformers would complete with random numbers, and note what it ignores.
+
+    Such are weights that ZeRO-3 saved empty, a body without its head, or a shard that is gone.
+    Returns these models.
+    """
+    broken = set()
+    for model, fact in facts.items():
+        found = loading_of(fact)
+        if found is None:
+            continue
+        kind = fact.config.architectures[0]
+        if wrong := _wrong(found):
+            broken.add(model)
+            findings.problem(
+                fact.where,
+                f"{wrong} in {model}, a {kind}: transformers would fill it with random numbers",
+                f"every tensor of {kind}",
+                "Give a whole checkpoint of that class; one that was saved in parts (DeepSpeed, "
+                "FSDP) is consolidated first.",
+            )
+        if found.ignored:
+            findings.note(
+                f"{model}: {kind} does not have {listing(found.ignored)}; transformers does not "
+                "load them either."
+            )
+    return broken
+
+
+def check_output(
+    located: Sequence[FoundTensor],
+    config: Any,
+    aligned: bool,
+    unused: Sequence[str],
+    findings: Findings,
+) -> None:
+    """Report tensors that the class of the output needs and the merge would not write.
+
+    Args:
+        located: the tensors of the output.
+        config: the output's configuration.
+        aligned: vocabularies are made equal, so that shapes of embeddings are not known yet.
+        unused: stored tensors that the merge does not use.
+    """
+    shapes = {
+        tensor.planned.weight.name: tensor.headers[0].shape if tensor.headers else (0,)
+        for tensor in located
+    }
+    found = loading(config, shapes)
+    if found is None:
+        return
+    kind = config.architectures[0]
+    unknown = aligned or any(not tensor.headers for tensor in located)
+    if unknown:  # what shapes would say is for the comparison of the inputs
+        found = Loading(found.missing)
+    if wrong := _wrong(found):
+        findings.problem(
+            "the output",
+            f"{wrong}: mergekit's plan for {kind} leaves them out"
+            + (f", and does not use {listing(unused)} in the files" if unused else ""),
+            f"every tensor of {kind}, as transformers loads it",
+            BY_FILES,
+        )
+
+
+def _wrong(found: Loading) -> str:
+    """Say what keeps a class from being loaded whole; nothing if nothing does."""
+    wrong = [
+        *([f"{tensors_at(found.missing)} missing"] if found.missing else []),
+        *([f"another shape in {tensors_at(found.misshapen)}"] if found.misshapen else []),
+        *([f"what transformers cannot convert ({found.error})"] if found.error else []),
+    ]
+    return " and ".join(wrong)

@@ -1,0 +1,87 @@
+"""The config.json of an output says what is in its files: their dtype, and whether they are tied."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mergekit_ext.headers import TensorHeader, read_folder, weights_of
+from mergekit_ext.host.blocks import tied_groups
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_TIED = "tie_word_embeddings"
+_CHUNK = 16 << 20
+
+
+def agree(folder: Path) -> None:
+    """Write into the config.json of a folder what its weights are; nothing where either is absent.
+
+    The dtype is that of most bytes. A head that differs from the embedding is not tied to it,
+    whatever the inputs' configurations say: one of them may have had a head of its own, which
+    transformers then does not tie, and other readers would.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or weights_of(folder) is None:
+        return
+    tensors = read_folder(folder, allow_pickle=True)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    before = json.dumps(content)
+    if dtype := _dtype(tensors):
+        _set_dtype(content, dtype)
+    if _has_head_of_its_own(tensors):
+        _untie(content)
+    if json.dumps(content) != before:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _dtype(tensors: dict[str, TensorHeader]) -> str | None:
+    sizes: Counter[str] = Counter()
+    for header in tensors.values():
+        if header.dtype in _DTYPES:
+            sizes[_DTYPES[header.dtype]] += header.nbytes
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _set_dtype(content: dict[str, Any], dtype: str) -> None:
+    present = [key for key in _DTYPE_KEYS if key in content] or [_DTYPE_KEYS[0]]
+    content.update(dict.fromkeys(present, dtype))
+    for part in content.values():
+        if isinstance(part, dict):
+            part.update({key: dtype for key in _DTYPE_KEYS if part.get(key) is not None})
+
+
+def _untie(content: dict[str, Any]) -> None:
+    content[_TIED] = False
+    for name, part in content.items():
+        if isinstance(part, dict) and (_TIED in part or name == "text_config"):
+            part[_TIED] = False
+
+
+def _has_head_of_its_own(tensors: dict[str, TensorHeader]) -> bool:
+    always = tied_groups(tensors, False)
+    for group in tied_groups(tensors, True):
+        if group in always:
+            continue
+        first, *others = (tensors[name] for name in sorted(group))
+        if any(not _equal(first, other) for other in others):
+            return True
+    return False
+
+
+def _equal(one: TensorHeader, other: TensorHeader) -> bool:
+    """Compare the stored bytes; tensors of a pickle, which lie at no known place, count as apart."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or not (one.file and other.file):
+        return False
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        left.seek(one.offset)
+        right.seek(other.offset)
+        remaining = one.nbytes
+        while remaining:
+            size = min(remaining, _CHUNK)
+            if left.read(size) != right.read(size):
+                return False
+            remaining -= size
+    return True
