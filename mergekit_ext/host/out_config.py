@@ -1,4 +1,4 @@
-"""The config.json of an output says what is in its files: their dtype, and whether they are tied."""
+"""Let the config.json of an output say what is in its files: their dtype, and what is tied."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _has_head_of_its_own(tensors: dict[str, TensorHeader]) -> bool:
 
 
 def _equal(one: TensorHeader, other: TensorHeader) -> bool:
-    """Compare the stored bytes; tensors of a pickle, which lie at no known place, count as apart."""
+    """Compare the stored bytes; tensors of a pickle, which lie at no known place, differ."""
     if (one.dtype, one.shape) != (other.dtype, other.shape) or not (one.file and other.file):
         return False
     with one.file.open("rb") as left, other.file.open("rb") as right:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit_ext import paths
 from mergekit_ext.host.adapters import applies
+from mergekit_ext.host.checks.locate import BY_FILES
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 
@@ -93,11 +94,12 @@ def _inferred(
         # Not through mergekit's cache, which would remember files that are mended after a check.
         return infer_architecture_info.__wrapped__(tuple(facts), config.base_model, options)
     except Exception as error:  # mergekit and transformers; the message is kept
+        reason = (str(error).splitlines() or [""])[0][:200]  # some hold a whole configuration
         findings.problem(
             "models",
-            f"an architecture that mergekit cannot infer ({type(error).__name__}: {error})",
+            f"an architecture that mergekit cannot infer ({type(error).__name__}: {reason})",
             "models whose tensors have the names of their transformers class",
-            "Save the models with `save_pretrained` of one transformers version.",
+            BY_FILES,
         )
         return None
 

@@ -93,7 +93,7 @@ def left_out(
         for model, weight in tensor.inputs:
             used[model].update(_names(weight, tied=True))
     merged = {id(tensor.planned) for tensor in located}
-    skipped = [tensor.weight.name for tensor in planned if id(tensor) not in merged]
+    skipped = sorted(tensor.weight.name for tensor in planned if id(tensor) not in merged)
     lost: dict[tuple[str, ...], list[ModelFacts]] = {}
     unused: dict[str, None] = {}
     for model, fact in facts.items():

@@ -1,0 +1,129 @@
+"""Inputs and output hold what their transformers classes expect."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+import mergekit_ext
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.host.loading import loading
+from tests.host.small import SMALL, checked, family, llama, merging, tuned
+
+QUIET = MergeOptions(quiet=True)
+
+
+def shapes(model: transformers.PreTrainedModel) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("change", ["missing", "ignored", "misshapen"])
+def test_the_loader_says_what_from_pretrained_says(change: str, tmp_path: Path) -> None:
+    kind, model = transformers.LlamaForCausalLM, llama()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if change == "missing":
+        del state["model.layers.1.mlp.up_proj.weight"]
+    elif change == "ignored":
+        state["model.layers.1.mlp.extra.weight"] = torch.ones(2)
+    else:
+        state["model.norm.weight"] = torch.ones(0)
+    model.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    _, info = kind.from_pretrained(tmp_path, output_loading_info=True, ignore_mismatched_sizes=True)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    found = loading(config, {name: list(tensor.shape) for name, tensor in state.items()})
+    assert found is not None and not found.error
+    assert set(found.missing) == info["missing_keys"]
+    assert set(found.ignored) == info["unexpected_keys"]
+    assert len(found.misshapen) == len(info["mismatched_keys"])
+    assert [len(part) for part in (found.missing, found.ignored, found.misshapen)].count(1) == 1
+
+
+def test_old_names_of_a_vision_model_load(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        architectures=["ViTModel"],
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith("encoder.layer.0") for name in stored)
+    found = loading(config, {name: list(tensor.shape) for name, tensor in stored.items()})
+    assert found is not None and not (found.missing or found.misshapen or found.ignored)
+
+
+def test_a_class_from_elsewhere_is_not_known() -> None:
+    config = transformers.LlamaConfig(**SMALL, architectures=["MyOwnModel"])
+    assert loading(config, {"a": [1]}) is None
+
+
+@pytest.mark.parametrize("flags", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_tensors_that_mergekits_plan_leaves_out(flags: dict[str, bool], tmp_path: Path) -> None:
+    document = merging(*family(tmp_path, **flags))
+    (problem,) = checked(document).problems
+    assert problem.where == "the output" and ".bias" in problem.found
+    with pytest.raises(ConfigError, match="the output"):
+        mergekit_ext.merge(MergeConfiguration.model_validate(document), tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_refusal_advises_keeps_every_tensor(tmp_path: Path) -> None:
+    base, one, two = family(tmp_path, attention_bias=True)
+    document = merging(base, one, two, method="flexmerge", parameters={"target_size": 1})
+    mergekit_ext.merge(MergeConfiguration.model_validate(document), tmp_path / "out", QUIET)
+    model, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"] and model.config.attention_bias
+
+
+def test_a_model_that_lacks_a_tensor_of_its_class_is_named_once(tmp_path: Path) -> None:
+    base, one, two = family(tmp_path)
+    state = load_file(one / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, one / "model.safetensors", {"format": "pt"})
+    (problem,) = checked(merging(base, one, two)).problems
+    assert problem.where == "models[0].model" and "model.norm.weight missing" in problem.found
+
+
+def test_a_stored_tensor_that_no_class_reads_is_a_note(tmp_path: Path) -> None:
+    base, one, two = family(tmp_path)
+    state = {**load_file(one / "model.safetensors"), "model.extra": torch.ones(2)}
+    save_file(state, one / "model.safetensors", {"format": "pt"})
+    report = checked(merging(base, one, two))
+    assert not report.problems
+    assert any("does not have model.extra" in note for note in report.notes)
+
+
+def test_a_stock_method_is_warned_by_its_own_command_and_refused_by_ours(tmp_path: Path) -> None:
+    base, one, two = family(tmp_path, attention_bias=True)
+    document = merging(base, one, two, method="task_arithmetic", parameters={"weight": 1.0})
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(document))
+    scripts = Path(sysconfig.get_path("scripts"))
+    config = str(tmp_path / "m.yml")
+    stock = [scripts / "mergekit-yaml", config, str(tmp_path / "stock")]
+    ours = [scripts / "mergekit-ext", "merge", config, str(tmp_path / "ours")]
+    done = subprocess.run(stock, capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning: the output: found 8 tensors" in done.stderr
+    done = subprocess.run(ours, capture_output=True, text=True)
+    assert done.returncode == 2 and "the output: found 8 tensors" in done.stderr
+    assert not (tmp_path / "ours").exists()
+
+
+def test_whole_models_have_nothing_to_say(tmp_path: Path) -> None:
+    report = checked(merging(*family(tmp_path)))
+    assert not report.problems and not report.warnings
+    assert shapes(tuned(llama(), 1)) == shapes(llama())
