@@ -1,7 +1,7 @@
 """What each column of the matrix should give: torch alone, in float64, on models in memory.
 
-The definitions are those of docs/methods.md. The tensors are those of the class, which may be stored
-under other names, or in parts (experts).
+The definitions are those of docs/methods.md. The tensors are those of the class, whose files may
+have other names, or experts one by one.
 """
 
 from __future__ import annotations
