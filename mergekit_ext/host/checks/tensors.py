@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.dtypes import NARROW, PACKED
-from mergekit_ext.host.checks.locate import FoundTensor
+from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import tensors_at
@@ -118,7 +118,7 @@ def _missing(
             tensors_at(nowhere),
             f"{'it' if len(nowhere) == 1 else 'them'} in no model",
             "the tensors that mergekit's table lists for this architecture",
-            "Merge the weight files with mergekit-pytorch, which needs no table.",
+            BY_FILES,
         )
     for models, names in required.items():
         places = ", ".join(f"{model} ({facts[model].where})" for model in models)
