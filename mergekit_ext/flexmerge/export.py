@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,10 +16,10 @@ from mergekit_ext.durable import appear
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.stored import RefusedError, regular_file
+from mergekit_ext.model_files import companions
 from mergekit_ext.rooms import hidden_room
 
 _SHARD_BYTES = 5_000_000_000
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack)(\.index\.json)?")
 
 
 def export(
@@ -51,9 +50,9 @@ def export(
     _check_target(target)
     checkpoint = open_checkpoint(path, verify)
     tensors = checkpoint.tensors(task)
-    companions = dict(_companions(checkpoint.folder, task))
+    files = _companions(checkpoint.folder, task)
     with _appearing(target) as room:
-        for name, source in companions.items():
+        for name, source in files.items():
             (room / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, room / name)
         _write_weights(room, tensors, shard_bytes)
@@ -100,24 +99,23 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[st
     yield shard
 
 
-def _companions(root: Path, task: str) -> Iterator[tuple[str, Path]]:
-    """The files of a task's folder, without weights and card: their names, and where they are."""
-    problems = []
-    folder = root / task
-    for found, _, names in os.walk(folder):
-        for name in sorted(names):
-            relative = (Path(found) / name).relative_to(folder).as_posix()
-            # The card of a task's folder says how to make what is written here.
-            if _WEIGHTS.fullmatch(name) or relative == "README.md":
-                continue
-            try:
-                yield relative, regular_file(root, f"{task}/{relative}", f"{task}/{relative}")
-            except RefusedError as refused:
-                problems.append(refused.problem)
-    if not (folder / "config.json").is_file():
-        problems.append(Problem(f"{task}/config.json", "no file", "the model's configuration"))
+def _companions(root: Path, task: str) -> dict[str, Path]:
+    """Return the files of a task's folder beside weights and card: their names and places."""
+    names = companions(root / task)
+    found = {
+        name: _place(root, f"{task}/{name}") for name in dict.fromkeys(["config.json", *names])
+    }
+    problems = [place for place in found.values() if isinstance(place, Problem)]
     if problems:
         raise CheckpointError(problems, str(root))
+    return {name: place for name, place in found.items() if isinstance(place, Path)}
+
+
+def _place(root: Path, name: str) -> Path | Problem:
+    try:
+        return regular_file(root, name, name)
+    except RefusedError as refused:
+        return refused.problem
 
 
 def _check_target(target: Path) -> None:

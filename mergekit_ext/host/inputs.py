@@ -12,9 +12,7 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from mergekit_ext import headers
 from mergekit_ext.host.checks.layout import groups_of, references
-
-# The one folder in a model's that transformers reads a part of a tokenizer from.
-_TEMPLATES = "additional_chat_templates"
+from mergekit_ext.model_files import companions
 
 
 def models_of(config: Any) -> list[Any]:
@@ -27,12 +25,12 @@ def models_of(config: Any) -> list[Any]:
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """The files of a local model: those beside each other, and shards in folders below.
+    """The files of a local model: those beside each other, and in folders that belong to it.
 
     Other folders are other models, or the past of this one.
     """
-    beside = [*sorted(folder.iterdir()), *sorted((folder / _TEMPLATES).glob("*"))]
-    yield from (file for file in beside if file.is_file())
+    yield from (file for file in sorted(folder.iterdir()) if file.is_file())
+    yield from (folder / name for name in companions(folder) if "/" in name)
     weights = headers.weights_of(folder)
     if weights is not None and weights.name.endswith(".index.json"):
         # Of a model that is merged the index was checked; one of a tokenizer may have any.

@@ -67,8 +67,8 @@ def output(
             session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
         session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
         if method is not None:
-            # After the output stands: a warning that is an error must not cost the merge.
-            session.warn(method.warnings(session.records))
+            session.afterwards += method.warnings(session.records)
+        session.warn(session.afterwards)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
+from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import WholeModelMethod
@@ -218,7 +219,8 @@ def _merge(
                     whole.write(prepared, config, folder, options, source)
                 elif session := sessions.current():
                     session.predicted = predicted(located, config)
-                    stock(config, os.fspath(folder), quiet, source)
+                    with completed(config, folder, options):
+                        stock(config, os.fspath(folder), quiet, source)
             except Exception as error:
                 if not isinstance(error, MergekitExtError):
                     # Whatever a library says of files that were written to meanwhile.

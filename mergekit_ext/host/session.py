@@ -55,6 +55,7 @@ class Session:
         journal: what is finished of it; None without a room.
         predicted: the output's tensors as far as headers tell; None for those they do not tell.
         order: the names of the output's tensors, in which `records` come.
+        afterwards: warnings for when the output stands; one that is an error must not cost it.
     """
 
     def __init__(self, dispatcher: Dispatcher | None = None, output: str = "", source: str = ""):
@@ -65,6 +66,7 @@ class Session:
         self.journal: Journal | None = None
         self.predicted: Mapping[str, Entry | None] = {}
         self.order: Sequence[str] = ()
+        self.afterwards: list[MergeWarning] = []
         self.started = time.perf_counter()
         self._dispatcher = dispatcher or Dispatcher()
         self._lock = threading.Lock()

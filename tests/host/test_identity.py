@@ -14,7 +14,7 @@ from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
 import mergekit_ext
-from mergekit_ext.errors import ConfigError, MergeError
+from mergekit_ext.errors import ConfigError, MergeError, MergeWarning
 from mergekit_ext.events import MergeCallback
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
@@ -135,6 +135,7 @@ def test_a_merge_with_another_tokenizer_starts_over(family, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         mergekit_ext.merge(content, tmp_path / "merged" / "out", callbacks=[Stop()])
     tokenizer(other, [0, *range(63, 0, -1)])
-    mergekit_ext.merge(content, tmp_path / "merged" / "out")
+    with pytest.warns(MergeWarning, match="bos_token_id 1 in config.json"):
+        mergekit_ext.merge(content, tmp_path / "merged" / "out")
     said = f"Starting over: not what was merged before (input {other})"
     assert said in capsys.readouterr().err

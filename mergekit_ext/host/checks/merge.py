@@ -15,6 +15,7 @@ from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor, left_out, locate
 from mergekit_ext.host.checks.models import ModelFacts, read_model
+from mergekit_ext.host.checks.modules import check_modules
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.resolve import ParameterResolution
@@ -134,6 +135,7 @@ def _check(
     costs = resolve_and_estimate(
         config, options, method, planned, located, complete, findings, collects
     )
+    check_modules(config, options, facts, models)
     if any(fact.pending for fact in facts.values()):
         models.note("Nothing is estimated: a model is the result of another document.")
     findings.merge(models)

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-# Of a model's folder everything is copied that is no weights and no description of another model.
-_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe"})
-_LEFT_OUT = frozenset(
-    {
-        "merge_report.json",
-        "flexmerge.json",
-        "flexmerge_analysis.json",
-        "trainer_state.json",
-        "all_results.json",
-        "train_results.json",
-        "eval_results.json",
-        "optimizer.json",
-    }
-)
+from mergekit_ext.model_files import companions, copy
+
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def copy_model_files(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy a model's files but its weights; with `dtype`, say so in the configuration."""
-    for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix in _SUFFIXES
-            and path.name not in _LEFT_OUT
-            and not path.name.endswith(".index.json")
-        ):
-            shutil.copyfile(path, target / path.name)
+    """Copy what makes `source` a model beside its weights; write `dtype` in the configuration."""
+    copy(source, target, companions(source))
     if dtype is not None:
         _set_dtype(target / "config.json", dtype)
 

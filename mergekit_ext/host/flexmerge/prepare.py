@@ -24,6 +24,7 @@ from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.models import read_model
+from mergekit_ext.host.checks.modules import check_copied_modules
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.checks.support import listing, quiet
@@ -132,6 +133,7 @@ def _prepare(
             heads=written.shared["heads"] == "merged",
             outcome="each task keeps its own",
         )
+    check_copied_modules({item.model: facts[item.model] for _, item in items}, options, findings)
     if findings.count or written is None or config.base_model is None:
         return None
     if any(fact.pending for fact in facts.values()):

@@ -16,6 +16,7 @@ from mergekit_ext.host.adapters import Fitted, applies, base_of, fit, read_adapt
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge.prepare import Prepared
+from mergekit_ext.host.model_folders import folder_of
 from mergekit_ext.ranks import Ranks
 
 
@@ -56,7 +57,7 @@ def open_inputs(prepared: Prepared, options: Any, ranks: Ranks | None = None) ->
     cache = LoaderCache()
     cache.setup(options=options)
     references = (prepared.base, *prepared.models)
-    folders = (ranks or Ranks()).from_main(lambda: [_fetch(r, options) for r in references])
+    folders = (ranks or Ranks()).from_main(lambda: [folder_of(r, options) for r in references])
     stored = [read_folder(folder, allow_pickle=True) for folder in folders]
     adapters = [
         _fitted(reference, tensors, options) if applies(reference) else None
@@ -87,17 +88,6 @@ def open_inputs(prepared: Prepared, options: Any, ranks: Ranks | None = None) ->
         )
     )
     return Inputs(layout, source, models, folders[1:])
-
-
-def _fetch(reference: Any, options: Any) -> Path:
-    if applies(reference):
-        reference = base_of(reference)
-    merged = reference.merged(
-        cache_dir=options.lora_merge_cache,
-        trust_remote_code=options.trust_remote_code,
-        lora_merge_dtype=options.lora_merge_dtype,
-    )
-    return Path(merged.local_path(cache_dir=options.transformers_cache))
 
 
 def _fitted(reference: Any, tensors: Mapping[str, TensorHeader], options: Any) -> Fitted:

@@ -1,0 +1,105 @@
+"""What makes a folder of weights a usable model.
+
+The law, for every output: all that a model's folder holds comes along, but for its weights, for
+what describes another model or its training, and for what the output has made itself. Generation
+settings, processors, vocabularies, chat templates and custom code are such companions; so is each
+folder that ``modules.json`` names (sentence-transformers), with the weights in it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+MODULES = "modules.json"
+_LARGEST = 1 << 20
+# Weights, in the formats of all who read them, and the past of their training.
+WEIGHTS = frozenset(
+    {
+        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx"),
+        *(".onnx_data", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".engine"),
+    }
+)
+_ADAPTER = "adapter_config.json"  # with it transformers would look for the adapter's weights
+# What describes the model that was there, by its ending, by its name, and by its folder's name.
+_PROSE = frozenset(
+    {
+        *(".md", ".html", ".ipynb", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
+        *(".pdf", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".log", ".out", ".yml"),
+        *(".yaml", ".zip", ".gz", ".tar"),
+    }
+)
+_DESCRIPTIONS = frozenset(
+    {
+        *("merge_report.json", "flexmerge.json", "flexmerge_analysis.json", "trainer_state.json"),
+        *("optimizer.json", "all_results.json", "train_results.json", "eval_results.json"),
+        *("test_results.json", "predict_results.json"),
+    }
+)
+_PAST = frozenset(["runs", "wandb", "mlruns", "logs", "eval", "__pycache__"])
+
+
+def companions(folder: Path) -> list[str]:
+    """Return the files that belong to a model beside its weights, relative to its folder.
+
+    A folder that ``modules.json`` names belongs to the model with all that is in it. Any other that
+    holds weights is another model, or this one in another format or at another time.
+    """
+    modules = module_folders(folder)
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and _belongs(path)]
+    for below in sorted(path for path in folder.iterdir() if path.is_dir()):
+        inner = [path for path in sorted(below.rglob("*")) if path.is_file()]
+        own = [path for path in inner if path.relative_to(folder).as_posix().startswith(modules)]
+        found += own
+        if below.name not in _PAST and not any(map(is_weights, {*inner} - {*own})):
+            found += [path for path in inner if path not in own and _belongs(path)]
+    names = [path.relative_to(folder) for path in found]
+    return [name.as_posix() for name in names if not any(part[0] == "." for part in name.parts)]
+
+
+def module_folders(folder: Path) -> tuple[str, ...]:
+    """Return the folders that ``modules.json`` names, each with a slash at its end.
+
+    Names that lead outside of the model's folder are left out.
+    """
+    try:
+        with (folder / MODULES).open("rb") as file:
+            content = json.loads(file.read(_LARGEST))
+        names = [module["path"].rstrip("/") for module in content]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return ()
+    return tuple(f"{name}/" for name in names if name and _is_inside(name))
+
+
+def module_weights(folder: Path) -> list[str]:
+    """Return the files of weights among the `companions`: those of sentence-transformers."""
+    return [name for name in companions(folder) if is_weights(PurePosixPath(name))]
+
+
+def is_weights(path: Path | PurePosixPath) -> bool:
+    """Whether a file holds weights, or says where they are."""
+    return path.suffix in WEIGHTS or path.name.endswith(".index.json")
+
+
+def copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy files to the same places in another folder."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _belongs(path: Path) -> bool:
+    return not (
+        is_weights(path)
+        or path.suffix.lower() in _PROSE
+        or path.name == _ADAPTER
+        or path.name in _DESCRIPTIONS
+        or path.name.startswith("events.out.tfevents")
+    )
+
+
+def _is_inside(name: str) -> bool:
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return not (posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts)
