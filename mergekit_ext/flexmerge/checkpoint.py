@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import CheckpointError, Problem
+from mergekit_ext.flexmerge import task_folders
 from mergekit_ext.flexmerge.contents import Shelf, shelf_of
 from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED, Manifest
 from mergekit_ext.flexmerge.stored import StoredFile
@@ -28,7 +29,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, files: Sequence[StoredFile]):
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self._files = folder, manifest, files
         self._places: dict[Shelf, dict[str, StoredFile]] = {}
         for file in files:
             places = self._places.setdefault(shelf_of(file.file), {})
@@ -39,6 +40,10 @@ class Checkpoint:
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks."""
         return tuple(task.name for task in self.manifest.tasks)
+
+    def warn_of_copies(self) -> None:
+        """Warn where the tasks' folders hold copies of the shards, and no links."""
+        task_folders.warn_of_copies(self.folder, self.manifest, self._files)
 
     def known_task(self, task: str) -> str:
         """`task`, if the checkpoint has it.

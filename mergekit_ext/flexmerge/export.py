@@ -56,6 +56,7 @@ def export(
             (room / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, room / name)
         _write_weights(room, tensors, shard_bytes)
+    checkpoint.warn_of_copies()
 
 
 def _write_weights(room: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from mergekit_ext.planned import Entry
 
+INDEX = "model.safetensors.index.json"
+
 
 def link_model(folder: Path, home: Path, files: Sequence[tuple[str, Sequence[Entry]]]) -> None:
     """Make `home` a Hugging Face checkpoint of these files: links and an index."""
@@ -22,7 +24,7 @@ def link_model(folder: Path, home: Path, files: Sequence[tuple[str, Sequence[Ent
         total += sum(entry.nbytes for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (home / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (home / INDEX).write_text(text, encoding="utf-8")
 
 
 def _link_file(target: Path, link: Path) -> None:

@@ -105,6 +105,10 @@ class Manifest:
     """What the models of a checkpoint share, and where it is stored.
 
     Building one checks nothing: `from_json` does.
+
+    Attributes:
+        task_files: the digests of the files beside weights in the folders that are Hugging Face
+            checkpoints; empty where an older version has written the manifest.
     """
 
     generator: str
@@ -115,6 +119,7 @@ class Manifest:
     files: tuple[ShardFile, ...]
     blocks: tuple[Block, ...]
     private: tuple[Private, ...] = ()
+    task_files: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of ``flexmerge.json``.

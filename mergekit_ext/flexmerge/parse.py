@@ -41,7 +41,7 @@ from mergekit_ext.flexmerge.rules import broken_rules
 LARGEST = 64 * 1024 * 1024
 _DEEPEST = 32
 _MOST_DIMENSIONS = 64
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DIGEST, _DIGITS = re.compile(r"[0-9a-f]{64}"), "64 digits, 0-9 and a-f"
 # One file name on every system: no separator, no drive, no control character.
 _SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]{1,200}")
 # A cosine is rounded.
@@ -106,6 +106,7 @@ def _manifest(root: Value) -> Manifest:
         files=root["files"].each(_file),
         blocks=root["blocks"].each(_block),
         private=root["private"].each(_private),
+        task_files=_task_files(root),
     )
 
 
@@ -125,8 +126,16 @@ def _file(value: Value) -> ShardFile:
         kind=value["kind"].choice(FILE_KINDS),
         tasks=value["tasks"].each(Value.name),
         bytes=value["bytes"].count(),
-        sha256=value["sha256"].text(_DIGEST.fullmatch, "64 digits, 0-9 and a-f"),
+        sha256=value["sha256"].text(_DIGEST.fullmatch, _DIGITS),
     )
+
+
+def _task_files(root: Value) -> dict[str, str]:
+    """Of manifests of an older version there are none."""
+    if "task_files" not in root.members():
+        return {}
+    files = root["task_files"]
+    return {name: files[name].text(_DIGEST.fullmatch, _DIGITS) for name in files.members()}
 
 
 def _is_shard(path: str) -> bool:

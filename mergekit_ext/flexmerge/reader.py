@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from mergekit_ext.errors import CheckpointError, Problem
+from mergekit_ext.flexmerge import task_folders
 from mergekit_ext.flexmerge.checkpoint import Checkpoint
 from mergekit_ext.flexmerge.contents import content_problems
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest, ShardFile
@@ -50,7 +51,8 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
 
     Args:
         folder: where ``flexmerge.json`` lies.
-        verify: also compare every file with its digest, which reads all of it.
+        verify: also compare every file with its digest, those in the tasks' folders too, which
+            reads all of them.
 
     Raises:
         CheckpointError: the manifest or a file is not as the format says; all problems are in it,
@@ -64,6 +66,8 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
     # Without a file its tensors would all be missing.
     if not problems:
         problems = listed(content_problems(manifest, ((f.file, f.headers) for f in files)))
+        if verify:
+            problems += task_folders.problems(root, manifest, files)
     if problems:
         raise CheckpointError(listed(problems), str(folder))
     return Checkpoint(root, manifest, files)
@@ -71,9 +75,6 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
 
 def _opened(root: Path, file: ShardFile, verify: bool) -> StoredFile | Problem:
     try:
-        stored = StoredFile(root, file)
-        if verify:
-            stored.verify()
+        return StoredFile(root, file, verify)
     except RefusedError as refused:
         return refused.problem
-    return stored

@@ -84,6 +84,7 @@ def load(
     if device_map is not None:
         held = {name: checkpoint.tensors(name) for name in names}
         place(modules, held, device_map, max_memory, offload_folder)
+    checkpoint.warn_of_copies()
     return modules if task is None else modules[task]
 
 
@@ -94,11 +95,13 @@ def _of_checkpoint(
     dtype: torch.dtype | str | None,
     trust_remote_code: bool,
 ) -> Any:
+    home = checkpoint.folder / task
     try:
-        regular_file(checkpoint.folder, f"{task}/config.json", f"{task}/config.json")
+        for file in ("config.json", "generation_config.json"):
+            if file == "config.json" or (home / file).exists():
+                regular_file(checkpoint.folder, f"{task}/{file}", f"{task}/{file}")
     except RefusedError as refused:
         raise CheckpointError([refused.problem], str(checkpoint.folder)) from None
-    home = checkpoint.folder / task
     return build_module(home, tensors, dtype, trust_remote_code=trust_remote_code)
 
 

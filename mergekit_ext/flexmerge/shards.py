@@ -13,10 +13,9 @@ from torch import Tensor
 
 from mergekit_ext.flexmerge.declared import Key
 from mergekit_ext.flexmerge.manifest import SHARDS, ShardFile
+from mergekit_ext.flexmerge.stored import digest_of
 from mergekit_ext.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.ranks import Ranks
-
-_READ = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class ShardWriter:
         for file, owner in zip(left, owners, strict=True):
             if owner == ranks.rank:
                 ranks.check()
-                known[file.path] = _digest_of(self._folder / file.path)
+                known[file.path] = digest_of(self._folder / file.path)
         for others in ranks.gather(known):
             known.update({path: digest for path, digest in others.items() if digest})
         return tuple(
@@ -171,11 +170,3 @@ class ShardWriter:
     def _hand_over(self, note: Callable[[list[int]], None]) -> None:
         crcs, self._crcs = self._crcs, []
         note(crcs)
-
-
-def _digest_of(path: Path) -> str:
-    digest, room = hashlib.sha256(), memoryview(bytearray(_READ))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(room):
-            digest.update(room[:count])
-    return digest.hexdigest()

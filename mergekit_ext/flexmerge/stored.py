@@ -17,6 +17,7 @@ from mergekit_ext.headers import HeaderError, TensorHeader, read_safetensors
 
 _DAMAGED = "Copy or download the file again."
 _CHUNK = 1 << 22
+_GIT_DIGITS = 40
 
 
 class RefusedError(Exception):
@@ -34,13 +35,18 @@ class StoredFile:
         path: where it is, links resolved.
         headers: name, dtype and shape of its tensors.
 
+    Args:
+        root: the checkpoint's folder, resolved.
+        file: the manifest's entry.
+        verify: also compare the content with the manifest's digest.
+
     Raises:
         RefusedError: it is something else.
     """
 
-    def __init__(self, root: Path, file: ShardFile):
+    def __init__(self, root: Path, file: ShardFile, verify: bool = False):
         self.file = file
-        self.path = regular_file(root, file.path, file.path)
+        self.path = regular_file(root, file.path, file.path, file.sha256)
         length = self.path.stat().st_size
         if length != file.bytes:
             raise RefusedError(
@@ -64,26 +70,8 @@ class StoredFile:
             raise RefusedError(
                 Problem(file.path, f"metadata {metadata}", 'metadata with "format": "pt"')
             )
-
-    def verify(self) -> None:
-        """Compare the content with the manifest's digest.
-
-        Raises:
-            RefusedError: they differ, or the file cannot be read.
-        """
-        digest = hashlib.sha256()
-        try:
-            with self.path.open("rb") as content:
-                while chunk := content.read(_CHUNK):
-                    digest.update(chunk)
-        except OSError as error:
-            raise RefusedError(
-                Problem(self.file.path, f"an error ({error})", "a readable file")
-            ) from None
-        if digest.hexdigest() != self.file.sha256:
-            raise RefusedError(
-                Problem(self.file.path, f"SHA-256 {digest.hexdigest()}", self.file.sha256, _DAMAGED)
-            )
+        if verify and self.path.is_relative_to(root):  # others have been compared
+            require_digest(self.path, file.path, file.sha256)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU; its storage is the mapped file.
@@ -99,13 +87,17 @@ class StoredFile:
         return tensor
 
 
-def regular_file(root: Path, path: str, where: str) -> Path:
+def regular_file(root: Path, path: str, where: str, sha256: str | None = None) -> Path:
     """The file that `path` names inside of `root`, links resolved.
+
+    In the Hub's cache files are links to blobs beside the snapshots. Such a link is followed when
+    its content has the digest that the checkpoint gives it, or else the blob is called after.
 
     Args:
         root: a folder, resolved.
         path: relative to it.
         where: what messages call it.
+        sha256: the digest of its content, where it is known.
 
     Raises:
         RefusedError: there is none, it is not a regular file, or it lies elsewhere.
@@ -116,16 +108,47 @@ def regular_file(root: Path, path: str, where: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         # Before Python 3.13 a loop of links is a RuntimeError.
         raise RefusedError(Problem(where, f"no file ({error})", "a file", _DAMAGED)) from None
-    if not resolved.is_relative_to(root):
+    in_cache = root.parent.name == "snapshots"
+    blob = in_cache and resolved.parent == root.parent.parent / "blobs"
+    if not blob and not resolved.is_relative_to(root):
         raise RefusedError(
             Problem(
                 where,
                 f"a link to {resolved}, outside of the checkpoint",
                 "a file inside of it",
-                "Do not use the checkpoint unless you know who made it. A copy from the Hub's "
-                "cache has such links: download it with `local_dir`.",
+                "Do not use the checkpoint unless you know who made it.",
             )
         )
     if not stat.S_ISREG(mode):
         raise RefusedError(Problem(where, "something that is not a file", "a regular file"))
+    if blob:
+        require_digest(resolved, where, sha256 or resolved.name)
     return resolved
+
+
+def require_digest(path: Path, where: str, digest: str) -> None:
+    """Compare the content of a file with its SHA-256, or with the digest that Git knows it by.
+
+    Raises:
+        RefusedError: they differ, or the file cannot be read.
+    """
+    git = len(digest) == _GIT_DIGITS
+    try:
+        start = b"blob %d\0" % path.stat().st_size
+        found = digest_of(path, hashlib.sha1(start)) if git else digest_of(path)
+    except OSError as error:
+        raise RefusedError(Problem(where, f"an error ({error})", "a readable file")) from None
+    if found != digest:
+        name = "Git digest" if git else "SHA-256"
+        raise RefusedError(Problem(where, f"{name} {found}", digest, _DAMAGED))
+
+
+def digest_of(path: Path, digest: Any = None) -> str:
+    """Return the SHA-256 of a file, or the value of another digest that has been started."""
+    digest = digest or hashlib.sha256()
+    piece = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    value: str = digest.hexdigest()
+    return value

@@ -13,7 +13,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import CheckpointError, ConfigError
+from mergekit_ext.errors import CheckpointError, ConfigError, MergeWarning
 from mergekit_ext.flexmerge.export import export
 from mergekit_ext.flexmerge.runtime import load
 from tests.flexmerge.handmade import edited, models, vit, write
@@ -135,7 +135,8 @@ def test_digests_are_compared_by_default(checkpoint: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="SHA-256"):
         export(checkpoint, "a", tmp_path / "one")
     assert not (tmp_path / "one").exists()
-    export(checkpoint, "a", tmp_path / "one", verify=False)
+    with pytest.warns(MergeWarning, match="copies"):
+        export(checkpoint, "a", tmp_path / "one", verify=False)
     assert (tmp_path / "one").exists()
 
 

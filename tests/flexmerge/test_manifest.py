@@ -78,6 +78,7 @@ def sound() -> dict[str, Any]:
             }
         ],
         "private": [{"task": "a", "tensors": [{"name": "head", "shape": [4, 3]}]}],
+        "task_files": {"a/config.json": DIGEST},
     }
 
 
@@ -116,7 +117,14 @@ def test_reads_every_field() -> None:
             ),
         ),
         private=(Private("a", (TensorInfo("head", (4, 3)),)),),
+        task_files={"a/config.json": DIGEST},
     )
+
+
+def test_a_manifest_of_an_older_version_knows_no_files_beside_weights() -> None:
+    content = sound()
+    del content["task_files"]
+    assert Manifest.from_json(json.dumps(content), "here").task_files == {}
 
 
 def test_writes_what_it_reads() -> None:
@@ -155,6 +163,10 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
 GROUPS = ("blocks", 0, "groups")
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "format": (change("format", to="gguf"), 'format: found "gguf"'),
+    "digest of a task's file": (
+        change("task_files", "a/config.json", to="0"),
+        'task_files.a/config.json: found "0"; expected 64 digits',
+    ),
     "method": (change("method", to=[]), "method: found a list of 0; expected an object"),
     "name of a task is a path": (change("tasks", 0, "name", to=".."), 'tasks[0].name: found ".."'),
     "name of a task is a number": (change("tasks", 0, "name", to=3), "tasks[0].name: found 3"),

@@ -9,7 +9,9 @@ from typing import Any
 
 from mergekit_ext import ranks
 from mergekit_ext.events import MergeBegin
+from mergekit_ext.flexmerge import task_folders
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME as ANALYSIS_NAME
+from mergekit_ext.flexmerge.manifest import FILE_NAME as MANIFEST_NAME
 from mergekit_ext.flexmerge.manifest import Manifest
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.engine import Engine
@@ -60,6 +62,9 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
             explain_masks(folder / task.name)
     if (folder / "model.safetensors.index.json").exists():
         copy_model_files(inputs.folders[0], folder, _dtype_name(prepared))
+    digests = task_folders.described(folder, inputs.layout.tasks)
+    manifest = dataclasses.replace(manifest, task_files=digests)
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     _describe(folder, config, options, source, manifest)
 
 
