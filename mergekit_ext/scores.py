@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mergekit_ext.errors import MergekitExtError
 
 # The metric of a function that returns one number.
 SCORE = "score"
+_HERE = Path(__file__).parent
+# What calls the user's function.
+_OURS = {_HERE / "callbacks", _HERE / "host" / "flexmerge"}
 
 
 class EvaluationError(MergekitExtError, ValueError):
     """What was to score a model did not return scores."""
+
+    @classmethod
+    def raised(cls, error: Exception, what: str) -> EvaluationError:
+        """Return the error of an evaluation of `what` that raised: with its frames, not ours."""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).parent not in _OURS]
+        text = "".join([*traceback.format_list(own), *traceback.format_exception_only(error)])
+        return cls(f"the evaluation of {what} raised an exception:\n{text.rstrip()}")
 
 
 def numbers(returned: Any) -> dict[str, float] | None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
-
-MISSING = "the plot needs matplotlib; install it with pip install 'mergekit-ext[plots]'"
-
-
-def available() -> bool:
-    """Whether plots can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty figure, without a window.
+    """Return an empty figure, without a window.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib is not installed, or cannot be loaded.
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    except Exception as error:  # a broken installation raises anything
+        reason = str(error).partition("\n")[0]
+        raise ImportError(
+            "the plot needs matplotlib; install it with pip install 'mergekit-ext[plots]' "
+            f"({type(error).__name__}: {reason})"
+        ) from error
     return Figure(figsize=(width, height), layout="tight")

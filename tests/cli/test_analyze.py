@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from mergekit.options import MergeOptions
 import mergekit_ext
 from mergekit_ext.cli import main
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.host.flexmerge import analyze as analysis
 from tests.models import bert, config, family, llama, state, write_yaml
 
 TASKS = ("tuned0", "tuned1", "tuned2")
@@ -135,7 +135,10 @@ def test_files_and_no_plot(inputs: Any, tmp_path: Path, monkeypatch: pytest.Monk
     path = written(tmp_path, inputs)
     assert run(path, tmp_path / "none", "--no-plot").exit_code == 0
     assert sorted(p.name for p in (tmp_path / "none").iterdir()) == names
-    monkeypatch.setattr(analysis.plotting, "available", lambda: False)
+    (tmp_path / "missing").mkdir()
+    (tmp_path / "missing" / "similarity.png").touch()  # of an earlier run
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
     result = run(path, tmp_path / "missing")
     assert result.exit_code == 0 and "mergekit-ext[plots]" in result.stdout
     assert sorted(p.name for p in (tmp_path / "missing").iterdir()) == names

@@ -42,26 +42,46 @@ def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch):
         lm_eval_function("some/tokenizer")
 
 
+class Harness:
+    """lm-eval, as far as the example uses it."""
+
+    def __init__(self, monkeypatch):
+        self.asked, self.results = {}, {}
+        package, models = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models")
+        huggingface = types.ModuleType("lm_eval.models.huggingface")
+        tasks = types.ModuleType("lm_eval.tasks")
+        package.simple_evaluate, huggingface.HFLM, tasks.TaskManager = self.evaluate, dict, dict
+        for module in (package, models, huggingface, tasks):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def evaluate(self, model, tasks, limit, task_manager):
+        self.asked = {"model": model, "tasks": tasks, "limit": limit, **task_manager}
+        return {"results": self.results}
+
+
 def test_what_lm_eval_returns_becomes_scores(monkeypatch):
     from examples.training.harness import lm_eval_function
     from mergekit_ext.callbacks import Evaluate
     from tests.callbacks.small import Net
 
-    asked = {}
-
-    def simple_evaluate(model, tasks, limit):
-        asked.update(model=model, tasks=tasks, limit=limit)
-        scores = {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.1, "em,strict": 1}
-        return {"results": {tasks[0]: scores}}
-
-    package, models = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models")
-    huggingface = types.ModuleType("lm_eval.models.huggingface")
-    package.simple_evaluate = simple_evaluate
-    huggingface.HFLM = dict
-    for module in (package, models, huggingface):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    model = Net()
+    harness, model = Harness(monkeypatch), Net()
+    metrics = {"alias": "arc", "sample_len": 9, "acc,none": 0.25, "acc_stderr,none": 0.1}
+    harness.results = {"arc": {**metrics, "em,strict": 1}}
     evaluate = Evaluate(lm_eval_function("tokenizer", limit=10))
     assert evaluate(model, "arc") == {"acc": 0.25, "em,strict": 1.0}
-    assert asked["tasks"] == ["arc"] and asked["limit"] == 10
-    assert asked["model"] == {"pretrained": model, "tokenizer": "tokenizer", "batch_size": 8}
+    asked = {"pretrained": model, "tokenizer": "tokenizer", "batch_size": 8}
+    assert harness.asked == {"model": asked, "tasks": ["arc"], "limit": 10, "include_path": None}
+
+
+def test_lm_eval_of_a_flexmerge_with_local_tasks(monkeypatch):
+    from examples.training.harness import lm_eval_function
+    from tests.callbacks.small import Net
+
+    harness = Harness(monkeypatch)
+    evaluate = lm_eval_function("t", tasks={"law": "my_law"}, include_path="evals")
+    harness.results = {"my_law": {"acc,none": 0.5}}
+    assert evaluate(Net(), "law") == {"acc": 0.5}
+    assert harness.asked["tasks"] == ["my_law"] and harness.asked["include_path"] == "evals"
+    # A tag stands for several tasks.
+    harness.results = {"one": {"acc,none": 0.5}, "two": {"acc,none": 0.75}}
+    assert evaluate(Net(), "tag") == {"one/acc": 0.5, "two/acc": 0.75}

@@ -269,12 +269,15 @@ def test_an_exception_keeps_what_is_done(
         raise ZeroDivisionError("my own mistake")
 
     out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError, match="my own mistake") as raised:
+    what = "tuned1, `task_arithmetic` at size 1 raised"
+    with pytest.raises(EvaluationError, match=what) as raised:
         write_curve(
             written(tmp_path, llamas), out, OPTIONS, [1.0, 2.0, 3.0], (), failing_at(7, explode)
         )
-    notes = getattr(raised.value, "__notes__", ["tuned1, `task_arithmetic` at size 1."])
-    assert "tuned1, `task_arithmetic` at size 1." in notes[0]
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert "ZeroDivisionError: my own mistake" in str(raised.value)
+    assert "in explode" in str(raised.value)
+    assert "mergekit_ext" not in str(raised.value)
     assert [row["requested"] for row in rows(out)] == ["3.0"] and len(points(out)) == 1
     assert "the first 1 sizes are in" in capsys.readouterr().err
 

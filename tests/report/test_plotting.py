@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import subprocess
 import sys
 
@@ -13,7 +12,6 @@ from mergekit_ext.report import plotting
 
 def test_a_figure_without_a_window() -> None:
     pytest.importorskip("matplotlib")
-    assert plotting.available()
     picture = plotting.figure(3.0, 2.0)
     assert tuple(picture.get_size_inches()) == (3.0, 2.0)
 
@@ -23,14 +21,6 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"mergekit-ext\[plots\]"):
         plotting.figure(1.0, 1.0)
-
-
-@pytest.mark.parametrize("found", [None, importlib.machinery.ModuleSpec("matplotlib", None)])
-def test_available(
-    monkeypatch: pytest.MonkeyPatch, found: importlib.machinery.ModuleSpec | None
-) -> None:
-    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: found)
-    assert plotting.available() == (found is not None)
 
 
 def test_nothing_loads_it_before_a_plot() -> None:

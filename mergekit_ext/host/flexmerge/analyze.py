@@ -22,7 +22,6 @@ from mergekit_ext.host.flexmerge.sources import open_inputs
 from mergekit_ext.host.flexmerge.variants import variant
 from mergekit_ext.host.output import listening
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report import plotting
 from mergekit_ext.report.similarity import (
     BlockSimilarity,
     Step,
@@ -59,11 +58,15 @@ def analyze(config_file: Path, folder: Path, options: MergeOptions, *, plot: boo
     steps = list(_steps(planner, inputs.layout))
     write_similarity(folder / "similarity.csv", blocks, inputs.layout.tasks)
     write_steps(folder / "steps.csv", steps)
-    if plot and plotting.available():
-        plot_similarity(folder / "similarity.png", blocks, steps)
-    missing = [f"No plot: {plotting.MISSING}."] if plot and not plotting.available() else []
-    notes = "\n".join([*report.notes, *missing])
-    return "\n\n".join([notes, similarity_table(blocks), steps_table(steps)])
+    notes = list(report.notes)
+    if plot:
+        try:
+            plot_similarity(folder / "similarity.png", blocks, steps)
+        except ImportError as error:
+            # One of an earlier run would not belong to the tables.
+            (folder / "similarity.png").unlink(missing_ok=True)
+            notes.append(f"No plot: {error}.")
+    return "\n\n".join(["\n".join(notes), similarity_table(blocks), steps_table(steps)])
 
 
 def _similarities(engine: Engine) -> Iterator[BlockSimilarity]:

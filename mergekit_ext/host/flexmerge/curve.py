@@ -73,8 +73,7 @@ def write_curve(
 
     Raises:
         ConfigError: something is wrong with the configuration, `folder` or `metric`.
-        EvaluationError: `evaluate` did not return scores.
-        Exception: whatever `evaluate` raises.
+        EvaluationError: `evaluate` raised, or did not return scores.
     """
     config, source = flexmerge_config(config_file, options)
     chosen = tuple(algorithms) or (

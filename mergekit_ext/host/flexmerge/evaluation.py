@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +75,8 @@ class Evaluator:
             dtype: that of its parameters, if it is not what its configuration says.
 
         Raises:
-            EvaluationError: the function returned something else than finite numbers, or other
-                metrics than before.
-            Exception: whatever the function raises.
+            EvaluationError: the function raised, returned something else than finite numbers, or
+                other metrics than before.
         """
         module = build_module(
             folder, dict(tensors), dtype, trust_remote_code=self._trust_remote_code
@@ -86,9 +84,7 @@ class Evaluator:
         try:
             returned = self._function(module, task)
         except Exception as error:
-            if sys.version_info >= (3, 11):
-                error.add_note(f"This was the evaluation of {what}.")
-            raise
+            raise EvaluationError.raised(error, what) from error
         found = require(returned, what)
         metrics = self._metrics.setdefault(task, set(found))
         if metrics != set(found):
