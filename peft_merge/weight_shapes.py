@@ -1,7 +1,8 @@
-"""Which way round a base weight is stored, from its shape.
+"""Which way round a base weight is stored, from its shape and from its module's class.
 
 torch's Linear stores (out, in); Conv1D of GPT-2 and embeddings the transpose; a target parameter
-of experts either. PEFT knows the class of the module; a checkpoint shows only shapes.
+of experts either. Shapes tell unless a weight is square. For square ones the class decides, as it
+does in PEFT: `fan_in_fan_out` in an adapter's file is that of the layer that PEFT adapted last.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import singledispatch
+from typing import Any
+
+import torch
 
 from peft_merge.adapter import ModuleInfo, VectorInfo
 
@@ -46,6 +50,27 @@ def _ia3(info: VectorInfo, shape: Shape) -> frozenset[bool]:
     groups, rest = divmod(length, shape[1]) if shape[1] else (0, 1)
     fits = groups > 0 and rest == 0 and shape[0] % groups == 0
     return frozenset({False} if fits else ())
+
+
+def class_orientation(model: Any, name: str) -> bool | None:
+    """Return whether the class of a model stores a weight transposed; None if it does not say.
+
+    Args:
+        model: of transformers, perhaps on the meta device.
+        name: of the weight in the model.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    if isinstance(module, (torch.nn.Linear, Conv1D)):
+        return isinstance(module, Conv1D)
+    if getattr(getattr(module, leaf, None), "ndim", 0) == 3:  # stacked experts
+        return bool(getattr(module, "is_transposed", False))
+    return None
 
 
 def _stored(info: ModuleInfo) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

@@ -16,7 +16,7 @@ the base has; there, as in PEFT's own merge, the change of the weight is another
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -29,7 +29,13 @@ from peft_merge.weight_names import Located, bias_name, locate, missing_biases
 from peft_merge.weight_shapes import Shape, orientations
 from peft_merge.weight_ties import with_tied_once
 
+Orientation = Callable[[str], bool | None]
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _unknown(name: str) -> None:
+    return None
 
 
 class AdaptedWeights:
@@ -48,11 +54,15 @@ class AdaptedWeights:
         self._biases: dict[str, str] = {}
         self._transposed: dict[str, bool] = {}
 
-    def touched(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
-        """Match the adapter with a base; reads no weight.
+    def touched(
+        self, shapes: Mapping[str, Shape], transposed: Orientation = _unknown
+    ) -> dict[str, str]:
+        """Match the adapter with a base; of the base no weight is read.
 
         Args:
             shapes: every tensor of the base and its shape.
+            transposed: whether the base's class stores a weight transposed, None if it does not
+                say; asked for square weights, see `class_orientation`.
 
         Returns:
             Tensors of the base that `apply` changes -> the adapter's module (or, of a tensor that
@@ -60,7 +70,7 @@ class AdaptedWeights:
 
         Raises:
             ConfigError: modules without a tensor, ambiguous names or orientations, shapes that do
-                not fit, `lora_bias` without a bias, `layer_replication`.
+                not fit (a grown vocabulary), `lora_bias` without a bias, `layer_replication`.
         """
         adapter = with_tied_once(self._adapter, shapes)
         located, problems = locate(adapter, shapes)
@@ -74,10 +84,11 @@ class AdaptedWeights:
                 )
             )
         problems += missing_biases(adapter, located.weights, shapes)
-        transposed = self._orient(located.weights, shapes, problems)
+        problems += self._resized(located.saved, shapes)
+        ways = self._orient(located.weights, shapes, transposed, problems)
         if problems:
             raise ConfigError(problems, f"adapter {adapter.name} on this base")
-        self._located, self._transposed = located, transposed
+        self._located, self._transposed = located, ways
         self._weights = {tensor: module for module, tensor in located.weights.items()}
         self._biases = {
             bias_name(tensor): module
@@ -170,12 +181,6 @@ class AdaptedWeights:
         self._check_finite(stored, new)
         if new.dtype != tensor.dtype:
             _check_dtype(name, tensor.dtype)
-        if new.shape != tensor.shape:
-            raise MergeError(
-                f"{name}: adapter {self._adapter.name} carries this tensor in the "
-                f"shape {tuple(new.shape)}; the base has {tuple(tensor.shape)}. Resize the base "
-                "(its vocabulary, or its head) as it was when the adapter was trained."
-            )
         return new.to(tensor.device)
 
     def _check_finite(self, module: str, tensor: Tensor | None) -> None:
@@ -184,13 +189,29 @@ class AdaptedWeights:
             if bad:
                 raise NonFiniteError(module, self._adapter.name, bad, tensor.numel())
 
+    def _resized(self, saved: Mapping[str, str], shapes: Mapping[str, Shape]) -> Iterator[Problem]:
+        for name, stored in saved.items():
+            own = tuple(self._adapter.saved[stored]().shape)
+            if own != tuple(shapes[name]):
+                yield Problem(
+                    f"{stored} of adapter {self._adapter.name}",
+                    f"the whole tensor in the shape {own}, and {tuple(shapes[name])} in the base",
+                    "one shape",
+                    "Resize the base (its vocabulary, or its head) as it was when the adapter was "
+                    "trained, and save it.",
+                )
+
     def _orient(
-        self, weights: Mapping[str, str], shapes: Mapping[str, Shape], problems: list[Problem]
+        self,
+        weights: Mapping[str, str],
+        shapes: Mapping[str, Shape],
+        transposed: Orientation,
+        problems: list[Problem],
     ) -> dict[str, bool]:
         """Which weights are stored transposed: by shape, and squares by what is known besides.
 
-        What is known: `fan_in_fan_out`, unless a weight that is not square contradicts it; of
-        target parameters the others of the same module (PEFT asks the module's class).
+        What is known: the class of the base, as in PEFT; or else what the adapter's weights that
+        are not square show, if they agree (of target parameters those of the same module).
         """
         infos = self._adapter.infos
         settled: dict[str, bool] = {}
@@ -206,9 +227,8 @@ class AdaptedWeights:
             else:
                 problems.append(self._misfit(module, tensor, shapes[tensor]))
         for module in square:
-            evidence = set(known.get(self._alike(module), ()))
-            if _layout(infos[module]) != "parameter":
-                evidence.add(bool(self._adapter.config.get("fan_in_fan_out")))
+            stated = transposed(weights[module])
+            evidence = known.get(self._alike(module), set()) if stated is None else {stated}
             if len(evidence) == 1:
                 settled.update(dict.fromkeys([module], *evidence))
             else:
@@ -243,7 +263,8 @@ class AdaptedWeights:
             "a weight whose orientation is known",
             "Merge this adapter into its base with PEFT and use the merged model."
             if _layout(self._adapter.infos[module]) == "parameter"
-            else "Set fan_in_fan_out in adapter_config.json: true for Conv1D, false for Linear.",
+            else "Put the config.json of the base beside its weights: the class in it decides, "
+            "if it is one of transformers.",
         )
 
 

@@ -124,9 +124,8 @@ def test_one_use_of_a_tied_tensor(target, tmp_path):
     assert "ties" in problem.found
     assert "tie_word_embeddings=False" in problem.remedy
     # Not tied in this class: only the head could be tied.
-    headless = SimpleNamespace(
-        model_type="llama", architectures=["LlamaModel"], tie_word_embeddings=True
-    )
+    headless = LlamaConfig.from_pretrained(base)
+    headless.architectures = ["LlamaModel"]
     tensors = read_folder(base)
     assert fit(read_adapter(SimpleNamespace(path=str(saved), revision=None)), tensors, headless)
 

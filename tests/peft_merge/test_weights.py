@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io import load_adapter
+from peft_merge.io.model import adapters_of
+from peft_merge.weight_shapes import class_orientation
 from peft_merge.weights import AdaptedWeights
 from tests.peft_merge import models
 
@@ -29,9 +33,14 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def applied(adapter: Adapter, base: dict[str, Tensor]) -> dict[str, Tensor]:
+def applied(
+    adapter: Adapter, base: dict[str, Tensor], model: nn.Module | None = None
+) -> dict[str, Tensor]:
     weights = AdaptedWeights(adapter)
-    weights.touched(shapes(base))
+    if model is None:
+        weights.touched(shapes(base))
+    else:
+        weights.touched(shapes(base), partial(class_orientation, model))
     return {name: weights.apply(name, tensor) for name, tensor in base.items()}
 
 
@@ -42,10 +51,11 @@ def merged_by_peft(model: Any) -> dict[str, Tensor]:
 
 
 def check(kind: models.Kind, folder: Path) -> None:
-    base = models.base(kind).state_dict()
+    model = models.base(kind)
+    base = model.state_dict()
     before = {name: tensor.clone() for name, tensor in base.items()}
     weights = AdaptedWeights(load_adapter(folder))
-    touched = weights.touched(shapes(base))
+    touched = weights.touched(shapes(base), partial(class_orientation, model))
     ours = {name: weights.apply(name, tensor) for name, tensor in base.items()}
     theirs = merged_by_peft(models.reloaded(kind, folder))
     assert weights.added == {}
@@ -74,7 +84,7 @@ def test_tied_weights_are_changed_once(name, head_stored, tmp_path):
     base = dict(plain.state_dict())
     if not head_stored:
         del base["lm_head.weight"]
-    ours = applied(load_adapter(folder), base)
+    ours = applied(load_adapter(folder), base, plain)
     plain.load_state_dict(ours, strict=False)
     plain.tie_weights()
     expected = models.answer(kind, models.reloaded(kind, folder))
@@ -89,7 +99,7 @@ def test_a_head_that_is_not_stored_is_only_left_out_if_it_is_tied(tmp_path):
     loads = {name: adapter.load(name) for name in adapter.infos}
     loads["lm_head"] = dataclasses.replace(loads["lm_head"], scale=9.0)
     with pytest.raises(ConfigError, match="lm_head"):
-        applied(dataclasses.replace(adapter, load=loads.__getitem__), base)
+        applied(dataclasses.replace(adapter, load=loads.__getitem__), base, models.base(kind))
 
 
 @pytest.mark.parametrize("target", ["point", "line", "volume"])
@@ -128,9 +138,10 @@ def test_half_precision_is_rounded_once(name, tmp_path):
     kind = models.KINDS[name]
     folder = models.saved(kind, tmp_path / "a", 1, torch.bfloat16)
     adapter = load_adapter(folder)
-    half = {k: v.to(torch.bfloat16) for k, v in models.base(kind).state_dict().items()}
-    wide = applied(adapter, {name: tensor.to(torch.float64) for name, tensor in half.items()})
-    ours = applied(adapter, half)
+    model = models.base(kind)
+    half = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+    wide = applied(adapter, {k: tensor.to(torch.float64) for k, tensor in half.items()}, model)
+    ours = applied(adapter, half, model)
     for key, tensor in ours.items():
         assert tensor.dtype == torch.bfloat16
         wrong = tensor != wide[key].to(torch.bfloat16)
@@ -228,18 +239,46 @@ def test_modules_without_a_tensor_are_listed():
         AdaptedWeights(adapter).touched(base)
 
 
+@pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_a_square_weight_is_stored_as_the_others_are(transposed):
-    config = {"fan_in_fan_out": transposed}
+def test_a_square_weight_is_stored_as_the_others_are(transposed, flag):
+    """And not as the flag says, which is that of the layer that PEFT adapted last."""
+    config = {"fan_in_fan_out": flag}
     adapter = several({"c_attn": (1, 8, 4), "c_proj": (1, 4, 4)}, config=config)
     base = {"c_proj.weight": torch.zeros(4, 4)}
     base["c_attn.weight"] = torch.zeros(4, 8) if transposed else torch.zeros(8, 4)
     delta = adapter.load("c_proj").dense()[0].float()
     ours = applied(adapter, base)["c_proj.weight"]
     torch.testing.assert_close(ours, delta.T if transposed else delta)
-    adapter.config["fan_in_fan_out"] = not transposed  # type: ignore[index]
-    with pytest.raises(ConfigError, match="fan_in_fan_out"):
-        applied(adapter, base)
+    base["head.weight"] = base["c_attn.weight"].T  # the others do not agree
+    sizes = {"c_attn": (1, 8, 4), "c_proj": (1, 4, 4), "head": (1, 8, 4)}
+    with pytest.raises(ConfigError, match=r"c_proj\.weight.*config\.json"):
+        applied(several(sizes, config=config), base)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("vector", [None, True, False])
+def test_the_class_decides_about_square_weights(vector, flag):
+    """Whatever the adapter's other layers are: a Linear and a Conv1D, both square."""
+    square = nn.ModuleDict({"linear": nn.Linear(4, 4), "conv": Conv1D(4, 4)})
+    base = {name: tensor.clone() for name, tensor in square.state_dict().items()}
+    if vector is None:
+        config = LoraConfig(r=2, target_modules=["linear", "conv"])
+    else:
+        names = ["linear", "conv"] if vector else []
+        config = IA3Config(target_modules=["linear", "conv"], feedforward_modules=names)
+    model = get_peft_model(square, config)
+    models.randomise(model, "default", 3)
+    (adapter,) = adapters_of(model, ["default"])
+    ours = applied(
+        dataclasses.replace(adapter, config={**adapter.config, "fan_in_fan_out": flag}),
+        base,
+        nn.ModuleDict({"linear": nn.Linear(4, 4), "conv": Conv1D(4, 4)}),
+    )
+    theirs = merged_by_peft(model)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name])
+        assert not torch.equal(tensor, base[name]) or name.endswith("bias")
 
 
 @pytest.mark.parametrize("first", [(3, 8, 4), (3, 4, 8)])
@@ -272,13 +311,13 @@ def test_everything_wrong_is_said_at_once():
 def test_quantised_and_misshapen_tensors_and_nan():
     adapter = several({"q": (1, 4, 6)}, saved={"head.weight": torch.ones(3, 4)})
     weights = AdaptedWeights(adapter)
-    weights.touched({"q.weight": (4, 6), "head.weight": (2, 4)})
+    with pytest.raises(ConfigError, match=r"\(3, 4\).*\(2, 4\).*Resize the base"):
+        weights.touched({"q.weight": (4, 6), "head.weight": (2, 4)})
+    weights.touched({"q.weight": (4, 6), "head.weight": (3, 4)})
     adapter.load("q").a.mul_(100)
     delta = adapter.load("q").dense()[0]
     with pytest.raises(MergeError, match="int8"):
         weights.apply("q.weight", torch.zeros(4, 6, dtype=torch.int8))
-    with pytest.raises(MergeError, match=r"\(3, 4\).*\(2, 4\)"):
-        weights.apply("head.weight", torch.zeros(2, 4))
     largest = torch.full((4, 6), 65504.0).copysign(delta).to(torch.float16)
     with pytest.raises(MergeError, match=r"range of torch\.float16"):
         weights.apply("q.weight", largest)
@@ -289,8 +328,10 @@ def test_quantised_and_misshapen_tensors_and_nan():
 
 def test_many_square_weights_do_not_ask_each_other() -> None:
     infos = {f"layers.{i}.q": ModuleInfo("linear", 1, 8, 8, 2) for i in range(20_000)}
+    infos["layers.0.q"] = ModuleInfo("linear", 1, 8, 4, 2)
     adapter = LoraAdapter("a", {}, infos, lambda module: pytest.fail(module))
     started = time.process_time()
-    touched = AdaptedWeights(adapter).touched({f"{name}.weight": (8, 8) for name in infos})
+    sizes = {f"{name}.weight": (info.rows, info.columns) for name, info in infos.items()}
+    touched = AdaptedWeights(adapter).touched(sizes)
     assert len(touched) == len(infos)
     assert time.process_time() - started < 5  # 30 s when every one looks at all others

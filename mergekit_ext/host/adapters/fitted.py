@@ -14,10 +14,11 @@ from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.headers import TensorHeader
-from mergekit_ext.host.adapters.class_names import class_names
 from mergekit_ext.host.adapters.switch import VARIABLE
 from mergekit_ext.host.adapters.ties import tied_names
+from mergekit_ext.host.class_model import Rename, class_names
 from peft_merge.adapter import Adapter
+from peft_merge.weight_shapes import class_orientation
 from peft_merge.weights import AdaptedWeights
 
 BEFOREHAND = f"Or set {VARIABLE}=0, with which mergekit merges the adapter with PEFT beforehand."
@@ -137,26 +138,30 @@ def _or(problem: Problem, otherwise: str) -> Problem:
 def _matched(
     adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any
 ) -> tuple[AdaptedWeights, dict[str, str]]:
-    """The adapter under the stored names, or else under those of the transformers class.
+    """The adapter under the names of the base's class, to which PEFT and transformers rename both.
 
     The second value gives each tensor's stored name.
     """
-    refusal: ConfigError | None = None
-    for names_of in (_as_stored, class_names):
-        names = names_of(tensors, config)
-        weights = AdaptedWeights(adapter)
-        try:
-            known = weights.touched({names[n]: header.shape for n, header in tensors.items()})
-        except ConfigError as error:
-            refusal = refusal or error
-        else:
-            return weights, {names[name]: name for name in tensors if names[name] in known}
-    assert refusal is not None
-    raise refusal
+    names = class_names(tensors, config)
+
+    def transposed(name: str) -> bool | None:
+        if names.model is None or name in names.converted:
+            return None
+        return class_orientation(names.model, name)
+
+    weights = AdaptedWeights(_renamed(adapter, names.rename))
+    shapes = {names.of[name]: header.shape for name, header in tensors.items()}
+    known = weights.touched(shapes, transposed)
+    return weights, {names.of[name]: name for name in tensors if names.of[name] in known}
 
 
-def _as_stored(names: Iterable[str], _config: Any) -> dict[str, str]:
-    return {name: name for name in names}
+def _renamed(adapter: Adapter, rename: Rename) -> Adapter:
+    modules = {rename(f"{name}.weight").removesuffix(".weight"): name for name in adapter.infos}
+    saved = {rename(name): load for name, load in adapter.saved.items()}
+    if len(modules) < len(adapter.infos) or len(saved) < len(adapter.saved):
+        return adapter  # of no version of this class
+    infos: Any = {new: adapter.infos[name] for new, name in modules.items()}
+    return replace(adapter, infos=infos, load=lambda n: adapter.load(modules[n]), saved=saved)
 
 
 def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -> list[Problem]:
