@@ -28,7 +28,8 @@ EMBEDDINGS = frozenset(
 )
 # What PEFT takes for the two ends of a tied embedding (`ensure_weight_tying`).
 TIED = ("embed_tokens", "lm_head")
-# With `bias: all` PEFT stores the biases of `modules_to_save` twice more; neither is used.
+# PEFT stores `modules_to_save` twice more if their vocabulary was resized, and their biases with
+# `bias: all`; neither is used.
 _COPIES = (".original_module.", ".modules_to_save.")
 
 
@@ -52,7 +53,7 @@ def collect(
     saved: dict[str, TensorHeader] = {}
     unknown = []
     for name, header in rest.items():
-        if biases and any(copy in name for copy in _COPIES):
+        if any(name.replace(copy, ".") in rest for copy in _COPIES if copy in name):
             continue
         base = names.unwrapped(name)
         if not _known(name, base, config, biases, adapted) or base in saved:

@@ -16,6 +16,7 @@ from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, fit, read_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing, nearest
+from mergekit_ext.host.class_model import empty_model
 
 _SAFE, _PICKLE = _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -75,7 +76,6 @@ def check_heads(
     reference: Any,
     config: Any,
     where: str,
-    options: Any,
     findings: Findings,
 ) -> None:
     """Whole tensors that the adapter brings must be tensors of the architecture.
@@ -84,10 +84,10 @@ def check_heads(
     language model would be lost.
     """
     added = sorted(adapted.keys() - base.keys())
-    if not added:
+    model = empty_model(config) if added else None
+    if model is None:
         return
-    known = _tensor_names(reference, config, options)
-    lost = [name for name in added if known is not None and name not in known]
+    lost = sorted(set(added) - model.state_dict().keys())
     if lost:
         findings.problem(
             where,
@@ -160,21 +160,6 @@ def near(path: str) -> str:
         return ""
     close = nearest(Path(path).name, names)
     return f" Did you mean {parent / close}?" if close else ""
-
-
-def _tensor_names(reference: Any, config: Any, options: Any) -> set[str] | None:
-    """Every name that a tensor of the architecture may have; None when nobody knows."""
-    from mergekit.architecture import arch_info_for_config
-    from mergekit.architecture.base import ConfiguredModelArchitecture
-
-    info = arch_info_for_config(config)
-    if info is not None:
-        weights = ConfiguredModelArchitecture(info=info, config=config).all_weights()
-        return {name for weight in weights for name in (weight.name, *(weight.aliases or ()))}
-    from mergekit.architecture.auto import get_transformers_info
-
-    names = get_transformers_info(reference, options)[-1]
-    return None if names is None else set(names)
 
 
 def _check_files(folder: Path, where: str, findings: Findings) -> None:

@@ -65,7 +65,7 @@ def _with_adapter(base: ModelFacts, options: Any, findings: Findings) -> ModelFa
     dtype = dtype_of(options.lora_merge_dtype)
     tensors = adapted_tensors(reference.lora, known, base.config, where, findings, dtype)
     if known is not None and tensors is not None:
-        check_heads(known, tensors, reference, base.config, where, options, findings)
+        check_heads(known, tensors, reference, base.config, where, findings)
     return dataclasses.replace(base, tensors=tensors)
 
 
