@@ -84,8 +84,9 @@ class AdaptedWeights:
                 )
             )
         problems += missing_biases(adapter, located.weights, shapes)
-        problems += self._resized(located.saved, shapes)
-        ways = self._orient(located.weights, shapes, transposed, problems)
+        own = {name: tuple(adapter.saved[key]().shape) for name, key in located.saved.items()}
+        problems += self._resized(own, shapes)
+        ways = self._orient(located.weights, {**shapes, **own}, transposed, problems)
         if problems:
             raise ConfigError(problems, f"adapter {adapter.name} on this base")
         self._located, self._transposed = located, ways
@@ -189,13 +190,12 @@ class AdaptedWeights:
             if bad:
                 raise NonFiniteError(module, self._adapter.name, bad, tensor.numel())
 
-    def _resized(self, saved: Mapping[str, str], shapes: Mapping[str, Shape]) -> Iterator[Problem]:
-        for name, stored in saved.items():
-            own = tuple(self._adapter.saved[stored]().shape)
-            if own != tuple(shapes[name]):
+    def _resized(self, own: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Iterator[Problem]:
+        for name, shape in own.items():
+            if tuple(shape) != tuple(shapes[name]):
                 yield Problem(
-                    f"{stored} of adapter {self._adapter.name}",
-                    f"the whole tensor in the shape {own}, and {tuple(shapes[name])} in the base",
+                    f"{name} of adapter {self._adapter.name}",
+                    f"the whole tensor in the shape {shape}, and {tuple(shapes[name])} in the base",
                     "one shape",
                     "Resize the base (its vocabulary, or its head) as it was when the adapter was "
                     "trained, and save it.",

@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_ext.host.loading import class_of
+
 Rename = Callable[[str], str]
 
 
 @functools.lru_cache(maxsize=4)
 def _built(kind: Any, text: str) -> Any:
     import torch
-    import transformers
     from transformers.initialization import no_init_weights
 
     config = kind.from_dict(json.loads(text))
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = class_of(config)
     if architecture is None:
         return None
     try:

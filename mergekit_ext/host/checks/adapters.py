@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing, nearest
 from mergekit_ext.host.class_model import empty_model
+from peft_merge.adapter import Adapter
 
 _SAFE, _PICKLE = _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -38,6 +41,7 @@ def unused_cache(options: Any) -> str:
 
 def adapted_tensors(
     path: Any,
+    base: str,
     tensors: Mapping[str, TensorHeader] | None,
     config: Any,
     where: str,
@@ -49,6 +53,7 @@ def adapted_tensors(
 
     Args:
         path: mergekit's `ModelPath` of the adapter.
+        base: the base's folder, or its name on the Hub.
         tensors: the base's; None when they are not known.
         config: the base's configuration; None for a bare file of weights.
         dtype: that they are read in; None for that of the file.
@@ -60,6 +65,7 @@ def adapted_tensors(
         return None
     try:
         adapter = read_adapter(path, otherwise)
+        _warn_of_base(adapter, base, where, findings)
         if tensors is None:
             return None
         return fit(adapter, tensors, config, otherwise).tensors(tensors, dtype)
@@ -68,6 +74,21 @@ def adapted_tensors(
             place = f"{where} ({problem.where})"
             findings.problem(place, problem.found, problem.expected, problem.remedy)
         return None
+
+
+def _warn_of_base(adapter: Adapter, base: str, where: str, findings: Findings) -> None:
+    named = str(adapter.config.get("base_model_name_or_path") or "")
+    ours, theirs = _components(os.path.realpath(base)), _components(named)
+    if theirs and theirs[-1] not in ours and ours[-1] not in theirs:
+        findings.warn(
+            f"{where}: the adapter {adapter.name} names {named} as its base and is applied to "
+            f"{base}. That only makes sense if these are copies of one model."
+        )
+
+
+def _components(path: str) -> list[str]:
+    """The parts of a path; of a folder of the Hub's cache (models--org--name) the name."""
+    return [part.rpartition("--")[2] for part in re.split(r"[/\\]", path.lower()) if part]
 
 
 def check_heads(

@@ -95,8 +95,9 @@ def _tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeade
     if reference is None:
         return _file_tensors(path, where, findings)
     file = reference.model.path
-    base = _file_tensors(file, where, findings)
-    return adapted_tensors(reference.lora, base, config_beside(file), where, findings, otherwise="")
+    base, config = _file_tensors(file, where, findings), config_beside(file)
+    folder = str(Path(file).resolve().parent)
+    return adapted_tensors(reference.lora, folder, base, config, where, findings, otherwise="")
 
 
 def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:

@@ -63,7 +63,8 @@ def _with_adapter(base: ModelFacts, options: Any, findings: Findings) -> ModelFa
     reference, where = base.reference, base.where
     known = base.tensors if base.config is not None else None
     dtype = dtype_of(options.lora_merge_dtype)
-    tensors = adapted_tensors(reference.lora, known, base.config, where, findings, dtype)
+    path = reference.model.path
+    tensors = adapted_tensors(reference.lora, path, known, base.config, where, findings, dtype)
     if known is not None and tensors is not None:
         check_heads(known, tensors, reference, base.config, where, findings)
     return dataclasses.replace(base, tensors=tensors)

@@ -6,6 +6,7 @@ the only file of the checks that builds on them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -226,11 +227,14 @@ def survey(
         out_config = _model_out_config(copy, architecture, options.trust_remote_code)
         planner = SurveyPlanner(copy, architecture, options, out_config, usable, where, findings)
         return planner.survey(), out_config
-    except Exception as error:  # mergekit's planner; its message is kept
+    except Exception as error:  # mergekit's planner; its message is kept, without the config.json
+        from mergekit_ext.host.checks.locate import BY_FILES  # not with the module: it loads this
+
+        text = re.sub(r"\{.*\}", "{...}", str(error), flags=re.DOTALL)
         findings.problem(
             "the merge's plan",
-            f"an error of mergekit ({type(error).__name__}: {error})",
+            f"an error of mergekit ({type(error).__name__}: {text})",
             "a configuration that mergekit can plan",
-            "Mend the other problems first; then report this one if it stays.",
+            f"Mend the other problems first. If this is the only one: {BY_FILES}",
         )
         return [], None
