@@ -210,8 +210,8 @@ class AdaptedWeights:
     ) -> dict[str, bool]:
         """Which weights are stored transposed: by shape, and squares by what is known besides.
 
-        What is known: the class of the base, as in PEFT; or else what the adapter's weights that
-        are not square show, if they agree (of target parameters those of the same module).
+        What is known: the class of the base, as in PEFT; or else what the adapter's weights beside
+        it in the same module show that are not square, if they agree.
         """
         infos = self._adapter.infos
         settled: dict[str, bool] = {}
@@ -237,8 +237,8 @@ class AdaptedWeights:
 
     def _alike(self, module: str) -> tuple[str, str]:
         """The same for modules that are stored the same way round."""
-        layout = _layout(self._adapter.infos[module])
-        return layout, unwrapped(module) if layout == "parameter" else ""
+        layout, name = _layout(self._adapter.infos[module]), unwrapped(module)
+        return layout, name if layout == "parameter" else name.rpartition(".")[0]
 
     def _misfit(self, module: str, tensor: str, shape: Shape) -> Problem:
         info = self._adapter.infos[module]

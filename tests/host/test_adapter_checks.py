@@ -14,15 +14,16 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mergekit_ext.errors import MergeWarning
 from mergekit_ext.headers import read_folder
 from mergekit_ext.host.adapters import fit, read_adapter
 from mergekit_ext.host.checks import check_source
 from tests import models as small
-from tests.host.adapters import check, saved_adapter, saved_base
+from tests.host.adapters import check, quietly, saved_adapter, saved_base
 
 PLAIN = LoraConfig(r=2, target_modules=["q_proj"])
 
@@ -103,6 +104,44 @@ def test_an_adapter_of_another_base(base, adapter, tmp_path):
         "without a tensor" in problem.found
         for problem in check(f"{tmp_path / 'shorter'}+{adapter}").problems
     )
+
+
+def test_an_adapter_that_names_another_base(base, adapter, tmp_path):
+    """Which its shapes do not show: a warning, before the merge as well."""
+    assert not any("names" in note for note in check(f"{base}+{adapter}").notes)
+    other = edited(adapter, tmp_path / "other", base_model_name_or_path="org/another")
+    report = check(f"{base}+{other}")
+    assert report.problems == ()
+    (note,) = [note for note in report.notes if "org/another" in note]
+    assert str(base) in note
+    content = small.config("linear", [Path(f"{base}+{other}")], None, {"weight": 1.0})
+    parsed = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(content)))
+    with pytest.warns(MergeWarning, match="org/another"):
+        run_merge(parsed, str(tmp_path / "out"), MergeOptions(quiet=True))
+    copy = tmp_path / "models--org--another" / "snapshots" / "1f"
+    shutil.copytree(base, copy)
+    assert not any("names" in note for note in check(f"{copy}+{other}").notes)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {},
+    ],
+    ids=["saved", "lora", "resized"],
+)
+def test_a_vocabulary_that_grew(base, fields, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "grown")
+    lora = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields})
+    quietly(lambda: get_peft_model(model, lora).save_pretrained(tmp_path / "adapter"))
+    problems = check(f"{base}+{tmp_path / 'adapter'}").problems
+    assert len(problems) == 2  # the embedding and the head
+    assert all("(70, 32)" in p.found and "Resize the base" in p.remedy for p in problems)
+    assert check(f"{tmp_path / 'grown'}+{tmp_path / 'adapter'}").problems == ()
 
 
 def test_flexmerge_is_told_too(base, adapter, tmp_path):

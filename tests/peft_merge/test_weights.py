@@ -327,8 +327,8 @@ def test_quantised_and_misshapen_tensors_and_nan():
 
 
 def test_many_square_weights_do_not_ask_each_other() -> None:
-    infos = {f"layers.{i}.q": ModuleInfo("linear", 1, 8, 8, 2) for i in range(20_000)}
-    infos["layers.0.q"] = ModuleInfo("linear", 1, 8, 4, 2)
+    infos = {f"layer.q{i}": ModuleInfo("linear", 1, 8, 8, 2) for i in range(20_000)}
+    infos["layer.q0"] = ModuleInfo("linear", 1, 8, 4, 2)
     adapter = LoraAdapter("a", {}, infos, lambda module: pytest.fail(module))
     started = time.process_time()
     sizes = {f"{name}.weight": (info.rows, info.columns) for name, info in infos.items()}
