@@ -98,7 +98,7 @@ def _inferred(
         findings.problem(
             "models",
             f"an architecture that mergekit cannot infer ({type(error).__name__}: {reason})",
-            "models whose tensors have the names of their transformers class",
+            "an architecture of which mergekit has a table, or that it can infer",
             BY_FILES,
         )
         return None
