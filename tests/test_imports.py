@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
 ANY = {
     "budget",
+    "codes",
     "documents",
     "durable",
     "dtypes",
@@ -41,6 +42,7 @@ ANY = {
 }
 ALLOWED = {
     "budget": set(),
+    "codes": set(),
     "documents": {"errors"},
     "durable": set(),
     "dtypes": set(),
@@ -78,6 +80,7 @@ ALLOWED = {
         "report",
     },
     "host": {
+        "codes",
         "documents",
         "durable",
         "dtypes",

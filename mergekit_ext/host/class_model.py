@@ -6,8 +6,7 @@ them, and how modules use them.
 
 from __future__ import annotations
 
-import functools
-import json
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +16,9 @@ from mergekit_ext.host.loading import class_of
 Rename = Callable[[str], str]
 
 
-@functools.lru_cache(maxsize=4)
-def _built(kind: Any, text: str) -> Any:
-    import torch
-    from transformers.initialization import no_init_weights
-
-    config = kind.from_dict(json.loads(text))
-    architecture = class_of(config)
-    if architecture is None:
-        return None
-    try:
-        with torch.device("meta"), no_init_weights():
-            return architecture(config)
-    except Exception:  # of any kind: whatever the class says to values that it cannot use
-        return None
+# Those built last, by their configurations.
+_models: dict[str, Any] = {}
+_KEPT = 4
 
 
 def empty_model(config: Any) -> Any:
@@ -39,10 +27,26 @@ def empty_model(config: Any) -> Any:
     None without a configuration, or if transformers has no such class or cannot build it. Models
     are kept and shared: do not change them.
     """
-    if config is None:
+    kind = class_of(config)
+    if kind is None:
         return None
-    kind: Any = type(config)
-    return _built(kind, config.to_json_string())
+    key = f"{kind.__name__} {config.to_json_string()}"
+    if key not in _models:
+        for oldest in list(_models)[: len(_models) - _KEPT + 1]:
+            del _models[oldest]
+        _models[key] = _built(kind, copy.deepcopy(config))
+    return _models[key]
+
+
+def _built(kind: Any, config: Any) -> Any:
+    import torch
+    from transformers.initialization import no_init_weights
+
+    try:
+        with torch.device("meta"), no_init_weights():
+            return kind(config)
+    except Exception:  # of any kind: whatever the class says to values that it cannot use
+        return None
 
 
 @dataclass(frozen=True)

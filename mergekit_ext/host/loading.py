@@ -40,7 +40,7 @@ def class_of(config: Any) -> Any:
     """Return the transformers class of a configuration; None for a class from elsewhere."""
     import transformers
 
-    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     return kind if known and isinstance(config, kind.config_class or object) else None
 
