@@ -16,9 +16,28 @@ from collections.abc import Collection
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 PREFIX = "base_model.model."
 _WRAPPED = "base_layer"
+# What torch.compile, FSDP and activation checkpointing put into the path of a module, anywhere;
+# DistributedDataParallel wraps whole models only.
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_PARALLEL = "module."
 # Of characters. What takes a name apart at each of its dots would not end with millions of them.
 _LONGEST = 1 << 10
 _OUT_PROJECTION = f".{_WRAPPED}.out_proj"
+
+
+def plain(name: str) -> str:
+    """A tensor's or module's name without what training wrapped around modules.
+
+    ``module.base_model.model._orig_mod.layers.0.q_proj`` is ``base_model.model.layers.0.q_proj``.
+    PEFT's prefix stays if there is one, once: a PeftModel in a PeftModel gives two.
+    """
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    start = ""
+    while name.startswith((_PARALLEL, PREFIX)):
+        if name.startswith(PREFIX):
+            start = PREFIX
+        name = name.removeprefix(PREFIX if name.startswith(PREFIX) else _PARALLEL)
+    return start + name
 
 
 def unwrapped(name: str) -> str:
