@@ -23,6 +23,7 @@ _LONGEST_WARNING = 10_000
 @click.option("--check", is_flag=True, help="Say what would be merged, and merge nothing.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ...")
 @click.option("--rank", metavar="RANK", help="Instead of the file's: 16, lossless, or energy=0.99.")
+@click.option("--patterns", is_flag=True, help="Ranks by module, which PEFT alone reads.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary.")
 @click.option(
     "--jsonl",
@@ -38,6 +39,7 @@ def main(
     check: bool,
     device: str,
     rank: str | None,
+    patterns: bool,
     quiet: bool,
     jsonl: Path | None,
     allow_pickle: bool,
@@ -59,6 +61,7 @@ def main(
     options: dict[str, Any] = {
         "device": device,
         "rank": _rank(rank),
+        "patterns": patterns or None,
         "allow_pickle": allow_pickle,
     }
     with warnings.catch_warnings():

@@ -112,7 +112,10 @@ def _output(plan: MergePlan) -> int:
     if plan.kind == "ia3":
         count = sum(math.prod(plan.shape(name)) for name in plan.modules)
     else:
-        count = sum(_numbers(plan, name) for name in plan.modules)
+        ranks = {name: _rank(plan, name) for name in plan.modules}
+        if not plan.patterns:
+            ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
+        count = sum(_numbers(plan.shape(name), rank) for name, rank in ranks.items())
     copies = len(plan.adapters) if isinstance(plan.method, WholeMethod) else 1
     # Both sides of a factor are cut from one in float64 before the cast of the last module.
     return 2 * copies * count * plan.dtype.itemsize
@@ -140,15 +143,21 @@ def _mean(name: str, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> _S
     return _Saved(name, count * out, count * each)
 
 
-def _numbers(plan: MergePlan, name: str) -> int:
-    matrices, rows, columns = plan.shape(name)
+def _rank(plan: MergePlan, name: str) -> int:
+    """An upper bound of what the module needs."""
+    _, rows, columns = plan.shape(name)
     ranks = sum(
         a.infos[name].rank for a in plan.adapters if isinstance(a, LoraAdapter) and name in a.infos
     )
     rank = plan.rank if isinstance(plan.rank, int) else ranks
     if plan.rank is not None and not isinstance(plan.rank, int):
         rank = min(rows, columns)  # of an elementwise rule nothing less is sure
-    return matrices * min(rank, rows, columns) * (rows + columns)
+    return min(rank, rows, columns)
+
+
+def _numbers(shape: Sequence[int], rank: int) -> int:
+    matrices, rows, columns = shape
+    return matrices * rank * (rows + columns)
 
 
 def _in_core(module: _Module) -> Parts:

@@ -22,7 +22,7 @@ in) or (E, in, out) the adapter does not say; in these coordinates it does not m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class Layout:
             rank that the configuration gives. Raises `LayoutError`.
         stack: stored A and B to stacked ones.
         store: stacked A and B to stored ones, contiguous.
-        configured_rank: the r of PEFT's configuration for such factors.
+        groups: among how many matrices the r of PEFT's configuration is divided.
     """
 
     name: LayoutName
@@ -62,7 +62,7 @@ class Layout:
     describe: Callable[[Shape, Shape, int, bool, torch.dtype], ModuleInfo]
     stack: Callable[[ModuleInfo, Tensor, Tensor], tuple[Tensor, Tensor]]
     store: Callable[[ModuleInfo, Tensor, Tensor], tuple[Tensor, Tensor]]
-    configured_rank: Callable[[ModuleInfo], int]
+    groups: Callable[[ModuleInfo], int]
 
 
 BIAS = "lora_B.bias"
@@ -152,8 +152,8 @@ def _store_parameter(info: ModuleInfo, a: Tensor, b: Tensor) -> tuple[Tensor, Te
     )
 
 
-def _rank(info: ModuleInfo) -> int:
-    return info.rank
+def _undivided(info: ModuleInfo) -> int:
+    return 1
 
 
 LAYOUTS: dict[LayoutName, Layout] = {
@@ -166,7 +166,7 @@ LAYOUTS: dict[LayoutName, Layout] = {
             _matrices("linear"),
             _stack_matrices,
             _store_matrices,
-            _rank,
+            _undivided,
         ),
         Layout(
             "embedding",
@@ -175,7 +175,7 @@ LAYOUTS: dict[LayoutName, Layout] = {
             _matrices("embedding"),
             _stack_matrices,
             _store_matrices,
-            _rank,
+            _undivided,
         ),
         Layout(
             "convolution",
@@ -184,7 +184,7 @@ LAYOUTS: dict[LayoutName, Layout] = {
             _describe_convolution,
             _stack_convolution,
             _store_convolution,
-            lambda info: info.rank * info.matrices,
+            lambda info: info.matrices,
         ),
         Layout(
             "parameter",
@@ -193,7 +193,24 @@ LAYOUTS: dict[LayoutName, Layout] = {
             _describe_parameter,
             _stack_parameter,
             _store_parameter,
-            _rank,
+            _undivided,
         ),
     )
 }
+
+
+def configured_rank(info: ModuleInfo) -> int:
+    """Return the r of PEFT's configuration for such factors."""
+    return info.rank * LAYOUTS[info.layout].groups(info)
+
+
+def one_rank(infos: Iterable[ModuleInfo]) -> int:
+    """Return the least r that a configuration without patterns can have for all these factors."""
+    each = list(infos)
+    step = math.lcm(*(LAYOUTS[info.layout].groups(info) for info in each))
+    return -(-max(map(configured_rank, each), default=1) // step) * step
+
+
+def at_rank(info: ModuleInfo, r: int) -> int:
+    """Return the rank of each of a module's matrices under an r of the configuration."""
+    return r // LAYOUTS[info.layout].groups(info)

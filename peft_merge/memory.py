@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem
-from peft_merge.adapter import Adapter
+from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.config.wording import did_you_mean, shown
 from peft_merge.io import adapters_of, state_dict
@@ -95,11 +95,13 @@ def add_merged_adapter(
         problems.append(Problem("weights", f"{len(weights)}", f"{len(adapters)}, one per adapter"))
     if problems or adapter_name is None:
         raise ConfigError(problems, _SUBJECT)
+    inputs = [_without_biases(peft_model, a) for a in adapters_of(peft_model, adapters)]
     merged = merge_adapters(
-        [_without_biases(peft_model, each) for each in adapters_of(peft_model, adapters)],
+        inputs,
         chosen,
         weights=None if weights is None else [_number(weight) for weight in weights],
         parameters={**known, **given, **found},
+        patterns=True if isinstance(inputs[0], LoraAdapter) else None,
         rank=svd_rank if rank is None else rank,
         space=space,
         seed=seed,

@@ -67,6 +67,7 @@ def merge_adapters(
     parameters: Mapping[str, Any] | None = None,
     each: Sequence[Mapping[str, Any]] | None = None,
     rank: Any = None,
+    patterns: bool | None = None,
     space: str | None = None,
     seed: int = 0,
     dtype: Any = None,
@@ -89,6 +90,8 @@ def merge_adapters(
         each: of the method, one mapping for each adapter.
         rank: of a merged LoRA: a number, "lossless", or {"energy": 0.99}; default: lossless for
             rules that are exact in the small, else the sum of the ranks.
+        patterns: let ranks differ between modules, named by rank_pattern and alpha_pattern, which
+            only PEFT reads; default: one rank and one alpha, filled up with zeros.
         space: where the method works; default: the changes themselves.
         seed: of random methods.
         dtype: of the result; default: that of the adapters.
@@ -115,6 +118,7 @@ def merge_adapters(
         inputs=_inputs(adapters, weights, each, problems),
         parameters=dict(parameters or {}),
         rank=rank,
+        patterns=patterns,
         space=space,
         seed=seed,
         dtype=dtype,
@@ -141,6 +145,7 @@ def run_config(
     out: str | os.PathLike[str],
     *,
     rank: Any = None,
+    patterns: bool | None = None,
     device: Any = "cpu",
     callbacks: Iterable[object] = (),
     allow_pickle: bool = False,
@@ -150,7 +155,7 @@ def run_config(
     Args:
         config: see docs/adapters.md.
         out: the folder to write; it must not exist or be empty.
-        rank: instead of the configuration's.
+        rank, patterns: instead of the configuration's.
         device, callbacks, allow_pickle: as for `merge_adapters`.
 
     Raises:
@@ -159,7 +164,9 @@ def run_config(
     events = Dispatcher(callbacks)
     try:
         started = time.perf_counter()
-        plan = plan_config(config, out, rank=rank, device=device, allow_pickle=allow_pickle)
+        plan = plan_config(
+            config, out, rank=rank, patterns=patterns, device=device, allow_pickle=allow_pickle
+        )
         result = _merge(plan, events, os.fspath(out))
         result.save(out)
         events.emit(MergeEnd(os.fspath(out), time.perf_counter() - started))
@@ -173,6 +180,7 @@ def plan_config(
     out: str | os.PathLike[str] | None = None,
     *,
     rank: Any = None,
+    patterns: bool | None = None,
     device: Any = "cpu",
     allow_pickle: bool = False,
 ) -> MergePlan:
@@ -181,7 +189,9 @@ def plan_config(
     Raises:
         ConfigError: with everything that is wrong.
     """
-    request, problems = read(config, {} if rank is None else {"rank": rank})
+    given = {"rank": rank, "patterns": patterns}
+    instead = {key: value for key, value in given.items() if value is not None}
+    request, problems = read(config, instead)
     if out is not None and (wrong := place_problem(out)) is not None:
         problems.append(wrong)
     if out is not None:
@@ -289,7 +299,7 @@ def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
         loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
         updates, infos, modules = merge_lora(loras, rule, resolve, rank=plan.rank, **options)
         tensors = _saved(plan, events)
-        adapter = merged_lora(plan.request.name, updates, infos, loras, tensors)
+        adapter = merged_lora(plan.request.name, updates, infos, loras, tensors, plan.patterns)
     else:
         vectors = [adapter for adapter in plan.adapters if isinstance(adapter, Ia3Adapter)]
         merged, vector_infos, modules = merge_ia3(vectors, rule, resolve, **options)

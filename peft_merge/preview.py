@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.saved import saved_names
+from peft_merge.layouts import at_rank, one_rank
 from peft_merge.methods import WholeMethod
 
 
@@ -67,14 +69,32 @@ def _output(plan: MergePlan) -> str:
         return (
             f"{numbers:,} numbers, {_size(numbers * plan.dtype.itemsize)} of {_short(plan.dtype)}"
         )
+    bound = "" if isinstance(plan.rank, int) else "at most "
     ranks = {module: _largest_rank(plan, module) for module in plan.modules}
+    own = _factors(plan, ranks)
+    if plan.patterns:
+        return f"{bound}rank {max(ranks.values())}, {own}"
+    infos = (replace(_info(plan, name), rank=rank) for name, rank in ranks.items())
+    r = one_rank(infos)
+    one = {module: at_rank(_info(plan, module), r) for module in plan.modules}
+    padded = _factors(plan, one)
+    apart = "" if padded == own else f" ({bound}{own} with `patterns: true`)"
+    return f"{bound}rank {r} in every module, {padded}{apart}"
+
+
+def _info(plan: MergePlan, module: str) -> ModuleInfo:
+    return next(
+        a.infos[module] for a in plan.adapters if isinstance(a, LoraAdapter) and module in a.infos
+    )
+
+
+def _factors(plan: MergePlan, ranks: Mapping[str, int]) -> str:
+    """The size of factors of these ranks."""
     numbers = 0
     for module, rank in ranks.items():
         matrices, rows, columns = plan.shape(module)
         numbers += matrices * rank * (rows + columns)
-    bound = "" if isinstance(plan.rank, int) else "at most "
-    size = _size(numbers * plan.dtype.itemsize)
-    return f"{bound}rank {max(ranks.values(), default=0)}, {size} of {_short(plan.dtype)}"
+    return f"{_size(numbers * plan.dtype.itemsize)} of {_short(plan.dtype)}"
 
 
 def _largest_rank(plan: MergePlan, module: str) -> int:

@@ -32,6 +32,11 @@ from peft_merge.footprint import need_of
 from peft_merge.io import compatible, different_bases, load_adapter
 from peft_merge.methods import Method, WholeMethod, methods, parameters_of
 
+PATTERNS = (
+    "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "
+    "alpha_pattern: llama.cpp, vLLM, SGLang and LoRAX scale such modules wrongly."
+)
+
 
 def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     """Check a request as far as configurations and headers go.
@@ -71,12 +76,13 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         modules=tuple(modules),
         resolve=resolve,
         rank=request.rank,
+        patterns=bool(request.patterns),
         space=request.space or default_space(kind),
         seed=request.seed,
         dtype=dtype or _common_dtype(adapters),
         device=device,
         saved=taken,
-        notes=tuple(resolve.idle_filters()),
+        notes=(*resolve.idle_filters(), *([PATTERNS] if request.patterns else [])),
         forewarnings=_forewarnings(method, resolve),
     )
     if isinstance(method, WholeMethod) and (wrong := [*unfit, *method.check(plan)]):
@@ -119,6 +125,8 @@ def _settings(request: Request, method: Method | None, found: list[Problem]) -> 
 def _options(request: Request, found: list[Problem]) -> tuple[torch.dtype | None, torch.device]:
     if request.rank is not None and (wrong := rank_problem(request.rank)):
         found.append(wrong)
+    if request.patterns not in (None, True, False):
+        found.append(Problem("patterns", shown(request.patterns), "true or false"))
     if (wrong := seed_problem(request.seed)) is not None:
         found.append(wrong)
     if request.base_model is not None and not isinstance(request.base_model, str):
@@ -173,11 +181,11 @@ def _fitting(request: Request, kind: Kind, adapters: Sequence[Adapter]) -> Itera
     """Rank and space against the kind of adapters."""
     if request.space is not None:
         yield from space_problems(request.space, kind, adapters)
-    if request.rank is None:
-        return
     if kind == "ia3":
-        remedy = "Take it out."
-        yield Problem("rank", shown(request.rank), "none: (IA)^3 vectors have no rank", remedy)
+        for name, value in (("rank", request.rank), ("patterns", request.patterns)):
+            if value is not None:
+                expected = "none: (IA)^3 vectors have no rank"
+                yield Problem(name, shown(value), expected, "Take it out.")
     elif isinstance(request.rank, int) and request.rank > (possible := _largest_rank(adapters)):
         expected = f"at most {possible}, the smaller side of the largest module"
         yield Problem("rank", shown(request.rank), expected)

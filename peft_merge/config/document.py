@@ -18,7 +18,7 @@ from peft_merge.config.request import Input, Request, exists, located
 from peft_merge.config.wording import did_you_mean, join, shown
 
 _KEYS = (
-    *("merge_method", "models", "parameters", "rank", "space", "dtype"),
+    *("merge_method", "models", "parameters", "rank", "patterns", "space", "dtype"),
     *("modules_to_save", "seed", "base_model"),
 )
 _MODEL_KEYS = ("model", "name", "parameters")
@@ -83,6 +83,7 @@ def written(request: Request, adapters: Sequence[Adapter]) -> str:
         "models": models,
         "parameters": dict(request.parameters),
         "rank": request.rank,
+        "patterns": request.patterns,
         "space": request.space,
         "seed": request.seed or None,
         "dtype": dtype,
@@ -130,7 +131,7 @@ def _request(
     )
     given = {
         key: document[key]
-        for key in ("rank", "space", "seed", "dtype", "modules_to_save", "base_model")
+        for key in ("rank", "patterns", "space", "seed", "dtype", "modules_to_save", "base_model")
         if document.get(key) is not None
     }
     return replace(request, **given), problems

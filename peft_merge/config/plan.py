@@ -30,6 +30,7 @@ class MergePlan:
         modules: of all adapters, in the order in which they come.
         resolve: the values of its parameters for each module.
         rank: of the output, None for the default of the method and for (IA)^3.
+        patterns: whether ranks of a LoRA's modules may differ, see `peft_merge.io.merged_lora`.
         space: where it works.
         seed: of random rules.
         dtype: of the output.
@@ -46,6 +47,7 @@ class MergePlan:
     modules: tuple[str, ...]
     resolve: Resolver
     rank: Rank | None
+    patterns: bool
     space: str
     seed: int
     dtype: torch.dtype
@@ -76,6 +78,7 @@ class MergePlan:
                 "each": [dict(item.parameters) for item in self.request.inputs],
             },
             "rank": self.rank if not isinstance(self.rank, Mapping) else dict(self.rank),
+            "patterns": self.patterns,
             "space": self.space,
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),

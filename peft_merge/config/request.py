@@ -49,6 +49,7 @@ class Request:
     inputs: tuple[Input, ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rank: Any = None
+    patterns: Any = None
     space: Any = None
     seed: Any = 0
     dtype: Any = None

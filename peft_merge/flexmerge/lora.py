@@ -12,12 +12,13 @@ from torch import Tensor
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
 from peft_merge.config.plan import MergePlan
 from peft_merge.core_space import CoreSpace
-from peft_merge.flexmerge.configuration import task_configuration
 from peft_merge.flexmerge.family import Group, Piece, settings_of
 from peft_merge.flexmerge.private import cast_to, private
-from peft_merge.io import names
+from peft_merge.io.configuration import lora_configuration
+from peft_merge.io.merged import filled, stored_ranks, unscaled
+from peft_merge.layouts import at_rank, one_rank
 from peft_merge.lora import merge_lora, small
-from peft_merge.ranks import Rank, padded
+from peft_merge.ranks import Rank
 from peft_merge.rules.base import Rule
 from peft_merge.statistics import coefficients, finite, lora_norms
 
@@ -27,9 +28,13 @@ UpdatePiece = Piece[Update, ModuleInfo]
 class LoraFamily:
     """See `flexmerge.family.Family`.
 
-    A group's change has by default the largest rank among its members there, the best
-    approximation of that rank: what two adapters share takes the room of one. A number is the rank
-    of every merged change; with "lossless" or an energy the ranks are found by merging.
+    All adapters have one rank in all modules, the largest of the inputs, and alpha equals it: so
+    every reader scales them alike, and PEFT's hot swap works between them. A group's change is the
+    best approximation of that rank.
+
+    With patterns every module has the rank of its own, and a group's change by default the largest
+    rank among its members there. A number is the rank of every merged change; with "lossless" or an
+    energy the ranks are found by merging.
     """
 
     def __init__(self, plan: MergePlan, rule: Rule):
@@ -37,6 +42,8 @@ class LoraFamily:
         self._adapters = [a for a in plan.adapters if isinstance(a, LoraAdapter)]
         self._forced = plan.dtype if plan.request.dtype is not None else None
         self._found: dict[tuple[tuple[str, ...], Group], dict[str, int]] = {}
+        infos = (info for adapter in self._adapters for info in adapter.infos.values())
+        self._r = None if plan.patterns else one_rank(infos)
 
     @property
     def small(self) -> bool:
@@ -58,13 +65,10 @@ class LoraFamily:
 
     def bytes(self, modules: Sequence[str], group: Group) -> int:
         """Of both factors and the bias, of each module that one of the tasks has."""
-        ranks = None if len(group) == 1 else self._ranks(modules, group)
         total = 0
-        for module in modules:
+        for module, rank in self._ranks(modules, group).items():
             infos = self._infos(module, group)
-            if infos:
-                rank = infos[0].rank if ranks is None else ranks[module]
-                total += _elements(infos, rank) * self._dtype(infos).itemsize
+            total += _elements(infos, rank) * self._dtype(infos).itemsize
         return total
 
     def merge(self, modules: Sequence[str], group: Group) -> dict[str, UpdatePiece]:
@@ -72,11 +76,10 @@ class LoraFamily:
         pieces = {
             module: self._merged(module, group) for module in modules if self._infos(module, group)
         }
-        ranks = _equal({module: piece.info.rank for module, piece in pieces.items()})
-        return {module: _filled(piece, ranks[module]) for module, piece in pieces.items()}
+        return self._filled(pieces)
 
     def own(self, modules: Sequence[str], task: int) -> dict[str, UpdatePiece]:
-        """The factors as they are, in `dtype` if one is asked for."""
+        """The factors with the scaling in B, in `dtype` if one is asked for."""
         adapter = self._adapters[task]
         found = {}
         for module in modules:
@@ -84,19 +87,21 @@ class LoraFamily:
                 info = adapter.infos[module]
                 update = finite(adapter.load(module), module, adapter.name)
                 dtype = self._forced or info.dtype
-                found[module] = Piece(_cast(update, dtype, module), replace(info, dtype=dtype))
-        return found
+                value = _cast(unscaled(update), dtype, module)
+                found[module] = Piece(value, replace(info, dtype=dtype))
+        return self._filled(found)
 
     def adapter(
         self, task: int, pieces: Mapping[str, UpdatePiece], shared: Collection[str]
     ) -> LoraAdapter:
-        """With its own ranks and scalings, save for what is shared: that has a scaling of 1."""
+        """With a scaling of 1 in all modules."""
         own = self._adapters[task]
         infos = {module: piece.info for module, piece in pieces.items()}
-        scales = {module: piece.value.scale for module, piece in pieces.items()}
-        config = dict(own.config)
-        if shared:
-            config = task_configuration(infos, scales, shared, own, self._adapters)
+        config = lora_configuration(infos, [own], own.saved)
+        common = lora_configuration(infos, self._adapters, ())
+        parameters = any(info.layout == "parameter" for info in infos.values())
+        config["lora_dropout"] = common["lora_dropout"]
+        config["target_parameters"] = common["target_parameters"] if parameters else None
         if self._plan.request.base_model is not None:
             config["base_model_name_or_path"] = self._plan.request.base_model
         return LoraAdapter(
@@ -116,19 +121,39 @@ class LoraFamily:
 
     def _ranks(self, modules: Sequence[str], group: Group) -> dict[str, int]:
         """Of the group's changes, from headers where that is possible."""
-        present = [module for module in modules if self._infos(module, group)]
-        if self._plan.rank is None or isinstance(self._plan.rank, int):
-            return _equal({module: self._rank(module, group) for module in present})
+        known = {name: infos for name in modules if (infos := self._infos(name, group))}
+        if len(group) == 1 or self._plan.rank is None or isinstance(self._plan.rank, int):
+            alone = len(group) == 1
+            needed = {
+                name: replace(i[0], rank=i[0].rank if alone else self._rank(name, group))
+                for name, i in known.items()
+            }
+            return stored_ranks(needed, self._r)
         key = (tuple(modules), group)
         if key not in self._found:
             pieces = self.merge(modules, group)
             self._found[key] = {module: piece.info.rank for module, piece in pieces.items()}
         return self._found[key]
 
+    def _filled(self, pieces: Mapping[str, UpdatePiece]) -> dict[str, UpdatePiece]:
+        """With zeros up to the rank that is stored, which change nothing."""
+        ranks = stored_ranks({name: piece.info for name, piece in pieces.items()}, self._r)
+        return {
+            name: replace(
+                piece,
+                value=filled(piece.value, ranks[name]),
+                info=replace(piece.info, rank=ranks[name]),
+            )
+            for name, piece in pieces.items()
+        }
+
     def _rank(self, module: str, group: Group) -> int:
         infos = self._infos(module, group)
-        wanted = self._plan.rank
-        rank = wanted if isinstance(wanted, int) else max(info.rank for info in infos)
+        rank = self._plan.rank
+        if self._r is not None:
+            rank = at_rank(infos[0], self._r)
+        elif not isinstance(rank, int):
+            rank = max(info.rank for info in infos)
         return min(rank, infos[0].rows, infos[0].columns)
 
     def _merged(self, module: str, group: Group) -> UpdatePiece:
@@ -164,23 +189,6 @@ def _elements(infos: Sequence[ModuleInfo], rank: int) -> int:
     n, rows, columns = infos[0].shape
     bias = n * rows if any(info.bias for info in infos) else 0
     return n * rank * (rows + columns) + bias
-
-
-def _equal(ranks: Mapping[str, int]) -> dict[str, int]:
-    """The same for modules that PEFT configures together: the largest."""
-    largest: dict[str, int] = {}
-    for module, rank in ranks.items():
-        owner = names.owner(module, ranks)
-        largest[owner] = max(largest.get(owner, 1), rank)
-    return {module: largest[names.owner(module, ranks)] for module in ranks}
-
-
-def _filled(piece: UpdatePiece, rank: int) -> UpdatePiece:
-    """With zeros up to a rank, which change nothing."""
-    value = replace(
-        piece.value, a=padded(piece.value.a, rank, -2), b=padded(piece.value.b, rank, -1)
-    )
-    return replace(piece, value=value, info=replace(piece.info, rank=rank))
 
 
 def _cast(update: Update, dtype: torch.dtype, module: str) -> Update:

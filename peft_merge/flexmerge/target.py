@@ -85,10 +85,10 @@ def out_of_reach(target: Target, sizes: Sequence[Size]) -> Problem:
     elif target.adapters is not None and target.adapters < 1:
         remedy = (
             "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
-            "than they have."
+            "than they have (with `patterns: true`)."
         )
     else:
-        remedy = "A smaller `rank` for what LoRAs share makes smaller sizes possible."
+        remedy = "With `patterns: true` a smaller `rank` for what LoRAs share makes smaller sizes possible."
     return Problem(
         "parameters.target_size",
         str(target),

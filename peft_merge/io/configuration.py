@@ -15,7 +15,7 @@ from typing import Any
 from peft_merge.adapter import Adapter, ModuleInfo, VectorInfo
 from peft_merge.io import names, whole
 from peft_merge.io.compatible import has_layers
-from peft_merge.layouts import LAYOUTS
+from peft_merge.layouts import configured_rank
 from peft_merge.patterns import either, qualified
 from peft_merge.targets import SELECTION, Parameters
 
@@ -26,7 +26,7 @@ _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 def lora_configuration(
     infos: Mapping[str, ModuleInfo], inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> dict[str, Any]:
-    """Of a LoRA whose modules have alpha = r.
+    """Of a LoRA whose modules have alpha = r; patterns name the ranks that are not the largest.
 
     Args:
         infos: the modules of the output.
@@ -44,7 +44,7 @@ def lora_configuration(
     modules = []
     for module, info in infos.items():
         owner = names.owner(module, infos)
-        rank = LAYOUTS[info.layout].configured_rank(info)
+        rank = configured_rank(info)
         if info.layout == "parameter":
             key = qualified(owner, meant.of(owner))
         else:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io import names
 from peft_merge.io.configuration import ia3_configuration, lora_configuration
+from peft_merge.layouts import at_rank, one_rank
+from peft_merge.ranks import padded
 
 # PEFT has no bias for these.
 _WITHOUT_BIAS = ("embedding", "parameter")
@@ -25,13 +25,13 @@ def merged_lora(
     infos: Mapping[str, ModuleInfo],
     inputs: Sequence[LoraAdapter],
     saved: Mapping[str, Tensor] | None = None,
+    patterns: bool = False,
 ) -> LoraAdapter:
     """Make a LoRA of merged changes.
 
-    The configuration has alpha = r for every module and no rsLoRA, so that every scaling is 1; an
-    update's own scale goes into its factors, half into each. Ranks may differ between modules, save
-    for those that PEFT configures together (both projections of torch's attention, the target
-    parameters of one module) and ranks of 0: these are filled up with zeros, which changes nothing.
+    An adapter means the same to every reader: llama.cpp scales by `lora_alpha` over each tensor's
+    rank, vLLM, SGLang and LoRAX by one `lora_alpha` over one `r`, PEFT by patterns as well. So all
+    modules have one rank, filled up with zeros, which change nothing, and alpha = r without rsLoRA.
 
     Args:
         name: of the adapter.
@@ -40,25 +40,32 @@ def merged_lora(
         inputs: the merged adapters, which agree (`peft_merge.io.compatible`) in all that is not
             merged.
         saved: whole tensors, by the base's names (as in `LoraAdapter.saved`).
+        patterns: give each module the least rank, which `rank_pattern` and `alpha_pattern` say;
+            only PEFT reads them. Modules that PEFT configures together (both projections of
+            torch's attention, the target parameters of one module) have one rank.
     """
     with_bias = any(update.bias is not None for update in updates.values())
-    unscaled = {module: _unscaled(update) for module, update in updates.items()}
-    filled = {
-        module: _filled(update, rank, infos[module], with_bias)
-        for (module, update), rank in zip(unscaled.items(), _ranks(unscaled), strict=True)
+    ranked = {
+        module: replace(infos[module], rank=max(1, update.a.shape[1]))
+        for module, update in updates.items()
+    }
+    ranks = stored_ranks(ranked, None if patterns else one_rank(ranked.values()))
+    stored = {
+        module: _filled(unscaled(update), ranks[module], infos[module], with_bias)
+        for module, update in updates.items()
     }
     described = {
         module: replace(
             infos[module],
-            rank=update.a.shape[1],
+            rank=ranks[module],
             bias=update.bias is not None,
             dtype=update.a.dtype,
         )
-        for module, update in filled.items()
+        for module, update in stored.items()
     }
     whole = dict(saved or {})
     config = lora_configuration(described, inputs, whole)
-    return LoraAdapter(name, config, described, filled.__getitem__, _loaders(whole))
+    return LoraAdapter(name, config, described, stored.__getitem__, _loaders(whole))
 
 
 def merged_ia3(
@@ -90,32 +97,43 @@ def _loaders(whole: Mapping[str, Tensor]) -> dict[str, partial[Tensor]]:
     return {key: partial(whole.__getitem__, key) for key in whole}
 
 
-def _unscaled(update: Update) -> Update:
+def unscaled(update: Update) -> Update:
+    """Return the same change with a scale of 1, which is in B then."""
     if update.scale == 1:
         return update
-    half = math.sqrt(abs(update.scale))
-    dtype = update.a.dtype
-    bias = None if update.bias is None else update.bias.double() * update.scale
-    return Update(
-        (update.a.double() * half).to(dtype),
-        (update.b.double() * math.copysign(half, update.scale)).to(dtype),
-        1.0,
-        None if bias is None or update.bias is None else bias.to(update.bias.dtype),
-    )
+
+    def scaled(tensor: Tensor) -> Tensor:
+        return (tensor.double() * update.scale).to(tensor.dtype)
+
+    bias = None if update.bias is None else scaled(update.bias)
+    return Update(update.a, scaled(update.b), 1.0, bias)
 
 
-def _ranks(updates: Mapping[str, Update]) -> list[int]:
-    """Of each module, as great as those of the modules that are configured with it; 1 at least."""
-    shared: dict[str, int] = {}
-    owners = [names.owner(module, updates) for module in updates]
-    for owner, update in zip(owners, updates.values(), strict=True):
-        shared[owner] = max(shared.get(owner, 1), update.a.shape[1])
-    return [shared[owner] for owner in owners]
+def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:
+    """Return the rank that each module is stored with.
+
+    Args:
+        infos: with the ranks that the modules need.
+        r: that of the whole configuration; None if patterns name the ranks.
+    """
+    if r is not None:
+        return {module: at_rank(info, r) for module, info in infos.items()}
+    largest: dict[str, int] = {}
+    for module, info in infos.items():
+        owner = names.owner(module, infos)
+        largest[owner] = max(largest.get(owner, 1), info.rank)
+    return {module: largest[names.owner(module, infos)] for module in infos}
+
+
+def filled(update: Update, rank: int) -> Update:
+    """Return the same change with zeros up to a rank; itself if it has it."""
+    if update.a.shape[-2] == rank:
+        return update
+    return replace(update, a=padded(update.a, rank, -2), b=padded(update.b, rank, -1))
 
 
 def _filled(update: Update, rank: int, info: ModuleInfo, with_bias: bool) -> Update:
-    missing = rank - update.a.shape[1]
     bias = update.bias
     if with_bias and bias is None and info.layout not in _WITHOUT_BIAS:
         bias = torch.zeros(info.matrices * info.rows, dtype=update.b.dtype, device=update.b.device)
-    return Update(pad(update.a, (0, 0, 0, missing)), pad(update.b, (0, missing)), 1.0, bias)
+    return replace(filled(update, rank), bias=bias)
