@@ -115,6 +115,14 @@ _IA3 = _COMMON | {"feedforward_modules", "init_ia3_weights"}
 
 FIELDS: dict[str, frozenset[str]] = {"LORA": frozenset(_LORA), "IA3": frozenset(_IA3)}
 
+# Fields of other trainers that PEFT drops when it loads an adapter, and what they are for. They
+# change how factors were found, not what they mean.
+TRAINING_ONLY: dict[str, str] = {
+    "lora_dtype": "ms-swift: the dtype of the factors in training",
+    "lorap_lr_ratio": "ms-swift: LoRA+, the learning rate of B over that of A",
+    "lorap_emb_lr": "ms-swift: LoRA+, the learning rate of embeddings",
+}
+
 # Tensors of variants, by a part of their names.
 _TENSORS: dict[str, str] = {
     "lora_magnitude_vector": "a magnitude of DoRA",
@@ -158,7 +166,7 @@ def refusals(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
                 refusal.remedy,
             )
     yield from _initialisation(config, where)
-    for field in sorted(set(config) - FIELDS[kind]):
+    for field in sorted(set(config) - FIELDS[kind] - TRAINING_ONLY.keys()):
         if _set(config[field]):
             yield Problem(
                 f"{where}: {field}",

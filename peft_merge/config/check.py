@@ -29,7 +29,7 @@ from peft_merge.config.resolve import Resolver, unknown_everywhere
 from peft_merge.config.spaces import default_space, space_problems
 from peft_merge.config.wording import did_you_mean, listing, shown
 from peft_merge.footprint import need_of
-from peft_merge.io import compatible, different_bases, load_adapter
+from peft_merge.io import compatible, different_bases, few_shared, load_adapter, one_form
 from peft_merge.methods import Method, WholeMethod, methods, parameters_of
 
 PATTERNS = (
@@ -52,7 +52,9 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     resolve = _settings(request, method, found)
     dtype, device = _options(request, found)
     adapters = _adapters(request, found)
-    found += compatible(adapters) if adapters else []
+    forms = one_form(adapters)
+    adapters = forms.adapters
+    found += [*forms.problems, *compatible(adapters)] if adapters else []
     if not 0 < len(adapters) == len(request.inputs) or len({type(a) for a in adapters}) > 1:
         _stop(request, found)
     kind: Kind = "lora" if isinstance(adapters[0], LoraAdapter) else "ia3"
@@ -82,15 +84,17 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         dtype=dtype or _common_dtype(adapters),
         device=device,
         saved=taken,
-        notes=(*resolve.idle_filters(), *([PATTERNS] if request.patterns else [])),
+        notes=(*forms.notes, *resolve.idle_filters(), *([PATTERNS] if request.patterns else [])),
         forewarnings=_forewarnings(method, resolve),
     )
     if isinstance(method, WholeMethod) and (wrong := [*unfit, *method.check(plan)]):
         _stop(request, wrong)
     if wrong := list(memory.problems(need_of(plan))):
         _stop(request, wrong)
-    if (warning := different_bases(adapters)) is not None:
-        warnings.warn(warning, stacklevel=4)
+    averaged = saved.averaged(plan.saved, adapters) if request.modules_to_save is None else None
+    for warning in (different_bases(adapters), few_shared(adapters), averaged):
+        if warning is not None:
+            warnings.warn(warning, stacklevel=4)
     return plan
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mergekit_ext.errors import Problem
+import torch
+from torch import Tensor
+
+from mergekit_ext.errors import MergeWarning, Problem
 from peft_merge.adapter import Adapter
 from peft_merge.config.wording import did_you_mean, listing, shown
+from peft_merge.io import whole
 from peft_merge.rules.base import cancelling
 
 AVERAGE, DROP = "average", "drop"
@@ -62,6 +66,34 @@ def problems_of(choice: Any, adapters: Sequence[Adapter]) -> Iterator[Problem]:
         remedy = f"Say which to take with `modules_to_save`, one of: {ways}."
         found = f"whole tensors that {without_them} lacks"
         yield Problem(listing(tensors), found, "them in all adapters, or a choice", remedy)
+
+
+class AveragedHeadsWarning(MergeWarning):
+    """Modules that adapters save whole differ, and their mean is taken without being asked for."""
+
+
+def averaged(
+    taken: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter]
+) -> AveragedHeadsWarning | None:
+    """What to say of means of `modules_to_save` that are not asked for."""
+    differing = {
+        name: positions
+        for name, positions in taken.items()
+        if whole.module_to_save(name, adapters[positions[0]].config) is not None
+        and not _equal([adapters[i].saved[name]() for i in positions])
+    }
+    if not differing:
+        return None
+    names = sorted({adapters[i].name for positions in differing.values() for i in positions})
+    return AveragedHeadsWarning(
+        f"{listing(sorted(differing))}: the result has the mean of what {', '.join(names)} save "
+        "whole, which is no head of any of their tasks unless the tasks are the same. Set "
+        "`modules_to_save` to the name of an adapter, to `drop`, or to `average` if that is meant."
+    )
+
+
+def _equal(tensors: Sequence[Tensor]) -> bool:
+    return all(torch.equal(tensors[0], tensor) for tensor in tensors[1:])
 
 
 def weights_problem(

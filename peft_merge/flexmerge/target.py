@@ -88,7 +88,9 @@ def out_of_reach(target: Target, sizes: Sequence[Size]) -> Problem:
             "than they have (with `patterns: true`)."
         )
     else:
-        remedy = "With `patterns: true` a smaller `rank` for what LoRAs share makes smaller sizes possible."
+        remedy = (
+            "A smaller `rank` for what LoRAs share (with `patterns: true`) makes less possible."
+        )
     return Problem(
         "parameters.target_size",
         str(target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,10 @@ from peft_merge.io import names, whole
 
 class DifferentBasesWarning(MergeWarning):
     """Adapters name different base models; merging them only makes sense if it is one base."""
+
+
+class FewSharedModulesWarning(MergeWarning):
+    """Adapters share few of their modules, so that most of what is merged is the change of one."""
 
 
 def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
@@ -58,6 +63,25 @@ def different_bases(adapters: Sequence[Adapter]) -> DifferentBasesWarning | None
     )
 
 
+def few_shared(adapters: Sequence[Adapter]) -> FewSharedModulesWarning | None:
+    """What to say of adapters that have less than half of the smaller one's modules in common."""
+    pairs = {
+        (left.name, right.name): (len(left.infos.keys() & right.infos), smaller)
+        for left, right in itertools.combinations(adapters, 2)
+        if (smaller := min(len(left.infos), len(right.infos)))
+    }
+    few = {pair: found for pair, found in pairs.items() if 2 * found[0] < found[1]}
+    if not few:
+        return None
+    (left, right), (shared, smaller) = min(few.items(), key=lambda item: item[1][0] / item[1][1])
+    more = f" ({len(few)} pairs of adapters share less than half)" if len(few) > 1 else ""
+    return FewSharedModulesWarning(
+        f"{printable(left)} and {printable(right)} share {shared} of the {smaller} modules that "
+        f"the smaller one adapts{more}. Where only one adapter has a module, there is nothing that "
+        "its change is merged with; check that all of them are adapters of one model."
+    )
+
+
 # Fields that say what the base is made of, in one form each.
 _STRUCTURE: dict[str, Callable[[Any], Any]] = {
     "layer_replication": lambda value: [list(pair) for pair in value or ()],
@@ -71,14 +95,6 @@ def _same_fields(adapters: Sequence[Adapter]) -> Iterator[Problem]:
             yield Problem(
                 field, _listed(values), "one value in all", "Merge those that agree in it."
             )
-    turned = {a.name: bool(a.config.get("fan_in_fan_out")) for a in adapters if has_layers(a)}
-    if len(set(turned.values())) > 1:
-        yield Problem(
-            "fan_in_fan_out",
-            _listed(turned),
-            "one value in all adapters of linear layers",
-            "Merge those that agree in it.",
-        )
 
 
 def has_layers(adapter: Adapter) -> bool:

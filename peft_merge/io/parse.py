@@ -28,6 +28,8 @@ from peft_merge.refused import unknown_tensor
 from peft_merge.targets import SELECTION, Targets
 
 _PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embedding_B", VECTOR)
+# Fields that may list modules.
+_LISTS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 # Kept by training only (VeLoRA's projection of activations).
 _IGNORED = (".lora_velora_embed",)
 
@@ -41,10 +43,11 @@ def _matched_names(config: Mapping[str, Any], modules: Collection[str]) -> Itera
 
 @dataclass
 class _Stored:
-    """Headers of an adapter, sorted by what they are."""
+    """Headers of an adapter, sorted by what they are, and the file's name of each tensor."""
 
     modules: dict[str, dict[str, TensorHeader]]
     rest: dict[str, TensorHeader]
+    keys: dict[str, str]
 
 
 def parse(
@@ -60,13 +63,15 @@ def parse(
         live: the adapter is in a model, so that PEFT has matched its expressions already.
     """
     found: list[Problem] = []
-    stored = _sort(tensors.headers, where, found)
+    if not live:
+        config = _plain(config)
+    stored = _sort(tensors.headers, where, found, live)
     matched = _matched_names(config, stored.modules)
     endless = [] if live else list(slow(config, EXPRESSIONS, matched, where))
     if endless:
         return None, [*found, *endless]
     saved = whole.collect(config, stored.rest, stored.modules, where, found)
-    read = _Reader(name, tensors)
+    read = _Reader(name, tensors, stored.keys)
     load_saved = {key: partial(read.whole, header) for key, header in saved.items()}
     adapter: Adapter
     if config["peft_type"] == "IA3":
@@ -91,11 +96,27 @@ def parse(
     return (None if found else adapter), found
 
 
-def _sort(headers: Mapping[str, TensorHeader], where: str, found: list[Problem]) -> _Stored:
-    stored = _Stored({}, {})
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose lists name modules as `names.plain` does."""
+    listed = {
+        field: [names.plain(entry) for entry in config[field]]
+        for field in _LISTS
+        if isinstance(config.get(field), list)
+    }
+    return {**config, **listed}
+
+
+def _sort(
+    headers: Mapping[str, TensorHeader], where: str, found: list[Problem], live: bool
+) -> _Stored:
+    stored = _Stored({}, {}, {})
     unsound, foreign = [], []
-    for key, header in headers.items():
-        if not names.sound(key):
+    for raw, header in headers.items():
+        key = raw if live or not names.sound(raw) else names.plain(raw)
+        if (other := stored.keys.setdefault(key, raw)) != raw:
+            expected, remedy = "one tensor of each name", "Save the adapter again with PEFT."
+            found.append(Problem(where, f"{other} and {raw}, one module", expected, remedy))
+        elif not names.sound(raw):
             unsound.append(key)
         elif not key.startswith(names.PREFIX):
             foreign.append(key)
@@ -155,10 +176,11 @@ def _idle(
 class _Reader:
     """Reads what the modules of one adapter need, and stops at NaN."""
 
-    def __init__(self, adapter: str, tensors: Tensors):
-        self._adapter, self._tensors = adapter, tensors
+    def __init__(self, adapter: str, tensors: Tensors, keys: Mapping[str, str]):
+        self._adapter, self._tensors, self._keys = adapter, tensors, keys
 
-    def _get(self, key: str) -> Tensor:
+    def _get(self, name: str) -> Tensor:
+        key = self._keys.get(name, name)
         return finite(self._tensors.get(key), key, self._adapter)
 
     def update(

@@ -1,0 +1,233 @@
+"""One form of names for the modules of all adapters of a merge.
+
+The law: every tensor of every adapter acts in the merge and in its result, or the merge is refused.
+`io.parse` accounts for the tensors of each file; `one_form` brings the names of several adapters to
+one form, the newest, so that one module has one name and PEFT loads all of the result. Two adapters
+of one model that transformers has renamed in between meet in none of their modules.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from mergekit_ext.errors import Problem, printable
+from peft_merge.adapter import Adapter, ModuleInfo
+from peft_merge.io import names, whole
+from peft_merge.io.renamings import Rename, renamings
+from peft_merge.targets import SELECTION, Targets
+
+# Of a class with a head the body is `model`; DistributedDataParallel is no part of a model.
+_OUTER: tuple[tuple[str, str], ...] = (("", "model."), ("module.", ""))
+_REMEDY = (
+    "Load the older adapter with PEFT on the model that both are meant for, and save it again."
+)
+
+
+@dataclass(frozen=True)
+class OneForm:
+    """Adapters whose names are of one form, what was renamed, and what cannot be told."""
+
+    adapters: list[Adapter]
+    notes: list[str]
+    problems: list[Problem]
+
+
+def one_form(adapters: Sequence[Adapter]) -> OneForm:
+    """Rename modules as transformers does where that makes two adapters name the same ones.
+
+    Without a base its class is not known, so a renaming of transformers' is taken only if it leads
+    from modules of one adapter to paths of another one, leaves that one's names as they are, keeps
+    all names of an adapter apart, and no other renaming that does so gives other names.
+    """
+    found = list(adapters)
+    notes: list[str] = []
+    problems: list[Problem] = []
+    for old, new in itertools.permutations(range(len(found)), 2):
+        ways = _ways(found[old], found[new]) if _apart(found[old], found[new]) else []
+        if len(ways) > 1:
+            problems.append(_ambiguous(found[old], found[new], ways))
+        elif ways:
+            changed = {name: ways[0](name) for name in found[old].infos}
+            first = next(name for name, other in changed.items() if name != other)
+            notes.append(
+                f"{printable(found[old].name)}: modules are named as in "
+                f"{printable(found[new].name)}, {printable(first)} as {printable(changed[first])}."
+            )
+            found[old] = _renamed(found[old], ways[0])
+    if not problems:
+        for left, right in itertools.combinations(found, 2):
+            problems += [*_nested(left, right), *_nested(right, left)]
+            problems += [*_experts(left, right), *_experts(right, left)]
+    return OneForm(found, notes, problems)
+
+
+def _stem(name: str) -> str:
+    """Up to the first number: the list of layers that a module is in."""
+    match = names.LAYER.search(name)
+    return name[: match.start(1)] if match else name
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """Where the modules of an adapter are."""
+
+    parents: frozenset[str]
+    stems: frozenset[str]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> _Paths:
+        return cls(frozenset(map(_parent, adapter.infos)), frozenset(map(_stem, adapter.infos)))
+
+    def meet(self, before: str, after: str) -> bool:
+        """Whether a renaming leads to one of these paths, from none of them."""
+        if _parent(before) in self.parents:
+            return False
+        new_stem = _stem(before) not in self.stems and _stem(after) in self.stems
+        return new_stem or _parent(after) in self.parents
+
+
+def _apart(left: Adapter, right: Adapter) -> bool:
+    """Whether either has modules in places where the other has none."""
+    mine, others = _Paths.of(left).parents, _Paths.of(right).parents
+    return bool(mine - others) and bool(others - mine)
+
+
+def _ways(old: Adapter, new: Adapter) -> list[Rename]:
+    """The renamings under which `old` and `new` meet, one for each different result.
+
+    Of those whose meeting modules are contained in another one's only the greatest count.
+    """
+    paths = _Paths.of(new)
+    met: dict[tuple[str, ...], tuple[frozenset[str], Rename]] = {}
+    outer: list[Rename] = [partial(_outer, remove, add) for remove, add in _OUTER]
+    for rename in (*outer, *renamings(old.infos)):
+        result = tuple(map(rename, old.infos))
+        pairs = zip(old.infos, result, strict=True)
+        hits = frozenset(a for a, b in pairs if a != b and paths.meet(a, b))
+        if hits and result not in met and _fits(old, new, rename):
+            met[result] = (hits, rename)
+    greatest = [
+        (result, rename)
+        for result, (hits, rename) in met.items()
+        if not any(hits < other for other, _ in met.values())
+    ]
+    return [rename for result, rename in greatest if not _less(result, greatest, old)]
+
+
+def _outer(remove: str, add: str, name: str) -> str:
+    if not name.startswith(remove) or (add and name.startswith(add)):
+        return name
+    return add + name.removeprefix(remove)
+
+
+def _less(
+    result: tuple[str, ...], others: Sequence[tuple[tuple[str, ...], Rename]], old: Adapter
+) -> bool:
+    """Whether another result is the same but renames more: it knows more of these modules."""
+    return any(
+        other != result
+        and all(
+            mine in (name, its) for name, mine, its in zip(old.infos, result, other, strict=True)
+        )
+        for other, _ in others
+    )
+
+
+def _fits(old: Adapter, new: Adapter, rename: Rename) -> bool:
+    """Whether a renaming leads from `old` to the form of `new`, and loses nothing."""
+    if any(rename(name) != name for name in (*new.infos, *new.saved)):
+        return False
+    modules = {rename(name): name for name in old.infos}
+    saved = {rename(name) for name in old.saved}
+    if len(modules) < len(old.infos) or len(saved) < len(old.saved):
+        return False
+    shared = modules.keys() & new.infos.keys()
+    same = all(old.infos[modules[n]].shape == new.infos[n].shape for n in shared)
+    return same and set(map(type, old.infos.values())) == set(map(type, new.infos.values()))
+
+
+def _ambiguous(old: Adapter, new: Adapter, ways: Sequence[Rename]) -> Problem:
+    first = next(name for name in old.infos if len({way(name) for way in ways}) > 1)
+    choices = " or ".join(sorted({way(first) for way in ways}))
+    return Problem(
+        f"{first} of adapter {old.name}",
+        f"a name that may mean {choices} beside the modules of {new.name}",
+        "names of which one form is meant",
+        _REMEDY,
+    )
+
+
+def _nested(outer: Adapter, inner: Adapter) -> Iterator[Problem]:
+    """Modules of `outer` that have the name of one of `inner` below a further prefix."""
+    for name in outer.infos.keys() - inner.infos.keys():
+        rest = name
+        while "." in rest:
+            rest = rest.partition(".")[2]
+            if rest in inner.infos and rest not in outer.infos:
+                yield Problem(
+                    f"{name} of adapter {outer.name}",
+                    f"{rest} in {inner.name}, which may be the same module of another class",
+                    "names of one class: PEFT would load one of the two only",
+                    _REMEDY,
+                )
+                return
+
+
+def _experts(stacked: Adapter, single: Adapter) -> Iterator[Problem]:
+    """Experts that one adapter changes as a stack and another one by one."""
+    for module, info in stacked.infos.items():
+        if not isinstance(info, ModuleInfo) or info.layout != "parameter":
+            continue
+        leaf = names.unwrapped(module).rpartition(".")[2]
+        each = re.compile(rf"(?:^|.*\.){re.escape(leaf)}\.\d+\..*")
+        if (other := next(filter(each.fullmatch, single.infos), None)) is not None:
+            yield Problem(
+                f"{module} of adapter {stacked.name}",
+                f"all experts in one tensor there, and one by one in {single.name} ({other})",
+                "experts in one way in all adapters",
+                _REMEDY,
+            )
+            return
+
+
+def _renamed(adapter: Adapter, rename: Rename) -> Adapter:
+    """The adapter under other names, with a configuration that means them."""
+    modules = {rename(name): name for name in adapter.infos}
+    saved = {rename(name): name for name in adapter.saved}
+    infos: dict[str, Any] = {new: adapter.infos[old] for new, old in modules.items()}
+    load: Callable[[str], Any] = adapter.load
+    changed: dict[str, Any] = {
+        "config": _meant(adapter.config, infos, saved),
+        "infos": infos,
+        "load": lambda name: load(modules[name]),
+        "saved": {new: adapter.saved[old] for new, old in saved.items()},
+    }
+    return replace(adapter, **changed)
+
+
+def _meant(
+    config: Mapping[str, Any], infos: Mapping[str, Any], saved: Mapping[str, str]
+) -> dict[str, Any]:
+    """A configuration that selects these modules and saves these tensors."""
+    owners = sorted({names.owner(name, infos) for name in infos})
+    targets, result = Targets(config), dict(config)
+    linear = [owner for owner in owners if not targets.parameters(owner)]
+    if not all(map(targets.adapt, linear)):
+        result |= dict.fromkeys(SELECTION) | {"target_modules": linear}
+    entries = [
+        new.rpartition(".")[0]
+        for new, old in saved.items()
+        if whole.module_to_save(old, config) and not whole.module_to_save(new, config)
+    ]
+    if entries:
+        result["modules_to_save"] = [*config["modules_to_save"], *dict.fromkeys(entries)]
+    return result
