@@ -9,10 +9,13 @@ of one model that transformers has renamed in between meet in none of their modu
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mergekit_ext.errors import Problem, printable
@@ -23,6 +26,7 @@ from peft_merge.targets import SELECTION, Targets
 
 # Of a class with a head the body is `model`; DistributedDataParallel is no part of a model.
 _OUTER: tuple[tuple[str, str], ...] = (("", "model."), ("module.", ""))
+_SHOWN = 4
 _REMEDY = (
     "Load the older adapter with PEFT on the model that both are meant for, and save it again."
 )
@@ -51,6 +55,10 @@ def one_form(adapters: Sequence[Adapter]) -> OneForm:
         ways = _ways(found[old], found[new]) if _apart(found[old], found[new]) else []
         if len(ways) > 1:
             problems.append(_ambiguous(found[old], found[new], ways))
+        elif ways and (far := _far(found[old], found[new], ways[0])):
+            problems.append(
+                _untold(found[old], far, f"{ways[0](far)}, which {found[new].name} lacks")
+            )
         elif ways:
             changed = {name: ways[0](name) for name in found[old].infos}
             first = next(name for name, other in changed.items() if name != other)
@@ -80,19 +88,24 @@ def _parent(name: str) -> str:
 class _Paths:
     """Where the modules of an adapter are."""
 
+    modules: frozenset[str]
     parents: frozenset[str]
     stems: frozenset[str]
 
     @classmethod
     def of(cls, adapter: Adapter) -> _Paths:
-        return cls(frozenset(map(_parent, adapter.infos)), frozenset(map(_stem, adapter.infos)))
+        parts = (map(part, adapter.infos) for part in (str, _parent, _stem))
+        return cls(*map(frozenset, parts))
 
-    def meet(self, before: str, after: str) -> bool:
-        """Whether a renaming leads to one of these paths, from none of them."""
-        if _parent(before) in self.parents:
-            return False
-        new_stem = _stem(before) not in self.stems and _stem(after) in self.stems
-        return new_stem or _parent(after) in self.parents
+    def near(self, before: str, after: str) -> int:
+        """How near a renaming leads to these modules, from none of their places; 0: not at all."""
+        if _parent(before) in self.parents or before == after:
+            return 0
+        if after in self.modules:
+            return 3
+        if _parent(after) in self.parents:
+            return 2
+        return int(_stem(before) not in self.stems and _stem(after) in self.stems)
 
 
 def _apart(left: Adapter, right: Adapter) -> bool:
@@ -102,25 +115,39 @@ def _apart(left: Adapter, right: Adapter) -> bool:
 
 
 def _ways(old: Adapter, new: Adapter) -> list[Rename]:
-    """The renamings under which `old` and `new` meet, one for each different result.
+    """The renamings under which `old` comes nearest to `new`, one for each different result.
 
-    Of those whose meeting modules are contained in another one's only the greatest count.
+    One that leaves other modules farther does not count, nor one of more tables for the same.
     """
     paths = _Paths.of(new)
-    met: dict[tuple[str, ...], tuple[frozenset[str], Rename]] = {}
+    found: dict[tuple[str, ...], tuple[frozenset[tuple[str, int]], int, Rename]] = {}
     outer: list[Rename] = [partial(_outer, remove, add) for remove, add in _OUTER]
-    for rename in (*outer, *renamings(old.infos)):
+    tables = renamings(old.infos, _classes(old) | _classes(new))
+    for steps, rename in (*((1, rename) for rename in outer), *tables):
         result = tuple(map(rename, old.infos))
         pairs = zip(old.infos, result, strict=True)
-        hits = frozenset(a for a, b in pairs if a != b and paths.meet(a, b))
-        if hits and result not in met and _fits(old, new, rename):
-            met[result] = (hits, rename)
-    greatest = [
-        (result, rename)
-        for result, (hits, rename) in met.items()
-        if not any(hits < other for other, _ in met.values())
-    ]
-    return [rename for result, rename in greatest if not _less(result, greatest, old)]
+        near = frozenset((a, i) for a, b in pairs for i in range(paths.near(a, b)))
+        if near and result not in found and _fits(old, new, rename):
+            found[result] = (near, steps, rename)
+    best = {
+        result: rename
+        for result, (near, steps, rename) in found.items()
+        if not any(
+            near < other or (near == other and fewer < steps) for other, fewer, _ in found.values()
+        )
+    }
+    return [rename for result, rename in best.items() if not _less(result, best, old)]
+
+
+def _classes(adapter: Adapter) -> frozenset[str]:
+    """Names of the class and the type of an adapter's base, where they are at hand."""
+    known = adapter.config.get("auto_mapping") or {}
+    names = {known.get("base_model_class"), *str(known.get("parent_library")).split(".")[2:3]}
+    base = adapter.config.get("base_model_name_or_path")
+    with suppress(OSError, ValueError, AttributeError):
+        config = json.loads(Path(str(base), "config.json").read_text(encoding="utf-8"))
+        names |= {config.get("model_type"), *(config.get("architectures") or ())}
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _outer(remove: str, add: str, name: str) -> str:
@@ -129,16 +156,14 @@ def _outer(remove: str, add: str, name: str) -> str:
     return add + name.removeprefix(remove)
 
 
-def _less(
-    result: tuple[str, ...], others: Sequence[tuple[tuple[str, ...], Rename]], old: Adapter
-) -> bool:
+def _less(result: tuple[str, ...], others: Iterable[tuple[str, ...]], old: Adapter) -> bool:
     """Whether another result is the same but renames more: it knows more of these modules."""
     return any(
         other != result
         and all(
             mine in (name, its) for name, mine, its in zip(old.infos, result, other, strict=True)
         )
-        for other, _ in others
+        for other in others
     )
 
 
@@ -155,12 +180,26 @@ def _fits(old: Adapter, new: Adapter, rename: Rename) -> bool:
     return same and set(map(type, old.infos.values())) == set(map(type, new.infos.values()))
 
 
+def _far(old: Adapter, new: Adapter, rename: Rename) -> str | None:
+    """A module that is renamed to a place where the other adapter has none to compare it with.
+
+    Which further names there are in a submodule, its own class decides.
+    """
+    paths = _Paths.of(new)
+    renamed = ((name, rename(name)) for name in old.infos)
+    return next((name for name, now in renamed if name != now and not paths.near(name, now)), None)
+
+
 def _ambiguous(old: Adapter, new: Adapter, ways: Sequence[Rename]) -> Problem:
     first = next(name for name in old.infos if len({way(name) for way in ways}) > 1)
-    choices = " or ".join(sorted({way(first) for way in ways}))
+    choices = " or ".join(sorted({way(first) for way in ways})[:_SHOWN])
+    return _untold(old, first, f"{choices} beside the modules of {new.name}")
+
+
+def _untold(adapter: Adapter, module: str, choices: str) -> Problem:
     return Problem(
-        f"{first} of adapter {old.name}",
-        f"a name that may mean {choices} beside the modules of {new.name}",
+        f"{module} of adapter {adapter.name}",
+        f"a name of an older form, that may mean {choices}",
         "names of which one form is meant",
         _REMEDY,
     )
