@@ -81,7 +81,8 @@ def _stem(name: str) -> str:
 
 
 def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
+    """The module above, in any layer."""
+    return re.sub(r"\d+", "0", name.rpartition(".")[0])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_ext.errors import ConfigError, MergeError, UniformCoefficientsWarning
+from mergekit_ext.errors import (
+    ConfigError,
+    MergeError,
+    MergeWarning,
+    UniformCoefficientsWarning,
+)
 from peft_merge.io import DifferentBasesWarning
 from peft_merge.merge import merge_adapters, plan_config
 from tests.peft_merge.edit import change_config
@@ -211,7 +216,9 @@ def test_filters_that_match_nothing_are_noted(folders):
 def test_heads_are_averaged_dropped_or_taken(folders):
     both = document(folders, "heads", "more_heads")
     name = "classifier.weight"
-    assert plan_config(both).saved[name] == (0, 1)
+    with pytest.warns(MergeWarning, match="no head of any of their tasks"):
+        assert plan_config(both).saved[name] == (0, 1)
+    assert plan_config({**both, "modules_to_save": "average"}).saved[name] == (0, 1)
     assert plan_config({**both, "modules_to_save": "more_heads"}).saved[name] == (1,)
     assert plan_config({**both, "modules_to_save": "drop"}).saved == {}
     both["parameters"] = {"weight": [{"filter": "classifier", "value": 0}, {"value": 1}]}

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, MergeWarning
 from peft_merge import memory
 from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.io import adapters_of
@@ -105,6 +105,7 @@ def test_one_adapter_with_weight_one_is_the_same_function(name):
         assert (models.answer(kind, model) - expected).abs().max() > 1e-2
 
 
+HEADS = pytest.mark.filterwarnings("ignore:.*save whole, which is no head")
 FAILURES = {
     "rslora": ({"use_rslora": True}, {}),
     "alpha": ({"lora_alpha": 32}, {"lora_alpha": 2}),
@@ -115,6 +116,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*share 0 of the 2 modules")
 @pytest.mark.parametrize("combination_type", ["linear", "cat", "svd", None])
 @pytest.mark.parametrize("name", sorted(FAILURES))
 def test_sums_are_exact_where_peft_fails(name, combination_type):
@@ -142,7 +144,8 @@ def test_modules_to_save_are_averaged_taken_or_dropped():
     kind = models.KINDS["modules_to_save"]
     model = model_of(kind, {}, {})
     heads = [each.saved["classifier.weight"]() for each in adapters_of(model, ["default", "a1"])]
-    add_merged_adapter(model, ["default", "a1"], [3.0, 1.0], "mean")
+    with pytest.warns(MergeWarning, match="classifier.*Set `modules_to_save`"):
+        add_merged_adapter(model, ["default", "a1"], [3.0, 1.0], "mean")
     add_merged_adapter(model, ["default", "a1"], [3.0, 1.0], "second", modules_to_save="a1")
     add_merged_adapter(model, ["default", "a1"], [3.0, 1.0], "none", modules_to_save="drop")
     mean, second, none = adapters_of(model, ["mean", "second", "none"])
@@ -164,6 +167,7 @@ def test_a_head_of_one_adapter_is_not_dropped_silently():
     assert torch.equal(ours.saved["lm_head.weight"](), theirs.saved["lm_head.weight"]())
 
 
+@HEADS
 def test_biases_of_the_base_act_with_every_adapter():
     kind = models.KINDS["bias_all"]
     model = model_of(kind, {}, {"bias": "none"})
@@ -368,6 +372,7 @@ def test_what_is_active_and_trained_stays():
     assert model.active_adapters == ["m"]
 
 
+@HEADS
 @pytest.mark.parametrize("name", ["plain", "ia3", "modules_to_save", "nested_parameters"])
 def test_an_add_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
     kind = models.KINDS[name]
@@ -385,6 +390,7 @@ def test_an_add_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
     add_merged_adapter(model, ["default", "a1"], [1.0, 1.0], "m")
 
 
+@HEADS
 @pytest.mark.parametrize("name", ["plain", "ia3", "modules_to_save"])
 def test_a_layer_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
     kind = models.KINDS[name]

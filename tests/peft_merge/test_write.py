@@ -67,7 +67,7 @@ def test_a_merged_adapter_of_one_is_the_same_function(kind: Kind, tmp_path: Path
         assert not config.use_rslora
 
 
-def _sum(adapters: list[LoraAdapter], name: str = "sum") -> LoraAdapter:
+def _sum(adapters: list[LoraAdapter], name: str = "sum", patterns: bool = False) -> LoraAdapter:
     """The exact sum: factors side by side."""
     infos = {module: info for adapter in adapters for module, info in adapter.infos.items()}
     updates = {}
@@ -82,7 +82,7 @@ def _sum(adapters: list[LoraAdapter], name: str = "sum") -> LoraAdapter:
         )
         assert updates[module].a.shape[2] == info.columns
     whole = {key: load() for adapter in adapters for key, load in adapter.saved.items()}
-    return merged_lora(name, updates, infos, adapters, whole)
+    return merged_lora(name, updates, infos, adapters, whole, patterns)
 
 
 def _dense(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -105,14 +105,16 @@ GROUPS = [
 ]
 
 
+@pytest.mark.parametrize("patterns", [False, True])
 @pytest.mark.parametrize("group", GROUPS, ids="+".join)
 def test_the_sum_of_unlike_adapters_has_the_sum_of_their_changes(
-    group: tuple[str, ...], tmp_path: Path
+    group: tuple[str, ...], patterns: bool, tmp_path: Path
 ) -> None:
     folders = [saved(KINDS[name], tmp_path / f"{i}", seed=i) for i, name in enumerate(group)]
     adapters = [load_adapter(folder) for folder in folders]
     assert compatible(adapters) == []
-    save_adapter(_sum([a for a in adapters if isinstance(a, LoraAdapter)]), tmp_path / "sum")
+    loras = [adapter for adapter in adapters if isinstance(adapter, LoraAdapter)]
+    save_adapter(_sum(loras, patterns=patterns), tmp_path / "sum")
     expected: dict[str, torch.Tensor] = {}
     for name, folder in zip(group, folders, strict=True):
         for module, change in _dense(reloaded(KINDS[name], folder)).items():
@@ -125,10 +127,13 @@ def test_the_sum_of_unlike_adapters_has_the_sum_of_their_changes(
 
 def test_ranks_differ_where_they_must_and_only_there(adapter_folder: Make) -> None:
     adapters = [load_adapter(adapter_folder("plain", 1)), load_adapter(adapter_folder("regex", 2))]
-    config = _sum([a for a in adapters if isinstance(a, LoraAdapter)]).config
+    config = _sum([a for a in adapters if isinstance(a, LoraAdapter)], patterns=True).config
     assert config["r"] == config["lora_alpha"] == 4 and not config["rank_pattern"]
     assert len(config["target_modules"]) == 6
-    doubled = _sum([adapters[0], replace(adapters[0], name="b"), adapters[1]])  # type: ignore
+    inputs = [adapters[0], replace(adapters[0], name="b"), adapters[1]]
+    one = _sum(inputs)  # type: ignore[arg-type]
+    assert one.config["r"] == one.config["lora_alpha"] == 8 and not one.config["rank_pattern"]
+    doubled = _sum(inputs, patterns=True)  # type: ignore[arg-type]
     assert doubled.config["r"] == 8
     assert doubled.config["rank_pattern"] == {
         r"^(?:model\.layers\.1\.mlp\.down_proj|model\.layers\.1\.mlp\.up_proj)": 4
@@ -186,7 +191,8 @@ def test_projections_of_one_attention_get_one_rank(adapter_folder: Make, tmp_pat
     updates["attention"] = replace(
         wide, a=torch.cat([wide.a, wide.a], 1), b=torch.cat([wide.b, wide.b], 2) / 2
     )
-    save_adapter(merged_lora("wide", updates, adapter.infos, [adapter]), tmp_path / "wide")
+    wider = merged_lora("wide", updates, adapter.infos, [adapter], patterns=True)
+    save_adapter(wider, tmp_path / "wide")
     _same_answers(kind, folder, tmp_path / "wide")
     assert PeftConfig.from_pretrained(str(tmp_path / "wide")).rank_pattern == {"^head": 4}
 

@@ -34,15 +34,20 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def stored(adapters: Sequence[LoraAdapter], group: Group, modules: Sequence[str]) -> int:
-    """Bytes of float32 factors: a task's own, or of the largest rank in the group."""
+def stored(
+    adapters: Sequence[LoraAdapter], group: Group, modules: Sequence[str], one_rank: bool = True
+) -> int:
+    """Bytes of float32 factors: of the largest rank of all, or of the largest in the group."""
+    largest = max(info.rank for adapter in adapters for info in adapter.infos.values())
     total = 0
     for module in modules:
         infos = [adapters[i].infos[module] for i in group if module in adapters[i].infos]
         if infos:
             n, rows, columns = infos[0].shape
             rank = max(info.rank for info in infos)
-            if len(group) > 1:
+            if one_rank:
+                rank = largest
+            elif len(group) > 1:
                 rank = min(rank, rows, columns)
             total += 4 * n * rank * (rows + columns)
             total += 4 * n * rows if any(info.bias for info in infos) else 0
@@ -50,7 +55,10 @@ def stored(adapters: Sequence[LoraAdapter], group: Group, modules: Sequence[str]
 
 
 def groups_at(
-    adapters: Sequence[LoraAdapter], blocks: Sequence[Sequence[str]], target: float
+    adapters: Sequence[LoraAdapter],
+    blocks: Sequence[Sequence[str]],
+    target: float,
+    one_rank: bool = True,
 ) -> tuple[list[list[Group]], float]:
     """Groups of each block and the size in adapters: the first at most `target`."""
     like = {m: a.infos[m].shape for a in adapters for m in a.infos}
@@ -59,7 +67,7 @@ def groups_at(
 
     def size() -> int:
         return sum(
-            stored(adapters, group, modules)
+            stored(adapters, group, modules, one_rank)
             for of_block, modules in zip(groups, blocks, strict=True)
             for group in of_block
         )
@@ -77,11 +85,16 @@ def groups_at(
 
 
 def shared_change(
-    adapters: Sequence[LoraAdapter], group: Group, module: str, factor: float = 1.5
+    adapters: Sequence[LoraAdapter],
+    group: Group,
+    module: str,
+    one_rank: bool = True,
+    factor: float = 1.5,
 ) -> Tensor:
-    """The best approximation, of the largest rank, of `factor` times the mean."""
+    """The best approximation, of the rank that is stored, of `factor` times the mean."""
     infos = [adapters[i].infos[module] for i in group if module in adapters[i].infos]
     updates = [adapters[i].load(module) if module in adapters[i].infos else None for i in group]
     mean = sum(dense_reference.dense(updates, infos[0].shape)) / len(group)
-    rank = max(info.rank for info in infos)
+    every = [info for adapter in adapters for info in adapter.infos.values()]
+    rank = max(info.rank for info in (every if one_rank else infos))
     return torch.stack([dense_reference.best(factor * matrix, rank) for matrix in mean])

@@ -53,7 +53,7 @@ def test_wrong_parameters(given, said):
 
 
 def test_a_wrong_algorithm_hides_nothing_else():
-    wrong = {"rank": 99, "space": "dleta", "modules_to_save": "drop"}
+    wrong = {"rank": 99, "patterns": True, "space": "dleta", "modules_to_save": "drop"}
     parameters = {"algorithm": "tyes", "density": 0.5, "lambda": 1, "densty": 1, "order": "best"}
     text = refused(adapters(names=["a.b", "c"]), target_size=2, **parameters, arguments=wrong)
     for said in ("Write `ties`", "parameters.densty", "greedy", "rank: found 99", "space:"):
@@ -66,7 +66,9 @@ def test_sizes_below_one_take_a_smaller_rank():
     unlike = [adapter("a", {"m": update(1, 1)}), adapter("b", {"m": update(2, 5)})]
     text = refused(unlike, target_size=1.1)
     assert "below 1" not in text and "A smaller `rank`" in text
-    made = merge_adapters(adapters(), "flexmerge", parameters={"target_size": 0.5}, rank=1)
+    small = {"target_size": 0.5}
+    assert "set `patterns: true`" in refused(adapters(), **small, arguments={"rank": 1})
+    made = merge_adapters(adapters(), "flexmerge", parameters=small, rank=1, patterns=True)
     assert made.report["size"]["adapters"] <= 0.5
 
 
