@@ -7,9 +7,11 @@ asked for by name, since an elementwise rule gives something else in them:
 - `core`: on the cores. Their axes are the principal axes of the stacked factors (Panariello et al.
   2025, "Accurate and Efficient Low-Rank Model Merging in Core Space", section 3), so that the
   result does not depend on the order of the adapters.
-- `knots`: on the parts :math:`V_i^T` of the common decomposition
+- `knots`: on the parts :math:`\Sigma V_i^T` of the common decomposition
   :math:`[D_1 \dots D_m] = U \Sigma [V_1^T \dots V_m^T]` (Stoica et al. 2025, "Model Merging with
-  SVD to Tie the Knots", section 4); the merged change is :math:`U \Sigma V^T`.
+  SVD to Tie the Knots"); the merged change is U times theirs. Section 4 writes the method on
+  :math:`V_i^T`; the authors' code trims :math:`\Sigma V_i^T`, where an entry counts by what it
+  changes, and so does this.
 - `factors`: on A and on B, each by itself, as PEFT's `linear`, `ties` and so on do: the product of
   merged factors is not the merge of products. Adapters must have equal ranks. As in PEFT, the
   roots of weight and scaling go to either side.
@@ -102,10 +104,10 @@ def _knots(job: Job) -> Result:
     numerical = int((sigma > max(vh.shape[-2:]) * EPS * sigma[:, :1]).sum(dim=1).max())
     kept = max(1, numerical)
     width = space.cores[0].shape[-1]
-    parts = [space.right.expand(part[:, :kept].mT).mT for part in vh.split(width, dim=-1)]
+    rows = sigma[:, :kept, None] * vh[:, :kept]
+    parts = [space.right.expand(part.mT).mT for part in rows.split(width, dim=-1)]
     merged, details = job.slots(parts, job.call)
-    outer = space.left.expand(u[..., :kept] * sigma[:, None, :kept])
-    return _refactored(Update(merged, outer, 1.0), job), details
+    return _refactored(Update(merged, space.left.expand(u[..., :kept]), 1.0), job), details
 
 
 def _factors(job: Job) -> Result:

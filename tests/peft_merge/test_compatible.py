@@ -63,9 +63,9 @@ def test_all_problems_come_at_once(load: Load) -> None:
     other = replace(
         other,
         infos={**other.infos, module: replace(info, rows=3)},  # type: ignore[call-arg]
-        config={**other.config, "fan_in_fan_out": True},
+        config={**other.config, "layer_replication": [[0, 2]]},
     )
-    assert [problem.where for problem in compatible([one, other])] == ["fan_in_fan_out", module]
+    assert [problem.where for problem in compatible([one, other])] == ["layer_replication", module]
 
 
 def test_a_module_that_is_feedforward_in_one_adapter_only(load: Load) -> None:
@@ -96,7 +96,9 @@ def test_names_of_bases_may_differ_with_a_warning(load: Load) -> None:
 
 def test_fan_in_fan_out_is_of_linear_layers_only(load: Load) -> None:
     one, turned = load("plain"), load("plain", 2, fan_in_fan_out=True)
-    assert [problem.where for problem in compatible([one, turned])] == ["fan_in_fan_out"]
+    assert compatible([one, turned]) == []
+    config = lora_configuration(one.infos, [one, turned], ())  # type: ignore[arg-type]
+    assert config["fan_in_fan_out"] is True
     embedding = load("embedding", fan_in_fan_out=True)
     only = {m: info for m, info in embedding.infos.items() if info.layout == "embedding"}  # type: ignore[union-attr]
     embedding = replace(embedding, infos=only)

@@ -330,8 +330,8 @@ def test_knots_merges_the_parts_of_the_common_decomposition():
     found = changes(adapters, "x")
     u, s, vh = torch.linalg.svd(torch.cat(found, dim=1), full_matrices=False)
     keep = int((s > 1e-10 * s[0]).sum())
-    parts = [part[:keep] for part in vh.split(18, dim=1)]
-    wanted = (u[:, :keep] * s[:keep]) @ reference.ties_family(parts, WEIGHTS, DENSITIES)
+    parts = [s[:keep, None] * part[:keep] for part in vh.split(18, dim=1)]
+    wanted = u[:, :keep] @ reference.ties_family(parts, WEIGHTS, DENSITIES)
     updates, _, _ = merged(adapters, "ties", WEIGHTS, EACH, space="knots")
     close(updates["x"].dense()[0], wanted, 1e-9)
 
