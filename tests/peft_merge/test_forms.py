@@ -279,8 +279,8 @@ def test_experts_one_by_one_and_stacked_are_refused_with_both(tmp_path):
 
 def test_few_shared_modules_and_other_bases_warn_on_every_path(tmp_path):
     kind = models.KINDS["plain"]
-    a = models.saved(kind, tmp_path / "a", 1)
-    b = models.saved(kind, tmp_path / "b", 2, target_modules=["up_proj", "v_proj", "gate_proj"])
+    a = models.saved(kind, tmp_path / "ta", 1)
+    b = models.saved(kind, tmp_path / "tb", 2, target_modules=["up_proj", "v_proj", "gate_proj"])
     for folder in (a, b):
         rename(folder, str, base_model_name_or_path=f"org/{folder.name}")
 
@@ -290,9 +290,9 @@ def test_few_shared_modules_and_other_bases_warn_on_every_path(tmp_path):
             run()
         return " ".join(str(w.message) for w in found if issubclass(w.category, MergeWarning))
 
-    c = models.saved(kind, tmp_path / "c", 3, target_modules=["up_proj"])
-    rename(c, str, base_model_name_or_path="org/a")
-    few, bases = "share 0 of the 2 modules", "different base models: org/a (a), org/b (b)"
+    c = models.saved(kind, tmp_path / "tc", 3, target_modules=["up_proj"])
+    rename(c, str, base_model_name_or_path="org/ta")
+    few, bases = "share 0 of the 2 modules", "different base models: org/ta (ta), org/tb (tb)"
     document = {"merge_method": "linear", "models": [{"model": str(f)} for f in (a, b, c)]}
     (tmp_path / "m.yml").write_text(json.dumps(document))
     flex = {"merge_method": "flexmerge", "parameters": {"target_size": 2.5}}
