@@ -16,20 +16,24 @@ _TIED = "tie_word_embeddings"
 _CHUNK = 16 << 20
 
 
-def agree(folder: Path) -> None:
-    """Write into the config.json of a folder what its weights are; nothing where either is absent.
+def agree(folder: Path, dtype: str | None = None) -> None:
+    """Write into the config.json of a folder what its weights are.
 
     The dtype is that of most bytes. A head that differs from the embedding is not tied to it,
     whatever the inputs' configurations say: one of them may have had a head of its own, which
     transformers then does not tie, and other readers would.
+
+    Args:
+        folder: of a model; without config.json nothing is done.
+        dtype: of the weights, where they are not in this folder; None to leave it as it is.
     """
     path = folder / "config.json"
-    if not path.is_file() or weights_of(folder) is None:
+    if not path.is_file():
         return
-    tensors = read_folder(folder, allow_pickle=True)
+    tensors = read_folder(folder, allow_pickle=True) if weights_of(folder) is not None else {}
     content = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(content)
-    if dtype := _dtype(tensors):
+    if dtype := _dtype(tensors) or dtype:
         _set_dtype(content, dtype)
     if _has_head_of_its_own(tensors):
         _untie(content)

@@ -46,7 +46,6 @@ NOT_USED = (
     "training_args.bin",
     "optimizer.pt",
     "events.out.tfevents.1",
-    "adapter_config.json",
     "original/consolidated.00.pth",
     "original/params.json",
     "checkpoint-5/model.safetensors",

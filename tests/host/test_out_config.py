@@ -58,3 +58,22 @@ def test_the_dtype_is_that_of_the_files(tmp_path: Path) -> None:
     config, out = merged(tmp_path, merging(base, one, two))
     stored = {str(tensor.dtype) for tensor in load_file(out / "model.safetensors").values()}
     assert stored == {f"torch.{config['dtype']}"} == {"torch.float32"}
+
+
+def test_tasks_of_a_flexmerge_say_what_they_hold(tmp_path: Path) -> None:
+    base, one, two = family(tmp_path, tie_word_embeddings=True)
+    with_own_head(one)
+    parameters = {"target_size": 2, "granularity": "model"}
+    document = merging(base, one, two, method="flexmerge", parameters=parameters, dtype="bfloat16")
+    out = tmp_path / "out"
+    mergekit_ext.merge(MergeConfiguration.model_validate(document), out, QUIET)
+    said = {name: json.loads((out / name / "config.json").read_text()) for name in ("one", "two")}
+    assert {name: c["tie_word_embeddings"] for name, c in said.items()} == {
+        "one": False,
+        "two": True,
+    }
+    assert {c["dtype"] for c in said.values()} == {"bfloat16"}
+    for name in said:
+        model = transformers.LlamaForCausalLM.from_pretrained(out / name)
+        own = transformers.LlamaForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        assert torch.equal(model.lm_head.weight, own.lm_head.weight)

@@ -101,7 +101,7 @@ def _note_settings(home: Path, folders: Mapping[Any, Path], findings: Findings) 
             continue
         others = [str(m) for m, f in folders.items() if _content(f / name) != _content(home / name)]
         if others:
-            findings.note(f"The output has {name} of {home}; {listing(others)} differ.")
+            findings.warn(f"The output has {name} of {home}; {listing(others)} differ.")
 
 
 def _content(file: Path) -> Any:

@@ -15,10 +15,11 @@ from mergekit_ext.flexmerge.manifest import FILE_NAME as MANIFEST_NAME
 from mergekit_ext.flexmerge.manifest import Manifest
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.engine import Engine
-from mergekit_ext.host.flexmerge.folders import copy_model_files, explain_masks
 from mergekit_ext.host.flexmerge.prepare import Prepared
 from mergekit_ext.host.flexmerge.sources import open_inputs
+from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
+from mergekit_ext.model_files import companions, copy
 from mergekit_ext.report.flexmerge_card import flexmerge_section
 
 
@@ -55,13 +56,15 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
     if not together.is_main:
         return
     engine.save_analysis(folder / ANALYSIS_NAME)
-    for name, home in zip(inputs.layout.tasks, inputs.folders, strict=True):
-        copy_model_files(home, folder / name, _dtype_name(prepared))
+    homes = {folder / n: home for n, home in zip(inputs.layout.tasks, inputs.folders, strict=True)}
+    if (folder / "model.safetensors.index.json").exists():
+        homes[folder] = inputs.folders[0]
+    for place, home in homes.items():
+        copy(home, place, companions(home))
+        agree(place, _dtype_name(prepared))
     for task in manifest.tasks:
         if not task.ordinary:
-            explain_masks(folder / task.name)
-    if (folder / "model.safetensors.index.json").exists():
-        copy_model_files(inputs.folders[0], folder, _dtype_name(prepared))
+            _explain_masks(folder / task.name)
     digests = task_folders.described(folder, inputs.layout.tasks)
     manifest = dataclasses.replace(manifest, task_files=digests)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -86,3 +89,23 @@ def _describe(folder: Path, config: Any, options: Any, source: str, manifest: Ma
     section = flexmerge_section(size, [(t.name, t.ordinary) for t in manifest.tasks], kinds)
     (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
     (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
+
+
+def _explain_masks(folder: Path) -> None:
+    """Say in a task's folder that holds no weights where they are."""
+    task = folder.name
+    (folder / "README.md").write_text(
+        f"""# {task}
+
+This folder has no weights: those of `{task}` are stored as masks over a vector that it shares with
+other tasks, in `../shards/`. Load the model with
+
+    from mergekit_ext import flexmerge
+    model = flexmerge.load("..", task="{task}")
+
+(the path is that of the folder above), or write it as an ordinary checkpoint with
+
+    mergekit-ext export .. {task} OUT
+""",
+        encoding="utf-8",
+    )
