@@ -9,7 +9,9 @@ loaded):
                                 ``get_model_tensor_names`` for architectures without a table.
                                 ``MERGEKIT_EXT_ADAPTERS=0`` leaves them to mergekit.
 ``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
-                                runs the statistics graph before it hands out the merge graph.
+                                runs the statistics graph before it hands out the merge graph,
+                                and plans optional tensors with aliases (``BertModel`` has one),
+                                at which mergekit's own raises TypeError.
 ``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
                                 project's methods; other merges go to mergekit's own function,
                                 those with adapters checked first. ``_get_donor_model`` takes the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from mergekit.io.tasks import FinalizeModel, SaveTensor
+from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_ext import ranks
@@ -34,6 +34,23 @@ def extended(stock: type) -> type:
         def _plan(self) -> None:
             super()._plan()
             self._prepare(sessions.current(), frozenset())
+
+        def plan_tensor(
+            self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
+        ) -> None:
+            """Plan an optional tensor that has aliases, which stops mergekit's planner.
+
+            mergekit looks for one in the files by adding its list of a name to the tuple of
+            aliases. Here is that look; mergekit plans the tensor as one that is there.
+            """
+            if not (weight.optional and any(w.aliases for w in weights_in)):
+                super().plan_tensor(weight, weights_in, models, cfg_reader)
+            elif any(map(_is_stored, models, weights_in)):
+                there = weight.model_copy(update={"optional": False})
+                super().plan_tensor(there, weights_in, models, cfg_reader)
+                _, task = self._tensors.pop()
+                task = task.model_copy(update={"output_weight": weight})
+                self._tensors.append((weight, task))
 
         def plan_to_disk(self, out_path: str) -> list[Any]:
             """mergekit's tasks, with a writer whose finished tensors are not merged again."""
@@ -95,6 +112,11 @@ def extended(stock: type) -> type:
             self._tensors = list(zip(weights, planned, strict=True))
 
     return MergePlanner
+
+
+def _is_stored(model: Any, weight: Any) -> bool:
+    stored = LoaderCache().get(model).index.tensor_paths
+    return any(name in stored for name in (weight.name, *(weight.aliases or ())))
 
 
 def _forewarn(
