@@ -119,13 +119,11 @@ def readers(folder: Path) -> dict[str, Reader]:
         ),
         "adapter config": _json(inputs / "adapter0" / "adapter_config.json", _adapter),
         "YAML, check": _yaml(inputs / "nan.yml", nan, lambda path: _check(path.read_text())),
-        "YAML, merge": _yaml(
-            inputs / "merge.yml", nan, lambda path: parsed(path.read_text(), MergeOptions())
-        ),
+        "YAML, merge": _yaml(inputs / "merge.yml", nan, lambda path: parsed(path.read_text())),
         "YAML, flexmerge": _yaml(
             inputs / "flex.yml",
             flex,
-            lambda path: _check(flexmerge_config(path, MergeOptions())[1]),
+            lambda path: _check(flexmerge_config(path)[1]),
         ),
         "YAML, peft-merge": _yaml(inputs / "peft.yml", peft, lambda path: plan_config(path, None)),
         "analysis": _json(made, lambda path: analysis_file.find(path.parent, subject)),

@@ -26,7 +26,7 @@ loaded):
                                 ``file+adapter``; ``TensorDictWrapper.execute`` does not take a
                                 path with a plus sign for another model.
 ``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
-                                YAML, or a bomb, is one message.
+                                YAML, a bomb, or refused by mergekit's schema is one message.
 ``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
                                 merge of ours runs (`local_cards`).
 
@@ -127,10 +127,10 @@ def extend_raw_pytorch(module: Any) -> None:
 
 def extend_yaml(module: Any) -> None:
     """Look at the file of ``mergekit-yaml`` before it is parsed."""
-    from mergekit_ext.host import run_yaml
+    from mergekit_ext.host import run, run_yaml
 
     if not hasattr(module.main.callback, "stock"):
-        module.main.callback = run_yaml.extended_command(module.main.callback, run_yaml.check)
+        module.main.callback = run_yaml.extended_command(module.main.callback, run.parsed)
 
 
 def replaces(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -14,7 +14,6 @@ from typing import Any
 import click
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from pydantic import ValidationError
 
 from mergekit_ext import paths, pickles, ranks
 from mergekit_ext.documents import DocumentError, read, text_of
@@ -29,11 +28,12 @@ from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.agreement import require_same
-from mergekit_ext.host.checks import check_source, examine, models_of_stock
+from mergekit_ext.host.checks import examine, models_of_stock, unknown_keys
 from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
+from mergekit_ext.host.checks.schema import parse
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
@@ -71,29 +71,30 @@ def merge(
     if not isinstance(config, MergeConfiguration):
         text = str(config)
         config_source = text if "\n" in text else text_of(Path(text))
-        config = parsed(config_source, options)
+        config = parsed(config_source)
     stock = getattr(host.run_merge, "stock", host.run_merge)
     _merge(stock, config, os.fspath(out_path), options, config_source, callbacks, restart)
 
 
-def parsed(source: str, options: MergeOptions) -> MergeConfiguration:
-    """The configuration in a YAML text.
+def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
+    """Return what `schema`, mergekit's for whole models, makes of a YAML text.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is none, with every reason in the words of the text.
     """
     try:
-        documents, _ = read(source)
-        if len(documents) > 1:
-            found, expected = f"{len(documents)} documents", "one merge"
-            remedy = "Use mergekit-multi for several."
-            raise ConfigError([Problem("the file", found, expected, remedy)], "this configuration")
-        return MergeConfiguration.model_validate(documents[0] if documents else None)
-    except (DocumentError, ValidationError, RuntimeError):
-        # The check says it in the words of the file, with all that is wrong besides.
-        for _, report in check_source(source, options):
-            report.raise_for_problems("this configuration")
-        raise
+        documents, repeated = read(source)
+    except DocumentError as error:
+        raise ConfigError([error.problem], "this configuration") from None
+    if len(documents) != 1:
+        found, expected = f"{len(documents)} documents", "one merge"
+        remedy = "Use mergekit-multi for several." if documents else ""
+        raise ConfigError([Problem("the file", found, expected, remedy)], "this configuration")
+    config, problems = parse(documents[0], schema)
+    if config is None:
+        unknown = unknown_keys(documents[0], schema=schema)
+        raise ConfigError([*repeated, *problems, *unknown], "this configuration")
+    return config
 
 
 def extended(run_merge: Callable[..., None]) -> Callable[..., None]:

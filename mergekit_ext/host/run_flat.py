@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext import pickles
-from mergekit_ext.documents import DocumentError, read, text_of
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.documents import text_of
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
@@ -18,7 +17,7 @@ from mergekit_ext.host.checks import check_flat
 from mergekit_ext.host.checks.flat import adapter_problems
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.output import output
-from mergekit_ext.host.run import for_commands, require
+from mergekit_ext.host.run import for_commands, parsed, require
 from mergekit_ext.host.staging import output_problems, space_problems
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
@@ -74,11 +73,12 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
 
     @compat.replaces(callback)
     def command(config_path: str, out_path: str, **arguments: Any) -> None:
+        from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
         stock = command.stock  # type: ignore[attr-defined]
         with for_commands():
             text = text_of(Path(config_path))
-            name = _method_of(text)
-        method = ext_method(str(name))
+            method = ext_method(parsed(text, RawPyTorchMergeConfig).merge_method)
         if method is None:
             stock(config_path=config_path, out_path=out_path, **arguments)
             return
@@ -87,15 +87,6 @@ def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
             stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
 
     return command
-
-
-def _method_of(text: str) -> Any:
-    try:
-        documents, _ = read(text)
-    except DocumentError as error:
-        raise ConfigError([error.problem], "this configuration") from None
-    first = documents[0] if documents else None
-    return first.get("merge_method") if isinstance(first, dict) else None
 
 
 def _parts(model: str) -> list[str]:

@@ -33,7 +33,7 @@ def checked_load_config(load_config: Callable[..., Any]) -> Callable[..., Any]:
 def check(text: str) -> None:
     """Raise `ConfigError` for a text that is no multi-merge.
 
-    Where all methods are mergekit's, only what cannot be one at all is refused.
+    Where all methods are mergekit's, only what its schema refuses is.
     """
     try:
         documents, _ = read(text)
@@ -56,14 +56,11 @@ def _no_mappings(documents: list[Any]) -> Iterator[Problem]:
 def _problems(documents: list[dict[str, Any]]) -> Iterator[Problem]:
     # An unknown name is probably one of ours, misspelt.
     ours = [not is_stock(str(document.get("merge_method"))) for document in documents]
-    if not any(ours):
-        return
-    between = between_documents(documents)
+    between = between_documents(documents) if any(ours) else {}
     for i, document in enumerate(documents):
         place = f"document {i + 1}: " if len(documents) > 1 else ""
-        found = list(between.get(i, ()))
-        if ours[i]:
-            found += parse(document, MergeConfiguration)[1]
+        found = parse(document, MergeConfiguration)[1]
+        if ours[i] or found:
             found += unknown_keys(document)
-        for p in found:
+        for p in (*between.get(i, ()), *found):
             yield Problem(place + p.where, p.found, p.expected, p.remedy)

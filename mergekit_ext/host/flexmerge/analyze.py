@@ -42,7 +42,7 @@ def analyze(config_file: Path, folder: Path, options: MergeOptions, *, plot: boo
         ConfigError: something is wrong with the configuration, its inputs or `folder`.
         NonFiniteError: an input holds NaN or infinity.
     """
-    config, source = flexmerge_config(config_file, options)
+    config, source = flexmerge_config(config_file)
     algorithm = str((config.parameters or {}).get("algorithm", DEFAULT_ALGORITHM))
     report, prepared = prepare.check(variant(config, algorithm, [algorithm]), options, source)
     report.raise_for_problems("this configuration")

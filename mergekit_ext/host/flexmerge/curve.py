@@ -10,10 +10,9 @@ from pathlib import Path
 import click
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from pydantic import ValidationError
 
 from mergekit_ext.documents import text_of
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import Problem
 from mergekit_ext.host import compat
 from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
 from mergekit_ext.host.flexmerge.sizes import Tracer
@@ -75,7 +74,7 @@ def write_curve(
         ConfigError: something is wrong with the configuration, `folder` or `metric`.
         EvaluationError: `evaluate` raised, or did not return scores.
     """
-    config, source = flexmerge_config(config_file, options)
+    config, source = flexmerge_config(config_file)
     chosen = tuple(algorithms) or (
         str((config.parameters or {}).get("algorithm", DEFAULT_ALGORITHM)),
     )
@@ -112,18 +111,14 @@ def write_curve(
     return Curve(reference, points)
 
 
-def flexmerge_config(path: Path, options: MergeOptions) -> tuple[MergeConfiguration, str]:
+def flexmerge_config(path: Path) -> tuple[MergeConfiguration, str]:
     """A configuration whose method is `flexmerge`, and its text.
 
     Raises:
         ConfigError: it is another one, or none.
     """
-    try:
-        source = text_of(path)
-        config = parsed(source, options)
-    except (ValidationError, RuntimeError) as error:
-        found = str(error).replace("\n", " ")
-        raise ConfigError([Problem(str(path), found, "one merge configuration")]) from None
+    source = text_of(path)
+    config = parsed(source)
     if config.merge_method != "flexmerge":
         found, expected = repr(config.merge_method), "'flexmerge'"
         require([Problem("merge_method", found, expected, "Use mergekit-yaml for other methods.")])

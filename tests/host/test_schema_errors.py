@@ -1,0 +1,84 @@
+"""A file that mergekit's schema refuses is one message of every command, whatever its method."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
+
+from tests.attacks.readers import command
+from tests.models import write_yaml
+
+MODELS = [{"model": "a"}, {"model": "b"}]
+SLICE = {"model": "a", "layer_range": [0, 2]}
+# Each with the place that its message names.
+DOCUMENTS = {
+    "model for models": ({"model": MODELS}, "models"),
+    "merge_methods": ({"models": MODELS, "merge_methods": "linear", "merge_method": None}, "_met"),
+    "no method": ({"models": MODELS, "merge_method": None}, "merge_method"),
+    "nothing else": ({}, "models"),
+    "models and slices": ({"models": MODELS, "slices": [{"sources": [SLICE]}]}, "models"),
+    "models a text": ({"models": "a"}, "models"),
+    "models of texts": ({"models": ["a", "b"]}, "models[0]"),
+    "a list for a model": ({"models": [{"model": ["a"]}]}, "models[0].model"),
+    "two plus signs": ({"models": [{"model": "a+b+c"}]}, "a+b+c"),
+    "slices without sources": ({"slices": [SLICE]}, "slices[0]"),
+    "three ends of a range": (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1, 2]}]}]},
+        "slices[0].sources[0].layer_range",
+    ),
+    "an empty module": ({"modules": {"default": {}}}, "slices or models"),
+    "parameters a list": ({"models": MODELS, "parameters": [1]}, "parameters"),
+    "a parameter without a value": (
+        {"models": MODELS, "parameters": {"weight": [{"filter": "mlp"}]}},
+        "parameters.weight",
+    ),
+    "a number for dtype": ({"models": MODELS, "dtype": 16}, "dtype"),
+    "two tokenizers": (
+        {"models": MODELS, "tokenizer": {"source": "base"}, "tokenizer_source": "base"},
+        "tokenizer",
+    ),
+    "a tokenizer of texts": ({"models": MODELS, "tokenizer": ["base"]}, "tokenizer"),
+}
+COMMANDS = {
+    "mergekit-yaml": lambda file, out: (file, out),
+    "mergekit-multi": lambda file, out: (file, "-I", out, "--out-path", out / "last"),
+    "mergekit-ext merge": lambda file, out: (file, out),
+    "mergekit-ext check": lambda file, out: (file,),
+}
+
+
+@pytest.mark.parametrize("method", ["linear", "nan"])
+@pytest.mark.parametrize("kind", DOCUMENTS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_one_message(name, kind, method, tmp_path):
+    content, place = DOCUMENTS[kind]
+    content = {"merge_method": method, **content}
+    content = {key: value for key, value in content.items() if value is not None}
+    file, out = write_yaml(tmp_path / "merge.yml", content), tmp_path / "out"
+    words = name.split()
+    outcome = command(*words, *COMMANDS[name](file, out))
+    assert outcome.code == 2
+    assert place in outcome.text
+    assert "pydantic" not in outcome.text
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["mergekit-yaml", "mergekit-ext merge"])
+def test_no_document(name, tmp_path):
+    file, out = tmp_path / "merge.yml", tmp_path / "out"
+    file.write_text("# nothing but a comment\n")
+    assert "the file: found 0 documents" in command(*name.split(), file, out).text
+
+
+@pytest.mark.parametrize("method", ["linear", "nan"])
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [({"model": MODELS}, "models"), ({"models": [{"model": 3}]}, "models[0].model")],
+)
+def test_files(content, place, method, tmp_path):
+    file = write_yaml(tmp_path / "merge.yml", {"merge_method": method, **content})
+    result = CliRunner().invoke(mergekit_pytorch, [str(file), str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert place in result.output
+    assert not (tmp_path / "out").exists()
