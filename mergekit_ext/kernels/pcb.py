@@ -5,7 +5,6 @@ Du et al. 2024, "Parameter Competition Balancing for Model Merging".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -29,8 +28,9 @@ def pcb_merge(
 
     For each of the n task vectors :math:`\delta_i`, over all of its entries:
 
-    * :math:`c_i = \mathrm{sgn}(\delta_i)\,|\delta_i|`, magnitudes clipped to their quantiles
-      `clip` and 1 - `clip`;
+    * :math:`c_i = \mathrm{sgn}(\delta_i)\,|\delta_i|`, the ``floor(clip * d)`` least of the d
+      magnitudes raised to the next one, the ``ceil(clip * d)`` largest lowered: always the largest
+      one, unless `clip` is 0;
     * intra-balancing :math:`a_i = \exp(n\,\mathrm{norm}(|c_i|)^2)`;
     * inter-balancing :math:`b_i = \tanh(\delta_i \circ \sum_j \delta_j)`;
     * :math:`s_i = \mathrm{norm}(\max(a_i \circ b_i,\ q))`, q the quantile 1 - `density` of
@@ -44,8 +44,6 @@ def pcb_merge(
     over j, of :math:`\mathrm{norm}(\delta_i \circ \delta_j)`, does not clip, and divides what
     remains by its maximum without taking q from it. Departures from the code:
 
-    * it clips one entry more at the top, so always the largest one; here ``floor(clip * d)`` at
-      either end, and none in a short vector;
     * it divides by ``max(sum_i s_i, 1e-12)``; here by the sum;
     * its norm of a constant is NaN. Here constant magnitudes are 0 in a_i, and where the largest
       scores are all equal, q included, these entries get s_i = 1 and the others 0. So a constant
@@ -160,11 +158,9 @@ def _magnitudes(pairs: Sequence[Part]) -> Iterator[Tensor]:
 def _clip_range(
     pieces: Callable[[], Iterator[Tensor]], clip: float, count: int
 ) -> tuple[float, float]:
-    clipped = math.floor(clip * count)
-    if clipped == 0:
+    low = int(count * clip)
+    high = max(int(count * (1.0 - clip) - 1.0), low)
+    if low == 0 and high == count - 1:
         ends = [piece.aminmax() for piece in pieces()]
         return min(float(e.min) for e in ends), max(float(e.max) for e in ends)
-    return (
-        order_statistic(pieces, clipped, count),
-        order_statistic(pieces, count - 1 - clipped, count),
-    )
+    return order_statistic(pieces, low, count), order_statistic(pieces, high, count)

@@ -60,18 +60,22 @@ def test_scales(scale):
     agree(pcb_merge(deltas, 0.3), deltas, 0.3, 1e-4, 1e-6)
 
 
-def test_what_the_authors_code_gives():
-    # 20 entries and clip 0.05: one entry at either end, where floor and ceiling agree.
+@pytest.mark.parametrize(
+    ("size", "clip", "least", "largest"),
+    [(20, 0.05, 1, 18), (20, 1e-4, 0, 18), (10_000, 1e-4, 1, 9_998), (25_000, 1e-4, 2, 24_996)],
+)
+def test_what_the_authors_code_gives(size, clip, least, largest):
+    """They take the magnitudes at ``int(d * clip)`` and ``int(d * (1 - clip) - 1)``."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 20, generator=generator, dtype=torch.float64)
-    low, high = (rows.abs().sort(1).values[:, i, None] for i in (1, 18))
+    rows = torch.randn(3, size, generator=generator, dtype=torch.float64)
+    low, high = (rows.abs().sort(1).values[:, i, None] for i in (least, largest))
     magnitudes = rows.abs().clamp(low, high)
     intra = torch.exp(3 * ((magnitudes - low) / (high - low)) ** 2)
     score = intra * torch.tanh(rows * rows.sum(0))
-    floor, peak = (score.sort(1).values[:, i, None] for i in (14, 19))
+    floor, peak = (score.sort(1).values[:, i, None] for i in (int(size * 0.7), size - 1))
     share = (score.clamp(floor, peak) - floor) / (peak - floor)
     merged = (rows.sign() * magnitudes * share).sum(0) / share.sum(0).clamp(min=1e-12)
-    (found,) = pcb_merge([[row] for row in rows], 0.3, 0.05)
+    (found,) = pcb_merge([[row] for row in rows], 0.3, clip)
     torch.testing.assert_close(found, merged, rtol=1e-12, atol=1e-12)
 
 
@@ -86,7 +90,7 @@ def test_quantiles_are_of_the_block_not_of_its_parts():
 
 def test_at_most_the_density_of_one_task_is_kept():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(1))
-    (found,) = pcb_merge([[x]], 0.1)
+    (found,) = pcb_merge([[x]], 0.1, 0.0)
     assert 90 <= int((found != 0).sum()) <= 100
     # Alone, a task keeps its largest entries as they are.
     assert torch.equal(found[found != 0], x[found != 0])

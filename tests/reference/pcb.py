@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil, floor
 
 import torch
 from torch import Tensor
+
+SLACK = 1e-9  # 1e-4 * 30,000 is a little more than 3
 
 
 def merge(deltas: Sequence[Tensor], density: float, clip: float) -> Tensor:
@@ -18,8 +21,10 @@ def merge(deltas: Sequence[Tensor], density: float, clip: float) -> Tensor:
         if not row.any():
             continue
         magnitudes = row.abs().sort().values
-        cut = int(clip * size)
-        clipped = row.abs().clamp(magnitudes[cut], magnitudes[size - 1 - cut])
+        bottom_cut, top_cut = floor(clip * size + SLACK), ceil(clip * size - SLACK)
+        low = magnitudes[bottom_cut]
+        high = magnitudes[max(size - 1 - top_cut, bottom_cut)]
+        clipped = row.abs().clamp(low, high)
         own = torch.exp(models * _normed(clipped, torch.zeros_like(clipped)) ** 2)
         score = own * torch.tanh(row * total)
         threshold = score.sort().values[min(int(size * (1 - density)), size - 1)]
