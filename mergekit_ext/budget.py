@@ -11,9 +11,11 @@ _UNITS = {
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
 }
+_LETTERS = {"K": "KB", "M": "MB", "B": "GB"}
 _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # Nobody merges so many models or adapters, and none is so small.
 FIRST_BYTES = 100_000
+_SHARD_SIZE = 'a size in bytes, such as "5GB", "500MiB" or mergekit\'s "5B" (5,000,000,000)'
 # No disk or memory is so large.
 _MOST = 1 << 80
 
@@ -43,3 +45,24 @@ def parse(value: object, expected: str) -> tuple[float | None, int | None]:
     if not 0 < amount < _MOST or (in_bytes and amount < 1):
         raise ValueError(expected)
     return (None, int(amount)) if in_bytes else (float(amount), None)
+
+
+def shard_size(value: str | int) -> int:
+    """Read the bytes of a shard: 5000, or with a unit as in `parse`.
+
+    One letter is mergekit's: thousands, millions and billions, so that "5B" is "5GB".
+
+    Raises:
+        ValueError: anything else; its message says what was found and expected.
+    """
+    text = str(value).strip()
+    if text.isdecimal() and int(text) < _MOST:
+        return int(text)
+    unit = _LETTERS.get(text[-1:].upper())
+    try:
+        _, count = parse(text[:-1] + unit if unit and text[-2:-1].isdecimal() else text, "")
+    except ValueError:
+        count = None
+    if count is None:
+        raise ValueError(f"found {value!r}; expected {_SHARD_SIZE}.")
+    return count

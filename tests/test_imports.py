@@ -80,6 +80,7 @@ ALLOWED = {
         "report",
     },
     "host": {
+        "budget",
         "codes",
         "documents",
         "durable",

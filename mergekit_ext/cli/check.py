@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_ext.budget import shard_size
 from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def check(
     and 2 if something is wrong.
     """
     # Heavy, and only needed here: `--help` stays fast.
-    from mergekit.common import parse_kmb
     from mergekit.options import MergeOptions
 
     from mergekit_ext import pickles
@@ -65,12 +65,9 @@ def check(
     from mergekit_ext.memory import limited
 
     try:
-        size = parse_kmb(out_shard_size)
-    except (ValueError, IndexError):
-        raise click.BadParameter(
-            f"found {out_shard_size!r}; expected a number, with K, M or B at its end if you like.",
-            param_hint="--out-shard-size",
-        ) from None
+        size = shard_size(out_shard_size)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--out-shard-size") from None
     try:
         with click.open_file(str(config), encoding="utf-8") as file:
             text = file.read()

@@ -7,7 +7,9 @@ loaded):
                                 with the adapter applied (`host.adapters`):
                                 ``LoaderCache.setup`` and ``get``, ``LoadTensor.execute``, and
                                 ``get_model_tensor_names`` for architectures without a table.
-                                ``MERGEKIT_EXT_ADAPTERS=0`` leaves them to mergekit.
+                                ``MERGEKIT_EXT_ADAPTERS=0`` leaves them to mergekit. In commands
+                                that load it, ``--out-shard-size`` also takes 8MB and 5GiB, and
+                                what is no size is one message (``ShardSizeParamType.convert``).
 ``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
                                 runs the statistics graph before it hands out the merge graph,
                                 and plans optional tensors with aliases (``BertModel`` has one),
@@ -62,14 +64,15 @@ def check_version() -> None:
 
 
 def extend_methods(module: ModuleType) -> None:
-    """Register the methods, and read models with an adapter.
+    """Register the methods, read models with an adapter, and read sizes of shards.
 
-    The second is done here because nothing opens a model before this module is loaded, while
+    The rest is done here because nothing opens a model before this module is loaded, while
     ``mergekit.io.tasks`` itself may be loaded in the middle of modules that the host imports.
     """
     check_version()
     from mergekit.architecture import auto
     from mergekit.io.tasks import LoaderCache, LoadTensor
+    from mergekit.options import ShardSizeParamType
 
     from mergekit_ext.host.adapters import extension
     from mergekit_ext.host.methods import register_methods
@@ -79,6 +82,19 @@ def extend_methods(module: ModuleType) -> None:
     _replace(LoaderCache, "setup", extension.setup)
     _replace(LoaderCache, "get", extension.get)
     _replace(LoadTensor, "execute", extension.load_tensor)
+    _replace(ShardSizeParamType, "convert", _reading_sizes)
+
+
+def _reading_sizes(_: Callable[..., Any]) -> Callable[..., Any]:
+    from mergekit_ext.budget import shard_size
+
+    def convert(self: Any, value: Any, param: Any, ctx: Any) -> int:
+        try:
+            return shard_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    return convert
 
 
 def extend_planner(module: Any) -> None:
