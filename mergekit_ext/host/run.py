@@ -34,6 +34,7 @@ from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
 from mergekit_ext.host.checks.schema import parse
+from mergekit_ext.host.checks.source import NO_DOCUMENT
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
@@ -86,10 +87,12 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
         documents, repeated = read(source)
     except DocumentError as error:
         raise ConfigError([error.problem], "this configuration") from None
-    if len(documents) != 1:
+    if len(documents) > 1:
         found, expected = f"{len(documents)} documents", "one merge"
-        remedy = "Use mergekit-multi for several." if documents else ""
+        remedy = "Use mergekit-multi for several."
         raise ConfigError([Problem("the file", found, expected, remedy)], "this configuration")
+    if not documents:
+        raise ConfigError([NO_DOCUMENT], "this configuration")
     config, problems = parse(documents[0], schema)
     if config is None:
         unknown = unknown_keys(documents[0], schema=schema)

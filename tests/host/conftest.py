@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import transformers
 
+import mergekit_ext
+from mergekit_ext.errors import ConfigError
+from tests.host import adapters
 from tests.host.flexmerge_models import Family, made
 
 
@@ -22,3 +27,41 @@ def families(tmp_path_factory):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return get
+
+
+@pytest.fixture(autouse=True)
+def check_and_merge_agree(request, monkeypatch, tmp_path_factory):
+    """Merge every text that a test checks: both give the same answer.
+
+    A test whose inputs no merge can read has the mark ``only_checked``, with the reason.
+    """
+    if request.node.get_closest_marker("only_checked"):
+        return
+
+    def agreeing(check):
+        def checked(text, options, **flags):
+            reports = check(text, options, **flags)
+            if len(reports) == 1 and not flags and ".safetensors" not in text:
+                out = tmp_path_factory.mktemp("merged") / "out"
+                assert refusal(f"{text}\n", options, out) == reports[0][1].problems
+            return reports
+
+        return checked
+
+    for module in (request.module, adapters):
+        if hasattr(module, "check_source"):
+            monkeypatch.setattr(module, "check_source", agreeing(module.check_source))
+
+
+def refusal(text, options, out):
+    """The problems with which the merge refuses; none if there is an output."""
+    quiet = options.model_copy(update={"quiet": True, "write_model_card": False})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mergekit_ext.merge(text, out, quiet)
+    except ConfigError as error:
+        assert not out.exists()
+        return error.problems
+    assert any(out.glob("*.json"))
+    return ()

@@ -211,6 +211,7 @@ def test_sharded_models_and_the_configuration_is_left_alone(models: Path) -> Non
     assert config == before
 
 
+@pytest.mark.only_checked("reading is forbidden")
 def test_no_weight_is_read_and_no_cache_is_filled(
     models: Path, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +226,7 @@ def test_no_weight_is_read_and_no_cache_is_filled(
     assert LoaderCache.loaders == before
 
 
+@pytest.mark.only_checked("70 GB")
 def test_two_thousand_tensors_are_checked_from_headers_of_sparse_files(tmp_path: Path) -> None:
     config = llama(num_hidden_layers=1).config
     config.num_hidden_layers, config.architectures = 222, ["LlamaForCausalLM"]
@@ -399,6 +401,7 @@ def test_parameters_that_are_wrong_together(models: Path) -> None:
     assert not run({**document, "merge_method": "nan_ties", "parameters": {}}).problems
 
 
+@pytest.mark.only_checked("an empty tokenizer")
 def test_tokenizer_files_are_needed_where_the_tokenizer_comes_from(models: Path) -> None:
     document = {**LINEAR, "models": entries(models, "a", "b"), "tokenizer_source": "x"}
     assert run(document).problems == ()  # a name on the Hub; the first model has a tokenizer
@@ -611,6 +614,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return method
 
 
+@pytest.mark.only_checked("the method merges nothing")
 def test_a_method_is_asked_once_for_each_set_of_shared_parameters(models: Path, fake: Fake) -> None:
     document = {"merge_method": "fake", "models": entries(models, "a", "b")}
     once = run(document)
@@ -778,6 +782,7 @@ def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, mo
     assert "404 Client Error" in the(run(document)).found
 
 
+@pytest.mark.only_checked("an empty adapter")
 def test_base_with_adapter_by_mergekits_own_way(models, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", "0")
     reference = f"{models / 'a'}+{tmp_path / 'adapter'}"
@@ -896,6 +901,7 @@ def test_missing_tensors_are_grouped(models: Path, copy: Callable[..., Path]) ->
     assert problem.where == "models[0].model" and f"missing in {folder}" in problem.found
 
 
+@pytest.mark.only_checked("an empty tokenizer")
 def test_vocabularies_that_differ(models: Path) -> None:
     document = {**LINEAR, "models": entries(models, "a", "large_vocab")}
     problem = the(run(document))

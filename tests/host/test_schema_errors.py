@@ -68,7 +68,7 @@ def test_one_message(name, kind, method, tmp_path):
 def test_no_document(name, tmp_path):
     file, out = tmp_path / "merge.yml", tmp_path / "out"
     file.write_text("# nothing but a comment\n")
-    assert "the file: found 0 documents" in command(*name.split(), file, out).text
+    assert "the file: found no document" in command(*name.split(), file, out).text
 
 
 @pytest.mark.parametrize("method", ["linear", "nan"])

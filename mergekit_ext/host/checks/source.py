@@ -18,6 +18,7 @@ from mergekit_ext.host.checks.schema import parse
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
+NO_DOCUMENT = Problem("the file", "no document", "a merge configuration")
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 
 
@@ -39,8 +40,7 @@ def check_source(
     except DocumentError as error:
         return [(None, CheckReport((error.problem,), (), None))]
     if not documents:
-        problem = Problem("the file", "no document", "a merge configuration")
-        return [(None, CheckReport((problem,), (), None))]
+        return [(None, CheckReport((NO_DOCUMENT,), (), None))]
     names = names_of(documents)
     between = between_documents(documents)
     reports = []
