@@ -88,11 +88,11 @@ def extend_methods(module: ModuleType) -> None:
 def _reading_sizes(_: Callable[..., Any]) -> Callable[..., Any]:
     from mergekit_ext.budget import shard_size
 
-    def convert(self: Any, value: Any, param: Any, ctx: Any) -> int:
+    def convert(self: Any, value: Any, param: Any, ctx: Any) -> Any:
         try:
             return shard_size(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            return self.fail(str(error), param, ctx)
 
     return convert
 

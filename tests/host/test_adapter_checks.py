@@ -214,6 +214,7 @@ def test_a_head_that_only_the_adapters_have(tmp_path):
     torch.testing.assert_close(small.state(tmp_path / "out")[name], wanted)
 
 
+@pytest.mark.only_checked("what is downloaded is counted")
 def test_adapters_on_the_hub(base, adapter, monkeypatch):
     """A cached one is checked; another is not downloaded for a check."""
     import huggingface_hub
