@@ -54,7 +54,8 @@ def report(
         **plan.described(),
         "flexmerge": options.described(),
         "size": described(size),
-        "sizes": [round(each.adapters, 6) for each in sizes],
+        # Upwards: each is a `target_size` that its adapters fit in.
+        "sizes": [math.ceil(each.adapters * 1e6 - 1e-3) / 1e6 for each in sizes],
         "summary": _summary(blocks),
         "blocks": [
             {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_merge.adapter import ModuleInfo
 from peft_merge.io import load_adapter
-from peft_merge.layouts import LAYOUTS, LayoutError
+from peft_merge.layouts import LAYOUTS, LayoutError, configured_rank
 from tests.peft_merge.models import KINDS, adapted, saved
 
 SIZES = st.integers(1, 4)
@@ -27,7 +27,7 @@ def _round_trip(name: str, a: Tensor, b: Tensor, r: int) -> ModuleInfo:
     stored = layout.store(info, *stacked)
     assert torch.equal(stored[0], a) and torch.equal(stored[1], b)
     assert stored[0].is_contiguous() and stored[1].is_contiguous()
-    assert layout.configured_rank(info) == r
+    assert configured_rank(info) == r
     return info
 
 

@@ -212,7 +212,7 @@ def test_whole_tensors(tmp_path):
     kind = KINDS["modules_to_save"]
     folders = [saved(kind, tmp_path / name, i) for i, name in enumerate("ab")]
     one, two = (load(folder).saved["classifier.weight"]() for folder in folders)
-    merged = merge_adapters(folders, weights=[1, 3])
+    merged = merge_adapters(folders, weights=[1, 3], modules_to_save="average")
     torch.testing.assert_close(
         merged.adapter.saved["classifier.weight"](), (one + 3 * two) / 4, rtol=1e-6, atol=1e-7
     )
@@ -271,7 +271,8 @@ class Everything(MergeCallback):
 def test_events(tmp_path):
     folders = [saved(KINDS["modules_to_save"], tmp_path / name, i) for i, name in enumerate("ab")]
     seen = Everything()
-    config = {"merge_method": "nan", "models": [{"model": str(folder)} for folder in folders]}
+    models = [{"model": str(folder)} for folder in folders]
+    config = {"merge_method": "nan", "models": models, "modules_to_save": "average"}
     run_config(config, tmp_path / "out", callbacks=[seen])
     kinds = [event.handler for event in seen.events]
     modules = len(load(folders[0]).infos)

@@ -18,7 +18,7 @@ from tests.peft_merge.models import KINDS, answer, base, reloaded, saved
 TASKS = ["t0", "t1", "t2"]
 
 # PEFT holds one of these for all adapters of a model.
-ALONE = {"bias_all", "bias_lora_only", "tied_saved", "tied_factors"}
+ALONE = {"bias_all", "bias_lora_only", "tied_saved"}
 
 
 def written(kind, tmp_path, target, **options):
@@ -54,7 +54,8 @@ def test_every_kind_of_adapter(kind, target, tmp_path):
     alone = [answer(KINDS[kind], reloaded(KINDS[kind], tmp_path / "out" / t)) for t in TASKS]
     if target == 3:
         for source, output in zip(sources, alone, strict=True):
-            assert torch.equal(output, answer(KINDS[kind], reloaded(KINDS[kind], source)))
+            # Not the same bits: a scaling that is no power of two is rounded into B.
+            assert close(output, answer(KINDS[kind], reloaded(KINDS[kind], source)))
     if kind in ALONE:
         if target == 3:
             with pytest.raises(ConfigError, match="by itself"):
@@ -63,7 +64,9 @@ def test_every_kind_of_adapter(kind, target, tmp_path):
     model = together(kind, tmp_path / "out")
     stored = sum(p.nbytes for p in parameters_of(model).values())
     own_base = sum(
-        tensor().nbytes for name, tensor in found.adapters[0].saved.items() if kind == "embedding"
+        tensor().nbytes
+        for name, tensor in found.adapters[0].saved.items()
+        if kind in ("embedding", "tied_factors")
     )
     assert stored == found.report["size"]["bytes"] - own_base
     for task, expected in zip(TASKS, alone, strict=True):
