@@ -17,7 +17,8 @@ loaded):
 ``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
                                 project's methods; other merges go to mergekit's own function,
                                 those with adapters checked first. ``_get_donor_model`` takes the
-                                files of a model with an adapter from its base.
+                                files of a model with an adapter from its base; fields with a
+                                value for each layer follow the slices (``_model_out_config``).
 ``mergekit.scripts.multimerge`` the command reads its file as text first, as does ``load_config``:
                                 documents are mappings; their names, which become folders, stay in
                                 theirs; unknown keys, which pydantic drops, are found.
@@ -109,13 +110,14 @@ def extend_merge(module: Any) -> None:
     """Route merges that use the project's methods through `host.run`."""
     from mergekit import plan
 
-    from mergekit_ext.host import run
+    from mergekit_ext.host import layers_config, run
     from mergekit_ext.host.adapters import extension
 
     module.MergePlanner = plan.MergePlanner
     if not hasattr(module.run_merge, "stock"):
         module.run_merge = run.extended(module.run_merge)
     _replace(module, "_get_donor_model", extension.donor)
+    _replace(module, "_model_out_config", layers_config.following_layers)
 
 
 def extend_multimerge(module: Any) -> None:

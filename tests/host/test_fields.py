@@ -101,3 +101,46 @@ def test_labels_in_another_order(tmp_path: Path) -> None:
 def test_default_labels_say_nothing(tmp_path: Path) -> None:
     folders = classifiers(tmp_path, ["LABEL_0", "LABEL_1"], ["no", "yes"], ["LABEL_0", "LABEL_1"])
     assert not checked(merging(*folders)).problems
+
+
+def test_what_a_class_no_longer_has_is_no_difference(tmp_path: Path) -> None:
+    folders = classifiers(tmp_path, ["a", "b"], ["a", "b"], ["a", "b"])
+    edit(folders[0], position_embedding_type="absolute", gradient_checkpointing=False)
+    report = checked(merging(*folders))
+    assert not report.problems and not report.warnings
+
+
+def test_labels_of_tasks_are_no_flood_of_warnings(tmp_path: Path) -> None:
+    folders = classifiers(tmp_path, *[[f"{task}{i}" for i in range(9)] for task in "abc"])
+    report = checked(merging(*folders, method="flexmerge", parameters={"target_size": 2}))
+    assert not report.problems and not report.warnings
+
+
+def test_lists_of_layers_follow_the_slices(tmp_path: Path) -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+    )
+    kinds = config.layer_types
+    assert len(set(kinds)) == 2
+    for name in ("one", "two"):
+        transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / name)
+    ranges = [[0, 3], [2, 3], [1, 4]]
+    slices = [
+        {"sources": [{"model": str(tmp_path / n), "layer_range": r} for n in ("one", "two")]}
+        for r in ranges
+    ]
+    document = {"merge_method": "nan", "slices": slices}
+    assert not checked(document).problems
+    out = tmp_path / "out"
+    parsed = MergeConfiguration.model_validate(document)
+    mergekit_ext.merge(parsed, out, MergeOptions(quiet=True))
+    model = transformers.Gemma2ForCausalLM.from_pretrained(out)
+    assert model.config.layer_types == [kinds[i] for a, b in ranges for i in range(a, b)]
+    assert model.config.num_hidden_layers == 7

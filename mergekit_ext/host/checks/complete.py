@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
@@ -53,15 +54,17 @@ def check_output(
     config: Any,
     aligned: bool,
     unused: Sequence[str],
+    ignored: Sequence[str],
     findings: Findings,
 ) -> None:
-    """Report tensors that the class of the output needs and the merge would not write.
+    """Report tensors that the class of the output needs or has no place for.
 
     Args:
         located: the tensors of the output.
         config: the output's configuration.
         aligned: vocabularies are made equal, so that shapes of embeddings are not known yet.
         unused: stored tensors that the merge does not use.
+        ignored: tensors that the classes of the inputs do not have either.
     """
     shapes = {
         tensor.planned.weight.name: tensor.headers[0].shape if tensor.headers else (0,)
@@ -73,14 +76,24 @@ def check_output(
     kind = config.architectures[0]
     unknown = aligned or any(not tensor.headers for tensor in located)
     if unknown:  # what shapes would say is for the comparison of the inputs
-        found = Loading(found.missing)
-    if wrong := _wrong(found):
+        found = replace(found, misshapen=(), error="")
+    if wrong := _wrong(replace(found, misshapen=())):
         findings.problem(
             "the output",
             f"{wrong}: mergekit's plan for {kind} leaves them out"
             + (f", and does not use {listing(unused)} in the files" if unused else ""),
             f"every tensor of {kind}, as transformers loads it",
             BY_FILES,
+        )
+    unfit = [*sorted(set(found.ignored) - set(ignored)), *found.misshapen]
+    if unfit:
+        findings.problem(
+            "the output",
+            f"{tensors_at(unfit)}, which {kind} does not have, or has in another shape, by the "
+            "config.json that mergekit makes for it",
+            f"the tensors of {kind}",
+            "Take as many layers as that configuration has, and vocabularies of one size (or add "
+            "`tokenizer:`, which aligns them).",
         )
 
 

@@ -15,7 +15,6 @@ from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
 from mergekit_ext.flexmerge.plan import Storage, whole_models
-from mergekit_ext.flexmerge.prefix import find_renaming, named_as
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
@@ -28,6 +27,7 @@ from mergekit_ext.host.checks.modules import check_copied_modules
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.checks.support import listing, quiet
+from mergekit_ext.host.flexmerge.base_names import as_in_models, named_otherwise
 from mergekit_ext.host.flexmerge.checks import (
     NOT_TAKEN,
     check_family,
@@ -142,11 +142,16 @@ def _prepare(
     base = facts[config.base_model]
     models = [facts[item.model] for _, item in items]
     naming = naming_for([fact.config for fact in (base, *models)], written.shared)
-    stored = [fact.tensors or {} for fact in (base, *models)]
-    renaming = find_renaming(stored[0], stored[1:])
+    stored = [(fact.tensors or {}, fact.config) for fact in (base, *models)]
+    named, renaming = as_in_models(stored[0], stored[1:])
     if renaming is not None:
         findings.note(f"{renaming} ({config.base_model}).")
-    first, *others = complete_ties([named_as(stored[0], renaming), *stored[1:]], naming)
+    if pairs := named_otherwise(stored[1:]):
+        findings.warn(
+            f"{len(pairs)} tensors have two names, such as {' and '.join(pairs[0])}, and are not "
+            "merged with each other: save all models with one version of transformers."
+        )
+    first, *others = complete_ties([named, *(headers for headers, _ in stored[1:])], naming)
     check_readable(others, models, findings)
     layout = make_layout(tasks, first, others, naming)
     if not any(block.size for block in layout.blocks):

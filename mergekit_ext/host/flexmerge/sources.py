@@ -9,12 +9,12 @@ from typing import Any
 
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import Layout, complete_ties, make_layout
-from mergekit_ext.flexmerge.prefix import find_renaming, named_as
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
 from mergekit_ext.headers import TensorHeader, read_folder
 from mergekit_ext.host.adapters import Fitted, applies, base_of, fit, read_adapter
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.host.flexmerge.base_names import as_in_models
 from mergekit_ext.host.flexmerge.prepare import Prepared
 from mergekit_ext.host.model_folders import folder_of
 from mergekit_ext.ranks import Ranks
@@ -68,7 +68,9 @@ def open_inputs(prepared: Prepared, options: Any, ranks: Ranks | None = None) ->
         tensors if adapter is None else adapter.tensors(tensors, dtype)
         for adapter, tensors in zip(adapters, stored, strict=True)
     ]
-    base = named_as(read[0], find_renaming(read[0], read[1:]))
+    configs = [r.config(trust_remote_code=options.trust_remote_code) for r in references]
+    owners = list(zip(read, configs, strict=True))
+    base, _ = as_in_models(owners[0], owners[1:])
     headers = complete_ties([base, *read[1:]], prepared.naming)
     layout = make_layout(prepared.layout.tasks, headers[0], headers[1:], prepared.naming)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
