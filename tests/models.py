@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -21,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -97,6 +100,14 @@ def _update(parameter: Tensor) -> Tensor:
         return noise
     rows, columns = parameter.shape
     return noise + torch.randn(rows, 2) @ torch.randn(2, columns)
+
+
+def tokenizer(folder: Path, words: Iterable[str] = tuple(f"w{i}" for i in range(64))) -> None:
+    """Save a tokenizer of whole words, whose first one stands for unknown ones."""
+    vocabulary = {word: index for index, word in enumerate(words)}
+    unknown = next(iter(vocabulary))
+    made = Tokenizer(WordLevel(vocabulary, unk_token=unknown))
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown).save_pretrained(folder)
 
 
 def state(folder: Path) -> dict[str, Tensor]:

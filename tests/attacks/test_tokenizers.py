@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
 from tests.attacks.readers import command
-from tests.models import config, write_yaml
+from tests.models import config, tokenizer, write_yaml
 
 _CONTENT = {"cut": b"[", "a list": b"[]", "not UTF-8": b"\xff{" * 100, "nested": b"[" * 200_000}
 
@@ -29,11 +30,37 @@ def test_content(content, more, inputs, refused):
     assert "tokenizer.json" in text and "tokenizer_config.json" in text
 
 
-def test_one_of_a_union(inputs, refused):
-    for name in ("base", "tuned0", "tuned1"):
-        (inputs / name / "tokenizer.json").write_bytes(b"[" if name == "tuned1" else b"{}")
+# JSON, and no tokenizer: without any field, without one that is read, or with one of another type.
+_LACKING = {
+    "empty": lambda content: content.clear(),
+    "no model": lambda content: content.pop("model"),
+    "no added tokens": lambda content: content.pop("added_tokens"),
+    "no vocabulary": lambda content: content["model"].pop("vocab"),
+    "a list of texts": lambda content: content["model"].update(vocab=["w0"]),
+    "a number": lambda content: content.update(added_tokens=1),
+    "an unknown type": lambda content: content["model"].update(type="Own"),
+}
+
+
+@pytest.mark.parametrize("what", _LACKING)
+@pytest.mark.parametrize("name", ["base", "tuned1"])
+def test_json_that_is_no_tokenizer(what, name, inputs, refused):
+    """Refused wherever it is loaded: mergekit takes the base's tokenizer in place of another."""
+    for folder in ("base", "tuned0", "tuned1"):
+        tokenizer(inputs / folder)
+    file = inputs / name / "tokenizer.json"
+    content = json.loads(file.read_text())
+    _LACKING[what](content)
+    file.write_text(json.dumps(content))
     text = refused(lambda i, out: merge(i, out, tokenizer_source="union"), inputs)
-    assert "models[1].model" in text and "models[0].model" not in text
+    assert {"base": "base_model", "tuned1": "models[1].model"}[name] in text
+    assert "cannot be loaded" in text and "models[0].model" not in text
+
+
+def test_json_that_is_copied_only(inputs, answer):
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (inputs / "base" / name).write_bytes(b"{}")
+    assert answer(merge, inputs).code == 0
 
 
 @pytest.mark.parametrize("kind", ["huge", "a folder", "endless", "a pipe"])

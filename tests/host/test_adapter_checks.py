@@ -272,3 +272,19 @@ def test_a_configuration_that_is_too_long_is_not_read(base, adapter, tmp_path, m
         monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", way)
         report = check(f"{base}+{folder}")
         assert any("more than 64 MiB" in problem.found for problem in report.problems)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"r": 2}', '{"peft_type": null}', '{"peft_type": "OWN"}', "[1]", "7", "{"]
+)
+def test_a_configuration_that_mergekits_own_way_cannot_read(
+    content, base, adapter, tmp_path, monkeypatch
+):
+    """Refused before the whole model is loaded, which PEFT would be applied to."""
+    monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", "0")
+    cache = str(tmp_path / "cache")
+    assert check(f"{base}+{adapter}", lora_merge_cache=cache).problems == ()
+    shutil.copytree(adapter, tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_config.json").write_text(content)
+    (problem,) = check(f"{base}+{tmp_path / 'broken'}", lora_merge_cache=cache).problems
+    assert "adapter_config.json" in problem.found

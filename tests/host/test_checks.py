@@ -51,6 +51,7 @@ from mergekit_ext.host.checks import (
     check_source,
     unknown_keys,
 )
+from tests import models as small
 
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}
 
@@ -76,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.logging.disable_progress_bar()
     for name in ("base", "a", "b", "c"):
         llama().save_pretrained(root / name)
-    (root / "a" / "tokenizer.json").write_text("{}")
+    small.tokenizer(root / "a")
     llama(vocab_size=72).save_pretrained(root / "large_vocab")
     llama(intermediate_size=48).save_pretrained(root / "wide")
     llama(num_hidden_layers=4).save_pretrained(root / "deep")
@@ -401,7 +402,7 @@ def test_parameters_that_are_wrong_together(models: Path) -> None:
     assert not run({**document, "merge_method": "nan_ties", "parameters": {}}).problems
 
 
-@pytest.mark.only_checked("an empty tokenizer")
+@pytest.mark.only_checked("a tokenizer on the Hub")
 def test_tokenizer_files_are_needed_where_the_tokenizer_comes_from(models: Path) -> None:
     document = {**LINEAR, "models": entries(models, "a", "b"), "tokenizer_source": "x"}
     assert run(document).problems == ()  # a name on the Hub; the first model has a tokenizer
@@ -901,7 +902,6 @@ def test_missing_tensors_are_grouped(models: Path, copy: Callable[..., Path]) ->
     assert problem.where == "models[0].model" and f"missing in {folder}" in problem.found
 
 
-@pytest.mark.only_checked("an empty tokenizer")
 def test_vocabularies_that_differ(models: Path) -> None:
     document = {**LINEAR, "models": entries(models, "a", "large_vocab")}
     problem = the(run(document))

@@ -12,9 +12,7 @@ import yaml
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers import models as kinds
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig
 
 import mergekit_ext
 from mergekit_ext import model_files
@@ -60,17 +58,11 @@ def put(folder: Path, name: str, text: str = "") -> None:
     (folder / name).write_text(text)
 
 
-def tokenizer(folder: Path, first: str = "w") -> None:
-    words = {f"{first}{i}": i for i in range(64)}
-    made = Tokenizer(kinds.WordLevel(words, unk_token=f"{first}0"))
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token=f"{first}0").save_pretrained(folder)
-
-
 @pytest.fixture
 def family(tmp_path):
     base, tuned = small.family(tmp_path, small.llama, amounts=(0.1, 0.2))
     for folder in (base, *tuned):
-        tokenizer(folder)
+        small.tokenizer(folder)
     for name, text in USED.items():
         put(base, name, text)
     for name in NOT_USED:
@@ -119,7 +111,7 @@ def test_a_template_of_the_merge_is_whole_without_the_donors(family, tmp_path):
 
 def test_a_vocabulary_of_the_merge_is_whole_without_the_donors(family, tmp_path):
     base, tuned = family
-    tokenizer(tuned[0], "v")
+    small.tokenizer(tuned[0], [f"v{i}" for i in range(64)])
     config = small.config("nan", tuned, base, tokenizer={"source": str(tuned[0])})
     with pytest.warns(MergeWarning, match=r"eos_token_id \[2, 5\] in generation_config.json"):
         mergekit_ext.merge(yaml.safe_dump(config), tmp_path / "out", QUIET)

@@ -9,9 +9,6 @@ import pytest
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from tokenizers import Tokenizer
-from tokenizers import models as kinds
-from transformers import PreTrainedTokenizerFast
 
 import mergekit_ext
 from mergekit_ext.errors import ConfigError, MergeError, MergeWarning
@@ -36,12 +33,6 @@ def family(tmp_path):
     return small.family(tmp_path, small.llama, amounts=(0.1, 0.2))
 
 
-def tokenizer(folder, words):
-    vocabulary = {f"w{i}": k for k, i in enumerate(words)}
-    made = Tokenizer(kinds.WordLevel(vocabulary, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0").save_pretrained(folder)
-
-
 def touch(path):
     found = path.stat()
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
@@ -61,7 +52,7 @@ def in_a_folder(model):
 def test_models_of_the_tokenizer_are_inputs(family, tmp_path, place):
     base, tuned = family
     other = tmp_path / "other"
-    tokenizer(other, range(64))
+    small.tokenizer(other)
     content = small.config("nan", tuned, base, **PLACES[place](str(other)))
     found = models_of(MergeConfiguration.model_validate(content))
     assert {model.model.path for model in found} == {*map(str, (base, *tuned, other))}
@@ -82,9 +73,9 @@ def test_the_base_of_a_slice_is_an_input(family):
 def test_a_tokenizer_that_the_output_would_replace(family, tmp_path):
     base, tuned = family
     out = tmp_path / "out"
-    tokenizer(out, range(64))
+    small.tokenizer(out)
     for model in (base, *tuned):
-        tokenizer(model, range(64))
+        small.tokenizer(model)
     content = small.config("nan", tuned, base, tokenizer={"source": str(out)})
     with pytest.raises(ConfigError, match=r"where the input .*out lies"):
         mergekit_ext.merge(yaml.safe_dump(content), out, MergeOptions(quiet=True))
@@ -129,12 +120,12 @@ def test_a_merge_with_another_tokenizer_starts_over(family, tmp_path, capsys):
     base, tuned = family
     other = tmp_path / "other"
     for folder in (base, *tuned, other):
-        tokenizer(folder, range(64))
+        small.tokenizer(folder)
     (other / "config.json").write_bytes((base / "config.json").read_bytes())
     content = yaml.safe_dump(small.config("nan", tuned, base, tokenizer={"source": str(other)}))
     with pytest.raises(KeyboardInterrupt):
         mergekit_ext.merge(content, tmp_path / "merged" / "out", callbacks=[Stop()])
-    tokenizer(other, [0, *range(63, 0, -1)])
+    small.tokenizer(other, [f"w{i}" for i in (0, *range(63, 0, -1))])
     with pytest.warns(MergeWarning, match="bos_token_id 1 in config.json"):
         mergekit_ext.merge(content, tmp_path / "merged" / "out")
     said = f"Starting over: not what was merged before (input {other})"

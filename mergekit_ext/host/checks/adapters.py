@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +15,13 @@ from mergekit_ext.errors import ConfigError
 from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, read_safetensors
 from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, fit, read_adapter
 from mergekit_ext.host.checks import hub
+from mergekit_ext.host.checks.configuration import json_object
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import listing, nearest
 from mergekit_ext.host.class_model import empty_model
 from peft_merge.adapter import Adapter
 
+_WRITTEN = "the configuration of a PEFT adapter"
 _SAFE, _PICKLE = _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -184,20 +185,20 @@ def near(path: str) -> str:
 
 
 def _check_files(folder: Path, where: str, findings: Findings) -> None:
+    from peft import PeftConfig
+
     from peft_merge.io.read import LARGEST_CONFIG
 
-    config = folder / "adapter_config.json"
+    _, wrong = json_object(folder / "adapter_config.json", _WRITTEN, LARGEST_CONFIG)
     try:
-        if config.stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"more than {LARGEST_CONFIG >> 20} MiB")
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        findings.problem(
-            where,
-            f"an adapter {folder} without a readable adapter_config.json ({error})",
-            "a PEFT adapter's folder",
-            "Give the folder that PeftModel.save_pretrained wrote.",
-        )
+        if wrong is None and not PeftConfig.from_pretrained(str(folder)).peft_type:
+            wrong = f"an adapter {folder} whose adapter_config.json has no peft_type", _WRITTEN
+    except Exception as error:  # whatever PEFT's classes make of such fields
+        text = " ".join(str(error).split())
+        found = f"an adapter_config.json in {folder} that PEFT cannot read"
+        wrong = f"{found} ({type(error).__name__}: {text})", _WRITTEN
+    if wrong is not None:
+        findings.problem(where, *wrong, "Give the folder that PeftModel.save_pretrained wrote.")
     weights = [folder / name for name in _ADAPTER_FILES if (folder / name).is_file()]
     if not weights:
         findings.problem(

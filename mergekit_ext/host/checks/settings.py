@@ -54,6 +54,11 @@ def wants_tokenizer(config: Any) -> bool:
     return bool(getattr(config, "tokenizer_source", None) or getattr(config, "tokenizer", None))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether any file of a tokenizer is in a model's folder."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
 def _device(options: Any, findings: Findings) -> None:
     import torch
 
@@ -136,7 +141,7 @@ def _tokenizer(config: Any, findings: Findings) -> None:
                 findings.problem(
                     where, f"{source}, which does not exist", "a model's folder", "Check the path."
                 )
-        elif not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        elif not has_tokenizer(folder):
             findings.problem(
                 where,
                 f"no tokenizer in {folder}",
