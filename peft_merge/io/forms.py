@@ -11,18 +11,18 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mergekit_ext.errors import Problem, printable
 from peft_merge.adapter import Adapter, ModuleInfo
-from peft_merge.io import names, whole
+from peft_merge.io import names
+from peft_merge.io.base_class import base_class
+from peft_merge.io.renamed import renamed
 from peft_merge.io.renamings import Rename, renamings
-from peft_merge.targets import SELECTION, Targets
 
 # Of a class with a head the body is `model`; DistributedDataParallel is no part of a model.
 _OUTER: tuple[tuple[str, str], ...] = (("", "model."), ("module.", ""))
@@ -46,7 +46,9 @@ def one_form(adapters: Sequence[Adapter]) -> OneForm:
 
     Without a base its class is not known, so a renaming of transformers' is taken only if it leads
     from modules of one adapter to paths of another one, leaves that one's names as they are, keeps
-    all names of an adapter apart, and no other renaming that does so gives other names.
+    all names of an adapter apart, and no other renaming that does so gives other names. Adapters
+    that have no place in common cannot be compared like that: there the base's class decides, if
+    its config.json is at hand.
     """
     found = list(adapters)
     notes: list[str] = []
@@ -60,18 +62,61 @@ def one_form(adapters: Sequence[Adapter]) -> OneForm:
                 _untold(found[old], far, f"{ways[0](far)}, which {found[new].name} lacks")
             )
         elif ways:
-            changed = {name: ways[0](name) for name in found[old].infos}
-            first = next(name for name, other in changed.items() if name != other)
-            notes.append(
-                f"{printable(found[old].name)}: modules are named as in "
-                f"{printable(found[new].name)}, {printable(first)} as {printable(changed[first])}."
-            )
-            found[old] = _renamed(found[old], ways[0])
+            notes.append(_note(found[old], found[new].name, ways[0]))
+            found[old] = renamed(found[old], ways[0])
     if not problems:
         for left, right in itertools.combinations(found, 2):
             problems += [*_nested(left, right), *_nested(right, left)]
             problems += [*_experts(left, right), *_experts(right, left)]
+    if not problems and _disjoint(found):
+        _of_class(found, notes, problems)
     return OneForm(found, notes, problems)
+
+
+def _note(adapter: Adapter, model: str, rename: Rename) -> str:
+    first = next(name for name in adapter.infos if rename(name) != name)
+    return (
+        f"{printable(adapter.name)}: modules are named as in {printable(model)}, "
+        f"{printable(first)} as {printable(rename(first))}."
+    )
+
+
+def _disjoint(adapters: Sequence[Adapter]) -> bool:
+    """Whether two adapters have no place in common."""
+    places = [_Paths.of(adapter).parents for adapter in adapters]
+    return any(not left & right for left, right in itertools.combinations(places, 2))
+
+
+def _of_class(adapters: list[Adapter], notes: list[str], problems: list[Problem]) -> None:
+    """Bring the names of all adapters to those of their class, where it is known.
+
+    It is known if all modules of an adapter are modules of the class in the base's config.json.
+    Names that are older are renamed as transformers does; PEFT would load none of what has no
+    module in that class.
+    """
+    bases = dict.fromkeys(adapter.config.get("base_model_name_or_path") for adapter in adapters)
+    kind = next((found for base in bases if (found := base_class(base))), None)
+    if kind is None or not any(kind.has(adapter.infos) for adapter in adapters):
+        return
+    for index, adapter in enumerate(adapters):
+        rename = kind.renaming((*adapter.infos, *adapter.saved))
+        if kind.has(adapter.infos):
+            continue
+        if kind.has(adapter.infos, rename):
+            notes.append(_note(adapter, kind.name, rename))
+            adapters[index] = renamed(adapter, rename)
+        # For a task PEFT takes another class, with a head that may be all that is adapted.
+        elif not adapter.config.get("task_type") and not any(
+            kind.has([name]) for name in adapter.infos
+        ):
+            problems.append(
+                Problem(
+                    f"{next(iter(adapter.infos))} of adapter {adapter.name}",
+                    f"no module of {kind.name}, the class of the base, in this adapter",
+                    "names of that class, of which other adapters have modules",
+                    _REMEDY,
+                )
+            )
 
 
 def _stem(name: str) -> str:
@@ -237,37 +282,3 @@ def _experts(stacked: Adapter, single: Adapter) -> Iterator[Problem]:
                 _REMEDY,
             )
             return
-
-
-def _renamed(adapter: Adapter, rename: Rename) -> Adapter:
-    """The adapter under other names, with a configuration that means them."""
-    modules = {rename(name): name for name in adapter.infos}
-    saved = {rename(name): name for name in adapter.saved}
-    infos: dict[str, Any] = {new: adapter.infos[old] for new, old in modules.items()}
-    load: Callable[[str], Any] = adapter.load
-    changed: dict[str, Any] = {
-        "config": _meant(adapter.config, infos, saved),
-        "infos": infos,
-        "load": lambda name: load(modules[name]),
-        "saved": {new: adapter.saved[old] for new, old in saved.items()},
-    }
-    return replace(adapter, **changed)
-
-
-def _meant(
-    config: Mapping[str, Any], infos: Mapping[str, Any], saved: Mapping[str, str]
-) -> dict[str, Any]:
-    """A configuration that selects these modules and saves these tensors."""
-    owners = sorted({names.owner(name, infos) for name in infos})
-    targets, result = Targets(config), dict(config)
-    linear = [owner for owner in owners if not targets.parameters(owner)]
-    if not all(map(targets.adapt, linear)):
-        result |= dict.fromkeys(SELECTION) | {"target_modules": linear}
-    entries = [
-        new.rpartition(".")[0]
-        for new, old in saved.items()
-        if whole.module_to_save(old, config) and not whole.module_to_save(new, config)
-    ]
-    if entries:
-        result["modules_to_save"] = [*config["modules_to_save"], *dict.fromkeys(entries)]
-    return result

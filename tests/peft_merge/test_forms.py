@@ -346,3 +346,54 @@ def test_fields_of_training_refuse_no_adapter(tmp_path):
     rename(folders[0], str, lora_dtpye="bfloat16")
     with pytest.raises(ConfigError, match="lora_dtpye"):
         merge_adapters(folders)
+
+
+TOWERS = {
+    "qwen2_vl": (qwen2_vl, old_qwen2_vl, r".*visual.*qkv", r".*language_model.*q_proj"),
+    "llava": (llava, old_llava, r".*vision_tower.*q_proj", r".*language_model.*q_proj"),
+}
+
+
+@FEW
+@pytest.mark.parametrize("old", [0, 1], ids=["vision", "text"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_class_decides_where_adapters_share_no_place(name, old, tmp_path):
+    make, change, *targets = TOWERS[name]
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    folders = [
+        save(tmp_path / f"t{i}", make(), i, target_modules=target)
+        for i, target in enumerate(targets)
+    ]
+    for folder in folders:
+        rename(folder, str, base_model_name_or_path=str(tmp_path / "base"))
+    expected = merge_adapters(folders).adapter
+    rename(folders[old], change, target_modules=[targets[old].rpartition("*")[2]])
+    found = merge_adapters(folders)
+    require_same(found.adapter, expected)
+    assert f"t{old}: modules are named as in" in " ".join(found.report["notes"])
+    found.save(tmp_path / "out")
+    require_loaded(make(), tmp_path / "out")
+
+
+def test_an_adapter_without_a_module_of_the_class_of_another_is_refused(tmp_path):
+    llava().save_pretrained(tmp_path / "base")
+    one = save(tmp_path / "one", llava(), 1, target_modules=r".*vision_tower.*q_proj")
+    other = save(tmp_path / "other", vit(), 2)
+    rename(one, str, base_model_name_or_path=str(tmp_path / "base"))
+    with pytest.raises(ConfigError, match=r"no module of LlavaForConditionalGeneration"):
+        merge_adapters([one, other])
+
+
+@FEW
+def test_names_of_another_class_than_the_base_s_stay(tmp_path):
+    """A body of a base with a head: one form in both adapters, though not that of config.json."""
+    config = BertConfig(**ENCODER, vocab_size=32, architectures=["BertForSequenceClassification"])
+    config.save_pretrained(tmp_path / "base")
+    folders = [
+        save(tmp_path / name, BertModel(config), 1, target_modules=[name])
+        for name in ("query", "value")
+    ]
+    for folder in folders:
+        rename(folder, str, base_model_name_or_path=str(tmp_path / "base"))
+    assert all(name.startswith("encoder.") for name in merge_adapters(folders).adapter.infos)
