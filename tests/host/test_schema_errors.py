@@ -23,6 +23,11 @@ DOCUMENTS = {
     "a list for a model": ({"models": [{"model": ["a"]}]}, "models[0].model"),
     "two plus signs": ({"models": [{"model": "a+b+c"}]}, "a+b+c"),
     "slices without sources": ({"slices": [SLICE]}, "slices[0]"),
+    "a slice of nothing": ({"slices": [{"sources": []}]}, "slices[0].sources"),
+    "a slice of nothing in a module": (
+        {"modules": {"default": {"slices": [{"sources": [SLICE]}, {"sources": []}]}}},
+        "modules.default.slices[1].sources",
+    ),
     "three ends of a range": (
         {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1, 2]}]}]},
         "slices[0].sources[0].layer_range",

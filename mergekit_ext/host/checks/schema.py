@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.errors import Problem
@@ -23,9 +23,13 @@ def parse(document: Any, schema: Any) -> tuple[Any, list[Problem]]:
         return None, [
             Problem("the document", shown(document), "a mapping with `merge_method:` and inputs")
         ]
-    problems = _structure(document) if "slices" in schema.model_fields else []
+    sliced = "slices" in schema.model_fields
+    problems = _structure(document) if sliced else []
+    empty = list(_without_sources(document)) if sliced else []
+    problems += empty
     try:
-        return schema.model_validate(dict(document)), problems
+        config = schema.model_validate(dict(document))
+        return None if empty else config, problems
     except ValidationError as error:
         return None, problems + _located(error, document)
     except RuntimeError as error:  # mergekit's validators raise it, past pydantic
@@ -56,6 +60,23 @@ def _structure(document: Mapping[str, Any]) -> list[Problem]:
             )
         )
     return problems
+
+
+def _without_sources(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """Slices without a model, which mergekit accepts until it looks for the first."""
+    modules = document.get("modules")
+    named = modules if isinstance(modules, Mapping) else {}
+    parts = {f"modules.{name}.": part for name, part in named.items()}
+    for where, part in {"": document, **parts}.items():
+        slices = part.get("slices") if isinstance(part, Mapping) else None
+        for index, piece in enumerate(slices if isinstance(slices, list) else ()):
+            if isinstance(piece, Mapping) and piece.get("sources") == []:
+                yield Problem(
+                    f"{where}slices[{index}].sources",
+                    "an empty list",
+                    "the layers of one model at least",
+                    "Add `- model:` with its `layer_range:`, or remove the slice.",
+                )
 
 
 def _located(error: Any, document: Mapping[str, Any]) -> list[Problem]:
