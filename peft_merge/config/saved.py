@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.dtypes import is_counter
 from mergekit_ext.errors import MergeWarning, Problem
 from peft_merge.adapter import Adapter
 from peft_merge.config.wording import did_you_mean, listing, shown
@@ -62,6 +63,11 @@ def problems_of(choice: Any, adapters: Sequence[Adapter]) -> Iterator[Problem]:
             found = ", ".join(f"{shape} in {owner}" for owner, shape in shapes.items())
             remedy = f"Set `modules_to_save` to one of: drop, {', '.join(names)}."
             yield Problem(name, f"whole tensors of shapes {found}", "one shape", remedy)
+        elif not (_floating(name, adapters) or is_counter(name)):
+            values = [adapter.saved[name]() for adapter in adapters if name in adapter.saved]
+            if not _equal(values):
+                remedy = f"Set `modules_to_save` to one of: drop, {', '.join(names)}."
+                yield Problem(name, "whole numbers that differ", "the same ones: no mean", remedy)
     for without_them, tensors in lacking.items():
         remedy = f"Say which to take with `modules_to_save`, one of: {ways}."
         found = f"whole tensors that {without_them} lacks"
@@ -90,6 +96,10 @@ def averaged(
         "whole, which is no head of any of their tasks unless the tasks are the same. Set "
         "`modules_to_save` to the name of an adapter, to `drop`, or to `average` if that is meant."
     )
+
+
+def _floating(name: str, adapters: Sequence[Adapter]) -> bool:
+    return all(a.saved[name]().is_floating_point() for a in adapters if name in a.saved)
 
 
 def _equal(tensors: Sequence[Tensor]) -> bool:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mergekit_ext.errors import MergeError, MergeWarning, NonFiniteError
+from mergekit_ext.errors import ConfigError, MergeError, MergeWarning, NonFiniteError
 from tests.numerics.inputs import (
     NAME,
     drawn,
@@ -158,13 +158,35 @@ def test_integers_in_files(name, tmp_path):
     whole = {NAME: torch.arange(4), "c": torch.tensor([1 + 2j])}
     for tensor, found in host_files(tmp_path / "same", name, [whole] * 3, whole).items():
         assert torch.equal(found, whole[tensor])
-    for tensor, values in {NAME: torch.arange(1, 5), "c": torch.tensor([1 + 3j])}.items():
-        other = {**whole, tensor: values}
-        with pytest.raises(MergeError, match=f"{tensor}: found different values of"):
-            host_files(tmp_path / tensor, name, [whole, other, whole], whole)
+    other = {**whole, NAME: torch.arange(1, 5)}
+    with pytest.raises(ConfigError, match=f"{NAME}: found whole numbers that differ"):
+        host_files(tmp_path / NAME, name, [whole, other, whole], whole)
+    other = {**whole, "c": torch.tensor([1 + 3j])}
+    with pytest.raises(MergeError, match="c: found different values of"):
+        host_files(tmp_path / "c", name, [whole, other, whole], whole)
     bad = {**whole, "c": torch.tensor([complex(math.nan, 0)])}
     with pytest.raises(NonFiniteError, match="c of model"):
         host_files(tmp_path / "nan", name, [bad] * 3, bad)
+
+
+@each
+def test_large_tables_are_compared_while_merging(name, tmp_path):
+    """Before the merge they are not read."""
+    table = {NAME: torch.zeros((1 << 17) + 1, dtype=torch.int64)}
+    with pytest.raises(MergeError, match=f"{NAME}: found different values of"):
+        host_files(tmp_path / "large", name, [table, {NAME: table[NAME] + 1}, table], table)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_counters_of_training(name, dtype, tmp_path):
+    """Every fine-tune of a model with batch norms has its own, and no output depends on them."""
+    counter = "bn.num_batches_tracked"
+    states = [
+        {NAME: drawn(4, 5, seed=i), counter: torch.tensor(7 * i, dtype=dtype)} for i in range(4)
+    ]
+    merged = host_files(tmp_path / "files", name, states[1:], states[0])
+    assert torch.equal(merged[counter], states[0][counter])
 
 
 @pytest.mark.parametrize("name", ["nan", "lore"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 
 import peft_merge
 from mergekit_ext.errors import (
@@ -409,3 +410,32 @@ def test_the_package_names_what_it_offers():
         assert getattr(peft_merge, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = peft_merge.nothing
+
+
+def test_whole_numbers_in_whole_modules_are_the_same_or_counters(tmp_path):
+    """A batch norm beside factors counts its batches; places in a table have no mean."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+            self.norm.register_buffer("places", torch.arange(4))
+
+    config = LoraConfig(target_modules=["linear"], modules_to_save=["norm"], r=2)
+    for seed in range(2):
+        model = get_peft_model(Model(), config)
+        norm = model.base_model.model.norm.modules_to_save["default"]
+        norm.num_batches_tracked.fill_(seed + 5)
+        norm.running_mean.fill_(seed)
+        model.save_pretrained(tmp_path / f"same{seed}")
+        norm.places.add_(seed)
+        model.save_pretrained(tmp_path / f"other{seed}")
+    same, other = ([tmp_path / f"{name}{seed}" for seed in range(2)] for name in ("same", "other"))
+    saved = merge_adapters(same, modules_to_save="average").adapter.saved
+    assert saved["norm.num_batches_tracked"]() == 5
+    assert torch.equal(saved["norm.running_mean"](), torch.full((4,), 0.5))
+    assert torch.equal(saved["norm.places"](), torch.arange(4))
+    with pytest.raises(ConfigError, match=r"norm\.places: found whole numbers that differ"):
+        merge_adapters(other, modules_to_save="average")
+    taken = merge_adapters(other, modules_to_save="other1").adapter.saved
+    assert torch.equal(taken["norm.places"](), torch.arange(4) + 1)

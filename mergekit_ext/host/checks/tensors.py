@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_ext.dtypes import NARROW, PACKED
+from mergekit_ext.dtypes import NARROW, PACKED, WHOLE, is_counter
 from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import tensors_at
+from mergekit_ext.stored_bytes import same_bytes
+
+# The largest tensor whose values are compared before the merge.
+_LARGEST_READ = 1 << 20
 
 
 def check_tensors(
@@ -20,7 +24,7 @@ def check_tensors(
     aligned: bool,
     findings: Findings,
 ) -> None:
-    """Report missing tensors, shapes and dtypes that do not fit.
+    """Report missing tensors, shapes, dtypes and whole numbers that do not fit.
 
     `aligned`: vocabularies are made equal before the merge (a tokenizer, or truncation).
     """
@@ -37,6 +41,7 @@ def check_tensors(
             shapes.setdefault((resizable, listed), []).append(tensor.planned.weight.name)
     _report_shapes(shapes, findings)
     _check_packed(located, findings)
+    _check_whole_numbers(located, findings)
     if config.dtype is None:  # otherwise everything else is converted on loading
         _check_dtypes(located, findings)
 
@@ -52,6 +57,29 @@ def _check_packed(located: Sequence[FoundTensor], findings: Findings) -> None:
             f"{dtype}, which cannot be converted",
             "a dtype of 8 bits at least",
             "Give the models before quantisation.",
+        )
+
+
+def _check_whole_numbers(located: Sequence[FoundTensor], findings: Findings) -> None:
+    """Refuse whole numbers that differ: they have no mean. Larger tensors are not read here."""
+    differing: dict[str, list[str]] = {}
+    for tensor in located:
+        known = [(model, h) for model, h in tensor.found.items() if h is not None and h.file]
+        name = tensor.planned.weight.name
+        if is_counter(name) or len({(h.dtype, h.shape) for _, h in known}) != 1:
+            continue
+        (first, one), *others = known
+        if one.dtype in WHOLE and one.nbytes <= _LARGEST_READ:
+            for model, other in others:
+                if not same_bytes(one, other):
+                    differing.setdefault(f"{first} and {model}", []).append(name)
+                    break
+    for models, names in differing.items():
+        findings.problem(
+            tensors_at(names),
+            f"whole numbers that differ between {models}",
+            "the same ones, because they have no mean and are copied",
+            "Save the models with the same values, or take one out of the merge.",
         )
 
 
