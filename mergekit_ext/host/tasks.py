@@ -45,8 +45,8 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         started = time.perf_counter()
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         if is_counter(self.output_weight.name) and tensors:
-            first = self.base_model if self.base_model in tensors else next(iter(tensors))
-            tensors = dict.fromkeys(tensors, tensors[first])
+            order = (self.base_model, *self.model_order)
+            tensors = dict.fromkeys(tensors, next(tensors[m] for m in order if m in tensors))
         with seeded(derived(self.seed, self.output_weight.name), device):
             try:
                 merged: torch.Tensor | None = super().execute(tensors)

@@ -792,7 +792,7 @@ def test_base_with_adapter_by_mergekits_own_way(models, tmp_path, monkeypatch) -
     assert any("--lora-merge-cache" in text for text in texts)
     assert any("adapter, which does not exist" in text for text in texts)
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     cache = tmp_path / "cache"
     assert "without weights" in the(run(document, lora_merge_cache=str(cache))).found
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")

@@ -46,13 +46,13 @@ def host(name: str, models: Sequence[State], base: State | None = None, **more: 
     return state_dicts.merge(name, named, base, {**HOST[name], **more})
 
 
-def host_files(folder: Path, name: str, models: Sequence[State], base: State) -> State:
+def host_files(folder: Path, name: str, models: Sequence[State], base: State | None) -> State:
     """The same of files, as mergekit-pytorch merges them."""
     folder.mkdir()
     paths = [folder / f"m{index}.safetensors" for index in range(len(models) + 1)]
-    for path, state in zip(paths, [base, *models], strict=True):
+    for path, state in zip(paths, [base or {}, *models], strict=True):
         save_file(dict(state), path, {"format": "pt"})
-    content = config(name, paths[1:], paths[0], HOST[name])
+    content = config(name, paths[1:], paths[0] if base else None, HOST[name])
     asked = merge_raw_pytorch.RawPyTorchMergeConfig.model_validate(content)
     out, options = folder / "out", MergeOptions(quiet=True)
     plan = merge_raw_pytorch.plan_flat_merge(asked, str(out), False, False, options)

@@ -187,6 +187,11 @@ def test_counters_of_training(name, dtype, tmp_path):
     ]
     merged = host_files(tmp_path / "files", name, states[1:], states[0])
     assert torch.equal(merged[counter], states[0][counter])
+    if name in ("nan", "lore"):
+        for order in ([1, 2, 3], [3, 1, 2], [2, 3, 1]):
+            models = [states[i] for i in order]
+            merged = host_files(tmp_path / f"first{order[0]}", name, models, None)
+            assert torch.equal(merged[counter], states[order[0]][counter])
 
 
 @pytest.mark.parametrize("name", ["nan", "lore"])
