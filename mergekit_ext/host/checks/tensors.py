@@ -10,7 +10,7 @@ from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.support import tensors_at
-from mergekit_ext.stored_bytes import same_bytes
+from mergekit_ext.host.stored_bytes import same_bytes
 
 # The largest tensor whose values are compared before the merge.
 _LARGEST_READ = 1 << 20
