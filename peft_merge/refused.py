@@ -118,6 +118,7 @@ FIELDS: dict[str, frozenset[str]] = {"LORA": frozenset(_LORA), "IA3": frozenset(
 # Fields of other trainers that PEFT drops when it loads an adapter, and what they are for. They
 # change how factors were found, not what they mean.
 TRAINING_ONLY: dict[str, str] = {
+    "merge_weights": "PEFT before 0.4: whether the model merged it for evaluation",
     "lora_dtype": "ms-swift: the dtype of the factors in training",
     "lorap_lr_ratio": "ms-swift: LoRA+, the learning rate of B over that of A",
     "lorap_emb_lr": "ms-swift: LoRA+, the learning rate of embeddings",
