@@ -1,15 +1,13 @@
-"""FlexMerge: all sizes against size 1, and writing against copying.
+"""FlexMerge: writing one size against copying as many bytes.
 
     python -m bench.flexmerge                    # 8 and 30 models of ViT-B/32's shape, 10.7 GB
     python -m bench.flexmerge --tasks 8 --runs 3
     python -m bench.flexmerge --disk             # with the models out of the page cache
     python -m bench.flexmerge --quick            # a tiny model, to see that it runs
 
-*All sizes*: similarities of every block, and every merged vector that any size contains
-(`flexmerge.sweep`), task arithmetic, against task arithmetic of all models into one, block by block
-through the same reader. *Writing*: a checkpoint of size 2, against reading the same inputs and
-writing the same number of bytes with plain file calls. Runs are alternated; medians are shown, and
-the peak of the process's own memory.
+A checkpoint of size 2, task arithmetic, against reading the same inputs and writing the same
+number of bytes with plain file calls. Runs are alternated; medians are shown, and the peak of the
+process's own memory.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import Naming, make_layout
 from mergekit_ext.flexmerge.plan import Dendrograms, Storage
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
-from mergekit_ext.flexmerge.sweep import sweep
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.headers import read_folder
@@ -77,19 +74,6 @@ def reader_of(folder: Path, count: int) -> BlockReader:
 def algorithm_for(count: int) -> TaskArithmetic:
     """Task arithmetic with the paper's lambda."""
     return TaskArithmetic(Parameters({"lambda": 1.5}, [{"weight": 1.0}] * count))
-
-
-def one_size(folder: Path, count: int) -> None:
-    """Merge all models into one, block by block; keep nothing."""
-    reader, algorithm = reader_of(folder, count), algorithm_for(count)
-    for data in reader.once():
-        algorithm.merge(data, range(count), torch.float32)
-
-
-def all_sizes(folder: Path, count: int) -> None:
-    """Make every merged vector of every size; keep nothing."""
-    for _ in sweep(reader_of(folder, count), algorithm_for(count)):
-        pass
 
 
 def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -180,11 +164,6 @@ def main() -> None:
             make_models(folder, max(arguments.tasks), arguments.quick)
         before = partial(forget, folder) if arguments.disk else lambda: None
         for count in arguments.tasks:
-            pair = {
-                "all": partial(all_sizes, folder, count),
-                "one": partial(one_size, folder, count),
-            }
-            show(f"{count} tasks, all sizes", alternate(pair, arguments.runs, before))
             write, copy = writing(folder, count)
             title = f"{count} tasks, size {WRITTEN_SIZE:g}"
             show(title, alternate({"write": write, "copy": copy}, arguments.runs, before))

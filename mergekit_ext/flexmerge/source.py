@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mergekit_ext.flexmerge.ahead import Ahead
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout
 from mergekit_ext.headers import TensorHeader
 
@@ -167,7 +166,6 @@ class BlockReader:
         self._last, self._expected = -1, 0  # the place last read, and where announcing goes on
         # The system makes who announces more than its queue holds wait.
         self._herald = ThreadPoolExecutor(1, thread_name_prefix="mergekit-ext-ahead")
-        self._ahead: Ahead | None = None
 
     def read(self, block: BlockLayout, members: Sequence[int] | None = None) -> BlockData:
         """The block of the base and of the members' models (default: of all)."""
@@ -176,28 +174,6 @@ class BlockReader:
         models = {member: self._vector(member, self._models[member], block) for member in chosen}
         self._expect(self._place[block.name], [self._base, *(self._models[m] for m in chosen)])
         return BlockData(block, base, models)
-
-    def once(self) -> Iterator[BlockData]:
-        """Every block of all models, in order; for a single pass.
-
-        Files that the page cache does not hold are read around it. Who reads a second time finds
-        them no sooner than the first time. No other reading until the last block is taken.
-        """
-        sources = [self._base, *self._models]
-        self._ahead = Ahead(
-            source.tensors[part.name]
-            for block in self.layout.blocks
-            for source in sources
-            for part in block.parts
-        )
-        try:
-            for block in self.layout.blocks:
-                base = self._vector(-1, self._base, block)
-                models = {i: self._vector(i, model, block) for i, model in enumerate(self._models)}
-                yield BlockData(block, base, models)
-        finally:
-            self._ahead.close()
-            self._ahead = None
 
     def _expect(self, place: int, sources: Sequence[Source]) -> None:
         """Announce what will be read after `place`: as much as the largest block holds.
@@ -242,19 +218,12 @@ class BlockReader:
         for part, stored in zip(block.parts, dtypes, strict=True):
             piece = vector[part.slice]
             if stored == dtype:
-                self._fill(source, part.name, piece)
+                source.read(part.name, piece)
             else:
                 narrow = torch.empty(piece.shape, dtype=stored)
-                self._fill(source, part.name, narrow)
+                source.read(part.name, narrow)
                 piece.copy_(narrow)
         return vector if self._device.type == "cpu" else vector.to(self._device)
-
-    def _fill(self, source: Source, name: str, out: Tensor) -> None:
-        header = source.tensors[name]
-        if self._ahead is None or header.file is None:
-            source.read(name, out)
-        else:
-            self._ahead.read(header, out)
 
     def _buffer(self, index: int, dtype: torch.dtype, size: int) -> Tensor:
         # One buffer is enough off the CPU, where `to` copies.

@@ -12,14 +12,11 @@ from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from peft_merge.adapter import Adapter, ModuleInfo
 from peft_merge.config.wording import listing
 from peft_merge.io.names import unwrapped
-from peft_merge.prompt import EXPRESSIONS, slow
 from peft_merge.targets import Targets
 from peft_merge.weight_shapes import Shape, orientations
 
 _SUBJECT = "loading these tasks"
 _REMEDY = "Load the model that the adapters were trained on, with the class that they were."
-# Fields with expressions that PEFT matches with the names of all modules.
-_MATCHED = (*EXPRESSIONS, "modules_to_save")
 
 
 def require_base(base_model: Any) -> None:
@@ -53,7 +50,6 @@ def require_fit(adapters: Sequence[Adapter], base_model: nn.Module) -> None:
     problems: list[Problem] = []
     for adapter in adapters:
         where = f"adapter {adapter.name}"
-        problems += slow(adapter.config, _MATCHED, modules, where)
         # Replicated and tied layers have names that only PEFT can tell.
         config = adapter.config
         if not config.get("layer_replication") and not config.get("ensure_weight_tying"):

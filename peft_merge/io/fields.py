@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit_ext.errors import Problem
-from peft_merge.prompt import EXPRESSIONS, unusable
+from peft_merge.patterns import keyed
 
 # As far as torch counts.
 _LARGEST_RANK = 2**63 - 1
 # Different names; each is looked up in every module.
 _MOST_PARAMETERS = 64
+# Fields whose texts must be expressions, and the most characters of one of them: a merged adapter
+# may name every module in one.
+EXPRESSIONS = (
+    *("rank_pattern", "alpha_pattern", "feedforward_modules"),
+    *("target_modules", "exclude_modules", "layers_pattern"),
+)
+_LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -120,4 +128,36 @@ def problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     }
     for name, value in wrong.items():
         yield Problem(f"{where}: {name}", repr(value)[:80], FIELDS[name].expected)
-    yield from unusable(config, [name for name in EXPRESSIONS if name not in wrong], where)
+    for name in EXPRESSIONS:
+        if name not in wrong:
+            yield from _unusable(name, config.get(name), where)
+
+
+def _unusable(field: str, value: Any, where: str) -> Iterator[Problem]:
+    """Texts that PEFT takes for regular expressions, and that are none or too long to compile."""
+    texts = _expressions(field, value)
+    if sum(map(len, texts)) > _LONGEST:
+        found, expected = f"{sum(map(len, texts)):,} characters", f"{_LONGEST:,} at most"
+        yield Problem(f"{where}: {field}", found, expected, "Name the modules.")
+        return
+    for text in texts:
+        if not _compiles(texts[text]):
+            yield Problem(f"{where}: {field}", repr(text[:80]), "a regular expression")
+
+
+def _compiles(expression: str) -> bool:
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _expressions(field: str, value: Any) -> dict[str, str]:
+    """Each text of a field that PEFT takes for an expression, and what PEFT makes of it."""
+    if field in ("rank_pattern", "alpha_pattern"):
+        return {key: keyed(key) for key in value or ()}
+    if field == "layers_pattern":
+        texts = [value] if isinstance(value, str) else value or ()
+        return {text: rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\." for text in texts}
+    return {value: value} if isinstance(value, str) else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,6 @@ from peft_merge.io.factors import factors
 from peft_merge.io.tensors import VECTOR, Tensors, finite
 from peft_merge.io.vectors import vectors
 from peft_merge.layouts import BIAS, LAYOUTS
-from peft_merge.prompt import EXPRESSIONS, slow
 from peft_merge.refused import unknown_tensor
 from peft_merge.targets import SELECTION, Targets
 
@@ -32,13 +31,6 @@ _PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embe
 _LISTS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 # Kept by training only (VeLoRA's projection of activations).
 _IGNORED = (".lora_velora_embed",)
-
-
-def _matched_names(config: Mapping[str, Any], modules: Collection[str]) -> Iterator[str]:
-    leaves = {entry.rpartition(".")[2] for entry in config.get("target_parameters") or ()}
-    for module in modules:
-        owner = names.owner(module, modules)
-        yield from (module, owner, *(f"{owner}.{leaf}" for leaf in leaves))
 
 
 @dataclass
@@ -66,10 +58,6 @@ def parse(
     if not live:
         config = _plain(config)
     stored = _sort(tensors.headers, where, found, live)
-    matched = _matched_names(config, stored.modules)
-    endless = [] if live else list(slow(config, EXPRESSIONS, matched, where))
-    if endless:
-        return None, [*found, *endless]
     saved = whole.collect(config, stored.rest, stored.modules, where, found)
     read = _Reader(name, tensors, stored.keys)
     load_saved = {key: partial(read.whole, header) for key, header in saved.items()}

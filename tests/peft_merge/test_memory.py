@@ -446,10 +446,3 @@ def test_a_merged_adapter_is_merged_again():
     check_sum(model, ["m", "a1"], [0.5, -0.5])
     model.delete_adapter("m")
     assert list(model.peft_config) == ["default", "a1", "merged"]
-
-
-def test_expressions_of_a_live_model_are_not_tried_again(monkeypatch):
-    # Each try starts a process, which takes longer than a merge.
-    model = model_of(models.KINDS["plain"], {"target_modules": r".*(q_proj|v_proj)"})
-    monkeypatch.setattr("peft_merge.prompt._tried", lambda *_: pytest.fail("tried"))
-    adapters_of(model, ["default"])

@@ -10,10 +10,9 @@ from peft import PeftModel
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 from mergekit_ext.errors import ConfigError
-from peft_merge import load_tasks, prompt
+from peft_merge import load_tasks
 from peft_merge.flexmerge import load
 from peft_merge.merge import merge_adapters
-from tests.peft_merge.edit import change_config
 from tests.peft_merge.models import KINDS, answer, base, saved
 
 TASKS = ["t0", "t1"]
@@ -110,26 +109,6 @@ def test_whatever_else_fails_leaves_the_base(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load_tasks(model, folder)
     assert same(before, state(model))
-
-
-def test_an_expression_that_is_endless_on_the_names_of_the_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt, "SECONDS", 1.0)
-    folder = written("modules_to_save", tmp_path)
-    monkeypatch.setattr(load, "open_manifest", _trusting(load.open_manifest))
-    change_config(folder / "t1", modules_to_save=["classifier", r"(\w*\.?)*!"])
-    assert "not done with the modules' names" in refused(base(KINDS["modules_to_save"]), folder)
-
-
-def _trusting(read):
-    """The manifest's files are not compared: a test has changed one."""
-
-    def manifest(folder, *, verify):
-        monkey = pytest.MonkeyPatch()
-        with monkey.context() as patch:
-            patch.setattr("peft_merge.flexmerge.parse._file_problems", lambda *_: iter(()))
-            return read(folder, verify=verify)
-
-    return manifest
 
 
 def test_a_batch_of_several_tasks_is_refused_for_ia3(tmp_path):
