@@ -241,7 +241,8 @@ class AdapterWeights(Kind):
             method,
             seed=self.settings.seed,
             device=self.settings.device,
-            **options,
+            # Heads at different times of one training are heads of one task.
+            **{"modules_to_save": "average", **options},
         )
         if not isinstance(merged, MergedAdapter):
             raise MergeError(f"{method} makes several adapters; expected one that makes one.")

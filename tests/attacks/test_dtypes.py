@@ -88,7 +88,7 @@ def test_float64_is_merged(sound, tmp_path):
 
 
 COPIED = {
-    "integers": ("I64", [struct.pack("<q", i) for i in range(3)], "different values"),
+    "integers": ("I64", [struct.pack("<q", i) for i in range(3)], "have no mean"),
     "complex": ("C64", [struct.pack("<2f", 1, i) for i in range(3)], "different values"),
     "complex NaN": ("C64", [struct.pack("<2f", math.nan, 0)] * 3, "non-finite"),
 }

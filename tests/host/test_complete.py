@@ -127,3 +127,25 @@ def test_whole_models_have_nothing_to_say(tmp_path: Path) -> None:
     report = checked(merging(*family(tmp_path)))
     assert not report.problems and not report.warnings
     assert shapes(tuned(llama(), 1)) == shapes(llama())
+
+
+def test_bodies_without_a_pooler_are_merged_with_a_warning(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    folders = [tmp_path / name for name in ("base", "one", "two")]
+    for folder in folders:
+        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    document = merging(*folders, method="flexmerge", parameters={"target_size": 1})
+    report = checked(document)
+    assert not report.problems
+    (warning,) = report.warnings
+    assert "pooler.dense.bias" in warning and "which no model has" in warning
+    transformers.BertModel(config).save_pretrained(folders[2])
+    problems = checked(document).problems
+    assert [p.where for p in problems] == ["models[0].model", "base_model"]

@@ -71,7 +71,7 @@ def flexmerge(
         place.mkdir(parents=True)
         save_file(dict(state), place / "model.safetensors", {"format": "pt"})
         (place / "config.json").write_text(
-            json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+            json.dumps({"architectures": ["OwnModel"], "model_type": "llama"})
         )
         paths.append(place)
     # One block of everything: of three models one group, with masks or without.

@@ -66,9 +66,9 @@ def adapted_tensors(
         return None
     try:
         adapter = read_adapter(path, otherwise)
-        _warn_of_base(adapter, base, where, findings)
         if tensors is None:
             return None
+        _warn_of_base(adapter, base, where, findings)
         return fit(adapter, tensors, config, otherwise).tensors(tensors, dtype)
     except ConfigError as error:
         for problem in error.problems:

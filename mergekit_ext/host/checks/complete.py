@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
@@ -23,16 +24,21 @@ def loading_of(fact: ModelFacts) -> Loading | None:
 def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any]:
     """Report models that transformers would complete with random numbers, and note what it ignores.
 
-    Such are weights that ZeRO-3 saved empty, a body without its head, or a shard that is gone.
-    Returns these models.
+    Such are weights that ZeRO-3 saved empty, or a shard that is gone. A pooler or a head that no
+    model of its class has is a warning: bodies are often saved without. Returns these models.
     """
     broken = set()
-    for model, fact in facts.items():
-        found = loading_of(fact)
-        if found is None:
-            continue
+    loadings = {model: found for model, fact in facts.items() if (found := loading_of(fact))}
+    for model, found in loadings.items():
+        fact = facts[model]
         kind = fact.config.architectures[0]
-        if wrong := _wrong(found):
+        without = lacking(facts, kind)
+        if without:
+            findings.warn(
+                f"{kind} has {tensors_at(sorted(without))}, which no model has: transformers "
+                "fills that with random numbers in the output, as in the inputs."
+            )
+        if wrong := _wrong(replace(found, missing=_besides(found.missing, without))):
             broken.add(model)
             findings.problem(
                 fact.where,
@@ -49,12 +55,31 @@ def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any
     return broken
 
 
+def lacking(facts: Mapping[Any, ModelFacts], kind: str) -> frozenset[str]:
+    """Return the poolers and heads of a class that all models of that class lack alike."""
+    missing = [
+        found.missing
+        for fact in facts.values()
+        if (found := loading_of(fact)) and fact.config.architectures[0] == kind
+    ]
+    first, *others = missing or [()]
+    return frozenset(
+        name
+        for name in first
+        if ("pooler" in name or is_task_head(name)) and all(name in other for other in others)
+    )
+
+
+def _besides(names: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in known)
+
+
 def check_output(
     located: Sequence[FoundTensor],
     config: Any,
     aligned: bool,
     unused: Sequence[str],
-    ignored: Sequence[str],
+    facts: Mapping[Any, ModelFacts],
     findings: Findings,
 ) -> None:
     """Report tensors that the class of the output needs or has no place for.
@@ -64,7 +89,7 @@ def check_output(
         config: the output's configuration.
         aligned: vocabularies are made equal, so that shapes of embeddings are not known yet.
         unused: stored tensors that the merge does not use.
-        ignored: tensors that the classes of the inputs do not have either.
+        facts: the inputs: what their classes lack or do not have, the output may, too.
     """
     shapes = {
         tensor.planned.weight.name: tensor.headers[0].shape if tensor.headers else (0,)
@@ -74,6 +99,8 @@ def check_output(
     if found is None:
         return
     kind = config.architectures[0]
+    ignored = {n for f in facts.values() if (own := loading_of(f)) for n in own.ignored}
+    found = replace(found, missing=_besides(found.missing, lacking(facts, kind)))
     unknown = aligned or any(not tensor.headers for tensor in located)
     if unknown:  # what shapes would say is for the comparison of the inputs
         found = replace(found, misshapen=(), error="")
@@ -85,7 +112,7 @@ def check_output(
             f"every tensor of {kind}, as transformers loads it",
             BY_FILES,
         )
-    unfit = [*sorted(set(found.ignored) - set(ignored)), *found.misshapen]
+    unfit = [*_besides(found.ignored, ignored), *found.misshapen]
     if unfit:
         findings.problem(
             "the output",

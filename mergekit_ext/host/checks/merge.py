@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_ext import memory
 from mergekit_ext.host.checks.architecture import find_architecture
-from mergekit_ext.host.checks.complete import check_inputs, check_output, loading_of
+from mergekit_ext.host.checks.complete import check_inputs, check_output
 from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
@@ -177,7 +177,5 @@ def _check_models(
         check_fields(facts, donor, findings, crimes=options.allow_crimes, heads=True)
         unused = left_out(planned, located, facts, findings) if config.models else []
         if located and out_config is not None and not findings.count:
-            read = [found.ignored for fact in facts.values() if (found := loading_of(fact))]
-            ignored = [name for names in read for name in names]
-            check_output(located, out_config, aligned, unused, ignored, findings)
+            check_output(located, out_config, aligned, unused, facts, findings)
     return facts, planned, located
