@@ -32,7 +32,7 @@ def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any
     for model, found in loadings.items():
         fact = facts[model]
         kind = fact.config.architectures[0]
-        without = lacking(facts, kind)
+        without = lacking(facts, kind) if found.missing else frozenset()
         if without:
             findings.warn(
                 f"{kind} has {tensors_at(sorted(without))}, which no model has: transformers "
