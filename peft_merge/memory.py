@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.errors import ConfigError, MergeError, Problem
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.combination_types import COMBINATION_TYPES
-from peft_merge.config.wording import did_you_mean, shown
 from peft_merge.io import adapters_of, state_dict
 from peft_merge.io.names import PREFIX
 from peft_merge.merge import MergedAdapter, merge_adapters

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mergekit_ext.core.wording import shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.memory import limited
@@ -21,7 +22,6 @@ from peft_merge.config.check import checked
 from peft_merge.config.document import read, written
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.request import Input, Request, located
-from peft_merge.config.wording import shown
 from peft_merge.convergence import warn_of_late
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter

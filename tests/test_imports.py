@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
 ANY = {
     "budget",
+    "core",
     "codes",
     "documents",
     "durable",
@@ -41,6 +42,7 @@ ANY = {
     "autoload",
 }
 ALLOWED = {
+    "core": {"core", "errors"},
     "budget": set(),
     "codes": set(),
     "documents": {"errors"},
@@ -66,6 +68,7 @@ ALLOWED = {
     "report": {"report", "kernels", "errors", "events"},
     "flexmerge": {
         "budget",
+        "core",
         "durable",
         "flexmerge",
         "headers",
@@ -81,6 +84,7 @@ ALLOWED = {
     },
     "host": {
         "budget",
+        "core",
         "codes",
         "documents",
         "durable",
@@ -107,6 +111,7 @@ ALLOWED = {
     # host and peft_merge inside of functions: see tests/callbacks/test_protocol.py.
     "callbacks": {
         "callbacks",
+        "core",
         "durable",
         "dtypes",
         "errors",
@@ -130,6 +135,7 @@ HOSTS = {"mergekit"}  # only host and cli may know it
 ADAPTERS = PACKAGE.parent / "peft_merge"
 SHARED = {
     "budget",
+    "core",
     "documents",
     "durable",
     "dtypes",

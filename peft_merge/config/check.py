@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from mergekit_ext import memory
+from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.config import saved
@@ -27,7 +28,6 @@ from peft_merge.config.plan import Kind, MergePlan
 from peft_merge.config.request import Input, Request
 from peft_merge.config.resolve import Resolver, unknown_everywhere
 from peft_merge.config.spaces import default_space, space_problems
-from peft_merge.config.wording import did_you_mean, listing, shown
 from peft_merge.footprint import need_of
 from peft_merge.io import compatible, different_bases, few_shared, load_adapter, one_form
 from peft_merge.methods import Method, WholeMethod, methods, parameters_of

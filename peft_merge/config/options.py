@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.errors import Problem
-from peft_merge.config.wording import did_you_mean, shown
 
 _DTYPES = {
     "float32": torch.float32,

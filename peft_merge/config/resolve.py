@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mergekit_ext.core.wording import did_you_mean, join, listing
 from mergekit_ext.errors import Problem
 from peft_merge.config.request import Input
 from peft_merge.config.settings import UNSET, evaluate, filters, places, problems_of
-from peft_merge.config.wording import did_you_mean, join, listing
 from peft_merge.methods import WholeMethod, methods, of_any_rule
 from peft_merge.rules.base import REQUIRED, WEIGHT, Parameter, Settings
 

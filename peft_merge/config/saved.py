@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.dtypes import is_counter
 from mergekit_ext.errors import MergeWarning, Problem
 from peft_merge.adapter import Adapter
-from peft_merge.config.wording import did_you_mean, listing, shown
 from peft_merge.io import whole
 from peft_merge.rules.base import cancelling
 

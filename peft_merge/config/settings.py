@@ -10,8 +10,8 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from mergekit_ext.core.wording import did_you_mean, join, shown
 from mergekit_ext.errors import Problem
-from peft_merge.config.wording import did_you_mean, join, shown
 from peft_merge.io.names import LAYER
 from peft_merge.rules.base import Parameter
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
+from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.errors import Problem
 from peft_merge import ia3
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.plan import Kind
-from peft_merge.config.wording import did_you_mean, listing, shown
 from peft_merge.spaces import SPACES
 
 _NAMES: dict[Kind, tuple[str, ...]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mergekit_ext.core.wording import listing
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from peft_merge.adapter import Adapter, ModuleInfo
-from peft_merge.config.wording import listing
 from peft_merge.io.names import unwrapped
 from peft_merge.targets import Targets
 from peft_merge.weight_shapes import Shape, orientations

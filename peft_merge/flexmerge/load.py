@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from mergekit_ext.core.wording import listing, shown
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.config.wording import listing, shown
 from peft_merge.flexmerge.fit import require_base, require_fit, restored_on_error
 from peft_merge.flexmerge.manifest import Group, Manifest
 from peft_merge.flexmerge.parse import open_manifest

@@ -18,6 +18,7 @@ from dataclasses import replace
 from types import NoneType
 from typing import Any
 
+from mergekit_ext.core.wording import listing, shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
@@ -25,7 +26,6 @@ from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.request import Request
 from peft_merge.config.settings import convert
-from peft_merge.config.wording import listing, shown
 from peft_merge.flexmerge.blocks import GRANULARITIES
 from peft_merge.flexmerge.manifest import task_name_problem
 from peft_merge.flexmerge.options import Options

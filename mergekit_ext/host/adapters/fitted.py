@@ -172,7 +172,7 @@ def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -
     if not found:
         return []
     # Not with the module: the checks load mergekit's planner, which may be loading this.
-    from mergekit_ext.host.checks.support import tensors_at
+    from mergekit_ext.core.wording import tensors_at
 
     return [
         Problem(
@@ -191,7 +191,7 @@ def _tied(adapter: Adapter, changed: set[str], config: Any) -> list[Problem]:
     names = tied_names(changed, config)
     if not names:
         return []
-    from mergekit_ext.host.checks.support import listing, tensors_at
+    from mergekit_ext.core.wording import listing, tensors_at
 
     return [
         Problem(

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mergekit_ext.core.wording import listing, tensors_at
 from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import listing, tensors_at
 from mergekit_ext.host.loading import Loading, loading
 
 

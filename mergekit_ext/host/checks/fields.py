@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mergekit_ext.core.wording import shown
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import shown
 from mergekit_ext.host.loading import class_of
 
 # No part of the function that the weights compute, or compared elsewhere: names, dtypes, the

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext import paths, pickles
+from mergekit_ext.core.wording import listing
 from mergekit_ext.headers import HeaderError, TensorHeader, read_file
 from mergekit_ext.host.adapters.extension import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
@@ -17,9 +18,8 @@ from mergekit_ext.host.checks.layout import groups_of
 from mergekit_ext.host.checks.locate import locate
 from mergekit_ext.host.checks.merge import find_method, resolve_and_estimate
 from mergekit_ext.host.checks.models import ModelFacts, refuse_codes
-from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
+from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings
-from mergekit_ext.host.checks.support import listing, quiet
 from mergekit_ext.host.checks.survey import PlannedTensor
 from mergekit_ext.host.checks.tensors import check_tensors
 

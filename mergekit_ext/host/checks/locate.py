@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_ext.core.wording import listing
 from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import listing
 from mergekit_ext.host.checks.survey import PlannedTensor
 from mergekit_ext.host.loading import class_of
 

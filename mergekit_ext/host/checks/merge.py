@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext import memory
+from mergekit_ext.core.wording import nearest, shown
 from mergekit_ext.host.checks.architecture import find_architecture
 from mergekit_ext.host.checks.complete import check_inputs, check_output
 from mergekit_ext.host.checks.contract import check_contract
@@ -17,10 +18,9 @@ from mergekit_ext.host.checks.locate import FoundTensor, left_out, locate
 from mergekit_ext.host.checks.models import ModelFacts, read_model
 from mergekit_ext.host.checks.modules import check_modules
 from mergekit_ext.host.checks.parameters import check_parameters
-from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
+from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.resolve import ParameterResolution
 from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings, wants_tokenizer
-from mergekit_ext.host.checks.support import nearest, quiet, shown
 from mergekit_ext.host.checks.survey import PlannedTensor, survey
 from mergekit_ext.host.checks.tensors import check_tensors
 from mergekit_ext.host.checks.tokenizers import check_tokenizers

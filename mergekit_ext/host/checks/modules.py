@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext import paths, pickles
+from mergekit_ext.core.wording import listing
 from mergekit_ext.headers import HeaderError, TensorHeader, read_file
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import listing
 from mergekit_ext.host.model_folders import donor_first, fetch_modules, module_home
 from mergekit_ext.host.modules import differing
 from mergekit_ext.model_files import companions, is_weights, module_folders, module_weights

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from mergekit_ext.core.wording import shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.schema import parse
-from mergekit_ext.host.checks.support import shown
 
 
 def names_of(documents: Sequence[Any]) -> list[str | None]:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from mergekit_ext.core.wording import did_you_mean, join, shown
 from mergekit_ext.host.checks.layout import Group, Settings, all_settings
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.schema import expectation
-from mergekit_ext.host.checks.support import did_you_mean, join, shown
 
 # (where the value must stand, the parameter's name)
 Absent = set[tuple[str, str]]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mergekit_ext.errors import ConfigError, Problem
@@ -99,3 +102,18 @@ class Findings:
         return CheckReport(
             tuple(self._problems), tuple(self._notes), estimate, tuple(self._warnings)
         )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress the libraries' warnings during a check, and keep everything away from stdout.
+
+    mergekit repeats the warnings when it merges, and a check's output may be JSON.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.disable(before)

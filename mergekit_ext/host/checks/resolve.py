@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergekit_ext.core.wording import listing, shown, tensors_at
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.layout import Group, Source, all_settings
 from mergekit_ext.host.checks.parameters import Absent, leaves, value_problem
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import listing, shown, tensors_at
 from mergekit_ext.host.checks.survey import PlannedTensor
 
 # An object that no parameter has as its value: the parameter has none here.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergekit_ext.core.wording import join, shown
 from mergekit_ext.errors import Problem
-from mergekit_ext.host.checks.support import join, shown
 
 _SETTING = (
     "a number, a text or true/false, a list of them (a gradient over the layers), "

@@ -13,9 +13,9 @@ from typing import Any
 
 from mergekit.plan import MergePlanner
 
+from mergekit_ext.core.wording import did_you_mean, join
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import did_you_mean, join
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergekit_ext.core.wording import tensors_at
 from mergekit_ext.dtypes import NARROW, PACKED, WHOLE, is_counter
 from mergekit_ext.host.checks.locate import BY_FILES, FoundTensor
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import tensors_at
 from mergekit_ext.host.stored_bytes import same_bytes
 
 # The largest tensor whose values are compared before the merge.

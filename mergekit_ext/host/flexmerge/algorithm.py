@@ -16,10 +16,10 @@ from mergekit.merge_methods.base import (
 )
 from pydantic import Field
 
+from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.flexmerge.algorithms import ALGORITHMS
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Option, Parameters
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import did_you_mean, shown
 from mergekit_ext.host.flexmerge.registered import Registered
 
 # Names mergekit's method where FlexMerge has an algorithm of the same name.

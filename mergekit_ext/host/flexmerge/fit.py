@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergekit_ext.core.wording import shown
 from mergekit_ext.flexmerge.algorithms.base import Algorithm
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import shown
 from mergekit_ext.host.flexmerge.registered import Registered
 
 

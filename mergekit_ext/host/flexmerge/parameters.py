@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BeforeValidator
 
+from mergekit_ext.core.wording import did_you_mean, join, listing, shown
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Parameters
 from mergekit_ext.flexmerge.algorithms.preprocessing import Dare
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.parameters import value_problem
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.support import did_you_mean, join, listing, shown
 from mergekit_ext.host.flexmerge.algorithm import Share, algorithm_specs, make, owners
 from mergekit_ext.host.flexmerge.fit import check_fit
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mergekit_ext import memory
+from mergekit_ext.core.wording import listing
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
@@ -24,9 +25,8 @@ from mergekit_ext.host.checks.keys import unknown_keys
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.modules import check_copied_modules
-from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings
+from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
-from mergekit_ext.host.checks.support import listing, quiet
 from mergekit_ext.host.flexmerge.base_names import as_in_models, named_otherwise
 from mergekit_ext.host.flexmerge.checks import (
     NOT_TAKEN,

@@ -18,11 +18,11 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_ext.core.wording import tensors_at
 from mergekit_ext.errors import MergeError, MergekitExtError, Problem
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Parameters
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.checks.support import tensors_at
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod
 from mergekit_ext.host.session import Session

@@ -1,0 +1,1 @@
+"""What every package uses, and what uses nothing of the project but its errors."""
