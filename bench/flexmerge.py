@@ -37,9 +37,9 @@ from mergekit_ext.flexmerge.plan import Dendrograms, Storage
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
-from mergekit_ext.headers import read_folder
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.host.lore_method import layout_of
+from mergekit_ext.io.headers import read_folder
 
 NAMING = Naming(
     lambda names: blocks_of(names, "component", False), kind_of, depth_of, is_task_head, layout_of

@@ -36,16 +36,16 @@ from mergekit.options import MergeOptions
 from safetensors import safe_open
 
 from bench import machine, mutations
-from mergekit_ext.documents import DocumentError
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.analysis_file import Subject
 from mergekit_ext.flexmerge.reader import open_checkpoint
-from mergekit_ext.headers import HeaderError, read_folder, read_safetensors
 from mergekit_ext.host.checks import check_source
 from mergekit_ext.host.flexmerge.curve import flexmerge_config
 from mergekit_ext.host.run import parsed
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.documents import DocumentError
+from mergekit_ext.io.headers import HeaderError, read_folder, read_safetensors
+from mergekit_ext.io.journal import Journal
 from peft_merge.flexmerge.parse import open_manifest
 from peft_merge.io import load_adapter
 from peft_merge.merge import plan_config

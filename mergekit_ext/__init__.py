@@ -65,8 +65,8 @@ def merge(
         TypeError: a callback is a class, or has none of those methods; nothing was written.
     """
     from mergekit_ext.host.run import merge as run
+    from mergekit_ext.io.pickles import allowed
     from mergekit_ext.memory import limited
-    from mergekit_ext.pickles import allowed
 
     register()
     with limited(max_memory, "max_memory"), allowed(allow_pickle):

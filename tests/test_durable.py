@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_ext.durable import appear, flush
 from mergekit_ext.host.staging import staged
+from mergekit_ext.io.durable import appear, flush
 from peft_merge.io.place import new_folder
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="folders are not opened there")

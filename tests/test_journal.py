@@ -8,7 +8,7 @@ import zlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.journal import Journal
 
 LINES = [("tensor", "a", {"crc": 7}), ("tensor", "b", 0.1 + 0.2), ("norms", "a", [1e-300, math.pi])]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergekit_ext.planned import Entry, PlannedFile, PlannedFiles, split
+from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, split
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),

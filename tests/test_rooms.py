@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from mergekit_ext import rooms
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.rooms import hidden_room, is_room, lasting_room, left_bytes
+from mergekit_ext.io import rooms
+from mergekit_ext.io.rooms import hidden_room, is_room, lasting_room, left_bytes
 
 fcntl = pytest.importorskip("fcntl", reason="no locks that end with a process")
 
@@ -23,7 +23,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.rooms import hidden_room
+from mergekit_ext.io.rooms import hidden_room
 
 target = Path(sys.argv[1])
 print("ready", flush=True)

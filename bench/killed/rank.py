@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.killed.counting import count_pieces
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.journal import Journal
 
 FOLDER = "BENCH_KILLED"
 

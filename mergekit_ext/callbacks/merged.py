@@ -54,8 +54,8 @@ class Merged:
             FileExistsError: there is something at `path` already.
         ConfigError: `model` is another one than that which was trained.
         """
-        from mergekit_ext.durable import appear
-        from mergekit_ext.rooms import hidden_room
+        from mergekit_ext.io.durable import appear
+        from mergekit_ext.io.rooms import hidden_room
 
         target = Path(path)
         if target.exists():

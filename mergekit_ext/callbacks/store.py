@@ -13,8 +13,8 @@ from mergekit_ext.callbacks.settings import SUBJECT
 from mergekit_ext.callbacks.state import Saved
 from mergekit_ext.callbacks.weights import Weights, copied, read, write
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
-from mergekit_ext.paths import is_folder
-from mergekit_ext.rooms import hidden_room
+from mergekit_ext.io.paths import is_folder
+from mergekit_ext.io.rooms import hidden_room
 
 
 class Store(ABC):

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_ext.dtypes import PACKED
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge import finite
-from mergekit_ext.headers import HeaderError, read_safetensors
+from mergekit_ext.io.headers import HeaderError, read_safetensors
 
 CONFIG = "adapter_config.json"
 FULL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -109,7 +109,7 @@ def saved(checkpoint: Path, adapter: str | None) -> Path:
 
 def write(weights: Weights, target: Path) -> None:
     """Write weights into the folder `target`, which appears when it is complete."""
-    from mergekit_ext.rooms import hidden_room
+    from mergekit_ext.io.rooms import hidden_room
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with hidden_room(target, target.parent) as room:

@@ -59,9 +59,9 @@ def check(
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit.options import MergeOptions
 
-    from mergekit_ext import pickles
     from mergekit_ext.host.checks import check_source
     from mergekit_ext.host.run import for_commands
+    from mergekit_ext.io import pickles
     from mergekit_ext.memory import limited
 
     try:

@@ -6,9 +6,10 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ext
-from mergekit_ext import pickles, ranks
+from mergekit_ext import ranks
 from mergekit_ext.cli.shared import shared_out
 from mergekit_ext.events import JsonLines
+from mergekit_ext.io import pickles
 from mergekit_ext.memory import limited
 
 

@@ -18,7 +18,7 @@ from mergekit_ext.flexmerge.analysis import Analysis
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.flexmerge.trim_search import ALL_TIES
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.kernels.selection import EVERYTHING, Cut
 
 FILE_NAME = "flexmerge_analysis.json"

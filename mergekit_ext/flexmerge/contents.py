@@ -17,7 +17,7 @@ from mergekit_ext.flexmerge.manifest import (
     Manifest,
     ShardFile,
 )
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 
 
 class Shelf(NamedTuple):

@@ -11,7 +11,7 @@ from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
-from mergekit_ext.planned import Entry
+from mergekit_ext.io.planned import Entry
 
 Key = tuple[str, tuple[str, ...]]  # kind of file, set of tasks
 

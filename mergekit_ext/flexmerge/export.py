@@ -12,12 +12,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_ext.durable import appear
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.stored import RefusedError, regular_file
-from mergekit_ext.model_files import companions
-from mergekit_ext.rooms import hidden_room
+from mergekit_ext.io.durable import appear
+from mergekit_ext.io.model_files import companions
+from mergekit_ext.io.rooms import hidden_room
 
 _SHARD_BYTES = 5_000_000_000
 

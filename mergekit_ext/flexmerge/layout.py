@@ -9,7 +9,7 @@ from functools import cached_property, reduce
 
 import torch
 
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 
 # Dtypes that arithmetic on task vectors makes sense for, by their names in the format.
 FLOATING = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mergekit_ext.planned import Entry
+from mergekit_ext.io.planned import Entry
 
 INDEX = "model.safetensors.index.json"
 

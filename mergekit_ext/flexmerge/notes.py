@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.journal import Journal
 
 
 class Notes:

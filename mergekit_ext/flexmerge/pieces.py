@@ -14,7 +14,7 @@ from mergekit_ext.flexmerge.plan import StoredGroup
 from mergekit_ext.flexmerge.private import stored_private
 from mergekit_ext.flexmerge.shards import ShardWriter
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.planned import Entry
+from mergekit_ext.io.planned import Entry
 from mergekit_ext.ranks import Ranks
 
 # Kinds of lines in the journal.

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 
 
 @dataclass(frozen=True)

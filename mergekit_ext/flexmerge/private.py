@@ -7,7 +7,7 @@ from torch import Tensor
 from mergekit_ext.flexmerge.finite import COPIED, require_finite
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 
 
 def stored_private(reader: BlockReader, task: int, header: TensorHeader) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_ext.flexmerge.declared import Key
 from mergekit_ext.flexmerge.manifest import SHARDS, ShardFile
 from mergekit_ext.flexmerge.stored import digest_of
-from mergekit_ext.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
+from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.ranks import Ranks
 
 

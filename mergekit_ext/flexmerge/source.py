@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 
 # Linux reads no more than its read-ahead window for one request, commonly this much.
 _READ_AHEAD = 128 << 10

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import CheckpointError, Problem
 from mergekit_ext.flexmerge.manifest import ShardFile
-from mergekit_ext.headers import HeaderError, TensorHeader, read_safetensors
+from mergekit_ext.io.headers import HeaderError, TensorHeader, read_safetensors
 
 _DAMAGED = "Copy or download the file again."
 _CHUNK = 1 << 22

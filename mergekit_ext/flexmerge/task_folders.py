@@ -19,7 +19,7 @@ from mergekit_ext.flexmerge.stored import (
     regular_file,
     require_digest,
 )
-from mergekit_ext.model_files import companions, is_weights
+from mergekit_ext.io.model_files import companions, is_weights
 
 _SHARD = ".safetensors"
 _REMEDY = "If you changed it yourself, load without `verify` (--no-verify)."

@@ -1,4 +1,4 @@
-"""What the output of one merge gets beside its weights: the law of `mergekit_ext.model_files`.
+"""What the output of one merge gets beside its weights: the law of `mergekit_ext.io.model_files`.
 
 The donor gives it: the base, or else the first model, as for mergekit's configuration.
 """
@@ -19,7 +19,7 @@ from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks.settings import wants_tokenizer
 from mergekit_ext.host.model_folders import donor_first, folder_of, module_home
 from mergekit_ext.host.modules import merge_modules
-from mergekit_ext.model_files import MODULES, companions, copy, module_folders
+from mergekit_ext.io.model_files import MODULES, companions, copy, module_folders
 
 _VOCABULARY = frozenset(
     {

@@ -10,9 +10,9 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.tokenizer.config import ModelTokenEmbedding
 
-from mergekit_ext import headers
 from mergekit_ext.host.checks.layout import groups_of, references
-from mergekit_ext.model_files import companions
+from mergekit_ext.io import headers
+from mergekit_ext.io.model_files import companions
 
 
 def models_of(config: Any) -> list[Any]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths
 from mergekit_ext.host.adapters import applies, base_of
-from mergekit_ext.model_files import MODULES, WEIGHTS, module_folders
+from mergekit_ext.io import paths
+from mergekit_ext.io.model_files import MODULES, WEIGHTS, module_folders
 
 
 def folder_of(reference: Any, options: Any) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergekit_ext.host.model_folders import module_home
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.model_files import module_weights
+from mergekit_ext.io.model_files import module_weights
 
 _LAST_LAYER = 1.0
 

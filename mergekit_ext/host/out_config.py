@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.headers import TensorHeader, read_folder, weights_of
 from mergekit_ext.host.blocks import tied_groups
 from mergekit_ext.host.stored_bytes import same_bytes
+from mergekit_ext.io.headers import TensorHeader, read_folder, weights_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")

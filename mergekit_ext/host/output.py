@@ -22,10 +22,10 @@ from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.staging import by_machine, resumable, shards, staged, written_in
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.rooms import Room
 from mergekit_ext.report.card import append_section
 from mergekit_ext.report.merge_report import write_report
-from mergekit_ext.rooms import Room
 
 EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
 _KEPT = "What is finished is kept: the same command goes on with it, --restart starts over."

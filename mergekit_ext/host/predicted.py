@@ -11,7 +11,7 @@ import torch
 from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.settings import dtype_of, wants_tokenizer
-from mergekit_ext.planned import Entry
+from mergekit_ext.io.planned import Entry
 
 _DTYPES = {
     dtype_name(dtype): dtype

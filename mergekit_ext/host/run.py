@@ -15,8 +15,7 @@ import click
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ext import paths, pickles, ranks
-from mergekit_ext.documents import DocumentError, read, text_of
+from mergekit_ext import ranks
 from mergekit_ext.errors import (
     ConfigError,
     MergekitExtError,
@@ -44,6 +43,8 @@ from mergekit_ext.host.output import output
 from mergekit_ext.host.predicted import predicted
 from mergekit_ext.host.staging import output_problems, space_problems
 from mergekit_ext.interrupts import prompt
+from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.documents import DocumentError, read, text_of
 from mergekit_ext.launch import launched_size, require_one
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"

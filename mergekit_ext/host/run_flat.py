@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import pickles
-from mergekit_ext.documents import text_of
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
@@ -21,6 +19,8 @@ from mergekit_ext.host.run import for_commands, parsed, require
 from mergekit_ext.host.staging import output_problems, space_problems
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
+from mergekit_ext.io import pickles
+from mergekit_ext.io.documents import text_of
 
 
 def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.documents import text_of
 from mergekit_ext.host import compat
 from mergekit_ext.host.run import for_commands
 from mergekit_ext.interrupts import prompt
+from mergekit_ext.io.documents import text_of
 
 
 def extended_command(

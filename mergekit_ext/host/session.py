@@ -27,8 +27,8 @@ from mergekit_ext.events import (
     TensorMeasured,
     TensorMerged,
 )
-from mergekit_ext.journal import Journal
-from mergekit_ext.planned import Entry
+from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.planned import Entry
 
 # What every process of a merge has its own of; the rest is said once, by the main one.
 _SHARED_OUT = (BlockMerged, SolverIteration, TensorMeasured, TensorMerged)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from mergekit_ext import paths
-from mergekit_ext.durable import appear, flush, flush_entries
 from mergekit_ext.errors import MergekitExtError, Problem
 from mergekit_ext.flexmerge.manifest import SHARDS
-from mergekit_ext.rooms import Room, hidden_room, lasting_room, left_bytes
+from mergekit_ext.io import paths
+from mergekit_ext.io.durable import appear, flush, flush_entries
+from mergekit_ext.io.rooms import Room, hidden_room, lasting_room, left_bytes
 
 # The files that a merge writes, and no others: a folder may hold more than one model's files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")

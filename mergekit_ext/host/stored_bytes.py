@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 
 _CHUNK = 16 << 20
 

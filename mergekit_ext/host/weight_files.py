@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mergekit_ext.planned import Entry, PlannedFile, PlannedFiles
+from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles
 
 _SUFFIX = ".safetensors"
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from mergekit_ext import ranks
 from mergekit_ext.host import weight_files
 from mergekit_ext.host.session import Session, TensorRecord
-from mergekit_ext.journal import Journal
-from mergekit_ext.planned import Entry, PlannedFile, PlannedFiles, split
+from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, split
 
 _LINE = "tensor"
 

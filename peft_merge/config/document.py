@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from mergekit_ext.core.wording import did_you_mean, join, shown
-from mergekit_ext.documents import DocumentError, text_of
-from mergekit_ext.documents import read as parsed
 from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.io.documents import DocumentError, text_of
+from mergekit_ext.io.documents import read as parsed
 from peft_merge.adapter import Adapter
 from peft_merge.config.request import Input, Request, exists, located
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit_ext import paths
+from mergekit_ext.io import paths
 from peft_merge.adapter import Adapter
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import LayoutName, ModuleInfo
 from peft_merge.io import names
 from peft_merge.io.parts import complete

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import (
     Adapter,
     Ia3Adapter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 from peft_merge.io.tensors import DTYPES
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mergekit_ext.durable import appear
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.rooms import hidden_room
+from mergekit_ext.io.durable import appear
+from mergekit_ext.io.rooms import hidden_room
 
 
 def place_problem(place: str | os.PathLike[str]) -> Problem | None:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mergekit_ext import pickles
 from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.errors import NonFiniteError, Problem
-from mergekit_ext.headers import (
+from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import (
     HeaderError,
     TensorHeader,
     read_pickle,

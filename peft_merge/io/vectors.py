@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import VectorInfo
 from peft_merge.io.parts import complete
 from peft_merge.io.tensors import DTYPES, VECTOR

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 from peft_merge.io import names
 from peft_merge.io.tensors import DTYPES
 from peft_merge.refused import unknown_tensor

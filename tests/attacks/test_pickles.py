@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.pickles import VARIABLE
+from mergekit_ext.io.pickles import VARIABLE
 from peft_merge.io import load_adapter as load
 from tests.attacks.readers import (
     command,

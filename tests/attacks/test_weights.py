@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ext.headers import HeaderError, read_safetensors
+from mergekit_ext.io.headers import HeaderError, read_safetensors
 from tests.attacks.readers import WEIGHTS, file_of, own_up
 from tests.attacks.weights import ATTACKS, NAMES
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader
 
 State = Mapping[str, Tensor]
 

@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME, Subject, find, save
 from mergekit_ext.flexmerge.layout import make_layout
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource
-from mergekit_ext.headers import read_folder
+from mergekit_ext.io.headers import read_folder
 from tests.flexmerge.inputs import NAMING, family
 
 

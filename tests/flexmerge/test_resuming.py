@@ -19,7 +19,7 @@ from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.plan import Dendrograms, Storage
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.journal import Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.ranks import Ranks
 from tests.flexmerge.inputs import family, reader

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
-from mergekit_ext.headers import read_safetensors
-from mergekit_ext.planned import Entry
+from mergekit_ext.io.headers import read_safetensors
+from mergekit_ext.io.planned import Entry
 from mergekit_ext.ranks import Ranks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource
-from mergekit_ext.headers import read_safetensors
+from mergekit_ext.io.headers import read_safetensors
 from tests.flexmerge.inputs import MemorySource, family, headers, layout, reader
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]

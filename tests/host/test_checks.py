@@ -41,9 +41,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mergekit_ext import pickles
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.headers import HeaderError, read_folder, read_safetensors
 from mergekit_ext.host.checks import (
     CheckReport,
     check_flat,
@@ -51,6 +49,8 @@ from mergekit_ext.host.checks import (
     check_source,
     unknown_keys,
 )
+from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import HeaderError, read_folder, read_safetensors
 from tests import models as small
 
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}

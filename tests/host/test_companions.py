@@ -1,4 +1,4 @@
-"""Whatever makes a folder usable comes along with its weights: `mergekit_ext.model_files`."""
+"""Whatever makes a folder usable comes along with its weights: `mergekit_ext.io.model_files`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import mergekit_ext
-from mergekit_ext import model_files
 from mergekit_ext.errors import ConfigError, MergeWarning
 from mergekit_ext.flexmerge import load
 from mergekit_ext.flexmerge.export import export
 from mergekit_ext.host.checks import check_source
 from mergekit_ext.host.model_folders import folder_of
+from mergekit_ext.io import model_files
 from tests import models as small
 from tests import sentence_models as sentences
 from tests.reference import nan as reference

@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from mergekit_ext import pickles
 from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.io import pickles
 from tests import models as small
 from tests.host.flexmerge_models import (
     TASKS,

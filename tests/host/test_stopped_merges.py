@@ -23,9 +23,9 @@ from mergekit_ext.errors import MergeError, StoppedError
 from mergekit_ext.events import MergeCallback
 from mergekit_ext.host import run
 from mergekit_ext.host.state_dicts import merge
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.planned import Entry
 from mergekit_ext.kernels.seeds import seeded
-from mergekit_ext.planned import Entry
 from tests import models as small
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no locks that end with a process")

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mergekit_ext import pickles
 from mergekit_ext.cli import main
 from mergekit_ext.host.checks import check_source
+from mergekit_ext.io import pickles
 from peft_merge.cli import main as adapters
 from peft_merge.footprint import need_of
 from peft_merge.merge import plan_config

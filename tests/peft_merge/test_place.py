@@ -92,7 +92,7 @@ def test_a_place_that_cannot_be_made(place, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("mergekit_ext.rooms.tempfile.mkdtemp", fail)
+    monkeypatch.setattr("mergekit_ext.io.rooms.tempfile.mkdtemp", fail)
     before = files(place)
     for method in ("linear", "flexmerge"):
         assert "Permission denied" in refused(place, place / "outputs" / "new" / "out", method)

@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_ext
-from mergekit_ext.headers import read_safetensors
+from mergekit_ext.io.headers import read_safetensors
 from mergekit_ext.ranks import Ranks
 from tests import models
 from tests.processes.launching import ROOT, by_hand, torchrun

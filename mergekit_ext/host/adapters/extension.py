@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths
 from mergekit_ext.host.adapters.fitted import base_of
 from mergekit_ext.host.adapters.loader import adapted, open_adapted, wanted
 from mergekit_ext.host.adapters.switch import applies
+from mergekit_ext.io import paths
 
 
 def tensor_names(stock: Callable[..., Any]) -> Callable[..., Any]:

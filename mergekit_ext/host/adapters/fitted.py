@@ -13,10 +13,10 @@ from torch import Tensor
 from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.adapters.switch import VARIABLE
 from mergekit_ext.host.adapters.ties import tied_names
 from mergekit_ext.host.class_model import Rename, class_names
+from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import Adapter
 from peft_merge.weight_shapes import class_orientation
 from peft_merge.weights import AdaptedWeights

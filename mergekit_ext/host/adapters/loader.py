@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.headers import TensorHeader, read_file
 from mergekit_ext.host.adapters.fitted import Fitted, fit, read_adapter
+from mergekit_ext.io.headers import TensorHeader, read_file
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 # What the tensor that is being read will be cast to next, by whom asked for it.

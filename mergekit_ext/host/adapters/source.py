@@ -12,8 +12,8 @@ from torch import Tensor
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.source import Source
-from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.adapters.fitted import Fitted
+from mergekit_ext.io.headers import TensorHeader
 
 
 class AdaptedSource:

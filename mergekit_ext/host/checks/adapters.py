@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from mergekit_ext import paths, pickles
 from mergekit_ext.core.wording import listing, nearest
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, read_safetensors
 from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, fit, read_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.configuration import json_object
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import empty_model
+from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, read_safetensors
 from peft_merge.adapter import Adapter
 
 _WRITTEN = "the configuration of a PEFT adapter"

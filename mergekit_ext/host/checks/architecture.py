@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_ext import paths
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks.locate import BY_FILES
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.io import paths
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from mergekit_ext.dtypes import BITS, dtype_name
-from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.pickled import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.checks.vocabulary import Vocabulary
+from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.kernels.footprint import Work, foreign
 from mergekit_ext.memory import Need
 

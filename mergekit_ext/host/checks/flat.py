@@ -8,9 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext import paths, pickles
 from mergekit_ext.core.wording import listing
-from mergekit_ext.headers import HeaderError, TensorHeader, read_file
 from mergekit_ext.host.adapters.extension import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.keys import unknown_keys
@@ -22,6 +20,8 @@ from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, qui
 from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings
 from mergekit_ext.host.checks.survey import PlannedTensor
 from mergekit_ext.host.checks.tensors import check_tensors
+from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.headers import HeaderError, TensorHeader, read_file
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import pickles
 from mergekit_ext.dtypes import BITS
-from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import TensorHeader
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_ext.core.wording import listing
-from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.survey import PlannedTensor
 from mergekit_ext.host.loading import class_of
+from mergekit_ext.io.headers import TensorHeader
 
 # What to do where mergekit's plan has other names than the files.
 BY_FILES = (

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths, pickles
 from mergekit_ext.codes import REMEDY, stored_codes
 from mergekit_ext.core.wording import listing
-from mergekit_ext.headers import HeaderError, TensorHeader, read_folder, weights_of
 from mergekit_ext.host.adapters import applies
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.adapters import (
@@ -24,6 +22,8 @@ from mergekit_ext.host.checks.adapters import (
 from mergekit_ext.host.checks.configuration import unreadable
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, weights_of
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths, pickles
 from mergekit_ext.core.wording import listing
-from mergekit_ext.headers import HeaderError, TensorHeader, read_file
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.model_folders import donor_first, fetch_modules, module_home
 from mergekit_ext.host.modules import differing
-from mergekit_ext.model_files import companions, is_weights, module_folders, module_weights
+from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.headers import HeaderError, TensorHeader, read_file
+from mergekit_ext.io.model_files import companions, is_weights, module_folders, module_weights
 
 _REMEDY = (
     "Make those folders the same in all models, or keep each model's own with "

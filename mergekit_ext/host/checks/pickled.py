@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths
-from mergekit_ext.headers import HeaderError, read_index, weights_of
 from mergekit_ext.host.adapters.extension import file_with_adapter
 from mergekit_ext.host.checks import hub
+from mergekit_ext.io import paths
+from mergekit_ext.io.headers import HeaderError, read_index, weights_of
 
 
 def pickled_bytes(models: Iterable[Any], options: Any) -> int:

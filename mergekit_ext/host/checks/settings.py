@@ -6,11 +6,11 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths
 from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.host.checks.hub import may_be_hub_name
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.io import paths
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext.documents import DocumentError, read
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.flat import check_flat
 from mergekit_ext.host.checks.keys import unknown_keys
@@ -14,6 +13,7 @@ from mergekit_ext.host.checks.merge import check_merge
 from mergekit_ext.host.checks.multi import between_documents, names_of
 from mergekit_ext.host.checks.report import CheckReport, Findings
 from mergekit_ext.host.checks.schema import parse
+from mergekit_ext.io.documents import DocumentError, read
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths
 from mergekit_ext.host.checks.configuration import json_object
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import has_tokenizer, wants_tokenizer
+from mergekit_ext.io import paths
 
 _FILES = (
     *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),

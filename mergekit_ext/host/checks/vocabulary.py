@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import paths
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.layout import groups_of, references
 from mergekit_ext.host.checks.settings import wants_tokenizer
+from mergekit_ext.io import paths
 
 _TOKENIZER, _TOKENS, _ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
 # Beside which `_TOKENIZER` is made when it is loaded, and larger by about this factor.

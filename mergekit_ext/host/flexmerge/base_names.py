@@ -11,8 +11,8 @@ from functools import reduce
 from typing import Any
 
 from mergekit_ext.flexmerge.prefix import Renaming, find_renaming, named_as
-from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.class_model import class_names
+from mergekit_ext.io.headers import TensorHeader
 
 Headers = Mapping[str, TensorHeader]
 # Stored tensors, and the configuration that says what their class calls them.

@@ -11,7 +11,6 @@ import click
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ext.documents import text_of
 from mergekit_ext.errors import Problem
 from mergekit_ext.host import compat
 from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
@@ -19,6 +18,7 @@ from mergekit_ext.host.flexmerge.sizes import Tracer
 from mergekit_ext.host.output import listening
 from mergekit_ext.host.run import parsed, require
 from mergekit_ext.host.staging import output_problems
+from mergekit_ext.io.documents import text_of
 from mergekit_ext.report.curve import (
     Scores,
     SizePoint,

@@ -33,7 +33,7 @@ from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.flexmerge.parameters import for_manifest
 from mergekit_ext.host.flexmerge.prepare import DEFAULT_SEED, Prepared
 from mergekit_ext.host.flexmerge.sources import Inputs
-from mergekit_ext.journal import Journal
+from mergekit_ext.io.journal import Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.ranks import Ranks
 

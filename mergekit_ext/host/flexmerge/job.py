@@ -19,7 +19,7 @@ from mergekit_ext.host.flexmerge.prepare import Prepared
 from mergekit_ext.host.flexmerge.sources import open_inputs
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
-from mergekit_ext.model_files import companions, copy
+from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.report.flexmerge_card import flexmerge_section
 
 

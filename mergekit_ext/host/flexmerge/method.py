@@ -12,7 +12,7 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSp
 
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.host.method import WholeModelMethod
-from mergekit_ext.rooms import is_room
+from mergekit_ext.io.rooms import is_room
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from mergekit_ext.core.wording import listing
 from mergekit_ext.dtypes import PACKED
 from mergekit_ext.flexmerge.layout import Layout, Naming
-from mergekit_ext.headers import TensorHeader
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.io.headers import TensorHeader
 
 Headers = Mapping[str, TensorHeader]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mergekit_ext import pickles
 from mergekit_ext.dtypes import BITS, dtype_name
-from mergekit_ext.paths import is_file
+from mergekit_ext.io import pickles
+from mergekit_ext.io.paths import is_file
 
 # The format's own limit, which keeps a hostile length from filling the memory.
 _LARGEST_HEADER = 100_000_000

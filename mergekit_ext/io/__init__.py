@@ -1,0 +1,1 @@
+"""Files and folders: weights and their headers, configurations, staged outputs, journals."""
