@@ -1,19 +1,21 @@
-"""LoRA and (IA)^3 adapters as data: what each adapted weight is changed by.
+"""LoRA and (IA)^3 adapters as data: the change of each adapted weight.
 
 An adapter is read (`peft_merge.io`) into one of two classes. Their modules are known from headers
-alone (`ModuleInfo`); tensors come one module at a time, when they are asked for.
+alone (`ModuleInfo`, `VectorInfo`); tensors are read one module at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-# How PEFT stores a module's factors; `peft_merge.layouts` converts each to stacked matrices.
+from mergekit_ext.errors import NonFiniteError
+
+# How PEFT stores a module's factors; `peft_merge.io.layouts` converts each to stacked matrices.
 LayoutName = Literal["linear", "embedding", "convolution", "parameter"]
 
 
@@ -66,7 +68,7 @@ class Update:
     bias: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """``s B A`` in float64: (n, rows, columns). For tests and for elementwise methods."""
+        """``s B A`` in float64: (n, rows, columns)."""
         return self.scale * (self.b.to(torch.float64) @ self.a.to(torch.float64))
 
 
@@ -75,7 +77,7 @@ class LoraAdapter:
     """A LoRA: `config` as in adapter_config.json, and one `Update` for each adapted weight.
 
     Attributes:
-        name: what the adapter is called in messages, reports and as a task.
+        name: of the adapter in messages and reports, and of its task.
         config: the fields of adapter_config.json.
         infos: by the name of the weight's module, as in PEFT's files without the prefix
             ``base_model.model.`` (for target parameters with PEFT's ``base_layer`` parts).
@@ -123,3 +125,33 @@ class Ia3Adapter:
 
 
 Adapter = LoraAdapter | Ia3Adapter
+
+
+def modules_of(adapters: Iterable[Adapter]) -> list[str]:
+    """Return the modules that some adapter has, in the order in which they first occur."""
+    return list(dict.fromkeys(module for adapter in adapters for module in adapter.infos))
+
+
+def finite(tensor: Tensor, name: str, adapter: str) -> Tensor:
+    """Return the tensor itself.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+    """
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(name, adapter, count, tensor.numel())
+    return tensor
+
+
+def finite_update(adapter: LoraAdapter, module: str) -> Update:
+    """Read one module of a LoRA.
+
+    Raises:
+        NonFiniteError: a factor or the bias holds NaN or infinity.
+    """
+    update = adapter.load(module)
+    for part, tensor in (("lora_A", update.a), ("lora_B", update.b), ("lora_B.bias", update.bias)):
+        if tensor is not None:
+            finite(tensor, f"{module}.{part}", adapter.name)
+    return update

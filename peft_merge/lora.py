@@ -14,13 +14,11 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem
 from mergekit_ext.kernels.threads import in_turn
-from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
-from peft_merge.core_space import Factored
-from peft_merge.ranks import Rank
+from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update
+from peft_merge.algebra.spaces import SPACES, Job
+from peft_merge.algebra.truncated import Factored, Rank
 from peft_merge.rules.base import OnModule, OnModuleIteration, Rule, Settings
 from peft_merge.rules.seeds import generators
-from peft_merge.spaces import SPACES, Job
-from peft_merge.statistics import finite
 
 # Entries of a change that may be dense in every thread at once.
 _SMALL = 1 << 20
@@ -46,7 +44,7 @@ def merge_lora(
 
     Args:
         adapters: m of them, read one module at a time.
-        rule: sees m changes of one matrix, or their coordinates, see `peft_merge.spaces`.
+        rule: sees m changes of one matrix, or their coordinates, see `peft_merge.algebra.spaces`.
         resolve: a module's weights (NAN's coefficients multiplied in) and parameters.
         space: one of `SPACES`.
         rank: a number (zeros fill up what is not needed; never above rows or columns),
@@ -123,7 +121,7 @@ class _Merger:
         own = _own(self.adapters, module)
         like = next(iter(own.values()))
         updates = [
-            finite(adapter.load(module), module, adapter.name) if module in adapter.infos else None
+            finite_update(adapter, module) if module in adapter.infos else None
             for adapter in self.adapters
         ]
         call = self.resolve(module).call(

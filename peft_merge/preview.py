@@ -9,7 +9,7 @@ from dataclasses import replace
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.saved import saved_names
-from peft_merge.layouts import at_rank, one_rank
+from peft_merge.io.layouts import at_rank, one_rank
 from peft_merge.methods import WholeMethod
 
 

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
-from peft_merge.adapter import LoraAdapter, Update
-from peft_merge.orthonormal import orthonormal
+from peft_merge.adapter import LoraAdapter, Update, finite_update, modules_of
+from peft_merge.algebra.orthonormal import orthonormal
 
 # Below this share of ||B||^2 ||A||^2 the products cancel, and take digits with them.
 _CANCELLED = 1e-6
@@ -63,13 +62,11 @@ def lora_norms(
     Raises:
         NonFiniteError: factors hold NaN or infinity.
     """
-    modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.infos))
+    modules = modules_of(adapters)
 
     def measure(module: str) -> list[float]:
         return [
-            update_norm(finite(adapter.load(module), module, adapter.name))
-            if module in adapter.infos
-            else 0.0
+            update_norm(finite_update(adapter, module)) if module in adapter.infos else 0.0
             for adapter in adapters
         ]
 
@@ -103,17 +100,3 @@ def coefficients(
         name: inverse_norm_coefficients(list(values.values())) for name, values in combined.items()
     }
     return {module: found[key(module)] for module in norms}
-
-
-def finite(update: Update, module: str, adapter: str) -> Update:
-    """`update`, checked.
-
-    Raises:
-        NonFiniteError: naming the module, the factor and the adapter.
-    """
-    named = {"lora_A": update.a, "lora_B": update.b, "lora_B.bias": update.bias}
-    for name, tensor in named.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteError(f"{module}.{name}", adapter, bad, tensor.numel())
-    return update

@@ -251,10 +251,10 @@ class AdapterWeights(Kind):
 
 def _adapter(weights: Weights, name: str) -> Any:
     from peft_merge.io.parse import parse
-    from peft_merge.io.tensors import Memory
+    from peft_merge.io.tensors import of_memory
 
     assert weights.config is not None
-    adapter, problems = parse(name, weights.config, Memory(dict(weights.tensors)), name)
+    adapter, problems = parse(name, weights.config, of_memory(weights.tensors), name)
     if adapter is None or problems:
         raise ConfigError(problems, SUBJECT)
     return adapter

@@ -10,10 +10,10 @@ import torch
 
 from mergekit_ext.errors import MergeWarning
 from peft_merge.adapter import Adapter
+from peft_merge.algebra.truncated import Rank
 from peft_merge.config.request import Request
 from peft_merge.config.resolve import Resolver
 from peft_merge.methods import Method
-from peft_merge.ranks import Rank
 
 Kind = Literal["lora", "ia3"]
 

@@ -9,8 +9,8 @@ from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.errors import Problem
 from peft_merge import ia3
 from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.algebra.spaces import SPACES
 from peft_merge.config.plan import Kind
-from peft_merge.spaces import SPACES
 
 _NAMES: dict[Kind, tuple[str, ...]] = {
     "lora": tuple(SPACES),

@@ -12,8 +12,8 @@ from mergekit_ext.core.wording import listing
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from peft_merge.adapter import Adapter, ModuleInfo
 from peft_merge.io.names import unwrapped
-from peft_merge.targets import Targets
-from peft_merge.weight_shapes import Shape, orientations
+from peft_merge.io.targets import Targets
+from peft_merge.matching import Shape, orientations
 
 _SUBJECT = "loading these tasks"
 _REMEDY = "Load the model that the adapters were trained on, with the class that they were."

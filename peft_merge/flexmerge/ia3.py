@@ -17,7 +17,7 @@ from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import Group, Piece, settings_of
 from peft_merge.flexmerge.private import cast_to, private
-from peft_merge.io.configuration import ia3_configuration
+from peft_merge.io.merged import ia3_configuration
 from peft_merge.rules.base import Rule
 from peft_merge.statistics import coefficients
 

@@ -9,18 +9,17 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
+from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update
+from peft_merge.algebra.core_space import CoreSpace
+from peft_merge.algebra.truncated import Rank
 from peft_merge.config.plan import MergePlan
-from peft_merge.core_space import CoreSpace
 from peft_merge.flexmerge.family import Group, Piece, settings_of
 from peft_merge.flexmerge.private import cast_to, private
-from peft_merge.io.configuration import lora_configuration
-from peft_merge.io.merged import filled, stored_ranks, unscaled
-from peft_merge.layouts import at_rank, one_rank
+from peft_merge.io.layouts import at_rank, filled, one_rank, unscaled
+from peft_merge.io.merged import lora_configuration, stored_ranks
 from peft_merge.lora import merge_lora, small
-from peft_merge.ranks import Rank
 from peft_merge.rules.base import Rule
-from peft_merge.statistics import coefficients, finite, lora_norms
+from peft_merge.statistics import coefficients, lora_norms
 
 UpdatePiece = Piece[Update, ModuleInfo]
 
@@ -52,10 +51,7 @@ class LoraFamily:
 
     def gram(self, module: str) -> Tensor:
         """In core space; the bias of B belongs to the change."""
-        updates = [
-            finite(a.load(module), module, a.name) if module in a.infos else None
-            for a in self._adapters
-        ]
+        updates = [finite_update(a, module) if module in a.infos else None for a in self._adapters]
         shape = self._infos(module, range(len(self._adapters)))[0].shape
         total = CoreSpace.of(updates, shape, self._plan.device).gram().cpu()
         if any(update is not None and update.bias is not None for update in updates):
@@ -85,7 +81,7 @@ class LoraFamily:
         for module in modules:
             if module in adapter.infos:
                 info = adapter.infos[module]
-                update = finite(adapter.load(module), module, adapter.name)
+                update = finite_update(adapter, module)
                 dtype = self._forced or info.dtype
                 value = _cast(unscaled(update), dtype, module)
                 found[module] = Piece(value, replace(info, dtype=dtype))

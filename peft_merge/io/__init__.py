@@ -9,8 +9,7 @@ from peft_merge.io.compatible import (
 )
 from peft_merge.io.forms import one_form
 from peft_merge.io.merged import merged_ia3, merged_lora
-from peft_merge.io.model import adapters_of
-from peft_merge.io.read import load_adapter
+from peft_merge.io.read import adapters_of, load_adapter
 from peft_merge.io.write import save_adapter, state_dict
 
 __all__ = [

@@ -11,21 +11,16 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mergekit_ext.errors import Problem, printable
 from peft_merge.adapter import Adapter, ModuleInfo
 from peft_merge.io import names
-from peft_merge.io.base_class import base_class
-from peft_merge.io.renamed import renamed
-from peft_merge.io.renamings import Rename, renamings
+from peft_merge.io.renamings import BaseClass, Rename, renamed, renamings
 
-# Of a class with a head the body is `model`; DistributedDataParallel is no part of a model.
-_OUTER: tuple[tuple[str, str], ...] = (("", "model."), ("module.", ""))
 _SHOWN = 4
 _REMEDY = (
     "Load the older adapter with PEFT on the model that both are meant for, and save it again."
@@ -34,7 +29,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class OneForm:
-    """Adapters whose names are of one form, what was renamed, and what cannot be told."""
+    """Adapters whose names are of one form, what was renamed, and what names leave open."""
 
     adapters: list[Adapter]
     notes: list[str]
@@ -54,21 +49,20 @@ def one_form(adapters: Sequence[Adapter]) -> OneForm:
     notes: list[str] = []
     problems: list[Problem] = []
     for old, new in itertools.permutations(range(len(found)), 2):
-        ways = _ways(found[old], found[new]) if _apart(found[old], found[new]) else []
-        if len(ways) > 1:
-            problems.append(_ambiguous(found[old], found[new], ways))
-        elif ways and (far := _far(found[old], found[new], ways[0])):
-            problems.append(
-                _untold(found[old], far, f"{ways[0](far)}, which {found[new].name} lacks")
-            )
-        elif ways:
+        if not _apart(found[old], found[new]) or not (ways := _ways(found[old], found[new])):
+            continue
+        if (unclear := _unclear(found[old], found[new], ways)) is not None:
+            problems.append(unclear)
+        else:
             notes.append(_note(found[old], found[new].name, ways[0]))
             found[old] = renamed(found[old], ways[0])
     if not problems:
         for left, right in itertools.combinations(found, 2):
             problems += [*_nested(left, right), *_nested(right, left)]
             problems += [*_experts(left, right), *_experts(right, left)]
-    if not problems and _disjoint(found):
+    places = [_Paths.of(adapter).parents for adapter in found]
+    disjoint = any(not left & right for left, right in itertools.combinations(places, 2))
+    if disjoint and not problems:
         _of_class(found, notes, problems)
     return OneForm(found, notes, problems)
 
@@ -81,12 +75,6 @@ def _note(adapter: Adapter, model: str, rename: Rename) -> str:
     )
 
 
-def _disjoint(adapters: Sequence[Adapter]) -> bool:
-    """Whether two adapters have no place in common."""
-    places = [_Paths.of(adapter).parents for adapter in adapters]
-    return any(not left & right for left, right in itertools.combinations(places, 2))
-
-
 def _of_class(adapters: list[Adapter], notes: list[str], problems: list[Problem]) -> None:
     """Bring the names of all adapters to those of their class, where it is known.
 
@@ -95,7 +83,7 @@ def _of_class(adapters: list[Adapter], notes: list[str], problems: list[Problem]
     module in that class.
     """
     bases = dict.fromkeys(adapter.config.get("base_model_name_or_path") for adapter in adapters)
-    kind = next((found for base in bases if (found := base_class(base))), None)
+    kind = next((found for base in bases if (found := BaseClass.of(base))), None)
     if kind is None or not any(kind.has(adapter.infos) for adapter in adapters):
         return
     for index, adapter in enumerate(adapters):
@@ -106,28 +94,25 @@ def _of_class(adapters: list[Adapter], notes: list[str], problems: list[Problem]
             notes.append(_note(adapter, kind.name, rename))
             adapters[index] = renamed(adapter, rename)
         # For a task PEFT takes another class, with a head that may be all that is adapted.
-        elif not adapter.config.get("task_type") and not any(
-            kind.has([name]) for name in adapter.infos
-        ):
-            problems.append(
-                Problem(
-                    f"{next(iter(adapter.infos))} of adapter {adapter.name}",
-                    f"no module of {kind.name}, the class of the base, in this adapter",
-                    "names of that class, of which other adapters have modules",
-                    _REMEDY,
-                )
-            )
+        elif not adapter.config.get("task_type") and not any(kind.has([n]) for n in adapter.infos):
+            missing = f"no module of {kind.name}, the class of the base, in this adapter"
+            expected = "names of that class, of which other adapters have modules"
+            problems.append(_at(next(iter(adapter.infos)), adapter, missing, expected))
+
+
+def _at(module: str, adapter: Adapter, found: str, expected: str) -> Problem:
+    return Problem(f"{module} of adapter {adapter.name}", found, expected, _REMEDY)
+
+
+def _parent(name: str) -> str:
+    """The module above, in any layer."""
+    return re.sub(r"\d+", "0", name.rpartition(".")[0])
 
 
 def _stem(name: str) -> str:
     """Up to the first number: the list of layers that a module is in."""
     match = names.LAYER.search(name)
     return name[: match.start(1)] if match else name
-
-
-def _parent(name: str) -> str:
-    """The module above, in any layer."""
-    return re.sub(r"\d+", "0", name.rpartition(".")[0])
 
 
 @dataclass(frozen=True)
@@ -140,8 +125,7 @@ class _Paths:
 
     @classmethod
     def of(cls, adapter: Adapter) -> _Paths:
-        parts = (map(part, adapter.infos) for part in (str, _parent, _stem))
-        return cls(*map(frozenset, parts))
+        return cls(*(frozenset(map(part, adapter.infos)) for part in (str, _parent, _stem)))
 
     def near(self, before: str, after: str) -> int:
         """How near a renaming leads to these modules, from none of their places; 0: not at all."""
@@ -166,10 +150,9 @@ def _ways(old: Adapter, new: Adapter) -> list[Rename]:
     One that leaves other modules farther does not count, nor one of more tables for the same.
     """
     paths = _Paths.of(new)
+    tried: list[tuple[int, Rename]] = [(1, _into_body), (1, _out_of_parallel)]
     found: dict[tuple[str, ...], tuple[frozenset[tuple[str, int]], int, Rename]] = {}
-    outer: list[Rename] = [partial(_outer, remove, add) for remove, add in _OUTER]
-    tables = renamings(old.infos, _classes(old) | _classes(new))
-    for steps, rename in (*((1, rename) for rename in outer), *tables):
+    for steps, rename in (*tried, *renamings(old.infos, _classes(old) | _classes(new))):
         result = tuple(map(rename, old.infos))
         pairs = zip(old.infos, result, strict=True)
         near = frozenset((a, i) for a, b in pairs for i in range(paths.near(a, b)))
@@ -182,35 +165,38 @@ def _ways(old: Adapter, new: Adapter) -> list[Rename]:
             near < other or (near == other and fewer < steps) for other, fewer, _ in found.values()
         )
     }
-    return [rename for result, rename in best.items() if not _less(result, best, old)]
+    return [
+        rename
+        for result, rename in best.items()
+        if not any(_more(tuple(old.infos), result, other) for other in best if other != result)
+    ]
+
+
+def _into_body(name: str) -> str:
+    """Of a class with a head the body is `model`."""
+    return name if name.startswith("model.") else f"model.{name}"
+
+
+def _out_of_parallel(name: str) -> str:
+    """DistributedDataParallel is no part of a model."""
+    return name.removeprefix("module.")
+
+
+def _more(modules: tuple[str, ...], result: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether another result is the same but renames more: its table knows more of these."""
+    each = zip(modules, result, other, strict=True)
+    return all(mine in (name, its) for name, mine, its in each)
 
 
 def _classes(adapter: Adapter) -> frozenset[str]:
     """Names of the class and the type of an adapter's base, where they are at hand."""
     known = adapter.config.get("auto_mapping") or {}
-    names = {known.get("base_model_class"), *str(known.get("parent_library")).split(".")[2:3]}
+    found = {known.get("base_model_class"), *str(known.get("parent_library")).split(".")[2:3]}
     base = adapter.config.get("base_model_name_or_path")
     with suppress(OSError, ValueError, AttributeError):
         config = json.loads(Path(str(base), "config.json").read_text(encoding="utf-8"))
-        names |= {config.get("model_type"), *(config.get("architectures") or ())}
-    return frozenset(name for name in names if isinstance(name, str))
-
-
-def _outer(remove: str, add: str, name: str) -> str:
-    if not name.startswith(remove) or (add and name.startswith(add)):
-        return name
-    return add + name.removeprefix(remove)
-
-
-def _less(result: tuple[str, ...], others: Iterable[tuple[str, ...]], old: Adapter) -> bool:
-    """Whether another result is the same but renames more: it knows more of these modules."""
-    return any(
-        other != result
-        and all(
-            mine in (name, its) for name, mine, its in zip(old.infos, result, other, strict=True)
-        )
-        for other in others
-    )
+        found |= {config.get("model_type"), *(config.get("architectures") or ())}
+    return frozenset(name for name in found if isinstance(name, str))
 
 
 def _fits(old: Adapter, new: Adapter, rename: Rename) -> bool:
@@ -218,37 +204,28 @@ def _fits(old: Adapter, new: Adapter, rename: Rename) -> bool:
     if any(rename(name) != name for name in (*new.infos, *new.saved)):
         return False
     modules = {rename(name): name for name in old.infos}
-    saved = {rename(name) for name in old.saved}
-    if len(modules) < len(old.infos) or len(saved) < len(old.saved):
+    if len(modules) < len(old.infos) or len(set(map(rename, old.saved))) < len(old.saved):
         return False
     shared = modules.keys() & new.infos.keys()
     same = all(old.infos[modules[n]].shape == new.infos[n].shape for n in shared)
     return same and set(map(type, old.infos.values())) == set(map(type, new.infos.values()))
 
 
-def _far(old: Adapter, new: Adapter, rename: Rename) -> str | None:
-    """A module that is renamed to a place where the other adapter has none to compare it with.
-
-    Which further names there are in a submodule, its own class decides.
-    """
-    paths = _Paths.of(new)
-    renamed = ((name, rename(name)) for name in old.infos)
-    return next((name for name, now in renamed if name != now and not paths.near(name, now)), None)
-
-
-def _ambiguous(old: Adapter, new: Adapter, ways: Sequence[Rename]) -> Problem:
-    first = next(name for name in old.infos if len({way(name) for way in ways}) > 1)
-    choices = " or ".join(sorted({way(first) for way in ways})[:_SHOWN])
-    return _untold(old, first, f"{choices} beside the modules of {new.name}")
-
-
-def _untold(adapter: Adapter, module: str, choices: str) -> Problem:
-    return Problem(
-        f"{module} of adapter {adapter.name}",
-        f"a name of an older form, that may mean {choices}",
-        "names of which one form is meant",
-        _REMEDY,
-    )
+def _unclear(old: Adapter, new: Adapter, ways: Sequence[Rename]) -> Problem | None:
+    """Why names may mean several modules, or modules that the other adapter says nothing of."""
+    way, paths = ways[0], _Paths.of(new)
+    if len(ways) > 1:
+        module = next(name for name in old.infos if len({way(name) for way in ways}) > 1)
+        choices = " or ".join(sorted({way(module) for way in ways})[:_SHOWN])
+        choices += f" beside the modules of {new.name}"
+    else:
+        # Which further names there are in a submodule, its own class decides.
+        far = (name for name in old.infos if way(name) != name and not paths.near(name, way(name)))
+        if (module := next(far, "")) == "":
+            return None
+        choices = f"{way(module)}, which {new.name} lacks"
+    found = f"a name of an older form, that may mean {choices}"
+    return _at(module, old, found, "names of which one form is meant")
 
 
 def _nested(outer: Adapter, inner: Adapter) -> Iterator[Problem]:
@@ -258,12 +235,9 @@ def _nested(outer: Adapter, inner: Adapter) -> Iterator[Problem]:
         while "." in rest:
             rest = rest.partition(".")[2]
             if rest in inner.infos and rest not in outer.infos:
-                yield Problem(
-                    f"{name} of adapter {outer.name}",
-                    f"{rest} in {inner.name}, which may be the same module of another class",
-                    "names of one class: PEFT would load one of the two only",
-                    _REMEDY,
-                )
+                found = f"{rest} in {inner.name}, which may be the same module of another class"
+                expected = "names of one class: PEFT would load one of the two only"
+                yield _at(name, outer, found, expected)
                 return
 
 
@@ -272,13 +246,7 @@ def _experts(stacked: Adapter, single: Adapter) -> Iterator[Problem]:
     for module, info in stacked.infos.items():
         if not isinstance(info, ModuleInfo) or info.layout != "parameter":
             continue
-        leaf = names.unwrapped(module).rpartition(".")[2]
-        each = re.compile(rf"(?:^|.*\.){re.escape(leaf)}\.\d+\..*")
-        if (other := next(filter(each.fullmatch, single.infos), None)) is not None:
-            yield Problem(
-                f"{module} of adapter {stacked.name}",
-                f"all experts in one tensor there, and one by one in {single.name} ({other})",
-                "experts in one way in all adapters",
-                _REMEDY,
-            )
+        if (other := names.one_expert(module, single.infos)) is not None:
+            found = f"all experts in one tensor there, and one by one in {single.name} ({other})"
+            yield _at(module, stacked, found, "experts in one way in all adapters")
             return

@@ -1,20 +1,30 @@
-"""Merged adapters in memory: tensors, and a configuration under which PEFT loads exactly them."""
+"""Merged adapters in memory: tensors, and a configuration under which PEFT loads exactly them.
+
+`target_modules` is the inputs' own where it gives exactly the modules of the output: all inputs
+agree in it, in what goes with it and in their modules. Otherwise it lists every module by its full
+name. PEFT takes such a name for the end of a name as well, so a base that has both ``proj`` and
+``deep.proj`` gets a further module; it is initialised as no change and therefore is none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_merge.adapter import Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
-from peft_merge.io import names
-from peft_merge.io.configuration import ia3_configuration, lora_configuration
-from peft_merge.layouts import at_rank, one_rank
-from peft_merge.ranks import padded
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
+from peft_merge.io import names, whole
+from peft_merge.io.compatible import has_layers
+from peft_merge.io.layouts import at_rank, configured_rank, filled, one_rank, unscaled
+from peft_merge.io.targets import SELECTION, Parameters, either, qualified
 
+# PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # PEFT has no bias for these.
 _WITHOUT_BIAS = ("embedding", "parameter")
 
@@ -55,17 +65,12 @@ def merged_lora(
         for module, update in updates.items()
     }
     described = {
-        module: replace(
-            infos[module],
-            rank=ranks[module],
-            bias=update.bias is not None,
-            dtype=update.a.dtype,
-        )
-        for module, update in stored.items()
+        module: replace(infos[module], rank=ranks[module], bias=u.bias is not None, dtype=u.a.dtype)
+        for module, u in stored.items()
     }
-    whole = dict(saved or {})
-    config = lora_configuration(described, inputs, whole)
-    return LoraAdapter(name, config, described, stored.__getitem__, _loaders(whole))
+    tensors = saved or {}
+    config = lora_configuration(described, inputs, tensors)
+    return LoraAdapter(name, config, described, stored.__getitem__, _loaders(tensors))
 
 
 def merged_ia3(
@@ -88,25 +93,13 @@ def merged_ia3(
     described = {
         module: replace(infos[module], dtype=vector.dtype) for module, vector in vectors.items()
     }
-    whole = dict(saved or {})
-    config = ia3_configuration(described, inputs, whole)
-    return Ia3Adapter(name, config, described, dict(vectors).__getitem__, _loaders(whole))
+    tensors = saved or {}
+    config = ia3_configuration(described, inputs, tensors)
+    return Ia3Adapter(name, config, described, vectors.__getitem__, _loaders(tensors))
 
 
-def _loaders(whole: Mapping[str, Tensor]) -> dict[str, partial[Tensor]]:
-    return {key: partial(whole.__getitem__, key) for key in whole}
-
-
-def unscaled(update: Update) -> Update:
-    """Return the same change with a scale of 1, which is in B then."""
-    if update.scale == 1:
-        return update
-
-    def scaled(tensor: Tensor) -> Tensor:
-        return (tensor.double() * update.scale).to(tensor.dtype)
-
-    bias = None if update.bias is None else scaled(update.bias)
-    return Update(update.a, scaled(update.b), 1.0, bias)
+def _loaders(tensors: Mapping[str, Tensor]) -> dict[str, partial[Tensor]]:
+    return {key: partial(tensors.__getitem__, key) for key in tensors}
 
 
 def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:
@@ -125,15 +118,164 @@ def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, in
     return {module: largest[names.owner(module, infos)] for module in infos}
 
 
-def filled(update: Update, rank: int) -> Update:
-    """Return the same change with zeros up to a rank; itself if it has it."""
-    if update.a.shape[-2] == rank:
-        return update
-    return replace(update, a=padded(update.a, rank, -2), b=padded(update.b, rank, -1))
-
-
 def _filled(update: Update, rank: int, info: ModuleInfo, with_bias: bool) -> Update:
     bias = update.bias
     if with_bias and bias is None and info.layout not in _WITHOUT_BIAS:
         bias = torch.zeros(info.matrices * info.rows, dtype=update.b.dtype, device=update.b.device)
     return replace(filled(update, rank), bias=bias)
+
+
+def lora_configuration(
+    infos: Mapping[str, ModuleInfo], inputs: Sequence[Adapter], saved: Iterable[str]
+) -> dict[str, Any]:
+    """Return that of a LoRA whose modules have alpha = r.
+
+    Patterns name the ranks that are not the largest.
+
+    Args:
+        infos: the modules of the output.
+        inputs: the merged adapters.
+        saved: names of the whole tensors of the output.
+    """
+    kept = list(saved)
+    config = _common("LORA", infos, inputs, kept)
+    # By rank: PEFT tries every key for every module, which is slow for one key a module.
+    keys: dict[int, dict[str, None]] = {}
+    parameters = sorted(
+        {entry for adapter in inputs for entry in adapter.config.get("target_parameters") or ()}
+    )
+    meant = Parameters(parameters)
+    modules = []
+    for module, info in infos.items():
+        owner = names.owner(module, infos)
+        rank = configured_rank(info)
+        if info.layout == "parameter":
+            key = qualified(owner, meant.of(owner))
+        else:
+            key = qualified(owner)
+            modules.append(owner)
+        keys.setdefault(rank, {})[key] = None
+    largest = max(keys, default=1)
+    pattern = {either(keys[rank]): rank for rank in sorted(keys) if rank != largest}
+    config |= _selection(infos, inputs, config["modules_to_save"]) or {
+        "target_modules": sorted(set(modules))
+    }
+    dropout = {adapter.config.get("lora_dropout") or 0.0 for adapter in inputs}
+    return config | {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "lora_bias": any(info.bias for info in infos.values()),
+        "lora_dropout": dropout.pop() if len(dropout) == 1 and not parameters else 0.0,
+        "bias": _bias(inputs, kept),
+        "target_parameters": parameters or None,
+        "layer_replication": inputs[0].config.get("layer_replication"),
+        "ensure_weight_tying": _tied(inputs, kept),
+    }
+
+
+def ia3_configuration(
+    infos: Mapping[str, VectorInfo], inputs: Sequence[Adapter], saved: Iterable[str]
+) -> dict[str, Any]:
+    """Return that of an (IA)^3. Arguments as for `lora_configuration`."""
+    kept = list(saved)
+    config = _common("IA3", infos, inputs, kept)
+    feedforward = sorted(module for module, info in infos.items() if info.feedforward)
+    others = [module for module, info in infos.items() if not info.feedforward]
+    selection = _selection(infos, inputs, config["modules_to_save"], ("feedforward_modules",))
+    if selection:
+        return config | selection
+    # PEFT asks whether a name ends with an entry, with or without a dot before it.
+    mistaken = any(other.endswith(tuple(feedforward)) for other in others)
+    return config | {
+        "target_modules": sorted(infos),
+        "feedforward_modules": "|".join(map(re.escape, feedforward)) if mistaken else feedforward,
+        "init_ia3_weights": True,
+    }
+
+
+def _common(
+    kind: str, infos: Iterable[str], inputs: Sequence[Adapter], saved: Sequence[str]
+) -> dict[str, Any]:
+    entries = {
+        entry: None
+        for adapter in inputs
+        for tensor in saved
+        if tensor in adapter.saved
+        and (entry := whole.module_to_save(tensor, adapter.config)) is not None
+    }
+    task = _shared(inputs, "task_type")
+    dropped = any(whole.module_to_save(t, a.config) for a in inputs for t in a.saved)
+    if task in _TASKS_WITH_HEADS and dropped and not entries:
+        task = None
+    bases = [adapter.config.get("base_model_name_or_path") for adapter in inputs]
+    return {
+        "peft_type": kind,
+        "task_type": task,
+        "auto_mapping": _shared(inputs, "auto_mapping"),
+        "base_model_name_or_path": next((base for base in bases if base), None),
+        "revision": _shared(inputs, "revision"),
+        "inference_mode": True,
+        "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in inputs if has_layers(a)),
+        "modules_to_save": list(entries) or None,
+    }
+
+
+def _shared(inputs: Sequence[Adapter], field: str) -> Any:
+    """The value of a field if all inputs agree in it."""
+    first = inputs[0].config.get(field)
+    return first if all(adapter.config.get(field) == first for adapter in inputs) else None
+
+
+def _selection(
+    infos: Mapping[str, Any],
+    inputs: Sequence[Adapter],
+    modules_to_save: list[str] | None,
+    further: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    fields = (*SELECTION, *further)
+    first = {field: inputs[0].config.get(field) for field in fields}
+    for adapter in inputs:
+        same = all(_equal(adapter.config.get(field), first[field]) for field in fields)
+        # Tied factors become factors of their own, so that the tied layer is to be named, too.
+        same = same and not adapter.config.get("ensure_weight_tying")
+        # What is saved whole is not adapted.
+        saving = _equal(adapter.config.get("modules_to_save") or [], modules_to_save or [])
+        if not same or not saving or set(adapter.infos) != set(infos):
+            return None
+    if any(first[field] is None for field in ("target_modules", *further)):
+        return None
+    return {field: value for field, value in first.items() if value is not None}
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, list) and isinstance(right, list):
+        return sorted(map(str, left)) == sorted(map(str, right))
+    return bool(left == right)
+
+
+def _bias(inputs: Sequence[Adapter], saved: Sequence[str]) -> str:
+    kinds = {
+        adapter.config.get("bias", "none")
+        for adapter in inputs
+        for tensor in saved
+        if tensor.endswith("bias")
+        and tensor in adapter.saved
+        and whole.module_to_save(tensor, adapter.config) is None
+    }
+    return next((kind for kind in ("all", "lora_only") if kind in kinds), "none")
+
+
+def _tied(inputs: Sequence[Adapter], saved: Sequence[str]) -> bool:
+    """Whether a saved embedding also stands in for the layer that the base ties to it."""
+    return any(
+        adapter.config.get("ensure_weight_tying")
+        and tensor in adapter.saved
+        and tensor.split(".")[-2:-1] in ([leaf] for leaf in whole.TIED)
+        and whole.module_to_save(tensor, adapter.config) is not None
+        for adapter in inputs
+        for tensor in saved
+    )

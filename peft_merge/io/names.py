@@ -10,7 +10,7 @@ kept here under the base's own names and `stored` puts the wrappers back in.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 # The number of a module's layer: the first in its name.
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -26,7 +26,7 @@ _OUT_PROJECTION = f".{_WRAPPED}.out_proj"
 
 
 def plain(name: str) -> str:
-    """A tensor's or module's name without what training wrapped around modules.
+    """Return a tensor's or module's name without what training wrapped around modules.
 
     ``module.base_model.model._orig_mod.layers.0.q_proj`` is ``base_model.model.layers.0.q_proj``.
     PEFT's prefix stays if there is one, once: a PeftModel in a PeftModel gives two.
@@ -41,12 +41,12 @@ def plain(name: str) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """A module's or tensor's name in the base model, without PEFT's wrappers."""
+    """Return a module's or tensor's name in the base model, without PEFT's wrappers."""
     return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
 def stored(name: str, adapted: Collection[str]) -> str:
-    """The stored name of a base model's tensor when the modules `adapted` are wrapped."""
+    """Return the stored name of a base model's tensor when the modules `adapted` are wrapped."""
     *path, leaf = name.split(".")
     found = ""
     for part in path:
@@ -57,7 +57,7 @@ def stored(name: str, adapted: Collection[str]) -> str:
 
 
 def in_attention(name: str, adapted: Collection[str]) -> bool:
-    """Whether a module is the output projection inside an adapted attention of torch.
+    """Return whether a module is the output projection inside an adapted attention of torch.
 
     PEFT adapts both projections together: one entry in the configuration, one rank, one scaling.
     """
@@ -65,14 +65,21 @@ def in_attention(name: str, adapted: Collection[str]) -> bool:
 
 
 def owner(name: str, adapted: Collection[str]) -> str:
-    """The base model's module whose entry in the configuration governs the module `name`."""
+    """Return the base model's module whose entry in the configuration governs the module `name`."""
     if in_attention(name, adapted):
         name = name.removesuffix(_OUT_PROJECTION)
     return unwrapped(name)
 
 
+def one_expert(stack: str, among: Iterable[str]) -> str | None:
+    """Return a name among several that is of one expert of the module `stack`; None without one."""
+    leaf = unwrapped(stack).rpartition(".")[2]
+    each = re.compile(rf"(?:^|.*\.){re.escape(leaf)}\.\d+\..*")
+    return next(filter(each.fullmatch, among), None)
+
+
 def sound(name: str) -> bool:
-    """Whether a stored name is dotted parts without separators of paths or control characters."""
+    """Return whether a name is dotted parts without separators of paths or control characters."""
     return len(name) <= _LONGEST and all(
         part and part.isprintable() and not set(part) & set("/\\") for part in name.split(".")
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_ext.errors import Problem
@@ -14,32 +15,29 @@ from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import (
     Adapter,
     Ia3Adapter,
+    LayoutName,
     LoraAdapter,
     ModuleInfo,
     Update,
+    VectorInfo,
+    finite,
 )
-from peft_merge.io import names, whole
-from peft_merge.io.factors import factors
-from peft_merge.io.tensors import VECTOR, Tensors, finite
-from peft_merge.io.vectors import vectors
-from peft_merge.layouts import BIAS, LAYOUTS
-from peft_merge.refused import unknown_tensor
-from peft_merge.targets import SELECTION, Targets
+from peft_merge.io import layouts, names, whole
+from peft_merge.io.layouts import BIAS, EMBEDDING_FACTORS, FACTORS
+from peft_merge.io.targets import SELECTION, Scaling, Targets, parameter_scalings, scaling
+from peft_merge.io.tensors import DTYPES, VECTOR, Tensors
+from peft_merge.io.unsupported import unknown_tensor
 
-_PARTS = ("lora_A.weight", "lora_B.weight", BIAS, "lora_embedding_A", "lora_embedding_B", VECTOR)
+_PARTS = (*FACTORS, BIAS, *EMBEDDING_FACTORS, VECTOR)
 # Fields that may list modules.
 _LISTS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 # Kept by training only (VeLoRA's projection of activations).
 _IGNORED = (".lora_velora_embed",)
-
-
-@dataclass
-class _Stored:
-    """Headers of an adapter, sorted by what they are, and the file's name of each tensor."""
-
-    modules: dict[str, dict[str, TensorHeader]]
-    rest: dict[str, TensorHeader]
-    keys: dict[str, str]
+# PEFT stores `modules_to_save` twice more if their vocabulary was resized, and their biases with
+# `bias: all`; neither is used.
+_COPIES = (".original_module.", ".modules_to_save.")
+_RESTORE = "Restore the adapter_config.json that was saved with these tensors."
+_SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained."
 
 
 def parse(
@@ -54,34 +52,9 @@ def parse(
         where: the file, for the messages.
         live: the adapter is in a model, so that PEFT has matched its expressions already.
     """
-    found: list[Problem] = []
-    if not live:
-        config = _plain(config)
-    stored = _sort(tensors.headers, where, found, live)
-    saved = whole.collect(config, stored.rest, stored.modules, where, found)
-    read = _Reader(name, tensors, stored.keys)
-    load_saved = {key: partial(read.whole, header) for key, header in saved.items()}
-    adapter: Adapter
-    if config["peft_type"] == "IA3":
-        multiplied = dict(vectors(config, stored.modules, where, found))
-        adapter = Ia3Adapter(name, config, multiplied, read.vector, load_saved)
-    else:
-        described = dict(factors(config, stored.modules, where, found))
-        infos = {module: info for module, (info, _) in described.items()}
-        scales = {module: each.scale for module, (_, each) in described.items()}
-        load = partial(read.update, infos, scales)
-        adapter = LoraAdapter(name, config, infos, load, load_saved)
-    found += _idle(config, stored.modules, where)
-    if not stored.modules and not found:
-        found.append(
-            Problem(
-                where,
-                "no factors and no vectors",
-                f"tensors named {names.PREFIX}<module>.<part>",
-                "Save the adapter again with PEFT's save_pretrained.",
-            )
-        )
-    return (None if found else adapter), found
+    stored = _Stored(name, config if live else _plain(config), tensors, where, live)
+    adapter = stored.adapter()
+    return (None if stored.found else adapter), stored.found
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,47 +67,240 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **listed}
 
 
-def _sort(
-    headers: Mapping[str, TensorHeader], where: str, found: list[Problem], live: bool
-) -> _Stored:
-    stored = _Stored({}, {}, {})
-    unsound, foreign = [], []
-    for raw, header in headers.items():
-        key = raw if live or not names.sound(raw) else names.plain(raw)
-        if (other := stored.keys.setdefault(key, raw)) != raw:
-            expected, remedy = "one tensor of each name", "Save the adapter again with PEFT."
-            found.append(Problem(where, f"{other} and {raw}, one module", expected, remedy))
-        elif not names.sound(raw):
-            unsound.append(key)
-        elif not key.startswith(names.PREFIX):
-            foreign.append(key)
-        elif not key.endswith(_IGNORED):
-            inner = key.removeprefix(names.PREFIX)
-            part = next((part for part in _PARTS if inner.endswith(f".{part}")), None)
-            if part is None:
-                stored.rest[inner] = header
-            else:
-                stored.modules.setdefault(inner.removesuffix(f".{part}"), {})[part] = header
-    if unsound:
-        found.append(
-            Problem(
-                where,
+class _Stored:
+    """An adapter's headers, sorted by what they are; it reads tensors by the names of modules.
+
+    Attributes:
+        found: the problems so far.
+    """
+
+    def __init__(
+        self, name: str, config: Mapping[str, Any], tensors: Tensors, where: str, live: bool
+    ):
+        self.found: list[Problem] = []
+        self._name, self._config, self._tensors, self._where = name, config, tensors, where
+        self._targets = Targets(config)
+        self._keys: dict[str, str] = {}  # of the file, by the plain name
+        self._modules: dict[str, dict[str, TensorHeader]] = {}  # by what follows the module's name
+        self._rest: dict[str, TensorHeader] = {}
+        self._sort(live)
+
+    def adapter(self) -> Adapter:
+        saved = {
+            base: partial(self._get, header.name) for base, header in self._whole_tensors().items()
+        }
+        adapter: Adapter
+        if self._config["peft_type"] == "IA3":
+            vectors = dict(self._vectors())
+            adapter = Ia3Adapter(self._name, self._config, vectors, self._vector, saved)
+        else:
+            factors = dict(self._factors())
+            infos = {module: info for module, (info, _) in factors.items()}
+            load = partial(self._update, factors)
+            adapter = LoraAdapter(self._name, self._config, infos, load, saved)
+        self._idle()
+        if not self._modules and not self.found:
+            expected = f"tensors named {names.PREFIX}<module>.<part>"
+            self._wrong("", "no factors and no vectors", expected, _SAVE_AGAIN)
+        return adapter
+
+    def _wrong(self, at: str, found: str, expected: str, remedy: str = "") -> None:
+        where = f"{self._where}: {at}" if at else self._where
+        self.found.append(Problem(where, found, expected, remedy))
+
+    def _sort(self, live: bool) -> None:
+        unsound, foreign = [], []
+        for raw, header in self._tensors.headers.items():
+            key = raw if live or not names.sound(raw) else names.plain(raw)
+            if (other := self._keys.setdefault(key, raw)) != raw:
+                remedy = "Save the adapter again with PEFT."
+                self._wrong("", f"{other} and {raw}, one module", "one tensor of each name", remedy)
+            elif not names.sound(raw):
+                unsound.append(key)
+            elif not key.startswith(names.PREFIX):
+                foreign.append(key)
+            elif not key.endswith(_IGNORED):
+                inner = key.removeprefix(names.PREFIX)
+                part = next((part for part in _PARTS if inner.endswith(f".{part}")), None)
+                if part is None:
+                    self._rest[inner] = header
+                else:
+                    self._modules.setdefault(inner.removesuffix(f".{part}"), {})[part] = header
+        if unsound:
+            self._wrong(
+                "",
                 f"{_some(unsound)} among its tensors",
                 "names of dotted parts without slashes and control characters, of 1,024 at most",
-                "Do not use this adapter unless you know who wrote it.",
+                "Do not use this adapter unless you know its author.",
             )
-        )
-    if foreign:
-        found.append(
-            Problem(
-                where,
+        if foreign:
+            self._wrong(
+                "",
                 f"{_some(foreign)} among its tensors",
                 f"names that start with {names.PREFIX}",
                 "Convert the adapter to PEFT's format: load it with the library that wrote it, "
                 "and save it with PEFT.",
             )
-        )
-    return stored
+
+    def _whole_tensors(self) -> dict[str, TensorHeader]:
+        """The tensors that belong to no adapted module, by the base's names."""
+        saved: dict[str, TensorHeader] = {}
+        unknown = []
+        for name, header in self._rest.items():
+            if any(name.replace(copy, ".") in self._rest for copy in _COPIES if copy in name):
+                continue
+            base = names.unwrapped(name)
+            if base in saved or not whole.is_whole(name, self._config, self._modules):
+                unknown.append(name)
+            elif header.dtype in DTYPES or header.dtype.startswith(("I", "U", "BOOL")):
+                saved[base] = header
+            else:
+                expected = f"one of {', '.join(DTYPES)}, or whole numbers"
+                remedy = "Save the adapter in a floating-point dtype."
+                self._wrong(name, f"dtype {header.dtype}", expected, remedy)
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            self._wrong(
+                "",
+                f"{unknown[0]} ({unknown_tensor(unknown[0])}){more}",
+                "factors, vectors, modules_to_save and biases that adapter_config.json names, and "
+                "embeddings",
+                f"{_SAVE_AGAIN[:-1]}, or merge it into its base with PEFT.",
+            )
+        return saved
+
+    def _complete(self, module: str, wanted: list[str]) -> bool:
+        """Whether a module has the parts `wanted` in floating-point dtypes, and no others."""
+        parts = self._modules[module]
+        odd = [f"no {part}" for part in wanted if part not in parts]
+        odd += [f"{part}, which has no place" for part in parts if part not in wanted]
+        if odd:
+            expected = f"{', '.join(wanted)}, as its configuration says"
+            self._wrong(module, " and ".join(odd), expected, _SAVE_AGAIN)
+        wrong = [part for part, header in parts.items() if header.dtype not in DTYPES]
+        if wrong:
+            found = f"{wrong[0]} of dtype {parts[wrong[0]].dtype}"
+            remedy = "Save the adapter in a floating-point dtype."
+            self._wrong(module, found, f"one of {', '.join(DTYPES)}", remedy)
+        return not odd and not wrong
+
+    def _factors(self) -> Iterator[tuple[str, tuple[ModuleInfo, float]]]:
+        """The modules of a LoRA and their scalings."""
+        scalings = self._scalings()
+        for module, parts in self._modules.items():
+            if module not in scalings:
+                continue
+            kind: LayoutName = "linear"
+            if any(part in parts for part in EMBEDDING_FACTORS):
+                kind = "embedding"
+            wanted = list(layouts.keys(kind))
+            # PEFT has no bias for embeddings and target parameters.
+            if self._config.get("lora_bias") and kind != "embedding":
+                wanted.append(BIAS)
+            if not self._complete(module, wanted):
+                continue
+            a, b = (parts[part] for part in layouts.keys(kind))
+            if kind == "linear" and self._targets.parameters(names.owner(module, self._modules)):
+                kind = "parameter"
+            elif kind == "linear" and len(a.shape) > 2:
+                kind = "convolution"
+            dtype = torch.promote_types(DTYPES[a.dtype], DTYPES[b.dtype])
+            rank = scalings[module].rank
+            info = layouts.describe(kind, a.shape, b.shape, rank, BIAS in parts, dtype)
+            if isinstance(info, str):
+                found = f"A of shape {list(a.shape)} and B of shape {list(b.shape)}"
+                self._wrong(module, found, info, _RESTORE)
+            elif info.bias and parts[BIAS].shape != (outputs := (info.matrices * info.rows,)):
+                found = f"shape {list(parts[BIAS].shape)}"
+                self._wrong(f"{module}.{BIAS}", found, f"shape {list(outputs)}")
+            else:
+                yield module, (info, scalings[module].scale)
+
+    def _scalings(self) -> dict[str, Scaling]:
+        """Rank and scaling of every module; modules of which they cannot be known are left out."""
+        known: dict[str, Scaling] = {}
+        wrappers: dict[str, list[str]] = {}
+        for module, parts in self._modules.items():
+            owner = names.owner(module, self._modules)
+            if FACTORS[0] in parts and self._targets.parameters(owner):
+                wrappers.setdefault(owner, []).append(module)
+            else:
+                known[module] = scaling(self._config, owner)
+        for owner, nested in wrappers.items():
+            nested.sort(key=len)
+            leaves = self._targets.parameters(owner)
+            shapes = [self._modules[module][FACTORS[0]].shape for module in nested]
+            stacked = [shape[0] for shape in shapes if shape]
+            each = parameter_scalings(self._config, owner, leaves, stacked)
+            if each is not None and len(each) == len(nested):
+                known |= dict(zip(nested, each, strict=True))
+                continue
+            self._wrong(
+                owner,
+                f"{len(nested)} stacks of factors with {stacked} rows for the parameters "
+                f"{', '.join(leaves)}, whose ranks or alphas differ",
+                "factors of which each can be of one parameter only",
+                "Files do not name target parameters; give all of one module the same rank "
+                "and alpha, and train or convert the adapter again.",
+            )
+        return known
+
+    def _vectors(self) -> Iterator[tuple[str, VectorInfo]]:
+        """The modules of an (IA)^3.
+
+        Both `feedforward_modules` and the shape say whether a vector multiplies inputs or outputs;
+        they must agree.
+        """
+        chosen = self._config.get("feedforward_modules")
+        for module, parts in self._modules.items():
+            if not self._complete(module, [VECTOR]):
+                continue
+            shape = parts[VECTOR].shape
+            possible = {way for way in (True, False) if _is_vector(shape, way)}
+            if isinstance(chosen, str):
+                possible &= {re.fullmatch(chosen, module) is not None}
+            elif chosen is not None:
+                possible &= {module.endswith(tuple(chosen))}
+            if len(possible) == 1:
+                yield module, VectorInfo(shape, possible.pop(), DTYPES[parts[VECTOR].dtype])
+                continue
+            self._wrong(
+                f"{module}.{VECTOR}",
+                f"shape {list(shape)} with feedforward_modules {chosen!r}",
+                "(1, in) for a feedforward module, (out, 1) for another, (1, channels, 1, ...)"
+                " for a convolution",
+                _RESTORE,
+            )
+
+    def _idle(self) -> None:
+        """Modules with tensors that PEFT would not read."""
+        owners = dict.fromkeys(names.owner(module, self._modules) for module in self._modules)
+        targets = self._targets
+        idle = [o for o in owners if not targets.adapt(o) and not targets.parameters(o)]
+        if idle:
+            fields = [field for field in SELECTION if self._config.get(field)]
+            more = f" and {len(idle) - 2} more" if len(idle) > 2 else ""
+            self._wrong(
+                "target_modules",
+                f"tensors of {', '.join(idle[:2])}{more}, which {' with '.join(fields)} "
+                f"{'leave' if len(fields) > 1 else 'leaves'} out: PEFT would not load them",
+                "tensors of modules that the configuration adapts",
+                _RESTORE,
+            )
+
+    def _get(self, name: str) -> Tensor:
+        key = self._keys.get(name, name)
+        return finite(self._tensors.get(key), key, self._name)
+
+    def _update(self, factors: Mapping[str, tuple[ModuleInfo, float]], module: str) -> Update:
+        info, scale = factors[module]
+        start = f"{names.PREFIX}{module}."
+        a, b = (self._get(start + part).to(info.dtype) for part in layouts.keys(info.layout))
+        bias = self._get(start + BIAS) if info.bias else None
+        return Update(*layouts.stack(info, a, b), scale, bias)
+
+    def _vector(self, module: str) -> Tensor:
+        return self._get(f"{names.PREFIX}{module}.{VECTOR}")
 
 
 def _some(keys: list[str]) -> str:
@@ -142,48 +308,9 @@ def _some(keys: list[str]) -> str:
     return f"{', '.join(map(repr, keys[:2]))}{more} ({unknown_tensor(keys[0])})"
 
 
-def _idle(
-    config: Mapping[str, Any], modules: Mapping[str, Mapping[str, TensorHeader]], where: str
-) -> Iterator[Problem]:
-    """Modules with tensors that PEFT would not read."""
-    owners = dict.fromkeys(names.owner(module, modules) for module in modules)
-    targets = Targets(config)
-    idle = [o for o in owners if not targets.adapt(o) and not targets.parameters(o)]
-    if idle:
-        fields = [field for field in SELECTION if config.get(field)]
-        more = f" and {len(idle) - 2} more" if len(idle) > 2 else ""
-        yield Problem(
-            f"{where}: target_modules",
-            f"tensors of {', '.join(idle[:2])}{more}, which {' with '.join(fields)} "
-            f"{'leave' if len(fields) > 1 else 'leaves'} out: PEFT would not load them",
-            "tensors of modules that the configuration adapts",
-            "Restore the adapter_config.json that was saved with these tensors.",
-        )
-
-
-class _Reader:
-    """Reads what the modules of one adapter need, and stops at NaN."""
-
-    def __init__(self, adapter: str, tensors: Tensors, keys: Mapping[str, str]):
-        self._adapter, self._tensors, self._keys = adapter, tensors, keys
-
-    def _get(self, name: str) -> Tensor:
-        key = self._keys.get(name, name)
-        return finite(self._tensors.get(key), key, self._adapter)
-
-    def update(
-        self, infos: Mapping[str, ModuleInfo], scales: Mapping[str, float], module: str
-    ) -> Update:
-        info = infos[module]
-        layout = LAYOUTS[info.layout]
-        start = f"{names.PREFIX}{module}."
-        a, b = (self._get(start + part).to(info.dtype) for part in (layout.a, layout.b))
-        bias = self._get(start + BIAS) if info.bias else None
-        a, b = layout.stack(info, a, b)
-        return Update(a, b, scales[module], bias)
-
-    def vector(self, module: str) -> Tensor:
-        return self._get(f"{names.PREFIX}{module}.{VECTOR}")
-
-    def whole(self, header: TensorHeader) -> Tensor:
-        return self._get(header.name)
+def _is_vector(shape: tuple[int, ...], feedforward: bool) -> bool:
+    """Whether only the axis that a feedforward module (or another one) multiplies has a length."""
+    axis = 1 if feedforward or len(shape) != 2 else 0
+    if len(shape) < 2 or shape[axis] == 0:
+        return False
+    return all(length == 1 for place, length in enumerate(shape) if place != axis)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.dtypes import dtype_name
-from mergekit_ext.errors import NonFiniteError, Problem
+from mergekit_ext.errors import Problem
 from mergekit_ext.io import pickles
-from mergekit_ext.io.headers import (
-    HeaderError,
-    TensorHeader,
-    read_pickle,
-    read_safetensors,
-)
+from mergekit_ext.io.headers import HeaderError, TensorHeader, read_pickle, read_safetensors
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -36,95 +32,69 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-class Tensors(Protocol):
+@dataclass(frozen=True)
+class Tensors:
     """Named tensors of which names, shapes and dtypes are known without reading them."""
 
     headers: Mapping[str, TensorHeader]
-
-    def get(self, name: str) -> Tensor:
-        """Read one tensor."""
-        ...
+    get: Callable[[str], Tensor]
 
 
-class SafetensorsFile:
-    """A safetensors file; its header is verified, and it is opened at the first `get`."""
+def of_memory(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return the tensors of a live model, which are not copied."""
+    headers = {
+        name: TensorHeader(name, dtype_name(t.dtype), tuple(t.shape), t.numel() * t.itemsize)
+        for name, t in tensors.items()
+    }
+    return Tensors(headers, lambda name: tensors[name].detach())
 
-    def __init__(self, path: Path):
-        self._path = path
-        self.headers: Mapping[str, TensorHeader] = read_safetensors(path)
+
+class _Once:
+    """A file that is opened at the first tensor, by one thread; mapped, not read."""
+
+    def __init__(self, open_file: Callable[[], Any], get: Callable[[Any, str], Tensor]):
+        self._open, self._get = open_file, get
         self._file: Any = None
         self._lock = threading.Lock()
 
     def get(self, name: str) -> Tensor:
         with self._lock:
             if self._file is None:
-                from safetensors import safe_open
-
-                self._file = safe_open(self._path, framework="pt")
-            return self._file.get_tensor(name)
+                self._file = self._open()
+            return self._get(self._file, name)
 
 
-class PickleFile:
-    """A PyTorch file, read by torch's restricted unpickler."""
+def _of_safetensors(path: Path) -> Tensors:
+    from safetensors import safe_open
 
-    def __init__(self, path: Path):
-        self._path = path
-        self.headers: Mapping[str, TensorHeader] = read_pickle(path)
-        self._state: dict[str, Tensor] | None = None
-
-    def get(self, name: str) -> Tensor:
-        if self._state is None:
-            self._state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
-        return self._state[name]
+    file = _Once(lambda: safe_open(path, framework="pt"), lambda file, name: file.get_tensor(name))
+    return Tensors(read_safetensors(path), file.get)
 
 
-class Memory:
-    """Tensors of a live model."""
+def _of_pickle(path: Path) -> Tensors:
+    def state() -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-        self.headers: Mapping[str, TensorHeader] = {
-            name: TensorHeader(
-                name, dtype_name(value.dtype), tuple(value.shape), value.numel() * value.itemsize
-            )
-            for name, value in tensors.items()
-        }
-
-    def get(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+    return Tensors(read_pickle(path), _Once(state, lambda found, name: found[name]).get)
 
 
 def open_folder(folder: Path, allow_pickle: bool) -> Tensors | Problem:
-    """The tensors of an adapter's folder, or what is wrong with its file."""
-    path = folder / SAFETENSORS
+    """Return the tensors of an adapter's folder, or what is wrong with its file."""
+    path, pickle = folder / SAFETENSORS, folder / PICKLE
     try:
         if path.is_file():
-            return SafetensorsFile(path)
-        pickle = folder / PICKLE
-        if pickle.is_file():
-            if allow_pickle:
-                return PickleFile(pickle)
-            return Problem(
-                str(pickle),
-                pickles.FOUND,
-                SAFETENSORS,
-                "Ask for a safetensors file; or, if you trust its author, give --allow-pickle (in "
-                "Python allow_pickle): only tensors are read from it.",
-            )
+            return _of_safetensors(path)
+        if pickle.is_file() and allow_pickle:
+            return _of_pickle(pickle)
     except HeaderError as error:
         return Problem(error.file, error.found, error.expected, error.remedy)
-    return Problem(
-        str(folder), f"no {SAFETENSORS}", "an adapter as PEFT's save_pretrained writes it"
-    )
-
-
-def finite(tensor: Tensor, name: str, adapter: str) -> Tensor:
-    """The tensor itself.
-
-    Raises:
-        NonFiniteError: it holds NaN or infinity.
-    """
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(name, adapter, count, tensor.numel())
-    return tensor
+    if pickle.is_file():
+        return Problem(
+            str(pickle),
+            pickles.FOUND,
+            SAFETENSORS,
+            "Ask for a safetensors file; or, if you trust its author, give --allow-pickle (in "
+            "Python allow_pickle): only tensors are read from it.",
+        )
+    expected = "an adapter as PEFT's save_pretrained writes it"
+    return Problem(str(folder), f"no {SAFETENSORS}", expected)

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from mergekit_ext.errors import MergeError
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.io import names
+from peft_merge.io import layouts, names
 from peft_merge.io.card import card as default_card
 from peft_merge.io.place import new_folder
 from peft_merge.io.read import load_adapter
 from peft_merge.io.tensors import CONFIG, SAFETENSORS, VECTOR
-from peft_merge.layouts import BIAS, LAYOUTS
 
 MERGE_CONFIG = "merge_config.yml"
 REPORT = "merge_report.json"
@@ -54,7 +53,7 @@ def save_adapter(
 
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """All tensors of an adapter under the names of PEFT's files, on the CPU, contiguous."""
+    """Return all tensors of an adapter under the names of PEFT's files, on the CPU, contiguous."""
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in _named(adapter):
@@ -72,12 +71,11 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     if isinstance(adapter, LoraAdapter):
         for module, info in adapter.infos.items():
             update = adapter.load(module)
-            layout = LAYOUTS[info.layout]
-            a, b = layout.store(info, update.a, update.b)
-            yield f"{module}.{layout.a}", a
-            yield f"{module}.{layout.b}", b
+            factors = layouts.store(info, update.a, update.b)
+            for key, factor in zip(layouts.keys(info.layout), factors, strict=True):
+                yield f"{module}.{key}", factor
             if update.bias is not None:
-                yield f"{module}.{BIAS}", update.bias
+                yield f"{module}.{layouts.BIAS}", update.bias
     else:
         for module in adapter.infos:
             yield f"{module}.{VECTOR}", adapter.load(module)
@@ -94,33 +92,27 @@ def fill_folder(
     card: str | None = None,
 ) -> None:
     """Write an adapter's files into an empty folder, and check them; see `save_adapter`."""
-    _save(state_dict(adapter), folder / SAFETENSORS)
-    _write(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True))
-    if merge_config is not None:
-        _write(folder / MERGE_CONFIG, merge_config.rstrip())
-    if report is not None:
-        _write(folder / REPORT, json.dumps(report, indent=2))
-    text = default_card(adapter, merge_config, report) if card is None else card
-    _write(folder / CARD, text.rstrip())
-    _check(adapter, folder)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:  # its way to say that the disk is full
+        save_file(state_dict(adapter), folder / SAFETENSORS, {"format": "pt"})
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(str(error)) from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+    texts = {
+        CONFIG: json.dumps(adapter.config, indent=2, sort_keys=True),
+        MERGE_CONFIG: merge_config and merge_config.rstrip(),
+        REPORT: None if report is None else json.dumps(report, indent=2),
+        CARD: (default_card(adapter, merge_config, report) if card is None else card).rstrip(),
+    }
+    for name, text in texts.items():
+        if text is not None:
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+    _check(adapter, folder)
 
 
 def _check(adapter: Adapter, folder: Path) -> None:
-    """Read the folder as anybody would and compare."""
+    """Read the folder again and compare."""
     again = load_adapter(folder, name=adapter.name)
     different = sorted(
         module

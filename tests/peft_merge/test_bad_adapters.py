@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, NonFiniteError
 from peft_merge.io import load_adapter
-from peft_merge.refused import FIELDS
+from peft_merge.io.unsupported import FIELDS
 from tests.peft_merge.edit import Q, change_config, change_tensors
 from tests.peft_merge.models import KINDS, reloaded, saved
 

@@ -11,7 +11,7 @@ import pytest
 
 from peft_merge.adapter import Adapter
 from peft_merge.io import DifferentBasesWarning, compatible, different_bases, load_adapter
-from peft_merge.io.configuration import lora_configuration
+from peft_merge.io.merged import lora_configuration
 
 Load = Callable[..., Adapter]
 

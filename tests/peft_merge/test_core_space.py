@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_merge.adapter import Update
-from peft_merge.core_space import CoreSpace
-from peft_merge.orthonormal import Cholesky, Identity, Reflections, orthonormal
+from peft_merge.algebra.core_space import CoreSpace
+from peft_merge.algebra.orthonormal import Cholesky, Identity, Reflections, orthonormal
 from tests.peft_merge.loras import update
 from tests.reference.adapters import best, dense
 

@@ -11,6 +11,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 
 from mergekit_ext.errors import ConfigError
+from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
 from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.config.spaces import default_space
@@ -18,7 +19,6 @@ from peft_merge.ia3 import Space
 from peft_merge.io import load_adapter
 from peft_merge.merge import merge_adapters, plan_config
 from peft_merge.rules.base import REQUIRED, rules
-from peft_merge.spaces import SPACES
 from tests.peft_merge.models import KINDS, saved
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 
 from mergekit_ext.errors import ConfigError
 from peft_merge.io import load_adapter
-from peft_merge.patterns import either, qualified, scaling
+from peft_merge.io.targets import either, qualified, scaling
 from tests.peft_merge.edit import change_config
 
 Make = Callable[..., Path]

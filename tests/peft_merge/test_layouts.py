@@ -11,23 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peft_merge.adapter import ModuleInfo
-from peft_merge.io import load_adapter
-from peft_merge.layouts import LAYOUTS, LayoutError, configured_rank
+from peft_merge.io import layouts, load_adapter
 from tests.peft_merge.models import KINDS, adapted, saved
 
 SIZES = st.integers(1, 4)
 
 
 def _round_trip(name: str, a: Tensor, b: Tensor, r: int) -> ModuleInfo:
-    layout = LAYOUTS[name]
-    info = layout.describe(tuple(a.shape), tuple(b.shape), r, False, a.dtype)
-    stacked = layout.stack(info, a, b)
+    info = layouts.describe(name, tuple(a.shape), tuple(b.shape), r, False, a.dtype)
+    assert isinstance(info, ModuleInfo)
+    stacked = layouts.stack(info, a, b)
     assert stacked[0].shape == (info.matrices, info.rank, info.columns)
     assert stacked[1].shape == (info.matrices, info.rows, info.rank)
-    stored = layout.store(info, *stacked)
+    stored = layouts.store(info, *stacked)
     assert torch.equal(stored[0], a) and torch.equal(stored[1], b)
     assert stored[0].is_contiguous() and stored[1].is_contiguous()
-    assert configured_rank(info) == r
+    assert layouts.configured_rank(info) == r
     return info
 
 
@@ -61,7 +60,7 @@ def test_parameters_come_back_as_peft_multiplies_them(
     a, b = torch.randn(r * experts, columns), torch.randn(rows, r * experts)
     info = _round_trip("parameter", a, b, r)
     assert info.shape == (experts, rows, columns)
-    stacked_a, stacked_b = LAYOUTS["parameter"].stack(info, a, b)
+    stacked_a, stacked_b = layouts.stack(info, a, b)
     expected = torch.einsum(
         "o r e, e r i -> e o i", b.reshape(rows, r, experts), a.reshape(experts, r, columns)
     )
@@ -101,5 +100,4 @@ def test_a_grouped_convolution_is_its_blocks(tmp_path: Path) -> None:
 def test_what_is_no_pair_is_refused(
     name: str, a: tuple[int, ...], b: tuple[int, ...], r: int
 ) -> None:
-    with pytest.raises(LayoutError, match="expected"):
-        LAYOUTS[name].describe(a, b, r, False, torch.float32)
+    assert isinstance(layouts.describe(name, a, b, r, False, torch.float32), str)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_merge import leading as module
-from peft_merge.leading import leading
+from peft_merge.algebra import truncated as module
+from peft_merge.algebra.truncated import leading
 from tests.reference.adapters import best
 
 

@@ -104,7 +104,7 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("block", [1, 50, 1 << 20])
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_rules_equal_the_dense_computation(name, block, monkeypatch):
-    monkeypatch.setattr("peft_merge.dense.BLOCK", block)
+    monkeypatch.setattr("peft_merge.algebra.dense.BLOCK", block)
     naive, each = ELEMENTWISE[name]
     adapters = three()
     wanted = naive(changes(adapters, "x"), WEIGHTS)
@@ -132,7 +132,7 @@ def test_random_rules_depend_on_the_seed_alone(name, monkeypatch):
     first = run(adapters, 1)
     assert not torch.equal(first, run(adapters, 2))
     fewer = [adapter(a.name, {"x": a.load("x")}) for a in adapters]
-    monkeypatch.setattr("peft_merge.dense.BLOCK", 40)
+    monkeypatch.setattr("peft_merge.algebra.dense.BLOCK", 40)
     assert torch.allclose(first, run(fewer, 1), rtol=0, atol=1e-9)
 
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from peft_merge.patterns import (
+from peft_merge.io.targets import (
     Scaling,
+    Targets,
     either,
     parameter_scalings,
     qualified,
     scaling,
 )
-from peft_merge.targets import Targets
 
 PARTS = st.sampled_from(["layers", "1", "11", "q", "qq", "x.q"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)

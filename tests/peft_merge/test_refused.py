@@ -19,7 +19,7 @@ from peft import (
 
 from mergekit_ext.errors import ConfigError
 from peft_merge.io import adapters_of, load_adapter
-from peft_merge.refused import FIELDS, REFUSALS, refusals
+from peft_merge.io.unsupported import FIELDS, REFUSALS, problems
 from tests.peft_merge.edit import change_config
 from tests.peft_merge.models import KINDS, base, reloaded
 
@@ -90,7 +90,7 @@ def test_every_field_of_the_installed_peft_is_known() -> None:
 
 @pytest.mark.parametrize("config", [LoraConfig(), IA3Config()], ids=["LORA", "IA3"])
 def test_a_default_configuration_is_accepted(config: Any) -> None:
-    assert not list(refusals(json.loads(json.dumps(config.to_dict())), "here"))
+    assert not list(problems(json.loads(json.dumps(config.to_dict())), "here"))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_dora_whose_configuration_hides_it_is_seen_by_its_tensors(tmp_path: Pa
 
 def test_arrow_is_refused_by_its_own_configuration() -> None:
     config = {"peft_type": "LORA", "arrow_config": {"top_k": 3}}
-    assert [problem.where for problem in refusals(config, "x")] == ["x: arrow_config"]
+    assert [problem.where for problem in problems(config, "x")] == ["x: arrow_config"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_merge import dense
-from peft_merge.core_space import CoreSpace
-from peft_merge.leading import leading
+from peft_merge.algebra import dense
+from peft_merge.algebra.core_space import CoreSpace
+from peft_merge.algebra.truncated import leading
 from peft_merge.lora import merge_lora
 from peft_merge.rules.base import REQUIRED, rules
 from peft_merge.rules.seeds import generators

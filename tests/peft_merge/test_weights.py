@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
-from peft_merge.io import load_adapter
-from peft_merge.io.model import adapters_of
-from peft_merge.weight_shapes import class_orientation
+from peft_merge.io import adapters_of, load_adapter
+from peft_merge.matching import class_orientation
 from peft_merge.weights import AdaptedWeights
 from tests.peft_merge import models
 
@@ -322,7 +321,7 @@ def test_quantised_and_misshapen_tensors_and_nan():
     with pytest.raises(MergeError, match=r"range of torch\.float16"):
         weights.apply("q.weight", largest)
     adapter.load("q").a[0, 0, 0] = float("inf")
-    with pytest.raises(NonFiniteError, match="q of model a"):
+    with pytest.raises(NonFiniteError, match=r"q\.lora_A of model a"):
         weights.apply("q.weight", torch.zeros(4, 6))
 
 

@@ -18,7 +18,7 @@ from mergekit_ext.host.adapters.ties import tied_names
 from mergekit_ext.host.class_model import Rename, class_names
 from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import Adapter
-from peft_merge.weight_shapes import class_orientation
+from peft_merge.matching import class_orientation
 from peft_merge.weights import AdaptedWeights
 
 BEFOREHAND = f"Or set {VARIABLE}=0, with which mergekit merges the adapter with PEFT beforehand."

@@ -16,9 +16,7 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.kernels.linear_algebra import matmul
 from peft_merge.adapter import Update
-from peft_merge.core_space import Factored
-from peft_merge.leading import Leading, leading
-from peft_merge.ranks import Rank, chosen
+from peft_merge.algebra.truncated import Factored, Leading, Rank, chosen, leading
 from peft_merge.rules.base import Call, Pieces, Rule
 
 # Entries of a block of rows.
@@ -42,7 +40,7 @@ def merge(
     Args:
         updates: of m adapters, None for one that does not have the module: zeros.
         shape: (n, rows, columns).
-        rank: of the result; see `ranks.chosen`.
+        rank: of the result; see `truncated.chosen`.
         device: where to compute.
 
     Returns:

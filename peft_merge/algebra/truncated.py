@@ -1,6 +1,7 @@
-r"""The best approximation of low rank of a dense matrix, without its singular value decomposition.
+r"""Truncation: which rank a merged change gets, and its best approximation of that rank.
 
-Block Lanczos on :math:`X X^T` from random vectors, every block orthogonalised against all others
+`leading` finds the leading singular triplets of a dense matrix without its full decomposition, by
+block Lanczos on :math:`X X^T` from random vectors, every block orthogonalised against all others
 (Golub, Luk and Overton 1981, "A Block Lanczos Method for Computing the Singular Values and
 Corresponding Singular Vectors of a Matrix"). The approximation from the space found so far can
 only get better as it grows; it grows until it hardly does.
@@ -9,18 +10,25 @@ only get better as it grows; it grows until it hardly does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, qr, svd, total
-from peft_merge.ranks import padded
+
+# Of the arithmetic in which singular values of cores are found.
+EPS = torch.finfo(torch.float64).eps
+
+# So many leading directions, all that are not rounding, or as many as hold this share of the sum
+# of squares: {"energy": 0.99}.
+Rank = int | Literal["lossless"] | Mapping[str, float]
 
 # Up to this short side a full decomposition is as fast.
 DIRECT_SIDE = 512
-# Beyond this share of the short side the space is as dear as the whole.
+# Beyond this share of the short side the space costs as much as the whole.
 LARGEST_SPACE = 0.5
 BLOCK = 16
 # The space starts with so many times the rank and grows by this share between two looks at it.
@@ -33,6 +41,61 @@ INVISIBLE = 1e-12
 # A column of a new block that keeps less than this of its length lies in the space already.
 _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 _ROWS = 1 << 17
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Balanced factors of a merged module: ``B A`` with the roots of sigma on both sides.
+
+    Attributes:
+        a: (n, r, columns), float64.
+        b: (n, rows, r), float64.
+        sigma: (n, r) singular values that are kept, zeros where a matrix has fewer.
+        error: relative Frobenius error of the truncation over the whole module, exact from the
+            singular values that are dropped.
+    """
+
+    a: Tensor
+    b: Tensor
+    sigma: Tensor
+    error: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.sigma.shape[1])
+
+
+def chosen(sigma: Tensor, rank: Rank, floor: float) -> int:
+    r"""Return one rank for all matrices of a module; at least 1, which PEFT needs.
+
+    Args:
+        sigma: (n, k) singular values of each matrix, in descending order.
+        rank: as asked for. "lossless": the largest numerical rank. ``{"energy": e}``: the
+            smallest r with :math:`\sum_{j \le r} \sigma_j^2 \ge e \sum_j \sigma_j^2`, summed over
+            the matrices.
+        floor: share of a matrix's largest singular value up to which one is rounding.
+
+    Returns:
+        from 1 to k; a number that is asked for as it is, up to k.
+    """
+    numerical = int((sigma > floor * sigma[:, :1]).sum(dim=1).max())
+    if rank == "lossless":
+        return max(1, numerical)
+    if isinstance(rank, Mapping):
+        kept = sigma.square().sum(dim=0).cumsum(dim=0)
+        enough = int((kept < rank["energy"] * kept[-1]).sum()) + 1
+        return max(1, min(enough, numerical))
+    return max(1, min(int(rank), sigma.shape[1]))
+
+
+def padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+    """Return `factor` with zeros behind it along `dim` up to `rank`."""
+    missing = rank - factor.shape[dim]
+    if missing <= 0:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)
 
 
 @dataclass(frozen=True)
@@ -56,7 +119,7 @@ class Leading:
 
 
 def leading(x: Tensor, rank: int | None) -> Leading:
-    r"""The `rank` leading singular triplets; all of them with None.
+    r"""Return the `rank` leading singular triplets; all of them with None.
 
     Args:
         x: (rows, columns), float32 or float64, finite. Scaled in place, and back.

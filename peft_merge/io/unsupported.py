@@ -1,4 +1,4 @@
-"""What of PEFT's configurations cannot be merged exactly, why, and what to do instead.
+"""Fields of adapter_config.json: their types, and those that cannot be merged exactly, and why.
 
 Facts of PEFT 0.21 (``tuners/lora/layer.py``: `update_layer` runs the initialisation again whenever
 an adapter is loaded, before its tensors are read):
@@ -13,11 +13,17 @@ an adapter is loaded, before its tensors are read):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_ext.core.wording import shown
 from mergekit_ext.errors import Problem
+from peft_merge.io.targets import keyed
 
 _INTO_BASE = (
     "Merge it into its base with PEFT (merge_and_unload), and merge the resulting models with "
@@ -33,7 +39,6 @@ class Refusal:
     field: str
     reason: str
     remedy: str = _INTO_BASE
-    applies: Callable[[Any], bool] = bool
 
 
 _CONVERT = (
@@ -115,6 +120,86 @@ _IA3 = _COMMON | {"feedforward_modules", "init_ia3_weights"}
 
 FIELDS: dict[str, frozenset[str]] = {"LORA": frozenset(_LORA), "IA3": frozenset(_IA3)}
 
+# Of a field of expressions: a merged adapter may name every module in one.
+_LONGEST = 1 << 20
+# Different names of target parameters; each is looked up in every module.
+_MOST_PARAMETERS = 64
+
+
+def _compiled(value: Any, template: str = "{}") -> Any:
+    """Check texts that PEFT takes for regular expressions, each in a template of PEFT's."""
+    texts = [value] if isinstance(value, str) else list(value or ())
+    if (length := sum(map(len, texts))) > _LONGEST:
+        raise ValueError(f"{length:,} characters of at most {_LONGEST:,}")
+    text = ""
+    try:
+        for text in texts:
+            re.compile(template.replace("{}", text))
+    except (re.error, RecursionError, OverflowError):
+        raise ValueError(f"of which {text[:80]!r} is none") from None
+    return value
+
+
+def _few(value: list[str] | None) -> list[str] | None:
+    if (count := len({name.rpartition(".")[2] for name in value or ()})) > _MOST_PARAMETERS:
+        raise ValueError(f"{count} different parameters")
+    return value
+
+
+_Rank = Annotated[int, Field(ge=1, le=2**63 - 1)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Names = list[Annotated[str, Field(min_length=1)]] | None
+_Selection = Annotated[
+    Annotated[str, AfterValidator(_compiled)] | _Names,
+    Field(description="a list of names, a regular expression, or null"),
+]
+_Layers = Annotated[
+    str | list[str] | None,
+    AfterValidator(partial(_compiled, template=r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")),
+    Field(description="a regular expression, a list of them, or null"),
+]
+_Keys = AfterValidator(partial(_compiled, template=keyed("{}")))
+_Flag = Annotated[bool | None, Field(description="true or false")]
+_Text = Annotated[str | None, Field(description="a text, or null")]
+
+
+class _Fields(BaseModel):
+    """The types of the fields that are read; a description ends "expected ..."."""
+
+    model_config = ConfigDict(strict=True)
+
+    base_model_name_or_path: _Text = None
+    revision: _Text = None
+    task_type: _Text = None
+    target_modules: _Selection = None
+    exclude_modules: _Selection = None
+    feedforward_modules: _Selection = None
+    layers_to_transform: int | list[int] | None = Field(
+        None, description="a whole number, a list of them, or null"
+    )
+    layers_pattern: _Layers = None
+    modules_to_save: _Names = Field(None, description="a list of names, or null")
+    target_parameters: Annotated[_Names, AfterValidator(_few)] = Field(
+        None,
+        description=f"a list of names of {_MOST_PARAMETERS} different parameters at most, or null",
+    )
+    fan_in_fan_out: _Flag = None
+    use_rslora: _Flag = None
+    lora_bias: _Flag = None
+    r: _Rank = Field(8, description="a whole number, 1 or more")
+    lora_alpha: _Number = Field(8, description="a number")
+    rank_pattern: Annotated[dict[str, _Rank] | None, _Keys] = Field(
+        None, description="an object of regular expressions and ranks, 1 or more each"
+    )
+    alpha_pattern: Annotated[dict[str, _Number] | None, _Keys] = Field(
+        None, description="an object of regular expressions and numbers"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="none, all or lora_only")
+    layer_replication: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(
+        None, description="a list of pairs of whole numbers, or null"
+    )
+
+
 # Fields of other trainers that PEFT drops when it loads an adapter, and what they are for. They
 # change how factors were found, not what they mean.
 TRAINING_ONLY: dict[str, str] = {
@@ -134,52 +219,62 @@ _TENSORS: dict[str, str] = {
 }
 
 
-def refusals(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
-    """Every reason why an adapter of this configuration cannot be merged exactly.
+def problems(config: Mapping[str, Any], where: str) -> list[Problem]:
+    """Return why an adapter of this configuration cannot be read, or not be merged exactly.
 
     Args:
         config: the fields of adapter_config.json.
         where: its file, for the messages.
     """
+    return [*_refusals(config, where), *_wrong_values(config, where)]
+
+
+def _refusals(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     kind = config.get("peft_type")
-    if kind is None:
-        yield Problem(
-            f"{where}: peft_type",
-            "nothing: this is no PEFT configuration",
-            "LORA or IA3",
-            "Give the folder that PEFT's save_pretrained wrote.",
-        )
-        return
     if not isinstance(kind, str) or kind not in FIELDS:
-        yield Problem(
-            f"{where}: peft_type",
-            repr(kind),
-            "LORA or IA3, the adapters that are sums or products of weights",
-            _INTO_BASE,
-        )
+        found, remedy = repr(kind), _INTO_BASE
+        if kind is None:
+            found = "nothing: this is no PEFT configuration"
+            remedy = "Give the folder that PEFT's save_pretrained wrote."
+        expected = "LORA or IA3, the adapters that are sums or products of weights"
+        yield Problem(f"{where}: peft_type", found, expected, remedy)
         return
     for refusal in REFUSALS:
-        if refusal.field in FIELDS[kind] and refusal.applies(config.get(refusal.field)):
-            yield Problem(
-                f"{where}: {refusal.field}",
-                f"{_shown(config[refusal.field])}; {refusal.reason}",
-                "an adapter without it",
-                refusal.remedy,
-            )
+        if refusal.field in FIELDS[kind] and (value := config.get(refusal.field)):
+            found = f"{shown(value)}; {refusal.reason}"
+            expected = "an adapter without it"
+            yield Problem(f"{where}: {refusal.field}", found, expected, refusal.remedy)
     yield from _initialisation(config, where)
     for field in sorted(set(config) - FIELDS[kind] - TRAINING_ONLY.keys()):
-        if _set(config[field]):
-            yield Problem(
-                f"{where}: {field}",
-                f"{_shown(config[field])}, a field of a newer PEFT or of another method",
-                "fields of which is known what they do",
-                "Remove the field if it changes training only; otherwise merge this adapter into "
-                "its base with the PEFT that wrote it.",
-            )
+        value = config[field]
+        if value is None or value is False or value in ("", [], {}, ()):
+            continue
+        yield Problem(
+            f"{where}: {field}",
+            f"{shown(value)}, a field of a newer PEFT or of another method",
+            "fields of a known use",
+            "Remove the field if it changes training only; otherwise merge this adapter into its "
+            "base with the PEFT that wrote it.",
+        )
+
+
+def _wrong_values(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    try:
+        _Fields.model_validate(dict(config))
+    except ValidationError as error:
+        reasons: dict[str, str] = {}
+        for item in error.errors():
+            reason = str(item["ctx"]["error"]) if item["type"] == "value_error" else ""
+            name = str(item["loc"][0])
+            reasons[name] = reasons.get(name) or reason
+        for name, reason in reasons.items():
+            found = f"{repr(config[name])[:80]}{reason and f', {reason}'}"
+            expected = str(_Fields.model_fields[name].description)
+            yield Problem(f"{where}: {name}", found, expected)
 
 
 def unknown_tensor(name: str) -> str:
-    """What a tensor is that has no place in an adapter of an accepted kind."""
+    """Return what a tensor is that has no place in an adapter of an accepted kind."""
     for part, meaning in _TENSORS.items():
         if part in name:
             return meaning
@@ -202,16 +297,7 @@ def _initialisation(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
             return
     yield Problem(
         f"{where}: init_lora_weights",
-        f"{_shown(value)}, an initialisation that is not known",
+        f"{shown(value)}, an initialisation that is not known",
         f"one of {', '.join(_HARMLESS_INITIALISATIONS)}",
         "Set it to true in adapter_config.json if it leaves the base's weights as they are.",
     )
-
-
-def _set(value: Any) -> bool:
-    return value is not None and value is not False and value not in ("", [], {}, ())
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

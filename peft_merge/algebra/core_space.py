@@ -10,7 +10,7 @@ in Core Space", define such cores, and merge elementwise in them.)
 
 Cost: two thin products with the stacked factors' transposes (2 R^2 (rows + columns) operations),
 decompositions of order R, and two products of R by the output's rank. Nothing of the size of the
-weight is formed, and no basis (see `peft_merge.orthonormal`).
+weight is formed, and no basis (see `peft_merge.algebra.orthonormal`).
 """
 
 from __future__ import annotations
@@ -23,30 +23,8 @@ from torch import Tensor
 
 from mergekit_ext.kernels.threads import by_one_thread
 from peft_merge.adapter import Update
-from peft_merge.orthonormal import Basis, orthonormal
-from peft_merge.ranks import EPS, Rank, chosen, padded
-
-
-@dataclass(frozen=True)
-class Factored:
-    """Balanced factors of a merged module: ``B A`` with the roots of sigma on both sides.
-
-    Attributes:
-        a: (n, r, columns), float64.
-        b: (n, rows, r), float64.
-        sigma: (n, r) singular values that are kept, zeros where a matrix has fewer.
-        error: what the truncation leaves out: its Frobenius norm over that of the whole module,
-            exact from the singular values that are dropped.
-    """
-
-    a: Tensor
-    b: Tensor
-    sigma: Tensor
-    error: float
-
-    @property
-    def rank(self) -> int:
-        return int(self.sigma.shape[1])
+from peft_merge.algebra.orthonormal import Basis, orthonormal
+from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen, padded
 
 
 @dataclass(frozen=True)
@@ -118,7 +96,7 @@ class CoreSpace:
 
         Args:
             core: (n, p, q), float64, finite.
-            rank: see `ranks.chosen`; one for all n matrices. A number above that of singular
+            rank: see `truncated.chosen`; one for all n matrices. A number above that of singular
                 values is kept, and zeros fill the factors up to ``min(rows, columns)`` at most.
         """
         u, sigma, vh = torch.linalg.svd(core, full_matrices=False)

@@ -1,8 +1,8 @@
 r"""Where a rule is applied to the factors of one module: a registry of spaces.
 
 `delta` means the change itself. Rotation-invariant rules get its core, which is the same
-(`peft_merge.core_space`); elementwise ones the dense matrix (`peft_merge.dense`). The others are
-asked for by name, since an elementwise rule gives something else in them:
+(`algebra.core_space`); elementwise ones the dense matrix (`algebra.dense`). The others are asked
+for by name, since an elementwise rule gives something else in them:
 
 - `core`: on the cores. Their axes are the principal axes of the stacked factors (Panariello et al.
   2025, "Accurate and Efficient Low-Rank Model Merging in Core Space", section 3), so that the
@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_merge import dense
 from peft_merge.adapter import Update
-from peft_merge.core_space import CoreSpace, Factored
-from peft_merge.dense import require_finite
-from peft_merge.ranks import EPS, Rank
+from peft_merge.algebra import dense
+from peft_merge.algebra.core_space import CoreSpace
+from peft_merge.algebra.truncated import EPS, Factored, Rank
 from peft_merge.rules.base import Call, Rule
 
 
@@ -69,7 +68,7 @@ class Job:
         details: dict[str, Any] = {}
         for result in merged:
             details.update(result.details)
-        return require_finite(torch.stack([result.tensor for result in merged])), details
+        return dense.require_finite(torch.stack([result.tensor for result in merged])), details
 
 
 Result = tuple[Factored, dict[str, Any]]

@@ -1,0 +1,1 @@
+"""The exact algebra of low-rank changes: core space, dense changes, truncated decompositions."""
