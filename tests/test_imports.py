@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
 ANY = {
     "budget",
     "core",
-    "codes",
     "dtypes",
     "errors",
     "events",
@@ -36,7 +35,6 @@ ANY = {
 ALLOWED = {
     "core": {"core", "errors"},
     "budget": set(),
-    "codes": set(),
     "dtypes": set(),
     "errors": set(),
     "events": {"errors", "hooks"},
@@ -65,7 +63,6 @@ ALLOWED = {
         "budget",
         "io",
         "core",
-        "codes",
         "dtypes",
         "interrupts",
         "launch",

@@ -13,7 +13,7 @@ from mergekit_ext.budget import shard_size
 from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
-    from mergekit_ext.host.checks import CheckReport, Estimate
+    from mergekit_ext.host.checks.report import CheckReport, Estimate
 
 # As for click's own usage errors: the input is at fault.
 EXIT_PROBLEMS = 2
@@ -59,7 +59,7 @@ def check(
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit.options import MergeOptions
 
-    from mergekit_ext.host.checks import check_source
+    from mergekit_ext.host.checks.source import check_source
     from mergekit_ext.host.run import for_commands
     from mergekit_ext.io import pickles
     from mergekit_ext.memory import limited

@@ -75,14 +75,14 @@ def extend_methods(module: ModuleType) -> None:
     from mergekit.io.tasks import LoaderCache, LoadTensor
     from mergekit.options import ShardSizeParamType
 
-    from mergekit_ext.host.adapters import extension
+    from mergekit_ext.host.adapters import loader
     from mergekit_ext.host.methods import register_methods
 
     register_methods()
-    _replace(auto, "get_model_tensor_names", extension.tensor_names)
-    _replace(LoaderCache, "setup", extension.setup)
-    _replace(LoaderCache, "get", extension.get)
-    _replace(LoadTensor, "execute", extension.load_tensor)
+    _replace(auto, "get_model_tensor_names", loader.tensor_names)
+    _replace(LoaderCache, "setup", loader.setup)
+    _replace(LoaderCache, "get", loader.get)
+    _replace(LoadTensor, "execute", loader.load_tensor)
     _replace(ShardSizeParamType, "convert", _reading_sizes)
 
 
@@ -110,14 +110,14 @@ def extend_merge(module: Any) -> None:
     """Route merges that use the project's methods through `host.run`."""
     from mergekit import plan
 
-    from mergekit_ext.host import layers_config, run
-    from mergekit_ext.host.adapters import extension
+    from mergekit_ext.host import out_config, run
+    from mergekit_ext.host.adapters import loader
 
     module.MergePlanner = plan.MergePlanner
     if not hasattr(module.run_merge, "stock"):
         module.run_merge = run.extended(module.run_merge)
-    _replace(module, "_get_donor_model", extension.donor)
-    _replace(module, "_model_out_config", layers_config.following_layers)
+    _replace(module, "_get_donor_model", loader.donor)
+    _replace(module, "_model_out_config", out_config.following_layers)
 
 
 def extend_multimerge(module: Any) -> None:
@@ -133,11 +133,11 @@ def extend_multimerge(module: Any) -> None:
 def extend_raw_pytorch(module: Any) -> None:
     """Check, measure and stage merges of single files."""
     from mergekit_ext.host import run_flat
-    from mergekit_ext.host.adapters import extension
+    from mergekit_ext.host.adapters import loader
 
-    _replace(module.SimpleLoaderCache, "get", extension.file_loader)
-    _replace(module.SimpleLoadTensor, "execute", extension.load_tensor)
-    _replace(module.TensorDictWrapper, "execute", extension.by_model)
+    _replace(module.SimpleLoaderCache, "get", loader.file_loader)
+    _replace(module.SimpleLoadTensor, "execute", loader.load_tensor)
+    _replace(module.TensorDictWrapper, "execute", loader.by_model)
     if not hasattr(module.plan_flat_merge, "stock"):
         module.plan_flat_merge = run_flat.extended_plan(module.plan_flat_merge)
         module.main.callback = run_flat.extended_command(module.main.callback)

@@ -10,8 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mergekit.common import ModelPath
+
 from mergekit_ext.errors import MergeError
-from mergekit_ext.host.adapters.switch import VARIABLE as ADAPTERS_VARIABLE
+from mergekit_ext.host.adapters.fitted import VARIABLE as ADAPTERS_VARIABLE
 from mergekit_ext.host.checks.hub import cached_folder, may_be_hub_name
 from mergekit_ext.host.inputs import files_of
 
@@ -82,7 +84,8 @@ def _input(path: str, revision: str, options: Any) -> str:
         return _digest(files)
     if not may_be_hub_name(path):  # of a tokenizer: mergekit will say it
         return ""
-    snapshot = cached_folder(path, revision or None, "config.json", options.transformers_cache)
+    place = ModelPath(path=path, revision=revision or None)
+    snapshot = cached_folder(place, options)
     # The folder's name is the commit; where the cache lies is of no effect.
     return _digest(snapshot.name if snapshot is not None else "", revision)
 

@@ -1,4 +1,4 @@
-"""What a merge reads: every model that its configuration names, and the files of one."""
+"""What a merge reads: the models that its configuration names, their folders and files."""
 
 from __future__ import annotations
 
@@ -10,22 +10,41 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.tokenizer.config import ModelTokenEmbedding
 
-from mergekit_ext.host.checks.layout import groups_of, references
-from mergekit_ext.io import headers
-from mergekit_ext.io.model_files import companions
+from mergekit_ext.host.adapters.fitted import applies, base_of
+from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.io import headers, paths
+from mergekit_ext.io.model_files import MODULES, WEIGHTS, companions, module_folders
 
 
 def models_of(config: Any) -> list[Any]:
-    """Every model of a `MergeConfiguration` once: those merged, and those of its tokenizer.
+    """Return every model of a `MergeConfiguration`: those merged, and those of its tokenizer.
 
     mergekit's own list has neither the tokenizer's nor the bases of slices.
     """
-    merged = [model for _, model in references(groups_of(config), config.base_model)]
-    return list(dict.fromkeys([*config.referenced_models(), *merged, *_of_tokenizer(config)]))
+    models = [*config.referenced_models(), *models_at(config), *_of_tokenizer(config)]
+    return list(dict.fromkeys(models))
+
+
+def _of_tokenizer(config: Any) -> Iterator[ModelReference]:
+    sources = [config.tokenizer_source]
+    if config.tokenizer is not None:
+        tokens = (config.tokenizer.tokens or {}).values()
+        sources += [config.tokenizer.source, *(token.source for token in tokens)]
+    for source in sources:
+        if isinstance(source, ModelTokenEmbedding):
+            source = source.model
+        if isinstance(source, ModelReference):
+            yield source
+
+
+def donor_first(config: Any) -> list[Any]:
+    """Return all models, first the one that mergekit takes configuration and tokenizer from."""
+    models = config.referenced_models()
+    return list(dict.fromkeys([config.base_model or models[0], *models]))
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """The files of a local model: those beside each other, and in folders that belong to it.
+    """Yield the files of a local model: those beside each other, and in folders that belong to it.
 
     Other folders are other models, or the past of this one.
     """
@@ -39,13 +58,36 @@ def files_of(folder: Path) -> Iterator[Path]:
             yield from sorted(shard for shard in shards if shard.parent != folder)
 
 
-def _of_tokenizer(config: Any) -> Iterator[ModelReference]:
-    sources = [config.tokenizer_source]
-    if config.tokenizer is not None:
-        tokens = (config.tokenizer.tokens or {}).values()
-        sources += [config.tokenizer.source, *(token.source for token in tokens)]
-    for source in sources:
-        if isinstance(source, ModelTokenEmbedding):
-            source = source.model
-        if isinstance(source, ModelReference):
-            yield source
+def folder_of(reference: Any, options: Any) -> Path:
+    """Return a model's folder, without its adapter; fetch from the Hub what is not here yet.
+
+    mergekit fetches weights and JSON alone: code, vocabularies and templates are fetched besides.
+    """
+    if applies(reference):
+        reference = base_of(reference)
+    merged = reference.merged(
+        cache_dir=options.lora_merge_cache,
+        trust_remote_code=options.trust_remote_code,
+        lora_merge_dtype=options.lora_merge_dtype,
+    )
+    folder = Path(merged.local_path(cache_dir=options.transformers_cache))
+    if not paths.exists(merged.model.path):
+        _fetch(merged.model, folder, options, ignore_patterns=[f"*{end}" for end in WEIGHTS])
+        fetch_modules(merged.model, folder, options)
+    return folder
+
+
+def fetch_modules(model: Any, folder: Path, options: Any) -> None:
+    """Fetch ``modules.json`` of a model of the Hub, and the folders that it names."""
+    _fetch(model, folder, options, allow_patterns=[MODULES])
+    if modules := module_folders(folder):
+        _fetch(model, folder, options, allow_patterns=[f"{name}*" for name in modules])
+
+
+def _fetch(model: Any, folder: Path, options: Any, **patterns: Any) -> None:
+    """Fetch more files of the commit that a snapshot's folder is called after."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(
+        model.path, revision=folder.name, cache_dir=options.transformers_cache, **patterns
+    )

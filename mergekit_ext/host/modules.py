@@ -1,13 +1,15 @@
-"""Weights in the folders that ``modules.json`` names, such as a ``2_Dense``.
+"""The folders that ``modules.json`` names (sentence-transformers), and weights in them.
 
-Where all models have the same, they are copied; others are merged like any tensor, by the method
-and with the parameters of the merge. Gradients over layers have their last value.
+Where all models have the same weights, such as those of a ``2_Dense``, they are copied; others are
+merged like any tensor, by the method and with the parameters of the merge. Gradients over layers
+have their last value.
 """
 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,120 @@ from mergekit.parameter_resolver import resolve_parameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_ext.host.model_folders import module_home
+from mergekit_ext.core.wording import listing
+from mergekit_ext.host.checks import hub
+from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.inputs import donor_first, fetch_modules
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.io.model_files import module_weights
+from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.headers import HeaderError, TensorHeader, read_file
+from mergekit_ext.io.model_files import (
+    MODULES,
+    companions,
+    is_weights,
+    module_folders,
+    module_weights,
+)
 
 _LAST_LAYER = 1.0
+_REMEDY = (
+    "Make those folders the same in all models, or keep each model's own with "
+    "`merge_method: flexmerge`."
+)
 
 
-def differing(folders: Mapping[Any, Path]) -> list[str]:
-    """Return the files of weights in the output's modules that not all models have alike.
+def module_home(folders: Iterable[Path]) -> Path | None:
+    """Return the first of these folders that has ``modules.json``: that of the output."""
+    return next((folder for folder in folders if (folder / MODULES).is_file()), None)
+
+
+def check_modules(
+    config: Any, options: Any, facts: Mapping[Any, ModelFacts], findings: Findings
+) -> None:
+    """Report weights of modules that can be neither copied nor merged, and unequal settings."""
+    folders = _folders({model: facts[model] for model in donor_first(config)}, options)
+    home = module_home(folders.values())
+    if home is None:
+        return
+    with_modules = {model: f for model, f in folders.items() if module_home([f])}
+    found = {model: _headers(facts[model], f, findings) for model, f in with_modules.items()}
+    for name in _differing(folders):
+        lacking = [str(model) for model, folder in folders.items() if not (folder / name).is_file()]
+        shapes = [
+            {key: header.shape for key, header in headers[name].items()}
+            for headers in found.values()
+            if name in headers
+        ]
+        if lacking:
+            what = f"no {name} in {listing(lacking)}, which others have"
+            findings.problem("models", what, "equal files, or one in each model", _REMEDY)
+        elif not name.endswith((".safetensors", ".bin", ".pt")) or not config.models:
+            what = f"different {name}, which only merges of whole models' single files merge"
+            findings.problem("models", what, "equal files", _REMEDY)
+        elif any(other != shapes[0] for other in shapes):
+            what = f"different {name}, whose tensors have other names or shapes"
+            findings.problem("models", what, "the same tensors", _REMEDY)
+        elif (config.parameters or {}).get("granularity", "tensor") != "tensor":
+            what = f"not `tensor`, while {name} differs between the models"
+            remedy = f"Write `granularity: tensor`. {_REMEDY}"
+            findings.problem("parameters.granularity", what, "`tensor`", remedy)
+    for name in companions(home):  # settings, such as the pooling
+        if name.startswith(module_folders(home)) and not is_weights(Path(name)):
+            mine = _content(home / name)
+            others = [str(m) for m, f in with_modules.items() if _content(f / name) != mine]
+            if others:
+                findings.warn(f"The output has {name} of {home}; {listing(others)} differ.")
+
+
+def check_copied_modules(facts: Mapping[Any, ModelFacts], options: Any, findings: Findings) -> None:
+    """Report weights of modules that cannot be copied with their task."""
+    for model, folder in _folders(facts, options).items():
+        _headers(facts[model], folder, findings)
+
+
+def _folders(facts: Mapping[Any, ModelFacts], options: Any) -> dict[Any, Path]:
+    """The models' folders; none of them while one is not here."""
+    found = {}
+    for model in facts:
+        path = model.model
+        folder = Path(path.path) if paths.is_folder(path.path) else None
+        if folder is None and not facts[model].pending and not hub.offline():
+            folder = hub.cached_folder(path, options)
+            if folder is not None:
+                fetch_modules(path, folder, options)
+        if folder is None:
+            return {}
+        found[model] = folder
+    return found
+
+
+def _headers(
+    fact: ModelFacts, folder: Path, findings: Findings
+) -> dict[str, dict[str, TensorHeader]]:
+    found: dict[str, dict[str, TensorHeader]] = {}
+    for name in module_weights(folder):
+        if not name.endswith(".index.json"):
+            try:
+                found[name] = read_file(folder / name, allow_pickle=pickles.are_allowed())
+            except HeaderError as error:
+                findings.unreadable(fact.where, error)
+                found[name] = {}
+    return found
+
+
+def _content(file: Path) -> Any:
+    try:
+        content = file.read_bytes()
+        return json.loads(content)
+    except OSError:
+        return None
+    except (ValueError, RecursionError):
+        return content
+
+
+def _differing(folders: Mapping[Any, Path]) -> list[str]:
+    """The files of weights in the output's modules that not all models have alike.
 
     A model without modules, such as a bare base, has a part in none.
     """
@@ -45,8 +152,8 @@ def differing(folders: Mapping[Any, Path]) -> list[str]:
 
 
 def merge_modules(config: Any, folders: Mapping[Any, Path], target: Path, options: Any) -> None:
-    """Merge what is `differing` into files of the same names in `target`."""
-    for file in differing(folders):
+    """Merge weights of modules that differ into files of the same names in `target`."""
+    for file in _differing(folders):
         models = {model: _load(folder / file) for model, folder in folders.items()}
         first = next(iter(models.values()))
         merged = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.dtypes import dtype_name
-from mergekit_ext.host.checks.locate import FoundTensor
+from mergekit_ext.host.checks.plan import FoundTensor
 from mergekit_ext.host.checks.settings import dtype_of, wants_tokenizer
 from mergekit_ext.io.planned import Entry
 

@@ -25,14 +25,14 @@ from mergekit_ext.errors import (
 )
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.adapters import applies
+from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.agreement import require_same
-from mergekit_ext.host.checks import examine, models_of_stock, unknown_keys
 from mergekit_ext.host.checks.adapters import unused_cache
-from mergekit_ext.host.checks.layout import groups_of, references
-from mergekit_ext.host.checks.locate import FoundTensor
+from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.merge import examine, models_of_stock
+from mergekit_ext.host.checks.plan import FoundTensor
 from mergekit_ext.host.checks.processes import sharing_problems
-from mergekit_ext.host.checks.schema import parse
+from mergekit_ext.host.checks.schema import parse, unknown_keys
 from mergekit_ext.host.checks.source import NO_DOCUMENT
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
@@ -130,7 +130,7 @@ def _checked_models(config: MergeConfiguration, options: MergeOptions) -> Iterat
     Where the project changes what mergekit reads (an adapter is applied), a problem stops the
     merge; otherwise mergekit goes on, and each problem is a warning.
     """
-    models = [model for _, model in references(groups_of(config), config.base_model)]
+    models = list(models_at(config))
     adapted = any(map(applies, models))
     if not adapted and not all(paths.is_folder(model.model.path) for model in models):
         yield  # what mergekit downloads is looked at by mergekit

@@ -10,9 +10,8 @@ from typing import Any
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.adapters.extension import file_with_adapter, set_up_files
-from mergekit_ext.host.checks import check_flat
-from mergekit_ext.host.checks.flat import adapter_problems
+from mergekit_ext.host.adapters.loader import file_with_adapter, set_up_files
+from mergekit_ext.host.checks.flat import adapter_problems, check_flat
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.output import output
 from mergekit_ext.host.run import for_commands, parsed, require

@@ -10,9 +10,8 @@ from mergekit.config import MergeConfiguration
 from mergekit_ext.core.wording import shown
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.host import compat
-from mergekit_ext.host.checks import unknown_keys
-from mergekit_ext.host.checks.multi import between_documents
-from mergekit_ext.host.checks.schema import parse
+from mergekit_ext.host.checks.schema import parse, unknown_keys
+from mergekit_ext.host.checks.source import between_documents
 from mergekit_ext.host.methods import is_stock
 from mergekit_ext.host.run import for_commands
 from mergekit_ext.io.documents import DocumentError, read

@@ -1,4 +1,4 @@
-"""YAML from strangers: parsed within bounds, with every reason not to as one error.
+"""YAML and JSON of unknown origin, parsed within bounds, with every reason not to as one error.
 
 PyYAML's safe loader runs no code, but it follows aliases without counting (a few lines stand for
 billions of values), recurses, and lets exceptions of Python's conversions through.
@@ -6,7 +6,9 @@ billions of values), recurses, and lets exceptions of Python's conversions throu
 
 from __future__ import annotations
 
+import json
 import math
+import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -48,6 +50,30 @@ def text_of(path: Path) -> str:
         raise ConfigError([Problem(str(path), found, "a YAML file")]) from None
 
 
+def json_object(
+    path: Path, expected: str, largest: int
+) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """Return the object in a file of JSON, or what was found in its place and what is expected.
+
+    Args:
+        path: the file.
+        expected: what it should hold, for the message.
+        largest: the most bytes that are read.
+    """
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for its other end
+            return {}, (f"{path}, which is no file", expected)
+        if state.st_size > largest:
+            return {}, (f"{path} of {state.st_size:,} bytes", f"{largest:,} at most")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, (f"{path}, which is not JSON ({error})", expected)
+    if not isinstance(content, dict):
+        return {}, (f"{path}, which is no JSON object", expected)
+    return content, None
+
+
 def read(text: str) -> tuple[list[Any], list[Problem]]:
     """The documents of a YAML text, and the keys that stand twice in one mapping.
 
@@ -74,9 +100,7 @@ def read(text: str) -> tuple[list[Any], list[Problem]]:
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "the file"
         found = str(getattr(error, "problem", None) or " ".join(str(error).split()))
         found = found.removeprefix("found ")
-        raise _error(
-            where, found, "YAML", "Mend the indentation, quotes or colons there."
-        ) from None
+        raise _error(where, found, "YAML", _REMEDY) from None
     except RecursionError:
         raise _too_deep("the file") from None
     except (ValueError, KeyError, AttributeError, OverflowError) as error:

@@ -10,7 +10,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mergekit_ext.host.checks import CheckReport, check_merge
+from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.report import CheckReport
 
 SMALL = {
     "vocab_size": 48,

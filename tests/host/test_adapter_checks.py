@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_ext.errors import MergeWarning
-from mergekit_ext.host.adapters import fit, read_adapter
-from mergekit_ext.host.checks import check_source
+from mergekit_ext.host.adapters.fitted import fit, read_adapter
+from mergekit_ext.host.checks.source import check_source
 from mergekit_ext.io.headers import read_folder
 from tests import models as small
 from tests.host.adapters import check, quietly, saved_adapter, saved_base

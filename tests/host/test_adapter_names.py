@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.adapters.extension import config_beside
-from mergekit_ext.host.checks import check_source
+from mergekit_ext.host.adapters.loader import config_beside
+from mergekit_ext.host.checks.source import check_source
 from tests import models as small
 from tests.host.adapters import check, merged_with_peft, opened, saved_adapter, saved_base
 

@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig
 from transformers import LlamaForCausalLM
 
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
-from mergekit_ext.host.adapters import open_adapted
+from mergekit_ext.host.adapters.loader import open_adapted
 from tests import models as small
 from tests.host.adapters import merged_with_peft, opened, saved_adapter, saved_base
 from tests.host.flexmerge_models import as_index_says

@@ -10,7 +10,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
-from mergekit_ext.host.checks import check_merge
+from mergekit_ext.host.checks.merge import check_merge
 from tests import models as small
 from tests.reference import nan as reference
 

@@ -42,13 +42,11 @@ from transformers import (
 )
 
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.host.checks import (
-    CheckReport,
-    check_flat,
-    check_merge,
-    check_source,
-    unknown_keys,
-)
+from mergekit_ext.host.checks.flat import check_flat
+from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.report import CheckReport
+from mergekit_ext.host.checks.schema import unknown_keys
+from mergekit_ext.host.checks.source import check_source
 from mergekit_ext.io import pickles
 from mergekit_ext.io.headers import HeaderError, read_folder, read_safetensors
 from tests import models as small
@@ -721,12 +719,12 @@ def test_architectures_that_differ(models: Path) -> None:
     problem = the(run(document))
     assert "BertForSequenceClassification" in problem.found
     assert "--allow-crimes" in problem.remedy
-    assert "missing in" in " ".join(p.found for p in run(document, allow_crimes=True).problems)
+    assert "nothing in" in " ".join(p.found for p in run(document, allow_crimes=True).problems)
 
 
 def test_table_that_does_not_fit_is_one_problem(models: Path) -> None:
     problem = the(run({**LINEAR, "models": entries(models, "t5_old")}))
-    assert "8 tensors" in problem.where and problem.found == "them in no model"
+    assert "8 tensors" in problem.where and problem.found == "nothing in any model"
 
 
 def test_layers_that_mergekit_would_skip_silently(models: Path) -> None:

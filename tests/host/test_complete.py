@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_ext
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.loading import loading
+from mergekit_ext.host.class_model import loading
 from tests.host.small import SMALL, checked, family, llama, merging, tuned
 
 QUIET = MergeOptions(quiet=True)

@@ -8,7 +8,7 @@ from transformers import AutoModel, BertModel, ViTModel
 
 from mergekit_ext import flexmerge
 from mergekit_ext.errors import MergeWarning
-from mergekit_ext.host.checks import check_merge
+from mergekit_ext.host.checks.merge import check_merge
 from tests import models as small
 from tests.host.flexmerge_models import QUIET, Family, as_index_says, merge, same, vit
 

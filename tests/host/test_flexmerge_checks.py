@@ -21,7 +21,8 @@ import mergekit_ext
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.algorithms import ALGORITHMS
 from mergekit_ext.flexmerge.source import FileSource
-from mergekit_ext.host.checks import check_merge, check_source
+from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.source import check_source
 from tests import models as small
 
 QUIET = MergeOptions(quiet=True)

@@ -9,7 +9,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
-from mergekit_ext.host.checks import check_merge
+from mergekit_ext.host.checks.merge import check_merge
 from tests import models as small
 from tests.host.flexmerge_models import QUIET
 

@@ -14,8 +14,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_ext
-from mergekit_ext.codes import stored_codes
 from mergekit_ext.errors import Problem
+from mergekit_ext.host.checks.models import stored_codes
 from tests.host.small import checked, family, llama, merging, tuned
 
 FLEX = {"method": "flexmerge", "parameters": {"target_size": 2}}

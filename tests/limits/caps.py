@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.peaks import give_back, measured
 from mergekit_ext import memory
 from mergekit_ext.cli import main
-from mergekit_ext.host.checks import check_source
+from mergekit_ext.host.checks.source import check_source
 from peft_merge.cli import main as adapters
 from peft_merge.footprint import need_of
 from peft_merge.merge import plan_config

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mergekit_ext.cli import main
-from mergekit_ext.host.checks import check_source
+from mergekit_ext.host.checks.source import check_source
 from mergekit_ext.io import pickles
 from peft_merge.cli import main as adapters
 from peft_merge.footprint import need_of

@@ -5,19 +5,3 @@ mergekit by itself loads the whole base, merges the adapter with PEFT, writes th
 opened once, however many adapters of it there are. ``MERGEKIT_EXT_ADAPTERS=0`` brings mergekit's
 own way back, for adapters that can only be applied inside of a model.
 """
-
-from mergekit_ext.host.adapters.fitted import BEFOREHAND, Fitted, base_of, fit, read_adapter
-from mergekit_ext.host.adapters.loader import AdaptedLoader, open_adapted
-from mergekit_ext.host.adapters.switch import VARIABLE, applies
-
-__all__ = [
-    "BEFOREHAND",
-    "VARIABLE",
-    "AdaptedLoader",
-    "Fitted",
-    "applies",
-    "base_of",
-    "fit",
-    "open_adapted",
-    "read_adapter",
-]

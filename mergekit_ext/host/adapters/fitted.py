@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,20 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.core.wording import listing, tensors_at
 from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.host.adapters.switch import VARIABLE
-from mergekit_ext.host.adapters.ties import tied_names
-from mergekit_ext.host.class_model import Rename, class_names
+from mergekit_ext.host.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import Adapter
 from peft_merge.matching import class_orientation
 from peft_merge.weights import AdaptedWeights
 
+VARIABLE = "MERGEKIT_EXT_ADAPTERS"
 BEFOREHAND = f"Or set {VARIABLE}=0, with which mergekit merges the adapter with PEFT beforehand."
 # Where refused kinds of adapters are reported.
 _CONFIG = "adapter_config.json"
+
+
+def applies(reference: Any) -> bool:
+    """Whether `reference`, a `ModelReference`, has an adapter that is applied while reading."""
+    return reference.lora is not None and os.environ.get(VARIABLE) != "0"
+
+
+def base_of(reference: Any) -> Any:
+    """Return the same `ModelReference` without its adapter."""
+    return reference.model_copy(update={"lora": None})
 
 
 @dataclass(frozen=True)
@@ -72,11 +84,6 @@ def _cast(header: TensorHeader, dtype: torch.dtype) -> TensorHeader:
         return header
     size = math.prod(header.shape) * dtype.itemsize
     return TensorHeader(header.name, dtype_name(dtype), header.shape, size)
-
-
-def base_of(reference: Any) -> Any:
-    """The same `ModelReference` without its adapter."""
-    return reference.model_copy(update={"lora": None})
 
 
 def fit(
@@ -155,7 +162,7 @@ def _matched(
     return weights, {names.of[name]: name for name in tensors if names.of[name] in known}
 
 
-def _renamed(adapter: Adapter, rename: Rename) -> Adapter:
+def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
     modules = {rename(f"{name}.weight").removesuffix(".weight"): name for name in adapter.infos}
     saved = {rename(name): load for name, load in adapter.saved.items()}
     if len(modules) < len(adapter.infos) or len(saved) < len(adapter.saved):
@@ -169,11 +176,6 @@ def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -
     for name in touched:
         if tensors[name].dtype not in FLOATING:
             found.setdefault(tensors[name].dtype, []).append(name)
-    if not found:
-        return []
-    # Not with the module: the checks load mergekit's planner, which may be loading this.
-    from mergekit_ext.core.wording import tensors_at
-
     return [
         Problem(
             tensors_at(names),
@@ -188,11 +190,9 @@ def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -
 def _tied(adapter: Adapter, changed: set[str], config: Any) -> list[Problem]:
     if adapter.config.get("ensure_weight_tying"):
         return []  # trained tied: what is done to one name is done to the tensor
-    names = tied_names(changed, config)
+    names = sorted(name for name in changed if _is_tied(name, config))
     if not names:
         return []
-    from mergekit_ext.core.wording import listing, tensors_at
-
     return [
         Problem(
             tensors_at(names),
@@ -201,3 +201,16 @@ def _tied(adapter: Adapter, changed: set[str], config: Any) -> list[Problem]:
             "Save the base with `tie_word_embeddings=False` and both tensors, and give that.",
         )
     ]
+
+
+def _is_tied(name: str, config: Any) -> bool:
+    """Whether the model's class ties a tensor to another.
+
+    The class says so (transformers' ``_tied_weights_keys``), not the file: it may hold one of the
+    two only. Nothing is tied without ``tie_word_embeddings``, or in a class from elsewhere.
+    """
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return False
+    tied = getattr(class_of(config), "_tied_weights_keys", None) or {}
+    patterns = {*tied, *tied.values()} if isinstance(tied, dict) else {*tied}
+    return any(re.search(rf"(^|\.)(?:{pattern})$", name) for pattern in patterns)

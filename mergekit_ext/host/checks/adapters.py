@@ -12,27 +12,22 @@ import torch
 
 from mergekit_ext.core.wording import listing, nearest
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.adapters import BEFOREHAND, VARIABLE, fit, read_adapter
+from mergekit_ext.host.adapters.fitted import BEFOREHAND, VARIABLE, fit, read_adapter
 from mergekit_ext.host.checks import hub
-from mergekit_ext.host.checks.configuration import json_object
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import empty_model
 from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, read_safetensors
 from peft_merge.adapter import Adapter
 
 _WRITTEN = "the configuration of a PEFT adapter"
+_SAVED = "Give the folder that PeftModel.save_pretrained wrote."
 _SAFE, _PICKLE = _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def note_unused(options: Any, findings: Findings) -> None:
-    """Say that ``--lora-merge-cache`` is not needed."""
-    if options.lora_merge_cache:
-        findings.note(unused_cache(options))
-
-
 def unused_cache(options: Any) -> str:
-    """What becomes of ``--lora-merge-cache``."""
+    """Say what becomes of ``--lora-merge-cache`` where adapters are applied while reading."""
     return (
         f"--lora-merge-cache {options.lora_merge_cache} is not used: adapters are applied while "
         f"their base is read, and nothing is written there. {VARIABLE}=0 brings mergekit's own "
@@ -50,19 +45,18 @@ def adapted_tensors(
     dtype: torch.dtype | None = None,
     otherwise: str = BEFOREHAND,
 ) -> dict[str, TensorHeader] | None:
-    """The tensors of a base with an adapter; None with problems, or when they are not known yet.
+    """Return the tensors of a base with an adapter; None with problems, or if not known yet.
 
     Args:
         path: mergekit's `ModelPath` of the adapter.
         base: the base's folder, or its name on the Hub.
         tensors: the base's; None when they are not known.
         config: the base's configuration; None for a bare file of weights.
+        where, findings: what is wrong, and the place that it is reported at.
         dtype: that they are read in; None for that of the file.
         otherwise: see `fit`.
     """
-    if not _is_here(path, where, findings):
-        return None
-    if _is_pickle(paths.expanded(path.path), where, findings):
+    if not _is_readable(path, where, findings):
         return None
     try:
         adapter = read_adapter(path, otherwise)
@@ -77,21 +71,6 @@ def adapted_tensors(
         return None
 
 
-def _warn_of_base(adapter: Adapter, base: str, where: str, findings: Findings) -> None:
-    named = str(adapter.config.get("base_model_name_or_path") or "")
-    ours, theirs = _components(os.path.realpath(base)), _components(named)
-    if theirs and theirs[-1] not in ours and ours[-1] not in theirs:
-        findings.warn(
-            f"{where}: the adapter {adapter.name} names {named} as its base and is applied to "
-            f"{base}. That only makes sense if these are copies of one model."
-        )
-
-
-def _components(path: str) -> list[str]:
-    """The parts of a path; of a folder of the Hub's cache (models--org--name) the name."""
-    return [part.rpartition("--")[2] for part in re.split(r"[/\\]", path.lower()) if part]
-
-
 def check_heads(
     base: Mapping[str, TensorHeader],
     adapted: Mapping[str, TensorHeader],
@@ -100,17 +79,14 @@ def check_heads(
     where: str,
     findings: Findings,
 ) -> None:
-    """Whole tensors that the adapter brings must be tensors of the architecture.
+    """Check that whole tensors of the adapter are tensors of the architecture.
 
     The output has the tensors of its architecture and no others: a classifier on a causal
     language model would be lost.
     """
-    added = sorted(adapted.keys() - base.keys())
+    added = adapted.keys() - base.keys()
     model = empty_model(config) if added else None
-    if model is None:
-        return
-    lost = sorted(set(added) - model.state_dict().keys())
-    if lost:
+    if model is not None and (lost := sorted(added - model.state_dict().keys())):
         findings.problem(
             where,
             f"{listing(lost)} in the adapter {reference.lora}, which {config.architectures[0]}, "
@@ -120,7 +96,7 @@ def check_heads(
         )
 
 
-def check_merged_beforehand(
+def merged_beforehand(
     reference: Any, where: str, options: Any, findings: Findings
 ) -> dict[str, TensorHeader] | None:
     """Check what mergekit's own way needs.
@@ -128,60 +104,63 @@ def check_merged_beforehand(
     Returns the tensors of the merged copy that an earlier run left, if it did: mergekit trusts it
     whatever is in it.
     """
+    adapter = reference.lora
+    if _is_readable(adapter, where, findings) and paths.is_folder(adapter.path):
+        _check_files(Path(adapter.path), where, findings)
     if not options.lora_merge_cache:
         findings.problem(
             where,
             f"{reference}, a model with an adapter, and no folder for the merged copy",
-            "a folder that has room for one whole model per adapter",
+            "a folder that has space for one whole model per adapter",
             f"Add --lora-merge-cache with such a folder, or do without {VARIABLE}=0.",
         )
-    path = reference.lora.path
-    here = _is_here(reference.lora, where, findings) and paths.is_folder(path)
-    if here and not _is_pickle(Path(path), where, findings):
-        _check_files(Path(path), where, findings)
-    return _merged_copy(reference, where, options, findings)
+        return None
+    name = f"{reference.model._unique_id()}_{adapter._unique_id()}"
+    folder = Path(options.lora_merge_cache) / name
+    try:
+        return read_folder(folder, allow_pickle=pickles.are_allowed()) if folder.exists() else None
+    except HeaderError as error:
+        findings.problem(
+            where,
+            f"an unfinished merged copy in {folder} ({error.file} with {error.found})",
+            "a whole model, because mergekit uses that copy as it is",
+            f"Delete {folder}.",
+        )
+        return None
 
 
-def _is_here(path: Any, where: str, findings: Findings) -> bool:
-    """Whether an adapter can be read without a download; a problem if it never can."""
-    if paths.is_folder(paths.expanded(path.path)):
-        return True
-    if hub.may_be_hub_name(path.path):
-        if hub.cached_folder(path.path, path.revision, "adapter_config.json", None) is not None:
+def near(path: str) -> str:
+    """Return a neighbour in the file system with nearly that name, as the end of a remedy."""
+    parent = Path(path).parent
+    try:
+        close = nearest(Path(path).name, [e.name for e in parent.iterdir() if e.is_dir()])
+    except (OSError, ValueError):
+        return ""
+    return f" Did you mean {parent / close}?" if close else ""
+
+
+def _is_readable(path: Any, where: str, findings: Findings) -> bool:
+    """Whether an adapter can be read now; a problem if it never can, or is a pickle."""
+    folder = paths.expanded(path.path)
+    if not paths.is_folder(folder):
+        may_be = hub.may_be_hub_name(path.path)
+        if may_be and hub.cached_folder(path, None, "adapter_config.json") is not None:
             return True
-        if not hub.offline():
+        if may_be and not hub.offline():
             findings.note(
                 f"{where}: the adapter {path} is checked when it has been downloaded, before "
                 "anything is merged."
             )
-            return False
-    findings.problem(
-        where,
-        f"the adapter {path}, which does not exist",
-        "an adapter's folder, or a name on the Hub",
-        "Check the part after `+`." + near(path.path),
-    )
-    return False
-
-
-def _is_pickle(folder: Path, where: str, findings: Findings) -> bool:
-    """Whether an adapter is a pickle that nobody asked for, which is a problem."""
-    if pickles.are_allowed() or (folder / _SAFE).exists() or not (folder / _PICKLE).exists():
+        else:
+            found, remedy = f"the adapter {path}, which does not exist", near(path.path)
+            expected = "an adapter's folder, or a name on the Hub"
+            findings.problem(where, found, expected, f"Check the part after `+`.{remedy}")
         return False
-    file = folder / _PICKLE
-    findings.problem(where, f"{file} with {pickles.FOUND}", pickles.EXPECTED, pickles.REMEDY)
-    return True
-
-
-def near(path: str) -> str:
-    """A neighbour in the file system with nearly that name, as the end of a remedy."""
-    parent = Path(path).parent
-    try:
-        names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    except (OSError, ValueError):
-        return ""
-    close = nearest(Path(path).name, names)
-    return f" Did you mean {parent / close}?" if close else ""
+    pickle = folder / _PICKLE
+    if pickles.are_allowed() or (folder / _SAFE).exists() or not pickle.exists():
+        return True
+    findings.problem(where, f"{pickle} with {pickles.FOUND}", pickles.EXPECTED, pickles.REMEDY)
+    return False
 
 
 def _check_files(folder: Path, where: str, findings: Findings) -> None:
@@ -198,40 +177,28 @@ def _check_files(folder: Path, where: str, findings: Findings) -> None:
         found = f"an adapter_config.json in {folder} that PEFT cannot read"
         wrong = f"{found} ({type(error).__name__}: {text})", _WRITTEN
     if wrong is not None:
-        findings.problem(where, *wrong, "Give the folder that PeftModel.save_pretrained wrote.")
-    weights = [folder / name for name in _ADAPTER_FILES if (folder / name).is_file()]
-    if not weights:
-        findings.problem(
-            where,
-            f"an adapter {folder} without weights",
-            f"one of {', '.join(_ADAPTER_FILES)}",
-            "Give the folder that PeftModel.save_pretrained wrote.",
-        )
-    elif weights[0].suffix == ".safetensors":
+        findings.problem(where, *wrong, _SAVED)
+    weights = next((folder / name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        found, expected = f"an adapter {folder} without weights", " or ".join(_ADAPTER_FILES)
+        findings.problem(where, found, expected, _SAVED)
+    elif weights.name == _SAFE:
         try:
-            read_safetensors(weights[0])
+            read_safetensors(weights)
         except HeaderError as error:
-            findings.problem(
-                where, f"{error.file} with {error.found}", error.expected, error.remedy
-            )
+            findings.unreadable(where, error)
 
 
-def _merged_copy(
-    reference: Any, where: str, options: Any, findings: Findings
-) -> dict[str, TensorHeader] | None:
-    if not options.lora_merge_cache:
-        return None
-    name = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
-    folder = Path(options.lora_merge_cache) / name
-    if not folder.exists():
-        return None
-    try:
-        return read_folder(folder, allow_pickle=pickles.are_allowed())
-    except HeaderError as error:
-        findings.problem(
-            where,
-            f"an unfinished merged copy in {folder} ({error.file} with {error.found})",
-            "a whole model, because mergekit uses that copy as it is",
-            f"Delete {folder}.",
+def _warn_of_base(adapter: Adapter, base: str, where: str, findings: Findings) -> None:
+    named = str(adapter.config.get("base_model_name_or_path") or "")
+    ours, theirs = _components(os.path.realpath(base)), _components(named)
+    if theirs and theirs[-1] not in ours and ours[-1] not in theirs:
+        findings.warn(
+            f"{where}: the adapter {adapter.name} names {named} as its base and is applied to "
+            f"{base}. That only makes sense if these are copies of one model."
         )
-        return None
+
+
+def _components(path: str) -> list[str]:
+    """The parts of a path; of a folder of the Hub's cache (models--org--name) the name."""
+    return [part.rpartition("--")[2] for part in re.split(r"[/\\]", path.lower()) if part]

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from mergekit_ext.dtypes import BITS, dtype_name
-from mergekit_ext.host.checks.locate import FoundTensor
 from mergekit_ext.host.checks.pickled import pickled_bytes
+from mergekit_ext.host.checks.plan import FoundTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.checks.vocabulary import Vocabulary

@@ -9,16 +9,15 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext.core.wording import listing
-from mergekit_ext.host.adapters.extension import config_beside, file_with_adapter
+from mergekit_ext.host.adapters.loader import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
-from mergekit_ext.host.checks.keys import unknown_keys
-from mergekit_ext.host.checks.layout import groups_of
-from mergekit_ext.host.checks.locate import locate
-from mergekit_ext.host.checks.merge import find_method, resolve_and_estimate
+from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.merge import check_costs, find_method
 from mergekit_ext.host.checks.models import ModelFacts, refuse_codes
-from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
+from mergekit_ext.host.checks.plan import PlannedTensor, locate
+from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
+from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings
-from mergekit_ext.host.checks.survey import PlannedTensor
 from mergekit_ext.host.checks.tensors import check_tensors
 from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.headers import HeaderError, TensorHeader, read_file
@@ -42,44 +41,33 @@ def check_flat(
         union: `--tensor-union`: tensors may be missing in some files.
         intersection: `--tensor-intersection`: only tensors that all files have are merged.
     """
-    findings = Findings()
+    findings, files = Findings(), Findings()
+    costs = None
     with quiet():
         if source is not None:
             findings.extend(unknown_keys(source, schema=type(config), also=()))
-        costs = _check(config, options, union, intersection, findings)
+        check_settings(config, options, findings)
+        check_multi_gpu(options, findings)
+        method = find_method(config.merge_method, findings)
+        if not config.models:
+            findings.problem("models", "an empty list", "the files to merge", "Add them.")
+            return findings.report()
+        places = {m: where.removesuffix(".model") for m, where in models_at(config).items()}
+        facts = {
+            model: ModelFacts(model, where, tensors=_tensors(model, where, files))
+            for model, where in places.items()
+        }
+        planned = _planned(config, facts, union, intersection, files)
+        located = locate(planned, facts)
+        check_tensors(located, _without_policy(method), config, facts, False, files)
+        complete = not files.count
+        costs = check_costs(config, options, method, planned, located, complete, findings, True)
+        findings.merge(files)
     return findings.report(costs)
 
 
-def _check(
-    config: Any, options: Any, union: bool, intersection: bool, findings: Findings
-) -> Estimate | None:
-    check_settings(config, options, findings)
-    check_multi_gpu(options, findings)
-    method = find_method(config.merge_method, findings)
-    files = Findings()
-    group = groups_of(config)[0] if config.models else None
-    if group is None:
-        findings.problem("models", "an empty list", "the files to merge", "Add them.")
-        return None
-    facts = {
-        source.model: ModelFacts(
-            source.model, source.where, tensors=_tensors(source.model, source.where, files)
-        )
-        for source in group.sources
-    }
-    planned = _planned(config, facts, union, intersection, files)
-    located = locate(planned, facts)
-    check_tensors(located, _without_policy(method), config, facts, False, files)
-    complete = not files.count
-    costs = resolve_and_estimate(
-        config, options, method, planned, located, complete, findings, collects=True
-    )
-    findings.merge(files)
-    return costs
-
-
 def adapter_problems(places: Mapping[str, str]) -> Findings:
-    """What is wrong with the files with adapters among the models and their places.
+    """Check the files with adapters among models and their places.
 
     For merges with methods that the project does not check further.
     """
@@ -116,7 +104,7 @@ def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, Tensor
     try:
         tensors = read_file(Path(path), allow_pickle=allow_pickle)
     except HeaderError as error:
-        findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
+        findings.unreadable(where, error)
         return None
     refuse_codes(tensors, path, where, findings)
     return tensors
@@ -137,24 +125,21 @@ def _planned(
     names = list(dict.fromkeys(name for path in own for name in known.get(path, ())))
     if intersection:
         kept = [name for name in names if all(name in tensors for tensors in known.values())]
-        rest = [name for name in names if name not in kept]
-        if rest:
+        if rest := [name for name in names if name not in kept]:
             findings.note(f"Tensors that some file lacks are left out: {listing(rest)}.")
         names = kept
-    planned = []
-    for name in names:
-        weight = WeightInfo(name=name, optional=union and not intersection)
-        planned.append(
-            PlannedTensor(
-                weight=weight,
-                inputs=tuple((path, weight) for path in known),
-                base=config.base_model,
-                sources=lambda path: (own.get(path), config.parameters),
-                t=0.0,
-                group="models",
-            )
+    weights = [WeightInfo(name=name, optional=union and not intersection) for name in names]
+    return [
+        PlannedTensor(
+            weight=weight,
+            inputs=tuple((path, weight) for path in known),
+            base=config.base_model,
+            sources=lambda path: (own.get(path), config.parameters),
+            t=0.0,
+            group="models",
         )
-    return planned
+        for weight in weights
+    ]
 
 
 def _without_policy(method: Any) -> Any:

@@ -20,27 +20,33 @@ def may_be_hub_name(path: str) -> bool:
 
 
 def offline() -> bool:
-    """Whether huggingface_hub was told not to use the network."""
+    """Whether huggingface_hub must not use the network."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def cached_folder(repo: str, revision: str | None, file: str, cache: str | None) -> Path | None:
-    """The cached snapshot of a repository that holds `file`, or None."""
+def cached_folder(path: Any, options: Any = None, file: str = "config.json") -> Path | None:
+    """Return the cached snapshot of a repository that holds `file`, or None.
+
+    Args:
+        path: mergekit's `ModelPath`.
+        options: mergekit's, for its cache.
+        file: a name in the repository.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    for place in dict.fromkeys((cache, None)):
-        found = try_to_load_from_cache(repo, file, cache_dir=place, revision=revision)
+    if not may_be_hub_name(path.path):
+        return None
+    for cache in dict.fromkeys((options and options.transformers_cache, None)):
+        found = try_to_load_from_cache(path.path, file, cache_dir=cache, revision=path.revision)
         if isinstance(found, str):
             return Path(found).parent
     return None
 
 
-def remote_tensors(
-    repo: str, revision: str | None, where: str, findings: Findings
-) -> dict[str, TensorHeader] | None:
-    """The tensors of a repository, from the headers of its safetensors files only.
+def remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
+    """Read the headers of a repository's safetensors files; its `ModelPath` names it.
 
     Returns None, with a problem or a note, when the Hub does not give them.
     """
@@ -48,35 +54,33 @@ def remote_tensors(
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
-        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=revision)
+        metadata = huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
     except NotASafetensorsRepoError:
         if pickles.are_allowed():
             findings.note(
-                f"{where}: {repo} has no model.safetensors; its names and shapes are not checked "
-                "before the download. Of pickles only tensors are read."
+                f"{where}: {path.path} has no model.safetensors; its names and shapes are not "
+                "checked before the download. Of pickles only tensors are read."
             )
         else:
-            findings.problem(
-                where,
-                f"{repo} without model.safetensors; pickles, which may run any code, are left",
-                pickles.EXPECTED,
-                pickles.REMEDY,
+            found = (
+                f"{path.path} without model.safetensors; pickles, which may run any code, are left"
             )
+            findings.problem(where, found, pickles.EXPECTED, pickles.REMEDY)
         return None
     except Exception as error:  # network, access, parsing: the client's message is kept
         first = (str(error).splitlines() or [""])[0]
         findings.problem(
             where,
-            f"{repo}, which the Hub does not give ({type(error).__name__}: {first})",
+            f"{path.path}, which the Hub does not give ({type(error).__name__}: {first})",
             "a folder that exists, or a model of the Hub that you may read",
             "Check the name, the revision and your access (`hf auth login`).",
         )
         return None
-    found: dict[str, TensorHeader] = {}
+    tensors: dict[str, TensorHeader] = {}
     for name, file in metadata.weight_map.items():
         entry: Any = metadata.files_metadata[file].tensors.get(name)
         if entry is not None:
             begin, end = entry.data_offsets
             dtype = entry.dtype if entry.dtype in BITS else str(entry.dtype)
-            found[name] = TensorHeader(name, dtype, tuple(entry.shape), end - begin)
-    return found
+            tensors[name] = TensorHeader(name, dtype, tuple(entry.shape), end - begin)
+    return tensors

@@ -6,7 +6,7 @@ own errors are not those of the user's file. Here each group of inputs keeps its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,6 @@ class Source:
     where: str
     model: Any
     settings: Settings | None
-    layer_range: tuple[int, int] | None = None
     implicit: bool = False
 
 
@@ -44,7 +43,7 @@ class Group:
     settings: tuple[Settings, ...]
 
     def source(self, model: Any) -> Source | None:
-        """The first source with this model."""
+        """Return the first source with this model."""
         return self._by_model.get(model)
 
     @cached_property
@@ -58,74 +57,67 @@ class Group:
         return self.base is not None and self.source(self.base) is not None
 
     def parameters_at(self) -> str:
-        """The path at which a shared parameter of this group is looked for first."""
+        """Return the path at which a shared parameter of this group is looked for first."""
         return self.settings[0].where if self.settings else "parameters"
 
 
 def groups_of(config: Any) -> list[Group]:
-    """The groups of a `MergeConfiguration`, or of mergekit-pytorch's configuration."""
+    """Return the groups of a `MergeConfiguration`, or of mergekit-pytorch's configuration."""
     top = _settings("parameters", config.parameters)
-    base = config.base_model
-    if config.models:
-        return [_models_group("models", config.models, base, top)]
-    found: list[Group] = []
-    for i, piece in enumerate(getattr(config, "slices", None) or ()):
-        found.append(_slice_group(join("slices", i), piece, base, top))
+    parts = [("", config, top)]
     for name, module in (getattr(config, "modules", None) or {}).items():
-        where = f"modules.{name}"
-        above = _settings(f"{where}.parameters", module.parameters) + top
-        if module.models:
-            found.append(_models_group(f"{where}.models", module.models, base, above))
-        for i, piece in enumerate(module.slices or ()):
-            found.append(_slice_group(join(f"{where}.slices", i), piece, base, above))
+        where = f"modules.{name}."
+        parts.append((where, module, _settings(f"{where}parameters", module.parameters) + top))
+    found: list[Group] = []
+    for where, part, above in parts:
+        if part.models:
+            found.append(_models_group(f"{where}models", part.models, config.base_model, above))
+        for i, piece in enumerate(getattr(part, "slices", None) or ()):
+            at = join(f"{where}slices", i)
+            sources = _sources(f"{at}.sources", piece.sources)
+            own = _settings(f"{at}.parameters", piece.parameters)
+            base = piece.base_model or config.base_model
+            found.append(Group(at, tuple(sources), base, own + above))
     return found
 
 
 def all_settings(groups: list[Group]) -> list[tuple[Group, Settings]]:
-    """Every ``parameters:`` mapping once, with a group that it acts on."""
+    """Return every ``parameters:`` mapping once, with a group that it acts on."""
     found: dict[str, tuple[Group, Settings]] = {}
     for group in groups:
-        for settings in group.settings:
+        own = [source.settings for source in group.sources if source.settings is not None]
+        for settings in (*group.settings, *own):
             found.setdefault(settings.where, (group, settings))
-        for source in group.sources:
-            if source.settings is not None:
-                found.setdefault(source.settings.where, (group, source.settings))
     return list(found.values())
 
 
-def references(groups: list[Group], base: Any) -> Iterator[tuple[str, Any]]:
-    """Every model of the configuration once, with the place that names it first."""
-    seen = set()
-    for group in groups:
+def models_at(config: Any) -> dict[Any, str]:
+    """Return every model that is merged, with the place in the file that names it first."""
+    found: dict[Any, str] = {}
+    for group in groups_of(config):
         for source in group.sources:
-            if source.model not in seen:
-                seen.add(source.model)
-                yield source.where + ("" if source.implicit else ".model"), source.model
-        if group.base is not None and group.base not in seen:
-            seen.add(group.base)
-            yield ("base_model" if group.base == base else f"{group.where}.base_model"), group.base
+            found.setdefault(source.model, source.where + ("" if source.implicit else ".model"))
+        if group.base is not None:
+            top = group.base == config.base_model
+            found.setdefault(group.base, "base_model" if top else f"{group.where}.base_model")
+    return found
 
 
 def _settings(where: str, values: Mapping[str, Any] | None) -> tuple[Settings, ...]:
     return (Settings(where, values),) if values else ()
 
 
-def _source(where: str, item: Any) -> Source:
-    values = item.parameters
-    settings = Settings(f"{where}.parameters", values, item.model) if values else None
-    layers = getattr(item, "layer_range", None)
-    return Source(where, item.model, settings, tuple(layers) if layers is not None else None)
+def _sources(where: str, items: Any) -> list[Source]:
+    found = []
+    for i, item in enumerate(items):
+        at, values = join(where, i), item.parameters
+        settings = Settings(f"{at}.parameters", values, item.model) if values else None
+        found.append(Source(at, item.model, settings))
+    return found
 
 
 def _models_group(where: str, models: Any, base: Any, above: tuple[Settings, ...]) -> Group:
-    sources = [_source(join(where, i), item) for i, item in enumerate(models)]
-    if base is not None and all(s.model != base for s in sources):
+    sources = _sources(where, models)
+    if base is not None and all(source.model != base for source in sources):
         sources.append(Source("base_model", base, None, implicit=True))
     return Group(where, tuple(sources), base, above)
-
-
-def _slice_group(where: str, piece: Any, base: Any, above: tuple[Settings, ...]) -> Group:
-    at = f"{where}.sources"
-    sources = tuple(_source(join(at, i), item) for i, item in enumerate(piece.sources))
-    own = _settings(f"{where}.parameters", piece.parameters)
-    return Group(where, sources, piece.base_model or base, own + above)

@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_ext import memory
 from mergekit_ext.core.wording import nearest, shown
-from mergekit_ext.host.checks.architecture import find_architecture
-from mergekit_ext.host.checks.complete import check_inputs, check_output
+from mergekit_ext.host.checks.classes import check_inputs, check_output, find_architecture
 from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
-from mergekit_ext.host.checks.keys import unknown_keys
-from mergekit_ext.host.checks.layout import groups_of, references
-from mergekit_ext.host.checks.locate import FoundTensor, left_out, locate
+from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model
-from mergekit_ext.host.checks.modules import check_modules
 from mergekit_ext.host.checks.parameters import check_parameters
+from mergekit_ext.host.checks.plan import FoundTensor, PlannedTensor, left_out, locate, survey
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
-from mergekit_ext.host.checks.resolve import ParameterResolution
-from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings, wants_tokenizer
-from mergekit_ext.host.checks.survey import PlannedTensor, survey
+from mergekit_ext.host.checks.resolve import resolve
+from mergekit_ext.host.checks.schema import unknown_keys
+from mergekit_ext.host.checks.settings import (
+    check_multi_gpu,
+    check_settings,
+    check_tokenizers,
+    wants_tokenizer,
+)
 from mergekit_ext.host.checks.tensors import check_tensors
-from mergekit_ext.host.checks.tokenizers import check_tokenizers
 from mergekit_ext.host.checks.vocabulary import vocabulary
+from mergekit_ext.host.modules import check_modules
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -65,17 +67,38 @@ def examine(
     *,
     pending: Collection[str] = (),
 ) -> tuple[CheckReport, list[FoundTensor]]:
-    """`check_merge` of a method that goes tensor by tensor, and the tensors that it would write."""
-    findings = Findings()
+    """Check a merge that goes tensor by tensor; return the tensors that it would write, too."""
+    findings, models = Findings(), Findings()
     with quiet():
         if source is not None:
             findings.extend(unknown_keys(source))
-        costs, located = _check(config, options, findings, pending)
+        check_settings(config, options, findings)
+        check_tokenizers(config, options, findings)
+        check_multi_gpu(options, findings)
+        method = find_method(config.merge_method, findings)
+        # Parameters are reported before the models, but need the tensors' names.
+        facts, planned, located = _check_models(config, options, method, models, pending)
+        known = all(fact.config is not None and fact.tensors is not None for fact in facts.values())
+        costs = check_costs(
+            config, options, method, planned, located, known and not models.count, findings
+        )
+        check_modules(config, options, facts, models)
+        if any(fact.pending for fact in facts.values()):
+            models.note("Nothing is estimated: a model is the result of another document.")
+        findings.merge(models)
     return findings.report(costs), located
 
 
+def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
+    """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
+    findings = Findings()
+    with quiet():
+        _check_models(config, options, find_method(config.merge_method, findings), findings, ())
+    return findings.report()
+
+
 def find_method(name: str, findings: Findings) -> Any:
-    """The registered method, or None with a problem that names the nearest one."""
+    """Return the registered method, or None with a problem that names the nearest one."""
     from mergekit import merge_methods
 
     methods = {method.spec.name: method for method in merge_methods.registered_methods()}
@@ -90,7 +113,7 @@ def find_method(name: str, findings: Findings) -> Any:
     return methods.get(name)
 
 
-def resolve_and_estimate(
+def check_costs(
     config: Any,
     options: Any,
     method: Any,
@@ -102,52 +125,32 @@ def resolve_and_estimate(
 ) -> Estimate | None:
     """Check the parameters, as written and as each tensor gets them, and add up the costs.
 
-    `collects` as for `estimate`. What needs more than the cap on memory is a problem.
+    What needs more than the cap on memory is a problem.
+
+    Args:
+        config, options: mergekit's.
+        method: the registered method, or None.
+        planned: the tensors of the output.
+        located: those that are known to be in the inputs.
+        complete: whether they are all that are written.
+        findings: where problems go.
+        collects: whether the output's tensors are collected for a shard, whatever the format.
     """
     groups = groups_of(config)
     shared: list[Mapping[str, Any]] = []
     if method is not None:
         check_contract(method, groups, findings)
         absent = check_parameters(method, groups, findings)
-        merged = [tensor.planned for tensor in located] if located else planned
-        shared = ParameterResolution(method, groups, absent, findings).run(merged)
+        merged = [tensor.planned for tensor in located] or planned
+        shared = resolve(method, groups, absent, merged, findings)
     if not complete or not located:
         return None
     tokens = vocabulary(config, options)
+    collects = collects or not options.safe_serialization
     costs = estimate(located, config, options, method, shared, tokens, collects)
     if costs is not None:
         findings.extend(memory.problems(costs.need))
     return costs
-
-
-def _check(
-    config: Any, options: Any, findings: Findings, pending: Collection[str]
-) -> tuple[Estimate | None, list[FoundTensor]]:
-    check_settings(config, options, findings)
-    check_tokenizers(config, options, findings)
-    check_multi_gpu(options, findings)
-    method = find_method(config.merge_method, findings)
-    models = Findings()  # parameters are reported first, but need the tensors' names
-    facts, planned, located = _check_models(config, options, method, models, pending)
-    known = all(fact.config is not None and fact.tensors is not None for fact in facts.values())
-    complete = known and not models.count
-    collects = not options.safe_serialization
-    costs = resolve_and_estimate(
-        config, options, method, planned, located, complete, findings, collects
-    )
-    check_modules(config, options, facts, models)
-    if any(fact.pending for fact in facts.values()):
-        models.note("Nothing is estimated: a model is the result of another document.")
-    findings.merge(models)
-    return costs, located
-
-
-def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
-    """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
-    findings = Findings()
-    with quiet():
-        _check_models(config, options, find_method(config.merge_method, findings), findings, ())
-    return findings.report()
 
 
 def _check_models(
@@ -159,17 +162,17 @@ def _check_models(
     """
     facts = {
         model: read_model(model, where, options, findings, pending)
-        for where, model in references(groups_of(config), config.base_model)
+        for model, where in models_at(config).items()
     }
     broken = check_inputs(facts, findings)
-    architecture = find_architecture(config, options, facts, findings)
+    architecture, same = find_architecture(config, options, facts, findings)
     planned: list[PlannedTensor] = []
     out_config = None
-    if architecture.info is not None:
-        planned, out_config = survey(config, architecture.info, options, facts, findings)
+    if architecture is not None:
+        planned, out_config = survey(config, architecture, options, facts, findings)
     located = locate(planned, facts)
     # Models of other architectures would only give the same problem again for every tensor.
-    if architecture.same or options.allow_crimes:
+    if same or options.allow_crimes:
         aligned = bool(wants_tokenizer(config) or options.unsafe_truncate_embeddings)
         sound = [tensor.without(broken) for tensor in located]
         check_tensors(sound, method, config, facts, aligned, findings)

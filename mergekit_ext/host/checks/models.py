@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.codes import REMEDY, stored_codes
 from mergekit_ext.core.wording import listing
-from mergekit_ext.host.adapters import applies
+from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.adapters import (
     adapted_tensors,
     check_heads,
-    check_merged_beforehand,
+    merged_beforehand,
     near,
-    note_unused,
+    unused_cache,
 )
-from mergekit_ext.host.checks.configuration import unreadable
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.io import paths, pickles
+from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, weights_of
+
+_LARGEST_CONFIG = 64 << 20
+# transformers and mergekit go through layers and experts one by one, some classes already when
+# they are made: a count of 10^12 would fill the memory before anything is compared with it.
+_COUNT = re.compile(r"(^|_)(num|n)(_.*)?(layer|expert|head|block|label|group)|_layers$|^layers$")
+_MOST = 100_000
+# Every tensor of every layer is named: several times what the largest models have.
+_LAYERS, _MOST_LAYERS = re.compile("layer|block"), 1_000
+_EXPERTS, _MOST_OF_BOTH = re.compile("expert"), 100_000
+
+# Averaged without their scales, codes give a model that loads and answers nonsense.
+_UNQUANTISED = "Give the model as it was before quantisation, or dequantise it and save that."
+# Scales, zero points and tables as their writers name them: compressed-tensors, fine-grained fp8,
+# bitsandbytes, MXFP4, torchao, quanto. `of` is what they belong to.
+_BESIDE = re.compile(
+    r"(?P<of>.+?)(?:_(?:scale|scale_inv|scales|zero_point|global_scale|blocks)"
+    r"|\.(?:absmax|quant_map|quant_state\..+|SCB|_scale|_zero_point)|:_?(?:scale|qdata))"
+)
+# GPTQ, AWQ, HQQ, compressed-tensors: packed codes have names of their own.
+_PACKED = re.compile(r".*\.(?:qweight|qzeros|W_q|weight_packed)")
 
 
 @dataclass(frozen=True)
@@ -49,81 +69,113 @@ def read_model(
     reference: Any, where: str, options: Any, findings: Findings, pending: Collection[str] = ()
 ) -> ModelFacts:
     """Look at one model, and at its adapter if it has one."""
-    if applies(reference):
-        note_unused(options, findings)
-        base = _read_base(reference, where, options, findings, pending)
-        return _with_adapter(base, options, findings)
     merged = None
-    if reference.lora is not None:
-        merged = check_merged_beforehand(reference, where, options, findings)
-    return _read_base(reference, where, options, findings, pending, merged)
-
-
-def _with_adapter(base: ModelFacts, options: Any, findings: Findings) -> ModelFacts:
-    reference, where = base.reference, base.where
+    if reference.lora is not None and not applies(reference):
+        merged = merged_beforehand(reference, where, options, findings)
+    if reference.model.path in pending:
+        base = ModelFacts(reference, where, pending=True)
+    elif paths.exists(reference.model.path):
+        base = _local_model(reference, where, options, findings, merged)
+    else:
+        base = _hub_model(reference, where, options, findings)
+    if not applies(reference):
+        return base
+    if options.lora_merge_cache:
+        findings.note(unused_cache(options))
     known = base.tensors if base.config is not None else None
     dtype = dtype_of(options.lora_merge_dtype)
-    path = reference.model.path
-    tensors = adapted_tensors(reference.lora, path, known, base.config, where, findings, dtype)
+    tensors = adapted_tensors(
+        reference.lora, reference.model.path, known, base.config, where, findings, dtype
+    )
     if known is not None and tensors is not None:
         check_heads(known, tensors, reference, base.config, where, findings)
     return dataclasses.replace(base, tensors=tensors)
 
 
-def _read_base(
+def _local_model(
     reference: Any,
     where: str,
     options: Any,
     findings: Findings,
-    pending: Collection[str],
-    merged: dict[str, TensorHeader] | None = None,
+    merged: Mapping[str, TensorHeader] | None,
 ) -> ModelFacts:
-    """Look at a model without its adapter; `merged` are the tensors that mergekit merged before."""
-    path, revision = reference.model.path, reference.model.revision
-    if path in pending:
-        return ModelFacts(reference, where, pending=True)
-    if not paths.exists(path):
-        return _hub_model(reference, path, revision, where, options, findings)
-    if not paths.is_folder(path):
+    """Look at a model here, without its adapter; `merged` are the tensors of a merged copy."""
+    folder = Path(reference.model.path)
+    if not folder.is_dir():
         findings.problem(
             where,
-            f"{path}, which is a file",
+            f"{folder}, which is a file",
             "a model's folder, or a name on the Hub",
             "Give its folder; single weight files are merged with mergekit-pytorch.",
         )
         return ModelFacts(reference, where)
-    tensors = merged or _folder_tensors(Path(path), where, findings)
-    if not (Path(path) / "config.json").is_file():
-        adapter = (Path(path) / "adapter_config.json").is_file()
+    tensors = merged or _folder_tensors(folder, where, findings)
+    adapter = (folder / "adapter_config.json").is_file()
+    if not (folder / "config.json").is_file():
         findings.problem(
             where,
-            f"an adapter alone in {path}" if adapter else f"no config.json in {path}",
+            f"an adapter alone in {folder}" if adapter else f"no config.json in {folder}",
             "a model's folder with config.json and weights",
-            f"Write `<base model>+{path}`." if adapter else "Copy the model's config.json there.",
+            f"Write `<base model>+{folder}`." if adapter else "Copy the model's config.json there.",
         )
         return ModelFacts(reference, where, tensors=tensors)
-    own = reference.lora is not None and Path(reference.lora.path) == Path(path)
-    if (Path(path) / "adapter_config.json").is_file() and not own:
+    if adapter and (reference.lora is None or Path(reference.lora.path) != folder):
         findings.problem(
             where,
-            f"an adapter_config.json in {path}: transformers applies that adapter when it loads "
+            f"an adapter_config.json in {folder}: transformers applies that adapter when it loads "
             "the model, mergekit does not read it",
             "a model's folder without an adapter",
-            f"Write `{path}+{path}` to apply it, or remove it if the weights contain it.",
+            f"Write `{folder}+{folder}` to apply it, or remove it if the weights contain it.",
         )
     return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
 
 
+def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> ModelFacts:
+    path, nothing = reference.model.path, ModelFacts(reference, where)
+    if not hub.may_be_hub_name(path):
+        remedy = "Check the path." + near(path)
+        if path.startswith("~"):
+            remedy = f"Write {paths.expanded(path)}: mergekit does not expand `~`."
+        expected = "a model's folder, or a name on the Hub"
+        findings.problem(where, f"{path}, which does not exist", expected, remedy)
+        return nothing
+    folder = hub.cached_folder(reference.model, options)
+    if folder is not None and weights_of(folder) is None:
+        folder = None
+    if hub.offline():
+        # mergekit asks the Hub for the list of files even when it has them all.
+        remedy = "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(path)
+        if folder is not None:
+            remedy = f"Write the path of the cached copy, {folder}."
+        findings.problem(
+            where,
+            f"{path}, which is no folder here, while HF_HUB_OFFLINE is set",
+            "a folder that exists, or a network",
+            remedy,
+        )
+        if folder is None:
+            return nothing
+    if folder is not None:
+        tensors = _folder_tensors(folder, where, findings)
+    else:
+        before = findings.count
+        tensors = hub.remote_tensors(reference.model, where, findings)
+        if findings.count > before:
+            return nothing
+        refuse_codes(tensors or {}, path, where, findings)
+    return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
+
+
 def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    if weights_of(folder) is None and (folder / "adapter_config.json").is_file():
+    weights = weights_of(folder)
+    if weights is None and (folder / "adapter_config.json").is_file():
         return None  # said once, with the missing config.json
     try:
         tensors = read_folder(folder, allow_pickle=pickles.are_allowed())
     except HeaderError as error:
-        findings.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
+        findings.unreadable(where, error)
         return None
     refuse_codes(tensors, folder, where, findings)
-    weights = weights_of(folder)
     if weights is not None and weights.name.startswith("pytorch_model"):
         findings.note(
             f"{where}: {folder} holds pickles ({weights.name}) and no safetensors, as allowed; "
@@ -137,61 +189,34 @@ def refuse_codes(
 ) -> None:
     """Report what a quantised model stores in the place of weights."""
     if codes := stored_codes(tensors):
-        findings.problem(
-            where,
-            f"codes of a quantised model in {source}, with their scales ({listing(codes)})",
-            "weights",
-            REMEDY,
-        )
+        found = f"codes of a quantised model in {source}, with their scales ({listing(codes)})"
+        findings.problem(where, found, "weights", _UNQUANTISED)
 
 
-def _hub_model(
-    reference: Any, path: str, revision: str | None, where: str, options: Any, findings: Findings
-) -> ModelFacts:
-    if not hub.may_be_hub_name(path):
-        _missing_folder(path, where, findings)
-        return ModelFacts(reference, where)
-    folder = hub.cached_folder(path, revision, "config.json", options.transformers_cache)
-    known = folder is not None and weights_of(folder) is not None
-    if hub.offline():
-        # mergekit asks the Hub for the list of files even when it has them all.
-        findings.problem(
-            where,
-            f"{path}, which is no folder here, while HF_HUB_OFFLINE is set",
-            "a folder that exists" if known else "a folder that exists, or a network",
-            (
-                f"Write the path of the cached copy, {folder}."
-                if known
-                else "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(path)
-            ),
-        )
-        if not known:
-            return ModelFacts(reference, where)
-    if known and folder is not None:
-        tensors = _folder_tensors(folder, where, findings)
-    else:
-        before = findings.count
-        tensors = hub.remote_tensors(path, revision, where, findings)
-        if findings.count > before:
-            return ModelFacts(reference, where)
-        refuse_codes(tensors or {}, path, where, findings)
-    return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
+def stored_codes(names: Collection[str]) -> list[str]:
+    """Return those of `names` that hold scales or packed codes.
+
+    A scale is one only beside the tensor that it scales: models have parameters of such names.
+    """
+    stored = frozenset(names)
+    return [name for name in names if _PACKED.fullmatch(name) or _scales(name, stored)]
 
 
-def _missing_folder(path: str, where: str, findings: Findings) -> None:
-    remedy = "Check the path." + near(path)
-    if path.startswith("~"):
-        remedy = f"Write {paths.expanded(path)}: mergekit does not expand `~`."
-    findings.problem(
-        where, f"{path}, which does not exist", "a model's folder, or a name on the Hub", remedy
-    )
+def _scales(name: str, stored: frozenset[str]) -> bool:
+    found = _BESIDE.fullmatch(name)
+    if found is None:
+        return False
+    codes = (f"{found['of']}{end}" for end in ("", ".weight", "_blocks", "._data", ":qdata"))
+    return any(code in stored and code != name for code in codes)
 
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:
-    folder = Path(reference.model.path)
-    if paths.is_folder(folder) and (wrong := unreadable(folder)) is not None:
-        findings.problem(where, *wrong, "Mend config.json, or download it again.")
-        return None
+    if paths.is_folder(reference.model.path):
+        path = Path(reference.model.path) / "config.json"
+        content, wrong = json_object(path, "a model's configuration", _LARGEST_CONFIG)
+        if wrong := wrong or _too_many(content, path):
+            findings.problem(where, *wrong, "Mend config.json, or download it again.")
+            return None
     try:
         config = reference.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:  # transformers raises many kinds; its message is kept
@@ -200,15 +225,12 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
             where,
             f"a config.json that transformers refuses ({type(error).__name__}: {first})",
             "the configuration of a model that transformers knows",
-            (
-                "Mend config.json, or give --trust-remote-code if its model type needs the "
-                "repository's own code and you trust it."
-            ),
+            "Mend config.json, or give --trust-remote-code if its model type needs the "
+            "repository's own code and you trust it.",
         )
         return None
     architectures = getattr(config, "architectures", None) or []
-    named = isinstance(architectures, list) and [type(name) for name in architectures]
-    if named != [str]:
+    if not isinstance(architectures, list) or [type(name) for name in architectures] != [str]:
         findings.problem(
             where,
             f"{architectures} as `architectures` in config.json of {reference.model}",
@@ -219,6 +241,37 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
     for field, found, expected, remedy in _other_readings(config):
         findings.problem(f"{where} (config.json: {field})", found, expected, remedy)
     return config
+
+
+def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:
+    """Find a count in a configuration that nothing goes through: it, and what is expected."""
+    layers = experts = 0
+    for name, value in _numbers(content):
+        if not _COUNT.search(name):
+            continue
+        most = _MOST_LAYERS if _LAYERS.search(name) else _MOST
+        if not 0 <= value <= most:
+            shown = str(value) if abs(value) < 2**63 else "more than 64 bits"
+            return f"{name} of {shown} in {path}", f"0 to {most:,}"
+        layers = max(layers, value) if _LAYERS.search(name) else layers
+        experts = max(experts, value) if _EXPERTS.search(name) else experts
+    if layers * experts > _MOST_OF_BOTH:
+        found = f"{layers:,} layers of {experts:,} experts in {path}"
+        return found, f"{_MOST_OF_BOTH:,} experts at most"
+    return None
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, int]]:
+    """Whole numbers, and the keys that they stand under."""
+    inner: list[tuple[str, Any]] = [("", value)]
+    while inner:
+        name, item = inner.pop()
+        if isinstance(item, dict):
+            inner += item.items()
+        elif isinstance(item, list):
+            inner += [(name, each) for each in item]
+        elif type(item) is int:
+            yield name, item
 
 
 def _other_readings(config: Any) -> Iterator[tuple[str, str, str, str]]:
@@ -232,7 +285,7 @@ def _other_readings(config: Any) -> Iterator[tuple[str, str, str, str]]:
                 f"{prefix}quantization_config",
                 f"a model quantised by {kind}, whose codes are no weights without their scales",
                 "weights",
-                f"{REMEDY} If its files hold plain weights, remove that field.",
+                f"{_UNQUANTISED} If its files hold plain weights, remove that field.",
             )
     if file := content.get("transformers_weights"):
         yield (

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.host.adapters.extension import file_with_adapter
+from mergekit_ext.host.adapters.loader import file_with_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.io import paths
 from mergekit_ext.io.headers import HeaderError, read_index, weights_of
@@ -30,10 +30,9 @@ def _place(model: Any, options: Any) -> Path | None:
     if isinstance(model, str):
         reference = file_with_adapter(model)
         return Path(model if reference is None else reference.model.path)
-    path, revision = model.model.path, model.model.revision
-    if paths.exists(path):
-        return Path(path)
-    return hub.cached_folder(path, revision, "config.json", options.transformers_cache)
+    if paths.exists(model.model.path):
+        return Path(model.model.path)
+    return hub.cached_folder(model.model, options)
 
 
 def _largest(place: Path) -> int:

@@ -6,9 +6,11 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mergekit_ext.core.wording import tensors_at
 from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.io.headers import HeaderError
 from mergekit_ext.memory import Need
 
 
@@ -62,33 +64,42 @@ class CheckReport:
 
 
 class Findings:
-    """Collects problems and notes in order, each of them once."""
+    """Collects problems and notes in the order in which they are found, each of them once.
+
+    A problem that several tensors share is one, located at all of them.
+    """
 
     def __init__(self) -> None:
-        self._problems: dict[Problem, None] = {}
-        self._notes: dict[str, None] = {}
-        self._warnings: dict[str, None] = {}
+        self._problems: dict[Problem, dict[str, None]] = {}  # with the tensors that share it
+        self._notes: dict[str, bool] = {}  # whether each is a warning too
 
     def problem(self, where: str, found: str, expected: str, remedy: str = "") -> None:
         """Add one problem."""
-        self._problems[Problem(where, found, expected, remedy)] = None
+        self.extend([Problem(where, found, expected, remedy)])
+
+    def tensor(self, name: str, found: str, expected: str, remedy: str = "") -> None:
+        """Add a problem of one tensor."""
+        self._problems.setdefault(Problem("", found, expected, remedy), {})[name] = None
+
+    def unreadable(self, where: str, error: HeaderError) -> None:
+        """Add what is wrong with a file of weights."""
+        self.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
 
     def extend(self, problems: Iterable[Problem]) -> None:
         """Add problems that were made elsewhere."""
-        self._problems.update(dict.fromkeys(problems))
+        for problem in problems:
+            self._problems.setdefault(problem, {})
 
     def note(self, text: str) -> None:
         """Add one note."""
-        self._notes[text] = None
+        self._notes.setdefault(text, False)
 
     def warn(self, text: str) -> None:
         """Add a note that is issued as a warning before the merge as well."""
-        self.note(text)
-        self._warnings[text] = None
+        self._notes[text] = True
 
     def merge(self, other: Findings) -> None:
         """Add everything that another collector has."""
-        self._warnings.update(other._warnings)
         self._problems.update(other._problems)
         self._notes.update(other._notes)
 
@@ -100,7 +111,13 @@ class Findings:
     def report(self, estimate: Estimate | None = None) -> CheckReport:
         """Freeze what was found."""
         return CheckReport(
-            tuple(self._problems), tuple(self._notes), estimate, tuple(self._warnings)
+            tuple(
+                replace(problem, where=tensors_at(list(names))) if names else problem
+                for problem, names in self._problems.items()
+            ),
+            tuple(self._notes),
+            estimate,
+            tuple(text for text, warns in self._notes.items() if warns),
         )
 
 

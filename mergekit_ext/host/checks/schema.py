@@ -1,13 +1,25 @@
-"""mergekit's schema errors as problems: one for each place, in the words of the user's file."""
+"""A parsed document and mergekit's schema: errors in the words of the file, and dropped keys.
+
+Keys that a schema does not know are dropped by pydantic: misspelt, misplaced or given twice, they
+would have no effect. The known ones come from the fields of mergekit's own models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import dataclasses
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
+from typing import Any, Union
 
-from mergekit_ext.core.wording import join, shown
-from mergekit_ext.errors import Problem
+from mergekit_ext.core.wording import did_you_mean, join, nearest, shown
+from mergekit_ext.errors import MOST_SHOWN, Problem
+from mergekit_ext.io.documents import DocumentError, read
 
+# mergekit-multi reads `name` and takes it out before mergekit's schema sees the document.
+DOCUMENT_KEYS = frozenset({"name"})
+A_MERGE = "a mapping with `merge_method:` and inputs"
 _SETTING = (
     "a number, a text or true/false, a list of them (a gradient over the layers), "
     "or entries with `value:` and `filter:`"
@@ -20,50 +32,35 @@ def parse(document: Any, schema: Any) -> tuple[Any, list[Problem]]:
     from pydantic import ValidationError
 
     if not isinstance(document, Mapping):
-        return None, [
-            Problem("the document", shown(document), "a mapping with `merge_method:` and inputs")
-        ]
-    sliced = "slices" in schema.model_fields
-    problems = _structure(document) if sliced else []
-    empty = list(_without_sources(document)) if sliced else []
-    problems += empty
+        return None, [Problem("the document", shown(document), A_MERGE)]
+    problems = list(_structure(document)) if "slices" in schema.model_fields else []
     try:
         config = schema.model_validate(dict(document))
-        return None if empty else config, problems
+        return None if problems else config, problems
     except ValidationError as error:
-        return None, problems + _located(error, document)
+        return None, [*problems, *_located(error, document)]
     except RuntimeError as error:  # mergekit's validators raise it, past pydantic
-        if problems:
-            return None, problems
-        return None, [Problem("the document", str(error), "a configuration that mergekit accepts")]
+        expected = "a configuration that mergekit accepts"
+        return None, problems or [Problem("the document", str(error), expected)]
 
 
-def _structure(document: Mapping[str, Any]) -> list[Problem]:
-    problems = []
+def _structure(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """Find what mergekit's schema says without a place, or only while it plans."""
     given = [key for key in _INPUTS if document.get(key)]
     if len(given) != 1:
-        problems.append(
-            Problem(
-                "models, slices, modules",
-                " and ".join(given) if given else "none of them",
-                "exactly one of the three",
-                "Keep one of them." if given else "Add `models:` with the models to merge.",
-            )
+        yield Problem(
+            "models, slices, modules",
+            " and ".join(given) if given else "none of them",
+            "exactly one of the three",
+            "Keep one of them." if given else "Add `models:` with the models to merge.",
         )
     if document.get("tokenizer_source") and document.get("tokenizer"):
-        problems.append(
-            Problem(
-                "tokenizer_source, tokenizer",
-                "both",
-                "one of the two",
-                "Remove `tokenizer_source:`, which is the older form.",
-            )
+        yield Problem(
+            "tokenizer_source, tokenizer",
+            "both",
+            "one of the two",
+            "Remove `tokenizer_source:`, which is the older form.",
         )
-    return problems
-
-
-def _without_sources(document: Mapping[str, Any]) -> Iterator[Problem]:
-    """Slices without a model, which mergekit accepts until it looks for the first."""
     modules = document.get("modules")
     named = modules if isinstance(modules, Mapping) else {}
     parts = {f"modules.{name}.": part for name, part in named.items()}
@@ -79,34 +76,27 @@ def _without_sources(document: Mapping[str, Any]) -> Iterator[Problem]:
                 )
 
 
-def _located(error: Any, document: Mapping[str, Any]) -> list[Problem]:
+def _located(error: Any, document: Mapping[str, Any]) -> Iterator[Problem]:
     # A union gives one error for each of its branches: they become one problem.
-    places: dict[str, tuple[str, list[str]]] = {}
+    places: dict[tuple[str, str], dict[str, None]] = {}
     for item in error.errors():
-        where, found = _place(item, document)
-        messages = places.setdefault(where, (found, []))[1]
-        text = expectation(item)
-        if text not in messages:
-            messages.append(text)
-    problems = []
-    for where, (found, messages) in places.items():
+        places.setdefault(_place(item, document), {})[expectation(item)] = None
+    for (where, found), messages in places.items():
         setting = "parameters." in where and len(messages) > 1
         expected = _SETTING if setting else " or ".join(messages)
         remedy = "Add it." if found == "nothing" else ""
-        problems.append(Problem(where or "the document", found, expected, remedy))
-    return problems
+        yield Problem(where or "the document", found, expected, remedy)
 
 
 def _place(item: Any, document: Any) -> tuple[str, str]:
     """The path as far as it exists in the file, and what is there."""
     path, value = "", document
-    location: Sequence[Any] = item["loc"]
-    for step in location:
+    for step in item["loc"]:
         inside = (isinstance(value, Mapping) and step in value) or (
             isinstance(value, list) and isinstance(step, int) and step < len(value)
         )
         if not inside:
-            if item["type"] == "missing" and step == location[-1]:
+            if item["type"] == "missing" and step == item["loc"][-1]:
                 return join(path, step), "nothing"
             break
         path, value = join(path, step), value[step]
@@ -114,9 +104,93 @@ def _place(item: Any, document: Any) -> tuple[str, str]:
 
 
 def expectation(item: Any) -> str:
-    """What one pydantic error wanted, as the end of "expected ..."."""
+    """Return what one pydantic error wanted, as the end of "expected ..."."""
     if item["type"] == "missing":
         return "this key, which is required"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    message = message.removeprefix("Input should be ")
+    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     return message[:1].lower() + message[1:] if message[1:2].islower() else message
+
+
+def unknown_keys(
+    source: str | Mapping[str, Any], *, schema: Any = None, also: Collection[str] = DOCUMENT_KEYS
+) -> list[Problem]:
+    """Return the keys that a schema does not know, each with the nearest known key.
+
+    At most as many of one document as an error shows.
+
+    Args:
+        source: YAML text (of one or several documents) or one parsed document.
+        schema: the pydantic model; mergekit's `MergeConfiguration` by default.
+        also: further keys accepted at the top level.
+    """
+    if schema is None:
+        from mergekit.config import MergeConfiguration
+
+        schema = MergeConfiguration
+    try:
+        documents, problems = read(source) if isinstance(source, str) else ([source], [])
+    except DocumentError:
+        return []  # `check_source` reports it; elsewhere the configuration is already parsed
+    for i, document in enumerate(documents):
+        path = f"document {i + 1}: " if len(documents) > 1 else ""
+        if isinstance(document, Mapping):
+            found = islice(_in_model(document, schema, "", also), MOST_SHOWN)
+            problems += [dataclasses.replace(p, where=path + p.where) for p in found]
+    return problems
+
+
+def _in_model(
+    value: Mapping[str, Any], schema: Any, path: str, also: Collection[str] = ()
+) -> Iterator[Problem]:
+    fields = {field.alias or name: field for name, field in schema.model_fields.items()}
+    known = {*fields, *also}
+    for key, item in value.items():
+        name = str(key)
+        if name in fields:
+            yield from _in_value(item, fields[name].annotation, join(path, name))
+        elif name not in known:
+            yield Problem(
+                join(path, name),
+                "an unknown key, which mergekit drops",
+                f"one of {', '.join(sorted(known))}",
+                _remedy(name, known),
+            )
+
+
+def _remedy(name: str, known: Collection[str]) -> str:
+    from mergekit import merge_methods
+
+    if nearest(name, known) is None and "parameters" in known:
+        methods = merge_methods.registered_methods()
+        if any(name == parameter.name for m in methods for parameter in m.spec.parameters):
+            return f"Put `{name}:` under `parameters:`."
+    return did_you_mean(name, known)
+
+
+def _in_value(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
+    branches = _branches(annotation)
+    if isinstance(value, Mapping):
+        models = [b for b in branches if isinstance(b, type) and hasattr(b, "model_fields")]
+        if models:
+            # Of several possible models, the one that shares most keys was meant.
+            best = max(models, key=lambda m: len(set(m.model_fields) & set(value)))
+            yield from _in_model(value, best, path)
+            return
+    elif not isinstance(value, list):
+        return
+    kind, index = (dict, 1) if isinstance(value, Mapping) else (list, 0)
+    arguments = [typing.get_args(b) for b in branches if typing.get_origin(b) is kind]
+    inner = tuple(each[index] for each in arguments if len(each) > index)
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for step, item in items if inner else ():
+        at = join(path, step if isinstance(step, int) and kind is list else str(step))
+        yield from _in_value(item, Union[inner], at)  # noqa: UP007
+
+
+def _branches(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is Union or origin is types.UnionType:
+        return [b for arg in typing.get_args(annotation) for b in _branches(arg)]
+    if origin is typing.Annotated:
+        return _branches(typing.get_args(annotation)[0])
+    return [annotation]

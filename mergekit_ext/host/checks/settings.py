@@ -1,4 +1,4 @@
-"""Settings that mergekit uses late: dtypes, the device, the chat template, the tokenizer."""
+"""What mergekit uses late: dtypes, the device, the chat template, the tokenizer and its files."""
 
 from __future__ import annotations
 
@@ -8,25 +8,37 @@ from typing import Any
 
 from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.host.checks.hub import may_be_hub_name
-from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io import paths
+from mergekit_ext.io.documents import json_object
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model"),
     *("vocab.json", "vocab.txt"),
 )
+_JSON_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json"),
+)
+# Those of the largest vocabularies have some 40 MB.
+_LARGEST = 256 << 20
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def dtype_of(name: str | None) -> Any:
-    """The torch dtype of a name that mergekit accepts; None for no name or an unknown one."""
+    """Return the torch dtype of a name that mergekit accepts; None for none or an unknown one."""
     from mergekit.common import dtype_from_name
 
     try:
         return dtype_from_name(name)
     except RuntimeError:
         return None
+
+
+def wants_tokenizer(config: Any) -> bool:
+    """Whether mergekit builds a tokenizer and aligns the vocabularies."""
+    return bool(getattr(config, "tokenizer_source", None) or getattr(config, "tokenizer", None))
 
 
 def check_settings(config: Any, options: Any, findings: Findings) -> None:
@@ -38,28 +50,21 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
     ):
         dtype = dtype_of(name)
         if name and (dtype is None or not dtype.is_floating_point):
-            findings.problem(
-                where,
-                shown(name),
-                f"one of {', '.join(_DTYPES)}",
-                did_you_mean(name.removeprefix("torch."), _DTYPES),
-            )
-    _device(options, findings)
-    _chat_template(getattr(config, "chat_template", None), findings)
-    _tokenizer(config, findings)
+            remedy = did_you_mean(name.removeprefix("torch."), _DTYPES)
+            findings.problem(where, shown(name), f"one of {', '.join(_DTYPES)}", remedy)
+    _check_device(options, findings)
+    _check_template(getattr(config, "chat_template", None), findings)
+    if wants_tokenizer(config):
+        _check_source(config, findings)
 
 
-def wants_tokenizer(config: Any) -> bool:
-    """Whether mergekit builds a tokenizer and aligns the vocabularies."""
-    return bool(getattr(config, "tokenizer_source", None) or getattr(config, "tokenizer", None))
+def check_multi_gpu(options: Any, findings: Findings) -> None:
+    """Check that there is an accelerator for merges that mergekit's executor runs."""
+    if options.multi_gpu and len(_devices()) == 1:
+        findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether any file of a tokenizer is in a model's folder."""
-    return any((folder / name).exists() for name in _TOKENIZER_FILES)
-
-
-def _device(options: Any, findings: Findings) -> None:
+def _check_device(options: Any, findings: Findings) -> None:
     import torch
 
     name = str(options.device)
@@ -75,14 +80,6 @@ def _device(options: Any, findings: Findings) -> None:
         )
 
 
-def check_multi_gpu(options: Any, findings: Findings) -> None:
-    """`--multi-gpu` needs an accelerator, for merges that mergekit's executor runs."""
-    if options.multi_gpu and len(_devices()) == 1:
-        findings.problem(
-            "--multi-gpu", "no accelerator", "one at least", "Leave `--multi-gpu` out."
-        )
-
-
 def _devices() -> list[str]:
     import torch
 
@@ -94,33 +91,33 @@ def _devices() -> list[str]:
     return found
 
 
-def _chat_template(template: str | None, findings: Findings) -> None:
+def _check_template(template: str | None, findings: Findings) -> None:
     # mergekit looks at it when all the weights are written, and stops there.
     if not template or template == "auto":
         return
     from mergekit._data import chat_templates
 
-    known = sorted(
-        Path(f.name).stem
-        for f in importlib.resources.files(chat_templates).iterdir()
-        if f.name.endswith(".jinja")
-    )
+    files = importlib.resources.files(chat_templates).iterdir()
+    known = sorted(Path(f.name).stem for f in files if f.name.endswith(".jinja"))
     named = len(template) < 256 and "\n" not in template and "{" not in template
-    if (named and template in known) or (len(template) >= 20 and "{" in template):
-        return
-    findings.problem(
-        "chat_template",
-        shown(template),
-        f"`auto`, a Jinja template, or one of {', '.join(known)}",
-        did_you_mean(template, ["auto", *known]),
-    )
+    if not (named and template in known) and not (len(template) >= 20 and "{" in template):
+        findings.problem(
+            "chat_template",
+            shown(template),
+            f"`auto`, a Jinja template, or one of {', '.join(known)}",
+            did_you_mean(template, ["auto", *known]),
+        )
 
 
-def _tokenizer(config: Any, findings: Findings) -> None:
-    if not wants_tokenizer(config):
-        return
-    where = "tokenizer_source" if config.tokenizer_source else "tokenizer.source"
-    source = config.tokenizer_source or config.tokenizer.source
+def _source(config: Any) -> tuple[str, Any]:
+    """Where the configuration says which tokenizer the output gets, and which."""
+    if config.tokenizer_source:
+        return "tokenizer_source", config.tokenizer_source
+    return "tokenizer.source", config.tokenizer.source
+
+
+def _check_source(config: Any, findings: Findings) -> None:
+    where, source = _source(config)
     if source == "base" and config.base_model is None:
         findings.problem(
             where,
@@ -130,21 +127,73 @@ def _tokenizer(config: Any, findings: Findings) -> None:
         )
     # mergekit loads the tokenizer of the base, or of the first model, and the one named here;
     # for the others it makes do with the base's.
-    models = [model for _, model in references(groups_of(config), config.base_model)]
-    needed = [config.base_model] if config.base_model is not None else models[:1]
-    if not isinstance(source, str):
-        needed.append(source)
-    for reference in dict.fromkeys(needed):
+    first = config.base_model or next(iter(models_at(config)), None)
+    for reference in dict.fromkeys([first] if isinstance(source, str) else [first, source]):
         folder = Path(reference.model.path)
         if not paths.is_folder(folder):
             if reference == source and not may_be_hub_name(reference.model.path):
                 findings.problem(
                     where, f"{source}, which does not exist", "a model's folder", "Check the path."
                 )
-        elif not has_tokenizer(folder):
+        elif not _has_tokenizer(folder):
             findings.problem(
                 where,
                 f"no tokenizer in {folder}",
                 f"one of {', '.join(_TOKENIZER_FILES)} there",
                 "Copy the model's tokenizer files into the folder.",
             )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
+    """Check the files of tokenizers that are read, or copied when all the weights are written.
+
+    They are JSON of a size that can be read, and wherever a merge loads a tokenizer, what has its
+    files is one: mergekit fails on the first model's only, and takes that in place of any other.
+    """
+    named = models_at(config)
+    first = config.base_model or next(iter(named), None)
+    if wants_tokenizer(config):
+        where, source = _source(config)
+        if not isinstance(source, str):
+            named.setdefault(source, where)
+    elif not options.copy_tokenizer:
+        return
+    elif config.chat_template != "auto":  # which asks all models
+        named = {model: where for model, where in named.items() if model == first}
+    for model, where in named.items():
+        folder = Path(model.model.path)
+        if not paths.is_folder(folder):
+            continue
+        wrong = [
+            wrong
+            for name in _JSON_FILES
+            if paths.exists(folder / name)
+            and (wrong := json_object(folder / name, "a tokenizer's file", _LARGEST)[1])
+        ]
+        if wants_tokenizer(config) and not wrong and _has_tokenizer(folder):
+            wrong = _not_loaded(model.model, model == first, options)
+        for found, expected in wrong:
+            findings.problem(where, found, expected, "Mend it, or download it again.")
+
+
+def _not_loaded(path: Any, first: bool, options: Any) -> list[tuple[str, str]]:
+    """What keeps a tokenizer from being loaded as mergekit does it, and what is expected."""
+    from mergekit.tokenizer.build import get_stripped_tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        if first:
+            get_stripped_tokenizer(path, options.trust_remote_code)
+        else:
+            AutoTokenizer.from_pretrained(path.path, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # whatever the classes of tokenizers make of such files
+        text = " ".join(str(error).split())
+        found = f"a tokenizer in {path} that cannot be loaded ({type(error).__name__}: {text})"
+        return [
+            (found, "files that `AutoTokenizer` loads, with a row of embeddings for each token")
+        ]
+    return []

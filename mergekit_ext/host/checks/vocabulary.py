@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.host.checks import hub
-from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.settings import wants_tokenizer
 from mergekit_ext.io import paths
 
@@ -56,7 +56,7 @@ def vocabulary(config: Any, options: Any) -> Vocabulary | None:
         return None
     asked: Any = getattr(config, "tokenizer", None)
     source = config.tokenizer_source or asked.source
-    models = [model for _, model in references(groups_of(config), config.base_model)]
+    models = list(models_at(config))
     first = config.base_model or models[0]
     named = models if source == "union" else [first if source == "base" else source]
     folders = [folder for model in models if (folder := _folder(model, options)) is not None]
@@ -73,12 +73,9 @@ def vocabulary(config: Any, options: Any) -> Vocabulary | None:
 
 
 def _folder(model: Any, options: Any) -> Path | None:
-    path, revision = model.model.path, model.model.revision
-    if paths.is_folder(path):
-        return Path(path)
-    if not hub.may_be_hub_name(path):
-        return None
-    return hub.cached_folder(path, revision, "config.json", options.transformers_cache)
+    if paths.is_folder(model.model.path):
+        return Path(model.model.path)
+    return hub.cached_folder(model.model, options)
 
 
 def _length(folder: Path) -> int:

@@ -17,15 +17,14 @@ from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
 from mergekit_ext.flexmerge.plan import Storage, whole_models
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
-from mergekit_ext.host.adapters import applies
+from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
-from mergekit_ext.host.checks.complete import check_inputs
+from mergekit_ext.host.checks.classes import check_inputs
 from mergekit_ext.host.checks.fields import check_fields
-from mergekit_ext.host.checks.keys import unknown_keys
-from mergekit_ext.host.checks.layout import groups_of, references
+from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.models import read_model
-from mergekit_ext.host.checks.modules import check_copied_modules
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
+from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.flexmerge.base_names import as_in_models, named_otherwise
 from mergekit_ext.host.flexmerge.checks import (
@@ -42,6 +41,7 @@ from mergekit_ext.host.flexmerge.presence import (
     note_unshared,
 )
 from mergekit_ext.host.lore_method import layout_of
+from mergekit_ext.host.modules import check_copied_modules
 
 DEFAULT_SEED = 0
 _NOTED_PRIVATE = 0.01
@@ -117,7 +117,7 @@ def _prepare(
     )
     tasks = task_names(items, findings)
     facts, reported = {}, set()
-    for where, model in references(groups_of(config), config.base_model):
+    for model, where in models_at(config).items():
         before = findings.count
         facts[model] = read_model(model, where, options, findings, pending)
         if findings.count > before:

@@ -10,12 +10,12 @@ from typing import Any
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import Layout, complete_ties, make_layout
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
-from mergekit_ext.host.adapters import Fitted, applies, base_of, fit, read_adapter
+from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, read_adapter
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge.base_names import as_in_models
 from mergekit_ext.host.flexmerge.prepare import Prepared
-from mergekit_ext.host.model_folders import folder_of
+from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io.headers import TensorHeader, read_folder
 from mergekit_ext.ranks import Ranks
 
