@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
     from peft_merge.flexmerge.load import load_tasks
     from peft_merge.io import load_adapter, save_adapter
-    from peft_merge.memory import add_merged_adapter
+    from peft_merge.live import add_merged_adapter
     from peft_merge.merge import MergedAdapter, merge_adapters, run_config
 
 # Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
@@ -18,7 +18,7 @@ _HOMES = {
     "Ia3Adapter": "adapter",
     "LoraAdapter": "adapter",
     "MergedAdapter": "merge",
-    "add_merged_adapter": "memory",
+    "add_merged_adapter": "live",
     "load_adapter": "io",
     "load_tasks": "flexmerge.load",
     "merge_adapters": "merge",

@@ -79,7 +79,7 @@ def main(
 
 def _check(config: Path, out: Path | None, options: dict[str, Any]) -> None:
     from peft_merge.merge import plan_config
-    from peft_merge.preview import preview
+    from peft_merge.report import preview
 
     click.echo(preview(plan_config(config, out, **options)))
 

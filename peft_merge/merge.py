@@ -22,15 +22,14 @@ from peft_merge.config.check import checked
 from peft_merge.config.document import read, written
 from peft_merge.config.plan import MergePlan
 from peft_merge.config.request import Input, Request, located
-from peft_merge.convergence import warn_of_late
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
 from peft_merge.io.place import inside_problem, place_problem
 from peft_merge.lora import merge_lora
 from peft_merge.methods import Result, WholeMethod
-from peft_merge.report import report
+from peft_merge.report import report, warn_of_late
 from peft_merge.rules.base import Rule, Settings
-from peft_merge.saved_tensors import merge_saved
+from peft_merge.saved import merge_saved
 
 Source = Adapter | str | os.PathLike[str]
 

@@ -1,14 +1,19 @@
-"""`merge_report.json`: how a merged adapter came about, as JSON values."""
+"""Words and tables about a merge: a look ahead (`--check`), merge_report.json, a summary."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.config import saved
+from mergekit_ext.errors import NotConvergedWarning
+from peft_merge import saved
+from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
 from peft_merge.config.plan import MergePlan
+from peft_merge.io.layouts import at_rank, one_rank
+from peft_merge.methods import WholeMethod
 
 FORMAT_VERSION = 1
 
@@ -21,22 +26,21 @@ def report(
     modules: Mapping[str, Mapping[str, Any]],
     coefficients: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """All that is known of a merge, and nothing of the run: a file of it is always the same.
+    """Return all that is known of a merge, as JSON values; nothing of the run, so that it repeats.
 
     Args:
-        modules: what was reported of each: `rank`, `error`, the rule's details.
+        modules: the report of each: `rank`, `error`, the rule's details.
         coefficients: NAN's, of each adapter in each module; empty without NAN.
     """
     names = [adapter.name for adapter in plan.adapters]
     entries = {}
     for module, details in modules.items():
-        entry: dict[str, Any] = {
-            "weights": dict(zip(names, plan.resolve.weights(module), strict=True))
-        }
+        weights = plan.resolve.weights(module)
+        entry: dict[str, Any] = {"weights": dict(zip(names, weights, strict=True))}
         if module in coefficients:
             entry["coefficients"] = dict(zip(names, coefficients[module], strict=True))
         if plan.kind == "lora":
-            entry["ranks"] = _ranks(plan.adapters, module)
+            entry["ranks"] = {name: info.rank for name, info in _infos(plan, module).items()}
         entries[module] = {**entry, **details}
     return {
         "format_version": FORMAT_VERSION,
@@ -48,12 +52,9 @@ def report(
     }
 
 
-def _ranks(adapters: Sequence[Adapter], module: str) -> dict[str, int]:
-    return {
-        adapter.name: adapter.infos[module].rank
-        for adapter in adapters
-        if isinstance(adapter, LoraAdapter) and module in adapter.infos
-    }
+def _infos(plan: MergePlan, module: str) -> dict[str, ModuleInfo]:
+    loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
+    return {adapter.name: adapter.infos[module] for adapter in loras if module in adapter.infos}
 
 
 def _summary(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _summary(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sentences(report: Mapping[str, Any]) -> Iterator[str]:
-    """What a user should know of a finished merge."""
+    """Yield what a user should know of a finished merge."""
     summary = report["summary"]
     line = f"{report['method']}: {len(report['adapters'])} adapters, {summary['modules']} modules"
     if "largest_rank" in summary:
@@ -87,3 +88,110 @@ def sentences(report: Mapping[str, Any]) -> Iterator[str]:
             f"average, at most {summary['largest_error']:.2%} ({summary['largest_error_in']})."
         )
     yield from report["notes"]
+
+
+def warn_of_late(method: str, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn once of all modules whose solver did not reach its tolerance.
+
+    Args:
+        modules: the report of each; iterative rules give `converged`, `iterations`, `change`.
+    """
+    late = {name: entry for name, entry in modules.items() if not entry.get("converged", True)}
+    if not late:
+        return
+    worst = max(late, key=lambda name: late[name]["change"])
+    warnings.warn(
+        NotConvergedWarning(
+            f"{method}: {len(late)} of {len(modules)} modules did not reach the tolerance in "
+            f"{late[worst]['iterations']} iterations; the largest change left is "
+            f"{late[worst]['change']:.1e}, in {worst}. Raise `max_iterations` or `tolerance`."
+        ),
+        stacklevel=5,
+    )
+
+
+def preview(plan: MergePlan) -> str:
+    """Return some lines of text about a merge that can start."""
+    shared = sum(all(module in a.infos for a in plan.adapters) for module in plan.modules)
+    lines = [
+        "No problems.",
+        "",
+        *_table(plan.adapters),
+        "",
+        f"Method:  {plan.method.name} (space: {plan.space})",
+        f"Modules: {len(plan.modules)}, {shared} of them in all adapters",
+    ]
+    if not isinstance(plan.method, WholeMethod):
+        if names := saved.saved_names(plan.adapters):
+            lines.append(f"Whole:   {len(plan.saved)} of {len(names)} tensors kept")
+        lines.append(f"Output:  {_output(plan)}")
+    lines += [f"Note: {note}" for note in (*plan.notes, *map(str, plan.forewarnings))]
+    return "\n".join(lines)
+
+
+def _table(adapters: Sequence[Adapter]) -> Iterator[str]:
+    rows = [("adapter", "kind", "rank", "modules", "whole tensors", "dtype")]
+    for adapter in adapters:
+        kind, ranks = "(IA)^3", set[int]()
+        if isinstance(adapter, LoraAdapter):
+            kind, ranks = "LoRA", {info.rank for info in adapter.infos.values()}
+        low, high = min(ranks, default="-"), max(ranks, default="-")
+        rank = f"{low}" if low == high else f"{low} to {high}"
+        dtypes = ", ".join(sorted({_short(info.dtype) for info in adapter.infos.values()}))
+        counts = (str(len(adapter.infos)), str(len(adapter.saved)))
+        rows.append((adapter.name, kind, rank, *counts, dtypes))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _output(plan: MergePlan) -> str:
+    if plan.kind == "ia3":
+        numbers = sum(math.prod(plan.shape(module)) for module in plan.modules)
+        return f"{numbers:,} numbers, {_size(plan, numbers)}"
+    bound = "" if isinstance(plan.rank, int) else "at most "
+    infos = {
+        module: replace(next(iter(_infos(plan, module).values())), rank=_largest_rank(plan, module))
+        for module in plan.modules
+    }
+    own = _size(plan, sum(info.rank * _sides(info) for info in infos.values()))
+    if plan.patterns:
+        return f"{bound}rank {max(info.rank for info in infos.values())}, {own}"
+    r = one_rank(infos.values())
+    padded = _size(plan, sum(at_rank(info, r) * _sides(info) for info in infos.values()))
+    apart = "" if padded == own else f" ({bound}{own} with `patterns: true`)"
+    return f"{bound}rank {r} in every module, {padded}{apart}"
+
+
+def _sides(info: ModuleInfo) -> int:
+    """Numbers of the factors at rank 1."""
+    return info.matrices * (info.rows + info.columns)
+
+
+def _largest_rank(plan: MergePlan, module: str) -> int:
+    """The rank that the module can get: known before the merge for a number, else a bound."""
+    _, rows, columns = plan.shape(module)
+    bound = min(rows, columns)
+    if isinstance(plan.rank, int):
+        return min(plan.rank, bound)
+    in_span = False  # of the factors
+    if not isinstance(plan.method, WholeMethod):
+        options = plan.resolve(module).options
+        in_span = plan.space != "delta" or plan.method.invariant_with(options)
+    if plan.rank is not None and not in_span:
+        return bound
+    return min(sum(info.rank for info in _infos(plan, module).values()), bound)
+
+
+def _size(plan: MergePlan, numbers: int) -> str:
+    count = numbers * plan.dtype.itemsize
+    value, units = float(count), ["B", "kB", "MB", "GB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    text = f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    return f"{text} of {_short(plan.dtype)}"

@@ -16,8 +16,8 @@ import torch
 from mergekit_ext import memory
 from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
-from peft_merge.config import saved
 from peft_merge.config.options import (
     device_of,
     dtype_of,

@@ -14,12 +14,12 @@ from torch import Tensor
 from mergekit_ext.kernels.similarity import Gram
 from peft_merge import ia3
 from peft_merge.adapter import Ia3Adapter, VectorInfo
+from peft_merge.coefficients import coefficients, ia3_norms
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import Group, Piece, settings_of
 from peft_merge.flexmerge.private import cast_to, private
 from peft_merge.io.merged import ia3_configuration
 from peft_merge.rules.base import Rule
-from peft_merge.statistics import coefficients
 
 VectorPiece = Piece[Tensor, VectorInfo]
 
@@ -28,7 +28,7 @@ class Ia3Family:
     """See `flexmerge.family.Family`."""
 
     def __init__(self, plan: MergePlan, rule: Rule):
-        """Raises `ConfigError` and `NonFiniteError` as `ia3.norms` does."""
+        """Raises `ConfigError` and `NonFiniteError` as `ia3.check` does."""
         self._plan, self._rule = plan, rule
         self._adapters = [a for a in plan.adapters if isinstance(a, Ia3Adapter)]
         self._forced = plan.dtype if plan.request.dtype is not None else None
@@ -65,7 +65,7 @@ class Ia3Family:
                 continue
             found = None
             if self._rule.coefficients is not None:
-                found = coefficients(ia3.norms(views, space=self._space))[module]
+                found = coefficients(ia3_norms(views, space=self._space))[module]
             settings = settings_of(self._plan, self._rule, module, group, found)
             vectors, infos, report = ia3.merge_ia3(
                 views,

@@ -20,7 +20,7 @@ from peft_merge.flexmerge.manifest import Group, Manifest
 from peft_merge.flexmerge.parse import open_manifest
 from peft_merge.flexmerge.private import of_the_base
 from peft_merge.io import load_adapter, whole
-from peft_merge.memory import add_adapter, fill
+from peft_merge.live import add_adapter, fill
 
 # Where PEFT's layers keep what is loaded of one adapter.
 _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "ia3_l")

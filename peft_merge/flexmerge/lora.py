@@ -12,6 +12,7 @@ from torch import Tensor
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import Rank
+from peft_merge.coefficients import coefficients, lora_norms
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import Group, Piece, settings_of
 from peft_merge.flexmerge.private import cast_to, private
@@ -19,7 +20,6 @@ from peft_merge.io.layouts import at_rank, filled, one_rank, unscaled
 from peft_merge.io.merged import lora_configuration, stored_ranks
 from peft_merge.lora import merge_lora, small
 from peft_merge.rules.base import Rule
-from peft_merge.statistics import coefficients, lora_norms
 
 UpdatePiece = Piece[Update, ModuleInfo]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from peft_merge.adapter import Adapter
 from peft_merge.io import whole
-from peft_merge.saved_tensors import merge_saved
+from peft_merge.saved import merge_saved
 
 
 def private(adapter: Adapter, dtype: torch.dtype | None) -> Mapping[str, Callable[[], Tensor]]:

@@ -46,7 +46,7 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     r"""`nan`: ``scale * sum_i a_i w_i D_i``.
 
     The coefficients :math:`a_i = (1/\|D_i\|_F) / \sum_j (1/\|D_j\|_F)` are in the weights already,
-    see `peft_merge.statistics`.
+    see `peft_merge.coefficients`.
     """
     return Merged(weighted_sum(tensors, call.weights).mul_(_scale(call)))
 

@@ -13,10 +13,10 @@ from mergekit.config import MergeConfiguration
 from mergekit_ext.errors import ConfigError
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
-from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.config.spaces import default_space
 from peft_merge.ia3 import Space
 from peft_merge.io import load_adapter
+from peft_merge.live import COMBINATION_TYPES
 from peft_merge.merge import merge_adapters, plan_config
 from peft_merge.rules.base import REQUIRED, rules
 from tests.peft_merge.models import KINDS, saved

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from mergekit_ext.errors import MergeError, NonFiniteError
 from peft_merge import lora
 from peft_merge.adapter import Update
+from peft_merge.coefficients import coefficients, lora_norms
 from peft_merge.lora import merge_lora
 from peft_merge.rules.base import Merged, Rule, rules
-from peft_merge.statistics import coefficients, lora_norms
 from tests.peft_merge.loras import adapter, always, settings, update
 from tests.reference import adapters as reference
 
@@ -400,23 +400,6 @@ def test_inputs_are_left_alone():
     for name in ("linear", "ties", "emr"):
         merged(adapters, name)
     assert all(torch.equal(a.load(m).a, before[a.name][m]) for a in adapters for m in a.infos)
-
-
-def test_all_problems_at_once_and_before_reading():
-    def never(module):
-        raise AssertionError(module)
-
-    one = dataclasses.replace(three()[0], load=never)
-    two = adapter("two", {"x": update(1, 2, (1, 24, 19)), "y": update(1, 5)})
-    rule = rules()["linear"]
-    with pytest.raises(ConfigError) as raised:
-        merge_lora([one, two], rule, always(settings(rule, 2)), space="factors")
-    assert [p.where for p in raised.value.problems] == ["x", "y"]
-    assert "(1, 24, 18) in one" in str(raised.value) and "ranks 2 in one, 5 in two" in str(
-        raised.value
-    )
-    with pytest.raises(ConfigError, match="one of delta, core, factors, knots"):
-        merge_lora([one], rule, always(settings(rule, 1)), space="deltas")
 
 
 @pytest.mark.parametrize("name", ["linear", "ties"])

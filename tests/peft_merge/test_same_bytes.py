@@ -8,10 +8,10 @@ import torch
 from peft_merge.algebra import dense
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import leading
+from peft_merge.coefficients import update_norm
 from peft_merge.lora import merge_lora
 from peft_merge.rules.base import REQUIRED, rules
 from peft_merge.rules.seeds import generators
-from peft_merge.statistics import update_norm
 from tests.kernels.threads import with_any_number_of_threads
 from tests.peft_merge.loras import adapter, always, settings, update
 

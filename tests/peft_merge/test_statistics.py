@@ -5,7 +5,7 @@ import torch
 
 from mergekit_ext.errors import NonFiniteError
 from peft_merge.adapter import Update
-from peft_merge.statistics import coefficients, lora_norms, update_norm
+from peft_merge.coefficients import coefficients, lora_norms, update_norm
 from tests.peft_merge.loras import adapter, update
 from tests.reference.adapters import nan
 

@@ -1,9 +1,24 @@
-"""Merging adapters of a live PeftModel into a further adapter of it."""
+"""Merging adapters of a live PeftModel into a further adapter of it.
+
+PEFT's combination types merge factors, or a dense change that is then truncated. What either
+approximates is a merge of the changes themselves, and that is what each name means here:
+
+| combination_type | method | what it is |
+|---|---|---|
+| `linear`, `cat`, `svd` | `linear`, `normalize: false` | sum of w_i D_i |
+| `ties`, `ties_svd` | `peft_ties` | PEFT's TIES of the D_i |
+| `dare_ties`, `dare_ties_svd` | `peft_dare_ties` | the same, dropping at random |
+| `dare_linear`, `dare_linear_svd` | `dare_linear` | sum of w_i times what DARE keeps of D_i |
+| `magnitude_prune`, `magnitude_prune_svd` | `magnitude_prune` | the same, keeping the largest |
+
+`cat` was exact already; the rank of its result is now the least that holds it. The others lose the
+cross terms of `linear` and of TIES on factors. Random types draw other entries than PEFT does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,13 +26,37 @@ import torch
 from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.errors import ConfigError, MergeError, Problem
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.combination_types import COMBINATION_TYPES
 from peft_merge.io import adapters_of, state_dict
 from peft_merge.io.names import PREFIX
 from peft_merge.merge import MergedAdapter, merge_adapters
 from peft_merge.methods import methods
 
 _SUBJECT = "add_merged_adapter"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """A method, the parameters that make it PEFT's, and which of PEFT's arguments it has."""
+
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    density: bool = True
+    majority: bool = False
+
+
+_SUM = Meaning("linear", {"normalize": False}, density=False)
+_TIES = Meaning("peft_ties", majority=True)
+_DARE_TIES = Meaning("peft_dare_ties", majority=True)
+_DARE = Meaning("dare_linear", {"normalize": False, "rescale": True})
+_PRUNE = Meaning("magnitude_prune", {"normalize": False, "rescale": False})
+
+COMBINATION_TYPES: Mapping[str, Meaning] = {
+    **dict.fromkeys(("linear", "cat", "svd"), _SUM),
+    **dict.fromkeys(("ties", "ties_svd"), _TIES),
+    **dict.fromkeys(("dare_ties", "dare_ties_svd"), _DARE_TIES),
+    **dict.fromkeys(("dare_linear", "dare_linear_svd"), _DARE),
+    **dict.fromkeys(("magnitude_prune", "magnitude_prune_svd"), _PRUNE),
+}
 
 
 def add_merged_adapter(
@@ -54,7 +93,7 @@ def add_merged_adapter(
         adapters: names of adapters in it.
         weights: one for each; default 1.
         adapter_name: of the new adapter.
-        combination_type: one of PEFT's (see `peft_merge.combination_types`), taken as the exact
+        combination_type: one of PEFT's (see above), taken as the exact
             method that it approximates.
         svd_rank: PEFT's name of `rank`.
         svd_clamp: refused: it would change the result.

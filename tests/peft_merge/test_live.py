@@ -14,10 +14,9 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from mergekit_ext.errors import ConfigError, MergeWarning
-from peft_merge import memory
-from peft_merge.combination_types import COMBINATION_TYPES
+from peft_merge import live
 from peft_merge.io import adapters_of
-from peft_merge.memory import add_merged_adapter
+from peft_merge.live import COMBINATION_TYPES, add_merged_adapter
 from peft_merge.rules.base import rules
 from tests.peft_merge import models
 
@@ -421,9 +420,9 @@ def test_weights_may_be_tensors():
 def test_a_tensor_without_a_place_is_an_error(monkeypatch):
     model = model_of(models.KINDS["plain"], {}, {})
     before = state(model)
-    genuine = memory.state_dict
+    genuine = live.state_dict
     monkeypatch.setattr(
-        memory, "state_dict", lambda adapter: {**genuine(adapter), "base_model.x": torch.ones(1)}
+        live, "state_dict", lambda adapter: {**genuine(adapter), "base_model.x": torch.ones(1)}
     )
     with pytest.raises(Exception, match=r"no place for base_model\.x"):
         add_merged_adapter(model, ["default", "a1"], [1.0, 1.0], "m")
