@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from peft_merge.methods import Result
+    from peft_merge.config.plan import Result
 
 # As for click's own usage errors: the input is at fault.
 EXIT_PROBLEMS = 2

@@ -16,8 +16,7 @@ from torch import Tensor
 from mergekit_ext.memory import Need
 from peft_merge.adapter import LoraAdapter
 from peft_merge.algebra.dense import BLOCK, SMALL
-from peft_merge.config.plan import MergePlan
-from peft_merge.methods import WholeMethod
+from peft_merge.config.plan import MergePlan, WholeMethod
 from peft_merge.rules.base import Rule
 
 Parts = Mapping[str, int]

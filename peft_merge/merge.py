@@ -19,14 +19,12 @@ from mergekit_ext.memory import limited
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
-from peft_merge.config.document import read, written
-from peft_merge.config.plan import MergePlan
-from peft_merge.config.request import Input, Request, located
+from peft_merge.config.document import Input, Request, located, read, written
+from peft_merge.config.plan import MergePlan, Result, WholeMethod
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
 from peft_merge.io.place import inside_problem, place_problem
 from peft_merge.lora import merge_lora
-from peft_merge.methods import Result, WholeMethod
 from peft_merge.report import report, warn_of_late
 from peft_merge.rules.base import Rule, Settings
 from peft_merge.saved import merge_saved

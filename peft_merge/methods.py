@@ -1,60 +1,13 @@
-"""Merge methods: rules, which make one adapter module by module, and whole-merge methods.
-
-A whole-merge method decides over all modules together, and may make several adapters (FlexMerge).
-"""
+"""The registry of merge methods: rules, and whole-merge methods."""
 
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-from mergekit_ext.errors import Problem
-from mergekit_ext.events import Dispatcher
-from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
-
-if TYPE_CHECKING:
-    from peft_merge.adapter import Adapter
-    from peft_merge.config.plan import MergePlan
-    from peft_merge.config.request import Request
-
-
-class Result(Protocol):
-    """What a merge gives: it can be written, and tells how it came about."""
-
-    @property
-    def report(self) -> Mapping[str, Any]:
-        """JSON values."""
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it into a folder that does not exist or is empty."""
-
-
-@dataclass(frozen=True)
-class WholeMethod:
-    """A method with a way of its own through the modules.
-
-    Attributes:
-        name: in YAML.
-        parameters: all of them, `WEIGHT` included where it has one, given the settings of the
-            whole merge: some choose an algorithm with parameters of its own.
-        check: yields what is wrong, before any factor is read.
-        run: merges.
-        check_inputs: yields what is wrong whatever the parameters are, which may be wrong, too.
-    """
-
-    name: str
-    parameters: Callable[[Mapping[str, Any]], tuple[Parameter, ...]]
-    check: Callable[[MergePlan], Iterable[Problem]]
-    run: Callable[[MergePlan, Dispatcher], Result]
-    check_inputs: Callable[[Request, Sequence[Adapter]], Iterable[Problem]] = (
-        lambda request, adapters: ()
-    )
-
-
-Method = Rule | WholeMethod
+from peft_merge.config.plan import Method, WholeMethod
+from peft_merge.rules.base import WEIGHT, Parameter, rules
 
 _WHOLE: dict[str, WholeMethod] = {}
 _WHOLE_METHODS = ("peft_merge.flexmerge.method",)
@@ -95,4 +48,14 @@ def of_any_rule() -> dict[str, list[Parameter]]:
             forms = found.setdefault(parameter.name, [])
             if parameter not in forms:
                 forms.append(parameter)
+    return found
+
+
+def of_any_method() -> dict[str, list[Parameter]]:
+    """Every form that a parameter has in some method, by its name."""
+    found = of_any_rule()
+    for method in methods().values():
+        if isinstance(method, WholeMethod):
+            for parameter in method.parameters({}):
+                found.setdefault(parameter.name, []).append(parameter)
     return found

@@ -11,9 +11,8 @@ from typing import Any
 from mergekit_ext.errors import NotConvergedWarning
 from peft_merge import saved
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
-from peft_merge.config.plan import MergePlan
+from peft_merge.config.plan import MergePlan, WholeMethod
 from peft_merge.io.layouts import at_rank, one_rank
-from peft_merge.methods import WholeMethod
 
 FORMAT_VERSION = 1
 

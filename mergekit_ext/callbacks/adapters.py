@@ -44,7 +44,7 @@ class AdapterWeights(Kind):
     def problems(self, weights: Weights, count: int, has_base: bool) -> Iterable[Problem]:
         """See `Kind.problems`."""
         from peft_merge.config.check import checked
-        from peft_merge.config.request import Input, Request
+        from peft_merge.config.document import Input, Request
         from peft_merge.rules.base import rules
 
         settings = self.settings

@@ -18,19 +18,20 @@ from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+from peft_merge.config.document import Input, Request
 from peft_merge.config.options import (
+    default_space,
     device_of,
     dtype_of,
     rank_problem,
     seed_problem,
+    space_problems,
 )
-from peft_merge.config.plan import Kind, MergePlan
-from peft_merge.config.request import Input, Request
+from peft_merge.config.plan import Kind, MergePlan, Method, WholeMethod
 from peft_merge.config.resolve import Resolver, unknown_everywhere
-from peft_merge.config.spaces import default_space, space_problems
 from peft_merge.footprint import need_of
 from peft_merge.io import compatible, different_bases, few_shared, load_adapter, one_form
-from peft_merge.methods import Method, WholeMethod, methods, parameters_of
+from peft_merge.methods import methods, of_any_method, parameters_of
 
 PATTERNS = (
     "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "
@@ -117,7 +118,7 @@ def _method(name: Any, found: list[Problem]) -> Method | None:
 def _settings(request: Request, method: Method | None, found: list[Problem]) -> Resolver | None:
     """The settings, if they are right by themselves."""
     if method is None:
-        found += unknown_everywhere(request.parameters, request.inputs)
+        found += unknown_everywhere(of_any_method(), request.parameters, request.inputs)
         return None
     parameters = parameters_of(method, request.parameters)
     resolve = Resolver(method.name, parameters, request.parameters, request.inputs)

@@ -1,21 +1,63 @@
-"""A merge that can start: everything is known of it but the tensors."""
+"""A merge that can start: everything is known of it but the tensors; and what a merge method is.
+
+Rules make one adapter module by module. A whole-merge method decides over all modules together,
+and may make several adapters (FlexMerge).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
-from mergekit_ext.errors import MergeWarning
+from mergekit_ext.errors import MergeWarning, Problem
+from mergekit_ext.events import Dispatcher
 from peft_merge.adapter import Adapter
 from peft_merge.algebra.truncated import Rank
-from peft_merge.config.request import Request
+from peft_merge.config.document import Request
 from peft_merge.config.resolve import Resolver
-from peft_merge.methods import Method
+from peft_merge.rules.base import Parameter, Rule
 
 Kind = Literal["lora", "ia3"]
+
+
+class Result(Protocol):
+    """What a merge gives: it can be written, and tells how it came about."""
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """JSON values."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it into a folder that does not exist or is empty."""
+
+
+@dataclass(frozen=True)
+class WholeMethod:
+    """A method with a way of its own through the modules.
+
+    Attributes:
+        name: in YAML.
+        parameters: all of them, `WEIGHT` included where it has one, given the settings of the
+            whole merge: some choose an algorithm with parameters of its own.
+        check: yields what is wrong, before any factor is read.
+        run: merges.
+        check_inputs: yields what is wrong whatever the parameters are, which may be wrong, too.
+    """
+
+    name: str
+    parameters: Callable[[Mapping[str, Any]], tuple[Parameter, ...]]
+    check: Callable[[MergePlan], Iterable[Problem]]
+    run: Callable[[MergePlan, Dispatcher], Result]
+    check_inputs: Callable[[Request, Sequence[Adapter]], Iterable[Problem]] = (
+        lambda request, adapters: ()
+    )
+
+
+Method = Rule | WholeMethod
 
 
 @dataclass(frozen=True)

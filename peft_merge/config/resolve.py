@@ -9,19 +9,19 @@ from typing import Any
 
 from mergekit_ext.core.wording import did_you_mean, join, listing
 from mergekit_ext.errors import Problem
-from peft_merge.config.request import Input
+from peft_merge.config.document import Input
 from peft_merge.config.settings import UNSET, evaluate, filters, places, problems_of
-from peft_merge.methods import WholeMethod, methods, of_any_rule
 from peft_merge.rules.base import REQUIRED, WEIGHT, Parameter, Settings
 
 
-def unknown_everywhere(shared: Mapping[Any, Any], inputs: Sequence[Input]) -> Iterator[Problem]:
-    """What is wrong with settings for every method: none has them, or none takes the value."""
-    known = of_any_rule()
-    for method in methods().values():
-        if isinstance(method, WholeMethod):
-            for parameter in method.parameters({}):
-                known.setdefault(parameter.name, []).append(parameter)
+def unknown_everywhere(
+    known: Mapping[str, Sequence[Parameter]], shared: Mapping[Any, Any], inputs: Sequence[Input]
+) -> Iterator[Problem]:
+    """Yield what is wrong with settings for every method: none has them, or none takes the value.
+
+    Args:
+        known: every form that a parameter has in some method, by its name.
+    """
     sources = [("parameters", shared), *((item.settings_at, item.parameters) for item in inputs)]
     for at, values in sources:
         for name, setting in values.items():

@@ -23,8 +23,8 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.config.plan import MergePlan
-from peft_merge.config.request import Request
+from peft_merge.config.document import Request
+from peft_merge.config.plan import MergePlan, WholeMethod
 from peft_merge.config.settings import convert
 from peft_merge.flexmerge.blocks import GRANULARITIES
 from peft_merge.flexmerge.manifest import task_name_problem
@@ -32,7 +32,7 @@ from peft_merge.flexmerge.options import Options
 from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.flexmerge.run import merge, unreachable
 from peft_merge.flexmerge.target import EXPECTED, Target
-from peft_merge.methods import WholeMethod, of_any_rule, register
+from peft_merge.methods import of_any_rule, register
 from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
 
 DEFAULT = "task_arithmetic"

@@ -13,7 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_ext.errors import ConfigError
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
-from peft_merge.config.spaces import default_space
+from peft_merge.config.options import default_space
 from peft_merge.ia3 import Space
 from peft_merge.io import load_adapter
 from peft_merge.live import COMBINATION_TYPES
