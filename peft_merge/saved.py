@@ -6,7 +6,7 @@ Which adapter's tensor goes into the merged one, whether they can be merged, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -74,15 +74,17 @@ def problems_of(choice: Any, adapters: Sequence[Adapter]) -> Iterator[Problem]:
         yield Problem(listing(missing), found, "them in all adapters, or a choice", remedy)
 
 
-def weights_problem(
-    name: str, weights: Sequence[float], positions: Sequence[int]
-) -> Problem | None:
-    """Return a problem if a mean would divide by a sum of weights that is 0."""
-    if not cancelling([weights[i] for i in positions]):
-        return None
-    found = "weights that sum to 0, which have no mean"
-    remedy = "Set `modules_to_save` to `drop` or the name of an adapter, or change `weight`."
-    return Problem(name, found, "a sum other than 0", remedy)
+def weights_problems(
+    taken: Mapping[str, tuple[int, ...]], weights: Callable[[str], Sequence[float]]
+) -> Iterator[Problem]:
+    """Yield the means that would divide by a sum of weights that is 0."""
+    for name, positions in taken.items():
+        if len(positions) > 1 and cancelling([weights(name)[i] for i in positions]):
+            found = "weights that sum to 0, which have no mean"
+            remedy = (
+                "Set `modules_to_save` to `drop` or the name of an adapter, or change `weight`."
+            )
+            yield Problem(name, found, "a sum other than 0", remedy)
 
 
 class AveragedHeadsWarning(MergeWarning):

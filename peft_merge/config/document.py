@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,22 +70,21 @@ class Request:
 
 
 def exists(path: str) -> bool:
-    """Whether there is something at a path, which may be no path at all."""
+    """Return whether there is something at a path, which may be no path at all."""
     return paths.exists(paths.expanded(path))
 
 
 def located(model: str) -> tuple[str, str | None]:
-    """The folder or name, and the revision of ``name@revision`` as mergekit writes it."""
+    """Return the folder or name, and the revision of ``name@revision`` as mergekit writes it."""
     if "@" not in model or exists(model):
         return model, None
     name, _, revision = model.partition("@")
     return name, revision
 
 
-_KEYS = (
-    *("merge_method", "models", "parameters", "rank", "patterns", "space", "dtype"),
-    *("modules_to_save", "seed", "base_model"),
-)
+# In the order in which they are written.
+_OPTIONS = ("rank", "patterns", "space", "seed", "dtype", "modules_to_save", "base_model")
+_KEYS = ("merge_method", "models", "parameters", *_OPTIONS)
 _MODEL_KEYS = ("model", "name", "parameters")
 
 # Keys of mergekit that mean nothing for adapters, and what to do instead.
@@ -102,7 +101,7 @@ _FULL_MODELS = {
 def read(
     source: str | os.PathLike[str] | Mapping[str, Any], instead: Mapping[str, Any]
 ) -> tuple[Request, list[Problem]]:
-    """A request from a YAML file or a parsed document, and what is wrong with its form.
+    """Return a request from a YAML file or a parsed document, and what is wrong with its form.
 
     Args:
         instead: keys of the top level that replace those of the document.
@@ -129,8 +128,75 @@ def read(
     return request, repeated + problems
 
 
+def _request(
+    document: Mapping[str, Any], text: str | None, subject: str
+) -> tuple[Request, list[Problem]]:
+    problems = list(_unknown(document, _KEYS, ""))
+    models = document.get("models")
+    if not isinstance(models, list) or not models:
+        found = "nothing" if models is None else shown(models)
+        expected = "a list of entries with `model:`"
+        problems.append(Problem("models", found, expected, "List the adapters to merge."))
+        models = []
+    base = document.get("base_model")
+    inputs = [_input(entry, join("models", i), base, problems) for i, entry in enumerate(models)]
+    request = Request(
+        method=document.get("merge_method"),
+        inputs=tuple(item for item in inputs if item is not None),
+        parameters=_mapping(document.get("parameters"), "parameters", problems),
+        text=text,
+        subject=subject,
+        **{key: document[key] for key in _OPTIONS if document.get(key) is not None},
+    )
+    return request, problems
+
+
+def _input(entry: Any, where: str, base_model: Any, problems: list[Problem]) -> Input | None:
+    if not isinstance(entry, Mapping):
+        remedy = f"Write `- model: {entry}`." if isinstance(entry, str) else ""
+        problems.append(Problem(where, shown(entry), "an entry with `model:`", remedy))
+        return None
+    problems.extend(_unknown(entry, _MODEL_KEYS, where))
+    model, name, at = entry.get("model"), entry.get("name"), f"{where}.model"
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        found = "nothing" if model is None else shown(model)
+        problems.append(Problem(at, found, "an adapter's folder, or its name on the Hub"))
+        return None
+    if name is not None and (not isinstance(name, str) or not name):
+        problems.append(Problem(f"{where}.name", shown(name), "a text"))
+        name = None
+    source, revision = located(os.fspath(model))
+    remedy = "Take it out: the base is not needed."
+    if source == base_model:
+        problems.append(Problem(where, "the base model", "an adapter", remedy))
+        return None
+    if "+" in source and not exists(source):
+        remedy = f"Write `model: {source.split('+', 1)[1]}`: the base is not needed."
+        problems.append(Problem(at, shown(source), "an adapter alone", remedy))
+        return None
+    at = f"{where}.parameters"
+    parameters = _mapping(entry.get("parameters"), at, problems)
+    return Input(where, source, name, revision, parameters, at)
+
+
+def _mapping(value: Any, where: str, problems: list[Problem]) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        problems.append(Problem(where, shown(value), "a mapping from parameters to values"))
+    return value if isinstance(value, Mapping) else {}
+
+
+def _unknown(document: Mapping[Any, Any], known: tuple[str, ...], path: str) -> Iterator[Problem]:
+    for key in document:
+        if key not in known:
+            found, remedy = "an unknown key", did_you_mean(key, known, listed=True)
+            if not path and key in _FULL_MODELS:
+                found, remedy = "a key for full models", _FULL_MODELS[key]
+            expected = f"one of {', '.join(sorted(known))}"
+            yield Problem(join(path, str(key)), found, expected, remedy)
+
+
 def written(request: Request, adapters: Sequence[Adapter]) -> str:
-    """The YAML of a request: the user's own text, or what gives the same merge."""
+    """Return the YAML of a request: the user's own text, or what gives the same merge."""
     if request.text is not None:
         return request.text
     models = []
@@ -142,18 +208,13 @@ def written(request: Request, adapters: Sequence[Adapter]) -> str:
             "parameters": dict(item.parameters),
         }
         models.append({key: value for key, value in entry.items() if value})
-    dtype = request.dtype and str(request.dtype).removeprefix("torch.")
     values = {
         "merge_method": request.method,
         "models": models,
         "parameters": dict(request.parameters),
-        "rank": request.rank,
-        "patterns": request.patterns,
-        "space": request.space,
+        **{key: getattr(request, key) for key in _OPTIONS},
         "seed": request.seed or None,
-        "dtype": dtype,
-        "modules_to_save": request.modules_to_save,
-        "base_model": request.base_model,
+        "dtype": request.dtype and str(request.dtype).removeprefix("torch."),
     }
     document = {key: _plain(value) for key, value in values.items() if value not in (None, {})}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
@@ -168,84 +229,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (float, str)):
         return float(value) if isinstance(value, float) else str(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _request(
-    document: Mapping[str, Any], text: str | None, subject: str
-) -> tuple[Request, list[Problem]]:
-    problems = list(_unknown(document, _KEYS, ""))
-    models = document.get("models")
-    if not isinstance(models, list) or not models:
-        found = "nothing" if models is None else shown(models)
-        expected = "a list of entries with `model:`"
-        problems.append(Problem("models", found, expected, "List the adapters to merge."))
-        models = []
-    inputs = tuple(_input(entry, join("models", i), problems) for i, entry in enumerate(models))
-    base_model = document.get("base_model")
-    for item in inputs:
-        if item is not None and item.source == base_model:
-            expected, remedy = "an adapter", "Take it out: the base is not needed."
-            problems.append(Problem(item.where, "the base model", expected, remedy))
-    inputs = tuple(item for item in inputs if item is None or item.source != base_model)
-    request = Request(
-        method=document.get("merge_method"),
-        inputs=tuple(item for item in inputs if item is not None),
-        parameters=_mapping(document.get("parameters"), "parameters", problems),
-        text=text,
-        subject=subject,
-    )
-    given = {
-        key: document[key]
-        for key in ("rank", "patterns", "space", "seed", "dtype", "modules_to_save", "base_model")
-        if document.get(key) is not None
-    }
-    return replace(request, **given), problems
-
-
-def _input(entry: Any, where: str, problems: list[Problem]) -> Input | None:
-    if not isinstance(entry, Mapping):
-        remedy = f"Write `- model: {entry}`." if isinstance(entry, str) else ""
-        problems.append(Problem(where, shown(entry), "an entry with `model:`", remedy))
-        return None
-    problems.extend(_unknown(entry, _MODEL_KEYS, where))
-    model, name = entry.get("model"), entry.get("name")
-    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
-        found = "nothing" if model is None else shown(model)
-        expected = "an adapter's folder, or its name on the Hub"
-        problems.append(Problem(f"{where}.model", found, expected))
-        return None
-    if name is not None and (not isinstance(name, str) or not name):
-        problems.append(Problem(f"{where}.name", shown(name), "a text"))
-        name = None
-    at = f"{where}.parameters"
-    source, revision = located(os.fspath(model))
-    if "+" in source and not exists(source):
-        remedy = f"Write `model: {source.split('+', 1)[1]}`: the base is not needed."
-        problems.append(Problem(f"{where}.model", shown(source), "an adapter alone", remedy))
-        return None
-    parameters = _mapping(entry.get("parameters"), at, problems)
-    return Input(where, source, name, revision, parameters, at)
-
-
-def _mapping(value: Any, where: str, problems: list[Problem]) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        problems.append(Problem(where, shown(value), "a mapping from parameters to values"))
-        return {}
-    return value
-
-
-def _unknown(document: Mapping[Any, Any], known: tuple[str, ...], path: str) -> list[Problem]:
-    problems = []
-    for key in document:
-        if key in known:
-            continue
-        where = join(path, str(key))
-        if not path and key in _FULL_MODELS:
-            found = "a key for full models"
-            remedy = _FULL_MODELS[key]
-        else:
-            found, remedy = "an unknown key", did_you_mean(key, known, listed=True)
-        problems.append(Problem(where, found, f"one of {', '.join(sorted(known))}", remedy))
-    return problems
