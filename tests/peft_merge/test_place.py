@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from mergekit_ext.errors import ConfigError
 from peft_merge.cli import main
-from peft_merge.io import load_adapter, save_adapter, write
+from peft_merge.io import load_adapter, save_adapter
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.models import KINDS, saved
 
@@ -76,10 +76,10 @@ def test_what_is_in_the_way_is_told_before_work(place):
 @pytest.mark.parametrize("method", ["linear", "flexmerge"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ENOENT])
 def test_an_error_while_writing_leaves_nothing(method, error, place, monkeypatch):
-    def fail(path, text):
+    def fail(path, *_, **__):
         raise OSError(error, os.strerror(error), str(path))
 
-    monkeypatch.setattr(write, "_write", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     before = files(place)
     message = refused(place, place / "outputs" / "new" / "out", method)
     assert f"an error while writing ({os.strerror(error)}" in message
