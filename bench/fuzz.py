@@ -46,7 +46,7 @@ from mergekit_ext.host.run import parsed
 from mergekit_ext.io.documents import DocumentError
 from mergekit_ext.io.headers import HeaderError, read_folder, read_safetensors
 from mergekit_ext.io.journal import Journal
-from peft_merge.flexmerge.parse import open_manifest
+from peft_merge.flexmerge.manifest import open_manifest
 from peft_merge.io import load_adapter
 from peft_merge.merge import plan_config
 from tests.attacks.readers import make_inputs

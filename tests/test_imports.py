@@ -99,6 +99,7 @@ HOSTS = {"mergekit"}  # only host and cli may know it
 # peft_merge knows of mergekit_ext only what knows nothing of mergekit.
 ADAPTERS = PACKAGE.parent / "peft_merge"
 SHARED = {
+    "flexmerge",
     "io",
     "budget",
     "core",

@@ -9,13 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergekit_ext.flexmerge.manifest import Manifest
-    from mergekit_ext.flexmerge.reader import read_manifest
+    from mergekit_ext.flexmerge.manifest import Manifest, read_manifest
     from mergekit_ext.flexmerge.runtime import load
 
 __all__ = ["Manifest", "load", "read_manifest"]
 
-_HOMES = {"Manifest": "manifest", "load": "runtime", "read_manifest": "reader"}
+_HOMES = {"Manifest": "manifest", "load": "runtime", "read_manifest": "manifest"}
 
 
 def __getattr__(name: str) -> Any:

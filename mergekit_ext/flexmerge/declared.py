@@ -9,11 +9,11 @@ import torch
 
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
-from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED
+from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED, FileKind
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.io.planned import Entry
 
-Key = tuple[str, tuple[str, ...]]  # kind of file, set of tasks
+Key = tuple[FileKind, tuple[str, ...]]  # kind of file, set of tasks
 
 
 @dataclass(frozen=True)

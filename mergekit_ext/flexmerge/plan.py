@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
-from mergekit_ext.flexmerge.manifest import DENSE, MASKED, Size
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.manifest import DENSE, MASKED
+from mergekit_ext.flexmerge.target import Size, Target
 from mergekit_ext.kernels.channel import kmeans_groups
 from mergekit_ext.kernels.grouping import MergeOrder, merge_order, partition
 
@@ -88,9 +88,8 @@ class Storage:
 
     def size(self, shareable: int) -> Size:
         """The size of a merge that stores so many bytes of blocks."""
-        unit = self.whole / len(self.layout.tasks)
         private = self.layout.private_bytes
-        return Size(shareable / unit, shareable + private, round(unit), private)
+        return Size(shareable + private, self.whole / len(self.layout.tasks), private)
 
     def require_reachable(self, target: Target, least: Size) -> None:
         """Raise `ConfigError` unless `target` lies between `least` and everything kept apart."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mergekit_ext.flexmerge.declared import Key
-from mergekit_ext.flexmerge.manifest import SHARDS, ShardFile
+from mergekit_ext.flexmerge.manifest import SHARDS, FileKind, ShardFile
 from mergekit_ext.flexmerge.stored import digest_of
 from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.ranks import Ranks
@@ -23,7 +23,7 @@ class Shard:
     """One planned file of tensors that a set of tasks has."""
 
     file: PlannedFile
-    kind: str
+    kind: FileKind
     tasks: tuple[str, ...]
 
 
@@ -144,7 +144,13 @@ class ShardWriter:
         for others in ranks.gather(known):
             known.update({path: digest for path, digest in others.items() if digest})
         return tuple(
-            ShardFile(s.file.path, s.kind, s.tasks, s.file.length, known[s.file.path] or "")
+            ShardFile(
+                path=s.file.path,
+                kind=s.kind,
+                tasks=s.tasks,
+                bytes=s.file.length,
+                sha256=known[s.file.path] or "",
+            )
             for s in self._shards
         )
 

@@ -5,12 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit_ext import budget
-from mergekit_ext.flexmerge.manifest import Size
 
 # A budget that holds every merge, for those who want all sizes.
 ANY_SIZE = "1000000TB"
 # Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 models.
 _ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is stored.
+
+    Attributes:
+        bytes: of all tensors, each once.
+        unit_bytes: of the shareable tensors of one model, on average over the inputs.
+        private_bytes: of tensors that are never shared; in `bytes`.
+    """
+
+    bytes: int
+    unit_bytes: float
+    private_bytes: int
+
+    @property
+    def models(self) -> float:
+        """``(bytes - private_bytes) / unit_bytes``: m when nothing is shared."""
+        return (self.bytes - self.private_bytes) / self.unit_bytes
 
 
 @dataclass(frozen=True)

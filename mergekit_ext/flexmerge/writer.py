@@ -21,6 +21,7 @@ from mergekit_ext.flexmerge.manifest import (
     Manifest,
     Private,
     ShardFile,
+    Size,
     Task,
     TensorInfo,
 )
@@ -101,13 +102,21 @@ def _complete(
     rescale: Mapping[str, Rescale],
 ) -> Manifest:
     ordinary = _link(folder, layout, plan, shards)
+    size = plan.size
     manifest = Manifest(
+        format="flexmerge",
+        version=1,
         generator=provenance.generator,
-        method=provenance.method,
+        method=dict(provenance.method),
         base_model=provenance.base_model,
-        size=plan.size,
+        size=Size(
+            models=size.models,
+            bytes=size.bytes,
+            unit_bytes=round(size.unit_bytes),
+            private_bytes=size.private_bytes,
+        ),
         tasks=tuple(
-            Task(name, model, name in ordinary)
+            Task(name=name, model=model, ordinary=name in ordinary)
             for name, model in zip(layout.tasks, provenance.models, strict=True)
         ),
         files=files,
@@ -116,7 +125,10 @@ def _complete(
             for block, groups in zip(layout.blocks, plan.groups, strict=True)
         ),
         private=tuple(
-            Private(name, tuple(TensorInfo(h.name, tuple(h.shape)) for h in headers))
+            Private(
+                task=name,
+                tensors=tuple(TensorInfo(name=h.name, shape=tuple(h.shape)) for h in headers),
+            )
             for name, headers in zip(layout.tasks, layout.private, strict=True)
             if headers
         ),
@@ -128,21 +140,23 @@ def _complete(
 def _block_entry(
     layout: Layout, block: BlockLayout, groups: Sequence[StoredGroup], rescale: Rescale
 ) -> Block:
-    return Block(
-        block.name,
-        block.kind,
-        tuple(TensorInfo(part.name, part.shape) for part in block.parts),
-        tuple(
+    entries = []
+    for group in groups:
+        masked = group.kind == MASKED
+        factors = {layout.tasks[task]: rescale[task] for task in group.tasks if masked}
+        entries.append(
             Group(
-                names_of(layout, group),
-                group.kind,
-                group.similarity,
-                {layout.tasks[task]: rescale[task] for task in group.tasks}
-                if group.kind == MASKED
-                else {},
+                tasks=names_of(layout, group),
+                kind=MASKED if masked else DENSE,
+                similarity=group.similarity,
+                **({"rescale": factors} if masked else {}),
             )
-            for group in groups
-        ),
+        )
+    return Block(
+        name=block.name,
+        kind=block.kind,
+        tensors=tuple(TensorInfo(name=part.name, shape=part.shape) for part in block.parts),
+        groups=tuple(entries),
     )
 
 

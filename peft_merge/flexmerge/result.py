@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext.flexmerge.manifest import FILE_NAME
 from peft_merge.adapter import Adapter
 from peft_merge.flexmerge.card import card, task_card
-from peft_merge.flexmerge.manifest import FILE_NAME, Block, Group, Manifest, StoredFile, Task
+from peft_merge.flexmerge.manifest import Block, Group, Manifest, described
 from peft_merge.io.place import new_folder
-from peft_merge.io.tensors import CONFIG, SAFETENSORS
 from peft_merge.io.write import CARD, MERGE_CONFIG, REPORT, fill_folder
 
 
@@ -49,41 +48,34 @@ class FlexMerged:
             _write(folder / CARD, card(self.adapters, self.report, self.config).rstrip())
 
     def manifest(self, folder: Path) -> Manifest:
-        """Of the tasks' folders in `folder`."""
+        """Return the manifest of the tasks' folders in `folder`."""
         sources = {item["name"]: item["source"] for item in self.report["adapters"]}
-        tasks = tuple(
-            Task(
-                adapter.name,
-                sources[adapter.name],
-                tuple(
-                    StoredFile.of(folder / adapter.name / name) for name in (CONFIG, SAFETENSORS)
+        tasks = tuple(described(folder, a.name, sources[a.name]) for a in self.adapters)
+        options = ("space", "seed", "rank")
+        disk = sum(file.bytes for task in tasks for file in task.files)
+        blocks = tuple(
+            Block(
+                name=block["name"],
+                groups=tuple(
+                    Group(
+                        tasks=tuple(group["tasks"]),
+                        similarity=group["similarity"],
+                        modules=tuple(group["modules"]),
+                    )
+                    for group in block["groups"]
                 ),
             )
-            for adapter in self.adapters
+            for block in self.report["blocks"]
         )
-        options = ("space", "seed", "rank")
-        method = {**self.report["flexmerge"], **{name: self.report[name] for name in options}}
-        disk = sum(file.bytes for task in tasks for file in task.files)
         return Manifest(
+            format="peft-flexmerge",
+            version=1,
             kind=self.report["kind"],
-            method=method,
+            method={**self.report["flexmerge"], **{name: self.report[name] for name in options}},
             size={**self.report["size"], "disk_bytes": disk},
             tasks=tasks,
-            blocks=_blocks(self.report["blocks"]),
+            blocks=blocks,
         )
-
-
-def _blocks(found: Sequence[Mapping[str, Any]]) -> tuple[Block, ...]:
-    return tuple(
-        Block(
-            block["name"],
-            tuple(
-                Group(tuple(group["tasks"]), group["similarity"], tuple(group["modules"]))
-                for group in block["groups"]
-            ),
-        )
-        for block in found
-    )
 
 
 def _write(path: Path, text: str) -> None:

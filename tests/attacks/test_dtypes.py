@@ -109,9 +109,12 @@ def test_what_has_no_mean_must_be_the_same(case, method, sound, tmp_path):
 def test_a_checkpoint_with_a_dtype_that_torch_lacks_is_refused(tmp_path):
     entry = {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}
     content = joined({"__metadata__": {"format": "pt"}, "w": entry}, bytes(3))
-    (tmp_path / "a.safetensors").write_bytes(content)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.safetensors").write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    shard = ShardFile("a.safetensors", "dense", ("t",), len(content), digest)
+    shard = ShardFile(
+        path="shards/a.safetensors", kind="dense", tasks=("t",), bytes=len(content), sha256=digest
+    )
     stored = StoredFile(tmp_path.resolve(), shard)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: w: found .*F6_E2M3"):
         stored.tensor("w")

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_ext.errors import CheckpointError
-from mergekit_ext.flexmerge.parse import LARGEST
-from mergekit_ext.flexmerge.reader import open_checkpoint, read_manifest
+from mergekit_ext.flexmerge.manifest import read_manifest
+from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.io.schema import LARGEST
 from tests.flexmerge.handmade import described, edited, models, redescribe, vit, write
 from tests.models import bert
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.flexmerge.manifest import Size
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.target import Size, Target
 from mergekit_ext.host.checks.parameters import value_problem
 from mergekit_ext.host.flexmerge.parameters import OWN
 
@@ -62,8 +61,8 @@ def test_what_is_refused(written):
     assert "number of models such as 2.25" in wanted
 
 
-def size(models: float, total: int = 0) -> Size:
-    return Size(models, total, 1, 0)
+def size(models: float, total: int = 1000) -> Size:
+    return Size(total, total / models, 0)
 
 
 def test_rounding_does_not_exclude_the_very_size():

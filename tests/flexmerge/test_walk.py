@@ -19,10 +19,10 @@ import mergekit_ext
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithms import ALGORITHMS
 from mergekit_ext.flexmerge.algorithms.base import Parameters
-from mergekit_ext.flexmerge.manifest import MASKED, Size
+from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.reader import open_checkpoint
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.target import Size, Target
 from mergekit_ext.flexmerge.walk import Walk
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
@@ -264,7 +264,7 @@ def test_a_reconstruction_that_leaves_the_range_is_an_error() -> None:
     reader = memory.reader(base, models)
     emr = ALGORITHMS["emr"](Parameters({}, [{}, {}, {}]))
     walk = Walk(reader, emr)
-    walk.go(Plan(((StoredGroup((0, 1, 2), MASKED),),), Size(1.0, 1, 1, 0)))
+    walk.go(Plan(((StoredGroup((0, 1, 2), MASKED),),), Size(1, 1, 0)))
     assert torch.isfinite(walk.tensors(0)["mlp.up"]).all()
     with pytest.raises(MergeError, match=r"mlp\.up: 1 of 2 merged values are not finite"):
         walk.tensors(1)

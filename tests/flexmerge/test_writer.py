@@ -17,7 +17,7 @@ from mergekit_ext.flexmerge.algorithms.base import Parameters
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.checkpoint import Checkpoint
 from mergekit_ext.flexmerge.declared import Order
-from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, Manifest
+from mergekit_ext.flexmerge.manifest import DENSE, MASKED, read_manifest
 from mergekit_ext.flexmerge.plan import Dendrograms, Plan, Storage, StoredGroup
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.target import Target
@@ -110,7 +110,7 @@ def test_every_block_of_every_task(kind, done, name, tmp_path):
         assert (MASKED in kinds) == (name in MASKS and done == 1)
     manifest = write_plan(tmp_path / "out", found, plan, algorithm)
     assert manifest.size.bytes == stored_bytes(tmp_path / "out")
-    assert Manifest.from_json((tmp_path / "out" / FILE_NAME).read_text(), "x") == manifest
+    assert read_manifest(tmp_path / "out") == manifest
     checkpoint = open_checkpoint(tmp_path / "out", verify=True)
     assert isinstance(checkpoint, Checkpoint)
     place = {task.name: i for i, task in enumerate(manifest.tasks)}

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import mergekit_ext
-from mergekit_ext.flexmerge.manifest import MASKED, Manifest
+from mergekit_ext.flexmerge.manifest import MASKED, Manifest, read_manifest
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from tests import models as small
 from tests.reference import flexmerge as naive
@@ -89,7 +89,7 @@ def made(folder: Path, name: str, dtype: torch.dtype) -> Family:
 def merge(content: Mapping[str, Any], out: Path, *callbacks: object, **options: Any) -> Manifest:
     settings = MergeOptions(quiet=True, **options)
     mergekit_ext.merge(yaml.safe_dump(dict(content)), out, settings, callbacks=callbacks)
-    return Manifest.from_json((out / "flexmerge.json").read_text(), "flexmerge.json")
+    return read_manifest(out)
 
 
 def as_index_says(folder: Path) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def check_blocks(
 ) -> set[str]:
     """Compare every block of every task with F of its group; return the kinds of groups seen."""
     checkpoint = open_checkpoint(out, verify=True)
-    manifest = Manifest.from_json((out / "flexmerge.json").read_text(), "x")
+    manifest = read_manifest(out)
     base, models = family.states
     place = {task.name: i for i, task in enumerate(manifest.tasks)}
     found = {task: dict(checkpoint.tensors(task)) for task in place}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
         if not task.ordinary:
             _explain_masks(folder / task.name)
     digests = task_folders.described(folder, inputs.layout.tasks)
-    manifest = dataclasses.replace(manifest, task_files=digests)
+    manifest = manifest.model_copy(update={"task_files": digests})
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     _describe(folder, config, options, source, manifest)
 
@@ -85,7 +84,7 @@ def _describe(folder: Path, config: Any, options: Any, source: str, manifest: Ma
     for block in manifest.blocks:
         blocks, groups = kinds.get(block.kind, (0, 0))
         kinds[block.kind] = (blocks + 1, groups + len(block.groups))
-    size = dataclasses.asdict(manifest.size)
+    size = manifest.size.model_dump()
     section = flexmerge_section(size, [(t.name, t.ordinary) for t in manifest.tasks], kinds)
     (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
     (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
