@@ -10,35 +10,34 @@ from mergekit_ext.core.wording import listing, tensors_at
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks.models import ModelFacts
-from mergekit_ext.host.checks.plan import BY_FILES, FoundTensor
+from mergekit_ext.host.checks.plan import BY_FILES, Inventory
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import Loading, loading
 from mergekit_ext.io import paths
 
 
-def find_architecture(
-    config: Any, options: Any, facts: Mapping[Any, ModelFacts], findings: Findings
-) -> tuple[Any, bool]:
+def find_architecture(inventory: Inventory) -> tuple[Any, bool]:
     """Return what mergekit takes the models for, and whether all of them are that.
 
     The first is mergekit's `ModelArchitecture`; None when it has none, or none can be found.
     """
     from mergekit.architecture import arch_info_for_config
 
-    known = {model: fact for model, fact in facts.items() if fact.config is not None}
+    known = {model: fact for model, fact in inventory.models.items() if fact.config is not None}
     if not known:
         return None, False
+    base = inventory.config.base_model
     names = {model: fact.config.architectures[0] for model, fact in known.items()}
     found = {model: arch_info_for_config(fact.config) for model, fact in known.items()}
     if unknown := sorted({names[model] for model, info in found.items() if info is None}):
-        return _inferred(config, options, facts, ", ".join(unknown), findings), True
-    first = found[config.base_model if config.base_model in known else next(iter(known))]
+        return _inferred(inventory, ", ".join(unknown)), True
+    first = found[base if base in known else next(iter(known))]
     same = all(info == first for info in found.values())
-    if not same and not options.allow_crimes:
-        findings.problem(
-            facts[list(names)[-1]].where,
-            f"different architectures: "
-            f"{', '.join(f'{name} in {model}' for model, name in names.items())}",
+    if not same and not inventory.options.allow_crimes:
+        listed = ", ".join(f"{name} in {model}" for model, name in names.items())
+        inventory.findings.problem(
+            known[list(names)[-1]].where,
+            f"different architectures: {listed}",
             "one architecture",
             "Take out the models that do not fit, or give --allow-crimes to merge what has one "
             "name.",
@@ -46,14 +45,13 @@ def find_architecture(
     return first, same
 
 
-def _inferred(
-    config: Any, options: Any, facts: Mapping[Any, ModelFacts], named: str, findings: Findings
-) -> Any:
+def _inferred(inventory: Inventory, named: str) -> Any:
+    models, findings = inventory.models, inventory.findings
     findings.note(f"mergekit has no table for {named} and takes the tensors' names instead.")
     # mergekit's own way does not merge them for this.
     adapters = [
         fact
-        for fact in facts.values()
+        for fact in models.values()
         if fact.reference.lora is not None and not applies(fact.reference)
     ]
     for fact in adapters:
@@ -65,7 +63,7 @@ def _inferred(
         )
     if adapters or any(
         fact.tensors is None or not paths.is_folder(fact.reference.model.path)
-        for fact in facts.values()
+        for fact in models.values()
     ):
         findings.note(f"Tensors are not compared: not all models with {named} are on this machine.")
         return None
@@ -73,7 +71,9 @@ def _inferred(
 
     try:
         # Not through mergekit's cache, which would remember files that are mended after a check.
-        return infer_architecture_info.__wrapped__(tuple(facts), config.base_model, options)
+        return infer_architecture_info.__wrapped__(
+            tuple(models), inventory.config.base_model, inventory.options
+        )
     except Exception as error:  # mergekit and transformers; the message is kept
         reason = (str(error).splitlines() or [""])[0][:200]  # some hold a whole configuration
         findings.problem(
@@ -120,24 +120,14 @@ def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any
     return broken
 
 
-def check_output(
-    located: Sequence[FoundTensor],
-    config: Any,
-    aligned: bool,
-    unused: Sequence[str],
-    facts: Mapping[Any, ModelFacts],
-    findings: Findings,
-) -> None:
+def check_output(inventory: Inventory, unused: Sequence[str]) -> None:
     """Report tensors that the class of the output needs or has no place for.
 
-    Args:
-        located: the tensors of the output.
-        config: the output's configuration.
-        aligned: vocabularies are made equal, so that shapes of embeddings are not known yet.
-        unused: stored tensors that the merge does not use.
-        facts: the inputs: what their classes lack or do not have, the output may, too.
-        findings: where problems go.
+    What the inputs' classes lack or do not have, the output may, too. `unused` are stored tensors
+    that the merge does not use.
     """
+    located, config = inventory.located, inventory.out_config
+    facts, findings = inventory.models, inventory.findings
     shapes = {t.name: t.headers[0].shape if t.headers else (0,) for t in located}
     found = loading(config, shapes)
     if found is None:
@@ -145,7 +135,7 @@ def check_output(
     kind = config.architectures[0]
     ignored = {n for f in facts.values() if (own := _loading_of(f)) for n in own.ignored}
     found = replace(found, missing=_besides(found.missing, _lacking(facts, kind)))
-    if aligned or not all(tensor.headers for tensor in located):
+    if inventory.aligned or not all(tensor.headers for tensor in located):
         # What shapes would say is for the comparison of the inputs.
         found = replace(found, misshapen=(), error="")
     if wrong := _wrong(replace(found, misshapen=())):

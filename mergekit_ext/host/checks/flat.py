@@ -14,7 +14,7 @@ from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import check_costs, find_method
 from mergekit_ext.host.checks.models import ModelFacts, refuse_codes
-from mergekit_ext.host.checks.plan import PlannedTensor, locate
+from mergekit_ext.host.checks.plan import Inventory, PlannedTensor, locate
 from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings
@@ -53,15 +53,15 @@ def check_flat(
             findings.problem("models", "an empty list", "the files to merge", "Add them.")
             return findings.report()
         places = {m: where.removesuffix(".model") for m, where in models_at(config).items()}
-        facts = {
+        models = {
             model: ModelFacts(model, where, tensors=_tensors(model, where, files))
             for model, where in places.items()
         }
-        planned = _planned(config, facts, union, intersection, files)
-        located = locate(planned, facts)
-        check_tensors(located, _without_policy(method), config, facts, False, files)
-        complete = not files.count
-        costs = check_costs(config, options, method, planned, located, complete, findings, True)
+        inventory = Inventory(config, options, method, files, models)
+        inventory.planned = _planned(config, models, union, intersection, files)
+        locate(inventory)
+        check_tensors(dataclasses.replace(inventory, method=_without_policy(method)))
+        costs = check_costs(inventory, findings, collects=True)
         findings.merge(files)
     return findings.report(costs)
 

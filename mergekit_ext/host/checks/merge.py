@@ -12,9 +12,9 @@ from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import groups_of, models_at
-from mergekit_ext.host.checks.models import ModelFacts, read_model
+from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
-from mergekit_ext.host.checks.plan import FoundTensor, PlannedTensor, left_out, locate, survey
+from mergekit_ext.host.checks.plan import FoundTensor, Inventory, left_out, locate, survey
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.resolve import resolve
 from mergekit_ext.host.checks.schema import unknown_keys
@@ -22,7 +22,6 @@ from mergekit_ext.host.checks.settings import (
     check_multi_gpu,
     check_settings,
     check_tokenizers,
-    wants_tokenizer,
 )
 from mergekit_ext.host.checks.tensors import check_tensors
 from mergekit_ext.host.checks.vocabulary import vocabulary
@@ -68,7 +67,7 @@ def examine(
     pending: Collection[str] = (),
 ) -> tuple[CheckReport, list[FoundTensor]]:
     """Check a merge that goes tensor by tensor; return the tensors that it would write, too."""
-    findings, models = Findings(), Findings()
+    findings = Findings()
     with quiet():
         if source is not None:
             findings.extend(unknown_keys(source))
@@ -76,24 +75,22 @@ def examine(
         check_tokenizers(config, options, findings)
         check_multi_gpu(options, findings)
         method = find_method(config.merge_method, findings)
+        inventory = _check_models(config, options, method, pending)
         # Parameters are reported before the models, but need the tensors' names.
-        facts, planned, located = _check_models(config, options, method, models, pending)
-        known = all(fact.config is not None and fact.tensors is not None for fact in facts.values())
-        costs = check_costs(
-            config, options, method, planned, located, known and not models.count, findings
-        )
-        check_modules(config, options, facts, models)
-        if any(fact.pending for fact in facts.values()):
-            models.note("Nothing is estimated: a model is the result of another document.")
-        findings.merge(models)
-    return findings.report(costs), located
+        costs = check_costs(inventory, findings)
+        check_modules(config, options, inventory.models, inventory.findings)
+        if any(fact.pending for fact in inventory.models.values()):
+            findings.note("Nothing is estimated: a model is the result of another document.")
+        findings.merge(inventory.findings)
+    return findings.report(costs), inventory.located
 
 
 def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
     """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
     findings = Findings()
     with quiet():
-        _check_models(config, options, find_method(config.merge_method, findings), findings, ())
+        method = find_method(config.merge_method, findings)
+        findings.merge(_check_models(config, options, method, ()).findings)
     return findings.report()
 
 
@@ -114,71 +111,50 @@ def find_method(name: str, findings: Findings) -> Any:
 
 
 def check_costs(
-    config: Any,
-    options: Any,
-    method: Any,
-    planned: list[PlannedTensor],
-    located: list[FoundTensor],
-    complete: bool,
-    findings: Findings,
-    collects: bool = False,
+    inventory: Inventory, findings: Findings, collects: bool = False
 ) -> Estimate | None:
     """Check the parameters, as written and as each tensor gets them, and add up the costs.
 
-    What needs more than the cap on memory is a problem.
-
-    Args:
-        config, options: mergekit's.
-        method: the registered method, or None.
-        planned: the tensors of the output.
-        located: those that are known to be in the inputs.
-        complete: whether they are all that are written.
-        findings: where problems go.
-        collects: whether the output's tensors are collected for a shard, whatever the format.
+    What needs more than the cap on memory is a problem. `collects`: the output's tensors are
+    collected for a shard, whatever its format.
     """
+    config, options, method = inventory.config, inventory.options, inventory.method
     groups = groups_of(config)
     shared: list[Mapping[str, Any]] = []
     if method is not None:
         check_contract(method, groups, findings)
         absent = check_parameters(method, groups, findings)
-        merged = [tensor.planned for tensor in located] or planned
+        merged = [tensor.planned for tensor in inventory.located] or inventory.planned
         shared = resolve(method, groups, absent, merged, findings)
-    if not complete or not located:
+    if not inventory.complete:
         return None
     tokens = vocabulary(config, options)
     collects = collects or not options.safe_serialization
-    costs = estimate(located, config, options, method, shared, tokens, collects)
+    costs = estimate(inventory.located, config, options, method, shared, tokens, collects)
     if costs is not None:
         findings.extend(memory.problems(costs.need))
     return costs
 
 
-def _check_models(
-    config: Any, options: Any, method: Any, findings: Findings, pending: Collection[str]
-) -> tuple[dict[Any, ModelFacts], list[PlannedTensor], list[FoundTensor]]:
-    """Check the models with each other and with the output.
-
-    Returns what is known of each model, the tensors that mergekit plans, and those that it finds.
-    """
-    facts = {
+def _check_models(config: Any, options: Any, method: Any, pending: Collection[str]) -> Inventory:
+    """Check the models with each other and with the output."""
+    findings = Findings()
+    models = {
         model: read_model(model, where, options, findings, pending)
         for model, where in models_at(config).items()
     }
-    broken = check_inputs(facts, findings)
-    architecture, same = find_architecture(config, options, facts, findings)
-    planned: list[PlannedTensor] = []
-    out_config = None
+    inventory = Inventory(config, options, method, findings, models)
+    broken = check_inputs(models, findings)
+    architecture, same = find_architecture(inventory)
     if architecture is not None:
-        planned, out_config = survey(config, architecture, options, facts, findings)
-    located = locate(planned, facts)
+        survey(inventory, architecture)
+    locate(inventory)
     # Models of other architectures would only give the same problem again for every tensor.
     if same or options.allow_crimes:
-        aligned = bool(wants_tokenizer(config) or options.unsafe_truncate_embeddings)
-        sound = [tensor.without(broken) for tensor in located]
-        check_tensors(sound, method, config, facts, aligned, findings)
-        donor = config.base_model or next(iter(facts))
-        check_fields(facts, donor, findings, crimes=options.allow_crimes, heads=True)
-        unused = left_out(planned, located, facts, findings) if config.models else []
-        if located and out_config is not None and not findings.count:
-            check_output(located, out_config, aligned, unused, facts, findings)
-    return facts, planned, located
+        check_tensors(inventory, broken)
+        donor = config.base_model or next(iter(models))
+        check_fields(models, donor, findings, crimes=options.allow_crimes, heads=True)
+        unused = left_out(inventory) if config.models else []
+        if inventory.out_config is not None and inventory.located and not findings.count:
+            check_output(inventory, unused)
+    return inventory

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit.plan import MergePlanner
@@ -18,6 +18,7 @@ from mergekit.plan import MergePlanner
 from mergekit_ext.core.wording import did_you_mean, join, listing
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.settings import wants_tokenizer
 from mergekit_ext.host.class_model import class_of
 from mergekit_ext.io.headers import TensorHeader
 
@@ -84,30 +85,58 @@ class FoundTensor:
         return FoundTensor(self.planned, found, tuple(m for m in self.missing if m not in models))
 
 
-def survey(
-    config: Any,
-    architecture: Any,
-    options: Any,
-    facts: Mapping[Any, ModelFacts],
-    findings: Findings,
-) -> tuple[list[PlannedTensor], Any]:
-    """Plan every tensor of the output, optional ones included, as far as models can be read.
+@dataclass
+class Inventory:
+    """What is known of a merge from its configuration and the headers of its inputs.
 
-    The second value is the output's transformers configuration; None where there is no plan.
+    Attributes:
+        config, options: mergekit's.
+        method: the registered merge method; None if there is none of that name.
+        findings: what is wrong with the models, and what is worth knowing.
+        models: every model that is merged.
+        planned: the tensors of the output, optional ones included.
+        located: those that are written, with what the inputs hold for them.
+        out_config: the output's transformers configuration; None where there is no plan.
     """
+
+    config: Any
+    options: Any
+    method: Any
+    findings: Findings
+    models: Mapping[Any, ModelFacts]
+    planned: list[PlannedTensor] = field(default_factory=list)
+    located: list[FoundTensor] = field(default_factory=list)
+    out_config: Any = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether vocabularies are made equal before the merge (a tokenizer, or truncation)."""
+        return wants_tokenizer(self.config) or bool(self.options.unsafe_truncate_embeddings)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every model is known, and nothing is wrong with any."""
+        known = all(fact.tensors is not None for fact in self.models.values())
+        return known and bool(self.located) and not self.findings.count
+
+
+def survey(inventory: Inventory, architecture: Any) -> None:
+    """Plan every tensor of the output, as far as its models can be read."""
     from mergekit.merge import _model_out_config
 
-    copy = config.model_copy(deep=True)  # mergekit's planner rewrites it
+    options, findings = inventory.options, inventory.findings
+    copy = inventory.config.model_copy(deep=True)  # mergekit's planner rewrites it
     _check_modules(copy, architecture, findings)
-    where = _keep_usable(copy, {m for m, fact in facts.items() if fact.config is not None})
+    where = _keep_usable(copy, {m for m, f in inventory.models.items() if f.config is not None})
     # The planner looks the method up; its name may be wrong, and it is not needed here.
     copy.merge_method = "linear"
     if not (copy.models or copy.slices or copy.modules):
-        return [], None
+        return
     try:
         out_config = _model_out_config(copy, architecture, options.trust_remote_code)
         planner = _Recorder(copy, architecture, options, out_config)
-        return planner.record(facts, where, findings), out_config
+        inventory.planned = planner.record(inventory.models, where, findings)
+        inventory.out_config = out_config
     except Exception as error:  # mergekit's planner; its message is kept, without the config.json
         text = re.sub(r"\{.*\}", "{...}", str(error), flags=re.DOTALL)
         findings.problem(
@@ -116,7 +145,6 @@ def survey(
             "a configuration that mergekit can plan",
             f"Mend the other problems first. If this is the only one: {BY_FILES}",
         )
-        return [], None
 
 
 class _Recorder(MergePlanner):
@@ -251,11 +279,11 @@ def _keep_usable(config: Any, usable: Collection[Any]) -> dict[int, str]:
     return where
 
 
-def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) -> list[FoundTensor]:
+def locate(inventory: Inventory) -> None:
     """Find each planned tensor in its inputs, as mergekit will. Leaves out what it would skip."""
-    result = []
+    facts = inventory.models
     lacking: Counter[Any] = Counter()  # tensors without which no model is merged
-    for tensor in planned:
+    for tensor in inventory.planned:
         # mergekit leaves an optional weight out unless one input has its name or an alias.
         if tensor.weight.optional and not any(
             facts[model].tensors is None or _stored(facts[model], weight, tied=False) is not None
@@ -276,30 +304,25 @@ def locate(planned: Sequence[PlannedTensor], facts: Mapping[Any, ModelFacts]) ->
                 lacking[model] += not weight.optional
             else:
                 found[model] = header
-        result.append(FoundTensor(tensor, found, tuple(missing)))
-    return result
+        inventory.located.append(FoundTensor(tensor, found, tuple(missing)))
 
 
-def left_out(
-    planned: Sequence[PlannedTensor],
-    located: Sequence[FoundTensor],
-    facts: Mapping[Any, ModelFacts],
-    findings: Findings,
-) -> list[str]:
+def left_out(inventory: Inventory) -> list[str]:
     """Name the stored tensors that the merge does not use, and which the output will not have.
 
     Whether the output's class needs them is for `check_output`. What a class from elsewhere
     needs is not known: there each of them is a problem. Returns all of these names.
     """
-    used: dict[Any, set[str]] = {model: set() for model in facts}
+    planned, findings = inventory.planned, inventory.findings
+    used: dict[Any, set[str]] = {model: set() for model in inventory.models}
     for tensor in planned:
         for model, weight in tensor.inputs:
             used[model].update(_names(weight, tied=True))
-    merged = {id(tensor.planned) for tensor in located}
+    merged = {id(tensor.planned) for tensor in inventory.located}
     skipped = sorted(tensor.weight.name for tensor in planned if id(tensor) not in merged)
     lost: dict[tuple[str, ...], list[ModelFacts]] = {}
     unused: dict[str, None] = {}
-    for model, fact in facts.items():
+    for model, fact in inventory.models.items():
         rest = sorted(set(fact.tensors or ()) - used[model])
         if not rest or not used[model]:
             continue

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mergekit_ext.dtypes import NARROW, PACKED, WHOLE, is_counter
 from mergekit_ext.host.checks.models import ModelFacts
-from mergekit_ext.host.checks.plan import BY_FILES, FoundTensor
-from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.plan import BY_FILES, FoundTensor, Inventory
 from mergekit_ext.host.stored_bytes import same_bytes
 
 # The largest tensor whose values are compared before the merge.
@@ -17,23 +16,17 @@ _LARGEST_READ = 1 << 20
 _Wrong = Iterator[tuple[str, str, str]]
 
 
-def check_tensors(
-    located: Sequence[FoundTensor],
-    method: Any,
-    config: Any,
-    facts: Mapping[Any, ModelFacts],
-    aligned: bool,
-    findings: Findings,
-) -> None:
+def check_tensors(inventory: Inventory, besides: Collection[Any] = ()) -> None:
     """Report missing tensors, shapes, dtypes and whole numbers that do not fit.
 
-    `aligned`: vocabularies are made equal before the merge (a tokenizer, or truncation).
+    Models in `besides` are not compared.
     """
+    config, findings = inventory.config, inventory.findings
     mixed: set[str] = set()
-    for tensor in located:
+    for tensor in [tensor.without(besides) for tensor in inventory.located]:
         for problem in (
-            *_missing(tensor, method, facts),
-            *_shapes(tensor, aligned),
+            *_missing(tensor, inventory.method, inventory.models),
+            *_shapes(tensor, inventory.aligned),
             *_dtypes(tensor, config.dtype is not None),
             *_whole_numbers(tensor),
         ):
