@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor
 from mergekit_ext.core.wording import shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
+from mergekit_ext.io.paths import expanded
+from mergekit_ext.io.staging import place_problems
 from mergekit_ext.memory import limited
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
@@ -23,7 +25,6 @@ from peft_merge.config.document import Input, Request, located, read, written
 from peft_merge.config.plan import MergePlan, Result, WholeMethod
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
-from peft_merge.io.place import inside_problem, place_problem
 from peft_merge.lora import merge_lora
 from peft_merge.report import report, warn_of_late
 from peft_merge.rules.base import Rule, Settings
@@ -189,15 +190,29 @@ def plan_config(
     given = {"rank": rank, "patterns": patterns}
     instead = {key: value for key, value in given.items() if value is not None}
     request, problems = read(config, instead)
-    if out is not None and (wrong := place_problem(out)) is not None:
-        problems.append(wrong)
     if out is not None:
-        inside = (inside_problem(out, item.source, item.where) for item in request.inputs)
-        problems += [problem for problem in inside if problem is not None]
+        problems += place_problems(expanded(out), str(out), empty=True)
+        problems += _inside(out, request.inputs)
     request = replace(request, device=device, allow_pickle=allow_pickle)
     if out is not None and Path(out).name.isprintable():
         request = replace(request, name=Path(out).name or request.name)
     return checked(request, problems)
+
+
+def _inside(out: str | os.PathLike[str], inputs: Iterable[Input]) -> Iterator[Problem]:
+    """Yield the inputs in whose folders the output would stand."""
+    for item in inputs:
+        if isinstance(item.source, Adapter):
+            continue
+        try:
+            folder, target = expanded(item.source).resolve(), expanded(out).resolve()
+            within = folder.is_dir() and target.is_relative_to(folder)
+        except (OSError, RuntimeError, ValueError):  # no path, which other checks report
+            continue
+        if within:
+            found = f"a place in the folder of {item.where}, {item.source}"
+            expected = "a place outside of the inputs"
+            yield Problem(str(out), found, expected, "Choose another place.")
 
 
 def _inputs(

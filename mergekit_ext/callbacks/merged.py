@@ -54,16 +54,13 @@ class Merged:
             FileExistsError: there is something at `path` already.
         ConfigError: `model` is another one than that which was trained.
         """
-        from mergekit_ext.io.durable import appear
-        from mergekit_ext.io.rooms import hidden_room
+        from mergekit_ext.io.staging import staged
 
         target = Path(path)
         if target.exists():
             raise FileExistsError(f"{target}: expected a folder that does not exist yet.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with hidden_room(target, target.parent) as room:
-            self._fill(room / "merged", model)
-            appear(room / "merged", target)
+        with staged(target) as staging:
+            self._fill(staging.output, model)
 
     def _fill(self, folder: Path, model: Any) -> None:
         from mergekit_ext.callbacks.processes import unwrapped

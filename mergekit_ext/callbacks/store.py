@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from mergekit_ext.callbacks.state import Saved
 from mergekit_ext.callbacks.weights import Weights, copied, read, write
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
 from mergekit_ext.io.paths import is_folder
-from mergekit_ext.io.rooms import hidden_room
 
 
 class Store(ABC):
@@ -159,7 +159,7 @@ class FolderStore(SavedStore):
             raise ConfigError([Problem(where, found, "a folder for this run", remedy)], SUBJECT)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with hidden_room(self._folder / "step", self._folder):
+            with tempfile.TemporaryDirectory(dir=self._folder):
                 pass
         except OSError as error:
             problem = Problem(where, str(error), "a folder that can be written")

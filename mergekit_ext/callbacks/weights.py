@@ -109,20 +109,17 @@ def saved(checkpoint: Path, adapter: str | None) -> Path:
 
 def write(weights: Weights, target: Path) -> None:
     """Write weights into the folder `target`, which appears when it is complete."""
-    from mergekit_ext.io.rooms import hidden_room
+    from mergekit_ext.io.staging import staged
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with hidden_room(target, target.parent) as room:
-        folder = room / "snapshot"
-        fill(folder, weights)
-        folder.rename(target)
+    with staged(target) as staging:
+        fill(staging.output, weights)
 
 
 def fill(folder: Path, weights: Weights) -> None:
-    """Write weights into a new folder, file by file."""
+    """Write weights into a folder that is empty or does not exist, file by file."""
     from safetensors.torch import save_file
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     save_file(tensors, folder / (FULL if weights.config is None else ADAPTER), {"format": "pt"})
     if weights.config is not None:

@@ -6,18 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_ext.errors import CheckpointError, ConfigError, Problem
+from mergekit_ext.errors import CheckpointError, Problem
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.stored import RefusedError, regular_file
-from mergekit_ext.io.durable import appear
 from mergekit_ext.io.model_files import companions
-from mergekit_ext.io.rooms import hidden_room
+from mergekit_ext.io.staging import new_folder
 
 _SHARD_BYTES = 5_000_000_000
 
@@ -46,40 +44,38 @@ def export(
             task.
         ConfigError: `out` cannot be written.
     """
-    target = Path(out).absolute()
-    _check_target(target)
     checkpoint = open_checkpoint(path, verify)
     tensors = checkpoint.tensors(task)
     files = _companions(checkpoint.folder, task)
-    with _appearing(target) as room:
+    with new_folder(out, "this export", "OUT") as folder:
         for name, source in files.items():
-            (room / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, room / name)
-        _write_weights(room, tensors, shard_bytes)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / name)
+        _write_weights(folder, tensors, shard_bytes)
     checkpoint.warn_of_copies()
 
 
-def _write_weights(room: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
     """Weights in shards, under temporary names until their number is known."""
     parts: list[dict[str, int]] = []
     for shard in _shards(tensors, shard_bytes):
         # A tensor may be a view of the mapped file, or of another tensor.
         content = {name: tensor.contiguous() for name, tensor in shard.items()}
-        save_file(content, room / _part(len(parts)), metadata={"format": "pt"})
+        save_file(content, folder / _part(len(parts)), metadata={"format": "pt"})
         parts.append({name: tensor.nbytes for name, tensor in content.items()})
     if len(parts) == 1:
-        (room / _part(0)).rename(room / "model.safetensors")
+        (folder / _part(0)).rename(folder / "model.safetensors")
         return
     weight_map = {}
     for index, names in enumerate(parts):
         final = f"model-{index + 1:05}-of-{len(parts):05}.safetensors"
-        (room / _part(index)).rename(room / final)
+        (folder / _part(index)).rename(folder / final)
         weight_map.update(dict.fromkeys(names, final))
     content = {
         "metadata": {"total_size": sum(sum(names.values()) for names in parts)},
         "weight_map": weight_map,
     }
-    (room / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _part(index: int) -> str:
@@ -117,39 +113,3 @@ def _place(root: Path, name: str) -> Path | Problem:
         return regular_file(root, name, name)
     except RefusedError as refused:
         return refused.problem
-
-
-def _check_target(target: Path) -> None:
-    expected = "a folder that does not exist or is empty"
-    found = None
-    try:
-        if target.is_symlink() or (target.exists() and not target.is_dir()):
-            found = f"{target}, which is not a folder"
-        elif target.is_dir() and any(target.iterdir()):
-            found = f"{target}, which is not empty"
-    except (OSError, ValueError) as error:  # too long, or no name of a file
-        found = f"{target} ({getattr(error, 'strerror', None) or error})"
-    if found is not None:
-        problem = Problem("OUT", found, expected, "Choose another name.")
-        raise ConfigError([problem], "this export")
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `target`; after an exception nothing is left."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        outer = hidden_room(target, target.parent)
-        with ExitStack() as stack:
-            # Not the hidden folder itself, which only its owner may read.
-            room = stack.enter_context(outer) / target.name
-            room.mkdir()
-            stack = stack.pop_all()
-    except OSError as error:
-        problem = Problem("OUT", f"{target} ({error.strerror})", "a place that can be written")
-        raise ConfigError([problem], "this export") from None
-    with stack:
-        yield room
-        if target.is_dir():
-            target.rmdir()
-        appear(room, target)

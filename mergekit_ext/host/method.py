@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -159,10 +158,6 @@ class WholeModelMethod(ExtMethod):
 
         Returns the report, and what `write` needs; None if it cannot start.
         """
-
-    @abstractmethod
-    def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
-        """What is wrong with a place for the output, beyond what would be for any method."""
 
     @abstractmethod
     def write(self, prepared: Any, config: Any, folder: Path, options: Any, source: str) -> None:

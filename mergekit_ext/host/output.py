@@ -1,4 +1,4 @@
-"""The output of one merge: its hidden room, who listens, the report, and its place at the end."""
+"""The output of one merge: its staging directory, its listeners, its report, and its place."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mergekit.options import MergeOptions
 from mergekit_ext import ranks
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, RankError, StoppedError
 from mergekit_ext.events import Dispatcher, JsonLines, MergeEnd, ProgressBar, ShardWritten
+from mergekit_ext.flexmerge.manifest import SHARDS
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
-from mergekit_ext.host.staging import by_machine, resumable, shards, staged, written_in
 from mergekit_ext.io.journal import Journal
-from mergekit_ext.io.rooms import Room
+from mergekit_ext.io.staging import WEIGHTS, by_machine, staged
 from mergekit_ext.report.card import append_section
 from mergekit_ext.report.merge_report import write_report
 
@@ -42,7 +42,7 @@ def output(
     identity: Mapping[str, str] | None = None,
     restart: bool = False,
 ) -> Iterator[Path]:
-    """Yield the folder to merge into; then report, put it in its place, and tell who listens.
+    """Yield the folder to merge into; then write the report, and put the folder in its place.
 
     Args:
         options: mergekit's; `quiet` switches the progress bar off.
@@ -52,18 +52,20 @@ def output(
         source: the text of the configuration.
         identity: whatever decides the output; with it the session has a journal, and what is
             finished is kept when the merge is stopped.
-        restart: do not go on with what an earlier merge has left.
+        restart: do not continue what an earlier merge has left.
     """
-    with _session(options, callbacks, out_path, source) as session:
+    with listening(options, callbacks, out_path, source) as session:
         with compat.local_cards(), _folder(session, out_path, identity, restart) as folder:
             yield folder
             agree(folder)
             if method is not None:
-                _describe(folder, method, session, options.random_seed or 0)
+                details = {record.name: record.details for record in session.records}
+                write_report(folder, method.spec.name, details, options.random_seed or 0)
+                append_section(folder / "README.md", method.summary(session.records))
             ranks.current().wait()
         if not ranks.current().is_main:
             return
-        for shard in shards(Path(out_path)):
+        for shard in _shards(Path(out_path)):
             session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
         session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
         if method is not None:
@@ -73,17 +75,9 @@ def output(
 
 @contextmanager
 def listening(
-    options: MergeOptions, callbacks: Iterable[object], out_path: str = ""
+    options: MergeOptions, callbacks: Iterable[object], out_path: str = "", source: str = ""
 ) -> Iterator[Session]:
-    """A session with the progress bar, `callbacks` and what the environment asks for."""
-    with _session(options, callbacks, out_path, "") as session:
-        yield session
-
-
-@contextmanager
-def _session(
-    options: MergeOptions, callbacks: Iterable[object], out_path: str, source: str
-) -> Iterator[Session]:
+    """Yield a session with the progress bar, `callbacks` and what the environment asks for."""
     listeners = _listeners(options, callbacks) if ranks.current().is_main else []
     session = Session(Dispatcher(listeners), out_path, source)
     session.quiet = options.quiet
@@ -94,7 +88,7 @@ def _session(
         finally:
             session.close()
     except KeyboardInterrupt:
-        if session.room is not None and session.room.exists() and ranks.current().is_main:
+        if session.journal is not None and not _is_gone(session) and ranks.current().is_main:
             print(_KEPT, file=sys.stderr)  # below the bar, which is closed now
         raise
 
@@ -115,32 +109,33 @@ def _listeners(options: MergeOptions, callbacks: Iterable[object]) -> list[objec
 def _folder(
     session: Session, out_path: str, identity: Mapping[str, str] | None, restart: bool
 ) -> Iterator[Path]:
-    """The folder to merge into; in other processes than the main one, one that is thrown away."""
-    if identity is None:
-        with staged(out_path) as folder:
-            yield folder
-        return
+    """Yield the folder to merge into; in other processes than the main one, a temporary one."""
     together = ranks.current()
     try:
         with ExitStack() as stack:
-            room = together.from_main(
-                lambda: stack.enter_context(resumable(out_path, identity, restart))
+            staging = together.from_main(
+                lambda: stack.enter_context(staged(out_path, identity, restart))
             )
-            _say_why(session, room)
-            session.room, session.journal = room.path, Journal(room.path, together.rank)
-            # Nobody adds a line before everybody has read the same ones.
+            session.staging = staging
+            if staging.changed:
+                changed = ", ".join(staging.changed)
+                session.say(f"Starting over: not what was merged before ({changed}).")
+            if identity is not None:
+                session.journal = Journal(staging.path, together.rank)
+            # No process adds a line before all have read the same ones.
             together.wait()
-            if together.is_main:
-                yield written_in(room.path, out_path)
-            else:
-                scratch = stack.enter_context(tempfile.TemporaryDirectory())
-                yield written_in(Path(scratch), out_path)
+            folder = staging.output
+            if not together.is_main:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory())
+                folder = Path(temporary, folder.name)
+                folder.mkdir()
+            yield folder
     except RankError as error:
         if not error.resumable or _KEPT in error.reason:
             raise
         raise RankError(error.rank, f"{error.reason}. {_left(session)}") from None
     except Exception as error:
-        if isinstance(error, MergekitExtError) or not by_machine(error):
+        if identity is None or isinstance(error, MergekitExtError) or not by_machine(error):
             raise
         raise StoppedError(f"{_reason(error, session)}. {_left(session)}") from error
 
@@ -148,23 +143,22 @@ def _folder(
 def _reason(error: BaseException, session: Session) -> str:
     """What stopped a merge; of a full disk, which."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full and session.room is not None:
-        return f"the disk of {session.room.parent} is full ({error}): free some space there"
+    if full and session.staging is not None:
+        return f"the disk of {session.staging.path.parent} is full ({error}): free some space there"
     return f"{type(error).__name__}: {error}"
 
 
 def _left(session: Session) -> str:
     """What a merge that was stopped has left, and what to do with it."""
-    gone = session.room is not None and not session.room.exists()
-    return _GONE if gone else _KEPT
+    return _GONE if _is_gone(session) else _KEPT
 
 
-def _say_why(session: Session, room: Room) -> None:
-    if room.changed:
-        session.say(f"Starting over: not what was merged before ({', '.join(room.changed)}).")
+def _is_gone(session: Session) -> bool:
+    return session.staging is not None and not session.staging.path.exists()
 
 
-def _describe(folder: Path, method: ExtMethod, session: Session, seed: int) -> None:
-    details = {record.name: record.details for record in session.records}
-    write_report(folder, method.spec.name, details, seed)
-    append_section(folder / "README.md", method.summary(session.records))
+def _shards(folder: Path) -> list[Path]:
+    """The files of weights in `folder`, in order; shared ones once."""
+    if (folder / SHARDS).is_dir():
+        return sorted((folder / SHARDS).iterdir())
+    return sorted(path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))

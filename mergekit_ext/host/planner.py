@@ -13,7 +13,6 @@ from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.session import Session
-from mergekit_ext.host.staging import written_in
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.host.writer import PlannedWriter, PlannedWriterTask
@@ -55,17 +54,16 @@ def extended(stock: type) -> type:
         def plan_to_disk(self, out_path: str) -> list[Any]:
             """mergekit's tasks, with a writer whose finished tensors are not merged again."""
             session = sessions.current()
-            if session is None or session.journal is None or session.room is None:
+            if session is None or session.journal is None or session.staging is None:
                 return super().plan_to_disk(out_path)
             super()._plan()
             # Of two tensors of one name the last counts, as in mergekit.
             self._tensors = list({item[0].name: item for item in self._tensors}.values())
             session.order = [weight.name for weight, _ in self._tensors]
             entries = {name: session.predicted.get(name) for name in session.order}
-            # All processes write where the main one does, whatever `out_path` is in them.
-            folder = written_in(session.room, session.output)
             limit = self.options.out_shard_size
-            writer = PlannedWriter(folder, session, entries, limit)
+            # All processes write where the main one does, whatever `out_path` is in them.
+            writer = PlannedWriter(session.staging.output, session, entries, limit)
             if writer.finished:
                 done, count = len(writer.finished), len(entries)
                 session.say(f"Going on with a merge that was stopped: {done} of {count} tensors.")

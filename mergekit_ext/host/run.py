@@ -41,10 +41,10 @@ from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
 from mergekit_ext.host.predicted import predicted
-from mergekit_ext.host.staging import output_problems, space_problems
 from mergekit_ext.interrupts import prompt
 from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import DocumentError, read, text_of
+from mergekit_ext.io.staging import place_problems
 from mergekit_ext.launch import launched_size, require_one
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
@@ -193,11 +193,9 @@ def _merge(
         together = ranks.current()
         # One process tries the place: the others would see what it makes there.
         place = together.from_main(
-            lambda: [
-                *output_problems(out_path, inputs),
-                *space_problems(out_path, needed),
-                *(whole.output_problems(out_path) if whole else ()),
-            ]
+            lambda: list(
+                place_problems(out_path, "OUT_PATH", inputs, empty=bool(whole), needed=needed)
+            )
         )
         problems = [*report.problems, *place]
         problems += sharing_problems(config.merge_method, method, options)

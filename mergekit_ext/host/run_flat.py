@@ -15,11 +15,11 @@ from mergekit_ext.host.checks.flat import adapter_problems, check_flat
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.output import output
 from mergekit_ext.host.run import for_commands, parsed, require
-from mergekit_ext.host.staging import output_problems, space_problems
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.io import pickles
 from mergekit_ext.io.documents import text_of
+from mergekit_ext.io.staging import place_problems
 
 
 def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +49,8 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
         files = [part for model in places for part in _parts(model)]
         place = session.output if session else out_path
         needed = report.estimate.bytes_written if report.estimate else 0
-        require([*report.problems, *output_problems(place, files), *space_problems(place, needed)])
+        found = place_problems(place, "OUT_PATH", files, needed=needed)
+        require([*report.problems, *found])
         targets = stock(config, out_path, tensor_union, tensor_intersection, options)
         saves = [target for target in targets if hasattr(target, "tensor_task")]
         if session is not None:

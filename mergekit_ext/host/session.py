@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mergekit_ext import ranks
@@ -29,6 +28,7 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry
+from mergekit_ext.io.staging import Staging
 
 # What every process of a merge has its own of; the rest is said once, by the main one.
 _SHARED_OUT = (BlockMerged, SolverIteration, TensorMeasured, TensorMerged)
@@ -50,9 +50,8 @@ class Session:
         output: the folder that the output becomes.
         source: the text of the configuration.
         quiet: whether `say` says nothing.
-        room: the hidden folder of the output, the same in all processes; None for merges that
-            cannot be gone on with.
-        journal: what is finished of it; None without a room.
+        staging: where the output is written, the same in all processes.
+        journal: what is finished of it; None for merges that cannot be continued.
         predicted: the output's tensors as far as headers tell; None for those they do not tell.
         order: the names of the output's tensors, in which `records` come.
         afterwards: warnings for when the output stands; one that is an error must not cost it.
@@ -62,7 +61,7 @@ class Session:
         self.output = output
         self.source = source
         self.quiet = True
-        self.room: Path | None = None
+        self.staging: Staging | None = None
         self.journal: Journal | None = None
         self.predicted: Mapping[str, Entry | None] = {}
         self.order: Sequence[str] = ()

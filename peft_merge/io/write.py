@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError
+from mergekit_ext.io.staging import new_folder
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.io import layouts, names
 from peft_merge.io.card import card as default_card
-from peft_merge.io.place import new_folder
 from peft_merge.io.read import load_adapter
 from peft_merge.io.tensors import CONFIG, SAFETENSORS, VECTOR
 

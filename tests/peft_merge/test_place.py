@@ -50,13 +50,12 @@ def refused(place, out, method="linear", *options):
 def test_what_is_in_the_way_is_told_before_work(place):
     outputs = place / "outputs"
     (outputs / "file").touch()
-    (outputs / "broken").symlink_to(outputs / "nowhere")
     before = files(place)
     for out, said in [
-        (outputs / "broken", "something there already"),
-        (outputs / "broken" / "out", "a broken link above it"),
-        (outputs / "file" / "out", "a file, or"),
-        (outputs / "file" / "deep" / "out", "a file, or"),
+        (outputs / "file", "which is a file"),
+        (outputs / "file" / "out", "cannot be made"),
+        (outputs / "file" / "deep" / "out", "cannot be made"),
+        (outputs, "which is not empty"),
         (outputs / ("x" * 300), "File name too long"),
         (place / "inputs" / "one" / "out", "a place in the folder of models[0]"),
         (place / "inputs" / "two" / ".." / "one" / "deep" / "out", "in the folder of models[0]"),
@@ -66,7 +65,7 @@ def test_what_is_in_the_way_is_told_before_work(place):
     assert files(place) == before
     adapter = load_adapter(place / "inputs" / "one")
     flexmerged = merge_adapters([adapter], "flexmerge", parameters={"target_size": 1})
-    for out in (outputs / "broken", outputs / "broken" / "out", outputs / "file" / "out"):
+    for out in (outputs, outputs / "file", outputs / "file" / "out"):
         for write_to in (flexmerged.save, lambda place: save_adapter(adapter, place)):
             with pytest.raises(ConfigError, match="1 problem with writing"):
                 write_to(out)
@@ -92,7 +91,7 @@ def test_a_place_that_cannot_be_made(place, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("mergekit_ext.io.rooms.tempfile.mkdtemp", fail)
+    monkeypatch.setattr("mergekit_ext.io.staging._locked", fail)
     before = files(place)
     for method in ("linear", "flexmerge"):
         assert "Permission denied" in refused(place, place / "outputs" / "new" / "out", method)
@@ -120,9 +119,11 @@ def test_a_file_that_grows_too_large(place):
     assert files(place) == before
 
 
-def test_a_link_to_an_empty_folder_is_filled(place):
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_followed(place, exists):
     outputs = place / "outputs"
-    (outputs / "real").mkdir()
+    if exists:
+        (outputs / "real").mkdir()
     (outputs / "link").symlink_to(outputs / "real")
     save_adapter(load_adapter(place / "inputs" / "one"), outputs / "link")
     assert (outputs / "link").is_symlink()

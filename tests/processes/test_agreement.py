@@ -11,7 +11,6 @@ import mergekit_ext
 from mergekit_ext import ranks
 from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.host.agreement import require_same
-from mergekit_ext.host.flexmerge.method import FlexMergeMethod
 from mergekit_ext.host.identity import identity
 from mergekit_ext.ranks import Ranks
 from tests import models
@@ -54,7 +53,7 @@ def test_two_configurations(tmp_path, monkeypatch, other):
         models.write_yaml(tmp_path / "1.yml", models.config(other, tuned, base, parameters)),
     ]
     out = tmp_path / "out"
-    (out / ".place-of-another").mkdir(parents=True)
+    (out / ".out-of-another-incomplete").mkdir(parents=True)
     mine = threading.local()
     monkeypatch.setattr(ranks, "current", lambda: mine.ranks)
 
@@ -65,11 +64,4 @@ def test_two_configurations(tmp_path, monkeypatch, other):
     main, silent = together(merge)
     assert isinstance(main, ConfigError) and isinstance(silent, RankError)
     assert "rank 1: found another configuration; expected what rank 0 was given" in str(main)
-    assert [path.name for path in out.iterdir()] == [".place-of-another"]
-
-
-def test_a_place_that_another_process_tries_is_empty(tmp_path):
-    (tmp_path / ".place-1234").mkdir()
-    assert list(FlexMergeMethod().output_problems(tmp_path)) == []
-    (tmp_path / ".place").mkdir()
-    assert list(FlexMergeMethod().output_problems(tmp_path))
+    assert [path.name for path in out.iterdir()] == [".out-of-another-incomplete"]

@@ -17,8 +17,8 @@ from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
 from mergekit_ext.host.flexmerge.sizes import Tracer
 from mergekit_ext.host.output import listening
 from mergekit_ext.host.run import parsed, require
-from mergekit_ext.host.staging import output_problems
 from mergekit_ext.io.documents import text_of
+from mergekit_ext.io.staging import place_problems
 from mergekit_ext.report.curve import (
     Scores,
     SizePoint,
@@ -128,7 +128,7 @@ def flexmerge_config(path: Path) -> tuple[MergeConfiguration, str]:
 def require_folder(folder: Path, config: MergeConfiguration) -> None:
     """Raise `ConfigError` unless tables can be written into `folder`."""
     inputs = [model.model.path for model in config.referenced_models()]
-    require(list(output_problems(folder, inputs)))
+    require(list(place_problems(folder, "OUT_PATH", inputs)))
 
 
 def _metric(asked: str | None, reference: Scores) -> str | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 
-from mergekit_ext.errors import MergeError, Problem
+from mergekit_ext.errors import MergeError
 from mergekit_ext.host.method import WholeModelMethod
-from mergekit_ext.io.rooms import is_room
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
@@ -70,17 +68,6 @@ class FlexMergeMethod(WholeModelMethod):
 
         return prepare.check(config, options, source, pending)
 
-    def output_problems(self, out_path: str | os.PathLike[str]) -> Iterable[Problem]:
-        """A FlexMerge is a folder of folders, and is mixed with nothing."""
-        target = Path(out_path)
-        if target.is_dir() and not all(map(_is_passing, target.iterdir())):
-            yield Problem(
-                "OUT_PATH",
-                f"{target}, which is not empty",
-                "a folder that does not exist or is empty",
-                "Choose another folder, or delete this one.",
-            )
-
     def write(
         self, prepared: Prepared, config: Any, folder: Path, options: Any, source: str
     ) -> None:
@@ -88,8 +75,3 @@ class FlexMergeMethod(WholeModelMethod):
         from mergekit_ext.host.flexmerge import job
 
         job.write(prepared, config, folder, options, source)
-
-
-def _is_passing(path: Path) -> bool:
-    """Whether it goes away by itself: a hidden room, or what tries whether a place is writable."""
-    return is_room(path) or path.name.startswith(".place-")

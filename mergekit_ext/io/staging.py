@@ -1,0 +1,366 @@
+"""Outputs appear whole: written in a staging directory, flushed to the disk, then renamed.
+
+The staging directory of an output is hidden and lies beside it. It holds::
+
+    .lock           locked while a process writes the output; a process that ends gives it up
+    identity.json   what decides the bytes of the output, if a later process may continue
+    journal-*       the finished pieces (`mergekit_ext.io.journal`)
+    <name>/         what becomes the output
+
+A process that is killed leaves it. The next one that writes the same output continues in it if its
+identity is the same, and removes it otherwise.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from safetensors import SafetensorError
+
+from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
+from mergekit_ext.io.paths import exists, expanded
+
+# The weights that a merge writes, and no others: a folder may hold files of several models.
+WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+_INDEX = re.compile(r"(pytorch_)?model\.(safetensors|bin)\.index\.json")
+_LAST = ("adapter_config.json", "flexmerge.json")
+_LOCK, _MARKER, _IDENTITY, _SUFFIX = ".lock", ".locked", "identity.json", "-incomplete"
+_LARGEST_IDENTITY = 1 << 24  # some hundred characters for each input
+# Errors of file systems without locks, and of those that cannot be asked to flush.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP}
+_NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
+# torch has no class of its own for a CPU without memory, nor for a file that is not mapped.
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|unable to mmap|CUDA error")
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A staging directory in use.
+
+    Attributes:
+        path: the directory.
+        output: the folder in it that becomes the output, whose name it has.
+        changed: the parts of the identity in which what an earlier process left differs; empty if
+            nothing was left, or if it is continued.
+    """
+
+    path: Path
+    output: Path
+    changed: tuple[str, ...] = ()
+
+
+@contextmanager
+def staged(
+    out_path: str | os.PathLike[str],
+    identity: Mapping[str, str] | None = None,
+    restart: bool = False,
+) -> Iterator[Staging]:
+    """Yield a staging directory whose `output` replaces `out_path` at the end.
+
+    If `out_path` is a folder already, its weights give way to the new ones, other files of the same
+    name are replaced, and the rest stays: it stays loadable, or becomes incomplete, but is never a
+    mixture. After an error nothing is left, unless there is an identity and the machine or the user
+    stopped the work (`is_resumable`).
+
+    Args:
+        out_path: the folder that the output becomes.
+        identity: whatever decides the output, by names that a user understands; None if no later
+            process may continue.
+        restart: remove what is left, whatever its identity.
+
+    Raises:
+        ConfigError: another process writes the same output, or something that is no staging
+            directory of this user has its name.
+        OSError: the disk is full, or broken.
+    """
+    target = Path(out_path).resolve()
+    staging = _directory(target)
+    missing = [folder for folder in staging.parents if not folder.exists()]
+    try:
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(staging, target):
+            output = staging / target.name
+            changed = None if identity is None else _differences(staging, identity)
+            if changed != () or restart or output.is_symlink() or not output.is_dir():
+                _clear(staging)
+                output.mkdir()
+                if identity is not None:
+                    (staging / _IDENTITY).write_text(json.dumps(dict(identity)), encoding="utf-8")
+            try:
+                yield Staging(staging, output, () if restart else changed or ())
+                _put(output, target)
+            except BaseException as error:
+                if identity is None or not is_resumable(error):
+                    _clear(staging)
+                raise
+            _clear(staging)
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def new_folder(
+    place: str | os.PathLike[str], subject: str, where: str | None = None
+) -> Iterator[Path]:
+    """Yield a folder to fill: it is at `place` afterwards, or nothing is there after an error.
+
+    Args:
+        place: a folder that does not exist or is empty.
+        subject: what is written, for the messages.
+        where: what messages call the place; itself if None.
+
+    Raises:
+        ConfigError: there is something at `place`, or it cannot be written.
+    """
+    place, where = expanded(place), where or str(place)
+    if problems := list(place_problems(place, where, empty=True)):
+        raise ConfigError(problems, subject)
+    try:
+        with staged(place) as staging:
+            yield staging.output
+    except OSError as error:
+        named = f": {error.filename}" if error.filename else ""
+        found = f"an error while writing ({error.strerror or error}{named})"
+        expected = "space on the disk and the right to write"
+        raise ConfigError([Problem(where, found, expected)], subject) from error
+
+
+def place_problems(
+    out_path: str | os.PathLike[str],
+    where: str,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    *,
+    empty: bool = False,
+    needed: int = 0,
+) -> Iterator[Problem]:
+    """Yield what keeps an output from being written.
+
+    Args:
+        out_path: the folder that will be written.
+        where: what messages call it.
+        inputs: local folders or files that the merge reads; other names are passed over.
+        empty: whether the folder has to be new or empty.
+        needed: bytes that the output takes beside what it replaces. What an earlier process has
+            left in its staging directory counts as free: it is used, or removed.
+    """
+    try:
+        target = Path(out_path).resolve()
+        if target.exists() and not target.is_dir():
+            yield Problem(where, f"{target}, which is a file", "a folder", "Choose another name.")
+            return
+        existing = next(folder for folder in (target, *target.parents) if folder.exists())
+        # Permissions are not enough: no process can make a folder in /proc.
+        with tempfile.TemporaryDirectory(prefix=".", suffix=_SUFFIX, dir=existing) as probe:
+            (Path(probe) / target.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(existing)
+        left = sum(file.lstat().st_blocks * 512 for file in _directory(target).rglob("*"))
+        names = [path.name for path in target.iterdir()] if target.exists() else []
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links; no name of a file
+        reason = getattr(error, "strerror", None) or error
+        yield Problem(where, f"{out_path}, which cannot be made ({reason})", "a writable folder")
+        return
+    if empty and not all(map(_is_staging, names)):
+        found, expected = (
+            f"{target}, which is not empty",
+            "a folder that does not exist or is empty",
+        )
+        yield Problem(where, found, expected, "Choose another folder, or delete this one.")
+    # Some file systems do not know their size: they have no bytes at all.
+    if disk.total and needed > disk.free + left:
+        yield Problem(
+            where,
+            f"{existing}, which has {disk.free + left:,} bytes left",
+            f"{needed:,} bytes for the output",
+            "Free some space, or choose a place on another disk.",
+        )
+    for name in inputs:
+        try:
+            source = Path(name).resolve()
+        except (OSError, RuntimeError, ValueError):  # no file's name, which other checks report
+            continue
+        replaced = source == target or (source.parent == target and _is_weights(source.name))
+        if replaced and exists(source):
+            yield Problem(
+                where,
+                f"{target}, where the input {name} lies",
+                "a folder that no input lies in",
+                "Choose another folder: the output would replace that input.",
+            )
+
+
+def is_resumable(error: BaseException) -> bool:
+    """Return whether the work that `error` stopped can be continued.
+
+    It can if the machine or the user stopped it; what is wrong with an input would stop it again.
+    """
+    if isinstance(error, MergekitExtError):
+        return bool(getattr(error, "resumable", False))
+    return by_machine(error) or not isinstance(error, Exception)
+
+
+def by_machine(error: BaseException) -> bool:
+    """Return whether an error of a library is about the machine: disk, files, memory, device."""
+    if isinstance(error, (OSError, MemoryError, SafetensorError)):
+        return True
+    named = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")  # torch's
+    return isinstance(error, RuntimeError) and (
+        named or (type(error) is RuntimeError and bool(_NO_MEMORY.search(str(error))))
+    )
+
+
+def flush(folder: Path) -> None:
+    """Wait until all files below `folder`, and the folders that name them, are on the disk.
+
+    Otherwise the system may write a new name before the bytes: after a power cut a file would have
+    its length and hold zeros.
+
+    Raises:
+        OSError: the disk is full, or broken.
+    """
+    for place, _, names in os.walk(folder, topdown=False):
+        for path in (*(Path(place, name) for name in names), Path(place)):
+            if not path.is_symlink():
+                _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _directory(target: Path) -> Path:
+    """Return the path of the staging directory of `target`.
+
+    It lies on the same file system, so that renaming is enough: beside the target, or in it if it
+    is a mount point or its parent is not writable. The machine is part of the name, because other
+    machines may not see its locks.
+    """
+    mounted = target.exists() and (
+        os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK)
+    )
+    host = re.sub(r"[^\w.]", "_", socket.gethostname())
+    # Names end at 255 bytes on most file systems; the output's may be as long as that.
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    name = f".{target.name[:40]}-{host[:40]}-{digest}{_SUFFIX}"
+    return (target if mounted else target.parent) / name
+
+
+def _is_staging(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_SUFFIX)
+
+
+@contextmanager
+def _locked(staging: Path, target: Path) -> Iterator[None]:
+    """Hold the lock of a staging directory, which is made if missing and removed if left empty."""
+    with suppress(FileExistsError):
+        staging.mkdir(mode=0o700)
+    state = staging.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+        raise ConfigError([_occupied(target, f"{staging}, which is no folder of this user")])
+    try:
+        lock = _acquired(staging)
+    except (Timeout, FileNotFoundError):  # the second: another process has just removed it
+        found = f"another process that is writing it, in {staging}"
+        raise ConfigError([_occupied(target, found)]) from None
+    try:
+        yield
+    finally:
+        # Removed while it is locked: no other process takes a lock that has no name any more.
+        with suppress(OSError):
+            if {path.name for path in staging.iterdir()} <= {_LOCK, _MARKER}:
+                (staging / _LOCK).unlink(missing_ok=True)
+                (staging / _MARKER).unlink(missing_ok=True)
+                staging.rmdir()
+        lock.release()
+
+
+def _acquired(staging: Path) -> BaseFileLock:
+    try:
+        lock: BaseFileLock = FileLock(staging / _LOCK, blocking=False)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        lock = SoftFileLock(staging / _MARKER, blocking=False)
+        lock.acquire()
+    return lock
+
+
+def _occupied(target: Path, found: str) -> Problem:
+    remedy = "Wait for that process or stop it, remove the folder, or choose another name."
+    return Problem(str(target), found, "a place that nothing else writes to", remedy)
+
+
+def _differences(staging: Path, identity: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the parts of the identity that differ; None if none can be read."""
+    try:
+        # Links are not followed, and the other end of a pipe is not waited for.
+        descriptor = os.open(staging / _IDENTITY, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, encoding="utf-8") as file:
+            found = json.loads(file.read(_LARGEST_IDENTITY))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    return tuple(key for key in {**identity, **found} if found.get(key) != identity.get(key))
+
+
+def _clear(staging: Path) -> None:
+    """Remove all but the lock, the identity first: what a kill leaves is never continued."""
+    with suppress(OSError):
+        for path in sorted(staging.iterdir(), key=lambda path: path.name != _IDENTITY):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in (_LOCK, _MARKER):
+                path.unlink(missing_ok=True)
+
+
+def _put(written: Path, target: Path) -> None:
+    flush(written)
+    if not target.exists():
+        written.rename(target)
+        _flush_one(target.parent)
+        return
+    old = [path for path in target.iterdir() if _is_weights(path.name)]
+    # The index first: without it the shards of two models cannot be taken for one.
+    for path in sorted(old, key=lambda path: not _INDEX.fullmatch(path.name)):
+        path.unlink()
+    for path in sorted(written.iterdir(), key=_turn):
+        destination = target / path.name
+        if destination.is_dir():
+            destination.unlink() if destination.is_symlink() else shutil.rmtree(destination)
+        shutil.move(path, destination)  # which copies where the target is mounted
+    _flush_one(target)
+
+
+def _turn(path: Path) -> int:
+    """What makes a folder a model comes when the rest is there."""
+    if path.name in _LAST or _INDEX.fullmatch(path.name):
+        return 2
+    return bool(WEIGHTS.fullmatch(path.name))
+
+
+def _is_weights(name: str) -> bool:
+    return bool(WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name))
