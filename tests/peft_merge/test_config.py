@@ -419,5 +419,5 @@ def test_a_place_that_cannot_be_made(folders, tmp_path):
     (tmp_path / "file").touch()
     config = document(folders, "one")
     assert "a file, or a broken link above it" in the_problem(config, out=tmp_path / "file" / "out")
-    assert "something there already" in the_problem(config, out=tmp_path / "file")
+    assert "which is a file" in the_problem(config, out=tmp_path / "file")
     assert plan_config(config, Path(tmp_path / "new" / "deeper")).kind == "lora"

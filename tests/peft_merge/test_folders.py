@@ -27,7 +27,7 @@ def test_what_is_there_is_not_touched(adapter_folder: Make, tmp_path: Path) -> N
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
     for place in ("full", "file"):
-        with pytest.raises(ConfigError, match="which is (not empty|a file)"):
+        with pytest.raises(ConfigError, match=r"which is (not empty|a file)"):
             save_adapter(adapter, tmp_path / place)
     assert (tmp_path / "full" / "mine").read_text() == "x"
     (tmp_path / "empty").mkdir()
