@@ -153,7 +153,7 @@ def test_other_mistakes(place):
     (place / "full").mkdir()
     (place / "full" / "file").touch()
     done = called(place / "merge.yml", place / "full")
-    assert (done.exit_code, "which is a file" in done.stderr) == (2, True)
+    assert (done.exit_code, "which is not empty" in done.stderr) == (2, True)
     done = called(place / "missing.yml", place / "out")
     assert (done.exit_code, "cannot be read" in done.stderr) == (2, True)
     done = called(place / "merge.yml", place / "out", "--jsonl", place / "no" / "events")
