@@ -1,29 +1,41 @@
-"""A cap on the memory that a merge may hold, and what is said where it does not suffice.
+"""The cap on the memory that a merge may hold, and the estimate that is compared with it.
 
-What counts is anonymous memory: what the process would have to keep if all files were closed. The
-pages of files that loaders map are the system's to drop, and do not count.
+A method declares how many copies of a tensor it holds (`copies`). Then a merge needs::
+
+    what the process holds now + MARGIN + copies x bytes of the largest unit in float32 + pieces
+        + inputs that are not mapped + what is kept until it is written
+
+A unit is a tensor; for FlexMerge a block, for adapters a module. Anonymous memory counts: what the
+process would keep if all files were closed. The system drops pages of mapped files as it needs.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mergekit_ext.budget import parse
 from mergekit_ext.errors import ConfigError, Problem
 
 VARIABLE = "MERGEKIT_EXT_MAX_MEMORY"
 EXPECTED = 'a size in bytes, such as "8GB" or "6GiB"'
-# What comes on top of tensors once a merge runs: modules that are loaded late, stacks and chunks
-# of threads, and what the allocator keeps (up to 32 MiB a block, which it does not give back).
-OVERHEAD = 96 << 20
-# By which a process may hold more when it is started again, in the figure that is asked for.
+# What comes on top of tensors while a merge runs: modules that are loaded late, stacks of threads,
+# and what the allocator keeps (up to 32 MiB a block, which it does not give back).
+MARGIN = 96 << 20
+# A process that is started again may hold this much more; part of the figure that is asked for.
 _STARTS_DIFFER = 4 << 20
+
+# copies(models, square): of a tensor, while so many models (the base not counted) are merged.
+# `square` is the squared short side of its matrices over its entries: 1 for a square matrix, 0
+# for vectors and blocks.
+Copies = Callable[[int, float], float]
 
 _cap: ContextVar[int | None] = ContextVar("max_memory", default=None)
 
@@ -46,20 +58,56 @@ class Need:
 
     @property
     def bytes(self) -> int:
-        """All of it on the CPU."""
+        """The sum on the CPU."""
         return sum(self.parts.values())
 
     @property
-    def device_bytes(self) -> int:
-        """All of it on the accelerator."""
-        return sum(self.device.values())
+    def most(self) -> int:
+        """The larger sum of the two, by which needs are compared."""
+        return max(self.bytes, sum(self.device.values()))
+
+
+def unknown_copies(models: int, square: float) -> float:
+    """Return the copies of a method that declares none: the most that mergekit's own hold."""
+    return 8 * models + 6
+
+
+def copies_of(method: Any) -> Copies:
+    """Return what a merge method declares as `copies`, or `unknown_copies`."""
+    declared: Copies = getattr(method, "copies", unknown_copies)
+    return declared
+
+
+def square_of(shape: Sequence[int]) -> float:
+    """Return `square` of a tensor; three axes are stacked matrices, more a convolution's."""
+    if len(shape) < 2 or 0 in shape:
+        return 0.0
+    sides = shape[-2:] if len(shape) < 4 else (shape[0], math.prod(shape[1:]))
+    return min(sides) ** 2 / math.prod(shape)
+
+
+def working(copies: float, unit: int, models: int, piece: int, threads: int) -> dict[str, int]:
+    """Return what merging one unit holds beyond its inputs and its result.
+
+    Args:
+        copies: as the method declares, for these models.
+        unit: bytes of the tensor, block or module in float32 (float64 if an input is).
+        models: how many are merged, the base not counted.
+        piece: bytes of what a kernel that works in pieces takes at once.
+        threads: how many work on pieces at once.
+    """
+    pieces = max(2 * models + 16, 3 * threads)
+    return {
+        f"{math.ceil(copies)} copies of it": math.ceil(copies * unit),
+        "pieces": pieces * min(unit, piece),
+    }
 
 
 def size_in_bytes(value: object, where: str = "--max-memory") -> int:
     """Read 8000000000, "8GB" or "6GiB".
 
     Raises:
-        ConfigError: anything else; `where` says who gave it.
+        ConfigError: anything else; `where` is the name of the option or variable.
     """
     try:
         _, count = parse(value, EXPECTED)
@@ -72,7 +120,7 @@ def size_in_bytes(value: object, where: str = "--max-memory") -> int:
 
 @contextmanager
 def limited(cap: object, where: str = "--max-memory") -> Iterator[None]:
-    """Inside, merges are refused that need more than `cap`; None leaves the cap as it is.
+    """Refuse merges inside that need more than `cap`; None leaves the cap as it is.
 
     Raises:
         ConfigError: it is no size.
@@ -88,7 +136,7 @@ def limited(cap: object, where: str = "--max-memory") -> Iterator[None]:
 
 
 def cap() -> int | None:
-    """The bytes that a merge may hold; None without a limit.
+    """Return the bytes that a merge may hold; None without a limit.
 
     Raises:
         ConfigError: the environment names no size.
@@ -100,7 +148,7 @@ def cap() -> int | None:
 
 
 def held() -> int:
-    """Anonymous memory of this process in bytes; 0 where the system does not tell."""
+    """Return the anonymous memory of this process in bytes; 0 on systems without /proc."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -111,14 +159,8 @@ def held() -> int:
     return 0
 
 
-def _trim() -> None:
-    """Give back what is free already: the merge would take it again, and it would count twice."""
-    with suppress(OSError, AttributeError):  # another system, or another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def problems(need: Need) -> Iterator[Problem]:
-    """What is wrong with a merge under the present cap: it needs more, here or on its device."""
+    """Yield what is wrong with a merge under the present cap, here or on its device."""
     try:
         limit = cap()
     except ConfigError as error:
@@ -126,33 +168,24 @@ def problems(need: Need) -> Iterator[Problem]:
         return
     if limit is None:
         return
-    _trim()
-    before = held()
-    whole = before + OVERHEAD + need.bytes
-    if whole > limit:
-        fixed = f"{size(before)} that the process holds now, {size(OVERHEAD)} while it runs"
-        parts = f"{fixed}, {_listed(need.parts)}"
-        yield _short(limit, whole, need, parts, "", whole + _STARTS_DIFFER)
-    if need.device_bytes > limit:
-        parts = _listed(need.device)
-        yield _short(limit, need.device_bytes, need, parts, " on the device", need.device_bytes)
-
-
-def _short(limit: int, whole: int, need: Need, parts: str, where: str, enough: int) -> Problem:
-    return Problem(
-        "--max-memory" if _cap.get() is not None else VARIABLE,
-        f"{size(limit)}, while {need.what} needs {size(whole)}{where}: {parts}",
-        f"{size(enough)} or more{where}",
-        need.remedy,
-    )
-
-
-def _listed(parts: Mapping[str, int]) -> str:
-    return ", ".join(f"{size(count)} {what}" for what, count in parts.items() if count)
+    # Give back what is free: the merge would take it again, and it would count twice.
+    with suppress(OSError, AttributeError):  # another system, or another C library
+        ctypes.CDLL(None).malloc_trim(0)
+    fixed = {"what the process holds now": held(), "what comes while it runs": MARGIN}
+    places = (("", {**fixed, **need.parts}, _STARTS_DIFFER), (" on the device", need.device, 0))
+    for where, parts, more in places:
+        if (whole := sum(parts.values())) > limit:
+            listed = ", ".join(f"{what} {size(count)}" for what, count in parts.items() if count)
+            yield Problem(
+                "--max-memory" if _cap.get() is not None else VARIABLE,
+                f"{size(limit)}, while {need.what} needs {size(whole)}{where}: {listed}",
+                f"{size(whole + more)} or more{where}",
+                need.remedy,
+            )
 
 
 def size(count: int) -> str:
-    """A number of bytes, rounded up: what it says is enough."""
+    """Return a number of bytes in words, rounded up, so that a cap of this size suffices."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6)):
         if count >= scale:
             hundredths = -(-count * 100 // scale)

@@ -1,25 +1,19 @@
-"""What a merge of adapters holds at its worst moment, from headers alone: upper estimates.
-
-docs/limits.md has the formulas.
-"""
+"""What a merge of adapters holds at its worst moment, from headers alone: see `memory`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.memory import Need
-from peft_merge.adapter import LoraAdapter
+from mergekit_ext.memory import Need, working
+from peft_merge.adapter import ModuleInfo
 from peft_merge.algebra.dense import BLOCK, SMALL
 from peft_merge.config.plan import MergePlan, WholeMethod
-from peft_merge.rules.base import Rule
 
-Parts = Mapping[str, int]
 _DOUBLE = 8
 _MASKS = 3  # bytes an entry, of the question whether all are finite
 _REMEDY = (
@@ -32,78 +26,71 @@ _REMEDY_SAVED = (
 )
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """A whole tensor of the output: bytes of the result, and of what makes it."""
-
-    name: str
-    out: int
-    work: int
-
-
-@dataclass(frozen=True)
-class _Module:
-    """One module of all adapters: n matrices, m adapters, the sum of their ranks."""
-
-    name: str
-    matrices: int
-    rows: int
-    columns: int
-    adapters: int
-    ranks: int
-    rule: Rule | None
-
-    @property
-    def factors(self) -> int:
-        """Bytes of all factors in float64."""
-        return _DOUBLE * self.matrices * self.ranks * (self.rows + self.columns)
-
-    @property
-    def core(self) -> int:
-        """Bytes of one core in float64."""
-        width = min(self.ranks, self.rows) * min(self.ranks, self.columns)
-        return _DOUBLE * self.matrices * width
-
-
 def need_of(plan: MergePlan) -> Need:
-    """Of the module or whole tensor that needs the most, with the merged adapter, kept whole."""
-    saved = list(_saved(plan))
-    output = {"the merged adapter": _output(plan) + sum(one.out for one in saved)}
-    threads = torch.get_num_threads()
-    if plan.kind == "ia3":
-        vectors = max((math.prod(plan.shape(name)) for name in plan.modules), default=0)
-        work = 8 * (len(plan.adapters) + 4) * vectors * threads
-        needs = [Need("the adapter", {**output, "vectors": work}, {}, _REMEDY)]
-    else:
-        needs = [_placed(plan, _module(plan, name), output, threads) for name in plan.modules]
+    """Return the need of the module or whole tensor that needs the most.
+
+    The merged adapter is kept until it is written.
+    """
+    dtype = plan.dtype if plan.request.dtype is not None else None
+    means = {
+        name: _mean([plan.adapters[i].saved[name]() for i in positions], dtype)
+        for name, positions in plan.saved.items()
+    }
+    kept = {"the merged adapter": _output(plan) + sum(out for out, _ in means.values())}
+    needs = [_of_module(plan, name, kept) for name in plan.modules]
+    whole = [(name, work) for name, (_, work) in means.items()]
+    if isinstance(plan.method, WholeMethod):  # each adapter keeps its own, and is written alone
+        for adapter in plan.adapters:
+            own = [_mean([load()], dtype) for load in adapter.saved.values()]
+            work = max((work for _, work in own), default=0) + sum(out for out, _ in own)
+            whole.append((f"adapter {adapter.name}", work))
     needs += [
-        Need(one.name, {**output, "whole tensors": one.work}, {}, _REMEDY_SAVED) for one in saved
+        Need(name, {**kept, "whole tensors": work}, {}, _REMEDY_SAVED) for name, work in whole
     ]
-    return max(needs, key=lambda need: max(need.bytes, need.device_bytes), default=Need("nothing"))
+    return max(needs, key=lambda need: need.most, default=Need("nothing"))
 
 
-def _placed(plan: MergePlan, module: _Module, output: Parts, threads: int) -> Need:
-    parts = SPACES[plan.space](module)
-    side_by_side = 1 if "dense changes" in parts and _large(module) else threads
-    working = {what: side_by_side * count for what, count in parts.items()}
-    if plan.device.type == "cpu":
-        return Need(module.name, {**output, **working}, {}, _REMEDY)
-    return Need(module.name, output, {**output, **working}, _REMEDY)
-
-
-def _module(plan: MergePlan, name: str) -> _Module:
-    loras = [a for a in plan.adapters if isinstance(a, LoraAdapter) and name in a.infos]
+def _of_module(plan: MergePlan, name: str, kept: dict[str, int]) -> Need:
+    """Small modules are merged side by side, one a thread."""
+    count, threads = len(plan.adapters), torch.get_num_threads()
+    if plan.kind == "ia3":
+        vectors = _DOUBLE * math.prod(plan.shape(name)) * threads
+        return Need(name, {**kept, **working(count + 4, vectors, count, 0, 1)}, {}, _REMEDY)
     matrices, rows, columns = plan.shape(name)
-    ranks = sum(adapter.infos[name].rank for adapter in loras)
-    rule = None
-    if not isinstance(plan.method, WholeMethod):
-        invariant = plan.method.invariant_with(plan.resolve(name).options)
-        rule = None if invariant else plan.method
-    return _Module(name, matrices, rows, columns, len(plan.adapters), ranks, rule)
+    ranks = sum(_ranks(plan, name))
+    factors = _DOUBLE * matrices * ranks * (rows + columns)
+    if not _elementwise(plan, name):
+        merging = working(_copies(plan.space, count, rows, columns, ranks), factors, count, 0, 1)
+    else:  # the merged change, its decomposition, and rows or all changes at once
+        entries = rows * columns
+        dense = entries * (4 if entries > SMALL else _DOUBLE)
+        copies = 3 if getattr(plan.method, "blockwise", None) else 3 * count + 7
+        block = _DOUBLE * max(BLOCK, columns)
+        merging = {"factors in float64": 4 * factors, **working(copies, dense, count, block, 1)}
+        threads = 1 if matrices * entries > SMALL else threads
+    merging = {what: threads * size for what, size in merging.items()}
+    if plan.device.type == "cpu":
+        return Need(name, {**kept, **merging}, {}, _REMEDY)
+    return Need(name, kept, {**kept, **merging}, _REMEDY)
 
 
-def _large(module: _Module) -> bool:
-    return module.matrices * module.rows * module.columns > SMALL
+def _elementwise(plan: MergePlan, name: str) -> bool:
+    """Whether dense changes are merged, not coordinates in a small space."""
+    if plan.space != "delta" or isinstance(plan.method, WholeMethod):
+        return False
+    return not plan.method.invariant_with(plan.resolve(name).options)
+
+
+def _copies(space: str, count: int, rows: int, columns: int, ranks: int) -> float:
+    """Return how many copies of all factors of a module, in float64, a small space holds."""
+    if space == "factors":
+        return 3 * count + 8
+    # Stacked factors, their bases and expansions; a core of each adapter, and what merges them.
+    core = min(ranks, rows) * min(ranks, columns) / (ranks * (rows + columns))
+    copies = 6 + (4 * count + 12) * core
+    if space == "knots":  # cores, and a wide part of each adapter
+        copies += (2 * count + 4) * columns / (rows + columns)
+    return copies
 
 
 def _output(plan: MergePlan) -> int:
@@ -114,89 +101,35 @@ def _output(plan: MergePlan) -> int:
         ranks = {name: _rank(plan, name) for name in plan.modules}
         if not plan.patterns:
             ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
-        count = sum(_numbers(plan.shape(name), rank) for name, rank in ranks.items())
+        count = 0
+        for name, rank in ranks.items():
+            matrices, rows, columns = plan.shape(name)
+            count += matrices * rank * (rows + columns)
     copies = len(plan.adapters) if isinstance(plan.method, WholeMethod) else 1
     # Both sides of a factor are cut from one in float64 before the cast of the last module.
     return 2 * copies * count * plan.dtype.itemsize
 
 
-def _saved(plan: MergePlan) -> Iterator[_Saved]:
-    """What whole tensors take; their inputs are mapped, or held before."""
-    dtype = plan.dtype if plan.request.dtype is not None else None
-    for name, positions in plan.saved.items():
-        yield _mean(name, [plan.adapters[i].saved[name]() for i in positions], dtype)
-    if isinstance(plan.method, WholeMethod):  # each adapter keeps its own, and is written alone
-        for adapter in plan.adapters:
-            own = [_mean(name, [load()], dtype) for name, load in adapter.saved.items()]
-            work = max((one.work for one in own), default=0)
-            yield _Saved(f"adapter {adapter.name}", 0, work + sum(one.out for one in own))
-
-
-def _mean(name: str, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> _Saved:
-    count = tensors[0].numel()
-    stored = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    out = (dtype or stored).itemsize
-    wide = max(stored.itemsize, out)
-    # Whether it is finite, in memory that the allocator may keep; the sum and one more in float64.
-    each = wide + _MASKS + (2 * _DOUBLE if len(tensors) > 1 else 0)
-    return _Saved(name, count * out, count * each)
-
-
 def _rank(plan: MergePlan, name: str) -> int:
     """An upper bound of what the module needs."""
     _, rows, columns = plan.shape(name)
-    ranks = sum(
-        a.infos[name].rank for a in plan.adapters if isinstance(a, LoraAdapter) and name in a.infos
-    )
-    rank = plan.rank if isinstance(plan.rank, int) else ranks
+    rank = plan.rank if isinstance(plan.rank, int) else sum(_ranks(plan, name))
     if plan.rank is not None and not isinstance(plan.rank, int):
         rank = min(rows, columns)  # of an elementwise rule nothing less is sure
     return min(rank, rows, columns)
 
 
-def _numbers(shape: Sequence[int], rank: int) -> int:
-    matrices, rows, columns = shape
-    return matrices * rank * (rows + columns)
+def _ranks(plan: MergePlan, name: str) -> Iterator[int]:
+    for adapter in plan.adapters:
+        if isinstance(info := adapter.infos.get(name), ModuleInfo):
+            yield info.rank
 
 
-def _in_core(module: _Module) -> Parts:
-    """Stacked factors, their bases and expansions; a core of each adapter, and what merges them."""
-    return {
-        "factors in float64": 6 * module.factors,
-        "cores in float64": (4 * module.adapters + 12) * module.core,
-    }
-
-
-def _in_delta(module: _Module) -> Parts:
-    """The merged change, its decomposition, and either blocks of rows or all changes at once."""
-    if module.rule is None:
-        return _in_core(module)
-    entries = module.rows * module.columns
-    width = 4 if entries > SMALL else _DOUBLE
-    at_once = 0 if module.rule.blockwise is not None else 3 * module.adapters + 4
-    block = min(entries, max(BLOCK, module.columns))
-    return {
-        "factors in float64": 4 * module.factors,
-        "dense changes": (3 + at_once) * entries * width,
-        "blocks of rows": (2 * module.adapters + 10) * block * _DOUBLE,
-    }
-
-
-def _in_knots(module: _Module) -> Parts:
-    """Cores, and a wide part of each adapter."""
-    parts = _DOUBLE * module.matrices * module.ranks * module.columns
-    own = {"parts in float64": (2 * module.adapters + 4) * parts}
-    return {**_in_core(module), **own}
-
-
-def _in_factors(module: _Module) -> Parts:
-    """The factors themselves."""
-    return {"factors in float64": (3 * module.adapters + 8) * module.factors}
-
-
-SPACES: Mapping[str, Callable[[_Module], Parts]] = {
-    "delta": _in_delta,
-    "core": _in_core,
-    "knots": _in_knots,
-    "factors": _in_factors,
-}
+def _mean(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[int, int]:
+    """Return bytes of the mean of whole tensors, and of what makes it; inputs are mapped."""
+    count = tensors[0].numel()
+    stored = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    out = (dtype or stored).itemsize
+    # Whether it is finite, in memory that the allocator may keep; the sum and one more in float64.
+    each = max(stored.itemsize, out) + _MASKS + (2 * _DOUBLE if len(tensors) > 1 else 0)
+    return count * out, count * each

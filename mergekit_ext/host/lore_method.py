@@ -27,8 +27,6 @@ from mergekit_ext.events import SolverIteration
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.session import TensorRecord
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.lore import DEFAULT_MAX_ITERATIONS, DEFAULT_TOLERANCE, lore
 from mergekit_ext.kernels.numerics import all_finite
 from mergekit_ext.report.card import solver_section
@@ -134,9 +132,9 @@ class LoreMethod(ExtMethod):
             given = [name for name in _THRESHOLDS if shared.get(name) is not None]
             yield TwoModelsWarning(_TWO_MODELS.format(given=" and ".join(given) or "mu"))
 
-    def scratch(self, work: Work) -> Parts:
-        """What solving one matrix takes."""
-        return footprint.lore(work)
+    def copies(self, models: int, square: float) -> float:
+        """Inputs, differences, task vectors, the solver's steps; Gram matrices in float64."""
+        return 5 * models + 7 + (5 * models + 20) * square
 
     def merge_one(
         self,

@@ -14,9 +14,8 @@ from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from mergekit_ext.errors import MergeWarning, NonFiniteError, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.session import Session, TensorRecord
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.numerics import count_non_finite
+from mergekit_ext.memory import unknown_copies
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
@@ -86,9 +85,9 @@ class ExtMethod(MergeMethod):
         """How many times the merge reads each input tensor."""
         return 1
 
-    def scratch(self, work: Work) -> Parts:
-        """What `merge_one` holds at once, its result among it: see `kernels.footprint`."""
-        return footprint.foreign(work)
+    def copies(self, models: int, square: float) -> float:
+        """Return how many copies of a tensor `merge_one` holds; arguments as `memory.working`."""
+        return unknown_copies(models, square)
 
     def warnings(self, records: Sequence[TensorRecord]) -> Iterable[MergeWarning]:
         """What a user should know about a finished merge."""

@@ -28,7 +28,6 @@ from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.nan_parameters import GRANULARITIES, SHARED, Factor, parameters_with_nan
 from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.nan import (
     combine_norms,
     default_scale,
@@ -155,9 +154,9 @@ class NanMethod(ExtMethod):
         """`block` and `model` measure everything before the first tensor is merged."""
         return 1 if shared.get("granularity", "tensor") == "tensor" else 2
 
-    def scratch(self, work: Work) -> Parts:
-        """That of the rule; norms are summed in pieces before."""
-        return self._rule.scratch(work)
+    def copies(self, models: int, square: float) -> float:
+        """Those of the rule; norms are summed in pieces before."""
+        return self._rule.copies(models, square)
 
     def merge_one(
         self,

@@ -24,8 +24,7 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.host.lore_method import layout_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
-from mergekit_ext.kernels import emr, footprint
-from mergekit_ext.kernels.footprint import Parts, Work
+from mergekit_ext.kernels import emr
 from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype
 from mergekit_ext.kernels.pcb import DEFAULT_DENSITY, pcb_merge
 from mergekit_ext.kernels.tsv import tsv_merge
@@ -128,9 +127,10 @@ class TsvMethod(TaskVectorMethod):
 
     spec = _spec("tsv_m", "TSV-Merge", "https://arxiv.org/abs/2412.00081")
 
-    def scratch(self, work: Work) -> Parts:
-        """Task vectors, and their decompositions."""
-        return {**footprint.tsv(work), **footprint.task_vectors(work)}
+    def copies(self, models: int, square: float) -> float:
+        """Task vectors, and decompositions in float64, one for each thread."""
+        at_once = min(models, torch.get_num_threads())
+        return models + 10 + 12 * square + at_once * (6 + 12 * square)
 
     def combine(self, deltas: Sequence[Tensor], name: str, parameters: Mapping[str, Any]) -> Tensor:
         """Leading singular vectors of each task, decorrelated; vectors are averaged."""
@@ -153,9 +153,9 @@ class PcbMethod(TaskVectorMethod):
         ),
     )
 
-    def scratch(self, work: Work) -> Parts:
-        """Task vectors and their sum; scores are ranked in pieces."""
-        return {**footprint.pcb(work), **footprint.task_vectors(work)}
+    def copies(self, models: int, square: float) -> float:
+        """Task vectors, their sum in float64, and scores in float64 that are ranked."""
+        return models + 12
 
     def combine(self, deltas: Sequence[Tensor], name: str, parameters: Mapping[str, Any]) -> Tensor:
         """Weights from the competition of the task vectors within this tensor."""
@@ -169,9 +169,9 @@ class EmrMethod(TaskVectorMethod):
     spec = _spec("emr", "EMR-Merging (unified vector)", "https://arxiv.org/abs/2405.17461")
     elementwise = True
 
-    def scratch(self, work: Work) -> Parts:
-        """Pieces of every task vector."""
-        return footprint.elected(work)
+    def copies(self, models: int, square: float) -> float:
+        """None: task vectors are formed in pieces."""
+        return 0
 
     def combine(self, deltas: Sequence[Tensor], name: str, parameters: Mapping[str, Any]) -> Tensor:
         """Elected signs and largest magnitudes; one model has no masks."""

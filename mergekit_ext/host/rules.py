@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.host.method import ExtMethod
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
+from mergekit_ext.memory import copies_of
 
 
 class Rule(ABC):
@@ -42,9 +40,9 @@ class Rule(ABC):
         """See `ExtMethod.input_problems`."""
         return ()
 
-    @abstractmethod
-    def scratch(self, work: Work) -> Parts:
-        """See `ExtMethod.scratch`."""
+    def copies(self, models: int, square: float) -> float:
+        """See `ExtMethod.copies`; none where inputs are combined in pieces."""
+        return 0
 
     @abstractmethod
     def merge(
@@ -62,10 +60,6 @@ class DirectRule(Rule):
     """Task arithmetic over a base; a weighted average without one."""
 
     linear = True
-
-    def scratch(self, work: Work) -> Parts:
-        """Pieces of every input."""
-        return footprint.sums(work)
 
     def merge(
         self,
@@ -100,14 +94,9 @@ class WrappedRule(Rule):
         self._method = method
         self._names = tuple(p.name for p in method.spec.parameters if p.name != "weight")
 
-    def scratch(self, work: Work) -> Parts:
-        """That of the method in float32, and of its result being scaled."""
-        wide = replace(work, out=work.width)
-        if isinstance(self._method, ExtMethod):
-            parts = self._method.scratch(wide)
-        else:
-            parts = footprint.foreign(wide)
-        return {**parts, "the result, scaled": 2 * work.unit + work.size * work.out}
+    def copies(self, models: int, square: float) -> float:
+        """Those of the method, its result in float32, and the base and the result, scaled."""
+        return copies_of(self._method)(models, square) + 3
 
     def merge(
         self,
@@ -182,10 +171,6 @@ class TiesRule(Rule):
             and method.consensus_method in (None, ConsensusMethod.sum)
             and method.sparsification_method in (None, SparsificationMethod.magnitude)
         )
-
-    def scratch(self, work: Work) -> Parts:
-        """Pieces of every task vector."""
-        return footprint.ties(work)
 
     def merge(
         self,

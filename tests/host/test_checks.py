@@ -165,7 +165,9 @@ def test_fine_merge_has_no_problem_and_the_right_estimate(models: Path, kind: st
     assert report.estimate.parameters >= size  # a tied weight is written under each of its names
     assert report.estimate.bytes_written == report.estimate.parameters * 4
     largest = max(tensor.numel() for tensor in stored[0].values())
-    assert report.estimate.bytes_held == largest * 4 * (1 + 8 * 2 + 6)  # `footprint.foreign`
+    assert report.estimate.bytes_held == largest * 4 * (
+        1 + 8 * 2 + 6 + 2 * 2 + 16
+    )  # `memory.working`
     report.raise_for_problems("this merge")
 
 
@@ -176,8 +178,8 @@ def test_estimate_follows_dtypes_and_shards(models: Path) -> None:
     count = sum(t.numel() for t in load_file(models / "a" / "model.safetensors").values())
     assert report.estimate.bytes_read == count * 6
     assert report.estimate.bytes_written == count * 2
-    # The result, the method, and one input that is converted when it is read.
-    assert report.estimate.bytes_held == 64 * 16 * (2 + 4 * 22 + 4)
+    # The result, the method's copies and pieces, and one input that is converted when it is read.
+    assert report.estimate.bytes_held == 64 * 16 * (2 + 4 * (22 + 20) + 4)
     assert any("BF16, F32" in note for note in report.notes)
 
 

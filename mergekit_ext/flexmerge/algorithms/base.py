@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.selection import Cut
@@ -101,6 +99,7 @@ class Algorithm(ABC):
         trims: whether it trims task vectors to their largest entries (then it has a ``density``).
         masks: whether groups from three on are stored as `Masked`.
         kmeans: whether groups are K-means clusters instead of a dendrogram's.
+        by_tensor: whether the tensors of a block are merged one after the other.
     """
 
     name: str
@@ -108,6 +107,7 @@ class Algorithm(ABC):
     trims: bool = False
     masks: bool = False
     kmeans: bool = False
+    by_tensor: bool = False
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters
@@ -122,14 +122,12 @@ class Algorithm(ABC):
             return [self.parameters.shared["density"]] * count
         return self.parameters.each("density", range(count))
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """What merging all models in a block holds at once, the result among it.
+    @abstractmethod
+    def copies(self, models: int, square: float) -> float:
+        """Return how many copies of a block merging all models holds at once.
 
-        Args:
-            block: the block as one vector; see `kernels.footprint`.
-            parts: its tensors.
+        Of a tensor if it merges `by_tensor`; arguments as for `memory.working`.
         """
-        return {**footprint.foreign(block), **footprint.task_vectors(block)}
 
     @abstractmethod
     def merge(

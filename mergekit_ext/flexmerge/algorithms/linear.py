@@ -14,8 +14,6 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option, Piece
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums
 
 Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -34,9 +32,9 @@ class Linear(Algorithm):
     def scale(self, members: Sequence[int]) -> float:
         """The c of a group."""
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """See `Algorithm.scratch`: pieces of every model."""
-        return footprint.sums(block)
+    def copies(self, models: int, square: float) -> float:
+        """See `Algorithm.copies`: models are added up in pieces."""
+        return 0
 
     def merge(
         self,

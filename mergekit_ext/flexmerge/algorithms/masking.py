@@ -14,8 +14,7 @@ from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Masked, Opti
 from mergekit_ext.flexmerge.algorithms.linear import WEIGHT
 from mergekit_ext.flexmerge.algorithms.trimming import DENSITY, ties_over
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels import consensus, emr, footprint
-from mergekit_ext.kernels.footprint import Parts, Work
+from mergekit_ext.kernels import consensus, emr
 from mergekit_ext.kernels.masks import pack_bits
 
 
@@ -24,15 +23,9 @@ class MaskAlgorithm(Algorithm):
 
     masks = True
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """See `Algorithm.scratch`: task vectors, the unified one, masks and what makes them."""
-        bits = -(-block.size // 8)
-        return {
-            **footprint.ties(block),
-            **footprint.task_vectors(block),
-            "the unified vector": block.unit,
-            "masks": block.models * bits + 2 * block.unit,
-        }
+    def copies(self, models: int, square: float) -> float:
+        """See `Algorithm.copies`: task vectors, the unified one, masks and what makes them."""
+        return models * 33 / 32 + 4
 
     @abstractmethod
     def unified(

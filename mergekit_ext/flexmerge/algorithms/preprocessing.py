@@ -10,7 +10,6 @@ from torch import Tensor
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Masked, deltas_of
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.dare import drop_and_rescale
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.seeds import derived
 
 
@@ -28,10 +27,9 @@ class Dare(Algorithm):
         self.name, self.trims = inner.name, inner.trims
         self.masks, self.kmeans = inner.masks, inner.kmeans
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """See `Algorithm.scratch`: thinned task vectors beside the first."""
-        thinned = {"thinned task vectors": (2 * block.models + 4) * block.unit}
-        return {**self._inner.scratch(block, parts), **thinned}
+    def copies(self, models: int, square: float) -> float:
+        """See `Algorithm.copies`: thinned task vectors beside the first."""
+        return self._inner.copies(models, square) + 2 * models + 4
 
     def merge(
         self,

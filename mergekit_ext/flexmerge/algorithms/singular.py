@@ -12,8 +12,6 @@ from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option, delt
 from mergekit_ext.flexmerge.algorithms.linear import WEIGHT
 from mergekit_ext.flexmerge.algorithms.trimming import SCALE
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.tsv import tsv_merge
 
 
@@ -24,15 +22,13 @@ class TsvM(Algorithm):
     """
 
     name = "tsv_m"
+    by_tensor = True
     options: ClassVar[tuple[Option, ...]] = (SCALE, WEIGHT)
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """See `Algorithm.scratch`: all task vectors, and the decompositions of one tensor."""
-        return {
-            **footprint.largest(map(footprint.tsv, parts)),
-            **footprint.result(block),
-            **footprint.task_vectors(block),
-        }
+    def copies(self, models: int, square: float) -> float:
+        """See `Algorithm.copies`: decompositions in float64, one for each thread."""
+        at_once = min(models, torch.get_num_threads())
+        return models + 10 + 12 * square + at_once * (6 + 12 * square)
 
     def merge(
         self,

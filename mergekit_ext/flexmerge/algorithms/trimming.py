@@ -12,8 +12,6 @@ from torch import Tensor
 from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Option, deltas_of
 from mergekit_ext.flexmerge.algorithms.linear import WEIGHT, Factor
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.pcb import DEFAULT_CLIP, pcb_merge
 from mergekit_ext.kernels.selection import Keeper
 from mergekit_ext.kernels.ties import TiesOptions, cut_of, merge_ties
@@ -71,9 +69,9 @@ class Ties(Algorithm):
     options: ClassVar[tuple[Option, ...]] = (SCALE, DENSITY, WEIGHT)
     trims = True
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """See `Algorithm.scratch`: pieces of every task vector."""
-        return footprint.ties(block)
+    def copies(self, models: int, square: float) -> float:
+        """See `Algorithm.copies`: task vectors are formed in pieces."""
+        return 0
 
     def merge(
         self,
@@ -102,13 +100,9 @@ class Pcb(Algorithm):
     )
     trims = True
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """See `Algorithm.scratch`: task vectors, what trims one of them, and their sum."""
-        return {
-            **footprint.pcb(block),
-            **footprint.task_vectors(block),
-            "trimming": 4 * block.unit,
-        }
+    def copies(self, models: int, square: float) -> float:
+        """See `Algorithm.copies`: task vectors, their sum, and what trims or ranks one of them."""
+        return models + 12
 
     def merge(
         self,

@@ -1,4 +1,4 @@
-"""What a merge reads, writes and holds, from headers alone. See `Estimate` for what counts."""
+"""What a merge reads, writes and holds, from headers alone: see `Estimate` and `memory`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.checks.vocabulary import Vocabulary
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.kernels.footprint import Work, foreign
-from mergekit_ext.memory import Need
+from mergekit_ext.kernels.numerics import chunk_length
+from mergekit_ext.memory import Need, copies_of, square_of, working
 
 # Methods compute in float32 at least, whatever the dtype of the files.
 _LEAST_BYTES = 4
@@ -63,7 +63,7 @@ def estimate(
         needs.append(_need(tensor, most, bits, -(-out // 8), options, method, rows_moved))
     passes = getattr(method, "passes", None)
     times = max((int(passes(s)) for s in shared), default=1) if callable(passes) else 1
-    need = max(needs, key=lambda need: max(need.bytes, need.device_bytes), default=Need("nothing"))
+    need = max(needs, key=lambda need: need.most, default=Need("nothing"))
     loaders = {
         "tokenizers": vocabulary.bytes if vocabulary else 0,
         "whole pickles": pickled_bytes({model for model, _ in read}, options),
@@ -96,38 +96,35 @@ def _need(
 ) -> Need:
     import torch
 
-    from mergekit_ext.host.lore_method import layout_of
-
-    name = tensor.planned.weight.name
+    name, size = tensor.planned.weight.name, math.prod(shape)
     device = str(options.device).partition(":")[0]
-    models = [model for model in tensor.found if model != tensor.planned.base]
-    work = Work(
-        shape=shape,
-        models=max(1, len(models)),
-        based=len(models) < len(tensor.found),
-        width=max(bits // 8, _LEAST_BYTES),
-        out=out,
-        layout=layout_of(name, len(shape)),
-        threads=torch.get_num_threads() if device == "cpu" else 1,
-        device=device,
-    )
-    scratch = getattr(method, "scratch", foreign)(work)
-    loaded = work.size * bits // 8
-    unmapped = sum(
-        _unmapped(header, model, bits, math.prod(header.shape) if rows_moved else work.size)
-        for model, header in _each(tensor)
-    )
-    own = {"inputs that are not mapped": unmapped}
+    models = max(1, sum(model != tensor.planned.base for model in tensor.found))
+    width = max(bits // 8, _LEAST_BYTES)
+    loaded = size * bits // 8
+    merging = {
+        "the result": size * out,
+        **working(
+            copies_of(method)(models, square_of(shape)),
+            size * width,
+            models,
+            piece=chunk_length(device) * width,
+            threads=torch.get_num_threads() if device == "cpu" else 1,
+        ),
+    }
+    inputs = {
+        "inputs that are not mapped": sum(
+            _unmapped(header, model, bits, math.prod(header.shape) if rows_moved else size)
+            for model, header in _each(tensor)
+        )
+    }
     if rows_moved:  # to where one tokenizer has them; those that a model lacks are made before
-        own["aligned vocabularies"] = (len(tensor.found) + 1) * loaded
+        inputs["aligned vocabularies"] = (len(tensor.found) + 1) * loaded
     if device == "cpu":
-        return Need(name, {**own, **scratch}, {}, _REMEDY)
-    on_device = {"inputs": len(tensor.found) * loaded, **scratch}
-    result = {"the result": work.size * out}
-    if options.low_cpu_memory:
-        return Need(name, {}, {**on_device, "the result before": result["the result"]}, _REMEDY)
-    own["inputs that are not mapped"] = max(unmapped, loaded)
-    return Need(name, {**own, **result}, on_device, _REMEDY)
+        return Need(name, {**inputs, **merging}, {}, _REMEDY)
+    # An input passes through the CPU on its way to the device, the result on its way to the disk.
+    passing = {"one input": loaded, "the result": size * out}
+    on_device = {"inputs": len(tensor.found) * loaded, **merging, "the result before": size * out}
+    return Need(name, {**inputs, **passing}, on_device, _REMEDY)
 
 
 def _each(tensor: FoundTensor) -> list[tuple[Any, TensorHeader]]:

@@ -1,13 +1,13 @@
 """What a FlexMerge holds at its worst moment: one block of all models, and what merges it.
 
-Or, beside the room for blocks, private tensors that are copied.
+Or, beside the vectors of a block, private tensors that are copied. See `memory` for the rule.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_ext.flexmerge.finite import EIGHT_BITS
-from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
+from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.trim_search import widest
 from mergekit_ext.host.checks.pickled import pickled_bytes
-from mergekit_ext.kernels.footprint import Work, largest
-from mergekit_ext.memory import Need
+from mergekit_ext.kernels.numerics import chunk_length
+from mergekit_ext.memory import Need, square_of, working
 
 if TYPE_CHECKING:
     from mergekit_ext.host.flexmerge.prepare import Prepared
@@ -31,22 +31,22 @@ _REMEDY = (
 _PRIVATE = "Merge fewer models, or leave out those whose tensors have other shapes than the base's."
 # Pieces of similarities and of counts.
 _PIECES = 16 << 20
-# Bytes of an entry in float32, and of what tells whether it is finite.
-_WIDE, _MASKS = 4, 3
+# Copies in the arithmetic's dtype of a tensor that an adapter changes: before, after, and masks
+# of what is finite.
+_ADAPTED = 2.75
 
 
 def need_of(prepared: Prepared, options: Any) -> Need:
-    """Of the block, or of the private tensor, that needs the most, from headers alone."""
+    """Return the need of the block or private tensor that needs the most, from headers alone."""
     device = str(options.device).partition(":")[0]
     needs = [_of_block(block, prepared, device) for block in prepared.layout.blocks]
-    needs += _of_private(prepared, device)
-    need = max(needs, key=lambda need: max(need.bytes, need.device_bytes))
+    need = max([*needs, *_of_private(prepared, device)], key=lambda need: need.most)
     pickles = pickled_bytes([prepared.base, *prepared.models], options)
     return replace(need, parts={**need.parts, "whole pickles": pickles})
 
 
 def with_models(need: Need, layout: Layout, size: float, forced: torch.dtype | None) -> Need:
-    """The same for models that stay in memory at a size, as `sizes` has them to score."""
+    """Return the need with models in memory at a size, as `sizes` has them to score."""
     tasks = range(len(layout.tasks))
     model = sum(block.bytes(tasks, forced) for block in layout.blocks)
     # What is kept of the size before lives on until a block has changed.
@@ -56,74 +56,61 @@ def with_models(need: Need, layout: Layout, size: float, forced: torch.dtype | N
 
 
 def _of_block(block: BlockLayout, prepared: Prepared, device: str) -> Need:
-    layout, forced, algorithm = prepared.layout, prepared.forced, prepared.written.algorithm
-    tasks = range(len(layout.tasks))
-    wide = widest(layout)
-    read = _read(block, layout)
-    out = forced or block.dtype(tasks)
+    layout, algorithm = prepared.layout, prepared.written.algorithm
+    count, width = len(layout.tasks), widest(layout).itemsize
+    out = (prepared.forced or block.dtype(range(count))).itemsize
+    sizes = {part.name: math.prod(part.shape) for part in block.parts}
+    largest = max(block.parts, key=lambda part: sizes[part.name])
 
-    def work(shape: tuple[int, ...], layout: str) -> Work:
-        threads = torch.get_num_threads() if device == "cpu" else 1
-        return Work(shape, len(tasks), True, wide.itemsize, out.itemsize, layout, threads, device)
-
-    whole = work((block.size,), "matrix")
-    parts = [work(part.shape, part.matrices) for part in block.parts]
-    scratch = algorithm.scratch(whole, parts)
+    unit, square, beside = block.size, 0.0, 0.0
+    if algorithm.by_tensor:  # the block's task vectors and its result are held beside one tensor
+        unit, square, beside = sizes[largest.name], square_of(largest.shape), count + 3
     if prepared.written.shared["similarity_on"] == "trimmed":
-        deltas = (whole.models + 5) * whole.unit
-        scratch = {**scratch, "trimmed task vectors": deltas}
-    copies = 2 * max((_bytes(part, out) for part in block.parts), default=0)
-    narrow = 0 if all(_as_read(part, read) for part in block.parts) else copies
-    held = {"the block of all models": (whole.models + 1) * block.size * read.itemsize}
-    reading = {"reading and writing": _PIECES + copies + narrow}
-    adapted = [_adapted(part) for part in block.parts if part.name in prepared.adapted]
-    adapting = {"a tensor with its adapter": max(adapted, default=0)}
+        beside += count + 5
+    adapted = max((sizes[name] for name in sizes if name in prepared.adapted), default=0)
+    merging = {
+        "the result": block.size * out,
+        **working(
+            algorithm.copies(count, square),
+            unit * width,
+            count,
+            piece=chunk_length(device) * width,
+            threads=torch.get_num_threads() if device == "cpu" else 1,
+        ),
+        "task vectors of the block": math.ceil(beside * block.size * width),
+    }
+    adapting = {"a tensor with its adapter": math.ceil(_ADAPTED * adapted * width)}
+    read = _read(block, layout)
+    vectors = {"the block of all models": (count + 1) * block.size * read.itemsize}
+    # Tensors that are copied as they are read and written: two, and converted ones.
+    stored = max(out, *(dtype.itemsize for dtype in largest.dtypes))
+    reading = {"reading and writing": _PIECES + 4 * sizes[largest.name] * stored, **adapting}
     name = f"block {block.name}"
-    if device == "cpu":  # what is adapted is read before anything is merged
-        return Need(name, {**held, **reading, **largest([scratch, adapting])}, {}, _REMEDY)
+    if device == "cpu":
+        return Need(name, {**vectors, **reading, **merging}, {}, _REMEDY)
     one = {"a block of one model": block.size * read.itemsize}
-    on_device = {**held, **largest([scratch, adapting])}
-    return Need(name, {**one, **reading, **adapting}, on_device, _REMEDY)
+    return Need(name, {**one, **reading}, {**vectors, **merging, **adapting}, _REMEDY)
 
 
 def _of_private(prepared: Prepared, device: str) -> Iterator[Need]:
-    """Of each tensor that is copied, while the room for blocks is kept."""
+    """Yield the need of each tensor that is copied, beside the vectors of the largest block."""
     layout = prepared.layout
     vectors = len(layout.tasks) + 1 if device == "cpu" else 1
-    room = max(block.size * _read(block, layout).itemsize for block in layout.blocks)
+    largest = max(block.size * _read(block, layout).itemsize for block in layout.blocks)
     for header in itertools.chain.from_iterable(layout.private):
-        count = math.prod(header.shape)
-        wide = count * _WIDE if header.dtype in EIGHT_BITS else 0
-        changed = count * (2 * _WIDE + _MASKS) if header.name in prepared.adapted else 0
+        changed = header.dtype in EIGHT_BITS or header.name in prepared.adapted
+        copies = _ADAPTED * widest(layout).itemsize if changed else 0
         parts = {
-            "the room for blocks": vectors * room,
+            "the block of all models": vectors * largest,
             "a private tensor, and the one before": 2 * header.nbytes + _PIECES,
-            "the same in the arithmetic": max(wide, changed),
+            "its copies in the arithmetic": math.ceil(copies * math.prod(header.shape)),
         }
         yield Need(f"private tensor {header.name}", parts, {}, _PRIVATE)
-
-
-def _adapted(part: Part) -> int:
-    """Bytes of a tensor in the arithmetic, before and after, and of whether it is finite."""
-    wide = max(_WIDE, *(dtype.itemsize for dtype in part.dtypes))
-    return math.prod(part.shape) * (2 * wide + _MASKS)
 
 
 def _read(block: BlockLayout, layout: Layout) -> torch.dtype:
     """The dtype of the vectors that a block is read into."""
     if widest(layout) == torch.float64:
         return torch.float64
-    tasks = range(len(layout.tasks))
-    return _promoted([block.dtype(tasks), *(part.base_dtype for part in block.parts)])
-
-
-def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    dtypes = [block.dtype(range(len(layout.tasks))), *(part.base_dtype for part in block.parts)]
     return reduce(torch.promote_types, dtypes)
-
-
-def _bytes(part: Part, out: torch.dtype) -> int:
-    return math.prod(part.shape) * max(out.itemsize, *(dtype.itemsize for dtype in part.dtypes))
-
-
-def _as_read(part: Part, read: torch.dtype) -> bool:
-    return all(dtype == read for dtype in (part.base_dtype, *part.dtypes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,11 +25,10 @@ from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod
 from mergekit_ext.host.session import Session
-from mergekit_ext.kernels import footprint
-from mergekit_ext.kernels.footprint import Parts, Work
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.kernels.threads import in_threads
+from mergekit_ext.memory import copies_of
 
 # The shape of a tensor that a method is tried on.
 _TRIAL = (8, 8)
@@ -55,13 +53,11 @@ class Registered(Algorithm):
         self._method, self._specs = method, specs
         self._based = method.spec.contract.base != BasePolicy.IGNORED
         self.name = method.spec.name
+        self.by_tensor = isinstance(method, ExtMethod)
 
-    def scratch(self, block: Work, parts: Sequence[Work]) -> Parts:
-        """See `Algorithm.scratch`: a method of ours merges tensor by tensor, others all at once."""
-        if isinstance(self._method, ExtMethod):
-            wide = [self._method.scratch(replace(part, out=part.width)) for part in parts]
-            return {**footprint.largest(wide), "merged tensors of the block": 2 * block.unit}
-        return {**footprint.foreign(block), "merged tensors of the block": block.unit}
+    def copies(self, models: int, square: float) -> float:
+        """See `Algorithm.copies`: those of the method, and its result in float32."""
+        return copies_of(self._method)(models, square) + 2
 
     def problems(self) -> list[Problem]:
         """What the method has against its parameters, before a weight is read."""
