@@ -19,10 +19,9 @@ for by name, since an elementwise rule gives something else in them:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 from peft_merge.adapter import Update
 from peft_merge.algebra import dense
 from peft_merge.algebra.core_space import CoreSpace
-from peft_merge.algebra.truncated import EPS, Factored, Rank
+from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen
 from peft_merge.rules.base import Call, Rule
 
 
@@ -55,12 +54,8 @@ class Job:
     rank: Rank | None
     device: str | torch.device
 
-    @property
-    def present(self) -> list[Update]:
-        return [update for update in self.updates if update is not None]
-
     def slots(self, stacks: Sequence[Tensor], call: Call) -> tuple[Tensor, dict[str, Any]]:
-        """The rule on each matrix of m stacks of n, by itself; its details."""
+        """Return the rule's result on each matrix of m stacks of n, by itself, and its details."""
         merged = [
             self.rule.merge([stack[index] for stack in stacks], call)
             for index in range(self.shape[0])
@@ -70,6 +65,15 @@ class Job:
             details.update(result.details)
         return dense.require_finite(torch.stack([result.tensor for result in merged])), details
 
+    def factor(self, space: CoreSpace, core: Tensor) -> Factored:
+        """Return the factors of a merged core, without loss unless a rank is asked for."""
+        return space.factor(core, "lossless" if self.rank is None else self.rank)
+
+    def refactored(self, a: Tensor, b: Tensor) -> Factored:
+        """Return the balanced factors of ``B A``."""
+        space = CoreSpace.of([Update(a, b, 1.0)], self.shape, self.device)
+        return self.factor(space, space.cores[0])
+
 
 Result = tuple[Factored, dict[str, Any]]
 
@@ -78,10 +82,10 @@ def _delta(job: Job) -> Result:
     if job.rule.invariant_with(job.call.options):
         space = CoreSpace.of(job.updates, job.shape, job.device)
         merged, details = job.slots(space.cores, job.call)
-        return space.factor(merged, "lossless" if job.rank is None else job.rank), details
+        return job.factor(space, merged), details
     rank = job.rank
     if rank is None:
-        rank = min(sum(u.a.shape[-2] for u in job.present), *job.shape[1:])
+        rank = min(sum(u.a.shape[-2] for u in job.updates if u is not None), *job.shape[1:])
     return dense.merge(job.updates, job.shape, job.rule, job.call, rank, job.device)
 
 
@@ -91,51 +95,42 @@ def _core(job: Job) -> Result:
     # roots of the scaling on both sides, so that no side's axes depend on where the scaling is
     balanced = [None if u is None else _balanced(u, job.device) for u in job.updates]
     space = CoreSpace.of(balanced, job.shape, job.device)
-    left, right = (_principal(basis.coordinates) for basis in (space.left, space.right))
-    turned = [left.mT @ core @ right for core in space.cores]
-    merged, details = job.slots(turned, job.call)
-    return _lossless(space, left @ merged @ right.mT, job.rank), details
+    # The left singular vectors of the coordinates are the principal axes of the stacked factors.
+    left, right = (
+        torch.linalg.svd(basis.coordinates, full_matrices=True)[0]
+        for basis in (space.left, space.right)
+    )
+    merged, details = job.slots([left.mT @ core @ right for core in space.cores], job.call)
+    return job.factor(space, left @ merged @ right.mT), details
 
 
 def _knots(job: Job) -> Result:
     space = CoreSpace.of(job.updates, job.shape, job.device)
     u, sigma, vh = torch.linalg.svd(torch.cat(space.cores, dim=-1), full_matrices=False)
-    numerical = int((sigma > max(vh.shape[-2:]) * EPS * sigma[:, :1]).sum(dim=1).max())
-    kept = max(1, numerical)
-    width = space.cores[0].shape[-1]
+    kept = chosen(sigma, "lossless", max(vh.shape[-2:]) * EPS)
     rows = sigma[:, :kept, None] * vh[:, :kept]
+    width = space.cores[0].shape[-1]
     parts = [space.right.expand(part.mT).mT for part in rows.split(width, dim=-1)]
     merged, details = job.slots(parts, job.call)
-    return _refactored(Update(merged, space.left.expand(u[..., :kept]), 1.0), job), details
+    return job.refactored(merged, space.left.expand(u[..., :kept])), details
 
 
 def _factors(job: Job) -> Result:
-    present = job.present
-    sides = []
+    sides: dict[str, Tensor] = {}
     details: dict[str, Any] = {}
-    for side, sign in (("a", False), ("b", True)):
-        call = dataclasses.replace(job.call, weights=_roots(job.call.weights, sign))
-        like = getattr(present[0], side)
-        stacks = [
-            torch.zeros(like.shape, dtype=torch.float64, device=job.device)
-            if update is None
-            else getattr(_balanced(update, job.device), side)
-            for update in job.updates
-        ]
-        merged, said = job.slots(stacks, call)
-        details[side] = said
-        sides.append(merged)
-    return _refactored(Update(sides[0], sides[1], 1.0), job), {
-        side: said for side, said in details.items() if said
-    }
-
-
-def _roots(weights: Sequence[float], signed: bool) -> list[float]:
-    """The sign of a weight goes to B."""
-    roots = [math.sqrt(abs(weight)) for weight in weights]
-    if not signed:
-        return roots
-    return [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
+    balanced = [None if u is None else _balanced(u, job.device) for u in job.updates]
+    like = next(update for update in balanced if update is not None)
+    for side in ("a", "b"):
+        # The sign of a weight goes to B.
+        roots = [math.sqrt(abs(weight)) for weight in job.call.weights]
+        if side == "b":
+            roots = list(map(math.copysign, roots, job.call.weights))
+        nothing = torch.zeros_like(getattr(like, side))
+        stacks = [nothing if update is None else getattr(update, side) for update in balanced]
+        sides[side], said = job.slots(stacks, replace(job.call, weights=roots))
+        if said:
+            details[side] = said
+    return job.refactored(sides["a"], sides["b"]), details
 
 
 def _balanced(update: Update, device: str | torch.device) -> Update:
@@ -146,21 +141,6 @@ def _balanced(update: Update, device: str | torch.device) -> Update:
         update.b.to(device, torch.float64) * math.copysign(root, update.scale),
         1.0,
     )
-
-
-def _principal(coordinates: Tensor) -> Tensor:
-    """The left singular vectors: principal axes of the stacked factors."""
-    u, _, _ = torch.linalg.svd(coordinates, full_matrices=True)
-    return u
-
-
-def _lossless(space: CoreSpace, core: Tensor, rank: Rank | None) -> Factored:
-    return space.factor(core, "lossless" if rank is None else rank)
-
-
-def _refactored(update: Update, job: Job) -> Factored:
-    space = CoreSpace.of([update], job.shape, job.device)
-    return _lossless(space, space.cores[0], job.rank)
 
 
 SPACES: Mapping[str, Callable[[Job], Result]] = {

@@ -25,6 +25,7 @@ from peft_merge.io.targets import SELECTION, Parameters, either, qualified
 
 # PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_TIED = tuple([leaf] for leaf in whole.TIED)
 # PEFT has no bias for these.
 _WITHOUT_BIAS = ("embedding", "parameter")
 
@@ -137,30 +138,38 @@ def lora_configuration(
         inputs: the merged adapters.
         saved: names of the whole tensors of the output.
     """
-    kept = list(saved)
-    config = _common("LORA", infos, inputs, kept)
-    # By rank: PEFT tries every key for every module, which is slow for one key a module.
-    keys: dict[int, dict[str, None]] = {}
+    carried = _carried(inputs, saved)
+    config = _common("LORA", infos, inputs, carried)
     parameters = sorted(
         {entry for adapter in inputs for entry in adapter.config.get("target_parameters") or ()}
     )
     meant = Parameters(parameters)
-    modules = []
+    # By rank: PEFT tries every key for every module, which is slow for one key a module.
+    keys: dict[int, dict[str, None]] = {}
+    modules = set()
     for module, info in infos.items():
         owner = names.owner(module, infos)
-        rank = configured_rank(info)
-        if info.layout == "parameter":
-            key = qualified(owner, meant.of(owner))
-        else:
-            key = qualified(owner)
-            modules.append(owner)
-        keys.setdefault(rank, {})[key] = None
+        leaves = meant.of(owner) if info.layout == "parameter" else ()
+        keys.setdefault(configured_rank(info), {})[qualified(owner, leaves)] = None
+        if info.layout != "parameter":
+            modules.add(owner)
     largest = max(keys, default=1)
     pattern = {either(keys[rank]): rank for rank in sorted(keys) if rank != largest}
     config |= _selection(infos, inputs, config["modules_to_save"]) or {
-        "target_modules": sorted(set(modules))
+        "target_modules": sorted(modules)
     }
     dropout = {adapter.config.get("lora_dropout") or 0.0 for adapter in inputs}
+    # Trained biases of the base; and saved embeddings that stand in for the layer tied to them.
+    biases = {
+        adapter.config.get("bias", "none")
+        for adapter, tensor, entry in carried
+        if tensor.endswith("bias") and entry is None
+    }
+    tied = any(
+        adapter.config.get("ensure_weight_tying") and tensor.split(".")[-2:-1] in _TIED
+        for adapter, tensor, entry in carried
+        if entry is not None
+    )
     return config | {
         "r": largest,
         "lora_alpha": largest,
@@ -170,10 +179,10 @@ def lora_configuration(
         "init_lora_weights": True,
         "lora_bias": any(info.bias for info in infos.values()),
         "lora_dropout": dropout.pop() if len(dropout) == 1 and not parameters else 0.0,
-        "bias": _bias(inputs, kept),
+        "bias": next((kind for kind in ("all", "lora_only") if kind in biases), "none"),
         "target_parameters": parameters or None,
         "layer_replication": inputs[0].config.get("layer_replication"),
-        "ensure_weight_tying": _tied(inputs, kept),
+        "ensure_weight_tying": tied,
     }
 
 
@@ -181,15 +190,17 @@ def ia3_configuration(
     infos: Mapping[str, VectorInfo], inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> dict[str, Any]:
     """Return that of an (IA)^3. Arguments as for `lora_configuration`."""
-    kept = list(saved)
-    config = _common("IA3", infos, inputs, kept)
-    feedforward = sorted(module for module, info in infos.items() if info.feedforward)
-    others = [module for module, info in infos.items() if not info.feedforward]
+    config = _common("IA3", infos, inputs, _carried(inputs, saved))
     selection = _selection(infos, inputs, config["modules_to_save"], ("feedforward_modules",))
     if selection:
         return config | selection
+    feedforward = sorted(module for module, info in infos.items() if info.feedforward)
     # PEFT asks whether a name ends with an entry, with or without a dot before it.
-    mistaken = any(other.endswith(tuple(feedforward)) for other in others)
+    mistaken = any(
+        module.endswith(tuple(feedforward))
+        for module, info in infos.items()
+        if not info.feedforward
+    )
     return config | {
         "target_modules": sorted(infos),
         "feedforward_modules": "|".join(map(re.escape, feedforward)) if mistaken else feedforward,
@@ -197,20 +208,31 @@ def ia3_configuration(
     }
 
 
-def _common(
-    kind: str, infos: Iterable[str], inputs: Sequence[Adapter], saved: Sequence[str]
-) -> dict[str, Any]:
-    entries = {
-        entry: None
+def _carried(
+    inputs: Sequence[Adapter], saved: Iterable[str]
+) -> list[tuple[Adapter, str, str | None]]:
+    """Each whole tensor of the output in each input, with its entry in `modules_to_save`."""
+    kept = list(saved)
+    return [
+        (adapter, tensor, whole.module_to_save(tensor, adapter.config))
         for adapter in inputs
-        for tensor in saved
+        for tensor in kept
         if tensor in adapter.saved
-        and (entry := whole.module_to_save(tensor, adapter.config)) is not None
-    }
+    ]
+
+
+def _common(
+    kind: str,
+    infos: Mapping[str, Any],
+    inputs: Sequence[Adapter],
+    carried: Sequence[tuple[Adapter, str, str | None]],
+) -> dict[str, Any]:
+    entries = list(dict.fromkeys(entry for _, _, entry in carried if entry is not None))
     task = _shared(inputs, "task_type")
-    dropped = any(whole.module_to_save(t, a.config) for a in inputs for t in a.saved)
-    if task in _TASKS_WITH_HEADS and dropped and not entries:
-        task = None
+    if task in _TASKS_WITH_HEADS and not entries:
+        heads = (whole.module_to_save(name, a.config) for a in inputs for name in a.saved)
+        if any(heads):  # which are dropped
+            task = None
     bases = [adapter.config.get("base_model_name_or_path") for adapter in inputs]
     return {
         "peft_type": kind,
@@ -220,7 +242,7 @@ def _common(
         "revision": _shared(inputs, "revision"),
         "inference_mode": True,
         "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in inputs if has_layers(a)),
-        "modules_to_save": list(entries) or None,
+        "modules_to_save": entries or None,
     }
 
 
@@ -236,6 +258,7 @@ def _selection(
     modules_to_save: list[str] | None,
     further: Sequence[str] = (),
 ) -> dict[str, Any] | None:
+    """The inputs' own fields if these select the modules of the output."""
     fields = (*SELECTION, *further)
     first = {field: inputs[0].config.get(field) for field in fields}
     for adapter in inputs:
@@ -255,27 +278,3 @@ def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, list) and isinstance(right, list):
         return sorted(map(str, left)) == sorted(map(str, right))
     return bool(left == right)
-
-
-def _bias(inputs: Sequence[Adapter], saved: Sequence[str]) -> str:
-    kinds = {
-        adapter.config.get("bias", "none")
-        for adapter in inputs
-        for tensor in saved
-        if tensor.endswith("bias")
-        and tensor in adapter.saved
-        and whole.module_to_save(tensor, adapter.config) is None
-    }
-    return next((kind for kind in ("all", "lora_only") if kind in kinds), "none")
-
-
-def _tied(inputs: Sequence[Adapter], saved: Sequence[str]) -> bool:
-    """Whether a saved embedding also stands in for the layer that the base ties to it."""
-    return any(
-        adapter.config.get("ensure_weight_tying")
-        and tensor in adapter.saved
-        and tensor.split(".")[-2:-1] in ([leaf] for leaf in whole.TIED)
-        and whole.module_to_save(tensor, adapter.config) is not None
-        for adapter in inputs
-        for tensor in saved
-    )

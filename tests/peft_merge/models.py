@@ -29,84 +29,43 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-# Large enough that every part of an adapter is seen in the outputs.
-_SPREAD = 0.4
+_SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    # Large enough that every part of an adapter is seen in the outputs.
+    "initializer_range": 0.4,
+}
+_HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-            initializer_range=_SPREAD,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_HEADS, tie_word_embeddings=False))
 
 
 def tied_llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            initializer_range=_SPREAD,
-        )
-    )
+    sizes = {**_SIZES, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **_HEADS, tie_word_embeddings=True))
 
 
 def gpt2() -> nn.Module:
+    sizes = {name: _SIZES[name] for name in ("vocab_size", "initializer_range")}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
     return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=32,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            n_positions=16,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=_SPREAD,
-        )
+        GPT2Config(**sizes, n_embd=16, n_layer=2, n_head=2, n_positions=16, **tokens)
     )
 
 
 def bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            num_labels=3,
-            initializer_range=_SPREAD,
-        )
-    )
+    own = {"num_attention_heads": 2, "max_position_embeddings": 16, "num_labels": 3}
+    return BertForSequenceClassification(BertConfig(**_SIZES, **own))
 
 
 def mixtral() -> nn.Module:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=3,
-            num_experts_per_tok=2,
-            initializer_range=_SPREAD,
-        )
-    )
+    sizes = {**_SIZES, "num_hidden_layers": 1}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **_HEADS, **experts))
 
 
 class Convolutions(nn.Module):

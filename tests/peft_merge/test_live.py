@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mergekit_ext.errors import ConfigError, MergeWarning
 from peft_merge import live
-from peft_merge.io import adapters_of
+from peft_merge.io import adapters_of, load_adapter
 from peft_merge.live import COMBINATION_TYPES, add_merged_adapter
 from peft_merge.rules.base import rules
 from tests.peft_merge import models
@@ -102,6 +102,44 @@ def test_one_adapter_with_weight_one_is_the_same_function(name):
     torch.testing.assert_close(answers(kind, model, "merged"), expected, rtol=2e-3, atol=2e-3)
     with model.disable_adapter():
         assert (models.answer(kind, model) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_adapters_of_a_model_are_what_saving_and_reading_gives(name, tmp_path):
+    kind = models.KINDS[name]
+    model = models.adapted(kind, 1)
+    names = ["default"]
+    if name in ("plain", "ia3", "modules_to_save", "nested_parameters"):
+        models.add(model, "second", kind.config(), seed=2)
+        names.append("second")
+    before = state(model)
+    found = adapters_of(model, names)
+    model.save_pretrained(tmp_path)
+    for live_one, folder in zip(found, (tmp_path, tmp_path / "second"), strict=False):
+        read = load_adapter(folder)
+        assert type(live_one) is type(read) and dict(live_one.infos) == dict(read.infos)
+        for module in live_one.infos:
+            one, other = live_one.load(module), read.load(module)
+            if kind.lora:
+                assert one.scale == other.scale and not one.a.requires_grad
+                one, other = torch.cat([one.a, one.b.mT], 2), torch.cat([other.a, other.b.mT], 2)
+            assert torch.equal(one, other)
+        embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
+        if live_one.config.get("modules_to_save"):
+            embeddings = set()
+        assert set(live_one.saved) == set(read.saved) - embeddings
+        for key, tensor in live_one.saved.items():
+            assert torch.equal(tensor(), read.saved[key]())
+    assert [adapter.name for adapter in found] == names
+    assert_kept(model, before, exactly=True)
+
+
+def test_unknown_names_and_refused_kinds_come_together():
+    model = model_of(models.KINDS["plain"], {}, {"use_dora": True})
+    with pytest.raises(ConfigError) as raised:
+        adapters_of(model, ["default", "a1", "absent"])
+    assert len(raised.value.problems) == 2
+    assert "DoRA" in str(raised.value) and "absent" in str(raised.value)
 
 
 HEADS = pytest.mark.filterwarnings("ignore:.*save whole, which is no head")
