@@ -68,7 +68,7 @@ class Update:
     bias: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """``s B A`` in float64: (n, rows, columns)."""
+        """Return ``s B A`` in float64: (n, rows, columns)."""
         return self.scale * (self.b.to(torch.float64) @ self.a.to(torch.float64))
 
 

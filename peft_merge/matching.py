@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -235,21 +236,13 @@ def _rename(
     return str, {}
 
 
-def _without(prefix: str, name: str) -> str:
-    return name.removeprefix(prefix)
-
-
-def _with(prefix: str, name: str) -> str:
-    return prefix + name
-
-
 def _renames(adapter: Adapter, shapes: Iterable[str]) -> Iterator[Rename]:
     prefixes: dict[str, None] = {}
     for module in adapter.infos:
         parts = unwrapped(module).split(".")
         prefixes.update((".".join(parts[:end]) + ".", None) for end in range(1, len(parts)))
     for prefix in prefixes:
-        yield partial(_without, prefix)
+        yield methodcaller("removeprefix", prefix)
     first = next(iter(adapter.infos), None)
     endings = tuple(f".{name}" for name in _candidates(adapter, first)) if first else ()
     added = {
@@ -258,8 +251,7 @@ def _renames(adapter: Adapter, shapes: Iterable[str]) -> Iterator[Rename]:
         for ending in endings
         if name.endswith(ending)
     }
-    for prefix in sorted(added):
-        yield partial(_with, prefix)
+    yield from (prefix.__add__ for prefix in sorted(added))
 
 
 def _by_owner(adapter: Adapter) -> dict[str, list[str]]:

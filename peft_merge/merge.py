@@ -98,7 +98,7 @@ def merge_adapters(
         base_model: written into adapter_config.json; default: that of the first adapter.
         name: of the merged adapter.
         callbacks: see `mergekit_ext.events`.
-        allow_pickle: read adapter_model.bin, which can run code: of people whom you trust.
+        allow_pickle: read adapter_model.bin, which can run code: trust its author.
         max_memory: bytes, or text such as "8GB", that the process and a GPU may hold; a merge
             that needs more is refused.
 
@@ -304,7 +304,7 @@ def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
         "device": plan.device,
         "seed": plan.seed,
         "on_module": on_module,
-        "on_iteration": lambda *told: events.emit(SolverIteration(*told)),
+        "on_iteration": lambda *values: events.emit(SolverIteration(*values)),
     }
     adapter: Adapter
     if plan.kind == "lora":

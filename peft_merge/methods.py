@@ -26,7 +26,7 @@ def register(method: WholeMethod) -> WholeMethod:
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by name, those of the project included."""
+    """Return all methods by name, those of the project included."""
     # Each registers itself; here, because they need this module.
     for module in _WHOLE_METHODS:
         importlib.import_module(module)
@@ -34,14 +34,14 @@ def methods() -> Mapping[str, Method]:
 
 
 def parameters_of(method: Method, shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
-    """All parameters of a method, in the light of the settings of the whole merge."""
+    """Return all parameters of a method, in the light of the settings of the whole merge."""
     if isinstance(method, WholeMethod):
         return method.parameters(shared)
     return (WEIGHT, *method.parameters)
 
 
 def of_any_rule() -> dict[str, list[Parameter]]:
-    """Every form that a parameter has in some rule, by its name."""
+    """Return every form that a parameter has in some rule, by its name."""
     found: dict[str, list[Parameter]] = {WEIGHT.name: [WEIGHT]}
     for rule in rules().values():
         for parameter in rule.parameters:
@@ -52,7 +52,7 @@ def of_any_rule() -> dict[str, list[Parameter]]:
 
 
 def of_any_method() -> dict[str, list[Parameter]]:
-    """Every form that a parameter has in some method, by its name."""
+    """Return every form that a parameter has in some method, by its name."""
     found = of_any_rule()
     for method in methods().values():
         if isinstance(method, WholeMethod):

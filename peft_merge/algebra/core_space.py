@@ -51,7 +51,7 @@ class CoreSpace:
         shape: tuple[int, int, int],
         device: str | torch.device = "cpu",
     ) -> CoreSpace:
-        """Of m adapters, None for one that does not have the module.
+        """Make that of m adapters, None for one that does not have the module.
 
         Args:
             updates: factors of any floating dtype.
@@ -86,13 +86,13 @@ class CoreSpace:
 
     @by_one_thread
     def gram(self) -> Tensor:
-        r""":math:`\langle D_i, D_j \rangle`, (m, m), float64."""
+        r"""Return :math:`\langle D_i, D_j \rangle`, (m, m), float64."""
         flat = torch.stack([core.flatten() for core in self.cores])
         return flat @ flat.T
 
     @by_one_thread
     def factor(self, core: Tensor, rank: Rank) -> Factored:
-        """The best factors of a merged core.
+        """Return the best factors of a merged core.
 
         Args:
             core: (n, p, q), float64, finite.

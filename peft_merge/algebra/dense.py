@@ -105,7 +105,7 @@ def _whole(
 
 
 def require_finite(tensor: Tensor) -> Tensor:
-    """`tensor`, which a rule has made of finite inputs.
+    """Return `tensor`, which a rule has made of finite inputs.
 
     Raises:
         MergeError: it holds NaN or infinity.

@@ -29,12 +29,12 @@ class Basis(Protocol):
     def coordinates(self) -> Tensor: ...
 
     def expand(self, x: Tensor) -> Tensor:
-        """``Q x`` of an (n, p, k) tensor: (n, side, k)."""
+        """Return ``Q x`` of an (n, p, k) tensor: (n, side, k)."""
         ...
 
 
 def orthonormal(columns: Tensor) -> Basis:
-    """A basis of the columns of a float64 (n, side, R) tensor.
+    """Return a basis of the columns of a float64 (n, side, R) tensor.
 
     The cheapest that is exact: X itself where it has no more rows than columns; Cholesky QR
     (one product with the transpose; columns scaled to norm 1 first, so that adapters of very

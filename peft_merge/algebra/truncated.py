@@ -36,7 +36,7 @@ FIRST, GROWTH = 1.5, 0.25
 # The last growth lowered the squared error by less than this share of it (measured: what is left
 # to gain is then below 1e-8 of it, since each growth gains less than a hundredth of the last), ...
 SETTLED = 3e-5
-# ... or by less than this share of the squared norm, which float32 products cannot tell.
+# ... or by less than this share of the squared norm, which float32 products do not show.
 INVISIBLE = 1e-12
 # A column of a new block that keeps less than this of its length lies in the space already.
 _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}

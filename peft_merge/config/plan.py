@@ -25,11 +25,11 @@ Kind = Literal["lora", "ia3"]
 
 
 class Result(Protocol):
-    """What a merge gives: it can be written, and tells how it came about."""
+    """What a merge gives: a report, and a way to write it."""
 
     @property
     def report(self) -> Mapping[str, Any]:
-        """JSON values."""
+        """How it came about, as JSON values."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it into a folder that does not exist or is empty."""
@@ -99,11 +99,11 @@ class MergePlan:
     forewarnings: tuple[MergeWarning, ...] = ()
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """Of the module's change."""
+        """Return the shape of the module's change."""
         return next(a.infos[module].shape for a in self.adapters if module in a.infos)
 
     def described(self) -> dict[str, Any]:
-        """Method, adapters and options as the report shows them."""
+        """Return method, adapters and options as the report shows them."""
         return {
             "method": self.method.name,
             "kind": self.kind,

@@ -58,7 +58,7 @@ class Resolver:
         return places(self.modules)
 
     def problems(self) -> Iterator[Problem]:
-        """Unknown and misplaced parameters, and wrong values. Needs no `modules`."""
+        """Yield unknown and misplaced parameters, and wrong values. Needs no `modules`."""
         yield from self._given("parameters", self.shared, own=False)
         for item in self.inputs:
             yield from self._given(item.settings_at, item.parameters, own=True)
@@ -79,7 +79,7 @@ class Resolver:
                 yield from problems_of(known[name], setting, where)
 
     def missing(self) -> Iterator[Problem]:
-        """Required parameters that some module does not get. Needs correct values."""
+        """Yield required parameters that some module does not get. Needs correct values."""
         for parameter in self.parameters:
             if parameter.default is not REQUIRED:
                 continue
@@ -99,7 +99,7 @@ class Resolver:
                     )
 
     def idle_filters(self) -> Iterator[str]:
-        """A note for each filter that matches no module."""
+        """Yield a note for each filter that matches no module."""
         sources = [("parameters", self.shared)]
         sources += [(item.settings_at, item.parameters) for item in self.inputs]
         for at, values in sources:
@@ -109,7 +109,7 @@ class Resolver:
                         yield f"{join(at, name)}: the filter {text!r} matches no adapted module."
 
     def __call__(self, module: str) -> Settings:
-        """The values for one module. Needs correct settings."""
+        """Return the values for one module. Needs correct settings."""
         shared = [parameter for parameter in self.parameters if not parameter.per_model]
         own = [p for p in self.parameters if p.per_model and p.name != WEIGHT.name]
         return Settings(
@@ -119,7 +119,7 @@ class Resolver:
         )
 
     def weights(self, name: str) -> list[float]:
-        """The weights of the adapters for a module, or for a whole tensor of that name."""
+        """Return the weights of the adapters for a module, or for a whole tensor of that name."""
         return [self._value(WEIGHT, item, name) for item in self.inputs]
 
     def _value(self, parameter: Parameter, owner: Input | None, module: str) -> Any:

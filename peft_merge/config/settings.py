@@ -26,44 +26,34 @@ UNSET: Any = object()
 
 
 def problems_of(parameter: Parameter, setting: Any, where: str) -> Iterator[Problem]:
-    """Everything that is wrong with a setting: its form, and each value in it."""
-    if isinstance(setting, Mapping):
-        yield from _entry_problems(parameter, setting, where)
-    elif isinstance(setting, (list, tuple)):
-        if not setting:
-            yield Problem(where, "an empty list", _SHAPE, "Fill it in, or remove the parameter.")
-        entries = [isinstance(item, Mapping) for item in setting]
-        if any(entries) and not all(entries):
-            remedy = "Write `- value: ...` for each of them."
-            yield Problem(where, "values and filters mixed", _SHAPE, remedy)
-            return
-        for position, item in enumerate(setting):
-            place = join(where, position)
-            if isinstance(item, Mapping):
-                yield from _entry_problems(parameter, item, place)
-            else:
-                yield from _value_problems(parameter, item, place)
-    else:
-        yield from _value_problems(parameter, setting, where)
-
-
-def _entry_problems(
-    parameter: Parameter, entry: Mapping[Any, Any], where: str
-) -> Iterator[Problem]:
-    for key in entry:
-        if key not in _ENTRY:
-            remedy = did_you_mean(key, _ENTRY, listed=True)
-            yield Problem(join(where, str(key)), "an unknown key", "`value` or `filter`", remedy)
-    text = entry.get("filter")
-    if text is not None and not isinstance(text, str):
-        yield Problem(f"{where}.filter", shown(text), "a text, part of the modules' names")
-    if "value" not in entry:
-        yield Problem(f"{where}.value", "nothing", "a value", "Add it.")
-    elif isinstance(entry["value"], (list, tuple)) and entry["value"]:
-        for position, item in enumerate(entry["value"]):
-            yield from _value_problems(parameter, item, join(f"{where}.value", position))
-    else:
-        yield from _value_problems(parameter, entry["value"], f"{where}.value")
+    """Yield everything that is wrong with a setting: its form, and each value in it."""
+    several = isinstance(setting, (list, tuple))
+    items = setting if several else [setting]
+    if not items:
+        yield Problem(where, "an empty list", _SHAPE, "Fill it in, or remove the parameter.")
+    if len({isinstance(item, Mapping) for item in items}) > 1:
+        remedy = "Write `- value: ...` for each of them."
+        yield Problem(where, "values and filters mixed", _SHAPE, remedy)
+        return
+    for position, item in enumerate(items):
+        place = join(where, position) if several else where
+        if not isinstance(item, Mapping):
+            yield from _value_problems(parameter, item, place)
+            continue
+        for key in item:
+            if key not in _ENTRY:
+                at, remedy = join(place, str(key)), did_you_mean(key, _ENTRY, listed=True)
+                yield Problem(at, "an unknown key", "`value` or `filter`", remedy)
+        text, value = item.get("filter"), item.get("value")
+        if text is not None and not isinstance(text, str):
+            yield Problem(f"{place}.filter", shown(text), "a text, part of the modules' names")
+        if "value" not in item:
+            yield Problem(f"{place}.value", "nothing", "a value", "Add it.")
+        elif isinstance(value, (list, tuple)) and value:
+            for number, each in enumerate(value):
+                yield from _value_problems(parameter, each, join(f"{place}.value", number))
+        else:
+            yield from _value_problems(parameter, value, f"{place}.value")
 
 
 def _value_problems(parameter: Parameter, value: Any, where: str) -> Iterator[Problem]:
@@ -85,7 +75,7 @@ def _value_problems(parameter: Parameter, value: Any, where: str) -> Iterator[Pr
 
 
 def convert(parameter: Parameter, value: Any) -> Any:
-    """A scalar as the parameter's kind. Numbers may be texts: YAML reads ``1e-3`` as one.
+    """Return a scalar as the parameter's kind. Numbers may be texts: YAML reads ``1e-3`` as one.
 
     Raises:
         ValueError: it is of another kind, not finite, or none of the choices.
@@ -125,7 +115,7 @@ def _within(parameter: Parameter, value: Any) -> bool:
 
 
 def expectation(parameter: Parameter) -> str:
-    """What a value of the parameter must be, as the end of "expected ..."."""
+    """Return what a value of the parameter must be, as the end of "expected ..."."""
     if parameter.expected:
         return parameter.expected
     if parameter.choices:
@@ -144,7 +134,7 @@ def expectation(parameter: Parameter) -> str:
 
 
 def evaluate(parameter: Parameter, setting: Any, module: str, place: float) -> Any:
-    """The value of a setting for one module, or `UNSET` when no filter matches.
+    """Return the value of a setting for one module, or `UNSET` when no filter matches.
 
     Args:
         module: its name, in which filters are looked for.
@@ -176,7 +166,7 @@ def _along(parameter: Parameter, gradient: list[Any] | tuple[Any, ...], place: f
 
 
 def filters(setting: Any) -> Iterator[str]:
-    """The filters of a setting that do not match everything."""
+    """Yield the filters of a setting that do not match everything."""
     entries = [setting] if isinstance(setting, Mapping) else setting
     if isinstance(entries, (list, tuple)):
         found = (entry.get("filter") for entry in entries if isinstance(entry, Mapping))
@@ -184,7 +174,7 @@ def filters(setting: Any) -> Iterator[str]:
 
 
 def places(modules: Collection[str]) -> dict[str, float]:
-    """Where each module's layer is, from 0 to the last one: 1. Outside layers: 0.
+    """Return where each module's layer is, from 0 to the last one: 1. Outside layers: 0.
 
     The layer is the first number in the name. What stands before it (`encoder.block`,
     `decoder.block`) names a stack of layers, and each stack goes from 0 to 1. As in mergekit, a

@@ -128,7 +128,7 @@ class _Paths:
         return cls(*(frozenset(map(part, adapter.infos)) for part in (str, _parent, _stem)))
 
     def near(self, before: str, after: str) -> int:
-        """How near a renaming leads to these modules, from none of their places; 0: not at all."""
+        """Return how near a renaming leads to these modules; 0 for a name that is one of theirs."""
         if _parent(before) in self.parents or before == after:
             return 0
         if after in self.modules:
