@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests.peft_merge.models import KINDS, saved
 
 
 @pytest.fixture
-def adapter_folder(tmp_path: Path) -> Callable[..., Path]:
+def adapter_folder(tmp_path):
     """``adapter_folder(kind, seed, **changes)``: a new folder with an adapter of that kind."""
 
-    def make(kind: str, seed: int = 1, **changes: Any) -> Path:
+    def make(kind, seed=1, **changes):
         return saved(KINDS[kind], tmp_path / f"{kind}-{seed}", seed, **changes)
 
     return make

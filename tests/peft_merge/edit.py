@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 # A module of the kind "plain", as stored.
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def change_config(folder: Path, **fields: Any) -> Path:
+def change_config(folder, **fields):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     return folder
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+def change_tensors(folder, change):
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     change(tensors)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
-from peft_merge.rules.base import REQUIRED, Rule, Settings
+from peft_merge.rules.base import REQUIRED, Settings
 
 
-def update(
-    seed: int,
-    rank: int,
-    shape: tuple[int, int, int] = (1, 24, 18),
-    *,
-    scale: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-    size: float = 1.0,
-    bias: bool = False,
-) -> Update:
+def update(seed, rank, shape=(1, 24, 18), *, scale=0.5, dtype=torch.float32, size=1.0, bias=False):
     """Random factors; about as large as trained ones when `size` is 1."""
     n, rows, columns = shape
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(*of: int) -> Tensor:
+    def drawn(*of):
         return (size * torch.randn(of, generator=generator, dtype=torch.float64)).to(dtype)
 
     return Update(
@@ -34,7 +21,7 @@ def update(
     )
 
 
-def adapter(name: str, updates: Mapping[str, Update]) -> LoraAdapter:
+def adapter(name, updates):
     """An adapter of these modules."""
     infos = {
         module: ModuleInfo(
@@ -51,14 +38,7 @@ def adapter(name: str, updates: Mapping[str, Update]) -> LoraAdapter:
     return LoraAdapter(name, {}, infos, updates.__getitem__)
 
 
-def settings(
-    rule: Rule,
-    count: int,
-    *,
-    weights: Sequence[float] | None = None,
-    each: Sequence[Mapping[str, Any]] | None = None,
-    **options: Any,
-) -> Settings:
+def settings(rule, count, *, weights=None, each=None, **options):
     """Defaults of a rule with some values changed."""
     own = {p.name: p.default for p in rule.parameters if p.per_model}
     shared = {p.name: p.default for p in rule.parameters if not p.per_model}
@@ -72,6 +52,6 @@ def settings(
     )
 
 
-def always(values: Settings) -> Callable[[str], Settings]:
+def always(values):
     """The same settings for every module."""
     return lambda module: values

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, NonFiniteError
 from peft_merge.io import load_adapter
 from peft_merge.io.unsupported import FIELDS
 from tests.peft_merge.edit import Q, change_config, change_tensors
 from tests.peft_merge.models import KINDS, reloaded, saved
-
-Make = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
@@ -49,9 +44,7 @@ Make = Callable[..., Path]
     ],
     ids=str,
 )
-def test_a_field_of_the_wrong_type_is_named(
-    fields: dict[str, Any], where: str, adapter_folder: Make
-) -> None:
+def test_a_field_of_the_wrong_type_is_named(fields, where, adapter_folder):
     with pytest.raises(ConfigError) as raised:
         load_adapter(change_config(adapter_folder("plain"), **fields))
     assert [problem.where.rpartition(": ")[2] for problem in raised.value.problems] == [where]
@@ -70,9 +63,7 @@ def test_a_field_of_the_wrong_type_is_named(
     ],
     ids=str,
 )
-def test_tensors_that_peft_would_not_load_are_refused(
-    fields: dict[str, Any], count: int, adapter_folder: Make
-) -> None:
+def test_tensors_that_peft_would_not_load_are_refused(fields, count, adapter_folder):
     folder = change_config(adapter_folder("plain"), **fields)
     with pytest.raises(ConfigError) as raised:
         load_adapter(folder)
@@ -88,14 +79,14 @@ def test_tensors_that_peft_would_not_load_are_refused(
         assert len(read) == 4 - count
 
 
-def test_a_rank_that_the_tensors_do_not_have_is_refused(adapter_folder: Make) -> None:
+def test_a_rank_that_the_tensors_do_not_have_is_refused(adapter_folder):
     with pytest.raises(ConfigError, match="8 rows in A") as raised:
         load_adapter(change_config(adapter_folder("plain"), r=8))
     assert len(raised.value.problems) == 4  # each module, all at once
 
 
-def test_missing_and_further_tensors_are_listed_together(adapter_folder: Make) -> None:
-    def change(tensors: dict[str, Tensor]) -> None:
+def test_missing_and_further_tensors_are_listed_together(adapter_folder):
+    def change(tensors):
         del tensors[f"{Q}.lora_B.weight"]
         tensors["base_model.model.model.norm.mystery"] = torch.ones(2)
         tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 2)
@@ -107,7 +98,7 @@ def test_missing_and_further_tensors_are_listed_together(adapter_folder: Make) -
     assert "no lora_B.weight" in text and "mystery" in text and "base_model.model." in text
 
 
-def test_a_bias_that_the_configuration_does_not_have_is_refused(adapter_folder: Make) -> None:
+def test_a_bias_that_the_configuration_does_not_have_is_refused(adapter_folder):
     folder = change_tensors(
         adapter_folder("plain"), lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(16)})
     )
@@ -115,7 +106,7 @@ def test_a_bias_that_the_configuration_does_not_have_is_refused(adapter_folder: 
         load_adapter(folder)
 
 
-def test_a_bias_of_another_length_is_refused(adapter_folder: Make) -> None:
+def test_a_bias_of_another_length_is_refused(adapter_folder):
     key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.bias"
     folder = change_tensors(adapter_folder("lora_bias"), lambda t: t.update({key: torch.ones(3)}))
     with pytest.raises(ConfigError, match=r"shape \[16\]"):
@@ -123,10 +114,8 @@ def test_a_bias_of_another_length_is_refused(adapter_folder: Make) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
-def test_factors_that_are_no_floating_point_numbers_are_refused(
-    dtype: torch.dtype, adapter_folder: Make
-) -> None:
-    def change(tensors: dict[str, Tensor]) -> None:
+def test_factors_that_are_no_floating_point_numbers_are_refused(dtype, adapter_folder):
+    def change(tensors):
         tensors[f"{Q}.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"].to(dtype)
 
     with pytest.raises(ConfigError, match="dtype"):
@@ -136,19 +125,19 @@ def test_factors_that_are_no_floating_point_numbers_are_refused(
 @pytest.mark.parametrize(
     "key", ["base_model.model.../x", "base_model.model.a\\b.lora_A.weight", "a\nb"]
 )
-def test_names_with_separators_are_refused(key: str, adapter_folder: Make) -> None:
+def test_names_with_separators_are_refused(key, adapter_folder):
     folder = change_tensors(adapter_folder("plain"), lambda t: t.update({key: torch.ones(2, 2)}))
     with pytest.raises(ConfigError, match="without slashes"):
         load_adapter(folder)
 
 
-def test_no_factors_at_all(adapter_folder: Make) -> None:
+def test_no_factors_at_all(adapter_folder):
     with pytest.raises(ConfigError, match="no factors"):
         load_adapter(change_tensors(adapter_folder("plain"), lambda t: t.clear()))
 
 
 @pytest.mark.parametrize("keep", [0, 7, 20, 300, -1])
-def test_a_truncated_file_is_refused(keep: int, adapter_folder: Make) -> None:
+def test_a_truncated_file_is_refused(keep, adapter_folder):
     folder = adapter_folder("plain")
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -157,7 +146,7 @@ def test_a_truncated_file_is_refused(keep: int, adapter_folder: Make) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"r": 4}', "\x00", "[" * 100_000])
-def test_a_configuration_that_is_none_is_refused(text: str, adapter_folder: Make) -> None:
+def test_a_configuration_that_is_none_is_refused(text, adapter_folder):
     folder = adapter_folder("plain")
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(ConfigError):
@@ -165,20 +154,20 @@ def test_a_configuration_that_is_none_is_refused(text: str, adapter_folder: Make
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_missing_file_is_named(file: str, adapter_folder: Make) -> None:
+def test_a_missing_file_is_named(file, adapter_folder):
     folder = adapter_folder("plain")
     (folder / file).unlink()
     with pytest.raises(ConfigError, match=f"no {file}"):
         load_adapter(folder)
 
 
-def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
+def test_a_whole_model_is_no_adapter(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
         load_adapter(tmp_path)
 
 
-def test_a_pickle_only_with_leave(adapter_folder: Make) -> None:
+def test_a_pickle_only_with_leave(adapter_folder):
     folder = adapter_folder("plain")
     expected = load_adapter(folder).load("model.layers.0.self_attn.q_proj")
     file = folder / "adapter_model.safetensors"
@@ -190,7 +179,7 @@ def test_a_pickle_only_with_leave(adapter_folder: Make) -> None:
     assert torch.equal(adapter.load("model.layers.0.self_attn.q_proj").a, expected.a)
 
 
-def test_a_pickle_that_runs_code_is_refused_even_then(adapter_folder: Make, tmp_path: Path) -> None:
+def test_a_pickle_that_runs_code_is_refused_even_then(adapter_folder, tmp_path):
     folder = adapter_folder("plain")
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"x": _Hostile(tmp_path / "ran")}, folder / "adapter_model.bin")
@@ -200,18 +189,16 @@ def test_a_pickle_that_runs_code_is_refused_even_then(adapter_folder: Make, tmp_
 
 
 class _Hostile:
-    def __init__(self, path: Path):
+    def __init__(self, path):
         self.path = path
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
-def test_what_is_not_finite_stops_with_tensor_and_adapter(
-    part: str, value: float, adapter_folder: Make
-) -> None:
+def test_what_is_not_finite_stops_with_tensor_and_adapter(part, value, adapter_folder):
     folder = change_tensors(
         adapter_folder("plain"), lambda t: t[f"{Q}.{part}"].view(-1)[3:5].fill_(value)
     )
@@ -221,7 +208,7 @@ def test_what_is_not_finite_stops_with_tensor_and_adapter(
         adapter.load("model.layers.0.self_attn.q_proj")
 
 
-def test_whole_tensors_and_vectors_are_checked_for_nan_as_well(adapter_folder: Make) -> None:
+def test_whole_tensors_and_vectors_are_checked_for_nan_as_well(adapter_folder):
     folder = adapter_folder("ia3_modules_to_save")
     change_tensors(folder, lambda t: [v.view(-1)[:1].fill_(float("nan")) for v in t.values()])
     adapter = load_adapter(folder)
@@ -241,9 +228,7 @@ def test_whole_tensors_and_vectors_are_checked_for_nan_as_well(adapter_folder: M
         (["down_proj", "k_proj"], False),
     ],
 )
-def test_feedforward_modules_must_fit_the_shapes(
-    feedforward: Any, accepted: bool, adapter_folder: Make
-) -> None:
+def test_feedforward_modules_must_fit_the_shapes(feedforward, accepted, adapter_folder):
     folder = change_config(adapter_folder("ia3"), feedforward_modules=feedforward)
     if accepted:
         adapter = load_adapter(folder)
@@ -267,9 +252,7 @@ JSON = st.recursive(
 @pytest.mark.parametrize("kind", ["plain", "ia3", "nested_parameters", "modules_to_save"])
 @given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-def test_whatever_stands_in_a_field_gives_an_adapter_or_one_error(
-    kind: str, data: st.DataObject, tmp_path: Path
-) -> None:
+def test_whatever_stands_in_a_field_gives_an_adapter_or_one_error(kind, data, tmp_path):
     folder = tmp_path / kind
     if not folder.exists():
         saved(KINDS[kind], folder, seed=1)
@@ -286,9 +269,7 @@ def test_whatever_stands_in_a_field_gives_an_adapter_or_one_error(
 
 @given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-def test_whatever_bytes_a_file_has_it_gives_an_adapter_or_one_error(
-    data: st.DataObject, tmp_path: Path
-) -> None:
+def test_whatever_bytes_a_file_has_it_gives_an_adapter_or_one_error(data, tmp_path):
     folder = tmp_path / "plain"
     if not folder.exists():
         saved(KINDS["plain"], folder, seed=1)
@@ -305,17 +286,9 @@ def test_whatever_bytes_a_file_has_it_gives_an_adapter_or_one_error(
         file.write_bytes(original)
 
 
-def test_a_configuration_is_read_no_further_than_one_can_be(adapter_folder: Make) -> None:
+def test_a_configuration_is_read_no_further_than_one_can_be(adapter_folder):
     folder = adapter_folder("plain")
     with (folder / "adapter_config.json").open("r+b") as file:
         file.truncate(1 << 40)
     with pytest.raises(ConfigError, match="more than 64 MiB"):
         load_adapter(folder)
-
-
-def test_json_of_something_else_is_no_configuration(adapter_folder: Make) -> None:
-    folder = adapter_folder("plain")
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no PEFT configuration") as raised:
-        load_adapter(folder)
-    assert "into its base" not in str(raised.value)

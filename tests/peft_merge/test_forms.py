@@ -6,8 +6,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -15,7 +13,6 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -57,7 +54,7 @@ FEW = pytest.mark.filterwarnings("ignore:.* share . of the .* modules")
 Rename = Callable[[str], str]
 
 
-def llava() -> nn.Module:
+def llava():
     vision = CLIPVisionConfig(**ENCODER, image_size=8, patch_size=4, projection_dim=8)
     config = LlavaConfig(
         vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=63
@@ -65,7 +62,7 @@ def llava() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
-def qwen2_vl() -> nn.Module:
+def qwen2_vl():
     rope = {"type": "mrope", "mrope_section": [1, 1, 0]}
     vision = {
         "depth": 2,
@@ -85,35 +82,35 @@ def qwen2_vl() -> nn.Module:
     return Qwen2VLForConditionalGeneration(config)
 
 
-def vit() -> nn.Module:
+def vit():
     return ViTForImageClassification(ViTConfig(**ENCODER, image_size=8, patch_size=4))
 
 
-def old_llava(name: str) -> str:
+def old_llava(name):
     """As before transformers 4.52, and the vision tower as before 5."""
     name = name.replace("model.language_model.", "language_model.model.")
     name = name.replace("model.vision_tower.", "vision_tower.vision_model.")
     return name.replace("model.multi_modal_projector", "multi_modal_projector")
 
 
-def old_qwen2_vl(name: str) -> str:
+def old_qwen2_vl(name):
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
-def old_vit(name: str) -> str:
+def old_vit(name):
     name = name.replace("vit.layers.", "vit.encoder.layer.")
     name = name.replace("attention.q_proj", "attention.attention.query")
     return name.replace("attention.v_proj", "attention.attention.value")
 
 
-def save(folder: Path, model: nn.Module, seed: int, **options: Any) -> Path:
+def save(folder, model, seed, **options):
     torch.manual_seed(seed)
     given = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8, **options}
     get_peft_model(model, LoraConfig(init_lora_weights=False, **given)).save_pretrained(folder)
     return folder
 
 
-def rename(folder: Path, change: Rename, **config: Any) -> Path:
+def rename(folder, change, **config):
     """Store an adapter under other names (without PEFT's prefix), and change its configuration."""
     tensors = load_file(folder / TENSORS)
     renamed = {PREFIX + change(key.removeprefix(PREFIX)): value for key, value in tensors.items()}
@@ -123,13 +120,13 @@ def rename(folder: Path, change: Rename, **config: Any) -> Path:
     return folder
 
 
-def require_same(found: Any, expected: Any) -> None:
+def require_same(found, expected):
     assert found.infos.keys() == expected.infos.keys()
     for module in expected.infos:
         assert torch.equal(found.load(module).dense(), expected.load(module).dense()), module
 
 
-def require_loaded(model: nn.Module, folder: Path) -> None:
+def require_loaded(model, folder):
     """PEFT finds a place for every tensor, and misses none."""
     loaded = peft.PeftModel.from_pretrained(model, folder)
     stored = load_file(folder / TENSORS)
@@ -284,7 +281,7 @@ def test_few_shared_modules_and_other_bases_warn_on_every_path(tmp_path):
     for folder in (a, b):
         rename(folder, str, base_model_name_or_path=f"org/{folder.name}")
 
-    def said(run: Callable[[], Any]) -> str:
+    def said(run):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             run()
@@ -321,7 +318,7 @@ def test_gpt2_takes_adapters_whose_fan_in_fan_out_differs(tmp_path):
     merge_adapters(folders).save(tmp_path / "out")
     inputs = torch.arange(3, 11)[None]
 
-    def change(folder: Path) -> dict[str, torch.Tensor]:
+    def change(folder):
         torch.manual_seed(0)
         base = models.gpt2()
         before = {name: value.clone() for name, value in base.state_dict().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -10,18 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.coefficients import ia3_norms
 from peft_merge.ia3 import merge_ia3
-from peft_merge.rules.base import Call, Merged, Rule, Settings, rules
+from peft_merge.rules.base import Merged, Rule, Settings, rules
 from tests.peft_merge import models
 from tests.reference.ia3 import combine, multiplied, vectors_of
 
 
-def weighted(tensors: list[Tensor], call: Call) -> Merged:
+def weighted(tensors, call):
     total = sum(w * t for w, t in zip(call.weights, tensors, strict=True))
     return Merged(total, {"seen": list(call.shape)})
 
@@ -29,13 +27,11 @@ def weighted(tensors: list[Tensor], call: Call) -> Merged:
 SUM = Rule("sum", weighted, invariant=True)
 
 
-def call(*weights: float) -> Settings:
+def call(*weights):
     return Settings(weights, {}, [{}] * len(weights))
 
 
-def adapter(
-    name: str, vectors: Mapping[str, Tensor], feedforward: set[str] = frozenset()
-) -> Ia3Adapter:
+def adapter(name, vectors, feedforward=frozenset()):
     infos = {
         key: VectorInfo(tuple(value.shape), key in feedforward, value.dtype)
         for key, value in vectors.items()
@@ -43,7 +39,7 @@ def adapter(
     return Ia3Adapter(name, {"peft_type": "IA3"}, infos, vectors.__getitem__)
 
 
-def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+def column(*values, dtype=torch.float32):
     return torch.tensor(values, dtype=dtype)[:, None]
 
 
@@ -106,7 +102,7 @@ def test_an_adapter_alone_comes_back(space):
 OFF = {"mu": 0.0, "density": 1.0, "epsilon": 0.0, "gamma": 0.0, "clip": 0.0}
 
 
-def unshrunk(rule: Rule, count: int) -> Settings:
+def unshrunk(rule, count):
     """Defaults, with every threshold off."""
     given = rule.defaults(count)
     options = {key: OFF.get(key, value) for key, value in given.options.items()}
@@ -150,7 +146,7 @@ def test_random_rules_depend_on_seed_and_module_only():
     given = Settings([1.0], given.options, [{**given.each[0], "density": 0.5}])
     vectors = {"m": torch.full((64, 1), 2.0), "n": torch.full((64, 1), 2.0)}
 
-    def merged(names: list[str], seed: int) -> dict[str, Tensor]:
+    def merged(names, seed):
         one = adapter("a", {name: vectors[name] for name in names})
         return merge_ia3([one], rule, lambda module: given, seed=seed)[0]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from peft_merge.adapter import ModuleInfo
 from peft_merge.io import layouts, load_adapter
@@ -17,7 +15,7 @@ from tests.peft_merge.models import KINDS, adapted, saved
 SIZES = st.integers(1, 4)
 
 
-def _round_trip(name: str, a: Tensor, b: Tensor, r: int) -> ModuleInfo:
+def _round_trip(name, a, b, r):
     info = layouts.describe(name, tuple(a.shape), tuple(b.shape), r, False, a.dtype)
     assert isinstance(info, ModuleInfo)
     stacked = layouts.stack(info, a, b)
@@ -32,7 +30,7 @@ def _round_trip(name: str, a: Tensor, b: Tensor, r: int) -> ModuleInfo:
 
 @pytest.mark.parametrize("name", ["linear", "embedding"])
 @given(r=SIZES, rows=SIZES, columns=SIZES)
-def test_matrices_come_back(name: str, r: int, rows: int, columns: int) -> None:
+def test_matrices_come_back(name, r, rows, columns):
     info = _round_trip(name, torch.randn(r, columns), torch.randn(rows, r), r)
     assert info.shape == (1, rows, columns)
 
@@ -44,9 +42,7 @@ def test_matrices_come_back(name: str, r: int, rows: int, columns: int) -> None:
     inputs=SIZES,
     kernel=st.lists(SIZES, min_size=1, max_size=3),
 )
-def test_convolutions_come_back(
-    groups: int, rank: int, rows: int, inputs: int, kernel: list[int]
-) -> None:
+def test_convolutions_come_back(groups, rank, rows, inputs, kernel):
     a = torch.randn(groups * rank, inputs, *kernel)
     b = torch.randn(groups * rows, rank, *[1] * len(kernel))
     info = _round_trip("convolution", a, b, groups * rank)
@@ -54,9 +50,7 @@ def test_convolutions_come_back(
 
 
 @given(experts=SIZES, r=SIZES, rows=SIZES, columns=SIZES)
-def test_parameters_come_back_as_peft_multiplies_them(
-    experts: int, r: int, rows: int, columns: int
-) -> None:
+def test_parameters_come_back_as_peft_multiplies_them(experts, r, rows, columns):
     a, b = torch.randn(r * experts, columns), torch.randn(rows, r * experts)
     info = _round_trip("parameter", a, b, r)
     assert info.shape == (experts, rows, columns)
@@ -67,7 +61,7 @@ def test_parameters_come_back_as_peft_multiplies_them(
     torch.testing.assert_close(stacked_b @ stacked_a, expected)
 
 
-def test_a_grouped_convolution_is_its_blocks(tmp_path: Path) -> None:
+def test_a_grouped_convolution_is_its_blocks(tmp_path):
     # PEFT cannot compute the change of a grouped convolution, so outputs are compared.
     kind = KINDS["convolutions"]
     adapter = load_adapter(saved(kind, tmp_path / "one", seed=3))
@@ -97,7 +91,5 @@ def test_a_grouped_convolution_is_its_blocks(tmp_path: Path) -> None:
         ("parameter", (8, 6), (8, 4), 4),
     ],
 )
-def test_what_is_no_pair_is_refused(
-    name: str, a: tuple[int, ...], b: tuple[int, ...], r: int
-) -> None:
+def test_what_is_no_pair_is_refused(name, a, b, r):
     assert isinstance(layouts.describe(name, a, b, r, False, torch.float32), str)

@@ -21,7 +21,7 @@ from peft_merge.rules.base import rules
 from tests.peft_merge import models
 
 
-def model_of(kind: models.Kind, *changes: dict[str, Any]) -> PeftModel:
+def model_of(kind, *changes):
     """A model with the adapters `default`, `a1`, `a2`, ... whose configurations differ so."""
     first, *others = [changed(kind, each) for each in changes]
     model = models.adapted(kind, 1, first)
@@ -30,11 +30,11 @@ def model_of(kind: models.Kind, *changes: dict[str, Any]) -> PeftModel:
     return model
 
 
-def changed(kind: models.Kind, changes: dict[str, Any]) -> Any:
+def changed(kind, changes):
     return dataclasses.replace(kind.config(), **changes)
 
 
-def answers(kind: models.Kind, model: PeftModel, name: str) -> Tensor:
+def answers(kind, model, name):
     active = model.active_adapter
     model.set_adapter(name)
     result = models.answer(kind, model)
@@ -42,12 +42,12 @@ def answers(kind: models.Kind, model: PeftModel, name: str) -> Tensor:
     return result
 
 
-def deltas(model: PeftModel, name: str) -> dict[str, Tensor]:
+def deltas(model, name):
     (adapter,) = adapters_of(model, [name])
     return {module: adapter.load(module).dense() for module in adapter.infos}
 
 
-def exact_sum(model: PeftModel, names: list[str], weights: list[float]) -> dict[str, Tensor]:
+def exact_sum(model, names, weights):
     total: dict[str, Tensor] = {}
     for name, weight in zip(names, weights, strict=True):
         for module, delta in deltas(model, name).items():
@@ -55,7 +55,7 @@ def exact_sum(model: PeftModel, names: list[str], weights: list[float]) -> dict[
     return total
 
 
-def check_sum(model: PeftModel, names: list[str], weights: list[float], **options: Any) -> None:
+def check_sum(model, names, weights, **options):
     expected = exact_sum(model, names, weights)
     add_merged_adapter(model, names, weights, "merged", **options)
     ours = deltas(model, "merged")
@@ -64,7 +64,7 @@ def check_sum(model: PeftModel, names: list[str], weights: list[float], **option
         torch.testing.assert_close(ours[module], delta, rtol=1e-4, atol=1e-5)
 
 
-def state(model: PeftModel) -> dict[str, Any]:
+def state(model):
     """All that must not change."""
     return {
         "tensors": {key: value.clone() for key, value in model.state_dict().items()},
@@ -75,7 +75,7 @@ def state(model: PeftModel) -> dict[str, Any]:
     }
 
 
-def assert_kept(model: PeftModel, before: dict[str, Any], exactly: bool) -> None:
+def assert_kept(model, before, exactly):
     now = state(model)
     if exactly:
         assert all(now[key].keys() == before[key].keys() for key in ("tensors", "modes", "configs"))
@@ -333,6 +333,17 @@ def test_every_combination_type_runs_and_says_its_error(combination_type):
     assert {entry["rank"] for entry in report["modules"].values()} == {6}
 
 
+def test_weights_may_be_tensors_or_left_out():
+    model = model_of(models.KINDS["plain"], {}, {})
+    check_sum(model, ["default", "a1"], torch.tensor([0.5, 0.25]))
+    add_merged_adapter(
+        model, ["default", "a1"], adapter_name="half", method="task_arithmetic", lambda_=0.5
+    )
+    expected = exact_sum(model, ["default", "a1"], [0.5, 0.5])
+    for module, delta in deltas(model, "half").items():
+        torch.testing.assert_close(delta, expected[module], rtol=1e-4, atol=1e-5)
+
+
 def test_svd_rank_cuts():
     model = model_of(models.KINDS["plain"], {}, {})
     add_merged_adapter(model, ["default", "a1"], [1.0, 1.0], "m", "svd", 3, None, True, "gesvd")
@@ -341,16 +352,6 @@ def test_svd_rank_cuts():
         u, s, v = torch.linalg.svd(expected[module])
         best = (u[..., :3] * s[..., None, :3]) @ v[..., :3, :]
         torch.testing.assert_close(delta, best, rtol=1e-4, atol=1e-5)
-
-
-def test_parameters_and_weights_left_out():
-    model = model_of(models.KINDS["plain"], {}, {})
-    add_merged_adapter(
-        model, ["default", "a1"], adapter_name="m", method="task_arithmetic", lambda_=0.5
-    )
-    expected = exact_sum(model, ["default", "a1"], [0.5, 0.5])
-    for module, delta in deltas(model, "m").items():
-        torch.testing.assert_close(delta, expected[module], rtol=1e-4, atol=1e-5)
 
 
 def test_ia3_is_merged_around_one():
@@ -416,7 +417,7 @@ def test_an_add_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
     model = model_of(kind, {}, {})
     before = state(model)
 
-    def fail(*_: object, **__: object) -> None:
+    def fail(*_, **__):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("peft.set_peft_model_state_dict", fail)
@@ -435,7 +436,7 @@ def test_a_layer_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
     before = state(model)
     genuine, calls = type(model.base_model)._create_and_replace, []
 
-    def fail(*arguments: Any, **more: Any) -> Any:
+    def fail(*arguments, **more):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("no memory")
@@ -445,14 +446,6 @@ def test_a_layer_that_fails_leaves_the_model_as_it_was(name, monkeypatch):
     with pytest.raises(RuntimeError, match="no memory"):
         add_merged_adapter(model, ["default", "a1"], [1.0, 1.0], "m")
     assert_kept(model, before, exactly=True)
-
-
-def test_weights_may_be_tensors():
-    model = model_of(models.KINDS["plain"], {}, {})
-    add_merged_adapter(model, ["default", "a1"], torch.tensor([0.5, 0.25]), "m")
-    expected = exact_sum(model, ["default", "a1"], [0.5, 0.25])
-    for module, delta in deltas(model, "m").items():
-        torch.testing.assert_close(delta, expected[module], rtol=1e-4, atol=1e-5)
 
 
 def test_a_tensor_without_a_place_is_an_error(monkeypatch):

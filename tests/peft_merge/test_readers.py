@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ UNLIKE = ("plain", "patterns", "rslora_patterns", "regex")
 FEW = pytest.mark.filterwarnings("ignore:.* share . of the . modules")
 
 
-def read(folder: Path, *, by_tensor: bool) -> dict[str, torch.Tensor]:
+def read(folder, *, by_tensor):
     """The change of every module by the rules of other readers, which know no patterns.
 
     llama.cpp divides `lora_alpha` by the rank of each tensor, vLLM by the one `r` of the file.
@@ -38,7 +37,7 @@ def read(folder: Path, *, by_tensor: bool) -> dict[str, torch.Tensor]:
     return changes
 
 
-def by_peft(kind: models.Kind, folder: Path) -> dict[str, torch.Tensor]:
+def by_peft(kind, folder):
     model = models.reloaded(kind, folder)
     return {
         name.removeprefix(PREFIX): module.get_delta_weight("default").double()
@@ -47,7 +46,7 @@ def by_peft(kind: models.Kind, folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def agree(kind: models.Kind, folder: Path) -> None:
+def agree(kind, folder):
     expected = by_peft(kind, folder)
     for by_tensor in (True, False):
         found = read(folder, by_tensor=by_tensor)
@@ -56,7 +55,7 @@ def agree(kind: models.Kind, folder: Path) -> None:
             torch.testing.assert_close(change, expected[module], rtol=1e-5, atol=1e-5)
 
 
-def folders(tmp_path: Path, names: tuple[str, ...]) -> list[Path]:
+def folders(tmp_path, names):
     return [
         models.saved(models.KINDS[name], tmp_path / f"{name}-{i}", i)
         for i, name in enumerate(names)

@@ -7,14 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, ties
-from torch import Tensor
 
 from peft_merge.rules.base import Settings, rules
 
 
-def merged(
-    name: str, tensors: list[Tensor], weights: list[float], density: float, method: str = "total"
-) -> Tensor:
+def merged(name, tensors, weights, density, method="total"):
     each = [{"density": density}] * len(tensors)
     generators = [torch.Generator().manual_seed(i) for i in range(len(tensors))]
     given_ = Settings(weights, {"majority_sign_method": method}, each)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,8 @@ from peft_merge.io import load_adapter
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.edit import change_config
 
-Make = Callable[..., Path]
 
-
-def test_names(adapter_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names(adapter_folder, monkeypatch):
     folder = adapter_folder("plain", seed=7)
     assert load_adapter(folder).name == "plain-7"
     assert load_adapter(f"{folder}/").name == "plain-7"
@@ -31,7 +27,7 @@ def test_names(adapter_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
             load_adapter(folder, name=name)
 
 
-def test_problems_of_all_adapters_come_at_once(adapter_folder: Make, tmp_path: Path) -> None:
+def test_problems_of_all_adapters_come_at_once(adapter_folder, tmp_path):
     good = adapter_folder("plain", seed=1)
     bad = change_config(adapter_folder("plain", seed=2), r=0)
     with pytest.raises(ConfigError) as raised:
@@ -41,9 +37,7 @@ def test_problems_of_all_adapters_come_at_once(adapter_folder: Make, tmp_path: P
     assert "absent" in text and "called 'plain-1'" in text and ": r:" in text
 
 
-def test_an_at_sign_in_the_path_of_a_folder(
-    adapter_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_at_sign_in_the_path_of_a_folder(adapter_folder, tmp_path, monkeypatch):
     adapter_folder("plain", seed=7).rename(tmp_path / "a@b")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert merge_adapters(["~/a@b"]).report["adapters"][0]["name"] == "a@b"
@@ -51,19 +45,17 @@ def test_an_at_sign_in_the_path_of_a_folder(
         merge_adapters(["x" * 5000 + "@b"])
 
 
-def test_a_folder_of_adapters_is_told_from_one(adapter_folder: Make) -> None:
+def test_a_folder_of_adapters_is_told_from_one(adapter_folder):
     folder = adapter_folder("plain", seed=7)
     with pytest.raises(ConfigError, match=r"folders in it: .*plain-7"):
         load_adapter(folder.parent)
 
 
-def test_a_name_on_the_hub_is_downloaded_without_the_rest(
-    adapter_folder: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_on_the_hub_is_downloaded_without_the_rest(adapter_folder, monkeypatch):
     folder = adapter_folder("plain")
     calls: list[tuple[Any, ...]] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name, *, revision, allow_patterns):
         calls.append((name, revision, sorted(allow_patterns)))
         return str(folder)
 
@@ -77,7 +69,7 @@ def test_a_name_on_the_hub_is_downloaded_without_the_rest(
     assert "adapter_model.bin" in calls[1][2]
 
 
-def test_what_cannot_be_downloaded_is_one_problem() -> None:
+def test_what_cannot_be_downloaded_is_one_problem():
     with pytest.raises(ConfigError, match="no download from the Hub"):
         load_adapter("someone/that-is-not-cached")
 
@@ -86,12 +78,10 @@ def test_what_cannot_be_downloaded_is_one_problem() -> None:
     "source",
     ["./here", "/nowhere/at/all", "a/b/c", "~/none", "", "x" * 300, "~nobody-here/x", "a\0b"],
 )
-def test_a_path_is_not_looked_for_on_the_hub(
-    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_path_is_not_looked_for_on_the_hub(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
-    def download(*args: Any, **kwargs: Any) -> str:
+    def download(*args, **kwargs):
         raise OSError("asked")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -99,7 +89,7 @@ def test_a_path_is_not_looked_for_on_the_hub(
         load_adapter(source)
 
 
-def test_importing_loads_neither_peft_nor_transformers() -> None:
+def test_importing_loads_neither_peft_nor_transformers():
     code = (
         "import sys, peft_merge.io; "
         "print([m for m in ('peft', 'transformers', 'mergekit') if m in sys.modules])"
@@ -109,7 +99,7 @@ def test_importing_loads_neither_peft_nor_transformers() -> None:
 
 
 @pytest.mark.parametrize("item", [3, None, b"folder", ["folder"]])
-def test_what_is_no_source_is_named_by_its_number(item: Any, adapter_folder: Make) -> None:
+def test_what_is_no_source_is_named_by_its_number(item, adapter_folder):
     folder = adapter_folder("plain")
     with pytest.raises(TypeError, match=r"adapters\[1\]: found .* expected a folder"):
         merge_adapters([folder, item])

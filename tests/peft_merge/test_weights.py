@@ -6,17 +6,15 @@ import dataclasses
 import time
 import warnings
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
-from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
+from peft_merge.adapter import Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io import adapters_of, load_adapter
 from peft_merge.matching import class_orientation
 from peft_merge.weights import AdaptedWeights
@@ -28,13 +26,11 @@ TIED = {"tied_factors"}
 ACCEPTED = sorted(set(models.KINDS) - REFUSED - TIED)
 
 
-def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def applied(
-    adapter: Adapter, base: dict[str, Tensor], model: nn.Module | None = None
-) -> dict[str, Tensor]:
+def applied(adapter, base, model=None):
     weights = AdaptedWeights(adapter)
     if model is None:
         weights.touched(shapes(base))
@@ -43,13 +39,13 @@ def applied(
     return {name: weights.apply(name, tensor) for name, tensor in base.items()}
 
 
-def merged_by_peft(model: Any) -> dict[str, Tensor]:
+def merged_by_peft(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.merge_and_unload().state_dict()
 
 
-def check(kind: models.Kind, folder: Path) -> None:
+def check(kind, folder):
     model = models.base(kind)
     base = model.state_dict()
     before = {name: tensor.clone() for name, tensor in base.items()}
@@ -170,17 +166,11 @@ def test_grouped_convolutions_of_ia3(feedforward, groups):
         torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def lora(module: str, rows: int, columns: int, **fields: Any) -> LoraAdapter:
+def lora(module, rows, columns, **fields):
     return several({module: (1, rows, columns)}, **fields)
 
 
-def several(
-    sizes: dict[str, tuple[int, int, int]],
-    layout: str = "linear",
-    config: dict[str, Any] | None = None,
-    saved: dict[str, Tensor] | None = None,
-    bias: bool = False,
-) -> LoraAdapter:
+def several(sizes, layout="linear", config=None, saved=None, bias=False):
     generator = torch.Generator().manual_seed(1)
     updates, infos = {}, {}
     for module, (count, rows, columns) in sizes.items():
@@ -325,7 +315,7 @@ def test_quantised_and_misshapen_tensors_and_nan():
         weights.apply("q.weight", torch.zeros(4, 6))
 
 
-def test_many_square_weights_do_not_ask_each_other() -> None:
+def test_many_square_weights_do_not_ask_each_other():
     infos = {f"layer.q{i}": ModuleInfo("linear", 1, 8, 8, 2) for i in range(20_000)}
     infos["layer.q0"] = ModuleInfo("linear", 1, 8, 4, 2)
     adapter = LoraAdapter("a", {}, infos, lambda module: pytest.fail(module))

@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from mergekit_ext.errors import ConfigError
+from peft_merge.io import load_adapter
 from peft_merge.io.targets import (
     Scaling,
     Targets,
@@ -22,6 +23,7 @@ from peft_merge.io.targets import (
     qualified,
     scaling,
 )
+from tests.peft_merge.edit import change_config
 
 PARTS = st.sampled_from(["layers", "1", "11", "q", "qq", "x.q"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
@@ -34,9 +36,7 @@ KEYS = st.one_of(NAMES, NAMES.map(lambda name: f"^{name}"), st.sampled_from([".*
     rslora=st.booleans(),
     name=NAMES,
 )
-def test_patterns_resolve_as_peft_resolves_them(
-    ranks: dict[str, int], alphas: dict[str, int], rslora: bool, name: str
-) -> None:
+def test_patterns_resolve_as_peft_resolves_them(ranks, alphas, rslora, name):
     config = {
         "r": 5,
         "lora_alpha": 7,
@@ -58,9 +58,7 @@ def test_patterns_resolve_as_peft_resolves_them(
     name=NAMES,
 )
 @settings(max_examples=400)
-def test_modules_are_adapted_as_peft_tells(
-    chosen: Any, excluded: Any, layers: Any, pattern: Any, name: str
-) -> None:
+def test_modules_are_adapted_as_peft_tells(chosen, excluded, layers, pattern, name):
     config = {
         "target_modules": chosen,
         "exclude_modules": excluded,
@@ -72,24 +70,24 @@ def test_modules_are_adapted_as_peft_tells(
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=3, unique=True), other=NAMES)
-def test_one_key_for_several_modules_matches_these_only(names: list[str], other: str) -> None:
+def test_one_key_for_several_modules_matches_these_only(names, other):
     key = either(qualified(name) for name in names)
     assert (get_pattern_key([key], other) == key) == (other in names)
 
 
 @given(name=NAMES, other=NAMES)
-def test_a_qualified_key_matches_one_module_only(name: str, other: str) -> None:
+def test_a_qualified_key_matches_one_module_only(name, other):
     matches = get_pattern_key([qualified(name)], other) == qualified(name)
     assert matches == (name == other)
 
 
-def test_names_with_special_characters_are_themselves() -> None:
+def test_names_with_special_characters_are_themselves():
     for name in ("a+b.c", "blocks[0]", "layers.1"):
         assert scaling({"r": 1, "rank_pattern": {qualified(name): 3}}, name).rank == 3
     assert scaling({"r": 1, "rank_pattern": {qualified("layers.1"): 3}}, "layers11").rank == 1
 
 
-def test_a_key_that_is_literally_the_name_counts_though_it_matches_nothing() -> None:
+def test_a_key_that_is_literally_the_name_counts_though_it_matches_nothing():
     assert scaling({"r": 1, "rank_pattern": {"a+b": 3}}, "a+b").rank == 3
 
 
@@ -105,14 +103,12 @@ def test_a_key_that_is_literally_the_name_counts_though_it_matches_nothing() -> 
         (None, "experts", []),
     ],
 )
-def test_target_parameters_of_a_module(
-    entries: list[str] | None, module: str, leaves: list[str]
-) -> None:
+def test_target_parameters_of_a_module(entries, module, leaves):
     config = {"target_parameters": entries, "target_modules": ["q_proj"]}
     assert Targets(config).parameters(module) == leaves
 
 
-def test_parameters_of_different_ranks_are_told_apart_by_the_number_of_experts() -> None:
+def test_parameters_of_different_ranks_are_told_apart_by_the_number_of_experts():
     config = {"r": 4, "lora_alpha": 4, "rank_pattern": {"experts.up": 2}}
     # Outermost first: 12 rows are three experts of rank 4, the six below them three of rank 2.
     found = parameter_scalings(config, "experts", ["down", "up"], [12, 6])
@@ -120,7 +116,7 @@ def test_parameters_of_different_ranks_are_told_apart_by_the_number_of_experts()
     assert parameter_scalings(config, "experts", ["down", "up"], [6, 12]) == found[::-1]
 
 
-def test_what_a_file_leaves_open_is_not_guessed() -> None:
+def test_what_a_file_leaves_open_is_not_guessed():
     config = {"r": 4, "lora_alpha": 4, "alpha_pattern": {"experts.up": 2}}
     assert parameter_scalings(config, "experts", ["down", "up"], [12, 12]) is None
     config = {"r": 4, "lora_alpha": 4, "rank_pattern": {"experts.up": 2}}
@@ -137,9 +133,7 @@ def test_what_a_file_leaves_open_is_not_guessed() -> None:
     data=st.data(),
 )
 @settings(max_examples=300)
-def test_parameters_are_told_apart_as_trying_every_order_tells(
-    ranks: list[int], alphas: list[int], experts: int, size: int, data: st.DataObject
-) -> None:
+def test_parameters_are_told_apart_as_trying_every_order_tells(ranks, alphas, experts, size, data):
     leaves = [f"p{index}" for index in range(len(ranks))]
     named = dict(zip(leaves, ranks, strict=True))
     config = {"rank_pattern": named, "alpha_pattern": dict(zip(leaves, alphas, strict=False))}
@@ -156,7 +150,7 @@ def test_parameters_are_told_apart_as_trying_every_order_tells(
     assert parameter_scalings(config, "experts", leaves, stacked) == expected
 
 
-def test_many_parameters_and_modules_take_no_time() -> None:
+def test_many_parameters_and_modules_take_no_time():
     leaves = [f"p{index}" for index in range(60)]
     names = [f"layers.{index}.experts" for index in range(4_000)]
     started = time.perf_counter()
@@ -170,7 +164,44 @@ def test_many_parameters_and_modules_take_no_time() -> None:
     assert time.perf_counter() - started < 1
 
 
-def test_a_key_for_parameters_matches_these_only() -> None:
+def test_a_key_for_parameters_matches_these_only():
     key = qualified("experts", ["up", "down"])
     for name, rank in (("experts.up", 3), ("experts.down", 3), ("experts.gate", 1)):
         assert scaling({"r": 1, "rank_pattern": {key: 3}}, name).rank == rank
+
+
+# --- expressions of a configuration
+
+
+def test_long_expressions_that_name_modules_are_taken(adapter_folder):
+    key = either(qualified(f"layers.{index}.experts.gate_proj") for index in range(4_000))
+    load_adapter(change_config(adapter_folder("plain"), rank_pattern={key: 8}))
+
+
+def test_longer_ones_are_refused(adapter_folder):
+    folder = change_config(adapter_folder("plain"), target_modules="a|" * 600_000 + "q_proj")
+    with pytest.raises(ConfigError, match="1,200,006 characters"):
+        load_adapter(folder)
+
+
+def test_a_pattern_of_layers_is_one_where_peft_puts_it(adapter_folder):
+    fields = {"layers_pattern": ["(?P<idx>h)"], "layers_to_transform": [0]}
+    with pytest.raises(ConfigError, match=r"layers_pattern.*a regular expression"):
+        load_adapter(change_config(adapter_folder("plain"), **fields))
+
+
+@pytest.mark.parametrize("key", ["(?i)q_proj", "(" * 5000 + ")" * 5000, "a{99999999999999999999}"])
+def test_what_python_does_not_compile_is_no_expression(key, adapter_folder):
+    folder = change_config(adapter_folder("plain"), rank_pattern={key: 4})
+    with pytest.raises(ConfigError, match="rank_pattern"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [(r".*\.[qv]_proj", "layers.0.q_proj"), (r"layers\.\d+\.(?:q|k)_proj", "layers.11.k_proj")],
+)
+def test_expressions_are_those_of_peft(key, module):
+    for name in (module, "layers.0.o_proj"):
+        expected = 3 if get_pattern_key([key], name) == key else 1
+        assert scaling({"r": 1, "rank_pattern": {key: 3}}, name).rank == expected
