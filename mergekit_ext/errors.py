@@ -108,20 +108,13 @@ class MergeError(MergekitExtError, ValueError):
 
 
 class RankError(MergekitExtError, RuntimeError):
-    """Another process of this merge has stopped, or cannot be reached: this one stops too.
+    """Another process of this merge has ended: this one ends, too. What is finished is kept."""
 
-    Attributes:
-        rank: which one.
-        reason: what it said, or what is known.
-        resumable: whether what was finished may be used when the same merge starts again.
-    """
+    resumable = True
 
-    def __init__(self, rank: int, reason: str, resumable: bool = True):
-        self.rank, self.reason, self.resumable = rank, reason, resumable
-        super().__init__(f"rank {rank} stopped: {reason}")
-
-    def __reduce__(self) -> tuple[type[RankError], tuple[int, str, bool]]:
-        return type(self), (self.rank, self.reason, self.resumable)
+    def __init__(self, advice: str = ""):
+        text = "another process of this merge stopped; its own message says why"
+        super().__init__(f"{text}. {advice}" if advice else text)
 
 
 class StoppedError(MergekitExtError, RuntimeError):

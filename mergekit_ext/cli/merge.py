@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ext
-from mergekit_ext import ranks
-from mergekit_ext.cli.shared import shared_out
+from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.events import JsonLines
+from mergekit_ext.host.run import for_commands
 from mergekit_ext.io import pickles
 from mergekit_ext.memory import limited
+from mergekit_ext.parallel.launch import launched
+from mergekit_ext.parallel.ranks import Ranks
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -42,9 +49,32 @@ def merge(
     share the work.
     """
     merge_options.apply_global_options()
-    with shared_out(merge_options) as options, limited(max_memory), pickles.allowed(allow_pickle):
+    with for_commands(shared=True), launched() as together, _one_voice(together):
         try:
-            callbacks = [JsonLines(events)] if events and ranks.current().is_main else []
+            callbacks = [JsonLines(events)] if events and together.is_main else []
         except OSError as error:
             raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
-        mergekit_ext.merge(config_file, out_path, options, callbacks=callbacks, restart=restart)
+        with limited(max_memory), pickles.allowed(allow_pickle):
+            mergekit_ext.merge(
+                config_file, out_path, merge_options, callbacks=callbacks, restart=restart
+            )
+
+
+@contextmanager
+def _one_voice(together: Ranks) -> Iterator[None]:
+    """Keep processes beside the main one silent, except for an error that only they find."""
+    if together.is_main:
+        yield
+        return
+    logging.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            try:
+                yield
+            except ConfigError:
+                # If the main process finds the same, it ends with it and does not come here.
+                together.wait()
+                raise
+        except RankError:
+            raise click.exceptions.Exit(2) from None

@@ -21,7 +21,7 @@ from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.flexmerge.trim_search import Counts, TrimSearch, widest
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.similarity import Gram, cosines
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Ranks
 
 # Told the name of each block that is done.
 Progress = Callable[[str], None]
@@ -86,7 +86,6 @@ def analyse(
     rows: dict[str, list[list[float]]] = {}
     search = TrimSearch(layout, densities)
     for block in blocks:
-        ranks.check()
         visit = _Visit(reader, block, notes)
         rows[block.name] = visit.gram().tolist()
         if not search.done:
@@ -95,7 +94,6 @@ def analyse(
     search.advance(ranks)
     while not search.done:
         for block in blocks:
-            ranks.check()
             search.add(_Visit(reader, block, notes).counts(search, densities or ()))
             progress(block.name)
         search.advance(ranks)
@@ -120,7 +118,6 @@ def trimmed_grams(
     members = range(len(reader.layout.tasks))
     grams = {}
     for block in own_blocks(reader.layout, ranks):
-        ranks.check()
         rows = notes.found("trimmed gram", block.name, partial(_are_rows, size=len(members)))
         if rows is None:
             gram = Gram(len(members))

@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.private import stored_private
 from mergekit_ext.flexmerge.shards import ShardWriter
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.io.planned import Entry
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Ranks
 
 # Kinds of lines in the journal.
 _BLOCK, _PRIVATE = "block", "private"
@@ -51,12 +51,10 @@ class Pieces:
         rescale = {}
         for (block, groups), owner in zip(blocks, owners, strict=False):
             if owner == self._ranks.rank:
-                self._ranks.check()
                 rescale[block.name] = self._block(block, groups)
                 merged(block, groups)
         for (task, key, entry), owner in zip(private, owners[len(blocks) :], strict=True):
             if owner == self._ranks.rank:
-                self._ranks.check()
                 self._private(task, key, entry)
         self._shards.wait()
         return {name: found for part in self._ranks.gather(rescale) for name, found in part.items()}

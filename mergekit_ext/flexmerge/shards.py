@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.declared import Key
 from mergekit_ext.flexmerge.manifest import SHARDS, FileKind, ShardFile
 from mergekit_ext.flexmerge.stored import digest_of
 from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,6 @@ class ShardWriter:
         ranks.wait()
         for file, owner in zip(left, owners, strict=True):
             if owner == ranks.rank:
-                ranks.check()
                 known[file.path] = digest_of(self._folder / file.path)
         for others in ranks.gather(known):
             known.update({path: digest for path, digest in others.items() if digest})

@@ -30,7 +30,7 @@ from mergekit_ext.flexmerge.pieces import Pieces, Rescale
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from mergekit_ext import ranks
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, RankError, StoppedError
 from mergekit_ext.events import Dispatcher, JsonLines, MergeEnd, ProgressBar, ShardWritten
 from mergekit_ext.flexmerge.manifest import SHARDS
@@ -24,6 +22,7 @@ from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.staging import WEIGHTS, by_machine, staged
+from mergekit_ext.parallel import ranks
 from mergekit_ext.report.card import append_section
 from mergekit_ext.report.merge_report import write_report
 
@@ -62,7 +61,6 @@ def output(
                 details = {record.name: record.details for record in session.records}
                 write_report(folder, method.spec.name, details, options.random_seed or 0)
                 append_section(folder / "README.md", method.summary(session.records))
-            ranks.current().wait()
         if not ranks.current().is_main:
             return
         for shard in _shards(Path(out_path)):
@@ -109,7 +107,7 @@ def _listeners(options: MergeOptions, callbacks: Iterable[object]) -> list[objec
 def _folder(
     session: Session, out_path: str, identity: Mapping[str, str] | None, restart: bool
 ) -> Iterator[Path]:
-    """Yield the folder to merge into; in other processes than the main one, a temporary one."""
+    """Yield the folder to merge into; beside the main process, one that goes with the staging."""
     together = ranks.current()
     try:
         with ExitStack() as stack:
@@ -126,14 +124,11 @@ def _folder(
             together.wait()
             folder = staging.output
             if not together.is_main:
-                temporary = stack.enter_context(tempfile.TemporaryDirectory())
-                folder = Path(temporary, folder.name)
-                folder.mkdir()
+                folder = staging.path / f".rank-{together.rank}" / folder.name
+                folder.mkdir(parents=True, exist_ok=True)
             yield folder
-    except RankError as error:
-        if not error.resumable or _KEPT in error.reason:
-            raise
-        raise RankError(error.rank, f"{error.reason}. {_left(session)}") from None
+    except RankError:
+        raise RankError(_left(session)) from None
     except Exception as error:
         if identity is None or isinstance(error, MergekitExtError) or not by_machine(error):
             raise

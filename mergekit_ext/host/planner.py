@@ -8,7 +8,6 @@ from typing import Any
 from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_ext import ranks
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.methods import ext_method
@@ -16,6 +15,7 @@ from mergekit_ext.host.session import Session
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.host.writer import PlannedWriter, PlannedWriterTask
+from mergekit_ext.parallel import ranks
 
 
 def extended(stock: type) -> type:

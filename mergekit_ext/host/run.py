@@ -15,7 +15,6 @@ import click
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ext import ranks
 from mergekit_ext.errors import (
     ConfigError,
     MergekitExtError,
@@ -26,12 +25,11 @@ from mergekit_ext.errors import (
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.agreement import require_same
+from mergekit_ext.host.agreement import own_options, require_same, sharing_problems
 from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import examine, models_of_stock
 from mergekit_ext.host.checks.plan import FoundTensor
-from mergekit_ext.host.checks.processes import sharing_problems
 from mergekit_ext.host.checks.schema import parse, unknown_keys
 from mergekit_ext.host.checks.source import NO_DOCUMENT
 from mergekit_ext.host.companions import completed
@@ -45,7 +43,8 @@ from mergekit_ext.interrupts import prompt
 from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import DocumentError, read, text_of
 from mergekit_ext.io.staging import place_problems
-from mergekit_ext.launch import launched_size, require_one
+from mergekit_ext.parallel import ranks
+from mergekit_ext.parallel.launch import require_one
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 _LONGEST_WARNING = 10_000
@@ -179,6 +178,8 @@ def _merge(
         gc.freeze()
     try:
         method = ext_method(config.merge_method)
+        sharing = list(sharing_problems(config.merge_method, method, options))
+        options = own_options(options)
         whole = method if isinstance(method, WholeModelMethod) else None
         prepared: Any = None
         located: list[FoundTensor] = []
@@ -197,11 +198,7 @@ def _merge(
                 place_problems(out_path, "OUT_PATH", inputs, empty=bool(whole), needed=needed)
             )
         )
-        problems = [*report.problems, *place]
-        problems += sharing_problems(config.merge_method, method, options)
-        # Every process finds the same; the main one says it.
-        together.from_main(lambda: require(problems))
-        require(problems)
+        require([*report.problems, *place, *sharing])
         source = config_source or config.to_yaml()
         given = identity(source, options, models)
         require_same(together, {**given, "output": os.fspath(Path(out_path).resolve())})
@@ -264,7 +261,7 @@ def for_commands(*, shared: bool = False) -> Iterator[None]:
     try:
         if not shared and not require_one(context.command_path):
             raise click.exceptions.Exit(0)
-        with prompt() if launched_size() == 1 else nullcontext():
+        with prompt():
             yield
     except MergekitExtError as error:
         raise CommandError(str(error)) from None

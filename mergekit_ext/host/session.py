@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_ext import ranks
 from mergekit_ext.errors import MergeWarning
 from mergekit_ext.events import (
     BlockMerged,
@@ -29,6 +28,7 @@ from mergekit_ext.events import (
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry
 from mergekit_ext.io.staging import Staging
+from mergekit_ext.parallel import ranks
 
 # What every process of a merge has its own of; the rest is said once, by the main one.
 _SHARED_OUT = (BlockMerged, SolverIteration, TensorMeasured, TensorMerged)
@@ -101,7 +101,7 @@ class Session:
             ranks.current().post(event)
 
     def relay(self) -> None:
-        """Tell the listeners what other processes have sent since the last time."""
+        """Emit the events of other processes that a `gather` has brought since the last call."""
         for event in ranks.current().received():
             self._dispatcher.emit(event)
 

@@ -15,7 +15,6 @@ from typing import Any, TypeGuard
 
 from mergekit.common import ImmutableMap, ModelReference
 
-from mergekit_ext import ranks
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
@@ -25,6 +24,7 @@ from mergekit_ext.host.nan_parameters import GRANULARITIES
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.tasks import MeasureTensorTask, MergeTensorTask
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
+from mergekit_ext.parallel import ranks
 
 # The kind of line in the journal.
 _LINE = "norms"
@@ -120,7 +120,6 @@ def _norms_of(
             journal.add(_LINE, target.tensor, norms)
     for part in together.gather(measured):
         found |= part
-    session.relay()
     return found
 
 

@@ -12,7 +12,6 @@ from mergekit.graph import Task
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_ext import ranks
 from mergekit_ext.dtypes import is_counter
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import TensorMeasured, TensorMerged
@@ -41,7 +40,6 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         Raises:
             MergeError: tensors without a mean, which are copied, differ.
         """
-        ranks.current().check()
         started = time.perf_counter()
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         if is_counter(self.output_weight.name) and tensors:
@@ -103,7 +101,6 @@ class MeasureTensorTask(Task[dict[str, float]]):
         return True
 
     def execute(self, tensors: dict[ModelReference, torch.Tensor]) -> dict[str, float]:
-        ranks.current().check()
         method = ext_method(self.method_name)
         present = [(m, tensors[m]) for m in self.model_order if tensors.get(m) is not None]
         norms: dict[str, float] = {}

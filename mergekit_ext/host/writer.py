@@ -17,11 +17,11 @@ from mergekit.io.tasks import TensorWriterTask
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from mergekit_ext import ranks
 from mergekit_ext.host import weight_files
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, split
+from mergekit_ext.parallel import ranks
 
 _LINE = "tensor"
 

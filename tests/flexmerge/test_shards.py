@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
 from mergekit_ext.io.headers import read_safetensors
 from mergekit_ext.io.planned import Entry
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Ranks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 KEY = ("dense", ("a", "b"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_ext
 from mergekit_ext.io.headers import read_safetensors
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Group
 from tests import models
 from tests.processes.launching import ROOT, by_hand, torchrun
 
@@ -62,13 +62,13 @@ def test_two_processes_give_the_bytes_of_one(alone, family, tmp_path):
         one, two = files(alone / name), files(tmp_path / name)
         assert list(one) == list(two)
         assert [path for path in one if one[path] != two[path]] == []
-        # The second one has done its share, and the main one's listeners have heard of all of it.
-        merged = "on_block_merged" if name == "flexmerge" else "on_tensor_merged"
-        main, other = (json.loads((tmp_path / f"{name}.{r}.json").read_text()) for r in (0, 1))
-        assert not main and other.count(merged) > 5
-        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
-        heard = [event for event in map(json.loads, lines) if f"on_{event['event']}" == merged]
-        assert len({event["name"] for event in heard}) == len(heard) > other.count(merged)
+        # Both have done their share, and the main one's listeners got each event once.
+        main, other = (int((tmp_path / f"{name}.{rank}.count").read_text()) for rank in (0, 1))
+        assert main > 2 and other > 2
+        merged = "block_merged" if name == "flexmerge" else "tensor_merged"
+        lines = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
+        heard = [event["name"] for event in lines if event["event"] == merged]
+        assert len(set(heard)) == len(heard) == main + other
 
 
 def test_a_merge_goes_on_after_a_process_was_killed(alone, family, tmp_path, capfd):
@@ -77,11 +77,8 @@ def test_a_merge_goes_on_after_a_process_was_killed(alone, family, tmp_path, cap
     script = ROOT / "tests/processes/killed.py"
     done = torchrun(script, "merge", config, out, *QUIET, VICTIM="1")
     assert done.returncode != 0 and not out.exists()
-    assert "Error: rank 0 stopped: the launcher ended it" in done.stderr
-    assert "the same command goes on with it" in done.stderr
-    assert "SIGKILL" in done.stderr
-    options = MergeOptions(copy_tokenizer=False)
-    mergekit_ext.merge(config, out, options)
+    # What either process has finished is on the disk, however the launcher ended the other one.
+    mergekit_ext.merge(config, out, MergeOptions(copy_tokenizer=False))
     assert "Going on with a merge that was stopped" in capfd.readouterr().err
     assert files(alone / "nan_ties") == files(tmp_path / "nan_ties")
 
@@ -89,8 +86,7 @@ def test_a_merge_goes_on_after_a_process_was_killed(alone, family, tmp_path, cap
 def test_a_tensor_that_is_not_finite_stops_all(alone, family, tmp_path):
     base, tuned = family
     written = read_safetensors(alone / "nan_dare_ties" / "out" / "model.safetensors")
-    two = Ranks()
-    two.size = 2
+    two = Group(0, 2)
     owners = two.share([header.nbytes for header in written.values()])
     name = next(name for name, owner in zip(written, owners, strict=True) if owner == 1)
     bad = tmp_path / "bad"
@@ -103,8 +99,6 @@ def test_a_tensor_that_is_not_finite_stops_all(alone, family, tmp_path):
     config = models.write_yaml(tmp_path / "config.yml", content)
     place = tmp_path / "place"
     done = torchrun("-m", "mergekit_ext", "merge", config, place / "out", *QUIET)
-    assert done.returncode != 0 and list(place.iterdir()) == []
-    said = f"{name} of model {bad}: found 1 non-finite value"
-    assert f"Error: rank 1 stopped: {said}" in done.stderr
-    assert f"Error: {said}" in done.stderr
+    assert done.returncode != 0 and not (place / "out").exists()
+    assert f"Error: {name} of model {bad}: found 1 non-finite value" in done.stderr
     assert done.stderr.count("Traceback") == 1  # the launcher's

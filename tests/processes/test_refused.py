@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 import mergekit_ext
-from mergekit_ext import ranks
 from mergekit_ext.cli import main
-from mergekit_ext.cli.shared import require_shareable
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, RankError
+from mergekit_ext.parallel import ranks
+from mergekit_ext.parallel.ranks import Ranks
 from tests import models
 
 
@@ -22,14 +24,6 @@ def launched_as(request, monkeypatch):
     for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     return request.param
-
-
-@pytest.fixture
-def pair():
-    two = ranks.Ranks()
-    two.size = 2
-    with ranks.joined(two):
-        yield
 
 
 @pytest.fixture
@@ -58,23 +52,40 @@ def test_stock_commands_with_a_method_of_ours(launched_as, config, tmp_path):
     assert not out.exists()
 
 
-def test_options(pair):
-    with pytest.raises(ConfigError) as found:
-        require_shareable(MergeOptions(multi_gpu=True, device="cuda:1"))
-    assert len(found.value.problems) == 2
-    assert "--multi-gpu" in str(found.value) and "cuda:1" in str(found.value)
-    require_shareable(MergeOptions(device="cuda"))
-
-
-def test_what_mergekit_does_itself(pair, config, tmp_path):
-    own = models.write_yaml(tmp_path / "own.yml", _linear(config))
-    options = MergeOptions(quiet=True, safe_serialization=False)
-    with pytest.raises(ConfigError) as found:
-        mergekit_ext.merge(own, tmp_path / "out", options)
-    text = str(found.value)
-    assert "linear, which is mergekit's own" in text and "--no-safe-serialization" in text
-
-
-def _linear(config):
+def test_what_several_processes_cannot_do_is_one_list(config, tmp_path):
+    """The main of two processes, of which the other one has come everywhere with the same."""
     tuned = [config.parent / f"tuned{number}" for number in range(2)]
-    return models.config("linear", tuned, parameters={"weight": 1})
+    own = models.config("linear", tuned, parameters={"weight": 1})
+    own = models.write_yaml(tmp_path / "own.yml", own)
+    options = MergeOptions(safe_serialization=False, multi_gpu=True, device="cuda:1")
+    pair = Ranks()
+    pair.size = 2
+    with ranks.joined(pair), pytest.raises(ConfigError) as found:
+        mergekit_ext.merge(own, tmp_path / "out", options)
+    said = [str(problem) for problem in found.value.problems]
+    for expected in ("merge_method: .* in 2", "--no-safe.* in 2", "--multi", "--device: .*its own"):
+        assert any(re.match(expected, problem) for problem in said)
+
+
+class Other(Ranks):
+    """The second of two processes, whose main one has ended or has come to the same call."""
+
+    rank, size = 1, 2
+
+    def __init__(self, main_ended):
+        super().__init__()
+        self.main_ended = main_ended
+
+    def _exchange(self, value):
+        if self.main_ended:
+            raise RankError
+        return [value, value]
+
+
+@pytest.mark.parametrize("main_ended", [True, False])
+def test_a_problem_that_the_main_process_has_too_is_said_once(monkeypatch, tmp_path, main_ended):
+    monkeypatch.setattr("mergekit_ext.cli.merge.launched", lambda: ranks.joined(Other(main_ended)))
+    (tmp_path / "empty.yml").touch()
+    done = CliRunner().invoke(main, ["merge", str(tmp_path / "empty.yml"), str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert ("1 problem with this configuration" in done.output) is not main_ended

@@ -3,27 +3,56 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 
-import torch.distributed as distributed
+from mergekit_ext.errors import RankError
+from mergekit_ext.parallel.ranks import Ranks
 
-from mergekit_ext.processes import Processes
+
+class Meeting:
+    """What threads have brought to each of their exchanges, and which have ended with an error."""
+
+    def __init__(self):
+        self.values, self.ended = defaultdict(dict), set()
+        self.changed = threading.Condition()
+
+
+class ThreadRanks(Ranks):
+    """The processes, seen from one thread."""
+
+    def __init__(self, rank, size, meeting):
+        super().__init__()
+        self.rank, self.size = rank, size
+        self._meeting, self._turn = meeting, 0
+
+    def _exchange(self, value):
+        self._turn += 1
+        here = self._meeting.values[self._turn]
+        with self._meeting.changed:
+            here[self.rank] = value
+            self._meeting.changed.notify_all()
+            self._meeting.changed.wait_for(
+                lambda: len(here) == self.size or self._meeting.ended - here.keys(), 60
+            )
+        if len(here) < self.size:
+            raise RankError
+        return [here[rank] for rank in range(self.size)]
 
 
 def together(work, size=2):
     """Run `work` with the ranks of each of `size` threads; what each returned or raised."""
-    store = distributed.HashStore()
-    found = [None] * size
+    meeting, found = Meeting(), [None] * size
 
     def run(rank):
-        ranks = Processes(store, rank, size)
-        ranks.open()
+        ranks = ThreadRanks(rank, size, meeting)
         try:
             found[rank] = work(ranks)
+            ranks.wait()
         except BaseException as error:
             found[rank] = error
-            ranks.close(error)
-        else:
-            ranks.close()
+            with meeting.changed:
+                meeting.ended.add(rank)
+                meeting.changed.notify_all()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:

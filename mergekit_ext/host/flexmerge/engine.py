@@ -35,7 +35,7 @@ from mergekit_ext.host.flexmerge.prepare import DEFAULT_SEED, Prepared
 from mergekit_ext.host.flexmerge.sources import Inputs
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Ranks
 
 
 class Engine:

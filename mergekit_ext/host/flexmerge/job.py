@@ -6,7 +6,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import ranks
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.flexmerge import task_folders
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME as ANALYSIS_NAME
@@ -19,6 +18,7 @@ from mergekit_ext.host.flexmerge.sources import open_inputs
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.model_files import companions, copy
+from mergekit_ext.parallel import ranks
 from mergekit_ext.report.flexmerge_card import flexmerge_section
 
 

@@ -17,7 +17,7 @@ from mergekit_ext.host.flexmerge.base_names import as_in_models
 from mergekit_ext.host.flexmerge.prepare import Prepared
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io.headers import TensorHeader, read_folder
-from mergekit_ext.ranks import Ranks
+from mergekit_ext.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)

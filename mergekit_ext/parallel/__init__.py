@@ -1,0 +1,1 @@
+"""Several processes that make one output: which of them does what, and how they start."""
