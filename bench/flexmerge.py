@@ -28,8 +28,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bench import machine
-from mergekit_ext.flexmerge.algorithms.base import Parameters
-from mergekit_ext.flexmerge.algorithms.linear import TaskArithmetic
+from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import Naming, make_layout
@@ -38,8 +37,9 @@ from mergekit_ext.flexmerge.source import BlockReader, FileSource
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
-from mergekit_ext.host.lore_method import layout_of
 from mergekit_ext.io.headers import read_folder
+from mergekit_ext.methods import BLOCKS, methods
+from mergekit_ext.methods.method import layout_of
 
 NAMING = Naming(
     lambda names: blocks_of(names, "component", False), kind_of, depth_of, is_task_head, layout_of
@@ -71,9 +71,10 @@ def reader_of(folder: Path, count: int) -> BlockReader:
     return BlockReader(layout, base, models)
 
 
-def algorithm_for(count: int) -> TaskArithmetic:
+def algorithm_for(count: int) -> Declared:
     """Task arithmetic with the paper's lambda."""
-    return TaskArithmetic(Parameters({"lambda": 1.5}, [{"weight": 1.0}] * count))
+    parameters = Parameters({"lambda": 1.5}, [{"weight": 1.0}] * count)
+    return Declared(methods(BLOCKS)["task_arithmetic"], parameters)
 
 
 def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -19,11 +19,11 @@ from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, Tens
 from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients, uniform
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
+from mergekit_ext.methods import Method
 from peft_merge import ia3
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, Update, finite_update, modules_of
 from peft_merge.algebra.orthonormal import orthonormal
 from peft_merge.config.plan import MergePlan
-from peft_merge.rules.base import Rule
 
 # Below this share of ||B||^2 ||A||^2 the products cancel, and take digits with them.
 _CANCELLED = 1e-6
@@ -37,7 +37,7 @@ GRANULARITIES: dict[str, Callable[[str], str]] = {
 }
 
 
-def measured(plan: MergePlan, rule: Rule, events: Dispatcher) -> dict[str, list[float]]:
+def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, list[float]]:
     """Return the adapters' coefficients for each module; nothing for a rule without NAN.
 
     Warns:
@@ -46,7 +46,7 @@ def measured(plan: MergePlan, rule: Rule, events: Dispatcher) -> dict[str, list[
     Raises:
         NonFiniteError: an adapter holds NaN or infinity.
     """
-    if rule.coefficients is None:
+    if not rule.nan:
         return {}
     started = time.perf_counter()
     events.emit(StatisticsBegin(len(plan.modules), "module"))

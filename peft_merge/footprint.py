@@ -78,7 +78,7 @@ def _elementwise(plan: MergePlan, name: str) -> bool:
     """Whether dense changes are merged, not coordinates in a small space."""
     if plan.space != "delta" or isinstance(plan.method, WholeMethod):
         return False
-    return not plan.method.invariant_with(plan.resolve(name).options)
+    return not plan.method.invariant(plan.resolve(name).options)
 
 
 def _copies(space: str, count: int, rows: int, columns: int, ranks: int) -> float:

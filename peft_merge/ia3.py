@@ -24,16 +24,23 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem
-from peft_merge.adapter import Ia3Adapter, VectorInfo, finite, modules_of
-from peft_merge.rules.base import OnModule, OnModuleIteration, Rule, Settings
-from peft_merge.rules.seeds import generators
+from mergekit_ext.kernels.seeds import generators
+from mergekit_ext.methods import Method, Settings
+from peft_merge.adapter import (
+    Ia3Adapter,
+    OnModule,
+    OnModuleIteration,
+    VectorInfo,
+    finite,
+    modules_of,
+)
 
 Space = Literal["additive", "log"]
 
 
 def merge_ia3(
     adapters: Sequence[Ia3Adapter],
-    rule: Rule,
+    rule: Method,
     resolve: Callable[[str], Settings],
     *,
     space: Space = "additive",
@@ -74,11 +81,11 @@ def merge_ia3(
         info = replace(own[0], dtype=dtype or reduce(torch.promote_types, (i.dtype for i in own)))
         before = changes(adapters, module, space=space, device=device)
         call = resolve(module).call(
-            (1, len(before[0])),
-            generators(seed, module, len(adapters)),
-            None if on_iteration is None else partial(on_iteration, module),
+            short_side=1,
+            generators=generators(seed, module, len(adapters)),
+            on_iteration=None if on_iteration is None else partial(on_iteration, module),
         )
-        merged = rule.merge(before, call)
+        merged = rule.apply(before, call)
         change = merged.tensor.to(torch.float64)
         vector = (torch.exp(change) if space == "log" else 1 + change).to(info.dtype)
         if not bool(torch.isfinite(vector).all()):

@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError
+from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.kernels.threads import in_turn
-from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update, modules_of
+from mergekit_ext.methods import Method, Settings
+from peft_merge.adapter import (
+    LoraAdapter,
+    ModuleInfo,
+    OnModule,
+    OnModuleIteration,
+    Update,
+    finite_update,
+    modules_of,
+)
 from peft_merge.algebra.spaces import SPACES, Job
 from peft_merge.algebra.truncated import Rank
-from peft_merge.rules.base import OnModule, OnModuleIteration, Rule, Settings
-from peft_merge.rules.seeds import generators
 
 # Entries of a change that may be dense in every thread at once.
 _SMALL = 1 << 20
@@ -25,7 +33,7 @@ _SMALL = 1 << 20
 
 def merge_lora(
     adapters: Sequence[LoraAdapter],
-    rule: Rule,
+    rule: Method,
     resolve: Callable[[str], Settings],
     *,
     space: str = "delta",
@@ -73,9 +81,9 @@ def merge_lora(
         updates = [finite_update(a, module) if module in a.infos else None for a in adapters]
         shape = own[0].shape
         call = resolve(module).call(
-            shape[1:],
-            generators(seed, module, len(adapters)),
-            None if on_iteration is None else partial(on_iteration, module),
+            short_side=min(shape[1:]),
+            generators=generators(seed, module, len(adapters)),
+            on_iteration=None if on_iteration is None else partial(on_iteration, module),
         )
         job = Job(updates, shape, rule, call, rank, device)
         out = dtype or reduce(torch.promote_types, (info.dtype for info in own))
@@ -115,7 +123,7 @@ def merge_lora(
 
 
 def small(
-    adapters: Sequence[LoraAdapter], rule: Rule, resolve: Callable[[str], Settings], space: str
+    adapters: Sequence[LoraAdapter], rule: Method, resolve: Callable[[str], Settings], space: str
 ) -> bool:
     """Return whether no module needs a large dense change.
 
@@ -128,7 +136,7 @@ def small(
         for module, info in adapter.infos.items()
     }
     return space != "delta" or all(
-        rule.invariant_with(resolve(module).options) or size <= _SMALL
+        rule.invariant(resolve(module).options) or size <= _SMALL
         for module, size in entries.items()
     )
 
@@ -144,8 +152,8 @@ def _bias(job: Job, generators: Sequence[torch.Generator]) -> Tensor | None:
         else update.scale * update.bias.to(job.device, torch.float64)
         for update in job.updates
     ]
-    call = replace(job.call, shape=(1, known.numel()), generators=generators, on_iteration=None)
-    return job.rule.merge(changes, call).tensor
+    call = replace(job.call, short_side=1, generators=generators, on_iteration=None)
+    return job.rule.apply(changes, call).tensor
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

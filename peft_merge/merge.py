@@ -18,6 +18,7 @@ from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteratio
 from mergekit_ext.io.paths import expanded
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.memory import limited
+from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
@@ -26,8 +27,7 @@ from peft_merge.config.plan import MergePlan, Result, WholeMethod
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
 from peft_merge.lora import merge_lora
-from peft_merge.report import report, warn_of_late
-from peft_merge.rules.base import Rule, Settings
+from peft_merge.report import report
 from peft_merge.saved import merge_saved
 
 Source = Adapter | str | os.PathLike[str]
@@ -278,7 +278,7 @@ def _merge(plan: MergePlan, events: Dispatcher, output: str) -> Any:
     return _by_rule(plan, plan.method, events)
 
 
-def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
+def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter:
     for warning in plan.forewarnings:
         warnings.warn(warning, stacklevel=4)
     coefficients = measured(plan, rule, events)
@@ -320,7 +320,8 @@ def _by_rule(plan: MergePlan, rule: Rule, events: Dispatcher) -> MergedAdapter:
     if plan.request.base_model is not None:
         config = {**adapter.config, "base_model_name_or_path": plan.request.base_model}
         adapter = replace(adapter, config=config)
-    warn_of_late(rule.name, modules)
+    for warning in rule.after(rule.name, modules):
+        warnings.warn(warning, stacklevel=4)
     return MergedAdapter(
         adapter, report(plan, modules, coefficients), written(plan.request, plan.adapters)
     )

@@ -180,7 +180,7 @@ def _largest_rank(plan: MergePlan, module: str) -> int:
     in_span = False  # of the factors
     if not isinstance(plan.method, WholeMethod):
         options = plan.resolve(module).options
-        in_span = plan.space != "delta" or plan.method.invariant_with(options)
+        in_span = plan.space != "delta" or plan.method.invariant(options)
     if plan.rank is not None and not in_span:
         return bound
     return min(sum(info.rank for info in _infos(plan, module).values()), bound)

@@ -16,9 +16,9 @@ from torch import Tensor
 from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.dtypes import is_counter
 from mergekit_ext.errors import MergeError, MergeWarning, Problem
+from mergekit_ext.methods.method import cancelling
 from peft_merge.adapter import Adapter, finite
 from peft_merge.io import whole
-from peft_merge.rules.base import cancelling
 
 AVERAGE, DROP = "average", "drop"
 

@@ -59,7 +59,7 @@ def test_a_process_without_mergekit_loads_nothing():
     assert set(python(code).split()) == {"mergekit_ext", "mergekit_ext.autoload"}
 
 
-@pytest.mark.parametrize("module", ["lore_method", "planner"])
+@pytest.mark.parametrize("module", ["declared", "planner"])
 def test_any_module_may_be_imported_first(module):
     python(f"import mergekit_ext.host.{module}")
 

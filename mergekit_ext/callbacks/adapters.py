@@ -45,7 +45,7 @@ class AdapterWeights(Kind):
         """See `Kind.problems`."""
         from peft_merge.config.check import checked
         from peft_merge.config.document import Input, Request
-        from peft_merge.rules.base import rules
+        from peft_merge.methods import rules
 
         settings = self.settings
         unknown = settings.adapter_options.keys() - {"rank", "space", "modules_to_save", "dtype"}
@@ -191,8 +191,7 @@ class AdapterWeights(Kind):
 
         To `merge_adapters` a list is a gradient over layers, or one of filters.
         """
-        from peft_merge.methods import parameters_of
-        from peft_merge.rules.base import rules
+        from peft_merge.methods import parameters_of, rules
 
         if self.settings.running is not None:
             return {}, {}

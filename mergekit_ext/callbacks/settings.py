@@ -127,7 +127,7 @@ def _place_problems(seed: Any, device: Any) -> Iterable[Problem]:
 
 def _name_problems(method: Any) -> Iterable[Problem]:
     from mergekit_ext.core.wording import did_you_mean
-    from peft_merge.rules.base import rules
+    from peft_merge.methods import rules
 
     # Rules make one adapter; the other methods of `peft_merge` make several.
     names = {*RUNNING, *rules()}

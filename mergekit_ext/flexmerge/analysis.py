@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError, NonFiniteError
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
-from mergekit_ext.flexmerge.algorithms.trimming import trimmed_deltas
+from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, trimmed_deltas
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
@@ -121,7 +120,7 @@ def trimmed_grams(
         rows = notes.found("trimmed gram", block.name, partial(_are_rows, size=len(members)))
         if rows is None:
             gram = Gram(len(members))
-            gram.add(trimmed_deltas(reader.read(block), members, algorithm, cuts))
+            gram.add(trimmed_deltas(reader.read(block), members, algorithm.parameters, cuts))
             rows = gram.value.tolist()
             notes.add("trimmed gram", block.name, rows)
         grams[block.name] = torch.tensor(rows, dtype=torch.float64)

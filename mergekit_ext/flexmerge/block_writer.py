@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_ext.flexmerge.algorithms.base import Masked
+from mergekit_ext.flexmerge.algorithm import Masked
 from mergekit_ext.flexmerge.declared import Key, Order, names_of
 from mergekit_ext.flexmerge.finite import require_in_range
 from mergekit_ext.flexmerge.layout import BlockLayout

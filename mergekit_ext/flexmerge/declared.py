@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
+from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED, FileKind
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup

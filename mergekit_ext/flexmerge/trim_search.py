@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.flexmerge.algorithms.base import Cuts, deltas_of
+from mergekit_ext.flexmerge.algorithm import Cuts, deltas_of
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.numerics import chunks

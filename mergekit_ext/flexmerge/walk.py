@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
+from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts
 from mergekit_ext.flexmerge.finite import require_finite, require_in_range
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import MASKED

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod
 
+from mergekit_ext.host.declared import DeclaredMethod
 from mergekit_ext.host.flexmerge.method import FlexMergeMethod
-from mergekit_ext.host.lore_method import LoreMethod
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod, takes_nan
-from mergekit_ext.host.paper_methods import PAPER_METHODS
+from mergekit_ext.methods import MODELS, methods
 
 
 def register_methods() -> None:
@@ -28,9 +28,8 @@ def register_methods() -> None:
 
 def _own() -> Iterator[ExtMethod]:
     yield NanMethod.direct()
-    yield LoreMethod()
     yield FlexMergeMethod()
-    yield from (method() for method in PAPER_METHODS)
+    yield from map(DeclaredMethod, methods(MODELS).values())
 
 
 def _register_once(method: MergeMethod) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
 from mergekit.merge_methods.base import (
     BasePolicy,
     InputContract,
@@ -17,6 +19,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_ext.core.parameters import WEIGHT
 from mergekit_ext.errors import (
     HostVersionError,
     MergeError,
@@ -24,8 +27,9 @@ from mergekit_ext.errors import (
     Problem,
     UniformCoefficientsWarning,
 )
+from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.declared import spec_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
-from mergekit_ext.host.nan_parameters import GRANULARITIES, SHARED, Factor, parameters_with_nan
 from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.kernels.nan import (
@@ -35,9 +39,21 @@ from mergekit_ext.kernels.nan import (
     uniform,
 )
 from mergekit_ext.kernels.numerics import all_finite, squared_norm, squared_norms
+from mergekit_ext.methods.nan import NORM_OF, PAPER, SCALE, granularity
+from mergekit_ext.methods.sparsify import DENSITY, EPSILON, GAMMA
 from mergekit_ext.report.card import coefficients_section
 
-PAPER = "https://arxiv.org/abs/2505.16148"
+# Which tensors share one set of coefficients: from the name of a tensor to the name of its group.
+GRANULARITIES: dict[str, Callable[[str], str]] = {
+    "tensor": lambda name: name,
+    "block": block_of,
+    "model": lambda name: "model",
+}
+_SHARED = tuple(map(spec_of, (NORM_OF, granularity(*GRANULARITIES), SCALE)))
+
+# What these mean in mergekit's sparsifying methods, which take any number: at a density of 0 or
+# less most of them drop the whole task vector, above 1 all keep it.
+RANGES = {p.name: p.kind for p in (DENSITY, GAMMA, EPSILON)}
 
 # Bound parameters carry the norms of a group's block or model under this name. It is no
 # ParameterSpec, so a user cannot set it.
@@ -45,7 +61,7 @@ NORMS = "nan:norms"
 
 # A merged task vector below this share of the dtype's range cannot take a base out of it.
 _SAFE_RANGE = 1e-3
-_RESERVED = frozenset(p.name for p in SHARED)
+_RESERVED = frozenset(p.name for p in _SHARED)
 
 
 def takes_nan(method: MergeMethod) -> bool:
@@ -57,6 +73,16 @@ def takes_nan(method: MergeMethod) -> bool:
         and names["weight"].scope != ParameterScope.SHARED
         and not _RESERVED & names.keys()
     )
+
+
+def _with_ranges(method: MergeMethod) -> Iterator[ParameterSpec]:
+    """Yield a method's parameters; `weight` gets a default, mergekit's sparsifiers `RANGES`."""
+    ranges = RANGES if isinstance(method, GeneralizedTaskArithmeticMerge) else {}
+    for spec in method.spec.parameters:
+        if spec.name == "weight":
+            yield spec_of(WEIGHT, spec.scope)
+        else:
+            yield replace(spec, value_type=ranges.get(spec.name, spec.value_type))
 
 
 class NanMethod(ExtMethod):
@@ -75,13 +101,12 @@ class NanMethod(ExtMethod):
     @classmethod
     def direct(cls) -> NanMethod:
         """`nan`: task arithmetic over a base, a weighted average without one."""
-        weight = ParameterSpec("weight", Factor, ParameterScope.NON_BASE, default=1.0)
         return cls(
             MergeMethodSpec(
                 name="nan",
                 pretty_name="NAN",
                 reference_url=PAPER,
-                parameters=(*SHARED, weight),
+                parameters=(*_SHARED, spec_of(WEIGHT)),
                 contract=InputContract(base=BasePolicy.OPTIONAL, min_non_base=1),
             ),
             DirectRule(),
@@ -96,7 +121,7 @@ class NanMethod(ExtMethod):
                 name=f"nan_{inner.name}",
                 pretty_name=f"{inner.pretty_name or inner.name} with NAN coefficients",
                 reference_url=PAPER,
-                parameters=tuple(parameters_with_nan(method)),
+                parameters=(*_SHARED, *_with_ranges(method)),
                 contract=inner.contract,
                 optional_tensor_policy=inner.optional_tensor_policy,
                 uses_accelerator=inner.uses_accelerator,

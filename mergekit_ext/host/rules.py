@@ -25,6 +25,7 @@ from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from mergekit_ext.memory import copies_of
+from mergekit_ext.methods.sparsify import spread_problems
 
 
 class Rule(ABC):
@@ -143,17 +144,7 @@ class DellaRule(WrappedRule):
 
     def problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
         """A density too near to 0 or 1; at 1 itself everything is kept."""
-        if not {"density", "epsilon"} <= values.keys():
-            return
-        density, epsilon = values["density"], values["epsilon"]
-        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
-            yield Problem(
-                "epsilon",
-                f"{epsilon:g} with a density of {density:g}",
-                f"less than {min(density, 1 - density):g}, which keeps density - epsilon and "
-                "density + epsilon between 0 and 1",
-                "Set a smaller `epsilon`.",
-            )
+        return spread_problems(values) if {"density", "epsilon"} <= values.keys() else ()
 
 
 class TiesRule(Rule):

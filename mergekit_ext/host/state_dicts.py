@@ -21,11 +21,11 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_ext.core.parameters import unfit
 from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.checks.parameters import value_problem
 from mergekit_ext.host.method import ExtMethod, WholeModelMethod
 from mergekit_ext.host.methods import register_methods
 from mergekit_ext.host.session import Session
@@ -78,7 +78,7 @@ def problems(
         wrong = [
             (item, problem)
             for item in _items(specs[key], value)
-            if (problem := value_problem(specs[key], item)) is not None
+            if (problem := unfit(specs[key].validate, item)) is not None
         ]
         for item, (expected, remedy) in wrong:
             yield Problem(where, shown(item), expected, remedy)

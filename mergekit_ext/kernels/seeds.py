@@ -15,6 +15,18 @@ def derived(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
 
+def generators(seed: int, module: str, count: int, part: str = "weight") -> list[torch.Generator]:
+    """Return one generator on the CPU for each of `count` adapters, seeded by its index.
+
+    The same seed drops the same entries whatever other modules are merged, in which order, and on
+    which device. `part` distinguishes a module's weight from its bias.
+    """
+    keys = (f"{seed}\0{module}\0{part}\0{index}" for index in range(count))
+    digests = (hashlib.sha256(key.encode()).digest()[:8] for key in keys)
+    seeds = (int.from_bytes(digest, "little", signed=True) for digest in digests)
+    return [torch.Generator().manual_seed(own) for own in seeds]
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, torch's global generators start from `seed`; afterwards they are as before.

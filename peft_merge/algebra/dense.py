@@ -1,7 +1,7 @@
 r"""Elementwise rules: on the dense changes of one matrix, some rows at a time, then low rank again.
 
-A rule that reads rows in pieces (`Rule.blockwise`) gets each :math:`D_i = s_i B_i A_i` in blocks of
-rows, in float64, made from the factors whenever they are read. Only the merged change is held
+A rule that reads rows in pieces (`Method.blockwise`) gets each :math:`D_i = s_i B_i A_i` in blocks
+of rows, in float64, made from the factors whenever they are read. Only the merged change is held
 whole. Other rules need all m changes at once.
 """
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mergekit_ext.errors import MergeError
 from mergekit_ext.kernels.linear_algebra import matmul
+from mergekit_ext.methods import Call, Method
+from mergekit_ext.methods.method import Pieces
 from peft_merge.adapter import Update
 from peft_merge.algebra.truncated import Factored, Leading, Rank, chosen, leading
-from peft_merge.rules.base import Call, Pieces, Rule
 
 # Entries of a block of rows.
 BLOCK = 1 << 16
@@ -30,7 +31,7 @@ _FLOOR = {torch.float32: 1e-6, torch.float64: 1e-13}
 def merge(
     updates: Sequence[Update | None],
     shape: tuple[int, int, int],
-    rule: Rule,
+    rule: Method,
     call: Call,
     rank: Rank,
     device: str | torch.device,
@@ -81,14 +82,14 @@ def _source(
 
 def _merged(
     sources: Sequence[Pieces],
-    rule: Rule,
+    rule: Method,
     call: Call,
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> tuple[Tensor, dict[str, Any]]:
     if rule.blockwise is None:
-        merged = rule.merge([_whole(source(), shape, dtype, device) for source in sources], call)
+        merged = rule.apply([_whole(source(), shape, dtype, device) for source in sources], call)
         return _whole(iter((merged.tensor,)), shape, dtype, device), dict(merged.details)
     return _whole(rule.blockwise(sources, call), shape, dtype, device), {}
 

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.methods import Call, Method
 from peft_merge.adapter import Update
 from peft_merge.algebra import dense
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen
-from peft_merge.rules.base import Call, Rule
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Job:
 
     updates: Sequence[Update | None]
     shape: tuple[int, int, int]
-    rule: Rule
+    rule: Method
     call: Call
     rank: Rank | None
     device: str | torch.device
@@ -57,7 +57,7 @@ class Job:
     def slots(self, stacks: Sequence[Tensor], call: Call) -> tuple[Tensor, dict[str, Any]]:
         """Return the rule's result on each matrix of m stacks of n, by itself, and its details."""
         merged = [
-            self.rule.merge([stack[index] for stack in stacks], call)
+            self.rule.apply([stack[index] for stack in stacks], call)
             for index in range(self.shape[0])
         ]
         details: dict[str, Any] = {}
@@ -79,7 +79,7 @@ Result = tuple[Factored, dict[str, Any]]
 
 
 def _delta(job: Job) -> Result:
-    if job.rule.invariant_with(job.call.options):
+    if job.rule.invariant(job.call.options):
         space = CoreSpace.of(job.updates, job.shape, job.device)
         merged, details = job.slots(space.cores, job.call)
         return job.factor(space, merged), details
@@ -90,7 +90,7 @@ def _delta(job: Job) -> Result:
 
 
 def _core(job: Job) -> Result:
-    if job.rule.invariant_with(job.call.options):
+    if job.rule.invariant(job.call.options):
         return _delta(job)
     # roots of the scaling on both sides, so that no side's axes depend on where the scaling is
     balanced = [None if u is None else _balanced(u, job.device) for u in job.updates]

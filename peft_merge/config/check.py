@@ -15,6 +15,7 @@ import torch
 from mergekit_ext import memory
 from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.methods import ADAPTERS, Inputs, Method, Settings
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
 from peft_merge.config.document import Input, Request
@@ -26,12 +27,11 @@ from peft_merge.config.options import (
     fit_problems,
     option_problems,
 )
-from peft_merge.config.plan import Kind, MergePlan, Method, WholeMethod
+from peft_merge.config.plan import AnyMethod, Kind, MergePlan, WholeMethod
 from peft_merge.config.resolve import Resolver, unknown_everywhere
 from peft_merge.footprint import need_of
 from peft_merge.io import compatible, different_bases, few_shared, load_adapter, one_form
 from peft_merge.methods import methods, of_any_method, parameters_of
-from peft_merge.rules.base import Rule, Settings
 
 PATTERNS = (
     "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "
@@ -75,7 +75,7 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     forewarnings: dict[str, MergeWarning] = {}
     absent = list(resolve.missing())
     found += absent
-    if isinstance(method, Rule):
+    if isinstance(method, Method):
         if not absent:
             found += _value_problems(method, {name: resolve(name) for name in resolve.modules})
         if not unfit:
@@ -84,9 +84,11 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         found += unfit
     if found:
         _stop(request, [*found, *unfit])
-    if isinstance(method, Rule):
+    if isinstance(method, Method):
         for module in resolve.modules:  # each once, however many modules it is about
-            for warning in method.forewarnings(len(adapters), resolve(module).options):
+            for warning in method.forewarn(
+                resolve(module).options, Inputs(len(adapters), driver=ADAPTERS)
+            ):
                 forewarnings.setdefault(str(warning), warning)
     plan = MergePlan(
         request=request,
@@ -120,7 +122,7 @@ def _stop(request: Request, problems: Iterable[Problem]) -> NoReturn:
     raise ConfigError(dict.fromkeys(problems), request.subject)
 
 
-def _settings(request: Request, found: list[Problem]) -> tuple[Method | None, Resolver | None]:
+def _settings(request: Request, found: list[Problem]) -> tuple[AnyMethod | None, Resolver | None]:
     """The method, and the settings, if they are right by themselves."""
     name, known = request.method, methods()
     if not isinstance(name, str) or name not in known:
@@ -169,13 +171,13 @@ def _adapter(item: Input, allow_pickle: bool, found: list[Problem]) -> Adapter |
         return None
 
 
-def _value_problems(rule: Rule, values: Mapping[str, Settings]) -> Iterator[Problem]:
+def _value_problems(rule: Method, values: Mapping[str, Settings]) -> Iterator[Problem]:
     """What a rule finds wrong with its options and weights, as each module gets them."""
     for settings in values.values():
-        yield from rule.check(len(settings.weights), settings.options)
+        yield from rule.check(settings.options, Inputs(len(settings.weights), driver=ADAPTERS))
         for own in settings.each:
-            yield from rule.check_each(settings.options, own)
-    if rule.coefficients is not None:
+            yield from rule.check_each(own)
+    if rule.nan:
         each = sorted({settings.options["granularity"] for settings in values.values()})
         if len(each) > 1:
             found = f"{' and '.join(each)}, by module"

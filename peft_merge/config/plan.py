@@ -13,13 +13,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from mergekit_ext.core.parameters import Parameter
 from mergekit_ext.errors import MergeWarning, Problem
 from mergekit_ext.events import Dispatcher
+from mergekit_ext.methods import Method
 from peft_merge.adapter import Adapter
 from peft_merge.algebra.truncated import Rank
 from peft_merge.config.document import Request
 from peft_merge.config.resolve import Resolver
-from peft_merge.rules.base import Parameter, Rule
 
 Kind = Literal["lora", "ia3"]
 
@@ -57,7 +58,7 @@ class WholeMethod:
     )
 
 
-Method = Rule | WholeMethod
+AnyMethod = Method | WholeMethod
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class MergePlan:
     """
 
     request: Request
-    method: Method
+    method: AnyMethod
     kind: Kind
     adapters: tuple[Adapter, ...]
     modules: tuple[str, ...]

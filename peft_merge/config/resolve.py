@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
 from mergekit_ext.core.wording import did_you_mean, join, listing
 from mergekit_ext.errors import Problem
+from mergekit_ext.methods import Settings
 from peft_merge.config.document import Input
 from peft_merge.config.settings import UNSET, evaluate, filters, places, problems_of
-from peft_merge.rules.base import REQUIRED, WEIGHT, Parameter, Settings
 
 
 def unknown_everywhere(

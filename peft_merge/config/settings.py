@@ -6,16 +6,14 @@ A setting is a value, a gradient (a list of values over the layers), an entry wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from mergekit_ext.core.parameters import Parameter
 from mergekit_ext.core.wording import did_you_mean, join, shown
 from mergekit_ext.errors import Problem
 from peft_merge.io.names import LAYER
-from peft_merge.rules.base import Parameter
 
-_SCALARS = (bool, int, float, str, type(None))
 _ENTRY = frozenset({"value", "filter"})
 _SHAPE = (
     "a value, a list of values (a gradient over the layers), or entries with `value:` and `filter:`"
@@ -57,80 +55,9 @@ def problems_of(parameter: Parameter, setting: Any, where: str) -> Iterator[Prob
 
 
 def _value_problems(parameter: Parameter, value: Any, where: str) -> Iterator[Problem]:
-    if not isinstance(value, _SCALARS):
-        yield Problem(where, shown(value), expectation(parameter))
-        return
-    try:
-        converted = convert(parameter, value)
-    except ValueError:
-        remedy = (
-            did_you_mean(value, parameter.choices, listed=True)
-            if parameter.choices and isinstance(value, str)
-            else ""
-        )
-        yield Problem(where, shown(value), expectation(parameter), remedy)
-        return
-    if converted is not None and not _within(parameter, converted):
-        yield Problem(where, shown(value), expectation(parameter))
-
-
-def convert(parameter: Parameter, value: Any) -> Any:
-    """Return a scalar as the parameter's kind. Numbers may be texts: YAML reads ``1e-3`` as one.
-
-    Raises:
-        ValueError: it is of another kind, not finite, or none of the choices.
-    """
-    if value is None and parameter.default is None:
-        return None
-    if parameter.read is not None:
-        return parameter.read(value)
-    if parameter.kind is bool and isinstance(value, bool):
-        return value
-    if parameter.kind is str and isinstance(value, str):
-        if parameter.choices and value not in parameter.choices:
-            raise ValueError(value)
-        return value
-    if parameter.kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if parameter.kind in (int, float) and isinstance(value, (int, float, str)):
-        number = float("nan") if isinstance(value, bool) else _float(value)
-        if math.isfinite(number) and (parameter.kind is float or number.is_integer()):
-            return parameter.kind(number)
-    raise ValueError(value)
-
-
-def _float(value: int | float | str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _within(parameter: Parameter, value: Any) -> bool:
-    if parameter.low is not None and (
-        value < parameter.low or (parameter.above and value == parameter.low)
-    ):
-        return False
-    return parameter.high is None or value <= parameter.high
-
-
-def expectation(parameter: Parameter) -> str:
-    """Return what a value of the parameter must be, as the end of "expected ..."."""
-    if parameter.expected:
-        return parameter.expected
-    if parameter.choices:
-        return f"one of {', '.join(parameter.choices)}"
-    if parameter.kind is bool:
-        return "true or false"
-    if parameter.kind is str:
-        return "a text"
-    kind = "a whole number" if parameter.kind is int else "a finite number"
-    parts = [kind]
-    if parameter.low is not None:
-        parts.append(f"{'above' if parameter.above else 'from'} {parameter.low:g}")
-    if parameter.high is not None:
-        parts.append(f"up to {parameter.high:g}")
-    return " ".join(parts)
+    wrong = parameter.problem(value)
+    if wrong is not None:
+        yield Problem(where, shown(value), *wrong)
 
 
 def evaluate(parameter: Parameter, setting: Any, module: str, place: float) -> Any:
@@ -151,14 +78,14 @@ def evaluate(parameter: Parameter, setting: Any, module: str, place: float) -> A
             if text in (None, "*") or text in module:
                 return evaluate(parameter, entry["value"], module, place)
         return UNSET
-    return convert(parameter, setting)
+    return parameter.read(setting)
 
 
 def _along(parameter: Parameter, gradient: list[Any] | tuple[Any, ...], place: float) -> Any:
-    values = [convert(parameter, item) for item in gradient]
+    values = [parameter.read(item) for item in gradient]
     at = place * (len(values) - 1)
     below = int(at)
-    if parameter.kind is not float or None in values:
+    if not parameter.interpolates or None in values:
         return values[below]
     above = min(below + 1, len(values) - 1)
     share = at - below

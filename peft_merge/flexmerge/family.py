@@ -8,9 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from mergekit_ext.methods import ADAPTERS, Method, Settings
 from peft_merge.adapter import Adapter
 from peft_merge.config.plan import MergePlan
-from peft_merge.rules.base import Rule, Settings
 
 V = TypeVar("V")
 I = TypeVar("I")  # noqa: E741
@@ -69,14 +69,14 @@ class Family(Protocol):
 
 def settings_of(
     plan: MergePlan,
-    rule: Rule,
+    rule: Method,
     module: str,
     group: Group,
     coefficients: Sequence[float] | None,
 ) -> Settings:
     """The rule's parameters for some of the adapters, NAN's coefficients multiplied in."""
     values = plan.resolve(module)
-    shared = {p.name for p in rule.parameters if not p.per_model}
+    shared = {p.name for p in rule.for_driver(ADAPTERS) if not p.per_model}
     weights = [values.weights[i] for i in group]
     if coefficients is not None:
         weights = [a * weight for a, weight in zip(coefficients, weights, strict=True)]

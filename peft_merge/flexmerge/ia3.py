@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.similarity import Gram
+from mergekit_ext.methods import Method
 from peft_merge import ia3
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.coefficients import coefficients, ia3_norms
@@ -19,7 +20,6 @@ from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import Group, Piece, settings_of
 from peft_merge.flexmerge.private import cast_to, private
 from peft_merge.io.merged import ia3_configuration
-from peft_merge.rules.base import Rule
 
 VectorPiece = Piece[Tensor, VectorInfo]
 
@@ -27,7 +27,7 @@ VectorPiece = Piece[Tensor, VectorInfo]
 class Ia3Family:
     """See `flexmerge.family.Family`."""
 
-    def __init__(self, plan: MergePlan, rule: Rule):
+    def __init__(self, plan: MergePlan, rule: Method):
         """Raises `ConfigError` and `NonFiniteError` as `ia3.check` does."""
         self._plan, self._rule = plan, rule
         self._adapters = [a for a in plan.adapters if isinstance(a, Ia3Adapter)]
@@ -64,7 +64,7 @@ class Ia3Family:
             if not any(view.infos for view in views):
                 continue
             found = None
-            if self._rule.coefficients is not None:
+            if self._rule.nan:
                 found = coefficients(ia3_norms(views, space=self._space))[module]
             settings = settings_of(self._plan, self._rule, module, group, found)
             vectors, infos, report = ia3.merge_ia3(

@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from mergekit_ext.methods import Method
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import Rank
@@ -19,7 +20,6 @@ from peft_merge.flexmerge.private import cast_to, private
 from peft_merge.io.layouts import at_rank, filled, one_rank, unscaled
 from peft_merge.io.merged import lora_configuration, stored_ranks
 from peft_merge.lora import merge_lora, small
-from peft_merge.rules.base import Rule
 
 UpdatePiece = Piece[Update, ModuleInfo]
 
@@ -36,7 +36,7 @@ class LoraFamily:
     energy the ranks are found by merging.
     """
 
-    def __init__(self, plan: MergePlan, rule: Rule):
+    def __init__(self, plan: MergePlan, rule: Method):
         self._plan, self._rule = plan, rule
         self._adapters = [a for a in plan.adapters if isinstance(a, LoraAdapter)]
         self._forced = plan.dtype if plan.request.dtype is not None else None
@@ -155,7 +155,7 @@ class LoraFamily:
     def _merged(self, module: str, group: Group) -> UpdatePiece:
         views = [_view(self._adapters[task], module) for task in group]
         found = None
-        if self._rule.coefficients is not None:
+        if self._rule.nan:
             found = coefficients(lora_norms(views))[module]
         settings = settings_of(self._plan, self._rule, module, group, found)
         rank: Rank | None = self._plan.rank

@@ -6,9 +6,9 @@ more than `target_size`. Modules (or layers of them) are the blocks; a change is
 LoRA, :math:`\ell - 1` or :math:`\log \ell` of an (IA)^3. An adapter without a module has a change
 of zero there.
 
-A group of two or more tasks shares F of its members' original changes, F being any rule of
-`peft_merge.rules`. The default is the paper's: task arithmetic with :math:`\lambda` = 1.5 times the
-mean (footnote 1, section 4).
+A group of two or more tasks shares F of its members' original changes, F being any method of
+`mergekit_ext.methods` for adapters. The default is the paper's: task arithmetic with
+:math:`\lambda` = 1.5 times the mean (footnote 1, section 4).
 """
 
 from __future__ import annotations
@@ -16,41 +16,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import NoneType
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator
+
+from mergekit_ext.core.parameters import WEIGHT, Parameter, choice
 from mergekit_ext.core.wording import listing, shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher
-from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
+from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM, options
+from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.document import Request
 from peft_merge.config.plan import MergePlan, WholeMethod
-from peft_merge.config.settings import convert
 from peft_merge.flexmerge.blocks import GRANULARITIES
 from peft_merge.flexmerge.manifest import task_name_problem
 from peft_merge.flexmerge.options import Options
 from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.flexmerge.run import merge, unreachable
-from peft_merge.flexmerge.target import EXPECTED, Target
-from peft_merge.methods import of_any_rule, register
-from peft_merge.rules.base import WEIGHT, Parameter, Rule, rules
+from peft_merge.flexmerge.target import Target
+from peft_merge.methods import of_any_rule, register, rules
 
-DEFAULT = "task_arithmetic"
-
-OWN = (
-    Parameter(
-        "target_size",
-        str,
-        help="what all adapters together may take: a number of adapters, or a memory budget",
-        read=Target.parse,
-        expected=EXPECTED,
-    ),
-    Parameter("algorithm", str, DEFAULT, help="any method that makes one adapter"),
-    Parameter(
-        "linkage", str, "min", choices=tuple(LINKAGES), help="similarity of two groups of tasks"
-    ),
-    Parameter("order", str, "greedy", choices=tuple(ORDERS), help="which groups merge first"),
-    Parameter("granularity", str, "module", choices=tuple(GRANULARITIES), help="what is a block"),
+OWN = options(
+    Annotated[Target, BeforeValidator(Target.parse)],
+    # The default first.
+    sorted(GRANULARITIES, key=lambda name: name != "module"),
+    "2.25 (adapters)",
 )
 _NAMES = {parameter.name for parameter in OWN}
 
@@ -66,9 +57,9 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
     NAN's `granularity` is FlexMerge's here: its coefficients are those of each module and group.
     """
     known = rules()
-    chosen = shared.get("algorithm", DEFAULT)
+    chosen = shared.get("algorithm", DEFAULT_ALGORITHM)
     rule = known.get(chosen) if isinstance(chosen, str) else None
-    own = tuple(replace(p, choices=tuple(known)) if p.name == "algorithm" else p for p in OWN)
+    own = tuple(replace(p, kind=choice(*known)) if p.name == "algorithm" else p for p in OWN)
     if rule is None:  # said of `algorithm`; what any algorithm has may be meant for the right one
         forms = of_any_rule()
         others = (name for name in forms if name not in {*_NAMES, WEIGHT.name})
@@ -76,16 +67,16 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
     defaults = _DEFAULTS.get(rule.name, {})
     inherited = (
         replace(p, default=defaults.get(p.name, p.default))
-        for p in rule.parameters
+        for p in rule.for_driver(ADAPTERS)
         if p.name not in _NAMES
     )
-    return (*own, WEIGHT, *inherited)
+    return (*own, *inherited)
 
 
 def _any_value(name: str, forms: Sequence[Parameter]) -> Parameter:
     """A parameter of which it is not known which of these it is."""
     per_model = any(form.per_model for form in forms)
-    return Parameter(name, str, None, per_model, read=lambda value: value)
+    return Parameter(name, Any, None, per_model=per_model)
 
 
 def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
@@ -157,24 +148,26 @@ def _algorithm(plan: MergePlan) -> Iterator[Problem]:
     for module in plan.modules:
         values = plan.resolve(module)
         for count in range(2, len(plan.adapters) + 1):
-            problems.update(dict.fromkeys(rule.check(count, values.options)))
+            problems.update(
+                dict.fromkeys(rule.check(values.options, Inputs(count, driver=ADAPTERS)))
+            )
         for own in values.each:
-            problems.update(dict.fromkeys(rule.check_each(values.options, own)))
+            problems.update(dict.fromkeys(rule.check_each(own)))
     yield from problems
 
 
 def _size(plan: MergePlan) -> Iterator[Problem]:
     """A target that cannot be reached, as far as headers tell."""
-    if isinstance(plan.rank, (int, NoneType)) and (wrong := unreachable(plan, options(plan))):
+    if isinstance(plan.rank, (int, NoneType)) and (wrong := unreachable(plan, options_of(plan))):
         yield wrong
 
 
-def chosen_rule(plan: MergePlan) -> Rule:
+def chosen_rule(plan: MergePlan) -> Method:
     """The algorithm of a checked plan."""
     return rules()[str(_value(plan, "algorithm"))]
 
 
-def options(plan: MergePlan) -> Options:
+def options_of(plan: MergePlan) -> Options:
     """FlexMerge's own parameters of a checked plan."""
     target = _value(plan, "target_size")
     assert isinstance(target, Target)
@@ -190,12 +183,12 @@ def options(plan: MergePlan) -> Options:
 def _value(plan: MergePlan, name: str) -> Any:
     parameter = next(p for p in OWN if p.name == name)
     given = plan.request.parameters.get(name, parameter.default)
-    return convert(parameter, given)
+    return parameter.read(given)
 
 
 def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
     """See `peft_merge.flexmerge.run.merge`."""
-    return merge(plan, options(plan), events)
+    return merge(plan, options_of(plan), events)
 
 
 register(WholeMethod("flexmerge", parameters, check, run, check_inputs))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_ext.methods import Method
 from peft_merge.flexmerge.target import Target
-from peft_merge.rules.base import Rule
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Options:
     """How groups are found, and merged."""
 
     target: Target
-    rule: Rule
+    rule: Method
     linkage: str
     order: str
     granularity: str

@@ -22,6 +22,7 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.kernels.threads import in_turn
+from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.config.document import written
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.blocks import Block, blocks_of
@@ -34,12 +35,11 @@ from peft_merge.flexmerge.report import MergedBlock, MergedGroup, report
 from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.flexmerge.target import Size, out_of_reach
 from peft_merge.flexmerge.trajectory import Shared, Trajectory
-from peft_merge.rules.base import Rule
 
 # Of modules, by their names.
 Changes = dict[str, Piece[Any, Any]]
 
-FAMILIES: Mapping[str, Callable[[MergePlan, Rule], Family]] = {
+FAMILIES: Mapping[str, Callable[[MergePlan, Method], Family]] = {
     "lora": LoraFamily,
     "ia3": Ia3Family,
 }
@@ -133,14 +133,14 @@ def _similarities(
     return found
 
 
-def _forewarn(plan: MergePlan, rule: Rule, groups: Sequence[Sequence[Shared]]) -> None:
+def _forewarn(plan: MergePlan, rule: Method, groups: Sequence[Sequence[Shared]]) -> None:
     """What the rule says of groups of such sizes, once."""
     counts = {len(group.tasks) for found in groups for group in found} - {1}
     said = {
         str(warning): warning
         for module in plan.modules
         for count in sorted(counts)
-        for warning in rule.forewarnings(count, plan.resolve(module).options)
+        for warning in rule.forewarn(plan.resolve(module).options, Inputs(count, driver=ADAPTERS))
     }
     for warning in said.values():
         warnings.warn(warning, stacklevel=6)

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.dtypes import dtype_name
+from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.methods import BLOCKS, methods
 
 State = Mapping[str, Tensor]
+
+
+def algorithm(
+    name: str,
+    count: int,
+    shared: Mapping[str, Any] | None = None,
+    scope: str = "block",
+    **each: Sequence[Any],
+) -> Declared:
+    """An algorithm for `count` tasks, with defaults for what is not given."""
+    method = methods(BLOCKS)[name]
+    full = {p.name: (shared or {}).get(p.name, p.default) for p in method.for_driver(BLOCKS)}
+    models = [{k: each[k][i] if k in each else full[k] for k in full} for i in range(count)]
+    return Declared(method, Parameters(full, models, scope))
 
 
 class MemorySource:

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from mergekit_ext.errors import NonFiniteError, RankError
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
-from mergekit_ext.flexmerge.algorithms.base import Parameters
-from mergekit_ext.flexmerge.algorithms.preprocessing import Dare
+from mergekit_ext.flexmerge.algorithm import Dare
 from mergekit_ext.flexmerge.analysis import analyse, trimmed_grams
 from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.notes import Notes
@@ -22,7 +20,7 @@ from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.parallel.ranks import Ranks
-from tests.flexmerge.inputs import family, reader
+from tests.flexmerge.inputs import algorithm, family, reader
 from tests.processes.together import together
 
 CASES = ("average", "ties", "emr", "consensus", "dare", "forced")
@@ -69,9 +67,7 @@ class Merge:
             model["head.weight"] = torch.full((2, 3 + number), float(number))
         self.inputs = Counted(reader(base, models))
         name = {"dare": "average", "forced": "average"}.get(case, case)
-        kind = ALGORITHMS[name]
-        full = {o.name: o.default for o in kind.options} | {"density": 0.4}
-        self.algorithm = kind(Parameters(full, [full] * 4))
+        self.algorithm = algorithm(name, 4, {"density": 0.4}, "model")
         if case == "dare":
             self.algorithm = Dare(self.algorithm, 0.5, seed=3)
         self.forced = torch.bfloat16 if case == "forced" else None

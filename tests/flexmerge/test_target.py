@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_ext.flexmerge.target import Size, Target
-from mergekit_ext.host.checks.parameters import value_problem
 from mergekit_ext.host.flexmerge.parameters import OWN
 
 SPEC = next(spec for spec in OWN if spec.name == "target_size")
@@ -57,7 +56,7 @@ def test_ways_to_write_it(written, models, size):
 def test_what_is_refused(written):
     with pytest.raises(ValueError, match="number of models such as"):
         Target.parse(written)
-    wanted, _ = value_problem(SPEC, written)
+    wanted, _ = SPEC.problem(written)
     assert "number of models such as 2.25" in wanted
 
 

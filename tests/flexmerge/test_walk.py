@@ -17,8 +17,6 @@ from torch import Tensor
 
 import mergekit_ext
 from mergekit_ext.errors import MergeError
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
-from mergekit_ext.flexmerge.algorithms.base import Parameters
 from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Plan, StoredGroup
 from mergekit_ext.flexmerge.reader import open_checkpoint
@@ -262,7 +260,7 @@ def test_a_reconstruction_that_leaves_the_range_is_an_error() -> None:
     base = {"mlp.up": torch.tensor([6e4, 0.0], dtype=torch.float16)}
     models = [{"mlp.up": (base["mlp.up"].double() + torch.tensor(m)).half()} for m in moves]
     reader = memory.reader(base, models)
-    emr = ALGORITHMS["emr"](Parameters({}, [{}, {}, {}]))
+    emr = memory.algorithm("emr", 3)
     walk = Walk(reader, emr)
     walk.go(Plan(((StoredGroup((0, 1, 2), MASKED),),), Size(1, 1, 0)))
     assert torch.isfinite(walk.tensors(0)["mlp.up"]).all()

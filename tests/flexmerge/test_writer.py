@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_ext.errors import MergeError
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
-from mergekit_ext.flexmerge.algorithms.base import Parameters
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.checkpoint import Checkpoint
 from mergekit_ext.flexmerge.declared import Order
@@ -22,7 +20,7 @@ from mergekit_ext.flexmerge.plan import Dendrograms, Plan, Storage, StoredGroup
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
-from tests.flexmerge.inputs import family, reader
+from tests.flexmerge.inputs import algorithm, family, reader
 from tests.reference import flexmerge as naive
 
 MASKS = ("emr", "consensus")
@@ -36,9 +34,7 @@ KINDS = {
 
 
 def algorithm_for(name, count, shared=None, scope="block"):
-    kind = ALGORITHMS[name]
-    full = {o.name: o.default for o in kind.options} | {"lambda": 1.0, "density": 0.4}
-    return kind(Parameters({**full, **(shared or {})}, [full] * count, scope))
+    return algorithm(name, count, {"lambda": 1.0, "density": 0.4, **(shared or {})}, scope)
 
 
 def planner_for(found, masks=False, forced=None):

@@ -8,16 +8,16 @@ import pytest
 import torch
 from mergekit.merge_methods.base import ParameterScope
 
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
-from mergekit_ext.flexmerge.algorithms.base import Parameters
-from mergekit_ext.host.flexmerge.algorithm import make, registered
-from tests.flexmerge.inputs import family, reader
+from mergekit_ext.flexmerge.algorithm import Parameters
+from mergekit_ext.host.flexmerge.algorithms import make, registered
+from mergekit_ext.methods import BLOCKS, methods
+from tests.flexmerge.inputs import algorithm, family, reader
 
 # torch splits a sum over its threads from 32768 terms on, and products of matrices as it likes.
 SHAPES = {"mlp.up": (200, 170), "mlp.bias": (33_000,), "attention.q": (260, 260)}
 MATRIX = {"attention.q": (512, 512)}
 STOCK = ("model_stock", "dare_ties", "della", "sce", "karcher")
-METHODS = (*ALGORITHMS, *STOCK)
+METHODS = (*methods(BLOCKS), *STOCK)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,8 @@ def inputs():
 
 
 def algorithm_for(name, seed=0):
-    if name in ALGORITHMS:
-        full = {o.name: o.default for o in ALGORITHMS[name].options} | {"density": 0.3}
-        return make(name, Parameters(full, [full] * 3, "block"), {}, seed)
+    if name in methods(BLOCKS):
+        return algorithm(name, 3, {"density": 0.3})
     specs = {spec.name: spec for spec in registered(name).spec.parameters}
     usual = {"weight": 1.0, "density": 0.5}
     shared, each = (
@@ -39,7 +38,7 @@ def algorithm_for(name, seed=0):
         }
         for is_shared in (True, False)
     )
-    return make(name, Parameters(shared, [each] * 3), specs, seed)
+    return make(name, Parameters(shared, [each] * 3), seed)
 
 
 def digest(name, inputs, members=(0, 1, 2), seed=0):

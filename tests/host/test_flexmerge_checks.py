@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergekit_ext
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
 from mergekit_ext.flexmerge.source import FileSource
 from mergekit_ext.host.checks.merge import check_merge
 from mergekit_ext.host.checks.source import check_source
+from mergekit_ext.methods import BLOCKS, methods
 from tests import models as small
 
 QUIET = MergeOptions(quiet=True)
@@ -73,8 +73,8 @@ def test_a_good_one_has_no_problems_and_says_what_it_will_do(content):
 
 
 def test_defaults_are_enough_for_every_algorithm(content):
-    for name in ALGORITHMS:
-        target = 2.9 if ALGORITHMS[name].masks else 2
+    for name, method in methods(BLOCKS).items():
+        target = 2.9 if method.masks else 2
         assert not problems_of(put(content, algorithm=name, target_size=target))
 
 

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.events import MergeCallback, SizeReached, StatisticsBegin
-from mergekit_ext.flexmerge.algorithms.linear import TaskArithmetic
+from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.runtime import load
 from mergekit_ext.host import run
 from mergekit_ext.host.flexmerge.curve import write_curve
@@ -176,7 +176,7 @@ def test_without_an_evaluation_nothing_is_merged(
     def refuse(*arguments: Any) -> None:
         raise AssertionError("merged")
 
-    monkeypatch.setattr(TaskArithmetic, "merge", refuse)
+    monkeypatch.setattr(Declared, "merge", refuse)
     out = tmp_path / "out"
     curve = write_curve(written(tmp_path, llamas), out, OPTIONS, ["all"])
     assert len(curve.points) > 10 and not (out / "sizes.png").exists()

@@ -14,8 +14,8 @@ from mergekit_ext.errors import (
     TwoModelsWarning,
     UniformCoefficientsWarning,
 )
-from mergekit_ext.host.lore_method import layout_of
 from mergekit_ext.host.methods import ext_method
+from mergekit_ext.methods.method import layout_of
 from tests.reference.lore import lore as reference
 
 mergekit_ext.register()

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergekit_ext
-from mergekit_ext.flexmerge.algorithms import ALGORITHMS
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.host import state_dicts
+from mergekit_ext.methods import BLOCKS, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.ia3 import merge_ia3
 from peft_merge.lora import merge_lora
-from peft_merge.rules.base import Rule, rules
+from peft_merge.methods import Rule, rules
 from tests.models import config, write_yaml
 from tests.peft_merge import loras
 
@@ -37,7 +37,7 @@ HOST: dict[str, dict[str, Any]] = {
     "pcb": {"density": 0.5},
     "emr": {},
 }
-FLEXMERGE = tuple(ALGORITHMS)
+FLEXMERGE = tuple(methods(BLOCKS))
 
 
 def host(name: str, models: Sequence[State], base: State | None = None, **more: Any) -> State:
@@ -75,7 +75,7 @@ def flexmerge(
         )
         paths.append(place)
     # One block of everything: of three models one group, with masks or without.
-    size = 2.9 if ALGORITHMS[name].masks else 1.0
+    size = 2.9 if methods(BLOCKS)[name].masks else 1.0
     parameters = {"target_size": size, "algorithm": name, "granularity": "model", **more}
     text = config("flexmerge", paths[1:], paths[0], parameters)
     out = folder / "out"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mergekit_ext.methods import ADAPTERS, Settings
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
-from peft_merge.rules.base import REQUIRED, Settings
 
 
 def update(seed, rank, shape=(1, 24, 18), *, scale=0.5, dtype=torch.float32, size=1.0, bias=False):
@@ -40,15 +40,13 @@ def adapter(name, updates):
 
 def settings(rule, count, *, weights=None, each=None, **options):
     """Defaults of a rule with some values changed."""
-    own = {p.name: p.default for p in rule.parameters if p.per_model}
-    shared = {p.name: p.default for p in rule.parameters if not p.per_model}
+    found = rule.defaults(count, ADAPTERS)
     names = {name.rstrip("_"): value for name, value in options.items()}
-    assert names.keys() <= shared.keys(), names
-    assert all(value is not REQUIRED for value in {**shared, **own, **names}.values())
+    assert names.keys() <= found.options.keys(), names
     return Settings(
-        weights or [1.0] * count,
-        {**shared, **names},
-        [{**own, **(each[i] if each else {})} for i in range(count)],
+        weights or found.weights,
+        {**found.options, **names},
+        [{**found.each[i], **(each[i] if each else {})} for i in range(count)],
     )
 
 

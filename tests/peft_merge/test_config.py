@@ -134,7 +134,10 @@ def test_the_default_dtype_holds_all_inputs(folders, tmp_path):
         ({"base_model": 7}, "base_model: found 7"),
         ({"parameters": [1]}, r"parameters: found \[1\]; expected a mapping"),
         ({"parameters": {"weigth": 1}}, "parameters.weigth: found a parameter that `linear` does"),
-        ({"parameters": {"normalize": 1}}, "parameters.normalize: found 1; expected true or false"),
+        (
+            {"parameters": {"normalize": 1}},
+            "parameters.normalize: found 1; expected a valid boolean",
+        ),
         ({"parameters": {"weight": float("nan")}}, "parameters.weight: found nan"),
         ({"merge_method": "lore"}, "none of mu, mu_relative, rank_ratio"),
         (

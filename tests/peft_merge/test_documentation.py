@@ -10,6 +10,7 @@ import torch
 import yaml
 from mergekit.config import MergeConfiguration
 
+from mergekit_ext.core.parameters import REQUIRED
 from mergekit_ext.errors import ConfigError
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
@@ -18,7 +19,7 @@ from peft_merge.ia3 import Space
 from peft_merge.io import load_adapter
 from peft_merge.live import COMBINATION_TYPES
 from peft_merge.merge import merge_adapters, plan_config
-from peft_merge.rules.base import REQUIRED, rules
+from peft_merge.methods import rules
 from tests.peft_merge.models import KINDS, saved
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -11,20 +11,21 @@ from hypothesis import strategies as st
 from peft.utils import ModulesToSaveWrapper
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from mergekit_ext.methods import ADAPTERS, Merged, Method, Settings
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.coefficients import ia3_norms
 from peft_merge.ia3 import merge_ia3
-from peft_merge.rules.base import Merged, Rule, Settings, rules
+from peft_merge.methods import rules
 from tests.peft_merge import models
 from tests.reference.ia3 import combine, multiplied, vectors_of
 
 
 def weighted(tensors, call):
     total = sum(w * t for w, t in zip(call.weights, tensors, strict=True))
-    return Merged(total, {"seen": list(call.shape)})
+    return Merged(total, {"seen": call.short_side})
 
 
-SUM = Rule("sum", weighted, invariant=True)
+SUM = Method("sum", "", "", weighted, weighs=True)
 
 
 def call(*weights):
@@ -104,7 +105,7 @@ OFF = {"mu": 0.0, "density": 1.0, "epsilon": 0.0, "gamma": 0.0, "clip": 0.0}
 
 def unshrunk(rule, count):
     """Defaults, with every threshold off."""
-    given = rule.defaults(count)
+    given = rule.defaults(count, ADAPTERS)
     options = {key: OFF.get(key, value) for key, value in given.options.items()}
     each = [{key: OFF.get(key, value) for key, value in own.items()} for own in given.each]
     return Settings([1.0] * count, options, each)
@@ -130,7 +131,7 @@ def test_every_rule_gives_an_adapter_alone_back(name, space):
 def test_lore_shrinks_whole_vectors():
     """A vector is a matrix of one row: its one singular value is its length."""
     rule = rules()["lore"]
-    given = rule.defaults(2)
+    given = rule.defaults(2, ADAPTERS)
     options = {**given.options, "mu": 0.5}
     merged, _, _ = merge_ia3(
         [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"m": column(1.3, 1.0)})],
@@ -142,7 +143,7 @@ def test_lore_shrinks_whole_vectors():
 
 def test_random_rules_depend_on_seed_and_module_only():
     rule = rules()["dare_linear"]
-    given = rule.defaults(1)
+    given = rule.defaults(1, ADAPTERS)
     given = Settings([1.0], given.options, [{**given.each[0], "density": 0.5}])
     vectors = {"m": torch.full((64, 1), 2.0), "n": torch.full((64, 1), 2.0)}
 
@@ -226,15 +227,15 @@ def test_rules_see_vectors_and_their_length():
     seen = []
 
     def spy(tensors, given):
-        seen.append(([t.shape for t in tensors], {t.dtype for t in tensors}, given.shape))
+        seen.append(([t.shape for t in tensors], {t.dtype for t in tensors}, given.short_side))
         return weighted(tensors, given)
 
     vectors = {"m": torch.full((1, 5), 1.5), "c": torch.ones(1, 4, 1, 1)}
     _, _, report = merge_ia3(
         [adapter("a", vectors, {"m"})], replace(SUM, merge=spy), lambda module: call(1.0)
     )
-    assert seen == [([(5,)], {torch.float64}, (1, 5)), ([(4,)], {torch.float64}, (1, 4))]
-    assert report["m"] == {"shape": [1, 5], "feedforward": True, "adapters": 1, "seen": [1, 5]}
+    assert seen == [([(5,)], {torch.float64}, 1), ([(4,)], {torch.float64}, 1)]
+    assert report["m"] == {"shape": [1, 5], "feedforward": True, "adapters": 1, "seen": 1}
 
 
 def test_modules_are_told_of_in_order():

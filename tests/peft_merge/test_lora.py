@@ -9,11 +9,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mergekit_ext.errors import MergeError, NonFiniteError
+from mergekit_ext.methods import Merged, Method
 from peft_merge import lora
 from peft_merge.adapter import Update
 from peft_merge.coefficients import coefficients, lora_norms
 from peft_merge.lora import merge_lora
-from peft_merge.rules.base import Merged, Rule, rules
+from peft_merge.methods import rules
 from tests.peft_merge.loras import adapter, always, settings, update
 from tests.reference import adapters as reference
 
@@ -407,10 +408,10 @@ def test_what_leaves_the_range_is_an_error():
     big = [adapter("one", {"x": update(1, 2, size=1e4)})]
     with pytest.raises(MergeError, match=r"x: the merged factors leave the range of torch.float16"):
         merge_lora(big, rule, always(settings(rule, 1, lambda_=1e6)), dtype=torch.float16)
-    broken = Rule("broken", lambda t, call: Merged(t[0] * float("inf")), invariant=False)
+    broken = Method("broken", "", "", lambda t, call: Merged(t[0] * float("inf")))
     with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
         merge_lora(big, broken, always(settings(broken, 1)))
-    broken = dataclasses.replace(broken, invariant=True)
+    broken = dataclasses.replace(broken, invariant=lambda options: True)
     with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
         merge_lora(big, broken, always(settings(broken, 1)))
 

@@ -15,6 +15,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 import peft_merge
+from mergekit_ext.core.parameters import WEIGHT, Parameter
 from mergekit_ext.errors import (
     ConfigError,
     NonFiniteError,
@@ -27,7 +28,7 @@ from mergekit_ext.events import MergeCallback
 from peft_merge import methods
 from peft_merge.io import load_adapter
 from peft_merge.merge import merge_adapters, run_config
-from peft_merge.rules.base import WEIGHT, Parameter, rules
+from peft_merge.methods import rules
 from tests.peft_merge.models import KINDS, answer, reloaded, saved
 
 # What makes each method return its only input; the others need nothing.

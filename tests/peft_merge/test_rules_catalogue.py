@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mergekit_ext.errors import MergeError, TwoModelsWarning
-from peft_merge.rules import base
-from peft_merge.rules.base import Merged, Rule, register, rules
-from peft_merge.rules.seeds import generators
+from mergekit_ext.kernels.seeds import generators
+from mergekit_ext.methods import ADAPTERS, Inputs, Merged, register
+from peft_merge.methods import rules
 from tests.peft_merge.loras import settings
 
 OPTIONS = {"lore": {"mu": 0.5}}
@@ -25,8 +25,9 @@ def merge(name, of, weights=None, each=None, seed=0, **options):
     rule = rules()[name]
     options = {**OPTIONS.get(name.removeprefix("nan_"), {}), **options}
     values = settings(rule, len(of), weights=weights, each=each, **options)
-    shape = tuple(of[0].shape) if of[0].ndim == 2 else (1, of[0].numel())
-    return rule.merge(of, values.call(shape, generators(seed, "m", len(of))))
+    short = min(of[0].shape) if of[0].ndim == 2 else 1
+    call = values.call(short_side=short, generators=generators(seed, "m", len(of)))
+    return rule.apply(of, call)
 
 
 def test_every_method_of_the_project_is_there():
@@ -47,19 +48,17 @@ def test_every_method_of_the_project_is_there():
         "emr",
     ]
     assert {*wanted, "nan", *(f"nan_{name}" for name in wanted)} <= rules().keys()
-    invariant = {name for name, rule in rules().items() if rule.invariant}
+    invariant = {
+        name for name, rule in rules().items() if rule.invariant(rule.defaults(2, ADAPTERS).options)
+    }
     exact = {"linear", "task_arithmetic", "lore", "tsv_m"}
     assert invariant == exact | {f"nan_{name}" for name in exact} | {"nan"}
-    assert all(
-        (rule.coefficients == "nan") == name.startswith("nan") for name, rule in rules().items()
-    )
+    assert all(rule.nan == name.startswith("nan") for name, rule in rules().items())
 
 
 def test_names_are_taken_once():
-    with pytest.raises(ValueError, match="linear: there is a merge rule of this name already"):
+    with pytest.raises(ValueError, match="linear: adapters have a merge method of this name"):
         register(dataclasses.replace(rules()["linear"]))
-    rules()
-    assert len(base.registered()) == len(rules())
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (1, 1), (4,), (1,)])
@@ -85,9 +84,11 @@ def test_in_pieces_it_is_the_same(name):
     if name not in ("emr", "nan_emr"):
         each = [{"density": 0.5}, {"density": 0.6}, {"density": 1.0}]
     values = settings(rule, 3, weights=[1.0, -0.5, 2.0], each=each)
-    whole = rule.merge(of, values.call((9, 6), generators(3, "m", 3))).tensor
+    call = values.call(short_side=6, generators=generators(3, "m", 3))
+    whole = rule.apply(of, call).tensor
+    call = values.call(short_side=6, generators=generators(3, "m", 3))
     sources = [lambda t=t: (t[i : i + 2].clone() for i in range(0, 9, 2)) for t in of]
-    pieces = list(rule.blockwise(sources, values.call((9, 6), generators(3, "m", 3))))
+    pieces = list(rule.blockwise(sources, call))
     assert [len(piece) for piece in pieces] == [2, 2, 2, 2, 1]
     assert torch.allclose(torch.cat(pieces), whole, rtol=1e-13, atol=0)
 
@@ -215,7 +216,7 @@ def test_adapters_are_dropped_independently():
 def problems(name, count=3, **options):
     rule = rules()[name]
     shared = settings(rule, count, **options).options
-    return [str(problem) for problem in rule.check(count, shared)]
+    return [str(problem) for problem in rule.check(shared, Inputs(count, driver=ADAPTERS))]
 
 
 @pytest.mark.parametrize("name", ["lore", "nan_lore"])
@@ -231,7 +232,8 @@ def test_two_adapters_around_an_estimated_base():
     rule = rules()["lore"]
 
     def warned(count, **options):
-        return list(rule.forewarnings(count, settings(rule, count, mu=1.0, **options).options))
+        options = settings(rule, count, mu=1.0, **options).options
+        return list(rule.forewarn(options, Inputs(count, driver=ADAPTERS)))
 
     (warning,) = warned(2, base="estimated")
     assert isinstance(warning, TwoModelsWarning) and "base: known" in str(warning)
@@ -245,19 +247,12 @@ def test_two_adapters_around_an_estimated_base():
 @pytest.mark.parametrize("name", ["della", "della_linear", "nan_della"])
 def test_della_needs_probabilities(name):
     rule = rules()[name]
-    shared = settings(rule, 1).options
 
     def found(density, epsilon=0.15):
-        return [str(p) for p in rule.check_each(shared, {"density": density, "epsilon": epsilon})]
+        return [str(p) for p in rule.check_each({"density": density, "epsilon": epsilon})]
 
     assert found(0.5) == found(1.0) == found(0.2) == []
     assert "less than 0.1" in found(0.1)[0] and "less than 0.1" in found(0.9)[0]
-
-
-def test_rules_without_checks():
-    rule = Rule("one", lambda of, call: Merged(of[0]), invariant=False)
-    assert list(rule.check(1, {})) == list(rule.check_each({}, {})) == []
-    assert list(rule.forewarnings(1, {})) == [] and not rule.invariant_with({})
 
 
 # --- vectors ---------------------------------------------------------------------------------

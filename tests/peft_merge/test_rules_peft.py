@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, ties
 
-from peft_merge.rules.base import Settings, rules
+from mergekit_ext.methods import Settings
+from peft_merge.methods import rules
 
 
 def merged(name, tensors, weights, density, method="total"):
     each = [{"density": density}] * len(tensors)
     generators = [torch.Generator().manual_seed(i) for i in range(len(tensors))]
     given_ = Settings(weights, {"majority_sign_method": method}, each)
-    return rules()[name].merge(tensors, given_.call((1, 1), generators)).tensor
+    return rules()[name].merge(tensors, given_.call(generators=generators)).tensor
 
 
 @settings(max_examples=60, deadline=None)

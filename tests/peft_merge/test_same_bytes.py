@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mergekit_ext.kernels.seeds import generators
 from peft_merge.algebra import dense
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import leading
 from peft_merge.coefficients import update_norm
 from peft_merge.lora import merge_lora
-from peft_merge.rules.base import REQUIRED, rules
-from peft_merge.rules.seeds import generators
+from peft_merge.methods import rules
 from tests.kernels.threads import with_any_number_of_threads
 from tests.peft_merge.loras import adapter, always, settings, update
 
@@ -35,7 +35,6 @@ PLAIN = sorted(name for name in rules() if not name.startswith("nan_"))
 @pytest.mark.parametrize("name", PLAIN)
 def test_rules_on_whole_changes(name):
     rule = rules()[name]
-    assert not any(p.default is REQUIRED for p in rule.parameters)
     changes = [
         torch.randn(
             (ROWS, COLUMNS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -44,8 +43,8 @@ def test_rules_on_whole_changes(name):
     ]
 
     def work():
-        call = configured(rule).call((ROWS, COLUMNS), generators(0, "m", 3))
-        return rule.merge(changes, call).tensor
+        call = configured(rule).call(short_side=ROWS, generators=generators(0, "m", 3))
+        return rule.apply(changes, call).tensor
 
     with_any_number_of_threads(work)
 
@@ -75,7 +74,7 @@ def test_dense_changes(rank):
     updates = [update(seed, 20, (1, 530, 601)) for seed in range(3)]
 
     def work():
-        call = configured(rule).call((530, 601), generators(0, "m", 3))
+        call = configured(rule).call(short_side=530, generators=generators(0, "m", 3))
         wanted = "lossless" if rank is None else rank
         found, _ = dense.merge(updates, (1, 530, 601), rule, call, wanted, "cpu")
         return found.a, found.b, found.sigma, found.error

@@ -9,15 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.config import ConditionalParameter, evaluate_setting
 
+from mergekit_ext.core.parameters import (
+    Count,
+    Finite,
+    NonNegative,
+    Parameter,
+    Share,
+    Switch,
+    choice,
+)
 from peft_merge.config.settings import UNSET, evaluate, places, problems_of
-from peft_merge.rules.base import Parameter
 
-DENSITY = Parameter("density", float, low=0.0, high=1.0, above=True, per_model=True)
-FACTOR = Parameter("lambda", float, 1.0)
-COUNT = Parameter("count", int, 1, low=1)
-FLAG = Parameter("flag", bool, True)
-CHOICE = Parameter("combine", str, "sum", choices=("sum", "mean"))
-OPTIONAL = Parameter("mu", float, None, low=0.0)
+DENSITY = Parameter("density", Share, per_model=True)
+FACTOR = Parameter("lambda", Finite, 1.0)
+COUNT = Parameter("count", Count, 1)
+FLAG = Parameter("flag", Switch, True)
+CHOICE = Parameter("combine", choice("sum", "mean"), "sum")
+OPTIONAL = Parameter("mu", NonNegative | None, None)
 
 
 def messages(parameter, setting):
@@ -48,14 +56,14 @@ def test_right_settings(parameter, setting):
 @pytest.mark.parametrize(
     ("parameter", "setting", "said"),
     [
-        (DENSITY, 0, "p: found 0; expected a finite number above 0 up to 1."),
-        (DENSITY, 1.5, "up to 1"),
+        (DENSITY, 0, "p: found 0; expected greater than 0."),
+        (DENSITY, 1.5, "less than or equal to 1"),
         (DENSITY, True, "found True"),
         (DENSITY, math.nan, "found nan"),
         (DENSITY, "inf", "found 'inf'"),
-        (DENSITY, "half", "a finite number"),
+        (DENSITY, "half", "a valid number"),
         (DENSITY, None, "found None"),
-        (FACTOR, 10**400, "finite number"),
+        (FACTOR, 10**400, "a valid number"),
         (DENSITY, [], "an empty list"),
         (DENSITY, [0.1, [0.2]], "p[1]: found [0.2]"),
         (DENSITY, [0.1, {"value": 0.2}], "mixed"),
@@ -64,12 +72,12 @@ def test_right_settings(parameter, setting):
         (DENSITY, {"value": [], "filter": "mlp"}, "p.value: found []"),
         (DENSITY, {"value": 0.2, "filter": 3}, "p.filter: found 3"),
         (DENSITY, [{"value": [0.5, 7]}], "p[0].value[1]: found 7"),
-        (COUNT, 2.5, "a whole number from 1"),
-        (COUNT, 0, "from 1"),
+        (COUNT, 2.5, "a valid integer"),
+        (COUNT, 0, "greater than or equal to 1"),
         (COUNT, True, "found True"),
-        (FLAG, 1, "true or false"),
-        (CHOICE, "maen", "one of sum, mean. Write `mean`."),
-        (CHOICE, 3, "one of sum, mean"),
+        (FLAG, 1, "a valid boolean"),
+        (CHOICE, "maen", "expected 'sum' or 'mean'. Write `mean`."),
+        (CHOICE, 3, "'sum' or 'mean'"),
     ],
 )
 def test_wrong_settings(parameter, setting, said):

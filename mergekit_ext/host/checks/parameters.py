@@ -5,14 +5,13 @@ What depends on the tensors (filters, gradients between valid ends) is in `resol
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
+from mergekit_ext.core.parameters import unfit
 from mergekit_ext.core.wording import did_you_mean, join, shown
 from mergekit_ext.host.checks.layout import Group, Settings, all_settings
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.schema import expectation
 
 # (where the value must stand, the parameter's name)
 Absent = set[tuple[str, str]]
@@ -42,20 +41,6 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any, str | None]]:
             yield from leaves(item, join(path, i))
     else:
         yield path, value, None
-
-
-def value_problem(spec: Any, value: Any) -> tuple[str, str] | None:
-    """What a parameter wanted instead of `value`, and a remedy; None when it is fine."""
-    from pydantic import ValidationError
-
-    try:
-        spec.validate(value)
-    except ValidationError as error:
-        wanted = " or ".join(dict.fromkeys(expectation(item) for item in error.errors()))
-        options = re.findall(r"'([^']+)'", wanted)
-        remedy = did_you_mean(value, options) if options and isinstance(value, str) else ""
-        return wanted, remedy
-    return None
 
 
 def _check_one(
@@ -96,7 +81,7 @@ def _check_one(
             path, "an empty list", "at least one value", "Fill it in, or remove the parameter."
         )
     for where, leaf, _ in leaves(value, path):
-        wrong = value_problem(spec, leaf)
+        wrong = unfit(spec.validate, leaf)
         if wrong is not None:
             findings.problem(where, shown(leaf), wrong[0], wrong[1])
 

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergekit_ext.core.parameters import unfit
 from mergekit_ext.core.wording import listing, shown, tensors_at
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.layout import Group, Source, all_settings
-from mergekit_ext.host.checks.parameters import Absent, leaves, value_problem
+from mergekit_ext.host.checks.parameters import Absent, leaves
 from mergekit_ext.host.checks.plan import PlannedTensor
 from mergekit_ext.host.checks.report import Findings
 
@@ -112,7 +113,7 @@ class _Values:
             return resolve_parameter(spec, settings, tensor_name=tensor, t=t, model=model)
         except ValidationError as error:
             item = error.errors()[0]
-            wrong = value_problem(spec, item["input"]) or (str(item["msg"]), "")
+            wrong = unfit(spec.validate, item["input"]) or (str(item["msg"]), "")
             values = self._invalid.setdefault((at, *wrong), {})
             values.setdefault(shown(item["input"]), {})[tensor] = None
         except RuntimeError:  # a required parameter without a value for this tensor

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from typing import Any, Union
 
+from mergekit_ext.core.parameters import expectation
 from mergekit_ext.core.wording import did_you_mean, join, nearest, shown
 from mergekit_ext.errors import MOST_SHOWN, Problem
 from mergekit_ext.io.documents import DocumentError, read
@@ -101,14 +102,6 @@ def _place(item: Any, document: Any) -> tuple[str, str]:
             break
         path, value = join(path, step), value[step]
     return path, shown(value)
-
-
-def expectation(item: Any) -> str:
-    """Return what one pydantic error wanted, as the end of "expected ..."."""
-    if item["type"] == "missing":
-        return "this key, which is required"
-    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return message[:1].lower() + message[1:] if message[1:2].islower() else message
 
 
 def unknown_keys(

@@ -9,17 +9,14 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from mergekit_ext.flexmerge.layout import Layout
+from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
 from mergekit_ext.flexmerge.plan import Dendrograms, Planner
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.flexmerge import prepare
-from mergekit_ext.host.flexmerge.curve import (
-    DEFAULT_ALGORITHM,
-    flexmerge_config,
-    require_folder,
-)
+from mergekit_ext.host.flexmerge.curve import flexmerge_config, require_folder
 from mergekit_ext.host.flexmerge.engine import Engine
+from mergekit_ext.host.flexmerge.parameters import variant
 from mergekit_ext.host.flexmerge.sources import open_inputs
-from mergekit_ext.host.flexmerge.variants import variant
 from mergekit_ext.host.output import listening
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.similarity import (

@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_ext.errors import Problem
+from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
 from mergekit_ext.host import compat
 from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
 from mergekit_ext.host.flexmerge.sizes import Tracer
@@ -28,8 +29,6 @@ from mergekit_ext.report.curve import (
     write_csv,
     write_json,
 )
-
-DEFAULT_ALGORITHM = "task_arithmetic"
 
 
 @dataclass(frozen=True)

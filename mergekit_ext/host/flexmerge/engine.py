@@ -22,7 +22,7 @@ from mergekit_ext.events import (
     TensorMeasured,
 )
 from mergekit_ext.flexmerge import analysis_file
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts
+from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
 from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import BlockLayout

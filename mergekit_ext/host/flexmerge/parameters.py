@@ -2,68 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BeforeValidator
 
+from mergekit_ext.core.parameters import Parameter, Share, choice
 from mergekit_ext.core.wording import did_you_mean, join, listing, shown
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Parameters
-from mergekit_ext.flexmerge.algorithms.preprocessing import Dare
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Parameters
+from mergekit_ext.flexmerge.options import options
+from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
-from mergekit_ext.host.checks.parameters import value_problem
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.flexmerge.algorithm import Share, algorithm_specs, make, owners
-from mergekit_ext.host.flexmerge.fit import check_fit
-from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
+from mergekit_ext.host.flexmerge.algorithms import check_name, make, owners, parameters_of
+from mergekit_ext.host.flexmerge.registered import Registered
+from mergekit_ext.methods import BLOCKS, methods
 
-TargetSize = Annotated[Target, BeforeValidator(Target.parse)]
-
-
-def _choice(names: Sequence[str]) -> Any:
-    return Literal[tuple(names)]
-
-
-def _shared(name: str, kind: Any, default: Any, description: str) -> ParameterSpec:
-    return ParameterSpec(name, kind, ParameterScope.SHARED, default, description)
-
-
-OWN: tuple[ParameterSpec, ...] = (
-    ParameterSpec(
-        "target_size",
-        TargetSize,
-        ParameterScope.SHARED,
-        description="what the models may occupy: 2.25 (models), 12000000000 or '12GB' (bytes)",
+OWN: tuple[Parameter, ...] = (
+    *options(
+        Annotated[Target, BeforeValidator(Target.parse)],
+        # The default first.
+        sorted(GRANULARITIES, key=lambda name: name != "component"),
+        "2.25 (models)",
     ),
-    _shared("algorithm", str, "task_arithmetic", "how the members of a group are merged"),
-    _shared("granularity", _choice(list(GRANULARITIES)), "component", "what a block is"),
-    _shared("linkage", _choice(list(LINKAGES)), "min", "similarity of two groups"),
-    _shared("order", _choice(list(ORDERS)), "greedy", "which blocks are merged first"),
-    _shared(
+    Parameter(
         "trim_scope",
-        Literal["model", "block", "tensor"] | None,
+        choice("model", "block", "tensor") | None,
         None,
         "what `density` is a share of (default model)",
     ),
-    _shared(
+    Parameter(
         "similarity_on",
-        Literal["original", "trimmed"],
+        choice("original", "trimmed"),
         "original",
         "whose similarity: task vectors as they are, or trimmed",
     ),
-    _shared("heads", Literal["private", "merged"], "private", "what becomes of task heads"),
-    _shared("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
-    ParameterSpec("task", str, ParameterScope.NON_BASE, description="the task's name"),
+    Parameter("heads", choice("private", "merged"), "private", "what becomes of task heads"),
+    Parameter("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
+    Parameter(
+        "task",
+        str,
+        description="the task's name",
+        per_model=True,
+        remedy="Write a name, such as `task: digits`.",
+    ),
 )
-_OWN = {spec.name: spec for spec in OWN}
-# Where the nearest of the words in an error's text is no help.
-_REMEDIES = {
-    "target_size": "Write 2.25, or a budget such as '12GB'.",
-    "task": "Write a name, such as `task: digits`.",
-}
+_OWN = {parameter.name: parameter for parameter in OWN}
+# What only algorithms that trim take.
+_OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
 
 
 @dataclass(frozen=True)
@@ -97,28 +84,29 @@ def read_parameters(
     """
     before = findings.count
     name = shared.get("algorithm", _OWN["algorithm"].default)
-    algorithm = algorithm_specs(name, len(models), _OWN, findings)
-    specs = {**_OWN, **(algorithm or {})}
-    if algorithm is not None:  # of an unknown algorithm the parameters are unknown too
+    known = check_name(name, len(models), findings)
+    # NAN's `granularity` gives way to FlexMerge's: it measures the block.
+    specs = {**{p.name: p for p in parameters_of(str(name))}, **_OWN}
+    if known:  # of an unknown algorithm the parameters are unknown too
         _unknown(shared, models, specs, str(name), findings)
     top = _values("parameters", shared, specs, findings)
     own = [_values(where, given, specs, findings) for where, given in models]
     _misplaced(own, models, specs, findings)
     _required(specs, shared, models, findings)
-    if algorithm is None or findings.count > before:
+    if not known or findings.count > before:
         return None
-    full = {n: top.get(n, s.default) for n, s in specs.items() if s.scope == ParameterScope.SHARED}
+    full = {n: top.get(n, s.default) for n, s in specs.items() if not s.per_model}
     each = [
         {
             n: given.get(n, top.get(n, s.default))
             for n, s in specs.items()
-            if s.scope != ParameterScope.SHARED and n != "task"
+            if s.per_model and n != "task"
         }
         for given in own
     ]
     scope = full["trim_scope"] or "model"
-    made = make(str(name), Parameters(full, each, scope), algorithm, seed)
-    check_fit(made, full, top, findings)
+    made = make(str(name), Parameters(full, each, scope), seed)
+    _fit(made, full, top, findings)
     if findings.count > before:
         return None
     if full["dare_density"] is not None:
@@ -130,7 +118,7 @@ def read_parameters(
 def _unknown(
     shared: Mapping[str, Any],
     models: Sequence[tuple[str, Mapping[str, Any]]],
-    specs: Mapping[str, ParameterSpec],
+    specs: Mapping[str, Parameter],
     algorithm: str,
     findings: Findings,
 ) -> None:
@@ -150,7 +138,7 @@ def _unknown(
 
 
 def _values(
-    where: str, given: Mapping[str, Any], specs: Mapping[str, ParameterSpec], findings: Findings
+    where: str, given: Mapping[str, Any], specs: Mapping[str, Parameter], findings: Findings
 ) -> dict[str, Any]:
     found = {}
     for name, value in given.items():
@@ -164,24 +152,23 @@ def _values(
                 "Write one value for all tensors.",
             )
             continue
-        wrong = value_problem(specs[name], value)
+        wrong = specs[name].problem(value)
         if wrong is not None:
-            remedy = _REMEDIES.get(name, wrong[1])
-            findings.problem(join(where, name), shown(value), wrong[0], remedy)
+            findings.problem(join(where, name), shown(value), *wrong)
         else:
-            found[name] = specs[name].validate(value)
+            found[name] = specs[name].read(value)
     return found
 
 
 def _misplaced(
     own: Sequence[Mapping[str, Any]],
     models: Sequence[tuple[str, Mapping[str, Any]]],
-    specs: Mapping[str, ParameterSpec],
+    specs: Mapping[str, Parameter],
     findings: Findings,
 ) -> None:
     for (where, _), given in zip(models, own, strict=True):
         for name in given:
-            if specs[name].scope == ParameterScope.SHARED:
+            if not specs[name].per_model:
                 findings.problem(
                     join(where, name),
                     "a parameter of the whole merge under one model",
@@ -191,7 +178,7 @@ def _misplaced(
 
 
 def _required(
-    specs: Mapping[str, ParameterSpec],
+    specs: Mapping[str, Parameter],
     shared: Mapping[str, Any],
     models: Sequence[tuple[str, Mapping[str, Any]]],
     findings: Findings,
@@ -205,13 +192,40 @@ def _required(
             continue
         about = f"a value: {spec.description or f'`{name}` has no default'}"
         lacking = [where for where, given in models if name not in given]
-        if spec.scope == ParameterScope.SHARED or len(lacking) == len(models):
+        if not spec.per_model or len(lacking) == len(models):
             value = " 1" if name == "weight" else ""
             remedy = f"Add `{name}:{value}` to the top-level parameters."
             findings.problem(f"parameters.{name}", "nothing", about, remedy)
             continue
         for where in lacking:
             findings.problem(join(where, name), "nothing", about, f"Add `{name}:`.")
+
+
+def _fit(
+    algorithm: Algorithm, full: Mapping[str, Any], given: Mapping[str, Any], findings: Findings
+) -> None:
+    """Report parameters that contradict each other, or that a registered method refuses."""
+    if isinstance(algorithm, Registered):
+        problems = algorithm.problems()
+        findings.extend(problems)
+        for note in () if problems else algorithm.notes():
+            findings.note(note)
+    if not algorithm.trims:
+        for name in sorted(_OF_TRIMMING):
+            if given.get(name) not in (None, "original"):
+                findings.problem(
+                    f"parameters.{name}",
+                    shown(given[name]),
+                    f"it with an algorithm that trims; `{full['algorithm']}` does not",
+                    f"Remove `{name}:`.",
+                )
+    elif full["dare_density"] is not None and full["trim_scope"] in (None, "model"):
+        findings.problem(
+            "parameters.trim_scope",
+            "the scope `model` together with `dare_density`, which changes every magnitude",
+            "`block` or `tensor`",
+            "Write `trim_scope: block`.",
+        )
 
 
 def for_manifest(written: Written, tasks: Sequence[str]) -> dict[str, Any]:
@@ -226,3 +240,37 @@ def for_manifest(written: Written, tasks: Sequence[str]) -> dict[str, Any]:
         for task, given in zip(tasks, written.models, strict=True)
     }
     return {**shared, "models": models}
+
+
+def variant(config: Any, algorithm: str, algorithms: Sequence[str]) -> Any:
+    """Return the configuration for one of several algorithms, with a size that all reach.
+
+    What only others of `algorithms` take as a parameter is left out: a `density` for TIES does
+    not keep EMR from being compared with it. A parameter that none takes stays, to be reported.
+    The size that the file asks for is not used.
+    """
+    elsewhere = frozenset[str]().union(*map(_taken, algorithms))
+    left_out = elsewhere - (_OWN.keys() - _OF_TRIMMING) - _taken(algorithm)
+    models = [
+        item.model_copy(update={"parameters": _without(item.parameters, left_out)})
+        for item in config.models or ()
+    ]
+    count = sum(item.model != config.base_model for item in models)
+    method = methods(BLOCKS).get(algorithm)
+    parameters = {
+        **_without(config.parameters, left_out),
+        "algorithm": algorithm,
+        # K-means has whole numbers only, a masked merge over a wide base no number at all.
+        "target_size": float(max(count, 1)) if method and method.kmeans else ANY_SIZE,
+    }
+    return config.model_copy(update={"models": models or None, "parameters": parameters})
+
+
+def _taken(algorithm: str) -> frozenset[str]:
+    method = methods(BLOCKS).get(algorithm)
+    found = frozenset(parameter.name for parameter in parameters_of(algorithm))
+    return found | _OF_TRIMMING if method is not None and method.trims else found
+
+
+def _without(parameters: Mapping[str, Any] | None, left_out: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in (parameters or {}).items() if name not in left_out}

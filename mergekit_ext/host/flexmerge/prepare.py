@@ -40,8 +40,8 @@ from mergekit_ext.host.flexmerge.presence import (
     check_readable,
     note_unshared,
 )
-from mergekit_ext.host.lore_method import layout_of
 from mergekit_ext.host.modules import check_copied_modules
+from mergekit_ext.methods.method import layout_of
 
 DEFAULT_SEED = 0
 _NOTED_PRIVATE = 0.01

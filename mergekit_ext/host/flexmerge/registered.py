@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from mergekit.merge_methods.base import (
     BasePolicy,
     MergeMethod,
     ParameterScope,
-    ParameterSpec,
     TensorEntry,
     TensorGroup,
     TensorMetadata,
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from mergekit_ext.core.wording import tensors_at
 from mergekit_ext.errors import MergeError, MergekitExtError, Problem
-from mergekit_ext.flexmerge.algorithms.base import Algorithm, Cuts, Parameters
+from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, Parameters
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod
@@ -41,16 +40,9 @@ class Registered(Algorithm):
     numbers depend on seed, block and members alone.
     """
 
-    def __init__(
-        self,
-        method: MergeMethod,
-        parameters: Parameters,
-        specs: Mapping[str, ParameterSpec],
-        seed: int,
-    ):
+    def __init__(self, method: MergeMethod, parameters: Parameters, seed: int):
         super().__init__(parameters)
-        self._seed = seed
-        self._method, self._specs = method, specs
+        self._seed, self._method = seed, method
         self._based = method.spec.contract.base != BasePolicy.IGNORED
         self.name = method.spec.name
         self.by_tensor = isinstance(method, ExtMethod)
@@ -163,13 +155,13 @@ class Registered(Algorithm):
 
     def _bound(self, members: Sequence[int]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name, spec in self._specs.items():
+        for spec in self._method.spec.parameters:
+            name = spec.name
             if spec.scope == ParameterScope.SHARED:
                 found[name] = self.parameters.shared[name]
             else:
-                each: dict[Any, Any] = dict(
-                    zip(members, self.parameters.each(name, members), strict=True)
-                )
+                models = self.parameters.models
+                each: dict[Any, Any] = {member: models[member][name] for member in members}
                 if spec.scope != ParameterScope.NON_BASE and self._based:
                     each["base"] = spec.default if not spec.required else 0.0
                 found[name] = each

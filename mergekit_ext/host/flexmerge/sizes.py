@@ -16,8 +16,8 @@ from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.evaluation import Evaluator
 from mergekit_ext.host.flexmerge.needs import need_of, with_models
+from mergekit_ext.host.flexmerge.parameters import variant
 from mergekit_ext.host.flexmerge.sources import Inputs, open_inputs
-from mergekit_ext.host.flexmerge.variants import variant
 from mergekit_ext.report.curve import Scores, SizePoint
 
 ALL = "all"

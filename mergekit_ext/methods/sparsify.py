@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from mergekit_ext.core.parameters import Parameter, Share
 from mergekit_ext.errors import Problem
 from mergekit_ext.kernels.dare import drop_and_rescale
 from mergekit_ext.kernels.linear_algebra import total
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, patterns
 from mergekit_ext.kernels.ties import kept
-from peft_merge.rules.base import Parameter, Pieces
+from mergekit_ext.methods.method import Pieces
 
 Sparsified = Callable[[Tensor], Tensor]
 
@@ -27,33 +29,20 @@ _FINE, _BINS = 48, 1 << 15
 # mergekit rescales only where both sums of magnitudes reach this.
 _RESCALE_FROM = 1e-7
 
-DENSITY = Parameter(
-    "density",
-    float,
-    1.0,
-    per_model=True,
-    low=0.0,
-    high=1.0,
-    above=True,
-    help="share of entries kept of each adapter's change",
-)
+DENSITY = Parameter("density", Share, 1.0, "share of the entries that is kept", per_model=True)
 GAMMA = Parameter(
     "gamma",
-    float,
+    Annotated[float, Field(ge=0, lt=1)],
     0.01,
+    "share of the largest entries that is dropped",
     per_model=True,
-    low=0.0,
-    high=1.0,
-    help="share of the largest entries that is dropped of each adapter's change",
 )
 EPSILON = Parameter(
     "epsilon",
-    float,
+    Annotated[float, Field(ge=0, lt=0.5)],
     0.15,
+    "how far the probability of keeping an entry goes up and down from density",
     per_model=True,
-    low=0.0,
-    high=0.5,
-    help="how far the probability of keeping an entry goes up and down from density",
 )
 
 
@@ -140,7 +129,7 @@ def _by_rank(
     return sparsified
 
 
-def _spread(own: Mapping[str, Any]) -> Iterator[Problem]:
+def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
     density, epsilon = own["density"], own["epsilon"]
     if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
         yield Problem(
@@ -155,7 +144,7 @@ def _spread(own: Mapping[str, Any]) -> Iterator[Problem]:
 MAGNITUDE = Sparsifier(_magnitude, (DENSITY,))
 MAGNITUDE_OUTLIERS = Sparsifier(_magnitude_outliers, (DENSITY, GAMMA))
 RANDOM = Sparsifier(_random, (DENSITY,))
-BY_RANK = Sparsifier(_by_rank, (DENSITY, EPSILON), _spread)
+BY_RANK = Sparsifier(_by_rank, (DENSITY, EPSILON), spread_problems)
 
 
 def sparsify(

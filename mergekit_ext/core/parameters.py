@@ -1,0 +1,118 @@
+"""Describe a parameter once: its name, its type as pydantic reads it, its default.
+
+Every driver reads values, words errors and builds mergekit's `ParameterSpec` from this.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+
+from mergekit_ext.core.wording import did_you_mean
+
+REQUIRED: Any = object()
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+_Float = Annotated[float, BeforeValidator(_number)]
+Finite = Annotated[_Float, Field(allow_inf_nan=False)]
+# Wide enough for every use, and no product of it leaves float32.
+Factor = Annotated[_Float, Field(ge=-1e6, le=1e6)]
+Share = Annotated[_Float, Field(gt=0, le=1)]
+Positive = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+Switch = Annotated[bool, Strict()]
+
+
+def choice(*names: str) -> Any:
+    """Return the type of a text that is one of `names`."""
+    return Literal[names]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as it stands in YAML.
+
+    Attributes:
+        name: in YAML (`lambda`, `density`).
+        kind: its type, as pydantic understands it; ``X | None`` where leaving it out means
+            something.
+        default: `REQUIRED` if there is none.
+        description: one line for documentation and errors.
+        per_model: one value for each input; otherwise one for the merge.
+        remedy: what to write, where the type's own message does not say it.
+    """
+
+    name: str
+    kind: Any
+    default: Any = REQUIRED
+    description: str = ""
+    per_model: bool = False
+    remedy: str = ""
+
+    @property
+    def required(self) -> bool:
+        """Whether a value must be given."""
+        return self.default is REQUIRED
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether a gradient over the layers takes values between those given."""
+        return _is_float(self.kind)
+
+    def read(self, value: Any) -> Any:
+        """Return the value as the parameter's type; texts such as ``1e-3`` are numbers.
+
+        Raises:
+            ValueError: it is none of the type's (pydantic's `ValidationError`).
+        """
+        return _adapter(self.kind).validate_python(value)
+
+    def problem(self, value: Any) -> tuple[str, str] | None:
+        """Return what was expected instead of `value`, and a remedy; None when it is fine."""
+        return unfit(self.read, value, self.remedy)
+
+
+WEIGHT = Parameter("weight", Factor, 1.0, "factor of the input", per_model=True)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _is_float(kind: Any) -> bool:
+    if get_origin(kind) is Annotated:
+        return _is_float(get_args(kind)[0])
+    return kind is float or any(map(_is_float, get_args(kind)))
+
+
+def unfit(read: Any, value: Any, remedy: str = "") -> tuple[str, str] | None:
+    """Return what the pydantic reader `read` expects instead of `value`, and a remedy."""
+    try:
+        read(value)
+    except ValidationError as error:
+        wanted = " or ".join(dict.fromkeys(expectation(item) for item in error.errors()))
+        names = re.findall(r"'([^']+)'", wanted)
+        near = did_you_mean(value, names) if names and isinstance(value, str) else ""
+        return wanted, remedy or near
+    return None
+
+
+def expectation(item: Any) -> str:
+    """Return what one error of pydantic's wanted, as the end of "expected ..."."""
+    if item["type"] == "missing":
+        return "this key, which is required"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    message = message.removeprefix("Input should be ")
+    return message[:1].lower() + message[1:] if message[1:2].islower() else message

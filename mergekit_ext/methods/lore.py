@@ -1,0 +1,242 @@
+r"""LoRE-Merging: an estimated base and low-rank task vectors.
+
+Liu et al., "LoRE-Merging", section 3.2 and algorithm 1. See `kernels.lore`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.core.parameters import (
+    Count,
+    NonNegative,
+    Parameter,
+    Positive,
+    Share,
+    choice,
+)
+from mergekit_ext.errors import MergeWarning, NotConvergedWarning, Problem, TwoModelsWarning
+from mergekit_ext.kernels.lore import (
+    DEFAULT_MAX_ITERATIONS,
+    DEFAULT_TOLERANCE,
+    LoreResult,
+    lore,
+)
+from mergekit_ext.methods.linear import LAMBDA
+from mergekit_ext.methods.method import (
+    ADAPTERS,
+    MODELS,
+    Call,
+    Inputs,
+    Merged,
+    Method,
+    cancelling,
+    divided_by,
+)
+from mergekit_ext.methods.registry import register
+
+_THRESHOLDS = ("mu", "mu_relative", "rank_ratio")
+_PASSED = ("combine", "update", "max_iterations", "tolerance")
+_PARAMETERS = (
+    Parameter("mu", NonNegative | None, None, "threshold on singular values, absolute"),
+    Parameter(
+        "mu_relative",
+        NonNegative | None,
+        None,
+        "threshold relative to the largest singular value of the differences",
+    ),
+    Parameter("rank_ratio", Share | None, None, "rank kept, as a part of min(rows, columns)"),
+    LAMBDA,
+    Parameter("combine", choice("sum", "mean", "ties"), "sum", "how the task vectors are combined"),
+    Parameter(
+        "update",
+        choice("simultaneous", "sequential"),
+        "simultaneous",
+        "when the estimated base is solved again: after all task vectors, or after each",
+    ),
+    Parameter(
+        "max_iterations",
+        Count,
+        DEFAULT_MAX_ITERATIONS,
+        "iterations after which the solver stops",
+    ),
+    Parameter(
+        "tolerance", Positive, DEFAULT_TOLERANCE, "relative change at which it has converged"
+    ),
+)
+_BASE = Parameter(
+    "base",
+    choice("known", "estimated"),
+    "known",
+    "known: the adapters have one base; estimated: their bases may differ",
+)
+
+# How each driver's users give a base.
+_GIVE_BASE = {MODELS: "Give `base_model`", ADAPTERS: "Use `base: known` (the default)"}
+# Two weights that differ by less do not keep the task vectors from cancelling.
+_SAME_WEIGHT = 1e-2
+
+
+def over_base(
+    base: Tensor | None, models: Sequence[Tensor], call: Call, dtype: torch.dtype
+) -> Merged:
+    r"""Return :math:`\theta_0 + \lambda\tau`, :math:`\theta_0` being `base` or estimated."""
+    result = lore(
+        models,
+        base=base,
+        lam=call.options["lambda"],
+        weights=call.weights,
+        layout=call.layout,
+        on_iteration=call.on_iteration,
+        **{name: call.options[name] for name in (*_THRESHOLDS, *_PASSED)},
+    )
+    details = _details(result)
+    cancelled = base is None and models[0].ndim > 1 and _cancels(call.options, call.weights)
+    return Merged(result.merged.to(dtype), {**details, "averaged": cancelled})
+
+
+def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
+    r"""Return the merged change of adapters.
+
+    `base: known`: all adapters change the same weight, which is :math:`\theta_0`, so that in terms
+    of changes :math:`\theta_0 = 0` and :math:`\delta_i = \mathrm{SVT}(t_i; \mu)`, once. `base:
+    estimated`: algorithm 1 on the :math:`t_i`, whose common part :math:`\theta_0` is estimated
+    and kept.
+
+    A vector is a 1 x n matrix: its one singular value is its length, so that the whole vector is
+    shrunk, ``max(0, 1 - mu/||d||) d``, or dropped (group shrinkage). `rank_ratio` counts singular
+    values of the change itself, also when the tensors are its coordinates in a smaller space.
+    """
+    matrices = [
+        tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]) for tensor in tensors
+    ]
+    weights = call.weights
+    if call.options["combine"] == "mean" and cancelling(weights):
+        if any(bool(tensor.any()) for tensor in tensors):
+            divided_by(weights, "combine: sum")
+        weights = [1.0] * len(tensors)  # NAN gives changes of zero no weight; so is their mean
+    known = call.options["base"] == "known"
+    result = lore(
+        matrices,
+        base=torch.zeros_like(matrices[0]) if known else None,
+        lam=call.options["lambda"],
+        weights=weights,
+        on_iteration=call.on_iteration,
+        **_threshold(call, min(matrices[0].shape)),
+        **{name: call.options[name] for name in _PASSED},
+    )
+    return Merged(result.merged.reshape(tensors[0].shape), _details(result))
+
+
+def _threshold(call: Call, short_side: int) -> dict[str, Any]:
+    given = {name: call.options[name] for name in _THRESHOLDS if call.options[name] is not None}
+    if "rank_ratio" in given and short_side and call.short_side is not None:
+        # 0.2 * 15 is 3.0000000000000004 and means 3
+        kept = math.ceil(round(given["rank_ratio"] * call.short_side, 9))
+        given["rank_ratio"] = min(kept, short_side) / short_side
+    return given
+
+
+def _details(result: LoreResult) -> dict[str, Any]:
+    return {
+        "iterations": result.iterations,
+        "change": result.change,
+        "objective": result.objective,
+        "converged": result.converged,
+        "mu": result.mu,
+        "ranks": list(result.ranks),
+        "singular_values": list(result.spectral_norms),
+    }
+
+
+def _based(options: Mapping[str, Any], inputs: Inputs) -> bool:
+    return bool(options["base"] == "known") if "base" in options else inputs.based
+
+
+def _problems(options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
+    given = [name for name in _THRESHOLDS if options.get(name) is not None]
+    if len(given) != 1:
+        yield Problem(
+            inputs.where,
+            " and ".join(given) if given else f"none of {', '.join(_THRESHOLDS)}",
+            f"exactly one of {', '.join(_THRESHOLDS)}",
+            "Keep one of them." if given else "Add `mu_relative: 0.1` to start with.",
+        )
+    if options.get("update") == "sequential" and _based(options, inputs):
+        other = "leave `base_model` out" if inputs.driver == MODELS else "add `base: estimated`"
+        yield Problem(
+            f"{inputs.where}.update",
+            "sequential with a known base",
+            "simultaneous: with a known base, nothing is solved again",
+            f"Leave `update` out, or {other}.",
+        )
+
+
+def _forewarn(options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
+    if not _based(options, inputs) and _cancels(options, inputs.weights or [1.0] * inputs.count):
+        yield _two_models([n for n in _THRESHOLDS if options.get(n) is not None], inputs.driver)
+
+
+def _two_models(given: Sequence[str] = (), driver: str = MODELS) -> TwoModelsWarning:
+    """Return the warning that no parameter had an effect; `given` are the thresholds."""
+    return TwoModelsWarning(
+        "lore with two inputs of equal weight and no base returns their plain average, whatever "
+        f"{' and '.join(given) or 'mu'} and lambda are: the two task vectors come out opposite "
+        f"and cancel. {_GIVE_BASE[driver]}, or `update: sequential` (the result then depends on "
+        "the order of the inputs), or use `linear`."
+    )
+
+
+def _cancels(options: Mapping[str, Any], weights: Sequence[float]) -> bool:
+    """Return whether the task vectors of these inputs cancel when there is no base."""
+    if len(weights) != 2 or options.get("update") != "simultaneous":
+        return False
+    return abs(weights[0] - weights[1]) <= _SAME_WEIGHT * max(map(abs, weights))
+
+
+def _after(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterable[MergeWarning]:
+    late = {key: entry for key, entry in records.items() if not entry.get("converged", True)}
+    if late:
+        worst = max(late, key=lambda key: late[key]["change"])
+        yield NotConvergedWarning(
+            f"{name}: {len(late)} of {len(records)} tensors did not reach the tolerance in "
+            f"{late[worst]['iterations']} iterations; the largest change left is "
+            f"{late[worst]['change']:.1e}, in {worst}. Raise `max_iterations` or `tolerance`, or "
+            "raise mu."
+        )
+    if any(entry.get("averaged") for entry in records.values()):
+        yield _two_models()
+
+
+def _copies(models: int, square: float) -> float:
+    """Inputs, differences, task vectors, the solver's steps; Gram matrices in float64."""
+    return 5 * models + 7 + (5 * models + 20) * square
+
+
+register(
+    Method(
+        "lore",
+        "LoRE-Merging",
+        "https://arxiv.org/abs/2502.10749",
+        merge,
+        parameters=_PARAMETERS,
+        drivers=frozenset({MODELS, ADAPTERS}),
+        variants={ADAPTERS: {"base": _BASE}},
+        weighs=True,
+        base=False,
+        # With `ties`, signs are elected entry by entry.
+        invariant=lambda options: options["combine"] != "ties",
+        matrices=True,
+        over_base=over_base,
+        check=_problems,
+        forewarn=_forewarn,
+        after=_after,
+        copies=_copies,
+        divides=lambda options: options["combine"] == "mean",
+    )
+)

@@ -1,0 +1,262 @@
+"""What a merge method is: parameters, checks, and one function from tensors to a tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mergekit_ext.core.parameters import WEIGHT, Parameter
+from mergekit_ext.errors import MergeError, MergeWarning, Problem
+from mergekit_ext.memory import Copies, unknown_copies
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mergekit_ext.kernels.selection import Cut
+
+# The drivers that offer a method: mergekit's YAML, FlexMerge's blocks, adapters.
+MODELS, BLOCKS, ADAPTERS = "models", "blocks", "adapters"
+
+# Yields the rows of one tensor in order, some at a time (a vector at once), as float64 tensors
+# of the caller's own, each time it is called.
+Pieces = Callable[[], Iterator["Tensor"]]
+
+# Receives iteration, objective and change of a solver.
+OnIteration = Callable[[int, float, float], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a check knows of the inputs.
+
+    Attributes:
+        count: how many there are besides the base.
+        based: whether there is a base model.
+        driver: who asks; messages name what the driver's users can write.
+        where: the path of the shared parameters in the user's file.
+        weights: those of one tensor, None while they are not known.
+    """
+
+    count: int
+    based: bool = True
+    driver: str = MODELS
+    where: str = "parameters"
+    weights: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of a method's parameters for one tensor, block or module.
+
+    Attributes:
+        weights: one for each input (NAN's coefficients multiplied in).
+        options: the shared parameters, complete.
+        each: the per-model parameters other than weight, complete, for each input.
+    """
+
+    weights: Sequence[float]
+    options: Mapping[str, Any]
+    each: Sequence[Mapping[str, Any]]
+
+    def call(self, **known: Any) -> Call:
+        """Return what the method's function needs; `known` are the other fields of `Call`."""
+        return Call(self.weights, self.options, self.each, **known)
+
+
+@dataclass(frozen=True)
+class Call(Settings):
+    """What a method's function may know beyond the tensors.
+
+    Attributes:
+        layout: how tensors of more than two axes are seen: see `kernels.lore`.
+        short_side: the shorter side of the change itself, where the tensors are its coordinates
+            in a smaller space.
+        generators: one for each tensor, on the CPU, for methods that draw random numbers.
+        kept: what trimming keeps of each input: a density, or a cut of its whole model.
+        on_iteration: called after each iteration of an iterative method.
+    """
+
+    layout: str = "matrix"
+    short_side: int | None = None
+    generators: Sequence[torch.Generator] = ()
+    kept: Sequence[float | Cut] = ()
+    on_iteration: OnIteration | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged tensor, and what the method reports about it (JSON values).
+
+    Lists of one value for each input are reported by the inputs' names.
+    """
+
+    tensor: Tensor
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How a group is stored as one vector and one mask for each member.
+
+    Attributes:
+        mask: ``mask(delta, unified, options)``: where a member takes the unified vector.
+        rescale: ``rescale(delta, unified)``: the factor of a member's reconstruction.
+    """
+
+    mask: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+    rescale: Callable[[Tensor, Tensor], float] = lambda delta, unified: 1.0
+
+
+OverBase = Callable[["Tensor | None", Sequence["Tensor"], Call, "torch.dtype"], Merged]
+Rows = Callable[[Sequence[Pieces], Call], Iterator["Tensor"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A merge method.
+
+    Attributes:
+        name: in YAML.
+        title: in cards.
+        paper: its address.
+        merge: ``merge(changes, call)``: from m task vectors of one shape, float32 or float64, to
+            one; ``W_0 + merge(t)`` is the merged weight. Does not change its inputs.
+        parameters: without `WEIGHT`, which every method has.
+        drivers: which offer it.
+        variants: for a driver the parameters that differ there, by name; None takes one away.
+        weighs: whether `merge` applies `Call.weights`; otherwise it is given ``w_i t_i``.
+        base: whether full models need a base.
+        invariant: whether, with these options, rotating all inputs by the same orthogonal
+            matrices rotates the result likewise, so that the small core of a LoRA can stand in
+            for its change.
+        elementwise: whether each entry of the result depends on the same entries of the inputs.
+        matrices: whether it acts on each matrix of a block by itself.
+        over_base: ``over_base(base, models, call, dtype)``: the merged weight from the tensors as
+            they are stored, for methods that do it in pieces or estimate the base.
+        blockwise: ``blockwise(sources, call)``: the same as `apply` for matrices whose rows come
+            and go in pieces.
+        linear: ``linear(weights, options)``: c of a plain sum :math:`c \\sum_i w_i t_i`.
+        trims: whether task vectors are trimmed to the `density` of their largest entries.
+        masks: of methods whose groups are stored as masks.
+        kmeans: whether FlexMerge's groups are K-means clusters.
+        check: ``check(options, inputs)``: what is wrong with the shared parameters together.
+        check_each: what is wrong with the per-model parameters of one input together.
+        forewarn: ``forewarn(options, inputs)``: warnings before anything is read.
+        after: ``after(name, records)``: warnings about a finished merge; records are what was
+            reported of each tensor or module.
+        copies: ``copies(models, square)``: how many copies of a tensor `merge` holds at once;
+            arguments as for `memory.working`.
+        divides: whether the sum is divided by that of the weights with these options.
+        nan: whether the weights are multiplied by NAN's coefficients.
+    """
+
+    name: str
+    title: str
+    paper: str
+    merge: Callable[[Sequence[Tensor], Call], Merged]
+    parameters: tuple[Parameter, ...] = ()
+    drivers: frozenset[str] = frozenset({MODELS, BLOCKS, ADAPTERS})
+    variants: Mapping[str, Mapping[str, Parameter | None]] = field(default_factory=dict)
+    weighs: bool = False
+    base: bool = True
+    invariant: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    elementwise: bool = False
+    matrices: bool = False
+    over_base: OverBase | None = None
+    blockwise: Rows | None = None
+    linear: Callable[[Sequence[float], Mapping[str, Any]], float] | None = None
+    trims: bool = False
+    masks: Masks | None = None
+    kmeans: bool = False
+    check: Callable[[Mapping[str, Any], Inputs], Iterable[Problem]] = lambda options, inputs: ()
+    check_each: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda values: ()
+    forewarn: Callable[[Mapping[str, Any], Inputs], Iterable[MergeWarning]] = (
+        lambda options, inputs: ()
+    )
+    after: Callable[[str, Mapping[str, Mapping[str, Any]]], Iterable[MergeWarning]] = (
+        lambda name, records: ()
+    )
+    copies: Copies = unknown_copies
+    divides: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    nan: bool = False
+
+    def for_driver(self, driver: str) -> tuple[Parameter, ...]:
+        """Return all parameters that a driver's users can give, `WEIGHT` among them."""
+        found = {p.name: p for p in (*self.parameters, WEIGHT)}
+        found |= self.variants.get(driver, {})  # type: ignore[arg-type]
+        return tuple(p for p in found.values() if p is not None)
+
+    def defaults(self, count: int, driver: str) -> Settings:
+        """Return all defaults, weights 1, for so many inputs.
+
+        Raises:
+            KeyError: a parameter has no default.
+        """
+        parameters = self.for_driver(driver)
+        if missing := [p.name for p in parameters if p.required]:
+            raise KeyError(f"{self.name}: no default for {', '.join(missing)}")
+        shared = {p.name: p.default for p in parameters if not p.per_model}
+        own = {p.name: p.default for p in parameters if p.per_model and p is not WEIGHT}
+        return Settings([1.0] * count, shared, [own] * count)
+
+    def apply(self, changes: Sequence[Tensor], call: Call) -> Merged:
+        """Return the merge of changes that stay as they are, weights applied."""
+        if not self.weighs:
+            changes = [t * weight for t, weight in zip(changes, call.weights, strict=True)]
+        return self.merge(changes, call)
+
+    def without_mean(self, settings: Settings) -> bool:
+        """Return whether these weights sum to 0 where they are divided by.
+
+        Weights that NAN's coefficients multiply are known to do so only when all are 0.
+        """
+        if not self.divides(settings.options):
+            return False
+        return not any(settings.weights) if self.nan else cancelling(settings.weights)
+
+
+# What is left of 0.1 + 0.2 - 0.3 in floats is none.
+_CANCELLED = 1e-12
+
+
+def cancelling(weights: Sequence[float]) -> bool:
+    """Return whether weights sum to 0 but for rounding, so that nothing is divided by the sum."""
+    return abs(math.fsum(weights)) <= _CANCELLED * math.fsum(map(abs, weights))
+
+
+def divided_by(weights: Sequence[float], instead: str = "") -> float:
+    """Return the sum of the weights, by which a sum is divided.
+
+    Checks refuse weights that sum to 0 before work. Those of a group of FlexMerge's, or with
+    NAN's coefficients, are known only here.
+
+    Args:
+        instead: the option that leaves the sum undivided, for the message.
+
+    Raises:
+        MergeError: it is 0.
+    """
+    if cancelling(weights):
+        remedy = f"Use `{instead}`, or change `weight`." if instead else "Change `weight`."
+        raise MergeError(f"weights that sum to 0, which have no mean: {list(weights)}. {remedy}")
+    return math.fsum(weights)
+
+
+def layout_of(name: str, axes: int) -> str:
+    """Return how kernels see a tensor: as a matrix, stacked matrices, or flattened.
+
+    Four axes and more are convolutions, (out, in, height, width). Three axes are matrices stacked
+    along the first (experts, or a batch axis of one), unless the name says convolution: shapes
+    alone do not tell a one-dimensional convolution from experts.
+    """
+    if axes <= 2:
+        return "matrix"
+    return "flattened" if axes > 3 or "conv" in name.lower() else "stacked"
+
+
+def defaulting(parameter: Parameter, default: Any) -> Parameter:
+    """Return the parameter with another default."""
+    return replace(parameter, default=default)

@@ -1,1 +1,0 @@
-"""Merge rules: from m changes of one weight to one. Each file registers some."""
