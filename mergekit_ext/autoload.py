@@ -21,9 +21,9 @@ _EXTENSIONS = {
 
 
 def _extend(name: str, module) -> None:  # type: ignore[no-untyped-def]
-    from mergekit_ext.host import compat
+    from mergekit_ext.host import patches
 
-    getattr(compat, _EXTENSIONS[name])(module)
+    getattr(patches, _EXTENSIONS[name])(module)
 
 
 def _run_after(loader, name: str, done) -> None:  # type: ignore[no-untyped-def]

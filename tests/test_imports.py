@@ -141,6 +141,11 @@ def test_arrows(path):
             assert room in {"host", "callbacks"}, f"{path.name} imports {name}"
 
 
+def test_mergekit_is_changed_by_autoload_alone():
+    users = [path.name for path in modules() if "import patches" in path.read_text()]
+    assert users == ["autoload.py"]
+
+
 @pytest.mark.parametrize("path", modules(ADAPTERS), ids=lambda p: str(p.relative_to(ADAPTERS)))
 def test_arrows_of_peft_merge(path):
     for name in imported(path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_ext.host.run import for_commands
+from mergekit_ext.host.commands import for_commands
 from mergekit_ext.io import pickles
 from mergekit_ext.memory import limited
 

@@ -1,50 +1,11 @@
-"""Every use of mergekit that is not public API, and every place where mergekit is changed.
-
-What is changed, and why (each by one function below, called by `autoload` when the module is
-loaded):
-
-``mergekit.merge_methods``      the methods are registered; and models with an adapter are read
-                                with the adapter applied (`host.adapters`):
-                                ``LoaderCache.setup`` and ``get``, ``LoadTensor.execute``, and
-                                ``get_model_tensor_names`` for architectures without a table.
-                                ``MERGEKIT_EXT_ADAPTERS=0`` leaves them to mergekit. In commands
-                                that load it, ``--out-shard-size`` also takes 8MB and 5GiB, and
-                                what is no size is one message (``ShardSizeParamType.convert``).
-``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
-                                runs the statistics graph before it hands out the merge graph,
-                                and plans optional tensors with aliases (``BertModel`` has one),
-                                at which mergekit's own raises TypeError.
-``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
-                                project's methods; other merges go to mergekit's own function,
-                                those with adapters checked first. ``_get_donor_model`` takes the
-                                files of a model with an adapter from its base; fields with a
-                                value for each layer follow the slices (``_model_out_config``).
-``mergekit.scripts.multimerge`` the command reads its file as text first, as does ``load_config``:
-                                documents are mappings; their names, which become folders, stay in
-                                theirs; unknown keys, which pydantic drops, are found.
-``mergekit.scripts.merge_raw_pytorch``
-                                ``plan_flat_merge`` checks, and runs the statistics graph; the
-                                command's output is staged as in ``run_merge``.
-                                ``SimpleLoaderCache.get`` and ``SimpleLoadTensor.execute`` read
-                                ``file+adapter``; ``TensorDictWrapper.execute`` does not take a
-                                path with a plus sign for another model.
-``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
-                                YAML, a bomb, or refused by mergekit's schema is one message.
-``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
-                                merge of ours runs (`local_cards`).
-
-Everything is found by its 0.1.5 name, once, here: an import that fails says which version is at
-fault.
-"""
+"""Uses of mergekit that are not public API; `patches` lists what is changed in it."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from packaging.version import Version
@@ -62,115 +23,6 @@ def check_version() -> None:
             f"mergekit {found} is installed; mergekit_ext works with mergekit >= 0.1.5, < 0.2. "
             "Install such a version, or set MERGEKIT_EXT_AUTOLOAD=0 to use mergekit without it."
         )
-
-
-def extend_methods(module: ModuleType) -> None:
-    """Register the methods, read models with an adapter, and read sizes of shards.
-
-    The rest is done here because nothing opens a model before this module is loaded, while
-    ``mergekit.io.tasks`` itself may be loaded in the middle of modules that the host imports.
-    """
-    check_version()
-    from mergekit.architecture import auto
-    from mergekit.io.tasks import LoaderCache, LoadTensor
-    from mergekit.options import ShardSizeParamType
-
-    from mergekit_ext.host.adapters import loader
-    from mergekit_ext.host.methods import register_methods
-
-    register_methods()
-    _replace(auto, "get_model_tensor_names", loader.tensor_names)
-    _replace(LoaderCache, "setup", loader.setup)
-    _replace(LoaderCache, "get", loader.get)
-    _replace(LoadTensor, "execute", loader.load_tensor)
-    _replace(ShardSizeParamType, "convert", _reading_sizes)
-
-
-def _reading_sizes(_: Callable[..., Any]) -> Callable[..., Any]:
-    from mergekit_ext.budget import shard_size
-
-    def convert(self: Any, value: Any, param: Any, ctx: Any) -> Any:
-        try:
-            return shard_size(value)
-        except ValueError as error:
-            return self.fail(str(error), param, ctx)
-
-    return convert
-
-
-def extend_planner(module: Any) -> None:
-    """Put the planner that runs the statistics graph in the place of mergekit's."""
-    from mergekit_ext.host import planner
-
-    if module.MergePlanner.__module__ == module.__name__:
-        module.MergePlanner = planner.extended(module.MergePlanner)
-
-
-def extend_merge(module: Any) -> None:
-    """Route merges that use the project's methods through `host.run`."""
-    from mergekit import plan
-
-    from mergekit_ext.host import out_config, run
-    from mergekit_ext.host.adapters import loader
-
-    module.MergePlanner = plan.MergePlanner
-    if not hasattr(module.run_merge, "stock"):
-        module.run_merge = run.extended(module.run_merge)
-    _replace(module, "_get_donor_model", loader.donor)
-    _replace(module, "_model_out_config", out_config.following_layers)
-
-
-def extend_multimerge(module: Any) -> None:
-    """Look at the documents of a multi-merge before they are merged."""
-    from mergekit_ext.host import run, run_multi, run_yaml
-
-    module.run_merge = run.extended(module.run_merge)
-    if not hasattr(module.load_config, "stock"):
-        module.load_config = run_multi.checked_load_config(module.load_config)
-        module.main.callback = run_yaml.extended_command(module.main.callback, run_multi.check)
-
-
-def extend_raw_pytorch(module: Any) -> None:
-    """Check, measure and stage merges of single files."""
-    from mergekit_ext.host import run_flat
-    from mergekit_ext.host.adapters import loader
-
-    _replace(module.SimpleLoaderCache, "get", loader.file_loader)
-    _replace(module.SimpleLoadTensor, "execute", loader.load_tensor)
-    _replace(module.TensorDictWrapper, "execute", loader.by_model)
-    if not hasattr(module.plan_flat_merge, "stock"):
-        module.plan_flat_merge = run_flat.extended_plan(module.plan_flat_merge)
-        module.main.callback = run_flat.extended_command(module.main.callback)
-
-
-def extend_yaml(module: Any) -> None:
-    """Look at the file of ``mergekit-yaml`` before it is parsed."""
-    from mergekit_ext.host import run, run_yaml
-
-    if not hasattr(module.main.callback, "stock"):
-        module.main.callback = run_yaml.extended_command(module.main.callback, run.parsed)
-
-
-def replaces(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator of a function that takes the place of mergekit's `stock`, which stays reachable
-    as its attribute ``stock``."""
-    original = getattr(stock, "stock", stock)
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        wrapper: Any = functools.wraps(original)(function)
-        wrapper.stock = original
-        return wrapper
-
-    return decorate
-
-
-def _replace(
-    owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Put what `make` makes of ``owner.name`` in its place, once."""
-    current = getattr(owner, name)
-    if not hasattr(current, "stock"):
-        setattr(owner, name, replaces(current)(make(current)))
 
 
 def make_executor(targets: Sequence[Any], options: Any) -> Any:

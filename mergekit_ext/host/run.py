@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import click
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
@@ -20,7 +18,6 @@ from mergekit_ext.errors import (
     MergekitExtError,
     MergeWarning,
     Problem,
-    printable,
 )
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
@@ -30,8 +27,7 @@ from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import examine, models_of_stock
 from mergekit_ext.host.checks.plan import FoundTensor
-from mergekit_ext.host.checks.schema import parse, unknown_keys
-from mergekit_ext.host.checks.source import NO_DOCUMENT
+from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
@@ -39,21 +35,12 @@ from mergekit_ext.host.method import WholeModelMethod
 from mergekit_ext.host.methods import ext_method, is_stock
 from mergekit_ext.host.output import output
 from mergekit_ext.host.predicted import predicted
-from mergekit_ext.interrupts import prompt
 from mergekit_ext.io import paths, pickles
-from mergekit_ext.io.documents import DocumentError, read, text_of
+from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.parallel import ranks
-from mergekit_ext.parallel.launch import require_one
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
-_LONGEST_WARNING = 10_000
-
-
-class CommandError(click.ClickException):
-    """An error that a command prints in place of a traceback."""
-
-    exit_code = 2
 
 
 def merge(
@@ -77,40 +64,15 @@ def merge(
     _merge(stock, config, os.fspath(out_path), options, config_source, callbacks, restart)
 
 
-def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
-    """Return what `schema`, mergekit's for whole models, makes of a YAML text.
-
-    Raises:
-        ConfigError: it is none, with every reason in the words of the text.
-    """
-    try:
-        documents, repeated = read(source)
-    except DocumentError as error:
-        raise ConfigError([error.problem], "this configuration") from None
-    if len(documents) > 1:
-        found, expected = f"{len(documents)} documents", "one merge"
-        remedy = "Use mergekit-multi for several."
-        raise ConfigError([Problem("the file", found, expected, remedy)], "this configuration")
-    if not documents:
-        raise ConfigError([NO_DOCUMENT], "this configuration")
-    config, problems = parse(documents[0], schema)
-    if config is None:
-        unknown = unknown_keys(documents[0], schema=schema)
-        raise ConfigError([*repeated, *problems, *unknown], "this configuration")
-    return config
-
-
-def extended(run_merge: Callable[..., None]) -> Callable[..., None]:
+def extended(stock: Callable[..., None]) -> Callable[..., None]:
     """mergekit's ``run_merge``, with the project's way for the project's methods."""
 
-    @compat.replaces(run_merge)
     def run(
         merge_config: MergeConfiguration,
         out_path: str,
         options: MergeOptions,
         config_source: str | None = None,
     ) -> None:
-        stock = run.stock  # type: ignore[attr-defined]
         # An unknown name is probably one of ours, misspelt: the checks know the nearest.
         if is_stock(merge_config.merge_method):
             with _checked_models(merge_config, options):
@@ -237,34 +199,3 @@ def require(problems: Sequence[Problem]) -> None:
     """Raise one error with all `problems`, if there are any."""
     if problems:
         raise ConfigError(problems)
-
-
-@contextmanager
-def for_commands(*, shared: bool = False) -> Iterator[None]:
-    """Inside a command, an error of ours is a message and exit code 2, not a traceback.
-
-    Several processes are refused unless the command's work is `shared` by them.
-    """
-    context = click.get_current_context(silent=True)
-    if context is None:
-        yield
-        return
-    shown = warnings.showwarning
-
-    def show(message: Any, category: Any, *rest: Any, **options: Any) -> None:
-        if issubclass(category, MergeWarning):
-            click.echo(f"Warning: {printable(str(message), _LONGEST_WARNING)}", err=True)
-        else:
-            shown(message, category, *rest, **options)
-
-    warnings.showwarning = show
-    try:
-        if not shared and not require_one(context.command_path):
-            raise click.exceptions.Exit(0)
-        with prompt():
-            yield
-    except MergekitExtError as error:
-        raise CommandError(str(error)) from None
-    finally:
-        sys.stderr.flush()
-        warnings.showwarning = shown

@@ -6,10 +6,12 @@ billions of values), recurses, and lets exceptions of Python's conversions throu
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import stat
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,12 +77,19 @@ def json_object(
 
 
 def read(text: str) -> tuple[list[Any], list[Problem]]:
-    """The documents of a YAML text, and the keys that stand twice in one mapping.
+    """Return the documents of a YAML text, and the keys that stand twice in one mapping.
+
+    The last text is remembered: a command, its checks and its merge all read the same one.
 
     Raises:
         DocumentError: it is no YAML, nested too deeply, stands for too many values, or holds one
             that Python cannot convert.
     """
+    return copy.deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str) -> tuple[list[Any], list[Problem]]:
     if len(text) > _MOST_CHARACTERS:
         found = f"{len(text):,} characters"
         raise _error("the file", found, f"{_MOST_CHARACTERS:,} at most")

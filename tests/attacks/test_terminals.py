@@ -53,7 +53,7 @@ def test_the_name_of_a_document(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_warning() -> None:
-    from mergekit_ext.host.run import for_commands
+    from mergekit_ext.host.commands import for_commands
 
     @click.command()
     def main() -> None:

@@ -14,10 +14,11 @@ from mergekit.options import MergeOptions
 from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
 from mergekit_ext.host import compat
+from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
 from mergekit_ext.host.flexmerge.sizes import Tracer
 from mergekit_ext.host.output import listening
-from mergekit_ext.host.run import parsed, require
+from mergekit_ext.host.run import require
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.report.curve import (

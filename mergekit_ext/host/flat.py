@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.events import MergeBegin
-from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.loader import file_with_adapter, set_up_files
 from mergekit_ext.host.checks.flat import adapter_problems, check_flat
+from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.methods import ext_method
 from mergekit_ext.host.output import output
-from mergekit_ext.host.run import for_commands, parsed, require
+from mergekit_ext.host.run import require
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.io import pickles
@@ -22,14 +22,12 @@ from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.staging import place_problems
 
 
-def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
+def extended_plan(stock: Callable[..., Any]) -> Callable[..., Any]:
     """mergekit's ``plan_flat_merge``, with checks before and statistics after."""
 
-    @compat.replaces(plan_flat_merge)
     def plan(
         config: Any, out_path: str, tensor_union: bool, tensor_intersection: bool, options: Any
     ) -> list[Any]:
-        stock = plan.stock  # type: ignore[attr-defined]
         session = sessions.current()
         set_up_files(options)
         places = {item.model: f"models[{i}]" for i, item in enumerate(config.models)}
@@ -68,14 +66,12 @@ def extended_plan(plan_flat_merge: Callable[..., Any]) -> Callable[..., Any]:
     return plan
 
 
-def extended_command(callback: Callable[..., Any]) -> Callable[..., Any]:
+def extended_command(stock: Callable[..., Any]) -> Callable[..., Any]:
     """The command's callback, with staging and reports for the project's methods."""
 
-    @compat.replaces(callback)
     def command(config_path: str, out_path: str, **arguments: Any) -> None:
         from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
-        stock = command.stock  # type: ignore[attr-defined]
         with for_commands():
             text = text_of(Path(config_path))
             method = ext_method(parsed(text, RawPyTorchMergeConfig).merge_method)
