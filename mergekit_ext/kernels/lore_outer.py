@@ -2,14 +2,22 @@
 
 With D_i = theta_i - mean and theta_0 = mean - S, the simultaneous update of Algorithm 1 is the
 fixed-point iteration ``S <- mean_i shrink(D_i + S)``. For thresholding it is gradient descent,
-step 1/n, on the smooth convex function of S that is left when every delta_i is minimised out; so
-quasi-Newton steps go to the same minimiser in fewer evaluations. Rank truncation is not convex
-and the sequential update need not have one limit: these are iterated as the paper has them.
+step 1/n, on the smooth convex function of S that is left when every delta_i is minimised out, with
+gradient n (S - mean_i shrink(D_i + S)); so quasi-Newton steps go to the same minimiser in fewer
+evaluations. L-BFGS with the identity as its first guess starts as Algorithm 1 and speeds it up
+from what it saw. Rank truncation is not convex and the sequential update need not have one limit:
+these are iterated as the paper has them.
+
+Singular values that sink below mu on the way raise the curvature, so that early steps, taken from
+the curvature before, are too long. The length of a step over that of the gradient is therefore
+limited: at first to 2, then to twice what was last accepted. Measured: with the limit next to no
+step is rejected, without it up to a third.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,8 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import norm
-from mergekit_ext.kernels.lore_descent import Secants
+from mergekit_ext.kernels.linear_algebra import inner, norm
 from mergekit_ext.kernels.svt import Rule, Shrunk
 
 Report = Callable[[int, float, float], None]
@@ -27,6 +34,9 @@ SETTLED_SHARE = 0.5
 # Units of rounding of the largest ||D_i|| below which a change of S is none. Measured: thresholding
 # one matrix twice, from two bases of the same subspace, differs by about 10.
 FLOOR = 8.0
+# Secant pairs kept: two matrices each. Measured: 3 costs up to 15% more iterations, 8 saves 4%.
+MEMORY = 5
+FIRST_REACH = 2.0
 
 
 class Shrinker(Protocol):
@@ -45,7 +55,7 @@ class Shrinker(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop, and whom to tell: ``on_iteration(iteration, objective, change)``."""
+    """When to stop, and what is called: ``on_iteration(iteration, objective, change)``."""
 
     max_iterations: int
     tolerance: float
@@ -132,6 +142,51 @@ class Problem:
         triples = zip(self.shrinkers, self.differences, last.parts, strict=True)
         parts = [s.settle(d + last.at, accuracy, part) for s, d, part in triples]
         return self.point(last.at, parts)
+
+
+class Secants:
+    """Limited-memory BFGS (Nocedal 1980): approximates H^-1 g from the last `MEMORY` steps."""
+
+    def __init__(self) -> None:
+        self._pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=MEMORY)
+        self._reach = FIRST_REACH
+        self._stretch = 1.0
+
+    def learn(self, step: Tensor, turn: Tensor) -> None:
+        """Take in a step and the change of the gradient along it (dropped if not convex)."""
+        curvature = inner(step, turn)
+        if curvature > 1e-6 * norm(step) * norm(turn):
+            self._pairs.append((step, turn, 1.0 / curvature))
+
+    def step(self, gradient: Tensor) -> tuple[Tensor, float]:
+        """The step to subtract, and the norm of the one that a limit may have shortened."""
+        step = self.solve(gradient)
+        length, unit = norm(step), norm(gradient)
+        self._stretch = length / unit if unit > 0.0 else 1.0
+        if self._stretch > self._reach:
+            step.mul_(self._reach / self._stretch)
+            self._stretch = self._reach
+        return step, length
+
+    def accepted(self) -> None:
+        """The last step was kept: the next one may be twice as long."""
+        self._reach = max(self._reach, 2.0 * self._stretch)
+
+    def rejected(self) -> None:
+        """The last step raised the objective."""
+        self._reach = max(1.0, 0.5 * self._stretch)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """The two-loop recursion; `gradient` itself while nothing was learned."""
+        result = gradient.clone()
+        shares = []
+        for step, turn, scale in reversed(self._pairs):
+            share = scale * inner(step, result)
+            result.add_(turn, alpha=-share)
+            shares.append(share)
+        for (step, turn, scale), share in zip(self._pairs, reversed(shares), strict=True):
+            result.add_(step, alpha=share - scale * inner(turn, result))
+        return result
 
 
 def simultaneous(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:

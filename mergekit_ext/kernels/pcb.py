@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.numerics import chunks
-from mergekit_ext.kernels.order_statistic import order_statistic
+from mergekit_ext.kernels.selection import order_statistic
 
 DEFAULT_DENSITY = 0.1
 DEFAULT_CLIP = 1e-4

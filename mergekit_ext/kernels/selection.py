@@ -1,13 +1,14 @@
-"""The k largest magnitudes of a tensor that is seen in pieces: an exact threshold, no sort.
+"""Ranks among many numbers that are seen in pieces: exact thresholds, without a sort.
 
-Non-negative floating-point numbers are ordered as their bit patterns are. Counting the patterns
-by their leading 16 bits, then those in the bin where the k-th falls by the next 16, finds the k-th
-largest magnitude exactly, in two passes (four for float64) and with two counters' worth of memory.
+The bit patterns of floating-point numbers, with those of negative numbers reversed, are ordered as
+the numbers are. Counting them by their leading 16 bits finds the bin in which the k-th falls; the
+next 16 bits of what lies in that bin narrow it further, a pass for each digit. `cut_for` finds the
+k largest magnitudes, `order_statistic` the k-th smallest number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 _DIGIT = 16
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+# Numbers that `order_statistic` gathers at once: 32 MB of float64.
+GATHER = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
 
 
 class CutSearch:
-    """`cut_for` for whom a pass over the pieces is dear: feed each pass with `add`, end it with
-    `advance`, until `done`. Pieces may be counted elsewhere: `count` there, `take` here.
+    """Incremental `cut_for` for data that is costly to re-read.
+
+    Each pass is fed with `add` and ended with `advance`, until `done`. Pieces may be counted
+    elsewhere: `count` there, `take` here.
 
     Attributes:
         bins: how many counters a pass has.
@@ -80,12 +85,14 @@ class CutSearch:
         self.take(self.count(piece))
 
     def count(self, piece: Tensor) -> Tensor:
-        """How many entries of a piece fall into each of the pass's `bins`; int64."""
-        bits = patterns(piece)
-        leading = bits >> self._shift
-        if self._shift != self._first:
-            leading = leading[(leading >> _DIGIT) == self._prefix] & ((1 << _DIGIT) - 1)
-        return torch.bincount(leading, minlength=self.bins)
+        """Return how many entries of a piece fall into each of the pass's `bins`; int64."""
+        return torch.bincount(self._digits(patterns(piece)), minlength=self.bins)
+
+    def _digits(self, keys: Tensor) -> Tensor:
+        leading = keys >> self._shift
+        if self._shift == self._first:
+            return leading
+        return leading[(leading >> _DIGIT) == self._prefix] & (self.bins - 1)
 
     def take(self, counts: Tensor) -> None:
         """Add what `count` found, here or elsewhere; the search's own from then on."""
@@ -96,17 +103,78 @@ class CutSearch:
         """The sum of what this pass has been given so far."""
         return torch.zeros(self.bins, dtype=torch.int64) if self._counts is None else self._counts
 
-    def advance(self) -> None:
-        """End a pass: one digit more of the cut is known."""
+    def advance(self) -> int:
+        """End a pass: one digit more of the cut is known. Return how many entries share it."""
         if self._counts is None:
-            raise ValueError("cut_for: found no pieces; expected at least one")
+            raise ValueError("pieces: found none; expected at least one")
         # How many lie at each digit or above it.
         above = self._counts.flip(0).cumsum(0).flip(0)
         digit = int((above >= self._wanted).nonzero().max())
-        self._wanted -= int(above[digit] - self._counts[digit])
+        inside = int(self._counts[digit])
+        self._wanted -= int(above[digit]) - inside
         self._prefix = (self._prefix << _DIGIT) | digit
         self._shift -= _DIGIT
         self._counts = None
+        return inside
+
+
+class _SignedSearch(CutSearch):
+    """The same search over float64 numbers with their signs, largest first."""
+
+    def __init__(self, wanted: int):
+        super().__init__(wanted, torch.float64)
+        # The leading digit of negative numbers is negative; with this it counts from 0.
+        self._offset = 1 << _DIGIT - 1
+
+    def count(self, piece: Tensor) -> Tensor:
+        digits = self._digits(_ordered(piece)) + self._offset
+        return torch.bincount(digits, minlength=self.bins)
+
+    def advance(self) -> int:
+        inside = super().advance()
+        self._prefix -= self._offset
+        self._offset = 0
+        return inside
+
+    def inside(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the numbers that share all digits that are known."""
+        for piece in pieces:
+            flat, known = piece.reshape(-1), self._shift + _DIGIT
+            whole = self._shift == self._first
+            yield flat if whole else flat[(_ordered(flat) >> known) == self._prefix]
+
+
+def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: int) -> float:
+    """Return the number at index `rank` (from 0) of the sorted numbers.
+
+    Args:
+        pieces: gives the same float64 pieces, of any shapes, each time it is called. -0.0 counts
+            as 0.0; NaN sorts to an end.
+        rank: from 0 to ``count - 1``.
+        count: how many numbers there are in all pieces.
+
+    Reads the pieces once if they are few, mostly two or three times otherwise, five at most.
+
+    Raises:
+        ValueError: `rank` is out of range.
+    """
+    if not 0 <= rank < count:
+        raise ValueError(f"rank: found {rank!r}; expected 0 to {count - 1}")
+    search, inside = _SignedSearch(count - rank), count
+    while inside > GATHER and not search.done:
+        for piece in pieces():
+            search.add(piece)
+        inside = search.advance()
+    if search.done:  # all 64 bits are known, so that what is left is one number, repeated
+        return next(float(found[0]) for found in search.inside(pieces()) if found.numel())
+    left = torch.cat(list(search.inside(pieces())))
+    return float(left.kthvalue(inside - search.cut.ties + 1).values)
+
+
+def _ordered(piece: Tensor) -> Tensor:
+    """Signed integers that are ordered as the numbers are."""
+    bits = piece.reshape(-1).view(torch.int64)
+    return bits ^ ((bits >> 63) & torch.iinfo(torch.int64).max)
 
 
 class Keeper:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergekit_ext.kernels import lore_descent, lore_fit
+from mergekit_ext.kernels import lore_fit, lore_outer
 from mergekit_ext.kernels.lore import LoreResult, lore
 from mergekit_ext.kernels.svt_matmul import MatmulShrinker
 from mergekit_ext.kernels.svt_subspace import WarmShrinker
@@ -124,7 +124,7 @@ def decaying() -> list[Tensor]:
 
 def test_steps_that_raise_the_objective_are_taken_back(monkeypatch) -> None:
     models, share = decaying(), 0.05
-    monkeypatch.setattr(lore_descent, "FIRST_REACH", 1e6)
+    monkeypatch.setattr(lore_outer, "FIRST_REACH", 1e6)
     seen: list[tuple[int, float, float]] = []
     found = lore(models, mu_relative=share, on_iteration=lambda *values: seen.append(values))
     agrees(found, reference(models, mu_relative=share), models)

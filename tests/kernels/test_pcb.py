@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.kernels import numerics, order_statistic
+from mergekit_ext.kernels import numerics, selection
 from mergekit_ext.kernels.pcb import pcb_merge
 from tests.reference.pcb import merge as reference
 
@@ -16,7 +16,7 @@ SHAPES = [(17, 13), (5,), (1,), (0, 3), (2, 3, 4)]
 def chunk(request, monkeypatch):
     monkeypatch.setattr(numerics, "_CPU_CHUNK", request.param[0])
     monkeypatch.setattr(numerics, "_ACCELERATOR_CHUNK", request.param[0])
-    monkeypatch.setattr(order_statistic, "GATHER", request.param[1])
+    monkeypatch.setattr(selection, "GATHER", request.param[1])
 
 
 def block(device="cpu", dtype=torch.float32, count=4, scale=1.0, seed=5):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.kernels import order_statistic as module
-from mergekit_ext.kernels.order_statistic import order_statistic
+from mergekit_ext.kernels import selection as module
+from mergekit_ext.kernels.selection import order_statistic
 
 numbers = st.lists(
     st.one_of(
