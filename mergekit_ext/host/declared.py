@@ -57,28 +57,17 @@ class DeclaredMethod(ExtMethod):
             contract=InputContract(base=policy, min_non_base=1),
         )
 
-    def problems(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
-    ) -> Iterable[Problem]:
-        """Those of the declaration."""
-        return self.method.check(shared, Inputs(len(inputs), has_base, MODELS, where))
+    def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
+        """Return those of the declaration."""
+        return self.method.check(options, inputs)
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
-        """Those of the declaration."""
+        """Return those of the declaration."""
         return self.method.check_each(values)
 
-    def forewarnings(
-        self,
-        shared: Mapping[str, Any],
-        *,
-        has_base: bool,
-        inputs: Sequence[str],
-        where: str,
-        weights: Sequence[float] | None = None,
-    ) -> Iterable[MergeWarning]:
-        """Those of the declaration."""
-        about = Inputs(len(inputs), has_base, MODELS, where, weights)
-        return self.method.forewarn(shared, about)
+    def forewarnings(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
+        """Return those of the declaration."""
+        return self.method.forewarn(options, inputs)
 
     def copies(self, models: int, square: float) -> float:
         """Those of the declaration."""

@@ -16,6 +16,7 @@ from mergekit_ext.host import session as sessions
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.memory import unknown_copies
+from mergekit_ext.methods import Inputs
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
@@ -37,49 +38,25 @@ class ExtMethod(MergeMethod):
     ) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """Merge one group; return the tensor in `out_dtype`, and what to report about it."""
 
-    def problems(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
-    ) -> Iterable[Problem]:
-        """What is wrong with a set of shared parameters, beyond the type of each.
-
-        Args:
-            shared: the values of the shared parameters that a tensor gets.
-            has_base: whether there is a base model.
-            inputs: the names of the models that are not the base.
-            where: the path of the parameters in the user's file, such as ``parameters``.
-        """
+    def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
+        """Return what is wrong with the shared parameters that a tensor gets, taken together."""
         return ()
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
-        """What is wrong with the parameters of one model together, for one tensor.
+        """Return what is wrong with the parameters of one model together, for one tensor.
 
         Args:
             values: those that are sound by themselves. A problem's `where` is the name of one.
         """
         return ()
 
-    def forewarnings(
-        self,
-        shared: Mapping[str, Any],
-        *,
-        has_base: bool,
-        inputs: Sequence[str],
-        where: str,
-        weights: Sequence[float] | None = None,
-    ) -> Iterable[MergeWarning]:
-        """What is worth a warning before the merge starts.
-
-        Arguments as in `problems`; `weights` are those that the user gave the inputs for one
-        tensor, None if they are not known yet.
-        """
+    def forewarnings(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
+        """Return what is worth a warning before the merge starts."""
         return ()
 
-    def notes(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
-    ) -> Iterable[str]:
-        """What `mergekit-ext check` says of a merge that can be done; arguments as above."""
-        for warning in self.forewarnings(shared, has_base=has_base, inputs=inputs, where=where):
-            yield str(warning)
+    def notes(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[str]:
+        """Return what `mergekit-ext check` says of a merge that can be done."""
+        return map(str, self.forewarnings(options, inputs))
 
     def passes(self, shared: Mapping[str, Any]) -> int:
         """How many times the merge reads each input tensor."""

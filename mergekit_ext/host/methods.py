@@ -23,11 +23,11 @@ def register_methods() -> None:
         _register_once(method)
     for method in merge_methods.registered_methods():
         if takes_nan(method):
-            _register_once(NanMethod.wrapping(method))
+            _register_once(NanMethod(method))
 
 
 def _own() -> Iterator[ExtMethod]:
-    yield NanMethod.direct()
+    yield NanMethod()
     yield FlexMergeMethod()
     yield from map(DeclaredMethod, methods(MODELS).values())
 

@@ -18,6 +18,7 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
+from mergekit.sparsify import SparsificationMethod
 
 from mergekit_ext.core.parameters import WEIGHT
 from mergekit_ext.errors import (
@@ -30,8 +31,8 @@ from mergekit_ext.errors import (
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.declared import spec_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
-from mergekit_ext.host.rules import DirectRule, Rule, rule_for
 from mergekit_ext.host.session import TensorRecord
+from mergekit_ext.host.weighted import in_pieces, weighted_by
 from mergekit_ext.kernels.nan import (
     combine_norms,
     default_scale,
@@ -39,8 +40,10 @@ from mergekit_ext.kernels.nan import (
     uniform,
 )
 from mergekit_ext.kernels.numerics import all_finite, squared_norm, squared_norms
+from mergekit_ext.memory import copies_of
+from mergekit_ext.methods import Inputs
 from mergekit_ext.methods.nan import NORM_OF, PAPER, SCALE, granularity
-from mergekit_ext.methods.sparsify import DENSITY, EPSILON, GAMMA
+from mergekit_ext.methods.sparsify import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.report.card import coefficients_section
 
 # Which tensors share one set of coefficients: from the name of a tensor to the name of its group.
@@ -62,6 +65,8 @@ NORMS = "nan:norms"
 # A merged task vector below this share of the dtype's range cannot take a base out of it.
 _SAFE_RANGE = 1e-3
 _RESERVED = frozenset(p.name for p in _SHARED)
+_DELLA = SparsificationMethod.della_magprune
+_SPREAD = {"density", "epsilon"}
 
 
 def takes_nan(method: MergeMethod) -> bool:
@@ -91,97 +96,81 @@ class NanMethod(ExtMethod):
     :math:`a_i = (1/\|x_i\|_F) / \sum_j (1/\|x_j\|_F)`, x the task vectors (`norm_of:
     task_vector`, the default over a base) or the raw weights. A weight that the user gives
     multiplies the coefficient. See `mergekit_ext.kernels.nan`.
+
+    Args:
+        wrapped: F; without it task arithmetic over a base, a weighted average without one.
     """
 
-    def __init__(self, spec: MergeMethodSpec, rule: Rule, inner: MergeMethod | None = None):
-        self.spec = spec
-        self._rule = rule
-        self._inner = inner if isinstance(inner, ExtMethod) else None
-
-    @classmethod
-    def direct(cls) -> NanMethod:
-        """`nan`: task arithmetic over a base, a weighted average without one."""
-        return cls(
-            MergeMethodSpec(
-                name="nan",
-                pretty_name="NAN",
-                reference_url=PAPER,
-                parameters=(*_SHARED, spec_of(WEIGHT)),
-                contract=InputContract(base=BasePolicy.OPTIONAL, min_non_base=1),
+    def __init__(self, wrapped: MergeMethod | None = None):
+        inner = wrapped.spec if wrapped is not None else None
+        parameters = [spec_of(WEIGHT)] if wrapped is None else _with_ranges(wrapped)
+        optional = InputContract(base=BasePolicy.OPTIONAL, min_non_base=1)
+        self.spec = MergeMethodSpec(
+            name=f"nan_{inner.name}" if inner else "nan",
+            pretty_name=f"{inner.pretty_name or inner.name} with NAN coefficients"
+            if inner
+            else "NAN",
+            reference_url=PAPER,
+            parameters=(*_SHARED, *parameters),
+            contract=inner.contract if inner else optional,
+            **(
+                {
+                    "optional_tensor_policy": inner.optional_tensor_policy,
+                    "uses_accelerator": inner.uses_accelerator,
+                }
+                if inner
+                else {}
             ),
-            DirectRule(),
         )
+        self._wrapped = wrapped
+        self._inner = wrapped if isinstance(wrapped, ExtMethod) else None
+        self._weighted = weighted_by(wrapped)
 
-    @classmethod
-    def wrapping(cls, method: MergeMethod) -> NanMethod:
-        """`nan_<method>` for a method that `takes_nan`."""
-        inner = method.spec
-        return cls(
-            MergeMethodSpec(
-                name=f"nan_{inner.name}",
-                pretty_name=f"{inner.pretty_name or inner.name} with NAN coefficients",
-                reference_url=PAPER,
-                parameters=(*_SHARED, *_with_ranges(method)),
-                contract=inner.contract,
-                optional_tensor_policy=inner.optional_tensor_policy,
-                uses_accelerator=inner.uses_accelerator,
-            ),
-            rule_for(method),
-            method,
-        )
-
-    def problems(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
-    ) -> Iterable[Problem]:
+    def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
         """`norm_of: task_vector` where there is no base to subtract."""
-        if shared.get("norm_of") == "task_vector" and not self._has_base(has_base):
+        if options.get("norm_of") == "task_vector" and not self._has_base(inputs.based):
             remedy = (
                 "Add `base_model:`, or leave `norm_of` out."
                 if not self.ignores_base
                 else f"{self.spec.name} averages weights; use `nan` or `nan_task_arithmetic`."
             )
-            yield Problem(f"{where}.norm_of", "task_vector without a base model", "weights", remedy)
+            found = "task_vector without a base model"
+            yield Problem(f"{inputs.where}.norm_of", found, "weights", remedy)
         if self._inner:
-            yield from self._inner.problems(shared, has_base=has_base, inputs=inputs, where=where)
+            yield from self._inner.problems(options, inputs)
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
-        """Those of the wrapped method."""
-        return self._inner.input_problems(values) if self._inner else self._rule.problems(values)
+        """Those of the wrapped method.
 
-    def notes(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
-    ) -> Iterable[str]:
+        mergekit's `della` and `della_linear` stop in the middle of a merge if the shares that they
+        keep, ``density - epsilon`` to ``density + epsilon``, are not within (0, 1).
+        """
+        if self._inner:
+            return self._inner.input_problems(values)
+        della = getattr(self._wrapped, "sparsification_method", None) == _DELLA
+        return spread_problems(values) if della and values.keys() >= _SPREAD else ()
+
+    def notes(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[str]:
         """Raw weights of fine-tunes of one base have nearly equal norms."""
-        yield from super().notes(shared, has_base=has_base, inputs=inputs, where=where)
-        if self._norm_of(shared, self._has_base(has_base)) == "weights" and len(inputs) > 1:
+        yield from super().notes(options, inputs)
+        if self._norm_of(options, self._has_base(inputs.based)) == "weights" and inputs.count > 1:
             yield (
                 f"{self.spec.name} measures raw weights: for fine-tunes of one base the norms, "
                 "and so the coefficients, come out nearly equal. Norms of task vectors differ: "
                 "give a base model."
             )
 
-    def forewarnings(
-        self,
-        shared: Mapping[str, Any],
-        *,
-        has_base: bool,
-        inputs: Sequence[str],
-        where: str,
-        weights: Sequence[float] | None = None,
-    ) -> Iterable[MergeWarning]:
+    def forewarnings(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
         """Those of the wrapped method, which without a base gets nearly the same weights."""
-        if self._inner:
-            yield from self._inner.forewarnings(
-                shared, has_base=has_base, inputs=inputs, where=where, weights=weights
-            )
+        return self._inner.forewarnings(options, inputs) if self._inner else ()
 
     def passes(self, shared: Mapping[str, Any]) -> int:
         """`block` and `model` measure everything before the first tensor is merged."""
         return 1 if shared.get("granularity", "tensor") == "tensor" else 2
 
     def copies(self, models: int, square: float) -> float:
-        """Those of the rule; norms are summed in pieces before."""
-        return self._rule.copies(models, square)
+        """None where inputs are combined in pieces, else those of F, its result and the base."""
+        return 0 if in_pieces(self._wrapped) else copies_of(self._wrapped)(models, square) + 3
 
     def merge_one(
         self,
@@ -233,11 +222,11 @@ class NanMethod(ExtMethod):
             # Every task vector (or every tensor) is zero: the base, or zero, is the answer.
             return (group.base or group.entries[0]).tensor.to(out_dtype, copy=True)
         weights = {key: value * parameters["weight"][key] for key, value in coefficients.items()}
-        merged = self._rule.merge(group, weights, scale, parameters, out_dtype)
+        merged = self._weighted(group, weights, scale, parameters, out_dtype)
         # Looking costs as much as merging; norms that were measured anyway may show it is safe.
         longest = math.fsum(abs(scale * w) * norms[key] for key, w in weights.items())
         safe = (
-            self._rule.linear
+            self._wrapped is None
             and self._norm_of(parameters, group.base is not None) == "task_vector"
             and longest < _SAFE_RANGE * torch.finfo(out_dtype).max
         )

@@ -15,6 +15,7 @@ from mergekit_ext.host.session import Session
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.host.writer import PlannedWriter, PlannedWriterTask
+from mergekit_ext.methods import Inputs
 from mergekit_ext.parallel import ranks
 
 
@@ -126,20 +127,13 @@ def _forewarn(
     session = session or sessions.Session()
     for task in tasks:
         # Norm and head of a merge of slices have the parameters of one slice's models only.
-        models = [
-            model
+        weights = [
+            task.input_parameters[model]["weight"]
             for model in task.model_order
             if model != task.base_model and model in task.input_parameters
         ]
-        session.warn(
-            method.forewarnings(
-                dict(task.parameters.items()),
-                has_base=task.base_model is not None,
-                inputs=[str(model) for model in models],
-                where="parameters",
-                weights=[task.input_parameters[model]["weight"] for model in models],
-            )
-        )
+        inputs = Inputs(len(weights), task.base_model is not None, weights=weights)
+        session.warn(method.forewarnings(dict(task.parameters.items()), inputs))
 
 
 def _reporting(task: ExecuteMergeMethodTask, out_dtype: str | None, seed: int) -> MergeTensorTask:

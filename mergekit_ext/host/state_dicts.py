@@ -30,6 +30,7 @@ from mergekit_ext.host.method import ExtMethod, WholeModelMethod
 from mergekit_ext.host.methods import register_methods
 from mergekit_ext.host.session import Session
 from mergekit_ext.kernels.numerics import compute_dtype
+from mergekit_ext.methods import Inputs
 
 Tensors = Mapping[str, Tensor]
 BASE = "base"
@@ -107,9 +108,7 @@ def problems(
             for k, s in specs.items()
             if s.scope == ParameterScope.SHARED and not s.required
         }
-        yield from method.problems(
-            {**defaults, **shared}, has_base=has_base, inputs=inputs, where="parameters"
-        )
+        yield from method.problems({**defaults, **shared}, Inputs(count, has_base))
 
 
 def merge(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,7 @@ from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.source import check_source
 from mergekit_ext.io import pickles
 from mergekit_ext.io.headers import HeaderError, read_folder, read_safetensors
+from mergekit_ext.methods import Inputs
 from tests import models as small
 
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}
@@ -594,14 +595,12 @@ class Fake(GroupMergeMethod):
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         raise AssertionError("nothing is merged by a check")
 
-    def problems(
-        self, shared: Mapping[str, Any], *, has_base: bool, inputs: Sequence[str], where: str
-    ) -> Iterable[Problem]:
-        self.asked.append((dict(shared), has_base, tuple(inputs), where))
+    def problems(self, shared: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
+        self.asked.append((dict(shared), inputs))
         if shared["mu"] > 5:
-            yield Problem(f"{where}.mu", str(shared["mu"]), "at most 5", "Lower it.")
+            yield Problem(f"{inputs.where}.mu", str(shared["mu"]), "at most 5", "Lower it.")
 
-    def notes(self, shared: Mapping[str, Any], **known: Any) -> Iterable[str]:
+    def notes(self, shared: Mapping[str, Any], inputs: Inputs) -> Iterable[str]:
         yield f"mu is {shared['mu']}"
 
     def passes(self, shared: Mapping[str, Any]) -> int:
@@ -620,8 +619,7 @@ def test_a_method_is_asked_once_for_each_set_of_shared_parameters(models: Path, 
     document = {"merge_method": "fake", "models": entries(models, "a", "b")}
     once = run(document)
     assert once.problems == () and once.notes == ("mu is 1.0",)
-    inputs = (str(models / "a"), str(models / "b"))
-    assert fake.asked == [({"mu": 1.0}, False, inputs, "parameters")]
+    assert fake.asked == [({"mu": 1.0}, Inputs(2, based=False))]
     linear = run({**LINEAR, "models": document["models"]})
     assert once.estimate is not None and linear.estimate is not None
     assert once.estimate.bytes_read == 2 * linear.estimate.bytes_read

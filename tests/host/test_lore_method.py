@@ -15,6 +15,7 @@ from mergekit_ext.errors import (
     UniformCoefficientsWarning,
 )
 from mergekit_ext.host.methods import ext_method
+from mergekit_ext.methods import Inputs
 from mergekit_ext.methods.method import layout_of
 from tests.reference.lore import lore as reference
 
@@ -28,11 +29,9 @@ def models(count=3, shape=(12, 9), dtype=torch.float32):
     return [t.to(dtype) for t in (base, *tuned)]
 
 
-def problems(*, has_base=False, inputs=("a", "b", "c"), **shared):
+def problems(*, based=False, **shared):
     given = {"update": "simultaneous", **shared}
-    return list(
-        ext_method("lore").problems(given, has_base=has_base, inputs=inputs, where="parameters")
-    )
+    return list(ext_method("lore").problems(given, Inputs(3, based)))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_exactly_one_threshold():
 
 
 def test_sequential_needs_something_to_solve():
-    (problem,) = problems(mu=0.1, update="sequential", has_base=True)
+    (problem,) = problems(mu=0.1, update="sequential", based=True)
     assert problem.where == "parameters.update"
 
 
@@ -180,7 +179,7 @@ def test_nan_lore_weighs_low_rank_task_vectors():
 def test_nan_lore_has_the_rules_of_both():
     method = ext_method("nan_lore")
     shared = {"norm_of": "task_vector", "update": "simultaneous"}
-    found = list(method.problems(shared, has_base=False, inputs=("a", "b"), where="parameters"))
+    found = list(method.problems(shared, Inputs(2, based=False)))
     assert {p.where for p in found} == {"parameters", "parameters.norm_of"}
     first, second = models(2)[1:]
     with (

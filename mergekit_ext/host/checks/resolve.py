@@ -13,6 +13,7 @@ from mergekit_ext.host.checks.layout import Group, Source, all_settings
 from mergekit_ext.host.checks.parameters import Absent, leaves
 from mergekit_ext.host.checks.plan import PlannedTensor
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.methods import Inputs
 
 # An object that no parameter has as its value: the parameter has none here.
 _NOTHING = object()
@@ -151,13 +152,13 @@ class _Values:
 
 
 def _ask_method(method: Any, shared: Any, findings: Findings) -> None:
-    problems, notes = getattr(method, "problems", None), getattr(method, "notes", None)
+    if not hasattr(method, "notes"):  # mergekit's own
+        return
     for group, values in shared:
-        inputs = [str(s.model) for s in group.sources if s.model != group.base]
-        known = {"has_base": group.has_base, "inputs": inputs, "where": group.parameters_at()}
-        if callable(problems):
-            findings.extend(problems(values, **known))
-        for note in notes(values, **known) if callable(notes) else ():
+        count = sum(source.model != group.base for source in group.sources)
+        inputs = Inputs(count, group.has_base, where=group.parameters_at())
+        findings.extend(method.problems(values, inputs))
+        for note in method.notes(values, inputs):
             findings.note(note)
 
 

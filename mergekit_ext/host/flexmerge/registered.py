@@ -28,6 +28,7 @@ from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.memory import copies_of
+from mergekit_ext.methods import Inputs
 
 # The shape of a tensor that a method is tried on.
 _TRIAL = (8, 8)
@@ -54,7 +55,7 @@ class Registered(Algorithm):
     def problems(self) -> list[Problem]:
         """What the method has against its parameters, before a weight is read."""
         if isinstance(self._method, ExtMethod):
-            found = list(self._method.problems(self.parameters.shared, **self._situation()))
+            found = list(self._method.problems(self.parameters.shared, self._inputs))
             if found:
                 return found
         error = self._refusal()
@@ -67,11 +68,11 @@ class Registered(Algorithm):
         """What the method says of a merge that it can do."""
         if not isinstance(self._method, ExtMethod):
             return []
-        return list(self._method.notes(self.parameters.shared, **self._situation()))
+        return list(self._method.notes(self.parameters.shared, self._inputs))
 
-    def _situation(self) -> dict[str, Any]:
-        inputs = [f"model {index}" for index in range(len(self.parameters.models))]
-        return {"has_base": self._based, "inputs": inputs, "where": "parameters"}
+    @property
+    def _inputs(self) -> Inputs:
+        return Inputs(len(self.parameters.models), self._based)
 
     def _refusal(self) -> ValueError | None:
         """What the method raises over a few numbers in place of weights.
