@@ -98,7 +98,6 @@ def test_a_place_that_cannot_be_made(place, monkeypatch):
     assert files(place) == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
 def test_a_file_that_grows_too_large(place):
     code = (
         "import resource, sys; from peft_merge.cli import main; "
