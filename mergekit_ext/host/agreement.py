@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.host.method import ExtMethod
-from mergekit_ext.host.methods import is_stock
+from mergekit_ext.host.method import ExtMethod, is_stock
 from mergekit_ext.parallel import ranks
 from mergekit_ext.parallel.launch import own_device
 from mergekit_ext.parallel.ranks import Ranks

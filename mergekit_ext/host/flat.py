@@ -12,7 +12,7 @@ from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.loader import file_with_adapter, set_up_files
 from mergekit_ext.host.checks.flat import adapter_problems, check_flat
 from mergekit_ext.host.commands import for_commands, parsed
-from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.output import output
 from mergekit_ext.host.run import require
 from mergekit_ext.host.statistics import with_statistics

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from mergekit import merge_methods
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 
@@ -152,3 +153,18 @@ def raise_non_finite(group: TensorGroup) -> None:
             raise NonFiniteError(
                 group.metadata.name or "a tensor", str(entry.id), count, entry.tensor.numel()
             )
+
+
+def is_stock(name: str) -> bool:
+    """Return whether mergekit itself, or another plug-in, has registered a method called `name`."""
+    return ext_method(name) is None and any(
+        known.spec.name == name for known in merge_methods.registered_methods()
+    )
+
+
+def ext_method(name: str) -> ExtMethod | None:
+    """Return the project's method called `name`; None for mergekit's own and for unknown names."""
+    for method in merge_methods.registered_methods():
+        if method.spec.name == name and isinstance(method, ExtMethod):
+            return method
+    return None

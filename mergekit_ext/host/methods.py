@@ -35,18 +35,3 @@ def _own() -> Iterator[ExtMethod]:
 def _register_once(method: MergeMethod) -> None:
     if all(known.spec.name != method.spec.name for known in merge_methods.registered_methods()):
         merge_methods.register(method)
-
-
-def is_stock(name: str) -> bool:
-    """Whether mergekit itself, or somebody else, has registered a method called `name`."""
-    return ext_method(name) is None and any(
-        known.spec.name == name for known in merge_methods.registered_methods()
-    )
-
-
-def ext_method(name: str) -> ExtMethod | None:
-    """The project's method called `name`; None for mergekit's own and for unknown names."""
-    for method in merge_methods.registered_methods():
-        if method.spec.name == name and isinstance(method, ExtMethod):
-            return method
-    return None

@@ -10,7 +10,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask

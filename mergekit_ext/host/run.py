@@ -31,8 +31,7 @@ from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
-from mergekit_ext.host.method import WholeModelMethod
-from mergekit_ext.host.methods import ext_method, is_stock
+from mergekit_ext.host.method import WholeModelMethod, ext_method, is_stock
 from mergekit_ext.host.output import output
 from mergekit_ext.host.predicted import predicted
 from mergekit_ext.io import paths, pickles

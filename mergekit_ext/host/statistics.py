@@ -18,7 +18,7 @@ from mergekit.common import ImmutableMap, ModelReference
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.nan_method import GRANULARITIES, NORMS, NanMethod
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.tasks import MeasureTensorTask, MergeTensorTask

@@ -14,7 +14,7 @@ from mergekit_ext.errors import (
     TwoModelsWarning,
     UniformCoefficientsWarning,
 )
-from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.method import ext_method
 from mergekit_ext.methods import Inputs
 from mergekit_ext.methods.method import layout_of
 from tests.reference.lore import lore as reference

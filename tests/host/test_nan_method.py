@@ -18,7 +18,7 @@ from mergekit_ext.errors import (
     UniformCoefficientsWarning,
 )
 from mergekit_ext.host.blocks import block_of
-from mergekit_ext.host.methods import ext_method
+from mergekit_ext.host.method import ext_method
 from tests.reference import nan as reference
 
 mergekit_ext.register()

@@ -50,8 +50,7 @@ def check_merge(
             unknown keys, so that they can be found there only.
         pending: paths of models that other merges will have written by then.
     """
-    from mergekit_ext.host.method import WholeModelMethod
-    from mergekit_ext.host.methods import ext_method
+    from mergekit_ext.host.method import WholeModelMethod, ext_method
 
     method = ext_method(config.merge_method)
     if isinstance(method, WholeModelMethod):

@@ -31,8 +31,7 @@ from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner, StoredGroup
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.flexmerge.parameters import for_manifest
-from mergekit_ext.host.flexmerge.prepare import DEFAULT_SEED, Prepared
-from mergekit_ext.host.flexmerge.sources import Inputs
+from mergekit_ext.host.flexmerge.sources import DEFAULT_SEED, Inputs, Prepared
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.parallel.ranks import Ranks

@@ -13,8 +13,7 @@ from mergekit_ext.flexmerge.manifest import FILE_NAME as MANIFEST_NAME
 from mergekit_ext.flexmerge.manifest import Manifest
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.engine import Engine
-from mergekit_ext.host.flexmerge.prepare import Prepared
-from mergekit_ext.host.flexmerge.sources import open_inputs
+from mergekit_ext.host.flexmerge.sources import Prepared, open_inputs
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.model_files import companions, copy

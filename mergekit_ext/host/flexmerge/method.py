@@ -14,7 +14,7 @@ from mergekit_ext.host.method import WholeModelMethod
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
-    from mergekit_ext.host.flexmerge.prepare import Prepared
+    from mergekit_ext.host.flexmerge.sources import Prepared
 
 PAPER = "https://arxiv.org/abs/2505.23209"
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,11 +18,9 @@ from mergekit_ext.flexmerge.finite import EIGHT_BITS
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.trim_search import widest
 from mergekit_ext.host.checks.pickled import pickled_bytes
+from mergekit_ext.host.flexmerge.sources import Prepared
 from mergekit_ext.kernels.numerics import chunk_length
 from mergekit_ext.memory import Need, square_of, working
-
-if TYPE_CHECKING:
-    from mergekit_ext.host.flexmerge.prepare import Prepared
 
 _REMEDY = (
     "Take smaller blocks (`granularity: tensor`), fewer models, or an `algorithm` that works in "

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-
-import torch
 
 from mergekit_ext import memory
 from mergekit_ext.core.wording import listing
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.analysis import passes
-from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
-from mergekit_ext.flexmerge.plan import Storage, whole_models
+from mergekit_ext.flexmerge.layout import Naming, complete_ties, make_layout
+from mergekit_ext.flexmerge.plan import whole_models
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
@@ -26,59 +22,27 @@ from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
-from mergekit_ext.host.flexmerge.base_names import as_in_models, named_otherwise
 from mergekit_ext.host.flexmerge.checks import (
     NOT_TAKEN,
     check_family,
+    check_readable,
     check_supported,
+    note_unshared,
     task_items,
     task_names,
 )
 from mergekit_ext.host.flexmerge.needs import need_of
-from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
-from mergekit_ext.host.flexmerge.presence import (
-    check_readable,
-    note_unshared,
+from mergekit_ext.host.flexmerge.parameters import read_parameters
+from mergekit_ext.host.flexmerge.sources import (
+    DEFAULT_SEED,
+    Prepared,
+    as_in_models,
+    named_otherwise,
 )
 from mergekit_ext.host.modules import check_copied_modules
 from mergekit_ext.methods.method import layout_of
 
-DEFAULT_SEED = 0
 _NOTED_PRIVATE = 0.01
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A FlexMerge that can start.
-
-    Attributes:
-        base: mergekit's reference of the base model.
-        models: the reference of each task's model, in order.
-        naming: how names become blocks.
-        layout: blocks and private tensors.
-        written: the parameters.
-        forced: the dtype of all shareable tensors, if one is asked for.
-        adapted: names of the tensors that an adapter changes, or brings, in some model.
-    """
-
-    base: Any
-    models: Sequence[Any]
-    naming: Naming
-    layout: Layout
-    written: Written
-    forced: torch.dtype | None
-    adapted: frozenset[str] = frozenset()
-
-    @cached_property
-    def storage(self) -> Storage:
-        """How groups are stored."""
-        return Storage(self.layout, self.written.algorithm.masks, self.forced)
-
-    @property
-    def target(self) -> Target:
-        """The size asked for."""
-        target: Target = self.written.shared["target_size"]
-        return target
 
 
 def check(

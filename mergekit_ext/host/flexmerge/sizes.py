@@ -17,7 +17,7 @@ from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.evaluation import Evaluator
 from mergekit_ext.host.flexmerge.needs import need_of, with_models
 from mergekit_ext.host.flexmerge.parameters import variant
-from mergekit_ext.host.flexmerge.sources import Inputs, open_inputs
+from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.report.curve import Scores, SizePoint
 
 ALL = "all"
@@ -54,7 +54,7 @@ class Tracer:
     ):
         self.notes: list[str] = []
         self._options, self._evaluator = options, evaluator
-        self._prepared: dict[str, prepare.Prepared] = {}
+        self._prepared: dict[str, Prepared] = {}
         for name in dict.fromkeys(algorithms):
             report, found = prepare.check(variant(config, name, algorithms), options, source)
             report.raise_for_problems(f"this configuration and `{name}`")

@@ -1,23 +1,68 @@
-"""From mergekit's model references to tensors that can be read."""
+"""The models of a FlexMerge: what their headers say of it, and tensors that can be read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.layout import Layout, complete_ties, make_layout
+from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
+from mergekit_ext.flexmerge.plan import Storage
+from mergekit_ext.flexmerge.prefix import Renaming, find_renaming, named_as
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
+from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, read_adapter
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.checks.settings import dtype_of
-from mergekit_ext.host.flexmerge.base_names import as_in_models
-from mergekit_ext.host.flexmerge.prepare import Prepared
+from mergekit_ext.host.class_model import class_names
+from mergekit_ext.host.flexmerge.parameters import Written
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io.headers import TensorHeader, read_folder
 from mergekit_ext.parallel.ranks import Ranks
+
+DEFAULT_SEED = 0
+Headers = Mapping[str, TensorHeader]
+# Stored tensors, and the configuration that says what their class calls them.
+Stored = tuple[Headers, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A FlexMerge that can start.
+
+    Attributes:
+        base: mergekit's reference of the base model.
+        models: the reference of each task's model, in order.
+        naming: how names become blocks.
+        layout: blocks and private tensors.
+        written: the parameters.
+        forced: the dtype of all shareable tensors, if one is asked for.
+        adapted: names of the tensors that an adapter changes, or brings, in some model.
+    """
+
+    base: Any
+    models: Sequence[Any]
+    naming: Naming
+    layout: Layout
+    written: Written
+    forced: torch.dtype | None
+    adapted: frozenset[str] = frozenset()
+
+    @cached_property
+    def storage(self) -> Storage:
+        """How groups are stored."""
+        return Storage(self.layout, self.written.algorithm.masks, self.forced)
+
+    @property
+    def target(self) -> Target:
+        """The size asked for."""
+        target: Target = self.written.shared["target_size"]
+        return target
 
 
 @dataclass(frozen=True)
@@ -122,3 +167,40 @@ def _open_adapted(
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file()]
+
+
+def as_in_models(base: Stored, models: Sequence[Stored]) -> tuple[Headers, Renaming | None]:
+    """Return the base's headers by the models' names, and the change of prefix in it.
+
+    Names are taken as they are stored, or else as the classes call them, whichever gives more
+    that all models have. Each header keeps its stored name.
+    """
+    headers, config = base
+    shared = reduce(set.intersection, (set(names) for names, _ in models))
+    own = class_names(headers, config).of
+    theirs = {name: stored for stored, name in _by_class(models) if stored in shared}
+    renamed = {n: n if n in shared else theirs.get(own[n], own[n]) for n in headers}
+    ways = [headers]
+    if len(set(renamed.values())) == len(renamed):
+        ways.append({renamed[name]: header for name, header in headers.items()})
+    found = []
+    for way in ways:
+        renaming = find_renaming(way, [names for names, _ in models])
+        named = named_as(way, renaming)
+        found.append((len(shared & named.keys()), named, renaming))
+    _, named, renaming = max(found, key=lambda item: item[0])
+    return named, renaming
+
+
+def named_otherwise(models: Sequence[Stored]) -> list[tuple[str, str]]:
+    """Return pairs of stored names that the models have for one tensor of their class."""
+    first: dict[str, str] = {}
+    pairs = []
+    for stored, name in _by_class(models):
+        if first.setdefault(name, stored) != stored:
+            pairs.append((first[name], stored))
+    return list(dict.fromkeys(pairs))
+
+
+def _by_class(models: Sequence[Stored]) -> list[tuple[str, str]]:
+    return [pair for headers, config in models for pair in class_names(headers, config).of.items()]
