@@ -10,7 +10,7 @@ from mergekit_ext import memory
 from mergekit_ext.core.wording import listing
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.analysis import passes
-from mergekit_ext.flexmerge.layout import Naming, complete_ties, make_layout
+from mergekit_ext.flexmerge.layout import Naming
 from mergekit_ext.flexmerge.plan import whole_models
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
@@ -36,7 +36,7 @@ from mergekit_ext.host.flexmerge.parameters import read_parameters
 from mergekit_ext.host.flexmerge.sources import (
     DEFAULT_SEED,
     Prepared,
-    as_in_models,
+    laid_out,
     named_otherwise,
 )
 from mergekit_ext.host.modules import check_copied_modules
@@ -107,7 +107,7 @@ def _prepare(
     models = [facts[item.model] for _, item in items]
     naming = naming_for([fact.config for fact in (base, *models)], written.shared)
     stored = [(fact.tensors or {}, fact.config) for fact in (base, *models)]
-    named, renaming = as_in_models(stored[0], stored[1:])
+    layout, (first, *others), renaming = laid_out(tasks, stored, naming)
     if renaming is not None:
         findings.note(f"{renaming} ({config.base_model}).")
     if pairs := named_otherwise(stored[1:]):
@@ -115,9 +115,7 @@ def _prepare(
             f"{len(pairs)} tensors have two names, such as {' and '.join(pairs[0])}, and are not "
             "merged with each other: save all models with one version of transformers."
         )
-    first, *others = complete_ties([named, *(headers for headers, _ in stored[1:])], naming)
     check_readable(others, models, findings)
-    layout = make_layout(tasks, first, others, naming)
     if not any(block.size for block in layout.blocks):
         findings.problem(
             "models",

@@ -115,9 +115,7 @@ def open_inputs(prepared: Prepared, options: Any, ranks: Ranks | None = None) ->
     ]
     configs = [r.config(trust_remote_code=options.trust_remote_code) for r in references]
     owners = list(zip(read, configs, strict=True))
-    base, _ = as_in_models(owners[0], owners[1:])
-    headers = complete_ties([base, *read[1:]], prepared.naming)
-    layout = make_layout(prepared.layout.tasks, headers[0], headers[1:], prepared.naming)
+    layout, headers, _ = laid_out(prepared.layout.tasks, owners, prepared.naming)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
         problem = Problem(
             "models",
@@ -169,7 +167,19 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file()]
 
 
-def as_in_models(base: Stored, models: Sequence[Stored]) -> tuple[Headers, Renaming | None]:
+def laid_out(
+    tasks: Sequence[str], stored: Sequence[Stored], naming: Naming
+) -> tuple[Layout, list[Headers], Renaming | None]:
+    """Return the blocks and private tensors of a base, which comes first, and of the models.
+
+    And the headers of all by the models' names, and the change of prefix in the base's.
+    """
+    base, renaming = _as_in_models(stored[0], stored[1:])
+    headers = complete_ties([base, *(model for model, _ in stored[1:])], naming)
+    return make_layout(tasks, headers[0], headers[1:], naming), list(headers), renaming
+
+
+def _as_in_models(base: Stored, models: Sequence[Stored]) -> tuple[Headers, Renaming | None]:
     """Return the base's headers by the models' names, and the change of prefix in it.
 
     Names are taken as they are stored, or else as the classes call them, whichever gives more
