@@ -47,6 +47,16 @@ def parse(value: object, expected: str) -> tuple[float | None, int | None]:
     return (None, int(amount)) if in_bytes else (float(amount), None)
 
 
+def in_units(count: int) -> str:
+    """Return a number of bytes in decimal units, as disks are sold and shards are counted."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
 def shard_size(value: str | int) -> int:
     """Read the bytes of a shard: 5000, or with a unit as in `parse`.
 

@@ -29,8 +29,42 @@ class EvaluationError(MergekitExtError, ValueError):
         return cls(f"the evaluation of {what} raised an exception:\n{text.rstrip()}")
 
 
-def numbers(returned: Any) -> dict[str, float] | None:
-    """Finite scores by metric; None if it is something else."""
+class Scores:
+    """Checks what a user's function returns for one model after the other."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, set[str]] = {}
+
+    def of(self, returned: Any, task: str, what: str) -> dict[str, float]:
+        """Return the scores of one model by metric.
+
+        Args:
+            returned: by the user's function.
+            task: the name of the model's task.
+            what: was evaluated, as errors call it.
+
+        Raises:
+            EvaluationError: it is neither a finite number nor a mapping to finite numbers, or the
+                metrics are not those of the first model of the task.
+        """
+        found = _numbers(returned)
+        if found is None:
+            text = repr(returned)
+            raise EvaluationError(
+                f"the evaluation of {what} returned "
+                f"{text[:77] + '...' if len(text) > 80 else text}; expected a finite number, or a "
+                "mapping from metrics to finite numbers such as {'accuracy': 0.9}."
+            )
+        metrics = self._metrics.setdefault(task, set(found))
+        if metrics != set(found):
+            raise EvaluationError(
+                f"the evaluation of {what} returned {', '.join(sorted(found))}; expected "
+                f"{', '.join(sorted(metrics))} as for the first model of this task."
+            )
+        return found
+
+
+def _numbers(returned: Any) -> dict[str, float] | None:
     given = returned if isinstance(returned, Mapping) else {SCORE: returned}
     found = {}
     for metric, value in given.items():
@@ -38,31 +72,7 @@ def numbers(returned: Any) -> dict[str, float] | None:
         if not isinstance(metric, str) or not hasattr(value, "__float__"):
             return None
         try:
-            number = float(value)
+            found[metric] = float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             return None
-        if not math.isfinite(number):
-            return None
-        found[metric] = number
-    return found or None
-
-
-def require(returned: Any, what: str) -> dict[str, float]:
-    """Scores by metric.
-
-    Args:
-        returned: by the user's function.
-        what: was evaluated, as the error calls it.
-
-    Raises:
-        EvaluationError: it is neither a finite number nor a mapping to finite numbers.
-    """
-    found = numbers(returned)
-    if found is None:
-        text = repr(returned)
-        raise EvaluationError(
-            f"the evaluation of {what} returned {text[:77] + '...' if len(text) > 80 else text}; "
-            "expected a finite number, or a mapping from metrics to finite numbers such as "
-            "{'accuracy': 0.9}."
-        )
-    return found
+    return found if found and all(map(math.isfinite, found.values())) else None

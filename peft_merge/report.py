@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mergekit_ext.budget import in_units
 from mergekit_ext.errors import NotConvergedWarning
 from peft_merge import saved
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
@@ -44,7 +45,7 @@ def report(
     return {
         "format_version": FORMAT_VERSION,
         **plan.described(),
-        "summary": _summary(modules),
+        "summary": summary(len(modules), modules.items()),
         "modules": entries,
         "whole_tensors": saved.summary(plan.saved, plan.adapters),
         "notes": list(plan.notes),
@@ -56,19 +57,25 @@ def _infos(plan: MergePlan, module: str) -> dict[str, ModuleInfo]:
     return {adapter.name: adapter.infos[module] for adapter in loras if module in adapter.infos}
 
 
-def _summary(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Ranks and relative truncation errors over all modules; LoRAs have them."""
-    result: dict[str, Any] = {"modules": len(modules)}
-    ranks = [m["rank"] for m in modules.values() if "rank" in m]
-    errors = {name: m["error"] for name, m in modules.items() if "error" in m}
+def summary(count: int, merged: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return the ranks and relative truncation errors over merged modules; LoRAs have them.
+
+    Args:
+        count: how many modules there are.
+        merged: the report of each, by its name.
+    """
+    result: dict[str, Any] = {"modules": count}
+    entries = list(merged)
+    ranks = [entry["rank"] for _, entry in entries if "rank" in entry]
+    errors = [(entry["error"], name) for name, entry in entries if "error" in entry]
     if ranks:
         result |= {"smallest_rank": min(ranks), "largest_rank": max(ranks)}
     if errors:
-        worst = max(errors, key=lambda name: errors[name])
+        largest, worst = max(errors, key=lambda found: found[0])
         result |= {
-            "largest_error": errors[worst],
+            "largest_error": largest,
             "largest_error_in": worst,
-            "mean_error": math.fsum(errors.values()) / len(errors),
+            "mean_error": math.fsum(error for error, _ in errors) / len(errors),
         }
     return result
 
@@ -187,10 +194,4 @@ def _largest_rank(plan: MergePlan, module: str) -> int:
 
 
 def _size(plan: MergePlan, numbers: int) -> str:
-    count = numbers * plan.dtype.itemsize
-    value, units = float(count), ["B", "kB", "MB", "GB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    text = f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-    return f"{text} of {_short(plan.dtype)}"
+    return f"{in_units(numbers * plan.dtype.itemsize)} of {_short(plan.dtype)}"

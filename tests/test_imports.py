@@ -109,6 +109,7 @@ SHARED = {
     "events",
     "interrupts",
     "memory",
+    "report",
 }
 LIBRARIES = {"peft", "transformers"}  # loaded inside of functions
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext import scores
 from mergekit_ext.callbacks.log import require_log
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.events import MergeEnd
 from mergekit_ext.hooks import takes
+from mergekit_ext.scores import Scores
 
 # From a model and the name of a task to scores by metric, or to one number.
 Function = Callable[[Any, str], Mapping[str, float] | float]
@@ -61,7 +61,7 @@ class Evaluate(Callback):
             raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
         self._function, self._every, self._log = function, every, log
         self._load = load or _load
-        self._metrics: dict[str, set[str]] = {}
+        self._scores = Scores()
         self.found: list[dict[str, Any]] = []
 
     def __call__(self, model: Any, task: str) -> dict[str, float]:
@@ -132,14 +132,7 @@ class Evaluate(Callback):
             if sys.version_info >= (3, 11):
                 error.add_note(f"This was the evaluation of {what}.")
             raise
-        found = scores.require(returned, what)
-        metrics = self._metrics.setdefault(task, set(found))
-        if metrics != set(found):
-            raise scores.EvaluationError(
-                f"the evaluation of {what} returned {', '.join(sorted(found))}; expected "
-                f"{', '.join(sorted(metrics))} as the first time."
-            )
-        return found
+        return self._scores.of(returned, task, what)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_ext.budget import shard_size
+from mergekit_ext.budget import in_units, shard_size
 from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
@@ -114,17 +114,7 @@ def _as_text(name: str | None, report: CheckReport) -> str:
 def _estimate(cost: Estimate) -> list[str]:
     return [
         f"Output:        {cost.tensors:,} tensors, {cost.parameters:,} parameters",
-        f"Bytes read:    {_size(cost.bytes_read)}",
-        f"Bytes written: {_size(cost.bytes_written)}",
-        f"Bytes held:    {_size(cost.bytes_held)} at most, estimated",
+        f"Bytes read:    {in_units(cost.bytes_read)}",
+        f"Bytes written: {in_units(cost.bytes_written)}",
+        f"Bytes held:    {in_units(cost.bytes_held)} at most, estimated",
     ]
-
-
-def _size(count: int) -> str:
-    """A number of bytes in decimal units, as disks are sold and shards are counted."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

@@ -23,8 +23,7 @@ from mergekit_ext.host.session import Session
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.staging import WEIGHTS, by_machine, staged
 from mergekit_ext.parallel import ranks
-from mergekit_ext.report.card import append_section
-from mergekit_ext.report.merge_report import write_report
+from mergekit_ext.report.card import append_section, write_report
 
 EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
 _KEPT = "What is finished is kept: the same command goes on with it, --restart starts over."

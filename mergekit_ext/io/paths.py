@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -27,6 +28,18 @@ def _answer(question: Callable[[Path], bool], path: str | os.PathLike[str]) -> b
         return question(Path(path))
     except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a NUL
         return False
+
+
+def may_be_hub_name(name: Any) -> bool:
+    """Whether a name that is no path may be that of a repository on the Hugging Face Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:

@@ -1,12 +1,14 @@
-"""Sections for the model card that mergekit writes."""
+"""Sections for the model card that mergekit writes, and `merge_report.json`."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+REPORT_NAME = "merge_report.json"
 _MOST_ROWS = 40
 
 
@@ -15,6 +17,22 @@ def append_section(card: Path, section: str) -> None:
     if section and card.exists():
         text = card.read_text(encoding="utf-8")
         card.write_text(f"{text.rstrip()}\n\n{section.strip()}\n", encoding="utf-8")
+
+
+def write_report(
+    folder: Path, method: str, tensors: Mapping[str, Mapping[str, Any]], seed: int
+) -> None:
+    """Write the report of a merge into `folder`.
+
+    Args:
+        folder: the output.
+        method: the name of the merge method.
+        tensors: for each tensor what the method reported: coefficients, norms, iterations, ...
+        seed: what random methods drew from; with the same one they draw the same.
+    """
+    content = {"format_version": 1, "method": method, "seed": seed, "tensors": tensors}
+    text = json.dumps(content, indent=1, allow_nan=False)
+    (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _short(models: Sequence[str]) -> list[str]:
@@ -83,6 +101,48 @@ def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
             table(["model", "rank (lowest / median / highest)", "largest singular value"], rows),
         ]
     )
+
+
+def flexmerge_section(
+    size: Mapping[str, float],
+    tasks: Sequence[tuple[str, bool]],
+    kinds: Mapping[str, tuple[int, int]],
+) -> str:
+    """Size, tasks, and how many copies of each kind of block are stored.
+
+    Args:
+        size: ``models``, ``bytes`` and ``private_bytes``.
+        tasks: names, and whether each folder is an ordinary checkpoint.
+        kinds: for each kind of block how many blocks there are, and how many stored groups.
+    """
+    count = len(tasks)
+    rows = [
+        [kind, str(blocks), f"{groups / blocks:.2f} of {count}"]
+        for kind, (blocks, groups) in kinds.items()
+    ]
+    private = size["private_bytes"]
+    apart = f", and {private:,.0f} bytes that only one task each has" if private else ""
+    plain = [name for name, ordinary in tasks if ordinary]
+    masked = [name for name, ordinary in tasks if not ordinary]
+    lines = [
+        "### FlexMerge",
+        "",
+        f"{count} tasks in the space of {size['models']:.4g} models{apart}: "
+        f"{size['bytes']:,.0f} bytes in all.",
+        "",
+    ]
+    if plain:
+        lines += [f"Ordinary checkpoints, one folder each: {', '.join(plain)}.", ""]
+    if masked:
+        lines += [
+            f"Stored as masks: {', '.join(masked)}. Load these with "
+            "`mergekit_ext.flexmerge.load(folder, task=...)`, or write an ordinary folder with "
+            "`mergekit-ext export folder task out`. The base and the masks come on top of the "
+            "copies below.",
+            "",
+        ]
+    lines.append(table(["blocks", "number", "mean copies"], rows))
+    return "\n".join(lines)
 
 
 def _mean(values: Sequence[float]) -> float:

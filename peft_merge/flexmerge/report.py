@@ -1,4 +1,4 @@
-"""merge_report.json of a FlexMerge, as JSON values."""
+"""merge_report.json of a FlexMerge, as JSON values, and README.md of it and of its tasks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from mergekit_ext.report.card import table
+from peft_merge.adapter import Adapter
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.options import Options
 from peft_merge.flexmerge.target import Size
-from peft_merge.report import FORMAT_VERSION
+from peft_merge.io.card import PROJECT, page
+from peft_merge.io.card import card as adapter_card
+from peft_merge.report import FORMAT_VERSION, summary
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def report(
     """
     names = [adapter.name for adapter in plan.adapters]
     size = sizes[step]
+    merged = [item for block in blocks for group in block.groups for item in group.modules.items()]
+    shared = [(module, entry) for module, entry in merged if "error" in entry]
     return {
         "format_version": FORMAT_VERSION,
         **plan.described(),
@@ -56,7 +62,7 @@ def report(
         "size": described(size),
         # Upwards: each is a `target_size` that its adapters fit in.
         "sizes": [math.ceil(each.adapters * 1e6 - 1e-3) / 1e6 for each in sizes],
-        "summary": _summary(blocks),
+        "summary": summary(len({module for module, _ in merged}), shared),
         "blocks": [
             {
                 "name": block.name,
@@ -95,26 +101,52 @@ def _note(size: Size, count: int) -> str:
     )
 
 
-def _summary(blocks: Sequence[MergedBlock]) -> dict[str, Any]:
-    """Modules, and ranks and truncation errors of those that are shared."""
-    modules = {m for block in blocks for group in block.groups for m in group.modules}
-    result: dict[str, Any] = {"modules": len(modules)}
-    shared = [
-        (module, details)
-        for block in blocks
-        for group in block.groups
-        for module, details in group.modules.items()
-        if "error" in details
+def card(adapters: Sequence[Adapter], report: Mapping[str, Any], config: str) -> str:
+    """Return README.md: what the folder holds, how much it takes, how to load it."""
+    size, method = report["size"], report["flexmerge"]
+    rows = [
+        [f"`{adapter.name}`", str(len(adapter.infos)), str(_shared(adapter.name, report))]
+        for adapter in adapters
     ]
-    if shared:
-        ranks = [details["rank"] for _, details in shared]
-        errors = [details["error"] for _, details in shared]
-        worst, details = max(shared, key=lambda item: item[1]["error"])
-        result |= {
-            "smallest_rank": min(ranks),
-            "largest_rank": max(ranks),
-            "largest_error": details["error"],
-            "largest_error_in": worst,
-            "mean_error": math.fsum(errors) / len(errors),
-        }
-    return result
+    apart = size["unit_bytes"] * len(adapters) + size["private_bytes"]
+    return page(
+        f"{len(adapters)} adapters in the space of {size['adapters']:.4g}",
+        ["peft", report["kind"], "merge", "mergekit-ext"],
+        [
+            f"Made with `flexmerge` (`{method['algorithm']}`) from {PROJECT}. Each folder is an "
+            "ordinary PEFT adapter of one task. Tasks whose changes of a module are alike have "
+            "the same tensors there.",
+            table(["task", "modules", "shared with others"], rows),
+            f"Loaded together, with shared tensors, they take {size['bytes']:,} bytes instead of "
+            f"{apart:,.0f}. On disk each folder is complete.",
+        ],
+        [
+            "from peft import PeftModel",
+            "",
+            f'model = PeftModel.from_pretrained(base_model, "{adapters[0].name}")  # one task',
+            "",
+            "from peft_merge import load_tasks",
+            "",
+            'model = load_tasks(base_model, ".")  # all tasks, with shared tensors',
+            f'model.set_adapter("{adapters[-1].name}")',
+        ],
+        config,
+    )
+
+
+def task_card(adapter: Adapter, report: Mapping[str, Any]) -> str:
+    """Return README.md of one task's folder."""
+    said: dict[str, Any] = {}
+    if _shared(adapter.name, report):
+        said = {"method": "flexmerge", "adapters": report["adapters"]}
+    return adapter_card(adapter, None, said)
+
+
+def _shared(task: str, report: Mapping[str, Any]) -> int:
+    """How many of a task's modules others have, too."""
+    return sum(
+        len(group["modules"])
+        for block in report["blocks"]
+        for group in block["groups"]
+        if task in group["tasks"] and len(group["tasks"]) > 1
+    )

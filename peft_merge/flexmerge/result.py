@@ -11,8 +11,8 @@ from typing import Any
 from mergekit_ext.flexmerge.manifest import FILE_NAME
 from mergekit_ext.io.staging import new_folder
 from peft_merge.adapter import Adapter
-from peft_merge.flexmerge.card import card, task_card
 from peft_merge.flexmerge.manifest import Block, Group, Manifest, described
+from peft_merge.flexmerge.report import card, task_card
 from peft_merge.io.write import CARD, MERGE_CONFIG, REPORT, fill_folder
 
 

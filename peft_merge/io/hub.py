@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from mergekit_ext.errors import Problem
+from mergekit_ext.io.paths import may_be_hub_name
 from peft_merge.io.tensors import CONFIG, PICKLE, SAFETENSORS
-
-# As the Hub allows them: letters, digits, and -_. in one or two parts.
-_HUB_NAME = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?", re.ASCII)
 
 
 def locate(
@@ -28,7 +25,7 @@ def locate(
         exists = folder.exists()
     except (OSError, RuntimeError, ValueError):  # no name of a file on this system
         exists = False
-    if not isinstance(source, str) or exists or not _HUB_NAME.fullmatch(text):
+    if not isinstance(source, str) or exists or not may_be_hub_name(text):
         return Problem(
             text or "an empty name",
             "a file" if exists else "no such folder",

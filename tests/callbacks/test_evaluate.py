@@ -93,7 +93,7 @@ def test_what_is_no_score_is_refused():
     answers = iter([{"a": 1}, {"b": 1}])
     evaluate = Evaluate(lambda model, task: next(answers))
     evaluate(model, "x")
-    with pytest.raises(EvaluationError, match="returned b; expected a as the first time"):
+    with pytest.raises(EvaluationError, match="returned b; expected a as for the first model"):
         evaluate(model, "x")
     with pytest.raises(TypeError, match="function: found 3"):
         Evaluate(3)

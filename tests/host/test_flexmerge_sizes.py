@@ -22,7 +22,7 @@ from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.runtime import load
 from mergekit_ext.host import run
 from mergekit_ext.host.flexmerge.curve import write_curve
-from mergekit_ext.host.flexmerge.evaluation import EvaluationError
+from mergekit_ext.scores import EvaluationError
 from tests.models import bert, config, family, llama, write_yaml
 
 OPTIONS = MergeOptions(quiet=True)

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import json
 
-from mergekit_ext.report.card import append_section, coefficients_section, solver_section
-from mergekit_ext.report.merge_report import REPORT_NAME, write_report
+from mergekit_ext.report.card import (
+    REPORT_NAME,
+    append_section,
+    coefficients_section,
+    solver_section,
+    write_report,
+)
 
 
 def nan_details(group, a, b):

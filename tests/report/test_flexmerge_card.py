@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext.flexmerge.reader import read_manifest
-from mergekit_ext.report.flexmerge_card import flexmerge_section
+from mergekit_ext.report.card import flexmerge_section
 from tests.models import bert, config, family, write_yaml
 
 SIZE = {"models": 2.25, "bytes": 1234567, "private_bytes": 0}

@@ -19,6 +19,7 @@ from mergekit_ext.host.class_model import empty_model
 from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, read_safetensors
+from mergekit_ext.io.paths import may_be_hub_name
 from peft_merge.adapter import Adapter
 
 _WRITTEN = "the configuration of a PEFT adapter"
@@ -143,7 +144,7 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
     """Whether an adapter can be read now; a problem if it never can, or is a pickle."""
     folder = paths.expanded(path.path)
     if not paths.is_folder(folder):
-        may_be = hub.may_be_hub_name(path.path)
+        may_be = may_be_hub_name(path.path)
         if may_be and hub.cached_folder(path, None, "adapter_config.json") is not None:
             return True
         if may_be and not hub.offline():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,7 @@ from mergekit_ext.dtypes import BITS
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io import pickles
 from mergekit_ext.io.headers import TensorHeader
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-def may_be_hub_name(path: str) -> bool:
-    """Whether a path that does not exist could be the name of a repository."""
-    return bool(_HUB_NAME.fullmatch(path)) and len(path) <= 96
+from mergekit_ext.io.paths import may_be_hub_name
 
 
 def offline() -> bool:

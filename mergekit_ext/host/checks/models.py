@@ -24,6 +24,7 @@ from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, weights_of
+from mergekit_ext.io.paths import may_be_hub_name
 
 _LARGEST_CONFIG = 64 << 20
 # transformers and mergekit go through layers and experts one by one, some classes already when
@@ -132,7 +133,7 @@ def _local_model(
 
 def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> ModelFacts:
     path, nothing = reference.model.path, ModelFacts(reference, where)
-    if not hub.may_be_hub_name(path):
+    if not may_be_hub_name(path):
         remedy = "Check the path." + near(path)
         if path.startswith("~"):
             remedy = f"Write {paths.expanded(path)}: mergekit does not expand `~`."

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.core.wording import did_you_mean, shown
-from mergekit_ext.host.checks.hub import may_be_hub_name
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io import paths
 from mergekit_ext.io.documents import json_object
+from mergekit_ext.io.paths import may_be_hub_name
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model"),

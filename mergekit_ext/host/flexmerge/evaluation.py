@@ -13,9 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_ext.flexmerge.runtime import build_module
-from mergekit_ext.scores import SCORE, EvaluationError, require
-
-__all__ = ["SCORE", "Evaluate", "EvaluationError", "Evaluator"]
+from mergekit_ext.scores import EvaluationError, Scores
 
 # From a module and the name of its task to its scores.
 Evaluate = Callable[[Any, str], Mapping[str, float] | float]
@@ -36,7 +34,7 @@ class Evaluator:
     def __init__(self, function: Evaluate, *, quiet: bool, trust_remote_code: bool = False):
         self._function, self._quiet = function, quiet
         self._trust_remote_code = trust_remote_code
-        self._metrics: dict[str, set[str]] = {}
+        self._scores = Scores()
         self._bar: Any = None
 
     @contextmanager
@@ -85,12 +83,6 @@ class Evaluator:
             returned = self._function(module, task)
         except Exception as error:
             raise EvaluationError.raised(error, what) from error
-        found = require(returned, what)
-        metrics = self._metrics.setdefault(task, set(found))
-        if metrics != set(found):
-            raise EvaluationError(
-                f"the evaluation of {what} returned {', '.join(sorted(found))}; expected "
-                f"{', '.join(sorted(metrics))} as for the first model of this task."
-            )
+        found = self._scores.of(returned, task, what)
         self._bar.update()
         return found

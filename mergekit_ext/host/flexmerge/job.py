@@ -18,7 +18,7 @@ from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.parallel import ranks
-from mergekit_ext.report.flexmerge_card import flexmerge_section
+from mergekit_ext.report.card import flexmerge_section
 
 
 def generator() -> str:
