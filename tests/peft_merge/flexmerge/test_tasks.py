@@ -223,5 +223,5 @@ def test_yaml_and_what_is_written(tmp_path):
     stored = json.loads((tmp_path / "out" / "task_t0" / "adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == "org/base"
     assert "target_size: 3kB" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(ConfigError, match="something there"):
+    with pytest.raises(ConfigError, match="which is not empty"):
         run_config(config, tmp_path / "out")
