@@ -202,6 +202,7 @@ class BlockReader:
         header = source.tensors[name]
         self._bytes.reverse()
         if self._bytes[0].numel() < header.nbytes:
+            self._bytes[0] = torch.empty(0)  # let go before more is taken
             self._bytes[0] = torch.empty(header.nbytes, dtype=torch.uint8)
         room = self._bytes[0][: header.nbytes]
         source.read(name, room)

@@ -24,6 +24,7 @@ from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.agreement import own_options, require_same, sharing_problems
 from mergekit_ext.host.checks.adapters import unused_cache
+from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import examine, models_of_stock
 from mergekit_ext.host.checks.plan import FoundTensor
@@ -33,7 +34,6 @@ from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import WholeModelMethod, ext_method, is_stock
 from mergekit_ext.host.output import output
-from mergekit_ext.host.predicted import predicted
 from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.staging import place_problems

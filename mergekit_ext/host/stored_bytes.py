@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergekit_ext.io.headers import TensorHeader
 
-_CHUNK = 16 << 20
+_CHUNK = 1 << 20
 
 
 def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:

@@ -10,6 +10,7 @@ Elementwise operations and sums to more than one number are torch's: these it do
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -121,6 +122,14 @@ def _rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
     flat = x.reshape(-1)
     whole = flat.numel() // _SUMMED * _SUMMED
     return flat[:whole].view(-1, _SUMMED), flat[whole:]
+
+
+def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``sum_i w_i delta_i``, in the dtype of the deltas."""
+    tau = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        tau.add_(delta, alpha=weight)
+    return tau
 
 
 @by_one_thread

@@ -14,9 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import norm
-from mergekit_ext.kernels.lore_combine import COMBINE, weighted_sum
-from mergekit_ext.kernels.lore_fit import Fit, Shrinkage, fit
+from mergekit_ext.kernels.linear_algebra import norm, weighted_sum
+from mergekit_ext.kernels.lore_fit import COMBINE, Fit, Shrinkage, fit
 from mergekit_ext.kernels.lore_outer import UPDATES, Limits
 from mergekit_ext.kernels.numerics import compute_dtype, count_non_finite
 

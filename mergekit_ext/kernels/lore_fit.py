@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import matmul, qr
-from mergekit_ext.kernels.lore_combine import Combine
+from mergekit_ext.kernels.linear_algebra import matmul, qr, weighted_sum
 from mergekit_ext.kernels.lore_outer import UPDATES, Limits, Outcome, Problem, Shrinker
 from mergekit_ext.kernels.svt import Rule, Shrunk, power_of_two
 from mergekit_ext.kernels.svt_matmul import MatmulShrinker
@@ -104,6 +103,44 @@ class Span:
     def expand(self, coordinates: Tensor) -> Tensor:
         """Back to ``(a, b)``."""
         return coordinates if self.frame is None else matmul(coordinates, self.frame.T)
+
+
+@dataclass(frozen=True)
+class Combine:
+    """``tau = function(deltas, weights)``; a linear one may be applied in any coordinates."""
+
+    function: Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+    linear: bool
+
+
+def weighted_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``tau = sum_i w_i delta_i / sum_i w_i``; the weights must not sum to zero."""
+    return weighted_sum(deltas, weights).div_(math.fsum(weights))
+
+
+def elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Optional 2, TIES without trimming (Yadav et al. 2023), entry by entry.
+
+    The sign of ``sum_i w_i delta_i`` is elected; tau is the weighted mean of the delta_i that have
+    it. An entry with no sign, or whose agreeing weights sum to zero, is zero. (The paper writes
+    the mean of tau over the agreeing models; the mean of their delta_i is meant.)
+    """
+    elected = weighted_sum(deltas, weights).sign_()
+    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = (delta.sign() == elected).to(delta.dtype)
+        total.add_(delta * agrees, alpha=weight)
+        mass.add_(agrees, alpha=weight)
+    empty = mass == 0
+    return torch.where(empty, torch.zeros_like(total), total / mass.masked_fill(empty, 1.0))
+
+
+# Ways to make one task vector tau of the low-rank delta_i (Algorithm 1, step 2).
+COMBINE: dict[str, Combine] = {
+    "sum": Combine(weighted_sum, linear=True),
+    "mean": Combine(weighted_mean, linear=True),
+    "ties": Combine(elected_mean, linear=False),
+}
 
 
 @dataclass(frozen=True)

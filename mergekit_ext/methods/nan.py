@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Parameter, choice
-from mergekit_ext.kernels.lore_combine import weighted_sum
+from mergekit_ext.kernels.linear_algebra import weighted_sum
 from mergekit_ext.kernels.nan import default_scale
 from mergekit_ext.methods.method import ADAPTERS, Call, Merged, Method, Pieces, Rows
 from mergekit_ext.methods.registry import register

@@ -29,8 +29,8 @@ from peft_merge.config.options import (
 )
 from peft_merge.config.plan import AnyMethod, Kind, MergePlan, WholeMethod
 from peft_merge.config.resolve import Resolver, unknown_everywhere
-from peft_merge.footprint import need_of
 from peft_merge.io import compatible, different_bases, few_shared, load_adapter, one_form
+from peft_merge.memory_estimate import need_of
 from peft_merge.methods import methods, of_any_method, parameters_of
 
 PATTERNS = (

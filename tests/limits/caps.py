@@ -27,7 +27,7 @@ from mergekit_ext.cli import main
 from mergekit_ext.host.checks.source import check_source
 from mergekit_ext.io import pickles
 from peft_merge.cli import main as adapters
-from peft_merge.footprint import need_of
+from peft_merge.memory_estimate import need_of
 from peft_merge.merge import plan_config
 from tests.models import config, family, write_yaml
 

@@ -1,22 +1,36 @@
-"""What a merge reads, writes and holds, from headers alone: see `Estimate` and `memory`."""
+"""What a merge reads, writes and holds, from headers alone: see `Estimate` and `memory`.
+
+`predicted` gives dtype and shape of each tensor of the output.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from mergekit_ext.dtypes import BITS, dtype_name
 from mergekit_ext.host.checks.pickled import pickled_bytes
 from mergekit_ext.host.checks.plan import FoundTensor
 from mergekit_ext.host.checks.report import Estimate
-from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.host.checks.settings import dtype_of, wants_tokenizer
 from mergekit_ext.host.checks.vocabulary import Vocabulary
 from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.planned import Entry
 from mergekit_ext.kernels.numerics import chunk_length
 from mergekit_ext.memory import Need, copies_of, square_of, working
 
+_DTYPES = {
+    dtype_name(dtype): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
 # Methods compute in float32 at least, whatever the dtype of the files.
 _LEAST_BYTES = 4
 # An adapter's change of a tensor is added to it in float32: the tensor, the change, the sum.
@@ -54,9 +68,9 @@ def estimate(
             read[model, stored.name] = stored.nbytes
         shape = _shape(tensor, headers, vocabulary.at_least if vocabulary else min)
         most = _shape(tensor, headers, vocabulary.at_most if vocabulary else min)
-        bits = _merge_bits(tensor, headers, config)
-        forced = tensor.planned.weight.force_dtype or config.out_dtype
-        count, out = math.prod(shape), _bits(forced, bits)
+        bits = BITS.get(_loaded(tensor, headers, config), 32)
+        made = dtype_of(tensor.planned.weight.force_dtype or config.out_dtype)
+        count, out = math.prod(shape), bits if made is None else BITS.get(dtype_name(made), bits)
         parameters += count
         written += count * out // 8
         rows_moved = bool(vocabulary) and tensor.planned.weight.vocabulary_axis is not None
@@ -94,8 +108,6 @@ def _need(
     method: Any,
     rows_moved: bool,
 ) -> Need:
-    import torch
-
     name, size = tensor.planned.weight.name, math.prod(shape)
     device = str(options.device).partition(":")[0]
     models = max(1, sum(model != tensor.planned.base for model in tensor.found))
@@ -141,6 +153,30 @@ def _unmapped(header: TensorHeader, model: Any, bits: int, count: int) -> int:
     return 0 if mapped and as_stored else header.nbytes * (not mapped) + count * bits // 8
 
 
+def predicted(located: Iterable[FoundTensor], config: Any) -> dict[str, Entry | None]:
+    """Return what will be written, by name; None for tensors that no header determines.
+
+    Args:
+        located: the tensors of the output, as the checks have found them in the inputs.
+        config: mergekit's configuration.
+    """
+    built = wants_tokenizer(config)
+    return {tensor.name: _entry(tensor, config, built) for tensor in located}
+
+
+def _entry(tensor: FoundTensor, config: Any, built: bool) -> Entry | None:
+    weight, headers = tensor.planned.weight, tensor.headers
+    # A tokenizer that is built decides the vocabulary; and what some inputs lack may be left out.
+    unknown = len(headers) < len(tensor.found) or tensor.missing
+    if unknown or not headers or (built and weight.vocabulary_axis is not None):
+        return None
+    loaded = _loaded(tensor, headers, config)
+    if loaded not in _DTYPES:
+        return None
+    made = dtype_of(weight.force_dtype or config.out_dtype) or _DTYPES[loaded]
+    return Entry.of(weight.name, made, _shape(tensor, headers, min))
+
+
 def _shape(
     tensor: FoundTensor, headers: list[TensorHeader], rows: Callable[[Iterable[int]], int]
 ) -> tuple[int, ...]:
@@ -151,17 +187,12 @@ def _shape(
     return tuple(shape)
 
 
-def _merge_bits(tensor: FoundTensor, headers: list[TensorHeader], config: Any) -> int:
-    """Bits of an element as mergekit loads it."""
-    import torch
-
-    forced = tensor.planned.weight.force_dtype or config.dtype
-    names = {header.dtype for header in headers}
-    if names == {"BF16", "F16"}:  # promoted to what holds both
-        return _bits(forced, torch.finfo(torch.float32).bits)
-    return _bits(forced, max(BITS.get(name, 32) for name in names))
-
-
-def _bits(name: str | None, otherwise: int) -> int:
-    dtype = dtype_of(name)
-    return otherwise if dtype is None else BITS.get(dtype_name(dtype), otherwise)
+def _loaded(tensor: FoundTensor, headers: list[TensorHeader], config: Any) -> str:
+    """The format's name of the dtype that mergekit loads a tensor in: what holds all inputs."""
+    forced = dtype_of(tensor.planned.weight.force_dtype or config.dtype)
+    if forced is not None:
+        return dtype_name(forced)
+    known = [_DTYPES.get(header.dtype) for header in headers]
+    if None in known:
+        return max((header.dtype for header in headers), key=lambda name: BITS.get(name, 32))
+    return dtype_name(functools.reduce(torch.promote_types, known))

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mergekit_ext.memory import Need, working
+from mergekit_ext.memory import Need, square_of, working
 from peft_merge.adapter import ModuleInfo
 from peft_merge.algebra.dense import BLOCK, SMALL
 from peft_merge.config.plan import MergePlan, WholeMethod
@@ -59,26 +59,24 @@ def _of_module(plan: MergePlan, name: str, kept: dict[str, int]) -> Need:
     matrices, rows, columns = plan.shape(name)
     ranks = sum(_ranks(plan, name))
     factors = _DOUBLE * matrices * ranks * (rows + columns)
-    if not _elementwise(plan, name):
+    method, entries = plan.method, rows * columns
+    if (
+        plan.space != "delta"
+        or isinstance(method, WholeMethod)
+        or method.invariant(plan.resolve(name).options)
+    ):
         merging = working(_copies(plan.space, count, rows, columns, ranks), factors, count, 0, 1)
-    else:  # the merged change, its decomposition, and rows or all changes at once
-        entries = rows * columns
+    else:  # dense: the merged change and its decomposition, and rows or all changes at once
         dense = entries * (4 if entries > SMALL else _DOUBLE)
-        copies = 3 if getattr(plan.method, "blockwise", None) else 3 * count + 7
         block = _DOUBLE * max(BLOCK, columns)
+        whole = 0 if method.blockwise else method.copies(count, square_of((rows, columns)))
+        copies = whole + 3
         merging = {"factors in float64": 4 * factors, **working(copies, dense, count, block, 1)}
         threads = 1 if matrices * entries > SMALL else threads
     merging = {what: threads * size for what, size in merging.items()}
     if plan.device.type == "cpu":
         return Need(name, {**kept, **merging}, {}, _REMEDY)
     return Need(name, kept, {**kept, **merging}, _REMEDY)
-
-
-def _elementwise(plan: MergePlan, name: str) -> bool:
-    """Whether dense changes are merged, not coordinates in a small space."""
-    if plan.space != "delta" or isinstance(plan.method, WholeMethod):
-        return False
-    return not plan.method.invariant(plan.resolve(name).options)
 
 
 def _copies(space: str, count: int, rows: int, columns: int, ranks: int) -> float:
