@@ -16,7 +16,7 @@ from torch import Tensor
 
 _DIGIT = 16
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-# Numbers that `order_statistic` gathers at once: 32 MB of float64.
+# Numbers that are gathered at once: 32 MB of float64.
 GATHER = 1 << 22
 
 
@@ -49,7 +49,8 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
     while not search.done:
         for piece in pieces():
             search.add(piece)
-        search.advance()
+        if search.advance() <= GATHER and search.passes_left > 1:
+            return search.among(pieces())
     return search.cut
 
 
@@ -79,6 +80,19 @@ class CutSearch:
     def cut(self) -> Cut:
         """The cut, exact once the search is done."""
         return Cut(self._prefix, self._wanted)
+
+    @property
+    def passes_left(self) -> int:
+        """How many more passes finish the search."""
+        return self._shift // _DIGIT + 1
+
+    def among(self, pieces: Iterable[Tensor]) -> Cut:
+        """Return the cut in one pass, which gathers what shares the digits that are known."""
+        known = self._shift + _DIGIT
+        keys = map(patterns, pieces)
+        inside = torch.cat([found[(found >> known) == self._prefix] for found in keys])
+        edge = int(inside.kthvalue(len(inside) - self._wanted + 1).values)
+        return Cut(edge, self._wanted - int((inside > edge).sum()))
 
     def add(self, piece: Tensor) -> None:
         """Count one piece of this pass; flat, of the search's dtype."""

@@ -18,14 +18,12 @@ from mergekit_ext.core.parameters import Parameter, Share
 from mergekit_ext.errors import Problem
 from mergekit_ext.kernels.dare import drop_and_rescale
 from mergekit_ext.kernels.linear_algebra import total
-from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, patterns
+from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
 from mergekit_ext.kernels.ties import kept
 from mergekit_ext.methods.method import Pieces
 
 Sparsified = Callable[[Tensor], Tensor]
 
-# Of the 64 bits of a magnitude's pattern, the leading 16 (sign, exponent, 4 digits) make a bin.
-_FINE, _BINS = 48, 1 << 15
 # mergekit rescales only where both sums of magnitudes reach this.
 _RESCALE_FROM = 1e-7
 
@@ -169,27 +167,10 @@ def _size(source: Pieces) -> int:
 
 
 def _cut(source: Pieces, keep: int, size: int) -> Cut:
-    """Where the `keep` largest magnitudes end; of equal ones at the edge, the first are kept.
-
-    Two passes: magnitudes are counted by the leading bits of their patterns, which are ordered as
-    they are; only those with the bits of the edge are gathered.
-    """
+    """Return where the `keep` largest magnitudes end; of equal ones the first are kept."""
     if keep >= size:
         return EVERYTHING
-    counts = sum(
-        torch.bincount(patterns(piece).flatten() >> _FINE, minlength=_BINS).cpu()
-        for piece in source()
-    )
-    above = counts.flip(0).cumsum(0).flip(0)
-    edge_bin = int((above >= keep).nonzero().max())
-    wanted = keep - int(above[edge_bin] - counts[edge_bin])
-    found = []
-    for piece in source():
-        bits = patterns(piece).flatten()
-        found.append(bits[(bits >> _FINE) == edge_bin])
-    inside = torch.cat(found)
-    edge = int(inside.kthvalue(len(inside) - wanted + 1).values)
-    return Cut(edge, wanted - int((inside > edge).sum()))
+    return cut_for(lambda: (piece.reshape(-1) for piece in source()), keep, torch.float64)
 
 
 def _keeping(cut: Cut) -> Sparsified:
