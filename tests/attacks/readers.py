@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,11 @@ def make_inputs(folder: Path) -> Path:
 
 
 def command(name: str, *arguments: object) -> Outcome:
-    """Run a command in this process. An exception that it lets through is this test's failure."""
+    """Run a command in this process, with warnings as a user sees them.
+
+    An exception that it lets through is this test's failure.
+    """
+    import mergekit.scripts.merge_raw_pytorch
     import mergekit.scripts.multimerge
     import mergekit.scripts.run_yaml
 
@@ -76,10 +81,13 @@ def command(name: str, *arguments: object) -> Outcome:
     commands: Mapping[str, Any] = {
         "mergekit-ext": mergekit_ext.cli.main,
         "mergekit-multi": mergekit.scripts.multimerge.main,
+        "mergekit-pytorch": mergekit.scripts.merge_raw_pytorch.main,
         "mergekit-yaml": mergekit.scripts.run_yaml.main,
         "peft-merge": peft_merge.cli.main,
     }
-    result = CliRunner().invoke(commands[name], [str(argument) for argument in arguments])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = CliRunner().invoke(commands[name], [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.output)

@@ -276,7 +276,7 @@ def overlapping_tensors(out: Path) -> list[str]:
 
 def tensor_beyond_the_end(out: Path) -> list[str]:
     raw(out, json.dumps({"a": entry(0, 8000, shape=(2000,))}).encode(), bytes(8))
-    return [DENSE, "offsets inside of the file"]
+    return [DENSE, "no safetensors file"]
 
 
 def header_beyond_the_end(out: Path) -> list[str]:
@@ -298,7 +298,7 @@ def header_names_a_tensor_twice(out: Path) -> list[str]:
 def empty_file(out: Path) -> list[str]:
     (out / DENSE).write_bytes(b"")
     redescribe(out)
-    return [DENSE, "0 bytes"]
+    return [DENSE, "header too small"]
 
 
 def rewrite(out: Path, path: str, act: Callable[[dict[str, Tensor]], object]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import mergekit_ext
 from mergekit_ext.errors import ConfigError
-from tests.host import adapters
+from tests.host import adapters, small
 from tests.host.flexmerge_models import Family, made
 
 
@@ -27,6 +29,29 @@ def families(tmp_path_factory):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return get
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of small models, by name; do not change them."""
+    return small.zoo(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def copy(models, tmp_path):
+    """Make a model's folder with changed tensors and configuration."""
+
+    def make(name, change=lambda tensors: None, **config):
+        folder = tmp_path / f"{name}_changed"
+        folder.mkdir()
+        tensors = load_file(models / name / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        settings = json.loads((models / name / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, **config}))
+        return folder
+
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +73,7 @@ def check_and_merge_agree(request, monkeypatch, tmp_path_factory):
 
         return checked
 
-    for module in (request.module, adapters):
+    for module in (request.module, adapters, small):
         if hasattr(module, "check_source"):
             monkeypatch.setattr(module, "check_source", agreeing(module.check_source))
 

@@ -1,4 +1,4 @@
-"""``base+adapter`` through the installed commands: mergekit-yaml, -multi, -pytorch, the check."""
+"""``base+adapter`` through the commands: mergekit-yaml, -multi, -pytorch, the check."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests import models as small
+from tests.attacks.readers import command
 from tests.host.adapters import merged_with_peft, saved_adapter, saved_base
 
 CONFIGS = {
@@ -78,19 +79,17 @@ def test_multi(models, tmp_path):
     ]
     yml = tmp_path / "multi.yml"
     yml.write_text(yaml.safe_dump_all(documents))
-    checked = small.command("mergekit-ext", "check", yml)
-    assert checked.returncode == 0, checked.stdout
-    done = small.command(
-        "mergekit-multi", yml, "-I", tmp_path / "parts", "--out-path", tmp_path / "out"
-    )
-    assert done.returncode == 0, done.stderr
+    checked = command("mergekit-ext", "check", yml)
+    assert checked.code == 0, checked.text
+    done = command("mergekit-multi", yml, "-I", tmp_path / "parts", "--out-path", tmp_path / "out")
+    assert done.code == 0, done.text
     wanted = small.config(
         "nan_linear", [models / f"{name}-whole" for name in CONFIGS], None, {"weight": 1.0}
     )
     wanted["models"] = [{"model": str(models / f"{name}-whole")} for name in CONFIGS]
     yml = small.write_yaml(tmp_path / "wanted.yml", wanted)
-    done = small.command("mergekit-yaml", yml, tmp_path / "wanted")
-    assert done.returncode == 0, done.stderr
+    done = command("mergekit-yaml", yml, tmp_path / "wanted")
+    assert done.code == 0, done.text
     compare(small.state(tmp_path / "out"), small.state(tmp_path / "wanted"))
 
 
@@ -104,8 +103,8 @@ def test_pytorch(method, models, tmp_path):
         {"weight": 0.5},
     )
     yml = small.write_yaml(tmp_path / "merge.yml", content)
-    done = small.command("mergekit-pytorch", yml, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    done = command("mergekit-pytorch", yml, tmp_path / "out")
+    assert done.code == 0, done.text
     whole = small.config(
         method,
         [models / f"{name}-whole" / "model.safetensors" for name in CONFIGS],
@@ -113,8 +112,8 @@ def test_pytorch(method, models, tmp_path):
         {"weight": 0.5},
     )
     yml = small.write_yaml(tmp_path / "whole.yml", whole)
-    done = small.command("mergekit-pytorch", yml, tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
+    done = command("mergekit-pytorch", yml, tmp_path / "whole")
+    assert done.code == 0, done.text
     compare(*(load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole")))
 
 
@@ -122,17 +121,16 @@ def test_a_refused_adapter(models, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     dora = saved_adapter(models / "base", tmp_path / "dora", config, 1, LlamaForCausalLM)
     file = models / "base" / "model.safetensors"
-    for command, base in (("mergekit-yaml", models / "base"), ("mergekit-pytorch", file)):
+    for name, base in (("mergekit-yaml", models / "base"), ("mergekit-pytorch", file)):
         content = small.config("linear", [f"{base}+{dora}"], None, {"weight": 1.0})
         yml = small.write_yaml(tmp_path / "merge.yml", content)
-        checked = small.command("mergekit-ext", "check", yml)
-        assert checked.returncode == 2, checked.stdout
-        done = small.command(command, yml, tmp_path / "out")
-        assert done.returncode == 2, done.stderr
-        for text in (checked.stdout, done.stderr):
+        checked = command("mergekit-ext", "check", yml)
+        assert checked.code == 2, checked.text
+        done = command(name, yml, tmp_path / "out")
+        assert done.code == 2, done.text
+        for text in (checked.text, done.text):
             assert "models[0]" in text
             assert "DoRA" in text
             # mergekit-pytorch has no way of its own.
-            assert ("MERGEKIT_EXT_ADAPTERS=0" in text) == (command == "mergekit-yaml")
-        assert "Traceback" not in done.stderr
+            assert ("MERGEKIT_EXT_ADAPTERS=0" in text) == (name == "mergekit-yaml")
         assert not (tmp_path / "out").exists()

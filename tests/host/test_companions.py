@@ -23,6 +23,7 @@ from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io import model_files
 from tests import models as small
 from tests import sentence_models as sentences
+from tests.attacks.readers import command
 from tests.reference import nan as reference
 
 QUIET = MergeOptions(quiet=True)
@@ -94,8 +95,8 @@ def test_under_mergekits_own_command(family, tmp_path):
     base, tuned = family
     content = small.config("nan", tuned, base, chat_template="chatml")
     file = small.write_yaml(tmp_path / "merge.yml", content)
-    done = small.command("mergekit-yaml", file, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    done = command("mergekit-yaml", file, tmp_path / "out")
+    assert done.code == 0, done.text
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 5]
 
 

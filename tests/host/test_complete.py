@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
@@ -17,7 +14,9 @@ from safetensors.torch import load_file, save_file
 import mergekit_ext
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.class_model import loading
-from tests.host.small import SMALL, checked, family, llama, merging, tuned
+from tests.attacks.readers import command
+from tests.host.small import SMALL, bert, checked, family, llama, merging, tuned
+from tests.models import write_yaml
 
 QUIET = MergeOptions(quiet=True)
 
@@ -111,15 +110,11 @@ def test_a_stored_tensor_that_no_class_reads_is_a_note(tmp_path: Path) -> None:
 def test_a_stock_method_is_warned_by_its_own_command_and_refused_by_ours(tmp_path: Path) -> None:
     base, one, two = family(tmp_path, attention_bias=True)
     document = merging(base, one, two, method="task_arithmetic", parameters={"weight": 1.0})
-    (tmp_path / "m.yml").write_text(yaml.safe_dump(document))
-    scripts = Path(sysconfig.get_path("scripts"))
-    config = str(tmp_path / "m.yml")
-    stock = [scripts / "mergekit-yaml", config, str(tmp_path / "stock")]
-    ours = [scripts / "mergekit-ext", "merge", config, str(tmp_path / "ours")]
-    done = subprocess.run(stock, capture_output=True, text=True)
-    assert done.returncode == 0 and "Warning: the output: found 8 tensors" in done.stderr
-    done = subprocess.run(ours, capture_output=True, text=True)
-    assert done.returncode == 2 and "the output: found 8 tensors" in done.stderr
+    config = write_yaml(tmp_path / "m.yml", document)
+    done = command("mergekit-yaml", config, tmp_path / "stock")
+    assert done.code == 0 and "Warning: the output: found 8 tensors" in done.text
+    done = command("mergekit-ext", "merge", config, tmp_path / "ours")
+    assert done.code == 2 and "the output: found 8 tensors" in done.text
     assert not (tmp_path / "ours").exists()
 
 
@@ -130,14 +125,7 @@ def test_whole_models_have_nothing_to_say(tmp_path: Path) -> None:
 
 
 def test_bodies_without_a_pooler_are_merged_with_a_warning(tmp_path: Path) -> None:
-    config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
+    config = bert()
     folders = [tmp_path / name for name in ("base", "one", "two")]
     for folder in folders:
         transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)

@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext.errors import MergeWarning
-from tests.host.small import checked, family, merging
+from tests.host.small import bert, checked, family, merging
 
 
 def edit(folder: Path, **fields: Any) -> None:
@@ -72,16 +72,8 @@ def test_fields_of_training_and_running_are_not_named(
 def classifiers(folder: Path, *labels: list[str]) -> list[Path]:
     folders = []
     for index, names in enumerate(labels):
-        config = transformers.BertConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-        )
+        ids = {name: i for i, name in enumerate(names)}
+        config = bert(id2label=dict(enumerate(names)), label2id=ids)
         folders.append(folder / str(index))
         transformers.BertForSequenceClassification(config).save_pretrained(folders[-1])
     return folders

@@ -53,9 +53,17 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("method", ["linear", "nan"])
-@pytest.mark.parametrize("kind", DOCUMENTS)
-@pytest.mark.parametrize("name", COMMANDS)
+# Every document for one command, and two for each command, of whose parts one is mergekit's.
+CASES = [("mergekit-ext check", kind, "nan") for kind in DOCUMENTS]
+CASES += [
+    (name, kind, method)
+    for name in COMMANDS
+    for kind in ("model for models", "a slice of nothing")
+    for method in ("linear", "nan")
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "method"), CASES)
 def test_one_message(name, kind, method, tmp_path):
     content, place = DOCUMENTS[kind]
     content = {"merge_method": method, **content}

@@ -1,0 +1,173 @@
+"""Models that cannot be read, or whose classes are not one, with place and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from mergekit.config import MergeConfiguration
+from safetensors.torch import load_file, save_file
+
+from mergekit_ext.io.headers import read_folder
+from tests.host.small import LINEAR, at, entries, run, the
+
+
+def test_paths_that_lead_nowhere(models: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    file = models / "a" / "model.safetensors"
+    paths = [models / "large_vocap", empty, adapter, file.with_suffix(".json")]
+    (tmp_path / "plain").write_text("")
+    paths[3] = tmp_path / "plain"
+    report = run({**LINEAR, "models": [{"model": str(path)} for path in paths]})
+    assert str(models / "large_vocab") in at(report, "models[0].model").remedy
+    found = [problem.found for problem in report.problems if problem.where == "models[1].model"]
+    assert any("no weights" in text for text in found)
+    assert any("no config.json" in text for text in found)
+    assert "<base model>+" in at(report, "models[2].model").remedy
+    assert "mergekit-pytorch" in at(report, "models[3].model").remedy
+
+
+def test_home_is_not_expanded() -> None:
+    report = run({**LINEAR, "models": [{"model": "~/model"}]})
+    assert "does not expand" in the(report).remedy
+
+
+def test_config_that_transformers_refuses(copy: Callable[..., Path]) -> None:
+    folder = copy("a", lambda tensors: None, model_type="no_such_type")
+    report = run({**LINEAR, "models": [{"model": str(folder)}]})
+    assert "no_such_type" in the(report).found
+    assert "--trust-remote-code" in the(report).remedy
+
+
+def test_config_without_architecture(copy: Callable[..., Path]) -> None:
+    folder = copy("a", lambda tensors: None, architectures=None)
+    report = run({**LINEAR, "models": [{"model": str(folder)}]})
+    assert "override_architecture" in the(report).remedy
+
+
+def test_pickles_are_refused_or_checked_and_noted(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pickle"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((models / "a" / "config.json").read_bytes())
+    tensors = load_file(models / "a" / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    document = {**LINEAR, "models": entries(models, folder, "b")}
+    refused = the(run(document))
+    assert "pytorch_model.bin with a pickle" in refused.found
+    assert "MERGEKIT_EXT_ALLOW_PICKLE=1" in refused.remedy
+    monkeypatch.setenv("MERGEKIT_EXT_ALLOW_PICKLE", "1")
+    report = run(document)
+    assert report.problems == () and report.estimate is not None
+    assert any("only tensors" in note for note in report.notes)
+    torch.save({**tensors, "lm_head.weight": torch.zeros(3, 3)}, folder / "pytorch_model.bin")
+    assert "[3, 3]" in the(run(document)).found
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    assert "torch.load refuses" in the(run(document)).found
+
+
+def test_architectures_that_differ(models: Path) -> None:
+    document = {**LINEAR, "models": entries(models, "a", "bert_a")}
+    problem = the(run(document))
+    assert "BertForSequenceClassification" in problem.found
+    assert "--allow-crimes" in problem.remedy
+    assert "nothing in" in " ".join(p.found for p in run(document, allow_crimes=True).problems)
+
+
+def test_table_that_does_not_fit_is_one_problem(models: Path) -> None:
+    problem = the(run({**LINEAR, "models": entries(models, "t5_old")}))
+    assert "8 tensors" in problem.where and problem.found == "nothing in any model"
+
+
+def test_layers_that_mergekit_would_skip_silently(models: Path) -> None:
+    report = run({**LINEAR, "models": entries(models, "vit_a", "vit_b")})
+    problem = the(report)
+    assert problem.where == "the output" and "32 tensors" in problem.found
+    assert "vit.encoder.layer.0" in problem.found
+    assert "mergekit-pytorch" in problem.remedy
+    assert any("no table for ViTForImageClassification" in note for note in report.notes)
+
+
+def test_hub_name_offline(monkeypatch: pytest.MonkeyPatch, models: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    document = {**LINEAR, "models": [{"model": "someone/model"}]}
+    assert "HF_HUB_OFFLINE" in the(run(document)).remedy
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_bytes((models / "a" / name).read_bytes())
+    (tmp_path / "models--someone--model" / "refs").mkdir()
+    (tmp_path / "models--someone--model" / "refs" / "main").write_text("1234")
+    report = run(document, transformers_cache=str(tmp_path))
+    assert f"Write the path of the cached copy, {snapshot}." in [
+        problem.remedy for problem in report.problems
+    ]
+
+
+def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    headers = read_folder(models / "large_vocab")
+    tensors = {
+        name: SimpleNamespace(dtype=h.dtype, shape=list(h.shape), data_offsets=(0, h.nbytes))
+        for name, h in headers.items()
+    }
+    metadata = SimpleNamespace(
+        weight_map=dict.fromkeys(tensors, "model.safetensors"),
+        files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)},
+    )
+    config = transformers.AutoConfig.from_pretrained(models / "large_vocab")
+    read = transformers.AutoConfig.from_pretrained
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        return config if path == "someone/model" else read(path, **options)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: metadata)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    document = {**LINEAR, "models": [{"model": "someone/model"}, *entries(models, "a")]}
+    assert "[72, 16] in someone/model" in the(run(document)).found
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise RuntimeError("404 Client Error")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", gone)
+    assert "404 Client Error" in the(run(document)).found
+
+
+@pytest.mark.only_checked("an empty adapter")
+def test_base_with_adapter_by_mergekits_own_way(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", "0")
+    reference = f"{models / 'a'}+{tmp_path / 'adapter'}"
+    document = {**LINEAR, "models": [{"model": reference}, *entries(models, "b")]}
+    texts = [str(problem) for problem in run(document).problems]
+    assert any("--lora-merge-cache" in text for text in texts)
+    assert any("adapter, which does not exist" in text for text in texts)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    cache = tmp_path / "cache"
+    assert "without weights" in the(run(document, lora_merge_cache=str(cache))).found
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    assert run(document, lora_merge_cache=str(cache)).problems == ()
+    # An interrupted run leaves an empty folder, which mergekit takes for the merged model.
+    model = MergeConfiguration.model_validate(document).models[0].model
+    (cache / f"{model.model._unique_id()}_{model.lora._unique_id()}").mkdir(parents=True)
+    assert the(run(document, lora_merge_cache=str(cache))).remedy.startswith("Delete ")
+
+
+def test_truncated_model_is_named(models: Path, copy: Callable[..., Path]) -> None:
+    folder = copy("a", lambda tensors: None)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    report = run({**LINEAR, "models": entries(models, folder, "b")})
+    assert "not fully covered" in the(report).found and str(file) in the(report).found
+    assert the(report).remedy == "Copy or download the file again."

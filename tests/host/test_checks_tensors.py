@@ -1,0 +1,263 @@
+"""Tensors that do not fit, and what a merge of those that fit will cost."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+from safetensors.torch import load_file, save_file
+
+from mergekit_ext.host.checks.flat import check_flat
+from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.io import pickles
+from tests.host.small import LINEAR, at, entries, llama, run, the
+
+
+@pytest.mark.parametrize("kind", ["", "bert_", "t5_"])
+def test_fine_merge_has_no_problem_and_the_right_estimate(models: Path, kind: str) -> None:
+    report = run({**LINEAR, "models": entries(models, f"{kind}a", f"{kind}b")})
+    assert report.problems == ()
+    stored = [load_file(models / f"{kind}{x}" / "model.safetensors") for x in "ab"]
+    size = sum(tensor.numel() for tensor in stored[0].values())
+    assert report.estimate is not None
+    assert report.estimate.bytes_read == 2 * size * 4
+    assert report.estimate.parameters >= size  # a tied weight is written under each of its names
+    assert report.estimate.bytes_written == report.estimate.parameters * 4
+    largest = max(tensor.numel() for tensor in stored[0].values())
+    copies = 1 + 8 * 2 + 6 + 2 * 2 + 16  # `memory.working`
+    assert report.estimate.bytes_held == largest * 4 * copies
+    report.raise_for_problems("this merge")
+
+
+def test_estimate_follows_dtypes_and_shards(models: Path) -> None:
+    document = {**LINEAR, "models": entries(models, "half", "a"), "out_dtype": "bfloat16"}
+    report = run(document, out_shard_size=1000)
+    assert report.problems == () and report.estimate is not None
+    count = sum(t.numel() for t in load_file(models / "a" / "model.safetensors").values())
+    assert report.estimate.bytes_read == count * 6
+    assert report.estimate.bytes_written == count * 2
+    # The result, the method's copies and pieces, and one input that is converted when it is read.
+    assert report.estimate.bytes_held == 64 * 16 * (2 + 4 * (22 + 20) + 4)
+    assert any("BF16, F32" in note for note in report.notes)
+
+
+def test_stock_slerp_with_slices_gradients_and_filters(models: Path) -> None:
+    sources = [{"model": str(models / name), "layer_range": [0, 2]} for name in "ab"]
+    report = run(
+        {
+            "merge_method": "slerp",
+            "base_model": str(models / "a"),
+            "slices": [{"sources": sources}],
+            "parameters": {
+                "t": [
+                    {"filter": "self_attn", "value": [0, 0.5, 1]},
+                    {"filter": "mlp", "value": [1, 0.5, 0]},
+                    {"value": 0.5},
+                ]
+            },
+            "dtype": "bfloat16",
+        }
+    )
+    assert report.problems == () and report.notes == ()
+
+
+def test_sharded_models_and_the_configuration_is_left_alone(models: Path) -> None:
+    config = MergeConfiguration.model_validate(
+        {**LINEAR, "models": entries(models, "sharded", "a")}
+    )
+    before = config.model_copy(deep=True)
+    assert check_merge(config, MergeOptions()).problems == ()
+    assert config == before
+
+
+@pytest.mark.only_checked("reading is forbidden")
+def test_no_weight_is_read_and_no_cache_is_filled(
+    models: Path, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    monkeypatch.setattr(LoaderCache, "get", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    before = dict(LoaderCache.loaders)
+    assert run({**LINEAR, "models": entries(models, "a", "b")}).problems == ()
+    assert LoaderCache.loaders == before
+
+
+@pytest.mark.only_checked("40 GB")
+def test_hundreds_of_tensors_are_checked_from_headers_of_sparse_files(tmp_path: Path) -> None:
+    config = llama(num_hidden_layers=1, num_attention_heads=2).config
+    config.num_hidden_layers, config.architectures = 60, ["LlamaForCausalLM"]
+    config.hidden_size, config.intermediate_size, config.head_dim = 4096, 8192, 2048
+    square, wide, long, norm = [4096, 4096], [8192, 4096], [64, 4096], [4096]
+    layer = {f"self_attn.{x}_proj.weight": square for x in "qkvo"}
+    layer |= {"mlp.gate_proj.weight": wide, "mlp.up_proj.weight": wide}
+    layer |= {"mlp.down_proj.weight": wide[::-1]}
+    layer |= {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
+    names = {f"model.layers.{i}.{rest}": layer[rest] for i in range(60) for rest in layer}
+    names |= {"model.embed_tokens.weight": long, "lm_head.weight": long}
+    names["model.norm.weight"] = norm
+    header, end = {}, 0
+    for name, shape in names.items():
+        begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        config.save_pretrained(folder)
+        raw = json.dumps(header).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            file.truncate(8 + len(raw) + end)
+    report = run({**LINEAR, "models": entries(tmp_path, "a", "b")})
+    assert report.problems == () and report.estimate is not None
+    assert report.estimate.tensors == len(names) == 543
+    assert report.estimate.bytes_read == 2 * end
+
+
+def test_missing_tensors_are_grouped(models: Path, copy: Callable[..., Path]) -> None:
+    def drop(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "mlp" in name]:
+            del tensors[name]
+
+    folder = copy("a", drop)
+    problem = the(run({**LINEAR, "models": entries(models, folder, "b")}))
+    assert problem.found.startswith("6 tensors (model.layers.0.mlp.")
+    assert problem.where == "models[0].model" and f"missing in {folder}" in problem.found
+
+
+def test_vocabularies_that_differ(models: Path) -> None:
+    document = {**LINEAR, "models": entries(models, "a", "large_vocab")}
+    problem = the(run(document))
+    assert "model.embed_tokens.weight" in problem.where and "lm_head.weight" in problem.where
+    assert "[64, 16]" in problem.found and "[72, 16]" in problem.found
+    assert "tokenizer:" in problem.remedy and "--unsafe-truncate-embeddings" in problem.remedy
+    assert run(document, unsafe_truncate_embeddings=True).problems == ()
+    assert run({**document, "tokenizer": {"source": "union"}}).problems == ()
+
+
+def test_other_shapes_that_differ(models: Path) -> None:
+    report = run({**LINEAR, "models": entries(models, "a", "wide")})
+    up = next(problem for problem in report.problems if "mlp.up_proj" in problem.where)
+    assert up.where.startswith("4 tensors (model.layers.0.mlp.")
+    assert f"[24, 16] in {models / 'a'}, [48, 16] in {models / 'wide'}" in up.found
+    assert up.remedy == "Take out the models that do not fit."
+    assert len(report.problems) == 2  # the transposed shapes of down_proj are the other
+
+
+def test_integers_and_float8(models: Path, copy: Callable[..., Path]) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+
+    document = {**LINEAR, "models": entries(models, copy("a", change), "b")}
+    report = run(document)
+    assert "I32 in" in at(report, "model.norm.weight").found
+    assert "dtype: bfloat16" in at(report, "lm_head.weight").remedy
+    assert run({**document, "dtype": "bfloat16"}).problems == ()
+
+
+def test_optional_tensor_that_only_some_models_have(
+    models: Path, copy: Callable[..., Path]
+) -> None:
+    # A head may be read as the tied embedding, which every model has.
+    tied = {"merge_method": "nuslerp", "models": entries(models, "a", "tied", weight=1)}
+    assert run(tied).problems == ()
+
+    name = "bert.embeddings.position_ids"
+    folder = copy("bert_b", lambda tensors: tensors.update({name: torch.arange(32)[None]}))
+    document = {"base_model": str(models / "bert_a"), "models": entries(models, folder, weight=1)}
+    problem = the(run({**document, "merge_method": "ties"}))
+    assert problem.where == name and str(models / "bert_a") in problem.found
+    assert "Base input is not present" in problem.found
+    del document["models"][0]["parameters"]
+    parameters = {"t": 0.5}
+    assert run({**document, "merge_method": "slerp", "parameters": parameters}).problems == ()
+
+
+def test_slices(models: Path) -> None:
+    def source(name: str, first: int, last: int) -> dict[str, Any]:
+        return {"model": str(models / name), "layer_range": [first, last]}
+
+    report = run(
+        {
+            **LINEAR,
+            "slices": [
+                {"sources": [source("a", 0, 2), source("deep", 2, 3)]},
+                {"sources": [source("a", 1, 5), source("b", 0, 4)]},
+                {"sources": [source("a", 0, 1), source("nowhere", 0, 1)]},
+            ],
+        }
+    )
+    assert "2 of" in at(report, "slices[0]").found and "1 of" in at(report, "slices[0]").found
+    assert "[0, 2]" in at(report, "slices[1].sources[0].layer_range").expected
+    assert at(report, "slices[2].sources[1].model").found.endswith("does not exist")
+
+
+def test_models_of_different_depth(models: Path) -> None:
+    problem = the(run({**LINEAR, "models": entries(models, "a", "deep")}))
+    assert problem.where == "models" and "slices:" in problem.remedy
+
+
+def test_unknown_module(models: Path) -> None:
+    inner = {"models": entries(models, "t5_a", "t5_b")}
+    report = run({**LINEAR, "modules": {"encoder": inner, "decodr": inner}})
+    assert at(report, "modules.decodr").remedy == "Write `decoder`."
+    assert any("no weights of decoder" in note for note in report.notes)
+
+
+def test_weight_files(models: Path, tmp_path: Path) -> None:
+    files = {name: models / name / "model.safetensors" for name in ("a", "b", "large_vocab")}
+    document = {**LINEAR, "models": [{"model": str(files["a"])}, {"model": str(files["b"])}]}
+    report = run(document)
+    assert report.problems == () and report.estimate is not None
+    assert report.estimate.tensors == 21
+    report = run(
+        {
+            "merge_method": "lineer",
+            "models": [
+                {"model": str(files["a"]), "slices": []},
+                {"model": str(files["large_vocab"])},
+                {"model": str(tmp_path / "nowhere.safetensors")},
+            ],
+        }
+    )
+    assert at(report, "merge_method").remedy == "Write `linear`."
+    assert "unknown key" in at(report, "models[0].slices").found
+    assert "[72, 16]" in at(report, "2 tensors (lm_head.weight, model.embed_tokens.weight)").found
+    assert "does not exist" in at(report, "models[2]").found
+
+
+def test_weight_files_with_different_tensors(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2), "y": torch.zeros(2)}, tmp_path / "a.safetensors")
+    torch.save({"x": torch.zeros(2)}, tmp_path / "b.bin")
+    config = RawPyTorchMergeConfig.model_validate(
+        {
+            "merge_method": "ties",
+            "base_model": str(tmp_path / "b.bin"),
+            "models": [{"model": str(tmp_path / "a.safetensors")}],
+            "parameters": {"weight": 1},
+        }
+    )
+    options = MergeOptions()
+    refused = check_flat(config, options)
+    assert "b.bin with a pickle" in at(refused, "base_model").found
+    with pickles.allowed(True):
+        report = check_flat(config, options)
+        common = check_flat(config, options, intersection=True)
+        everything = check_flat(config, options, union=True)
+    assert the(report).where == "y" and "b.bin" in the(report).found
+    assert any("pickle" in note for note in report.notes)
+    assert common.problems == () and common.estimate is not None and common.estimate.tensors == 1
+    assert "y" in " ".join(common.notes)
+    # Without its base, ties cannot merge y.
+    assert "Base input is not present" in the(everything).found
