@@ -30,10 +30,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from bench import machine
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.analysis import analyse
-from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import Naming, make_layout
-from mergekit_ext.flexmerge.plan import Dendrograms, Storage
+from mergekit_ext.flexmerge.merging import Merging
+from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
+from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
@@ -90,7 +91,7 @@ def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], 
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         names = list(reader.layout.tasks)
-        write_checkpoint(out, reader, Order(plan, algorithm), Provenance("bench", {}, "b", names))
+        write_checkpoint(out, reader, plan, Merging(algorithm), Provenance("bench", {}, "b", names))
 
     room = bytearray(64 << 20)
     files = [folder / home / "model.safetensors" for home in ("base", *reader.layout.tasks)]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_ext.errors import CheckpointError, Problem
+from mergekit_ext.flexmerge.files import RefusedError, regular_file
 from mergekit_ext.flexmerge.reader import open_checkpoint
-from mergekit_ext.flexmerge.stored import RefusedError, regular_file
 from mergekit_ext.io.model_files import companions
 from mergekit_ext.io.staging import new_folder
 

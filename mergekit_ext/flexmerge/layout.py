@@ -58,6 +58,11 @@ class BlockLayout:
     parts: tuple[Part, ...]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of its tensors by name, in order."""
+        return {part.name: part.shape for part in self.parts}
+
+    @property
     def size(self) -> int:
         """Elements of the block vector."""
         return self.parts[-1].slice.stop

@@ -204,6 +204,11 @@ class Block(Schema):
     tensors: Some[TensorInfo]
     groups: Some[Group]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of its tensors by name, in order."""
+        return {tensor.name: tensor.shape for tensor in self.tensors}
+
 
 class Task(Schema):
     """One model of the checkpoint. `ordinary`: its folder is a Hugging Face checkpoint."""

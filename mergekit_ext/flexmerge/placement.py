@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.checkpoint import TaskTensors
 from mergekit_ext.flexmerge.outline import Outline, prefixes
+from mergekit_ext.flexmerge.reader import TaskTensors
 
 AUTO, CPU, DISK = "auto", "cpu", "disk"
 Device: TypeAlias = int | str | torch.device

@@ -12,11 +12,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
-from mergekit_ext.flexmerge.checkpoint import Checkpoint
+from mergekit_ext.flexmerge.files import RefusedError, regular_file
 from mergekit_ext.flexmerge.placement import DeviceMap, MaxMemory, place
-from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
 from mergekit_ext.flexmerge.sharing import Sharing
-from mergekit_ext.flexmerge.stored import RefusedError, regular_file
 
 
 def load(

@@ -11,31 +11,39 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mergekit_ext.flexmerge.declared import Key
-from mergekit_ext.flexmerge.manifest import SHARDS, FileKind, ShardFile
-from mergekit_ext.flexmerge.stored import digest_of
+from mergekit_ext.flexmerge.files import digest_of
+from mergekit_ext.flexmerge.manifest import SHARDS, ShardFile
+from mergekit_ext.flexmerge.storage import Place
 from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One planned file of tensors that a set of tasks has."""
+    """One planned file of the tensors of one place; `tasks`: those that it is listed with."""
 
     file: PlannedFile
-    kind: FileKind
+    place: Place
     tasks: tuple[str, ...]
 
 
-def planned_shards(declared: Mapping[Key, Sequence[Entry]], shard_size: int) -> list[Shard]:
-    """Cut each kind and set of tasks into files of at most `shard_size` bytes."""
+def planned_shards(
+    declared: Mapping[Place, Sequence[Entry]], tasks: tuple[str, ...], shard_size: int
+) -> list[Shard]:
+    """Cut the tensors of each place into files of at most `shard_size` bytes.
+
+    Args:
+        declared: what is stored, in order.
+        tasks: all of them: files of the base, which belong to none, are listed with all.
+        shard_size: 0 for one file a place.
+    """
     shards: list[Shard] = []
     counts: dict[str, int] = {}
-    for (kind, tasks), entries in declared.items():
+    for place, entries in declared.items():
         for part in split(entries, shard_size):
-            counts[kind] = counts.get(kind, 0) + 1
-            path = f"{SHARDS}/{kind}-{counts[kind]:05d}.safetensors"
-            shards.append(Shard(PlannedFile(path, part), kind, tasks))
+            counts[place.kind] = counts.get(place.kind, 0) + 1
+            path = f"{SHARDS}/{place.kind}-{counts[place.kind]:05d}.safetensors"
+            shards.append(Shard(PlannedFile(path, part), place, place.tasks or tasks))
     return shards
 
 
@@ -75,11 +83,11 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: Sequence[Shard], *, whole: bool = True):
         self._folder, self._shards = folder, shards
         self._files = PlannedFiles(folder)
-        self._sets: dict[Key, list[PlannedFile]] = {}
+        self._sets: dict[Place, list[PlannedFile]] = {}
         for shard in shards:
-            self._sets.setdefault((shard.kind, shard.tasks), []).append(shard.file)
+            self._sets.setdefault(shard.place, []).append(shard.file)
         self._places = {
-            (shard.kind, shard.tasks, entry.name): shard.file
+            (shard.place, entry.name): shard.file
             for shard in shards
             for entry in shard.file.entries
         }
@@ -98,9 +106,9 @@ class ShardWriter:
                 path.unlink()
         self._files.create(shard.file for shard in self._shards)
 
-    def write(self, key: Key, name: str, tensor: Tensor) -> None:
+    def write(self, place: Place, name: str, tensor: Tensor) -> None:
         """Put a tensor, or its bytes, in its place; its size must be that declared."""
-        file = self._places[(*key, name)]
+        file = self._places[place, name]
         data = as_bytes(tensor)
         digest = self._digests.get(file.path)
         if digest is not None and not digest.expects(name):
@@ -118,12 +126,12 @@ class ShardWriter:
         if before is not None:
             before.result()
 
-    def holds(self, entries: Iterable[tuple[Key, Entry]], crcs: Sequence[int]) -> bool:
+    def holds(self, entries: Iterable[tuple[Place, Entry]], crcs: Sequence[int]) -> bool:
         """Whether these tensors lie in their places with these sums."""
         wanted = list(entries)
         return len(wanted) == len(crcs) and all(
-            self._files.crc(self._places[(*key, entry.name)], entry.name) == crc
-            for (key, entry), crc in zip(wanted, crcs, strict=True)
+            self._files.crc(self._places[place, entry.name], entry.name) == crc
+            for (place, entry), crc in zip(wanted, crcs, strict=True)
         )
 
     def finish(self, ranks: Ranks) -> tuple[ShardFile, ...]:
@@ -145,7 +153,7 @@ class ShardWriter:
         return tuple(
             ShardFile(
                 path=s.file.path,
-                kind=s.kind,
+                kind=s.place.kind,
                 tasks=s.tasks,
                 bytes=s.file.length,
                 sha256=known[s.file.path] or "",
@@ -153,9 +161,9 @@ class ShardWriter:
             for s in self._shards
         )
 
-    def where(self, key: Key) -> Sequence[tuple[str, Sequence[Entry]]]:
+    def where(self, place: Place) -> Sequence[tuple[str, Sequence[Entry]]]:
         """The files of one set of tasks, with what is in each."""
-        return [(file.path, file.entries) for file in self._sets.get(key, ())]
+        return [(file.path, file.entries) for file in self._sets.get(place, ())]
 
     def wait(self) -> None:
         """Until what was given to `done` has been called."""

@@ -1,16 +1,18 @@
-"""Writing a FlexMerge checkpoint: docs/flexmerge-format.md. One block in memory at a time."""
+"""Write a FlexMerge checkpoint: docs/flexmerge-format.md. One block in memory at a time."""
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.flexmerge.declared import Key, Order, declared, names_of
-from mergekit_ext.flexmerge.layout import BlockLayout, Layout
-from mergekit_ext.flexmerge.links import link_model
+from torch import Tensor
+
+from mergekit_ext.flexmerge.finite import COPIED, require_finite, require_in_range
+from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.manifest import (
     DENSE,
     FILE_NAME,
@@ -25,12 +27,20 @@ from mergekit_ext.flexmerge.manifest import (
     Task,
     TensorInfo,
 )
+from mergekit_ext.flexmerge.merging import Merging, block_tensors
 from mergekit_ext.flexmerge.notes import Notes
-from mergekit_ext.flexmerge.pieces import Pieces, Rescale
-from mergekit_ext.flexmerge.plan import Plan, StoredGroup
+from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
 from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.flexmerge.storage import Place, StoredGroup, stored_of
+from mergekit_ext.flexmerge.task_folders import link_model
+from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.planned import Entry
 from mergekit_ext.parallel.ranks import Ranks
+
+# Kinds of lines in the journal.
+_BLOCK, _PRIVATE = "block", "private"
+Rescale = dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,11 @@ class Provenance:
 def write_checkpoint(
     folder: Path,
     reader: BlockReader,
-    order: Order,
+    plan: Plan,
+    merging: Merging,
     provenance: Provenance,
+    *,
+    shard_size: int = 0,
     merged: Callable[[BlockLayout, Sequence[StoredGroup]], None] = lambda block, groups: None,
     notes: Notes | None = None,
     ranks: Ranks | None = None,
@@ -58,9 +71,11 @@ def write_checkpoint(
         folder: exists; nothing of it counts before this function has returned. What an earlier
             run with the same notes has finished there is not made again.
         reader: reads the blocks of the base and the models.
-        order: what to write.
+        plan: which tasks share what.
+        merging: how groups are merged.
         provenance: for the manifest.
-        merged: told of each block that is done, in the process that did it.
+        shard_size: the largest size of a file in bytes; 0 for one file a set of tasks.
+        merged: called after each block, in the process that did it.
         notes: which blocks are finished. Their subject is what decides the bytes of a block,
             but for its groups.
         ranks: the processes that share out the blocks, all of which call this.
@@ -71,16 +86,25 @@ def write_checkpoint(
         OSError: a file cannot be read or written.
     """
     ranks = ranks or Ranks()
-    shards = planned_shards(declared(reader.layout, order), order.shard_size)
+    layout = reader.layout
+    declared: dict[Place, list[Entry]] = {}
+    for block, groups in zip(layout.blocks, plan.groups, strict=True):
+        for place, entry in _block_entries(layout, block, groups, merging):
+            declared.setdefault(place, []).append(entry)
+    for task, headers in zip(layout.tasks, layout.private, strict=True):
+        for header in headers:
+            declared.setdefault(Place(DENSE, (task,)), []).append(_private_entry(header))
+    shards = planned_shards(declared, layout.tasks, shard_size)
     writer = ShardWriter(folder, shards, whole=ranks.size == 1)
     try:
         ranks.from_main(lambda: _begin(folder, writer))
-        rescale = Pieces(reader, order, writer, notes or Notes(), ranks).write(merged)
+        pieces = _Pieces(reader, plan, merging, writer, notes or Notes(), ranks)
+        rescale = pieces.write(merged)
         files = writer.finish(ranks)
     finally:
         writer.close()
     return ranks.from_main(
-        lambda: _complete(folder, reader.layout, order.plan, writer, provenance, files, rescale)
+        lambda: _complete(folder, layout, plan, writer, provenance, files, rescale)
     )
 
 
@@ -90,6 +114,132 @@ def _begin(folder: Path, writer: ShardWriter) -> None:
         if path.name != SHARDS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     writer.create()
+
+
+def _named(layout: Layout, place: Place) -> Place:
+    """Return a place by the names of its tasks."""
+    return Place(place.kind, tuple(layout.tasks[task] for task in place.tasks))
+
+
+def _block_entries(
+    layout: Layout, block: BlockLayout, groups: Sequence[StoredGroup], merging: Merging
+) -> Iterator[tuple[Place, Entry]]:
+    for place, name, shape, dtype in stored_of(block, groups, merging.forced):
+        yield _named(layout, place), Entry.of(name, dtype, shape)
+
+
+def _private_entry(header: TensorHeader) -> Entry:
+    return Entry(header.name, header.dtype, tuple(header.shape), header.nbytes)
+
+
+class _Pieces:
+    """The blocks and private tensors that this process writes, and those that are written."""
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        plan: Plan,
+        merging: Merging,
+        shards: ShardWriter,
+        notes: Notes,
+        ranks: Ranks,
+    ):
+        self._reader, self._plan, self._merging = reader, plan, merging
+        self._shards, self._notes, self._ranks = shards, notes, ranks
+
+    def write(
+        self, merged: Callable[[BlockLayout, Sequence[StoredGroup]], None]
+    ) -> dict[str, Rescale]:
+        """Write what is missing; return the rescalers of every block, in every process."""
+        layout, forced = self._reader.layout, self._merging.forced
+        blocks = list(zip(layout.blocks, self._plan.groups, strict=True))
+        private = [
+            (task, header) for task, headers in enumerate(layout.private) for header in headers
+        ]
+        # A block costs what is read of it: all models that share something, and the base.
+        sizes = [
+            *(block.bytes(range(len(layout.tasks)), forced) for block, _ in blocks),
+            *(header.nbytes for _, header in private),
+        ]
+        owners = self._ranks.share(sizes)
+        rescale = {}
+        for (block, groups), owner in zip(blocks, owners, strict=False):
+            if owner == self._ranks.rank:
+                rescale[block.name] = self._block(block, groups)
+                merged(block, groups)
+        for (task, header), owner in zip(private, owners[len(blocks) :], strict=True):
+            if owner == self._ranks.rank:
+                self._private(task, header)
+        self._shards.wait()
+        return {name: found for part in self._ranks.gather(rescale) for name, found in part.items()}
+
+    def _block(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> Rescale:
+        layout = self._reader.layout
+        entries = list(_block_entries(layout, block, groups, self._merging))
+        shared = [[list(group.tasks), group.kind] for group in groups]
+        noted = self._notes.found(_BLOCK, block.name, _is_block)
+        if noted and noted["groups"] == shared and self._shards.holds(entries, noted["crcs"]):
+            return dict(noted["rescale"])
+        rescale: Rescale = {}
+        for place, name, tensor in block_tensors(
+            self._reader, block, groups, self._merging, self._own, rescale
+        ):
+            self._shards.write(_named(layout, place), name, tensor)
+        value = {"groups": shared, "rescale": [list(item) for item in rescale.items()]}
+        self._note(_BLOCK, block.name, len(entries), value)
+        return rescale
+
+    def _own(self, task: int, part: Part) -> Tensor:
+        """Return one task's own tensor: its very bytes, unless another dtype is asked for."""
+        tensor = self._reader.read_stored(task, part.name)
+        forced, dtype = self._merging.forced, part.dtypes[task]
+        if forced is not None and forced != dtype:
+            tensor = tensor.view(dtype).to(forced)
+            require_in_range(tensor, part.name)
+        return tensor
+
+    def _private(self, task: int, header: TensorHeader) -> None:
+        """Copy a tensor that no other task has, if its values are finite."""
+        owner = self._reader.layout.tasks[task]
+        place, entry = Place(DENSE, (owner,)), _private_entry(header)
+        name = f"{owner}/{header.name}"
+        noted = self._notes.found(_PRIVATE, name, _is_piece)
+        if noted and self._shards.holds([(place, entry)], noted["crcs"]):
+            return
+        tensor = self._reader.read_stored(task, header.name)
+        if (dtype := (FLOATING | COPIED).get(header.dtype)) is not None:
+            require_finite(tensor.view(dtype), header.name, owner)
+        self._shards.write(place, header.name, tensor)
+        self._note(_PRIVATE, name, 1, {})
+
+    def _note(self, kind: str, key: str, count: int, value: Mapping[str, Any]) -> None:
+        def add(crcs: list[int]) -> None:
+            if len(crcs) != count:
+                raise AssertionError(f"{key}: {len(crcs)} of {count} tensors were written")
+            self._notes.add(kind, key, {**value, "crcs": crcs})
+
+        self._shards.done(add)
+
+
+def _is_piece(value: Any) -> bool:
+    """Return whether `_note` may have noted it."""
+    sums = value.get("crcs") if isinstance(value, dict) else None
+    return isinstance(sums, list) and all(type(crc) is int for crc in sums)
+
+
+def _is_block(value: Any) -> bool:
+    return _is_piece(value) and _are_pairs(value.get("rescale")) and "groups" in value
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and type(pair[0]) is int
+        and type(pair[1]) is float
+        and math.isfinite(pair[1])
+        for pair in value
+    )
 
 
 def _complete(
@@ -121,66 +271,52 @@ def _complete(
         ),
         files=files,
         blocks=tuple(
-            _block_entry(layout, block, groups, rescale[block.name])
+            Block(
+                name=block.name,
+                kind=block.kind,
+                tensors=_infos(block.parts),
+                groups=tuple(_group(layout, group, rescale[block.name]) for group in groups),
+            )
             for block, groups in zip(layout.blocks, plan.groups, strict=True)
         ),
         private=tuple(
-            Private(
-                task=name,
-                tensors=tuple(TensorInfo(name=h.name, shape=tuple(h.shape)) for h in headers),
-            )
+            Private(task=name, tensors=_infos(headers))
             for name, headers in zip(layout.tasks, layout.private, strict=True)
             if headers
         ),
+        task_files={},
     )
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _block_entry(
-    layout: Layout, block: BlockLayout, groups: Sequence[StoredGroup], rescale: Rescale
-) -> Block:
-    entries = []
-    for group in groups:
-        masked = group.kind == MASKED
-        factors = {layout.tasks[task]: rescale[task] for task in group.tasks if masked}
-        entries.append(
-            Group(
-                tasks=names_of(layout, group),
-                kind=MASKED if masked else DENSE,
-                similarity=group.similarity,
-                **({"rescale": factors} if masked else {}),
-            )
-        )
-    return Block(
-        name=block.name,
-        kind=block.kind,
-        tensors=tuple(TensorInfo(name=part.name, shape=part.shape) for part in block.parts),
-        groups=tuple(entries),
-    )
+def _infos(tensors: Sequence[Part] | Sequence[TensorHeader]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(name=each.name, shape=tuple(each.shape)) for each in tensors)
+
+
+def _group(layout: Layout, group: StoredGroup, rescale: Rescale) -> Group:
+    tasks = tuple(layout.tasks[task] for task in group.tasks)
+    if group.kind == DENSE:
+        return Group(tasks=tasks, kind=DENSE, similarity=group.similarity)
+    factors = {layout.tasks[task]: rescale[task] for task in group.tasks}
+    return Group(tasks=tasks, kind=MASKED, similarity=group.similarity, rescale=factors)
 
 
 def _link(folder: Path, layout: Layout, plan: Plan, shards: ShardWriter) -> set[str]:
     """Make the task folders; return the tasks that are ordinary checkpoints."""
-    masked = {
-        layout.tasks[task]
-        for groups in plan.groups
-        for group in groups
-        if group.kind == MASKED
-        for task in group.tasks
-    }
-    sets = {names_of(layout, group) for groups in plan.groups for group in groups}
+    groups = [group for found in plan.groups for group in found]
+    masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
+    sets = {tuple(layout.tasks[task] for task in group.tasks) for group in groups}
     sets |= {(name,) for name in layout.tasks}
     ordinary = set()
-    for name in layout.tasks:
-        home = folder / name
-        home.mkdir()
-        if name in masked:
-            continue
-        ordinary.add(name)
-        keys: list[Key] = [(DENSE, names) for names in sorted(sets) if name in names]
-        link_model(folder, home, [file for key in keys for file in shards.where(key)])
-    whole = all(len(groups) == 1 and groups[0].kind == DENSE for groups in plan.groups)
+    for task, name in enumerate(layout.tasks):
+        (folder / name).mkdir()
+        if task not in masked:
+            ordinary.add(name)
+            places = [Place(DENSE, names) for names in sorted(sets) if name in names]
+            files = [file for place in places for file in shards.where(place)]
+            link_model(folder, folder / name, files)
+    whole = all(len(found) == 1 and found[0].kind == DENSE for found in plan.groups)
     if whole and not any(layout.private):
-        link_model(folder, folder, list(shards.where((DENSE, layout.tasks))))
+        link_model(folder, folder, shards.where(Place(DENSE, layout.tasks)))
     return ordinary

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
+from mergekit_ext.flexmerge.files import RefusedError, digest_of, regular_file, require_digest
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
-from mergekit_ext.flexmerge.stored import RefusedError, digest_of, regular_file, require_digest
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
 from peft_merge.io.tensors import CONFIG, SAFETENSORS
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.manifest import MASKED
-from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Storage
+from mergekit_ext.flexmerge.plan import Clusters, Dendrograms
+from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
 from tests.flexmerge.inputs import layout
@@ -199,7 +200,7 @@ def test_the_smallest_size_that_an_error_names_can_be_had(problem, masks):
         with pytest.raises(ConfigError) as caught:
             planner.plan(target)
         named = caught.value.problems[0].remedy.split()[1].strip("'")
-        assert planner.plan(Target.parse(named if target.is_bytes else float(named)))
+        assert planner.plan(Target.parse(named if target.bytes is not None else float(named)))
 
 
 def test_private_tensors_come_on_top_of_models_but_count_as_bytes():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mergekit_ext.errors import NonFiniteError
-from mergekit_ext.flexmerge.private import stored_private
-from mergekit_ext.flexmerge.walk import Walk
+from mergekit_ext.flexmerge.merging import Merging, Walk
+from mergekit_ext.flexmerge.reader import open_checkpoint
 from tests.flexmerge.inputs import family, reader
 from tests.flexmerge.test_writer import algorithm_for, write
 
@@ -40,7 +40,7 @@ def test_what_is_not_finite_is_named(value, dtype, tmp_path):
     found = caught.value
     assert (found.tensor, found.model, found.count, found.size) == ("head.weight", "task1", 2, 3)
     with pytest.raises(NonFiniteError, match=r"head\.weight of model task1"):
-        Walk(reader(base, models), algorithm_for("average", 2))
+        Walk(reader(base, models), Merging(algorithm_for("average", 2)))
 
 
 @pytest.mark.parametrize("dtype", NAN_ONLY)
@@ -58,13 +58,14 @@ def test_nan_of_other_dtypes_is_named(dtype, tmp_path):
 def test_the_largest_values_are_finite(dtype, tmp_path):
     base, models = with_heads(torch.finfo(dtype).max, dtype)
     write(tmp_path / "out", base, models, 1)
-    Walk(reader(base, models), algorithm_for("average", 2))
+    Walk(reader(base, models), Merging(algorithm_for("average", 2)))
 
 
-def test_bytes_stay_as_they_are():
+def test_bytes_stay_as_they_are(tmp_path):
     base, models = with_heads(-0.0, torch.bfloat16)
-    source = reader(base, models)
-    for task, headers in enumerate(source.layout.private):
-        for header in headers:
-            original = models[task][header.name].reshape(-1).view(torch.uint8)
-            assert torch.equal(stored_private(source, task, header), original)
+    write(tmp_path / "out", base, models, 1)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    for task, model in zip(checkpoint.tasks, models, strict=True):
+        for name in ("head.weight", "head.steps"):
+            stored = checkpoint.tensors(task)[name].view(torch.uint8)
+            assert torch.equal(stored, model[name].view(torch.uint8))

@@ -12,9 +12,10 @@ import torch
 from mergekit_ext.errors import NonFiniteError, RankError
 from mergekit_ext.flexmerge.algorithm import Dare
 from mergekit_ext.flexmerge.analysis import analyse, trimmed_grams
-from mergekit_ext.flexmerge.declared import Order
+from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.notes import Notes
-from mergekit_ext.flexmerge.plan import Dendrograms, Storage
+from mergekit_ext.flexmerge.plan import Dendrograms
+from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.io.journal import Journal
@@ -87,11 +88,21 @@ class Merge:
             storage = Storage(self.inputs.layout, self.algorithm.masks, self.forced)
             similarities = [cosines(gram) for gram in found.grams.values()]
             plan = Dendrograms(storage, similarities).plan(Target(models=self.target))
-            order = Order(plan, self.algorithm, cuts, self.forced, shard_size=400)
+            merging = Merging(self.algorithm, cuts, self.forced)
             told = Provenance("a test", {}, "base", [f"m{i}" for i in range(4)])
             out = self.room / "out"
             out.mkdir(exist_ok=True)
-            write_checkpoint(out, self.inputs, order, told, merged, notes, ranks)
+            write_checkpoint(
+                out,
+                self.inputs,
+                plan,
+                merging,
+                told,
+                shard_size=400,
+                merged=merged,
+                notes=notes,
+                ranks=ranks,
+            )
         finally:
             journal.close()
         return files(self.room / "out")

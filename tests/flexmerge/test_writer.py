@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.analysis import analyse
-from mergekit_ext.flexmerge.checkpoint import Checkpoint
-from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.manifest import DENSE, MASKED, read_manifest
-from mergekit_ext.flexmerge.plan import Dendrograms, Plan, Storage, StoredGroup
-from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.flexmerge.merging import Merging
+from mergekit_ext.flexmerge.plan import Dendrograms, Plan
+from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
+from mergekit_ext.flexmerge.storage import Storage, StoredGroup
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from tests.flexmerge.inputs import algorithm, family, reader
@@ -54,9 +54,8 @@ def write_plan(folder, found, plan, algorithm, forced=None, shard_size=0):
     folder.mkdir()
     models = [f"model{i}" for i in range(len(found.layout.tasks))]
     provenance = Provenance("a test", {"algorithm": algorithm.name}, "base", models)
-    return write_checkpoint(
-        folder, found, Order(plan, algorithm, None, forced, shard_size), provenance
-    )
+    merging = Merging(algorithm, None, forced)
+    return write_checkpoint(folder, found, plan, merging, provenance, shard_size=shard_size)
 
 
 def as_index_says(folder):

@@ -24,11 +24,12 @@ from mergekit_ext.events import (
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
-from mergekit_ext.flexmerge.declared import Order
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import Manifest
+from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.notes import Notes
-from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner, StoredGroup
+from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
+from mergekit_ext.flexmerge.storage import StoredGroup
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.flexmerge.parameters import for_manifest
 from mergekit_ext.host.flexmerge.sources import DEFAULT_SEED, Inputs, Prepared
@@ -128,15 +129,10 @@ class Engine:
             self._prepared.storage, similarities, shared["linkage"], shared["order"], self.seed
         )
 
-    def order(self, plan: Plan) -> Order:
-        """What is to be written at one size."""
-        return Order(
-            plan,
-            self.algorithm,
-            self.cuts,
-            self._prepared.forced,
-            self._options.out_shard_size,
-        )
+    @property
+    def merging(self) -> Merging:
+        """How groups are merged."""
+        return Merging(self.algorithm, self.cuts, self.forced)
 
     def write(self, folder: Path, plan: Plan, generator: str) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
@@ -144,16 +140,18 @@ class Engine:
         manifest = write_checkpoint(
             folder,
             self.reader,
-            self.order(plan),
+            plan,
+            self.merging,
             Provenance(
                 generator,
                 self._settings,
                 str(self._prepared.base),
                 [str(model) for model in self._prepared.models],
             ),
-            self._merged,
-            self._notes("blocks", self._acting, patterns, str(self.forced)),
-            self._ranks,
+            shard_size=self._options.out_shard_size,
+            merged=self._merged,
+            notes=self._notes("blocks", self._acting, patterns, str(self.forced)),
+            ranks=self._ranks,
         )
         self._emit(SizeReached(self.algorithm.name, plan.size.models, plan.size.bytes))
         return manifest

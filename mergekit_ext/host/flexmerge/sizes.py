@@ -9,9 +9,9 @@ from typing import Any
 from mergekit_ext import memory
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import Event, SizeReached
+from mergekit_ext.flexmerge.merging import Walk
 from mergekit_ext.flexmerge.plan import Planner
 from mergekit_ext.flexmerge.target import Target
-from mergekit_ext.flexmerge.walk import Walk
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.evaluation import Evaluator
@@ -170,7 +170,7 @@ class Tracer:
         evaluator: Evaluator,
         emit: Callable[[Event], None],
     ) -> Iterator[SizePoint]:
-        walk = Walk(engine.reader, engine.algorithm, engine.cuts, engine.forced)
+        walk = Walk(engine.reader, engine.merging)
         scores: Scores | None = None
         for requested, target in asked:
             plan = engine.planner.plan(Target(models=target))
