@@ -1,21 +1,77 @@
-"""What FlexMerge needs to know of a kind of adapter."""
+"""What FlexMerge needs to know of a kind of adapter: blocks, similarities, bytes, merges."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
+from mergekit_ext.errors import MergeError, Problem
+from mergekit_ext.flexmerge.storage import GroupStorage, StoredGroup
+from mergekit_ext.flexmerge.target import Size, Target, out_of_reach
 from mergekit_ext.methods import ADAPTERS, Method, Settings
 from peft_merge.adapter import Adapter
 from peft_merge.config.plan import MergePlan
+from peft_merge.io import names, whole
+from peft_merge.saved import merge_saved
 
 V = TypeVar("V")
 I = TypeVar("I")  # noqa: E741
 
 Group = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Modules whose groups of tasks are the same."""
+
+    name: str
+    modules: tuple[str, ...]
+
+
+def _layer(module: str, adapted: Collection[str]) -> str:
+    owner = names.owner(module, adapted)
+    match = names.LAYER.search(owner)
+    return owner[: match.end(1)] if match else owner
+
+
+# PEFT configures some modules together (both projections of torch's attention, the target
+# parameters of one module): they have one rank, so they are never apart.
+GRANULARITIES: dict[str, Callable[[str, Collection[str]], str]] = {
+    "module": names.owner,
+    "layer": _layer,
+}
+
+
+def blocks_of(modules: Collection[str], granularity: str) -> tuple[Block, ...]:
+    """Return the blocks in natural order of their names (`layers.2` before `layers.10`).
+
+    Args:
+        modules: of all adapters.
+        granularity: `module`, each by itself; or `layer`, up to the first number in the name
+            (``model.layers.3``); modules outside of layers by themselves.
+    """
+    key = GRANULARITIES[granularity]
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(key(module, modules), []).append(module)
+    return tuple(
+        Block(name, tuple(sorted(found[name], key=_natural)))
+        for name in sorted(found, key=_natural)
+    )
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", name)
+    ]
 
 
 @dataclass(frozen=True)
@@ -33,32 +89,47 @@ class Piece(Generic[V, I]):
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Family(Protocol):
-    """One kind of adapter: its inner products, its bytes, its merge. Tasks go by their index.
+class Family(ABC):
+    """The adapters of one kind. Tasks are named by their index.
 
     Inner products, merges and a task's own changes may be asked for by several threads.
+
+    Args:
+        plan: of the merge.
+        rule: merges the members of a group.
     """
 
+    def __init__(self, plan: MergePlan, rule: Method):
+        self.plan, self.rule = plan, rule
+        self.adapters: Sequence[Any] = plan.adapters
+        self.forced = plan.dtype if plan.request.dtype is not None else None
+
     @property
+    @abstractmethod
     def small(self) -> bool:
         """Whether blocks may be merged side by side, as none of them needs much memory."""
 
+    @abstractmethod
     def gram(self, module: str) -> Tensor:
-        """Inner products of the m changes of a module: (m, m), float64, symmetric."""
+        """Return inner products of the m changes of a module: (m, m), float64, symmetric."""
 
+    @abstractmethod
     def bytes(self, modules: Sequence[str], group: Group) -> int:
-        """Bytes of the tensors stored for a block that these tasks share."""
+        """Return the bytes of the tensors stored for a block that these tasks share."""
 
+    @abstractmethod
     def merge(self, modules: Sequence[str], group: Group) -> dict[str, Piece[Any, Any]]:
-        """One change for two or more tasks, of each module that one of them has."""
+        """Return one change for two or more tasks, of each module that one of them has."""
 
+    @abstractmethod
     def own(self, modules: Sequence[str], task: int) -> dict[str, Piece[Any, Any]]:
-        """A task's own changes of the modules that it has, in their stored values."""
+        """Return a task's own changes of the modules that it has, in their stored values."""
 
+    @abstractmethod
     def adapter(
         self, task: int, pieces: Mapping[str, Piece[Any, Any]], shared: Collection[str]
     ) -> Adapter:
-        """The task's adapter.
+        """Return the task's adapter.
 
         Args:
             task: its index.
@@ -66,23 +137,111 @@ class Family(Protocol):
             shared: the modules whose pieces are merged ones.
         """
 
+    def infos(self, module: str, group: Sequence[int]) -> list[Any]:
+        """Return what is known of a module in the adapters that have it."""
+        adapters = (self.adapters[task] for task in group)
+        return [adapter.infos[module] for adapter in adapters if module in adapter.infos]
 
-def settings_of(
-    plan: MergePlan,
-    rule: Method,
-    module: str,
-    group: Group,
-    coefficients: Sequence[float] | None,
-) -> Settings:
-    """The rule's parameters for some of the adapters, NAN's coefficients multiplied in."""
-    values = plan.resolve(module)
-    shared = {p.name for p in rule.for_driver(ADAPTERS) if not p.per_model}
-    weights = [values.weights[i] for i in group]
-    if coefficients is not None:
-        weights = [a * weight for a, weight in zip(coefficients, weights, strict=True)]
-    return replace(
-        values,
-        weights=weights,
-        options={name: value for name, value in values.options.items() if name in shared},
-        each=[values.each[i] for i in group],
-    )
+    def only(self, module: str, group: Sequence[int]) -> list[Any]:
+        """Return the adapters of some tasks as if each had this module only."""
+        return [
+            replace(
+                adapter,
+                infos={module: adapter.infos[module]} if module in adapter.infos else {},
+                saved={},
+            )
+            for adapter in (self.adapters[task] for task in group)
+        ]
+
+    def settings(self, module: str, group: Group, coefficients: Sequence[float] | None) -> Settings:
+        """Return the rule's parameters for a group, NAN's coefficients multiplied in."""
+        values = self.plan.resolve(module)
+        shared = {p.name for p in self.rule.for_driver(ADAPTERS) if not p.per_model}
+        weights = [values.weights[i] for i in group]
+        if coefficients is not None:
+            weights = [a * weight for a, weight in zip(coefficients, weights, strict=True)]
+        return replace(
+            values,
+            weights=weights,
+            options={name: value for name, value in values.options.items() if name in shared},
+            each=[values.each[i] for i in group],
+        )
+
+    def private(self, task: int) -> dict[str, Callable[[], Tensor]]:
+        """Return the whole tensors of a task's adapter, in the dtype that is asked for."""
+        adapter = self.adapters[task]
+        return {
+            name: partial(merge_saved, name, [adapter], [1.0], self.forced)
+            for name in adapter.saved
+        }
+
+
+def of_the_base(adapters: Sequence[Adapter]) -> set[str]:
+    """Return the whole tensors that all adapters carry with equal values beside `modules_to_save`.
+
+    PEFT saves embeddings along when they are adapted. They replace the base's own, for all tasks.
+    """
+    first, *others = adapters
+    return {
+        name
+        for name in first.saved
+        if whole.module_to_save(name, first.config) is None
+        and all(name in other.saved for other in others)
+        and all(torch.equal(first.saved[name](), other.saved[name]()) for other in others)
+    }
+
+
+def cast_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return `tensor` in `dtype`, on the CPU.
+
+    Raises:
+        MergeError: a value leaves the dtype's range.
+    """
+    result = tensor.detach().to("cpu", dtype)
+    if not bool(torch.isfinite(result).all()):
+        raise MergeError(f"{name}: a value leaves the range of {dtype}. Use a wider dtype.")
+    return result
+
+
+class AdapterStorage(GroupStorage):
+    """How groups of adapters are stored: whole tensors are private, those of the base for all."""
+
+    def __init__(self, family: Family, blocks: Sequence[Block]):
+        common = of_the_base(family.adapters)
+        private = sum(
+            tensor().nbytes
+            for task in range(len(family.adapters))
+            for name, tensor in family.private(task).items()
+            if task == 0 or name not in common
+        )
+        super().__init__(len(blocks), len(family.adapters), private)
+        self._family, self._modules = family, [block.modules for block in blocks]
+
+    def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
+        """See `GroupStorage.bytes`."""
+        return sum(self._family.bytes(self._modules[block], group.tasks) for group in groups)
+
+    @property
+    def least(self) -> Size:
+        """However tasks share a block, it takes the room of the largest of their own changes (cut
+        to the rank of what is shared). Between that bound and what the similarities lead to, the
+        merge decides."""
+        bytes_of, tasks = self._family.bytes, range(self.tasks)
+        return self.size(
+            sum(
+                max(min(bytes_of(modules, (i,)), bytes_of(modules, (i, i))) for i in tasks)
+                for modules in self._modules
+            )
+        )
+
+    def problem(self, target: Target, least: Size) -> Problem | None:
+        """See `GroupStorage.problem`."""
+        remedy = (
+            "A smaller `rank` for what LoRAs share (with `patterns: true`) makes less possible."
+        )
+        if target.models is not None and target.models < 1:
+            remedy = (
+                "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
+                "than they have (with `patterns: true`)."
+            )
+        return out_of_reach(target, least, self.size(self.whole), "adapters", remedy=remedy)

@@ -15,9 +15,9 @@ import torch
 from mergekit_ext.core.wording import listing, shown
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.flexmerge.family import of_the_base
 from peft_merge.flexmerge.fit import require_base, require_fit, restored_on_error
 from peft_merge.flexmerge.manifest import Group, Manifest, open_manifest
-from peft_merge.flexmerge.private import of_the_base
 from peft_merge.io import load_adapter, whole
 from peft_merge.live import add_adapter, fill
 

@@ -15,8 +15,7 @@ from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import Rank
 from peft_merge.coefficients import coefficients, lora_norms
 from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.family import Group, Piece, settings_of
-from peft_merge.flexmerge.private import cast_to, private
+from peft_merge.flexmerge.family import Family, Group, Piece, cast_to
 from peft_merge.io.layouts import at_rank, filled, one_rank, unscaled
 from peft_merge.io.merged import lora_configuration, stored_ranks
 from peft_merge.lora import merge_lora, small
@@ -24,8 +23,8 @@ from peft_merge.lora import merge_lora, small
 UpdatePiece = Piece[Update, ModuleInfo]
 
 
-class LoraFamily:
-    """See `flexmerge.family.Family`.
+class LoraFamily(Family):
+    """LoRAs.
 
     All adapters have one rank in all modules, the largest of the inputs, and alpha equals it: so
     every reader scales them alike, and PEFT's hot swap works between them. A group's change is the
@@ -37,52 +36,52 @@ class LoraFamily:
     """
 
     def __init__(self, plan: MergePlan, rule: Method):
-        self._plan, self._rule = plan, rule
-        self._adapters = [a for a in plan.adapters if isinstance(a, LoraAdapter)]
-        self._forced = plan.dtype if plan.request.dtype is not None else None
+        super().__init__(plan, rule)
         self._found: dict[tuple[tuple[str, ...], Group], dict[str, int]] = {}
-        infos = (info for adapter in self._adapters for info in adapter.infos.values())
+        infos = (info for adapter in self.adapters for info in adapter.infos.values())
         self._r = None if plan.patterns else one_rank(infos)
 
     @property
     def small(self) -> bool:
         """See `peft_merge.lora.small`."""
-        return small(self._adapters, self._rule, self._plan.resolve, self._plan.space)
+        return small(self.adapters, self.rule, self.plan.resolve, self.plan.space)
 
     def gram(self, module: str) -> Tensor:
-        """In core space; the bias of B belongs to the change."""
-        updates = [finite_update(a, module) if module in a.infos else None for a in self._adapters]
-        shape = self._infos(module, range(len(self._adapters)))[0].shape
-        total = CoreSpace.of(updates, shape, self._plan.device).gram().cpu()
+        """See `Family.gram`; in core space, the bias of B belongs to the change."""
+        updates = [finite_update(a, module) if module in a.infos else None for a in self.adapters]
+        shape = self.infos(module, range(len(updates)))[0].shape
+        total = CoreSpace.of(updates, shape, self.plan.device).gram().cpu()
         if any(update is not None and update.bias is not None for update in updates):
             biases = torch.stack([_bias(update, shape[0] * shape[1]) for update in updates])
             total = total + biases @ biases.T
         return (total + total.T) / 2
 
     def bytes(self, modules: Sequence[str], group: Group) -> int:
-        """Of both factors and the bias, of each module that one of the tasks has."""
+        """See `Family.bytes`; of both factors and the bias."""
         total = 0
         for module, rank in self._ranks(modules, group).items():
-            infos = self._infos(module, group)
-            total += _elements(infos, rank) * self._dtype(infos).itemsize
+            infos = self.infos(module, group)
+            n, rows, columns = infos[0].shape
+            bias = n * rows if any(info.bias for info in infos) else 0
+            dtype = self.forced or reduce(torch.promote_types, (info.dtype for info in infos))
+            total += (n * rank * (rows + columns) + bias) * dtype.itemsize
         return total
 
     def merge(self, modules: Sequence[str], group: Group) -> dict[str, UpdatePiece]:
-        """By the rule; an adapter without the module counts as no change."""
-        pieces = {
-            module: self._merged(module, group) for module in modules if self._infos(module, group)
-        }
-        return self._filled(pieces)
+        """See `Family.merge`; an adapter without the module counts as no change."""
+        return self._filled(
+            {name: self._merged(name, group) for name in modules if self.infos(name, group)}
+        )
 
     def own(self, modules: Sequence[str], task: int) -> dict[str, UpdatePiece]:
-        """The factors with the scaling in B, in `dtype` if one is asked for."""
-        adapter = self._adapters[task]
+        """See `Family.own`: the factors with the scaling in B, in `dtype` if one is asked for."""
+        adapter = self.adapters[task]
         found = {}
         for module in modules:
             if module in adapter.infos:
                 info = adapter.infos[module]
                 update = finite_update(adapter, module)
-                dtype = self._forced or info.dtype
+                dtype = self.forced or info.dtype
                 value = _cast(unscaled(update), dtype, module)
                 found[module] = Piece(value, replace(info, dtype=dtype))
         return self._filled(found)
@@ -90,35 +89,23 @@ class LoraFamily:
     def adapter(
         self, task: int, pieces: Mapping[str, UpdatePiece], shared: Collection[str]
     ) -> LoraAdapter:
-        """With a scaling of 1 in all modules."""
-        own = self._adapters[task]
+        """See `Family.adapter`; its scaling is 1 in all modules."""
+        own = self.adapters[task]
         infos = {module: piece.info for module, piece in pieces.items()}
         config = lora_configuration(infos, [own], own.saved)
-        common = lora_configuration(infos, self._adapters, ())
+        common = lora_configuration(infos, self.adapters, ())
         parameters = any(info.layout == "parameter" for info in infos.values())
         config["lora_dropout"] = common["lora_dropout"]
         config["target_parameters"] = common["target_parameters"] if parameters else None
-        if self._plan.request.base_model is not None:
-            config["base_model_name_or_path"] = self._plan.request.base_model
-        return LoraAdapter(
-            own.name,
-            config,
-            infos,
-            lambda module: pieces[module].value,
-            private(own, self._forced),
-        )
-
-    def _infos(self, module: str, group: Sequence[int]) -> list[ModuleInfo]:
-        adapters = (self._adapters[task] for task in group)
-        return [adapter.infos[module] for adapter in adapters if module in adapter.infos]
-
-    def _dtype(self, infos: Sequence[ModuleInfo]) -> torch.dtype:
-        return self._forced or reduce(torch.promote_types, (info.dtype for info in infos))
+        if self.plan.request.base_model is not None:
+            config["base_model_name_or_path"] = self.plan.request.base_model
+        values = {module: piece.value for module, piece in pieces.items()}
+        return LoraAdapter(own.name, config, infos, values.__getitem__, self.private(task))
 
     def _ranks(self, modules: Sequence[str], group: Group) -> dict[str, int]:
-        """Of the group's changes, from headers where that is possible."""
-        known = {name: infos for name in modules if (infos := self._infos(name, group))}
-        if len(group) == 1 or self._plan.rank is None or isinstance(self._plan.rank, int):
+        """Return those of the group's changes, from headers where that is possible."""
+        if len(group) == 1 or self.plan.rank is None or isinstance(self.plan.rank, int):
+            known = {name: infos for name in modules if (infos := self.infos(name, group))}
             alone = len(group) == 1
             needed = {
                 name: replace(i[0], rank=i[0].rank if alone else self._rank(name, group))
@@ -132,7 +119,7 @@ class LoraFamily:
         return self._found[key]
 
     def _filled(self, pieces: Mapping[str, UpdatePiece]) -> dict[str, UpdatePiece]:
-        """With zeros up to the rank that is stored, which change nothing."""
+        """Return pieces with zeros up to the rank that is stored, which change nothing."""
         ranks = stored_ranks({name: piece.info for name, piece in pieces.items()}, self._r)
         return {
             name: replace(
@@ -144,8 +131,8 @@ class LoraFamily:
         }
 
     def _rank(self, module: str, group: Group) -> int:
-        infos = self._infos(module, group)
-        rank = self._plan.rank
+        infos = self.infos(module, group)
+        rank = self.plan.rank
         if self._r is not None:
             rank = at_rank(infos[0], self._r)
         elif not isinstance(rank, int):
@@ -153,38 +140,26 @@ class LoraFamily:
         return min(rank, infos[0].rows, infos[0].columns)
 
     def _merged(self, module: str, group: Group) -> UpdatePiece:
-        views = [_view(self._adapters[task], module) for task in group]
+        views = self.only(module, group)
         found = None
-        if self._rule.nan:
+        if self.rule.nan:
             found = coefficients(lora_norms(views))[module]
-        settings = settings_of(self._plan, self._rule, module, group, found)
-        rank: Rank | None = self._plan.rank
+        settings = self.settings(module, group, found)
+        rank: Rank | None = self.plan.rank
         if rank is None or isinstance(rank, int):
             rank = self._rank(module, group)
         updates, infos, report = merge_lora(
             views,
-            self._rule,
+            self.rule,
             lambda _: settings,
-            space=self._plan.space,
+            space=self.plan.space,
             rank=rank,
-            dtype=self._forced,
-            device=self._plan.device,
-            seed=self._plan.seed,
+            dtype=self.forced,
+            device=self.plan.device,
+            seed=self.plan.seed,
         )
         update = _cast(updates[module], infos[module].dtype, module)
         return Piece(update, infos[module], report[module])
-
-
-def _view(adapter: LoraAdapter, module: str) -> LoraAdapter:
-    """The adapter as if it had this module only."""
-    infos = {module: adapter.infos[module]} if module in adapter.infos else {}
-    return replace(adapter, infos=infos, saved={})
-
-
-def _elements(infos: Sequence[ModuleInfo], rank: int) -> int:
-    n, rows, columns = infos[0].shape
-    bias = n * rows if any(info.bias for info in infos) else 0
-    return n * rank * (rows + columns) + bias
 
 
 def _cast(update: Update, dtype: torch.dtype, module: str) -> Update:
@@ -197,7 +172,7 @@ def _cast(update: Update, dtype: torch.dtype, module: str) -> Update:
 
 
 def _bias(update: Update | None, length: int) -> Tensor:
-    """The change of the output's bias."""
+    """Return the change of the output's bias."""
     if update is None or update.bias is None:
         return torch.zeros(length, dtype=torch.float64)
     return update.scale * update.bias.to("cpu", torch.float64)

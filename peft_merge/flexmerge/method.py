@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import NoneType
 from typing import Annotated, Any
 
@@ -25,20 +26,20 @@ from mergekit_ext.core.wording import listing, shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher
 from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM, options
+from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.document import Request
 from peft_merge.config.plan import MergePlan, WholeMethod
-from peft_merge.flexmerge.blocks import GRANULARITIES
+from peft_merge.flexmerge.family import GRANULARITIES
 from peft_merge.flexmerge.manifest import task_name_problem
-from peft_merge.flexmerge.options import Options
 from peft_merge.flexmerge.result import FlexMerged
-from peft_merge.flexmerge.run import merge, unreachable
-from peft_merge.flexmerge.target import Target
+from peft_merge.flexmerge.run import Options, merge, storage_of
 from peft_merge.methods import of_any_rule, register, rules
 
+EXPECTED = "a number of adapters such as 2.5, or a memory budget such as '40MB'"
 OWN = options(
-    Annotated[Target, BeforeValidator(Target.parse)],
+    Annotated[Target, BeforeValidator(partial(Target.parse, expected=EXPECTED))],
     # The default first.
     sorted(GRANULARITIES, key=lambda name: name != "module"),
     "2.25 (adapters)",
@@ -158,8 +159,11 @@ def _algorithm(plan: MergePlan) -> Iterator[Problem]:
 
 def _size(plan: MergePlan) -> Iterator[Problem]:
     """A target that cannot be reached, as far as headers tell."""
-    if isinstance(plan.rank, (int, NoneType)) and (wrong := unreachable(plan, options_of(plan))):
-        yield wrong
+    if isinstance(plan.rank, (int, NoneType)):
+        chosen = options_of(plan)
+        storage = storage_of(plan, chosen)
+        if problem := storage.problem(chosen.target, storage.least):
+            yield problem
 
 
 def chosen_rule(plan: MergePlan) -> Method:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError, Problem
+from mergekit_ext.errors import MergeError
 from mergekit_ext.events import (
     BlockMerged,
     Dispatcher,
@@ -20,21 +22,19 @@ from mergekit_ext.events import (
     StatisticsEnd,
     TensorMeasured,
 )
+from mergekit_ext.flexmerge.plan import Dendrograms
+from mergekit_ext.flexmerge.storage import StoredGroup
+from mergekit_ext.flexmerge.target import Size, Target
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.kernels.threads import in_turn
 from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.config.document import written
 from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.blocks import Block, blocks_of
-from peft_merge.flexmerge.family import Family, Piece
+from peft_merge.flexmerge.family import AdapterStorage, Block, Family, Piece, blocks_of
 from peft_merge.flexmerge.ia3 import Ia3Family
 from peft_merge.flexmerge.lora import LoraFamily
-from peft_merge.flexmerge.options import Options
-from peft_merge.flexmerge.private import private_bytes
-from peft_merge.flexmerge.report import MergedBlock, MergedGroup, report
 from peft_merge.flexmerge.result import FlexMerged
-from peft_merge.flexmerge.target import Size, out_of_reach
-from peft_merge.flexmerge.trajectory import Shared, Trajectory
+from peft_merge.report import FORMAT_VERSION, summary
 
 # Of modules, by their names.
 Changes = dict[str, Piece[Any, Any]]
@@ -43,6 +43,34 @@ FAMILIES: Mapping[str, Callable[[MergePlan, Method], Family]] = {
     "lora": LoraFamily,
     "ia3": Ia3Family,
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """FlexMerge's own parameters, checked: how groups are found, and merged."""
+
+    target: Target
+    rule: Method
+    linkage: str
+    order: str
+    granularity: str
+
+    def described(self) -> dict[str, Any]:
+        """Return them as the manifest and the report show them."""
+        unit = "" if self.target.models is None else " adapters"
+        return {
+            "algorithm": self.rule.name,
+            "target_size": f"{self.target}{unit}",
+            "linkage": self.linkage,
+            "order": self.order,
+            "granularity": self.granularity,
+        }
+
+
+def storage_of(plan: MergePlan, options: Options) -> AdapterStorage:
+    """Return how the groups of a checked plan are stored, from headers."""
+    blocks = blocks_of(plan.modules, options.granularity)
+    return AdapterStorage(FAMILIES[plan.kind](plan, options.rule), blocks)
 
 
 def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
@@ -59,57 +87,40 @@ def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
     family = FAMILIES[plan.kind](plan, options.rule)
     blocks = blocks_of(plan.modules, options.granularity)
     similarities = _similarities(family, blocks, plan.device, events)
-    forced = plan.dtype if plan.request.dtype is not None else None
-    trajectory = Trajectory(
-        family,
-        blocks,
-        similarities,
-        private_bytes(plan.adapters, forced),
-        linkage=options.linkage,
-        order=options.order,
-        seed=plan.seed,
+    planner = Dendrograms(
+        AdapterStorage(family, blocks), similarities, options.linkage, options.order, plan.seed
     )
-    step = trajectory.first(options.target)
-    size = trajectory.sizes[step]
-    groups = trajectory.at(step)
-    _forewarn(plan, options.rule, groups)
-    pieces: list[Changes] = [{} for _ in plan.adapters]
-    shared: list[set[str]] = [set() for _ in plan.adapters]
-    merged = []
+    chosen = planner.plan(options.target)
+    _forewarn(plan, options.rule, chosen.groups)
+    names = [adapter.name for adapter in plan.adapters]
+    pieces: list[Changes] = [{} for _ in names]
+    shared: list[set[str]] = [set() for _ in names]
+    entries = []
+    work = list(zip(blocks, chosen.groups, strict=True))
     merge_block = partial(_merge_block, family)
-    work = list(zip(blocks, groups, strict=True))
     results = in_turn(merge_block, work, plan.device) if family.small else map(merge_block, work)
-    for (block, found), changes in zip(work, results, strict=True):
-        merged.append(_shared_out(block, found, changes, pieces, shared))
-        named = tuple(tuple(plan.adapters[i].name for i in group.tasks) for group in found)
+    for (block, groups), found, similar in zip(work, results, similarities, strict=True):
+        for group, changes in zip(groups, found, strict=True):
+            for task in group.tasks:
+                pieces[task].update(changes)
+                if len(group.tasks) > 1:
+                    shared[task].update(changes)
+        described = [
+            {
+                "tasks": [names[task] for task in group.tasks],
+                "similarity": group.similarity,
+                "modules": {module: dict(piece.details) for module, piece in changes.items()},
+            }
+            for group, changes in zip(groups, found, strict=True)
+        ]
+        entries.append({"name": block.name, "groups": described, "similarities": similar.tolist()})
+        named = tuple(tuple(names[task] for task in group.tasks) for group in groups)
         events.emit(BlockMerged(block.name, named))
     adapters = tuple(family.adapter(task, own, shared[task]) for task, own in enumerate(pieces))
-    events.emit(SizeReached(options.rule.name, size.adapters, size.bytes))
-    return FlexMerged(
-        adapters,
-        report(plan, options, merged, similarities, trajectory.sizes, step),
-        written(plan.request, plan.adapters),
-    )
-
-
-def unreachable(plan: MergePlan, options: Options) -> Problem | None:
-    """Whether the target size is beyond what is possible, without reading a factor.
-
-    However tasks share a block, it takes the room of the largest of their own changes (cut to the
-    rank of what is shared). Between that bound and what the similarities lead to, `merge` tells.
-    """
-    family = FAMILIES[plan.kind](plan, options.rule)
-    tasks = range(len(plan.adapters))
-    most = least = 0
-    for block in blocks_of(plan.modules, options.granularity):
-        own = [family.bytes(block.modules, (task,)) for task in tasks]
-        cut = [family.bytes(block.modules, (task, task)) for task in tasks]
-        most += sum(own)
-        least += max(map(min, own, cut))
-    forced = plan.dtype if plan.request.dtype is not None else None
-    private = private_bytes(plan.adapters, forced)
-    sizes = [Size(total + private, most / len(tasks), private) for total in (most, least)]
-    return None if options.target.within(sizes) else out_of_reach(options.target, sizes)
+    size = chosen.size
+    events.emit(SizeReached(options.rule.name, size.models, size.bytes))
+    report = _report(plan, options, size, planner.trajectory, entries)
+    return FlexMerged(adapters, report, written(plan.request, plan.adapters))
 
 
 def _similarities(
@@ -133,8 +144,8 @@ def _similarities(
     return found
 
 
-def _forewarn(plan: MergePlan, rule: Method, groups: Sequence[Sequence[Shared]]) -> None:
-    """What the rule says of groups of such sizes, once."""
+def _forewarn(plan: MergePlan, rule: Method, groups: Sequence[Sequence[StoredGroup]]) -> None:
+    """Warn once of what the rule has to say of groups of such sizes."""
     counts = {len(group.tasks) for found in groups for group in found} - {1}
     said = {
         str(warning): warning
@@ -146,8 +157,8 @@ def _forewarn(plan: MergePlan, rule: Method, groups: Sequence[Sequence[Shared]])
         warnings.warn(warning, stacklevel=6)
 
 
-def _merge_block(family: Family, work: tuple[Block, Sequence[Shared]]) -> list[Changes]:
-    """What each group of a block has there."""
+def _merge_block(family: Family, work: tuple[Block, Sequence[StoredGroup]]) -> list[Changes]:
+    """Return what each group of a block has there."""
     block, groups = work
     return [
         family.own(block.modules, group.tasks[0])
@@ -157,20 +168,39 @@ def _merge_block(family: Family, work: tuple[Block, Sequence[Shared]]) -> list[C
     ]
 
 
-def _shared_out(
-    block: Block,
-    groups: Sequence[Shared],
-    changes: Sequence[Changes],
-    pieces: Sequence[Changes],
-    shared: Sequence[set[str]],
-) -> MergedBlock:
-    """Give the changes of a block's groups to their tasks."""
-    merged = []
-    for group, found in zip(groups, changes, strict=True):
-        for task in group.tasks:
-            pieces[task].update(found)
-            if len(group.tasks) > 1:
-                shared[task].update(found)
-        details = {module: dict(piece.details) for module, piece in found.items()}
-        merged.append(MergedGroup(group.tasks, group.similarity, details))
-    return MergedBlock(block.name, tuple(merged))
+def _report(
+    plan: MergePlan,
+    options: Options,
+    size: Size,
+    sizes: Sequence[Size],
+    blocks: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return merge_report.json: all that is known of a merge, and nothing of the run."""
+    modules = [item for b in blocks for group in b["groups"] for item in group["modules"].items()]
+    count = len(plan.adapters)
+    apart = size.unit_bytes * count + size.private_bytes
+    note = (
+        f"{count} adapters in the space of {size.models:.4g}: {size.bytes:,} bytes when their "
+        f"tensors are shared (peft_merge.load_tasks), instead of {apart:,.0f}. Each folder is a "
+        "whole adapter."
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        **plan.described(),
+        "flexmerge": options.described(),
+        "size": {
+            "adapters": size.models,
+            "bytes": size.bytes,
+            "unit_bytes": size.unit_bytes,
+            "private_bytes": size.private_bytes,
+        },
+        # Upwards: each is a `target_size` that its adapters fit in.
+        "sizes": [math.ceil(each.models * 1e6 - 1e-3) / 1e6 for each in sizes],
+        # Ranks and truncation errors are those of what is shared.
+        "summary": summary(
+            len({module for module, _ in modules}),
+            [(module, details) for module, details in modules if "error" in details],
+        ),
+        "blocks": list(blocks),
+        "notes": [*plan.notes, note],
+    }

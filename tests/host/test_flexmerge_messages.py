@@ -47,7 +47,7 @@ def copied(content, index, folder):
 @pytest.mark.parametrize("value", ["2,25", "nonsense", "1e9", -1])
 def test_no_size(content, value):
     content["parameters"]["target_size"] = value
-    assert only(content).remedy == "Write 2.25, or a budget such as '12GB'."
+    assert only(content).remedy == "Write 2.25 (models), or a budget such as '12GB'."
 
 
 def test_the_nearest_size(content):

@@ -12,9 +12,9 @@ import torch
 
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import Layout, Naming, complete_ties, make_layout
-from mergekit_ext.flexmerge.plan import Storage
 from mergekit_ext.flexmerge.prefix import Renaming, find_renaming, named_as
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
+from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, read_adapter
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
