@@ -109,19 +109,9 @@ class ExtMethod(MergeMethod):
 class WholeModelMethod(ExtMethod):
     """A merge method that does not go tensor by tensor through mergekit's planner and executor.
 
-    Attributes:
-        resumes: whether `write` goes on with what the session's journal says is finished; the
-            folder is then as an earlier merge has left it.
+    What was measured or written by an earlier merge of the same inputs may hold under another
+    configuration: `write` continues what the journal of its session says is finished.
     """
-
-    resumes = False
-
-    def identity(self, parts: Mapping[str, str]) -> Mapping[str, str]:
-        """Of a merge's identity what must be the same for another one to go on in its room.
-
-        For the rest `write` must see by itself what still holds.
-        """
-        return parts
 
     @abstractmethod
     def prepare(
@@ -140,8 +130,8 @@ class WholeModelMethod(ExtMethod):
     def write(self, prepared: Any, config: Any, folder: Path, options: Any, source: str) -> None:
         """Merge into `folder`, which becomes the output, with its model card.
 
-        It is empty, unless the method `resumes`. Called inside of a session. `prepared` is from
-        `prepare`, `source` the configuration's text.
+        It is empty, or as an earlier merge of the same inputs has left it. Called inside of a
+        session. `prepared` is from `prepare`, `source` the configuration's text.
         """
 
 

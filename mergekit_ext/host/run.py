@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import examine, models_of_stock
-from mergekit_ext.host.checks.plan import FoundTensor
+from mergekit_ext.host.checks.report import CheckReport
 from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import identity, require_unchanged, weights_of
@@ -64,7 +64,7 @@ def merge(
 
 
 def extended(stock: Callable[..., None]) -> Callable[..., None]:
-    """mergekit's ``run_merge``, with the project's way for the project's methods."""
+    """Return mergekit's ``run_merge``, with `_merge` for the project's methods."""
 
     def run(
         merge_config: MergeConfiguration,
@@ -131,67 +131,80 @@ def _merge(
     callbacks: Iterable[object],
     restart: bool = False,
 ) -> None:
-    compat.clear_loaders()
-    # The libraries' million objects outlive the merge: planning, which makes many small ones,
-    # would have the collector go through all of them again and again.
-    frozen = gc.get_freeze_count() == 0  # a caller's own freeze is left alone
-    if frozen:
-        gc.freeze()
-    try:
-        method = ext_method(config.merge_method)
-        sharing = list(sharing_problems(config.merge_method, method, options))
-        options = own_options(options)
-        whole = method if isinstance(method, WholeModelMethod) else None
-        prepared: Any = None
-        located: list[FoundTensor] = []
-        if whole:
-            report, prepared = whole.prepare(config, options, config_source)
-        else:
-            report, located = examine(config, options, config_source)
+    method = ext_method(config.merge_method)
+    whole = method if isinstance(method, WholeModelMethod) else None
+    sharing = list(sharing_problems(config.merge_method, method, options))
+    options = own_options(options)
+    with _fresh_loaders():
+        check: Callable[..., tuple[CheckReport, Any]] = whole.prepare if whole else examine
+        report, checked = check(config, options, config_source)
         config = compat.ordered(config)
-        merged, models = config.referenced_models(), models_of(config)
-        inputs = [part.path for m in models for part in (m.model, m.lora) if part is not None]
-        needed = report.estimate.bytes_written if report.estimate else 0
-        together = ranks.current()
-        # One process tries the place: the others would see what it makes there.
-        place = together.from_main(
-            lambda: list(
-                place_problems(out_path, "OUT_PATH", inputs, empty=bool(whole), needed=needed)
-            )
-        )
-        require([*report.problems, *place, *sharing])
         source = config_source or config.to_yaml()
-        given = identity(source, options, models)
-        require_same(together, {**given, "output": os.fspath(Path(out_path).resolve())})
+        found = [
+            *report.problems,
+            *_place_problems(out_path, config, report, bool(whole)),
+            *sharing,
+        ]
+        require(found)
+        parts = identity(source, options, models_of(config))
+        together = ranks.current()
+        require_same(together, {**parts, "output": os.fspath(Path(out_path).resolve())})
+        if whole:  # which notes itself what each finished piece depends on
+            del parts["configuration"]
+        merged = config.referenced_models()
         weights = weights_of(merged)
         if together.is_main:
             warn_of(report.warnings)
         _warn_of_cache(merged, options)
-        quiet = options.model_copy(update={"quiet": True})
+        resumable = parts if whole or options.safe_serialization else None
         restart = restart or os.environ.get(RESTART_VARIABLE) == "1"
-        resumes = whole.resumes if whole else options.safe_serialization
-        parts: Mapping[str, str] | None = given if resumes else None
-        if whole and parts is not None:
-            parts = whole.identity(parts)
         reports = None if whole else method
-        with output(options, out_path, reports, callbacks, source, parts, restart) as folder:
+        with output(options, out_path, reports, callbacks, source, resumable, restart) as folder:
             try:
                 if whole:
-                    whole.write(prepared, config, folder, options, source)
+                    whole.write(checked, config, folder, options, source)
                 elif session := sessions.current():
-                    session.predicted = predicted(located, config)
+                    session.predicted = predicted(checked, config)
+                    quiet = options.model_copy(update={"quiet": True})
                     with completed(config, folder, options):
                         stock(config, os.fspath(folder), quiet, source)
             except Exception as error:
                 if not isinstance(error, MergekitExtError):
-                    # Whatever a library says of files that were written to meanwhile.
+                    # Whatever a library reports of files that were written to meanwhile.
                     require_unchanged(weights)
                 raise
             together.from_main(lambda: require_unchanged(weights))
+
+
+@contextmanager
+def _fresh_loaders() -> Iterator[None]:
+    """Forget open files before and after; keep the collector from what is loaded already.
+
+    The libraries' million objects outlive the merge: planning, which makes many small ones, would
+    have the collector go through all of them again and again.
+    """
+    compat.clear_loaders()
+    frozen = gc.get_freeze_count() == 0  # a caller's own freeze is left alone
+    if frozen:
+        gc.freeze()
+    try:
+        yield
     finally:
         if frozen:
             gc.unfreeze()
         compat.clear_loaders()
+
+
+def _place_problems(
+    out_path: str, config: MergeConfiguration, report: CheckReport, empty: bool
+) -> list[Problem]:
+    """Find what is wrong with the output's place; one process tries it for all."""
+    parts = [part for model in models_of(config) for part in (model.model, model.lora)]
+    inputs = [part.path for part in parts if part is not None]
+    needed = report.estimate.bytes_written if report.estimate else 0
+    return ranks.current().from_main(
+        lambda: list(place_problems(out_path, "OUT_PATH", inputs, empty=empty, needed=needed))
+    )
 
 
 def require(problems: Sequence[Problem]) -> None:

@@ -1,8 +1,7 @@
-"""What is known while a merge runs: who listens, and what each method reported of each tensor.
+"""What is known while a merge runs: its listeners, and what its method reports of each tensor.
 
-mergekit builds tasks that it may run in threads and that carry only plain values, so a merge's
-listeners cannot travel through the graph. One merge runs at a time in a process; `current`
-returns its session.
+mergekit's tasks may run in threads and carry only plain values, so listeners cannot travel through
+the graph. One merge runs at a time in a process; `current` returns its session.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from mergekit_ext.io.planned import Entry
 from mergekit_ext.io.staging import Staging
 from mergekit_ext.parallel import ranks
 
-# What every process of a merge has its own of; the rest is said once, by the main one.
+# Events of which every process has its own; the others are emitted once, by the main process.
 _SHARED_OUT = (BlockMerged, SolverIteration, TensorMeasured, TensorMerged)
 
 
@@ -73,13 +72,13 @@ class Session:
         self._warned: set[type[MergeWarning]] = set()
 
     def close(self) -> None:
-        """Let the listeners close their files and bars."""
+        """Close the journal, and the files and bars of the listeners."""
         if self.journal is not None:
             self.journal.close()
         self._dispatcher.close()
 
     def say(self, line: str) -> None:
-        """Tell who watches the command something in passing."""
+        """Print a line for a user who watches the command."""
         if not self.quiet and ranks.current().is_main:
             print(line, file=sys.stderr)
 
@@ -93,7 +92,7 @@ class Session:
                 warnings.warn(warning, stacklevel=3)
 
     def emit(self, event: Event) -> None:
-        """Tell the listeners, who are in the main process."""
+        """Hand an event to the listeners, which are in the main process."""
         if ranks.current().is_main:
             self.relay()
             self._dispatcher.emit(event)
@@ -106,33 +105,32 @@ class Session:
             self._dispatcher.emit(event)
 
     def size_of(self, name: str) -> int:
-        """About how much work tensor `name` is, in bytes: those that it will have.
+        """Return about how many bytes tensor `name` will have, as a measure of its work.
 
-        What no header tells is most often the embedding, which is the largest.
+        A tensor that no header foretells is most often the embedding, which is the largest.
         """
-        entry = self.predicted.get(name)
-        if entry is not None:
+        if (entry := self.predicted.get(name)) is not None:
             return entry.nbytes
         return max((e.nbytes for e in self.predicted.values() if e is not None), default=0)
 
     def record(self, record: TensorRecord) -> None:
-        """Keep what a method reports; a method that wraps another adds to what that one said."""
+        """Keep what a method reports; a method that wraps another adds to its report."""
         with self._lock:
             details = {**self.details(record.name), **record.details}
             self._records[record.name] = TensorRecord(record.name, record.size, details)
 
     def find(self, name: str) -> TensorRecord | None:
-        """What was recorded of tensor `name`."""
+        """Return what was recorded of tensor `name`."""
         return self._records.get(name)
 
     def details(self, name: str) -> Mapping[str, Any]:
-        """What was recorded of tensor `name`; empty if nothing was."""
+        """Return the details recorded of tensor `name`; empty if there are none."""
         record = self._records.get(name)
         return record.details if record else {}
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
-        """In the order of the output, whatever the order of the work."""
+        """The records in the order of the output, whatever the order of the work."""
         names = {name: None for name in (*self.order, *self._records) if name in self._records}
         return tuple(self._records[name] for name in names)
 
@@ -142,7 +140,7 @@ _one_at_a_time = threading.RLock()
 
 
 def current() -> Session | None:
-    """The session of the merge that is running, if any."""
+    """Return the session of the merge that is running, if any."""
     return _active[-1] if _active else None
 
 

@@ -1,15 +1,18 @@
-"""Where the tensors of a merge go: planned files, with a line in the journal for each tensor.
+"""The weights of a merge: written into planned files, which become a checkpoint.
 
-It takes the place of mergekit's `TensorWriter`, which holds a whole shard in memory. Here each
-tensor is written at once, by the process that merged it. A tensor that no header foretells gets a
-file of its own, so that the layout is the same whoever writes.
+This takes the place of mergekit's `TensorWriter`, which holds a whole shard in memory. Here each
+tensor is written when it is merged, by the process that merged it, with a line in the journal. A
+tensor that no header foretells gets a file of its own, so that the layout does not depend on the
+order of the work.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,12 @@ from mergekit.io.tasks import TensorWriterTask
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from mergekit_ext.host import weight_files
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, split
 from mergekit_ext.parallel import ranks
 
-_LINE = "tensor"
+_LINE, _SUFFIX = "tensor", ".safetensors"
 
 
 class PlannedWriter:
@@ -52,7 +54,7 @@ class PlannedWriter:
         self._placed: dict[str, tuple[str, Entry]] = {}
         cuts = split([entry for entry in entries.values() if entry is not None], limit)
         alone = [name for name, entry in entries.items() if entry is None]
-        paths = weight_files.names(len(cuts) + len(alone))
+        paths = _names(len(cuts) + len(alone))
         self._planned = [PlannedFile(path, cut) for path, cut in zip(paths, cuts, strict=False)]
         self._plan = {entry.name: file for file in self._planned for entry in file.entries}
         self._alone = dict(zip(alone, paths[len(cuts) :], strict=True))
@@ -85,8 +87,30 @@ class PlannedWriter:
         self._session.relay()
         if together.is_main:
             in_order = {name: placed[name] for name in self._entries if name in placed}
-            weight_files.finish(self._folder, self._planned, in_order)
+            self._complete(in_order)
         together.wait()
+
+    def _complete(self, placed: Mapping[str, tuple[str, Entry]]) -> None:
+        """Make a checkpoint of files that hold all their tensors, or almost.
+
+        Args:
+            placed: the file in which each tensor is, in the order of the output; a tensor that is
+                in no planned one has a file of its own. A planned tensor that is not in its
+                planned file leaves a hole there, which is taken out.
+        """
+        paths = {file.path for file in self._planned}
+        kept = (_without_holes(self._folder, file, placed) for file in self._planned)
+        files = [file for file in kept if file is not None]
+        files += [PlannedFile(path, (e,)) for path, e in placed.values() if path not in paths]
+        final = _names(len(files))
+        if [file.path for file in files] != final:
+            # Twice, because a file may get the name of another.
+            for step in ([f"moving-{name}" for name in final], final):
+                for file, name in zip(files, step, strict=True):
+                    (self._folder / file.path).rename(self._folder / name)
+                files = [PlannedFile(n, file.entries) for n, file in zip(step, files, strict=True)]
+        if len(files) > 1:
+            _write_index(self._folder, files, placed)
 
     def _go_on(self) -> frozenset[str]:
         together = ranks.current()
@@ -101,10 +125,11 @@ class PlannedWriter:
             if self._stands(file := self._file(Entry(name, dtype, tuple(shape), nbytes)))
         }
         if together.is_main:
-            weight_files.remove_others(
-                self._folder, [file.path for file in (*self._planned, *claimed.values())]
-            )
-            self._files.create([*self._planned, *claimed.values()])
+            files = [*self._planned, *claimed.values()]
+            for path in self._folder.glob(f"*{_SUFFIX}"):
+                if path.name not in {file.path for file in files}:
+                    path.unlink()
+            self._files.create(files)
         together.wait()
         names = list(claimed)
         owners = together.share([lines[name][3] for name in names])
@@ -141,6 +166,45 @@ def _is_line(value: Any) -> bool:
     crc, dtype, shape, nbytes, details = value
     sizes = all(type(size) is int and size >= 0 for size in (crc, nbytes, *shape))
     return sizes and isinstance(dtype, str) and isinstance(details, (dict, type(None)))
+
+
+def _names(count: int) -> list[str]:
+    """What so many files of weights are called in a Hugging Face checkpoint."""
+    if count == 1:
+        return [f"model{_SUFFIX}"]
+    return [f"model-{k:05d}-of-{count:05d}{_SUFFIX}" for k in range(1, count + 1)]
+
+
+def _without_holes(
+    folder: Path, file: PlannedFile, placed: Mapping[str, tuple[str, Entry]]
+) -> PlannedFile | None:
+    kept = tuple(entry for entry in file.entries if placed.get(entry.name) == (file.path, entry))
+    if len(kept) == len(file.entries):
+        return file
+    whole = PlannedFile(f"whole-{file.path}", kept)
+    if kept:
+        opened = PlannedFiles(folder)
+        opened.create([whole])
+        with (folder / file.path).open("rb") as source:
+            for entry in kept:
+                source.seek(file.places[entry.name][0])
+                opened.put(whole, entry.name, memoryview(source.read(entry.nbytes)))
+        opened.close()
+    (folder / file.path).unlink()
+    return whole if kept else None
+
+
+def _write_index(folder: Path, files: Iterable[PlannedFile], order: Iterable[str]) -> None:
+    found = {entry.name: (file.path, entry.nbytes) for file in files for entry in file.entries}
+    content = {
+        "metadata": {
+            "total_size": sum(nbytes for _, nbytes in found.values()),
+            "mergekit_version": metadata.version("mergekit"),
+        },
+        "weight_map": {name: found[name][0] for name in order},
+    }
+    text = json.dumps(content, indent=2)
+    (folder / f"model{_SUFFIX}.index.json").write_text(text, encoding="utf-8")
 
 
 class PlannedWriterTask(TensorWriterTask):

@@ -27,13 +27,6 @@ class FlexMergeMethod(WholeModelMethod):
     needed: the class is known to every mergekit process.
     """
 
-    resumes = True
-
-    def identity(self, parts: Mapping[str, str]) -> Mapping[str, str]:
-        """Not the configuration: what was measured holds for other sizes and algorithms, and
-        finished blocks are noted with what they depend on (`Engine`)."""
-        return {name: value for name, value in parts.items() if name != "configuration"}
-
     def __init__(self) -> None:
         self.spec = MergeMethodSpec(
             name="flexmerge",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from mergekit_ext import memory
 from mergekit_ext.core.wording import listing
@@ -18,7 +21,7 @@ from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of,
 from mergekit_ext.host.checks.classes import check_inputs
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at
-from mergekit_ext.host.checks.models import read_model
+from mergekit_ext.host.checks.models import ModelFacts, read_model
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
@@ -32,7 +35,7 @@ from mergekit_ext.host.flexmerge.checks import (
     task_names,
 )
 from mergekit_ext.host.flexmerge.needs import need_of
-from mergekit_ext.host.flexmerge.parameters import read_parameters
+from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
 from mergekit_ext.host.flexmerge.sources import (
     DEFAULT_SEED,
     Prepared,
@@ -80,6 +83,31 @@ def _prepare(
         findings,
     )
     tasks = task_names(items, findings)
+    facts = _read_models(config, options, written, items, findings, pending)
+    if findings.count or written is None or config.base_model is None:
+        return None
+    if any(fact.pending for fact in facts.values()):
+        findings.note("Nothing is estimated: a model is the result of another document.")
+        return None
+    references = [config.base_model, *(item.model for _, item in items)]
+    forced = dtype_of(config.out_dtype or config.dtype)
+    prepared = _with_layout(references, facts, tasks, written, forced, findings)
+    if prepared is not None:
+        _note_sizes(prepared, findings)
+        _note_blocks(prepared, findings)
+        _check_reachable(prepared, findings)
+    return prepared
+
+
+def _read_models(
+    config: Any,
+    options: Any,
+    written: Written | None,
+    items: Sequence[tuple[str, Any]],
+    findings: Findings,
+    pending: Collection[str],
+) -> dict[Any, ModelFacts]:
+    """Read configurations and headers of all models, and compare them."""
     facts, reported = {}, set()
     for model, where in models_at(config).items():
         before = findings.count
@@ -98,24 +126,30 @@ def _prepare(
             outcome="each task keeps its own",
         )
     check_copied_modules({item.model: facts[item.model] for _, item in items}, options, findings)
-    if findings.count or written is None or config.base_model is None:
-        return None
-    if any(fact.pending for fact in facts.values()):
-        findings.note("Nothing is estimated: a model is the result of another document.")
-        return None
-    base = facts[config.base_model]
-    models = [facts[item.model] for _, item in items]
-    naming = naming_for([fact.config for fact in (base, *models)], written.shared)
-    stored = [(fact.tensors or {}, fact.config) for fact in (base, *models)]
+    return facts
+
+
+def _with_layout(
+    references: Sequence[Any],
+    facts: Mapping[Any, ModelFacts],
+    tasks: Sequence[str],
+    written: Written,
+    forced: torch.dtype | None,
+    findings: Findings,
+) -> Prepared | None:
+    """Lay out the base, which comes first, and the models; None if they share nothing."""
+    ordered = [facts[reference] for reference in references]
+    naming = naming_for([fact.config for fact in ordered], written.shared)
+    stored = [(fact.tensors or {}, fact.config) for fact in ordered]
     layout, (first, *others), renaming = laid_out(tasks, stored, naming)
     if renaming is not None:
-        findings.note(f"{renaming} ({config.base_model}).")
+        findings.note(f"{renaming} ({references[0]}).")
     if pairs := named_otherwise(stored[1:]):
         findings.warn(
             f"{len(pairs)} tensors have two names, such as {' and '.join(pairs[0])}, and are not "
             "merged with each other: save all models with one version of transformers."
         )
-    check_readable(others, models, findings)
+    check_readable(others, ordered[1:], findings)
     if not any(block.size for block in layout.blocks):
         findings.problem(
             "models",
@@ -125,20 +159,15 @@ def _prepare(
         )
         return None
     note_unshared(first, others, layout, naming, findings)
-    forced = dtype_of(config.out_dtype or config.dtype)
-    tuned = [item.model for _, item in items]
     adapted = frozenset(
         name
-        for reference, tensors in zip(tuned, others, strict=True)
+        for reference, tensors in zip(references[1:], others, strict=True)
         if applies(reference)
         for name, header in tensors.items()
         if header.file is None
     )
-    prepared = Prepared(config.base_model, tuned, naming, layout, written, forced, adapted)
-    _notes(prepared, findings)
-    _tied_notes(prepared, findings)
-    _reachable(prepared, findings)
-    return prepared
+    base, *models = references
+    return Prepared(base, models, naming, layout, written, forced, adapted)
 
 
 def naming_for(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
@@ -163,24 +192,19 @@ def _kind(name: str, granularity: str) -> str:
     return kind_of(name)
 
 
-def _tied_notes(prepared: Prepared, findings: Findings) -> None:
-    names = [part.name for block in prepared.layout.blocks for part in block.parts]
-    for group in prepared.naming.ties(names):
-        if len(group) > 1:
-            findings.note(f"tied, and so in one block: {', '.join(sorted(group))}.")
+def _note_sizes(prepared: Prepared, findings: Findings) -> None:
+    if prepared.written.algorithm.kmeans:
+        return
+    low, high = prepared.storage.least, prepared.storage.size(prepared.storage.whole)
+    findings.note(
+        f"sizes from {low.models:.4g} ({low.bytes:,} bytes) to {high.models:.4g} "
+        f"({high.bytes:,} bytes) can be reached."
+    )
 
 
-def _notes(prepared: Prepared, findings: Findings) -> None:
+def _note_blocks(prepared: Prepared, findings: Findings) -> None:
     layout = prepared.layout
-    if not prepared.written.algorithm.kmeans:
-        low, high = prepared.storage.least, prepared.storage.size(prepared.storage.whole)
-        findings.note(
-            f"sizes from {low.models:.4g} ({low.bytes:,} bytes) to {high.models:.4g} "
-            f"({high.bytes:,} bytes) can be reached."
-        )
-    kinds: dict[str, int] = {}
-    for block in layout.blocks:
-        kinds[block.kind] = kinds.get(block.kind, 0) + 1
+    kinds = Counter(block.kind for block in layout.blocks)
     blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     total = len(layout.blocks)
     findings.note(f"{total} block{'s' if total != 1 else ''}: {blocks}.")
@@ -196,9 +220,12 @@ def _notes(prepared: Prepared, findings: Findings) -> None:
             f"{private:.0%} of all bytes are private and come on top of `target_size`: task "
             "heads, integers, and what the base or a model lacks or has in another shape."
         )
+    for group in prepared.naming.ties([p.name for block in layout.blocks for p in block.parts]):
+        if len(group) > 1:
+            findings.note(f"tied, and so in one block: {', '.join(sorted(group))}.")
 
 
-def _reachable(prepared: Prepared, findings: Findings) -> None:
+def _check_reachable(prepared: Prepared, findings: Findings) -> None:
     storage = prepared.storage
     try:
         if prepared.written.algorithm.kmeans:
