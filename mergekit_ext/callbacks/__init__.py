@@ -11,10 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergekit_ext.callbacks.checkpoints import MergeCheckpoints
+    from mergekit_ext.callbacks.checkpoints import MergeCheckpoints, Merged
     from mergekit_ext.callbacks.evaluate import Evaluate
     from mergekit_ext.callbacks.log import LogTo
-    from mergekit_ext.callbacks.merged import Merged
     from mergekit_ext.callbacks.protocol import TRAINING_HOOKS, Callback
     from mergekit_ext.callbacks.trainer import as_trainer_callback
 
@@ -34,7 +33,7 @@ _HOMES = {
     "Evaluate": "evaluate",
     "LogTo": "log",
     "MergeCheckpoints": "checkpoints",
-    "Merged": "merged",
+    "Merged": "checkpoints",
     "as_trainer_callback": "trainer",
 }
 

@@ -1,267 +1,199 @@
-"""Snapshots of the adapter of a PeftModel; merged as changes, never A and B apart."""
+"""Snapshots of the adapter of a PeftModel: folders that PEFT reads, merged as changes by
+`peft_merge`, never A and B apart."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mergekit_ext.callbacks.kinds import Kind, Shape
-from mergekit_ext.callbacks.processes import agree, is_main, unwrapped
 from mergekit_ext.callbacks.settings import SUBJECT, Settings
-from mergekit_ext.callbacks.weights import Weights, saved, write
-from mergekit_ext.errors import ConfigError, MergeError, Problem
+from mergekit_ext.callbacks.state import Mean
+from mergekit_ext.errors import ConfigError, NonFiniteError, Problem
 
-# The adapter that merged weights become in the live model.
-LOADED = "merged"
-# What they are while they are evaluated.
-_CANDIDATE = "merged_candidate"
+if TYPE_CHECKING:
+    from peft_merge import Adapter
+
+# The adapter that merged weights become in the live model, and while they are evaluated.
+LOADED, _CANDIDATE = "merged", "merged_candidate"
 
 
-class AdapterWeights(Kind):
+class AdapterModel:
     """One adapter: its factors or vectors, and the whole tensors that it carries."""
 
     def __init__(self, settings: Settings):
-        super().__init__(settings)
-        self._trained = ""
+        self._settings = settings
+        self.trained = settings.adapter or ""
 
-    def view(self, model: Any) -> Weights:
-        """See `Kind.view`; of the adapter that is trained."""
-        from peft_merge.io import adapters_of, state_dict
-
-        (adapter,) = adapters_of(unwrapped(model), [self._name(unwrapped(model))])
-        return Weights(state_dict(adapter), adapter.config)
-
-    @property
-    def needs_base(self) -> bool:
-        """The frozen base model is the base."""
-        return False
-
-    def problems(self, weights: Weights, count: int, has_base: bool) -> Iterable[Problem]:
-        """See `Kind.problems`."""
-        from peft_merge.config.check import checked
-        from peft_merge.config.document import Input, Request
-        from peft_merge.methods import rules
-
-        settings = self.settings
-        unknown = settings.adapter_options.keys() - {"rank", "space", "modules_to_save", "dtype"}
-        for name in sorted(unknown):
-            expected = "rank, space, modules_to_save or dtype"
-            yield Problem(f"adapter_options.{name}", "an unknown option", expected)
-        if has_base:
+    def problems(self, model: Any) -> Iterable[Problem]:
+        """Yield why snapshots cannot be taken; decides which adapter is the trained one."""
+        known, active = ", ".join(model.peft_config), ", ".join(model.active_adapters)
+        if self.trained and self.trained not in model.peft_config:
+            yield Problem("adapter", repr(self.trained), f"one of {known}")
+        if not self.trained and len(model.active_adapters) != 1:
+            found = f"the active adapters {active or 'none'}"
+            yield Problem("adapter", found, f"the name of one of {known}")
+        if LOADED in model.peft_config:
+            expected = "another name, because the merged adapter is called so"
+            yield Problem("model", f"an adapter called {LOADED!r}", expected)
+        if self._settings.base is not None:
             expected = "nothing: adapters are merged as changes of the model's frozen weights"
             yield Problem("base", "a base", expected, "Leave it out.")
-        if settings.running is None and settings.method not in rules():
-            expected = "a method of `peft-merge` that makes one adapter (docs/adapters.md)"
-            yield Problem("method", repr(settings.method), expected)
-            return
-        if unknown:
-            return
-        shared, each = self._parameters()
-        for name, values in each.items():
-            if len(values) != count:
-                expected = f"one value for all snapshots, or a list of {count}, one for each"
-                yield Problem(f"parameters.{name}", f"{len(values)} values", expected)
-        inputs = tuple(
-            Input("adapter", _adapter(weights, f"snapshot {i}"), None, None, own, "parameters")
-            for i, own in enumerate(
-                _for_each(each, min(map(len, each.values()), default=1)) or [{}]
-            )
-        )
-        request = Request(
-            method="linear" if settings.running else settings.method,
-            inputs=inputs,
-            parameters=shared,
-            seed=settings.seed,
-            device=settings.device,
-            subject=SUBJECT,
-            **settings.adapter_options,
-        )
-        try:
-            checked(request)
-        except ConfigError as error:
-            yield from error.problems
+        self.trained = self.trained or model.active_adapters[0]
 
-    def unlike(self, weights: Weights, first: Mapping[str, Shape]) -> Iterable[Problem]:
-        """See `Kind.unlike`; adapters of several ranks and modules can be merged."""
-        if weights.config is None:
-            yield Problem("model", "whole weights", "an adapter, as the first snapshot was")
+    def base(self) -> Path | None:
+        """Return None: the frozen model is the base."""
+        return None
 
-    def unlike_base(self, weights: Weights, base: Weights) -> Iterable[Problem]:
-        """See `Kind.unlike_base`; there is none."""
-        return ()
+    def save(self, model: Any, folder: Path, step: int) -> None:
+        """See `FullModel.save`."""
+        from peft_merge import save_adapter
 
-    def saved(self, checkpoint: Path) -> Path:
-        """See `Kind.saved`."""
-        return saved(checkpoint, self._trained or self.settings.adapter)
+        with _at(step):
+            save_adapter(self._adapter(model), folder)
 
-    def merge(
-        self, snapshots: Mapping[int, Weights], base: Weights | None
-    ) -> tuple[Weights, Mapping[str, Any]]:
-        """See `Kind.merge`."""
-        settings = self.settings
-        shared, each = self._parameters()
-        return self._merged(
-            {f"step-{step}": weights for step, weights in snapshots.items()},
-            settings.method,
-            parameters=shared,
-            each=_for_each(each, len(snapshots)),
-            callbacks=settings.callbacks,
-            **settings.adapter_options,
-        )
+    def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> list[Problem]:
+        """See `FullModel.merge_problems`."""
+        from peft_merge.config.plan import WholeMethod
+        from peft_merge.merge import plan_config
 
-    def blend(self, mean: Weights | None, new: Weights, weight: float) -> Weights:
-        """See `Kind.blend`: products are blended, in float64, without loss of rank.
+        given = self._settings
+        plan = plan_config(self._document(folders), device=given.device)
+        if isinstance(plan.method, WholeMethod):
+            return [Problem("method", repr(given.method), "a method that makes one adapter")]
+        return []
 
-        The rank grows with every snapshot, up to that of the adapted matrices.
-        """
-        parts = {} if mean is None else {"mean": (mean, 1 - weight)}
-        parts["new"] = (new, weight)
-        merged, _ = self._merged(
-            {name: part for name, (part, _) in parts.items()},
-            "linear",
-            weights=[share for _, share in parts.values()],
-            parameters={"normalize": False},
-            dtype="float64",
-            **self._saved_option(),
-            **({} if _is_ia3(new) else {"rank": "lossless"}),
-        )
-        return merged
+    def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
+        """See `FullModel.merge`."""
+        from peft_merge import run_config
 
-    def finished(self, mean: Weights, like: Mapping[str, str]) -> Weights:
-        """See `Kind.finished`; cut to `rank` if that was asked for."""
-        options = {"dtype": "float64", **self.settings.adapter_options}
-        merged, _ = self._merged({"mean": mean}, "linear", **options)
-        if "dtype" in self.settings.adapter_options:
-            return merged
-        tensors = {k: t.to(getattr(torch, like[k])) for k, t in merged.tensors.items()}
-        return Weights(tensors, merged.config)
+        given = self._settings
+        document = self._document(folders)
+        run_config(document, out, device=given.device, callbacks=given.callbacks)
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Add the merged adapter and make it the active one; the trained one stays."""
+        if LOADED in model.peft_config:
+            model.delete_adapter(LOADED)
+        _add(model, folder, LOADED)
 
     @contextmanager
-    def applied(self, model: Any, weights: Weights) -> Iterator[None]:
-        """See `Kind.applied`."""
-        inner = unwrapped(model)
-        trained = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
-        active = inner.active_adapter
+    def loaded(self, model: Any, folder: Path) -> Iterator[None]:
+        """See `FullModel.loaded`."""
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        active = model.active_adapter
         try:
-            self._add(inner, weights, _CANDIDATE)
+            _add(model, folder, _CANDIDATE)
             yield
         finally:
-            inner.set_adapter(active)
-            if _CANDIDATE in inner.peft_config:
-                inner.delete_adapter(_CANDIDATE)
+            model.set_adapter(active)
+            if _CANDIDATE in model.peft_config:
+                model.delete_adapter(_CANDIDATE)
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
 
-    def apply(self, model: Any, weights: Weights) -> None:
-        """Add the merged adapter and make it the active one; the trained one stays."""
-        inner = unwrapped(model)
-        self._name(inner)  # before another adapter is the active one
-        if LOADED in inner.peft_config:
-            inner.delete_adapter(LOADED)
-        self._add(inner, weights, LOADED)
+    def blend(self, mean: Mean | None, model: Any, weight: float, step: int) -> Mean:
+        """See `FullModel.blend`: products are blended, in float64, without loss of rank.
 
-    def _add(self, model: Any, weights: Weights, name: str) -> None:
-        modes = {module: module.training for module in model.modules()}
-        with tempfile.TemporaryDirectory() as room:
-            folder = Path(room) / name
-            write(weights, folder)
-            model.load_adapter(str(folder), name, autocast_adapter_dtype=False)
-        model.set_adapter(name)
-        for module in model.modules():  # PEFT has switched all to evaluation
-            module.training = modes.get(module, modes[model])
-
-    def share(self, model: Any, weights: Weights | None) -> None:
-        """See `Kind.share`."""
-        sent = None if weights is None else Weights(dict(weights.tensors), weights.config)
-        shared = agree(sent if is_main() else None)
-        self.apply(model, shared)
-
-    def _name(self, model: Any) -> str:
-        """The adapter that is trained: what was active when the model was seen first."""
-        self._trained = self._trained or self._find(model)
-        return self._trained
-
-    def _parameters(self) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
-        """Parameters for all snapshots, and lists with a value for each.
-
-        To `merge_adapters` a list is a gradient over layers, or one of filters.
+        The rank grows with every snapshot, up to that of the adapted matrices.
         """
-        from peft_merge.methods import parameters_of, rules
+        new = self._adapter(model)
+        parts = {"new": (new, weight)}
+        if mean is not None:
+            parts["mean"] = (_of_mean(mean), 1 - weight)
+        is_ia3 = new.config["peft_type"] == "IA3"
+        with _at(step):
+            return _to_mean(self._linear(parts, **({} if is_ia3 else {"rank": "lossless"})))
 
-        if self.settings.running is not None:
-            return {}, {}
-        given = self.settings.parameters
-        method = rules()[self.settings.method]
-        own = {p.name for p in parameters_of(method, given) if p.per_model}
-        each: dict[str, Sequence[Any]] = {
-            name: value
-            for name, value in given.items()
-            if name in own
-            and isinstance(value, (list, tuple))
-            and not any(isinstance(item, Mapping) for item in value)
-        }
-        return {k: v for k, v in given.items() if k not in each}, each
-
-    def _find(self, model: Any) -> str:
-        wanted = self.settings.adapter
-        known = ", ".join(model.peft_config)
-        problems = []
-        if wanted is None and len(model.active_adapters) != 1:
-            active = ", ".join(model.active_adapters) or "none"
-            found = f"the active adapters {active}"
-            problems.append(Problem("adapter", found, f"the name of one of {known}"))
-        if wanted is not None and wanted not in model.peft_config:
-            problems.append(Problem("adapter", repr(wanted), f"one of {known}"))
-        if LOADED in model.peft_config:
-            expected = "another name, because the merged adapter is called so"
-            problems.append(Problem("model", f"an adapter called {LOADED!r}", expected))
-        if problems:
-            raise ConfigError(problems, SUBJECT)
-        name: str = wanted or model.active_adapters[0]
-        return name
-
-    def _saved_option(self) -> dict[str, Any]:
-        options = self.settings.adapter_options
-        return {k: options[k] for k in ("modules_to_save",) if k in options}
-
-    def _merged(
-        self, parts: Mapping[str, Weights], method: str, **options: Any
-    ) -> tuple[Weights, Mapping[str, Any]]:
-        from peft_merge import MergedAdapter, merge_adapters
+    def save_mean(self, mean: Mean, model: Any, out: Path) -> None:
+        """Write a mean into an empty folder, cut to `rank` if that was asked for."""
+        from peft_merge import save_adapter
         from peft_merge.io import state_dict
 
-        merged = merge_adapters(
-            {name: _adapter(weights, name) for name, weights in parts.items()},
-            method,
-            seed=self.settings.seed,
-            device=self.settings.device,
+        given = self._settings.adapter_options
+        merged = _to_mean(self._linear({"mean": (_of_mean(mean), 1.0)}, **given))
+        if "dtype" not in given:
+            live = state_dict(self._adapter(model))
+            for name, tensor in merged.tensors.items():
+                merged.tensors[name] = tensor.to(live[name].dtype)
+        save_adapter(_of_mean(merged), out)
+
+    def _adapter(self, model: Any) -> Adapter:
+        from peft_merge.io import adapters_of
+
+        return adapters_of(model, [self.trained])[0]
+
+    def _document(self, folders: Mapping[int, Path]) -> dict[str, Any]:
+        """Return the configuration of a merge, as `peft-merge` reads it."""
+        given = self._settings
+        return {
+            "merge_method": "linear" if given.running else given.method,
+            "models": [{"model": str(f), "name": f"step-{step}"} for step, f in folders.items()],
+            "parameters": {} if given.running else given.parameters,
+            "seed": given.seed,
             # Heads at different times of one training are heads of one task.
-            **{"modules_to_save": "average", **options},
+            "modules_to_save": "average",
+            **given.adapter_options,
+        }
+
+    def _linear(self, parts: Mapping[str, tuple[Adapter, float]], **options: Any) -> Adapter:
+        from peft_merge import merge_adapters
+
+        saved = self._settings.adapter_options.get("modules_to_save", "average")
+        merged = merge_adapters(
+            {name: adapter for name, (adapter, _) in parts.items()},
+            weights=[weight for _, weight in parts.values()],
+            parameters={"normalize": False},
+            device=self._settings.device,
+            **{"dtype": "float64", "modules_to_save": saved, **options},
         )
-        if not isinstance(merged, MergedAdapter):
-            raise MergeError(f"{method} makes several adapters; expected one that makes one.")
-        return Weights(state_dict(merged.adapter), merged.adapter.config), merged.report
+        adapter: Adapter = merged.adapter
+        return adapter
 
 
-def _adapter(weights: Weights, name: str) -> Any:
+def adapter_folder(checkpoint: Path, adapter: str | None) -> Path:
+    """Return where in a checkpoint an adapter is: PEFT makes a folder of each but `default`."""
+    place = checkpoint / (adapter or "")
+    return (
+        place if adapter != "default" and (place / "adapter_config.json").exists() else checkpoint
+    )
+
+
+def _add(model: Any, folder: Path, name: str) -> None:
+    from peft_merge import load_adapter
+    from peft_merge.live import add_adapter
+
+    add_adapter(model, name, load_adapter(folder))
+    model.set_adapter(name)
+
+
+@contextmanager
+def _at(step: int) -> Iterator[None]:
+    """Name the step in the error of a tensor that is not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        where = f"at step {step}"
+        raise NonFiniteError(error.tensor, where, error.count, error.size) from None
+
+
+def _to_mean(adapter: Adapter) -> Mean:
+    from peft_merge.io import state_dict
+
+    return Mean(tensors=state_dict(adapter), config=dict(adapter.config))
+
+
+def _of_mean(mean: Mean) -> Adapter:
+    """Return a mean, which may come from a state of somebody else, as an adapter."""
+    from peft_merge.io import unsupported
     from peft_merge.io.parse import parse
     from peft_merge.io.tensors import of_memory
 
-    assert weights.config is not None
-    adapter, problems = parse(name, weights.config, of_memory(weights.tensors), name)
-    if adapter is None or problems:
-        raise ConfigError(problems, SUBJECT)
-    return adapter
-
-
-def _for_each(lists: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
-    return [{name: values[i] for name, values in lists.items()} for i in range(count)]
-
-
-def _is_ia3(weights: Weights) -> bool:
-    return weights.config is not None and weights.config.get("peft_type") == "IA3"
+    config = mean.config or {}
+    problems = unsupported.problems(config, "state.mean.config")
+    if not problems:
+        adapter, problems = parse("mean", config, of_memory(mean.tensors), "state.mean")
+        if adapter is not None:
+            return adapter
+    raise ConfigError(problems, SUBJECT)

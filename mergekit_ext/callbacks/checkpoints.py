@@ -4,49 +4,88 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.callbacks import processes
-from mergekit_ext.callbacks.base import Base
-from mergekit_ext.callbacks.collected import collected
-from mergekit_ext.callbacks.comparison import Comparison
-from mergekit_ext.callbacks.kinds import Kind, Shape, kind_of_model, kind_of_weights, seen
+from pydantic import PrivateAttr
+
+from mergekit_ext.callbacks.adapters import AdapterModel, adapter_folder
+from mergekit_ext.callbacks.evaluate import Evaluate
+from mergekit_ext.callbacks.full import FullModel
 from mergekit_ext.callbacks.log import LogTo
-from mergekit_ext.callbacks.merged import Merged
+from mergekit_ext.callbacks.processes import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.callbacks.protocol import Callback
-from mergekit_ext.callbacks.settings import MEMORY, SUBJECT, Settings
-from mergekit_ext.callbacks.state import Saved
-from mergekit_ext.callbacks.weights import Weights, read, require_finite, saved
+from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, Settings
+from mergekit_ext.callbacks.snapshots import Snapshots
+from mergekit_ext.callbacks.state import Mean, State
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.io.staging import new_folder
+
+Kind = FullModel | AdapterModel
 
 
-class MergeCheckpoints(Callback):
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A merge of snapshots.
+
+    Attributes:
+        path: the folder of the merged model or adapter, an ordinary one, with its report.
+        steps: of the snapshots that were merged; for `average` and `ema` of all that went in.
+        method: as it was asked for.
+        scores: of the merged weights, if they were evaluated.
+        before: of the model's own weights at that time.
+        loaded: whether the merged weights were put into the model.
+    """
+
+    path: Path
+    steps: tuple[int, ...]
+    method: str
+    scores: Mapping[str, float] | None = None
+    before: Mapping[str, float] | None = None
+    loaded: bool = False
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Copy the merged folder to `path`, where it appears when it is complete.
+
+        Raises:
+            ConfigError: there is something at `path` already.
+        """
+        with new_folder(path, "this copy") as folder:
+            shutil.copytree(self.path, folder, dirs_exist_ok=True)
+
+
+class MergeCheckpoints(Settings, Callback):
     """Collects snapshots of the model that is trained, and merges them.
 
-    Snapshots are whole models, or the adapter alone when the model is a PeftModel; adapters are
-    merged as changes, by the methods of `peft_merge.merge_adapters`. Merges run when training ends
-    and whenever `merge` is called; the last result is in `result`. In a run of several processes
-    the main one keeps and merges, and merged weights that are loaded reach all.
+    Snapshots are saved folders: of models of transformers, or of the adapter alone when the model
+    is a PeftModel. They are merged as `mergekit_ext.merge` or `peft_merge.run_config` merges them.
+    Merges run when training ends and whenever `merge` is called; the last one is in `result`. In a
+    run of several processes the main one keeps and merges.
 
     Args:
         method: any registered merge method; `average`, the uniform mean of all snapshots, or
             `ema`, their exponential moving mean (parameters `decay`, 0.999, and
-            `bias_correction`, true). These two keep one float32 mean and no snapshots.
+            `bias_correction`, true). These two keep one float32 mean in memory and no snapshots,
+            and take any module of torch.
         keep: how many snapshots are kept; the oldest go first.
         every: a snapshot in each step that is a multiple of it (with `on="save"`: in each save).
         start: no snapshots before this step.
-        on: "step", of the live model; or "save": saved checkpoints are merged from where they are.
-            They are read when they are merged, and must still be there.
-        where: "memory" (of the CPU), or a folder for this run's snapshots, read tensor by tensor.
+        on: "step", of the live model; or "save": saved checkpoints are merged from where they are,
+            and must still be there.
+        where: a folder for this run's snapshots and merges; by default a temporary one, which
+            goes when the process ends. A run that is to be resumed needs one.
         base: the base model of methods that have one: "initial" (the weights at `on_train_begin`),
-            a folder, a module or tensors by name. None: initial if the method needs a base.
-        parameters: of the method. A per-model one is a value for all snapshots, or one for each;
-            a `weight` that a method asks for is 1.
+            or a folder. None: initial if the method needs a base.
+        parameters: of the method, as in the YAML of a merge; a `weight` that a method asks for is
+            1.
         adapter: which adapter of a PeftModel; by default the active one.
-        adapter_options: `rank`, `space`, `modules_to_save`, `dtype` of
+        adapter_options: `rank`, `patterns`, `space`, `modules_to_save`, `dtype` of
             `peft_merge.merge_adapters`.
         seed: of random methods; training's own random numbers are not touched.
         device: where is merged.
@@ -58,7 +97,7 @@ class MergeCheckpoints(Callback):
         load: put the merged weights into the model when training ends. A merged adapter becomes a
             further one, `merged`, and the active one.
         keep_better: only if they score better than the model's own.
-        callbacks: told of the merges' events.
+        callbacks: get the events of the merges.
         log: an object with a method ``log(values, step)`` for the scores.
 
     Raises:
@@ -66,126 +105,95 @@ class MergeCheckpoints(Callback):
             when it is first seen, at `on_train_begin` or in the first step.
     """
 
-    def __init__(
-        self,
-        method: str = "average",
-        *,
-        keep: int = 5,
-        every: int = 1,
-        start: int = 0,
-        on: str = "step",
-        where: str | os.PathLike[str] = MEMORY,
-        base: Any = None,
-        parameters: Mapping[str, Any] | None = None,
-        adapter: str | None = None,
-        adapter_options: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        device: Any = "cpu",
-        evaluate: Any = None,
-        task: str = "model",
-        metric: str | None = None,
-        greater_is_better: bool = True,
-        load: bool = False,
-        keep_better: bool = False,
-        callbacks: Iterable[object] = (),
-        log: Any = None,
-    ):
-        self._settings = Settings(
-            method=method,
-            keep=keep,
-            every=every,
-            start=start,
-            on=on,
-            where=where,
-            base=base,
-            parameters={} if parameters is None else parameters,
-            adapter=adapter,
-            adapter_options={} if adapter_options is None else adapter_options,
-            seed=seed,
-            device=device,
-            evaluate=evaluate,
-            task=task,
-            metric=metric,
-            greater_is_better=greater_is_better,
-            load=load,
-            keep_better=keep_better,
-            callbacks=tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks,
-            log=log,
-        )
-        self._comparison = Comparison(self._settings)
-        self._collected = collected(self._settings)
-        self._kind: Kind | None = None
-        self._base = Base(self._settings)
-        self._shapes: dict[str, Shape] | None = None  # of the first snapshot
-        self._saves = self._step = 0
-        self.result: Merged | None = None
+    _kind: Kind | None = None
+    _model: Any = None  # as it was last seen, unwrapped
+    _store: Snapshots = PrivateAttr()
+    _temporary: Any = None
+    _mean: Mean | None = None
+    _steps: list[int] = PrivateAttr(default_factory=list)  # in the mean
+    _step: int = 0
+    _saves: int = 0
+    _result: Merged | None = None
+
+    def __init__(self, method: str = "average", **arguments: Any):
+        super().__init__(method=method, **arguments)
+        if self.where is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="merge-checkpoints-")
+        folder = Path(self._temporary.name if self.where is None else self.where).resolve()
+        self._store = Snapshots(self.keep, folder, own=self.on == "step")
+
+    @property
+    def result(self) -> Merged | None:
+        """The last merge, in the main process."""
+        return self._result
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Of the snapshots that a merge would take; for `average` and `ema` of all so far."""
-        return self._collected.steps
+        return self._store.steps if self.running is None else tuple(self._steps)
 
     def on_train_begin(self, step: int, model: Any) -> None:
         """Check what depends on the model, and keep the initial weights if they are needed.
 
         A second training that begins with step 0 begins anew: what the first left is forgotten.
         """
-        self._step = step
-        if not processes.is_main():
-            return
-        again = self._kind is not None and step == 0
-        if again:
-            self._collected.clear()
-            self._base.clear()
-            self._shapes, self._saves = None, 0
-        if self._kind is None or again:
-            kind = self._kind or kind_of_model(model, self._settings)
-            self._prepare(kind, seen(kind, model, step), beginning=step == 0)
+        if self._kind is not None and step == 0:
+            self._store.clear()
+            self._kind, self._mean, self._steps, self._saves = None, None, [], 0
+        self._see(step, model, beginning=step == 0)
 
     def on_step_end(self, step: int, model: Any) -> None:
         """Take a snapshot if one is due.
 
         Raises:
             NonFiniteError: the model holds NaN or infinity; names the tensor and the step.
-            ConfigError: see the class; or the model has other tensors than it had.
+            ConfigError: see the class.
         """
-        self._step = step
-        if not processes.is_main() or self._settings.on != "step":
+        if self.on == "save":
+            self._step = step
             return
-        if self._kind is None:
-            kind = kind_of_model(model, self._settings)
-            self._prepare(kind, seen(kind, model, step))
-        if self._settings.wants(step):
-            self._take(step, seen(self._the_kind(), model, step))
+        self._see(step, model)
+        kind = self._kind
+        if kind is None or step < self.start or step % self.every:
+            return
+        model = self._model
+        if self.running is None:
+            self._store.add(step, lambda folder: kind.save(model, folder, step))
+        elif not self._steps or step > self._steps[-1]:
+            weight = self.running.next_weight(len(self._steps) + 1, self.parameters)
+            self._mean = kind.blend(self._mean, model, weight, step)
+            self._steps.append(step)
 
     def on_save(self, step: int, path: str | os.PathLike[str]) -> None:
         """Take the saved checkpoint as a snapshot, if they are what is merged."""
-        if not processes.is_main() or self._settings.on != "save":
+        if not is_main() or self.on != "save":
             return
+        self._step = step
         self._saves += 1
-        if step < self._settings.start or self._saves % self._settings.every:
+        if step < self.start or self._saves % self.every:
             return
-        place = Path(path).resolve()
-        adapter = self._settings.adapter
-        weights = read(self._kind.saved(place) if self._kind else saved(place, adapter))
-        if self._kind is None:
-            self._prepare(kind_of_weights(weights, self._settings), weights)
-        self._take(step, weights)
+        kind = self._kind
+        adapter = kind.trained if isinstance(kind, AdapterModel) else self.adapter
+        folder = adapter_folder(Path(path).resolve(), adapter)
+        if kind is None:
+            adapted = (folder / "adapter_config.json").exists()
+            kind = AdapterModel(self) if adapted else FullModel(self)
+            self._require_mergeable(kind, folder, kind.base())
+            self._store.open()
+            self._kind = kind
+        self._store.add_saved(step, folder)
 
     def on_train_end(self, step: int, model: Any) -> None:
         """Merge, evaluate, and load if asked; without snapshots a warning."""
         self._step = step
-        empty = processes.agree(not self.steps)
-        if not empty:
+        if from_main(lambda: bool(self.steps)):
             self.merge(model=model)
-        elif processes.is_main():
-            warnings.warn(
-                MergeWarning(
-                    f"{self._settings.method}: no snapshot was taken in {step} steps, so nothing "
-                    "was merged. Lower `every` or `start`."
-                ),
-                stacklevel=2,
+        elif is_main():
+            text = (
+                f"{self.method}: no snapshot was taken in {step} steps, so nothing was merged. "
+                "Lower `every` or `start`."
             )
+            warnings.warn(MergeWarning(text), stacklevel=2)
 
     def merge(self, step: int | None = None, model: Any = None) -> Merged | None:
         """Merge the snapshots that are kept.
@@ -196,87 +204,161 @@ class MergeCheckpoints(Callback):
                 a run of several processes all must make this call; without a model any may.
 
         Returns:
-            What was merged; None in processes that are not the main one.
+            The merge; None in processes that are not the main one.
 
         Raises:
             ConfigError: there are no snapshots, or too few for the method.
             MergeError: in other processes, if the main one failed.
         """
         if model is None:
-            return self._merge(step) if processes.is_main() else None
-        return self._merge_into(step, model)
+            return self._merge(step) if is_main() else None
+        inner = unwrapped(model)
+        folder = from_main(lambda: self._merge_into(step, inner))
+        if folder is not None and not is_main():
+            self._kind_of(inner).load(inner, Path(folder))
+        return self._result
 
-    def _merge(self, step: int | None) -> Merged:
-        if self._kind is None:
-            raise ConfigError(
-                [Problem("snapshots", "none", "one at least", "Train first.")], SUBJECT
+    def _merge(self, last: int | None) -> Merged:
+        steps = self.steps
+        if self.running is None:
+            steps = tuple(step for step in steps if last is None or step <= last)
+        elif steps and last is not None and last < steps[-1]:
+            expected = f"{steps[-1]} or later: `{self.method}` keeps no snapshots"
+            raise ConfigError([Problem("step", str(last), expected)], SUBJECT)
+        if self._kind is None or not steps:
+            until = "" if last is None else f" up to step {last} (there are those of {self.steps})"
+            remedy = "Call on_step_end (or on_save) while training; look at `every` and `start`."
+            problem = Problem("snapshots", f"none{until}", "one at least", remedy)
+            raise ConfigError([problem], SUBJECT)
+        out = self._free(steps[-1])
+        if self._mean is not None:
+            with new_folder(out, "the running mean") as folder:
+                self._kind.save_mean(self._mean, self._model, folder)
+        else:
+            for callback in self.callbacks:
+                if isinstance(callback, LogTo):
+                    callback.at(self._step)
+            self._kind.merge(self._store.folders(last), self._base(self._kind), out)
+        self._result = Merged(out, steps, self.method)
+        return self._result
+
+    def _merge_into(self, last: int | None, model: Any) -> str | None:
+        """Merge, evaluate and load; return the folder if it was loaded."""
+        merged = self._merge(last)
+        kind = self._kind or self._kind_of(model)
+        if self.evaluate is not None:
+            merged = self._result = self._scored(merged, model, kind)
+        if not self.load or (self.keep_better and not self._is_better(merged)):
+            return None
+        kind.load(model, merged.path)
+        self._result = dataclasses.replace(merged, loaded=True)
+        return os.fspath(merged.path)
+
+    def _scored(self, merged: Merged, model: Any, kind: Kind) -> Merged:
+        given = self.evaluate
+        evaluate = given if isinstance(given, Evaluate) else Evaluate(given)  # type: ignore[arg-type]
+        before = evaluate(model, self.task)
+        if self.metric is not None and self.metric not in before:
+            expected = f"one of {', '.join(before)}, which `evaluate` returns"
+            raise ConfigError([Problem("metric", repr(self.metric), expected)], SUBJECT)
+        with kind.loaded(model, merged.path):
+            scores = evaluate(model, self.task)
+        if self.log is not None:
+            values = {f"merged/{name}": value for name, value in scores.items()}
+            self.log.log(values | {f"last/{k}": v for k, v in before.items()}, self._step)
+        return dataclasses.replace(merged, scores=scores, before=before)
+
+    def _is_better(self, merged: Merged) -> bool:
+        if merged.scores is None or merged.before is None:
+            return False
+        metric = self.metric or next(iter(merged.scores))
+        gain = merged.scores[metric] - merged.before[metric]
+        return gain > 0 if self.greater_is_better else gain < 0
+
+    def _free(self, step: int) -> Path:
+        """Return where a merge of snapshots up to `step` goes: a name that nothing has."""
+        names = (f"merged-{step:08d}{f'-{n}' * (n > 1)}" for n in range(1, sys.maxsize))
+        return next(p for p in (self._store.folder / name for name in names) if not p.exists())
+
+    def _base(self, kind: Kind) -> Path | None:
+        base = kind.base()
+        return self._store.initial if base == Path(INITIAL) else base
+
+    def _kind_of(self, model: Any) -> Kind:
+        """Return how a model is handled; PEFT is imported by whatever made a PeftModel."""
+        peft = sys.modules.get("peft")
+        adapted = peft is not None and isinstance(model, peft.PeftModel)
+        return AdapterModel(self) if adapted else FullModel(self)
+
+    def _see(self, step: int, model: Any, beginning: bool = False) -> None:
+        """Check what depends on the model when it is first seen, in the main process."""
+        self._step, inner = step, unwrapped(model)
+        if inner is self._model and self._kind is not None:
+            return
+        self._model = inner
+        if is_divided(inner):
+            if self.on == "save":
+                return
+            problem = Problem(
+                "model",
+                "parameters that are divided among processes (FSDP or ZeRO-3)",
+                "whole parameters in every process",
+                'Save full checkpoints and use `on="save"`, which merges saved folders.',
             )
-        for callback in self._settings.callbacks:
-            if isinstance(callback, LogTo):
-                callback.at(self._step)
-        steps, weights, report = self._collected.merge(self._kind, self._base.weights, step)
-        self.result = Merged(steps[-1], steps, self._settings.method, weights, report)
-        return self.result
-
-    def _merge_into(self, step: int | None, model: Any) -> Merged | None:
-        merged, error = None, None
-        if processes.is_main():
-            try:
-                merged = self._merge(step)
-                merged = self._comparison.scored(merged, model, self._the_kind(), self._step)
-            except Exception as raised:
-                error = raised
-        wanted = processes.agree(merged is not None and self._comparison.wanted(merged), error)
-        if error is not None:
-            raise error
-        if wanted:
-            self._kind = self._kind or kind_of_model(model, self._settings)
-            self._kind.share(model, None if merged is None else merged.weights)
-            merged = None if merged is None else dataclasses.replace(merged, loaded=True)
-        self.result = merged
-        return merged
-
-    def _prepare(self, kind: Kind, weights: Weights, beginning: bool = False) -> None:
-        """Check what depends on the model, before the first snapshot."""
-        problems = [
-            *kind.problems(weights, self._settings.keep, self._base.wanted(kind)),
-            *self._base.problems(kind, beginning),
-        ]
+            raise ConfigError([problem], SUBJECT)
+        if self._kind is not None or not is_main():
+            return
+        kind = self._kind_of(inner)
+        problems = [*kind.problems(inner)]
+        initial = kind.base() == Path(INITIAL) and not self._store.has_initial
+        if initial and not beginning:
+            remedy = (
+                "Call on_train_begin(0, model) before the first step, give `base=`, or load the "
+                "state of the run that is resumed."
+            )
+            found = "no initial weights: training had begun"
+            problems.append(Problem("base", found, "the weights of the beginning", remedy))
         if problems:
             raise ConfigError(problems, SUBJECT)
-        self._collected.open()
-        self._base.keep(kind, weights)
-        if self._settings.on == "step":  # saved folders may have other names
-            self._require_base_of(kind, weights)
+        self._store.open()
+        if self.running is None or isinstance(kind, AdapterModel):
+            self._try(kind, step, initial)
         self._kind = kind
 
-    def _require_base_of(self, kind: Kind, weights: Weights) -> None:
-        base = self._base.weights
-        if base is not None and (problems := [*kind.unlike_base(weights, base)]):
-            raise ConfigError(problems, SUBJECT)
+    def _try(self, kind: Kind, step: int, initial: bool) -> None:
+        """Save the model and check a merge of `keep` snapshots like it."""
+        folder = self._store.folder
+        place: AbstractContextManager[Any] = tempfile.TemporaryDirectory(dir=folder)
+        if initial:
+            place = new_folder(self._store.initial, "the initial weights")
+        with place as name:
+            saved = Path(name)
+            kind.save(self._model, saved, step)
+            self._require_mergeable(kind, saved, saved if initial else self._base(kind))
+        self._store.has_initial = initial or self._store.has_initial
 
-    def _take(self, step: int, weights: Weights) -> None:
-        kind = self._the_kind()
-        require_finite(weights.tensors, f"at step {step}")
-        if self._shapes is None:
-            self._require_base_of(kind, weights)
-            self._shapes = weights.shapes
-        elif problems := [*kind.unlike(weights, self._shapes)]:
-            raise ConfigError(problems, f"the snapshot of step {step}")
-        self._collected.add(step, weights, kind)
-
-    def _the_kind(self) -> Kind:
-        assert self._kind is not None, "prepared before"
-        return self._kind
+    def _require_mergeable(self, kind: Kind, folder: Path, base: Path | None) -> None:
+        """Check a merge of `keep` snapshots like that in `folder`."""
+        with tempfile.TemporaryDirectory() as links:
+            snapshots = {n: Path(links) / f"step-{n}" for n in range(1, self.keep + 1)}
+            for link in snapshots.values():
+                link.symlink_to(folder)
+            if problems := kind.merge_problems(snapshots, base):
+                raise ConfigError(problems, f"a merge of {self.keep} snapshots")
 
     def state_dict(self) -> dict[str, Any]:
-        """Snapshots in memory as tensors, those in folders as paths; the running mean; the base."""
-        return {
-            "method": self._settings.method,
-            "saves": self._saves,
-            "collected": self._collected.state(),
-            "base": self._base.state(),
-        }
+        """Return the steps and folders of the snapshots; or the running mean, as tensors."""
+        folders = {step: os.fspath(p) for step, p in self._store.folders().items()}
+        state = State(
+            method=self.method,
+            saves=self._saves,
+            folder=os.fspath(self._store.folder),
+            snapshots=folders,
+            initial=self._store.has_initial,
+            steps=list(self._steps),
+            mean=self._mean,
+        )
+        return state.model_dump()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the snapshots of an earlier run; only the main process does.
@@ -285,14 +367,11 @@ class MergeCheckpoints(Callback):
             ConfigError: they were collected for another method, or by another callback; nothing
                 was taken over.
         """
-        saved = Saved(state)
-        method = saved.fields().get("method", Saved(None)).value
-        if method != self._settings.method:
-            expected = f"that of a run with `{self._settings.method}`"
-            problem = Problem("state", f"one of `{method}`", expected)
+        found = State.of(state)
+        if found.method != self.method:
+            expected = f"that of a run with `{self.method}`"
+            problem = Problem("state", f"one of `{found.method}`", expected)
             raise ConfigError([problem], SUBJECT)
-        if not processes.is_main():
-            return
-        saves, base = saved["saves"].count(), self._base.loaded(saved["base"])
-        self._collected.load(saved["collected"])
-        self._saves, self._base.weights = saves, base
+        if is_main():
+            self._store.load(found)
+            self._saves, self._steps, self._mean = found.saves, found.steps, found.mean

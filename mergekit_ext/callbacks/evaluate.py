@@ -1,4 +1,4 @@
-"""A user's evaluation as a callback, and as what `mergekit-ext sizes` calls."""
+"""A user's evaluation as a callback, and as the function that `mergekit-ext sizes` calls."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.callbacks.log import require_log
+from mergekit_ext.callbacks.processes import is_main, unwrapped
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.events import MergeEnd
 from mergekit_ext.hooks import takes
 from mergekit_ext.scores import Scores
-
-# From a model and the name of a task to scores by metric, or to one number.
-Function = Callable[[Any, str], Mapping[str, float] | float]
-MANIFEST = "flexmerge.json"
 
 
 class Evaluate(Callback):
@@ -25,7 +22,7 @@ class Evaluate(Callback):
     An object of it is such a function too, which checks what the user's returns: give it to
     ``mergekit-ext sizes --evaluate MODULE:NAME`` or to `MergeCheckpoints`. As a callback it scores
     the output of each merge that is written to a folder, and models while and after they train.
-    What it found is in `found`: one ``{"where", "task", "scores"}`` for each evaluation.
+    All scores are in `found`: one ``{"where", "task", "scores"}`` for each evaluation.
 
     Args:
         function: called without gradients, with the model in evaluation mode; the model's mode is
@@ -43,7 +40,7 @@ class Evaluate(Callback):
 
     def __init__(
         self,
-        function: Function,
+        function: Callable[[Any, str], Mapping[str, float] | float],
         *,
         tasks: Sequence[str] = ("model",),
         every: int | None = None,
@@ -65,7 +62,7 @@ class Evaluate(Callback):
         self.found: list[dict[str, Any]] = []
 
     def __call__(self, model: Any, task: str) -> dict[str, float]:
-        """The scores of one model.
+        """Return the scores of one model.
 
         Raises:
             EvaluationError: the function returned no finite scores, or other metrics than before.
@@ -74,11 +71,10 @@ class Evaluate(Callback):
         return self._score(model, task, f"task {task}")
 
     def on_merge_end(self, event: MergeEnd) -> None:
-        """Score the output; a merge in memory has none."""
-        if not event.output:
+        if not event.output:  # a merge in memory
             return
         folder = Path(event.output)
-        if (folder / MANIFEST).is_file():
+        if (folder / "flexmerge.json").is_file():
             from mergekit_ext.flexmerge import load
 
             for task, model in load(folder).items():
@@ -89,26 +85,20 @@ class Evaluate(Callback):
             self._keep(event.output, task, model)
 
     def on_step_end(self, step: int, model: Any) -> None:
-        """Score the model that is trained."""
         if self._every is not None and step % self._every == 0:
             self._train(step, model)
 
     def on_train_end(self, step: int, model: Any) -> None:
-        """Score the trained model, unless the last step has just done it."""
-        if self._every is None or step % self._every:
+        if self._every is None or step % self._every:  # the last step has not done it
             self._train(step, model)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found."""
         return {"found": list(self.found)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what an earlier run found."""
         self.found = list(state["found"])
 
     def _train(self, step: int, model: Any) -> None:
-        from mergekit_ext.callbacks.processes import is_main, unwrapped
-
         if not is_main():
             return
         inner = unwrapped(model)
@@ -137,7 +127,7 @@ class Evaluate(Callback):
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is as it was."""
+    """Switch a model to evaluation mode for a while."""
     modules = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -148,7 +138,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def _load(folder: Path) -> Any:
-    """A saved model, as the class that its configuration names."""
+    """Load a saved model as the class that its configuration names."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Snapshots of whole models."""
+"""Snapshots of whole models: folders that transformers reads, merged by `mergekit_ext.merge`."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,165 +11,166 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.callbacks.kinds import Kind, Shape, same_randomness
-from mergekit_ext.callbacks.merged import fill_with_configuration
-from mergekit_ext.callbacks.processes import agree, send, unwrapped
-from mergekit_ext.callbacks.weights import Weights, copied, renamed, untied
-from mergekit_ext.errors import Problem
+import mergekit_ext
+from mergekit_ext.callbacks.settings import INITIAL, Settings
+from mergekit_ext.callbacks.state import Mean
+from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.flexmerge.finite import require_finite
 from mergekit_ext.kernels.numerics import compute_dtype
 
 
-class FullWeights(Kind):
-    """All parameters and buffers that the model would save."""
+class FullModel:
+    """A model of transformers; for running means any module of torch."""
 
-    def view(self, model: Any) -> Weights:
-        """See `Kind.view`."""
-        state = _state(model)
-        names = untied(state)
-        return Weights({name: tensor for name, tensor in state.items() if names[name] == name})
+    def __init__(self, settings: Settings):
+        self._settings = settings
 
-    @property
-    def needs_base(self) -> bool:
-        """See `Kind.needs_base`."""
-        if self.settings.running is not None:
-            return False
-        from mergekit_ext.host import state_dicts
-
-        known = self.settings.method in state_dicts.known_methods()
-        return known and state_dicts.needs_base(self.settings.method)
-
-    def problems(self, weights: Weights, count: int, has_base: bool) -> Iterable[Problem]:
-        """See `Kind.problems`."""
-        if self.settings.adapter is not None or self.settings.adapter_options:
+    def problems(self, model: Any) -> Iterable[Problem]:
+        """Yield why snapshots of a model cannot be taken, whatever the method is."""
+        given = self._settings
+        if given.adapter is not None or given.adapter_options:
             found = "options of adapters, with a model that has none"
             yield Problem("adapter, adapter_options", found, "a PeftModel", "Leave them out.")
-        if self.settings.running is not None:
-            return
-        from mergekit_ext.host import state_dicts
+        if given.running is None and not hasattr(model, "save_pretrained"):
+            remedy = "Use `average` or `ema`, which take any module."
+            yield Problem("model", f"a {type(model).__name__}", "a model of transformers", remedy)
 
-        method = self.settings.method
-        if method not in state_dicts.known_methods():
-            expected = "a method of mergekit, for a model without adapters"
-            yield Problem("method", f"{method!r}, which merges adapters", expected)
-            return
-        yield from state_dicts.problems(method, self.settings.parameters, count, has_base)
+    def base(self) -> Path | None:
+        """Return the folder of the base: "initial" stands for the beginning of the training."""
+        from mergekit_ext.host.snapshots import needs_base
 
-    def unlike(self, weights: Weights, first: Mapping[str, Shape]) -> Iterable[Problem]:
-        """See `Kind.unlike`."""
-        shapes = weights.shapes
-        if differ := sorted(first.keys() ^ shapes.keys()):
-            found = f"{'a new' if differ[0] in shapes else 'no'} tensor {differ[0]}"
-            more = f", and {len(differ) - 1} more differences" * (len(differ) > 1)
-            yield Problem("model", found + more, "the tensors of the first snapshot")
-        for name in first.keys() & shapes.keys():
-            if first[name] != shapes[name]:
-                yield Problem(
-                    "model",
-                    f"{name} of shape {shapes[name]}",
-                    f"the first snapshot's {first[name]}",
-                )
+        given = self._settings.base
+        if given is None and self._settings.running is None:
+            given = INITIAL if needs_base(self._settings.method) else None
+        return None if given is None else Path(given)
 
-    def unlike_base(self, weights: Weights, base: Weights) -> Iterable[Problem]:
-        """See `Kind.unlike_base`."""
-        given = base.shapes
-        wanted = {k: s for k, s in weights.shapes.items() if weights.tensors[k].is_floating_point()}
-        if lacking := [name for name in wanted if name not in given]:
-            more = f", and {len(lacking) - 1} more" * (len(lacking) > 1)
-            remedy = "Give `base` the folder of the initial model, saved as the checkpoints are."
-            expected = "the tensors of the snapshots"
-            yield Problem("base", f"no tensor {lacking[0]}{more}", expected, remedy)
-        for name, shape in wanted.items():
-            if given.get(name, shape) != shape:
-                yield Problem("base", f"{name} of shape {given[name]}", f"the snapshots' {shape}")
+    def save(self, model: Any, folder: Path, step: int) -> None:
+        """Write the model into an empty folder.
 
-    def saved(self, checkpoint: Path) -> Path:
-        """See `Kind.saved`."""
-        return checkpoint
+        Raises:
+            NonFiniteError: the model holds NaN or infinity; names the tensor and the step.
+        """
+        _require_finite(_tensors(model), step)
+        # Names of the live model are merged in more cases than those of checkpoints, which are
+        # only checked here.
+        model.save_pretrained(folder, save_original_format=self._settings.on == "save")
 
-    def merge(
-        self, snapshots: Mapping[int, Weights], base: Weights | None
-    ) -> tuple[Weights, Mapping[str, Any]]:
-        """See `Kind.merge`."""
-        from mergekit_ext.host import state_dicts
+    def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> Sequence[Problem]:
+        """Return what is wrong with a merge of folders, from configurations and headers."""
+        from mergekit_ext.host.snapshots import options, problems
 
-        settings = self.settings
-        last = list(snapshots.values())[-1]
-        with same_randomness(settings.seed):
-            merged = state_dicts.merge(
-                settings.method,
-                {f"step-{step}": weights.tensors for step, weights in snapshots.items()},
-                None if base is None else base.tensors,
-                settings.parameters,
-                device=settings.device,
-                callbacks=settings.callbacks,
-            )
-        return Weights(merged, None, last.folder), {}
+        given = self._settings
+        with _randomness_kept():
+            asked = options([*folders.values()][-1], given.device, given.seed)
+            return problems(self._configuration(folders, base), asked)
 
-    def blend(self, mean: Weights | None, new: Weights, weight: float) -> Weights:
-        """See `Kind.blend`; what is not floating point is taken from `new`."""
-        result: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, tensor in new.tensors.items():
-                if not tensor.is_floating_point():
-                    result[name] = tensor.detach().to("cpu", copy=True)
-                    continue
-                wide = tensor.detach().to("cpu", compute_dtype([tensor]), copy=mean is None)
-                result[name] = wide if mean is None else mean.tensors[name].lerp_(wide, weight)
-        return Weights(result, None, new.folder)
+    def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
+        """Merge folders into the new folder `out`."""
+        from mergekit_ext.host.snapshots import options
 
-    def finished(self, mean: Weights, like: Mapping[str, str]) -> Weights:
-        """See `Kind.finished`."""
-        tensors = {k: t.to(getattr(torch, like[k]), copy=True) for k, t in mean.tensors.items()}
-        return Weights(tensors, None, mean.folder)
+        given = self._settings
+        with _randomness_kept():
+            asked = options([*folders.values()][-1], given.device, given.seed)
+            source = self._configuration(folders, base)
+            mergekit_ext.merge(source, out, asked, callbacks=given.callbacks)
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Put the weights in a folder into the model."""
+        if hasattr(model, "save_pretrained"):
+            with _randomness_kept():
+                model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        else:
+            from safetensors.torch import load_model
+
+            load_model(model, folder / "model.safetensors")
 
     @contextmanager
-    def applied(self, model: Any, weights: Weights) -> Iterator[None]:
-        """See `Kind.applied`."""
-        before = copied(self.view(model)).tensors  # on the CPU: an accelerator may be full
+    def loaded(self, model: Any, folder: Path) -> Iterator[None]:
+        """Put the weights in a folder into the model for a while."""
+        # On the CPU: an accelerator may be full.
+        before = {name: t.to("cpu", copy=True) for name, t in _tensors(model).items()}
         try:
-            self.apply(model, weights)
+            self.load(model, folder)
             yield
         finally:
-            _copy(_state(model), before)
+            model.load_state_dict(before, strict=False)  # tied weights are there once
 
-    def apply(self, model: Any, weights: Weights) -> None:
-        """See `Kind.apply`."""
-        state = _state(model)
-        _copy(state, renamed(_named_like(unwrapped(model), state, weights), state))
+    def blend(self, mean: Mean | None, model: Any, weight: float, step: int) -> Mean:
+        """Return ``mean + weight * (model - mean)`` in float32 at least.
 
-    def share(self, model: Any, weights: Weights | None) -> None:
-        """See `Kind.share`."""
-        error: Exception | None = None
-        if weights is not None:
-            try:
-                self.apply(model, weights)
-            except Exception as raised:
-                error = raised
-        agree(None, error)
-        if error is not None:
-            raise error
-        send(dict(self.view(model).tensors))
+        What is not floating point comes from the model.
+
+        Raises:
+            NonFiniteError: see `save`.
+            ConfigError: the model has other tensors than the mean.
+        """
+        found = _tensors(model)
+        _require_finite(found, step)
+        tensors = {} if mean is None else mean.tensors
+        if mean is not None and (wrong := [*_differences(found, tensors)]):
+            raise ConfigError(wrong, f"the snapshot of step {step}")
+        for name, tensor in found.items():
+            if not tensor.is_floating_point():
+                tensors[name] = tensor.to("cpu", copy=True)
+                continue
+            wide = tensor.to("cpu", compute_dtype([tensor]), copy=True)
+            # A new tensor: the old one may be part of a saved state.
+            tensors[name] = wide if mean is None else tensors[name].lerp(wide, weight)
+        return Mean(tensors=tensors)
+
+    def save_mean(self, mean: Mean, model: Any, out: Path) -> None:
+        """Write a mean into an empty folder, in the dtypes of the model."""
+        found = _tensors(model)
+        if wrong := [*_differences(found, mean.tensors)]:
+            raise ConfigError(wrong, "the running mean")
+        tensors = {name: mean.tensors[name].to(found[name].dtype) for name in found}
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(out, state_dict=tensors, save_original_format=False)
+            return
+        from safetensors.torch import save_file
+
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+    def _configuration(self, folders: Mapping[int, Path], base: Path | None) -> str:
+        from mergekit_ext.host.snapshots import configuration
+
+        given = self._settings
+        return configuration(given.method, [*folders.values()], base, given.parameters)
 
 
-def _state(model: Any) -> dict[str, Tensor]:
-    state = unwrapped(model).state_dict()
-    return {k: t.detach() for k, t in state.items() if isinstance(t, Tensor)}
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """Return all that the model would save, tied weights once."""
+    stored = model.state_dict().keys()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in named.items() if name in stored}
 
 
-def _copy(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name in tensors:
-            state[name].copy_(tensors[name])
+def _require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    for name, tensor in tensors.items():
+        require_finite(tensor, name, f"at step {step}")
 
 
-def _named_like(model: Any, state: Mapping[str, Tensor], weights: Weights) -> Mapping[str, Tensor]:
-    """Tensors by the names of the live model; transformers may save them under others."""
-    if weights.tensors.keys() <= state.keys() or weights.folder is None:
-        return weights.tensors
-    if not hasattr(type(model), "from_pretrained"):
-        return weights.tensors
-    with tempfile.TemporaryDirectory() as room:
-        folder = Path(room) / "merged"
-        fill_with_configuration(folder, weights)
-        loaded: dict[str, Tensor] = type(model).from_pretrained(folder).state_dict()
-    return loaded
+def _differences(found: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> Iterator[Problem]:
+    expected = "the tensors of the snapshots before"
+    if differ := sorted(found.keys() ^ mean.keys()):
+        more = f", and {len(differ) - 1} more differences" * (len(differ) > 1)
+        text = f"{'a new' if differ[0] in found else 'no'} tensor {differ[0]}{more}"
+        yield Problem("model", text, expected)
+    for name in found.keys() & mean.keys():
+        if found[name].shape != mean[name].shape:
+            shapes = f"{name} of shape {tuple(found[name].shape)}", f"{tuple(mean[name].shape)}"
+            yield Problem("model", shapes[0], f"shape {shapes[1]}, as before")
+
+
+@contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """Leave the random numbers of the training as they are."""
+    import numpy
+
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])

@@ -15,9 +15,6 @@ from mergekit_ext.events import (
     TensorMerged,
 )
 
-# From a step and the model to values by name.
-Values = Callable[[int, Any], Mapping[str, float]]
-
 
 def require_log(target: object) -> None:
     """Refuse an object that cannot log.
@@ -42,7 +39,7 @@ class LogTo(Callback):
     Args:
         target: an Accelerator, one of its trackers, or any object with that method. In a run of
             several processes an Accelerator logs in the main one only.
-        values: further numbers to log while training, from the step and the model.
+        values: further numbers to log while training, a function of the step and the model.
         every: `values` is called in each step that is a multiple of it.
         prefix: of the names of merge values.
 
@@ -55,7 +52,7 @@ class LogTo(Callback):
         self,
         target: Any,
         *,
-        values: Values | None = None,
+        values: Callable[[int, Any], Mapping[str, float]] | None = None,
         every: int = 1,
         prefix: str = "merge/",
     ):
@@ -72,34 +69,28 @@ class LogTo(Callback):
         self._target.log(dict(values), step)
 
     def at(self, step: int) -> None:
-        """Log merges that follow under this step of the training, or the one that it knows of."""
+        """Log merges that follow under this step of the training, or a later one."""
         self._training = max(step, self._training or 0)
 
     def on_train_begin(self, step: int, model: Any) -> None:
-        """From here on merges are logged under the step of the training."""
         self._training = step
 
     def on_step_end(self, step: int, model: Any) -> None:
-        """Log the user's values."""
         self._training = step
         if self._values is not None and step % self._every == 0:
             self.log(self._values(step, model), step)
 
     def on_log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log what the loop logs."""
         self._training = step
         self.log(values, step)
 
     def on_train_end(self, step: int, model: Any) -> None:
-        """Merges that follow are logged under the last step."""
         self._training = step
 
     def on_merge_begin(self, event: MergeBegin) -> None:
-        """Start counting."""
         self._units, self._gathered = 0, {}
 
     def on_statistics_end(self, event: StatisticsEnd) -> None:
-        """Coefficients, by group and model."""
         self._emit(
             {
                 f"coefficient/{group}/{model}": value
@@ -109,31 +100,26 @@ class LogTo(Callback):
         )
 
     def on_tensor_merged(self, event: TensorMerged) -> None:
-        """The numbers that the method reports, and the seconds that it took."""
         self._units += 1
-        self._emit({**_numbers(event.details), "tensor_seconds": event.seconds})
+        numbers = {k: float(v) for k, v in event.details.items() if isinstance(v, (int, float))}
+        self._emit({**numbers, "tensor_seconds": event.seconds})
 
     def on_block_merged(self, event: BlockMerged) -> None:
-        """How many groups of tasks are left in the block."""
         self._units += 1
         self._emit({"groups": len(event.groups)})
 
     def on_size_reached(self, event: SizeReached) -> None:
-        """What the size takes."""
         self._emit({"models": event.models, "bytes": event.bytes})
 
     def on_merge_end(self, event: MergeEnd) -> None:
-        """The whole merge."""
         values = {k: sum(found) / len(found) for k, found in self._gathered.items()}
         self._gathered = {}
         self._send({**values, "units": self._units, "seconds": event.seconds})
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the training."""
         return {"step": self._training}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the step of an earlier run."""
         self._training = state["step"]
 
     def _emit(self, values: Mapping[str, float]) -> None:
@@ -147,7 +133,3 @@ class LogTo(Callback):
         if values:
             step = self._units if self._training is None else self._training
             self.log({f"{self._prefix}{name}": value for name, value in values.items()}, step)
-
-
-def _numbers(details: Mapping[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in details.items() if isinstance(v, (bool, int, float))}

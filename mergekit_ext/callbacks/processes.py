@@ -3,89 +3,63 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import distributed
 
-from mergekit_ext.errors import ConfigError, MergeError, Problem
+from mergekit_ext.errors import MergeError
 
-
-def is_main() -> bool:
-    """Whether this is the process that keeps snapshots and merges: rank 0, or the only one."""
-    if _distributed():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0
+_T = TypeVar("_T")
 
 
 def unwrapped(model: Any) -> Any:
-    """The user's module inside of what torch and accelerate wrap around it.
-
-    Raises:
-        ConfigError: its parameters are divided among processes.
-    """
+    """Return the user's module inside of what torch and accelerate wrap around it."""
     parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while True:
-        if isinstance(model, parallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        else:
-            break
-    if any(_divided(parameter) for parameter in model.parameters()):
-        raise ConfigError(
-            [
-                Problem(
-                    "model",
-                    "parameters that are divided among processes (FSDP or ZeRO-3)",
-                    "whole parameters in every process",
-                    'Save full checkpoints and use `on="save"`, which merges saved folders.',
-                )
-            ],
-            "merging checkpoints",
-        )
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):  # torch.compile
+        model = model.module if isinstance(model, parallel) else model._orig_mod
     return model
 
 
-def _divided(parameter: Tensor) -> bool:
-    return (
-        hasattr(parameter, "device_mesh")
-        or hasattr(parameter, "ds_id")
-        or type(parameter).__name__ == "FlatParameter"
+def is_divided(model: Any) -> bool:
+    """Whether parameters are divided among processes (FSDP, ZeRO-3)."""
+    return any(
+        hasattr(p, "device_mesh") or hasattr(p, "ds_id") or type(p).__name__ == "FlatParameter"
+        for p in model.parameters()
     )
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def is_main() -> bool:
+    """Whether this process keeps snapshots and merges: rank 0, or the only one."""
+    if _is_distributed():
+        return distributed.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
-def several() -> bool:
-    """Whether other processes train the same model."""
-    return _distributed() and torch.distributed.get_world_size() > 1
-
-
-def agree(decision: Any = None, error: BaseException | None = None) -> Any:
-    """Tell the other processes what the main one decided, and return it everywhere.
-
-    Args:
-        decision: of the main process; those of the others do not count.
-        error: what went wrong in the main process.
+def from_main(make: Callable[[], _T]) -> _T:
+    """Return what `make` returns in the main process, in every process of the training.
 
     Raises:
-        MergeError: in the other processes, if there was an error. The main one raises its own.
+        MergeError: in the others, if `make` fails in the main process, which raises its own error.
     """
-    if not several():
-        return decision
-    box = [(decision, None if error is None else f"{type(error).__name__}: {error}")]
-    torch.distributed.broadcast_object_list(box, src=0)
-    decided, failed = box[0]
-    if failed is not None and not is_main():
-        raise MergeError(f"the main process could not merge: {failed}")
-    return decided
+    if not _is_distributed() or distributed.get_world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    error: Exception | None = None
+    if is_main():
+        try:
+            box[0] = make()
+        except Exception as raised:
+            error, box[1] = raised, f"{type(raised).__name__}: {raised}"
+    distributed.broadcast_object_list(box, src=0)
+    if error is not None:
+        raise error
+    if box[1] is not None:
+        raise MergeError(f"the main process could not merge: {box[1]}")
+    value: _T = box[0]
+    return value
 
 
-def send(tensors: dict[str, Tensor]) -> None:
-    """Overwrite tensors, which every process has, with those of the main process."""
-    if several():
-        for name in sorted(tensors):
-            torch.distributed.broadcast(tensors[name], src=0)
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

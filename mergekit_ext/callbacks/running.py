@@ -24,7 +24,7 @@ class Running:
     weight: Callable[[int, Mapping[str, Any]], float]
 
     def problems(self, name: str, given: Mapping[str, Any]) -> Iterable[Problem]:
-        """What is wrong with the parameters that a user gives."""
+        """Yield what is wrong with the parameters that a user gives."""
         for key in given.keys() - self.parameters.keys():
             found = f"a parameter that `{name}` does not have"
             expected = f"one of {', '.join(self.parameters)}" if self.parameters else "none at all"
@@ -32,7 +32,7 @@ class Running:
         yield from self.check({**self.parameters, **given})
 
     def next_weight(self, n: int, given: Mapping[str, Any]) -> float:
-        """The weight of the n-th snapshot."""
+        """Return the weight of the n-th snapshot."""
         return self.weight(n, {**self.parameters, **given})
 
 

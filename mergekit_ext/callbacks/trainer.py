@@ -15,7 +15,7 @@ _FILES = "_callback_state_files"
 
 
 def as_trainer_callback(callback: Any) -> Any:
-    """A ``transformers.TrainerCallback`` that calls `callback` while a Trainer trains.
+    """Return a ``transformers.TrainerCallback`` that calls `callback` while a Trainer trains.
 
     The callback gets ``state.global_step`` as the step, and `on_log` in the main process only. Its
     state, if it has any, is saved in each checkpoint as ``callback_<class>.pt`` (with a number for
@@ -31,78 +31,66 @@ def as_trainer_callback(callback: Any) -> Any:
     from transformers import TrainerCallback
 
     require_training_callback(callback)
+    name = type(callback).__name__
+
+    def call(hook: str, *arguments: Any) -> None:
+        getattr(callback, hook, lambda *_: None)(*arguments)
 
     class Adapter(TrainerCallback):  # type: ignore[misc, unused-ignore]
-        """Hands on what a Trainer tells."""
+        """Calls the methods of `callback` with what they take."""
 
         def __init__(self) -> None:
             self.callback = callback
             self.file = ""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            self.file = self.file or _free(type(callback).__name__, control)
-            vars(control).setdefault(_FILES, set()).add(self.file)
-            if state.global_step:
-                _resume(callback, _folder(args, state) / self.file)
-            _call(callback, "on_train_begin", state.global_step, others["model"])
+            taken = vars(control).setdefault(_FILES, set())
+            files = (f"callback_{name}{f'_{i}' * (i > 1)}.pt" for i in itertools.count(1))
+            self.file = self.file or next(file for file in files if file not in taken)
+            taken.add(self.file)
+            if state.global_step and hasattr(callback, "load_state_dict"):
+                _resume(callback, _checkpoint(args, state) / self.file)
+            call("on_train_begin", state.global_step, others["model"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            _call(callback, "on_step_end", state.global_step, others["model"])
+            call("on_step_end", state.global_step, others["model"])
 
         def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             if state.is_world_process_zero:
-                _call(callback, "on_log", state.global_step, others.get("logs") or {})
+                call("on_log", state.global_step, others.get("logs") or {})
 
         def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            folder = _folder(args, state)
-            _call(callback, "on_save", state.global_step, folder)
-            if state.is_world_process_zero:
+            folder = _checkpoint(args, state)
+            call("on_save", state.global_step, folder)
+            if state.is_world_process_zero and folder.is_dir():
                 _save(callback, folder / self.file)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            _call(callback, "on_train_end", state.global_step, others["model"])
+            call("on_train_end", state.global_step, others["model"])
 
     return Adapter()
 
 
-def _call(callback: Any, hook: str, *arguments: Any) -> None:
-    method = getattr(callback, hook, None)
-    if method is not None:
-        method(*arguments)
-
-
-def _folder(args: Any, state: Any) -> Path:
+def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _free(name: str, control: Any) -> str:
-    """The file for the state of the next callback of a class: the order decides."""
-    taken = vars(control).get(_FILES, set())
-    names = (f"callback_{name}{'' if i == 1 else f'_{i}'}.pt" for i in itertools.count(1))
-    return next(file for file in names if file not in taken)
 
 
 def _save(callback: Any, file: Path) -> None:
     import torch
 
-    state = callback.state_dict() if hasattr(callback, "state_dict") else None
-    if state and file.parent.is_dir():
+    if hasattr(callback, "state_dict") and (state := callback.state_dict()):
         torch.save(state, file)
 
 
 def _resume(callback: Any, file: Path) -> None:
     import torch
 
-    if not hasattr(callback, "load_state_dict"):
-        return
     if file.is_file():
         # Numbers, texts and tensors only: a checkpoint may come from somebody else.
         callback.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     elif hasattr(callback, "state_dict") and callback.state_dict():
-        warnings.warn(
-            MergeWarning(
-                f"{type(callback).__name__}: there is no {file}, so it goes on without what it had "
-                "before the checkpoint. Resume from a checkpoint in the output folder."
-            ),
-            stacklevel=2,
+        text = (
+            f"{type(callback).__name__}: there is no {file}, so it goes on without what it had "
+            "before the checkpoint. Resume from a checkpoint in the output folder."
         )
+        warnings.warn(MergeWarning(text), stacklevel=2)

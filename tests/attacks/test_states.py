@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from contextlib import suppress
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mergekit_ext.callbacks import MergeCheckpoints
-from mergekit_ext.errors import ConfigError, MergekitExtError
-from tests.callbacks.small import Net, spread
+from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning
+from tests.attacks.weights import joined
+from tests.callbacks.small import llama, lora_model, spread
+from tests.models import state as weights
 
 
 def collecting(where, steps=(), **more):
     callback = MergeCheckpoints("linear", where=where, **more)
-    model = Net()
+    model = llama()
     for step in steps:
         spread(model, 0.1, seed=step)
         callback.on_step_end(step, model)
@@ -29,9 +32,11 @@ def names(folder):
 
 @pytest.mark.parametrize("claims", ["step", "elsewhere", "dotted", "other step", "link"])
 @pytest.mark.parametrize("own", [True, False], ids=["own folder", "other folder"])
-def test_folders_that_a_state_names_stay(tmp_path, claims, own):
+@pytest.mark.parametrize("on", ["step", "save"])
+def test_folders_that_a_state_names_stay(tmp_path, claims, own, on):
     run, elsewhere = tmp_path / "run", tmp_path / "victim"
-    collecting(run, (1,))
+    llama().save_pretrained(tmp_path / "checkpoint")
+    state = collecting(run, (1,)).state_dict()
     victim = {
         "step": elsewhere / "step-00000001",
         "elsewhere": elsewhere,
@@ -45,13 +50,14 @@ def test_folders_that_a_state_names_stay(tmp_path, claims, own):
         victim.symlink_to(elsewhere)
     victim.mkdir(parents=True, exist_ok=True)
     (victim / "thesis.txt").write_text("x")
-    collected = {"folder": str(run if own else elsewhere), "kept": {"1": str(victim)}}
-    state = {"method": "linear", "saves": 0, "collected": collected, "base": None}
-    callback = MergeCheckpoints("linear", keep=1, where=run)
-    callback.load_state_dict(state)
-    with suppress(MergekitExtError):  # what is there may be called another run's
-        callback.on_step_end(2, Net())
-        callback.on_step_end(3, Net())
+    state |= {"folder": str(run if own else elsewhere), "snapshots": {1: str(victim)}}
+    callback = MergeCheckpoints("linear", keep=1, where=run, on=on)
+    with suppress(MergekitExtError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        callback.load_state_dict(state)
+        for step in (2, 3):  # what is there may be another run's for them
+            callback.on_step_end(step, llama())
+            callback.on_save(step, tmp_path / "checkpoint")
     assert (victim / "thesis.txt").read_text() == "x"
 
 
@@ -69,73 +75,62 @@ def test_what_lies_beside_the_snapshots_stays(tmp_path):
     assert names(tmp_path) == [name for name in before if name != "step-00000003"]
 
 
-def test_a_run_that_goes_on_elsewhere_leaves_the_snapshots_of_the_first(tmp_path):
-    first = collecting(tmp_path / "a", (1, 2))
-    second = MergeCheckpoints("linear", keep=2, where=tmp_path / "b")
-    second.load_state_dict(first.state_dict())
-    for step in (3, 4):
-        second.on_step_end(step, Net())
-    assert second.steps == (3, 4)
-    assert names(tmp_path / "a") == ["step-00000001", "step-00000002"]
+def test_the_snapshots_of_another_run_stay_and_are_not_merged(tmp_path):
+    one, other = collecting(tmp_path / "a", (1, 2)), collecting(tmp_path / "b", (1, 2, 3))
+    for state in (one.state_dict(), collecting(tmp_path / "c").state_dict()):
+        wrong = MergeCheckpoints("linear", where=tmp_path / "b")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)
+            wrong.load_state_dict(state)
+        assert wrong.steps == () and len(names(tmp_path / "b")) == 3
+        with pytest.raises(ConfigError, match="3 snapshots of another run, such as step-00000001"):
+            wrong.on_step_end(3, llama())
+    assert len(names(tmp_path / "a")) == 2 and other.steps == (1, 2, 3)
 
 
 def test_a_folder_called_initial_stays_unless_it_is_ours(tmp_path):
     theirs = tmp_path / "initial"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match="initial, which another run may have left"):
-        MergeCheckpoints("ties", where=tmp_path).on_train_begin(0, Net())
+    with pytest.raises(ConfigError, match="of another run, such as initial"):
+        MergeCheckpoints("ties", where=tmp_path).on_train_begin(0, llama())
     assert (theirs / "thesis.txt").read_text() == "x"
-    callback = MergeCheckpoints("ties", where=tmp_path / "run")
-    callback.on_train_begin(0, Net())
-    other = Net(seed=1)
-    callback.on_train_begin(0, other)  # begins anew
-    kept = load_file(tmp_path / "run" / "initial" / "model.safetensors")
-    assert torch.equal(kept["first.weight"], other.first.weight)
+    callback, model = MergeCheckpoints("ties", where=tmp_path / "run"), llama()
+    callback.on_train_begin(0, model)
+    spread(model, 0.1)
+    callback.on_train_begin(0, model)  # begins anew
+    kept = weights(tmp_path / "run/initial")["lm_head.weight"]
+    assert torch.equal(kept, model.lm_head.weight)
 
 
-FOLDER, MEMORY, MEAN = "folder", "memory", "mean"
-NESTED = {"tensors": {"w": torch.zeros(2)}, "config": None, "folder": None}
+NESTED = {"tensors": {"w": torch.zeros(2)}, "config": None}
 SPOILT = {
-    "nothing else": (MEMORY, {"saves": None, "collected": None}),
-    "saves a text": (MEMORY, {"saves": "x"}),
-    "saves true": (MEMORY, {"saves": True}),
-    "kept a list": (FOLDER, {"collected": {"folder": "x", "kept": []}}),
-    "kept by letters": (FOLDER, {"collected": {"folder": "x", "kept": {"a": "b"}}}),
-    "kept a number": (FOLDER, {"collected": {"folder": "x", "kept": {"1": 1}}}),
-    "kept a long step": (FOLDER, {"collected": {"folder": "x", "kept": {"9" * 5000: "x"}}}),
-    "no folder": (FOLDER, {"collected": {"kept": {}}}),
-    "folder a number": (FOLDER, {"collected": {"folder": 3, "kept": {}}}),
-    "collected a list": (FOLDER, {"collected": [1]}),
-    "of memory": (FOLDER, {"collected": {"1": NESTED}}),
-    "of a folder": (MEMORY, {"collected": {"folder": "x", "kept": {"1": "x"}}}),
-    "no tensors": (MEMORY, {"collected": {"1": {**NESTED, "tensors": {"w": 3}}}}),
-    "config a list": (MEMORY, {"collected": {"1": {**NESTED, "config": [1]}}}),
-    "names are numbers": (MEMORY, {"collected": {"1": {**NESTED, "tensors": {1: 2}}}}),
-    "base a text": (MEMORY, {"base": "initial"}),
-    "base without tensors": (MEMORY, {"base": {}}),
-    "base nowhere": (MEMORY, {"base": {"path": "\0"}}),
-    "base a number": (MEMORY, {"base": {"path": 3}}),
-    "steps a text": (MEAN, {"collected": {"steps": "12", "mean": None, "dtypes": {}}}),
-    "steps of texts": (MEAN, {"collected": {"steps": ["1"], "mean": NESTED, "dtypes": {}}}),
-    "steps without a mean": (MEAN, {"collected": {"steps": [1], "mean": None, "dtypes": {}}}),
-    "dtype a function": (
-        MEAN,
-        {"collected": {"steps": [1], "mean": NESTED, "dtypes": {"w": "load"}}},
-    ),
-    "dtype missing": (MEAN, {"collected": {"steps": [1], "mean": NESTED, "dtypes": {}}}),
+    "saves nothing": {"saves": None},
+    "saves a text": {"saves": "x"},
+    "saves true": {"saves": True},
+    "snapshots a list": {"snapshots": []},
+    "snapshots by letters": {"snapshots": {"a": "b"}},
+    "snapshot a number": {"snapshots": {1: 1}},
+    "a long step": {"snapshots": {10**8: "x"}},
+    "folder a number": {"folder": 3},
+    "initial a text": {"initial": "initial"},
+    "steps a text": {"steps": "12"},
+    "steps of texts": {"steps": ["1"], "mean": NESTED},
+    "steps without a mean": {"steps": [1]},
+    "a mean without steps": {"mean": NESTED},
+    "no tensors": {"steps": [1], "mean": {**NESTED, "tensors": {"w": 3}}},
+    "config a list": {"steps": [1], "mean": {**NESTED, "config": [1]}},
+    "names are numbers": {"steps": [1], "mean": {**NESTED, "tensors": {1: torch.zeros(1)}}},
+    "something else": {"more": 1},
 }
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_a_state_of_other_types_is_one_error(tmp_path, case):
-    kind, changes = SPOILT[case]
-    method = "average" if kind is MEAN else "linear"
-    where = tmp_path if kind is FOLDER else "memory"
-    callback = MergeCheckpoints(method, where=where)
+def test_a_state_of_other_types_is_one_error(case):
+    callback = MergeCheckpoints("average")
     before = copy.deepcopy(callback.state_dict())
     with pytest.raises(ConfigError, match="found") as raised:
-        callback.load_state_dict({**before, **changes})
+        callback.load_state_dict({**before, **SPOILT[case]})
     assert len(raised.value.problems) == 1 and len(str(raised.value)) < 1000
     assert callback.state_dict() == before
 
@@ -144,3 +139,32 @@ def test_a_state_of_other_types_is_one_error(tmp_path, case):
 def test_what_is_no_state_is_one_error(state):
     with pytest.raises(ConfigError, match="state"):
         MergeCheckpoints("linear").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"peft_type": "LORA"}, {"peft_type": "LORA", "r": "x"}, {"peft_type": []}]
+)
+@pytest.mark.parametrize("make", [llama, lora_model])
+def test_the_mean_of_another_model_is_an_error_in_the_first_step(make, config):
+    callback = MergeCheckpoints("average")
+    mean = {**NESTED, "config": config}
+    callback.load_state_dict({**callback.state_dict(), "steps": [1], "mean": mean})
+    with pytest.raises(ConfigError, match=r"no tensor|new tensor|state\.mean"):
+        callback.on_step_end(2, make())
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    """Opening one would wait for its other end."""
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        MergeCheckpoints("linear", on="save").on_save(1, tmp_path)
+
+
+def test_a_file_of_other_tensors_is_no_checkpoint(tmp_path):
+    llama().save_pretrained(tmp_path)
+    entry = {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}
+    (tmp_path / "model.safetensors").write_bytes(joined({"w": entry}, bytes(1)))
+    with pytest.raises(ConfigError, match=r"12 tensors .* missing"):
+        MergeCheckpoints("linear", on="save").on_save(1, tmp_path)

@@ -62,14 +62,28 @@ def spread(model, amount: float, seed: int = 0) -> None:
                 parameter.add_(step.to(parameter.dtype), alpha=amount)
 
 
-def train(model, callbacks, steps: int = 6, begin: bool = True, amount: float = 0.1) -> list[dict]:
-    """A loop with made-up steps; returns the state after each."""
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def change(model):
+    """What the active adapters add to the weight of `MODULE`, in float64."""
+    layer = model.base_model.model.get_submodule(MODULE)
+    total = 0
+    for name in layer.active_adapters:
+        a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+        total = total + layer.scaling[name] * (b @ a)
+    return total.detach()
+
+
+def train(model, callbacks, steps: int, begin=True, amount=0.1, seen=lambda: None) -> list[dict]:
+    """A loop with made-up steps, and a call of `seen` in each; returns the state after each."""
     states = []
     for callback in callbacks:
         if begin:
             callback.on_train_begin(0, model)
     for step in range(1, steps + 1):
         spread(model, amount, seed=step)
+        seen()
         states.append({k: v.detach().clone() for k, v in model.state_dict().items()})
         for callback in callbacks:
             callback.on_step_end(step, model)

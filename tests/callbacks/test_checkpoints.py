@@ -1,278 +1,166 @@
-"""Merging whole-model snapshots while training."""
+"""Snapshots of whole models, merged while training: as the ordinary merge of the same folders."""
 
 from __future__ import annotations
 
 import copy
+import random
+import re
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from mergekit.options import MergeOptions
+from transformers import LlamaForCausalLM
 
+import mergekit_ext
 from mergekit_ext.callbacks import MergeCheckpoints
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
-from mergekit_ext.host import state_dicts
-from mergekit_ext.kernels.lore import lore
-from tests.callbacks.small import Net, llama, mean, same, train
+from tests.callbacks.small import Net, llama, mean, same, spread, train
+from tests.models import state
 
-TIED = "third.weight"  # the second name of second.weight
-
-
-def floating(state):
-    return [k for k, t in state.items() if t.is_floating_point() and k != TIED]
+OPTIONS = MergeOptions(quiet=True, copy_tokenizer=False)
 
 
-def test_average_and_ema_are_the_weighted_means_of_all_snapshots():
-    model = Net()
-    average = MergeCheckpoints("average", every=2)
-    decay = 0.7
-    ema = MergeCheckpoints("ema", parameters={"decay": decay})
-    raw = MergeCheckpoints("ema", parameters={"decay": decay, "bias_correction": False})
-    states = train(model, [average, ema, raw], steps=7)
-    names = floating(states[0])
-    found = average.merge().weights.tensors
-    same({k: found[k] for k in names}, mean(states[1::2], names))
-    assert average.merge().steps == (2, 4, 6)
-    weights = torch.tensor([decay ** (7 - i) for i in range(1, 8)], dtype=torch.float64)
-    expected = {
-        k: sum(w * s[k].double() for w, s in zip(weights / weights.sum(), states, strict=True))
-        for k in names
-    }
-    found = ema.merge().weights.tensors
-    same({k: found[k].double() for k in names}, expected, rtol=1e-5, atol=1e-6)
-    slow = states[0]
-    for state in states[1:]:
-        slow = {k: decay * slow[k] + (1 - decay) * state[k] for k in names}
-    found = raw.merge().weights.tensors
-    same({k: found[k] for k in names}, {k: slow[k] for k in names}, rtol=1e-5, atol=1e-6)
-
-
-def test_tied_weights_are_kept_once_and_integers_are_the_last_ones():
-    model = Net()
-    callback = MergeCheckpoints("average")
-    model.train()
-    callback.on_train_begin(0, model)
-    for step in (1, 2, 3):
-        model(torch.randn(4, 6))
-        callback.on_step_end(step, model)
-    merged = callback.merge().weights.tensors
-    assert TIED not in merged and "second.weight" in merged
-    assert merged["norm.num_batches_tracked"].item() == 3
-    assert merged["norm.num_batches_tracked"].dtype == torch.int64
-
-
-def test_half_precision_is_averaged_in_float32_and_returned_in_its_own_dtype():
-    model = llama(dtype=torch.bfloat16)
-    callback = MergeCheckpoints("average")
-    states = train(model, [callback], steps=9)
-    found = callback.merge().weights.tensors
-    for name in floating(states[0]):
-        exact = torch.stack([s[name].double() for s in states]).mean(0).to(torch.bfloat16)
-        assert found[name].dtype == torch.bfloat16
-        torch.testing.assert_close(found[name], exact, rtol=2**-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("where", ["memory", "folder"])
-def test_lore_is_that_of_the_last_snapshots(tmp_path, where):
-    place = "memory" if where == "memory" else tmp_path / "snapshots"
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("lore", {"mu_relative": 0.2}),
+        ("nan_ties", {"density": 0.5, "granularity": "model"}),
+        ("task_arithmetic", {"weight": 0.5}),
+        ("dare_ties", {"density": 0.5}),
+    ],
+)
+def test_a_merge_is_that_of_the_saved_folders(tmp_path, method, parameters):
+    model, initial = llama(tied=True), llama(tied=True)
     callback = MergeCheckpoints(
-        "lore", keep=3, every=2, where=place, parameters={"mu_relative": 0.2}
+        method, keep=3, every=2, where=tmp_path / "run", parameters=parameters, seed=3
     )
-    states = train(Net(), [callback], steps=9)
-    assert callback.steps == (4, 6, 8)
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    train(model, [callback], steps=9)
     merged = callback.merge()
-    assert merged.steps == (4, 6, 8) and merged.step == 8
-    last = [states[i] for i in (3, 5, 7)]
-    expected = lore([s["first.weight"] for s in last], mu_relative=0.2).merged
-    torch.testing.assert_close(merged.weights.tensors["first.weight"], expected)
-    other = mean(last, ["first.weight"])["first.weight"]
-    assert (expected - other).norm() > 1e-3 * other.norm()  # it is not the average anyway
+    drawn = torch.rand(1).item(), random.random(), np.random.rand()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    assert drawn == (torch.rand(1).item(), random.random(), np.random.rand())
+    assert merged.steps == callback.steps == (4, 6, 8)
 
-
-def test_on_demand_up_to_a_step():
-    callback = MergeCheckpoints("linear", keep=4)
-    states = train(Net(), [callback], steps=4)
-    early = callback.merge(2)
-    assert early.steps == (1, 2)
-    names = floating(states[0])
-    same({k: early.weights.tensors[k] for k in names}, mean(states[:2], names))
-    with pytest.raises(ConfigError, match=r"none up to step 0 \(there are those of \[1, 2, 3, 4\]"):
-        callback.merge(0)
-    running = MergeCheckpoints("average")
-    train(Net(), [running], steps=3)
-    with pytest.raises(ConfigError, match="3 or later: `average` keeps no snapshots"):
-        running.merge(2)
-
-
-NEEDED = {
-    "lore": {"mu_relative": 0.1},
-    "nearswap": {"t": 0.5},
-    "slerp": {"t": 0.5},
-}
-KEEP = {"nearswap": 1, "slerp": 1, "arcee_fusion": 1, "nuslerp": 2, "passthrough": 1}
-
-
-@pytest.mark.filterwarnings("ignore::mergekit_ext.errors.MergeWarning")
-def test_every_registered_method_merges(recwarn):
-    methods = state_dicts.known_methods()
-    assert {"lore", "nan_ties", "tsv_m", "linear", "model_stock"} <= set(methods)
-    assert "flexmerge" not in methods
-    start = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7))
-    for method in methods:
-        plain = method.removeprefix("nan_")
-        model = copy.deepcopy(start)
-        callback = MergeCheckpoints(
-            method, keep=KEEP.get(plain, 3), parameters=NEEDED.get(plain, {})
-        )
-        states = train(model, [callback], steps=3)
-        merged = callback.merge().weights.tensors
-        assert set(merged) == set(states[0]), method
-        for name, tensor in merged.items():
-            assert tensor.isfinite().all() and tensor.dtype == torch.float32, method
-            assert tensor.shape == states[0][name].shape, method
-
-
-def test_the_initial_weights_are_the_base_and_coefficients_may_span_the_model():
-    model = Net()
-    initial = copy.deepcopy(model.state_dict())
-    arithmetic = MergeCheckpoints("task_arithmetic", keep=2, parameters={"weight": 0.5})
-    whole = MergeCheckpoints("nan", keep=2, parameters={"granularity": "model"}, base="initial")
-    states = train(model, [arithmetic, whole], steps=3)
-    names = floating(initial)
-    expected = {
-        k: initial[k] + 0.5 * ((states[1][k] - initial[k]) + (states[2][k] - initial[k]))
-        for k in names
-    }
-    found = arithmetic.merge().weights.tensors
-    same({k: found[k] for k in names}, expected, rtol=1e-5, atol=1e-6)
-    norms = [
-        sum(float((s[k] - initial[k]).double().square().sum()) for k in names) ** 0.5
-        for s in states[1:]
-    ]
-    share = (1 / norms[0]) / (1 / norms[0] + 1 / norms[1])
-    found = whole.merge().weights.tensors
-    expected = {
-        k: initial[k]
-        + share * (states[1][k] - initial[k])
-        + (1 - share) * (states[2][k] - initial[k])
-        for k in names
-    }
-    same({k: found[k] for k in names}, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_base_that_is_needed_and_was_not_seen_is_an_error_in_the_first_step():
-    callback = MergeCheckpoints("ties", every=100)
-    with pytest.raises(ConfigError, match=r"training had begun.*on_train_begin\(0, model\)"):
-        train(Net(), [callback], steps=1, begin=False)
-    model = Net()
-    for base in (model, dict(model.state_dict())):
-        callback = MergeCheckpoints("ties", keep=2, base=base)
-        train(copy.deepcopy(model), [callback], steps=2, begin=False)
-        assert callback.merge().weights.tensors["first.weight"].isfinite().all()
-    callback = MergeCheckpoints("ties", base={"other": torch.zeros(2)})
-    with pytest.raises(ConfigError, match=r"base: found no tensor .*, and \d+ more"):
-        callback.on_train_begin(0, model)
-    base = {**model.state_dict(), "first.bias": torch.zeros(3), "norm.bias": torch.zeros(2)}
-    with pytest.raises(ConfigError) as caught:
-        MergeCheckpoints("ties", base=base).on_step_end(1, model)
-    assert len(caught.value.problems) == 2 and "of shape (3,)" in str(caught.value)
-
-
-def test_random_methods_leave_the_random_numbers_of_training_alone():
-    callback = MergeCheckpoints("dare_ties", keep=2, parameters={"density": 0.5})
-    train(Net(), [callback], steps=3)
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    one = callback.merge().weights.tensors
-    torch.testing.assert_close(torch.rand(3), expected)
-    same(callback.merge().weights.tensors, one)
-
-
-def test_memory_is_bounded_by_keep():
-    model = torch.nn.Linear(256, 256)
-    size = sum(p.numel() * 4 for p in model.parameters())
-    callback = MergeCheckpoints("linear", keep=3)
-    held = []
+    content = {"merge_method": method, "parameters": {"weight": 1.0, **parameters}}
+    if method == "lore":
+        del content["parameters"]["weight"]
+    initial.save_pretrained(tmp_path / "base")
+    content["models"] = []
     for step in range(1, 9):
-        callback.on_step_end(step, model)
-        kept = callback.state_dict()["collected"].values()
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for snapshot in kept
-            for t in snapshot["tensors"].values()
-        }
-        held.append(sum(storages.values()))
-    assert held == [size, 2 * size] + [3 * size] * 6
-    running = MergeCheckpoints("ema")
-    for step in range(1, 6):
-        running.on_step_end(step, model)
-    mean_ = running.state_dict()["collected"]["mean"]["tensors"]
-    assert sum(t.untyped_storage().nbytes() for t in mean_.values()) == size
+        spread(initial, 0.1, seed=step)
+        if step in merged.steps:
+            initial.save_pretrained(tmp_path / f"s{step}")
+            content["models"].append({"model": str(tmp_path / f"s{step}")})
+    if method != "lore":
+        content["base_model"] = str(tmp_path / "base")
+    options = OPTIONS.model_copy(update={"random_seed": 3})
+    mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", options)
+    same(state(merged.path), state(tmp_path / "out"), rtol=0, atol=0)
+
+
+def test_up_to_a_step_on_demand_and_saved_as_a_folder(tmp_path):
+    model = llama(dtype=torch.bfloat16)
+    callback = MergeCheckpoints("linear", keep=4)
+    states = train(model, [callback], steps=5)
+    early, late = callback.merge(3), callback.merge(3)
+    assert early.steps == late.steps == (2, 3) and early.path != late.path
+    early.save(tmp_path / "new/merged")
+    expected = {k: t.to(torch.bfloat16) for k, t in mean(states[1:3], states[0]).items()}
+    same(state(tmp_path / "new/merged"), expected, rtol=0, atol=0)
+    LlamaForCausalLM.from_pretrained(tmp_path / "new/merged")
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "new/merged"))):
+        late.save(tmp_path / "new/merged")
+    with pytest.raises(ConfigError, match=r"none up to step 1 \(there are those of \(2, 3, 4, 5\)"):
+        callback.merge(1)
 
 
 def test_disk_is_bounded_by_keep_at_every_moment(tmp_path, monkeypatch):
-    from mergekit_ext.callbacks import store
+    model, peak, stock = llama(), [], LlamaForCausalLM.save_pretrained
 
-    place = tmp_path / "snapshots"
-    peak = []
-    stock = store.write
+    def save(self, folder, **options):
+        stock(self, folder, **options)
+        peak.append(len(list(tmp_path.rglob("*.safetensors"))))
 
-    def write(weights, target):
-        stock(weights, target)
-        peak.append(sum(f.stat().st_size for f in place.rglob("*.safetensors")))
-
-    monkeypatch.setattr(store, "write", write)
-    model = torch.nn.Linear(256, 256)
-    size = sum(p.numel() * 4 for p in model.parameters())
-    callback = MergeCheckpoints("linear", keep=2, where=place)
-    train(model, [callback], steps=7)
-    assert [p.name for p in sorted(place.iterdir())] == ["step-00000006", "step-00000007"]
-    assert len(peak) == 7 and max(peak) < 2.1 * size and min(peak[1:]) > 1.9 * size
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    callback = MergeCheckpoints("linear", keep=2, where=tmp_path)
+    train(model, [callback], steps=5)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000005"]
+    assert peak == [1, 1, 2, 2, 2, 2]  # the first is saved to be checked
 
 
-def test_what_is_not_finite_is_an_error_with_tensor_and_step():
-    for method in ("average", "lore"):
-        model = Net()
-        parameters = {"mu_relative": 0.1} if method == "lore" else {}
-        callback = MergeCheckpoints(method, parameters=parameters)
-        train(model, [callback], steps=2)
-        with torch.no_grad():
-            model.first.bias[1] = float("nan")
-        with pytest.raises(NonFiniteError, match=r"first\.bias of model at step 3: found 1 "):
-            callback.on_step_end(3, model)
-        assert callback.steps == (1, 2)
+def test_a_base_is_the_beginning_or_a_folder(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    given = MergeCheckpoints("ties", keep=2, base=tmp_path / "base")
+    initial = MergeCheckpoints("ties", keep=2, where=tmp_path / "run")
+    train(copy.deepcopy(model), [initial], steps=2)
+    train(model, [given], steps=2, begin=False)
+    same(state(given.merge().path), state(initial.merge().path), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"training had begun.*on_train_begin\(0, model\)"):
+        train(model, [MergeCheckpoints("ties", every=100)], steps=1, begin=False)
 
 
-def test_a_base_that_is_not_finite_is_an_error_before_training():
-    model = Net()
-    with torch.no_grad():
-        model.first.bias[1] = float("inf")
-    for base in ("initial", model, dict(model.state_dict())):
-        with pytest.raises(NonFiniteError, match=r"first\.bias of model base"):
-            MergeCheckpoints("ties", base=base).on_train_begin(0, model)
+@pytest.mark.parametrize("method", ["average", "ties"])
+def test_a_second_training_begins_anew(tmp_path, method):
+    callback = MergeCheckpoints(method, keep=3, where=tmp_path)
+    for amount in (0.1, 0.2):
+        model = llama()
+        train(model, [callback], steps=2 + (amount == 0.1), amount=amount)
+        first = callback.merge().path
+    assert callback.steps == (1, 2) and first.name == "merged-00000002"
+    fresh = MergeCheckpoints(method, keep=3)
+    train(llama(), [fresh], steps=2, amount=0.2)
+    same(state(callback.merge().path), state(fresh.merge().path), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", ["linear", "average"])
-def test_a_model_whose_tensors_change_is_an_error_in_that_step(method):
-    model = Net()
+@pytest.mark.parametrize("method", ["average", "linear"])
+def test_what_is_not_finite_is_an_error_with_tensor_and_step(method):
+    model = llama()
     callback = MergeCheckpoints(method)
     train(model, [callback], steps=2)
-    before = callback.merge().weights.tensors["scale"].clone()
-    model.scale = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(
-        ConfigError, match=r"(?s)step 3;.*scale of shape \(2,\); .*first snapshot's"
-    ):
-        callback.on_step_end(3, model)
-    model.scale = torch.nn.Parameter(torch.tensor(1.0))
-    model.more = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match="a new tensor more"):
+    with torch.no_grad():
+        model.lm_head.weight[1, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"lm_head\.weight of model at step 3: found 1 "):
         callback.on_step_end(3, model)
     assert callback.steps == (1, 2)
-    torch.testing.assert_close(callback.merge().weights.tensors["scale"], before)
+
+
+@pytest.mark.parametrize("greater", [True, False])
+@pytest.mark.parametrize("method", ["average", "linear"])
+def test_loading_and_keeping_the_better_one(method, greater):
+    seen, model = [], llama()
+    model.train()
+    model.lm_head.eval()
+
+    def score(model, task):
+        assert not model.training and task == "toy"
+        seen.append(float(model.lm_head.weight.detach().norm()))
+        return {"loss": seen[-1]}
+
+    callback = MergeCheckpoints(
+        method,
+        evaluate=score,
+        task="toy",
+        load=True,
+        keep_better=True,
+        greater_is_better=greater,
+    )
+    states = train(model, [callback], steps=4)
+    callback.on_train_end(4, model)
+    result, merged = callback.result, state(callback.result.path)
+    assert model.training and not model.lm_head.training
+    assert result.before["loss"] == pytest.approx(float(states[-1]["lm_head.weight"].norm()))
+    assert result.scores["loss"] == pytest.approx(float(merged["lm_head.weight"].norm()))
+    assert result.scores["loss"] < result.before["loss"]  # the mean of random steps is nearer
+    assert result.loaded is not greater
+    same(dict(model.state_dict()), states[-1] if greater else merged, rtol=0, atol=0)
 
 
 def test_an_evaluation_that_fails_loses_neither_the_merge_nor_the_weights():
-    scores = iter([1.0])
-    model = Net()
+    scores, model = iter([1.0]), llama()
     callback = MergeCheckpoints("average", load=True, evaluate=lambda model, task: next(scores))
     states = train(model, [callback], steps=2)
     with pytest.raises(StopIteration):
@@ -281,66 +169,52 @@ def test_an_evaluation_that_fails_loses_neither_the_merge_nor_the_weights():
     same(dict(model.state_dict()), states[-1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"method": "average"}, {"method": "ties", "keep": 3}])
-def test_a_second_training_begins_anew(tmp_path, options):
-    where = {"where": tmp_path / "s"} if options["method"] == "ties" else {}
-    callback = MergeCheckpoints(**options, **where)
-    train(Net(), [callback], steps=5)
-    train(Net(1), [callback], steps=2)
-    assert callback.steps == (1, 2)
-    fresh = MergeCheckpoints(**options)
-    train(Net(1), [fresh], steps=2)
-    same(callback.merge().weights.tensors, fresh.merge().weights.tensors)
-
-
-def test_loading_and_keeping_the_better_one():
-    distances = []
-
-    def score(model, task):
-        assert not model.training and task == "toy"
-        distances.append(float(model.first.weight.detach().norm()))
-        return {"loss": distances[-1]}
-
-    def run(**options):
-        model = Net()
-        model.train()
-        callback = MergeCheckpoints(
-            "linear", keep=3, evaluate=score, task="toy", load=True, keep_better=True, **options
-        )
-        states = train(model, [callback], steps=4)
-        callback.on_train_end(4, model)
-        assert model.training and model.norm.training
-        return model, callback.result, states
-
-    model, result, states = run(greater_is_better=False)
-    merged = result.weights.tensors["first.weight"]
-    assert result.scores["loss"] == pytest.approx(float(merged.norm()))
-    assert result.before["loss"] == pytest.approx(float(states[-1]["first.weight"].norm()))
-    assert result.scores["loss"] < result.before["loss"]  # the mean of random steps is nearer
-    assert result.loaded
-    torch.testing.assert_close(model.first.weight.detach(), merged)
-    assert model.third.weight is model.second.weight
-
-    model, result, states = run(greater_is_better=True)
-    assert not result.loaded
-    same(dict(model.state_dict()), states[-1], rtol=0, atol=0)
-
-
-def test_nothing_is_loaded_unless_asked():
-    model = Net()
-    callback = MergeCheckpoints("average", evaluate=lambda model, task: 1.0)
-    states = train(model, [callback], steps=2)
-    callback.on_train_end(2, model)
-    assert callback.result.scores == {"score": 1.0} and not callback.result.loaded
-    same(dict(model.state_dict()), states[-1], rtol=0, atol=0)
-
-
 def test_start_and_a_run_that_was_too_short():
     callback = MergeCheckpoints("average", start=4, every=2)
-    train(Net(), [callback], steps=7)
+    model = Net()
+    train(model, [callback], steps=7)
     assert callback.steps == (4, 6)
     callback = MergeCheckpoints("average", start=10)
-    model = Net()
     train(model, [callback], steps=3)
     with pytest.warns(MergeWarning, match="no snapshot was taken in 3 steps"):
         callback.on_train_end(3, model)
+
+
+@pytest.mark.parametrize("method", ["average", "linear"])
+def test_models_with_other_names_in_files_than_in_memory(tmp_path, method):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "image_size": 8, "patch_size": 4}
+    model = ViTForImageClassification(
+        ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    )
+    model.save_pretrained(tmp_path / "model")
+    assert state(tmp_path / "model").keys() - model.state_dict().keys(), "no example any more"
+    callback = MergeCheckpoints(method, load=True)
+    states = train(model, [callback], steps=2)
+    callback.on_train_end(2, model)
+    same(dict(model.state_dict()), mean(states, states[0]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="names in the files"):
+        MergeCheckpoints("linear", on="save").on_train_begin(0, model)
+
+
+def test_saved_checkpoints_are_merged_from_where_they_are(tmp_path):
+    model = llama()
+    callback = MergeCheckpoints("linear", on="save", keep=2, load=True)
+    states = []
+    for step in (1, 2, 3):
+        spread(model, 0.1, seed=step)
+        model.save_pretrained(tmp_path / f"c{step}")
+        states.append(copy.deepcopy(model.state_dict()))
+        callback.on_step_end(step, model)
+        callback.on_save(step, tmp_path / f"c{step}")
+    callback.on_train_end(3, model)
+    assert callback.result.steps == (2, 3) and (tmp_path / "c1").is_dir()
+    same(dict(model.state_dict()), mean(states[1:], states[0]), rtol=1e-5, atol=1e-6)
+    (tmp_path / "c2").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"c2: found no such folder.*save_total_limit"):
+        callback.merge()
+    callback.on_save(4, tmp_path / "c1")  # c2 was the oldest, which goes anyway
+    (tmp_path / "c1").rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"c1: found no such folder.*save_total_limit"):
+        callback.on_save(5, tmp_path / "c3")  # and not when training ends

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from mergekit_ext import callbacks
 from mergekit_ext.callbacks import TRAINING_HOOKS, Callback, LogTo, as_trainer_callback
@@ -23,6 +22,7 @@ from mergekit_ext.events import (
     StatisticsEnd,
     TensorMerged,
 )
+from tests.callbacks.small import llama
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mergekit_ext/callbacks"
@@ -144,16 +144,17 @@ def test_a_merge_while_training_is_logged_once_under_the_step_of_training():
 
 
 def test_merges_of_checkpoints_are_logged_under_the_step_of_training():
-    target, loss = Target(), LogTo(Target())
+    target, scores = Target(), Target()
     merge = callbacks.MergeCheckpoints(
-        "linear", every=2, callbacks=[LogTo(target)], log=loss, evaluate=lambda model, task: 1.0
+        "linear", every=2, callbacks=[LogTo(target)], log=scores, evaluate=lambda model, task: 1.0
     )
-    model = torch.nn.Linear(2, 2)
+    model = llama()
     for step in range(1, 6):
         merge.on_step_end(step, model)
     merge.on_train_end(5, model)
-    assert [(step, values["merge/units"]) for step, values in target.lines] == [(5, 2)]
-    assert loss._target.lines == [(5, {"merged/score": 1.0, "last/score": 1.0})]
+    ((step, values),) = target.lines
+    assert step == 5 and values["merge/units"] == len(model.state_dict())
+    assert scores.lines == [(5, {"merged/score": 1.0, "last/score": 1.0})]
 
 
 def test_log_goes_to_an_accelerator_and_its_trackers(tmp_path):

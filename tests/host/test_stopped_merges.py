@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
@@ -22,7 +23,6 @@ import mergekit_ext
 from mergekit_ext.errors import MergeError, StoppedError
 from mergekit_ext.events import MergeCallback
 from mergekit_ext.host import run
-from mergekit_ext.host.state_dicts import merge
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry
 from mergekit_ext.kernels.seeds import seeded
@@ -389,12 +389,14 @@ def test_threads_do_not_change_random_methods(name, request):
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     # Large enough for torch to split its sums.
     models = {f"{i}": {"w": (i + 1) * torch.randn(400, 300)} for i in range(3)}
+    models["base"] = {"w": torch.ones(400, 300)}
     parameters = {"density": 0.5, **({"epsilon": 0.2} if name == "nan_della" else {})}
     found = []
     for count in (1, 2):
         torch.set_num_threads(count)
         with seeded(0, torch.device("cpu")):
-            found.append(merge(name, models, {"w": torch.ones(400, 300)}, parameters)["w"])
+            merged = merge_state_dicts(models, name, base="base", parameters=parameters)
+            found.append(merged["w"])
     assert torch.equal(*found)
 
 

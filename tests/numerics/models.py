@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mergekit.graph import Executor
+from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
 from mergekit.scripts import merge_raw_pytorch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import mergekit_ext
 from mergekit_ext.flexmerge.reader import open_checkpoint
-from mergekit_ext.host import state_dicts
+from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.methods import BLOCKS, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.ia3 import merge_ia3
@@ -43,7 +44,16 @@ FLEXMERGE = tuple(methods(BLOCKS))
 def host(name: str, models: Sequence[State], base: State | None = None, **more: Any) -> State:
     """The merged tensors of a method of mergekit-yaml."""
     named = {f"model{index}": model for index, model in enumerate(models)}
-    return state_dicts.merge(name, named, base, {**HOST[name], **more})
+    mergekit_ext.register()
+    tensors = list(models[0].values())
+    return merge_state_dicts(
+        {**named, **({} if base is None else {"base": base})},
+        name,
+        base=None if base is None else "base",
+        parameters={**HOST[name], **more},
+        dtype=compute_dtype(tensors),
+        out_dtype=tensors[0].dtype,
+    )
 
 
 def host_files(folder: Path, name: str, models: Sequence[State], base: State | None) -> State:

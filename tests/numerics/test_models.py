@@ -146,14 +146,6 @@ def test_scalars(name):
 
 
 @each
-def test_integers(name):
-    """Numbers of places in a vocabulary have no mean: those of the last model stay."""
-    for dtype in (torch.int64, torch.complex64):
-        models = [{NAME: (torch.arange(4) + i).to(dtype)} for i in range(3)]
-        assert torch.equal(merged(name, models, models[0]), models[2][NAME])
-
-
-@each
 def test_integers_in_files(name, tmp_path):
     whole = {NAME: torch.arange(4), "c": torch.tensor([1 + 2j])}
     for tensor, found in host_files(tmp_path / "same", name, [whole] * 3, whole).items():

@@ -1,0 +1,142 @@
+"""The last snapshots of a training: folders by step."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mergekit_ext.callbacks.settings import INITIAL, SUBJECT
+from mergekit_ext.callbacks.state import State
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
+from mergekit_ext.io.paths import is_folder
+from mergekit_ext.io.staging import new_folder
+
+_STEP = re.compile(r"step-[0-9]{8}")
+
+
+class Snapshots:
+    """At most `keep` folders. The oldest goes before a new one is made.
+
+    The run's own are `step-<8 digits>` and `initial` in its folder; nothing else is ever removed,
+    whatever a state names. Checkpoints that a trainer saved are only forgotten.
+
+    Args:
+        keep: how many.
+        folder: of the run.
+        own: whether snapshots are written into it; otherwise a trainer saves them elsewhere.
+    """
+
+    def __init__(self, keep: int, folder: Path, own: bool):
+        self._keep, self._own, self.folder = keep, own, folder
+        self._kept: dict[int, Path] = {}
+        self.has_initial = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of the snapshots, oldest first."""
+        return tuple(sorted(self._kept))
+
+    @property
+    def initial(self) -> Path:
+        """Where the initial weights are, if they are kept."""
+        return self.folder / INITIAL
+
+    def open(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigError: it holds what another run has left, or cannot be written.
+        """
+        left = [place for place in self._found() if place not in self._kept.values()]
+        if self.initial.exists() and not self.has_initial:
+            left.append(self.initial)
+        where = f"where: {self.folder}"
+        if left:
+            found = f"{len(left)} snapshots of another run, such as {left[0].name}"
+            remedy = "Choose another folder, delete them, or load the state of that run."
+            raise ConfigError([Problem(where, found, "a folder for this run", remedy)], SUBJECT)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder):
+                pass
+        except OSError as error:
+            problem = Problem(where, str(error), "a folder that can be written")
+            raise ConfigError([problem], SUBJECT) from None
+
+    def add(self, step: int, save: Callable[[Path], object]) -> None:
+        """Keep a snapshot, which `save` writes into the empty folder that it is called with."""
+        self._make_way(step)
+        place = self._place(step)
+        with new_folder(place, f"the snapshot of step {step}") as folder:
+            save(folder)
+        self._kept[step] = place
+
+    def add_saved(self, step: int, folder: Path) -> None:
+        """Keep a checkpoint that a trainer saved."""
+        self._make_way(step)
+        self.folders()
+        self._kept[step] = folder
+
+    def folders(self, last: int | None = None) -> dict[int, Path]:
+        """Return the snapshots up to step `last`, oldest first.
+
+        Raises:
+            ConfigError: somebody has removed snapshots.
+        """
+        remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
+        gone = [place for place in self._kept.values() if not is_folder(place)]
+        if gone:
+            problems = [Problem(str(p), "no such folder", "a snapshot", remedy) for p in gone]
+            raise ConfigError(problems, SUBJECT)
+        return {s: self._kept[s] for s in self.steps if last is None or s <= last}
+
+    def clear(self) -> None:
+        """Forget all snapshots and the initial weights."""
+        for step in self.steps:
+            self._forget(step)
+        if self.has_initial:
+            shutil.rmtree(self.initial, ignore_errors=True)
+        self.has_initial = False
+
+    def load(self, state: State) -> None:
+        """Take over the snapshots of an earlier run; those made after its state was saved go."""
+        ours = Path(state.folder) == self.folder
+        named = {step: Path(path) for step, path in sorted(state.snapshots.items())}
+        if self._own:
+            named = {step: self._place(step) for step in named}
+        found = {step: place for step, place in named.items() if is_folder(place)}
+        self._kept = found if ours or not self._own else {}
+        self.has_initial = state.initial and ours and is_folder(self.initial)
+        if gone := [str(named[step]) for step in named.keys() - self._kept.keys()]:
+            text = (
+                f"{len(gone)} of {len(named)} snapshots are gone since the state was saved: "
+                f"{printable(', '.join(sorted(gone)))}. Later merges are made of the others. Give "
+                "`where` the folder of the run that is resumed."
+            )
+            warnings.warn(MergeWarning(text), stacklevel=3)
+        if self._own and ours:
+            newest = self._place(max(named, default=0)).name
+            for place in self._found():
+                if place.name > newest and not place.is_symlink():
+                    shutil.rmtree(place)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _make_way(self, step: int) -> None:
+        self._forget(step)  # a resumed run does a step again
+        while len(self._kept) >= self._keep:
+            self._forget(min(self._kept))
+
+    def _forget(self, step: int) -> None:
+        if (place := self._kept.pop(step, None)) is not None and self._own:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _found(self) -> Iterator[Path]:
+        for place in sorted(self.folder.glob("step-*")):
+            if _STEP.fullmatch(place.name) and place.is_dir():
+                yield place
