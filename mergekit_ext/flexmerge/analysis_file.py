@@ -64,11 +64,6 @@ class Subject:
         return cls(digest.hexdigest(), layout.tasks, found)
 
 
-def _state(file: Path) -> tuple[str, int, int]:
-    status = file.stat()
-    return str(file.resolve()), status.st_size, status.st_mtime_ns
-
-
 def _identity(header: TensorHeader) -> list[Any]:
     return [header.name, header.dtype, list(header.shape), header.offset]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mergekit_ext.errors import CheckpointError, Problem
 from mergekit_ext.flexmerge.files import RefusedError, regular_file
-from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.flexmerge.reader import TaskTensors, open_checkpoint
+from mergekit_ext.flexmerge.task_folders import INDEX
 from mergekit_ext.io.model_files import companions
+from mergekit_ext.io.planned import split
 from mergekit_ext.io.staging import new_folder
 
 _SHARD_BYTES = 5_000_000_000
@@ -55,45 +55,22 @@ def export(
     checkpoint.warn_of_copies()
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    """Weights in shards, under temporary names until their number is known."""
-    parts: list[dict[str, int]] = []
-    for shard in _shards(tensors, shard_bytes):
-        # A tensor may be a view of the mapped file, or of another tensor.
-        content = {name: tensor.contiguous() for name, tensor in shard.items()}
-        save_file(content, folder / _part(len(parts)), metadata={"format": "pt"})
-        parts.append({name: tensor.nbytes for name, tensor in content.items()})
-    if len(parts) == 1:
-        (folder / _part(0)).rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for index, names in enumerate(parts):
-        final = f"model-{index + 1:05}-of-{len(parts):05}.safetensors"
-        (folder / _part(index)).rename(folder / final)
-        weight_map.update(dict.fromkeys(names, final))
-    content = {
-        "metadata": {"total_size": sum(sum(names.values()) for names in parts)},
-        "weight_map": weight_map,
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _part(index: int) -> str:
-    return f"part-{index}"
-
-
-def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name in tensors:
-        tensor = tensors[name]
-        if shard and size + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
+def _write_weights(folder: Path, tensors: TaskTensors, shard_bytes: int) -> None:
     # A model without any tensor is one empty shard.
-    yield shard
+    shards = split(map(tensors.entry, tensors), shard_bytes) or [()]
+    weight_map = {}
+    for number, entries in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if len(shards) == 1:
+            name = "model.safetensors"
+        # A tensor may be a view of the mapped file, or of another tensor.
+        content = {entry.name: tensors[entry.name].contiguous() for entry in entries}
+        save_file(content, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(content, name))
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entries in shards for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _companions(root: Path, task: str) -> dict[str, Path]:

@@ -1,9 +1,14 @@
-"""Where the modules of several tasks go when one device does not hold them: with accelerate."""
+"""Where the modules of several tasks go when one device does not hold them: with accelerate.
+
+accelerate plans for one module. `Union` is one without data: it has the tree of a task's module,
+and each part of it holds the tensors of all tasks there, one that several share once. So a plan for
+a part is right for that part of every task, and what tasks share comes to lie in one place.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.outline import Outline, prefixes
 from mergekit_ext.flexmerge.reader import TaskTensors
 
 AUTO, CPU, DISK = "auto", "cpu", "disk"
@@ -20,6 +24,8 @@ Device: TypeAlias = int | str | torch.device
 DeviceMap: TypeAlias = str | Mapping[str, Device]
 MaxMemory: TypeAlias = Mapping[int | str, int | str]
 _Plan: TypeAlias = Mapping[str, Device]
+# The memory, dtype, shape and strides of a tensor.
+_Range: TypeAlias = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 _WEIGHT = "weight"
 _SUBJECT = "placing these models"
@@ -46,16 +52,19 @@ def place(
     """
     from accelerate import dispatch_model
 
-    outline = Outline(modules)
+    union = Union(modules)
     if device_map == AUTO:
-        plan = _inferred(outline.module, modules, max_memory)
+        plan = _inferred(union.module, modules, max_memory)
     else:
-        plan = _given(device_map, max_memory, outline)
-    plans = {task: outline.devices_of(task, plan) for task in modules}
+        plan = _given(device_map, max_memory, union)
+    plans = {task: union.devices_of(task, plan) for task in modules}
     main = next((device for device in plan.values() if device not in (CPU, DISK)), CPU)
     disk = _Disk(offload_folder)
     for task, module in modules.items():
-        disk.add(task, _on_disk(module, plans[task]), tensors[task])
+        # accelerate leaves buffers where the work is done.
+        held = module.named_parameters(remove_duplicate=False)
+        on_disk = {n: t.data for n, t in held if _device_of(n, plans[task]) == DISK}
+        disk.add(task, on_disk, tensors[task])
     disk.fill()
     moved: dict[object, tuple[Tensor, Tensor]] = {}
     for task, module in modules.items():
@@ -73,25 +82,97 @@ def place(
         )
 
 
-def _inferred(outline: Any, modules: Mapping[str, Any], max_memory: MaxMemory | None) -> _Plan:
+class Union:
+    """The tensors of several modules on the CPU as one module on the meta device.
+
+    Attributes:
+        module: a ``torch.nn.Module``.
+        names: for each task, the name in the union of each of its tensors.
+    """
+
+    def __init__(self, modules: Mapping[str, Any]):
+        self._parts: dict[str, Any] = {}
+        self._seen: dict[tuple[str, _Range], str] = {}
+        self.names: dict[str, dict[str, str]] = {}
+        for task, module in modules.items():
+            self.names[task] = self._add(module)
+        self.module = self._parts[""]
+
+    def devices_of(self, task: str, plan: _Plan) -> dict[str, Device]:
+        """Return the part of a plan for the union that one task's module needs.
+
+        Args:
+            task: its name.
+            plan: from parts, or single tensors, to devices; each tensor is in one of them.
+        """
+        wanted = {}
+        for tensor, united in self.names[task].items():
+            part = next(part for part in _prefixes(united) if part in plan)
+            # Where a tensor was planned by itself, the name may be another one.
+            wanted[tensor if part == united else part] = plan[part]
+        return wanted
+
+    def _add(self, module: Any) -> dict[str, str]:
+        tied: dict[int, Any] = {}
+        names = {}
+        for path, part in module.named_modules(remove_duplicate=False):
+            if path not in self._parts:
+                # accelerate knows what must not be split by the names of classes.
+                self._parts[path] = type(type(part).__name__, (torch.nn.Module,), {})()
+                if path:
+                    parent, _, leaf = path.rpartition(".")
+                    self._parts[parent].add_module(leaf, self._parts[path])
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        where = f"{path}.{name}" if path else name
+                        names[where] = self._tensor(path, name, where, tensor, tied)
+        return names
+
+    def _tensor(
+        self, path: str, name: str, where: str, tensor: Tensor, tied: dict[int, Any]
+    ) -> str:
+        """Put a tensor into the union, unless another task has put it there."""
+        key = (where, _range(tensor))
+        if key not in self._seen:
+            part = self._parts[path]
+            while name in part._parameters or name in part._buffers:
+                name += "_"
+            empty = torch.empty_like(tensor, device="meta")
+            if isinstance(tensor, torch.nn.Parameter):
+                # Tied in the module: tied in the union.
+                made = tied.setdefault(id(tensor), torch.nn.Parameter(empty, requires_grad=False))
+                part.register_parameter(name, made)
+            else:
+                part.register_buffer(name, empty)
+            self._seen[key] = f"{path}.{name}" if path else name
+        return self._seen[key]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield a tensor's name, and the parts that it is in, from the smallest to all, ``""``."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _inferred(union: Any, modules: Mapping[str, Any], max_memory: MaxMemory | None) -> _Plan:
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    whole = {name for module in modules.values() for name in module._no_split_modules or ()}
+    whole = sorted({name for module in modules.values() for name in module._no_split_modules or ()})
     try:
-        memory = get_balanced_memory(
-            outline,
-            None if max_memory is None else dict(max_memory),
-            no_split_module_classes=sorted(whole),
-        )
-        return infer_auto_device_map(outline, memory, no_split_module_classes=sorted(whole))
+        given = None if max_memory is None else dict(max_memory)
+        memory = get_balanced_memory(union, given, no_split_module_classes=whole)
+        return infer_auto_device_map(union, memory, no_split_module_classes=whole)
     except ValueError as error:
         expected = "bytes, or sizes such as '20GB', of 0, 1, ... (GPUs) and 'cpu'"
         problem = Problem("max_memory", f"{max_memory} ({error})", expected)
         raise ConfigError([problem], _SUBJECT) from None
 
 
-def _given(device_map: DeviceMap, max_memory: MaxMemory | None, outline: Outline) -> _Plan:
+def _given(device_map: DeviceMap, max_memory: MaxMemory | None, union: Union) -> _Plan:
     if not isinstance(device_map, Mapping):
         expected = f"{AUTO!r}, or a mapping from parts of the models to devices"
         raise ConfigError([Problem("device_map", repr(device_map), expected)], _SUBJECT)
@@ -99,7 +180,8 @@ def _given(device_map: DeviceMap, max_memory: MaxMemory | None, outline: Outline
     if max_memory is not None:
         remedy = "Leave it out: a mapping says where everything goes."
         problems.append(Problem("max_memory", "it", f"it with device_map={AUTO!r} only", remedy))
-    known = {part for names in outline.names.values() for name in names for part in prefixes(name)}
+    tensors = {name for names in union.names.values() for name in names}
+    known = {part for name in tensors for part in _prefixes(name)}
     for part, device in device_map.items():
         where = f"device_map[{part!r}]"
         if part not in known:
@@ -108,8 +190,7 @@ def _given(device_map: DeviceMap, max_memory: MaxMemory | None, outline: Outline
             problems.append(Problem(where, "no such part", expected))
         if not _is_here(device):
             problems.append(Problem(where, repr(device), f"{CPU}, {DISK} or a device that is here"))
-    tensors = {name for names in outline.names.values() for name in names}
-    left = sorted(n for n in tensors if not any(part in device_map for part in prefixes(n)))
+    left = sorted(n for n in tensors if not any(part in device_map for part in _prefixes(n)))
     if left:
         found = f"no place for {left[0]}" + (f" and {len(left) - 1} others" if left[1:] else "")
         problems.append(Problem("device_map", found, "one for every tensor", "Add '': 'cpu'."))
@@ -129,12 +210,6 @@ def _is_here(device: Device) -> bool:
     return True
 
 
-def _on_disk(module: Any, plan: _Plan) -> dict[str, Tensor]:
-    """accelerate leaves buffers where the work is done."""
-    held = module.named_parameters(remove_duplicate=False)
-    return {name: tensor.data for name, tensor in held if _device_of(name, plan) == DISK}
-
-
 def _move(module: Any, plan: _Plan, moved: dict[object, tuple[Tensor, Tensor]]) -> None:
     """Put the tensors of other devices there, unless an earlier module has."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -149,10 +224,10 @@ def _move(module: Any, plan: _Plan, moved: dict[object, tuple[Tensor, Tensor]]) 
 
 
 def _device_of(name: str, plan: _Plan) -> Device:
-    return next(plan[part] for part in prefixes(name) if part in plan)
+    return next(plan[part] for part in _prefixes(name) if part in plan)
 
 
-def _range(tensor: Tensor) -> tuple[object, ...]:
+def _range(tensor: Tensor) -> _Range:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -162,11 +237,11 @@ class _Disk:
 
     def __init__(self, folder: str | os.PathLike[str] | None):
         self._folder = folder
-        self._files: dict[tuple[object, ...], tuple[Path, Tensor]] = {}
+        self._files: dict[_Range, tuple[Path, Tensor]] = {}
         self.indices: dict[str, dict[str, dict[str, str]]] = {}
 
     def add(self, task: str, wanted: Mapping[str, Tensor], stored: TaskTensors) -> None:
-        """Note what a task's module wants to have on disk."""
+        """Record what a task's module wants to have on disk."""
         known = {_range(stored[name]): name for name in stored if stored.is_stored(name)}
         index = self.indices[task] = {}
         for name, tensor in wanted.items():

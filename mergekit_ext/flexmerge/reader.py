@@ -25,6 +25,7 @@ from mergekit_ext.flexmerge.manifest import (
 )
 from mergekit_ext.flexmerge.storage import MaskedTensor, Place, Shape, sources, stored
 from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.planned import Entry
 
 _CPU = torch.device("cpu")
 
@@ -170,11 +171,11 @@ class Checkpoint:
 
     def read(self, place: Place, name: str) -> Tensor:
         """Return a tensor as the files hold it, on the CPU; it is not kept."""
-        return self._places[place][name].tensor(name)
+        return self.file(place, name).tensor(name)
 
-    def path(self, place: Place, name: str) -> Path:
-        """Return the file of a tensor, links resolved."""
-        return self._places[place][name].path
+    def file(self, place: Place, name: str) -> StoredFile:
+        """Return the file of a tensor."""
+        return self._places[place][name]
 
 
 class TaskTensors(Mapping[str, Tensor]):
@@ -211,4 +212,11 @@ class TaskTensors(Mapping[str, Tensor]):
         """Return the file that holds a tensor for which `is_stored`, under its name."""
         place = self._sources[name]
         assert isinstance(place, Place)
-        return self._checkpoint.path(place, name)
+        return self._checkpoint.file(place, name).path
+
+    def entry(self, name: str) -> Entry:
+        """Return dtype and shape of a tensor without reading it."""
+        source = self._sources[name]
+        place = source if isinstance(source, Place) else source.unified
+        header = self._checkpoint.file(place, name).headers[name]
+        return Entry(name, header.dtype, tuple(header.shape), header.nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ class TrimSearch:
 
     def __init__(self, layout: Layout, densities: Sequence[float] | None):
         size, dtype = sum(block.size for block in layout.blocks), widest(layout)
-        self.passes = 0
+        self.passes, self._densities = 0, list(densities or ())
         self._searches = [
             CutSearch(kept(density, size), dtype) if density < 1 else None
             for density in densities or ()
@@ -61,6 +62,11 @@ class TrimSearch:
             None if search is None else packed(_counted(search, data, member))
             for member, search in enumerate(self._searches)
         ]
+
+    def key(self, block: str) -> str:
+        """Return what names a block's counts: after the first pass they depend on densities."""
+        given = self._densities if self.passes else [density < 1 for density in self._densities]
+        return json.dumps([block, self.passes, given])
 
     def takes(self, counts: Any) -> bool:
         """Whether `count` may have found this, and `add` can take it in."""

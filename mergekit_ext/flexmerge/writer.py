@@ -28,13 +28,13 @@ from mergekit_ext.flexmerge.manifest import (
     TensorInfo,
 )
 from mergekit_ext.flexmerge.merging import Merging, block_tensors
-from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.storage import Place, StoredGroup, stored_of
 from mergekit_ext.flexmerge.task_folders import link_model
 from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.planned import Entry
 from mergekit_ext.parallel.ranks import Ranks
 
@@ -62,21 +62,21 @@ def write_checkpoint(
     *,
     shard_size: int = 0,
     merged: Callable[[BlockLayout, Sequence[StoredGroup]], None] = lambda block, groups: None,
-    notes: Notes | None = None,
+    finished: Finished | None = None,
     ranks: Ranks | None = None,
 ) -> Manifest:
     """Write shards, task folders with their links and indexes, and the manifest.
 
     Args:
         folder: exists; nothing of it counts before this function has returned. What an earlier
-            run with the same notes has finished there is not made again.
+            run with the same finished has finished there is not made again.
         reader: reads the blocks of the base and the models.
         plan: which tasks share what.
         merging: how groups are merged.
         provenance: for the manifest.
         shard_size: the largest size of a file in bytes; 0 for one file a set of tasks.
         merged: called after each block, in the process that did it.
-        notes: which blocks are finished. Their subject is what decides the bytes of a block,
+        finished: which blocks are finished. Their subject is what decides the bytes of a block,
             but for its groups.
         ranks: the processes that share out the blocks, all of which call this.
 
@@ -98,7 +98,7 @@ def write_checkpoint(
     writer = ShardWriter(folder, shards, whole=ranks.size == 1)
     try:
         ranks.from_main(lambda: _begin(folder, writer))
-        pieces = _Pieces(reader, plan, merging, writer, notes or Notes(), ranks)
+        pieces = _Pieces(reader, plan, merging, writer, finished or Finished(), ranks)
         rescale = pieces.write(merged)
         files = writer.finish(ranks)
     finally:
@@ -141,11 +141,11 @@ class _Pieces:
         plan: Plan,
         merging: Merging,
         shards: ShardWriter,
-        notes: Notes,
+        finished: Finished,
         ranks: Ranks,
     ):
         self._reader, self._plan, self._merging = reader, plan, merging
-        self._shards, self._notes, self._ranks = shards, notes, ranks
+        self._shards, self._finished, self._ranks = shards, finished, ranks
 
     def write(
         self, merged: Callable[[BlockLayout, Sequence[StoredGroup]], None]
@@ -177,16 +177,16 @@ class _Pieces:
         layout = self._reader.layout
         entries = list(_block_entries(layout, block, groups, self._merging))
         shared = [[list(group.tasks), group.kind] for group in groups]
-        noted = self._notes.found(_BLOCK, block.name, _is_block)
-        if noted and noted["groups"] == shared and self._shards.holds(entries, noted["crcs"]):
-            return dict(noted["rescale"])
+        found = self._finished.found(_BLOCK, block.name, _is_block)
+        if found and found["groups"] == shared and self._shards.holds(entries, found["crcs"]):
+            return dict(found["rescale"])
         rescale: Rescale = {}
         for place, name, tensor in block_tensors(
             self._reader, block, groups, self._merging, self._own, rescale
         ):
             self._shards.write(_named(layout, place), name, tensor)
         value = {"groups": shared, "rescale": [list(item) for item in rescale.items()]}
-        self._note(_BLOCK, block.name, len(entries), value)
+        self._record(_BLOCK, block.name, len(entries), value)
         return rescale
 
     def _own(self, task: int, part: Part) -> Tensor:
@@ -203,26 +203,26 @@ class _Pieces:
         owner = self._reader.layout.tasks[task]
         place, entry = Place(DENSE, (owner,)), _private_entry(header)
         name = f"{owner}/{header.name}"
-        noted = self._notes.found(_PRIVATE, name, _is_piece)
-        if noted and self._shards.holds([(place, entry)], noted["crcs"]):
+        found = self._finished.found(_PRIVATE, name, _is_piece)
+        if found and self._shards.holds([(place, entry)], found["crcs"]):
             return
         tensor = self._reader.read_stored(task, header.name)
         if (dtype := (FLOATING | COPIED).get(header.dtype)) is not None:
             require_finite(tensor.view(dtype), header.name, owner)
         self._shards.write(place, header.name, tensor)
-        self._note(_PRIVATE, name, 1, {})
+        self._record(_PRIVATE, name, 1, {})
 
-    def _note(self, kind: str, key: str, count: int, value: Mapping[str, Any]) -> None:
+    def _record(self, kind: str, key: str, count: int, value: Mapping[str, Any]) -> None:
         def add(crcs: list[int]) -> None:
             if len(crcs) != count:
                 raise AssertionError(f"{key}: {len(crcs)} of {count} tensors were written")
-            self._notes.add(kind, key, {**value, "crcs": crcs})
+            self._finished.add(kind, key, {**value, "crcs": crcs})
 
         self._shards.done(add)
 
 
 def _is_piece(value: Any) -> bool:
-    """Return whether `_note` may have noted it."""
+    """Return whether `_record` may have recorded it."""
     sums = value.get("crcs") if isinstance(value, dict) else None
     return isinstance(sums, list) and all(type(crc) is int for crc in sums)
 

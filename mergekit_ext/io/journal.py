@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,43 @@ class Journal:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+class Finished:
+    """What earlier runs have finished of one subject, and what this run adds.
+
+    Lines of other subjects in the same journal are passed over.
+
+    Args:
+        journal: None to find and to keep nothing.
+        subject: a digest of everything that the values depend on.
+    """
+
+    def __init__(self, journal: Journal | None = None, subject: str = ""):
+        self._journal, self._subject = journal, subject
+
+    def found(self, kind: str, key: str, fits: Callable[[Any], bool]) -> Any:
+        """Return what an earlier run recorded; None if that is nothing, or nothing that `fits`.
+
+        A journal may hold anything after a power cut.
+        """
+        line = self._journal.finished.get((kind, key)) if self._journal is not None else None
+        if isinstance(line, list) and len(line) == 2 and line[0] == self._subject:
+            return line[1] if fits(line[1]) else None
+        return None
+
+    def add(self, kind: str, key: str, value: Any) -> None:
+        """Record a finished piece; see `Journal.add`."""
+        if self._journal is not None:
+            self._journal.add(kind, key, [self._subject, value])
+
+    def get(self, kind: str, key: str, fits: Callable[[Any], bool], make: Callable[[], Any]) -> Any:
+        """Return what an earlier run recorded, or what `make` returns, which is recorded."""
+        value = self.found(kind, key, fits)
+        if value is None:
+            value = make()
+            self.add(kind, key, value)
+        return value
 
 
 def _files(folder: Path) -> dict[tuple[int, int], Path]:

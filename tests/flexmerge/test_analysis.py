@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from mergekit_ext.errors import MergeError, NonFiniteError
 from mergekit_ext.flexmerge.analysis import analyse, passes, trimmed_grams
 from mergekit_ext.kernels.selection import Keeper
-from tests.flexmerge.inputs import family, reader
-from tests.flexmerge.test_algorithms import made
+from tests.flexmerge.inputs import algorithm, family, reader
+from tests.flexmerge.test_algorithms import SHARED
 from tests.reference import flexmerge as naive
 
 KINDS = {
@@ -131,12 +131,12 @@ def test_scales(scale):
 def test_similarities_of_trimmed_task_vectors(scope):
     base, models = family(3)
     found = reader(base, models)
-    algorithm = made("ties", scope=scope)
+    ties = algorithm("ties", 3, SHARED, scope)
     cuts = None
     if scope == "model":
         densities = (0.3,) * 3
         cuts = analyse(found, densities).cuts[densities]
-    grams = trimmed_grams(found, _three(algorithm), cuts)
+    grams = trimmed_grams(found, ties, cuts)
     least = [naive.least_kept(base, m, 0.3) for m in models]
     told = naive.Options(1.0, None, [0.3] * 3, scope, least)
     for block in found.layout.blocks:
@@ -145,14 +145,6 @@ def test_similarities_of_trimmed_task_vectors(scope):
         vectors = [naive.laid_out(parts) for parts in naive.trimmed(deltas, told)]
         wanted = torch.tensor([[float(a @ b) for b in vectors] for a in vectors])
         assert torch.allclose(grams[block.name].float(), wanted, rtol=1e-5, atol=1e-6)
-
-
-def _three(algorithm):
-    """The same for three tasks."""
-    parameters = algorithm.parameters
-    return type(algorithm)(
-        type(parameters)(parameters.shared, parameters.models[:3], parameters.trim_scope)
-    )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ext.flexmerge.prefix import Renaming, find_renaming, named_as
+from mergekit_ext.flexmerge.layout import Renaming, find_renaming, named_as
 from mergekit_ext.io.headers import TensorHeader
 
 BODY = [f"encoder.layer.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]

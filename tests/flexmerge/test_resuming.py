@@ -13,12 +13,11 @@ from mergekit_ext.errors import NonFiniteError, RankError
 from mergekit_ext.flexmerge.algorithm import Dare
 from mergekit_ext.flexmerge.analysis import analyse, trimmed_grams
 from mergekit_ext.flexmerge.merging import Merging
-from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
-from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.parallel.ranks import Ranks
 from tests.flexmerge.inputs import algorithm, family, reader
@@ -79,11 +78,11 @@ class Merge:
         ranks = ranks or Ranks()
         journal = Journal(self.room, ranks.rank)
         ranks.wait()
-        notes = Notes(journal, self.subject)
+        finished = Finished(journal, self.subject)
         measured, merged = measured or After(), merged or After()
         densities = self.algorithm.densities
         try:
-            found = analyse(self.inputs, densities, measured, notes, ranks)
+            found = analyse(self.inputs, densities, measured, finished, ranks)
             cuts = None if densities is None else found.cuts[tuple(densities)]
             storage = Storage(self.inputs.layout, self.algorithm.masks, self.forced)
             similarities = [cosines(gram) for gram in found.grams.values()]
@@ -100,7 +99,7 @@ class Merge:
                 told,
                 shard_size=400,
                 merged=merged,
-                notes=notes,
+                finished=finished,
                 ranks=ranks,
             )
         finally:
@@ -234,11 +233,11 @@ def test_an_analysis_goes_on_in_every_pass(double, tmp_path):
         journal = Journal(tmp_path)
         inputs = Counted(reader(base, models))
         with pytest.raises(StopError):
-            analyse(inputs, densities, After(stop), Notes(journal, "x"))
+            analyse(inputs, densities, After(stop), Finished(journal, "x"))
         journal.close()
         # Each gets further by what the one before it has noted.
         assert len(inputs.blocks) <= 5
-    found = analyse(reader(base, models), densities, notes=Notes(Journal(tmp_path), "x"))
+    found = analyse(reader(base, models), densities, finished=Finished(Journal(tmp_path), "x"))
     assert found.cuts == wanted.cuts
     assert all(torch.equal(found.grams[name], gram) for name, gram in wanted.grams.items())
 
@@ -247,7 +246,7 @@ def test_other_densities_are_counted_for_themselves(tmp_path):
     base, models = family(3)
     for densities in ([0.3] * 3, [0.5] * 3, [1.0, 0.5, 0.5]):
         journal = Journal(tmp_path)
-        found = analyse(reader(base, models), densities, notes=Notes(journal, "x"))
+        found = analyse(reader(base, models), densities, finished=Finished(journal, "x"))
         journal.close()
         assert found.cuts == analyse(reader(base, models), densities).cuts
 
@@ -259,8 +258,8 @@ def test_trimmed_products_are_noted_and_shared_out(tmp_path):
     wanted = trimmed_grams(merge.inputs, merge.algorithm, cuts)
 
     def measured(ranks):
-        own, notes = Merge("ties", tmp_path), Notes(Journal(tmp_path, ranks.rank), "x")
-        return trimmed_grams(own.inputs, own.algorithm, cuts, notes=notes, ranks=ranks)
+        own, finished = Merge("ties", tmp_path), Finished(Journal(tmp_path, ranks.rank), "x")
+        return trimmed_grams(own.inputs, own.algorithm, cuts, finished=finished, ranks=ranks)
 
     for found in (*together(measured, 2), measured(Ranks())):
         assert list(found) == list(wanted)

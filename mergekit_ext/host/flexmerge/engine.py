@@ -27,13 +27,12 @@ from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_g
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import Manifest
 from mergekit_ext.flexmerge.merging import Merging
-from mergekit_ext.flexmerge.notes import Notes
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
 from mergekit_ext.flexmerge.storage import StoredGroup
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.flexmerge.parameters import for_manifest
 from mergekit_ext.host.flexmerge.sources import DEFAULT_SEED, Inputs, Prepared
-from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.parallel.ranks import Ranks
 
@@ -90,7 +89,7 @@ class Engine:
         total = passes(layout, densities) * len(layout.blocks)
         self._emit(StatisticsBegin(total, "block"))
         made = analyse(
-            self.reader, densities, self._measured, self._notes("statistics"), self._ranks
+            self.reader, densities, self._measured, self._finished("statistics"), self._ranks
         )
         if found is not None:
             made = Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})
@@ -111,9 +110,9 @@ class Engine:
         if self._prepared.written.shared["similarity_on"] == "trimmed":
             self._emit(StatisticsBegin(len(blocks), "block"))
             started = time.perf_counter()
-            notes = self._notes("trimmed", self._acting)
+            finished = self._finished("trimmed", self._acting)
             found = trimmed_grams(
-                self.reader, self.algorithm, self.cuts, self._measured, notes, self._ranks
+                self.reader, self.algorithm, self.cuts, self._measured, finished, self._ranks
             )
             self._emit(StatisticsEnd({}, time.perf_counter() - started))
         return [found[block.name] for block in blocks]
@@ -150,7 +149,7 @@ class Engine:
             ),
             shard_size=self._options.out_shard_size,
             merged=self._merged,
-            notes=self._notes("blocks", self._acting, patterns, str(self.forced)),
+            finished=self._finished("blocks", self._acting, patterns, str(self.forced)),
             ranks=self._ranks,
         )
         self._emit(SizeReached(self.algorithm.name, plan.size.models, plan.size.bytes))
@@ -185,11 +184,11 @@ class Engine:
         """What decides how a group is merged: the target size decides only which groups are."""
         return {name: value for name, value in self._settings.items() if name != "target_size"}
 
-    def _notes(self, *what: Any) -> Notes:
-        """Notes that hold for these inputs on this device, and for whatever else is given."""
+    def _finished(self, *what: Any) -> Finished:
+        """Finished that hold for these inputs on this device, and for whatever else is given."""
         device = torch.device(self._options.device).type
         text = json.dumps([self.subject.digest, device, *what], sort_keys=True)
-        return Notes(self._journal, hashlib.sha256(text.encode()).hexdigest())
+        return Finished(self._journal, hashlib.sha256(text.encode()).hexdigest())
 
     def _measured(self, name: str) -> None:
         self._emit(TensorMeasured(name))
