@@ -93,7 +93,7 @@ def save(path: Path, analysis: Analysis, subject: Subject, facts: Mapping[str, A
 
 
 def find(folder: Path, subject: Subject) -> Analysis | None:
-    """An analysis of `subject` in `folder` or in a folder inside of it."""
+    """Return an analysis of `subject` in `folder` or in a folder inside of it."""
     for path in _candidates(folder):
         found = _read(path, subject)
         if found is not None:
@@ -104,7 +104,7 @@ def find(folder: Path, subject: Subject) -> Analysis | None:
 def _candidates(folder: Path) -> Iterable[Path]:
     times = {}
     for path in (folder / FILE_NAME, *folder.glob(f"*/{FILE_NAME}")):
-        # It may be gone by now, or belong to somebody else.
+        # It may be gone by now, or not readable.
         with suppress(OSError):
             status = path.stat()
             if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST:
@@ -113,7 +113,7 @@ def _candidates(folder: Path) -> Iterable[Path]:
 
 
 def _read(path: Path, subject: Subject) -> Analysis | None:
-    """The analysis in a file; None if it is of something else, or broken."""
+    """Return the analysis in a file; None if it is of something else, or broken."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["subject"] != subject.digest or content["version"] != VERSION:

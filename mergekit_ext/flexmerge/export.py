@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from mergekit_ext.errors import CheckpointError, Problem
-from mergekit_ext.flexmerge.files import RefusedError, regular_file
+from mergekit_ext.flexmerge.files import regular_file
 from mergekit_ext.flexmerge.reader import TaskTensors, open_checkpoint
 from mergekit_ext.flexmerge.task_folders import INDEX
 from mergekit_ext.io.model_files import companions
@@ -88,5 +88,5 @@ def _companions(root: Path, task: str) -> dict[str, Path]:
 def _place(root: Path, name: str) -> Path | Problem:
     try:
         return regular_file(root, name, name)
-    except RefusedError as refused:
-        return refused.problem
+    except CheckpointError as refused:
+        return refused.problems[0]

@@ -20,14 +20,6 @@ _CHUNK = 1 << 22
 _GIT_DIGITS = 40
 
 
-class RefusedError(Exception):
-    """A file that must not be used, and why."""
-
-    def __init__(self, problem: Problem):
-        super().__init__(str(problem))
-        self.problem = problem
-
-
 class StoredFile:
     """A shard whose place, length and header are those of the manifest.
 
@@ -41,7 +33,7 @@ class StoredFile:
         verify: also compare the content with the manifest's digest.
 
     Raises:
-        RefusedError: it is something else.
+        CheckpointError: it is something else.
     """
 
     def __init__(self, root: Path, file: ShardFile, verify: bool = False):
@@ -49,32 +41,24 @@ class StoredFile:
         self.path = regular_file(root, file.path, file.path, file.sha256)
         length = self.path.stat().st_size
         if length != file.bytes:
-            raise RefusedError(
-                Problem(file.path, f"{length} bytes", f"{file.bytes} bytes", _DAMAGED)
-            )
+            raise _refused(root, file.path, f"{length} bytes", f"{file.bytes} bytes", _DAMAGED)
         try:
             self.headers: Mapping[str, TensorHeader] = read_safetensors(self.path)
             # Memory-mapped: what is not used is not read.
             opened: Any = safe_open(self.path, framework="pt")
             metadata = opened.metadata() or {}
         except HeaderError as error:
-            raise RefusedError(
-                Problem(file.path, error.found, error.expected, error.remedy)
-            ) from None
+            raise _refused(root, file.path, error.found, error.expected, error.remedy) from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise RefusedError(
-                Problem(file.path, str(error), "a safetensors file", _DAMAGED)
-            ) from None
+            raise _refused(root, file.path, str(error), "a safetensors file", _DAMAGED) from None
         self._open = opened
         if metadata.get("format") != "pt":
-            raise RefusedError(
-                Problem(file.path, f"metadata {metadata}", 'metadata with "format": "pt"')
-            )
+            raise _refused(root, file.path, f"metadata {metadata}", 'metadata with "format": "pt"')
         if verify and self.path.is_relative_to(root):  # others have been compared
-            require_digest(self.path, file.path, file.sha256)
+            require_digest(root, self.path, file.path, file.sha256)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU; its storage is the mapped file.
+        """Return one tensor, on the CPU; its storage is the mapped file.
 
         Raises:
             CheckpointError: it is of a dtype that torch does not have.
@@ -88,7 +72,7 @@ class StoredFile:
 
 
 def regular_file(root: Path, path: str, where: str, sha256: str | None = None) -> Path:
-    """The file that `path` names inside of `root`, links resolved.
+    """Return the file that `path` names inside of `root`, links resolved.
 
     In the Hub's cache files are links to blobs beside the snapshots. Such a link is followed when
     its content has the digest that the checkpoint gives it, or else the blob is called after.
@@ -100,47 +84,48 @@ def regular_file(root: Path, path: str, where: str, sha256: str | None = None) -
         sha256: the digest of its content, where it is known.
 
     Raises:
-        RefusedError: there is none, it is not a regular file, or it lies elsewhere.
+        CheckpointError: there is none, it is not a regular file, or it lies elsewhere.
     """
     try:
         resolved = (root / path).resolve(strict=True)
         mode = resolved.stat().st_mode
     except (OSError, RuntimeError, ValueError) as error:
         # Before Python 3.13 a loop of links is a RuntimeError.
-        raise RefusedError(Problem(where, f"no file ({error})", "a file", _DAMAGED)) from None
+        raise _refused(root, where, f"no file ({error})", "a file", _DAMAGED) from None
     in_cache = root.parent.name == "snapshots"
     blob = in_cache and resolved.parent == root.parent.parent / "blobs"
     if not blob and not resolved.is_relative_to(root):
-        raise RefusedError(
-            Problem(
-                where,
-                f"a link to {resolved}, outside of the checkpoint",
-                "a file inside of it",
-                "Do not use the checkpoint unless you know who made it.",
-            )
-        )
+        found = f"a link to {resolved}, outside of the checkpoint"
+        remedy = "Do not use the checkpoint unless you know who made it."
+        raise _refused(root, where, found, "a file inside of it", remedy)
     if not stat.S_ISREG(mode):
-        raise RefusedError(Problem(where, "something that is not a file", "a regular file"))
+        raise _refused(root, where, "something that is not a file", "a regular file")
     if blob:
-        require_digest(resolved, where, sha256 or resolved.name)
+        require_digest(root, resolved, where, sha256 or resolved.name)
     return resolved
 
 
-def require_digest(path: Path, where: str, digest: str) -> None:
+def _refused(
+    root: Path, where: str, found: str, expected: str, remedy: str = ""
+) -> CheckpointError:
+    return CheckpointError([Problem(where, found, expected, remedy)], str(root))
+
+
+def require_digest(root: Path, path: Path, where: str, digest: str) -> None:
     """Compare the content of a file with its SHA-256, or with the digest that Git knows it by.
 
     Raises:
-        RefusedError: they differ, or the file cannot be read.
+        CheckpointError: they differ, or the file cannot be read.
     """
     git = len(digest) == _GIT_DIGITS
     try:
         start = b"blob %d\0" % path.stat().st_size
         found = digest_of(path, hashlib.sha1(start)) if git else digest_of(path)
     except OSError as error:
-        raise RefusedError(Problem(where, f"an error ({error})", "a readable file")) from None
+        raise _refused(root, where, f"an error ({error})", "a readable file") from None
     if found != digest:
         name = "Git digest" if git else "SHA-256"
-        raise RefusedError(Problem(where, f"{name} {found}", digest, _DAMAGED))
+        raise _refused(root, where, f"{name} {found}", digest, _DAMAGED)
 
 
 def digest_of(path: Path, digest: Any = None) -> str:

@@ -45,7 +45,7 @@ class Part:
         return slice(self.start, self.start + math.prod(self.shape))
 
     def dtype(self, tasks: Sequence[int]) -> torch.dtype:
-        """The dtype that holds the values of all `tasks`."""
+        """Return the dtype that holds the values of all `tasks`."""
         return reduce(torch.promote_types, (self.dtypes[task] for task in tasks))
 
 
@@ -69,7 +69,7 @@ class BlockLayout:
         return self.parts[-1].slice.stop
 
     def bytes(self, tasks: Sequence[int], forced: torch.dtype | None = None) -> int:
-        """Bytes of one dense copy that `tasks` share."""
+        """Return the bytes of one dense copy that `tasks` share."""
         return sum(
             math.prod(part.shape) * (forced or part.dtype(tasks)).itemsize for part in self.parts
         )
@@ -80,7 +80,7 @@ class BlockLayout:
         return sum(math.prod(part.shape) * part.base_dtype.itemsize for part in self.parts)
 
     def dtype(self, tasks: Sequence[int]) -> torch.dtype:
-        """The dtype that holds every tensor of all `tasks`."""
+        """Return the dtype that holds every tensor of all `tasks`."""
         return reduce(torch.promote_types, (part.dtype(tasks) for part in self.parts))
 
 

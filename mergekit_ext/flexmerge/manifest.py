@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Protocol
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -116,29 +116,12 @@ Tasks = Some[Name]
 Similarity = Annotated[float, Field(ge=-_COSINE, le=_COSINE)] | None
 
 
-class Sharing(Protocol):
-    """A group of tasks, as `Group` is one."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]: ...
-
-
-class Shared(Protocol):
-    """A block of groups, as `Block` is one."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def groups(self) -> Sequence[Sharing]: ...
-
-
-def sharing_problems(tasks: Sequence[str], blocks: Sequence[Shared]) -> Iterator[Problem]:
+def sharing_problems(tasks: Sequence[str], blocks: Sequence[Any]) -> Iterator[Problem]:
     """Yield what is wrong with the names of tasks, and with the groups that should partition them.
 
     Args:
         tasks: their names.
-        blocks: the manifest's.
+        blocks: the manifest's; they have `name` and `groups`, and these have `tasks`.
     """
     for first, second in colliding_names(tasks):
         yield Problem("tasks", f"{first} and {second}", "names that differ also in lower case")

@@ -71,7 +71,7 @@ def place(
         _move(module, plans[task], moved)
         devices = set(plans[task].values())
         if len(devices) == 1 and DISK not in devices:
-            module.hf_device_map = plans[task]  # where accelerate notes it
+            module.hf_device_map = plans[task]  # where accelerate keeps it
             continue
         dispatch_model(
             module,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
 from mergekit_ext.flexmerge import task_folders
-from mergekit_ext.flexmerge.files import RefusedError, StoredFile
+from mergekit_ext.flexmerge.files import StoredFile
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.manifest import (
     BASE,
@@ -60,8 +60,8 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
 def _opened(root: Path, file: ShardFile, verify: bool) -> StoredFile | Problem:
     try:
         return StoredFile(root, file, verify)
-    except RefusedError as refused:
-        return refused.problem
+    except CheckpointError as refused:
+        return refused.problems[0]
 
 
 def _place_of(file: ShardFile) -> Place:

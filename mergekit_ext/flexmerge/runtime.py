@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
-from mergekit_ext.flexmerge.files import RefusedError, regular_file
+from mergekit_ext.flexmerge.files import regular_file
 from mergekit_ext.flexmerge.placement import DeviceMap, MaxMemory, place
 from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
 from mergekit_ext.flexmerge.sharing import Sharing
@@ -95,12 +95,9 @@ def _of_checkpoint(
     trust_remote_code: bool,
 ) -> Any:
     home = checkpoint.folder / task
-    try:
-        for file in ("config.json", "generation_config.json"):
-            if file == "config.json" or (home / file).exists():
-                regular_file(checkpoint.folder, f"{task}/{file}", f"{task}/{file}")
-    except RefusedError as refused:
-        raise CheckpointError([refused.problem], str(checkpoint.folder)) from None
+    for file in ("config.json", "generation_config.json"):
+        if file == "config.json" or (home / file).exists():
+            regular_file(checkpoint.folder, f"{task}/{file}", f"{task}/{file}")
     return build_module(home, tensors, dtype, trust_remote_code=trust_remote_code)
 
 
@@ -111,7 +108,7 @@ def build_module(
     *,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A transformers module in evaluation mode that holds `tensors` themselves where it can.
+    """Return a transformers module in evaluation mode, of `tensors` themselves where it can.
 
     Args:
         folder: where its ``config.json`` is.
@@ -142,8 +139,8 @@ def build_module(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except RefusedError as refused:
-        raise CheckpointError([refused.problem], str(folder)) from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
         problem = Problem(str(folder), f"an error of transformers: {error}", "a model that loads")
         raise CheckpointError([problem], str(folder)) from error
@@ -155,40 +152,37 @@ def build_module(
 
 
 def _class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
-    """The model's class, as ``config.json`` names it."""
-    named = getattr(config, "architectures", None) or []
-    where = f"{folder / 'config.json'}, architectures"
-    if not isinstance(named, list) or [type(name) for name in named] != [str]:
-        raise RefusedError(Problem(where, f"{named}", "the name of one class"))
-    kind = getattr(transformers, named[0], None)
-    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-        return kind
-    listed = getattr(config, "auto_map", None)
-    own = {
-        reference.rpartition(".")[2]: reference
-        for reference in (listed.values() if isinstance(listed, dict) else ())
-        if isinstance(reference, str)
-    }
-    if named[0] not in own:
-        raise RefusedError(
-            Problem(where, f"{named[0]}", f"a model of transformers {transformers.__version__}")
-        )
-    if not trust_remote_code:
-        raise RefusedError(
-            Problem(
-                where,
-                f"{named[0]}, which is the model's own code",
-                "a model of transformers",
-                "Read that code, and pass trust_remote_code=True if you trust it.",
-            )
-        )
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    """Return the model's class, as ``config.json`` names it.
 
-    return get_class_from_dynamic_module(own[named[0]], str(folder))
+    Raises:
+        CheckpointError: it names none, or one that is not transformers' and not trusted.
+    """
+    named = getattr(config, "architectures", None) or []
+    found, expected, remedy = f"{named}", "the name of one class", ""
+    if isinstance(named, list) and [type(name) for name in named] == [str]:
+        kind = getattr(transformers, named[0], None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+        listed = getattr(config, "auto_map", None)
+        own = {
+            reference.rpartition(".")[2]: reference
+            for reference in (listed.values() if isinstance(listed, dict) else ())
+            if isinstance(reference, str)
+        }
+        if named[0] in own and trust_remote_code:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            return get_class_from_dynamic_module(own[named[0]], str(folder))
+        found, expected = named[0], f"a model of transformers {transformers.__version__}"
+        if named[0] in own:
+            found += ", which is the model's own code"
+            remedy = "Read that code, and pass trust_remote_code=True if you trust it."
+    where = f"{folder / 'config.json'}, architectures"
+    raise CheckpointError([Problem(where, found, expected, remedy)], str(folder))
 
 
 def _misfits(task: str, report: Mapping[str, Any]) -> Iterator[Problem]:
-    """What transformers would initialise, or leave out, and only warn of."""
+    """Yield what transformers would initialise, or leave out, and only warn of."""
     for name in sorted(report["missing_keys"]):
         yield Problem(f"{task}, {name}", "no tensor", "a value for every parameter of the model")
     for name in sorted(report["unexpected_keys"]):

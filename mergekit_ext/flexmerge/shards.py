@@ -127,7 +127,7 @@ class ShardWriter:
             before.result()
 
     def holds(self, entries: Iterable[tuple[Place, Entry]], crcs: Sequence[int]) -> bool:
-        """Whether these tensors lie in their places with these sums."""
+        """Return whether these tensors lie in their places with these sums."""
         wanted = list(entries)
         return len(wanted) == len(crcs) and all(
             self._files.crc(self._places[place, entry.name], entry.name) == crc
@@ -135,7 +135,7 @@ class ShardWriter:
         )
 
     def finish(self, ranks: Ranks) -> tuple[ShardFile, ...]:
-        """Close the files; return what the manifest says of them. All processes come here.
+        """Close the files; return their entries in the manifest. All processes call this.
 
         Files whose digests are not known are read, each by one process.
         """
@@ -162,11 +162,11 @@ class ShardWriter:
         )
 
     def where(self, place: Place) -> Sequence[tuple[str, Sequence[Entry]]]:
-        """The files of one set of tasks, with what is in each."""
+        """Return the files of one place, with what is in each."""
         return [(file.path, file.entries) for file in self._sets.get(place, ())]
 
     def wait(self) -> None:
-        """Until what was given to `done` has been called."""
+        """Wait until what was given to `done` has been called."""
         if self._last is not None:
             self._last.result()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What tells one memory range of one dtype, shape and stride from another.
+# A memory range of one dtype, shape and stride.
 _Range = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
@@ -91,7 +91,7 @@ class _Sources:
                 self._within[indices[:length]].append(name)
 
     def meet(self, other: _Sources, parameter: str) -> bool:
-        """Whether both have the same tensor among those that `parameter` may have come from."""
+        """Return whether both have the same tensor of those that `parameter` may come from."""
         return any(
             other._tensors.get(name) is self._tensors[name] for name in self._candidates(parameter)
         )

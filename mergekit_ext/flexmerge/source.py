@@ -39,10 +39,10 @@ class Source(Protocol):
         """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
 
     def expect(self, name: str) -> None:
-        """Say that `read` will be asked for a tensor soon."""
+        """Prepare for a `read` of a tensor that comes soon."""
 
     def tensor(self, name: str) -> Tensor:
-        """The stored tensor; mapped, where that is possible, so that it costs no memory."""
+        """Return the stored tensor; mapped, where that is possible, so that it costs no memory."""
 
 
 class FileSource:
@@ -136,7 +136,7 @@ class BlockData:
     models: Mapping[int, Tensor]
 
     def part(self, vector: Tensor, index: int) -> Tensor:
-        """One tensor of a block vector, in its shape."""
+        """Return one tensor of a block vector, in its shape."""
         part = self.layout.parts[index]
         return vector[part.slice].view(part.shape)
 
@@ -152,7 +152,7 @@ class BlockReader:
     def __init__(self, layout: Layout, base: Source, models: Sequence[Source], device: str = "cpu"):
         self.layout, self._device = layout, torch.device(device)
         self._base, self._models = base, tuple(models)
-        self._room: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
         self._bytes = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._largest = max(block.size for block in layout.blocks)
         stored = {
@@ -164,11 +164,12 @@ class BlockReader:
         self._least = torch.float64 if torch.float64 in stored else None
         self._place = {block.name: index for index, block in enumerate(layout.blocks)}
         self._last, self._expected = -1, 0  # the place last read, and where announcing goes on
-        # The system makes who announces more than its queue holds wait.
-        self._herald = ThreadPoolExecutor(1, thread_name_prefix="mergekit-ext-ahead")
+        # A thread of its own: the system lets a thread wait that announces more than its queue
+        # holds.
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="mergekit-ext-ahead")
 
     def read(self, block: BlockLayout, members: Sequence[int] | None = None) -> BlockData:
-        """The block of the base and of the members' models (default: of all)."""
+        """Return the block of the base and of the members' models (default: of all)."""
         chosen = range(len(self._models)) if members is None else members
         base = self._vector(-1, self._base, block)
         models = {member: self._vector(member, self._models[member], block) for member in chosen}
@@ -188,15 +189,15 @@ class BlockReader:
         for block in self.layout.blocks[self._expected :]:
             if ahead >= self._largest:
                 return
-            self._herald.submit(_announce, sources, block)
+            self._ahead.submit(_announce, sources, block)
             ahead += block.size
             self._expected += 1
 
     def read_stored(self, member: int, name: str) -> Tensor:
-        """One tensor of one model as it is stored: its bytes, on the CPU.
+        """Return one tensor of one model as it is stored: its bytes, on the CPU.
 
-        They stay until the call after the next: who writes them can still compute their digest
-        while the next are read.
+        They stay until the call after the next, so that their digest can be computed while the
+        next are read.
         """
         source = self._models[member]
         header = source.tensors[name]
@@ -204,12 +205,12 @@ class BlockReader:
         if self._bytes[0].numel() < header.nbytes:
             self._bytes[0] = torch.empty(0)  # let go before more is taken
             self._bytes[0] = torch.empty(header.nbytes, dtype=torch.uint8)
-        room = self._bytes[0][: header.nbytes]
-        source.read(name, room)
-        return room
+        stored = self._bytes[0][: header.nbytes]
+        source.read(name, stored)
+        return stored
 
     def tensor(self, member: int, name: str) -> Tensor:
-        """One tensor of one model as it is stored, in memory of its own."""
+        """Return one tensor of one model as it is stored, in memory of its own."""
         return self._models[member].tensor(name)
 
     def _vector(self, index: int, source: Source, block: BlockLayout) -> Tensor:
@@ -229,9 +230,9 @@ class BlockReader:
     def _buffer(self, index: int, dtype: torch.dtype, size: int) -> Tensor:
         # One buffer is enough off the CPU, where `to` copies.
         key = (index if self._device.type == "cpu" else 0, dtype)
-        if key not in self._room or self._room[key].numel() < size:
-            self._room[key] = torch.empty(max(self._largest, size), dtype=dtype)
-        return self._room[key][:size]
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(max(self._largest, size), dtype=dtype)
+        return self._buffers[key][:size]
 
 
 def _announce(sources: Sequence[Source], block: BlockLayout) -> None:

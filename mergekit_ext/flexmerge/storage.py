@@ -221,7 +221,7 @@ class Storage(GroupStorage):
 
     @property
     def _widening(self) -> str:
-        """The dtypes of tensors that take more room merged than some model gives them."""
+        """The dtypes of tensors that are larger merged than some model gives them."""
         if self.masks or self.forced is not None:
             return ""
         parts = [part for block in self.layout.blocks for part in block.parts]

@@ -9,7 +9,7 @@ from mergekit_ext import budget
 from mergekit_ext.errors import Problem
 
 EXPECTED = "a number of models such as 2.25, or a memory budget such as '12GB'"
-# A budget that holds every merge, for those who want all sizes.
+# A budget that holds every merge, where all sizes are wanted.
 ANY_SIZE = "1000000TB"
 # Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 models.
 _ROUNDING = 1e-9

@@ -11,11 +11,11 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from mergekit_ext.errors import MergeWarning, Problem
+from mergekit_ext.errors import CheckpointError, MergeWarning, Problem
 from mergekit_ext.flexmerge.files import (
-    RefusedError,
     StoredFile,
     digest_of,
     regular_file,
@@ -90,7 +90,7 @@ def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> It
 
 
 def _digest_of(path: Path, shards: Sequence[StoredFile]) -> str:
-    """The digest of a file, which is not read where it is a link to one of `shards`."""
+    """Return the digest of a file, which is not read where it is a link to one of `shards`."""
     linked = (shard.file.sha256 for shard in shards if path.samefile(shard.path))
     return next(linked, None) or digest_of(path)
 
@@ -117,13 +117,13 @@ def warn_of_copies(root: Path, manifest: Manifest, shards: Sequence[StoredFile])
 
 
 def _homes(root: Path, tasks: Sequence[str]) -> list[Path]:
-    """The folders that are checkpoints by themselves, or would be but for masks."""
+    """Return the folders that are checkpoints by themselves, or would be but for masks."""
     homes = [root / task for task in tasks if (root / task).is_dir()]
     return [*homes, root] if (root / INDEX).is_file() else homes
 
 
 def _files(home: Path, root: Path) -> list[str]:
-    """All that a reader may take for a part of the model, but for links to shards."""
+    """Return all that a reader may take for a part of the model, but for links to shards."""
     others = [path.name for path in _weights(home) if path.suffix != _SHARD]
     return [(home / name).relative_to(root).as_posix() for name in (*companions(home), *others)]
 
@@ -133,17 +133,17 @@ def _shards(home: Path) -> list[Path]:
 
 
 def _weights(home: Path) -> list[Path]:
-    """Weights and indexes of the model itself: those of its modules lie in folders."""
+    """Return weights and indexes of the model itself: those of its modules lie in folders."""
     return [path for path in sorted(home.iterdir()) if path.is_file() and is_weights(path)]
 
 
 def _problem(root: Path, name: str, digest: str) -> Iterator[Problem]:
+    if ".." in PurePosixPath(name).parts:
+        yield Problem(name, "a path that climbs", "one inside of the checkpoint", _REMEDY)
+        return
     try:
-        if ".." in PurePosixPath(name).parts:
-            raise RefusedError(Problem(name, "a path that climbs", "one inside of the checkpoint"))
         path = regular_file(root, name, name, digest)
         if path.is_relative_to(root):
-            require_digest(path, name, digest)
-    except RefusedError as refused:
-        problem = refused.problem
-        yield Problem(problem.where, problem.found, problem.expected, _REMEDY)
+            require_digest(root, path, name, digest)
+    except CheckpointError as refused:
+        yield replace(refused.problems[0], remedy=_REMEDY)

@@ -26,7 +26,7 @@ Counts = list[str | None]
 
 
 def widest(layout: Layout) -> torch.dtype:
-    """The dtype that task vectors are formed in, the same in every block."""
+    """Return the dtype that task vectors are formed in, the same in every block."""
     parts = [part for block in layout.blocks for part in block.parts]
     stored = {dtype for part in parts for dtype in (part.base_dtype, *part.dtypes)}
     return torch.float64 if torch.float64 in stored else torch.float32
@@ -69,7 +69,7 @@ class TrimSearch:
         return json.dumps([block, self.passes, given])
 
     def takes(self, counts: Any) -> bool:
-        """Whether `count` may have found this, and `add` can take it in."""
+        """Return whether `count` may have found this, and `add` can take it in."""
         return (
             isinstance(counts, list)
             and len(counts) == len(self._searches)
@@ -109,7 +109,7 @@ class TrimSearch:
 
 
 def _counted(search: CutSearch, data: BlockData, member: int) -> Tensor:
-    """What `search` counts of a task vector, which is formed in pieces."""
+    """Return what `search` counts of a task vector, which is formed in pieces."""
     total = torch.zeros(search.bins, dtype=torch.int64, device=data.base.device)
     for part in chunks(data.base):
         models = {member: data.models[member][part]}
@@ -119,7 +119,7 @@ def _counted(search: CutSearch, data: BlockData, member: int) -> Tensor:
 
 
 def packed(counts: Tensor) -> str:
-    """Counts, most of which are 0, as text."""
+    """Return counts, most of which are 0, as text."""
     counts = counts.cpu()
     filled = counts.nonzero().view(-1)
     steps = filled.diff(prepend=filled.new_zeros(1))  # small numbers, which compress well
@@ -128,7 +128,7 @@ def packed(counts: Tensor) -> str:
 
 
 def unpacked(text: str, size: int) -> Tensor:
-    """The counts that `packed` was given, as many as `size`."""
+    """Return the counts that `packed` was given, as many as `size`."""
     content = bytearray(zlib.decompress(base64.b64decode(text)))
     counts = torch.zeros(size, dtype=torch.int64)
     if content:

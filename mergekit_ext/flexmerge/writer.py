@@ -45,7 +45,7 @@ Rescale = dict[int, float]
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the manifest says of where a checkpoint comes from."""
+    """Where a checkpoint comes from, for its manifest."""
 
     generator: str
     method: Mapping[str, Any]

@@ -223,8 +223,8 @@ class AdapterStorage(GroupStorage):
 
     @property
     def least(self) -> Size:
-        """However tasks share a block, it takes the room of the largest of their own changes (cut
-        to the rank of what is shared). Between that bound and what the similarities lead to, the
+        """However tasks share a block, it is as large as the largest of their own changes (cut to
+        the rank of what is shared). Between that bound and what the similarities lead to, the
         merge decides."""
         bytes_of, tasks = self._family.bytes, range(self.tasks)
         return self.size(

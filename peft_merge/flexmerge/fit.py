@@ -1,4 +1,4 @@
-"""Whether adapters fit a live base model, which is told before PEFT changes the model."""
+"""Check that adapters fit a live base model, before PEFT changes the model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def require_fit(adapters: Sequence[Adapter], base_model: nn.Module) -> None:
     problems: list[Problem] = []
     for adapter in adapters:
         where = f"adapter {adapter.name}"
-        # Replicated and tied layers have names that only PEFT can tell.
+        # Replicated and tied layers have names that only PEFT knows.
         config = adapter.config
         if not config.get("layer_replication") and not config.get("ensure_weight_tying"):
             problems += _adapted(adapter, modules, where)
@@ -115,7 +115,7 @@ def _adapted(adapter: Adapter, modules: Mapping[str, nn.Module], where: str) -> 
 
 
 def _shapes(adapter: Adapter, targets: Targets, owner: str, module: nn.Module) -> list[Shape]:
-    """What the adapted weight may be; nothing if that cannot be told, as of packed weights."""
+    """Return the shapes that an adapted weight may have; none where packed weights hide them."""
     info = adapter.infos.get(owner)
     if isinstance(info, ModuleInfo) and info.layout == "convolution" and info.matrices > 1:
         return []  # of groups, in factors that are not
@@ -138,7 +138,7 @@ def _fits(info: Any, shape: Shape, module: nn.Module) -> bool:
 
 
 def _replaced(adapter: Adapter, held: Mapping[str, Shape], where: str) -> Iterator[Problem]:
-    """Whole tensors: heads, embeddings."""
+    """Yield what does not fit of whole tensors: heads, embeddings."""
     missing = [name for name in adapter.saved if name not in held]
     others = []
     for name in adapter.saved.keys() & held.keys():

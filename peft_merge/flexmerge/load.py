@@ -28,11 +28,11 @@ _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "ia3_
 def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = True) -> Any:
     """Put all adapters of a FlexMerge on one base model; what tasks share is one parameter.
 
-    Factors and vectors keep their stored dtypes, and take what the manifest says. Sharing outlasts
-    ``model.to(...)``. The first task is active; ``model.set_adapter(task)`` changes it, and for
-    LoRA ``model(..., adapter_names=[task of each row])`` runs rows of several tasks in one batch,
-    as PEFT supports it. The model is in evaluation mode and meant for inference: training one task
-    would change the others.
+    Factors and vectors keep their stored dtypes; together they have the manifest's size. Sharing
+    outlasts ``model.to(...)``. The first task is active; ``model.set_adapter(task)`` changes it,
+    and for LoRA ``model(..., adapter_names=[task of each row])`` runs rows of several tasks in one
+    batch, as PEFT supports it. The model is in evaluation mode and meant for inference: training
+    one task would change the others.
 
     Args:
         base_model: whose modules PEFT wraps, as ``PeftModel.from_pretrained`` does.
@@ -105,7 +105,7 @@ def _require_kind(manifest: Manifest, adapters: Sequence[Adapter], folder: Path)
 
 
 def _require_separable(adapters: Sequence[Adapter]) -> None:
-    """PEFT has one base for all adapters: what replaces tensors of it must be the same in all."""
+    """Check that what replaces tensors of the base, which PEFT has once, is the same in all."""
     common = of_the_base(adapters)
     problems = []
     for adapter in adapters:
@@ -133,7 +133,7 @@ def _require_separable(adapters: Sequence[Adapter]) -> None:
 
 
 def _apart(adapter: Adapter) -> Adapter:
-    """Without what replaces tensors of the base."""
+    """Return the adapter without what replaces tensors of the base."""
     saved = {
         name: load
         for name, load in adapter.saved.items()
@@ -147,7 +147,7 @@ def _groups(manifest: Manifest) -> Iterator[Group]:
 
 
 def _owners(manifest: Manifest, task: str) -> Iterator[tuple[str, str]]:
-    """Shared modules of a task, and the first task that has each."""
+    """Yield the shared modules of a task, and the first task that has each."""
     for group in _groups(manifest):
         if task in group.tasks and task != group.tasks[0]:
             for module in group.modules:
@@ -155,7 +155,7 @@ def _owners(manifest: Manifest, task: str) -> Iterator[tuple[str, str]]:
 
 
 def _require_sharing(manifest: Manifest, adapters: Sequence[Adapter], folder: Path) -> None:
-    """What the manifest calls shared is in all members, with the same values."""
+    """Check that what the manifest calls shared is in all members, with the same values."""
     by_name: Mapping[str, Adapter] = {adapter.name: adapter for adapter in adapters}
     problems = []
     for group in _groups(manifest):

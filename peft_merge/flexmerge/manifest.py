@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
-from mergekit_ext.flexmerge.files import RefusedError, digest_of, regular_file, require_digest
+from mergekit_ext.flexmerge.files import digest_of, regular_file, require_digest
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
 from peft_merge.io.tensors import CONFIG, SAFETENSORS
@@ -146,6 +146,6 @@ def _file_problems(root: Path, path: str, file: AdapterFile, verify: bool) -> It
         if length != file.bytes:
             yield Problem(path, f"{length} bytes", f"{file.bytes} bytes", _DAMAGED)
         elif verify:
-            require_digest(found, path, file.sha256)
-    except RefusedError as refused:
-        yield refused.problem
+            require_digest(root, found, path, file.sha256)
+    except CheckpointError as refused:
+        yield refused.problems[0]

@@ -53,7 +53,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
-    """FlexMerge's own, and those of the algorithm that is chosen.
+    """Return FlexMerge's own, and those of the algorithm that is chosen.
 
     NAN's `granularity` is FlexMerge's here: its coefficients are those of each module and group.
     """
@@ -75,13 +75,13 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
 
 
 def _any_value(name: str, forms: Sequence[Parameter]) -> Parameter:
-    """A parameter of which it is not known which of these it is."""
+    """Return a parameter of which it is not known which of these it is."""
     per_model = any(form.per_model for form in forms)
     return Parameter(name, Any, None, per_model=per_model)
 
 
 def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """What is wrong with the tasks and with what is asked for beside the parameters."""
+    """Yield what is wrong with the tasks and with what is asked for beside the parameters."""
     for name in sorted(_varying(request)):
         found = shown(request.parameters[name])
         remedy = "Give one value, without filters."
@@ -103,20 +103,20 @@ def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Prob
 
 
 def check(plan: MergePlan) -> Iterator[Problem]:
-    """What is wrong with the algorithm and the size, from configurations and headers."""
+    """Yield what is wrong with the algorithm and the size, from configurations and headers."""
     if plan.modules and not _varying(plan.request):
         problems = list(_algorithm(plan))
         yield from problems or _size(plan)
 
 
 def _varying(request: Request) -> list[str]:
-    """FlexMerge's own parameters that have several values."""
+    """Return FlexMerge's own parameters that have several values."""
     given = request.parameters
     return [name for name in _NAMES if isinstance(given.get(name), (list, tuple, Mapping))]
 
 
 def _tasks(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """Adapters' names become those of folders, and of adapters in one model."""
+    """Check adapters' names, which become those of folders, and of adapters in one model."""
     seen: dict[str, str] = {}
     for adapter, item in zip(adapters, request.inputs, strict=True):
         if (reason := task_name_problem(adapter.name)) is not None:
@@ -158,7 +158,7 @@ def _algorithm(plan: MergePlan) -> Iterator[Problem]:
 
 
 def _size(plan: MergePlan) -> Iterator[Problem]:
-    """A target that cannot be reached, as far as headers tell."""
+    """Yield the problem of a target that cannot be reached, as far as headers show."""
     if isinstance(plan.rank, (int, NoneType)):
         chosen = options_of(plan)
         storage = storage_of(plan, chosen)
@@ -167,12 +167,12 @@ def _size(plan: MergePlan) -> Iterator[Problem]:
 
 
 def chosen_rule(plan: MergePlan) -> Method:
-    """The algorithm of a checked plan."""
+    """Return the algorithm of a checked plan."""
     return rules()[str(_value(plan, "algorithm"))]
 
 
 def options_of(plan: MergePlan) -> Options:
-    """FlexMerge's own parameters of a checked plan."""
+    """Return FlexMerge's own parameters of a checked plan."""
     target = _value(plan, "target_size")
     assert isinstance(target, Target)
     return Options(

@@ -74,7 +74,7 @@ def storage_of(plan: MergePlan, options: Options) -> AdapterStorage:
 
 
 def merge(plan: MergePlan, options: Options, events: Dispatcher) -> FlexMerged:
-    """Merge as a checked plan says.
+    """Run a checked plan.
 
     The inputs are read twice, one module at a time: once for the similarities of all tasks, once
     for what is stored.

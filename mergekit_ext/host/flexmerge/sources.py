@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.layout import Layout, Naming, Renaming, complete_ties, find_renaming, make_layout, named_as
+from mergekit_ext.flexmerge.layout import (
+    Layout,
+    Naming,
+    Renaming,
+    complete_ties,
+    find_renaming,
+    make_layout,
+    named_as,
+)
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
 from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.flexmerge.target import Target
