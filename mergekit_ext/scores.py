@@ -29,7 +29,7 @@ class EvaluationError(MergekitExtError, ValueError):
         return cls(f"the evaluation of {what} raised an exception:\n{text.rstrip()}")
 
 
-class Scores:
+class CheckedScores:
     """Checks what a user's function returns for one model after the other."""
 
     def __init__(self) -> None:

@@ -1,4 +1,7 @@
-"""Merges by several processes that torchrun starts, one of which is killed."""
+"""Merges by several processes that torchrun starts, one of which is killed.
+
+As a program it is ``mergekit-ext``, which writes which process it is and counts its pieces.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from bench.killed.cases import Case
-from bench.killed.rank import FOLDER, process_file
+from bench.killed.counting import count_pieces
+from mergekit_ext.io.journal import Journal
 
 _SLEEP = 0.005
+_FOLDER = "BENCH_KILLED"
 
 
 class Runner:
@@ -29,16 +35,16 @@ class Runner:
         Seconds count from when all processes know what is finished until there is something at
         `out`: starting and ending take longer.
         """
-        files = [process_file(self._folder, rank) for rank in self._ranks]
+        files = [self._folder / f"rank-{rank}" for rank in self._ranks]
         for file in files:
             file.unlink(missing_ok=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(files)}"]
         merge = ["merge", str(self._case.config), str(out), *self._case.flags]
         running = subprocess.Popen(
-            [sys.executable, *launcher, "-m", "bench.killed.rank", *merge],
+            [sys.executable, *launcher, "-m", "bench.killed.launched", *merge],
             env={
                 **os.environ,
-                FOLDER: str(self._folder),
+                _FOLDER: str(self._folder),
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             },
@@ -60,3 +66,24 @@ class Runner:
         if running.returncode and kill_after is None:
             raise SystemExit(f"{self._case.name} failed:\n{said[-3000:]}")
         return running.returncode == 0, seconds
+
+
+def _merge_and_count(folder: Path) -> None:
+    """Run the command; write this process's number when it knows what is finished already."""
+    from mergekit_ext.cli import main
+
+    count_pieces(folder)
+    begin = Journal.__init__
+
+    def begun(journal: Journal, place: Path, rank: int = 0, **named: Any) -> None:
+        begin(journal, place, rank, **named)
+        fresh = folder / f"new-{rank}"
+        fresh.write_text(str(os.getpid()))
+        fresh.rename(folder / f"rank-{rank}")
+
+    Journal.__init__ = begun  # type: ignore[method-assign, assignment]
+    main(prog_name="mergekit-ext")
+
+
+if __name__ == "__main__":
+    _merge_and_count(Path(os.environ[_FOLDER]))

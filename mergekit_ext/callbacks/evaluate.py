@@ -13,7 +13,7 @@ from mergekit_ext.callbacks.processes import is_main, unwrapped
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.events import MergeEnd
 from mergekit_ext.hooks import takes
-from mergekit_ext.scores import Scores
+from mergekit_ext.scores import CheckedScores
 
 
 class Evaluate(Callback):
@@ -58,7 +58,7 @@ class Evaluate(Callback):
             raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
         self._function, self._every, self._log = function, every, log
         self._load = load or _load
-        self._scores = Scores()
+        self._scores = CheckedScores()
         self.found: list[dict[str, Any]] = []
 
     def __call__(self, model: Any, task: str) -> dict[str, float]:

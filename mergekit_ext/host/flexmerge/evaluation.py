@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_ext.flexmerge.runtime import build_module
-from mergekit_ext.scores import EvaluationError, Scores
+from mergekit_ext.scores import CheckedScores, EvaluationError
 
 # From a module and the name of its task to its scores.
 Evaluate = Callable[[Any, str], Mapping[str, float] | float]
@@ -34,7 +34,7 @@ class Evaluator:
     def __init__(self, function: Evaluate, *, quiet: bool, trust_remote_code: bool = False):
         self._function, self._quiet = function, quiet
         self._trust_remote_code = trust_remote_code
-        self._scores = Scores()
+        self._scores = CheckedScores()
         self._bar: Any = None
 
     @contextmanager
