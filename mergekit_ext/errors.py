@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _SHORT, _LONG = 1_000, 10_000
-# Of several problems; nobody mends more at once.
+# Of several problems.
 MOST_SHOWN = 100
 
 
 def printable(text: str, longest: int = _SHORT) -> str:
-    """A text that may hold a stranger's names, for people to read: cut, and on one line.
+    """Return a text of unknown origin as it is shown: cut, and on one line.
 
     Control characters would move a terminal's cursor, or pass for messages of ours.
     """

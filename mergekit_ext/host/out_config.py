@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.host.blocks import tied_groups
+from mergekit_ext.host.blocks.names import tied_groups
 from mergekit_ext.host.stored_bytes import same_bytes
 from mergekit_ext.io.headers import TensorHeader, read_folder, weights_of
 

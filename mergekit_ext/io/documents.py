@@ -31,7 +31,7 @@ _REMEDY = "Mend the indentation, quotes or colons there."
 
 
 class DocumentError(Exception):
-    """A text that is not YAML, or not of a kind that anybody has to read."""
+    """A text that is not YAML, or beyond the bounds of what is read."""
 
     def __init__(self, problem: Problem):
         super().__init__(str(problem))

@@ -1,4 +1,4 @@
-"""Questions about paths that somebody wrote, which may be no paths at all."""
+"""Questions about texts that should be paths, and may be none."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def may_be_hub_name(name: Any) -> bool:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with the home that ``~`` stands for; as it is if nobody has that name."""
+    """The path with the home that ``~`` stands for; as it is if no user has that name."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Whether models' weights may be pickles: only where somebody asked for it.
+"""Whether models' weights may be pickles: only where they are asked for.
 
 A pickle is a program. torch's restricted unpickler, which reads them here, runs no calls but those
 that make tensors; that it has no holes is what is trusted.
@@ -33,5 +33,5 @@ def allowed(asked: bool) -> Iterator[None]:
 
 
 def are_allowed() -> bool:
-    """Whether somebody asked for them, here or in the environment."""
+    """Whether they are asked for, here or in the environment."""
     return _asked.get() or os.environ.get(VARIABLE) == "1"

@@ -196,7 +196,7 @@ def file_of(inputs: Path, pattern: str) -> Path:
 
 
 def own_up(inputs: Path, file: Path) -> None:
-    """Let the manifests say of a changed file what is true: who can change one can the other."""
+    """Let the manifests say of a changed file what is true: an attacker can change both."""
     manifest = inputs / "flex" / "flexmerge.json"
     content = json.loads(manifest.read_text())
     for entry in content["files"]:

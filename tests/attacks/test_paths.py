@@ -147,7 +147,7 @@ def test_places_where_nothing_can_be_written(name, out, inputs, refused, monkeyp
 
 @pytest.mark.parametrize("text", texts.JSON)
 def test_a_broken_analysis_is_not_used(text, inputs, answer):
-    """Nobody asked for it: the merge makes its own."""
+    """The merge makes its own."""
     (inputs.parent / "work").mkdir()
     (inputs / "flex" / ANALYSIS).write_bytes(texts.JSON[text])
     assert answer(merge_flexmerge, inputs).code == 0

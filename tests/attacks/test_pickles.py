@@ -1,4 +1,4 @@
-"""Pickles are not read where nobody asked for them, and run nothing where somebody did."""
+"""Pickles are not read unless they are asked for, and never run anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder, a pipe or a device in the place of a file is refused, and nobody waits for it."""
+"""A folder, a pipe or a device in the place of a file is refused, without waiting for it."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def test_pipes_beside_the_weights_are_left_alone(name, reader, inputs, answer):
 
 
 def test_a_folder_whose_name_is_no_utf_8(inputs, refused):
-    """Neither YAML nor JSON can name it; who stands in such a folder gets no traceback."""
+    """Neither YAML nor JSON can name it; a command in such a folder prints no traceback."""
     os.rename(inputs / "tuned1", os.fsencode(inputs) + b"/\xff\xfe")  # noqa: PTH104
     refused(check_nan, inputs)

@@ -1,4 +1,4 @@
-"""States of `MergeCheckpoints` from somebody else: nothing that they name is removed."""
+"""States of `MergeCheckpoints` of unknown origin: nothing that they name is removed."""
 
 from __future__ import annotations
 

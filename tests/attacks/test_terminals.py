@@ -1,4 +1,4 @@
-"""Strangers' names on a terminal: no sequence of theirs moves its cursor or names its window."""
+"""Names of unknown origin on a terminal: no sequence in them moves its cursor or sets its title."""
 
 from __future__ import annotations
 

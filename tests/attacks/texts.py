@@ -1,4 +1,4 @@
-"""JSON and YAML that nobody should write."""
+"""Hostile JSON and YAML."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ ATTACKS: dict[str, Attack] = {
     "name half a surrogate": _renamed("\ud800"),
 }
 
-# Sound files of the format whose names are a trap. Who knows the names that there must be refuses
-# them; nobody takes them for paths.
+# Sound files of the format whose names are a trap. A reader that knows which names there
+# must be refuses them; none takes them for paths.
 NAMES: dict[str, Attack] = {
     "name with a path": _renamed("../../../../etc/passwd"),
     "absolute name": _renamed("/etc/passwd"),

@@ -18,7 +18,7 @@ from tests.host.flexmerge_models import Family, made
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
-    """Families by architecture and dtype; nobody changes their files."""
+    """Families by architecture and dtype; do not change their files."""
     found: dict[tuple[str, torch.dtype], Family] = {}
 
     def get(name: str, dtype: torch.dtype = torch.float32) -> Family:

@@ -140,7 +140,7 @@ def check_blocks(
                 for name in names:
                     assert torch.equal(found[group.tasks[0]][name], models[numbers[0]][name])
                 continue
-            told = naive.Options(
+            given = naive.Options(
                 options.lam,
                 None,
                 None if options.densities is None else [options.densities[i] for i in numbers],
@@ -152,9 +152,9 @@ def check_blocks(
                 [[models[i][n] for n in names] for i in numbers],
             )
             if group.kind == MASKED:
-                wanted = naive.masked(algorithm, like, inputs, told)
+                wanted = naive.masked(algorithm, like, inputs, given)
             else:
-                wanted = [naive.merged(algorithm, like, inputs, told)] * len(numbers)
+                wanted = [naive.merged(algorithm, like, inputs, given)] * len(numbers)
             for task, values in zip(group.tasks, wanted, strict=True):
                 for name, value in zip(names, values, strict=True):
                     tensor = found[task][name]

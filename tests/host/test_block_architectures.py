@@ -8,16 +8,15 @@ import pytest
 import transformers
 from safetensors import safe_open
 
-from mergekit_ext.host.blocks import (
-    blocks_of,
+from mergekit_ext.host.blocks.names import (
     depth_of,
     is_task_head,
     kind_of,
     layer_of,
-    order_of,
     stack_of,
     tied_groups,
 )
+from mergekit_ext.host.blocks.order import blocks_of, order_of
 
 TOKENS = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDTHS = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}

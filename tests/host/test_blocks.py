@@ -10,7 +10,7 @@ from pathlib import Path
 import mergekit
 import pytest
 
-from mergekit_ext.host.blocks import (
+from mergekit_ext.host.blocks.names import (
     GRANULARITIES,
     block_of,
     depth_of,
@@ -185,7 +185,7 @@ host = types.ModuleType("mergekit_ext.host")
 import mergekit_ext
 host.__path__ = [mergekit_ext.__path__[0] + "/host"]
 sys.modules["mergekit_ext.host"] = host
-from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.blocks.names import block_of
 print(block_of("model.layers.0.mlp.up_proj.weight"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

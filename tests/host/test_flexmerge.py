@@ -53,8 +53,8 @@ def test_all_apart_is_the_inputs_themselves(name, dtype, families, tmp_path):
 def test_in_between_every_block_is_f_of_its_group(name, dtype, families, tmp_path):
     family = families(name, dtype)
     merge(family.content(2, "task_arithmetic"), tmp_path / "out")
-    told = naive.Options(1.5)
-    kinds = check_blocks(tmp_path / "out", family, "task_arithmetic", told, DTYPES[dtype])
+    given = naive.Options(1.5)
+    kinds = check_blocks(tmp_path / "out", family, "task_arithmetic", given, DTYPES[dtype])
     assert kinds == {"alone", "dense"}
 
 
@@ -111,13 +111,13 @@ ALGORITHMS = {
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_algorithms(algorithm, name, families, tmp_path):
     family = families(name)
-    parameters, told = ALGORITHMS[algorithm]
+    parameters, given = ALGORITHMS[algorithm]
     masks = algorithm in ("emr", "consensus")
     target = 2.5 if masks else 2
     manifest = merge(family.content(target, algorithm, **parameters), tmp_path / "out")
     assert manifest.size.models <= target
     tolerance = 3e-5 if algorithm == "tsv_m" else 5e-6
-    kinds = check_blocks(tmp_path / "out", family, algorithm, told, tolerance)
+    kinds = check_blocks(tmp_path / "out", family, algorithm, given, tolerance)
     assert (MASKED if masks else "dense") in kinds
 
 
@@ -127,8 +127,8 @@ def test_trimming_whole_models(algorithm, families, tmp_path):
     target = 2.5 if algorithm == "consensus" else 1
     manifest = merge(family.content(target, algorithm, density=0.2), tmp_path / "out")
     cuts = cuts_of(manifest, *family.states, 0.2)
-    told = naive.Options(1.0, None, [0.2] * 3, "model", cuts)
-    check_blocks(tmp_path / "out", family, algorithm, told, 5e-6)
+    given = naive.Options(1.0, None, [0.2] * 3, "model", cuts)
+    check_blocks(tmp_path / "out", family, algorithm, given, 5e-6)
 
 
 @pytest.mark.parametrize("similarity_on", ["original", "trimmed"])
@@ -140,13 +140,13 @@ def test_groups_are_those_of_algorithm_1(granularity, similarity_on, families, t
     )
     manifest = merge(content, tmp_path / "out")
     base, models = family.states
-    told = naive.Options(1.0, None, [0.05] * 3, "model", cuts_of(manifest, base, models, 0.05))
+    given = naive.Options(1.0, None, [0.05] * 3, "model", cuts_of(manifest, base, models, 0.05))
     cosines, blocks = [], []
     for block in manifest.blocks:
         names = [t.name for t in block.tensors]
         deltas = [[naive.delta(m[n], base[n]) for n in names] for m in models]
         if similarity_on == "trimmed":
-            deltas = naive.trimmed(deltas, told)
+            deltas = naive.trimmed(deltas, given)
         cosines.append(naive.cosine_matrix([naive.laid_out(parts) for parts in deltas]))
         blocks.append(naive.Stored(sum(base[n].numel() for n in names), [4] * 3))
     unit = sum(block.elements * 4 for block in blocks)

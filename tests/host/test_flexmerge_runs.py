@@ -203,7 +203,7 @@ def test_an_exception_in_the_middle(families, tmp_path):
 
 
 def test_after_an_interrupt_another_configuration_takes_what_still_holds(families, tmp_path):
-    """In one room: the analysis and untouched blocks are used again, the others are not."""
+    """The analysis and untouched blocks are used again, the others are not."""
     family = families("llama")
 
     class Interrupt(Listener):
@@ -223,8 +223,8 @@ def test_after_an_interrupt_another_configuration_takes_what_still_holds(familie
         assert not (tmp_path / "one" / "out").exists()
         wanted[name] = listener.heard
     assert wanted["average"] == ["begin", "statistics", "measured"]
-    (room,) = (tmp_path / "one").iterdir()
-    journals = [path.read_text() for path in sorted(room.glob("journal-*-0.lines"))]
+    (staged,) = (tmp_path / "one").iterdir()
+    journals = [path.read_text() for path in sorted(staged.glob("journal-*-0.lines"))]
     assert len(journals) == 2  # the third run had nothing to note
     lines = [json.loads(line[9:]) for text in journals for line in text.splitlines()]
     measured = [key for kind, key, _ in lines if kind == "gram"]

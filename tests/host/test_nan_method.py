@@ -17,7 +17,7 @@ from mergekit_ext.errors import (
     NonFiniteError,
     UniformCoefficientsWarning,
 )
-from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.blocks.names import block_of
 from mergekit_ext.host.method import ext_method
 from tests.reference import nan as reference
 
@@ -210,15 +210,15 @@ def test_order_of_models_does_not_matter():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("who", [0, 2], ids=["base", "model"])
+@pytest.mark.parametrize("which", [0, 2], ids=["base", "model"])
 @pytest.mark.parametrize("norm_of", ["task_vector", "weights"])
 @pytest.mark.parametrize("granularity", GROUPS)
-def test_non_finite_inputs_stop_the_merge(bad, who, norm_of, granularity):
+def test_non_finite_inputs_stop_the_merge(bad, which, norm_of, granularity):
     base, *models = states()
-    broken = (base, *models)[who]
+    broken = (base, *models)[which]
     broken[NAMES[3]] = broken[NAMES[3]].clone()
     broken[NAMES[3]][2, 1] = bad
-    owner = ("base", "m0", "m1")[who]
+    owner = ("base", "m0", "m1")[which]
     with pytest.raises(NonFiniteError, match=rf"up_proj.*of model {owner}"):
         merged("nan", base, models, norm_of=norm_of, granularity=granularity)
 

@@ -103,9 +103,9 @@ def stopped(config, folder, stop, error=KeyboardInterrupt, options=SHARDED):
     with warnings.catch_warnings(), pytest.raises(error):
         warnings.simplefilter("ignore")
         mergekit_ext.merge(config, folder / "out", options, callbacks=[stop])
-    (room,) = folder.iterdir()
-    assert room.name.startswith(".out-")
-    return room
+    (staged,) = folder.iterdir()
+    assert staged.name.startswith(".out-")
+    return staged
 
 
 @pytest.mark.parametrize("name", ["nan_ties", "lore"])
@@ -139,16 +139,16 @@ def test_norms_are_not_measured_again(configs, undisturbed, tmp_path):
 
 
 def test_what_is_not_as_the_journal_says_is_made_again(configs, undisturbed, tmp_path):
-    room = stopped(configs["nan_ties"], tmp_path, Stop(merged=12))
-    journal = room / "journal-1-0.lines"
+    staged = stopped(configs["nan_ties"], tmp_path, Stop(merged=12))
+    journal = staged / "journal-1-0.lines"
     journal.write_bytes(journal.read_bytes()[:-5])
     shard = (
-        room / "out" / "model-00007-of-00007.safetensors"
+        staged / "out" / "model-00007-of-00007.safetensors"
     )  # which ends with the first that is merged
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    (room / "out" / "stray.safetensors").write_text("of nobody")
+    (staged / "out" / "stray.safetensors").write_text("of no merge")
     second = Stop()
     found, _ = merged(configs["nan_ties"], tmp_path, second)
     assert second.seen["merged"] == TENSORS - 11 + 2
@@ -166,25 +166,25 @@ WRITTEN_BY_NOBODY = {
 
 @pytest.mark.parametrize("value", WRITTEN_BY_NOBODY.values(), ids=WRITTEN_BY_NOBODY)
 def test_lines_that_no_merge_has_written_are_passed_over(configs, undisturbed, tmp_path, value):
-    room = stopped(configs["lore"], tmp_path, Stop(merged=3))
-    noted(room, ("tensor", "model.norm.weight", value))
+    staged = stopped(configs["lore"], tmp_path, Stop(merged=3))
+    noted(staged, ("tensor", "model.norm.weight", value))
     assert merged(configs["lore"], tmp_path)[0] == undisturbed("lore")
 
 
 def test_norms_that_no_merge_has_measured_are_measured_again(configs, undisturbed, tmp_path):
-    room = stopped(configs["nan_ties"], tmp_path, Stop(measured=9))
-    known = {key[1]: norms for key, norms in Journal(room).finished.items() if key[0] == "norms"}
+    staged = stopped(configs["nan_ties"], tmp_path, Stop(measured=9))
+    known = {key[1]: norms for key, norms in Journal(staged).finished.items() if key[0] == "norms"}
     names = list(known)
     strange = [None, "x", {"no model": 1.0}, [1.0], 3]
     strange += [dict.fromkeys(known[names[0]], value) for value in (None, -1.0, math.inf)]
-    noted(room, *(("norms", name, value) for name, value in zip(names, strange, strict=True)))
+    noted(staged, *(("norms", name, value) for name, value in zip(names, strange, strict=True)))
     second = Stop()
     assert merged(configs["nan_ties"], tmp_path, second)[0] == undisturbed("nan_ties")
     assert second.seen["measured"] == TENSORS
 
 
-def noted(room, *lines):
-    journal = Journal(room)
+def noted(staged, *lines):
+    journal = Journal(staged)
     for line in lines:
         journal.add(*line)
     journal.close()

@@ -9,8 +9,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ext.host.checks.pickled import pickled_bytes
-from mergekit_ext.host.checks.vocabulary import Vocabulary, vocabulary
+from mergekit_ext.host.checks.loaders import Vocabulary, pickled_bytes, vocabulary
 from tests import models as small
 
 

@@ -22,7 +22,7 @@ from mergekit_ext.io import paths
 from mergekit_ext.io.headers import TensorHeader, read_file
 
 _ADAPTER_FILE = "adapter_model.safetensors"
-# What the tensor that is being read will be cast to next, by whom asked for it.
+# What the tensor that is being read will be cast to next.
 _wanted: ContextVar[torch.dtype | None] = ContextVar("wanted", default=None)
 
 
@@ -89,7 +89,7 @@ class AdaptedLoader:
         return tensor
 
     def _adapted(self, name: str, tensor: Tensor) -> Tensor:
-        # In the widest dtype that somebody will look at, so that it is rounded once.
+        # In the widest dtype that is asked for, so that it is rounded once.
         following = self._dtype or _wanted.get() or tensor.dtype
         wide = torch.promote_types(tensor.dtype, following)
         place = tensor.device if self._device is None else self._device

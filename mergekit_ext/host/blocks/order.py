@@ -18,6 +18,7 @@ from mergekit_ext.host.blocks.names import (
     kind_of,
     layer_of,
     module_of,
+    tied_groups,
 )
 from mergekit_ext.host.blocks.tables import (
     BODY,
@@ -28,7 +29,6 @@ from mergekit_ext.host.blocks.tables import (
     Kind,
     Slot,
 )
-from mergekit_ext.host.blocks.ties import tied_groups
 
 _Natural = tuple[tuple[int, int, str], ...]
 # Sorts after every component: what a stage holds beside its layers comes after them.

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from mergekit_ext.dtypes import BITS, dtype_name
-from mergekit_ext.host.checks.pickled import pickled_bytes
+from mergekit_ext.host.checks.loaders import Vocabulary, pickled_bytes
 from mergekit_ext.host.checks.plan import FoundTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of, wants_tokenizer
-from mergekit_ext.host.checks.vocabulary import Vocabulary
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.planned import Entry
 from mergekit_ext.kernels.numerics import chunk_length

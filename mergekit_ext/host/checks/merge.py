@@ -12,6 +12,7 @@ from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import groups_of, models_at
+from mergekit_ext.host.checks.loaders import vocabulary
 from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.plan import FoundTensor, Inventory, left_out, locate, survey
@@ -24,7 +25,6 @@ from mergekit_ext.host.checks.settings import (
     check_tokenizers,
 )
 from mergekit_ext.host.checks.tensors import check_tensors
-from mergekit_ext.host.checks.vocabulary import vocabulary
 from mergekit_ext.host.modules import check_modules
 
 if TYPE_CHECKING:

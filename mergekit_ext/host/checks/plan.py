@@ -329,7 +329,7 @@ def left_out(inventory: Inventory) -> list[str]:
         unused.update(dict.fromkeys(rest))
         if class_of(fact.config) is None:
             lost.setdefault(tuple(rest), []).append(fact)
-        elif not _has_conversions(fact):  # converted names cannot be told from extra ones
+        elif not _has_conversions(fact):  # converted names look like extra ones
             findings.note(f"{model}: the merge does not use {listing(rest)}.")
     for names, owners in lost.items():
         instead = f" (it looks for {listing(skipped)})" if skipped else ""

@@ -1,4 +1,4 @@
-"""The vocabulary that mergekit builds where a tokenizer is aligned, from the inputs' files."""
+"""What loading the inputs takes besides their tensors: whole pickles, and tokenizers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext.host.adapters.loader import file_with_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.settings import wants_tokenizer
 from mergekit_ext.io import paths
+from mergekit_ext.io.headers import HeaderError, read_index, weights_of
 
 _TOKENIZER, _TOKENS, _ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
 # Beside which `_TOKENIZER` is made when it is loaded, and larger by about this factor.
@@ -26,7 +28,7 @@ _EACH, _ONCE = 8, 16
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The vocabulary of the output.
+    """The vocabulary of the output, where mergekit builds a tokenizer and aligns the inputs.
 
     Attributes:
         rows: how many tokens embeddings will have; None where not all files could be read.
@@ -59,8 +61,8 @@ def vocabulary(config: Any, options: Any) -> Vocabulary | None:
     models = list(models_at(config))
     first = config.base_model or models[0]
     named = models if source == "union" else [first if source == "base" else source]
-    folders = [folder for model in models if (folder := _folder(model, options)) is not None]
-    joined = [folder for model in named if (folder := _folder(model, options)) is not None]
+    folders = [folder for model in models if (folder := _place(model, options)) is not None]
+    joined = [folder for model in named if (folder := _place(model, options)) is not None]
     known = _tokens(joined) if len(joined) == len(named) else None
     rows = None
     if known is not None:
@@ -70,12 +72,6 @@ def vocabulary(config: Any, options: Any) -> Vocabulary | None:
     lengths = [_length(folder) for folder in dict.fromkeys(folders)]
     loaded = _EACH * sum(lengths) + _ONCE * max(lengths, default=0)
     return Vocabulary(rows, source == "union", loaded)
-
-
-def _folder(model: Any, options: Any) -> Path | None:
-    if paths.is_folder(model.model.path):
-        return Path(model.model.path)
-    return hub.cached_folder(model.model, options)
 
 
 def _length(folder: Path) -> int:
@@ -119,3 +115,42 @@ def _of_tables(folder: Path) -> Iterator[str]:
     yield from json.loads((folder / _TOKENS).read_bytes())
     if (folder / _ADDED).is_file():
         yield from json.loads((folder / _ADDED).read_bytes())
+
+
+def pickled_bytes(models: Iterable[Any], options: Any) -> int:
+    """Bytes that the loaders of these models hold of pickles: of each the largest file.
+
+    Args:
+        models: mergekit's `ModelReference`s, or names of files as mergekit-pytorch has them. Those
+            with adapters on one base share its loader.
+        options: mergekit's. With `lazy_unpickle` single tensors are read.
+    """
+    if options.lazy_unpickle:
+        return 0
+    return sum(_largest(place) for place in {_place(model, options) for model in models} if place)
+
+
+def _place(model: Any, options: Any) -> Path | None:
+    """The folder or file that a model is read from; None while it is not on this machine."""
+    if isinstance(model, str):
+        reference = file_with_adapter(model)
+        return Path(model if reference is None else reference.model.path)
+    if paths.exists(model.model.path):
+        return Path(model.model.path)
+    return hub.cached_folder(model.model, options)
+
+
+def _largest(place: Path) -> int:
+    weights = weights_of(place) if place.is_dir() else place
+    if weights is None:
+        return 0
+    try:
+        shards = (
+            {place / shard for shard in read_index(weights).values()}
+            if weights.name.endswith(".index.json")
+            else {weights}
+        )
+        pickles = [shard for shard in shards if shard.suffix != ".safetensors"]
+        return max((shard.stat().st_size for shard in pickles), default=0)
+    except (HeaderError, OSError):  # said where headers are read
+        return 0
