@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from peft_merge.config.plan import Result
 
 # As for click's own usage errors: the input is at fault.
 EXIT_PROBLEMS = 2
@@ -55,8 +52,11 @@ def main(
         raise click.UsageError("Missing argument 'OUT'. Name a folder, or give --check.")
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit_ext.errors import MergekitExtError
+    from mergekit_ext.events import JsonLines, ProgressBar
     from mergekit_ext.interrupts import prompt
     from mergekit_ext.memory import limited
+    from peft_merge.merge import plan_config, run_config
+    from peft_merge.report import preview, sentences
 
     options: dict[str, Any] = {
         "device": device,
@@ -64,48 +64,24 @@ def main(
         "patterns": patterns or None,
         "allow_pickle": allow_pickle,
     }
+    try:
+        lines = [JsonLines(jsonl)] if jsonl and not check else []
+    except OSError as error:
+        raise click.BadParameter(f"{jsonl}: {error.strerror}", param_hint="--jsonl") from None
     with warnings.catch_warnings():
         warnings.showwarning = _show
         try:
             with prompt(), limited(max_memory):
                 if check:
-                    _check(config, out, options)
-                else:
-                    _run(config, out, options, jsonl, quiet)
+                    click.echo(preview(plan_config(config, out, **options)))
+                    return
+                bars = [] if quiet else [ProgressBar()]
+                result = run_config(config, out or "", callbacks=[*bars, *lines], **options)
         except MergekitExtError as error:
             click.echo(f"Error: {error}", err=True)
             raise click.exceptions.Exit(EXIT_PROBLEMS) from None
-
-
-def _check(config: Path, out: Path | None, options: dict[str, Any]) -> None:
-    from peft_merge.merge import plan_config
-    from peft_merge.report import preview
-
-    click.echo(preview(plan_config(config, out, **options)))
-
-
-def _run(
-    config: Path, out: Path | None, options: dict[str, Any], jsonl: Path | None, quiet: bool
-) -> None:
-    from mergekit_ext.events import JsonLines, ProgressBar
-    from peft_merge.merge import run_config
-
-    try:
-        lines = [JsonLines(jsonl)] if jsonl else []
-    except OSError as error:
-        raise click.BadParameter(f"{jsonl}: {error.strerror}", param_hint="--jsonl") from None
-    bars = [] if quiet else [ProgressBar()]
-    result = run_config(config, out or "", callbacks=[*bars, *lines], **options)
     if not quiet:
-        _summary(result, out)
-
-
-def _summary(result: Result, out: Path | None) -> None:
-    from peft_merge.report import sentences
-
-    for sentence in sentences(result.report):
-        click.echo(sentence)
-    click.echo(f"Written: {out}")
+        click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
 
 
 def _rank(text: str | None) -> Any:

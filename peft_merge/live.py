@@ -26,10 +26,10 @@ import torch
 from mergekit_ext.core.wording import did_you_mean, shown
 from mergekit_ext.errors import ConfigError, MergeError, Problem
 from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.config.check import methods
 from peft_merge.io import adapters_of, state_dict
 from peft_merge.io.names import PREFIX
 from peft_merge.merge import MergedAdapter, merge_adapters
-from peft_merge.methods import methods
 
 _SUBJECT = "add_merged_adapter"
 

@@ -15,7 +15,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -73,61 +72,224 @@ def match(
         shapes: every tensor of the base and its shape.
         transposed: see `AdaptedWeights.touched`.
     """
-    adapter = _with_tied_once(adapter, shapes)
-    found, problems = Match(), _Problems(adapter.name)
-    rename, choices = _rename(adapter, shapes, problems)
-    modules: dict[str, str] = {}  # -> the tensor that each adapts
-    for group in _by_owner(adapter).values():
-        modules.update(_assign(adapter, group, choices, shapes, problems))
-    for module, tensor in modules.items():
-        # PEFT 0.21 adds the change of out_proj twice (tuners/lora/layer.py, MultiheadAttention,
-        # merge and forward). No file says whether an adapter was trained that way.
-        if tensor.endswith(f".{_ATTENTION}"):
-            what = "a LoRA of torch's MultiheadAttention, whose out_proj PEFT changes twice"
-            expected = "a change that is the same in every version of PEFT"
-            remedy = "Merge it into its base with the PEFT that trained it, and use that model."
-            problems.add(what, expected, remedy, module)
-    for stored in adapter.saved:
-        plain = unwrapped(stored)
-        name = rename(plain) if rename(plain) in shapes else plain
-        (found.saved if name in shapes else found.added)[name] = stored
-    if adapter.config.get("layer_replication"):
-        expected = "an adapter of the base's own layers"
-        remedy = "Write the replicated model first, or merge with PEFT."
-        problems.add("layer_replication", expected, remedy)
-    for module, tensor in modules.items():
-        info, bias = adapter.infos[module], tensor.removesuffix("weight") + "bias"
-        if bias in shapes:
-            if info.bias if isinstance(info, ModuleInfo) else not info.feedforward:
-                found.biases[bias] = module
-        elif isinstance(info, ModuleInfo) and info.bias:
-            expected = f"a bias in the base to add it to ({bias})"
-            remedy = "Give the base model that bias (zeros), or train without lora_bias."
-            problems.add("a trained bias of B (lora_bias)", expected, remedy, module)
-    own = {name: tuple(adapter.saved[key]().shape) for name, key in found.saved.items()}
-    for name, shape in own.items():
-        if shape != tuple(shapes[name]):
-            what = f"the whole tensor in the shape {shape}, and {tuple(shapes[name])} in the base"
+    matcher = _Matcher(_with_tied_once(adapter, shapes), shapes)
+    return matcher.match(transposed), matcher.problems
+
+
+class _Matcher:
+    """The rules by which `match` finds tensors for the modules of one adapter in one base."""
+
+    def __init__(self, adapter: Adapter, shapes: Mapping[str, Shape]):
+        self.problems: list[Problem] = []
+        self._adapter, self._shapes, self._infos = adapter, shapes, adapter.infos
+        self._targets = list(adapter.config.get("target_parameters") or ())
+
+    def match(self, transposed: Orientation) -> Match:
+        found = Match()
+        rename, choices = self._rename()
+        modules: dict[str, str] = {}  # -> the tensor that each adapts
+        owners: dict[str, list[str]] = {}  # target parameters may share the module that owns them
+        for module in self._infos:
+            owners.setdefault(unwrapped(module), []).append(module)
+        for group in owners.values():
+            modules.update(self._assign(group, [choices.get(module, []) for module in group]))
+        for stored in self._adapter.saved:
+            plain = unwrapped(stored)
+            name = rename(plain) if rename(plain) in self._shapes else plain
+            (found.saved if name in self._shapes else found.added)[name] = stored
+        if self._adapter.config.get("layer_replication"):
+            expected = "an adapter of the base's own layers"
+            remedy = "Write the replicated model first, or merge with PEFT."
+            self._wrong("layer_replication", expected, remedy)
+        for module, tensor in modules.items():
+            # PEFT 0.21 adds the change of out_proj twice (tuners/lora/layer.py, MultiheadAttention,
+            # merge and forward). No file says whether an adapter was trained that way.
+            if tensor.endswith(f".{_ATTENTION}"):
+                what = "a LoRA of torch's MultiheadAttention, whose out_proj PEFT changes twice"
+                expected = "a change that is the same in every version of PEFT"
+                remedy = "Merge it into its base with the PEFT that trained it, and use that model."
+                self._wrong(what, expected, remedy, module)
+            info, bias = self._infos[module], tensor.removesuffix("weight") + "bias"
+            if bias in self._shapes:
+                if info.bias if isinstance(info, ModuleInfo) else not info.feedforward:
+                    found.biases[bias] = module
+            elif isinstance(info, ModuleInfo) and info.bias:
+                expected = f"a bias in the base to add it to ({bias})"
+                remedy = "Give the base model that bias (zeros), or train without lora_bias."
+                self._wrong("a trained bias of B (lora_bias)", expected, remedy, module)
+        own = {name: tuple(self._adapter.saved[key]().shape) for name, key in found.saved.items()}
+        for name, shape in own.items():
+            if shape != (wanted := tuple(self._shapes[name])):
+                what = f"the whole tensor in the shape {shape}, and {wanted} in the base"
+                remedy = (
+                    "Resize the base (its vocabulary, or its head) as it was when the adapter was "
+                    "trained, and save it."
+                )
+                self._wrong(what, "one shape", remedy, name)
+        found.transposed = self._orient(modules, {**self._shapes, **own}, transposed)
+        found.weights = {tensor: module for module, tensor in modules.items()}
+        return found
+
+    def _wrong(self, found: str, expected: str, remedy: str, module: str = "") -> None:
+        where = f"adapter {self._adapter.name}"
+        where = f"{module} of {where}" if module else where
+        self.problems.append(Problem(where, found, expected, remedy))
+
+    def _is_parameter(self, module: str) -> bool:
+        info = self._infos[module]
+        return isinstance(info, ModuleInfo) and info.layout == "parameter"
+
+    def _candidates(self, module: str) -> list[str]:
+        """Names that the module's weight may have in a base, the likeliest first."""
+        owner = unwrapped(module)
+        names = []
+        if not self._is_parameter(module):
+            names += [f"{owner}.{part}" for part in _WEIGHT_NAMES]
+        for target in self._targets:
+            name = f"{owner}.{target.rpartition('.')[2]}"
+            if name not in names and f".{name}".endswith(f".{target}"):
+                names.append(name)
+        return names
+
+    def _found(self, module: str, rename: Rename) -> list[str]:
+        names = [name for name in map(rename, self._candidates(module)) if name in self._shapes]
+        return names if self._is_parameter(module) else names[:1]
+
+    def _rename(self) -> tuple[Rename, dict[str, list[str]]]:
+        """The change of prefix under which every module has a tensor, and those tensors."""
+        owners = {unwrapped(module) for module in self._infos}
+        fits: list[tuple[Rename, dict[str, list[str]]]] = []
+        renames: list[Rename] = [str, *self._renames()]
+        for rename in renames:
+            if len(set(map(rename, owners))) < len(owners):
+                continue
+            found = {}
+            for module in self._infos:
+                found[module] = self._found(module, rename)
+                if not found[module]:
+                    break
+            else:
+                if rename is str:
+                    return rename, found
+                if all(found != other for _, other in fits):
+                    fits.append((rename, found))
+        if len(fits) == 1:
+            return fits[0]
+        remedy = (
+            "Take the model that the adapter was trained on, stored under the names of its "
+            "modules. A tied head (lm_head) is not stored: untie and save the base first."
+        )
+        if fits:
+            ways = ", ".join(sorted(next(iter(found.values()))[0] for _, found in fits))
+            first = next(iter(self._infos))
+            self._wrong(f"several tensors that {first} could be: {ways}", "one", remedy)
+            return str, {}
+        lost = [name for name in self._infos if not self._found(name, str)]
+        for module in filter(self._is_parameter, lost):
+            if (stored := one_expert(module, self._shapes)) is not None:
+                what = (
+                    f"target_parameters ({', '.join(self._targets)}) of {unwrapped(module)}, which "
+                    f"this base stores expert by expert ({stored})"
+                )
+                expected = "the experts of a module in one tensor, as target_parameters adapt them"
+                self._wrong(what, expected, "")
+                return str, {}
+        what = f"{len(lost)} adapted modules without a tensor: {listing(lost, _SHOWN)}"
+        expected = "tensors of these names in the base model (with or without one outer prefix)"
+        self._wrong(what, expected, remedy)
+        return str, {}
+
+    def _renames(self) -> Iterator[Rename]:
+        prefixes: dict[str, None] = {}
+        for module in self._infos:
+            parts = unwrapped(module).split(".")
+            prefixes.update((".".join(parts[:end]) + ".", None) for end in range(1, len(parts)))
+        for prefix in prefixes:
+            yield methodcaller("removeprefix", prefix)
+        first = next(iter(self._infos), None)
+        endings = tuple(f".{name}" for name in self._candidates(first)) if first else ()
+        added = {
+            name.removesuffix(ending) + "."
+            for name in self._shapes
+            for ending in endings
+            if name.endswith(ending)
+        }
+        yield from (prefix.__add__ for prefix in sorted(added))
+
+    def _assign(self, modules: list[str], options: list[list[str]]) -> dict[str, str]:
+        """One tensor for each of the modules, none twice, among the names that each may have.
+
+        PEFT's file does not say which of an owner's parameters a wrapper adapts (that is the order
+        in which the model's class made them), so shapes must.
+        """
+        if not all(options):
+            return {}
+        if len(modules) == 1 and len(options[0]) == 1:
+            return {modules[0]: options[0][0]}
+        fitting = [
+            [name for name in names if orientations(self._infos[module], self._shapes[name])]
+            for module, names in zip(modules, options, strict=True)
+        ]
+        ways = [way for way in itertools.product(*fitting) if len(set(way)) == len(way)]
+        if len(ways) == 1:
+            return dict(zip(modules, ways[0], strict=True))
+        named = ", ".join(dict.fromkeys(itertools.chain(*options)))
+        found = f"{len(ways)} ways to decide by shape which of {named} it adapts"
+        expected = "one (PEFT does not store the parameter's name)"
+        self._wrong(found, expected, _BY_PEFT, unwrapped(modules[0]))
+        return {}
+
+    def _orient(
+        self, modules: Mapping[str, str], shapes: Mapping[str, Shape], transposed: Orientation
+    ) -> dict[str, bool]:
+        """Which weights are stored transposed: by shape, and squares by what is known besides.
+
+        What is known: the class of the base, as in PEFT; or else the orientation of the adapter's
+        weights beside it in the same module that are not square, if they agree.
+        """
+        settled: dict[str, bool] = {}
+        square: list[str] = []
+        known: dict[tuple[str, str], set[bool]] = {}
+        for module, tensor in modules.items():
+            info, shape = self._infos[module], tuple(shapes[tensor])
+            ways = orientations(info, shape)
+            if len(ways) == 1:
+                settled.update(dict.fromkeys([module], *ways))
+                known.setdefault(_alike(info, module), set()).update(ways)
+            elif ways:
+                square.append(module)
+            else:
+                self._misfit(info, module, tensor, shape)
+        for module in square:
+            tensor = modules[module]
+            stated = transposed(tensor)
+            alike = _alike(self._infos[module], module)
+            evidence = known.get(alike, set()) if stated is None else {stated}
+            if len(evidence) == 1:
+                settled.update(dict.fromkeys([module], *evidence))
+                continue
+            shape = tuple(shapes[tensor])
+            found = f"{tensor} of shape {shape}, which may be stored (out, in) or (in, out)"
             remedy = (
-                "Resize the base (its vocabulary, or its head) as it was when the adapter was "
-                "trained, and save it."
+                "Put the config.json of the base beside its weights: the class in it decides, if "
+                "it is one of transformers."
             )
-            problems.add(what, "one shape", remedy, name)
-    found.transposed = _orient(adapter, modules, {**shapes, **own}, transposed, problems)
-    found.weights = {tensor: module for module, tensor in modules.items()}
-    return found, problems.found
+            remedy = _BY_PEFT if self._is_parameter(module) else remedy
+            self._wrong(found, "a weight whose orientation is known", remedy, module)
+        return settled
 
-
-class _Problems:
-    """What is wrong with one adapter on one base."""
-
-    def __init__(self, adapter: str):
-        self.found: list[Problem] = []
-        self._adapter = f"adapter {adapter}"
-
-    def add(self, found: str, expected: str, remedy: str, module: str = "") -> None:
-        where = f"{module} of {self._adapter}" if module else self._adapter
-        self.found.append(Problem(where, found, expected, remedy))
+    def _misfit(
+        self, info: ModuleInfo | VectorInfo, module: str, tensor: str, shape: tuple[int, ...]
+    ) -> None:
+        if isinstance(info, ModuleInfo) and info.layout == "convolution" and info.matrices > 1:
+            found = f"a LoRA of a convolution with {info.matrices} groups"
+            expected = "a change that is a convolution of those groups (it mixes all inputs)"
+            remedy = "Leave the adapter unmerged; PEFT cannot merge it either."
+        else:
+            found = f"a change of shape {tuple(info.shape)} for {tensor} of shape {shape}"
+            expected = "shapes that fit"
+            remedy = "Take the model that the adapter was trained on."
+        self._wrong(found, expected, remedy, module)
 
 
 def _with_tied_once(adapter: Adapter, shapes: Iterable[str]) -> Adapter:
@@ -161,136 +323,6 @@ def _is_embedding_again(adapter: LoraAdapter, module: str) -> bool:
         and head.scale == embedding.scale
         for embedding in map(adapter.load, embeddings)
     )
-
-
-def _is_parameter(adapter: Adapter, module: str) -> bool:
-    info = adapter.infos[module]
-    return isinstance(info, ModuleInfo) and info.layout == "parameter"
-
-
-def _candidates(adapter: Adapter, module: str) -> list[str]:
-    """Names that the module's weight may have in a base, the likeliest first."""
-    owner = unwrapped(module)
-    names = []
-    if not _is_parameter(adapter, module):
-        names += [f"{owner}.{part}" for part in _WEIGHT_NAMES]
-    for target in adapter.config.get("target_parameters") or ():
-        name = f"{owner}.{target.rpartition('.')[2]}"
-        if name not in names and f".{name}".endswith(f".{target}"):
-            names.append(name)
-    return names
-
-
-def _found(adapter: Adapter, module: str, shapes: Mapping[str, Shape], rename: Rename) -> list[str]:
-    names = [name for name in map(rename, _candidates(adapter, module)) if name in shapes]
-    return names if _is_parameter(adapter, module) else names[:1]
-
-
-def _rename(
-    adapter: Adapter, shapes: Mapping[str, Shape], problems: _Problems
-) -> tuple[Rename, dict[str, list[str]]]:
-    """The change of prefix under which every module has a tensor, and those tensors."""
-    owners = {unwrapped(module) for module in adapter.infos}
-    fits: list[tuple[Rename, dict[str, list[str]]]] = []
-    renames: list[Rename] = [str, *_renames(adapter, shapes)]
-    for rename in renames:
-        if len(set(map(rename, owners))) < len(owners):
-            continue
-        found = {}
-        for module in adapter.infos:
-            found[module] = _found(adapter, module, shapes, rename)
-            if not found[module]:
-                break
-        else:
-            if rename is str:
-                return rename, found
-            if all(found != other for _, other in fits):
-                fits.append((rename, found))
-    if len(fits) == 1:
-        return fits[0]
-    remedy = (
-        "Take the model that the adapter was trained on, stored under the names of its modules. A "
-        "tied head (lm_head) is not stored: untie and save the base first."
-    )
-    if fits:
-        ways = ", ".join(sorted(next(iter(found.values()))[0] for _, found in fits))
-        first = next(iter(adapter.infos))
-        problems.add(f"several tensors that {first} could be: {ways}", "one", remedy)
-        return str, {}
-    lost = [name for name in adapter.infos if not _found(adapter, name, shapes, str)]
-    for module in filter(partial(_is_parameter, adapter), lost):
-        if (stored := one_expert(module, shapes)) is not None:
-            targets = ", ".join(adapter.config.get("target_parameters") or ())
-            problems.add(
-                f"target_parameters ({targets}) of {unwrapped(module)}, which this base stores "
-                f"expert by expert ({stored})",
-                "the experts of a module in one tensor, as target_parameters adapt them",
-                "",
-            )
-            return str, {}
-    problems.add(
-        f"{len(lost)} adapted modules without a tensor: {listing(lost, _SHOWN)}",
-        "tensors of these names in the base model (with or without one outer prefix)",
-        remedy,
-    )
-    return str, {}
-
-
-def _renames(adapter: Adapter, shapes: Iterable[str]) -> Iterator[Rename]:
-    prefixes: dict[str, None] = {}
-    for module in adapter.infos:
-        parts = unwrapped(module).split(".")
-        prefixes.update((".".join(parts[:end]) + ".", None) for end in range(1, len(parts)))
-    for prefix in prefixes:
-        yield methodcaller("removeprefix", prefix)
-    first = next(iter(adapter.infos), None)
-    endings = tuple(f".{name}" for name in _candidates(adapter, first)) if first else ()
-    added = {
-        name.removesuffix(ending) + "."
-        for name in shapes
-        for ending in endings
-        if name.endswith(ending)
-    }
-    yield from (prefix.__add__ for prefix in sorted(added))
-
-
-def _by_owner(adapter: Adapter) -> dict[str, list[str]]:
-    """Modules by the base module that owns their weights: target parameters may share one."""
-    owners: dict[str, list[str]] = {}
-    for module in adapter.infos:
-        owners.setdefault(unwrapped(module), []).append(module)
-    return owners
-
-
-def _assign(
-    adapter: Adapter,
-    modules: list[str],
-    choices: Mapping[str, list[str]],
-    shapes: Mapping[str, Shape],
-    problems: _Problems,
-) -> dict[str, str]:
-    """One tensor for each of the modules, none twice.
-
-    PEFT's file does not say which of an owner's parameters a wrapper adapts (that is the order in
-    which the model's class made them), so shapes must.
-    """
-    options = [choices.get(module, []) for module in modules]
-    if not all(options):
-        return {}
-    if len(modules) == 1 and len(options[0]) == 1:
-        return {modules[0]: options[0][0]}
-    fitting = [
-        [name for name in names if orientations(adapter.infos[module], shapes[name])]
-        for module, names in zip(modules, options, strict=True)
-    ]
-    ways = [way for way in itertools.product(*fitting) if len(set(way)) == len(way)]
-    if len(ways) == 1:
-        return dict(zip(modules, ways[0], strict=True))
-    named = ", ".join(dict.fromkeys(itertools.chain(*options)))
-    found = f"{len(ways)} ways to decide by shape which of {named} it adapts"
-    expected = "one (PEFT does not store the parameter's name)"
-    problems.add(found, expected, _BY_PEFT, unwrapped(modules[0]))
-    return {}
 
 
 def orientations(info: ModuleInfo | VectorInfo, shape: Shape) -> frozenset[bool]:
@@ -351,63 +383,11 @@ def class_orientation(model: Any, name: str) -> bool | None:
     return None
 
 
-def _orient(
-    adapter: Adapter,
-    modules: Mapping[str, str],
-    shapes: Mapping[str, Shape],
-    transposed: Orientation,
-    problems: _Problems,
-) -> dict[str, bool]:
-    """Which weights are stored transposed: by shape, and squares by what is known besides.
-
-    What is known: the class of the base, as in PEFT; or else the orientation of the adapter's
-    weights beside it in the same module that are not square, if they agree.
-    """
-    settled: dict[str, bool] = {}
-    square: list[str] = []
-    known: dict[tuple[str, str], set[bool]] = {}
-    for module, tensor in modules.items():
-        info = adapter.infos[module]
-        ways = orientations(info, shapes[tensor])
-        if len(ways) == 1:
-            settled.update(dict.fromkeys([module], *ways))
-            known.setdefault(_alike(adapter, module), set()).update(ways)
-        elif ways:
-            square.append(module)
-        elif isinstance(info, ModuleInfo) and info.layout == "convolution" and info.matrices > 1:
-            found = f"a LoRA of a convolution with {info.matrices} groups"
-            expected = "a change that is a convolution of those groups (it mixes all inputs)"
-            remedy = "Leave the adapter unmerged; PEFT cannot merge it either."
-            problems.add(found, expected, remedy, module)
-        else:
-            change, stored = tuple(info.shape), tuple(shapes[tensor])
-            found = f"a change of shape {change} for {tensor} of shape {stored}"
-            remedy = "Take the model that the adapter was trained on."
-            problems.add(found, "shapes that fit", remedy, module)
-    for module in square:
-        tensor = modules[module]
-        stated = transposed(tensor)
-        evidence = known.get(_alike(adapter, module), set()) if stated is None else {stated}
-        if len(evidence) == 1:
-            settled.update(dict.fromkeys([module], *evidence))
-            continue
-        shape = tuple(shapes[tensor])
-        found = f"{tensor} of shape {shape}, which may be stored (out, in) or (in, out)"
-        remedy = (
-            "Put the config.json of the base beside its weights: the class in it decides, if it is "
-            "one of transformers."
-        )
-        if _is_parameter(adapter, module):
-            remedy = _BY_PEFT
-        problems.add(found, "a weight whose orientation is known", remedy, module)
-    return settled
-
-
-def _alike(adapter: Adapter, module: str) -> tuple[str, str]:
+def _alike(info: ModuleInfo | VectorInfo, module: str) -> tuple[str, str]:
     """The same for modules that are stored the same way round."""
-    info, name = adapter.infos[module], unwrapped(module)
-    if isinstance(info, VectorInfo):
-        layout = "linear" if len(info.shape) == 2 else "convolution"
-    else:
+    name = unwrapped(module)
+    if isinstance(info, ModuleInfo):
         layout = info.layout
+    else:
+        layout = "linear" if len(info.shape) == 2 else "convolution"
     return layout, name if layout == "parameter" else name.rpartition(".")[0]

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ext.core.wording import shown
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.paths import expanded
@@ -22,15 +21,13 @@ from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
-from peft_merge.config.document import Input, Request, located, read, written
+from peft_merge.config.document import Input, Request, Source, inputs_of, read, written
 from peft_merge.config.plan import MergePlan, Result, WholeMethod
 from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
 from peft_merge.lora import merge_lora
 from peft_merge.report import report
 from peft_merge.saved import merge_saved
-
-Source = Adapter | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def merge_adapters(
     problems: list[Problem] = []
     request = Request(
         method=method,
-        inputs=_inputs(adapters, weights, each, problems),
+        inputs=inputs_of(adapters, weights, each, problems),
         parameters=dict(parameters or {}),
         rank=rank,
         patterns=patterns,
@@ -191,7 +188,11 @@ def plan_config(
     instead = {key: value for key, value in given.items() if value is not None}
     request, problems = read(config, instead)
     if out is not None:
-        problems += place_problems(expanded(out), str(out), empty=True)
+        place = expanded(out)
+        if str(out).startswith("~") and place == Path(out):
+            found, remedy = "no place: there is no such user", "Choose another place."
+            problems.append(Problem(str(out), found, "a folder's path", remedy))
+        problems += place_problems(place, str(out), empty=True)
         problems += _inside(out, request.inputs)
     request = replace(request, device=device, allow_pickle=allow_pickle)
     if out is not None and Path(out).name.isprintable():
@@ -213,60 +214,6 @@ def _inside(out: str | os.PathLike[str], inputs: Iterable[Input]) -> Iterator[Pr
             found = f"a place in the folder of {item.where}, {item.source}"
             expected = "a place outside of the inputs"
             yield Problem(str(out), found, expected, "Choose another place.")
-
-
-def _inputs(
-    adapters: Sequence[Source] | Mapping[str, Source],
-    weights: Sequence[float] | None,
-    each: Sequence[Mapping[str, Any]] | None,
-    problems: list[Problem],
-) -> tuple[Input, ...]:
-    if isinstance(adapters, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
-        raise TypeError("adapters: found one of them; expected a list, as in [adapter].")
-    named: list[tuple[str | None, Source]] = (
-        list(adapters.items())
-        if isinstance(adapters, Mapping)
-        else [(None, adapter) for adapter in adapters]
-    )
-    for i, (_, source) in enumerate(named):
-        if not isinstance(source, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
-            raise TypeError(
-                f"adapters[{i}]: found {shown(source)}; expected a folder, a name on the Hub or "
-                "an adapter that was read."
-            )
-    if not named:
-        problems.append(Problem("adapters", "none", "one adapter at least"))
-    weighted = _listed("weights", weights, len(named), problems)
-    parameters = _listed("each", each, len(named), problems)
-    result = []
-    for i, (name, source) in enumerate(named):
-        own = dict(parameters[i]) if i < len(parameters) else {}
-        if i < len(weighted):
-            if "weight" in own:
-                problems.append(
-                    Problem(f"each[{i}].weight", "a weight in `weights` too", "one of the two")
-                )
-            own["weight"] = weighted[i]
-        revision = None
-        if isinstance(source, str):
-            source, revision = located(source)
-        where = f"adapters[{i}]"
-        result.append(Input(where, source, name, revision, own, where))
-    return tuple(result)
-
-
-def _listed(argument: str, values: Any, count: int, problems: list[Problem]) -> Sequence[Any]:
-    """What is given for each adapter; nothing if nothing is, or if it is no list."""
-    if values is None:
-        return ()
-    if isinstance(values, (Mapping, str)):
-        expected = "a list, one for each adapter in their order"
-        problems.append(Problem(argument, shown(values), expected))
-        return ()
-    if len(values) != count:
-        expected = f"{count}, one for each adapter"
-        problems.append(Problem(argument, str(len(values)), expected))
-    return values
 
 
 def _merge(plan: MergePlan, events: Dispatcher, output: str) -> Any:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mergekit_ext.budget import in_units
-from mergekit_ext.errors import NotConvergedWarning
 from peft_merge import saved
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
 from peft_merge.config.plan import MergePlan, WholeMethod
@@ -94,26 +92,6 @@ def sentences(report: Mapping[str, Any]) -> Iterator[str]:
             f"average, at most {summary['largest_error']:.2%} ({summary['largest_error_in']})."
         )
     yield from report["notes"]
-
-
-def warn_of_late(method: str, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Warn once of all modules whose solver did not reach its tolerance.
-
-    Args:
-        modules: the report of each; iterative rules give `converged`, `iterations`, `change`.
-    """
-    late = {name: entry for name, entry in modules.items() if not entry.get("converged", True)}
-    if not late:
-        return
-    worst = max(late, key=lambda name: late[name]["change"])
-    warnings.warn(
-        NotConvergedWarning(
-            f"{method}: {len(late)} of {len(modules)} modules did not reach the tolerance in "
-            f"{late[worst]['iterations']} iterations; the largest change left is "
-            f"{late[worst]['change']:.1e}, in {worst}. Raise `max_iterations` or `tolerance`."
-        ),
-        stacklevel=5,
-    )
 
 
 def preview(plan: MergePlan) -> str:

@@ -7,7 +7,7 @@ whole. Other rules need all m changes at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from mergekit_ext.kernels.linear_algebra import matmul
 from mergekit_ext.methods import Call, Method
 from mergekit_ext.methods.method import Pieces
 from peft_merge.adapter import Update
-from peft_merge.algebra.truncated import Factored, Leading, Rank, chosen, leading
+from peft_merge.algebra.truncated import Factored, Rank, chosen, leading
 
 # Entries of a block of rows.
 BLOCK = 1 << 16
@@ -52,57 +52,54 @@ def merge(
         MergeError: the rule gives values that are not finite.
     """
     n, rows, columns = shape
-    most = min(rows, columns)
-    wanted = min(rank, most) if isinstance(rank, int) else None
-    found, details = [], {}
+    wanted = min(rank, rows, columns) if isinstance(rank, int) else None
     dtype = torch.float64 if rows * columns <= SMALL else torch.float32
-    for index in range(n):
-        sources = [_source(update, index, (rows, columns), device) for update in updates]
-        merged, said = _merged(sources, rule, call, (rows, columns), dtype, device)
-        details.update(said)
-        found.append(leading(merged, wanted))
-    return _factored(found, rank, _FLOOR[dtype]), details
-
-
-def _source(
-    update: Update | None, index: int, shape: tuple[int, int], device: str | torch.device
-) -> Pieces:
-    rows, columns = shape
     step = max(1, BLOCK // columns)
     starts = range(0, rows, step)
-    if update is None:
-        return lambda: (
-            torch.zeros((min(step, rows - start), columns), dtype=torch.float64, device=device)
-            for start in starts
-        )
-    b = update.b[index].to(device, torch.float64) * update.scale
-    a = update.a[index].to(device, torch.float64)
-    return lambda: (matmul(b[start : start + step], a) for start in starts)
+    details: dict[str, Any] = {}
+
+    def source(update: Update | None, index: int) -> Pieces:
+        if update is None:
+            nothing = {"dtype": torch.float64, "device": device}
+            return lambda: (
+                torch.zeros((min(step, rows - start), columns), **nothing) for start in starts
+            )
+        b = update.b[index].to(device, torch.float64) * update.scale
+        a = update.a[index].to(device, torch.float64)
+        return lambda: (matmul(b[start : start + step], a) for start in starts)
+
+    def whole(pieces: Iterable[Tensor]) -> Tensor:
+        out = torch.empty((rows, columns), dtype=dtype, device=device)
+        at = 0
+        for piece in pieces:
+            out[at : at + len(piece)] = piece
+            at += len(piece)
+        return require_finite(out)
+
+    def merged(index: int) -> Tensor:
+        sources = [source(update, index) for update in updates]
+        if rule.blockwise is not None:
+            return whole(rule.blockwise(sources, call))
+        result = rule.apply([whole(each()) for each in sources], call)
+        details.update(result.details)
+        return whole([result.tensor])
+
+    found = [leading(merged(index), wanted) for index in range(n)]
+    sigma = torch.stack([part.sigma for part in found])
+    kept = chosen(sigma, rank, _FLOOR[dtype])
+    left = sum(part.rest**2 for part in found) + float(sigma[:, kept:].square().sum())
+    total = sum(part.whole**2 for part in found)
+    factored = Factored(
+        a=torch.stack([_rooted(part.v, part.sigma, kept).mT for part in found]),
+        b=torch.stack([_rooted(part.u, part.sigma, kept) for part in found]),
+        sigma=sigma[:, :kept],
+        error=(left / total) ** 0.5 if total else 0.0,
+    )
+    return factored, details
 
 
-def _merged(
-    sources: Sequence[Pieces],
-    rule: Method,
-    call: Call,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> tuple[Tensor, dict[str, Any]]:
-    if rule.blockwise is None:
-        merged = rule.apply([_whole(source(), shape, dtype, device) for source in sources], call)
-        return _whole(iter((merged.tensor,)), shape, dtype, device), dict(merged.details)
-    return _whole(rule.blockwise(sources, call), shape, dtype, device), {}
-
-
-def _whole(
-    pieces: Iterator[Tensor], shape: tuple[int, int], dtype: torch.dtype, device: str | torch.device
-) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=device)
-    at = 0
-    for piece in pieces:
-        out[at : at + len(piece)] = piece
-        at += len(piece)
-    return require_finite(out)
+def _rooted(vectors: Tensor, sigma: Tensor, rank: int) -> Tensor:
+    return vectors[:, :rank].to(torch.float64) * sigma[:rank].sqrt()
 
 
 def require_finite(tensor: Tensor) -> Tensor:
@@ -117,24 +114,3 @@ def require_finite(tensor: Tensor) -> Tensor:
             "the merge gives values that are not finite from finite inputs. Use smaller weights."
         )
     return tensor
-
-
-def _factored(found: Sequence[Leading], rank: Rank, floor: float) -> Factored:
-    sigma = torch.stack([part.sigma for part in found])
-    kept = chosen(sigma, rank, floor)
-    left = sum(part.rest**2 for part in found) + float(sigma[:, kept:].square().sum())
-    total = sum(part.whole**2 for part in found)
-    factors = [_balanced(part, kept) for part in found]
-    return Factored(
-        a=torch.stack([a for _, a in factors]),
-        b=torch.stack([b for b, _ in factors]),
-        sigma=sigma[:, :kept],
-        error=(left / total) ** 0.5 if total else 0.0,
-    )
-
-
-def _balanced(part: Leading, rank: int) -> tuple[Tensor, Tensor]:
-    roots = part.sigma[:rank].sqrt()
-    b = part.u[:, :rank].to(torch.float64) * roots
-    a = part.v[:, :rank].to(torch.float64) * roots
-    return b.contiguous(), a.mT.contiguous()

@@ -29,14 +29,20 @@ from peft_merge.config.options import (
 )
 from peft_merge.config.plan import AnyMethod, Kind, MergePlan, WholeMethod
 from peft_merge.config.resolve import Resolver, unknown_everywhere
+from peft_merge.flexmerge.method import FLEXMERGE
 from peft_merge.io import compatible, different_bases, few_shared, load_adapter, one_form
 from peft_merge.memory_estimate import need_of
-from peft_merge.methods import methods, of_any_method, parameters_of
+from peft_merge.methods import of_any_rule, rules
 
 PATTERNS = (
     "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "
     "alpha_pattern: llama.cpp, vLLM, SGLang and LoRAX scale such modules wrongly."
 )
+
+
+def methods() -> dict[str, AnyMethod]:
+    """Return all merge methods by name: the rules and FlexMerge."""
+    return {**rules(), FLEXMERGE.name: FLEXMERGE}
 
 
 def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
@@ -131,10 +137,16 @@ def _settings(request: Request, found: list[Problem]) -> tuple[AnyMethod | None,
         else:
             remedy = did_you_mean(name, known)
             found.append(Problem("merge_method", shown(name), "a merge method", remedy))
-        found += unknown_everywhere(of_any_method(), request.parameters, request.inputs)
+        forms = of_any_rule()
+        for parameter in FLEXMERGE.parameters({}):
+            forms.setdefault(parameter.name, []).append(parameter)
+        found += unknown_everywhere(forms, request.parameters, request.inputs)
         return None, None
     method = known[name]
-    parameters = parameters_of(method, request.parameters)
+    if isinstance(method, WholeMethod):
+        parameters = method.parameters(request.parameters)
+    else:
+        parameters = method.for_driver(ADAPTERS)
     resolve = Resolver(name, parameters, request.parameters, request.inputs)
     wrong = list(resolve.problems())
     found += wrong

@@ -15,7 +15,9 @@ from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.io import paths
 from mergekit_ext.io.documents import DocumentError, text_of
 from mergekit_ext.io.documents import read as parsed
-from peft_merge.adapter import Adapter
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+
+Source = Adapter | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Input:
     """
 
     where: str
-    source: Adapter | str | os.PathLike[str]
+    source: Source
     name: str | None = None
     revision: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -80,6 +82,65 @@ def located(model: str) -> tuple[str, str | None]:
         return model, None
     name, _, revision = model.partition("@")
     return name, revision
+
+
+def inputs_of(
+    adapters: Sequence[Source] | Mapping[str, Source],
+    weights: Sequence[float] | None,
+    each: Sequence[Mapping[str, Any]] | None,
+    problems: list[Problem],
+) -> tuple[Input, ...]:
+    """Return the adapters that `merge_adapters` is called with; `problems` are added to.
+
+    Raises:
+        TypeError: they are no list, or one of them is of another type.
+    """
+    if isinstance(adapters, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
+        raise TypeError("adapters: found one of them; expected a list, as in [adapter].")
+    named: list[tuple[str | None, Source]] = (
+        list(adapters.items())
+        if isinstance(adapters, Mapping)
+        else [(None, adapter) for adapter in adapters]
+    )
+    for i, (_, source) in enumerate(named):
+        if not isinstance(source, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
+            raise TypeError(
+                f"adapters[{i}]: found {shown(source)}; expected a folder, a name on the Hub or "
+                "an adapter that was read."
+            )
+    if not named:
+        problems.append(Problem("adapters", "none", "one adapter at least"))
+    weighted = _listed("weights", weights, len(named), problems)
+    parameters = _listed("each", each, len(named), problems)
+    result = []
+    for i, (name, source) in enumerate(named):
+        own = dict(parameters[i]) if i < len(parameters) else {}
+        if i < len(weighted):
+            if "weight" in own:
+                problems.append(
+                    Problem(f"each[{i}].weight", "a weight in `weights` too", "one of the two")
+                )
+            own["weight"] = weighted[i]
+        revision = None
+        if isinstance(source, str):
+            source, revision = located(source)
+        where = f"adapters[{i}]"
+        result.append(Input(where, source, name, revision, own, where))
+    return tuple(result)
+
+
+def _listed(argument: str, values: Any, count: int, problems: list[Problem]) -> Sequence[Any]:
+    """What is given for each adapter; nothing if nothing is, or if it is no list."""
+    if values is None:
+        return ()
+    if isinstance(values, (Mapping, str)):
+        expected = "a list, one for each adapter in their order"
+        problems.append(Problem(argument, shown(values), expected))
+        return ()
+    if len(values) != count:
+        expected = f"{count}, one for each adapter"
+        problems.append(Problem(argument, str(len(values)), expected))
+    return values
 
 
 # In the order in which they are written.

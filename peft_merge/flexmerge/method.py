@@ -35,7 +35,7 @@ from peft_merge.flexmerge.family import GRANULARITIES
 from peft_merge.flexmerge.manifest import task_name_problem
 from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.flexmerge.run import Options, merge, storage_of
-from peft_merge.methods import of_any_rule, register, rules
+from peft_merge.methods import of_any_rule, rules
 
 EXPECTED = "a number of adapters such as 2.5, or a memory budget such as '40MB'"
 OWN = options(
@@ -195,4 +195,4 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
     return merge(plan, options_of(plan), events)
 
 
-register(WholeMethod("flexmerge", parameters, check, run, check_inputs))
+FLEXMERGE = WholeMethod("flexmerge", parameters, check, run, check_inputs)

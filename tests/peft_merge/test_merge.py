@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections import Counter
@@ -15,17 +14,14 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 import peft_merge
-from mergekit_ext.core.parameters import WEIGHT, Parameter
 from mergekit_ext.errors import (
     ConfigError,
     NonFiniteError,
     NotConvergedWarning,
-    Problem,
     TwoModelsWarning,
     UniformCoefficientsWarning,
 )
 from mergekit_ext.events import MergeCallback
-from peft_merge import methods
 from peft_merge.io import load_adapter
 from peft_merge.merge import merge_adapters, run_config
 from peft_merge.methods import rules
@@ -309,7 +305,7 @@ def test_two_adapters_of_unknown_base_are_told(tmp_path):
 def test_a_solver_that_stops_early_is_told(tmp_path):
     folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("abc")]
     options = {"mu_relative": 0.1, "base": "estimated", "max_iterations": 1}
-    with pytest.warns(NotConvergedWarning, match="4 of 4 modules .* in 1 iterations"):
+    with pytest.warns(NotConvergedWarning, match="4 of 4 tensors .* in 1 iterations"):
         merge_adapters(folders, "lore", parameters=options)
 
 
@@ -346,39 +342,6 @@ def test_adapters_in_memory(tmp_path):
     with pytest.raises(ConfigError, match="2 adapters called 'a'"):
         merge_adapters([adapters[0], adapters[0]])
     assert merge_adapters({"x": adapters[0], "y": adapters[0]}).report["adapters"][1]["name"] == "y"
-
-
-def test_methods_with_a_way_of_their_own(tmp_path, monkeypatch):
-    folder = saved(KINDS["plain"], tmp_path / "a", 1)
-
-    def check(plan):
-        if plan.resolve(plan.modules[0]).options["size"] > len(plan.adapters):
-            yield Problem("parameters.size", "too much", "less")
-
-    @dataclasses.dataclass
-    class Pair:
-        report: dict
-
-        def save(self, path):
-            Path(path).mkdir()
-
-    method = methods.WholeMethod(
-        "pairs",
-        lambda shared: (WEIGHT, Parameter("size", int, 1)),
-        check,
-        lambda plan, events: Pair({"method": plan.method.name}),
-    )
-    monkeypatch.setattr(methods, "_WHOLE", {})
-    methods.register(method)
-    config = {"merge_method": "pairs", "models": [{"model": str(folder)}]}
-    assert run_config(config, tmp_path / "out").report == {"method": "pairs"}
-    assert (tmp_path / "out").is_dir()
-    with pytest.raises(ConfigError, match="too much"):
-        run_config({**config, "parameters": {"size": 2}}, tmp_path / "more")
-    with pytest.raises(ConfigError, match=r"parameters.sise: .* Write `size`"):
-        run_config({**config, "parameters": {"sise": 2}}, tmp_path / "more")
-    with pytest.raises(ValueError, match="already"):
-        methods.register(method)
 
 
 def test_the_package_names_what_it_offers():

@@ -18,7 +18,7 @@ from mergekit_ext.core.parameters import (
     Switch,
     choice,
 )
-from peft_merge.config.settings import UNSET, evaluate, places, problems_of
+from peft_merge.config.resolve import UNSET, evaluate, places, problems_of
 
 DENSITY = Parameter("density", Share, per_model=True)
 FACTOR = Parameter("lambda", Finite, 1.0)
