@@ -409,7 +409,7 @@ def test_nothing_but_one_error_whatever_is_written(folders, changes, parameters,
 
 @pytest.mark.parametrize("place", ["~nobody-of-this-name/x", "x" * 5000])
 def test_a_place_that_is_no_path(folders, place):
-    with pytest.raises(ConfigError, match=r"no place|cannot be made"):
+    with pytest.raises(ConfigError, match=r"no place|expected a writable folder"):
         plan_config(document(folders, "one"), place)
 
 

@@ -337,10 +337,10 @@ def test_weights_may_be_tensors_or_left_out():
     model = model_of(models.KINDS["plain"], {}, {})
     check_sum(model, ["default", "a1"], torch.tensor([0.5, 0.25]))
     add_merged_adapter(
-        model, ["default", "a1"], adapter_name="half", method="task_arithmetic", lambda_=0.5
+        model, ["default", "a1"], adapter_name="left_out", method="task_arithmetic", lambda_=0.5
     )
     expected = exact_sum(model, ["default", "a1"], [0.5, 0.5])
-    for module, delta in deltas(model, "half").items():
+    for module, delta in deltas(model, "left_out").items():
         torch.testing.assert_close(delta, expected[module], rtol=1e-4, atol=1e-5)
 
 
