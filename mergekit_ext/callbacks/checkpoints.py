@@ -160,7 +160,7 @@ class MergeCheckpoints(Settings, Callback):
         if self.running is None:
             self._store.add(step, lambda folder: kind.save(model, folder, step))
         elif not self._steps or step > self._steps[-1]:
-            weight = self.running.next_weight(len(self._steps) + 1, self.parameters)
+            weight = self.running.weight(len(self._steps) + 1)
             self._mean = kind.blend(self._mean, model, weight, step)
             self._steps.append(step)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_ext.callbacks.running import RUNNING, Running
+from mergekit_ext.callbacks.running import RUNNING, Average, Ema
 from mergekit_ext.core.schema import schema_problems
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import Dispatcher
@@ -57,17 +57,19 @@ class Settings(BaseModel):
             raise ConfigError(problems, SUBJECT)
 
     @property
-    def running(self) -> Running | None:
+    def running(self) -> Average | Ema | None:
         """The method, if it is a running mean, which keeps no snapshots."""
-        return RUNNING.get(self.method)
+        return RUNNING[self.method](**self.parameters) if self.method in RUNNING else None
 
 
 def _together(given: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield what a type does not express: arguments that need others, objects that are called."""
     method, parameters = str(given.get("method", "average")), given.get("parameters", {})
     if method in RUNNING:
-        if isinstance(parameters, Mapping):
-            yield from RUNNING[method].problems(method, parameters)
+        try:
+            RUNNING[method].model_validate(parameters)
+        except ValidationError as error:
+            yield from schema_problems(error, parameters, "parameters")
         if given.get("base") is not None:
             yield Problem("base", "a base", f"none: `{method}` has no base", "Leave it out.")
         if given.get("on") == "save":
