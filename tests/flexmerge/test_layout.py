@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
-from mergekit_ext.flexmerge.layout import complete_ties
+from mergekit_ext.flexmerge.layout import Renaming, complete_ties, find_renaming, named_as
+from mergekit_ext.io.headers import TensorHeader
 from tests.flexmerge.inputs import NAMING, family, headers, layout
 
 
@@ -113,3 +115,52 @@ def test_a_name_that_only_the_base_has_is_not_given_to_the_models():
     base, models = family(2)
     base["out.weight"] = base["embed.weight"]
     assert [set(owner) for owner in completed(base, models)[1:]] == [set(models[0])] * 2
+
+
+# A base whose names have no prefix, or models whose have none
+
+BODY = [f"encoder.layer.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]
+
+
+def prefixed(prefix, names):
+    return [f"{prefix}.{name}" for name in names]
+
+
+def test_a_bare_base():
+    models = [[*prefixed("vit", BODY), "classifier.weight"], prefixed("vit", BODY)]
+    assert find_renaming([*BODY, "pooler.dense.weight"], models) == Renaming("vit", True)
+
+
+def test_bare_models():
+    base = [*prefixed("bert", BODY), "cls.predictions.bias"]
+    assert find_renaming(base, [BODY, [*BODY, "pooler.weight"]]) == Renaming("bert", False)
+
+
+@pytest.mark.parametrize(
+    ("base", "models"),
+    [
+        (BODY, [BODY, BODY]),
+        (prefixed("vit", BODY), [prefixed("vit", BODY)] * 2),
+        # One model of each kind: no prefix fits both.
+        (BODY, [prefixed("vit", BODY), BODY]),
+        (BODY, [prefixed("vit", BODY), prefixed("deit", BODY)]),
+        # Which of the two would the base be?
+        (BODY, [[*prefixed("text", BODY), *prefixed("vision", BODY)]] * 2),
+        # Too few.
+        (BODY, [prefixed("vit", BODY[:3])] * 2),
+        (["weight"], [["a.weight", "b.weight"]] * 2),
+        ([], [[]]),
+        (BODY, []),
+    ],
+)
+def test_no_prefix(base, models):
+    assert find_renaming(base, models) is None
+
+
+def test_headers_keep_the_names_they_are_stored_under():
+    def headers(names):
+        return {name: TensorHeader(name, "F32", (1,), 4) for name in names}
+
+    base = named_as(headers(BODY), Renaming("vit", adds=True))
+    assert list(base) == prefixed("vit", BODY)
+    assert [header.name for header in base.values()] == BODY

@@ -13,6 +13,7 @@ from mergekit_ext.errors import CheckpointError
 from peft_merge.flexmerge.load import load_tasks
 from peft_merge.flexmerge.manifest import described, open_manifest
 from peft_merge.merge import merge_adapters
+from tests.flexmerge.test_task_folders import in_cache
 from tests.peft_merge.models import KINDS, base, saved
 
 FILE = "flexmerge.json"
@@ -95,6 +96,12 @@ def test_links_that_leave_the_folder(folder, tmp_path):
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="outside of the checkpoint"):
         open_manifest(folder)
+
+
+def test_the_hubs_cache(folder, tmp_path):
+    snapshot = in_cache(folder, tmp_path / "models--some--tasks")
+    assert open_manifest(snapshot) == open_manifest(folder)
+    assert load_tasks(base(KINDS["plain"]), snapshot).active_adapters == ["t0"]
 
 
 def test_changed_weights(folder):
