@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.flexmerge.trim_search import ALL_TIES
 from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.schema import Items, Schema, Version, parse
 from mergekit_ext.kernels.selection import EVERYTHING, Cut
 
 FILE_NAME = "flexmerge_analysis.json"
@@ -68,6 +69,29 @@ def _identity(header: TensorHeader) -> list[Any]:
     return [header.name, header.dtype, list(header.shape), header.offset]
 
 
+class _Cuts(Schema):
+    """The cuts of all tasks for some densities."""
+
+    densities: Items[float]
+    patterns: Items[int]
+
+
+class _Rows(Schema):
+    """Inner products of one block."""
+
+    rows: Items[Items[float]]
+
+
+class _Stored(Schema):
+    """What `save` writes and `find` needs; a file has more that is worth reading."""
+
+    format: Literal["flexmerge-analysis"]
+    version: Version
+    subject: str
+    grams: dict[str, Any]  # `_Rows` each; a hostile file may have millions of them
+    cuts: Items[_Cuts]
+
+
 def save(path: Path, analysis: Analysis, subject: Subject, facts: Mapping[str, Any]) -> None:
     """Write an analysis.
 
@@ -115,26 +139,20 @@ def _candidates(folder: Path) -> Iterable[Path]:
 def _read(path: Path, subject: Subject) -> Analysis | None:
     """Return the analysis in a file; None if it is of something else, or broken."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["subject"] != subject.digest or content["version"] != VERSION:
+        content = parse(_Stored, path.read_bytes(), str(path))
+        if content.subject != subject.digest:
             return None
-        grams = {name: _gram(content["grams"][name], subject) for name in subject.blocks}
-        cuts = {
-            tuple(item["densities"]): _cuts(item["patterns"], subject) for item in content["cuts"]
-        }
-    except (OSError, ValueError, LookupError, ArithmeticError):
-        return None
-    except (TypeError, AttributeError, RuntimeError):
-        # RuntimeError: torch's, of what is no matrix, and json's, of what is too deep.
+        grams = {name: _gram(content.grams[name], subject) for name in subject.blocks}
+        cuts = {each.densities: _cuts(each.patterns, subject) for each in content.cuts}
+    except (OSError, ValueError, KeyError, ArithmeticError):
         return None
     return Analysis(subject.tasks, grams, cuts)
 
 
 def _gram(rows: Any, subject: Subject) -> Tensor:
-    gram = torch.tensor(rows, dtype=torch.float64)
+    gram = torch.tensor(_Rows(rows=rows).rows, dtype=torch.float64)
     sound = (
         gram.shape == (len(subject.tasks), len(subject.tasks))
-        and bool(torch.isfinite(gram).all())
         and torch.equal(gram, gram.T)
         and bool((gram.diagonal() >= 0).all())
     )
@@ -143,11 +161,8 @@ def _gram(rows: Any, subject: Subject) -> Tensor:
     return gram
 
 
-def _cuts(patterns: Any, subject: Subject) -> list[Cut]:
-    if len(patterns) != len(subject.tasks) or any(type(p) is not int for p in patterns):
+def _cuts(patterns: tuple[int, ...], subject: Subject) -> list[Cut]:
+    if len(patterns) != len(subject.tasks):
         raise ValueError("no pattern for each task")
-    return [_cut(pattern) for pattern in patterns]
-
-
-def _cut(pattern: int) -> Cut:
-    return EVERYTHING if pattern == EVERYTHING.pattern else Cut(pattern, ALL_TIES)
+    every = EVERYTHING.pattern
+    return [EVERYTHING if each == every else Cut(each, ALL_TIES) for each in patterns]

@@ -63,16 +63,18 @@ def stored(
         shapes: of its tensors, in the order in which they are concatenated.
         groups: that partition the tasks, with `tasks` and `kind` (`StoredGroup`, or a manifest's).
     """
+    bits = 0
     if any(group.kind == MASKED for group in groups):
+        bits = sum(math.prod(shape) for shape in shapes.values())
         for name, shape in shapes.items():
             yield _BASE, name, shape
     for group in groups:
         masked = group.kind == MASKED
+        place = Place(UNIFIED if masked else DENSE, group.tasks)
         for name, shape in shapes.items():
-            yield Place(UNIFIED if masked else DENSE, group.tasks), name, shape
+            yield place, name, shape
         for task in group.tasks if masked else ():
-            size = sum(math.prod(shape) for shape in shapes.values())
-            yield Place(MASKS, (task,)), block, (-(-size // 8),)
+            yield Place(MASKS, (task,)), block, (-(-bits // 8),)
 
 
 @dataclass(frozen=True)

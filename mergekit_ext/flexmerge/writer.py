@@ -85,35 +85,13 @@ def write_checkpoint(
         NonFiniteError: a private tensor holds NaN or infinity.
         OSError: a file cannot be read or written.
     """
-    ranks = ranks or Ranks()
-    layout = reader.layout
-    declared: dict[Place, list[Entry]] = {}
-    for block, groups in zip(layout.blocks, plan.groups, strict=True):
-        for place, entry in _block_entries(layout, block, groups, merging):
-            declared.setdefault(place, []).append(entry)
-    for task, headers in zip(layout.tasks, layout.private, strict=True):
-        for header in headers:
-            declared.setdefault(Place(DENSE, (task,)), []).append(_private_entry(header))
-    shards = planned_shards(declared, layout.tasks, shard_size)
-    writer = ShardWriter(folder, shards, whole=ranks.size == 1)
-    try:
-        ranks.from_main(lambda: _begin(folder, writer))
-        pieces = _Pieces(reader, plan, merging, writer, finished or Finished(), ranks)
-        rescale = pieces.write(merged)
-        files = writer.finish(ranks)
-    finally:
-        writer.close()
-    return ranks.from_main(
-        lambda: _complete(folder, layout, plan, writer, provenance, files, rescale)
+    writing = _Writing(
+        folder, reader, plan, merging, provenance, shard_size, finished or Finished(), ranks
     )
-
-
-def _begin(folder: Path, writer: ShardWriter) -> None:
-    """Leave nothing of an earlier run but shards: the rest is made last, and quickly."""
-    for path in folder.iterdir():
-        if path.name != SHARDS:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    writer.create()
+    try:
+        return writing.run(merged)
+    finally:
+        writing.shards.close()
 
 
 def _named(layout: Layout, place: Place) -> Place:
@@ -132,26 +110,53 @@ def _private_entry(header: TensorHeader) -> Entry:
     return Entry(header.name, header.dtype, tuple(header.shape), header.nbytes)
 
 
-class _Pieces:
-    """The blocks and private tensors that this process writes, and those that are written."""
+class _Writing:
+    """One checkpoint on its way, in one of the processes that write it."""
 
     def __init__(
         self,
+        folder: Path,
         reader: BlockReader,
         plan: Plan,
         merging: Merging,
-        shards: ShardWriter,
+        provenance: Provenance,
+        shard_size: int,
         finished: Finished,
-        ranks: Ranks,
+        ranks: Ranks | None,
     ):
-        self._reader, self._plan, self._merging = reader, plan, merging
-        self._shards, self._finished, self._ranks = shards, finished, ranks
+        self._folder, self._reader, self._layout = folder, reader, reader.layout
+        self._plan, self._merging, self._provenance = plan, merging, provenance
+        self._finished, self._ranks = finished, ranks or Ranks()
+        layout = self._layout
+        declared: dict[Place, list[Entry]] = {}
+        for block, groups in zip(layout.blocks, plan.groups, strict=True):
+            for place, entry in _block_entries(layout, block, groups, merging):
+                declared.setdefault(place, []).append(entry)
+        for task, headers in zip(layout.tasks, layout.private, strict=True):
+            for header in headers:
+                declared.setdefault(Place(DENSE, (task,)), []).append(_private_entry(header))
+        shards = planned_shards(declared, layout.tasks, shard_size)
+        self.shards = ShardWriter(folder, shards, whole=self._ranks.size == 1)
 
-    def write(
+    def run(self, merged: Callable[[BlockLayout, Sequence[StoredGroup]], None]) -> Manifest:
+        """Write everything; all processes come here."""
+        self._ranks.from_main(self._begin)
+        rescale = self._pieces(merged)
+        files = self.shards.finish(self._ranks)
+        return self._ranks.from_main(lambda: self._complete(files, rescale))
+
+    def _begin(self) -> None:
+        """Leave nothing of an earlier run but shards: the rest is made last, and quickly."""
+        for path in self._folder.iterdir():
+            if path.name != SHARDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.shards.create()
+
+    def _pieces(
         self, merged: Callable[[BlockLayout, Sequence[StoredGroup]], None]
     ) -> dict[str, Rescale]:
         """Write what is missing; return the rescalers of every block, in every process."""
-        layout, forced = self._reader.layout, self._merging.forced
+        layout, forced = self._layout, self._merging.forced
         blocks = list(zip(layout.blocks, self._plan.groups, strict=True))
         private = [
             (task, header) for task, headers in enumerate(layout.private) for header in headers
@@ -170,21 +175,20 @@ class _Pieces:
         for (task, header), owner in zip(private, owners[len(blocks) :], strict=True):
             if owner == self._ranks.rank:
                 self._private(task, header)
-        self._shards.wait()
+        self.shards.wait()
         return {name: found for part in self._ranks.gather(rescale) for name, found in part.items()}
 
     def _block(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> Rescale:
-        layout = self._reader.layout
-        entries = list(_block_entries(layout, block, groups, self._merging))
+        entries = list(_block_entries(self._layout, block, groups, self._merging))
         shared = [[list(group.tasks), group.kind] for group in groups]
         found = self._finished.found(_BLOCK, block.name, _is_block)
-        if found and found["groups"] == shared and self._shards.holds(entries, found["crcs"]):
+        if found and found["groups"] == shared and self.shards.holds(entries, found["crcs"]):
             return dict(found["rescale"])
         rescale: Rescale = {}
         for place, name, tensor in block_tensors(
             self._reader, block, groups, self._merging, self._own, rescale
         ):
-            self._shards.write(_named(layout, place), name, tensor)
+            self.shards.write(_named(self._layout, place), name, tensor)
         value = {"groups": shared, "rescale": [list(item) for item in rescale.items()]}
         self._record(_BLOCK, block.name, len(entries), value)
         return rescale
@@ -200,16 +204,16 @@ class _Pieces:
 
     def _private(self, task: int, header: TensorHeader) -> None:
         """Copy a tensor that no other task has, if its values are finite."""
-        owner = self._reader.layout.tasks[task]
+        owner = self._layout.tasks[task]
         place, entry = Place(DENSE, (owner,)), _private_entry(header)
         name = f"{owner}/{header.name}"
         found = self._finished.found(_PRIVATE, name, _is_piece)
-        if found and self._shards.holds([(place, entry)], found["crcs"]):
+        if found and self.shards.holds([(place, entry)], found["crcs"]):
             return
         tensor = self._reader.read_stored(task, header.name)
         if (dtype := (FLOATING | COPIED).get(header.dtype)) is not None:
             require_finite(tensor.view(dtype), header.name, owner)
-        self._shards.write(place, header.name, tensor)
+        self.shards.write(place, header.name, tensor)
         self._record(_PRIVATE, name, 1, {})
 
     def _record(self, kind: str, key: str, count: int, value: Mapping[str, Any]) -> None:
@@ -218,7 +222,66 @@ class _Pieces:
                 raise AssertionError(f"{key}: {len(crcs)} of {count} tensors were written")
             self._finished.add(kind, key, {**value, "crcs": crcs})
 
-        self._shards.done(add)
+        self.shards.done(add)
+
+    def _complete(self, files: tuple[ShardFile, ...], rescale: Mapping[str, Rescale]) -> Manifest:
+        layout, plan, provenance = self._layout, self._plan, self._provenance
+        ordinary, size = self._link(), plan.size
+        manifest = Manifest(
+            format="flexmerge",
+            version=1,
+            generator=provenance.generator,
+            method=dict(provenance.method),
+            base_model=provenance.base_model,
+            size=Size(
+                models=size.models,
+                bytes=size.bytes,
+                unit_bytes=round(size.unit_bytes),
+                private_bytes=size.private_bytes,
+            ),
+            tasks=tuple(
+                Task(name=name, model=model, ordinary=name in ordinary)
+                for name, model in zip(layout.tasks, provenance.models, strict=True)
+            ),
+            files=files,
+            blocks=tuple(
+                Block(
+                    name=block.name,
+                    kind=block.kind,
+                    tensors=_infos(block.parts),
+                    groups=tuple(_group(layout, group, rescale[block.name]) for group in groups),
+                )
+                for block, groups in zip(layout.blocks, plan.groups, strict=True)
+            ),
+            private=tuple(
+                Private(task=name, tensors=_infos(headers))
+                for name, headers in zip(layout.tasks, layout.private, strict=True)
+                if headers
+            ),
+            task_files={},
+        )
+        (self._folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    def _link(self) -> set[str]:
+        """Make the task folders; return the tasks that are ordinary checkpoints."""
+        folder, layout, plan = self._folder, self._layout, self._plan
+        groups = [group for found in plan.groups for group in found]
+        masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
+        sets = {tuple(layout.tasks[task] for task in group.tasks) for group in groups}
+        sets |= {(name,) for name in layout.tasks}
+        ordinary = set()
+        for task, name in enumerate(layout.tasks):
+            (folder / name).mkdir()
+            if task not in masked:
+                ordinary.add(name)
+                places = [Place(DENSE, names) for names in sorted(sets) if name in names]
+                files = [file for place in places for file in self.shards.where(place)]
+                link_model(folder, folder / name, files)
+        whole = all(len(found) == 1 and found[0].kind == DENSE for found in plan.groups)
+        if whole and not any(layout.private):
+            link_model(folder, folder, self.shards.where(Place(DENSE, layout.tasks)))
+        return ordinary
 
 
 def _is_piece(value: Any) -> bool:
@@ -242,54 +305,6 @@ def _are_pairs(value: Any) -> bool:
     )
 
 
-def _complete(
-    folder: Path,
-    layout: Layout,
-    plan: Plan,
-    shards: ShardWriter,
-    provenance: Provenance,
-    files: tuple[ShardFile, ...],
-    rescale: Mapping[str, Rescale],
-) -> Manifest:
-    ordinary = _link(folder, layout, plan, shards)
-    size = plan.size
-    manifest = Manifest(
-        format="flexmerge",
-        version=1,
-        generator=provenance.generator,
-        method=dict(provenance.method),
-        base_model=provenance.base_model,
-        size=Size(
-            models=size.models,
-            bytes=size.bytes,
-            unit_bytes=round(size.unit_bytes),
-            private_bytes=size.private_bytes,
-        ),
-        tasks=tuple(
-            Task(name=name, model=model, ordinary=name in ordinary)
-            for name, model in zip(layout.tasks, provenance.models, strict=True)
-        ),
-        files=files,
-        blocks=tuple(
-            Block(
-                name=block.name,
-                kind=block.kind,
-                tensors=_infos(block.parts),
-                groups=tuple(_group(layout, group, rescale[block.name]) for group in groups),
-            )
-            for block, groups in zip(layout.blocks, plan.groups, strict=True)
-        ),
-        private=tuple(
-            Private(task=name, tensors=_infos(headers))
-            for name, headers in zip(layout.tasks, layout.private, strict=True)
-            if headers
-        ),
-        task_files={},
-    )
-    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
-
-
 def _infos(tensors: Sequence[Part] | Sequence[TensorHeader]) -> tuple[TensorInfo, ...]:
     return tuple(TensorInfo(name=each.name, shape=tuple(each.shape)) for each in tensors)
 
@@ -300,23 +315,3 @@ def _group(layout: Layout, group: StoredGroup, rescale: Rescale) -> Group:
         return Group(tasks=tasks, kind=DENSE, similarity=group.similarity)
     factors = {layout.tasks[task]: rescale[task] for task in group.tasks}
     return Group(tasks=tasks, kind=MASKED, similarity=group.similarity, rescale=factors)
-
-
-def _link(folder: Path, layout: Layout, plan: Plan, shards: ShardWriter) -> set[str]:
-    """Make the task folders; return the tasks that are ordinary checkpoints."""
-    groups = [group for found in plan.groups for group in found]
-    masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
-    sets = {tuple(layout.tasks[task] for task in group.tasks) for group in groups}
-    sets |= {(name,) for name in layout.tasks}
-    ordinary = set()
-    for task, name in enumerate(layout.tasks):
-        (folder / name).mkdir()
-        if task not in masked:
-            ordinary.add(name)
-            places = [Place(DENSE, names) for names in sorted(sets) if name in names]
-            files = [file for place in places for file in shards.where(place)]
-            link_model(folder, folder / name, files)
-    whole = all(len(found) == 1 and found[0].kind == DENSE for found in plan.groups)
-    if whole and not any(layout.private):
-        link_model(folder, folder, shards.where(Place(DENSE, layout.tasks)))
-    return ordinary
