@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.host.blocks.names import tied_groups
-from mergekit_ext.host.stored_bytes import same_bytes
-from mergekit_ext.io.headers import TensorHeader, read_folder, weights_of
+from mergekit_ext.io.headers import TensorHeader, read_folder, same_bytes, weights_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")

@@ -23,6 +23,7 @@ from mergekit_ext.io.paths import is_file
 
 _LONGEST = 200  # of a library's message
 _LARGEST_INDEX = 64 << 20  # some 10 MB are 100,000 tensors
+_COMPARED = 1 << 20
 # As far as torch counts.
 _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**63 - 1
@@ -247,3 +248,19 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a name stands twice")
     return content
+
+
+def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:
+    """Return whether two tensors are stored alike; those of a pickle, at no known place, differ."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or not (one.file and other.file):
+        return False
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        left.seek(one.offset)
+        right.seek(other.offset)
+        remaining = one.nbytes
+        while remaining:
+            size = min(remaining, _COMPARED)
+            if left.read(size) != right.read(size):
+                return False
+            remaining -= size
+    return True

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergekit_ext.kernels.svt import Rule, gram_dtype, power_of_two, svt, truncate
 from mergekit_ext.kernels.svt_matmul import MatmulShrinker, norm_bound, spectral_norm, threshold
-from mergekit_ext.kernels.svt_subspace import WarmShrinker, _degree
+from mergekit_ext.kernels.svt_subspace import WarmShrinker
 from tests.reference.lore import svt as reference_svt
 from tests.reference.lore import truncate as reference_truncate
 
@@ -236,13 +236,6 @@ def test_guard_vectors_that_rise_above_the_threshold_rebuild_the_subspace() -> N
     found = shrinker.shrink(after)
     assert found.rank == 64
     close(found.value, reference_svt(after.double(), 1.0), after, 5e-6)
-
-
-def test_filter_degree() -> None:
-    assert _degree(gap=3.0, spread=10.0) == 1
-    assert _degree(gap=1.02, spread=2.0) == 4
-    assert _degree(gap=0.9, spread=10.0) == 1
-    assert _degree(gap=1.02, spread=1e4) == 1
 
 
 # --- matrix products alone ------------------------------------------------------------------

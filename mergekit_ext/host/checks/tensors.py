@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_ext.dtypes import NARROW, PACKED, WHOLE, is_counter
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.plan import BY_FILES, FoundTensor, Inventory
-from mergekit_ext.host.stored_bytes import same_bytes
+from mergekit_ext.io.headers import same_bytes
 
 # The largest tensor whose values are compared before the merge.
 _LARGEST_READ = 1 << 20
