@@ -22,16 +22,10 @@ from mergekit_ext.io.model_files import MODULES, companions, copy, module_folder
 from mergekit_ext.parallel import ranks
 
 _VOCABULARY = frozenset(
-    [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "tekken.json",
-    ]
+    {
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
+    }
 )
 _VOCABULARY_ENDINGS = frozenset({".model", ".spm", ".tiktoken", ".vocab", ".bpe"})
 _TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json", "additional_chat_templates"})
