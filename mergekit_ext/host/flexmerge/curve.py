@@ -15,8 +15,7 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
 from mergekit_ext.host import compat
 from mergekit_ext.host.commands import parsed
-from mergekit_ext.host.flexmerge.evaluation import Evaluate, Evaluator
-from mergekit_ext.host.flexmerge.sizes import Tracer
+from mergekit_ext.host.flexmerge.sizes import Evaluate, Evaluator, Tracer
 from mergekit_ext.host.output import listening
 from mergekit_ext.host.run import require
 from mergekit_ext.io.documents import text_of
@@ -66,7 +65,7 @@ def write_curve(
         options: mergekit's.
         sizes: as for `sizes.Tracer`.
         algorithms: the lines; those of the configuration if empty.
-        evaluate: scores a module of a task, see `evaluation.Evaluator`; None for a table of sizes.
+        evaluate: scores a module of a task, see `sizes.Evaluator`; None for a table of sizes.
         metric: what is drawn; the first that `evaluate` returns by default.
         callbacks: told what happens.
 

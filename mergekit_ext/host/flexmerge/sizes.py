@@ -2,25 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
 
 from mergekit_ext import memory
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import Event, SizeReached
 from mergekit_ext.flexmerge.merging import Walk
 from mergekit_ext.flexmerge.plan import Planner
+from mergekit_ext.flexmerge.runtime import build_module
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
-from mergekit_ext.host.flexmerge.evaluation import Evaluator
 from mergekit_ext.host.flexmerge.needs import need_of, with_models
 from mergekit_ext.host.flexmerge.parameters import variant
 from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.report.curve import Scores, SizePoint
+from mergekit_ext.scores import CheckedScores, EvaluationError
 
 ALL = "all"
+# From a module and the name of its task to its scores.
+Evaluate = Callable[[Any, str], Mapping[str, float] | float]
+
+
+class Evaluator:
+    """Calls the user's function with one model after the other.
+
+    Args:
+        function: scores a module; the higher, the better. It gets a transformers module in
+            evaluation mode, on the CPU, whose weights it must not write to (it may move the
+            module), and the name of its task. It returns a number, or a mapping from metrics to
+            numbers, for a task always with the same metrics.
+        quiet: without a progress bar.
+        trust_remote_code: as for transformers.
+    """
+
+    def __init__(self, function: Evaluate, *, quiet: bool, trust_remote_code: bool = False):
+        self._function, self._quiet = function, quiet
+        self._trust_remote_code = trust_remote_code
+        self._scores = CheckedScores()
+        self._bar: Any = None
+
+    @contextmanager
+    def counting(self, description: str, total: int) -> Iterator[None]:
+        """Show a bar of `total` evaluations."""
+        # Loading a model is fast and happens for each evaluation: its bars would hide this one.
+        shown_before = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+        self._bar = tqdm(total=total, desc=description, unit="model", disable=self._quiet)
+        try:
+            yield
+        finally:
+            self._bar.close()
+            if shown_before:
+                transformers.utils.logging.enable_progress_bar()
+
+    def skip(self, count: int) -> None:
+        """Count evaluations that are not needed."""
+        self._bar.update(count)
+
+    def score(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        task: str,
+        what: str,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, float]:
+        """Return the scores of one model.
+
+        Args:
+            folder: where its ``config.json`` is.
+            tensors: all of its tensors.
+            task: the name of its task.
+            what: the model, as errors call it.
+            dtype: that of its parameters, if it is not what its configuration says.
+
+        Raises:
+            EvaluationError: the function raised, returned something else than finite numbers, or
+                other metrics than before.
+        """
+        module = build_module(
+            folder, dict(tensors), dtype, trust_remote_code=self._trust_remote_code
+        )
+        try:
+            returned = self._function(module, task)
+        except Exception as error:
+            raise EvaluationError.raised(error, what) from error
+        found = self._scores.of(returned, task, what)
+        self._bar.update()
+        return found
 
 
 class Tracer:
@@ -64,10 +142,10 @@ class Tracer:
         self._sizes = self._default() if sizes is None else tuple(sizes)
         _require_within(self._sizes, self._count)
         if evaluator is not None:
-            self._require_room()
+            self._require_memory()
 
-    def _require_room(self) -> None:
-        """Models that are scored are in memory, whole."""
+    def _require_memory(self) -> None:
+        """Require memory for the models that are scored, which are in memory whole."""
         largest = max(float(self._count) if size == ALL else float(size) for size in self._sizes)
         found = [
             problem
@@ -118,14 +196,43 @@ class Tracer:
             engines[name] = Engine(prepared, inputs, self._options, neighbours, emit)
             engines[name].keep_analysis()
         asked = {name: self._reached(name, engine.planner) for name, engine in engines.items()}
-        if self._evaluator is None:
-            for name, engine in engines.items():
-                yield from _sizes_alone(name, engine.planner, asked[name], inputs.layout.tasks)
-            return
         total = sum(map(len, asked.values())) * self._count
-        with self._evaluator.counting("Evaluating", total):
+        counting = self._evaluator.counting("Evaluating", total) if self._evaluator else None
+        with counting or nullcontext():
             for name, engine in engines.items():
-                yield from self._line(name, engine, inputs, asked[name], self._evaluator, emit)
+                yield from self._line(name, engine, inputs, asked[name], emit)
+
+    def _line(
+        self,
+        name: str,
+        engine: Engine,
+        inputs: Inputs,
+        asked: Sequence[tuple[float, float]],
+        emit: Callable[[Event], None],
+    ) -> Iterator[SizePoint]:
+        walk = Walk(engine.reader, engine.merging)
+        scores: Scores = {task: {} for task in inputs.layout.tasks}
+        for number, (requested, target) in enumerate(asked):
+            plan = engine.planner.plan(Target(models=target))
+            size = plan.size
+            if self._evaluator is not None:
+                changed = walk.go(plan)
+                emit(SizeReached(name, size.models, size.bytes))
+                if changed or number == 0:
+                    what = f"{{}}, `{name}` at size {size.models:.4g}"
+                    scores = {
+                        task: self._evaluator.score(
+                            inputs.folders[index],
+                            walk.tensors(index),
+                            task,
+                            what.format(task),
+                            engine.forced,
+                        )
+                        for index, task in enumerate(inputs.layout.tasks)
+                    }
+                else:  # no merge in between: the same models
+                    self._evaluator.skip(self._count)
+            yield SizePoint(name, requested, size.models, size.bytes, scores)
 
     def _reached(self, name: str, planner: Planner) -> list[tuple[float, float]]:
         """What is asked for and what is planned for it, from large to small.
@@ -160,46 +267,6 @@ class Tracer:
         if not found:
             planner.plan(Target(models=missing[0]))  # raises, and says what is expected
         return found
-
-    def _line(
-        self,
-        name: str,
-        engine: Engine,
-        inputs: Inputs,
-        asked: Sequence[tuple[float, float]],
-        evaluator: Evaluator,
-        emit: Callable[[Event], None],
-    ) -> Iterator[SizePoint]:
-        walk = Walk(engine.reader, engine.merging)
-        scores: Scores | None = None
-        for requested, target in asked:
-            plan = engine.planner.plan(Target(models=target))
-            changed = walk.go(plan)
-            emit(SizeReached(name, plan.size.models, plan.size.bytes))
-            if scores is not None and not changed:
-                # Two sizes asked for with no merge in between: the same models.
-                evaluator.skip(self._count)
-            else:
-                what = f"{{}}, `{name}` at size {plan.size.models:.4g}"
-                scores = {
-                    task: evaluator.score(
-                        inputs.folders[index],
-                        walk.tensors(index),
-                        task,
-                        what.format(task),
-                        engine.forced,
-                    )
-                    for index, task in enumerate(inputs.layout.tasks)
-                }
-            yield SizePoint(name, requested, plan.size.models, plan.size.bytes, scores)
-
-
-def _sizes_alone(
-    name: str, planner: Planner, asked: Sequence[tuple[float, float]], tasks: Sequence[str]
-) -> Iterator[SizePoint]:
-    for requested, target in asked:
-        size = planner.plan(Target(models=target)).size
-        yield SizePoint(name, requested, size.models, size.bytes, {task: {} for task in tasks})
 
 
 def _require_within(sizes: Sequence[float | str], count: int) -> None:
