@@ -128,6 +128,11 @@ def _same_modules(adapters: Sequence[Adapter]) -> Iterator[Problem]:
             continue  # stacks of different parameters, which is said of the lists
         remedy = "They were trained on different models; merge those that agree."
         yield from _agree(module, kinds, "one shape and kind in all adapters", remedy)
+    for adapter in adapters:
+        for module, info in adapter.infos.items():
+            if 0 in info.shape:
+                found = f"a change of shape {list(info.shape)} in {adapter.name}"
+                yield Problem(module, found, "entries that can be merged")
 
 
 def _kind(info: ModuleInfo | VectorInfo) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor
 import mergekit_ext
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.kernels.numerics import compute_dtype
-from mergekit_ext.methods import BLOCKS, methods
+from mergekit_ext.methods import ADAPTERS, BLOCKS, Method, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.ia3 import merge_ia3
 from peft_merge.lora import merge_lora
-from peft_merge.methods import Rule, rules
+from peft_merge.methods import rules
 from tests.models import config, write_yaml
 from tests.peft_merge import loras
 
@@ -94,16 +94,16 @@ def flexmerge(
     return [dict(checkpoint.tensors(task)) for task in checkpoint.tasks]
 
 
-def given(rule: Rule, count: int, **options: Any) -> Callable[[str], Any]:
+def given(rule: Method, count: int, **options: Any) -> Callable[[str], Any]:
     """Settings of a rule, with values for what has no default."""
     wanted = {"lore": {"mu_relative": 0.1}}.get(rule.name.removeprefix("nan_"), {})
-    names = {p.name for p in rule.parameters if not p.per_model}
+    names = rule.defaults(count, ADAPTERS).options
     wanted = {k: v for k, v in {**wanted, **options}.items() if k in names}
     return loras.always(loras.settings(rule, count, **wanted))
 
 
 def lora(
-    rule: Rule,
+    rule: Method,
     factors: Sequence[tuple[Tensor, Tensor]],
     dtype: torch.dtype | None = None,
     rank: Any = "lossless",
@@ -119,7 +119,7 @@ def lora(
     return (merged["q"].b.double() @ merged["q"].a.double())[0]
 
 
-def ia3(rule: Rule, vectors: Sequence[Tensor], space: str = "additive", **options: Any) -> Tensor:
+def ia3(rule: Method, vectors: Sequence[Tensor], space: str = "additive", **options: Any) -> Tensor:
     """The merged vector of (IA)^3 adapters."""
     adapters = []
     for index, vector in enumerate(vectors):

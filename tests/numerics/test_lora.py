@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from mergekit_ext.errors import MergeError, NonFiniteError
+from peft_merge.io import compatible
 from tests.numerics.inputs import factors
 from tests.numerics.models import RULES, lora
+from tests.peft_merge import loras
 
 # NAN's coefficients come before the rule, so that one rule with them stands for all.
 NAMES = [name for name in RULES if not name.startswith("nan_") or name == "nan_ties"]
@@ -88,8 +90,8 @@ def test_thin_matrices(name, rows, columns):
     assert bool(torch.isfinite(result).all())
 
 
-@each
 @pytest.mark.parametrize(("rows", "columns"), [(0, 5), (6, 0)])
-def test_empty_modules(name, rows, columns):
-    with pytest.raises(ConfigError, match="entries"):
-        lora(RULES[name], factors(rows=rows, columns=columns))
+def test_empty_modules(rows, columns):
+    update = loras.update(1, 2, (1, rows, columns))
+    (problem,) = compatible([loras.adapter("a", {"q": update})])
+    assert problem.where == "q" and "entries" in problem.expected
