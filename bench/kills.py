@@ -104,10 +104,8 @@ class Study:
         if found != wanted:
             differ = {n for n in {**wanted, **found} if wanted.get(n) != found.get(n)}
             wrong.append(f"other files at the end: {', '.join(sorted(differ)[:5])}")
-        if rooms := [
-            path.name for path in (*out.parent.iterdir(), *out.iterdir()) if _hidden(path)
-        ]:
-            wrong.append(f"left: {rooms}")
+        if left := [path.name for path in (*out.parent.iterdir(), *out.iterdir()) if _hidden(path)]:
+            wrong.append(f"left: {left}")
         tally = self.tally
         tally.rounds += 1
         tally.kills += len(moments)

@@ -1,11 +1,10 @@
 """Ctrl-C ends a command within a second, whatever its threads are in the middle of.
 
 Python sees a signal between two of its instructions: not while one call of a library decomposes a
-large matrix, and at its end it waits for every thread of a pool. So a thread of ours waits for the
-signal, too, and ends the process if that is still there a moment later. When the interpreter shuts
+large matrix, and at its end it waits for every thread of a pool. So a thread waits for the
+signal, too, and ends the process if that still runs a moment later. When the interpreter shuts
 down no such thread runs any more, and taking the libraries down can last seconds: that is left out.
-As with a process that is killed, nothing is left that looks whole, and what is finished is gone on
-with.
+As after a kill, nothing is left that looks whole, and a later process continues what is finished.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def prompt() -> Iterator[None]:
     Libraries turn it into errors of their own, which leave as `KeyboardInterrupt` all the same.
 
     For commands: the process ends. Does nothing beside the main thread, where no signal arrives,
-    and where somebody else handles the signal.
+    and where the signal has another handler.
     """
     ours = (
         threading.current_thread() is threading.main_thread()
@@ -74,7 +73,7 @@ def prompt() -> Iterator[None]:
 
 def _leave() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
+        with suppress(OSError, ValueError):  # the reader is gone
             stream.flush()
     os._exit(EXIT_ABORTED)
 

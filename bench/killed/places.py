@@ -13,7 +13,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an output, by its path; hidden rooms are no part of it."""
+    """SHA-256 of every file of an output, by its path; staging directories are no part of it."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     named = {str(path.relative_to(folder)): path for path in files}
     return {

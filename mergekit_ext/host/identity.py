@@ -1,4 +1,4 @@
-"""What decides an output: a merge that was killed is gone on with only if all of it is the same."""
+"""What decides an output: a merge that was killed is continued only if all of it is the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
 def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]:
-    """The parts of a merge's identity, by names that a user understands.
+    """Return the parts of a merge's identity, by names that a user understands.
 
     Args:
         source: the text of the configuration.
@@ -48,9 +48,9 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
 
 
 def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
-    """Length and time of change of every local file of weights, by its path.
+    """Return length and time of change of every local file of weights, by its path.
 
-    What is compared at the end of a merge: other files of a model may come and go meanwhile.
+    They are compared at the end of a merge; other files of a model may come and go meanwhile.
     """
     paths = {part.path for model in models for part in (model.model, model.lora) if part}
     return {
@@ -63,7 +63,7 @@ def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
 
 
 def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an output of inputs that somebody has written to meanwhile.
+    """Refuse an output of inputs that were written to meanwhile.
 
     Raises:
         MergeError: naming the files that are not as `weights_of` found them.
@@ -72,7 +72,7 @@ def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:
     if changed := [str(file) for file, found in files if file.exists() and _state(file) != found]:
         raise MergeError(
             f"{', '.join(changed)}: written to while it was merged; the output would be of two "
-            "versions. Merge again when nobody writes to it."
+            "versions. Merge again when no process writes to it."
         )
 
 

@@ -25,7 +25,7 @@ def extended(stock: type) -> type:
     In a session with a journal the plan leaves out what is finished, and what other processes do.
 
     The class is made from `stock` because ``mergekit.plan`` is still being imported when this is
-    needed. Plans for mergekit's own methods are left as they are, unless somebody listens.
+    needed. Plans for mergekit's own methods are left as they are outside of a session.
     """
 
     class MergePlanner(stock):

@@ -51,7 +51,7 @@ class Session:
         quiet: whether `say` says nothing.
         staging: where the output is written, the same in all processes.
         journal: what is finished of it; None for merges that cannot be continued.
-        predicted: the output's tensors as far as headers tell; None for those they do not tell.
+        predicted: the output's tensors as far as headers give them; None for the others.
         order: the names of the output's tensors, in which `records` come.
         afterwards: warnings for when the output stands; one that is an error must not cost it.
     """

@@ -23,7 +23,7 @@ from mergekit_ext.kernels.seeds import derived, seeded
 
 
 class MergeTensorTask(ExecuteMergeMethodTask):
-    """mergekit's task, which also tells those who listen that a tensor is done.
+    """mergekit's task, which also emits an event when a tensor is done.
 
     What is random in it depends on `seed` and the tensor's name alone: not on which tensors were
     merged before, in which process. Counters of training are those of the base, or else of the

@@ -9,17 +9,17 @@ from typing import Any
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is something."""
+    """Return whether there is something."""
     return _answer(Path.exists, path)
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a folder."""
+    """Return whether there is a folder."""
     return _answer(Path.is_dir, path)
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file."""
+    """Return whether there is a file."""
     return _answer(Path.is_file, path)
 
 
@@ -43,7 +43,7 @@ def may_be_hub_name(name: Any) -> bool:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path with the home that ``~`` stands for; as it is if no user has that name."""
+    """Return the path with the home that ``~`` stands for; as it is if no user has that name."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

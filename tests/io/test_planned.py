@@ -1,4 +1,4 @@
-"""Planned files hold the same bytes whoever writes them, in whatever order."""
+"""Planned files hold the same bytes whatever process writes them, in whatever order."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def check_family(
 def check_readable(
     models: Sequence[Headers], facts: Sequence[ModelFacts], findings: Findings
 ) -> None:
-    """Report tensors that could be copied, but that nobody could load from the output."""
+    """Report tensors that could be copied, but not loaded from the output."""
     for model, fact in zip(models, facts, strict=True):
         packed = [name for name, header in model.items() if header.dtype in PACKED]
         if packed:

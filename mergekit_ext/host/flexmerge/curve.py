@@ -67,7 +67,7 @@ def write_curve(
         algorithms: the lines; those of the configuration if empty.
         evaluate: scores a module of a task, see `sizes.Evaluator`; None for a table of sizes.
         metric: what is drawn; the first that `evaluate` returns by default.
-        callbacks: told what happens.
+        callbacks: get the events.
 
     Raises:
         ConfigError: something is wrong with the configuration, `folder` or `metric`.

@@ -45,7 +45,7 @@ class Engine:
         inputs: its models.
         options: mergekit's; the device and the seed are used.
         neighbours: the folder in which earlier analyses are looked for.
-        emit: told what happens.
+        emit: gets the events.
         journal: of what is finished; None to begin with nothing, and to note nothing.
         ranks: the processes that share out the blocks. All of them make the same calls.
     """
@@ -119,7 +119,7 @@ class Engine:
 
     @cached_property
     def planner(self) -> Planner:
-        """Finds who shares what at a target size."""
+        """Find the groups of each block at a target size."""
         shared = self._prepared.written.shared
         if self.algorithm.kmeans:
             return Clusters(self._prepared.storage, self.grams, self.seed)

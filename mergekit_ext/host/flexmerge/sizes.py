@@ -189,7 +189,7 @@ class Tracer:
         Args:
             inputs: from `open`.
             neighbours: the folder in which an earlier analysis is looked for, and a new one kept.
-            emit: told what happens.
+            emit: gets the events.
         """
         engines = {}
         for name, prepared in self._prepared.items():
