@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 import mergekit_ext
 from mergekit.options import MergeOptions
 from mergekit_ext.events import MergeCallback
-import mergekit_ext.host.flexmerge.job
+import mergekit_ext.host.flexmerge.engine
 from mergekit_ext.host.run import merge
 import transformers.models.llama, mergekit.card
 mergekit_ext.register()

@@ -1,4 +1,4 @@
-"""One prepared FlexMerge, from its inputs to plans and checkpoints."""
+"""One prepared FlexMerge, from its inputs to plans, and to the folder of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,32 @@ from torch import Tensor
 from mergekit_ext.events import (
     BlockMerged,
     Event,
+    MergeBegin,
     SizeReached,
     StatisticsBegin,
     StatisticsEnd,
     TensorMeasured,
 )
-from mergekit_ext.flexmerge import analysis_file
+from mergekit_ext.flexmerge import analysis_file, task_folders
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
 from mergekit_ext.flexmerge.layout import BlockLayout
-from mergekit_ext.flexmerge.manifest import Manifest
+from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
 from mergekit_ext.flexmerge.storage import StoredGroup
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
+from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.parameters import for_manifest
-from mergekit_ext.host.flexmerge.sources import DEFAULT_SEED, Inputs, Prepared
+from mergekit_ext.host.flexmerge.sources import DEFAULT_SEED, Inputs, Prepared, open_inputs
+from mergekit_ext.host.out_config import agree
+from mergekit_ext.host.session import Session
 from mergekit_ext.io.journal import Finished, Journal
+from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.kernels.similarity import cosines
+from mergekit_ext.parallel import ranks
 from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.report.card import flexmerge_section
 
 
 class Engine:
@@ -133,7 +141,7 @@ class Engine:
         """How groups are merged."""
         return Merging(self.algorithm, self.cuts, self.forced)
 
-    def write(self, folder: Path, plan: Plan, generator: str) -> Manifest:
+    def write(self, folder: Path, plan: Plan) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
         patterns = None if self.cuts is None else [cut.pattern for cut in self.cuts]
         manifest = write_checkpoint(
@@ -142,7 +150,7 @@ class Engine:
             plan,
             self.merging,
             Provenance(
-                generator,
+                f"mergekit-ext {metadata.version('mergekit-ext')}",
                 self._settings,
                 str(self._prepared.base),
                 [str(model) for model in self._prepared.models],
@@ -197,3 +205,83 @@ class Engine:
         tasks = self._inputs.layout.tasks
         named = tuple(tuple(tasks[task] for task in group.tasks) for group in groups)
         self._emit(BlockMerged(block.name, named))
+
+
+def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: str) -> None:
+    """Merge into `folder`, and make it complete but for its name.
+
+    Args:
+        prepared: a merge that has passed its checks.
+        config: mergekit's configuration.
+        folder: empty, or with what a run that was stopped has left. That of the main process
+            counts in all of them.
+        options: mergekit's.
+        source: the text of the configuration.
+    """
+    session = sessions.current() or Session()
+    together = ranks.current()
+    folder = together.from_main(lambda: folder)
+    if session.journal is not None and session.journal.finished:
+        session.say("Going on with a merge that was stopped.")
+    inputs = open_inputs(prepared, options, together)
+    models = tuple(str(model) for model in (prepared.base, *prepared.models))
+    session.emit(
+        MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks), "block")
+    )
+    neighbours = Path(session.output or folder).resolve().parent
+    engine = Engine(prepared, inputs, options, neighbours, session.emit, session.journal, together)
+    plan = engine.planner.plan(prepared.target)
+    manifest = engine.write(folder, plan)
+    if not together.is_main:
+        return
+    engine.save_analysis(folder / analysis_file.FILE_NAME)
+    homes = {folder / n: home for n, home in zip(inputs.layout.tasks, inputs.folders, strict=True)}
+    if (folder / "model.safetensors.index.json").exists():
+        homes[folder] = inputs.folders[0]
+    dtype = None if prepared.forced is None else str(prepared.forced).removeprefix("torch.")
+    for place, home in homes.items():
+        copy(home, place, companions(home))
+        agree(place, dtype)
+    for task in manifest.tasks:
+        if not task.ordinary:
+            _explain_masks(folder / task.name)
+    digests = task_folders.described(folder, inputs.layout.tasks)
+    manifest = manifest.model_copy(update={"task_files": digests})
+    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    _describe(folder, config, options, source, manifest)
+
+
+def _describe(folder: Path, config: Any, options: Any, source: str, manifest: Manifest) -> None:
+    if not options.write_model_card:
+        return
+    from mergekit.card import generate_card
+
+    card = generate_card(config=config, config_yaml=source, name=folder.name)
+    kinds: dict[str, tuple[int, int]] = {}
+    for block in manifest.blocks:
+        blocks, groups = kinds.get(block.kind, (0, 0))
+        kinds[block.kind] = (blocks + 1, groups + len(block.groups))
+    size = manifest.size.model_dump()
+    section = flexmerge_section(size, [(t.name, t.ordinary) for t in manifest.tasks], kinds)
+    (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
+    (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
+
+
+def _explain_masks(folder: Path) -> None:
+    """Say in a task's folder that holds no weights where they are."""
+    task = folder.name
+    (folder / "README.md").write_text(
+        f"""# {task}
+
+This folder has no weights: those of `{task}` are stored as masks over a vector that it shares with
+other tasks, in `../shards/`. Load the model with
+
+    from mergekit_ext import flexmerge
+    model = flexmerge.load("..", task="{task}")
+
+(the path is that of the folder above), or write it as an ordinary checkpoint with
+
+    mergekit-ext export .. {task} OUT
+""",
+        encoding="utf-8",
+    )

@@ -65,6 +65,6 @@ class FlexMergeMethod(WholeModelMethod):
         self, prepared: Prepared, config: Any, folder: Path, options: Any, source: str
     ) -> None:
         """See `WholeModelMethod.write`."""
-        from mergekit_ext.host.flexmerge import job
+        from mergekit_ext.host.flexmerge import engine
 
-        job.write(prepared, config, folder, options, source)
+        engine.write(prepared, config, folder, options, source)
