@@ -94,7 +94,7 @@ def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], 
         names = list(reader.layout.tasks)
         write_checkpoint(out, reader, plan, Merging(algorithm), Provenance("bench", {}, "b", names))
 
-    room = bytearray(64 << 20)
+    buffer = bytearray(64 << 20)
     files = [folder / home / "model.safetensors" for home in ("base", *reader.layout.tasks)]
 
     def copy() -> None:
@@ -102,12 +102,12 @@ def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], 
         out.mkdir()
         for path in files:
             with path.open("rb", buffering=0) as file:
-                while file.readinto(room):
+                while file.readinto(buffer):
                     pass
         left = plan.size.bytes
         with (out / "copy").open("wb", buffering=0) as file:
             while left:
-                left -= file.write(memoryview(room)[: min(left, len(room))])
+                left -= file.write(memoryview(buffer)[: min(left, len(buffer))])
 
     return write, copy
 

@@ -55,7 +55,7 @@ def merge(
         max_memory: bytes, or text such as "8GB", that the process and each GPU may hold; a merge
             that needs more is refused. See docs/limits.md.
         allow_pickle: also read pickles (pytorch_model.bin, adapter_model.bin), which can run
-            code, of people whom you trust: by torch's unpickler of tensors only.
+            code, from people you trust: by torch's unpickler of tensors only.
 
     Raises:
         ConfigError: something is wrong with the configuration or the inputs; nothing was read

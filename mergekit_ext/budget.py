@@ -13,7 +13,7 @@ _UNITS = {
 }
 _LETTERS = {"K": "KB", "M": "MB", "B": "GB"}
 _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-# Nobody merges so many models or adapters, and none is so small.
+# No merge has so many models or adapters, and none is so small.
 FIRST_BYTES = 100_000
 _SHARD_SIZE = 'a size in bytes, such as "5GB", "500MiB" or mergekit\'s "5B" (5,000,000,000)'
 # No disk or memory is so large.

@@ -1,4 +1,4 @@
-"""What a merge tells those who watch it: events, the callback protocol, ready callbacks.
+"""What callbacks receive from a merge: events, the callback protocol, ready callbacks.
 
 A callback is any object with some of the methods ``on_<event>(event)``; `MergeCallback` has
 them all, doing nothing, to be subclassed. Each method receives one frozen dataclass. An exception

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def takes(function: Any, *arguments: str) -> bool:
-    """Whether a function can be called with so many positional arguments, as far as it tells."""
+    """Return whether a function can be called with so many positional arguments."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:

@@ -30,7 +30,7 @@ class Runner:
         killer = threading.Timer(kill_after or 0, os.kill, (child, signal.SIGKILL))
         if kill_after is not None:
             killer.start()
-        # Not yet taken away, a child that has ended keeps its number: nobody else is killed.
+        # Not yet taken away, a child that has ended keeps its number: no other process is killed.
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         seconds = time.monotonic() - started
         killer.cancel()

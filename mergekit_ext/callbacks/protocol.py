@@ -1,4 +1,4 @@
-"""The protocol: what a merge tells (`mergekit_ext.events`), and what training tells."""
+"""The protocol: events of a merge (`mergekit_ext.events`) and of a training."""
 
 from __future__ import annotations
 

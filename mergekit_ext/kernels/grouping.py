@@ -93,7 +93,7 @@ def dendrogram(cosines: Tensor, linkage: str = "min") -> tuple[Merge, ...]:
 def random_dendrogram(cosines: Tensor, linkage: str = "min", seed: int = 0) -> tuple[Merge, ...]:
     """Return m - 1 merges of two groups at random, every pair alike (the paper's ablation).
 
-    Arguments and errors are those of `dendrogram`; the similarities are told, not used.
+    Arguments and errors are those of `dendrogram`; the similarities are reported, not used.
     """
     groups, generator = _Groups(cosines, linkage), random.Random(seed)
     merges = []

@@ -62,8 +62,8 @@ def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list
     flat_base = None if base is None else base.reshape(-1)
 
     def squares(part: slice) -> list[float]:
-        delta, room = scratch(2, part.stop - part.start, dtype, flat[0].device)
-        start = None if flat_base is None else room.copy_(flat_base[part])
+        delta, buffer = scratch(2, part.stop - part.start, dtype, flat[0].device)
+        start = None if flat_base is None else buffer.copy_(flat_base[part])
         return [_square(delta, source[part], start) for source in flat]
 
     found = in_threads(squares, chunks(flat[0]), flat[0].device)

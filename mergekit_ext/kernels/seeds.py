@@ -10,7 +10,7 @@ import torch
 
 
 def derived(seed: int, *names: str | int) -> int:
-    """A seed for the part of the work that `names` tell, from 0 to 2**63 - 1."""
+    """Return a seed for the part of the work called `names`, from 0 to 2**63 - 1."""
     key = "/".join(map(str, (seed, *names))).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 

@@ -65,8 +65,8 @@ class Gram:
         flat = [tensor.reshape(-1) for tensor in tensors]
         flat_base = None if base is None else base.reshape(-1)
         size = flat[0].numel()
-        room = _CPU_BUFFER if device.type == "cpu" else _ACCELERATOR_BUFFER
-        step = max(1, room // self._count)
+        buffer = _CPU_BUFFER if device.type == "cpu" else _ACCELERATOR_BUFFER
+        step = max(1, buffer // self._count)
 
         def products(start: int) -> Tensor:
             part = slice(start, min(start + step, size))

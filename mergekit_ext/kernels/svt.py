@@ -111,7 +111,7 @@ class Eigen:
         scaled = (short / scale).to(dtype)
         values, vectors = eigh(gram(scaled))
         sigma = values.double().clamp_(min=0.0).sqrt_() * scale
-        # below this a singular value cannot be told from zero: rounding of G, square-rooted
+        # below this a singular value may as well be zero: rounding of G, square-rooted
         floor = float(sigma[-1]) * (max(short.shape) * torch.finfo(dtype).eps) ** 0.5
         if dtype != matrix.dtype:
             floor = max(floor, float(sigma[-1]) * max(short.shape) * torch.finfo(matrix.dtype).eps)

@@ -19,7 +19,7 @@ from mergekit_ext.kernels.threads import in_threads
 # Directions whose singular value is below this share of the largest are rounding of the data.
 RESOLUTION = {torch.float32: 1e-5, torch.float64: 1e-12}
 # Gram matrices square the condition number. In float64, with singular values down to this share
-# of the largest, singular vectors are still good to about 1e-8, which float32 data cannot tell.
+# of the largest, singular vectors are good to about 1e-8, below the resolution of float32.
 _GRAM_RANGE = 1e-4
 
 

@@ -250,7 +250,7 @@ def layout_of(name: str, axes: int) -> str:
 
     Four axes and more are convolutions, (out, in, height, width). Three axes are matrices stacked
     along the first (experts, or a batch axis of one), unless the name says convolution: shapes
-    alone do not tell a one-dimensional convolution from experts.
+    alone do not distinguish a one-dimensional convolution from experts.
     """
     if axes <= 2:
         return "matrix"

@@ -1,1 +1,1 @@
-"""What is told about a finished merge: the report file and the model card."""
+"""The report file, the sections of cards, tables and plots of a finished merge."""

@@ -1,4 +1,4 @@
-"""Network order: the order in which data meets the tensors, as far as names tell."""
+"""Network order: the order in which data meets the tensors, as far as names say."""
 
 from __future__ import annotations
 
