@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mergekit_ext.memory import held
+from mergekit_ext.core.memory import held
 
 _EVERY = 0.002
 

@@ -64,9 +64,9 @@ def merge(
         StoppedError: a full disk, an input that is gone, no memory; what is finished is kept.
         TypeError: a callback is a class, or has none of those methods; nothing was written.
     """
+    from mergekit_ext.core.memory import limited
     from mergekit_ext.host.run import merge as run
     from mergekit_ext.io.pickles import allowed
-    from mergekit_ext.memory import limited
 
     register()
     with limited(max_memory, "max_memory"), allowed(allow_pickle):

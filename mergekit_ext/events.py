@@ -20,8 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+from mergekit_ext.core.hooks import require_hooks
 from mergekit_ext.errors import printable
-from mergekit_ext.hooks import require_hooks
 
 _LONGEST_NAME = 200
 

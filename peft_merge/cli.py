@@ -51,10 +51,10 @@ def main(
     if out is None and not check:
         raise click.UsageError("Missing argument 'OUT'. Name a folder, or give --check.")
     # Heavy, and only needed here: `--help` stays fast.
+    from mergekit_ext.core.interrupts import prompt
+    from mergekit_ext.core.memory import limited
     from mergekit_ext.errors import MergekitExtError
     from mergekit_ext.events import JsonLines, ProgressBar
-    from mergekit_ext.interrupts import prompt
-    from mergekit_ext.memory import limited
     from peft_merge.merge import plan_config, run_config
     from peft_merge.report import preview, sentences
 

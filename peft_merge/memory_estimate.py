@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mergekit_ext.memory import Need, square_of, working
+from mergekit_ext.core.memory import Need, square_of, working
 from peft_merge.adapter import ModuleInfo
 from peft_merge.algebra.dense import BLOCK, SMALL
 from peft_merge.config.plan import MergePlan, WholeMethod

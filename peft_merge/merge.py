@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.paths import expanded
 from mergekit_ext.io.staging import place_problems
-from mergekit_ext.memory import limited
 from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured

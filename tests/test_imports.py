@@ -1,4 +1,4 @@
-"""Who may import whom, and what importing costs."""
+"""Which package may import which, that no imports run in a circle, and what importing costs."""
 
 from __future__ import annotations
 
@@ -9,202 +9,121 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "mergekit_ext"
-ANY = {
-    "budget",
-    "core",
-    "dtypes",
-    "errors",
-    "events",
-    "hooks",
-    "interrupts",
-    "io",
-    "memory",
-    "parallel",
-    "methods",
-    "scores",
-    "kernels",
-    "flexmerge",
-    "host",
-    "report",
-    "callbacks",
-    "cli",
-    "autoload",
-}
+ROOT = Path(__file__).resolve().parents[1]
+BELOW = {"core", "errors", "events", "io", "kernels", "methods", "parallel", "report"}
+# What each package of mergekit_ext may import of it, besides itself.
 ALLOWED = {
-    "core": {"core", "errors"},
-    "budget": set(),
-    "dtypes": set(),
     "errors": set(),
-    "events": {"errors", "hooks"},
-    "hooks": set(),
-    "interrupts": set(),
-    "io": {"io", "core", "dtypes", "errors"},
-    "memory": {"budget", "errors"},
-    "methods": {"methods", "core", "errors", "kernels", "memory"},
-    "scores": {"errors"},
-    "parallel": {"parallel", "errors"},
-    "kernels": {"kernels", "errors"},
-    "report": {"report", "kernels", "errors", "events"},
-    "flexmerge": {
-        "budget",
-        "io",
-        "core",
-        "flexmerge",
-        "parallel",
-        "methods",
-        "kernels",
-        "errors",
-        "events",
-        "report",
-    },
-    "host": {
-        "budget",
-        "io",
-        "core",
-        "dtypes",
-        "interrupts",
-        "memory",
-        "parallel",
-        "scores",
-        "flexmerge",
-        "host",
-        "methods",
-        "kernels",
-        "errors",
-        "events",
-        "report",
-    },
-    # host and peft_merge inside of functions: see tests/callbacks/test_protocol.py.
-    "callbacks": {
-        "callbacks",
-        "io",
-        "core",
-        "dtypes",
-        "errors",
-        "events",
-        "hooks",
-        "scores",
-        "kernels",
-        "flexmerge",
-        "host",
-    },
-    "cli": ANY,
-    "__main__": {"cli"},
-    "__init__": {"autoload", "host", "io", "memory"},
+    "core": {"errors"},
+    "events": {"core", "errors"},
+    "kernels": {"errors"},
+    "methods": {"core", "errors", "kernels"},
+    "io": {"core", "errors"},
+    "parallel": {"core", "errors"},
+    "report": {"core", "errors", "events", "kernels"},
+    "flexmerge": BELOW,
+    "host": {*BELOW, "flexmerge"},
+    "callbacks": {*BELOW, "flexmerge", "host"},
+    "cli": {*BELOW, "flexmerge", "host", "callbacks"},
     "autoload": {"host"},
+    "__main__": {"cli"},
+    "__init__": {"autoload", "core", "host", "io"},
 }
-HOSTS = {"mergekit"}  # only host and cli may know it
-# peft_merge knows of mergekit_ext only what knows nothing of mergekit.
-ADAPTERS = PACKAGE.parent / "peft_merge"
-SHARED = {
-    "flexmerge",
-    "io",
-    "budget",
-    "core",
-    "dtypes",
-    "kernels",
-    "methods",
-    "errors",
-    "events",
-    "interrupts",
-    "memory",
-    "report",
-}
-LIBRARIES = {"peft", "transformers"}  # loaded inside of functions
+# peft_merge sees nothing that knows mergekit, and nothing of processes.
+OF_ADAPTERS = {*BELOW, "flexmerge"} - {"parallel"}
+# The packages that may import another project, at all; peft_merge is one of ours.
+KNOWN = {"mergekit": {"host", "cli"}, "peft_merge": {"host", "callbacks"}}
+LIBRARIES = {"peft", "transformers"}
 
 
-def modules(package=PACKAGE):
-    return sorted(package.rglob("*.py"))
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            if node.module == "mergekit_ext":
-                yield from (f"mergekit_ext.{alias.name}" for alias in node.names)
-
-
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_arrows(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in ALLOWED, f"{room} has no rule yet"
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == "mergekit_ext" and len(parts) > 1:
-            assert parts[1] in ALLOWED[room], f"{path.name} imports {name}"
-        if parts[0] in HOSTS:
-            assert room in {"host", "cli"}, f"{path.name} imports {name}"
-        if parts[0] == "peft_merge":
-            assert room in {"host", "callbacks"}, f"{path.name} imports {name}"
-
-
-def test_mergekit_is_changed_by_autoload_alone():
-    users = [path.name for path in modules() if "import patches" in path.read_text()]
-    assert users == ["autoload.py"]
-
-
-@pytest.mark.parametrize("path", modules(ADAPTERS), ids=lambda p: str(p.relative_to(ADAPTERS)))
-def test_arrows_of_peft_merge(path):
-    for name in imported(path):
-        parts = name.split(".")
-        assert parts[0] not in HOSTS, f"{path.name} imports {name}"
-        if parts[0] == "mergekit_ext" and len(parts) > 1:
-            assert parts[1] in SHARED, f"{path.name} imports {name}"
-
-
-def top_level(path):
-    """What a module imports when it is imported itself, outside of functions."""
-    pending = list(ast.parse(path.read_text()).body)
+def imported(tree: ast.AST, *, late: bool = True):
+    """Every module that is imported; with `late` also inside of functions, but not for types."""
+    pending = list(ast.iter_child_nodes(tree))
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+        elif late or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             pending += ast.iter_child_nodes(node)
 
 
-@pytest.mark.parametrize("path", modules(ADAPTERS), ids=lambda p: str(p.relative_to(ADAPTERS)))
-def test_peft_merge_loads_libraries_late(path):
-    early = {name.split(".")[0] for name in top_level(path)} & LIBRARIES
-    assert not early, f"{path.name} imports {early} when it is imported"
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def test_importing_peft_merge_loads_no_host_and_no_library():
-    code = (
-        "import sys, peft_merge; "
-        "heavy = {'mergekit', 'peft', 'transformers'} & set(sys.modules); "
-        "sys.exit(' '.join(heavy) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_arrows():
+    for path in files("mergekit_ext"):
+        owner = path.relative_to(ROOT / "mergekit_ext").parts[0].removesuffix(".py")
+        for name in imported(parsed(path)):
+            first, _, rest = name.partition(".")
+            part = rest.partition(".")[0]
+            if first == "mergekit_ext" and part:
+                known = (ROOT / "mergekit_ext" / part).is_dir() or part in ALLOWED
+                assert not known or part in {owner, *ALLOWED[owner]}, f"{path} imports {name}"
+            assert owner in KNOWN.get(first, {owner}), f"{path} imports {name}"
+
+
+def test_arrows_of_adapters():
+    for path in files("peft_merge"):
+        tree = parsed(path)
+        for name in imported(tree):
+            parts = name.split(".")
+            assert parts[0] != "mergekit", f"{path} imports {name}"
+            if parts[0] == "mergekit_ext" and len(parts) > 1:
+                assert parts[1] in OF_ADAPTERS, f"{path} imports {name}"
+        early = {name.split(".")[0] for name in imported(tree, late=False)} & LIBRARIES
+        assert not early, f"{path} imports {early} when it is imported"
+
+
+def test_mergekit_is_changed_by_autoload_alone():
+    users = [path.name for path in files("mergekit_ext") if "import patches" in path.read_text()]
+    assert users == ["autoload.py"]
+
+
+def test_no_imports_run_in_a_circle():
+    """Faces of packages aside, whose names are handed on to users."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for package in ("mergekit_ext", "peft_merge")
+        for path in files(package)
+        if path.name != "__init__.py"
+    }
+    graph = {
+        name: {found for found in imported(parsed(path)) if found in paths and found != name}
+        for name, path in paths.items()
+    }
+    while free := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert not graph, {name: sorted(needs & graph.keys()) for name, needs in graph.items()}
 
 
 @pytest.mark.parametrize(
-    "module",
-    ["mergekit_ext", "mergekit_ext.events", "mergekit_ext.autoload", "mergekit_ext.callbacks"],
+    ("module", "heavy"),
+    [
+        ("peft_merge", {"mergekit", "peft", "transformers"}),
+        ("mergekit_ext.kernels.lore", {"mergekit"}),
+        *(
+            (name, {"torch", "mergekit", "transformers", "pydantic"})
+            for name in (
+                "mergekit_ext",
+                "mergekit_ext.events",
+                "mergekit_ext.autoload",
+                "mergekit_ext.callbacks",
+            )
+        ),
+    ],
 )
-def test_light_imports_load_neither_torch_nor_mergekit(module):
-    code = (
-        f"import sys, {module}; "
-        "heavy = {'torch', 'mergekit', 'transformers', 'pydantic'} & set(sys.modules); "
-        "sys.exit(' '.join(heavy) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_kernels_load_no_mergekit():
-    code = (
-        "import sys, mergekit_ext.kernels.nan, mergekit_ext.kernels.lore, "
-        "mergekit_ext.kernels.task_arithmetic; sys.exit('mergekit' in sys.modules)"
-    )
+def test_what_importing_does_not_load(module, heavy):
+    code = f"import sys, {module}; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

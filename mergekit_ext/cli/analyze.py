@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_ext.core.memory import limited
 from mergekit_ext.host.commands import for_commands
 from mergekit_ext.io import pickles
-from mergekit_ext.memory import limited
 
 
 @click.command("analyze", cls=PrettyPrintHelp)

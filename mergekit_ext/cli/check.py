@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_ext.budget import in_units, shard_size
+from mergekit_ext.core.sizes import in_units, shard_size
 from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def check(
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit.options import MergeOptions
 
+    from mergekit_ext.core.memory import limited
     from mergekit_ext.host.checks.source import check_source
     from mergekit_ext.host.commands import for_commands
     from mergekit_ext.io import pickles
-    from mergekit_ext.memory import limited
 
     try:
         size = shard_size(out_shard_size)

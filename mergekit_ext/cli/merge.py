@@ -11,11 +11,11 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ext
+from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.events import JsonLines
 from mergekit_ext.host.commands import for_commands
 from mergekit_ext.io import pickles
-from mergekit_ext.memory import limited
 from mergekit_ext.parallel.launch import launched
 from mergekit_ext.parallel.ranks import Ranks
 

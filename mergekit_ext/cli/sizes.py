@@ -11,12 +11,12 @@ from typing import Any
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_ext.core.hooks import takes
+from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines
-from mergekit_ext.hooks import takes
 from mergekit_ext.host.commands import for_commands
 from mergekit_ext.io import pickles
-from mergekit_ext.memory import limited
 
 
 @click.command("sizes", cls=PrettyPrintHelp)

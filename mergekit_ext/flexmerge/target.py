@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mergekit_ext import budget
+from mergekit_ext.core import sizes as budget
 from mergekit_ext.errors import Problem
 
 EXPECTED = "a number of models such as 2.25, or a memory budget such as '12GB'"

@@ -12,11 +12,11 @@ from mergekit import merge_methods
 from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 
+from mergekit_ext.core.memory import unknown_copies
 from mergekit_ext.errors import MergeWarning, NonFiniteError, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.kernels.numerics import count_non_finite
-from mergekit_ext.memory import unknown_copies
 from mergekit_ext.methods import Inputs
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from mergekit.merge_methods.base import (
 )
 from mergekit.sparsify import SparsificationMethod
 
+from mergekit_ext.core.memory import copies_of
 from mergekit_ext.core.parameters import WEIGHT
 from mergekit_ext.errors import (
     HostVersionError,
@@ -40,7 +41,6 @@ from mergekit_ext.kernels.nan import (
     uniform,
 )
 from mergekit_ext.kernels.numerics import all_finite, squared_norm, squared_norms
-from mergekit_ext.memory import copies_of
 from mergekit_ext.methods import Inputs
 from mergekit_ext.methods.nan import NORM_OF, PAPER, SCALE, granularity
 from mergekit_ext.methods.sparsify import DENSITY, EPSILON, GAMMA, spread_problems

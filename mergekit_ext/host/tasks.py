@@ -12,7 +12,7 @@ from mergekit.graph import Task
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_ext.dtypes import is_counter
+from mergekit_ext.core.dtypes import is_counter
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions

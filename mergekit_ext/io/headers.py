@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mergekit_ext.dtypes import BITS, dtype_name
+from mergekit_ext.core.dtypes import BITS, dtype_name
 from mergekit_ext.io import pickles
 from mergekit_ext.io.paths import is_file
 

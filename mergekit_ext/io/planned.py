@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergekit_ext.dtypes import dtype_name
+from mergekit_ext.core.dtypes import dtype_name
 
 # A FlexMerge may have thousands of files.
 _OPEN_FILES = 64

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mergekit_ext.core.memory import Copies, unknown_copies
 from mergekit_ext.core.parameters import WEIGHT, Parameter
 from mergekit_ext.errors import MergeError, MergeWarning, Problem
-from mergekit_ext.memory import Copies, unknown_copies
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from mergekit_ext import memory
+from mergekit_ext.core import memory
 from mergekit_ext.core.wording import did_you_mean, listing, shown
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from mergekit_ext.methods import ADAPTERS, Inputs, Method, Settings

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.dtypes import dtype_name
+from mergekit_ext.core.dtypes import dtype_name
 from mergekit_ext.errors import Problem
 from mergekit_ext.io import pickles
 from mergekit_ext.io.headers import HeaderError, TensorHeader, read_pickle, read_safetensors

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mergekit_ext.dtypes import BITS, NARROW, PACKED
+from mergekit_ext.core.dtypes import BITS, NARROW, PACKED
 from mergekit_ext.errors import CheckpointError
 from mergekit_ext.flexmerge.files import StoredFile
 from mergekit_ext.flexmerge.manifest import ShardFile

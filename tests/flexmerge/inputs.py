@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.dtypes import dtype_name
+from mergekit_ext.core.dtypes import dtype_name
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
 from mergekit_ext.flexmerge.source import BlockReader

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.peaks import give_back, measured
-from mergekit_ext import memory
 from mergekit_ext.cli import main
+from mergekit_ext.core import memory
 from mergekit_ext.host.checks.source import check_source
 from mergekit_ext.io import pickles
 from peft_merge.cli import main as adapters

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mergekit_ext import memory
+from mergekit_ext.core import memory
 from tests.limits.told import told_by
 
 # The promise is a second, which bench/robustness.py measures; here the machine may have other
@@ -54,7 +54,7 @@ BUSY = {
 def test_nothing_that_a_library_does_delays_the_end(busy):
     code = f"""
 import click, signal, torch
-from mergekit_ext.interrupts import prompt
+from mergekit_ext.core.interrupts import prompt
 # What runs these tests may ignore Ctrl-C, as shells have it in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 @click.command()

@@ -9,10 +9,10 @@ from mergekit.options import MergeOptions
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_ext import memory
+from mergekit_ext.core import memory
+from mergekit_ext.core.memory import Need
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.flexmerge.prepare import check
-from mergekit_ext.memory import Need
 from tests import models as small
 from tests.host.adapters import saved_adapter
 from tests.limits.caps import CASES

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.core.dtypes import dtype_name
 from mergekit_ext.core.wording import listing, tensors_at
-from mergekit_ext.dtypes import dtype_name
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.host.class_model import class_names, class_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.dtypes import BITS
+from mergekit_ext.core.dtypes import BITS
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io import pickles
 from mergekit_ext.io.headers import TensorHeader

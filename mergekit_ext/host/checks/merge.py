@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext import memory
+from mergekit_ext.core import memory
 from mergekit_ext.core.wording import nearest, shown
 from mergekit_ext.host.checks.classes import check_inputs, check_output, find_architecture
 from mergekit_ext.host.checks.contract import check_contract

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from mergekit_ext.core.memory import Need
 from mergekit_ext.core.wording import tensors_at
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.io.headers import HeaderError
-from mergekit_ext.memory import Need
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Estimate:
         bytes_held: memory at the worst moment that tensors take, an upper estimate: what the
             method holds for the largest tensor, block or module, inputs that are not mapped, and
             where mergekit writes the output, one shard, which it collects first. Python and the
-            libraries come on top (`mergekit_ext.memory`).
+            libraries come on top (`mergekit_ext.core.memory`).
         tensors: tensors in the output.
         parameters: elements in the output.
         need: `bytes_held` by what it is for, and what an accelerator holds.

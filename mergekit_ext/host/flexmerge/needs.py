@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from mergekit_ext.core.memory import Need, square_of, working
 from mergekit_ext.flexmerge.finite import EIGHT_BITS
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.trim_search import widest
 from mergekit_ext.host.checks.loaders import pickled_bytes
 from mergekit_ext.host.flexmerge.sources import Prepared
 from mergekit_ext.kernels.numerics import chunk_length
-from mergekit_ext.memory import Need, square_of, working
 
 _REMEDY = (
     "Take smaller blocks (`granularity: tensor`), fewer models, or an `algorithm` that works in "

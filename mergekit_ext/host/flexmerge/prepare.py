@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext import memory
+from mergekit_ext.core import memory
 from mergekit_ext.core.wording import listing
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.analysis import passes

@@ -16,6 +16,7 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_ext.core.memory import copies_of
 from mergekit_ext.core.wording import tensors_at
 from mergekit_ext.errors import MergeError, MergekitExtError, Problem
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, Parameters
@@ -27,7 +28,6 @@ from mergekit_ext.host.session import Session
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.kernels.threads import in_threads
-from mergekit_ext.memory import copies_of
 from mergekit_ext.methods import Inputs
 
 # The shape of a tensor that a method is tried on.

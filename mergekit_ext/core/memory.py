@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.budget import parse
+from mergekit_ext.core.sizes import parse
 from mergekit_ext.errors import ConfigError, Problem
 
 VARIABLE = "MERGEKIT_EXT_MAX_MEMORY"
