@@ -28,9 +28,16 @@ _LONGEST_NAME = 200
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Base class; `handler` names the callback's method."""
+    """Base class.
+
+    Attributes:
+        handler: the name of the callback's method.
+        every_process: whether each process has its own, which reach the main one's callbacks; the
+            others are emitted once, by the main process.
+    """
 
     handler: ClassVar[str]
+    every_process: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,7 @@ class TensorMeasured(Event):
     """One tensor of the statistics pass is done."""
 
     handler = "on_tensor_measured"
+    every_process = True
     name: str
 
 
@@ -79,6 +87,7 @@ class SolverIteration(Event):
     """An iterative method has done one iteration on one tensor."""
 
     handler = "on_solver_iteration"
+    every_process = True
     tensor: str
     iteration: int
     objective: float
@@ -90,6 +99,7 @@ class TensorMerged(Event):
     """One output tensor is ready. `details` is what the method reports about it."""
 
     handler = "on_tensor_merged"
+    every_process = True
     name: str
     shape: tuple[int, ...]
     details: Mapping[str, Any]
@@ -101,6 +111,7 @@ class BlockMerged(Event):
     """FlexMerge: a block is done at the size being made. `groups` are the tasks that share it."""
 
     handler = "on_block_merged"
+    every_process = True
     name: str
     groups: tuple[tuple[str, ...], ...]
 
@@ -133,18 +144,7 @@ class MergeEnd(Event):
     seconds: float
 
 
-EVENTS: tuple[type[Event], ...] = (
-    MergeBegin,
-    StatisticsBegin,
-    TensorMeasured,
-    StatisticsEnd,
-    SolverIteration,
-    TensorMerged,
-    BlockMerged,
-    SizeReached,
-    ShardWritten,
-    MergeEnd,
-)
+EVENTS: tuple[type[Event], ...] = tuple(Event.__subclasses__())
 MERGE_HOOKS = {kind.handler: ("event",) for kind in EVENTS}
 
 
@@ -276,17 +276,10 @@ class JsonLines(MergeCallback):
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    on_merge_begin = _write
-    on_statistics_begin = _write
-    on_tensor_measured = _write
-    on_statistics_end = _write
-    on_solver_iteration = _write
-    on_tensor_merged = _write
-    on_block_merged = _write
-    on_size_reached = _write
-    on_shard_written = _write
-    on_merge_end = _write
-
     def close(self) -> None:
         if self._owned:
             self._file.close()
+
+
+for _kind in EVENTS:
+    setattr(JsonLines, _kind.handler, JsonLines._write)

@@ -49,7 +49,7 @@ def merge(
     share the work.
     """
     merge_options.apply_global_options()
-    with for_commands(shared=True), launched() as together, _one_voice(together):
+    with for_commands(shared=True), launched() as together, _only_main_prints(together):
         try:
             callbacks = [JsonLines(events)] if events and together.is_main else []
         except OSError as error:
@@ -61,7 +61,7 @@ def merge(
 
 
 @contextmanager
-def _one_voice(together: Ranks) -> Iterator[None]:
+def _only_main_prints(together: Ranks) -> Iterator[None]:
     """Keep processes beside the main one silent, except for an error that only they find."""
     if together.is_main:
         yield

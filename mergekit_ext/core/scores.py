@@ -12,9 +12,9 @@ from mergekit_ext.errors import MergekitExtError
 
 # The metric of a function that returns one number.
 SCORE = "score"
-_HERE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # What calls the user's function.
-_OURS = {_HERE / "callbacks", _HERE / "host" / "flexmerge"}
+_OURS = {_PACKAGE / "callbacks", _PACKAGE / "host" / "flexmerge"}
 
 
 class EvaluationError(MergekitExtError, ValueError):

@@ -1,4 +1,4 @@
-"""The one pass over the inputs: inner products per block, and what trimming keeps of each model."""
+"""Read the inputs: inner products of each block, and what trimming keeps of each model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Rows = list[list[float]]
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known of m models after one pass.
+    """What is known of m models.
 
     Attributes:
         tasks: their names.

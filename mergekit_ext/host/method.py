@@ -121,7 +121,7 @@ class WholeModelMethod(ExtMethod):
         source: str | Mapping[str, Any] | None = None,
         pending: Collection[str] = (),
     ) -> tuple[CheckReport, Any]:
-        """Do what `checks.check_merge` does for other methods; arguments as there.
+        """Do what `checks.merge.check_merge` does for other methods; arguments as there.
 
         Returns the report, and what `write` needs; None if it cannot start.
         """

@@ -29,7 +29,7 @@ is loaded):
                                 ``file+adapter``; ``TensorDictWrapper.execute`` does not take a
                                 path with a plus sign for another model.
 ``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
-                                YAML, a bomb, or refused by mergekit's schema is one message.
+                                YAML, an alias bomb, or refused by mergekit's schema is one message.
 ``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
                                 merge of ours runs (`local_cards`).
 

@@ -16,21 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_ext.errors import MergeWarning
-from mergekit_ext.events import (
-    BlockMerged,
-    Dispatcher,
-    Event,
-    SolverIteration,
-    TensorMeasured,
-    TensorMerged,
-)
+from mergekit_ext.events import Dispatcher, Event
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry
 from mergekit_ext.io.staging import Staging
 from mergekit_ext.parallel import ranks
-
-# Events of which every process has its own; the others are emitted once, by the main process.
-_SHARED_OUT = (BlockMerged, SolverIteration, TensorMeasured, TensorMerged)
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ class Session:
         if ranks.current().is_main:
             self.relay()
             self._dispatcher.emit(event)
-        elif isinstance(event, _SHARED_OUT):
+        elif event.every_process:
             ranks.current().post(event)
 
     def relay(self) -> None:
@@ -107,7 +97,7 @@ class Session:
     def size_of(self, name: str) -> int:
         """Return about how many bytes tensor `name` will have, as a measure of its work.
 
-        A tensor that no header foretells is most often the embedding, which is the largest.
+        A tensor that no header predicts is most often the embedding, which is the largest.
         """
         if (entry := self.predicted.get(name)) is not None:
             return entry.nbytes

@@ -2,7 +2,7 @@
 
 This takes the place of mergekit's `TensorWriter`, which holds a whole shard in memory. Here each
 tensor is written when it is merged, by the process that merged it, with a line in the journal. A
-tensor that no header foretells gets a file of its own, so that the layout does not depend on the
+tensor that no header predicts gets a file of its own, so that the layout does not depend on the
 order of the work.
 """
 
@@ -34,7 +34,7 @@ class PlannedWriter:
     Args:
         folder: of the main process; the others write into it too.
         session: gets the records of tensors that are finished already, and of other processes.
-        entries: the tensors of the output in their order; None for what no header foretells.
+        entries: the tensors of the output in their order; None for what no header predicts.
         limit: bytes of one file; 0 for a single one.
 
     Attributes:

@@ -1,6 +1,6 @@
 """What makes a folder of weights a usable model.
 
-The law, for every output: all that a model's folder holds comes along, but for its weights, for
+The rule for every output: all that a model's folder holds comes along, but for its weights, for
 what describes another model or its training, and for what the output has made itself. Generation
 settings, processors, vocabularies, chat templates and custom code are such companions; so is each
 folder that ``modules.json`` names (sentence-transformers), with the weights in it.

@@ -10,7 +10,7 @@ from functools import cache
 from mergekit_ext.methods.method import Method
 
 _METHODS: dict[tuple[str, str], Method] = {}
-_APART = {"method", "registry"}
+_NO_METHODS = {"method", "registry"}
 
 
 def register(method: Method) -> Method:
@@ -37,5 +37,5 @@ def methods(driver: str) -> Mapping[str, Method]:
 def _load() -> None:
     package = importlib.import_module("mergekit_ext.methods")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in _APART:
+        if module.name not in _NO_METHODS:
             importlib.import_module(f"{package.__name__}.{module.name}")

@@ -1,6 +1,6 @@
 """One form of names for the modules of all adapters of a merge.
 
-The law: every tensor of every adapter acts in the merge and in its result, or the merge is refused.
+Every tensor of every adapter acts in the merge and in its result, or the merge is refused.
 `io.parse` accounts for the tensors of each file; `one_form` brings the names of several adapters to
 one form, the newest, so that one module has one name and PEFT loads all of the result. Two adapters
 of one model that transformers has renamed in between meet in none of their modules.

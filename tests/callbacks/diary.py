@@ -6,7 +6,7 @@ from mergekit_ext.callbacks import Callback
 
 
 class Diary(Callback):
-    """Writes down what it is told."""
+    """Records its calls."""
 
     def __init__(self):
         self.merges: list[str] = []

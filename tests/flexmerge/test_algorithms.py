@@ -119,14 +119,14 @@ def test_trim_scopes(name, scope):
     for block in ("attention", "mlp", "conv"):
         data, members = block_of(base, models, block), (0, 2, 3)
         names = names_of(data)
-        told = options(name, members, scope, base, models)
+        given_options = options(name, members, scope, base, models)
         inputs = parts(base, names), [parts(models[i], names) for i in members]
         if name != "consensus":
             found = algorithm.merge(data, members, torch.float32, cuts)
-            close(found, naive.merged(name, *inputs, told), data.base)
+            close(found, naive.merged(name, *inputs, given_options), data.base)
             continue
         masked = algorithm.merge_masked(data, members, torch.float32, cuts)
-        for member, wanted in zip(members, naive.masked(name, *inputs, told), strict=True):
+        for member, wanted in zip(members, naive.masked(name, *inputs, given_options), strict=True):
             close(masked.vector(data.base, member), wanted, data.base)
 
 
@@ -152,9 +152,9 @@ def test_trimming_to_nothing_and_not_at_all(scope, density):
     found = algorithm.merge(data, (0, 1), torch.float32, cuts_for(base, models, algorithm))
     names = names_of(data)
     cuts = [naive.least_kept(base, models[i], density) for i in (0, 1)]
-    told = naive.Options(1.0, None, [density] * 2, scope, cuts)
+    given_options = naive.Options(1.0, None, [density] * 2, scope, cuts)
     wanted = naive.merged(
-        "ties", parts(base, names), [parts(models[i], names) for i in (0, 1)], told
+        "ties", parts(base, names), [parts(models[i], names) for i in (0, 1)], given_options
     )
     close(found, wanted, data.base)
 
@@ -167,9 +167,9 @@ def test_mask_algorithms(name, block):
     data, members = block_of(base, models, block), (0, 1, 3)
     names = names_of(data)
     masked = algorithm.merge_masked(data, members, torch.float32)
-    told = options(name, members, "block", base, models)
+    given_options = options(name, members, "block", base, models)
     wanted = naive.masked(
-        name, parts(base, names), [parts(models[i], names) for i in members], told
+        name, parts(base, names), [parts(models[i], names) for i in members], given_options
     )
     assert set(masked.masks) == set(masked.rescale) == set(members)
     for member, expected in zip(members, wanted, strict=True):
@@ -224,9 +224,9 @@ def test_identical_models_come_back(name):
     found = algorithm.merge(data, (0, 1, 2), torch.float32)
     if name == "tsv_m":  # keeps a third of the rank of each
         names = names_of(data)
-        told = naive.Options(1.0, None, [1.0] * 3)
+        given_options = naive.Options(1.0, None, [1.0] * 3)
         same = [parts(models[0], names)] * 3
-        close(found, naive.merged(name, parts(base, names), same, told), data.base, 2e-5)
+        close(found, naive.merged(name, parts(base, names), same, given_options), data.base, 2e-5)
     elif name == "pcb":  # keeps what is above the least score
         assert ((found - data.models[0]).abs() > 1e-5).sum() <= 2
     else:
@@ -254,9 +254,9 @@ def test_scales(name, scale):
     states = [{n: t * scale for n, t in state.items()} for state in (base, *models)]
     data = block_of(states[0], states[1:], "attention")
     names, members = names_of(data), (0, 1, 2)
-    told = naive.Options(1.0 if name == "average" else 1.3, None, [0.3] * 3)
+    given_options = naive.Options(1.0 if name == "average" else 1.3, None, [0.3] * 3)
     wanted = naive.merged(
-        name, parts(states[0], names), [parts(states[i + 1], names) for i in members], told
+        name, parts(states[0], names), [parts(states[i + 1], names) for i in members], given_options
     )
     found = made(name).merge(data, members, torch.float32)
     close(found, wanted, data.base, 2e-5)
@@ -312,8 +312,8 @@ def test_dare(name):
         assert torch.allclose(pieces[member][kept], whole[kept] * 2, rtol=1e-3, atol=1e-5)
     like = parts(base, names)
     moved = [naive.cut_apart(pieces[member], like) for member in members]
-    told = naive.Options(1.5 if name == "task_arithmetic" else 1.0, None, [0.1] * 3)
-    step = naive.F["average" if name == "linear" else name](moved, told)
+    given_options = naive.Options(1.5 if name == "task_arithmetic" else 1.0, None, [0.1] * 3)
+    step = naive.F["average" if name == "linear" else name](moved, given_options)
     wanted = [b.double() + s for b, s in zip(like, step, strict=True)]
     close(found, wanted, data.base, 2e-5)
 
@@ -387,16 +387,16 @@ def test_registered_methods(name, members):
     elif name == "nan_ties":
         deltas = [[naive.delta(w, b) for w, b in zip(m, like, strict=True)] for m in inputs]
         factors = naive_nan.coefficients([float(naive.laid_out(d).norm()) for d in deltas])
-        told = naive.Options(1.0, factors, [0.4] * count, "tensor")
+        given_options = naive.Options(1.0, factors, [0.4] * count, "tensor")
         scale = max(1.0, count / 2)
         wanted = [
             b.double() + scale * t
-            for b, t in zip(like, naive.ties_merge(deltas, told), strict=True)
+            for b, t in zip(like, naive.ties_merge(deltas, given_options), strict=True)
         ]
     else:
         plain = {"mergekit:ties": "ties", "linear": "average", "nan": "nan"}[name]
-        told = naive.Options(1.0, None, [0.4] * count, "tensor")
-        wanted = naive.merged(plain, like, inputs, told)
+        given_options = naive.Options(1.0, None, [0.4] * count, "tensor")
+        wanted = naive.merged(plain, like, inputs, given_options)
     close(found, wanted, data.base, 1e-4 if name == "lore" else 5e-6)
 
 
@@ -425,9 +425,9 @@ def test_registered_methods_get_what_each_model_was_given():
     algorithm = from_yaml({"algorithm": "mergekit:task_arithmetic", "lambda": 0.5}, each)
     data, members = block_of(base, models, "mlp"), (1, 2)
     names = names_of(data)
-    told = naive.Options(0.5 * 2, [WEIGHTS[i] for i in members])
+    given_options = naive.Options(0.5 * 2, [WEIGHTS[i] for i in members])
     inputs = parts(base, names), [parts(models[i], names) for i in members]
-    wanted = naive.merged("task_arithmetic", *inputs, told)
+    wanted = naive.merged("task_arithmetic", *inputs, given_options)
     close(algorithm.merge(data, members, torch.float32), wanted, data.base)
 
 

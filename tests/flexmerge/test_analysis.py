@@ -138,11 +138,11 @@ def test_similarities_of_trimmed_task_vectors(scope):
         cuts = analyse(found, densities).cuts[densities]
     grams = trimmed_grams(found, ties, cuts)
     least = [naive.least_kept(base, m, 0.3) for m in models]
-    told = naive.Options(1.0, None, [0.3] * 3, scope, least)
+    given_options = naive.Options(1.0, None, [0.3] * 3, scope, least)
     for block in found.layout.blocks:
         names = [p.name for p in block.parts]
         deltas = [[naive.delta(m[n], base[n]) for n in names] for m in models]
-        vectors = [naive.laid_out(parts) for parts in naive.trimmed(deltas, told)]
+        vectors = [naive.laid_out(parts) for parts in naive.trimmed(deltas, given_options)]
         wanted = torch.tensor([[float(a @ b) for b in vectors] for a in vectors])
         assert torch.allclose(grams[block.name].float(), wanted, rtol=1e-5, atol=1e-6)
 

@@ -31,7 +31,7 @@ def held(loaded: dict[str, Any]) -> int:
 
 
 def largest(model: Any) -> int:
-    """accelerate keeps room for the largest part that must stay whole, of all tasks here."""
+    """accelerate keeps memory for the largest part that must stay whole, of all tasks here."""
     parts = [p for p in model.modules() if type(p).__name__ in model._no_split_modules]
     tables = [p for p in model.modules() if isinstance(p, torch.nn.Embedding)]
     return len(TASKS) * max(sum(p.nbytes for p in part.parameters()) for part in parts + tables)

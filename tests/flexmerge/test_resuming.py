@@ -59,9 +59,9 @@ class Counted:
 
 
 class Merge:
-    """One case from analysis to checkpoint, in a room that outlives it."""
+    """One case from analysis to checkpoint, in a folder that outlives it."""
 
-    def __init__(self, case, room, target=2.2, subject="inputs"):
+    def __init__(self, case, folder, target=2.2, subject="inputs"):
         base, models = family(4)
         for number, model in enumerate(models[:2]):
             model["head.weight"] = torch.full((2, 3 + number), float(number))
@@ -71,12 +71,12 @@ class Merge:
         if case == "dare":
             self.algorithm = Dare(self.algorithm, 0.5, seed=3)
         self.forced = torch.bfloat16 if case == "forced" else None
-        self.room, self.target, self.subject = room, target, subject
-        self.room.mkdir(exist_ok=True)
+        self.folder, self.target, self.subject = folder, target, subject
+        self.folder.mkdir(exist_ok=True)
 
     def run(self, ranks=None, measured=None, merged=None):
         ranks = ranks or Ranks()
-        journal = Journal(self.room, ranks.rank)
+        journal = Journal(self.folder, ranks.rank)
         ranks.wait()
         finished = Finished(journal, self.subject)
         measured, merged = measured or After(), merged or After()
@@ -88,15 +88,15 @@ class Merge:
             similarities = [cosines(gram) for gram in found.grams.values()]
             plan = Dendrograms(storage, similarities).plan(Target(models=self.target))
             merging = Merging(self.algorithm, cuts, self.forced)
-            told = Provenance("a test", {}, "base", [f"m{i}" for i in range(4)])
-            out = self.room / "out"
+            provenance = Provenance("a test", {}, "base", [f"m{i}" for i in range(4)])
+            out = self.folder / "out"
             out.mkdir(exist_ok=True)
             write_checkpoint(
                 out,
                 self.inputs,
                 plan,
                 merging,
-                told,
+                provenance,
                 shard_size=400,
                 merged=merged,
                 finished=finished,
@@ -104,7 +104,7 @@ class Merge:
             )
         finally:
             journal.close()
-        return files(self.room / "out")
+        return files(self.folder / "out")
 
 
 def files(folder: Path):
@@ -127,17 +127,17 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_anywhere_and_gone_on_with(case, undisturbed, tmp_path):
     for stop in range(0, BLOCKS, 2):
-        room = tmp_path / str(stop)
+        folder = tmp_path / str(stop)
         with pytest.raises(StopError):
-            Merge(case, room).run(measured=After(stop))
+            Merge(case, folder).run(measured=After(stop))
         with pytest.raises(StopError):
-            Merge(case, room).run(merged=After(stop))
-        again = Merge(case, room)
+            Merge(case, folder).run(merged=After(stop))
+        again = Merge(case, folder)
         assert again.run() == undisturbed(case)
         # Every block that was finished is not read again, those of the analysis included.
         assert len(again.inputs.blocks) <= BLOCKS - stop
     # What is finished altogether is not, either: all that is left is put together.
-    whole = Merge(case, room)
+    whole = Merge(case, folder)
     assert whole.run() == undisturbed(case)
     assert not whole.inputs.blocks
 

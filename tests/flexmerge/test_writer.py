@@ -81,12 +81,12 @@ def wanted_of(manifest, block, group, base, models, name="average"):
     names = [t.name for t in block.tensors]
     place = {task.name: i for i, task in enumerate(manifest.tasks)}
     members = [models[place[task]] for task in group.tasks]
-    told = naive.Options(1.0, None, [0.4] * len(members))
+    given_options = naive.Options(1.0, None, [0.4] * len(members))
     like = [base[n] for n in names]
     inputs = [[m[n] for n in names] for m in members]
     if group.kind == MASKED:
-        return names, naive.masked(name, like, inputs, told)
-    return names, [naive.merged(name, like, inputs, told)] * len(members)
+        return names, naive.masked(name, like, inputs, given_options)
+    return names, [naive.merged(name, like, inputs, given_options)] * len(members)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

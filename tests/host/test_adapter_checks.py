@@ -144,7 +144,7 @@ def test_a_vocabulary_that_grew(base, fields, tmp_path):
     assert check(f"{tmp_path / 'grown'}+{tmp_path / 'adapter'}").problems == ()
 
 
-def test_flexmerge_is_told_too(base, adapter, tmp_path):
+def test_flexmerge_is_reported_too(base, adapter, tmp_path):
     dora = edited(adapter, tmp_path / "dora", use_dora=True)
     content = small.config(
         "flexmerge", [f"{base}+{adapter}", f"{base}+{dora}"], base, {"target_size": 1.5}

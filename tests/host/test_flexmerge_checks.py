@@ -387,7 +387,7 @@ def test_tensors_that_were_saved_empty(content, tmp_path):
     assert "lm_head.weight ([0]; the class has [64, 32])" in problem.found
 
 
-def test_private_tensors_are_told(content, tmp_path):
+def test_private_tensors_are_reported(content, tmp_path):
     folder = tmp_path / "larger"
     model = LlamaForCausalLM.from_pretrained(content["models"][0]["model"])
     model.resize_token_embeddings(70)

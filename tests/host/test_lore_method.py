@@ -128,7 +128,7 @@ def test_bad_values_are_refused(parameters):
         merge_tensors(tuned, "lore", parameters=parameters)
 
 
-def test_two_models_without_a_base_are_told():
+def test_two_models_without_a_base_are_reported():
     _, first, second = models(2)
     with pytest.warns(TwoModelsWarning, match="plain average"):
         found = merge_tensors([first, second], "lore", parameters={"mu": 0.1, "lambda": 9.0})
@@ -145,7 +145,7 @@ def test_two_models_without_a_base_are_told():
     ],
     ids=["base", "sequential", "three", "weights"],
 )
-def test_where_parameters_act_nothing_is_told(inputs, parameters, base_index):
+def test_where_parameters_act_nothing_is_reported(inputs, parameters, base_index):
     # MergeWarning is an error in this suite.
     tensors = models(3)[-inputs:]
     averaged = sum(tensors) / len(tensors)
@@ -153,7 +153,7 @@ def test_where_parameters_act_nothing_is_told(inputs, parameters, base_index):
     assert not torch.allclose(found, averaged, atol=1e-4)
 
 
-def test_not_converging_is_told():
+def test_not_converging_is_reported():
     _, *tuned = models()
     with pytest.warns(NotConvergedWarning, match=r"1 of 1 tensors .* in 2 iterations"):
         merge_tensors(tuned, "lore", parameters={"mu": 0.2, "max_iterations": 2})

@@ -291,7 +291,7 @@ def test_mergekit_pytorch(llamas, tmp_path, granularity):
     compare(found, wanted, EPS[torch.float32])
 
 
-def test_two_models_without_a_base_are_told(llamas, tmp_path):
+def test_two_models_without_a_base_are_reported(llamas, tmp_path):
     _, tuned = llamas
     done = run(tmp_path, small.config("lore", tuned[:2], None, {"mu": 0.1}))
     assert done.returncode == 0, done.stderr
@@ -301,7 +301,7 @@ def test_two_models_without_a_base_are_told(llamas, tmp_path):
     compare(small.state(tmp_path / "out"), wanted, EPS[torch.float32])
 
 
-def test_uniform_coefficients_are_told_once(tmp_path):
+def test_uniform_coefficients_are_reported_once(tmp_path):
     _, tuned = small.family(tmp_path / "close", small.llama, amounts=(1e-4, 2e-4, 4e-4))
     done = run(tmp_path, small.config("nan", tuned))
     assert done.returncode == 0, done.stderr

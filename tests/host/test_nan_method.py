@@ -223,7 +223,7 @@ def test_non_finite_inputs_stop_the_merge(bad, which, norm_of, granularity):
         merged("nan", base, models, norm_of=norm_of, granularity=granularity)
 
 
-def test_uniform_coefficients_are_told():
+def test_uniform_coefficients_are_reported():
     base, *models = states()
     close = [{n: 100 * base[n] + 0.01 * m[n] for n in base} for m in models]
     with pytest.warns(UniformCoefficientsWarning, match="came out uniform") as seen:
@@ -272,14 +272,14 @@ def test_a_base_alone_comes_back():
     assert torch.equal(found, base[NAMES[0]])
 
 
-def test_norms_beyond_the_range_are_told():
+def test_norms_beyond_the_range_are_reported():
     huge = {"w": torch.full((4,), 1e200, dtype=torch.float64)}
     with pytest.raises(MergeError, match=r"w: the norms .* leave the range"):
         merged("nan", None, [huge, huge])
 
 
 @pytest.mark.parametrize("method", ["nan", "nan_ties", "nan_dare_linear"])
-def test_a_result_out_of_range_is_told(method):
+def test_a_result_out_of_range_is_reported(method):
     base, *models = states(dtype=torch.float16)
     with pytest.raises(MergeError, match="not finite"):
         merged(method, base, models, scale=1e6)

@@ -114,7 +114,7 @@ def test_non_finite_inputs_are_named(method, index, value):
 
 
 @METHODS
-def test_leaving_the_range_is_told(method):
+def test_leaving_the_range_is_reported(method):
     base = torch.full((4, 4), 1.0, dtype=torch.float16)
     tuned = base + torch.eye(4, dtype=torch.float16)
     with pytest.raises(MergeError, match=r"w: .* not finite"):

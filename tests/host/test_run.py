@@ -115,7 +115,7 @@ def test_a_callback_that_raises_stops_the_merge_and_leaves_nothing(llamas, tmp_p
 
 
 @pytest.mark.parametrize("callback", [Listener, 3])
-def test_what_is_no_callback_is_told_before_any_work(llamas, tmp_path, callback):
+def test_what_is_no_callback_is_reported_before_any_work(llamas, tmp_path, callback):
     base, tuned = llamas
     content = yaml.safe_dump(small.config("nan", tuned, base))
     with pytest.raises(TypeError, match="callbacks: found"):
@@ -155,7 +155,7 @@ def test_problems_are_one_error(llamas, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_schema_is_told_in_the_words_of_the_file(tmp_path):
+def test_a_broken_schema_is_reported_in_the_words_of_the_file(tmp_path):
     with pytest.raises(ConfigError, match="models"):
         mergekit_ext.merge("merge_method: nan\nmodels: 3\n", tmp_path / "out", QUIET)
 

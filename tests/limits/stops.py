@@ -37,8 +37,8 @@ def run(folder: Path) -> None:
             for moment in MOMENTS:
                 if not place.exists() or name == "sizes":  # which keeps what was scored
                     ends.append(interrupt(command, moment * seconds, log))
-        told = {"name": name, "ends": [asdict(end) for end in ends], "whole": place.exists()}
-        print(json.dumps(told), flush=True)
+        line = {"name": name, "ends": [asdict(end) for end in ends], "whole": place.exists()}
+        print(json.dumps(line), flush=True)
     for name, seen in peaks(long, 270, 10, 60):
         print(json.dumps({"name": name, **asdict(seen)}), flush=True)
 

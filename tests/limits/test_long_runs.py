@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mergekit_ext.core import memory
-from tests.limits.told import told_by
+from tests.limits.scripts import run_script
 
 # The promise is a second, which bench/robustness.py measures; here the machine may have other
 # things to do. What is stopped would go on for half a minute.
@@ -20,15 +20,15 @@ AT_ONCE = 5.0
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
     """What became of every command; all run in forks of one process."""
-    lines, _ = told_by("stops", tmp_path_factory.mktemp("stops"))
+    lines, _ = run_script("stops", tmp_path_factory.mktemp("stops"))
     return lines
 
 
 def test_interrupts_end_each_command_at_once(lines):
-    told = [line for line in lines if "ends" in line]
-    assert len(told) == 9
+    found = [line for line in lines if "ends" in line]
+    assert len(found) == 9
     stopped = 0
-    for line in told:
+    for line in found:
         for end in line["ends"]:
             assert end["code"] in (0, 1), (line["name"], end)
             assert "Traceback" not in end["said"], (line["name"], end["said"])
@@ -79,9 +79,9 @@ main()
 
 @pytest.mark.skipif(not memory.held(), reason="the system does not tell what is held")
 def test_long_runs_hold_steady_memory_and_few_files(lines):
-    told = [line for line in lines if "files" in line]
-    assert len(told) == 6
-    for line in told:
+    found = [line for line in lines if "files" in line]
+    assert len(found) == 6
+    for line in found:
         assert line["code"] == 0, line
         # Plans are made in the first third; the allocator keeps what fits a large block.
         assert line["most"] - line["third"] < 48 << 20, line

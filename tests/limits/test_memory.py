@@ -16,7 +16,7 @@ from mergekit_ext.host.flexmerge.prepare import check
 from tests import models as small
 from tests.host.adapters import saved_adapter
 from tests.limits.caps import CASES
-from tests.limits.told import told_by
+from tests.limits.scripts import run_script
 
 pytestmark = pytest.mark.skipif(not memory.held(), reason="a system without /proc")
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not memory.held(), reason="a system without /pro
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What became of every merge; each runs in a fork of one process."""
-    lines, stderr = told_by("caps", tmp_path_factory.mktemp("caps"))
+    lines, stderr = run_script("caps", tmp_path_factory.mktemp("caps"))
     assert "Traceback" not in stderr
     return {line["name"]: line | {"stderr": stderr} for line in lines}
 

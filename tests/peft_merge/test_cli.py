@@ -189,7 +189,7 @@ def test_pickles_are_read_when_asked_for(place):
     assert done.exit_code == 0, done.stderr
 
 
-def test_truncation_is_told(place):
+def test_truncation_is_reported(place):
     done = called(place / "merge.yml", place / "out", "--rank", 1)
     assert "Cutting off the rank changed the merged weights by" in done.stdout
 

@@ -285,7 +285,7 @@ def test_a_wrong_parameter_hides_nothing_else(folders):
 
 
 @pytest.mark.filterwarnings("error")
-def test_different_bases_are_told_of_merges_that_go_ahead(folders, tmp_path):
+def test_different_bases_are_a_warning_of_merges_that_go_ahead(folders, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(folders[name], tmp_path / name)
         change_config(tmp_path / name, base_model_name_or_path=f"base-of-{name}")

@@ -238,14 +238,14 @@ def test_rules_see_vectors_and_their_length():
     assert report["m"] == {"shape": [1, 5], "feedforward": True, "adapters": 1, "seen": 1}
 
 
-def test_modules_are_told_of_in_order():
-    told = []
+def test_modules_are_reported_of_in_order():
+    reported = []
     merge(
         [adapter("a", {"x": column(1.0)}), adapter("b", {"y": column(1.0), "x": column(2.0)})],
         [1.0, 1.0],
-        on_module=lambda module, entry: told.append((module, entry["adapters"])),
+        on_module=lambda module, entry: reported.append((module, entry["adapters"])),
     )
-    assert told == [("x", 2), ("y", 1)]
+    assert reported == [("x", 2), ("y", 1)]
 
 
 def test_logarithms_need_positive_values_everywhere():

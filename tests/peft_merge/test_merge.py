@@ -263,7 +263,7 @@ def test_events(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "ia3"])
-def test_iterations_of_a_solver_are_told(tmp_path, kind):
+def test_iterations_of_a_solver_are_reported(tmp_path, kind):
     folders = [saved(KINDS[kind], tmp_path / name, i) for i, name in enumerate("abc")]
     seen = Everything()
     config = {
@@ -290,19 +290,19 @@ def test_a_callback_that_raises_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_uniform_coefficients_are_told(tmp_path):
+def test_uniform_coefficients_are_reported(tmp_path):
     folder = saved(KINDS["plain"], tmp_path / "a", 1)
     with pytest.warns(UniformCoefficientsWarning, match="came out uniform"):
         merge_adapters({"a": folder, "b": folder}, "nan")
 
 
-def test_two_adapters_of_unknown_base_are_told(tmp_path):
+def test_two_adapters_of_unknown_base_are_reported(tmp_path):
     folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("ab")]
     with pytest.warns(TwoModelsWarning):
         merge_adapters(folders, "lore", parameters={"mu_relative": 0.1, "base": "estimated"})
 
 
-def test_a_solver_that_stops_early_is_told(tmp_path):
+def test_a_solver_that_stops_early_is_reported(tmp_path):
     folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("abc")]
     options = {"mu_relative": 0.1, "base": "estimated", "max_iterations": 1}
     with pytest.warns(NotConvergedWarning, match="4 of 4 tensors .* in 1 iterations"):

@@ -47,7 +47,7 @@ def refused(place, out, method="linear", *options):
     return done.stderr
 
 
-def test_what_is_in_the_way_is_told_before_work(place):
+def test_what_is_in_the_way_is_reported_before_work(place):
     outputs = place / "outputs"
     (outputs / "file").touch()
     before = files(place)

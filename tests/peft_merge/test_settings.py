@@ -84,7 +84,7 @@ def test_wrong_settings(parameter, setting, said):
     assert any(said in message for message in messages(parameter, setting))
 
 
-def test_every_problem_of_a_setting_is_told():
+def test_every_problem_of_a_setting_is_reported():
     assert len(messages(DENSITY, [{"value": [2, 3]}, {"filter": 1, "value": "x"}])) == 4
 
 

@@ -108,7 +108,7 @@ def test_target_parameters_of_a_module(entries, module, leaves):
     assert Targets(config).parameters(module) == leaves
 
 
-def test_parameters_of_different_ranks_are_told_apart_by_the_number_of_experts():
+def test_parameters_of_different_ranks_are_distinguished_by_the_number_of_experts():
     config = {"r": 4, "lora_alpha": 4, "rank_pattern": {"experts.up": 2}}
     # Outermost first: 12 rows are three experts of rank 4, the six below them three of rank 2.
     found = parameter_scalings(config, "experts", ["down", "up"], [12, 6])
@@ -133,7 +133,9 @@ def test_what_a_file_leaves_open_is_not_guessed():
     data=st.data(),
 )
 @settings(max_examples=300)
-def test_parameters_are_told_apart_as_trying_every_order_tells(ranks, alphas, experts, size, data):
+def test_parameters_are_distinguished_as_trying_every_order_tells(
+    ranks, alphas, experts, size, data
+):
     leaves = [f"p{index}" for index in range(len(ranks))]
     named = dict(zip(leaves, ranks, strict=True))
     config = {"rank_pattern": named, "alpha_pattern": dict(zip(leaves, alphas, strict=False))}

@@ -21,7 +21,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Options:
-    """What an algorithm is told. `cuts`: with the scope "model", each member's least magnitude."""
+    """An algorithm's options. `cuts`: with the scope "model", each member's least magnitude."""
 
     lam: float = 1.0
     weights: Sequence[float] | None = None

@@ -52,7 +52,7 @@ class Engine:
         prepared: a merge that has passed its checks.
         inputs: its models.
         options: mergekit's; the device and the seed are used.
-        neighbours: the folder in which earlier analyses are looked for.
+        analyses_in: the folder in which earlier analyses are looked for.
         emit: gets the events.
         journal: of what is finished; None to begin with nothing, and to note nothing.
         ranks: the processes that share out the blocks. All of them make the same calls.
@@ -63,14 +63,14 @@ class Engine:
         prepared: Prepared,
         inputs: Inputs,
         options: Any,
-        neighbours: Path,
+        analyses_in: Path,
         emit: Callable[[Event], None],
         journal: Journal | None = None,
         ranks: Ranks | None = None,
     ):
         self._journal, self._ranks = journal, ranks or Ranks()
         self._prepared, self._inputs, self._options = prepared, inputs, options
-        self._neighbours, self._emit = neighbours, emit
+        self._analyses_in, self._emit = analyses_in, emit
         self.reader = inputs.reader(options.device)
         self.subject = analysis_file.Subject.of(inputs.layout, inputs.base, inputs.models)
 
@@ -89,7 +89,7 @@ class Engine:
     def analysis(self) -> Analysis:
         """That of an earlier run on the same files, or a new one."""
         densities = self.algorithm.densities
-        found = self._ranks.from_main(lambda: analysis_file.find(self._neighbours, self.subject))
+        found = self._ranks.from_main(lambda: analysis_file.find(self._analyses_in, self.subject))
         if found is not None and (densities is None or tuple(densities) in found.cuts):
             return found
         started = time.perf_counter()
@@ -170,7 +170,7 @@ class Engine:
 
     def keep_analysis(self) -> Path:
         """Write the analysis where later runs look for it."""
-        path = self._neighbours / analysis_file.FILE_NAME
+        path = self._analyses_in / analysis_file.FILE_NAME
         self.save_analysis(path)
         return path
 
@@ -228,8 +228,8 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
     session.emit(
         MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks), "block")
     )
-    neighbours = Path(session.output or folder).resolve().parent
-    engine = Engine(prepared, inputs, options, neighbours, session.emit, session.journal, together)
+    analyses_in = Path(session.output or folder).resolve().parent
+    engine = Engine(prepared, inputs, options, analyses_in, session.emit, session.journal, together)
     plan = engine.planner.plan(prepared.target)
     manifest = engine.write(folder, plan)
     if not together.is_main:

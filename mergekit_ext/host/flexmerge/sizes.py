@@ -182,18 +182,18 @@ class Tracer:
         return found
 
     def points(
-        self, inputs: Inputs, neighbours: Path, emit: Callable[[Event], None]
+        self, inputs: Inputs, analyses_in: Path, emit: Callable[[Event], None]
     ) -> Iterator[SizePoint]:
         """Each algorithm at each size, from large to small.
 
         Args:
             inputs: from `open`.
-            neighbours: the folder in which an earlier analysis is looked for, and a new one kept.
+            analyses_in: the folder in which an earlier analysis is looked for, and a new one kept.
             emit: gets the events.
         """
         engines = {}
         for name, prepared in self._prepared.items():
-            engines[name] = Engine(prepared, inputs, self._options, neighbours, emit)
+            engines[name] = Engine(prepared, inputs, self._options, analyses_in, emit)
             engines[name].keep_analysis()
         asked = {name: self._reached(name, engine.planner) for name, engine in engines.items()}
         total = sum(map(len, asked.values())) * self._count

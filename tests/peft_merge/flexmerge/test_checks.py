@@ -91,7 +91,7 @@ def test_heads_are_not_merged(tmp_path):
     assert "lora_bias" in refused(sources, target_size=2)
 
 
-def test_two_adapters_around_an_estimated_base_are_told():
+def test_two_adapters_around_an_estimated_base_are_reported():
     options = {"algorithm": "lore", "base": "estimated", "mu": 0.1, "target_size": 2}
     with pytest.warns(TwoModelsWarning):
         merge_adapters(adapters(), "flexmerge", parameters=options)

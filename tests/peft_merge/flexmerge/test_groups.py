@@ -122,7 +122,7 @@ def test_groups_are_those_of_a_search_over_all_pairs(
 
 
 @pytest.mark.parametrize("target", [4.0, 3.2, 2.5, 1.7, 1.0])
-def test_the_size_that_is_told_is_that_of_the_tensors(target):
+def test_the_size_that_is_reported_is_that_of_the_tensors(target):
     adapters = [
         adapter(f"t{i}", {m: update(i * 7 + j, 3) for j, m in enumerate(NAMES)}) for i in range(4)
     ]

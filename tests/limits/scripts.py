@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def told_by(script: str, folder: Path) -> tuple[list[dict[str, Any]], str]:
+def run_script(script: str, folder: Path) -> tuple[list[dict[str, Any]], str]:
     """Run one in a folder of its own: its lines, and its standard error."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.limits.{script}", str(folder)],
