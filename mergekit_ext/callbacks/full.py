@@ -37,7 +37,7 @@ class FullModel:
 
     def base(self) -> Path | None:
         """Return the folder of the base: "initial" stands for the beginning of the training."""
-        from mergekit_ext.host.snapshots import needs_base
+        from mergekit_ext.host.snapshot_merge import needs_base
 
         given = self._settings.base
         if given is None and self._settings.running is None:
@@ -57,7 +57,7 @@ class FullModel:
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> Sequence[Problem]:
         """Return what is wrong with a merge of folders, from configurations and headers."""
-        from mergekit_ext.host.snapshots import options, problems
+        from mergekit_ext.host.snapshot_merge import options, problems
 
         given = self._settings
         with _randomness_kept():
@@ -66,7 +66,7 @@ class FullModel:
 
     def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
         """Merge folders into the new folder `out`."""
-        from mergekit_ext.host.snapshots import options
+        from mergekit_ext.host.snapshot_merge import options
 
         given = self._settings
         with _randomness_kept():
@@ -132,7 +132,7 @@ class FullModel:
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
     def _configuration(self, folders: Mapping[int, Path], base: Path | None) -> str:
-        from mergekit_ext.host.snapshots import configuration
+        from mergekit_ext.host.snapshot_merge import configuration
 
         given = self._settings
         return configuration(given.method, [*folders.values()], base, given.parameters)

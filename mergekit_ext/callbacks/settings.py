@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_ext.callbacks.running import RUNNING, Average, Ema
+from mergekit_ext.callbacks.averages import RUNNING, Average, Ema
 from mergekit_ext.core.hooks import takes
 from mergekit_ext.core.schema import schema_problems
 from mergekit_ext.errors import ConfigError, Problem

@@ -69,7 +69,7 @@ def sizes(
     and once for each task at each size. It returns a number, or a mapping from metrics to numbers
     such as {'accuracy': 0.9}; the higher, the better.
     """
-    from mergekit_ext.host.flexmerge.curve import write_curve
+    from mergekit_ext.host.flexmerge.curve_files import write_curve
 
     merge_options.apply_global_options()
     try:

@@ -68,7 +68,7 @@ def extend_methods(_: Any) -> None:
     from mergekit.options import ShardSizeParamType
 
     from mergekit_ext.host.adapters import loader
-    from mergekit_ext.host.methods import register_methods
+    from mergekit_ext.host.registration import register_methods
 
     register_methods()
     _replace(auto, "get_model_tensor_names", loader.tensor_names)

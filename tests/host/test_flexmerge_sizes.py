@@ -22,7 +22,7 @@ from mergekit_ext.events import MergeCallback, SizeReached, StatisticsBegin
 from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.runtime import load
 from mergekit_ext.host import run
-from mergekit_ext.host.flexmerge.curve import write_curve
+from mergekit_ext.host.flexmerge.curve_files import write_curve
 from tests.models import bert, config, family, llama, write_yaml
 
 OPTIONS = MergeOptions(quiet=True)

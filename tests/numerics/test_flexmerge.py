@@ -16,7 +16,7 @@ from tests.numerics.inputs import (
     tuned,
     with_zeros,
 )
-from tests.numerics.models import FLEXMERGE, flexmerge
+from tests.numerics.merging import FLEXMERGE, flexmerge
 
 each = pytest.mark.parametrize("name", FLEXMERGE)
 

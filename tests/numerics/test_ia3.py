@@ -9,7 +9,7 @@ import torch
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from tests.numerics.inputs import vectors
-from tests.numerics.models import RULES, ia3
+from tests.numerics.merging import RULES, ia3
 from tests.numerics.test_lora import NAMES
 
 each = pytest.mark.parametrize("name", NAMES)

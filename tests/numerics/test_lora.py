@@ -10,7 +10,7 @@ import torch
 from mergekit_ext.errors import MergeError, NonFiniteError
 from peft_merge.io import compatible
 from tests.numerics.inputs import factors
-from tests.numerics.models import RULES, lora
+from tests.numerics.merging import RULES, lora
 from tests.peft_merge import loras
 
 # NAN's coefficients come before the rule, so that one rule with them stands for all.

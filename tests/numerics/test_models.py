@@ -17,7 +17,7 @@ from tests.numerics.inputs import (
     tuned,
     with_zeros,
 )
-from tests.numerics.models import HOST, host, host_files
+from tests.numerics.merging import HOST, host, host_files
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{MergeWarning.__module__}.MergeWarning")
 each = pytest.mark.parametrize("name", HOST)

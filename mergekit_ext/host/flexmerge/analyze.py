@@ -13,7 +13,7 @@ from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
 from mergekit_ext.flexmerge.plan import Dendrograms, Planner
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.host.flexmerge import prepare
-from mergekit_ext.host.flexmerge.curve import flexmerge_config, require_folder
+from mergekit_ext.host.flexmerge.curve_files import flexmerge_config, require_folder
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.parameters import variant
 from mergekit_ext.host.flexmerge.sources import open_inputs

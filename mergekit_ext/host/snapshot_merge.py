@@ -16,7 +16,7 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.merge import check_merge
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.method import WholeModelMethod, ext_method
-from mergekit_ext.host.methods import register_methods
+from mergekit_ext.host.registration import register_methods
 
 
 def configuration(
