@@ -16,7 +16,7 @@ from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.paths import expanded
-from mergekit_ext.io.staging import place_problems
+from mergekit_ext.io.staging import no_such_user, place_problems
 from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
@@ -190,8 +190,7 @@ def plan_config(
     if out is not None:
         place = expanded(out)
         if str(out).startswith("~") and place == Path(out):
-            found, remedy = "no place: there is no such user", "Choose another place."
-            problems.append(Problem(str(out), found, "a folder's path", remedy))
+            problems.append(no_such_user(str(out)))
         problems += place_problems(place, str(out), empty=True)
         problems += _inside(out, request.inputs)
     request = replace(request, device=device, allow_pickle=allow_pickle)

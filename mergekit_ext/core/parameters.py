@@ -23,13 +23,14 @@ def _number(value: Any) -> Any:
     return value
 
 
-_Float = Annotated[float, BeforeValidator(_number)]
-Finite = Annotated[_Float, Field(allow_inf_nan=False)]
+# A float; pydantic alone takes true for 1.
+Number = Annotated[float, BeforeValidator(_number)]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
 # Wide enough for every use, and no product of it leaves float32.
-Factor = Annotated[_Float, Field(ge=-1e6, le=1e6)]
-Share = Annotated[_Float, Field(gt=0, le=1)]
-Positive = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
+Factor = Annotated[Number, Field(ge=-1e6, le=1e6)]
+Share = Annotated[Number, Field(gt=0, le=1)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Switch = Annotated[bool, Strict()]
 

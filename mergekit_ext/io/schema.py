@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -116,6 +117,7 @@ def parse(schema: type[T], text: str | bytes, where: str) -> T:
     """
     try:
         content = from_json(text, allow_inf_nan=False)
+        json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         problem = Problem(where, f"no JSON ({error})", "JSON in UTF-8")
         raise CheckpointError([problem], where) from None
@@ -126,6 +128,18 @@ def parse(schema: type[T], text: str | bytes, where: str) -> T:
     heads = [item for item in found if item["loc"] in (("format",), ("version",))]
     problems = (problem for item in heads or found for problem in _problems(item, where))
     raise CheckpointError(islice(problems, MOST_SHOWN), where) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is given twice, of which readers take the first or the last.
+
+    pydantic's parser takes the last; what it accepts is not too deep for Python's.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{twice[:80]!r} is given twice")
+    return found
 
 
 def read(schema: type[T], path: Path, expected: str, remedy: str) -> T:

@@ -94,12 +94,13 @@ def staged(
         with _locked(staging, target):
             output = staging / target.name
             changed = None if identity is None else _differences(staging, identity)
-            if changed != () or restart or output.is_symlink() or not output.is_dir():
-                _clear(staging)
-                output.mkdir()
-                if identity is not None:
-                    (staging / _IDENTITY).write_text(json.dumps(dict(identity)), encoding="utf-8")
             try:
+                if changed != () or restart or output.is_symlink() or not output.is_dir():
+                    _clear(staging)
+                    output.mkdir()
+                    if identity is not None:
+                        text = json.dumps(dict(identity))
+                        (staging / _IDENTITY).write_text(text, encoding="utf-8")
                 yield Staging(staging, output, () if restart else changed or ())
                 _put(output, target)
             except BaseException as error:
@@ -129,7 +130,10 @@ def new_folder(
         ConfigError: there is something at `place`, or it cannot be written.
     """
     place, where = expanded(place), where or str(place)
-    if problems := list(place_problems(place, where, empty=True)):
+    problems = list(place_problems(place, where, empty=True))
+    if str(place).startswith("~"):
+        problems.append(no_such_user(where))
+    if problems:
         raise ConfigError(problems, subject)
     try:
         with staged(place) as staging:
@@ -139,6 +143,12 @@ def new_folder(
         found = f"an error while writing ({error.strerror or error}{named})"
         expected = "space on the disk and the right to write"
         raise ConfigError([Problem(where, found, expected)], subject) from error
+
+
+def no_such_user(where: str) -> Problem:
+    """Return what is wrong with a place below the home of a user who is not on this machine."""
+    found, remedy = "no place: there is no such user", "Choose another place."
+    return Problem(where, found, "a folder's path", remedy)
 
 
 def place_problems(
@@ -169,7 +179,7 @@ def place_problems(
         with tempfile.TemporaryDirectory(prefix=".", suffix=_SUFFIX, dir=existing) as probe:
             (Path(probe) / target.relative_to(existing)).mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(existing)
-        left = sum(file.lstat().st_blocks * 512 for file in _directory(target).rglob("*"))
+        left = _left(_directory(target))
         names = [path.name for path in target.iterdir()] if target.exists() else []
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links; no name of a file
         reason = getattr(error, "strerror", None) or error
@@ -267,6 +277,20 @@ def _directory(target: Path) -> Path:
     return (target if mounted else target.parent) / name
 
 
+def _left(staging: Path) -> int:
+    """Return the bytes on the disk of what an earlier process of this user has left."""
+    found = 0
+    with suppress(OSError):
+        state = staging.lstat()
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+            return 0
+        for place, _, names in os.walk(staging):
+            for name in names:
+                with suppress(FileNotFoundError):  # another process is removing it
+                    found += Path(place, name).lstat().st_blocks * 512
+    return found
+
+
 def _is_staging(name: str) -> bool:
     return name.startswith(".") and name.endswith(_SUFFIX)
 
@@ -274,11 +298,10 @@ def _is_staging(name: str) -> bool:
 @contextmanager
 def _locked(staging: Path, target: Path) -> Iterator[None]:
     """Hold the lock of a staging directory, which is made if missing and removed if left empty."""
-    with suppress(FileExistsError):
+    try:
         staging.mkdir(mode=0o700)
-    state = staging.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-        raise ConfigError([_occupied(target, f"{staging}, which is no folder of this user")])
+    except FileExistsError:
+        _require_own(staging, target)
     try:
         lock = _acquired(staging)
     except (Timeout, FileNotFoundError):  # the second: another process has just removed it
@@ -296,12 +319,27 @@ def _locked(staging: Path, target: Path) -> Iterator[None]:
         lock.release()
 
 
+def _require_own(staging: Path, target: Path) -> None:
+    """Refuse what is no staging directory that a process of this user has left.
+
+    Some file systems give all files one owner, whoever makes them: a new file shows which.
+    """
+    state = staging.lstat()
+    with tempfile.TemporaryFile(dir=staging.parent) as probe:
+        owners = {os.getuid(), os.fstat(probe.fileno()).st_uid}
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid not in owners:
+        raise ConfigError([_occupied(target, f"{staging}, which is no folder of this user")])
+    names = {path.name for path in staging.iterdir()}
+    if names and not names & {_LOCK, _MARKER, _IDENTITY}:
+        raise ConfigError([_occupied(target, f"{staging}, which is no staging directory")])
+
+
 def _acquired(staging: Path) -> BaseFileLock:
     try:
         lock: BaseFileLock = FileLock(staging / _LOCK, blocking=False)
         lock.acquire()
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         lock = SoftFileLock(staging / _MARKER, blocking=False)
         lock.acquire()
@@ -343,6 +381,11 @@ def _put(written: Path, target: Path) -> None:
         written.rename(target)
         _flush_one(target.parent)
         return
+    if not any(target.iterdir()):
+        with suppress(OSError):  # a mount point keeps its place
+            written.rename(target)
+            _flush_one(target.parent)
+            return
     old = [path for path in target.iterdir() if _is_weights(path.name)]
     # The index first: without it the shards of two models cannot be taken for one.
     for path in sorted(old, key=lambda path: not _INDEX.fullmatch(path.name)):
@@ -352,6 +395,7 @@ def _put(written: Path, target: Path) -> None:
         if destination.is_dir():
             destination.unlink() if destination.is_symlink() else shutil.rmtree(destination)
         shutil.move(path, destination)  # which copies where the target is mounted
+        flush(destination) if destination.is_dir() else _flush_one(destination)
     _flush_one(target)
 
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Parameter
+from mergekit_ext.core.parameters import Number, Parameter
 from mergekit_ext.kernels import consensus
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from mergekit_ext.methods.method import BLOCKS, Call, Masks, Merged, Method
@@ -43,7 +43,7 @@ register(
         parameters=(
             Parameter(
                 "threshold",
-                Annotated[float, Field(ge=0, le=1e6)],
+                Annotated[Number, Field(ge=0, le=1e6)],
                 consensus.DEFAULT_THRESHOLD,
                 "how much of the unified vector the masks let through",
             ),

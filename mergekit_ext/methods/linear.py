@@ -28,6 +28,8 @@ SOUPS = "https://arxiv.org/abs/2203.05482"
 TASK_VECTORS = "https://arxiv.org/abs/2212.04089"
 
 LAMBDA = Parameter("lambda", Finite, 1.0, "factor of the merged task vector")
+# In FlexMerge, which does not look at every value that it makes.
+BOUNDED_LAMBDA = replace(LAMBDA, kind=Factor)
 
 
 def normalize(default: bool) -> Parameter:

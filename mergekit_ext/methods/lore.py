@@ -215,7 +215,7 @@ def _after(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterable[Merg
 
 def _copies(models: int, square: float) -> float:
     """Inputs, differences, task vectors, the solver's steps; Gram matrices in float64."""
-    return 5 * models + 7 + (5 * models + 20) * square
+    return 9 * models + 27 + (5 * models + 20) * square
 
 
 register(

@@ -11,10 +11,10 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Parameter, Share
+from mergekit_ext.core.parameters import Number, Parameter, Share
 from mergekit_ext.kernels.pcb import DEFAULT_CLIP, DEFAULT_DENSITY, pcb_merge
-from mergekit_ext.methods.linear import LAMBDA
-from mergekit_ext.methods.method import Call, Merged, Method
+from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA
+from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method
 from mergekit_ext.methods.registry import register
 
 
@@ -48,12 +48,13 @@ register(
             Parameter(
                 "clip",
                 # The kernel clips below half at either end.
-                Annotated[float, Field(ge=0, le=0.499)],
+                Annotated[Number, Field(ge=0, le=0.499)],
                 DEFAULT_CLIP,
                 "share of magnitudes clipped at either end",
             ),
             LAMBDA,
         ),
+        variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
         trims=True,
         # Task vectors, their sum in float64, and scores in float64 that are ranked.
         copies=lambda models, square: models + 12,

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Parameter, Share
+from mergekit_ext.core.parameters import Number, Parameter, Share
 from mergekit_ext.errors import Problem
 from mergekit_ext.kernels.dare import drop_and_rescale
 from mergekit_ext.kernels.linear_algebra import total
@@ -30,14 +30,14 @@ _RESCALE_FROM = 1e-7
 DENSITY = Parameter("density", Share, 1.0, "share of the entries that is kept", per_model=True)
 GAMMA = Parameter(
     "gamma",
-    Annotated[float, Field(ge=0, lt=1)],
+    Annotated[Number, Field(ge=0, lt=1)],
     0.01,
     "share of the largest entries that is dropped",
     per_model=True,
 )
 EPSILON = Parameter(
     "epsilon",
-    Annotated[float, Field(ge=0, lt=0.5)],
+    Annotated[Number, Field(ge=0, lt=0.5)],
     0.15,
     "how far the probability of keeping an entry goes up and down from density",
     per_model=True,

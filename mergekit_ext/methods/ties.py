@@ -45,7 +45,7 @@ from torch import Tensor
 
 from mergekit_ext.core.parameters import Parameter, Switch, choice
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
-from mergekit_ext.methods.linear import LAMBDA, normalize, normalized
+from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA, normalize, normalized
 from mergekit_ext.methods.method import (
     ADAPTERS,
     BLOCKS,
@@ -190,7 +190,7 @@ for _name, _paper, _sparsifier, _elects, _normal, _rescales in _FAMILY:
                 LAMBDA,
             ),
             drivers=frozenset({ADAPTERS, BLOCKS} if _in_blocks else {ADAPTERS}),
-            variants={BLOCKS: {"density": FLEXMERGE_DENSITY}},
+            variants={BLOCKS: {"density": FLEXMERGE_DENSITY, "lambda": BOUNDED_LAMBDA}},
             weighs=True,
             over_base=ties_over_base if _in_blocks else None,
             blockwise=_merge,

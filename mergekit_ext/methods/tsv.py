@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.tsv import tsv_merge
-from mergekit_ext.methods.linear import LAMBDA
-from mergekit_ext.methods.method import Call, Merged, Method
+from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA
+from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method
 from mergekit_ext.methods.registry import register
 
 
@@ -39,6 +39,7 @@ register(
         merge,
         parameters=(LAMBDA,),
         invariant=lambda options: True,
+        variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
         matrices=True,
         copies=_copies,
     )

@@ -19,8 +19,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
+from mergekit_ext.core.parameters import unfit
 from mergekit_ext.core.wording import shown
 from mergekit_ext.errors import Problem
 from peft_merge.io.targets import keyed
@@ -146,18 +154,33 @@ def _few(value: list[str] | None) -> list[str] | None:
     return value
 
 
+def _values(kind: Any) -> AfterValidator:
+    """Check a mapping's values, up to the first wrong one."""
+    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(strict=True))
+
+    def check(mapping: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        given = (mapping or {}).values()
+        for value in (value for value in given if unfit(adapter.validate_python, value)):
+            raise ValueError(f"of which {repr(value)[:80]} is none")
+        return mapping
+
+    return AfterValidator(check)
+
+
 _Rank = Annotated[int, Field(ge=1, le=2**63 - 1)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
-_Names = list[Annotated[str, Field(min_length=1)]] | None
+# Checking stops at the first wrong entry: a hostile list may have millions.
+_Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True)] | None
 _Selection = Annotated[
     Annotated[str, AfterValidator(_compiled)] | _Names,
     Field(description="a list of names, a regular expression, or null"),
 ]
 _Layers = Annotated[
-    str | list[str] | None,
+    str | Annotated[list[str], Field(fail_fast=True)] | None,
     AfterValidator(partial(_compiled, template=r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")),
     Field(description="a regular expression, a list of them, or null"),
 ]
+_Pair = Annotated[list[int], Field(min_length=2, max_length=2), Field(fail_fast=True)]
 _Keys = AfterValidator(partial(_compiled, template=keyed("{}")))
 _Flag = Annotated[bool | None, Field(description="true or false")]
 _Text = Annotated[str | None, Field(description="a text, or null")]
@@ -174,7 +197,7 @@ class _Fields(BaseModel):
     target_modules: _Selection = None
     exclude_modules: _Selection = None
     feedforward_modules: _Selection = None
-    layers_to_transform: int | list[int] | None = Field(
+    layers_to_transform: int | Annotated[list[int], Field(fail_fast=True)] | None = Field(
         None, description="a whole number, a list of them, or null"
     )
     layers_pattern: _Layers = None
@@ -188,14 +211,14 @@ class _Fields(BaseModel):
     lora_bias: _Flag = None
     r: _Rank = Field(8, description="a whole number, 1 or more")
     lora_alpha: _Number = Field(8, description="a number")
-    rank_pattern: Annotated[dict[str, _Rank] | None, _Keys] = Field(
+    rank_pattern: Annotated[dict[str, Any] | None, _values(_Rank), _Keys] = Field(
         None, description="an object of regular expressions and ranks, 1 or more each"
     )
-    alpha_pattern: Annotated[dict[str, _Number] | None, _Keys] = Field(
+    alpha_pattern: Annotated[dict[str, Any] | None, _values(_Number), _Keys] = Field(
         None, description="an object of regular expressions and numbers"
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="none, all or lora_only")
-    layer_replication: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(
+    layer_replication: Annotated[list[_Pair], Field(fail_fast=True)] | None = Field(
         None, description="a list of pairs of whole numbers, or null"
     )
 

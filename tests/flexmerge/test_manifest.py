@@ -381,3 +381,9 @@ def test_package_names() -> None:
     assert {"load", "read_manifest", "Manifest"} <= set(dir(flexmerge))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = flexmerge.nothing
+
+
+def test_a_key_that_is_given_twice_is_refused() -> None:
+    text = json.dumps(sound()).replace('"version": 1', '"version": 1, "version": 1')
+    with pytest.raises(CheckpointError, match="'version' is given twice"):
+        parse(Manifest, text, "flexmerge.json")

@@ -194,12 +194,48 @@ def _refused(place, kind):
     }
 
 
-def test_the_staging_directory_of_another_user_is_left(tmp_path, monkeypatch):
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_the_staging_directory_of_another_user_is_left(tmp_path):
     left = stopped(tmp_path / "out")
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    os.chown(left, 12345, -1)
     with pytest.raises(ConfigError, match="no folder of this user"):
         continued(tmp_path / "out")
     assert names(left / "out") == ["piece"]
+
+
+def test_a_file_system_that_gives_all_files_one_owner(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    stopped(tmp_path / "out")
+    assert continued(tmp_path / "out") == (["piece"], ())
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_without_a_lock_is_not_emptied(tmp_path):
+    left = stopped(tmp_path / "out")
+    for name in (".lock", "identity.json"):
+        (left / name).unlink()
+    filled(left, "letters")
+    with pytest.raises(ConfigError, match="no staging directory"):
+        continued(tmp_path / "out")
+    assert "letters" in names(left)
+
+
+def test_an_empty_folder_is_replaced_at_once(tmp_path):
+    (tmp_path / "out").mkdir()
+    with staged(tmp_path / "out") as staging:
+        filled(staging.output, "config.json", "model.safetensors")
+        written = staging.output.stat().st_ino
+    assert (tmp_path / "out").stat().st_ino == written
+
+
+def test_what_a_link_at_the_hidden_name_leads_to_is_not_counted(tmp_path, monkeypatch):
+    left = stopped(tmp_path / "out")
+    left.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "large").write_bytes(bytes(1 << 20))
+    left.symlink_to(tmp_path / "elsewhere")
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=0))
+    assert list(place_problems(tmp_path / "out", "OUT", needed=1000))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -147,3 +148,23 @@ def test_which_initialisations_change_the_base_when_they_are_loaded(
     loaded = reloaded(KINDS["plain"], tmp_path).base_model.model.model.layers[0].self_attn.q_proj
     original = base(KINDS["plain"]).model.layers[0].self_attn.q_proj
     assert torch.equal(loaded.base_layer.weight, original.weight) != changes
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"target_modules": [1] * 200_000},
+        {"layers_to_transform": ["a"] * 200_000},
+        {"layer_replication": [["a", "b"]] * 200_000},
+        {"rank_pattern": dict.fromkeys(map(str, range(200_000)), "a")},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_a_hostile_list_is_one_problem_and_takes_little_memory(value):
+    tracemalloc.start()
+    try:
+        (problem,) = problems({"peft_type": "LORA", **value}, "a")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000  # 1.2 kB for each would be 240 MB
+    finally:
+        tracemalloc.stop()
+    assert problem.where.endswith(next(iter(value)))
