@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,9 @@ class MergeCheckpoints(Settings, Callback):
         if kind is None:
             adapted = (folder / "adapter_config.json").exists()
             kind = AdapterModel(self) if adapted else FullModel(self)
-            self._require_mergeable(kind, folder, kind.base())
+            if problems := [*self._initial_problems(kind)]:
+                raise ConfigError(problems, SUBJECT)
+            self._require_mergeable(kind, folder, self._base(kind))
             self._store.open()
             self._kind = kind
         self._store.add_saved(step, folder)
@@ -309,21 +311,37 @@ class MergeCheckpoints(Settings, Callback):
         if self._kind is not None or not is_main():
             return
         kind = self._kind_of(inner)
-        problems = [*kind.problems(inner)]
-        initial = kind.base() == Path(INITIAL) and not self._store.has_initial
-        if initial and not beginning:
-            remedy = (
-                "Call on_train_begin(0, model) before the first step, give `base=`, or load the "
-                "state of the run that is resumed."
-            )
-            found = "no initial weights: training had begun"
-            problems.append(Problem("base", found, "the weights of the beginning", remedy))
+        problems = [*self._place_problems(), *kind.problems(inner)]
+        initial = [*self._initial_problems(kind)]
+        if not beginning:
+            problems += initial
         if problems:
             raise ConfigError(problems, SUBJECT)
         self._store.open()
         if self.running is None or isinstance(kind, AdapterModel):
-            self._try(kind, step, initial)
+            self._try(kind, step, bool(initial))
         self._kind = kind
+
+    def _initial_problems(self, kind: Kind) -> Iterator[Problem]:
+        if kind.base() == Path(INITIAL) and not self._store.has_initial:
+            remedy = (
+                "Call on_train_begin(0, model) before the first step (of a model that is divided "
+                "among processes nothing is kept then), give `base=`, or load the state of the "
+                "run that is resumed."
+            )
+            found = "no initial weights: training had begun"
+            yield Problem("base", found, "the weights of the beginning", remedy)
+
+    def _place_problems(self) -> Iterator[Problem]:
+        everywhere = os.environ.get("WORLD_SIZE", "1")
+        if (
+            self.load
+            and self.where is None
+            and os.environ.get("LOCAL_WORLD_SIZE", everywhere) != everywhere
+        ):
+            found = "a temporary folder of one of several machines, with `load=True`"
+            remedy = "Give `where=`: every process loads the merged weights from there."
+            yield Problem("where", found, "a folder that all machines see", remedy)
 
     def _try(self, kind: Kind, step: int, initial: bool) -> None:
         """Save the model and check a merge of `keep` snapshots like it."""

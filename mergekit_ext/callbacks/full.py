@@ -80,9 +80,11 @@ class FullModel:
             with _randomness_kept():
                 model.load_state_dict(type(model).from_pretrained(folder).state_dict())
         else:
-            from safetensors.torch import load_model
+            from safetensors.torch import load_file
 
-            load_model(model, folder / "model.safetensors")
+            found = load_file(folder / "model.safetensors")
+            tied = {name: kept for name, (kept, _) in _named(model).items() if kept in found}
+            model.load_state_dict(found | {name: found[kept] for name, kept in tied.items()})
 
     @contextmanager
     def loaded(self, model: Any, folder: Path) -> Iterator[None]:
@@ -139,10 +141,21 @@ class FullModel:
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
-    """Return all that the model would save, tied weights once."""
-    stored = model.state_dict().keys()
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach() for name, tensor in named.items() if name in stored}
+    """Return all that the model would save, tied weights once, under their first name."""
+    return {name: tensor for name, (kept, tensor) in _named(model).items() if kept == name}
+
+
+def _named(model: Any) -> dict[str, tuple[str, Tensor]]:
+    """Return the tensors of the state dict, which hooks may have renamed, each with the first of
+    its names."""
+    first: dict[object, str] = {}
+    named: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            key = place if tensor.data_ptr() else name  # an empty one has no place
+            named[name] = first.setdefault(key, name), tensor.detach()
+    return named
 
 
 def _require_finite(tensors: Mapping[str, Tensor], step: int) -> None:

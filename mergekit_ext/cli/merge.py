@@ -73,8 +73,8 @@ def _only_main_prints(together: Ranks) -> Iterator[None]:
             try:
                 yield
             except ConfigError:
-                # If the main process finds the same, it ends with it and does not come here.
-                together.wait()
+                # If the main process finds the same, it ends with it: this process is silent then.
+                together.part()
                 raise
         except RankError:
             raise click.exceptions.Exit(2) from None

@@ -131,7 +131,7 @@ def _folder(
     except Exception as error:
         if identity is None or isinstance(error, MergekitExtError) or not by_machine(error):
             raise
-        raise StoppedError(f"{_reason(error, session)}. {_left(session)}") from error
+        raise StoppedError(f"{_reason(error, session)}. {_left(session)}".rstrip()) from error
 
 
 def _reason(error: BaseException, session: Session) -> str:
@@ -143,7 +143,9 @@ def _reason(error: BaseException, session: Session) -> str:
 
 
 def _left(session: Session) -> str:
-    """What a merge that was stopped has left, and what to do with it."""
+    """What a merge that was stopped has left, and what to do with it; empty before it has begun."""
+    if session.staging is None:
+        return ""
     return _GONE if _is_gone(session) else _KEPT
 
 

@@ -91,8 +91,10 @@ def launched() -> Iterator[Ranks]:
         store = distributed.PrefixStore(f"mergekit_ext/{attempt}", store)
         # Small Python objects are all that is sent: gloo does it for processes with GPUs as well.
         distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=_WORK
+            "gloo", store=store, rank=rank, world_size=size, timeout=_MEETING
         )
+        # No public call gives connecting and collectives different times.
+        distributed.distributed_c10d._set_pg_timeout(_WORK)
     except (RuntimeError, ValueError, TypeError) as error:  # of torch.distributed; of variables
         raise ConfigError([_not_met(error)]) from None
     with joined(Group(rank, size)) as processes:

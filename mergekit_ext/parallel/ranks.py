@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, TypeVar
 
 from mergekit_ext.errors import RankError
@@ -15,11 +16,17 @@ from mergekit_ext.errors import RankError
 _T = TypeVar("_T")
 
 
+class _Mark(Enum):
+    """What a process that ends sends in place of a value; pickled by name."""
+
+    PARTED = "parted"
+
+
 class Ranks:
     """The processes of a merge, seen from one of them. This class: one process alone.
 
     Every process makes the same calls of `gather`, `from_main` and `wait` in the same order. When
-    another process has ended, they raise `RankError`.
+    another process has ended, or has called `part`, they raise `RankError`.
     """
 
     rank = 0
@@ -54,7 +61,10 @@ class Ranks:
         found = self._exchange((value, posted))
         if self.is_main:
             self._received += [message for _, messages in found for message in messages]
-        return [value for value, _ in found]
+        values = [value for value, _ in found]
+        if value is not _Mark.PARTED and any(v is _Mark.PARTED for v in values):
+            raise RankError
+        return values
 
     def from_main(self, make: Callable[[], _T]) -> _T:
         """Return in every process what `make` returns in the main one; it runs there only."""
@@ -65,6 +75,14 @@ class Ranks:
     def wait(self) -> None:
         """Wait until every process has come here."""
         self.gather(None)
+
+    def part(self) -> None:
+        """End with an error of this process: whatever the others gather, they get `RankError`.
+
+        Raises:
+            RankError: another process has ended before.
+        """
+        self.gather(_Mark.PARTED)
 
     def post(self, message: Any) -> None:
         """Send the main process a message with the next `gather`."""

@@ -70,6 +70,16 @@ def test_a_folder_that_cannot_be_written(tmp_path, where):
         MergeCheckpoints("linear", where=tmp_path / where).on_train_begin(0, llama())
 
 
+def test_loading_on_several_machines_needs_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"where: found a temporary folder"):
+        MergeCheckpoints("average", load=True).on_train_begin(0, Net())
+    MergeCheckpoints("average", load=True, where=tmp_path).on_train_begin(0, Net())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    MergeCheckpoints("average", load=True).on_train_begin(0, Net())
+
+
 def test_parameters_that_are_divided_among_processes_are_refused():
     model = llama()
     model.lm_head.weight.ds_id = 1  # as ZeRO-3 marks them

@@ -12,6 +12,7 @@ from tests.callbacks.small import Net, change, llama, lora_model, mean, same, tr
 from tests.models import state
 
 TIED = "third.weight"  # the second name of second.weight
+COUNT = "norm.num_batches_tracked"
 
 
 def weighted(states, weights):
@@ -63,6 +64,28 @@ def test_half_precision_is_averaged_in_float32_and_returned_in_its_own_dtype():
     found = state(result.path)
     same(found, {k: expected[k] for k in found}, rtol=2**-7, atol=1e-7)
     type(model).from_pretrained(result.path)
+
+
+def renamed(old, new):
+    def rename(module, state, prefix, *_):
+        for name in [name for name in state if name.startswith(prefix + old)]:
+            state[prefix + new + name.removeprefix(prefix + old)] = state.pop(name)
+
+    return rename
+
+
+def test_tensors_that_hooks_rename_are_averaged():
+    model = Net()
+    for ours, saved in ("second", "renamed"), ("first", "other"):
+        model.register_state_dict_post_hook(renamed(ours, saved))
+        model.register_load_state_dict_pre_hook(renamed(saved, ours))
+    callback = MergeCheckpoints("average", load=True)
+    states = train(model, [callback], steps=3)
+    callback.on_train_end(3, model)
+    assert "renamed.weight" in states[0]
+    expected = weighted(states, [1] * 3) | {COUNT: states[-1][COUNT]}
+    same(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)
+    assert model.third.weight is model.second.weight
 
 
 def test_a_mean_is_one_copy_and_cannot_go_back():

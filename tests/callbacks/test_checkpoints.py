@@ -198,6 +198,21 @@ def test_models_with_other_names_in_files_than_in_memory(tmp_path, method):
         MergeCheckpoints("linear", on="save").on_train_begin(0, model)
 
 
+def test_saved_checkpoints_have_the_initial_weights_that_were_seen(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "c1")
+    unseen = MergeCheckpoints("ties", on="save", keep=2)
+    with pytest.raises(ConfigError, match="base: found no initial weights"):
+        unseen.on_save(1, tmp_path / "c1")
+    first = MergeCheckpoints("ties", on="save", keep=2, where=tmp_path / "run")
+    first.on_train_begin(0, model)
+    first.on_save(1, tmp_path / "c1")
+    resumed = MergeCheckpoints("ties", on="save", keep=2, where=tmp_path / "run")
+    resumed.load_state_dict(first.state_dict())
+    resumed.on_save(2, tmp_path / "c1")
+    assert resumed.steps == (1, 2)
+
+
 def test_saved_checkpoints_are_merged_from_where_they_are(tmp_path):
     model = llama()
     callback = MergeCheckpoints("linear", on="save", keep=2, load=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as distributed
@@ -71,6 +74,17 @@ def test_the_end_of_one_ends_the_others():
     assert isinstance(main, RankError) and isinstance(third, RankError)
 
 
+def test_whoever_parts_ends_what_the_others_gather():
+    def work(us):
+        if us.rank:
+            us.part()
+            raise MergeError("found here only")
+        return us.gather({"a": 1})
+
+    main, *others = together(work, size=3)
+    assert isinstance(main, RankError) and [type(error) for error in others] == [MergeError] * 2
+
+
 def test_two_processes_talk_and_end_well():
     pair = by_hand(TOY)
     messages = [process.communicate(timeout=60)[1] for process in pair]
@@ -116,6 +130,20 @@ def test_what_no_launcher_sets_is_refused(launcher, name, found):
     launcher.delenv(name) if found is None else launcher.setenv(name, found)
     with pytest.raises(ConfigError, match=f"1 problem[^\n]*\n  1. {name}: found"):
         launched_size()
+
+
+def test_a_process_that_never_connects_is_a_problem(launcher):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = distributed.TCPStore("127.0.0.1", port, is_master=True)  # as torchrun has one
+    launcher.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    launcher.setenv("MASTER_ADDR", "127.0.0.1")
+    launcher.setenv("MASTER_PORT", str(agent.port))
+    launcher.setattr("mergekit_ext.parallel.launch._MEETING", timedelta(seconds=1))
+    with pytest.raises(ConfigError, match="expected all processes to meet there"), launched():
+        pass
+    assert not distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

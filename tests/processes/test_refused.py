@@ -12,6 +12,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 import mergekit_ext
 from mergekit_ext.cli import main
 from mergekit_ext.errors import ConfigError, RankError
+from mergekit_ext.host.output import output
 from mergekit_ext.parallel import ranks
 from mergekit_ext.parallel.ranks import Ranks
 from tests import models
@@ -77,6 +78,7 @@ class Other(Ranks):
         self.main_ended = main_ended
 
     def _exchange(self, value):
+        self.sent = value
         if self.main_ended:
             raise RankError
         return [value, value]
@@ -89,3 +91,32 @@ def test_a_problem_that_the_main_process_has_too_is_said_once(monkeypatch, tmp_p
     done = CliRunner().invoke(main, ["merge", str(tmp_path / "empty.yml"), str(tmp_path / "out")])
     assert done.exit_code == 2
     assert ("1 problem with this configuration" in done.output) is not main_ended
+
+
+class Main(Ranks):
+    """The main one of two processes, which comes to a call as the other one parts."""
+
+    size = 2
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def _exchange(self, value):
+        return [value, self.other.sent]
+
+
+def test_a_problem_of_another_process_alone_ends_the_main_one(monkeypatch, tmp_path):
+    other = Other(main_ended=False)
+    monkeypatch.setattr("mergekit_ext.cli.merge.launched", lambda: ranks.joined(other))
+    (tmp_path / "empty.yml").touch()
+    CliRunner().invoke(main, ["merge", str(tmp_path / "empty.yml"), str(tmp_path / "out")])
+    with pytest.raises(RankError):
+        Main(other).gather({"configuration": "1"})
+
+
+def test_a_process_that_has_no_folder_yet_does_not_say_what_is_kept(tmp_path):
+    merge = output(MergeOptions(quiet=True), str(tmp_path / "out"), None, [])
+    with ranks.joined(Other(main_ended=True)), pytest.raises(RankError) as found, merge:
+        pass
+    assert str(found.value).endswith("its own message says why")
