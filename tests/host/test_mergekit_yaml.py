@@ -295,7 +295,7 @@ def test_two_models_without_a_base_are_reported(llamas, tmp_path):
     _, tuned = llamas
     done = run(tmp_path, small.config("lore", tuned[:2], None, {"mu": 0.1}))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("lore with two models of equal weight and no base") == 1
+    assert done.stderr.count("lore with two inputs of equal weight and no base") == 1
     first, second = map(small.state, tuned[:2])
     wanted = {n: (first[n].double() + second[n].double()) / 2 for n in first}
     compare(small.state(tmp_path / "out"), wanted, EPS[torch.float32])
