@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from click.testing import CliRunner
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_ext.errors import MergekitExtError
 from tests.host.adapters import saved_adapter
-from tests.models import config, family, write_yaml
+from tests.models import command_here, config, family, write_yaml
 
 
 @dataclass(frozen=True)
@@ -67,30 +65,9 @@ def make_inputs(folder: Path) -> Path:
 
 
 def command(name: str, *arguments: object) -> Outcome:
-    """Run a command in this process, with warnings as a user sees them.
-
-    An exception that it lets through is this test's failure.
-    """
-    import mergekit.scripts.merge_raw_pytorch
-    import mergekit.scripts.multimerge
-    import mergekit.scripts.run_yaml
-
-    import mergekit_ext.cli
-    import peft_merge.cli
-
-    commands: Mapping[str, Any] = {
-        "mergekit-ext": mergekit_ext.cli.main,
-        "mergekit-multi": mergekit.scripts.multimerge.main,
-        "mergekit-pytorch": mergekit.scripts.merge_raw_pytorch.main,
-        "mergekit-yaml": mergekit.scripts.run_yaml.main,
-        "peft-merge": peft_merge.cli.main,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        result = CliRunner().invoke(commands[name], [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Outcome(result.exit_code, result.output)
+    """Run a command in this process, with warnings as a user sees them."""
+    done = command_here(name, *arguments)
+    return Outcome(done.returncode, done.stdout + done.stderr)
 
 
 def function(call: Callable[[], object]) -> Outcome:

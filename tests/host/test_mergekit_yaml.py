@@ -33,9 +33,14 @@ def half_llamas(tmp_path_factory):
     return small.family(tmp_path_factory.mktemp("half"), small.llama, torch.bfloat16)
 
 
-def run(tmp_path, config, *flags, command="mergekit-yaml", env=None):
+def run(tmp_path, config, *flags, command="mergekit-yaml"):
     yml = small.write_yaml(tmp_path / "merge.yml", config)
-    return small.command(command, yml, tmp_path / "out", *flags, env=env)
+    return small.command_here(command, yml, tmp_path / "out", *flags)
+
+
+def run_installed(tmp_path, config, *flags, env=None):
+    yml = small.write_yaml(tmp_path / "merge.yml", config)
+    return small.command("mergekit-yaml", yml, tmp_path / "out", *flags, env=env)
 
 
 def compare(found, wanted, tolerance):
@@ -120,7 +125,7 @@ def test_half_precision_lore(half_llamas, tmp_path):
 def test_the_output_is_a_model_with_its_coefficients(llamas, tmp_path):
     base, tuned = llamas
     events = tmp_path / "events.jsonl"
-    done = run(
+    done = run_installed(
         tmp_path,
         small.config("nan", tuned, base, {"granularity": "model"}),
         env={"MERGEKIT_EXT_EVENTS": str(events)},
@@ -248,7 +253,7 @@ def test_an_output_never_replaces_an_input(llamas, tmp_path, command):
     }[command]
     before = inputs[0].read_bytes()
     yml = small.write_yaml(tmp_path / "merge.yml", config)
-    done = small.command(command, yml, tuned[0])
+    done = small.command_here(command, yml, tuned[0])
     assert done.returncode == 2
     assert "where the input" in done.stderr
     assert inputs[0].read_bytes() == before
@@ -350,7 +355,7 @@ def test_a_misspelt_method_gets_the_nearest_name(llamas, tmp_path):
 
 def test_classifier_loads_and_runs(tmp_path):
     base, tuned = small.family(tmp_path / "bert", small.bert)
-    done = run(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))
+    done = run_installed(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))
     assert done.returncode == 0, done.stderr
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
@@ -359,12 +364,12 @@ def test_classifier_loads_and_runs(tmp_path):
 def test_stock_methods_are_left_alone(llamas, tmp_path):
     base, tuned = llamas
     config = small.config("task_arithmetic", tuned, base, {"weight": 0.3})
-    with_us = run(tmp_path, config)
+    with_us = run_installed(tmp_path, config)
     assert with_us.returncode == 0, with_us.stderr
     found = small.state(tmp_path / "out")
     assert not (tmp_path / "out" / "merge_report.json").exists()
     (tmp_path / "plain").mkdir()
-    without = run(tmp_path / "plain", config, env={"MERGEKIT_EXT_AUTOLOAD": "0"})
+    without = run_installed(tmp_path / "plain", config, env={"MERGEKIT_EXT_AUTOLOAD": "0"})
     assert without.returncode == 0, without.stderr
     for name, tensor in small.state(tmp_path / "plain" / "out").items():
         assert torch.equal(tensor, found[name])

@@ -220,7 +220,7 @@ def test_the_command(llamas, tmp_path):
 def test_the_command_lists_problems_without_a_traceback(llamas, tmp_path):
     _, tuned = llamas
     config = small.write_yaml(tmp_path / "merge.yml", small.config("lore", tuned))
-    done = small.command("mergekit-ext", "merge", config, tmp_path / "out")
+    done = small.command_here("mergekit-ext", "merge", config, tmp_path / "out")
     assert done.returncode == 2
     assert "exactly one of mu, mu_relative, rank_ratio" in done.stderr
     assert "Traceback" not in done.stderr
@@ -230,7 +230,7 @@ def test_a_multi_merge_with_a_misspelt_key_stops_at_once(llamas, tmp_path):
     base, tuned = llamas
     content = {"name": "first", **small.config("nan", tuned, base), "paramters": {"scale": 1}}
     config = small.write_yaml(tmp_path / "merge.yml", content)
-    done = small.command("mergekit-multi", config, "-I", tmp_path / "parts")
+    done = small.command_here("mergekit-multi", config, "-I", tmp_path / "parts")
     assert done.returncode == 2
     assert "paramters" in done.stderr
     assert "`parameters`" in done.stderr
