@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -58,3 +59,12 @@ def test_installed_from_a_wheel_and_uninstalled(wheel, tmp_path):
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "mergekit-ext")
     assert not list(site.glob("*mergekit_ext*"))
     assert "nan_ties" not in run(python, "-c", NAMES).split()
+
+
+def test_the_files_that_versions_are_tried_with_exist():
+    text = (ROOT / ".ci/versions").read_text(encoding="utf-8")
+    (words,) = re.findall(r"set -- --numprocesses 2 \\\n(.*?)\nfi", text, flags=re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True
+    )
+    assert [path for path in done.stdout.split() if not (ROOT / path).exists()] == []
