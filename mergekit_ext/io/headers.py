@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from mergekit_ext.core.dtypes import BITS, dtype_name
 from mergekit_ext.io import pickles
 from mergekit_ext.io.paths import is_file
+from mergekit_ext.io.schema import no_repeats
 
 _LONGEST = 200  # of a library's message
 _LARGEST_INDEX = 64 << 20  # some 10 MB are 100,000 tensors
@@ -71,7 +72,7 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
             raw = file.read(length)
         if not raw.startswith(b"{"):
             raise ValueError("the header is not an object")
-        header = json.loads(raw, object_pairs_hook=_no_repeats)
+        header = json.loads(raw, object_pairs_hook=no_repeats)
         header.pop("__metadata__", None)
         return {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
     except (OSError, ValueError, SafetensorError) as error:
@@ -200,7 +201,7 @@ def read_index(path: Path) -> dict[str, str]:
         if (size := _regular(path).st_size) > _LARGEST_INDEX:
             raise ValueError(f"{size:,} bytes, more than {_LARGEST_INDEX:,}")
         text = path.read_text(encoding="utf-8")
-        weight_map = json.loads(text, object_pairs_hook=_no_repeats)["weight_map"]
+        weight_map = json.loads(text, object_pairs_hook=no_repeats)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise HeaderError(
             str(path), f"an index that cannot be read ({error!r})", "JSON with a `weight_map`"
@@ -241,13 +242,6 @@ def _regular(path: Path) -> os.stat_result:
     if not stat.S_ISREG(state.st_mode):
         raise OSError("not a regular file")
     return state
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name stands twice")
-    return content
 
 
 def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:

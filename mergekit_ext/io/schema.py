@@ -117,7 +117,7 @@ def parse(schema: type[T], text: str | bytes, where: str) -> T:
     """
     try:
         content = from_json(text, allow_inf_nan=False)
-        json.loads(text, object_pairs_hook=_once)
+        json.loads(text, object_pairs_hook=no_repeats)
     except ValueError as error:
         problem = Problem(where, f"no JSON ({error})", "JSON in UTF-8")
         raise CheckpointError([problem], where) from None
@@ -130,10 +130,10 @@ def parse(schema: type[T], text: str | bytes, where: str) -> T:
     raise CheckpointError(islice(problems, MOST_SHOWN), where) from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a key that is given twice, of which readers take the first or the last.
 
-    pydantic's parser takes the last; what it accepts is not too deep for Python's.
+    For the parser of `json`; pydantic's takes the last, and nothing that is too deep for this one.
     """
     found = dict(pairs)
     if len(found) < len(pairs):

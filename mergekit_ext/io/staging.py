@@ -322,7 +322,7 @@ def _locked(staging: Path, target: Path) -> Iterator[None]:
 def _require_own(staging: Path, target: Path) -> None:
     """Refuse what is no staging directory that a process of this user has left.
 
-    Some file systems give all files one owner, whoever makes them: a new file shows which.
+    Some file systems give all files one owner, of any process: a new file shows which.
     """
     state = staging.lstat()
     with tempfile.TemporaryFile(dir=staging.parent) as probe:

@@ -128,6 +128,7 @@ def _by_rank(
 
 
 def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with an `epsilon`: probabilities of keeping an entry are in (0, 1)."""
     density, epsilon = own["density"], own["epsilon"]
     if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
         yield Problem(
