@@ -28,7 +28,7 @@ from .evaluate import evaluate
 ALGORITHMS = ("task_arithmetic", "ties", "emr", "nan")
 SIZES = "1,1.25,1.5,2,3,4,6,8"
 QUICK_ALGORITHMS = ("task_arithmetic", "emr")
-QUICK_SIZES = "1,2"
+QUICK_SIZES = "1"
 MERGED_SIZE = 2.0
 
 

