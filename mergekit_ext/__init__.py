@@ -66,8 +66,8 @@ def merge(
     """
     from mergekit_ext.core.memory import limited
     from mergekit_ext.host.run import merge as run
-    from mergekit_ext.io.pickles import allowed
+    from mergekit_ext.io.headers import allowing_pickles
 
     register()
-    with limited(max_memory, "max_memory"), allowed(allow_pickle):
+    with limited(max_memory, "max_memory"), allowing_pickles(allow_pickle):
         run(config, out_path, options, callbacks=callbacks, restart=restart)

@@ -23,8 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from mergekit_ext.core.wording import did_you_mean, shown
-from mergekit_ext.errors import ConfigError, MergeError, Problem
+from mergekit_ext.errors import ConfigError, MergeError, Problem, did_you_mean, shown
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.check import methods
 from peft_merge.io import adapters_of, state_dict

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.core.wording import listing
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, listing
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo
 from peft_merge.io.names import one_expert, unwrapped
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
-from mergekit_ext.io.paths import expanded
-from mergekit_ext.io.staging import no_such_user, place_problems
+from mergekit_ext.io.staging import place_problems
 from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.coefficients import measured
@@ -188,10 +187,7 @@ def plan_config(
     instead = {key: value for key, value in given.items() if value is not None}
     request, problems = read(config, instead)
     if out is not None:
-        place = expanded(out)
-        if str(out).startswith("~") and place == Path(out):
-            problems.append(no_such_user(str(out)))
-        problems += place_problems(place, str(out), empty=True)
+        problems += place_problems(os.path.expanduser(out), str(out), empty=True)
         problems += _inside(out, request.inputs)
     request = replace(request, device=device, allow_pickle=allow_pickle)
     if out is not None and Path(out).name.isprintable():
@@ -205,7 +201,7 @@ def _inside(out: str | os.PathLike[str], inputs: Iterable[Input]) -> Iterator[Pr
         if isinstance(item.source, Adapter):
             continue
         try:
-            folder, target = expanded(item.source).resolve(), expanded(out).resolve()
+            folder, target = (Path(os.path.expanduser(p)).resolve() for p in (item.source, out))
             within = folder.is_dir() and target.is_relative_to(folder)
         except (OSError, RuntimeError, ValueError):  # no path, which other checks report
             continue

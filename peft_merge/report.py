@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mergekit_ext.core.sizes import in_units
+from mergekit_ext.core.memory import in_units
 from peft_merge import saved
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
 from peft_merge.config.plan import MergePlan, WholeMethod

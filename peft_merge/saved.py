@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.core.dtypes import is_counter
-from mergekit_ext.core.wording import did_you_mean, listing, shown
-from mergekit_ext.errors import MergeError, MergeWarning, Problem
+from mergekit_ext.errors import MergeError, MergeWarning, Problem, did_you_mean, listing, shown
+from mergekit_ext.io.headers import is_counter
 from mergekit_ext.methods.method import cancelling
 from peft_merge.adapter import Adapter, finite
 from peft_merge.io import whole

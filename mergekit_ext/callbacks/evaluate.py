@@ -11,9 +11,8 @@ from typing import Any
 from mergekit_ext.callbacks.log import require_log
 from mergekit_ext.callbacks.processes import is_main, unwrapped
 from mergekit_ext.callbacks.protocol import Callback
-from mergekit_ext.core.hooks import takes
-from mergekit_ext.core.scores import CheckedScores
-from mergekit_ext.events import MergeEnd
+from mergekit_ext.events import MergeEnd, takes
+from mergekit_ext.report.curve import CheckedScores
 
 
 class Evaluate(Callback):

@@ -7,8 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_ext.core.hooks import require_hooks
-from mergekit_ext.events import MERGE_HOOKS, MergeCallback
+from mergekit_ext.events import MERGE_HOOKS, MergeCallback, require_hooks
 
 TRAINING_HOOKS: tuple[str, ...] = (
     "on_train_begin",

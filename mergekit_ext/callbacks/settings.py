@@ -9,10 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_ext.callbacks.averages import RUNNING, Average, Ema
-from mergekit_ext.core.hooks import takes
-from mergekit_ext.core.schema import schema_problems
+from mergekit_ext.core.parameters import schema_problems
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.events import Dispatcher
+from mergekit_ext.events import Dispatcher, takes
 
 INITIAL = "initial"
 SUBJECT = "MergeCheckpoints"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -12,7 +13,6 @@ from pathlib import Path
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT
 from mergekit_ext.callbacks.state import State
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
-from mergekit_ext.io.paths import is_folder
 from mergekit_ext.io.staging import new_folder
 
 _STEP = re.compile(r"step-[0-9]{8}")
@@ -88,7 +88,7 @@ class Snapshots:
             ConfigError: somebody has removed snapshots.
         """
         remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
-        gone = [place for place in self._kept.values() if not is_folder(place)]
+        gone = [place for place in self._kept.values() if not os.path.isdir(place)]
         if gone:
             problems = [Problem(str(p), "no such folder", "a snapshot", remedy) for p in gone]
             raise ConfigError(problems, SUBJECT)
@@ -108,9 +108,9 @@ class Snapshots:
         named = {step: Path(path) for step, path in sorted(state.snapshots.items())}
         if self._own:
             named = {step: self._place(step) for step in named}
-        found = {step: place for step, place in named.items() if is_folder(place)}
+        found = {step: place for step, place in named.items() if os.path.isdir(place)}
         self._kept = found if ours or not self._own else {}
-        self.has_initial = state.initial and ours and is_folder(self.initial)
+        self.has_initial = state.initial and ours and os.path.isdir(self.initial)
         if gone := [str(named[step]) for step in named.keys() - self._kept.keys()]:
             text = (
                 f"{len(gone)} of {len(named)} snapshots are gone since the state was saved: "

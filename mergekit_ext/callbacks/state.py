@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from mergekit_ext.core.schema import schema_problems
+from mergekit_ext.core.parameters import schema_problems
 from mergekit_ext.errors import ConfigError
 
 # Folders of snapshots are named with eight digits.

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.parallel.launch import require_one
+from mergekit_ext.parallel import require_one
 
 # Loaded when asked for: mergekit takes seconds to import, and `--help` should not.
 _COMMANDS = {

@@ -9,7 +9,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_ext.core.memory import limited
 from mergekit_ext.host.commands import for_commands
-from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import allowing_pickles
 
 
 @click.command("analyze", cls=PrettyPrintHelp)
@@ -36,5 +36,5 @@ def analyze(
     from mergekit_ext.host.flexmerge.analyze import analyze as run
 
     merge_options.apply_global_options()
-    with for_commands(), limited(max_memory), pickles.allowed(allow_pickle):
+    with for_commands(), limited(max_memory), allowing_pickles(allow_pickle):
         click.echo(run(Path(config_file), Path(out_path), merge_options, plot=plot))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_ext.core.sizes import in_units, shard_size
+from mergekit_ext.core.memory import in_units, shard_size
 from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check(
     from mergekit_ext.core.memory import limited
     from mergekit_ext.host.checks.source import check_source
     from mergekit_ext.host.commands import for_commands
-    from mergekit_ext.io import pickles
+    from mergekit_ext.io.headers import allowing_pickles
 
     try:
         size = shard_size(out_shard_size)
@@ -76,7 +76,7 @@ def check(
             f"found {config}, which cannot be read ({error}); expected YAML in UTF-8",
             param_hint="CONFIG",
         ) from None
-    with for_commands(), limited(max_memory), pickles.allowed(allow_pickle):
+    with for_commands(), limited(max_memory), allowing_pickles(allow_pickle):
         reports = check_source(
             text,
             MergeOptions(out_shard_size=size, **flags),

@@ -15,9 +15,8 @@ from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.events import JsonLines
 from mergekit_ext.host.commands import for_commands
-from mergekit_ext.io import pickles
-from mergekit_ext.parallel.launch import launched
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.io.headers import allowing_pickles
+from mergekit_ext.parallel import Ranks, launched
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -54,7 +53,7 @@ def merge(
             callbacks = [JsonLines(events)] if events and together.is_main else []
         except OSError as error:
             raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
-        with limited(max_memory), pickles.allowed(allow_pickle):
+        with limited(max_memory), allowing_pickles(allow_pickle):
             mergekit_ext.merge(
                 config_file, out_path, merge_options, callbacks=callbacks, restart=restart
             )

@@ -11,12 +11,11 @@ from typing import Any
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_ext.core.hooks import takes
 from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.events import JsonLines
+from mergekit_ext.events import JsonLines, takes
 from mergekit_ext.host.commands import for_commands
-from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import allowing_pickles
 
 
 @click.command("sizes", cls=PrettyPrintHelp)
@@ -76,7 +75,7 @@ def sizes(
         callbacks = [JsonLines(events)] if events else []
     except OSError as error:
         raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
-    with for_commands(), limited(max_memory), pickles.allowed(allow_pickle):
+    with for_commands(), limited(max_memory), allowing_pickles(allow_pickle):
         write_curve(
             Path(config_file),
             Path(out_path),

@@ -14,14 +14,15 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.core.sizes import parse
 from mergekit_ext.errors import ConfigError, Problem
 
 VARIABLE = "MERGEKIT_EXT_MAX_MEMORY"
@@ -31,6 +32,19 @@ EXPECTED = 'a size in bytes, such as "8GB" or "6GiB"'
 MARGIN = 96 << 20
 # A process that is started again may hold this much more; part of the figure that is asked for.
 _STARTS_DIFFER = 4 << 20
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
+_LETTERS = {"K": "KB", "M": "MB", "B": "GB"}
+_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# No merge has so many models or adapters, and none is so small.
+FIRST_BYTES = 100_000
+_SHARD_SIZE = 'a size in bytes, such as "5GB", "500MiB" or mergekit\'s "5B" (5,000,000,000)'
+# No disk or memory is so large.
+_MOST = 1 << 80
 
 # copies(models, square): of a tensor, while so many models (the base not counted) are merged.
 # `square` is the squared short side of its matrices over its entries: 1 for a square matrix, 0
@@ -110,7 +124,7 @@ def size_in_bytes(value: object, where: str = "--max-memory") -> int:
         ConfigError: anything else; `where` is the name of the option or variable.
     """
     try:
-        _, count = parse(value, EXPECTED)
+        _, count = count_or_bytes(value, EXPECTED)
     except ValueError:
         count = None
     if count is None:
@@ -191,3 +205,63 @@ def size(count: int) -> str:
             hundredths = -(-count * 100 // scale)
             return f"{hundredths / 100:g}{unit}"
     return f"{-(-count // 1000)}kB"
+
+
+def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | None]:
+    """Read 2.25, 12000000000 or "12GB" (powers of 1000; "GiB" for powers of 1024).
+
+    Numbers without a unit are counts below `FIRST_BYTES`, and bytes from there.
+
+    Returns:
+        a count and None, or None and bytes.
+
+    Raises:
+        ValueError: anything else, with `expected` as its message.
+    """
+    unit = ""
+    amount: float | Fraction = 0
+    if isinstance(value, str):
+        match = _MEMORY.fullmatch(value)
+        unit = match[2].upper() if match else ""
+        if match is not None and unit in _UNITS:
+            # Exact: 2.3 * 10**9 in floats is a byte less.
+            amount = Fraction(match[1]) * _UNITS[unit]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        amount = value
+    in_bytes = bool(unit) or amount >= FIRST_BYTES
+    if not 0 < amount < _MOST or (in_bytes and amount < 1):
+        raise ValueError(expected)
+    return (None, int(amount)) if in_bytes else (float(amount), None)
+
+
+def in_units(count: int) -> str:
+    """Return a number of bytes in decimal units, as disks are sold and shards are counted."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def shard_size(value: str | int) -> int:
+    """Read the bytes of a shard: 5000, or with a unit as in `count_or_bytes`.
+
+    One letter is mergekit's: thousands, millions and billions, so that "5B" is "5GB".
+
+    Raises:
+        ValueError: anything else; its message says what was found and expected.
+    """
+    text = str(value).strip()
+    if text.isdecimal() and int(text) < _MOST:
+        return int(text)
+    unit = _LETTERS.get(text[-1:].upper())
+    if unit and text[-2:-1].isdecimal():
+        text = text[:-1] + unit
+    try:
+        _, count = count_or_bytes(text, "")
+    except ValueError:
+        count = None
+    if count is None:
+        raise ValueError(f"found {value!r}; expected {_SHARD_SIZE}.")
+    return count

@@ -6,13 +6,14 @@ Every driver reads values, words errors and builds mergekit's `ParameterSpec` fr
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
-from mergekit_ext.core.wording import did_you_mean
+from mergekit_ext.errors import Problem, did_you_mean, join, shown
 
 REQUIRED: Any = object()
 
@@ -117,3 +118,26 @@ def expectation(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ")
     return message[:1].lower() + message[1:] if message[1:2].islower() else message
+
+
+def schema_problems(error: Any, document: Any, root: str = "") -> list[Problem]:
+    """Return one problem for each place of a ``pydantic.ValidationError``.
+
+    Args:
+        error: raised by a model of pydantic.
+        document: what was validated.
+        root: its name, for the front of each place.
+    """
+    places: dict[str, tuple[str, list[str]]] = {}
+    for item in error.errors(include_url=False):
+        where, value = root, document
+        for step in item["loc"]:  # names the branches of unions and keys, too
+            if isinstance(value, Mapping) and step in value:
+                where, value = join(where, str(step)), value[step]
+            elif item["type"] == "missing":
+                where, value = join(where, str(step)), None
+        found = "nothing" if item["type"] == "missing" else shown(value)
+        messages = places.setdefault(where, (found, []))[1]
+        text = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+        messages += [text] if text not in messages else []
+    return [Problem(at, found, " or ".join(texts)) for at, (found, texts) in places.items()]

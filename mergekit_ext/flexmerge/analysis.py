@@ -19,7 +19,7 @@ from mergekit_ext.flexmerge.trim_search import Counts, TrimSearch, widest
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.similarity import Gram, cosines
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 
 # Called with the name of each block that is done.
 Progress = Callable[[str], None]

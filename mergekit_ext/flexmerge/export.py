@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,9 +11,8 @@ from safetensors.torch import save_file
 from mergekit_ext.errors import CheckpointError, Problem
 from mergekit_ext.flexmerge.files import regular_file
 from mergekit_ext.flexmerge.reader import TaskTensors, open_checkpoint
-from mergekit_ext.flexmerge.task_folders import INDEX
 from mergekit_ext.io.model_files import companions
-from mergekit_ext.io.planned import split
+from mergekit_ext.io.planned import split, weight_names, write_index
 from mergekit_ext.io.staging import new_folder
 
 _SHARD_BYTES = 5_000_000_000
@@ -58,19 +56,13 @@ def export(
 def _write_weights(folder: Path, tensors: TaskTensors, shard_bytes: int) -> None:
     # A model without any tensor is one empty shard.
     shards = split(map(tensors.entry, tensors), shard_bytes) or [()]
-    weight_map = {}
-    for number, entries in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        if len(shards) == 1:
-            name = "model.safetensors"
+    files = list(zip(weight_names(len(shards)), shards, strict=True))
+    for name, entries in files:
         # A tensor may be a view of the mapped file, or of another tensor.
         content = {entry.name: tensors[entry.name].contiguous() for entry in entries}
         save_file(content, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(content, name))
-    if len(shards) > 1:
-        total = sum(entry.nbytes for entries in shards for entry in entries)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if len(files) > 1:
+        write_index(folder, files)
 
 
 def _companions(root: Path, task: str) -> dict[str, Path]:

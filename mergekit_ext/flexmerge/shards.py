@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.files import digest_of
 from mergekit_ext.flexmerge.manifest import SHARDS, ShardFile
 from mergekit_ext.flexmerge.storage import Place
 from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mergekit_ext.core import sizes
+from mergekit_ext.core.memory import FIRST_BYTES, count_or_bytes
 from mergekit_ext.errors import Problem
 
 EXPECTED = "a number of models such as 2.25, or a memory budget such as '12GB'"
@@ -54,7 +54,7 @@ class Target:
         Raises:
             ValueError: anything else; the message is `expected`.
         """
-        return cls(*sizes.parse(value, expected))
+        return cls(*count_or_bytes(value, expected))
 
     def holds(self, size: Size) -> bool:
         """Return whether a merge of that size is small enough."""
@@ -87,7 +87,7 @@ def out_of_reach(
     if target.holds(least) and not target.exceeds(most):
         return None
     low, high = f"{math.ceil(least.models * 1e4 - 1e-6) / 1e4:.10g}", f"{most.models:.10g}"
-    rule = f"numbers below {sizes.FIRST_BYTES} are {what}, others bytes"
+    rule = f"numbers below {FIRST_BYTES} are {what}, others bytes"
     found = f"{target} ({rule})" if target.models is None else f"{target} {what} ({rule})"
     smallest = low if target.bytes is None else f"'{least.bytes}B'"
     advice = f"Write {smallest} for the smallest. {remedy}".strip()

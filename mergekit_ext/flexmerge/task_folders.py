@@ -5,7 +5,6 @@ A checkpoint that is one model besides has such files in its own folder too.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -23,24 +22,18 @@ from mergekit_ext.flexmerge.files import (
 )
 from mergekit_ext.flexmerge.manifest import DENSE, Manifest
 from mergekit_ext.io.model_files import companions, is_weights
-from mergekit_ext.io.planned import Entry
+from mergekit_ext.io.planned import INDEX, Entry, weight_names, write_index
 
-INDEX = "model.safetensors.index.json"
 _SHARD = ".safetensors"
 _REMEDY = "If you changed it yourself, load without `verify` (--no-verify)."
 
 
 def link_model(folder: Path, home: Path, files: Sequence[tuple[str, Sequence[Entry]]]) -> None:
     """Make `home` a Hugging Face checkpoint of these files: links and an index."""
-    weights, total = {}, 0
-    for number, (path, entries) in enumerate(files, 1):
-        local = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _link_file(folder / path, home / local)
-        weights.update({entry.name: local for entry in entries})
-        total += sum(entry.nbytes for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": weights}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (home / INDEX).write_text(text, encoding="utf-8")
+    names = weight_names(len(files), numbered=True)
+    for name, (path, _) in zip(names, files, strict=True):
+        _link_file(folder / path, home / name)
+    write_index(home, [(name, entries) for name, (_, entries) in zip(names, files, strict=True)])
 
 
 def _link_file(target: Path, link: Path) -> None:

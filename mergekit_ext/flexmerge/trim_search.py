@@ -17,7 +17,7 @@ from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.numerics import chunks
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
 from mergekit_ext.kernels.ties import kept
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 
 # More than any model has: a model's cut keeps every entry at its edge.
 ALL_TIES = 1 << 62

@@ -36,7 +36,7 @@ from mergekit_ext.flexmerge.task_folders import link_model
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.planned import Entry
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 
 # Kinds of lines in the journal.
 _BLOCK, _PRIVATE = "block", "private"

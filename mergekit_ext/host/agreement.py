@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.host.method import ExtMethod, is_stock
-from mergekit_ext.parallel import ranks
-from mergekit_ext.parallel.launch import own_device
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks, own_device
 
 _REMEDY = (
     "Start all processes with the same command and versions. Inputs that were copied to several "
@@ -25,7 +24,7 @@ def sharing_problems(name: str, method: ExtMethod | None, options: Any) -> Itera
         method: the method, if it is one of the project's.
         options: mergekit's.
     """
-    size = ranks.current().size
+    size = parallel.current().size
     if size == 1:
         return
     if method is None and is_stock(name):  # an unknown name is another problem
@@ -60,7 +59,7 @@ def sharing_problems(name: str, method: ExtMethod | None, options: Any) -> Itera
 
 def own_options(options: Any) -> Any:
     """Return mergekit's options as this process has them: its own device, one progress bar."""
-    together = ranks.current()
+    together = parallel.current()
     if together.size == 1:
         return options
     quiet = options.quiet or not together.is_main

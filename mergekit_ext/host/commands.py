@@ -13,13 +13,19 @@ import click
 from mergekit.config import MergeConfiguration
 
 from mergekit_ext.core.interrupts import prompt
-from mergekit_ext.core.wording import shown
-from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, printable
+from mergekit_ext.errors import (
+    ConfigError,
+    MergekitExtError,
+    MergeWarning,
+    Problem,
+    printable,
+    shown,
+)
 from mergekit_ext.host.checks.schema import parse, unknown_keys
 from mergekit_ext.host.checks.source import NO_DOCUMENT, between_documents
 from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.documents import DocumentError, read, text_of
-from mergekit_ext.parallel.launch import require_one
+from mergekit_ext.parallel import require_one
 
 _LONGEST_WARNING = 10_000
 

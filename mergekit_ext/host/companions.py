@@ -13,13 +13,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import MergeWarning
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks.settings import wants_tokenizer
 from mergekit_ext.host.inputs import donor_first, folder_of
 from mergekit_ext.host.modules import merge_modules, module_home
 from mergekit_ext.io.model_files import MODULES, companions, copy, module_folders
-from mergekit_ext.parallel import ranks
 
 _VOCABULARY = frozenset(
     {
@@ -48,7 +48,7 @@ def completed(config: Any, target: Path, options: Any) -> Iterator[None]:
     for name in companions(target):
         (target / name).unlink()
     yield
-    if ranks.current().is_main:
+    if parallel.current().is_main:
         _bring_along(given, target, options)
 
 

@@ -17,8 +17,8 @@ from mergekit_ext.host.output import output
 from mergekit_ext.host.run import require
 from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.io import pickles
 from mergekit_ext.io.documents import text_of
+from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
 
 
@@ -34,7 +34,7 @@ def extended_plan(stock: Callable[..., Any]) -> Callable[..., Any]:
         if config.base_model is not None:
             places.setdefault(config.base_model, "base_model")
         if ext_method(config.merge_method) is None:
-            with for_commands(), pickles.allowed(True):
+            with for_commands(), allowing_pickles(True):
                 require(adapter_problems(places).report().problems)
             return stock(config, out_path, tensor_union, tensor_intersection, options)
         report = check_flat(

@@ -16,7 +16,7 @@ from mergekit_ext.errors import MergeError
 from mergekit_ext.host.adapters.fitted import VARIABLE as ADAPTERS_VARIABLE
 from mergekit_ext.host.checks.hub import cached_folder
 from mergekit_ext.host.inputs import files_of
-from mergekit_ext.io.paths import may_be_hub_name
+from mergekit_ext.io.model_files import may_be_hub_name
 
 # What says how a merge runs and is shown, and nothing about its result.
 _NO_EFFECT = {"quiet", "verbosity", "num_threads", "async_write", "write_threads", "lazy_unpickle"}

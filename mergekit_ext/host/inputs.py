@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from mergekit_ext.host.adapters.fitted import applies, base_of
 from mergekit_ext.host.checks.layout import models_at
-from mergekit_ext.io import headers, paths
+from mergekit_ext.io import headers
 from mergekit_ext.io.model_files import MODULES, WEIGHTS, companions, module_folders
 
 
@@ -71,7 +72,7 @@ def folder_of(reference: Any, options: Any) -> Path:
         lora_merge_dtype=options.lora_merge_dtype,
     )
     folder = Path(merged.local_path(cache_dir=options.transformers_cache))
-    if not paths.exists(merged.model.path):
+    if not os.path.exists(merged.model.path):
         _fetch(merged.model, folder, options, ignore_patterns=[f"*{end}" for end in WEIGHTS])
         fetch_modules(merged.model, folder, options)
     return folder

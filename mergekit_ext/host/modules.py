@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -22,14 +23,13 @@ from mergekit.parameter_resolver import resolve_parameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_ext.core.wording import listing
+from mergekit_ext.errors import listing
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.inputs import donor_first, fetch_modules
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.io import paths, pickles
-from mergekit_ext.io.headers import HeaderError, TensorHeader, read_file
+from mergekit_ext.io.headers import HeaderError, TensorHeader, pickles_allowed, read_file
 from mergekit_ext.io.model_files import (
     MODULES,
     companions,
@@ -99,7 +99,7 @@ def _folders(facts: Mapping[Any, ModelFacts], options: Any) -> dict[Any, Path]:
     found = {}
     for model in facts:
         path = model.model
-        folder = Path(path.path) if paths.is_folder(path.path) else None
+        folder = Path(path.path) if os.path.isdir(path.path) else None
         if folder is None and not facts[model].pending and not hub.offline():
             folder = hub.cached_folder(path, options)
             if folder is not None:
@@ -117,7 +117,7 @@ def _headers(
     for name in module_weights(folder):
         if not name.endswith(".index.json"):
             try:
-                found[name] = read_file(folder / name, allow_pickle=pickles.are_allowed())
+                found[name] = read_file(folder / name, allow_pickle=pickles_allowed())
             except HeaderError as error:
                 findings.unreadable(fact.where, error)
                 found[name] = {}

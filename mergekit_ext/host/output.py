@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, RankError, StoppedError
 from mergekit_ext.events import Dispatcher, JsonLines, MergeEnd, ProgressBar, ShardWritten
 from mergekit_ext.flexmerge.manifest import SHARDS
@@ -22,7 +23,6 @@ from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.staging import WEIGHTS, by_machine, staged
-from mergekit_ext.parallel import ranks
 from mergekit_ext.report.card import append_section, write_report
 
 EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
@@ -60,7 +60,7 @@ def output(
                 details = {record.name: record.details for record in session.records}
                 write_report(folder, method.spec.name, details, options.random_seed or 0)
                 append_section(folder / "README.md", method.summary(session.records))
-        if not ranks.current().is_main:
+        if not parallel.current().is_main:
             return
         for shard in _shards(Path(out_path)):
             session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
@@ -75,7 +75,7 @@ def listening(
     options: MergeOptions, callbacks: Iterable[object], out_path: str = "", source: str = ""
 ) -> Iterator[Session]:
     """Yield a session with the progress bar, `callbacks` and what the environment asks for."""
-    listeners = _listeners(options, callbacks) if ranks.current().is_main else []
+    listeners = _listeners(options, callbacks) if parallel.current().is_main else []
     session = Session(Dispatcher(listeners), out_path, source)
     session.quiet = options.quiet
     try:
@@ -85,7 +85,7 @@ def listening(
         finally:
             session.close()
     except KeyboardInterrupt:
-        if session.journal is not None and not _is_gone(session) and ranks.current().is_main:
+        if session.journal is not None and not _is_gone(session) and parallel.current().is_main:
             print(_KEPT, file=sys.stderr)  # below the bar, which is closed now
         raise
 
@@ -107,7 +107,7 @@ def _folder(
     session: Session, out_path: str, identity: Mapping[str, str] | None, restart: bool
 ) -> Iterator[Path]:
     """Yield the folder to merge into; beside the main process, one that goes with the staging."""
-    together = ranks.current()
+    together = parallel.current()
     try:
         with ExitStack() as stack:
             staging = together.from_main(

@@ -79,7 +79,7 @@ def extend_methods(_: Any) -> None:
 
 
 def _reading_sizes(_: Callable[..., Any]) -> Callable[..., Any]:
-    from mergekit_ext.core.sizes import shard_size
+    from mergekit_ext.core.memory import shard_size
 
     def convert(self: Any, value: Any, param: Any, ctx: Any) -> Any:
         try:

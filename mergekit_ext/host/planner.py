@@ -8,6 +8,7 @@ from typing import Any
 from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
+from mergekit_ext import parallel
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ext_method
@@ -16,7 +17,6 @@ from mergekit_ext.host.statistics import with_statistics
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.host.writer import PlannedWriter, PlannedWriterTask
 from mergekit_ext.methods import Inputs
-from mergekit_ext.parallel import ranks
 
 
 def extended(stock: type) -> type:
@@ -87,8 +87,8 @@ def extended(stock: type) -> type:
 
         def _own_share(self, session: Session, finished: Collection[str]) -> list[Any]:
             left = [item for item in self._tensors if item[0].name not in finished]
-            owners = ranks.current().share([session.size_of(weight.name) for weight, _ in left])
-            mine = ranks.current().rank
+            owners = parallel.current().share([session.size_of(weight.name) for weight, _ in left])
+            mine = parallel.current().rank
             return [item for item, owner in zip(left, owners, strict=True) if owner == mine]
 
         def _prepare(self, session: Session | None, finished: Collection[str]) -> None:

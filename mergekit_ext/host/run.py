@@ -13,6 +13,7 @@ from typing import Any
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import (
     ConfigError,
     MergekitExtError,
@@ -34,10 +35,9 @@ from mergekit_ext.host.identity import identity, require_unchanged, weights_of
 from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import WholeModelMethod, ext_method, is_stock
 from mergekit_ext.host.output import output
-from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import text_of
+from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
-from mergekit_ext.parallel import ranks
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 
@@ -92,11 +92,11 @@ def _checked_models(config: MergeConfiguration, options: MergeOptions) -> Iterat
     """
     models = list(models_at(config))
     adapted = any(map(applies, models))
-    if not adapted and not all(paths.is_folder(model.model.path) for model in models):
+    if not adapted and not all(os.path.isdir(model.model.path) for model in models):
         yield  # what mergekit downloads is looked at by mergekit
         return
     # What mergekit's own methods unpickle is for mergekit to say.
-    with pickles.allowed(True):
+    with allowing_pickles(True):
         compat.clear_loaders()
         try:
             with for_commands():
@@ -147,7 +147,7 @@ def _merge(
         ]
         require(found)
         parts = identity(source, options, models_of(config))
-        together = ranks.current()
+        together = parallel.current()
         require_same(together, {**parts, "output": os.fspath(Path(out_path).resolve())})
         if whole:  # which notes itself what each finished piece depends on
             del parts["configuration"]
@@ -202,7 +202,7 @@ def _place_problems(
     parts = [part for model in models_of(config) for part in (model.model, model.lora)]
     inputs = [part.path for part in parts if part is not None]
     needed = report.estimate.bytes_written if report.estimate else 0
-    return ranks.current().from_main(
+    return parallel.current().from_main(
         lambda: list(place_problems(out_path, "OUT_PATH", inputs, empty=empty, needed=needed))
     )
 

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import MergeWarning
 from mergekit_ext.events import Dispatcher, Event
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry
 from mergekit_ext.io.staging import Staging
-from mergekit_ext.parallel import ranks
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Session:
 
     def say(self, line: str) -> None:
         """Print a line for a user who watches the command."""
-        if not self.quiet and ranks.current().is_main:
+        if not self.quiet and parallel.current().is_main:
             print(line, file=sys.stderr)
 
     def warn(self, found: Iterable[MergeWarning]) -> None:
         """Issue warnings, one of each kind: a thousand tensors are one reason."""
-        if not ranks.current().is_main:
+        if not parallel.current().is_main:
             return
         for warning in found:
             if type(warning) not in self._warned:
@@ -83,15 +83,15 @@ class Session:
 
     def emit(self, event: Event) -> None:
         """Hand an event to the listeners, which are in the main process."""
-        if ranks.current().is_main:
+        if parallel.current().is_main:
             self.relay()
             self._dispatcher.emit(event)
         elif event.every_process:
-            ranks.current().post(event)
+            parallel.current().post(event)
 
     def relay(self) -> None:
         """Emit the events of other processes that a `gather` has brought since the last call."""
-        for event in ranks.current().received():
+        for event in parallel.current().received():
             self._dispatcher.emit(event)
 
     def size_of(self, name: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 from mergekit.common import ImmutableMap, ModelReference
 
+from mergekit_ext import parallel
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd
 from mergekit_ext.host import compat
 from mergekit_ext.host import session as sessions
@@ -23,7 +24,6 @@ from mergekit_ext.host.nan_method import GRANULARITIES, NORMS, NanMethod
 from mergekit_ext.host.session import Session
 from mergekit_ext.host.tasks import MeasureTensorTask, MergeTensorTask
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
-from mergekit_ext.parallel import ranks
 
 # The kind of line in the journal.
 _LINE = "norms"
@@ -101,7 +101,7 @@ def _norms_of(
     targets: Sequence[MeasureTensorTask], session: Session, options: Any
 ) -> dict[str, dict[str, float]]:
     """The norms of each tensor: from the journal, or measured by this process or by another."""
-    together, journal = ranks.current(), session.journal
+    together, journal = parallel.current(), session.journal
     finished = {} if journal is None else journal.finished
     found = {
         target.tensor: norms

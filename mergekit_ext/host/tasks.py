@@ -12,12 +12,12 @@ from mergekit.graph import Task
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_ext.core.dtypes import is_counter
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.nan_method import NanMethod
+from mergekit_ext.io.headers import is_counter
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
 

@@ -8,10 +8,9 @@ order of the work.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,17 @@ from mergekit.io.tasks import TensorWriterTask
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from mergekit_ext import parallel
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.io.journal import Journal
-from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, split
-from mergekit_ext.parallel import ranks
+from mergekit_ext.io.planned import (
+    Entry,
+    PlannedFile,
+    PlannedFiles,
+    split,
+    weight_names,
+    write_index,
+)
 
 _LINE, _SUFFIX = "tensor", ".safetensors"
 
@@ -54,7 +60,7 @@ class PlannedWriter:
         self._placed: dict[str, tuple[str, Entry]] = {}
         cuts = split([entry for entry in entries.values() if entry is not None], limit)
         alone = [name for name, entry in entries.items() if entry is None]
-        paths = _names(len(cuts) + len(alone))
+        paths = weight_names(len(cuts) + len(alone))
         self._planned = [PlannedFile(path, cut) for path, cut in zip(paths, cuts, strict=False)]
         self._plan = {entry.name: file for file in self._planned for entry in file.entries}
         self._alone = dict(zip(alone, paths[len(cuts) :], strict=True))
@@ -76,7 +82,7 @@ class PlannedWriter:
     def finalize(self) -> None:
         """When all processes are done: give the main one all records, and finish the files."""
         self._files.close()
-        together = ranks.current()
+        together = parallel.current()
         records = {name: self._session.find(name) for name in self._placed}
         placed: dict[str, tuple[str, Entry]] = {}
         for files, found in together.gather((self._placed, records)):
@@ -102,7 +108,7 @@ class PlannedWriter:
         kept = (_without_holes(self._folder, file, placed) for file in self._planned)
         files = [file for file in kept if file is not None]
         files += [PlannedFile(path, (e,)) for path, e in placed.values() if path not in paths]
-        final = _names(len(files))
+        final = weight_names(len(files))
         if [file.path for file in files] != final:
             # Twice, because a file may get the name of another.
             for step in ([f"moving-{name}" for name in final], final):
@@ -110,10 +116,12 @@ class PlannedWriter:
                     (self._folder / file.path).rename(self._folder / name)
                 files = [PlannedFile(n, file.entries) for n, file in zip(step, files, strict=True)]
         if len(files) > 1:
-            _write_index(self._folder, files, placed)
+            contents = [(file.path, file.entries) for file in files]
+            version = metadata.version("mergekit")
+            write_index(self._folder, contents, mergekit_version=version)
 
     def _go_on(self) -> frozenset[str]:
-        together = ranks.current()
+        together = parallel.current()
         lines = {
             name: value
             for (kind, name), value in self._journal.finished.items()
@@ -168,13 +176,6 @@ def _is_line(value: Any) -> bool:
     return sizes and isinstance(dtype, str) and isinstance(details, (dict, type(None)))
 
 
-def _names(count: int) -> list[str]:
-    """What so many files of weights are called in a Hugging Face checkpoint."""
-    if count == 1:
-        return [f"model{_SUFFIX}"]
-    return [f"model-{k:05d}-of-{count:05d}{_SUFFIX}" for k in range(1, count + 1)]
-
-
 def _without_holes(
     folder: Path, file: PlannedFile, placed: Mapping[str, tuple[str, Entry]]
 ) -> PlannedFile | None:
@@ -192,19 +193,6 @@ def _without_holes(
         opened.close()
     (folder / file.path).unlink()
     return whole if kept else None
-
-
-def _write_index(folder: Path, files: Iterable[PlannedFile], order: Iterable[str]) -> None:
-    found = {entry.name: (file.path, entry.nbytes) for file in files for entry in file.entries}
-    content = {
-        "metadata": {
-            "total_size": sum(nbytes for _, nbytes in found.values()),
-            "mergekit_version": metadata.version("mergekit"),
-        },
-        "weight_map": {name: found[name][0] for name in order},
-    }
-    text = json.dumps(content, indent=2)
-    (folder / f"model{_SUFFIX}.index.json").write_text(text, encoding="utf-8")
 
 
 class PlannedWriterTask(TensorWriterTask):

@@ -10,16 +10,15 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mergekit_ext.core.dtypes import BITS, dtype_name
-from mergekit_ext.io import pickles
-from mergekit_ext.io.paths import is_file
 from mergekit_ext.io.schema import no_repeats
 
 _LONGEST = 200  # of a library's message
@@ -30,6 +29,71 @@ _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**63 - 1
 # Where mergekit looks, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# Bits of one element, for every dtype of the format.
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+# Elements that share bytes: no library converts them.
+PACKED = frozenset(name for name, bits in BITS.items() if bits < 8)
+# Floating point without arithmetic: it has to be converted first.
+NARROW = PACKED | {name for name in BITS if name.startswith("F8_")}
+WHOLE = frozenset(name for name in BITS if name.startswith(("I", "U", "BOOL")))
+# What torch calls otherwise.
+_NAMES = {
+    "bfloat16": "BF16",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float4_e2m1fn_x2": "F4",
+}
+
+PICKLES_VARIABLE = "MERGEKIT_EXT_ALLOW_PICKLE"
+PICKLE_FOUND = "a pickle, which may run any code when it is read"
+PICKLE_REMEDY = (
+    "Ask for safetensors; or, if you trust its author, give --allow-pickle (in Python "
+    f"allow_pickle, for mergekit's own commands {PICKLES_VARIABLE}=1): only tensors are read "
+    "from it."
+)
+
+_asked: ContextVar[bool] = ContextVar("allow_pickle", default=False)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The format's name of a torch dtype; torch's own name when it has none."""
+    name = str(dtype).removeprefix("torch.")
+    if name in _NAMES:
+        return _NAMES[name]
+    if name.startswith("float8_"):
+        return "F8_" + name.removeprefix("float8_").upper()
+    return name.replace("uint", "U").replace("int", "I").replace("float", "F")
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor of this name counts steps of training, which no output depends on."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+@contextmanager
+def allowing_pickles(asked: bool) -> Iterator[None]:
+    """Inside, checks take pickles if `asked`; otherwise nothing changes."""
+    token = _asked.set(_asked.get() or asked)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def pickles_allowed() -> bool:
+    """Whether they are asked for, here or in the environment."""
+    return _asked.get() or os.environ.get(PICKLES_VARIABLE) == "1"
 
 
 @dataclass(frozen=True)
@@ -164,7 +228,7 @@ def read_file(path: Path, *, allow_pickle: bool = False) -> dict[str, TensorHead
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if not allow_pickle:
-        raise HeaderError(str(path), pickles.FOUND, pickles.EXPECTED, pickles.REMEDY)
+        raise HeaderError(str(path), PICKLE_FOUND, "safetensors", PICKLE_REMEDY)
     return read_pickle(path)
 
 
@@ -222,7 +286,7 @@ def read_index(path: Path) -> dict[str, str]:
         if posix.as_posix() != shard:  # each way to write one file would have it read again
             expected = f"the file's name alone, {posix.as_posix()!r}"
             raise HeaderError(str(path), f"the shard {shard!r}", expected)
-        if not is_file(path.parent / shard):
+        if not os.path.isfile(path.parent / shard):
             raise HeaderError(
                 str(path),
                 f"the shard {shard!r}, which does not exist",

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 MODULES = "modules.json"
 _LARGEST = 1 << 20
@@ -103,3 +104,15 @@ def _belongs(path: Path) -> bool:
 def _is_inside(name: str) -> bool:
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     return not (posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts)
+
+
+def may_be_hub_name(name: Any) -> bool:
+    """Whether a name that is no path may be that of a repository on the Hugging Face Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mergekit_ext.core.dtypes import dtype_name
+from mergekit_ext.io.headers import dtype_name
 
 # A FlexMerge may have thousands of files.
 _OPEN_FILES = 64
+INDEX = "model.safetensors.index.json"
 _READ = 1 << 24
 
 
@@ -52,6 +53,33 @@ def split(entries: Iterable[Entry], limit: int) -> list[tuple[Entry, ...]]:
         files[-1].append(entry)
         size += entry.nbytes
     return [tuple(file) for file in files]
+
+
+def weight_names(count: int, *, numbered: bool = False) -> list[str]:
+    """Return what the files of a checkpoint are called; `numbered`: a single one is, too."""
+    if count == 1 and not numbered:
+        return ["model.safetensors"]
+    return [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+
+
+def write_index(
+    folder: Path, files: Iterable[tuple[str, Sequence[Entry]]], **metadata: object
+) -> None:
+    """Write the index of a checkpoint as transformers does: in which file each tensor is.
+
+    Args:
+        folder: of the checkpoint.
+        files: the name of each, and the tensors in it.
+        metadata: beside the size of all tensors.
+    """
+    placed = [(entry, name) for name, entries in files for entry in entries]
+    total = sum(entry.nbytes for entry, _ in placed)
+    content = {
+        "metadata": {"total_size": total, **metadata},
+        "weight_map": {entry.name: name for entry, name in placed},
+    }
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

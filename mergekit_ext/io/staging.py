@@ -31,7 +31,6 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
-from mergekit_ext.io.paths import exists, expanded
 
 # The weights that a merge writes, and no others: a folder may hold files of several models.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
@@ -129,11 +128,8 @@ def new_folder(
     Raises:
         ConfigError: there is something at `place`, or it cannot be written.
     """
-    place, where = expanded(place), where or str(place)
-    problems = list(place_problems(place, where, empty=True))
-    if str(place).startswith("~"):
-        problems.append(no_such_user(where))
-    if problems:
+    where, place = where or str(place), os.path.expanduser(place)
+    if problems := [*place_problems(place, where, empty=True)]:
         raise ConfigError(problems, subject)
     try:
         with staged(place) as staging:
@@ -143,12 +139,6 @@ def new_folder(
         found = f"an error while writing ({error.strerror or error}{named})"
         expected = "space on the disk and the right to write"
         raise ConfigError([Problem(where, found, expected)], subject) from error
-
-
-def no_such_user(where: str) -> Problem:
-    """Return what is wrong with a place below the home of a user who is not on this machine."""
-    found, remedy = "no place: there is no such user", "Choose another place."
-    return Problem(where, found, "a folder's path", remedy)
 
 
 def place_problems(
@@ -169,6 +159,9 @@ def place_problems(
         needed: bytes that the output takes beside what it replaces. What an earlier process has
             left in its staging directory counts as free: it is used, or removed.
     """
+    if empty and str(out_path).startswith("~"):  # which callers have expanded
+        found = "no place: there is no such user"
+        yield Problem(where, found, "a folder's path", "Choose another place.")
     try:
         target = Path(out_path).resolve()
         if target.exists() and not target.is_dir():
@@ -186,10 +179,8 @@ def place_problems(
         yield Problem(where, f"{out_path}, which cannot be made ({reason})", "a writable folder")
         return
     if empty and not all(map(_is_staging, names)):
-        found, expected = (
-            f"{target}, which is not empty",
-            "a folder that does not exist or is empty",
-        )
+        found = f"{target}, which is not empty"
+        expected = "a folder that does not exist or is empty"
         yield Problem(where, found, expected, "Choose another folder, or delete this one.")
     # Some file systems do not know their size: they have no bytes at all.
     if disk.total and needed > disk.free + left:
@@ -205,7 +196,7 @@ def place_problems(
         except (OSError, RuntimeError, ValueError):  # no file's name, which other checks report
             continue
         replaced = source == target or (source.parent == target and _is_weights(source.name))
-        if replaced and exists(source):
+        if replaced and os.path.exists(source):
             yield Problem(
                 where,
                 f"{target}, where the input {name} lies",

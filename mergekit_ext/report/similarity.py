@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_ext.report.plotting import figure
+from mergekit_ext.report.curve import figure
 
 
 @dataclass(frozen=True)

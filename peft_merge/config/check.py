@@ -13,8 +13,7 @@ from typing import NoReturn
 import torch
 
 from mergekit_ext.core import memory
-from mergekit_ext.core.wording import did_you_mean, listing, shown
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem, did_you_mean, listing, shown
 from mergekit_ext.methods import ADAPTERS, Inputs, Method, Settings
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of

@@ -10,9 +10,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_ext.core.wording import did_you_mean, join, shown
-from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.io import paths
+from mergekit_ext.errors import ConfigError, Problem, did_you_mean, join, shown
 from mergekit_ext.io.documents import DocumentError, text_of
 from mergekit_ext.io.documents import read as parsed
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
@@ -73,7 +71,7 @@ class Request:
 
 def exists(path: str) -> bool:
     """Return whether there is something at a path, which may be no path at all."""
-    return paths.exists(paths.expanded(path))
+    return os.path.exists(os.path.expanduser(path))
 
 
 def located(model: str) -> tuple[str, str | None]:

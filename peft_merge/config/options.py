@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from mergekit_ext.core.wording import did_you_mean, listing, shown
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, did_you_mean, listing, shown
 from peft_merge import ia3
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.algebra.spaces import SPACES

@@ -12,8 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
-from mergekit_ext.core.wording import did_you_mean, join, listing, shown
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, did_you_mean, join, listing, shown
 from mergekit_ext.methods import Settings
 from peft_merge.config.document import Input
 from peft_merge.io.names import LAYER

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mergekit_ext.core.wording import listing
-from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
+from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, listing
 from peft_merge.adapter import Adapter, ModuleInfo
 from peft_merge.io.names import unwrapped
 from peft_merge.io.targets import Targets

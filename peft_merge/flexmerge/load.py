@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.core.wording import listing, shown
-from mergekit_ext.errors import CheckpointError, ConfigError, Problem
+from mergekit_ext.errors import CheckpointError, ConfigError, Problem, listing, shown
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.flexmerge.family import of_the_base
 from peft_merge.flexmerge.fit import require_base, require_fit, restored_on_error

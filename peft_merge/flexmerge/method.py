@@ -22,8 +22,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import WEIGHT, Parameter, choice
-from mergekit_ext.core.wording import listing, shown
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, listing, shown
 from mergekit_ext.events import Dispatcher
 from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM, options
 from mergekit_ext.flexmerge.target import Target

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_ext.io.paths import may_be_hub_name
+from mergekit_ext.io.model_files import may_be_hub_name
 from peft_merge.adapter import Adapter, LoraAdapter
 
 PROJECT = "[mergekit-ext](https://pypi.org/project/mergekit-ext)"

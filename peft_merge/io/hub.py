@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.io.paths import may_be_hub_name
+from mergekit_ext.io.model_files import may_be_hub_name
 from peft_merge.io.tensors import CONFIG, PICKLE, SAFETENSORS
 
 

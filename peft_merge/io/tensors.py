@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.core.dtypes import dtype_name
 from mergekit_ext.errors import Problem
-from mergekit_ext.io import pickles
-from mergekit_ext.io.headers import HeaderError, TensorHeader, read_pickle, read_safetensors
+from mergekit_ext.io.headers import (
+    PICKLE_FOUND,
+    HeaderError,
+    TensorHeader,
+    dtype_name,
+    read_pickle,
+    read_safetensors,
+)
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -91,7 +96,7 @@ def open_folder(folder: Path, allow_pickle: bool) -> Tensors | Problem:
     if pickle.is_file():
         return Problem(
             str(pickle),
-            pickles.FOUND,
+            PICKLE_FOUND,
             SAFETENSORS,
             "Ask for a safetensors file; or, if you trust its author, give --allow-pickle (in "
             "Python allow_pickle): only tensors are read from it.",

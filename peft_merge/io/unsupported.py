@@ -29,8 +29,7 @@ from pydantic import (
 )
 
 from mergekit_ext.core.parameters import unfit
-from mergekit_ext.core.wording import shown
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, shown
 from peft_merge.io.targets import keyed
 
 _INTO_BASE = (

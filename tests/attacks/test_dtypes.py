@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mergekit_ext.core.dtypes import BITS, NARROW, PACKED
 from mergekit_ext.errors import CheckpointError
 from mergekit_ext.flexmerge.files import StoredFile
 from mergekit_ext.flexmerge.manifest import ShardFile
+from mergekit_ext.io.headers import BITS, NARROW, PACKED
 from tests.attacks.readers import command, copied, llama
 from tests.attacks.weights import joined, split
 from tests.models import config, family, write_yaml

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.io.pickles import VARIABLE
+from mergekit_ext.io.headers import PICKLES_VARIABLE
 from peft_merge.io import load_adapter as load
 from tests.attacks.readers import (
     command,
@@ -37,7 +37,7 @@ def _pickled(file: Path, name: str) -> None:
 @pytest.fixture(params=["0", "1"], ids=["not asked for", "asked for"])
 def asked(request, monkeypatch):
     """A reader runs nothing in either case."""
-    monkeypatch.setenv(VARIABLE, request.param)
+    monkeypatch.setenv(PICKLES_VARIABLE, request.param)
 
 
 @pytest.mark.usefixtures("asked")
@@ -88,7 +88,7 @@ def test_a_plain_pickle_of_a_model_is_read_only_when_asked_for(
     said = refused(reader, inputs)
     assert "pytorch_model.bin with a pickle" in said
     assert "--allow-pickle" in said
-    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setenv(PICKLES_VARIABLE, "1")
     assert reader(inputs, tmp_path / "out").code == 0
     assert (tmp_path / "out").is_dir()
 
@@ -110,11 +110,11 @@ def test_an_adapter_on_a_base(inputs, refused, tmp_path, monkeypatch):
         _pickled(inputs / f"adapter{index}" / "adapter_model.safetensors", "adapter_model.bin")
     said = refused(merge_base_and_adapter, inputs)
     assert "adapter_model.bin with a pickle" in said
-    assert VARIABLE in said
+    assert PICKLES_VARIABLE in said
     models = [Path(f"{inputs / 'base'}+{inputs / f'adapter{index}'}") for index in range(2)]
     stock = write_yaml(tmp_path / "linear.yml", config("linear", models, None, {"weight": 1.0}))
     assert command("mergekit-yaml", stock, tmp_path / "stock", "--quiet").code == 0
-    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setenv(PICKLES_VARIABLE, "1")
     assert merge_base_and_adapter(inputs, tmp_path / "out").code == 0
 
 

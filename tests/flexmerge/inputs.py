@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.core.dtypes import dtype_name
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader, dtype_name
 from mergekit_ext.methods import BLOCKS, methods
 
 State = Mapping[str, Tensor]

@@ -19,7 +19,7 @@ from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 from tests.flexmerge.inputs import algorithm, family, reader
 from tests.processes.together import together
 

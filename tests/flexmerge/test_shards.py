@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
 from mergekit_ext.flexmerge.storage import Place
 from mergekit_ext.io.headers import read_safetensors
 from mergekit_ext.io.planned import Entry
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 KEY = Place("dense", ("a", "b"))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_ext.host.checks.flat import check_flat
 from mergekit_ext.host.checks.merge import check_merge
-from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import allowing_pickles
 from tests.host.small import LINEAR, at, entries, llama, run, the
 
 
@@ -251,7 +251,7 @@ def test_weight_files_with_different_tensors(tmp_path: Path) -> None:
     options = MergeOptions()
     refused = check_flat(config, options)
     assert "b.bin with a pickle" in at(refused, "base_model").found
-    with pickles.allowed(True):
+    with allowing_pickles(True):
         report = check_flat(config, options)
         common = check_flat(config, options, intersection=True)
         everything = check_flat(config, options, union=True)

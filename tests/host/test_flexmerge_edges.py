@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.flexmerge.reader import open_checkpoint
-from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import allowing_pickles
 from tests import models as small
 from tests.host.flexmerge_models import (
     TASKS,
@@ -130,7 +130,7 @@ def test_sharded_inputs_and_pickles(families, tmp_path):
     state = load_file(family.tuned[1] / "model.safetensors")
     torch.save(state, family.tuned[1] / "pytorch_model.bin")
     (family.tuned[1] / "model.safetensors").unlink()
-    with pickles.allowed(True):
+    with allowing_pickles(True):
         found = merge(family.content(1.7), tmp_path / "found")
     assert [f.sha256 for f in found.files] == [f.sha256 for f in wanted.files]
     assert not list((tmp_path / "found" / "tuned1").glob("*.bin"))
@@ -169,7 +169,7 @@ def test_one_name_of_a_tied_tensor_in_pickles(tmp_path):
     path = family.tuned[0] / "model.safetensors"
     torch.save(load_file(path), family.tuned[0] / "pytorch_model.bin")
     path.unlink()
-    with pickles.allowed(True):
+    with allowing_pickles(True):
         merge(family.content(1), tmp_path / "out")
     found = as_index_says(tmp_path / "out" / "tuned0")
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])

@@ -16,13 +16,13 @@ import torch
 from mergekit.options import MergeOptions
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from mergekit_ext.core.scores import EvaluationError
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.events import MergeCallback, SizeReached, StatisticsBegin
 from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.runtime import load
 from mergekit_ext.host import run
 from mergekit_ext.host.flexmerge.curve_files import write_curve
+from mergekit_ext.report.curve import EvaluationError
 from tests.models import bert, config, family, llama, write_yaml
 
 OPTIONS = MergeOptions(quiet=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mergekit_ext
-from mergekit_ext.core.sizes import shard_size
+from mergekit_ext.core.memory import shard_size
 from tests import models as small
 
 mergekit_ext.register()

@@ -25,7 +25,7 @@ from bench.peaks import give_back, measured
 from mergekit_ext.cli import main
 from mergekit_ext.core import memory
 from mergekit_ext.host.checks.source import check_source
-from mergekit_ext.io import pickles
+from mergekit_ext.io.headers import allowing_pickles
 from peft_merge.cli import main as adapters
 from peft_merge.memory_estimate import need_of
 from peft_merge.merge import plan_config
@@ -141,7 +141,7 @@ def _llama(hidden: int, inner: int, rows: int = 64, layers: int = 1) -> Callable
 
 def _merge(folder: Path, name: str, content: dict[str, Any], *extra: str) -> None:
     file = write_yaml(folder / "merge.yml", content)
-    with pickles.allowed("--allow-pickle" in extra):
+    with allowing_pickles("--allow-pickle" in extra):
         ((_, report),) = check_source(file.read_text(), MergeOptions())
     assert report.estimate is not None, report.problems
     _report(name, report.estimate.need, main, ["merge", str(file), "--quiet", *extra], folder)

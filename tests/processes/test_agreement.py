@@ -8,11 +8,11 @@ import pytest
 from mergekit.options import MergeOptions
 
 import mergekit_ext
+from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.agreement import require_same
 from mergekit_ext.host.identity import identity
-from mergekit_ext.parallel import ranks
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 from tests import models
 from tests.processes.together import together
 
@@ -53,7 +53,7 @@ def test_two_configurations(tmp_path, monkeypatch, other):
     out = tmp_path / "out"
     (out / ".out-of-another-incomplete").mkdir(parents=True)
     mine = threading.local()
-    monkeypatch.setattr(ranks, "current", lambda: mine.ranks)
+    monkeypatch.setattr(parallel, "current", lambda: mine.ranks)
 
     def merge(us):
         mine.ranks = us

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_ext
 from mergekit_ext.io.headers import read_safetensors
-from mergekit_ext.parallel.ranks import Group
+from mergekit_ext.parallel import Group
 from tests import models
 from tests.processes.launching import ROOT, by_hand, torchrun
 

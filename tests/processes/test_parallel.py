@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError, MergeError, RankError
-from mergekit_ext.parallel.launch import launched, launched_size, own_device
-from mergekit_ext.parallel.ranks import Group, current
+from mergekit_ext.parallel import Group, current, launched, launched_size, own_device
 from tests.processes.launching import ROOT, by_hand
 from tests.processes.together import together
 
@@ -140,7 +139,7 @@ def test_a_process_that_never_connects_is_a_problem(launcher):
     launcher.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     launcher.setenv("MASTER_ADDR", "127.0.0.1")
     launcher.setenv("MASTER_PORT", str(agent.port))
-    launcher.setattr("mergekit_ext.parallel.launch._MEETING", timedelta(seconds=1))
+    launcher.setattr("mergekit_ext.parallel._MEETING", timedelta(seconds=1))
     with pytest.raises(ConfigError, match="expected all processes to meet there"), launched():
         pass
     assert not distributed.is_initialized()

@@ -10,11 +10,11 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 import mergekit_ext
+from mergekit_ext import parallel
 from mergekit_ext.cli import main
 from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.host.output import output
-from mergekit_ext.parallel import ranks
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 from tests import models
 
 
@@ -61,7 +61,7 @@ def test_what_several_processes_cannot_do_is_one_list(config, tmp_path):
     options = MergeOptions(safe_serialization=False, multi_gpu=True, device="cuda:1")
     pair = Ranks()
     pair.size = 2
-    with ranks.joined(pair), pytest.raises(ConfigError) as found:
+    with parallel.joined(pair), pytest.raises(ConfigError) as found:
         mergekit_ext.merge(own, tmp_path / "out", options)
     said = [str(problem) for problem in found.value.problems]
     for expected in ("merge_method: .* in 2", "--no-safe.* in 2", "--multi", "--device: .*its own"):
@@ -86,7 +86,9 @@ class Other(Ranks):
 
 @pytest.mark.parametrize("main_ended", [True, False])
 def test_a_problem_that_the_main_process_has_too_is_said_once(monkeypatch, tmp_path, main_ended):
-    monkeypatch.setattr("mergekit_ext.cli.merge.launched", lambda: ranks.joined(Other(main_ended)))
+    monkeypatch.setattr(
+        "mergekit_ext.cli.merge.launched", lambda: parallel.joined(Other(main_ended))
+    )
     (tmp_path / "empty.yml").touch()
     done = CliRunner().invoke(main, ["merge", str(tmp_path / "empty.yml"), str(tmp_path / "out")])
     assert done.exit_code == 2
@@ -108,7 +110,7 @@ class Main(Ranks):
 
 def test_a_problem_of_another_process_alone_ends_the_main_one(monkeypatch, tmp_path):
     other = Other(main_ended=False)
-    monkeypatch.setattr("mergekit_ext.cli.merge.launched", lambda: ranks.joined(other))
+    monkeypatch.setattr("mergekit_ext.cli.merge.launched", lambda: parallel.joined(other))
     (tmp_path / "empty.yml").touch()
     CliRunner().invoke(main, ["merge", str(tmp_path / "empty.yml"), str(tmp_path / "out")])
     with pytest.raises(RankError):
@@ -117,6 +119,6 @@ def test_a_problem_of_another_process_alone_ends_the_main_one(monkeypatch, tmp_p
 
 def test_a_process_that_has_no_folder_yet_does_not_say_what_is_kept(tmp_path):
     merge = output(MergeOptions(quiet=True), str(tmp_path / "out"), None, [])
-    with ranks.joined(Other(main_ended=True)), pytest.raises(RankError) as found, merge:
+    with parallel.joined(Other(main_ended=True)), pytest.raises(RankError) as found, merge:
         pass
     assert str(found.value).endswith("its own message says why")

@@ -6,7 +6,7 @@ import threading
 from collections import defaultdict
 
 from mergekit_ext.errors import RankError
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 
 
 class Meeting:

@@ -9,8 +9,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import group
 
-from mergekit_ext.parallel.launch import launched
-from mergekit_ext.parallel.ranks import current
+from mergekit_ext.parallel import current, launched
 
 if __name__ == "__main__":
     with launched() as us:

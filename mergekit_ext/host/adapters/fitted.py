@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.core.dtypes import dtype_name
-from mergekit_ext.core.wording import listing, tensors_at
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import ConfigError, Problem, listing, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.host.class_model import class_names, class_of
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader, dtype_name
 from peft_merge.adapter import Adapter
 from peft_merge.matching import class_orientation
 from peft_merge.weights import AdaptedWeights

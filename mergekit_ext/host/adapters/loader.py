@@ -7,6 +7,7 @@ without an adapter go to mergekit's own function, which each of these keeps as `
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, read_adapter
-from mergekit_ext.io import paths
 from mergekit_ext.io.headers import TensorHeader, read_file
 
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -270,7 +270,7 @@ def file_with_adapter(model: str) -> Any:
     """What ``file+adapter`` refers to; None where `model` is a file's name, or has no adapter."""
     from mergekit.common import ModelReference
 
-    if paths.exists(model) or model.count("+") != 1:
+    if os.path.exists(model) or model.count("+") != 1:
         return None
     reference = ModelReference.parse(model)
     return reference if applies(reference) else None

@@ -10,16 +10,22 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.core.wording import listing, nearest
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, listing, nearest
 from mergekit_ext.host.adapters.fitted import BEFOREHAND, VARIABLE, fit, read_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import empty_model
-from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import json_object
-from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, read_safetensors
-from mergekit_ext.io.paths import may_be_hub_name
+from mergekit_ext.io.headers import (
+    PICKLE_FOUND,
+    PICKLE_REMEDY,
+    HeaderError,
+    TensorHeader,
+    pickles_allowed,
+    read_folder,
+    read_safetensors,
+)
+from mergekit_ext.io.model_files import may_be_hub_name
 from peft_merge.adapter import Adapter
 
 _WRITTEN = "the configuration of a PEFT adapter"
@@ -106,7 +112,7 @@ def merged_beforehand(
     whatever is in it.
     """
     adapter = reference.lora
-    if _is_readable(adapter, where, findings) and paths.is_folder(adapter.path):
+    if _is_readable(adapter, where, findings) and os.path.isdir(adapter.path):
         _check_files(Path(adapter.path), where, findings)
     if not options.lora_merge_cache:
         findings.problem(
@@ -119,7 +125,7 @@ def merged_beforehand(
     name = f"{reference.model._unique_id()}_{adapter._unique_id()}"
     folder = Path(options.lora_merge_cache) / name
     try:
-        return read_folder(folder, allow_pickle=pickles.are_allowed()) if folder.exists() else None
+        return read_folder(folder, allow_pickle=pickles_allowed()) if folder.exists() else None
     except HeaderError as error:
         findings.problem(
             where,
@@ -142,8 +148,8 @@ def near(path: str) -> str:
 
 def _is_readable(path: Any, where: str, findings: Findings) -> bool:
     """Whether an adapter can be read now; a problem if it never can, or is a pickle."""
-    folder = paths.expanded(path.path)
-    if not paths.is_folder(folder):
+    folder = Path(os.path.expanduser(path.path))
+    if not os.path.isdir(folder):
         may_be = may_be_hub_name(path.path)
         if may_be and hub.cached_folder(path, None, "adapter_config.json") is not None:
             return True
@@ -158,9 +164,9 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
             findings.problem(where, found, expected, f"Check the part after `+`.{remedy}")
         return False
     pickle = folder / _PICKLE
-    if pickles.are_allowed() or (folder / _SAFE).exists() or not pickle.exists():
+    if pickles_allowed() or (folder / _SAFE).exists() or not pickle.exists():
         return True
-    findings.problem(where, f"{pickle} with {pickles.FOUND}", pickles.EXPECTED, pickles.REMEDY)
+    findings.problem(where, f"{pickle} with {PICKLE_FOUND}", "safetensors", PICKLE_REMEDY)
     return False
 
 

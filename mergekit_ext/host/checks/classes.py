@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mergekit_ext.core.wording import listing, tensors_at
+from mergekit_ext.errors import listing, tensors_at
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks.names import is_task_head
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.plan import BY_FILES, Inventory
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import Loading, loading
-from mergekit_ext.io import paths
 
 
 def find_architecture(inventory: Inventory) -> tuple[Any, bool]:
@@ -62,7 +62,7 @@ def _inferred(inventory: Inventory, named: str) -> Any:
             "Merge the adapter into its base first (`merge_and_unload`) and give the result.",
         )
     if adapters or any(
-        fact.tensors is None or not paths.is_folder(fact.reference.model.path)
+        fact.tensors is None or not os.path.isdir(fact.reference.model.path)
         for fact in models.values()
     ):
         findings.note(f"Tensors are not compared: not all models with {named} are on this machine.")

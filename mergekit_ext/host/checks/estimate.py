@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.core.dtypes import BITS, dtype_name
 from mergekit_ext.core.memory import Need, copies_of, square_of, working
 from mergekit_ext.host.checks.loaders import Vocabulary, pickled_bytes
 from mergekit_ext.host.checks.plan import FoundTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of, wants_tokenizer
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.headers import BITS, TensorHeader, dtype_name
 from mergekit_ext.io.planned import Entry
 from mergekit_ext.kernels.numerics import chunk_length
 

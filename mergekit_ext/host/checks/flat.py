@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext.core.wording import listing
+from mergekit_ext.errors import listing
 from mergekit_ext.host.adapters.loader import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.layout import models_at
@@ -19,8 +20,7 @@ from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_multi_gpu, check_settings
 from mergekit_ext.host.checks.tensors import check_tensors
-from mergekit_ext.io import paths, pickles
-from mergekit_ext.io.headers import HeaderError, TensorHeader, read_file
+from mergekit_ext.io.headers import HeaderError, TensorHeader, pickles_allowed, read_file
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -89,8 +89,8 @@ def _tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeade
 
 
 def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    if not paths.is_file(path):
-        what = "is a folder" if paths.is_folder(path) else "does not exist"
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         findings.problem(
             where,
             f"{path}, which {what}",
@@ -98,7 +98,7 @@ def _file_tensors(path: str, where: str, findings: Findings) -> dict[str, Tensor
             "Check the path; whole models are merged with mergekit-yaml.",
         )
         return None
-    allow_pickle = pickles.are_allowed()
+    allow_pickle = pickles_allowed()
     if Path(path).suffix != ".safetensors" and allow_pickle:
         findings.note(f"{where}: {path} is a pickle, as allowed; only tensors are read from it.")
     try:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.core.dtypes import BITS
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.io import pickles
-from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.io.paths import may_be_hub_name
+from mergekit_ext.io.headers import BITS, PICKLE_REMEDY, TensorHeader, pickles_allowed
+from mergekit_ext.io.model_files import may_be_hub_name
 
 
 def offline() -> bool:
@@ -49,7 +47,7 @@ def remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tenso
     try:
         metadata = huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
     except NotASafetensorsRepoError:
-        if pickles.are_allowed():
+        if pickles_allowed():
             findings.note(
                 f"{where}: {path.path} has no model.safetensors; its names and shapes are not "
                 "checked before the download. Of pickles only tensors are read."
@@ -58,7 +56,7 @@ def remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tenso
             found = (
                 f"{path.path} without model.safetensors; pickles, which may run any code, are left"
             )
-            findings.problem(where, found, pickles.EXPECTED, pickles.REMEDY)
+            findings.problem(where, found, "safetensors", PICKLE_REMEDY)
         return None
     except Exception as error:  # network, access, parsing: the client's message is kept
         first = (str(error).splitlines() or [""])[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mergekit_ext.core.wording import join
+from mergekit_ext.errors import join
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from mergekit_ext.host.adapters.loader import file_with_adapter
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.settings import wants_tokenizer
-from mergekit_ext.io import paths
 from mergekit_ext.io.headers import HeaderError, read_index, weights_of
 
 _TOKENIZER, _TOKENS, _ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
@@ -135,7 +135,7 @@ def _place(model: Any, options: Any) -> Path | None:
     if isinstance(model, str):
         reference = file_with_adapter(model)
         return Path(model if reference is None else reference.model.path)
-    if paths.exists(model.model.path):
+    if os.path.exists(model.model.path):
         return Path(model.model.path)
     return hub.cached_folder(model.model, options)
 

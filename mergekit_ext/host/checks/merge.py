@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext.core import memory
-from mergekit_ext.core.wording import nearest, shown
+from mergekit_ext.errors import nearest, shown
 from mergekit_ext.host.checks.classes import check_inputs, check_output, find_architecture
 from mergekit_ext.host.checks.contract import check_contract
 from mergekit_ext.host.checks.estimate import estimate

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.core.wording import listing
+from mergekit_ext.errors import listing
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.adapters import (
@@ -21,10 +22,15 @@ from mergekit_ext.host.checks.adapters import (
 )
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
-from mergekit_ext.io import paths, pickles
 from mergekit_ext.io.documents import json_object
-from mergekit_ext.io.headers import HeaderError, TensorHeader, read_folder, weights_of
-from mergekit_ext.io.paths import may_be_hub_name
+from mergekit_ext.io.headers import (
+    HeaderError,
+    TensorHeader,
+    pickles_allowed,
+    read_folder,
+    weights_of,
+)
+from mergekit_ext.io.model_files import may_be_hub_name
 
 _LARGEST_CONFIG = 64 << 20
 # transformers and mergekit go through layers and experts one by one, some classes already when
@@ -75,7 +81,7 @@ def read_model(
         merged = merged_beforehand(reference, where, options, findings)
     if reference.model.path in pending:
         base = ModelFacts(reference, where, pending=True)
-    elif paths.exists(reference.model.path):
+    elif os.path.exists(reference.model.path):
         base = _local_model(reference, where, options, findings, merged)
     else:
         base = _hub_model(reference, where, options, findings)
@@ -136,7 +142,7 @@ def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> 
     if not may_be_hub_name(path):
         remedy = "Check the path." + near(path)
         if path.startswith("~"):
-            remedy = f"Write {paths.expanded(path)}: mergekit does not expand `~`."
+            remedy = f"Write {os.path.expanduser(path)}: mergekit does not expand `~`."
         expected = "a model's folder, or a name on the Hub"
         findings.problem(where, f"{path}, which does not exist", expected, remedy)
         return nothing
@@ -172,7 +178,7 @@ def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, T
     if weights is None and (folder / "adapter_config.json").is_file():
         return None  # said once, with the missing config.json
     try:
-        tensors = read_folder(folder, allow_pickle=pickles.are_allowed())
+        tensors = read_folder(folder, allow_pickle=pickles_allowed())
     except HeaderError as error:
         findings.unreadable(where, error)
         return None
@@ -212,7 +218,7 @@ def _scales(name: str, stored: frozenset[str]) -> bool:
 
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:
-    if paths.is_folder(reference.model.path):
+    if os.path.isdir(reference.model.path):
         path = Path(reference.model.path) / "config.json"
         content, wrong = json_object(path, "a model's configuration", _LARGEST_CONFIG)
         if wrong := wrong or _too_many(content, path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mergekit_ext.core.parameters import unfit
-from mergekit_ext.core.wording import did_you_mean, join, shown
+from mergekit_ext.errors import did_you_mean, join, shown
 from mergekit_ext.host.checks.layout import Group, Settings, all_settings
 from mergekit_ext.host.checks.report import Findings
 

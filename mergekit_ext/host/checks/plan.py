@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit.plan import MergePlanner
 
-from mergekit_ext.core.wording import did_you_mean, join, listing
+from mergekit_ext.errors import did_you_mean, join, listing
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import wants_tokenizer

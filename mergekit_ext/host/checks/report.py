@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mergekit_ext.core.memory import Need
-from mergekit_ext.core.wording import tensors_at
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import ConfigError, Problem, tensors_at
 from mergekit_ext.io.headers import HeaderError
 
 

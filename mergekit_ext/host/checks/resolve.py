@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.core.parameters import unfit
-from mergekit_ext.core.wording import listing, shown, tensors_at
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, listing, shown, tensors_at
 from mergekit_ext.host.checks.layout import Group, Source, all_settings
 from mergekit_ext.host.checks.parameters import Absent, leaves
 from mergekit_ext.host.checks.plan import PlannedTensor

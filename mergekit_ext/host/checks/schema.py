@@ -14,8 +14,7 @@ from itertools import islice
 from typing import Any, Union
 
 from mergekit_ext.core.parameters import expectation
-from mergekit_ext.core.wording import did_you_mean, join, nearest, shown
-from mergekit_ext.errors import MOST_SHOWN, Problem
+from mergekit_ext.errors import MOST_SHOWN, Problem, did_you_mean, join, nearest, shown
 from mergekit_ext.io.documents import DocumentError, read
 
 # mergekit-multi reads `name` and takes it out before mergekit's schema sees the document.

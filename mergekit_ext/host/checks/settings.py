@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.core.wording import did_you_mean, shown
+from mergekit_ext.errors import did_you_mean, shown
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.io import paths
 from mergekit_ext.io.documents import json_object
-from mergekit_ext.io.paths import may_be_hub_name
+from mergekit_ext.io.model_files import may_be_hub_name
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model"),
@@ -130,7 +130,7 @@ def _check_source(config: Any, findings: Findings) -> None:
     first = config.base_model or next(iter(models_at(config)), None)
     for reference in dict.fromkeys([first] if isinstance(source, str) else [first, source]):
         folder = Path(reference.model.path)
-        if not paths.is_folder(folder):
+        if not os.path.isdir(folder):
             if reference == source and not may_be_hub_name(reference.model.path):
                 findings.problem(
                     where, f"{source}, which does not exist", "a model's folder", "Check the path."
@@ -166,12 +166,12 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
         named = {model: where for model, where in named.items() if model == first}
     for model, where in named.items():
         folder = Path(model.model.path)
-        if not paths.is_folder(folder):
+        if not os.path.isdir(folder):
             continue
         wrong = [
             wrong
             for name in _JSON_FILES
-            if paths.exists(folder / name)
+            if os.path.exists(folder / name)
             and (wrong := json_object(folder / name, "a tokenizer's file", _LARGEST)[1])
         ]
         if wants_tokenizer(config) and not wrong and _has_tokenizer(folder):

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext.core.wording import shown
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, shown
 from mergekit_ext.host.checks.flat import check_flat
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import check_merge

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from mergekit_ext.core.dtypes import NARROW, PACKED, WHOLE, is_counter
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.plan import BY_FILES, FoundTensor, Inventory
-from mergekit_ext.io.headers import same_bytes
+from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, is_counter, same_bytes
 
 # The largest tensor whose values are compared before the merge.
 _LARGEST_READ = 1 << 20

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_ext.core.parameters import REQUIRED, Parameter
-from mergekit_ext.core.wording import did_you_mean, shown
+from mergekit_ext.errors import did_you_mean, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.flexmerge.registered import Registered

@@ -6,13 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.core.dtypes import PACKED
-from mergekit_ext.core.wording import listing
+from mergekit_ext.errors import listing
 from mergekit_ext.flexmerge.layout import Layout, Naming
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.headers import PACKED, TensorHeader
 
 Headers = Mapping[str, TensorHeader]
 

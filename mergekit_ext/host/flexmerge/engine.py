@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext import parallel
 from mergekit_ext.events import (
     BlockMerged,
     Event,
@@ -40,8 +41,7 @@ from mergekit_ext.host.session import Session
 from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.parallel import ranks
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 from mergekit_ext.report.card import flexmerge_section
 
 
@@ -219,7 +219,7 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
         source: the text of the configuration.
     """
     session = sessions.current() or Session()
-    together = ranks.current()
+    together = parallel.current()
     folder = together.from_main(lambda: folder)
     if session.journal is not None and session.journal.finished:
         session.say("Going on with a merge that was stopped.")

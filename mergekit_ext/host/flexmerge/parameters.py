@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import Parameter, Share, choice
-from mergekit_ext.core.wording import did_you_mean, join, listing, shown
+from mergekit_ext.errors import did_you_mean, join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Parameters
 from mergekit_ext.flexmerge.options import options
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.core import memory
-from mergekit_ext.core.wording import listing
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, listing
 from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import Naming
 from mergekit_ext.flexmerge.plan import whole_models

@@ -17,8 +17,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
-from mergekit_ext.core.wording import tensors_at
-from mergekit_ext.errors import MergeError, MergekitExtError, Problem
+from mergekit_ext.errors import MergeError, MergekitExtError, Problem, tensors_at
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, Parameters
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host import session as sessions

@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_ext.core import memory
-from mergekit_ext.core.scores import CheckedScores, EvaluationError
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import Event, SizeReached
 from mergekit_ext.flexmerge.merging import Walk
@@ -25,7 +24,7 @@ from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.needs import need_of, with_models
 from mergekit_ext.host.flexmerge.parameters import variant
 from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
-from mergekit_ext.report.curve import Scores, SizePoint
+from mergekit_ext.report.curve import CheckedScores, EvaluationError, Scores, SizePoint
 
 ALL = "all"
 # From a module and the name of its task to its scores.

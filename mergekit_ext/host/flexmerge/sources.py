@@ -30,7 +30,7 @@ from mergekit_ext.host.class_model import class_names
 from mergekit_ext.host.flexmerge.parameters import Written
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io.headers import TensorHeader, read_folder
-from mergekit_ext.parallel.ranks import Ranks
+from mergekit_ext.parallel import Ranks
 
 DEFAULT_SEED = 0
 Headers = Mapping[str, TensorHeader]

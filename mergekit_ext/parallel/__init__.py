@@ -1,1 +1,0 @@
-"""Several processes that make one output: which of them does what, and how they start."""
