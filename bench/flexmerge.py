@@ -37,8 +37,7 @@ from mergekit_ext.flexmerge.source import BlockReader, FileSource
 from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
-from mergekit_ext.host.blocks.names import depth_of, is_task_head, kind_of
-from mergekit_ext.host.blocks.order import blocks_of
+from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.methods import BLOCKS, methods
 from mergekit_ext.methods.method import layout_of

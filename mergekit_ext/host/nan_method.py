@@ -29,7 +29,7 @@ from mergekit_ext.errors import (
     Problem,
     UniformCoefficientsWarning,
 )
-from mergekit_ext.host.blocks.names import block_of
+from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.declared import spec_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.session import TensorRecord

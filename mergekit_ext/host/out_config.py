@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.host.blocks.names import tied_groups
+from mergekit_ext.host.blocks import tied_groups
 from mergekit_ext.io.headers import TensorHeader, read_folder, same_bytes, weights_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -8,15 +8,14 @@ import pytest
 import transformers
 from safetensors import safe_open
 
-from mergekit_ext.host.blocks.names import (
-    depth_of,
+from mergekit_ext.host.blocks import (
+    blocks_of,
     is_task_head,
     kind_of,
     layer_of,
-    stack_of,
+    order_of,
     tied_groups,
 )
-from mergekit_ext.host.blocks.order import blocks_of, order_of
 
 TOKENS = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDTHS = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -271,8 +270,9 @@ def test_blocks(architecture, source, tmp_path):
     assert {f"{b}*" for b, ms in blocks.items() if any(map(is_task_head, ms))} == heads
     assert [name for name in names if layer_of(name) and kind_of(name) == "other"] == []
     stacks = {part.partition(":")[0].strip() for part in text.split("|") if ":" in part}
-    assert {stack_of(name) for name in names} == {*stacks, None}
-    assert {depth_of(name) for name in names} == {0, 1, None}
+    layers = {layer_of(name) for name in names} - {None}
+    assert {layer.stack for layer in layers} == stacks
+    assert {layer.depth for layer in layers} == {0, 1}
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -280,10 +280,9 @@ def test_layers(architecture, tmp_path):
     names = class_names(architecture, tmp_path)
     blocks = blocks_of(names, "layer", tied(architecture))
     for block, members in blocks.items():
-        layers = {(stack_of(name), depth_of(name)) for name in members}
-        assert len(layers) == 1
-        if layers != {(None, None)}:
-            assert block == ".".join(map(str, *layers))
+        (layer,) = {layer and layer[:2] for layer in map(layer_of, members)}
+        if layer is not None:
+            assert block == ".".join(map(str, layer))
     assert [name for members in blocks.values() for name in members if layer_of(name)] == [
         name for name in order_of(names) if layer_of(name)
     ]

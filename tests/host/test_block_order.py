@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.host.blocks.names import GRANULARITIES, block_of, depth_of, tied_groups
-from mergekit_ext.host.blocks.order import blocks_of, order_of
+from mergekit_ext.host.blocks import (
+    GRANULARITIES,
+    block_of,
+    blocks_of,
+    depth_of,
+    order_of,
+    tied_groups,
+)
 
 T5_TIED = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 CASES = {

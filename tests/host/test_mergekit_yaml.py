@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
-from mergekit_ext.host.blocks.names import block_of
+from mergekit_ext.host.blocks import block_of
 from tests import models as small
 from tests.reference import nan as reference
 from tests.reference.lore import lore as reference_lore

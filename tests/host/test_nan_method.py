@@ -17,7 +17,7 @@ from mergekit_ext.errors import (
     NonFiniteError,
     UniformCoefficientsWarning,
 )
-from mergekit_ext.host.blocks.names import block_of
+from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.method import ext_method
 from tests.reference import nan as reference
 

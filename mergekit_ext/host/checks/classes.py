@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_ext.errors import listing, tensors_at
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.blocks.names import is_task_head
+from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.plan import BY_FILES, Inventory
 from mergekit_ext.host.checks.report import Findings

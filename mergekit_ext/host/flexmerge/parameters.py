@@ -13,7 +13,7 @@ from mergekit_ext.errors import did_you_mean, join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Parameters
 from mergekit_ext.flexmerge.options import options
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
-from mergekit_ext.host.blocks.names import GRANULARITIES
+from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.flexmerge.algorithms import check_name, make, owners, parameters_of
 from mergekit_ext.host.flexmerge.registered import Registered

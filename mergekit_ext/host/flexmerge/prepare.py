@@ -16,8 +16,7 @@ from mergekit_ext.flexmerge.layout import Naming
 from mergekit_ext.flexmerge.plan import whole_models
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.blocks.names import depth_of, is_task_head, kind_of, tied_groups
-from mergekit_ext.host.blocks.order import blocks_of
+from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
 from mergekit_ext.host.checks.classes import check_inputs
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at

@@ -1,28 +1,46 @@
-"""What the names of parameters say: layer, kind, block, and which are one tensor."""
+"""From parameter names to blocks, the parts of a model that are treated as one, in network order.
+
+Names go in and names come out: no tensor, no configuration, no code of the model is needed, so
+the same rule serves every architecture that follows the naming habits of transformers. What those
+habits are is written in `block_tables`; a new one is a line there. For users: docs/blocks.md.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from enum import IntEnum
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
 
-from mergekit_ext.host.blocks.tables import (
+from mergekit_ext.host.block_tables import (
+    BODY,
     CODER_EMBEDDING,
     COMPONENTS,
     DECODER_BIAS,
     EMBEDDING,
+    HEAD_SLOTS,
+    INPUT_NORM,
     MODEL_HEAD,
     NESTED_STACKS,
     NORM,
+    NORM_SLOTS,
     OUTPUT_EMBEDDING,
+    PARTS,
     SHARED_EMBEDDING,
     STACKS,
     TASK_HEAD,
     TOKEN_EMBEDDING,
     Component,
     Kind,
+    Slot,
 )
 
 Granularity = Literal["component", "layer", "tensor", "model"]
+_Natural = tuple[tuple[int, int, str], ...]
+# Sorts after every component: what a stage holds beside its layers comes after them.
+_END = (2, 0, "")
 
 
 class Layer(NamedTuple):
@@ -52,35 +70,26 @@ def layer_of(name: str) -> Layer | None:
     return None
 
 
-def stack_of(name: str) -> str | None:
-    """Return the stack of layers that `name` is in ("model.layers"), None outside of layers."""
-    layer = layer_of(name)
-    return layer.stack if layer else None
-
-
 def depth_of(name: str) -> int | None:
     """Return the index of the layer that `name` is in, within its stack; None outside of layers."""
     layer = layer_of(name)
     return layer.depth if layer else None
 
 
-def module_of(name: str) -> str:
+def _module_of(name: str) -> str:
     """Return the module that holds parameter `name`; a bare parameter is its own module."""
     return name.rpartition(".")[0] or name
 
 
-def is_norm(name: str) -> bool:
-    """Whether the module that holds the parameter is a norm ("norm.mlp.fc" is not)."""
-    return NORM.search(module_of(name).rpartition(".")[2]) is not None
+def _is_norm(name: str) -> bool:
+    return NORM.search(_module_of(name).rpartition(".")[2]) is not None
 
 
-def component_of(name: str) -> Component | None:
-    """Return the part of its layer that `name` belongs to; None for norms and what is unknown."""
-    layer = layer_of(name)
-    if layer is None or is_norm(layer.rest):
-        return None
-    inner = module_of(layer.rest)
-    return next((part for part in COMPONENTS if part.pattern.search(inner)), None)
+def _component_of(layer: Layer) -> Component | None:
+    """Return the part of its layer that a name belongs to; None for norms and what is unknown."""
+    inner = _module_of(layer.rest)
+    parts = () if _is_norm(layer.rest) else COMPONENTS
+    return next((part for part in parts if part.pattern.search(inner)), None)
 
 
 def is_task_head(name: str) -> bool:
@@ -105,28 +114,25 @@ def kind_of(name: str) -> Kind:
     >>> kind_of("model.layers.0.self_attn.q_norm.weight"), kind_of("transformer.wte.weight")
     ('norm', 'embedding')
     """
-    if layer_of(name) is not None:
-        component = component_of(name)
-        inside: Kind = "norm" if is_norm(name) else "other"
-        return component.kind if component else inside
-    outside: tuple[tuple[Kind, bool], ...] = (
-        ("head", is_task_head(name) or MODEL_HEAD.search(name) is not None),
-        ("norm", is_norm(name)),
-        ("embedding", EMBEDDING.search(name) is not None),
-    )
-    return next((kind for kind, found in outside if found), "other")
+    layer = layer_of(name)
+    if layer is not None and (component := _component_of(layer)):
+        return component.kind
+    if layer is None and (is_task_head(name) or MODEL_HEAD.search(name)):
+        return "head"
+    if _is_norm(name):
+        return "norm"
+    return "embedding" if layer is None and EMBEDDING.search(name) else "other"
 
 
 def _by_component(name: str) -> str:
-    layer, component = layer_of(name), component_of(name)
-    if layer is None or component is None:
-        return module_of(name)
-    return f"{layer.stack}.{layer.depth}.{component.name}"
+    layer = layer_of(name)
+    component = None if layer is None else _component_of(layer)
+    return _module_of(name) if component is None else f"{_by_layer(name)}.{component.name}"
 
 
 def _by_layer(name: str) -> str:
     layer = layer_of(name)
-    return module_of(name) if layer is None else f"{layer.stack}.{layer.depth}"
+    return _module_of(name) if layer is None else f"{layer.stack}.{layer.depth}"
 
 
 GRANULARITIES: Mapping[Granularity, Callable[[str], str]] = {
@@ -155,15 +161,8 @@ def block_of(name: str, granularity: Granularity = "component") -> str:
     is the module that it sits in. "tensor": every tensor; "model": one block.
 
     A name alone does not say what it is tied to: `blocks_of` puts tied names together.
-
-    Raises:
-        ValueError: `granularity` is none of these.
     """
-    rule = GRANULARITIES.get(granularity)
-    if rule is None:
-        known = ", ".join(get_args(Granularity))
-        raise ValueError(f"granularity: found {granularity!r}; expected one of {known}")
-    return rule(name)
+    return GRANULARITIES[granularity](name)
 
 
 def tied_groups(names: Iterable[str], tie_word_embeddings: bool) -> list[set[str]]:
@@ -222,11 +221,9 @@ def _output_embeddings(present: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _nearness(embedding: str, output: str) -> tuple[int, bool]:
-    ours, theirs = embedding.split("."), output.split(".")
-    common = 0
-    while common < min(len(ours), len(theirs)) and ours[common] == theirs[common]:
-        common += 1
-    return common, any(part.endswith("decoder") for part in ours)
+    parts = embedding.split(".")
+    same = (ours == theirs for ours, theirs in zip(parts, output.split("."), strict=False))
+    return sum(takewhile(bool, same)), any(part.endswith("decoder") for part in parts)
 
 
 def _united(pairs: Iterable[tuple[str, str]]) -> list[set[str]]:
@@ -236,3 +233,110 @@ def _united(pairs: Iterable[tuple[str, str]]) -> list[set[str]]:
         groups = [group for group in groups if group.isdisjoint(pair)]
         groups.append(set(pair).union(*touched))
     return sorted((group for group in groups if len(group) > 1), key=min)
+
+
+def order_of(names: Iterable[str]) -> list[str]:
+    """Return `names`, without repetitions, in network order.
+
+    Embeddings, then the parts of the model (vision, text, encoder, decoder), in each of them its
+    own embeddings, its layers ascending, its final norm; then what follows all layers (final
+    norm, pooler), the heads last. In a layer: attention, cross attention, MLP, each norm where
+    its name says. Numbers sort as numbers. The order depends on the set of names only.
+
+    >>> order_of(["model.norm.weight", "model.layers.10.mlp.up_proj.weight",
+    ...           "model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight"])[:2]
+    ['model.embed_tokens.weight', 'model.layers.2.mlp.up_proj.weight']
+    """
+    return sorted(set(names), key=_place)
+
+
+def blocks_of(
+    names: Iterable[str], granularity: Granularity, tie_word_embeddings: bool
+) -> dict[str, list[str]]:
+    """Return the blocks of a model: block -> its tensor names, both in network order.
+
+    Names that are tied (see `tied_groups`) lie in one block, next to each other: that of the
+    first of them in network order, which is the input embedding where there is one.
+    """
+    wanted = set(names)
+    leader = {name: name for name in wanted}
+    for group in tied_groups(wanted, tie_word_embeddings):
+        leader.update(dict.fromkeys(group, min(group, key=_place)))
+    blocks: dict[str, list[str]] = {}
+    for name in sorted(wanted, key=lambda name: (_place(leader[name]), _place(name))):
+        blocks.setdefault(block_of(leader[name], granularity), []).append(name)
+    return blocks
+
+
+class _Zone(IntEnum):
+    INPUTS = 0
+    PARTS = 1
+    OUTPUTS = 2
+    MODEL_HEAD = 3
+    TASK_HEAD = 4
+
+
+class _Phase(IntEnum):
+    EMBEDDINGS = 0
+    INPUT_NORMS = 1
+    LAYERS = 2
+    FINAL_NORMS = 3
+    REST = 4
+
+
+@lru_cache(maxsize=1 << 16)
+def _place(name: str) -> tuple[Any, ...]:
+    """Return what names are sorted by: zone, part, phase, layer, slot; then name and spelling,
+    which decides between "x.1" and "x.01"."""
+    layer, part, kind = layer_of(name), _part(name), kind_of(name)
+    zone, phase = _Zone.PARTS, _Phase.LAYERS
+    path: _Natural = ()
+    slot = (0, 0)
+    if layer is not None:
+        path, slot = (*_natural(f"{layer.stack}.{layer.depth}"), _END), _slot(name, layer)
+    elif kind == "head":
+        zone = _Zone.TASK_HEAD if is_task_head(name) else _Zone.MODEL_HEAD
+        slots = (at for at, pattern in enumerate(HEAD_SLOTS) if pattern.search(name))
+        part, phase, slot = None, _Phase.REST, (next(slots, len(HEAD_SLOTS)), 0)
+    else:
+        phase = _phase(name, kind)
+        if part is None:
+            zone = _Zone.INPUTS if phase < _Phase.LAYERS else _Zone.OUTPUTS
+    inside = BODY if part is None else part
+    return zone, inside, phase, path, slot, _natural(name), name
+
+
+def _natural(text: str) -> _Natural:
+    """Digits compare as numbers; "layers.2" comes before "layers.10"."""
+    pieces = (piece for piece in re.split(r"(\d+)|\.", text) if piece)
+    return tuple((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces)
+
+
+def _part(name: str) -> int | None:
+    """Return the part of the model that the outermost component in `PARTS` names."""
+    for component in _module_of(name).split("."):
+        for rank, pattern in PARTS:
+            if pattern.search(component):
+                return rank
+    return None
+
+
+def _phase(name: str, kind: Kind) -> _Phase:
+    if kind == "norm":
+        early = INPUT_NORM.search(_module_of(name)) is not None
+        return _Phase.INPUT_NORMS if early else _Phase.FINAL_NORMS
+    return _Phase.EMBEDDINGS if kind == "embedding" else _Phase.REST
+
+
+def _slot(name: str, layer: Layer) -> tuple[int, int]:
+    """Return the place within a layer: T5's numbered part of it, then the `Slot`."""
+    numbered = re.match(r"layer\.(\d+)\.", layer.rest)
+    part = int(numbered[1]) if numbered else 0
+    component = _component_of(layer)
+    if component is not None:
+        return part, component.slot
+    if not _is_norm(name):
+        return part, Slot.UNKNOWN
+    inner = _module_of(layer.rest)
+    found = (slot for slot, pattern in NORM_SLOTS if pattern.search(inner))
+    return part, next(found, Slot.BEFORE_ATTENTION)
