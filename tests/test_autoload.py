@@ -106,17 +106,17 @@ def test_an_entry_point_is_declared():
 
 @pytest.mark.parametrize("version", ["0.1.5", "0.1.6rc1", "0.1.12"])
 def test_later_versions_of_the_series_are_welcome(version, monkeypatch):
-    from mergekit_ext.host import compat
+    from mergekit_ext.host import patches
 
-    monkeypatch.setattr(compat.metadata, "version", lambda name: version)
-    compat.check_version()
+    monkeypatch.setattr(patches.metadata, "version", lambda name: version)
+    patches.check_version()
 
 
 @pytest.mark.parametrize("version", ["0.1.4", "0.2.0"])
 def test_another_mergekit_is_refused(version, monkeypatch):
     from mergekit_ext.errors import HostVersionError
-    from mergekit_ext.host import compat
+    from mergekit_ext.host import patches
 
-    monkeypatch.setattr(compat.metadata, "version", lambda name: version)
+    monkeypatch.setattr(patches.metadata, "version", lambda name: version)
     with pytest.raises(HostVersionError, match=rf"mergekit {version} is installed"):
-        compat.check_version()
+        patches.check_version()

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mergekit.options import MergeOptions
+
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.loader import file_with_adapter, set_up_files
 from mergekit_ext.host.checks.flat import adapter_problems, check_flat
 from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.method import ext_method
-from mergekit_ext.host.output import output
 from mergekit_ext.host.run import require
-from mergekit_ext.host.statistics import with_statistics
-from mergekit_ext.host.tasks import MergeTensorTask
+from mergekit_ext.host.tasks import MergeTensorTask, with_statistics
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
@@ -54,8 +54,9 @@ def extended_plan(stock: Callable[..., Any]) -> Callable[..., Any]:
         if session is not None:
             models = tuple(model.model for model in config.models)
             session.emit(MergeBegin(config.merge_method, session.output, models, len(saves)))
-        seed = options.random_seed or 0
-        tasks = with_statistics([_reporting(save.tensor_task, seed) for save in saves], options)
+        tasks = with_statistics(
+            [MergeTensorTask.of(save.tensor_task, options.random_seed) for save in saves], options
+        )
         replaced = [
             save.model_copy(update={"tensor_task": task})
             for save, task in zip(saves, tasks, strict=True)
@@ -78,8 +79,9 @@ def extended_command(stock: Callable[..., Any]) -> Callable[..., Any]:
         if method is None:
             stock(config_path=config_path, out_path=out_path, **arguments)
             return
-        options = _options(arguments)
-        with for_commands(), output(options, out_path, method, (), text) as folder:
+        given = {name: v for name, v in arguments.items() if name in MergeOptions.model_fields}
+        options = MergeOptions(**given)
+        with for_commands(), sessions.output(options, out_path, method, (), text) as folder:
             stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
 
     return command
@@ -89,16 +91,3 @@ def _parts(model: str) -> list[str]:
     """The file, or the file and its adapter."""
     reference = file_with_adapter(model)
     return [model] if reference is None else [reference.model.path, reference.lora.path]
-
-
-def _options(arguments: dict[str, Any]) -> Any:
-    from mergekit.options import MergeOptions
-
-    return MergeOptions(
-        **{name: arguments[name] for name in MergeOptions.model_fields if name in arguments}
-    )
-
-
-def _reporting(task: Any, seed: int) -> MergeTensorTask:
-    fields = {name: getattr(task, name) for name in type(task).model_fields}
-    return MergeTensorTask.model_construct(**fields, seed=seed)

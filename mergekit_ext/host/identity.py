@@ -1,28 +1,35 @@
-"""What decides an output: a merge that was killed is continued only if all of it is the same."""
+"""What decides an output: a killed merge is continued, and shared, only where it is the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelPath
 
-from mergekit_ext.errors import MergeError
+from mergekit_ext import parallel
+from mergekit_ext.errors import ConfigError, MergeError, Problem
 from mergekit_ext.host.adapters.fitted import VARIABLE as ADAPTERS_VARIABLE
 from mergekit_ext.host.checks.hub import cached_folder
 from mergekit_ext.host.inputs import files_of
+from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.model_files import may_be_hub_name
+from mergekit_ext.parallel import Ranks, own_device
 
-# What says how a merge runs and is shown, and nothing about its result.
+# Options of how a merge runs and is shown, which its result does not depend on.
 _NO_EFFECT = {"quiet", "verbosity", "num_threads", "async_write", "write_threads", "lazy_unpickle"}
 _PACKAGES = ("mergekit-ext", "mergekit", "torch", "transformers", "tokenizers")
 _PROSE = {".md"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+_REMEDY = (
+    "Start all processes with the same command and versions. Inputs that were copied to several "
+    "machines need the same times of change (rsync -t, cp -p)."
+)
 
 
 def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]:
@@ -79,11 +86,11 @@ def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:
 def _input(path: str, revision: str, options: Any) -> str:
     folder = Path(path)
     if folder.is_dir():
-        # Stories about a model may be rewritten while it is merged.
+        # Pages about a model may be rewritten while it is merged.
         kept = (f for f in files_of(folder) if f.suffix not in _PROSE)
         files = [(str(f.relative_to(folder)), *_state(f)) for f in kept if f.name[0] != "."]
         return _digest(files)
-    if not may_be_hub_name(path):  # of a tokenizer: mergekit will say it
+    if not may_be_hub_name(path):  # of a tokenizer: mergekit reports it
         return ""
     place = ModelPath(path=path, revision=revision or None)
     snapshot = cached_folder(place, options)
@@ -99,3 +106,78 @@ def _state(file: Path) -> tuple[int, int]:
 def _digest(*values: Any) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def process_problems(name: str, options: Any) -> Iterator[Problem]:
+    """Yield what keeps several processes from sharing a merge; nothing for one alone.
+
+    Args:
+        name: of the merge method.
+        options: mergekit's.
+    """
+    size = parallel.current().size
+    if size == 1:
+        return
+    if is_stock(name):  # an unknown name is another problem
+        yield Problem(
+            "merge_method",
+            f"{name}, which is mergekit's own, in {size} processes",
+            "a method of mergekit-ext",
+            "Merge in one process; --multi-gpu shares the work out over its GPUs.",
+        )
+    if not options.safe_serialization:
+        yield Problem(
+            "--no-safe-serialization",
+            f"it, in {size} processes",
+            "safetensors, which several processes can write",
+            "Leave it out.",
+        )
+    if options.multi_gpu:
+        yield Problem(
+            "--multi-gpu",
+            "it (perhaps as --gpu-rich) together with several processes",
+            "one of the two",
+            "Leave it out, and give --cuda: every process takes a GPU of its own.",
+        )
+    kind, _, number = options.device.partition(":")
+    if number:
+        yield Problem(
+            "--device",
+            f"{options.device} for several processes",
+            f"{kind}, of which every process takes its own",
+        )
+
+
+def own_options(options: Any) -> Any:
+    """Return mergekit's options as this process has them: its own device, one progress bar."""
+    processes = parallel.current()
+    if processes.size == 1:
+        return options
+    quiet = options.quiet or not processes.is_main
+    return options.model_copy(update={"device": own_device(options.device), "quiet": quiet})
+
+
+def require_same(processes: Ranks, given: Mapping[str, str]) -> None:
+    """Compare what all processes were given; each of them calls this.
+
+    Args:
+        processes: all of them.
+        given: what decides the output, by names that a user understands.
+
+    Raises:
+        ConfigError: in all of them, naming what differs in which.
+    """
+    if problems := list(_differences(processes.gather(dict(given)))):
+        raise ConfigError(problems)
+
+
+def _differences(everywhere: Sequence[Mapping[str, str]]) -> Iterator[Problem]:
+    first = everywhere[0]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for rank, found in enumerate(everywhere):
+        names = tuple(name for name in {**first, **found} if found.get(name) != first.get(name))
+        alike.setdefault(names, []).append(str(rank))
+    for names, others in alike.items():
+        if names:
+            where = f"rank{'s' if len(others) > 1 else ''} {', '.join(others)}"
+            yield Problem(where, f"another {', '.join(names)}", "what rank 0 was given", _REMEDY)

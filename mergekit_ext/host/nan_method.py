@@ -266,7 +266,7 @@ class NanMethod(ExtMethod):
         self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         # Only calls with all groups in memory come here; the graph binds while planning and
-        # measures in a graph of its own (host/statistics.py).
+        # measures in a graph of its own (host/tasks.py).
         bound = super()._bind_parameters(groups, parameters)
         keys = {
             i: (

@@ -31,19 +31,21 @@ is loaded):
 ``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
                                 YAML, an alias bomb, or refused by mergekit's schema is one message.
 ``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
-                                merge of ours runs (`local_cards`).
-
-`compat` uses what is not public API without changing it. Everything is found by its 0.1.5 name.
+                                merge of ours runs (`session.output`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import metadata
 from typing import Any
 
-from mergekit_ext.host import compat
+from packaging.version import Version
 
+from mergekit_ext.errors import HostVersionError
+
+_OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -56,21 +58,42 @@ def _replace(owner: Any, name: str, wrap: Wrap) -> None:
         setattr(owner, name, made)
 
 
-def extend_methods(_: Any) -> None:
+def check_version() -> None:
+    """Raise `HostVersionError` unless the installed mergekit is 0.1.5 or a later 0.1.x."""
+    found = metadata.version("mergekit")
+    if not _OLDEST <= Version(found).release < _TOO_NEW:
+        raise HostVersionError(
+            f"mergekit {found} is installed; mergekit_ext works with mergekit >= 0.1.5, < 0.2. "
+            "Install such a version, or set MERGEKIT_EXT_AUTOLOAD=0 to use mergekit without it."
+        )
+
+
+def extend_methods(merge_methods: Any) -> None:
     """Register the methods, read models with an adapter, and read sizes of shards.
 
     The rest is done here because nothing opens a model before this module is loaded, while
     ``mergekit.io.tasks`` itself may be loaded in the middle of modules that the host imports.
+    Methods that others have registered since the last call get their `nan_<method>` too.
     """
-    compat.check_version()
+    check_version()
     from mergekit.architecture import auto
     from mergekit.io.tasks import LoaderCache, LoadTensor
     from mergekit.options import ShardSizeParamType
 
     from mergekit_ext.host.adapters import loader
-    from mergekit_ext.host.registration import register_methods
+    from mergekit_ext.host.declared import DeclaredMethod
+    from mergekit_ext.host.flexmerge.method import FlexMergeMethod
+    from mergekit_ext.host.nan_method import NanMethod, takes_nan
+    from mergekit_ext.methods import MODELS, methods
 
-    register_methods()
+    def register(methods: Iterable[Any]) -> None:
+        known = {method.spec.name for method in merge_methods.registered_methods()}
+        for method in methods:
+            if method.spec.name not in known:
+                merge_methods.register(method)
+
+    register([NanMethod(), FlexMergeMethod(), *map(DeclaredMethod, methods(MODELS).values())])
+    register([NanMethod(other) for other in merge_methods.registered_methods() if takes_nan(other)])
     _replace(auto, "get_model_tensor_names", loader.tensor_names)
     _replace(LoaderCache, "setup", loader.setup)
     _replace(LoaderCache, "get", loader.get)

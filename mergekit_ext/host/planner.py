@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_ext import parallel
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.method import ext_method
+from mergekit_ext.host.method import ExtMethod, ext_method
 from mergekit_ext.host.session import Session
-from mergekit_ext.host.statistics import with_statistics
-from mergekit_ext.host.tasks import MergeTensorTask
+from mergekit_ext.host.tasks import MergeTensorTask, with_statistics
 from mergekit_ext.host.writer import PlannedWriter, PlannedWriterTask
 from mergekit_ext.methods import Inputs
 
@@ -33,7 +31,7 @@ def extended(stock: type) -> type:
 
         def _plan(self) -> None:
             super()._plan()
-            self._prepare(sessions.current(), frozenset())
+            self._prepare(sessions.current(), ())
 
         def plan_tensor(
             self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
@@ -54,7 +52,7 @@ def extended(stock: type) -> type:
 
         def plan_to_disk(self, out_path: str) -> list[Any]:
             """mergekit's tasks, with a writer whose finished tensors are not merged again."""
-            session = sessions.current()
+            session, processes = sessions.current(), parallel.current()
             if session is None or session.journal is None or session.staging is None:
                 return super().plan_to_disk(out_path)
             super()._plan()
@@ -69,6 +67,8 @@ def extended(stock: type) -> type:
                 done, count = len(writer.finished), len(entries)
                 session.say(f"Going on with a merge that was stopped: {done} of {count} tensors.")
             self._prepare(session, writer.finished)
+            left = [item for item in self._tensors if item[0].name not in writer.finished]
+            owners = processes.share([session.size_of(weight.name) for weight, _ in left])
             task = PlannedWriterTask.of(writer, out_path, limit)
             saves = [
                 SaveTensor(
@@ -79,36 +79,36 @@ def extended(stock: type) -> type:
                     optional=weight.optional,
                     dtype=weight.force_dtype or self.config.out_dtype,
                 )
-                for weight, merged in self._own_share(session, writer.finished)
+                for (weight, merged), owner in zip(left, owners, strict=True)
+                if owner == processes.rank
             ]
             last = FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=task)
             rest = [self._tokenizer_task] if self._tokenizer_task else []
             return [*saves, last, *rest]
 
-        def _own_share(self, session: Session, finished: Collection[str]) -> list[Any]:
-            left = [item for item in self._tensors if item[0].name not in finished]
-            owners = parallel.current().share([session.size_of(weight.name) for weight, _ in left])
-            mine = parallel.current().rank
-            return [item for item, owner in zip(left, owners, strict=True) if owner == mine]
-
         def _prepare(self, session: Session | None, finished: Collection[str]) -> None:
             """Make the tasks ours, with what the statistics graph measures."""
-            method = self._method.spec.name
-            if ext_method(method) is None and session is None:
+            name = self._method.spec.name
+            method = ext_method(name)
+            if method is None and session is None:
                 return
-            _forewarn(method, [task for _, task in self._tensors], session)
+            if method is not None:
+                _forewarn(method, (task for _, task in self._tensors), session or Session())
             if session is not None:
                 models = tuple(map(str, self.config.referenced_models()))
                 left = len(self._tensors) - len(finished)
-                session.emit(MergeBegin(method, session.output, models, left))
-            seed = self.options.random_seed or 0
+                session.emit(MergeBegin(name, session.output, models, left))
+            weights = [weight for weight, _ in self._tensors]
+            # Cast once: a half-precision result would be rounded before a wider out_dtype.
             tasks = [
-                _reporting(task, weight.force_dtype or self.config.out_dtype, seed)
+                MergeTensorTask.of(
+                    task,
+                    self.options.random_seed,
+                    out_dtype=weight.force_dtype or self.config.out_dtype,
+                )
                 for weight, task in self._tensors
             ]
-            planned = with_statistics(tasks, self.options)
-            weights = [weight for weight, _ in self._tensors]
-            self._tensors = list(zip(weights, planned, strict=True))
+            self._tensors = list(zip(weights, with_statistics(tasks, self.options), strict=True))
 
     return MergePlanner
 
@@ -118,13 +118,7 @@ def _is_stored(model: Any, weight: Any) -> bool:
     return any(name in stored for name in (weight.name, *(weight.aliases or ())))
 
 
-def _forewarn(
-    name: str, tasks: list[ExecuteMergeMethodTask], session: sessions.Session | None
-) -> None:
-    method = ext_method(name)
-    if method is None:
-        return
-    session = session or sessions.Session()
+def _forewarn(method: ExtMethod, tasks: Iterable[Any], session: Session) -> None:
     for task in tasks:
         # Norm and head of a merge of slices have the parameters of one slice's models only.
         weights = [
@@ -134,9 +128,3 @@ def _forewarn(
         ]
         inputs = Inputs(len(weights), task.base_model is not None, weights=weights)
         session.warn(method.forewarnings(dict(task.parameters.items()), inputs))
-
-
-def _reporting(task: ExecuteMergeMethodTask, out_dtype: str | None, seed: int) -> MergeTensorTask:
-    fields = {name: getattr(task, name) for name in type(task).model_fields}
-    # Cast once: without this a half-precision result would be rounded before a wider out_dtype.
-    return MergeTensorTask.model_construct(**{**fields, "out_dtype": out_dtype, "seed": seed})

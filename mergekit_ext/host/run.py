@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_ext import parallel
-from mergekit_ext.errors import (
-    ConfigError,
-    MergekitExtError,
-    MergeWarning,
-    Problem,
-)
-from mergekit_ext.host import compat
+from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.agreement import own_options, require_same, sharing_problems
 from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import models_at
@@ -31,10 +25,16 @@ from mergekit_ext.host.checks.merge import examine, models_of_stock
 from mergekit_ext.host.checks.report import CheckReport
 from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.companions import completed
-from mergekit_ext.host.identity import identity, require_unchanged, weights_of
+from mergekit_ext.host.identity import (
+    identity,
+    own_options,
+    process_problems,
+    require_same,
+    require_unchanged,
+    weights_of,
+)
 from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import WholeModelMethod, ext_method, is_stock
-from mergekit_ext.host.output import output
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
@@ -95,31 +95,21 @@ def _checked_models(config: MergeConfiguration, options: MergeOptions) -> Iterat
     if not adapted and not all(os.path.isdir(model.model.path) for model in models):
         yield  # what mergekit downloads is looked at by mergekit
         return
-    # What mergekit's own methods unpickle is for mergekit to say.
-    with allowing_pickles(True):
-        compat.clear_loaders()
-        try:
-            with for_commands():
-                report = models_of_stock(config, options)
-                if adapted:
-                    require(report.problems)
-                warn_of([*map(str, report.problems), *report.warnings])
-                _warn_of_cache(models, options)
-            with for_commands() if adapted else nullcontext():
-                yield
-        finally:
-            compat.clear_loaders()
+    # Pickles that mergekit's own methods read are mergekit's to refuse.
+    with allowing_pickles(True), _fresh_loaders():
+        with for_commands():
+            report = models_of_stock(config, options)
+            if adapted:
+                require(report.problems)
+            _warn([*map(str, report.problems), *report.warnings], models, options)
+        with for_commands() if adapted else nullcontext():
+            yield
 
 
-def warn_of(texts: Iterable[str]) -> None:
-    """Issue one warning for each text."""
-    for text in texts:
+def _warn(texts: Iterable[str], models: Iterable[Any], options: MergeOptions) -> None:
+    unused = options.lora_merge_cache and any(map(applies, models))
+    for text in (*texts, *([unused_cache(options)] if unused else [])):
         warnings.warn(MergeWarning(text), stacklevel=3)
-
-
-def _warn_of_cache(models: Iterable[Any], options: MergeOptions) -> None:
-    if options.lora_merge_cache and any(map(applies, models)):
-        warnings.warn(MergeWarning(unused_cache(options)), stacklevel=3)
 
 
 def _merge(
@@ -133,33 +123,28 @@ def _merge(
 ) -> None:
     method = ext_method(config.merge_method)
     whole = method if isinstance(method, WholeModelMethod) else None
-    sharing = list(sharing_problems(config.merge_method, method, options))
-    options = own_options(options)
+    unshared = list(process_problems(config.merge_method, options))
+    processes, options = parallel.current(), own_options(options)
     with _fresh_loaders():
         check: Callable[..., tuple[CheckReport, Any]] = whole.prepare if whole else examine
         report, checked = check(config, options, config_source)
-        config = compat.ordered(config)
+        config = ordered(config)
         source = config_source or config.to_yaml()
-        found = [
-            *report.problems,
-            *_place_problems(out_path, config, report, bool(whole)),
-            *sharing,
-        ]
-        require(found)
+        place = _place_problems(out_path, config, report, bool(whole))
+        require([*report.problems, *place, *unshared])
         parts = identity(source, options, models_of(config))
-        together = parallel.current()
-        require_same(together, {**parts, "output": os.fspath(Path(out_path).resolve())})
-        if whole:  # which notes itself what each finished piece depends on
+        require_same(processes, {**parts, "output": os.fspath(Path(out_path).resolve())})
+        if whole:  # whose lines in the journal say what each finished piece depends on
             del parts["configuration"]
         merged = config.referenced_models()
         weights = weights_of(merged)
-        if together.is_main:
-            warn_of(report.warnings)
-        _warn_of_cache(merged, options)
+        _warn(report.warnings if processes.is_main else (), merged, options)
         resumable = parts if whole or options.safe_serialization else None
         restart = restart or os.environ.get(RESTART_VARIABLE) == "1"
         reports = None if whole else method
-        with output(options, out_path, reports, callbacks, source, resumable, restart) as folder:
+        with sessions.output(
+            options, out_path, reports, callbacks, source, resumable, restart
+        ) as folder:
             try:
                 if whole:
                     whole.write(checked, config, folder, options, source)
@@ -173,17 +158,18 @@ def _merge(
                     # Whatever a library reports of files that were written to meanwhile.
                     require_unchanged(weights)
                 raise
-            together.from_main(lambda: require_unchanged(weights))
+            processes.from_main(lambda: require_unchanged(weights))
 
 
 @contextmanager
 def _fresh_loaders() -> Iterator[None]:
     """Forget open files before and after; keep the collector from what is loaded already.
 
-    The libraries' million objects outlive the merge: planning, which makes many small ones, would
-    have the collector go through all of them again and again.
+    mergekit's cache outlives merges: a file that was replaced would be read by its old index. The
+    libraries' million objects outlive them too: planning, which makes many small ones, would have
+    the collector go through all of them again and again.
     """
-    compat.clear_loaders()
+    _forget_loaders()
     frozen = gc.get_freeze_count() == 0  # a caller's own freeze is left alone
     if frozen:
         gc.freeze()
@@ -192,7 +178,36 @@ def _fresh_loaders() -> Iterator[None]:
     finally:
         if frozen:
             gc.unfreeze()
-        compat.clear_loaders()
+        _forget_loaders()
+
+
+def _forget_loaders() -> None:
+    LoaderCache().flush_all()
+    LoaderCache.loaders.clear()
+
+
+class _InOrder(MergeConfiguration):
+    """Gives its models in the order of the file.
+
+    mergekit gives them in hash order, and takes configuration and tokenizer of a merge without a
+    base from the first.
+    """
+
+    def referenced_models(self) -> list[Any]:
+        modules = list((self.modules or {}).values())
+        slices = [*(self.slices or []), *(s for m in modules for s in m.slices or [])]
+        models = [
+            *([self.base_model] if self.base_model else []),
+            *(m.model for m in self.models or []),
+            *(m.model for module in modules for m in module.models or []),
+            *(source.model for s in slices for source in s.sources),
+        ]
+        return list(dict.fromkeys(models))
+
+
+def ordered(config: MergeConfiguration) -> MergeConfiguration:
+    """Return the same configuration, with ``referenced_models`` in the order of the file."""
+    return _InOrder.model_construct(_fields_set=config.model_fields_set, **dict(config))
 
 
 def _place_problems(

@@ -1,4 +1,4 @@
-"""What is known while a merge runs: its listeners, and what its method reports of each tensor.
+"""One merge while it runs: its listeners, the records of its tensors, and its output.
 
 mergekit's tasks may run in threads and carry only plain values, so listeners cannot travel through
 the graph. One merge runs at a time in a process; `current` returns its session.
@@ -6,21 +6,50 @@ the graph. One merge runs at a time in a process; `current` returns its session.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit.options import MergeOptions
 
 from mergekit_ext import parallel
-from mergekit_ext.errors import MergeWarning
-from mergekit_ext.events import Dispatcher, Event
+from mergekit_ext.errors import (
+    ConfigError,
+    MergekitExtError,
+    MergeWarning,
+    Problem,
+    RankError,
+    StoppedError,
+)
+from mergekit_ext.events import (
+    Dispatcher,
+    Event,
+    JsonLines,
+    MergeEnd,
+    ProgressBar,
+    ShardWritten,
+)
+from mergekit_ext.flexmerge.manifest import SHARDS
+from mergekit_ext.host.out_config import agree
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.planned import Entry
-from mergekit_ext.io.staging import Staging
+from mergekit_ext.io.staging import WEIGHTS, Staging, by_machine, staged
+from mergekit_ext.report.card import append_section, write_report
+
+if TYPE_CHECKING:
+    from mergekit_ext.host.method import ExtMethod
+
+EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
+_KEPT = "What is finished is kept: the same command goes on with it, --restart starts over."
+_GONE = "The hidden folder that it was written in is gone: the same command starts over."
 
 
 @dataclass(frozen=True)
@@ -43,22 +72,27 @@ class Session:
         journal: what is finished of it; None for merges that cannot be continued.
         predicted: the output's tensors as far as headers give them; None for the others.
         order: the names of the output's tensors, in which `records` come.
+        recorded: what was reported, by the tensor's name.
         afterwards: warnings for when the output stands; one that is an error must not cost it.
     """
 
-    def __init__(self, dispatcher: Dispatcher | None = None, output: str = "", source: str = ""):
-        self.output = output
-        self.source = source
-        self.quiet = True
+    def __init__(
+        self,
+        dispatcher: Dispatcher | None = None,
+        output: str = "",
+        source: str = "",
+        quiet: bool = True,
+    ):
+        self.output, self.source, self.quiet = output, source, quiet
         self.staging: Staging | None = None
         self.journal: Journal | None = None
         self.predicted: Mapping[str, Entry | None] = {}
         self.order: Sequence[str] = ()
+        self.recorded: dict[str, TensorRecord] = {}
         self.afterwards: list[MergeWarning] = []
         self.started = time.perf_counter()
         self._dispatcher = dispatcher or Dispatcher()
         self._lock = threading.Lock()
-        self._records: dict[str, TensorRecord] = {}
         self._warned: set[type[MergeWarning]] = set()
 
     def close(self) -> None:
@@ -106,23 +140,15 @@ class Session:
     def record(self, record: TensorRecord) -> None:
         """Keep what a method reports; a method that wraps another adds to its report."""
         with self._lock:
-            details = {**self.details(record.name), **record.details}
-            self._records[record.name] = TensorRecord(record.name, record.size, details)
-
-    def find(self, name: str) -> TensorRecord | None:
-        """Return what was recorded of tensor `name`."""
-        return self._records.get(name)
-
-    def details(self, name: str) -> Mapping[str, Any]:
-        """Return the details recorded of tensor `name`; empty if there are none."""
-        record = self._records.get(name)
-        return record.details if record else {}
+            before = self.recorded.get(record.name)
+            details = {**(before.details if before else {}), **record.details}
+            self.recorded[record.name] = TensorRecord(record.name, record.size, details)
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
         """The records in the order of the output, whatever the order of the work."""
-        names = {name: None for name in (*self.order, *self._records) if name in self._records}
-        return tuple(self._records[name] for name in names)
+        names = dict.fromkeys((*self.order, *self.recorded))
+        return tuple(self.recorded[name] for name in names if name in self.recorded)
 
 
 _active: list[Session] = []
@@ -143,3 +169,145 @@ def active(session: Session) -> Iterator[Session]:
             yield session
         finally:
             _active.remove(session)
+
+
+@contextmanager
+def listening(
+    options: MergeOptions, callbacks: Iterable[object], out_path: str = "", source: str = ""
+) -> Iterator[Session]:
+    """Yield a session with the progress bar, `callbacks` and what the environment asks for."""
+    listeners = _listeners(options, callbacks) if parallel.current().is_main else []
+    session = Session(Dispatcher(listeners), out_path, source, options.quiet)
+    try:
+        try:
+            with active(session):
+                yield session
+        finally:
+            session.close()
+    except KeyboardInterrupt:
+        if session.journal is not None and _left(session) == _KEPT and parallel.current().is_main:
+            print(_KEPT, file=sys.stderr)  # below the bar, which is closed now
+        raise
+
+
+def _listeners(options: MergeOptions, callbacks: Iterable[object]) -> list[object]:
+    listeners: list[object] = [] if options.quiet else [ProgressBar()]
+    listeners.extend(callbacks)
+    if path := os.environ.get(EVENTS_VARIABLE):
+        try:
+            listeners.append(JsonLines(path))
+        except OSError as error:
+            problem = Problem(EVENTS_VARIABLE, f"{path} ({error.strerror})", "a file to append to")
+            raise ConfigError([problem]) from None
+    return listeners
+
+
+@contextmanager
+def output(
+    options: MergeOptions,
+    out_path: str,
+    method: ExtMethod | None,
+    callbacks: Iterable[object],
+    source: str = "",
+    identity: Mapping[str, str] | None = None,
+    restart: bool = False,
+) -> Iterator[Path]:
+    """Yield the folder to merge into; then write the report, and put the folder in its place.
+
+    Args:
+        options: mergekit's; `quiet` switches the progress bar off.
+        out_path: the folder that the output becomes.
+        method: the method that reports; None for mergekit's own.
+        callbacks: beside the progress bar and what the environment asks for.
+        source: the text of the configuration.
+        identity: whatever decides the output; with it the session has a journal, and what is
+            finished is kept when the merge is stopped.
+        restart: do not continue what an earlier merge has left.
+    """
+    with listening(options, callbacks, out_path, source) as session:
+        with _local_cards(), _folder(session, out_path, identity, restart) as folder:
+            yield folder
+            agree(folder)
+            if method is not None:
+                details = {record.name: record.details for record in session.records}
+                write_report(folder, method.spec.name, details, options.random_seed or 0)
+                append_section(folder / "README.md", method.summary(session.records))
+        if not parallel.current().is_main:
+            return
+        for shard in _shards(Path(out_path)):
+            session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
+        session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
+        if method is not None:
+            session.afterwards += method.warnings(session.records)
+        session.warn(session.afterwards)
+
+
+@contextmanager
+def _local_cards() -> Iterator[None]:
+    """Inside, mergekit writes model cards without the Hub.
+
+    Of a local folder called like a repository (``big/base``) it asks whether the Hub has one of
+    that name: without a network that raises when all the weights are written.
+    """
+    from mergekit import card
+
+    stock = card.is_hf
+    card.is_hf = lambda path: not Path(path).exists() and stock(path)
+    try:
+        yield
+    finally:
+        card.is_hf = stock
+
+
+@contextmanager
+def _folder(
+    session: Session, out_path: str, identity: Mapping[str, str] | None, restart: bool
+) -> Iterator[Path]:
+    """Yield the folder to merge into; beside the main process, one that goes with the staging."""
+    processes = parallel.current()
+    try:
+        with ExitStack() as stack:
+            staging = processes.from_main(
+                lambda: stack.enter_context(staged(out_path, identity, restart))
+            )
+            session.staging = staging
+            if staging.changed:
+                changed = ", ".join(staging.changed)
+                session.say(f"Starting over: not what was merged before ({changed}).")
+            if identity is not None:
+                session.journal = Journal(staging.path, processes.rank)
+            # No process adds a line before all have read the same ones.
+            processes.wait()
+            folder = staging.output
+            if not processes.is_main:
+                folder = staging.path / f".rank-{processes.rank}" / folder.name
+                folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+    except RankError:
+        raise RankError(_left(session)) from None
+    except Exception as error:
+        if identity is None or isinstance(error, MergekitExtError) or not by_machine(error):
+            raise
+        raise StoppedError(f"{_reason(error, session)}. {_left(session)}".rstrip()) from error
+
+
+def _reason(error: BaseException, session: Session) -> str:
+    """Return what stopped a merge; of a full disk, which."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full and session.staging is not None:
+        return f"the disk of {session.staging.path.parent} is full ({error}): free some space there"
+    return f"{type(error).__name__}: {error}"
+
+
+def _left(session: Session) -> str:
+    """Return what a stopped merge has left, and how to continue it; "" before it has begun."""
+    if session.staging is None:
+        return ""
+    return _KEPT if session.staging.path.exists() else _GONE
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the files of weights in `folder`, in order; shared ones once."""
+    if (folder / SHARDS).is_dir():
+        return sorted((folder / SHARDS).iterdir())
+    return sorted(path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))

@@ -12,11 +12,11 @@ from mergekit import merge_methods
 from mergekit.merge_methods.base import BasePolicy, MergeMethodSpec
 from mergekit.options import MergeOptions
 
+import mergekit_ext
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.merge import check_merge
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.method import WholeModelMethod, ext_method
-from mergekit_ext.host.registration import register_methods
 
 
 def configuration(
@@ -64,6 +64,6 @@ def problems(source: str, options: MergeOptions) -> Sequence[Problem]:
 
 
 def _spec(method: str) -> MergeMethodSpec | None:
-    register_methods()
+    mergekit_ext.register()
     specs = (known.spec for known in merge_methods.registered_methods())
     return next((spec for spec in specs if spec.name == method), None)

@@ -1,25 +1,41 @@
-"""Graph tasks: one tensor measured, one tensor merged."""
+"""Graph tasks: one tensor merged, one tensor measured, and the statistics graph of the latter.
+
+NAN with granularity ``block`` or ``model`` needs norms of whole groups of tensors before a tensor
+is merged: a first graph measures them. They become parameters of the tasks of the second graph,
+which has no edges between tensors and so stays as parallel as mergekit made it.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.common import ImmutableMap, ModelReference
-from mergekit.graph import Task
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.multigpu_executor import MultiGPUExecutor
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
-from mergekit_ext.events import TensorMeasured, TensorMerged
+from mergekit_ext.events import StatisticsBegin, StatisticsEnd, TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ext_method
-from mergekit_ext.host.nan_method import NanMethod
+from mergekit_ext.host.nan_method import GRANULARITIES, NORMS, NanMethod
+from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import is_counter
+from mergekit_ext.io.journal import Finished
+from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
+
+# The kind of line in the journal.
+_LINE = "norms"
 
 
 class MergeTensorTask(ExecuteMergeMethodTask):
@@ -32,6 +48,12 @@ class MergeTensorTask(ExecuteMergeMethodTask):
 
     seed: int = 0
 
+    @classmethod
+    def of(cls, task: ExecuteMergeMethodTask, seed: int | None, **changed: Any) -> MergeTensorTask:
+        """Return mergekit's task as one of ours, with other values of the fields in `changed`."""
+        fields = {name: getattr(task, name) for name in type(task).model_fields}
+        return cls.model_construct(**{**fields, "seed": seed or 0, **changed})
+
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor | None:
@@ -40,28 +62,28 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         Raises:
             MergeError: tensors without a mean, which are copied, differ.
         """
-        started = time.perf_counter()
+        started, name = time.perf_counter(), self.output_weight.name
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        if is_counter(self.output_weight.name) and tensors:
+        if is_counter(name) and tensors:
             order = (self.base_model, *self.model_order)
             tensors = dict.fromkeys(tensors, next(tensors[m] for m in order if m in tensors))
-        with seeded(derived(self.seed, self.output_weight.name), device):
+        with seeded(derived(self.seed, name), device):
             try:
                 merged: torch.Tensor | None = super().execute(tensors)
             except ValueError:
-                _require_same_copied(self.output_weight.name, tensors)
+                _require_same_copied(name, tensors)
                 raise
         session = sessions.current()
         if session is not None:
-            name = self.output_weight.name
             shape = () if merged is None else tuple(merged.shape)
-            seconds = time.perf_counter() - started
-            session.emit(TensorMerged(name, shape, session.details(name), seconds))
+            record = session.recorded.get(name)
+            details = {} if record is None else record.details
+            session.emit(TensorMerged(name, shape, details, time.perf_counter() - started))
         return merged
 
 
 def _require_same_copied(name: str, tensors: Mapping[ModelReference, torch.Tensor]) -> None:
-    """Refuse what mergekit stops at with an error of its own, without saying in which models."""
+    """Refuse what mergekit stops at with an error of its own, which names no models."""
     (first, start), *others = tensors.items()
     if all(tensor.is_floating_point() for tensor in tensors.values()):
         return
@@ -78,45 +100,180 @@ def _require_same_copied(name: str, tensors: Mapping[ModelReference, torch.Tenso
 
 
 class MeasureTensorTask(Task[dict[str, float]]):
-    """The norms of one tensor's inputs, for `nan` with granularity block or model.
+    """The norms of the inputs of one `MergeTensorTask`, by the names of the models.
 
     The result is a mapping of plain numbers: the executor moves it nowhere, and a statistics
     graph has no task that joins tensors, so that several GPUs can share it.
     """
 
-    method_name: str
-    gather_tensors: Any
-    model_order: tuple[ModelReference, ...]
-    base_model: ModelReference | None
-    tensor: str
-    parameters: ImmutableMap[str, Any]
+    merge: Any
 
     def arguments(self) -> dict[str, Task]:
-        return {"tensors": self.gather_tensors}
+        return {"tensors": self.merge.gather_tensors}
 
     def group_label(self) -> str | None:
-        return self.gather_tensors.group_label()
+        label: str | None = self.merge.gather_tensors.group_label()
+        return label
 
     def uses_accelerator(self) -> bool:
         return True
 
     def execute(self, tensors: dict[ModelReference, torch.Tensor]) -> dict[str, float]:
-        method = ext_method(self.method_name)
-        present = [(m, tensors[m]) for m in self.model_order if tensors.get(m) is not None]
+        name, base = self.merge.output_weight.name, self.merge.base_model
+        method = ext_method(self.merge.method_name)
+        present = {m: tensors[m] for m in self.merge.model_order if tensors.get(m) is not None}
         norms: dict[str, float] = {}
         # Without the base's tensor there is no task vector: the merge passes such a tensor on.
-        floating = all(tensor.is_floating_point() for _, tensor in present)
-        based = self.base_model is None or tensors.get(self.base_model) is not None
-        if isinstance(method, NanMethod) and floating and (based or method.ignores_base):
+        floating = all(tensor.is_floating_point() for tensor in present.values())
+        if (
+            isinstance(method, NanMethod)
+            and floating
+            and (base is None or base in present or method.ignores_base)
+        ):
             entries = tuple(
-                TensorEntry(id=model, tensor=tensor, is_base=model == self.base_model)
-                for model, tensor in present
+                TensorEntry(id=model, tensor=tensor, is_base=model == base)
+                for model, tensor in present.items()
             )
-            group = TensorGroup(entries=entries, metadata=TensorMetadata(name=self.tensor))
+            group = TensorGroup(entries=entries, metadata=TensorMetadata(name=name))
             group.validate_tensors()
-            measured = method.norms(group, dict(self.parameters.items()))
+            measured = method.norms(group, dict(self.merge.parameters.items()))
             norms = {str(model): norm for model, norm in measured.items()}
         session = sessions.current()
         if session is not None:
-            session.emit(TensorMeasured(self.tensor))
+            session.emit(TensorMeasured(name))
         return norms
+
+
+class _Group(NamedTuple):
+    """What tensors have in common that share coefficients.
+
+    Slices may take different models, or measure against different bases: what is measured over
+    other tensors or otherwise cannot be compared.
+    """
+
+    granularity: str
+    name: str
+    models: tuple[ModelReference, ...]
+    base: ModelReference | None
+    norm_of: str | None
+
+
+_Norms = dict[_Group, dict[ModelReference, float]]
+
+
+def with_statistics(tasks: Iterable[MergeTensorTask], options: Any) -> list[MergeTensorTask]:
+    """Run the statistics graph that `tasks` need, if any; return the tasks with its results."""
+    grouped = [(_group_of(task), task) for task in tasks]
+    pending = [(group, task) for group, task in grouped if group is not None]
+    norms = _measured(pending, options) if pending else {}
+    return [
+        task if group is None else _with_norms(task, norms.get(group, {}))
+        for group, task in grouped
+    ]
+
+
+def _group_of(task: MergeTensorTask) -> _Group | None:
+    """Return the group of a task's tensor; None if it needs no other tensor's norms."""
+    if not isinstance(ext_method(task.method_name), NanMethod):
+        return None
+    granularity = task.parameters["granularity"]
+    if granularity == "tensor":
+        return None
+    name = GRANULARITIES[granularity](task.output_weight.name)
+    models = tuple(sorted(task.model_order, key=str))
+    return _Group(granularity, name, models, task.base_model, task.parameters["norm_of"])
+
+
+def _with_norms(task: MergeTensorTask, norms: Mapping[ModelReference, float]) -> MergeTensorTask:
+    parameters = {**dict(task.parameters.items()), NORMS: dict(norms)}
+    return task.model_copy(update={"parameters": ImmutableMap(parameters)})
+
+
+def _measured(tasks: Sequence[tuple[_Group, MergeTensorTask]], options: Any) -> _Norms:
+    """Return the norms of all groups: from the journal, or measured by this process or others."""
+    session, processes = sessions.current() or Session(), parallel.current()
+    started = time.perf_counter()
+    # A tied tensor counts once in each group.
+    unique = {(group, _stored(task)): (group, task) for group, task in reversed(tasks)}
+    groups = [(task.output_weight.name, group) for group, task in reversed(unique.values())]
+    targets = {
+        task.output_weight.name: MeasureTensorTask(merge=task)
+        for _, task in reversed(unique.values())
+    }
+    models = {str(model): model for _, task in tasks for model in task.model_order}
+
+    def are_norms(value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and value.keys() <= models.keys()
+            and all(type(norm) is float and 0 <= norm < math.inf for norm in value.values())
+        )
+
+    finished = Finished(session.journal)
+    found = {name: finished.found(_LINE, name, are_norms) for name in targets}
+    missing = [name for name, norms in found.items() if norms is None]
+    session.emit(StatisticsBegin(len(missing)))
+    owners = processes.share([session.size_of(name) for name in missing])
+    mine = [n for n, owner in zip(missing, owners, strict=True) if owner == processes.rank]
+    names = {targets[name]: name for name in mine}
+    measured = {}
+    for target, norms in _run(list(names), options):
+        measured[names[target]] = norms
+        finished.add(_LINE, names[target], norms)
+    for part in processes.gather(measured):
+        found |= part
+    totals = combine_norms(
+        (group, {models[model]: norm for model, norm in found[name].items()})
+        for name, group in groups
+    )
+    session.emit(StatisticsEnd(_coefficients(totals), time.perf_counter() - started))
+    return totals
+
+
+def _run(targets: Sequence[Task], options: Any) -> Iterator[tuple[Task, Any]]:
+    """Run tasks as ``run_merge`` would, without its progress bar; yield each with its value, once.
+
+    mergekit's multi-GPU executor may end before it has handed out what its threads put into the
+    queue: what is missing is run again.
+    """
+    missing = dict.fromkeys(targets)
+    if missing and options.multi_gpu:
+        storage = None if options.low_cpu_memory else "cpu"
+        for target, value in MultiGPUExecutor(targets, storage_device=storage).run(quiet=True):
+            del missing[target]
+            yield target, value
+    if missing:
+        storage = options.device if options.low_cpu_memory else "cpu"
+        executor = Executor(list(missing), math_device=options.device, storage_device=storage)
+        yield from executor.run(quiet=True)
+
+
+def _stored(task: MergeTensorTask) -> tuple[tuple[str, str], ...]:
+    """Return models and names of the stored tensors that a task reads.
+
+    mergekit plans a tied head as a tensor of its own, although it is the embedding that is read.
+    """
+    loads = []
+    pending: list[Any] = [task.gather_tensors]
+    while pending:
+        part = pending.pop()
+        pending += part.arguments().values()
+        if isinstance(part, LoadTensor):
+            name = part._resolve_name(LoaderCache().get(part.model))
+            loads.append((str(part.model), name or part.tensor))
+        elif hasattr(part, "tensor_name"):  # mergekit-pytorch's
+            loads.append((part.model, part.tensor_name))
+    return tuple(sorted(loads))
+
+
+def _coefficients(norms: _Norms) -> dict[str, dict[str, float]]:
+    """Return the coefficients of each group, by labels that differ."""
+    names = Counter(group.name for group in norms)
+    found = {}
+    for group, models in norms.items():
+        base = f" over {group.base}" if group.base else ""
+        listed = ", ".join(str(model) for model in group.models if model != group.base)
+        label = group.name if names[group.name] == 1 else f"{group.name} of {listed}{base}"
+        values = inverse_norm_coefficients(list(models.values()))
+        found[label] = dict(zip(map(str, models), values, strict=True))
+    return found

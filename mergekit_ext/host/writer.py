@@ -69,7 +69,7 @@ class PlannedWriter:
     def save_tensor(self, name: str, tensor: Tensor, clone: bool = False) -> None:
         """Write a merged tensor, and note it. `clone` is for writers that keep what they get."""
         entry = Entry.of(name, tensor.dtype, tensor.shape)
-        record = self._session.find(name)
+        record = self._session.recorded.get(name)
         with self._lock:
             file = self._file(entry)
             if name not in self._plan or file is not self._plan[name]:
@@ -83,7 +83,7 @@ class PlannedWriter:
         """When all processes are done: give the main one all records, and finish the files."""
         self._files.close()
         together = parallel.current()
-        records = {name: self._session.find(name) for name in self._placed}
+        records = {name: self._session.recorded.get(name) for name in self._placed}
         placed: dict[str, tuple[str, Entry]] = {}
         for files, found in together.gather((self._placed, records)):
             placed |= files

@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+_Group = TypeVar("_Group", bound=Hashable)
+_Model = TypeVar("_Model", bound=Hashable)
 
 
 def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
@@ -58,14 +62,14 @@ def uniform(coefficients: Sequence[float], tolerance: float = 1e-2) -> bool:
 
 
 def combine_norms(
-    measured: Iterable[tuple[Hashable, Mapping[Hashable, float]]],
-) -> dict[Hashable, dict[Hashable, float]]:
+    measured: Iterable[tuple[_Group, Mapping[_Model, float]]],
+) -> dict[_Group, dict[_Model, float]]:
     """Norms of whole groups from those of their tensors: the root of the sum of squares.
 
     Args:
         measured: for each tensor the key of its group, and the norm of each model.
     """
-    norms: dict[Hashable, dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
+    norms: dict[_Group, dict[_Model, list[float]]] = defaultdict(lambda: defaultdict(list))
     for key, values in measured:
         for model, norm in values.items():
             norms[key][model].append(norm)

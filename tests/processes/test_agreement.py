@@ -10,8 +10,7 @@ from mergekit.options import MergeOptions
 import mergekit_ext
 from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.agreement import require_same
-from mergekit_ext.host.identity import identity
+from mergekit_ext.host.identity import identity, require_same
 from mergekit_ext.parallel import Ranks
 from tests import models
 from tests.processes.together import together

@@ -13,7 +13,7 @@ import mergekit_ext
 from mergekit_ext import parallel
 from mergekit_ext.cli import main
 from mergekit_ext.errors import ConfigError, RankError
-from mergekit_ext.host.output import output
+from mergekit_ext.host.session import output
 from mergekit_ext.parallel import Ranks
 from tests import models
 

@@ -17,7 +17,7 @@ from mergekit_ext.host.flexmerge.curve_files import flexmerge_config, require_fo
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.parameters import variant
 from mergekit_ext.host.flexmerge.sources import open_inputs
-from mergekit_ext.host.output import listening
+from mergekit_ext.host.session import listening
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.similarity import (
     BlockSimilarity,

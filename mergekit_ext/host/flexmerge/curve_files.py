@@ -13,11 +13,10 @@ from mergekit.options import MergeOptions
 
 from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
-from mergekit_ext.host import compat
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.flexmerge.sizes import Evaluate, Evaluator, Tracer
-from mergekit_ext.host.output import listening
-from mergekit_ext.host.run import require
+from mergekit_ext.host.run import ordered, require
+from mergekit_ext.host.session import listening
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.report.curve import (
@@ -121,7 +120,7 @@ def flexmerge_config(path: Path) -> tuple[MergeConfiguration, str]:
     if config.merge_method != "flexmerge":
         found, expected = repr(config.merge_method), "'flexmerge'"
         require([Problem("merge_method", found, expected, "Use mergekit-yaml for other methods.")])
-    return compat.ordered(config), source
+    return ordered(config), source
 
 
 def require_folder(folder: Path, config: MergeConfiguration) -> None:
