@@ -15,11 +15,6 @@ from torch import Tensor
 
 from mergekit_ext.errors import NonFiniteError
 
-# What merges report: a module's name and details; the same of each iteration of a solver, with
-# iteration, objective and change.
-OnModule = Callable[[str, Mapping[str, Any]], None]
-OnModuleIteration = Callable[[str, int, float, float], None]
-
 # How PEFT stores a module's factors; `peft_merge.io.layouts` converts each to stacked matrices.
 LayoutName = Literal["linear", "embedding", "convolution", "parameter"]
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +21,15 @@ from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients, uniform
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
 from mergekit_ext.methods import Method
-from peft_merge import ia3
-from peft_merge.adapter import Ia3Adapter, LoraAdapter, Update, finite_update, modules_of
-from peft_merge.algebra.orthonormal import orthonormal
+from peft_merge.adapter import Ia3Adapter, Update, finite_update
+from peft_merge.algebra.core_space import orthonormal
 from peft_merge.config.plan import MergePlan
+from peft_merge.modules import vector_changes
 
 # Below this share of ||B||^2 ||A||^2 the products cancel, and take digits with them.
 _CANCELLED = 1e-6
 # The share of the adapted weights with equal coefficients that a user is warned of.
 _MOST = 0.95
-
-# Which modules share one set of coefficients.
-GRANULARITIES: dict[str, Callable[[str], str]] = {
-    "tensor": lambda module: module,
-    "model": lambda module: "model",
-}
 
 
 def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, list[float]]:
@@ -50,26 +45,23 @@ def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, lis
         return {}
     started = time.perf_counter()
     events.emit(StatisticsBegin(len(plan.modules), "module"))
-    granularity = str(plan.resolve(plan.modules[0]).options["granularity"])
-    norms: dict[str, list[float]] = {}
-    if plan.kind == "lora":
-        loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
-        norms = lora_norms(loras, lambda module: events.emit(TensorMeasured(module)))
-    else:
-        vectors = [adapter for adapter in plan.adapters if isinstance(adapter, Ia3Adapter)]
-        norms = ia3_norms(vectors, space=cast(ia3.Space, plan.space))
-        for module in norms:
-            events.emit(TensorMeasured(module))
-    found = coefficients(norms, granularity)
+    measure = partial(change_norms, plan.adapters, space=plan.space)
+    norms = {}
+    found = in_turn(measure, plan.modules, torch.device("cpu"))
+    for module, each in zip(plan.modules, found, strict=True):
+        norms[module] = each
+        events.emit(TensorMeasured(module))
+    whole = plan.resolve(plan.modules[0]).options["granularity"] == "model"
+    values = coefficients(norms, whole=whole)
     names = [adapter.name for adapter in plan.adapters]
     groups = {
-        GRANULARITIES[granularity](module): dict(zip(names, values, strict=True))
-        for module, values in found.items()
+        "model" if whole else module: dict(zip(names, each, strict=True))
+        for module, each in values.items()
     }
     events.emit(StatisticsEnd(groups, time.perf_counter() - started))
-    sizes = {module: math.prod(plan.shape(module)) for module in found}
+    sizes = {module: math.prod(plan.shape(module)) for module in values}
     total = sum(sizes.values())
-    even = sum(size for module, size in sizes.items() if uniform(found[module]))
+    even = sum(size for module, size in sizes.items() if uniform(values[module]))
     if total and even >= _MOST * total:
         warnings.warn(
             UniformCoefficientsWarning(
@@ -80,75 +72,41 @@ def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, lis
             ),
             stacklevel=4,
         )
-    return found
+    return values
 
 
 def coefficients(
-    norms: Mapping[str, Sequence[float]], granularity: str = "tensor"
+    norms: Mapping[str, Sequence[float]], *, whole: bool = False
 ) -> dict[str, list[float]]:
     r"""Return :math:`a_i = (1/\|D_i\|_F) / \sum_j (1/\|D_j\|_F)` (NAN, equation 10), by module.
 
     Args:
-        norms: for each module the norms of the m changes: `lora_norms`, or `ia3_norms`.
-        granularity: `tensor`, each module by itself; or `model`: one set for all, from the norms
-            of whole adapters.
+        norms: for each module the `change_norms` of m adapters.
+        whole: one set for all modules, from the norms of whole adapters; otherwise each module
+            has its own.
 
     Returns:
         for each module m numbers that sum to 1, or zeros where no adapter changes anything. An
         adapter whose change is zero gets 0 there.
     """
-    key = GRANULARITIES[granularity]
     combined = combine_norms(
-        (key(module), dict(enumerate(values))) for module, values in norms.items()
+        (None if whole else module, dict(enumerate(values))) for module, values in norms.items()
     )
     found = {
-        name: inverse_norm_coefficients(list(values.values())) for name, values in combined.items()
+        key: inverse_norm_coefficients(list(values.values())) for key, values in combined.items()
     }
-    return {module: found[key(module)] for module in norms}
+    return {module: found[None if whole else module] for module in norms}
 
 
-def lora_norms(
-    adapters: Sequence[LoraAdapter], on_module: Callable[[str], None] | None = None
-) -> dict[str, list[float]]:
-    """Return for each module of any adapter the norms of all adapters, 0 for those without it.
-
-    Args:
-        adapters: read one module at a time.
-        on_module: called when a module is measured.
+def change_norms(adapters: Sequence[Any], module: str, *, space: str) -> list[float]:
+    """Return the norms of the changes of a module that a rule sees; 0 for adapters without it.
 
     Raises:
-        NonFiniteError: factors hold NaN or infinity.
+        NonFiniteError: an adapter holds NaN or infinity.
     """
-    modules = modules_of(adapters)
-
-    def measure(module: str) -> list[float]:
-        return [
-            update_norm(finite_update(a, module)) if module in a.infos else 0.0 for a in adapters
-        ]
-
-    norms = {}
-    for module, found in zip(modules, in_turn(measure, modules, torch.device("cpu")), strict=True):
-        norms[module] = found
-        if on_module is not None:
-            on_module(module)
-    return norms
-
-
-def ia3_norms(
-    adapters: Sequence[Ia3Adapter], *, space: ia3.Space = "additive"
-) -> dict[str, list[float]]:
-    """Return the lengths of the changes that a rule sees: of each module, one for each adapter.
-
-    Raises:
-        ConfigError, NonFiniteError: as `merge_ia3`.
-    """
-    ia3.check(adapters, space)
-    found = {}
-    for module in modules_of(adapters):
-        shape = next(a.infos[module].shape for a in adapters if module in a.infos)
-        changes = ia3.changes(adapters, module, space=space)
-        found[module] = [norm(change.reshape(shape)) for change in changes]
-    return found
+    if isinstance(adapters[0], Ia3Adapter):
+        return [norm(change) for change in vector_changes(adapters, module, space)]
+    return [update_norm(finite_update(a, module)) if module in a.infos else 0.0 for a in adapters]
 
 
 @by_one_thread

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_ext.core.memory import Need, square_of, working
 from peft_merge.adapter import ModuleInfo
-from peft_merge.algebra.dense import BLOCK, SMALL
+from peft_merge.algebra.spaces import BLOCK, SMALL
 from peft_merge.config.plan import MergePlan, WholeMethod
 
 _DOUBLE = 8

@@ -17,14 +17,13 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.methods import Method, Settings
-from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
 from peft_merge.config.document import Input, Request, Source, inputs_of, read, written
 from peft_merge.config.plan import MergePlan, Result, WholeMethod
-from peft_merge.ia3 import merge_ia3
 from peft_merge.io import merged_ia3, merged_lora, save_adapter
-from peft_merge.lora import merge_lora
+from peft_merge.modules import merge_modules
 from peft_merge.report import report
 from peft_merge.saved import merge_saved
 
@@ -232,40 +231,41 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         pairs = zip(coefficients[module], settings.weights, strict=True)
         return replace(settings, weights=[a * weight for a, weight in pairs])
 
+    merged = merge_modules(
+        plan.adapters,
+        rule,
+        resolve,
+        space=plan.space,
+        rank=plan.rank,
+        dtype=plan.dtype,
+        device=plan.device,
+        seed=plan.seed,
+        on_iteration=lambda *values: events.emit(SolverIteration(*values)),
+    )
+    pieces = {}
     clock = time.perf_counter()
-
-    def on_module(module: str, details: Mapping[str, Any]) -> None:
-        nonlocal clock
+    for module, piece in merged:
         before, clock = clock, time.perf_counter()
-        shape = tuple(plan.shape(module))
-        events.emit(TensorMerged(module, shape, details, clock - before))
-
-    options: dict[str, Any] = {
-        "space": plan.space,
-        "dtype": plan.dtype,
-        "device": plan.device,
-        "seed": plan.seed,
-        "on_module": on_module,
-        "on_iteration": lambda *values: events.emit(SolverIteration(*values)),
-    }
+        pieces[module] = piece
+        shape = tuple(piece.info.shape)
+        events.emit(TensorMerged(module, shape, piece.details, clock - before))
+    values = {module: piece.value for module, piece in pieces.items()}
+    infos = {module: piece.info for module, piece in pieces.items()}
+    details = {module: piece.details for module, piece in pieces.items()}
+    name, tensors = plan.request.name, _saved(plan, events)
+    inputs: Any = plan.adapters
     adapter: Adapter
     if plan.kind == "lora":
-        loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
-        updates, infos, modules = merge_lora(loras, rule, resolve, rank=plan.rank, **options)
-        tensors = _saved(plan, events)
-        adapter = merged_lora(plan.request.name, updates, infos, loras, tensors, plan.patterns)
+        adapter = merged_lora(name, values, infos, inputs, tensors, plan.patterns)
     else:
-        vectors = [adapter for adapter in plan.adapters if isinstance(adapter, Ia3Adapter)]
-        merged, vector_infos, modules = merge_ia3(vectors, rule, resolve, **options)
-        tensors = _saved(plan, events)
-        adapter = merged_ia3(plan.request.name, merged, vector_infos, vectors, tensors)
+        adapter = merged_ia3(name, values, infos, inputs, tensors)
     if plan.request.base_model is not None:
         config = {**adapter.config, "base_model_name_or_path": plan.request.base_model}
         adapter = replace(adapter, config=config)
-    for warning in rule.after(rule.name, modules):
+    for warning in rule.after(rule.name, details):
         warnings.warn(warning, stacklevel=4)
     return MergedAdapter(
-        adapter, report(plan, modules, coefficients), written(plan.request, plan.adapters)
+        adapter, report(plan, details, coefficients), written(plan.request, plan.adapters)
     )
 
 
@@ -276,10 +276,9 @@ def _saved(plan: MergePlan, events: Dispatcher) -> dict[str, Tensor]:
     for name, positions in plan.saved.items():
         clock = time.perf_counter()
         weights = plan.resolve.weights(name)
-        tensors[name] = merge_saved(
-            name, [plan.adapters[i] for i in positions], [weights[i] for i in positions], dtype
-        )
-        details = {"adapters": [plan.adapters[i].name for i in positions]}
+        adapters = [plan.adapters[i] for i in positions]
+        tensors[name] = merge_saved(name, adapters, [weights[i] for i in positions], dtype)
+        details = {"adapters": [adapter.name for adapter in adapters]}
         seconds = time.perf_counter() - clock
         events.emit(TensorMerged(name, tuple(tensors[name].shape), details, seconds))
     return tensors

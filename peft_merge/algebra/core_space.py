@@ -9,13 +9,13 @@ best factors of any rank. (Panariello et al. 2025, "Accurate and Efficient Low-R
 in Core Space", define such cores, and merge elementwise in them.)
 
 Cost: two thin products with the stacked factors' transposes (2 R^2 (rows + columns) operations),
-decompositions of order R, and two products of R by the output's rank. Nothing of the size of the
-weight is formed, and no basis (see `peft_merge.algebra.orthonormal`).
+decompositions of order R, and two products of R by the output's rank. Neither the weight's change
+nor a basis is formed: :math:`Qx = X R^{-1} x`, or a product of Householder reflections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,69 @@ from torch import Tensor
 
 from mergekit_ext.kernels.threads import by_one_thread
 from peft_merge.adapter import Update
-from peft_merge.algebra.orthonormal import Basis, orthonormal
 from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen, padded
+
+# Q from a Gram matrix is orthonormal up to eps * ||R^-1||^2 (columns of norm 1): to about 1e-11
+# here. Beyond that Householder reflections, which are orthonormal whatever X is.
+LARGEST_INVERSE = 100.0
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An orthonormal basis Q (n, side, p) of the columns of X (n, side, R), p = min(side, R).
+
+    Attributes:
+        coordinates: ``Q^T X``, (n, p, R).
+        expand: ``Q x`` of an (n, p, k) tensor: (n, side, k).
+    """
+
+    coordinates: Tensor
+    expand: Callable[[Tensor], Tensor]
+
+
+def orthonormal(columns: Tensor) -> Basis:
+    """Return a basis of the columns of a float64 (n, side, R) tensor.
+
+    The cheapest that is exact: the unit vectors where X has no more rows than columns; Cholesky QR
+    (one product with the transpose; columns scaled to norm 1 first, so that adapters of very
+    different sizes do no harm) where the condition allows; Householder QR otherwise, as for
+    duplicate adapters and zero factors.
+    """
+    if columns.shape[-1] >= columns.shape[-2]:
+        return Basis(columns, lambda x: x)
+    return _by_cholesky(columns) or _by_reflections(columns)
+
+
+def _by_cholesky(columns: Tensor) -> Basis | None:
+    """``Q = X D^-1 R^-1``, D the columns' norms; None where it would not be orthonormal."""
+    gram = columns.mT @ columns
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
+    if not bool((norms > 0).all()):
+        return None
+    gram = gram / norms.mT / norms
+    triangle, info = torch.linalg.cholesky_ex(gram, upper=True)
+    if bool(info.any()):
+        return None
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    inverse = torch.linalg.solve_triangular(triangle, unit, upper=True)
+    if not float(torch.linalg.matrix_norm(inverse).max()) <= LARGEST_INVERSE:
+        return None  # also where squares have left the range
+
+    def expand(x: Tensor) -> Tensor:
+        inner = torch.linalg.solve_triangular(triangle, x, upper=True)
+        return columns @ (inner / norms.mT)
+
+    return Basis(triangle * norms, expand)
+
+
+def _by_reflections(columns: Tensor) -> Basis:
+    stored, factors = torch.geqrf(columns)
+    side, count = stored.shape[-2:]
+
+    def expand(x: Tensor) -> Tensor:
+        return torch.ormqr(stored, factors, padded(x, side, -2))
+
+    return Basis(stored[..., :count, :].triu(), expand)
 
 
 @dataclass(frozen=True)
@@ -45,43 +106,31 @@ class CoreSpace:
     # One thread, like the modules that are merged side by side: the same bytes with any number.
     @classmethod
     @by_one_thread
-    def of(
-        cls,
-        updates: Sequence[Update | None],
-        shape: tuple[int, int, int],
-        device: str | torch.device = "cpu",
-    ) -> CoreSpace:
+    def of(cls, updates: Sequence[Update | None], device: str | torch.device = "cpu") -> CoreSpace:
         """Make that of m adapters, None for one that does not have the module.
 
         Args:
-            updates: factors of any floating dtype.
-            shape: (n, rows, columns), that of each change.
+            updates: factors of any floating dtype, of one shape; one at least is not None.
             device: where to compute and to leave results.
-
-        Raises:
-            ValueError: no adapter has the module, or factors have another shape.
         """
+
+        def joined(factors: Iterable[Tensor], dim: int) -> Tensor:
+            return torch.cat([f.to(device, torch.float64) for f in factors], dim)
+
         present = [update for update in updates if update is not None]
-        if not present:
-            raise ValueError("updates: found only None; expected at least one")
-        for update in present:
-            _check(update, shape)
-        left = orthonormal(_wide([u.b for u in present], -1, device))
-        right = orthonormal(_wide([u.a for u in present], -2, device).mT)
+        left = orthonormal(joined((update.b for update in present), -1))
+        right = orthonormal(joined((update.a for update in present), -2).mT)
+        ranks = [update.a.shape[-2] for update in present]
         parts = zip(
             present,
-            left.coordinates.split([u.b.shape[-1] for u in present], dim=-1),
-            right.coordinates.split([u.a.shape[-2] for u in present], dim=-1),
+            left.coordinates.split(ranks, dim=-1),
+            right.coordinates.split(ranks, dim=-1),
             strict=True,
         )
-        found = iter([u.scale * (b @ a.mT) for u, b, a in parts])
-        nothing = torch.zeros(
-            (shape[0], left.coordinates.shape[-2], right.coordinates.shape[-2]),
-            dtype=torch.float64,
-            device=device,
-        )
+        found = [update.scale * (b @ a.mT) for update, b, a in parts]
+        rest, nothing = iter(found), torch.zeros_like(found[0])
         return cls(
-            tuple(nothing if update is None else next(found) for update in updates), left, right
+            tuple(nothing if update is None else next(rest) for update in updates), left, right
         )
 
     @by_one_thread
@@ -114,18 +163,4 @@ class CoreSpace:
             b=padded(b, width, -1).contiguous(),
             sigma=padded(sigma[:, :kept], width, -1),
             error=dropped / whole if whole else 0.0,
-        )
-
-
-def _wide(factors: Sequence[Tensor], dim: int, device: str | torch.device) -> Tensor:
-    return torch.cat([f.to(device, torch.float64) for f in factors], dim=dim)
-
-
-def _check(update: Update, shape: tuple[int, int, int]) -> None:
-    n, rows, columns = shape
-    rank = update.a.shape[-2]
-    if update.a.shape != (n, rank, columns) or update.b.shape != (n, rows, rank):
-        raise ValueError(
-            f"updates: found factors of shapes {tuple(update.b.shape)} and "
-            f"{tuple(update.a.shape)}; expected (n, rows, r) and (n, r, columns) of {shape}"
         )

@@ -1,8 +1,8 @@
 r"""Where a rule is applied to the factors of one module: a registry of spaces.
 
 `delta` means the change itself. Rotation-invariant rules get its core, which is the same
-(`algebra.core_space`); elementwise ones the dense matrix (`algebra.dense`). The others are asked
-for by name, since an elementwise rule gives something else in them:
+(`algebra.core_space`); elementwise ones the dense matrix. The others are asked for by name, since
+an elementwise rule gives something else in them:
 
 - `core`: on the cores. Their axes are the principal axes of the stacked factors (Panariello et al.
   2025, "Accurate and Efficient Low-Rank Model Merging in Core Space", section 3), so that the
@@ -20,18 +20,29 @@ for by name, since an elementwise rule gives something else in them:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergekit_ext.errors import MergeError
+from mergekit_ext.kernels.linear_algebra import matmul
 from mergekit_ext.methods import Call, Method
+from mergekit_ext.methods.method import Pieces
 from peft_merge.adapter import Update
-from peft_merge.algebra import dense
 from peft_merge.algebra.core_space import CoreSpace
-from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen
+from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen, leading
+
+# Entries of a block of rows of a dense change.
+BLOCK = 1 << 16
+# A merged change up to this size is held in float64, a larger one in float32.
+SMALL = 1 << 20
+# Singular values below this share of the largest are rounding of the merged change.
+_FLOOR = {torch.float32: 1e-6, torch.float64: 1e-13}
+
+Result = tuple[Factored, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,11 @@ class Job:
     """One module to be merged.
 
     Attributes:
-        updates: of m adapters, None for one that does not have the module.
+        updates: of m adapters, None for one that does not have the module; one at least has it.
         shape: (n, rows, columns).
         rule: to be applied.
         call: with weights, options and generators.
-        rank: None for the default.
+        rank: see `truncated.chosen`. None for no loss, or for a dense change the sum of the ranks.
         device: where to compute.
     """
 
@@ -63,38 +74,48 @@ class Job:
         details: dict[str, Any] = {}
         for result in merged:
             details.update(result.details)
-        return dense.require_finite(torch.stack([result.tensor for result in merged])), details
+        return _require_finite(torch.stack([result.tensor for result in merged])), details
+
+    def space(self) -> CoreSpace:
+        """Return the common coordinates of the changes."""
+        return CoreSpace.of(self.updates, self.device)
 
     def factor(self, space: CoreSpace, core: Tensor) -> Factored:
-        """Return the factors of a merged core, without loss unless a rank is asked for."""
+        """Return the factors of a merged core."""
         return space.factor(core, "lossless" if self.rank is None else self.rank)
 
     def refactored(self, a: Tensor, b: Tensor) -> Factored:
         """Return the balanced factors of ``B A``."""
-        space = CoreSpace.of([Update(a, b, 1.0)], self.shape, self.device)
+        space = CoreSpace.of([Update(a, b, 1.0)], self.device)
         return self.factor(space, space.cores[0])
 
+    def balanced(self) -> Job:
+        """Return the same changes in float64 with the root of the scaling in both factors."""
 
-Result = tuple[Factored, dict[str, Any]]
+        def halved(update: Update) -> Update:
+            root = math.sqrt(abs(update.scale))
+            return Update(
+                update.a.to(self.device, torch.float64) * root,
+                update.b.to(self.device, torch.float64) * math.copysign(root, update.scale),
+                1.0,
+            )
+
+        return replace(self, updates=[None if u is None else halved(u) for u in self.updates])
 
 
 def _delta(job: Job) -> Result:
-    if job.rule.invariant(job.call.options):
-        space = CoreSpace.of(job.updates, job.shape, job.device)
-        merged, details = job.slots(space.cores, job.call)
-        return job.factor(space, merged), details
-    rank = job.rank
-    if rank is None:
-        rank = min(sum(u.a.shape[-2] for u in job.updates if u is not None), *job.shape[1:])
-    return dense.merge(job.updates, job.shape, job.rule, job.call, rank, job.device)
+    if not job.rule.invariant(job.call.options):
+        return _dense(job)
+    space = job.space()
+    merged, details = job.slots(space.cores, job.call)
+    return job.factor(space, merged), details
 
 
 def _core(job: Job) -> Result:
     if job.rule.invariant(job.call.options):
         return _delta(job)
-    # roots of the scaling on both sides, so that no side's axes depend on where the scaling is
-    balanced = [None if u is None else _balanced(u, job.device) for u in job.updates]
-    space = CoreSpace.of(balanced, job.shape, job.device)
+    # Balanced, so that no side's axes depend on where the scaling is.
+    space = job.balanced().space()
     # The left singular vectors of the coordinates are the principal axes of the stacked factors.
     left, right = (
         torch.linalg.svd(basis.coordinates, full_matrices=True)[0]
@@ -105,7 +126,7 @@ def _core(job: Job) -> Result:
 
 
 def _knots(job: Job) -> Result:
-    space = CoreSpace.of(job.updates, job.shape, job.device)
+    space = job.space()
     u, sigma, vh = torch.linalg.svd(torch.cat(space.cores, dim=-1), full_matrices=False)
     kept = chosen(sigma, "lossless", max(vh.shape[-2:]) * EPS)
     rows = sigma[:, :kept, None] * vh[:, :kept]
@@ -118,29 +139,19 @@ def _knots(job: Job) -> Result:
 def _factors(job: Job) -> Result:
     sides: dict[str, Tensor] = {}
     details: dict[str, Any] = {}
-    balanced = [None if u is None else _balanced(u, job.device) for u in job.updates]
-    like = next(update for update in balanced if update is not None)
+    updates = job.balanced().updates
+    like = next(update for update in updates if update is not None)
     for side in ("a", "b"):
         # The sign of a weight goes to B.
         roots = [math.sqrt(abs(weight)) for weight in job.call.weights]
         if side == "b":
             roots = list(map(math.copysign, roots, job.call.weights))
         nothing = torch.zeros_like(getattr(like, side))
-        stacks = [nothing if update is None else getattr(update, side) for update in balanced]
+        stacks = [nothing if update is None else getattr(update, side) for update in updates]
         sides[side], said = job.slots(stacks, replace(job.call, weights=roots))
         if said:
             details[side] = said
     return job.refactored(sides["a"], sides["b"]), details
-
-
-def _balanced(update: Update, device: str | torch.device) -> Update:
-    """The same change in float64 with the root of the scaling in both factors."""
-    root = math.sqrt(abs(update.scale))
-    return Update(
-        update.a.to(device, torch.float64) * root,
-        update.b.to(device, torch.float64) * math.copysign(root, update.scale),
-        1.0,
-    )
 
 
 SPACES: Mapping[str, Callable[[Job], Result]] = {
@@ -149,3 +160,73 @@ SPACES: Mapping[str, Callable[[Job], Result]] = {
     "factors": _factors,
     "knots": _knots,
 }
+
+
+def _dense(job: Job) -> Result:
+    """Merge the dense changes, one of the n matrices at a time; details are those of the last.
+
+    A rule that reads rows in pieces (`Method.blockwise`) gets each :math:`D_i = s_i B_i A_i` in
+    blocks of rows, in float64, made from the factors whenever they are read, so that only the
+    merged change is held whole. Other rules need all m changes at once.
+    """
+    n, rows, columns = job.shape
+    rank = job.rank
+    if rank is None:
+        rank = min(sum(u.a.shape[-2] for u in job.updates if u is not None), rows, columns)
+    wanted = min(rank, rows, columns) if isinstance(rank, int) else None
+    dtype = torch.float64 if rows * columns <= SMALL else torch.float32
+    step = max(1, BLOCK // columns)
+    starts = range(0, rows, step)
+    details: dict[str, Any] = {}
+
+    def source(update: Update | None, index: int) -> Pieces:
+        if update is None:
+            nothing = {"dtype": torch.float64, "device": job.device}
+            return lambda: (
+                torch.zeros((min(step, rows - start), columns), **nothing) for start in starts
+            )
+        b = update.b[index].to(job.device, torch.float64) * update.scale
+        a = update.a[index].to(job.device, torch.float64)
+        return lambda: (matmul(b[start : start + step], a) for start in starts)
+
+    def whole(pieces: Iterable[Tensor]) -> Tensor:
+        out = torch.empty((rows, columns), dtype=dtype, device=job.device)
+        at = 0
+        for piece in pieces:
+            out[at : at + len(piece)] = piece
+            at += len(piece)
+        return _require_finite(out)
+
+    def merged(index: int) -> Tensor:
+        sources = [source(update, index) for update in job.updates]
+        if job.rule.blockwise is not None:
+            return whole(job.rule.blockwise(sources, job.call))
+        result = job.rule.apply([whole(each()) for each in sources], job.call)
+        details.update(result.details)
+        return whole([result.tensor])
+
+    found = [leading(merged(index), wanted) for index in range(n)]
+    sigma = torch.stack([part.sigma for part in found])
+    kept = chosen(sigma, rank, _FLOOR[dtype])
+    roots = sigma[:, None, :kept].sqrt()
+    u = torch.stack([part.u[:, :kept] for part in found])
+    v = torch.stack([part.v[:, :kept] for part in found])
+    left = sum(part.rest**2 for part in found) + float(sigma[:, kept:].square().sum())
+    total = sum(part.whole**2 for part in found)
+    factored = Factored(
+        a=(v * roots).mT.contiguous(),
+        b=u * roots,
+        sigma=sigma[:, :kept],
+        error=(left / total) ** 0.5 if total else 0.0,
+    )
+    return factored, details
+
+
+def _require_finite(tensor: Tensor) -> Tensor:
+    """Return what a rule has made of finite inputs, if it is finite."""
+    # A sum is a cheap proof; a finite tensor's may still overflow.
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        raise MergeError(
+            "the merge gives values that are not finite from finite inputs. Use smaller weights."
+        )
+    return tensor

@@ -130,45 +130,41 @@ def leading(x: Tensor, rank: int | None) -> Leading:
         least possible by at most about 1e-6 of it (or of :math:`\|X\|_F` in float32, where it is
         small). `rest` is measured.
     """
-    scale = _power_of_two(x)
+    # A power of two is exact, and keeps squares in range. abs() would make a copy of x.
+    peak = max(float(x.max()), -float(x.min())) if x.numel() else 0.0
+    scale = 2.0 ** math.floor(math.log2(peak)) if peak > 0.0 else 1.0
+    k = min(x.shape) if rank is None else min(rank, *x.shape)
+    tall = x.shape[0] > x.shape[1]
     x.div_(scale)
     try:
-        found = _scaled(x, min(x.shape) if rank is None else min(rank, *x.shape))
+        found = _of_wide(x.mT if tall else x, k)
     finally:
         x.mul_(scale)
-    return Leading(found.u, found.sigma * scale, found.v, found.rest * scale, found.whole * scale)
+    u, v = (found.v, found.u) if tall else (found.u, found.v)
+    return Leading(u, found.sigma * scale, v, found.rest * scale, found.whole * scale)
 
 
-def _power_of_two(x: Tensor) -> float:
-    """Scaling by it is exact, and keeps squares in range. Makes no copy of x, as abs() would."""
-    peak = max(float(x.max()), -float(x.min())) if x.numel() else 0.0
-    return 2.0 ** math.floor(math.log2(peak)) if peak > 0.0 else 1.0
-
-
-def _scaled(x: Tensor, rank: int) -> Leading:
-    if x.shape[0] > x.shape[1]:
-        turned = _wide(x.mT, rank)
-        return Leading(turned.v, turned.sigma, turned.u, turned.rest, turned.whole)
-    return _wide(x, rank)
-
-
-def _wide(x: Tensor, rank: int) -> Leading:
+def _of_wide(x: Tensor, rank: int) -> Leading:
     """Of a matrix with no more rows than columns."""
     side = x.shape[0]
     if side <= DIRECT_SIDE:
         u, sigma, vh = svd(x.to(torch.float64))
         rest, whole = (float(torch.linalg.vector_norm(part)) for part in (sigma[rank:], sigma))
         return Leading(u[:, :rank], sigma[:rank], vh[:rank].mT, rest, whole)
-    found = None
+    left = None
     if FIRST * rank + 2 * BLOCK <= LARGEST_SPACE * side:
-        found = _lanczos(x, rank)
-    return _from_left(x, _by_gram(x, rank) if found is None else _sharpened(x, found))
-
-
-def _sharpened(x: Tensor, left: Tensor) -> Tensor:
-    """One step of subspace iteration in float64, which takes away the rounding of the basis."""
-    across = _across(x, left.to(torch.float64))
-    return torch.cat([matmul(x[part].to(torch.float64), across) for part in _parts(x)])
+        left = _lanczos(x, rank)
+    if left is None:
+        left = _by_gram(x, rank)
+    else:  # one step of subspace iteration in float64 takes away the rounding of the basis
+        across = _across(x, left.to(torch.float64))
+        left = torch.cat([matmul(x[part].to(torch.float64), across) for part in _parts(x)])
+    u, _ = qr(left)
+    across = _across(x, u)  # X is cut to U U^T X
+    sigma = torch.linalg.vector_norm(across, dim=0)
+    squared = sum(total((x[part] - matmul(u[part], across.mT)).square_()) for part in _parts(x))
+    v = across / sigma.masked_fill(sigma == 0, 1.0)
+    return Leading(u, sigma, v, squared**0.5, _squared_norm(x) ** 0.5)
 
 
 def _across(x: Tensor, left: Tensor) -> Tensor:
@@ -177,16 +173,6 @@ def _across(x: Tensor, left: Tensor) -> Tensor:
     for part in _parts(x):
         across.add_(matmul(x[part].to(torch.float64).mT, left[part]))
     return across
-
-
-def _from_left(x: Tensor, left: Tensor) -> Leading:
-    """Triplets from the left vectors, which say what is kept: ``U U^T X``, in float64."""
-    u, _ = qr(left)
-    across = _across(x, u)
-    sigma = torch.linalg.vector_norm(across, dim=0)
-    rest = sum(total((x[part] - matmul(u[part], across.mT)).square_()) for part in _parts(x))
-    v = across / sigma.masked_fill(sigma == 0, 1.0)
-    return Leading(u, sigma, v, rest**0.5, _squared_norm(x) ** 0.5)
 
 
 def _squared_norm(x: Tensor) -> float:
@@ -201,7 +187,7 @@ def _parts(x: Tensor) -> Iterator[slice]:
 
 
 def _by_gram(x: Tensor, rank: int) -> Tensor:
-    """From the eigenvectors of ``X X^T`` in float64."""
+    """The left vectors from the eigenvectors of ``X X^T`` in float64."""
     squares = x.new_zeros((x.shape[0], x.shape[0]), dtype=torch.float64)
     for part in _parts(x.mT):
         squares.add_(gram(x[:, part].to(torch.float64)))
@@ -222,43 +208,35 @@ def _lanczos(x: Tensor, rank: int) -> Tensor | None:
         kept = float(values[-rank:].clamp(min=0.0).sum())
         error = max(norm - kept, 0.0)
         if kept - before <= max(SETTLED * error, INVISIBLE * norm):
-            return matmul(space.basis, vectors[:, -rank:].flip(1).to(x.dtype))
+            return matmul(space.basis.mT, vectors[:, -rank:].flip(1).to(x.dtype))
         before = kept
         target = space.size + max(2 * BLOCK, int(GROWTH * space.size))
     return None
 
 
 class _Space:
-    """An orthonormal basis Q of the Krylov space, ``X^T Q``, and ``Q^T X X^T Q`` in float64."""
+    """An orthonormal basis Q^T of the Krylov space, ``Q^T X``, and ``Q^T X X^T Q`` in float64."""
 
     def __init__(self, x: Tensor):
         self._x = x
-        self._basis = x.new_empty((0, x.shape[0]))
+        self.basis = x.new_empty((0, x.shape[0]))
         self._across = x.new_empty((0, x.shape[1]))
-        self._gram = x.new_empty((0, 0), dtype=torch.float64)
+        self.gram = x.new_empty((0, 0), dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(0)
         self.size = 0
 
-    @property
-    def basis(self) -> Tensor:
-        return self._basis[: self.size].mT
-
-    @property
-    def gram(self) -> Tensor:
-        return self._gram[: self.size, : self.size]
-
     def grow(self, target: int) -> None:
         """Add blocks until the space has at least `target` dimensions."""
-        more = -(-(target - self.size) // BLOCK) * BLOCK
-        self._basis = padded(self._basis, self.size + more, 0)
-        self._across = padded(self._across, self.size + more, 0)
-        self._gram = padded(padded(self._gram, self.size + more, 0), self.size + more, 1)
-        while self.size < target:
+        whole = self.size + math.ceil((target - self.size) / BLOCK) * BLOCK
+        self.basis = padded(self.basis, whole, 0)
+        self._across = padded(self._across, whole, 0)
+        self.gram = padded(padded(self.gram, whole, 0), whole, 1)
+        while self.size < whole:
             if self.size:
-                block = matmul(self._x, self._across[self.size - BLOCK : self.size].mT)
+                last = self._across[self.size - BLOCK : self.size]
+                self._add(self._fresh(matmul(self._x, last.mT)))
             else:
-                block = self._random()
-            self._add(self._fresh(block))
+                self._add(self._fresh(self._random()))
 
     def _random(self) -> Tensor:
         drawn = torch.randn((self._x.shape[0], BLOCK), generator=self._generator)
@@ -267,8 +245,7 @@ class _Space:
     def _fresh(self, block: Tensor) -> Tensor:
         """The part of a block outside the space, orthonormal; random where there is none."""
         lengths = torch.linalg.vector_norm(block, dim=0)
-        block = self._outside(block)
-        block, triangle = qr(block)
+        block, triangle = qr(self._outside(block))
         lost = triangle.diagonal().abs() <= _DEPENDENT[block.dtype] * lengths
         if bool(lost.any()):
             block = torch.where(lost, self._random(), block)
@@ -276,20 +253,15 @@ class _Space:
         return qr(self._outside(block))[0]
 
     def _outside(self, block: Tensor) -> Tensor:
-        basis = self._basis[: self.size]
+        basis = self.basis[: self.size]
         return block - matmul(basis.mT, matmul(basis, block))
 
     def _add(self, block: Tensor) -> None:
         new = slice(self.size, self.size + BLOCK)
-        self._basis[new] = block.mT
-        self._across[new] = matmul(block.mT, self._x)
         self.size = new.stop
-        products = matmul(
-            self._across[new].to(torch.float64), self._wide(self._across[: self.size])
-        )
-        self._gram[new, : self.size] = products
-        self._gram[: self.size, new] = products.mT
-
-    @staticmethod
-    def _wide(rows: Tensor) -> Tensor:
-        return rows.to(torch.float64).mT
+        self.basis[new] = block.mT
+        self._across[new] = matmul(block.mT, self._x)
+        known = self._across[: self.size].to(torch.float64)
+        products = matmul(self._across[new].to(torch.float64), known.mT)
+        self.gram[new, : self.size] = products
+        self.gram[: self.size, new] = products.mT

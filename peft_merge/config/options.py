@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from mergekit_ext.errors import Problem, did_you_mean, listing, shown
-from peft_merge import ia3
-from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.config.document import Request
 from peft_merge.config.plan import Kind
+from peft_merge.modules import VECTOR_SPACES, log_problems
 
 _DTYPES = {
     "float32": torch.float32,
@@ -25,7 +25,7 @@ _DTYPES = {
 _ENERGY = re.compile(r"\{?\s*energy\s*[:=]\s*([\d.]+)\s*\}?", re.IGNORECASE)
 _RANK = "a whole number from 1, `lossless`, or {energy: 0.99}"
 # The first is the default: every method is there what its definition says.
-_SPACES: dict[Kind, tuple[str, ...]] = {"lora": tuple(SPACES), "ia3": get_args(ia3.Space)}
+_SPACES: dict[Kind, tuple[str, ...]] = {"lora": tuple(SPACES), "ia3": VECTOR_SPACES}
 
 
 def default_space(kind: Kind) -> str:
@@ -68,6 +68,8 @@ def fit_problems(request: Request, kind: Kind, adapters: Sequence[Adapter]) -> I
             if value is not None:
                 expected = "none: (IA)^3 vectors have no rank"
                 yield Problem(name, shown(value), expected, "Take it out.")
+        if space == "log":
+            yield from log_problems([a for a in adapters if isinstance(a, Ia3Adapter)])
     elif isinstance(rank, int):
         possible = max(min(info.rows, info.columns) for _, info in infos)
         if rank > possible:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.flexmerge.storage import GroupStorage, StoredGroup
 from mergekit_ext.flexmerge.target import Size, Target, out_of_reach
-from mergekit_ext.methods import ADAPTERS, Method, Settings
+from mergekit_ext.kernels.nan import inverse_norm_coefficients
+from mergekit_ext.methods import ADAPTERS, Method
 from peft_merge.adapter import Adapter
+from peft_merge.coefficients import change_norms
 from peft_merge.config.plan import MergePlan
 from peft_merge.io import names, whole
+from peft_merge.modules import Piece, merge_module
 from peft_merge.saved import merge_saved
-
-V = TypeVar("V")
-I = TypeVar("I")  # noqa: E741
 
 Group = tuple[int, ...]
 
@@ -72,21 +72,6 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
         (0, int(part), "") if part.isdecimal() else (1, 0, part)
         for part in re.split(r"(\d+)", name)
     ]
-
-
-@dataclass(frozen=True)
-class Piece(Generic[V, I]):
-    """What is stored of one module for one group.
-
-    Attributes:
-        value: the update or the vector.
-        info: what it is.
-        details: of the merge, for the report; empty for one task's own.
-    """
-
-    value: V
-    info: I
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Family(ABC):
@@ -142,29 +127,35 @@ class Family(ABC):
         adapters = (self.adapters[task] for task in group)
         return [adapter.infos[module] for adapter in adapters if module in adapter.infos]
 
-    def only(self, module: str, group: Sequence[int]) -> list[Any]:
-        """Return the adapters of some tasks as if each had this module only."""
-        return [
-            replace(
-                adapter,
-                infos={module: adapter.infos[module]} if module in adapter.infos else {},
-                saved={},
-            )
-            for adapter in (self.adapters[task] for task in group)
-        ]
+    def merged(self, module: str, group: Group, **options: Any) -> Piece[Any, Any]:
+        """Return a module's change for a group, NAN's coefficients being those of the group.
 
-    def settings(self, module: str, group: Group, coefficients: Sequence[float] | None) -> Settings:
-        """Return the rule's parameters for a group, NAN's coefficients multiplied in."""
-        values = self.plan.resolve(module)
+        `options` are further ones of `merge_module`.
+        """
+        members = [self.adapters[task] for task in group]
+        plan, values = self.plan, self.plan.resolve(module)
         shared = {p.name for p in self.rule.for_driver(ADAPTERS) if not p.per_model}
-        weights = [values.weights[i] for i in group]
-        if coefficients is not None:
-            weights = [a * weight for a, weight in zip(coefficients, weights, strict=True)]
-        return replace(
+        weights = [values.weights[task] for task in group]
+        if self.rule.nan:
+            norms = change_norms(members, module, space=plan.space)
+            pairs = zip(inverse_norm_coefficients(norms), weights, strict=True)
+            weights = [a * weight for a, weight in pairs]
+        settings = replace(
             values,
             weights=weights,
             options={name: value for name, value in values.options.items() if name in shared},
-            each=[values.each[i] for i in group],
+            each=[values.each[task] for task in group],
+        )
+        return merge_module(
+            members,
+            module,
+            self.rule,
+            settings,
+            space=plan.space,
+            dtype=self.forced,
+            device=plan.device,
+            seed=plan.seed,
+            **options,
         )
 
     def private(self, task: int) -> dict[str, Callable[[], Tensor]]:

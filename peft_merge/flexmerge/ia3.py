@@ -6,31 +6,21 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.similarity import Gram
-from mergekit_ext.methods import Method
-from peft_merge import ia3
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.coefficients import coefficients, ia3_norms
-from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.family import Family, Group, Piece, cast_to
+from peft_merge.flexmerge.family import Family, Group, cast_to
 from peft_merge.io.merged import ia3_configuration
+from peft_merge.modules import Piece, vector_changes
 
 VectorPiece = Piece[Tensor, VectorInfo]
 
 
 class Ia3Family(Family):
     """(IA)^3 adapters."""
-
-    def __init__(self, plan: MergePlan, rule: Method):
-        """Raises `ConfigError` and `NonFiniteError` as `ia3.check` does."""
-        super().__init__(plan, rule)
-        self._space = cast(ia3.Space, plan.space)
-        ia3.check(self.adapters, self._space)
 
     @property
     def small(self) -> bool:
@@ -40,7 +30,8 @@ class Ia3Family(Family):
     def gram(self, module: str) -> Tensor:
         """See `Family.gram`; of the changes that the rule sees: l - 1, or log l."""
         gram = Gram(len(self.adapters))
-        gram.add(ia3.changes(self.adapters, module, space=self._space))
+        changes = vector_changes(self.adapters, module, self.plan.space)
+        gram.add([change.flatten() for change in changes])
         return gram.value
 
     def bytes(self, modules: Sequence[str], group: Group) -> int:
@@ -82,18 +73,5 @@ class Ia3Family(Family):
         return Ia3Adapter(own.name, config, infos, values.__getitem__, self.private(task))
 
     def _merged(self, module: str, group: Group) -> VectorPiece:
-        views = self.only(module, group)
-        found = None
-        if self.rule.nan:
-            found = coefficients(ia3_norms(views, space=self._space))[module]
-        settings = self.settings(module, group, found)
-        vectors, infos, report = ia3.merge_ia3(
-            views,
-            self.rule,
-            lambda _: settings,
-            space=self._space,
-            dtype=self.forced,
-            device=self.plan.device,
-            seed=self.plan.seed,
-        )
-        return Piece(vectors[module].cpu(), infos[module], report[module])
+        piece = self.merged(module, group)
+        return replace(piece, value=piece.value.cpu())

@@ -13,12 +13,11 @@ from mergekit_ext.methods import Method
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import Rank
-from peft_merge.coefficients import coefficients, lora_norms
 from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.family import Family, Group, Piece, cast_to
+from peft_merge.flexmerge.family import Family, Group, cast_to
 from peft_merge.io.layouts import at_rank, filled, one_rank, unscaled
 from peft_merge.io.merged import lora_configuration, stored_ranks
-from peft_merge.lora import merge_lora, small
+from peft_merge.modules import Piece, small
 
 UpdatePiece = Piece[Update, ModuleInfo]
 
@@ -43,14 +42,14 @@ class LoraFamily(Family):
 
     @property
     def small(self) -> bool:
-        """See `peft_merge.lora.small`."""
+        """See `peft_merge.modules.small`."""
         return small(self.adapters, self.rule, self.plan.resolve, self.plan.space)
 
     def gram(self, module: str) -> Tensor:
         """See `Family.gram`; in core space, the bias of B belongs to the change."""
         updates = [finite_update(a, module) if module in a.infos else None for a in self.adapters]
         shape = self.infos(module, range(len(updates)))[0].shape
-        total = CoreSpace.of(updates, shape, self.plan.device).gram().cpu()
+        total = CoreSpace.of(updates, self.plan.device).gram().cpu()
         if any(update is not None and update.bias is not None for update in updates):
             biases = torch.stack([_bias(update, shape[0] * shape[1]) for update in updates])
             total = total + biases @ biases.T
@@ -140,26 +139,11 @@ class LoraFamily(Family):
         return min(rank, infos[0].rows, infos[0].columns)
 
     def _merged(self, module: str, group: Group) -> UpdatePiece:
-        views = self.only(module, group)
-        found = None
-        if self.rule.nan:
-            found = coefficients(lora_norms(views))[module]
-        settings = self.settings(module, group, found)
         rank: Rank | None = self.plan.rank
         if rank is None or isinstance(rank, int):
             rank = self._rank(module, group)
-        updates, infos, report = merge_lora(
-            views,
-            self.rule,
-            lambda _: settings,
-            space=self.plan.space,
-            rank=rank,
-            dtype=self.forced,
-            device=self.plan.device,
-            seed=self.plan.seed,
-        )
-        update = _cast(updates[module], infos[module].dtype, module)
-        return Piece(update, infos[module], report[module])
+        piece = self.merged(module, group, rank=rank)
+        return replace(piece, value=_cast(piece.value, piece.info.dtype, module))
 
 
 def _cast(update: Update, dtype: torch.dtype, module: str) -> Update:

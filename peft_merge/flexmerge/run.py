@@ -30,10 +30,11 @@ from mergekit_ext.kernels.threads import in_turn
 from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.config.document import written
 from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.family import AdapterStorage, Block, Family, Piece, blocks_of
+from peft_merge.flexmerge.family import AdapterStorage, Block, Family, blocks_of
 from peft_merge.flexmerge.ia3 import Ia3Family
 from peft_merge.flexmerge.lora import LoraFamily
 from peft_merge.flexmerge.result import FlexMerged
+from peft_merge.modules import Piece
 from peft_merge.report import FORMAT_VERSION, summary
 
 # Of modules, by their names.

@@ -21,8 +21,6 @@ from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.methods import ADAPTERS, BLOCKS, Method, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.ia3 import merge_ia3
-from peft_merge.lora import merge_lora
 from peft_merge.methods import rules
 from tests.models import config, write_yaml
 from tests.peft_merge import loras
@@ -113,7 +111,7 @@ def lora(
     adapters = []
     for index, (a, b) in enumerate(factors):
         adapters.append(loras.adapter(f"a{index}", {"q": loras.Update(a[None], b[None], 1.0)}))
-    merged, _, _ = merge_lora(
+    merged, _, _ = loras.merge(
         adapters, rule, given(rule, len(factors), **options), dtype=dtype, rank=rank
     )
     return (merged["q"].b.double() @ merged["q"].a.double())[0]
@@ -126,7 +124,7 @@ def ia3(rule: Method, vectors: Sequence[Tensor], space: str = "additive", **opti
         info = VectorInfo(shape=tuple(vector.shape), feedforward=False, dtype=vector.dtype)
         load = partial(lambda v, module: v, vector)
         adapters.append(Ia3Adapter(f"a{index}", {}, {"k": info}, load, {}))
-    merged, _, _ = merge_ia3(adapters, rule, given(rule, len(vectors), **options), space=space)
+    merged, _, _ = loras.merge(adapters, rule, given(rule, len(vectors), **options), space=space)
     return merged["k"]
 
 

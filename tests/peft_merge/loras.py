@@ -6,6 +6,7 @@ import torch
 
 from mergekit_ext.methods import ADAPTERS, Settings
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
+from peft_merge.modules import merge_modules
 
 
 def update(seed, rank, shape=(1, 24, 18), *, scale=0.5, dtype=torch.float32, size=1.0, bias=False):
@@ -47,6 +48,16 @@ def settings(rule, count, *, weights=None, each=None, **options):
         weights or found.weights,
         {**found.options, **names},
         [{**found.each[i], **(each[i] if each else {})} for i in range(count)],
+    )
+
+
+def merge(adapters, rule, resolve, *, space="delta", **options):
+    """The merged values, what they are, and the report, each by module."""
+    pieces = dict(merge_modules(adapters, rule, resolve, space=space, **options))
+    return (
+        {module: piece.value for module, piece in pieces.items()},
+        {module: piece.info for module, piece in pieces.items()},
+        {module: piece.details for module, piece in pieces.items()},
     )
 
 

@@ -5,7 +5,7 @@ import torch
 
 from mergekit_ext.errors import NonFiniteError
 from peft_merge.adapter import Update
-from peft_merge.coefficients import coefficients, lora_norms, update_norm
+from peft_merge.coefficients import change_norms, coefficients, update_norm
 from tests.peft_merge.loras import adapter, update
 from tests.reference.adapters import nan
 
@@ -36,9 +36,7 @@ def test_products_that_cancel():
 def test_norms_of_adapters():
     one = adapter("one", {"x": update(1, 3), "y": update(2, 2)})
     two = adapter("two", {"z": update(3, 3), "x": update(4, 1, dtype=torch.bfloat16)})
-    seen: list[str] = []
-    norms = lora_norms([one, two], seen.append)
-    assert list(norms) == seen == ["x", "y", "z"]
+    norms = {module: change_norms([one, two], module, space="delta") for module in "xyz"}
     assert norms["y"][1] == 0.0 and norms["z"][0] == 0.0
     changes = [one.load("x").dense(), two.load("x").dense()]
     assert coefficients(norms)["x"] == pytest.approx(nan(changes), rel=1e-12)
@@ -51,7 +49,7 @@ def test_coefficients_by_module_and_by_adapter():
         "y": pytest.approx([1.0, 0.0, 0.0]),
     }
     whole = pytest.approx([1 / 6, 5 / 6, 0.0])
-    assert coefficients(norms, "model") == {"x": whole, "y": whole}
+    assert coefficients(norms, whole=True) == {"x": whole, "y": whole}
     assert coefficients({"x": [0.0, 0.0]}) == {"x": [0.0, 0.0]}
 
 
@@ -61,4 +59,4 @@ def test_not_finite(part, bad):
     one = update(1, 3, bias=True)
     getattr(one, part).view(-1)[2] = bad
     with pytest.raises(NonFiniteError, match=r"x\.lora_.* of model one: found 1 non-finite"):
-        lora_norms([adapter("one", {"x": one})])
+        change_norms([adapter("one", {"x": one})], "x", space="delta")

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_merge.adapter import Update
-from peft_merge.algebra.core_space import CoreSpace
-from peft_merge.algebra.orthonormal import Cholesky, Identity, Reflections, orthonormal
+from peft_merge.algebra.core_space import CoreSpace, orthonormal
 from tests.peft_merge.loras import update
 from tests.reference.adapters import best, dense
 
@@ -30,23 +29,22 @@ def nearly_dependent(gap):
 
 
 @pytest.mark.parametrize(
-    ("x", "kind"),
+    "x",
     [
-        (columns(1, 40, 6), Cholesky),
-        (columns(3, 40, 6), Cholesky),
-        (columns(1, 40, 6) * torch.logspace(-12, 12, 6, dtype=torch.float64), Cholesky),
-        (columns(1, 6, 6), Identity),
-        (columns(2, 3, 6), Identity),
-        (nearly_dependent(1e-3), Reflections),
-        (nearly_dependent(1e-9), Reflections),
-        (nearly_dependent(0.0), Reflections),
-        (torch.zeros(2, 40, 6, dtype=torch.float64), Reflections),
-        (columns(1, 40, 1), Cholesky),
+        columns(1, 40, 6),
+        columns(3, 40, 6),
+        columns(1, 40, 6) * torch.logspace(-12, 12, 6, dtype=torch.float64),
+        columns(1, 6, 6),
+        columns(2, 3, 6),
+        nearly_dependent(1e-3),
+        nearly_dependent(1e-9),
+        nearly_dependent(0.0),
+        torch.zeros(2, 40, 6, dtype=torch.float64),
+        columns(1, 40, 1),
     ],
 )
-def test_bases_are_orthonormal_and_span_the_columns(x, kind):
+def test_bases_are_orthonormal_and_span_the_columns(x):
     basis = orthonormal(x)
-    assert isinstance(basis, kind)
     close(basis.expand(basis.coordinates), x, 1e-13)
     p = basis.coordinates.shape[-2]
     q = basis.expand(torch.eye(p, dtype=torch.float64).expand(len(x), p, p))
@@ -75,7 +73,7 @@ def expanded(space, core):
 @pytest.mark.parametrize("name", CASES)
 def test_cores_are_the_changes(name):
     updates = CASES[name]
-    space = CoreSpace.of(updates, SHAPE)
+    space = CoreSpace.of(updates)
     changes = dense(updates, SHAPE)
     for core, change in zip(space.cores, changes, strict=True):
         assert core.dtype == torch.float64
@@ -91,7 +89,7 @@ def test_cores_are_the_changes(name):
 @pytest.mark.parametrize("name", CASES)
 def test_lossless_factors(name):
     updates = CASES[name]
-    space = CoreSpace.of(updates, SHAPE)
+    space = CoreSpace.of(updates)
     total = sum(dense(updates, SHAPE))
     found = space.factor(sum(space.cores), "lossless")
     close(found.b @ found.a, total)
@@ -103,7 +101,7 @@ def test_lossless_factors(name):
 @pytest.mark.parametrize("rank", [1, 3, 7, 12, 18, 30])
 def test_rank_by_number(rank):
     updates = CASES["mixed ranks"]
-    space = CoreSpace.of(updates, SHAPE)
+    space = CoreSpace.of(updates)
     total = sum(dense(updates, SHAPE))[0]
     found = space.factor(sum(space.cores), rank)
     assert found.rank == min(rank, 18) == found.a.shape[1] == found.b.shape[2]
@@ -116,7 +114,7 @@ def test_rank_by_number(rank):
 
 @pytest.mark.parametrize("energy", [0.2, 0.5, 0.9, 0.99, 1.0])
 def test_rank_by_energy(energy):
-    space = CoreSpace.of(CASES["mixed ranks"], SHAPE)
+    space = CoreSpace.of(CASES["mixed ranks"])
     total = sum(dense(CASES["mixed ranks"], SHAPE))[0]
     squares = torch.linalg.svdvals(total).square()
     found = space.factor(sum(space.cores), {"energy": energy})
@@ -130,7 +128,7 @@ def test_one_rank_for_all_matrices_of_a_module():
     one = update(1, 4, shape)
     one.b[1] = 0
     one.b[2, :, 2:] = 0
-    space = CoreSpace.of([one, None], shape)
+    space = CoreSpace.of([one, None])
     found = space.factor(space.cores[0], "lossless")
     assert found.rank == 4 and found.error < 1e-15
     close(found.b @ found.a, one.dense())
@@ -143,23 +141,16 @@ def test_one_rank_for_all_matrices_of_a_module():
 
 def test_nothing_has_rank_one():
     zero = Update(torch.zeros(1, 3, 18), torch.zeros(1, 24, 3), 1.0)
-    space = CoreSpace.of([zero], SHAPE)
+    space = CoreSpace.of([zero])
     found = space.factor(space.cores[0], "lossless")
     assert found.rank == 1 and found.error == 0.0 and not (found.b @ found.a).any()
 
 
 def test_one_element():
-    space = CoreSpace.of([update(1, 1, (1, 1, 1)), update(2, 3, (1, 1, 1))], (1, 1, 1))
+    space = CoreSpace.of([update(1, 1, (1, 1, 1)), update(2, 3, (1, 1, 1))])
     found = space.factor(sum(space.cores), 5)
     assert found.rank == 1
     close(found.b @ found.a, update(1, 1, (1, 1, 1)).dense() + update(2, 3, (1, 1, 1)).dense())
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="found only None"):
-        CoreSpace.of([None], SHAPE)
-    with pytest.raises(ValueError, match="found factors of shapes"):
-        CoreSpace.of([update(1, 2, (1, 24, 17))], SHAPE)
 
 
 @given(
@@ -171,6 +162,6 @@ def test_errors():
 def test_any_shapes(ranks, rows, count, seed):
     shape = (count, rows, 7)
     updates = [update(seed + i, rank, shape) for i, rank in enumerate(ranks)]
-    space = CoreSpace.of(updates, shape)
+    space = CoreSpace.of(updates)
     for core, change in zip(space.cores, dense(updates, shape), strict=True):
         close(expanded(space, core), change, 1e-11)

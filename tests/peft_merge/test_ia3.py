@@ -13,10 +13,10 @@ from peft.utils import ModulesToSaveWrapper
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from mergekit_ext.methods import ADAPTERS, Merged, Method, Settings
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.coefficients import ia3_norms
-from peft_merge.ia3 import merge_ia3
+from peft_merge.coefficients import change_norms
+from peft_merge.merge import merge_adapters
 from peft_merge.methods import rules
-from tests.peft_merge import models
+from tests.peft_merge import loras, models
 from tests.reference.ia3 import combine, multiplied, vectors_of
 
 
@@ -44,8 +44,8 @@ def column(*values, dtype=torch.float32):
     return torch.tensor(values, dtype=dtype)[:, None]
 
 
-def merge(adapters, weights, **options):
-    return merge_ia3(adapters, SUM, lambda module: call(*weights), **options)
+def merge(adapters, weights, space="additive", **options):
+    return loras.merge(adapters, SUM, lambda module: call(*weights), space=space, **options)
 
 
 KINDS = [name for name, kind in models.KINDS.items() if not kind.lora]
@@ -121,7 +121,7 @@ def test_every_rule_gives_an_adapter_alone_back(name, space):
         "still": column(1.0, 1.0),
         "c": torch.linspace(0.5, 2, 4).reshape(1, 4, 1, 1),
     }
-    merged, _, _ = merge_ia3(
+    merged, _, _ = loras.merge(
         [adapter("a", vectors)], rule, lambda module: unshrunk(rule, 1), space=space
     )
     for module, vector in vectors.items():
@@ -133,7 +133,7 @@ def test_lore_shrinks_whole_vectors():
     rule = rules()["lore"]
     given = rule.defaults(2, ADAPTERS)
     options = {**given.options, "mu": 0.5}
-    merged, _, _ = merge_ia3(
+    merged, _, _ = loras.merge(
         [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"m": column(1.3, 1.0)})],
         rule,
         lambda module: Settings(given.weights, options, given.each),
@@ -149,7 +149,7 @@ def test_random_rules_depend_on_seed_and_module_only():
 
     def merged(names, seed):
         one = adapter("a", {name: vectors[name] for name in names})
-        return merge_ia3([one], rule, lambda module: given, seed=seed)[0]
+        return loras.merge([one], rule, lambda module: given, seed=seed)[0]
 
     both = merged(["m", "n"], 1)
     assert torch.equal(both["n"], merged(["n"], 1)["n"])
@@ -159,11 +159,10 @@ def test_random_rules_depend_on_seed_and_module_only():
 
 def test_norms_are_of_what_rules_see():
     adapters = [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"n": column(1.0)})]
-    assert ia3_norms(adapters) == {"m": [5.0, 0.0], "n": [0.0, 0.0]}
-    logs = ia3_norms([adapter("a", {"m": column(torch.e, torch.e)})], space="log")
-    assert logs["m"] == [pytest.approx(2**0.5)]
-    with pytest.raises(ConfigError, match="additive"):
-        ia3_norms([adapter("a", {"m": column(-1.0)})], space="log")
+    assert change_norms(adapters, "m", space="additive") == [5.0, 0.0]
+    assert change_norms(adapters, "n", space="additive") == [0.0, 0.0]
+    logs = change_norms([adapter("a", {"m": column(torch.e, torch.e)})], "m", space="log")
+    assert logs == [pytest.approx(2**0.5)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -231,33 +230,21 @@ def test_rules_see_vectors_and_their_length():
         return weighted(tensors, given)
 
     vectors = {"m": torch.full((1, 5), 1.5), "c": torch.ones(1, 4, 1, 1)}
-    _, _, report = merge_ia3(
+    _, _, report = loras.merge(
         [adapter("a", vectors, {"m"})], replace(SUM, merge=spy), lambda module: call(1.0)
     )
     assert seen == [([(5,)], {torch.float64}, 1), ([(4,)], {torch.float64}, 1)]
     assert report["m"] == {"shape": [1, 5], "feedforward": True, "adapters": 1, "seen": 1}
 
 
-def test_modules_are_reported_of_in_order():
-    reported = []
-    merge(
-        [adapter("a", {"x": column(1.0)}), adapter("b", {"y": column(1.0), "x": column(2.0)})],
-        [1.0, 1.0],
-        on_module=lambda module, entry: reported.append((module, entry["adapters"])),
-    )
-    assert reported == [("x", 2), ("y", 1)]
-
-
 def test_logarithms_need_positive_values_everywhere():
-    adapters = [
-        adapter("a", {"m": column(1.0, -0.25), "n": column(0.0)}),
-        adapter("b", {"m": column(1.0, 1.0)}),
-    ]
+    vectors = {"m": column(1.0, -0.25), "n": column(0.0)}
+    adapters = [adapter("a", vectors), adapter("b", {"m": column(1.0, 1.0)})]
     with pytest.raises(ConfigError) as error:
-        merge(adapters, [1.0, 1.0], space="log")
+        merge_adapters(adapters, space="log")
     assert [p.where for p in error.value.problems] == ["m of adapter a", "n of adapter a"]
     assert "-0.25" in str(error.value) and "additive" in str(error.value)
-    merge(adapters, [1.0, 1.0])
+    merge_adapters(adapters)
 
 
 def test_nan_and_overflow_are_not_passed_on():

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from mergekit_ext.errors import MergeError, NonFiniteError
 from mergekit_ext.methods import Merged, Method
-from peft_merge import lora
+from peft_merge import modules
 from peft_merge.adapter import Update
-from peft_merge.coefficients import coefficients, lora_norms
-from peft_merge.lora import merge_lora
+from peft_merge.coefficients import change_norms, coefficients
 from peft_merge.methods import rules
-from tests.peft_merge.loras import adapter, always, settings, update
+from tests.peft_merge.loras import adapter, always, merge, settings, update
 from tests.reference import adapters as reference
 
 SHAPE = (1, 24, 18)
@@ -45,7 +44,7 @@ def changes(adapters, module, shape=SHAPE):
 def merged(adapters, name, weights=None, each=None, rank=None, space="delta", **given):
     rule = rules()[name]
     values = settings(rule, len(adapters), weights=weights, each=each, **given)
-    return merge_lora(adapters, rule, always(values), rank=rank, space=space, dtype=torch.float64)
+    return merge(adapters, rule, always(values), rank=rank, space=space, dtype=torch.float64)
 
 
 def close(found, wanted, tolerance):
@@ -105,7 +104,7 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("block", [1, 50, 1 << 20])
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_rules_equal_the_dense_computation(name, block, monkeypatch):
-    monkeypatch.setattr("peft_merge.algebra.dense.BLOCK", block)
+    monkeypatch.setattr("peft_merge.algebra.spaces.BLOCK", block)
     naive, each = ELEMENTWISE[name]
     adapters = three()
     wanted = naive(changes(adapters, "x"), WEIGHTS)
@@ -128,12 +127,12 @@ def test_random_rules_depend_on_the_seed_alone(name, monkeypatch):
     def run(of, seed):
         rule = rules()[name]
         values = always(settings(rule, 3, each=each))
-        return merge_lora(of, rule, values, seed=seed, dtype=torch.float64)[0]["x"].dense()
+        return merge(of, rule, values, seed=seed, dtype=torch.float64)[0]["x"].dense()
 
     first = run(adapters, 1)
     assert not torch.equal(first, run(adapters, 2))
     fewer = [adapter(a.name, {"x": a.load("x")}) for a in adapters]
-    monkeypatch.setattr("peft_merge.algebra.dense.BLOCK", 40)
+    monkeypatch.setattr("peft_merge.algebra.spaces.BLOCK", 40)
     assert torch.allclose(first, run(fewer, 1), rtol=0, atol=1e-9)
 
 
@@ -151,7 +150,7 @@ def test_random_rules_are_right_on_average(name):
         )
     )
     total = sum(
-        merge_lora(one, rule, values, seed=seed, rank=18, dtype=torch.float64)[0]["x"].dense()
+        merge(one, rule, values, seed=seed, rank=18, dtype=torch.float64)[0]["x"].dense()
         for seed in range(400)
     )
     close(total / 400, one[0].load("x").dense(), 0.1)
@@ -183,10 +182,10 @@ def test_adapters_that_change_nothing(name):
 @pytest.mark.parametrize("name", ["nan", "nan_linear", "nan_ties", "nan_lore", "nan_emr"])
 def test_nan(name):
     adapters = three()
-    found = coefficients(lora_norms(adapters))
+    found = coefficients({m: change_norms(adapters, m, space="delta") for m in "xyz"})
     given = {"mu": 2.0} if name == "nan_lore" else {}
     rule = rules()[name]
-    updates, _, _ = merge_lora(
+    updates, _, _ = merge(
         adapters,
         rule,
         lambda module: settings(rule, 3, weights=found[module], **given),
@@ -369,22 +368,15 @@ def test_factors_are_merged_each_by_itself():
 def test_dtypes():
     rule = rules()["linear"]
     values = always(settings(rule, 3))
-    updates, infos, _ = merge_lora(three(), rule, values)
+    updates, infos, _ = merge(three(), rule, values)
     assert updates["x"].a.dtype == updates["x"].b.dtype == infos["x"].dtype == torch.float32
-    updates, infos, _ = merge_lora(three(), rule, values, dtype=torch.bfloat16)
+    updates, infos, _ = merge(three(), rule, values, dtype=torch.bfloat16)
     assert updates["y"].a.dtype == updates["y"].b.dtype == infos["y"].dtype == torch.bfloat16
 
 
-def test_callback_and_order():
-    seen = []
-    rule = rules()["linear"]
-    _, _, report = merge_lora(
-        three(),
-        rule,
-        always(settings(rule, 3)),
-        on_module=lambda name, details: seen.append((name, details["rank"])),
-    )
-    assert seen == [(name, report[name]["rank"]) for name in ("x", "y", "z")]
+def test_modules_come_in_the_order_of_the_adapters():
+    _, _, report = merged(three(), "linear")
+    assert list(report) == ["x", "y", "z"]
 
 
 def test_inputs_are_left_alone():
@@ -406,14 +398,14 @@ def test_not_finite_inputs(name):
 def test_what_leaves_the_range_is_an_error():
     rule = rules()["task_arithmetic"]
     big = [adapter("one", {"x": update(1, 2, size=1e4)})]
-    with pytest.raises(MergeError, match=r"x: the merged factors leave the range of torch.float16"):
-        merge_lora(big, rule, always(settings(rule, 1, lambda_=1e6)), dtype=torch.float16)
+    with pytest.raises(MergeError, match=r"x: the merged change leaves the range of torch.float16"):
+        merge(big, rule, always(settings(rule, 1, lambda_=1e6)), dtype=torch.float16)
     broken = Method("broken", "", "", lambda t, call: Merged(t[0] * float("inf")))
     with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
-        merge_lora(big, broken, always(settings(broken, 1)))
+        merge(big, broken, always(settings(broken, 1)))
     broken = dataclasses.replace(broken, invariant=lambda options: True)
     with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
-        merge_lora(big, broken, always(settings(broken, 1)))
+        merge(big, broken, always(settings(broken, 1)))
 
 
 # --- adversarial inputs ----------------------------------------------------------------------
@@ -466,8 +458,8 @@ def test_on_every_device(name, device):
     rule = rules()[name]
     each = [{"density": 0.5}] * 3 if name in ("ties", "della") else None
     values = always(settings(rule, 3, each=each, **({"mu": 1.0} if name == "lore" else {})))
-    found, _, _ = merge_lora(three(), rule, values, device=device, dtype=torch.float64)
-    wanted, _, _ = merge_lora(three(), rule, values, dtype=torch.float64)
+    found, _, _ = merge(three(), rule, values, device=device, dtype=torch.float64)
+    wanted, _, _ = merge(three(), rule, values, dtype=torch.float64)
     assert found["x"].a.device.type == found["x"].b.device.type == device.type
     close(found["x"].dense().cpu(), wanted["x"].dense(), 1e-6)
 
@@ -475,10 +467,10 @@ def test_on_every_device(name, device):
 def test_large_dense_changes_come_one_at_a_time(monkeypatch):
     def small(name, space="delta", **given):
         rule = rules()[name]
-        return lora.small(three(), rule, always(settings(rule, 3, **given)), space)
+        return modules.small(three(), rule, always(settings(rule, 3, **given)), space)
 
     assert small("ties")
-    monkeypatch.setattr(lora, "_SMALL", 0)
+    monkeypatch.setattr(modules, "SMALL", 0)
     assert not small("ties")
     assert not small("lore", mu=0.1, combine="ties")
     assert small("ties", "core")

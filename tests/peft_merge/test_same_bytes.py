@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from mergekit_ext.kernels.seeds import generators
-from peft_merge.algebra import dense
 from peft_merge.algebra.core_space import CoreSpace
+from peft_merge.algebra.spaces import SPACES, Job
 from peft_merge.algebra.truncated import leading
 from peft_merge.coefficients import update_norm
-from peft_merge.lora import merge_lora
 from peft_merge.methods import rules
 from tests.kernels.threads import with_any_number_of_threads
-from tests.peft_merge.loras import adapter, always, settings, update
+from tests.peft_merge.loras import adapter, always, merge, settings, update
 
 # More than torch does by one thread.
 ROWS, COLUMNS = 131, 257
@@ -62,7 +61,7 @@ def test_modules(name):
     ]
 
     def work():
-        merged, _, report = merge_lora(loras, rule, always(configured(rule)))
+        merged, _, report = merge(loras, rule, always(configured(rule)))
         return {key: (found.a, found.b) for key, found in merged.items()}, report
 
     with_any_number_of_threads(work)
@@ -76,7 +75,7 @@ def test_dense_changes(rank):
     def work():
         call = configured(rule).call(short_side=530, generators=generators(0, "m", 3))
         wanted = "lossless" if rank is None else rank
-        found, _ = dense.merge(updates, (1, 530, 601), rule, call, wanted, "cpu")
+        found, _ = SPACES["delta"](Job(updates, (1, 530, 601), rule, call, wanted, "cpu"))
         return found.a, found.b, found.sigma, found.error
 
     with_any_number_of_threads(work)
@@ -100,7 +99,7 @@ def test_the_core_and_norms():
     def work():
         found = []
         for some in (updates, twice):
-            space = CoreSpace.of(some, (1, 700, 801))
+            space = CoreSpace.of(some)
             factored = space.factor(sum(space.cores), 100)
             found += [*space.cores, space.gram(), factored.a, factored.b, factored.error]
         return [*found, *map(update_norm, updates)]
