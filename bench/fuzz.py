@@ -40,7 +40,7 @@ from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.analysis_file import Subject
 from mergekit_ext.flexmerge.reader import open_checkpoint
-from mergekit_ext.host.checks.source import check_source
+from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.flexmerge.curve_files import flexmerge_config
 from mergekit_ext.io.documents import DocumentError

@@ -60,7 +60,7 @@ def check(
     from mergekit.options import MergeOptions
 
     from mergekit_ext.core.memory import limited
-    from mergekit_ext.host.checks.source import check_source
+    from mergekit_ext.host.checks.merge import check_source
     from mergekit_ext.host.commands import for_commands
     from mergekit_ext.io.headers import allowing_pickles
 

@@ -21,8 +21,12 @@ from mergekit_ext.errors import (
     printable,
     shown,
 )
-from mergekit_ext.host.checks.schema import parse, unknown_keys
-from mergekit_ext.host.checks.source import NO_DOCUMENT, between_documents
+from mergekit_ext.host.checks.schema import (
+    NO_DOCUMENT,
+    between_documents,
+    parse,
+    unknown_keys,
+)
 from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.documents import DocumentError, read, text_of
 from mergekit_ext.parallel import require_one
@@ -84,8 +88,7 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
         raise ConfigError([NO_DOCUMENT], "this configuration")
     config, problems = parse(documents[0], schema)
     if config is None:
-        unknown = unknown_keys(documents[0], schema=schema)
-        raise ConfigError([*repeated, *problems, *unknown], "this configuration")
+        raise ConfigError([*repeated, *problems], "this configuration")
     return config
 
 
@@ -118,9 +121,9 @@ def _problems(documents: list[dict[str, Any]]) -> Iterator[Problem]:
     between = between_documents(documents) if any(ours) else {}
     for i, document in enumerate(documents):
         place = f"document {i + 1}: " if len(documents) > 1 else ""
-        found = parse(document, MergeConfiguration)[1]
-        if ours[i] or found:
-            found += unknown_keys(document)
+        config, found = parse(document)
+        if ours[i] and config is not None:
+            found = unknown_keys(document)
         for p in (*between.get(i, ()), *found):
             yield Problem(place + p.where, p.found, p.expected, p.remedy)
 

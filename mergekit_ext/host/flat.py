@@ -12,7 +12,8 @@ from mergekit.options import MergeOptions
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.loader import file_with_adapter, set_up_files
-from mergekit_ext.host.checks.flat import adapter_problems, check_flat
+from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.merge import check_flat, check_flat_adapters
 from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.run import require
@@ -30,12 +31,9 @@ def extended_plan(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> list[Any]:
         session = sessions.current()
         set_up_files(options)
-        places = {item.model: f"models[{i}]" for i, item in enumerate(config.models)}
-        if config.base_model is not None:
-            places.setdefault(config.base_model, "base_model")
         if ext_method(config.merge_method) is None:
             with for_commands(), allowing_pickles(True):
-                require(adapter_problems(places).report().problems)
+                require(check_flat_adapters(config).problems)
             return stock(config, out_path, tensor_union, tensor_intersection, options)
         report = check_flat(
             config,
@@ -44,7 +42,7 @@ def extended_plan(stock: Callable[..., Any]) -> Callable[..., Any]:
             intersection=tensor_intersection,
             source=session.source if session else None,
         )
-        files = [part for model in places for part in _parts(model)]
+        files = [part for model in models_at(config) for part in _parts(model)]
         place = session.output if session else out_path
         needed = report.estimate.bytes_written if report.estimate else 0
         found = place_problems(place, "OUT_PATH", files, needed=needed)

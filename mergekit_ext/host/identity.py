@@ -15,8 +15,7 @@ from mergekit.common import ModelPath
 from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError, MergeError, Problem
 from mergekit_ext.host.adapters.fitted import VARIABLE as ADAPTERS_VARIABLE
-from mergekit_ext.host.checks.hub import cached_folder
-from mergekit_ext.host.inputs import files_of
+from mergekit_ext.host.inputs import cached_folder, files_of
 from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.parallel import Ranks, own_device

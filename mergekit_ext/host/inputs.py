@@ -8,13 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from mergekit.common import ModelReference
 from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from mergekit_ext.host.adapters.fitted import applies, base_of
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.io import headers
-from mergekit_ext.io.model_files import MODULES, WEIGHTS, companions, module_folders
+from mergekit_ext.io.model_files import (
+    MODULES,
+    WEIGHTS,
+    companions,
+    may_be_hub_name,
+    module_folders,
+)
 
 
 def models_of(config: Any) -> list[Any]:
@@ -59,6 +66,30 @@ def files_of(folder: Path) -> Iterator[Path]:
             yield from sorted(shard for shard in shards if shard.parent != folder)
 
 
+def is_offline() -> bool:
+    """Whether huggingface_hub must not use the network."""
+    return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+
+
+def cached_folder(path: Any, options: Any = None, file: str = "config.json") -> Path | None:
+    """Return the cached snapshot of a repository that holds `file`, or None.
+
+    Args:
+        path: mergekit's `ModelPath`.
+        options: mergekit's, for its cache.
+        file: a name in the repository.
+    """
+    if not may_be_hub_name(path.path):
+        return None
+    for cache in dict.fromkeys((options and options.transformers_cache, None)):
+        found = huggingface_hub.try_to_load_from_cache(
+            path.path, file, cache_dir=cache, revision=path.revision
+        )
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
 def folder_of(reference: Any, options: Any) -> Path:
     """Return a model's folder, without its adapter; fetch from the Hub what is not here yet.
 
@@ -87,8 +118,6 @@ def fetch_modules(model: Any, folder: Path, options: Any) -> None:
 
 def _fetch(model: Any, folder: Path, options: Any, **patterns: Any) -> None:
     """Fetch more files of the commit that a snapshot's folder is called after."""
-    from huggingface_hub import snapshot_download
-
-    snapshot_download(
+    huggingface_hub.snapshot_download(
         model.path, revision=folder.name, cache_dir=options.transformers_cache, **patterns
     )

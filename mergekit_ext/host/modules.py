@@ -24,10 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_ext.errors import listing
-from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.inputs import donor_first, fetch_modules
+from mergekit_ext.host.inputs import cached_folder, donor_first, fetch_modules, is_offline
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.io.headers import HeaderError, TensorHeader, pickles_allowed, read_file
 from mergekit_ext.io.model_files import (
@@ -100,8 +99,8 @@ def _folders(facts: Mapping[Any, ModelFacts], options: Any) -> dict[Any, Path]:
     for model in facts:
         path = model.model
         folder = Path(path.path) if os.path.isdir(path.path) else None
-        if folder is None and not facts[model].pending and not hub.offline():
-            folder = hub.cached_folder(path, options)
+        if folder is None and not facts[model].pending and not is_offline():
+            folder = cached_folder(path, options)
             if folder is not None:
                 fetch_modules(path, folder, options)
         if folder is None:

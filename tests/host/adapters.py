@@ -13,8 +13,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from mergekit_ext.host.adapters.loader import AdaptedLoader, open_adapted
+from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.checks.report import CheckReport
-from mergekit_ext.host.checks.source import check_source
 from tests import models as small
 from tests.peft_merge.models import randomise
 

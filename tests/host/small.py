@@ -23,9 +23,8 @@ from transformers import (
 )
 
 from mergekit_ext.errors import Problem
-from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.host.checks.report import CheckReport
-from mergekit_ext.host.checks.source import check_source
 from tests import models
 
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_ext.errors import MergeWarning
 from mergekit_ext.host.adapters.fitted import fit, read_adapter
-from mergekit_ext.host.checks.source import check_source
+from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.io.headers import read_folder
 from tests import models as small
 from tests.host.adapters import check, quietly, saved_adapter, saved_base

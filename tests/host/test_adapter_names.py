@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.adapters.loader import config_beside
-from mergekit_ext.host.checks.source import check_source
+from mergekit_ext.host.checks.merge import check_source
 from tests import models as small
 from tests.host.adapters import check, merged_with_peft, opened, saved_adapter, saved_base
 

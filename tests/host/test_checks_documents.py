@@ -11,9 +11,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.host.checks.schema import unknown_keys
-from mergekit_ext.host.checks.source import check_source
 from tests.host.small import LINEAR, at, entries, run, the
 
 

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mergekit import merge_methods
 from mergekit.merge_methods.base import (
     BasePolicy,
-    GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     ParameterScope,
     ParameterSpec,
-    TensorGroup,
 )
 
 from mergekit_ext.errors import Problem
+from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.methods import Inputs
 from tests.host.small import LINEAR, at, entries, run, the
 
@@ -97,8 +95,8 @@ def test_filter_that_leaves_tensors_without_a_value(models: Path) -> None:
         }
     )
     problem = the(report)
-    assert problem.where == "models[0].parameters.weight"
-    assert "13 tensors" in problem.found and "model.embed_tokens.weight" in problem.found
+    assert problem.found == "no value in models[0].parameters.weight"
+    assert "13 tensors" in problem.where and "model.embed_tokens.weight" in problem.where
     assert "without `filter:`" in problem.remedy
 
 
@@ -188,7 +186,7 @@ def test_too_few_models_and_base_outside_of_a_slice(models: Path) -> None:
         }
     )
     assert "at least 3 models" in the(report).expected
-    assert "the base is one of them" in the(report).found
+    assert "the base among them" in the(report).found
     sources = [{"model": str(models / name), "layer_range": [0, 2]} for name in "ab"]
     report = run(
         {
@@ -202,7 +200,7 @@ def test_too_few_models_and_base_outside_of_a_slice(models: Path) -> None:
     assert "Add a source" in the(report).remedy
 
 
-class Fake(GroupMergeMethod):
+class Fake(ExtMethod):
     """A method with rules of its own, as the project's methods have them."""
 
     spec = MergeMethodSpec(
@@ -217,7 +215,7 @@ class Fake(GroupMergeMethod):
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+    def merge_one(self, *_: Any) -> Any:
         raise AssertionError("nothing is merged by a check")
 
     def problems(self, shared: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:

@@ -17,8 +17,7 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from safetensors.torch import load_file, save_file
 
-from mergekit_ext.host.checks.flat import check_flat
-from mergekit_ext.host.checks.merge import check_merge
+from mergekit_ext.host.checks.merge import check_flat, check_merge
 from mergekit_ext.io.headers import allowing_pickles
 from tests.host.small import LINEAR, at, entries, llama, run, the
 
@@ -234,7 +233,7 @@ def test_weight_files(models: Path, tmp_path: Path) -> None:
     assert at(report, "merge_method").remedy == "Write `linear`."
     assert "unknown key" in at(report, "models[0].slices").found
     assert "[72, 16]" in at(report, "2 tensors (lm_head.weight, model.embed_tokens.weight)").found
-    assert "does not exist" in at(report, "models[2]").found
+    assert "does not exist" in at(report, "models[2].model").found
 
 
 def test_weight_files_with_different_tensors(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mergekit_ext
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.source import FileSource
-from mergekit_ext.host.checks.merge import check_merge
-from mergekit_ext.host.checks.source import check_source
+from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.methods import BLOCKS, methods
 from tests import models as small
 

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bench.peaks import give_back, measured
 from mergekit_ext.cli import main
 from mergekit_ext.core import memory
-from mergekit_ext.host.checks.source import check_source
+from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.io.headers import allowing_pickles
 from peft_merge.cli import main as adapters
 from peft_merge.memory_estimate import need_of

@@ -9,7 +9,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ext.host.checks.loaders import Vocabulary, pickled_bytes, vocabulary
+from mergekit_ext.host.checks.estimate import Vocabulary, pickled_bytes
 from tests import models as small
 
 
@@ -29,42 +29,28 @@ def test_the_largest_file_of_each_model_counts_once(tmp_path):
     assert pickled_bytes(models, MergeOptions()) == 7
 
 
-TOKENS = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<s>"}]}
-UNIGRAM = {"model": {"vocab": [["a", -1.0], ["c", -2.0], ["d", -3.0]]}}
-
-
-def found(folder, first, second, **tokenizer):
-    for name, content in (("x", first), ("y", second)):
+def found(folder, contents, **tokenizer):
+    """The vocabulary of a merge of models with these tokenizers, of which the first is the base."""
+    for name, content in contents.items():
         (folder / name).mkdir()
-        (folder / name / "tokenizer.json").write_text(
-            content if isinstance(content, str) else json.dumps(content)
-        )
-    content = small.config("nan", [folder / "y"], folder / "x", tokenizer=tokenizer)
-    return vocabulary(MergeConfiguration.model_validate(content), MergeOptions())
-
-
-def test_tokens_are_counted_once(tmp_path):
-    tokens = {"b": {"source": str(tmp_path / "x")}, "new": {"source": str(tmp_path / "x")}}
-    union = found(tmp_path, TOKENS, UNIGRAM, source="union", tokens=tokens, pad_to_multiple_of=4)
-    assert union.rows == 8  # a, b, <s>, c, d, new
-    assert union.bytes > 2 * len(json.dumps(UNIGRAM))
-
-
-def test_the_base_decides_alone(tmp_path):
-    assert found(tmp_path, TOKENS, UNIGRAM, source="base").rows == 3
+        (folder / name / "tokenizer.json").write_text(content)
+    base, *tuned = (folder / name for name in contents)
+    config = small.config("nan", tuned, base, tokenizer=tokenizer)
+    return Vocabulary.of(MergeConfiguration.model_validate(config), MergeOptions())
 
 
 @pytest.mark.parametrize(
-    "broken",
-    ["", "[]", '{"model": {"vocab": [1]}}', "[" * 100_000, '{"model": {"vocab": [[1]]}}'],
-    ids=["empty", "list", "numbers", "deep", "no text"],
+    ("contents", "source", "most"),
+    [("xy", "union", 7), ("xx", "union", 4), ("xy", "base", 4)],
+    ids=["joined", "the same", "of one"],
 )
-def test_files_that_cannot_be_counted_give_bounds(tmp_path, broken):
-    union = found(tmp_path, TOKENS, broken, source="union")
-    assert union.rows is None
-    assert (union.at_least([3, 4]), union.at_most([3, 4])) == (4, 7)
+def test_rows_of_a_vocabulary(contents, source, most, tmp_path):
+    vocabulary = found(tmp_path, dict(zip("ab", contents, strict=True)), source=source)
+    assert vocabulary.most([3, 4]) == most
 
 
-def test_bounds_where_one_model_decides():
-    known = Vocabulary(None, joined=False, bytes=0)
-    assert known.at_least([3, 4]) == known.at_most([3, 4]) == 4
+def test_rows_that_are_added(tmp_path):
+    tokens = {"new": {"source": str(tmp_path / "a")}}
+    given = {"source": "base", "tokens": tokens, "pad_to_multiple_of": 8}
+    vocabulary = found(tmp_path, {"a": "x" * 1000, "b": "y"}, **given)
+    assert vocabulary.most([16]) >= 24 and vocabulary.bytes > 2 * 1000

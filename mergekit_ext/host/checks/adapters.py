@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.errors import ConfigError, listing, nearest
+from mergekit_ext.errors import ConfigError, Problem, listing, nearest
 from mergekit_ext.host.adapters.fitted import BEFOREHAND, VARIABLE, fit, read_adapter
-from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import empty_model
+from mergekit_ext.host.inputs import cached_folder, is_offline
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_FOUND,
@@ -23,14 +23,11 @@ from mergekit_ext.io.headers import (
     TensorHeader,
     pickles_allowed,
     read_folder,
-    read_safetensors,
 )
 from mergekit_ext.io.model_files import may_be_hub_name
 from peft_merge.adapter import Adapter
-
-_WRITTEN = "the configuration of a PEFT adapter"
-_SAVED = "Give the folder that PeftModel.save_pretrained wrote."
-_SAFE, _PICKLE = _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+from peft_merge.io.read import LARGEST_CONFIG
+from peft_merge.io.tensors import CONFIG, PICKLE, SAFETENSORS, open_folder
 
 
 def unused_cache(options: Any) -> str:
@@ -72,9 +69,7 @@ def adapted_tensors(
         _warn_of_base(adapter, base, where, findings)
         return fit(adapter, tensors, config, otherwise).tensors(tensors, dtype)
     except ConfigError as error:
-        for problem in error.problems:
-            place = f"{where} ({problem.where})"
-            findings.problem(place, problem.found, problem.expected, problem.remedy)
+        findings.extend(error.problems, within=where)
         return None
 
 
@@ -151,9 +146,9 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
     folder = Path(os.path.expanduser(path.path))
     if not os.path.isdir(folder):
         may_be = may_be_hub_name(path.path)
-        if may_be and hub.cached_folder(path, None, "adapter_config.json") is not None:
+        if may_be and cached_folder(path, None, CONFIG) is not None:
             return True
-        if may_be and not hub.offline():
+        if may_be and not is_offline():
             findings.note(
                 f"{where}: the adapter {path} is checked when it has been downloaded, before "
                 "anything is merged."
@@ -163,8 +158,8 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
             expected = "an adapter's folder, or a name on the Hub"
             findings.problem(where, found, expected, f"Check the part after `+`.{remedy}")
         return False
-    pickle = folder / _PICKLE
-    if pickles_allowed() or (folder / _SAFE).exists() or not pickle.exists():
+    pickle = folder / PICKLE
+    if pickles_allowed() or (folder / SAFETENSORS).exists() or not pickle.exists():
         return True
     findings.problem(where, f"{pickle} with {PICKLE_FOUND}", "safetensors", PICKLE_REMEDY)
     return False
@@ -173,27 +168,20 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
 def _check_files(folder: Path, where: str, findings: Findings) -> None:
     from peft import PeftConfig
 
-    from peft_merge.io.read import LARGEST_CONFIG
-
-    _, wrong = json_object(folder / "adapter_config.json", _WRITTEN, LARGEST_CONFIG)
+    expected = "the configuration of a PEFT adapter"
+    _, wrong = json_object(folder / CONFIG, expected, LARGEST_CONFIG)
     try:
         if wrong is None and not PeftConfig.from_pretrained(str(folder)).peft_type:
-            wrong = f"an adapter {folder} whose adapter_config.json has no peft_type", _WRITTEN
+            raise ValueError("no peft_type")
     except Exception as error:  # whatever PEFT's classes make of such fields
         text = " ".join(str(error).split())
-        found = f"an adapter_config.json in {folder} that PEFT cannot read"
-        wrong = f"{found} ({type(error).__name__}: {text})", _WRITTEN
+        found = f"an {CONFIG} in {folder} that PEFT cannot read ({type(error).__name__}: {text})"
+        wrong = found, expected
     if wrong is not None:
-        findings.problem(where, *wrong, _SAVED)
-    weights = next((folder / name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        found, expected = f"an adapter {folder} without weights", " or ".join(_ADAPTER_FILES)
-        findings.problem(where, found, expected, _SAVED)
-    elif weights.name == _SAFE:
-        try:
-            read_safetensors(weights)
-        except HeaderError as error:
-            findings.unreadable(where, error)
+        findings.problem(where, *wrong, "Give the folder that PeftModel.save_pretrained wrote.")
+    tensors = open_folder(folder, allow_pickle=True)
+    if isinstance(tensors, Problem):
+        findings.extend([tensors], within=where)
 
 
 def _warn_of_base(adapter: Adapter, base: str, where: str, findings: Findings) -> None:

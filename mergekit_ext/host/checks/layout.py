@@ -13,14 +13,8 @@ from typing import Any
 
 from mergekit_ext.errors import join
 
-
-@dataclass(frozen=True)
-class Settings:
-    """One ``parameters:`` mapping. `model` is set where it belongs to one input only."""
-
-    where: str
-    values: Mapping[str, Any]
-    model: Any = None
+# The ``parameters:`` of several places, by path, narrowest first.
+Shared = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,66 +23,89 @@ class Source:
 
     where: str
     model: Any
-    settings: Settings | None
+    parameters: Mapping[str, Any]
     implicit: bool = False
 
 
 @dataclass(frozen=True)
 class Group:
-    """Inputs that are merged with each other, and the mappings above them, narrowest first."""
+    """Inputs that are merged with each other, and the parameters that they share."""
 
     where: str
     sources: tuple[Source, ...]
     base: Any
-    settings: tuple[Settings, ...]
-
-    def source(self, model: Any) -> Source | None:
-        """Return the first source with this model."""
-        return self._by_model.get(model)
+    shared: Shared
 
     @cached_property
-    def _by_model(self) -> dict[Any, Source]:
-        # A dictionary finds the same object without comparing fields, which pydantic does slowly.
+    def by_model(self) -> dict[Any, Source]:
+        """The first source with each model.
+
+        A dictionary finds the same object without comparing fields, which pydantic does slowly.
+        """
         return {source.model: source for source in reversed(self.sources)}
 
     @property
     def has_base(self) -> bool:
         """Whether the base is among the inputs."""
-        return self.base is not None and self.source(self.base) is not None
+        return self.base is not None and self.base in self.by_model
 
+    @property
     def parameters_at(self) -> str:
-        """Return the path at which a shared parameter of this group is looked for first."""
-        return self.settings[0].where if self.settings else "parameters"
+        """The path at which a shared parameter of this group is looked for first."""
+        return next(iter(self.shared), "parameters")
+
+    def written_at(self, name: str, source: Source | None = None) -> str:
+        """Return the path of the setting that decides a parameter."""
+        own = {f"{source.where}.parameters": source.parameters} if source else {}
+        places = (where for where, given in {**own, **self.shared}.items() if name in given)
+        return f"{next(places, self.parameters_at)}.{name}"
 
 
 def groups_of(config: Any) -> list[Group]:
     """Return the groups of a `MergeConfiguration`, or of mergekit-pytorch's configuration."""
-    top = _settings("parameters", config.parameters)
+    top, base = _shared("parameters", config.parameters), config.base_model
     parts = [("", config, top)]
     for name, module in (getattr(config, "modules", None) or {}).items():
         where = f"modules.{name}."
-        parts.append((where, module, _settings(f"{where}parameters", module.parameters) + top))
+        parts.append((where, module, {**_shared(f"{where}parameters", module.parameters), **top}))
     found: list[Group] = []
     for where, part, above in parts:
         if part.models:
-            found.append(_models_group(f"{where}models", part.models, config.base_model, above))
+            sources = _sources(f"{where}models", part.models)
+            if base is not None and all(source.model != base for source in sources):
+                sources += (Source("base_model", base, {}, implicit=True),)
+            found.append(Group(f"{where}models", sources, base, above))
         for i, piece in enumerate(getattr(part, "slices", None) or ()):
             at = join(f"{where}slices", i)
+            own = {**_shared(f"{at}.parameters", piece.parameters), **above}
             sources = _sources(f"{at}.sources", piece.sources)
-            own = _settings(f"{at}.parameters", piece.parameters)
-            base = piece.base_model or config.base_model
-            found.append(Group(at, tuple(sources), base, own + above))
+            found.append(Group(at, sources, piece.base_model or base, own))
     return found
 
 
-def all_settings(groups: list[Group]) -> list[tuple[Group, Settings]]:
-    """Return every ``parameters:`` mapping once, with a group that it acts on."""
-    found: dict[str, tuple[Group, Settings]] = {}
+def _shared(where: str, values: Mapping[str, Any] | None) -> Shared:
+    return {where: values} if values else {}
+
+
+def _sources(where: str, items: Any) -> tuple[Source, ...]:
+    return tuple(
+        Source(join(where, i), item.model, item.parameters or {}) for i, item in enumerate(items)
+    )
+
+
+def all_parameters(groups: list[Group]) -> dict[str, tuple[Group, Source | None, Any]]:
+    """Return every ``parameters:`` mapping once, by its path.
+
+    Each with a group that it acts on, and with the input that it belongs to, if only to one.
+    """
+    found: dict[str, tuple[Group, Source | None, Any]] = {}
     for group in groups:
-        own = [source.settings for source in group.sources if source.settings is not None]
-        for settings in (*group.settings, *own):
-            found.setdefault(settings.where, (group, settings))
-    return list(found.values())
+        for where, values in group.shared.items():
+            found.setdefault(where, (group, None, values))
+        for source in group.sources:
+            if source.parameters:
+                found.setdefault(f"{source.where}.parameters", (group, source, source.parameters))
+    return found
 
 
 def models_at(config: Any) -> dict[Any, str]:
@@ -101,23 +118,3 @@ def models_at(config: Any) -> dict[Any, str]:
             top = group.base == config.base_model
             found.setdefault(group.base, "base_model" if top else f"{group.where}.base_model")
     return found
-
-
-def _settings(where: str, values: Mapping[str, Any] | None) -> tuple[Settings, ...]:
-    return (Settings(where, values),) if values else ()
-
-
-def _sources(where: str, items: Any) -> list[Source]:
-    found = []
-    for i, item in enumerate(items):
-        at, values = join(where, i), item.parameters
-        settings = Settings(f"{at}.parameters", values, item.model) if values else None
-        found.append(Source(at, item.model, settings))
-    return found
-
-
-def _models_group(where: str, models: Any, base: Any, above: tuple[Settings, ...]) -> Group:
-    sources = _sources(where, models)
-    if base is not None and all(source.model != base for source in sources):
-        sources.append(Source("base_model", base, None, implicit=True))
-    return Group(where, tuple(sources), base, above)

@@ -1,35 +1,56 @@
-"""The checks of one merge of whole models, in order."""
+"""The checks of one merge, in order: of whole models, of files of weights, and of YAML text."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from mergekit import merge_methods
+from mergekit.architecture import WeightInfo
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.base import OptionalTensorPolicy
+from mergekit.options import MergeOptions
+
 from mergekit_ext.core import memory
-from mergekit_ext.errors import nearest, shown
-from mergekit_ext.host.checks.classes import check_inputs, check_output, find_architecture
-from mergekit_ext.host.checks.contract import check_contract
+from mergekit_ext.errors import listing, nearest, shown
+from mergekit_ext.host.adapters.loader import config_beside, file_with_adapter
+from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
-from mergekit_ext.host.checks.layout import groups_of, models_at
-from mergekit_ext.host.checks.loaders import vocabulary
-from mergekit_ext.host.checks.models import read_model
+from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.models import ModelFacts, file_tensors, read_model
 from mergekit_ext.host.checks.parameters import check_parameters
-from mergekit_ext.host.checks.plan import FoundTensor, Inventory, left_out, locate, survey
+from mergekit_ext.host.checks.plan import (
+    Inventory,
+    PlannedTensor,
+    find_architecture,
+    locate,
+    survey,
+)
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
-from mergekit_ext.host.checks.resolve import resolve
-from mergekit_ext.host.checks.schema import unknown_keys
+from mergekit_ext.host.checks.schema import (
+    NO_DOCUMENT,
+    between_documents,
+    name_of,
+    parse,
+    unknown_keys,
+)
 from mergekit_ext.host.checks.settings import (
     check_multi_gpu,
     check_settings,
     check_tokenizers,
 )
-from mergekit_ext.host.checks.tensors import check_tensors
+from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
+from mergekit_ext.host.method import WholeModelMethod, ext_method
 from mergekit_ext.host.modules import check_modules
+from mergekit_ext.io.documents import DocumentError, read
+from mergekit_ext.io.headers import TensorHeader
 
 if TYPE_CHECKING:
-    from mergekit.config import MergeConfiguration
-    from mergekit.options import MergeOptions
+    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 
 
 def check_merge(
@@ -50,21 +71,18 @@ def check_merge(
             unknown keys, so that they can be found there only.
         pending: paths of models that other merges will have written by then.
     """
-    from mergekit_ext.host.method import WholeModelMethod, ext_method
-
     method = ext_method(config.merge_method)
     if isinstance(method, WholeModelMethod):
         return method.prepare(config, options, source, pending)[0]
-    return examine(config, options, source, pending=pending)[0]
+    return examine(config, options, source, pending)[0]
 
 
 def examine(
     config: MergeConfiguration,
     options: MergeOptions,
     source: str | Mapping[str, Any] | None = None,
-    *,
     pending: Collection[str] = (),
-) -> tuple[CheckReport, list[FoundTensor]]:
+) -> tuple[CheckReport, list[PlannedTensor]]:
     """Check a merge that goes tensor by tensor; return the tensors that it would write, too."""
     findings = Findings()
     with quiet():
@@ -73,10 +91,10 @@ def examine(
         check_settings(config, options, findings)
         check_tokenizers(config, options, findings)
         check_multi_gpu(options, findings)
-        method = find_method(config.merge_method, findings)
+        method = _find_method(config.merge_method, findings)
         inventory = _check_models(config, options, method, pending)
         # Parameters are reported before the models, but need the tensors' names.
-        costs = check_costs(inventory, findings)
+        costs = _check_costs(inventory, findings, collects=not options.safe_serialization)
         check_modules(config, options, inventory.models, inventory.findings)
         if any(fact.pending for fact in inventory.models.values()):
             findings.note("Nothing is estimated: a model is the result of another document.")
@@ -86,17 +104,59 @@ def examine(
 
 def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
     """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
-    findings = Findings()
     with quiet():
-        method = find_method(config.merge_method, findings)
-        findings.merge(_check_models(config, options, method, ()).findings)
+        method = merge_methods.get(config.merge_method)
+        return _check_models(config, options, method, ()).findings.report()
+
+
+def check_flat(
+    config: RawPyTorchMergeConfig,
+    options: MergeOptions,
+    *,
+    union: bool = False,
+    intersection: bool = False,
+    source: str | Mapping[str, Any] | None = None,
+) -> CheckReport:
+    """Check a merge of single weight files, by mergekit-pytorch. Arguments as in `check_merge`.
+
+    Args:
+        union: `--tensor-union`: tensors may be missing in some files.
+        intersection: `--tensor-intersection`: only tensors that all files have are merged.
+    """
+    findings, files = Findings(), Findings()
+    with quiet():
+        if source is not None:
+            findings.extend(unknown_keys(source, schema=type(config), also=()))
+        check_settings(config, options, findings)
+        check_multi_gpu(options, findings)
+        method = _find_method(config.merge_method, findings)
+        if not config.models:
+            findings.problem("models", "an empty list", "the files to merge", "Add them.")
+            return findings.report()
+        models = {
+            model: ModelFacts(model, where, tensors=_flat_tensors(model, where, files))
+            for model, where in models_at(config).items()
+        }
+        inventory = Inventory(config, options, method, files, models)
+        _plan_flat(inventory, union, intersection)
+        locate(inventory)
+        check_tensors(inventory, policy=OptionalTensorPolicy.ERROR)
+        costs = _check_costs(inventory, findings, collects=True)
+        findings.merge(files)
+    return findings.report(costs)
+
+
+def check_flat_adapters(config: RawPyTorchMergeConfig) -> CheckReport:
+    """Check the files with adapters of a merge by one of mergekit's own methods."""
+    findings = Findings()
+    for path, where in models_at(config).items():
+        if file_with_adapter(path) is not None:
+            _flat_tensors(path, where, findings)
     return findings.report()
 
 
-def find_method(name: str, findings: Findings) -> Any:
+def _find_method(name: str, findings: Findings) -> Any:
     """Return the registered method, or None with a problem that names the nearest one."""
-    from mergekit import merge_methods
-
     methods = {method.spec.name: method for method in merge_methods.registered_methods()}
     if name not in methods:
         close = nearest(name, methods)
@@ -109,27 +169,14 @@ def find_method(name: str, findings: Findings) -> Any:
     return methods.get(name)
 
 
-def check_costs(
-    inventory: Inventory, findings: Findings, collects: bool = False
-) -> Estimate | None:
-    """Check the parameters, as written and as each tensor gets them, and add up the costs.
-
-    What needs more than the cap on memory is a problem. `collects`: the output's tensors are
-    collected for a shard, whatever its format.
-    """
-    config, options, method = inventory.config, inventory.options, inventory.method
-    groups = groups_of(config)
+def _check_costs(inventory: Inventory, findings: Findings, *, collects: bool) -> Estimate | None:
+    """Check the parameters and add up the costs; what exceeds the cap on memory is a problem."""
     shared: list[Mapping[str, Any]] = []
-    if method is not None:
-        check_contract(method, groups, findings)
-        absent = check_parameters(method, groups, findings)
-        merged = [tensor.planned for tensor in inventory.located] or inventory.planned
-        shared = resolve(method, groups, absent, merged, findings)
-    if not inventory.complete:
-        return None
-    tokens = vocabulary(config, options)
-    collects = collects or not options.safe_serialization
-    costs = estimate(inventory.located, config, options, method, shared, tokens, collects)
+    if inventory.method is not None:
+        shared = check_parameters(
+            inventory.method, inventory.groups, inventory.located or inventory.planned, findings
+        )
+    costs = estimate(inventory, shared, collects) if inventory.complete else None
     if costs is not None:
         findings.extend(memory.problems(costs.need))
     return costs
@@ -153,7 +200,88 @@ def _check_models(config: Any, options: Any, method: Any, pending: Collection[st
         check_tensors(inventory, broken)
         donor = config.base_model or next(iter(models))
         check_fields(models, donor, findings, crimes=options.allow_crimes, heads=True)
-        unused = left_out(inventory) if config.models else []
-        if inventory.out_config is not None and inventory.located and not findings.count:
-            check_output(inventory, unused)
+        check_output(inventory)
     return inventory
+
+
+def _flat_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
+    reference = file_with_adapter(path)
+    if reference is None:
+        return file_tensors(path, where, findings)
+    file = reference.model.path
+    base, config = file_tensors(file, where, findings), config_beside(file)
+    folder = str(Path(file).resolve().parent)
+    return adapted_tensors(reference.lora, folder, base, config, where, findings, otherwise="")
+
+
+def _plan_flat(inventory: Inventory, union: bool, intersection: bool) -> None:
+    """Plan what mergekit-pytorch would merge: the tensors of the models, not those of the base."""
+    config, (group,) = inventory.config, inventory.groups
+    own = {item.model: item.parameters for item in config.models}
+    known = {m: fact.tensors for m, fact in inventory.models.items() if fact.tensors is not None}
+    names = list(dict.fromkeys(name for model in own for name in known.get(model, ())))
+    if intersection:
+        kept = [name for name in names if all(name in tensors for tensors in known.values())]
+        if rest := [name for name in names if name not in kept]:
+            inventory.findings.note(f"Tensors that some file lacks are left out: {listing(rest)}.")
+        names = kept
+    for name in names:
+        weight = WeightInfo(name=name, optional=union and not intersection)
+        inputs = tuple((model, weight) for model in known)
+        inventory.planned.append(
+            PlannedTensor(weight, inputs, group, lambda m: (own.get(m), config.parameters))
+        )
+
+
+def check_source(
+    text: str, options: MergeOptions, *, union: bool = False, intersection: bool = False
+) -> list[tuple[str | None, CheckReport]]:
+    """Check YAML text for mergekit-yaml, mergekit-multi or mergekit-pytorch.
+
+    YAML and schema errors are problems like the others. Returns one report for each document,
+    with its `name:`. In a text of several documents a model may be the name of another document.
+
+    Args:
+        text: the configuration.
+        options: mergekit's options, for the flags that change what is allowed.
+        union, intersection: mergekit-pytorch's flags, see `check_flat`.
+    """
+    # Its own extension imports this module.
+    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+    try:
+        documents, repeated = read(text)
+    except DocumentError as error:
+        return [(None, CheckReport((error.problem,), (), None))]
+    if not documents:
+        return [(None, CheckReport((NO_DOCUMENT,), (), None))]
+    names = [name_of(document) for document in documents]
+    between = between_documents(documents)
+    reports = []
+    for i, (name, document) in enumerate(zip(names, documents, strict=True)):
+        schema = RawPyTorchMergeConfig if _is_flat(document) else MergeConfiguration
+        config, problems = parse(document, schema)
+        if config is None:
+            report = CheckReport(tuple(problems), (), None)
+        elif isinstance(config, RawPyTorchMergeConfig):
+            flags = {"union": union, "intersection": intersection}
+            report = check_flat(config, options, **flags, source=document)
+        else:
+            pending = {other for other in names if other is not None and other != name}
+            report = check_merge(config, options, document, pending=pending)
+        # Keys that stand twice are located in the text, not in a document.
+        problems = [*(repeated if i == 0 else ()), *between.get(i, ()), *report.problems]
+        reports.append((name, CheckReport(tuple(problems), report.notes, report.estimate)))
+    return reports
+
+
+def _is_flat(document: Any) -> bool:
+    """Whether a document is meant for mergekit-pytorch: its models are files of weights."""
+    models = document.get("models") if isinstance(document, Mapping) else None
+    given = [
+        item["model"]
+        for item in (models if isinstance(models, list) else ())
+        if isinstance(item, Mapping) and isinstance(item.get("model"), str)
+    ]
+    files = [part for path in given for part in (path, path.partition("+")[0])]
+    return any(PurePath(file).suffix in _WEIGHT_SUFFIXES for file in files)

@@ -12,7 +12,6 @@ from typing import Any
 
 from mergekit_ext.errors import listing
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.checks import hub
 from mergekit_ext.host.checks.adapters import (
     adapted_tensors,
     check_heads,
@@ -22,11 +21,15 @@ from mergekit_ext.host.checks.adapters import (
 )
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.host.inputs import cached_folder, is_offline
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
+    BITS,
+    PICKLE_REMEDY,
     HeaderError,
     TensorHeader,
     pickles_allowed,
+    read_file,
     read_folder,
     weights_of,
 )
@@ -146,10 +149,10 @@ def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> 
         expected = "a model's folder, or a name on the Hub"
         findings.problem(where, f"{path}, which does not exist", expected, remedy)
         return nothing
-    folder = hub.cached_folder(reference.model, options)
+    folder = cached_folder(reference.model, options)
     if folder is not None and weights_of(folder) is None:
         folder = None
-    if hub.offline():
+    if is_offline():
         # mergekit asks the Hub for the list of files even when it has them all.
         remedy = "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(path)
         if folder is not None:
@@ -166,10 +169,9 @@ def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> 
         tensors = _folder_tensors(folder, where, findings)
     else:
         before = findings.count
-        tensors = hub.remote_tensors(reference.model, where, findings)
+        tensors = _remote_tensors(reference.model, where, findings)
         if findings.count > before:
             return nothing
-        refuse_codes(tensors or {}, path, where, findings)
     return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
 
 
@@ -182,16 +184,81 @@ def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, T
     except HeaderError as error:
         findings.unreadable(where, error)
         return None
-    refuse_codes(tensors, folder, where, findings)
+    _refuse_codes(tensors, folder, where, findings)
     if weights is not None and weights.name.startswith("pytorch_model"):
-        findings.note(
-            f"{where}: {folder} holds pickles ({weights.name}) and no safetensors, as allowed; "
-            "only tensors are read from them."
-        )
+        _note_pickle(weights, where, findings)
     return tensors
 
 
-def refuse_codes(
+def file_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
+    """Return the tensors of one file of weights; None with a problem."""
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        findings.problem(
+            where,
+            f"{path}, which {what}",
+            "a file, .safetensors or a PyTorch pickle",
+            "Check the path; whole models are merged with mergekit-yaml.",
+        )
+        return None
+    try:
+        tensors = read_file(Path(path), allow_pickle=pickles_allowed())
+    except HeaderError as error:
+        findings.unreadable(where, error)
+        return None
+    if Path(path).suffix != ".safetensors":
+        _note_pickle(path, where, findings)
+    _refuse_codes(tensors, path, where, findings)
+    return tensors
+
+
+def _note_pickle(file: str | Path, where: str, findings: Findings) -> None:
+    findings.note(f"{where}: {file} is a pickle, as allowed; only tensors are read from it.")
+
+
+def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
+    """Read the headers of a repository's safetensors files; its `ModelPath` names it.
+
+    Returns None, with a problem or a note, when the Hub does not give them.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
+    except NotASafetensorsRepoError:
+        if pickles_allowed():
+            findings.note(
+                f"{where}: {path.path} has no model.safetensors; its names and shapes are not "
+                "checked before the download. Of pickles only tensors are read."
+            )
+        else:
+            found = (
+                f"{path.path} without model.safetensors; pickles, which may run any code, are left"
+            )
+            findings.problem(where, found, "safetensors", PICKLE_REMEDY)
+        return None
+    except Exception as error:  # network, access, parsing: the client's message is kept
+        first = (str(error).splitlines() or [""])[0]
+        findings.problem(
+            where,
+            f"{path.path}, which the Hub does not give ({type(error).__name__}: {first})",
+            "a folder that exists, or a model of the Hub that you may read",
+            "Check the name, the revision and your access (`hf auth login`).",
+        )
+        return None
+    tensors: dict[str, TensorHeader] = {}
+    for name, file in metadata.weight_map.items():
+        entry: Any = metadata.files_metadata[file].tensors.get(name)
+        if entry is not None:
+            begin, end = entry.data_offsets
+            dtype = entry.dtype if entry.dtype in BITS else str(entry.dtype)
+            tensors[name] = TensorHeader(name, dtype, tuple(entry.shape), end - begin)
+    _refuse_codes(tensors, path.path, where, findings)
+    return tensors
+
+
+def _refuse_codes(
     tensors: Mapping[str, TensorHeader], source: str | Path, where: str, findings: Findings
 ) -> None:
     """Report what a quantised model stores in the place of weights."""
@@ -252,32 +319,29 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
 
 def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:
     """Find a count in a configuration that nothing goes through: it, and what is expected."""
-    layers = experts = 0
-    for name, value in _numbers(content):
-        if not _COUNT.search(name):
-            continue
-        most = _MOST_LAYERS if _LAYERS.search(name) else _MOST
-        if not 0 <= value <= most:
+    most: dict[re.Pattern[str], int] = {_LAYERS: 0, _EXPERTS: 0}
+    for name, value in _counts(content):
+        limit = _MOST_LAYERS if _LAYERS.search(name) else _MOST
+        if not 0 <= value <= limit:
             shown = str(value) if abs(value) < 2**63 else "more than 64 bits"
-            return f"{name} of {shown} in {path}", f"0 to {most:,}"
-        layers = max(layers, value) if _LAYERS.search(name) else layers
-        experts = max(experts, value) if _EXPERTS.search(name) else experts
-    if layers * experts > _MOST_OF_BOTH:
-        found = f"{layers:,} layers of {experts:,} experts in {path}"
+            return f"{name} of {shown} in {path}", f"0 to {limit:,}"
+        most |= {kind: max(value, most[kind]) for kind in most if kind.search(name)}
+    if most[_LAYERS] * most[_EXPERTS] > _MOST_OF_BOTH:
+        found = f"{most[_LAYERS]:,} layers of {most[_EXPERTS]:,} experts in {path}"
         return found, f"{_MOST_OF_BOTH:,} experts at most"
     return None
 
 
-def _numbers(value: Any) -> Iterator[tuple[str, int]]:
-    """Whole numbers, and the keys that they stand under."""
-    inner: list[tuple[str, Any]] = [("", value)]
-    while inner:
+def _counts(content: Any) -> Iterator[tuple[str, int]]:
+    """Counts of layers, experts and the like, and the keys that they stand under."""
+    inner: list[tuple[str, Any]] = [("", content)]
+    while inner:  # no recursion, which JSON may be too deep for
         name, item = inner.pop()
         if isinstance(item, dict):
             inner += item.items()
         elif isinstance(item, list):
             inner += [(name, each) for each in item]
-        elif type(item) is int:
+        elif type(item) is int and _COUNT.search(name):
             yield name, item
 
 

@@ -7,19 +7,28 @@ are not public API; this is the only file of the checks that builds on them.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+from mergekit.architecture import arch_info_for_config
+from mergekit.architecture.auto import infer_architecture_info
+from mergekit.architecture.base import ConfiguredModelArchitecture
+from mergekit.architecture.conversion import (
+    can_convert_checkpoint_keys,
+    get_checkpoint_conversion_mapping,
+)
 from mergekit.plan import MergePlanner
 
-from mergekit_ext.errors import did_you_mean, join, listing
+from mergekit_ext.errors import did_you_mean, join
+from mergekit_ext.host.checks.layout import Group, groups_of
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import wants_tokenizer
-from mergekit_ext.host.class_model import class_of
 from mergekit_ext.io.headers import TensorHeader
 
 # What to do where mergekit's plan has other names than the files.
@@ -33,56 +42,38 @@ BY_FILES = (
 _ENOUGH_MISSING = 100
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlannedTensor:
-    """One tensor of the output.
+    """One tensor of the output, and what the inputs hold for it.
 
     Attributes:
         weight: mergekit's `WeightInfo` of the output.
         inputs: the models and what is read from each.
-        base: the base of its group, or None.
+        group: the inputs in the configuration.
         sources: gives the parameter mappings for a model (None: the shared ones).
         t: the position between the first layer and the last, for gradients.
-        group: `Group.where`.
-    """
-
-    weight: Any
-    inputs: tuple[tuple[Any, Any], ...]
-    base: Any
-    sources: Callable[[Any], Iterable[Any]]
-    t: float
-    group: str
-
-
-@dataclass(frozen=True)
-class FoundTensor:
-    """A planned tensor and what the inputs hold for it.
-
-    Attributes:
-        planned: the tensor of the output.
         found: the models that have it, with the header, or None where its shape is not known.
         missing: the models that do not have it.
     """
 
-    planned: PlannedTensor
-    found: Mapping[Any, TensorHeader | None]
-    missing: tuple[Any, ...]
+    weight: Any
+    inputs: tuple[tuple[Any, Any], ...]
+    group: Group
+    sources: Callable[[Any], Iterable[Any]]
+    t: float = 0.0
+    found: Mapping[Any, TensorHeader | None] = field(default_factory=dict)
+    missing: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
         """What the output calls it."""
-        name: str = self.planned.weight.name
+        name: str = self.weight.name
         return name
 
     @property
     def headers(self) -> list[TensorHeader]:
         """The known headers."""
         return [header for header in self.found.values() if header is not None]
-
-    def without(self, models: Collection[Any]) -> FoundTensor:
-        """Return the same tensor as if `models` were not there."""
-        found = {model: header for model, header in self.found.items() if model not in models}
-        return FoundTensor(self.planned, found, tuple(m for m in self.missing if m not in models))
 
 
 @dataclass
@@ -105,8 +96,13 @@ class Inventory:
     findings: Findings
     models: Mapping[Any, ModelFacts]
     planned: list[PlannedTensor] = field(default_factory=list)
-    located: list[FoundTensor] = field(default_factory=list)
+    located: list[PlannedTensor] = field(default_factory=list)
     out_config: Any = None
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The groups of inputs in the configuration."""
+        return groups_of(self.config)
 
     @property
     def aligned(self) -> bool:
@@ -120,24 +116,73 @@ class Inventory:
         return known and bool(self.located) and not self.findings.count
 
 
+def find_architecture(inventory: Inventory) -> tuple[Any, bool]:
+    """Return what mergekit takes the models for, and whether all of them are that.
+
+    The first is mergekit's `ModelArchitecture`; None when it has none, or none can be found.
+    """
+    known = {model: fact for model, fact in inventory.models.items() if fact.config is not None}
+    if not known:
+        return None, False
+    base = inventory.config.base_model
+    names = {model: fact.config.architectures[0] for model, fact in known.items()}
+    found = {model: arch_info_for_config(fact.config) for model, fact in known.items()}
+    if unknown := sorted({names[model] for model, info in found.items() if info is None}):
+        return _inferred(inventory, ", ".join(unknown)), True
+    first = found[base if base in known else next(iter(known))]
+    same = all(info == first for info in found.values())
+    if not same and not inventory.options.allow_crimes:
+        listed = ", ".join(f"{name} in {model}" for model, name in names.items())
+        inventory.findings.problem(
+            known[list(names)[-1]].where,
+            f"different architectures: {listed}",
+            "one architecture",
+            "Take out the models that do not fit, or give --allow-crimes to merge what has one "
+            "name.",
+        )
+    return first, same
+
+
+def _inferred(inventory: Inventory, named: str) -> Any:
+    models, findings = inventory.models, inventory.findings
+    findings.note(f"mergekit has no table for {named} and takes the tensors' names instead.")
+    here = (os.path.isdir(fact.reference.model.path) for fact in models.values())
+    if any(fact.tensors is None for fact in models.values()) or not all(here):
+        findings.note(f"Tensors are not compared: not all models with {named} are on this machine.")
+        return None
+    try:
+        # Not through mergekit's cache, which would remember files that are mended after a check.
+        return infer_architecture_info.__wrapped__(
+            tuple(models), inventory.config.base_model, inventory.options
+        )
+    except Exception as error:  # mergekit and transformers; the message is kept
+        reason = (str(error).splitlines() or [""])[0][:200]  # some hold a whole configuration
+        findings.problem(
+            "models",
+            f"an architecture that mergekit cannot infer ({type(error).__name__}: {reason})",
+            "an architecture of which mergekit has a table, or that it can infer",
+            BY_FILES,
+        )
+        return None
+
+
 def survey(inventory: Inventory, architecture: Any) -> None:
     """Plan every tensor of the output, as far as its models can be read."""
     from mergekit.merge import _model_out_config
 
     options, findings = inventory.options, inventory.findings
     copy = inventory.config.model_copy(deep=True)  # mergekit's planner rewrites it
-    _check_modules(copy, architecture, findings)
-    where = _keep_usable(copy, {m for m, f in inventory.models.items() if f.config is not None})
-    # The planner looks the method up; its name may be wrong, and it is not needed here.
-    copy.merge_method = "linear"
+    _check_modules(copy, set(architecture.modules), findings)
+    places = _keep_usable(copy, {m for m, f in inventory.models.items() if f.config is not None})
     if not (copy.models or copy.slices or copy.modules):
         return
+    # The planner looks the method up; its name may be wrong, and it is not needed here.
+    copy.merge_method = "linear"
     try:
-        out_config = _model_out_config(copy, architecture, options.trust_remote_code)
-        planner = _Recorder(copy, architecture, options, out_config)
-        inventory.planned = planner.record(inventory.models, where, findings)
-        inventory.out_config = out_config
+        inventory.out_config = _model_out_config(copy, architecture, options.trust_remote_code)
+        _Recorder(copy, architecture, options, inventory.out_config).record(inventory, places)
     except Exception as error:  # mergekit's planner; its message is kept, without the config.json
+        inventory.out_config = None
         text = re.sub(r"\{.*\}", "{...}", str(error), flags=re.DOTALL)
         findings.problem(
             "the merge's plan",
@@ -150,29 +195,27 @@ def survey(inventory: Inventory, architecture: Any) -> None:
 class _Recorder(MergePlanner):
     """Walks over slices and layers as mergekit does and keeps what each tensor is made of."""
 
-    def record(
-        self, facts: Mapping[Any, ModelFacts], where: dict[int, str], findings: Findings
-    ) -> list[PlannedTensor]:
+    def record(self, inventory: Inventory, places: Mapping[int, str]) -> None:
+        """Plan into `inventory`; `places` are the paths of slices in the user's file, by `id`."""
         # Not through `_plan`, in which the project's own planner starts the statistics.
-        self._facts, self._where, self._findings = facts, where, findings
+        self._facts, self._findings = inventory.models, inventory.findings
         self._architectures: dict[Any, Any] = {}
-        self.planned: list[PlannedTensor] = []
-        self._method = self  # whose contract is checked elsewhere and in full
+        self._planned: list[PlannedTensor] = []
+        # The method's contract is checked elsewhere and in full.
+        self._method = SimpleNamespace(validate_inputs=lambda *_, **__: None)
+        groups = {group.where: group for group in inventory.groups}
         flat = bool(self.config.models)
         self.normalize_config()
+        self._groups: dict[int, Group] = {}
         for name, module in self.config.modules.items():
-            for piece in module.slices:  # those that mergekit has just made of `models:`
-                where.setdefault(id(piece), "models" if flat else f"modules.{name}.models")
+            for piece in module.slices:  # of which mergekit has just made some of `models:`
+                at = places.get(id(piece), "models" if flat else f"modules.{name}.models")
+                self._groups[id(piece)] = groups[at]
             self.plan_module(name, module)
-        return self.planned
-
-    def validate_inputs(self, *_args: Any, **_kwargs: Any) -> None:
-        """Accept anything, as the method that mergekit asks."""
+        inventory.planned = self._planned
 
     def _model_arch(self, model: Any) -> Any:
         # mergekit's own version keeps planner and models alive in a global cache.
-        from mergekit.architecture.base import ConfiguredModelArchitecture
-
         if model not in self._architectures:
             self._architectures[model] = ConfiguredModelArchitecture(
                 info=self.arch_info, config=self._facts[model].config
@@ -182,28 +225,9 @@ class _Recorder(MergePlanner):
     def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
         """Refuse wrong layer ranges before mergekit stumbles over them."""
         module = self.arch_info.modules[module_name].architecture
-        if self._layers_fit(definition.sources, module, self._where[id(definition)]):
-            super().plan_slice(definition, module_def, module_name)
-
-    def plan_tensor(
-        self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
-    ) -> None:
-        """Record; no parameter is resolved and no file is opened."""
-        self.planned.append(
-            PlannedTensor(
-                weight=weight,
-                inputs=tuple(zip(models, weights_in, strict=False)),
-                base=cfg_reader.base_model,
-                sources=cfg_reader.parameter_sources,
-                t=cfg_reader.t,
-                group=self._where[id(cfg_reader.slice_out)],
-            )
-        )
-
-    def _layers_fit(self, sources: list[Any], module: Any, where: str) -> bool:
-        lengths: dict[str, int] = {}
+        where, lengths = self._groups[id(definition)].where, dict[str, int]()
         fits, chosen = True, "slices" in where
-        for i, source in enumerate(sources):
+        for i, source in enumerate(definition.sources):
             first, last = source.layer_range
             lengths[str(source.model)] = last - first
             layers = module.num_layers(self._facts[source.model].config)
@@ -222,25 +246,23 @@ class _Recorder(MergePlanner):
                 where,
                 f"different numbers of layers: {counts}",
                 "the same number from every model",
-                "Make the `layer_range:` of all sources equally long."
-                if chosen
-                else "Choose layers with `slices:` and a `layer_range:` of one length.",
+                "Choose layers with `slices:` and a `layer_range:` of one length for all sources.",
             )
-        return fits
+        if fits:
+            super().plan_slice(definition, module_def, module_name)
+
+    def plan_tensor(
+        self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
+    ) -> None:
+        """Record; no parameter is resolved and no file is opened."""
+        inputs = tuple(zip(models, weights_in, strict=False))
+        group, given = self._groups[id(cfg_reader.slice_out)], cfg_reader.parameter_sources
+        self._planned.append(PlannedTensor(weight, inputs, group, given, cfg_reader.t))
 
 
-def _check_modules(config: Any, architecture: Any, findings: Findings) -> None:
+def _check_modules(config: Any, known: set[str], findings: Findings) -> None:
     """Compare ``modules:`` with the architecture's, and take unknown ones out of `config`."""
-    known = set(architecture.modules)
-    if config.slices and len(known) != 1:
-        findings.problem(
-            "slices",
-            f"`slices:` for an architecture with the modules {', '.join(sorted(known))}",
-            "`modules:`, with slices or models for each of them",
-            "Move the slices under `modules:`.",
-        )
-        config.slices = None
-    for name in [name for name in config.modules or {} if name not in known]:
+    for name in sorted((config.modules or {}).keys() - known):
         findings.problem(
             f"modules.{name}",
             "a module that the architecture does not have",
@@ -248,7 +270,7 @@ def _check_modules(config: Any, architecture: Any, findings: Findings) -> None:
             did_you_mean(name, known),
         )
         del config.modules[name]
-    if config.modules and (left := sorted(known - set(config.modules))):
+    if config.modules and (left := sorted(known - config.modules.keys())):
         findings.note(f"modules: the output will have no weights of {', '.join(left)}.")
 
 
@@ -259,24 +281,18 @@ def _keep_usable(config: Any, usable: Collection[Any]) -> dict[int, str]:
     """
     if config.base_model not in usable:
         config.base_model = None
-    where: dict[int, str] = {}
-    named = {f"modules.{name}.": module for name, module in (config.modules or {}).items()}
-    for path, part in {"": config, **named}.items():
-        if part.models:
-            part.models = [item for item in part.models if item.model in usable]
-        kept = []
+    places: dict[int, str] = {}
+    modules = config.modules or {}
+    for path, part in {"": config, **{f"modules.{n}.": m for n, m in modules.items()}}.items():
+        part.models = [item for item in part.models or () if item.model in usable] or None
         for i, piece in enumerate(part.slices or ()):
+            places[id(piece)] = join(f"{path}slices", i)
             piece.sources = [source for source in piece.sources if source.model in usable]
             if piece.base_model not in usable:
                 piece.base_model = None
-            if piece.sources:
-                where[id(piece)] = join(f"{path}slices", i)
-                kept.append(piece)
-        part.slices = kept or None
-    for name, module in list((config.modules or {}).items()):
-        if not (module.models or module.slices):
-            del config.modules[name]
-    return where
+        part.slices = [piece for piece in part.slices or () if piece.sources] or None
+    config.modules = {n: m for n, m in modules.items() if m.models or m.slices} or None
+    return places
 
 
 def locate(inventory: Inventory) -> None:
@@ -284,96 +300,53 @@ def locate(inventory: Inventory) -> None:
     facts = inventory.models
     lacking: Counter[Any] = Counter()  # tensors without which no model is merged
     for tensor in inventory.planned:
+        optional = tensor.weight.optional
         # mergekit leaves an optional weight out unless one input has its name or an alias.
-        if tensor.weight.optional and not any(
-            facts[model].tensors is None or _stored(facts[model], weight, tied=False) is not None
+        if optional and not any(
+            facts[model].tensors is None or _stored(facts[model], weight, tied=False)
             for model, weight in tensor.inputs
         ):
             continue
         found: dict[Any, TensorHeader | None] = {}
         missing = []
         for model, weight in tensor.inputs:
-            header = _stored(facts[model], weight, tied=True)
-            hopeless = not weight.optional and lacking[model] >= _ENOUGH_MISSING
-            if (
-                header is None
-                and facts[model].tensors is not None
-                and (hopeless or not _converted(facts[model], weight))
-            ):
-                missing.append(model)
-                lacking[model] += not weight.optional
-            else:
+            fact = facts[model]
+            header = _stored(fact, weight, tied=True)
+            hopeless = not optional and lacking[model] >= _ENOUGH_MISSING
+            if header or fact.tensors is None or not (hopeless or not _converted(fact, weight)):
                 found[model] = header
-        inventory.located.append(FoundTensor(tensor, found, tuple(missing)))
+            else:
+                missing.append(model)
+                lacking[model] += not optional
+        tensor.found, tensor.missing = found, tuple(missing)
+        inventory.located.append(tensor)
 
 
-def left_out(inventory: Inventory) -> list[str]:
-    """Name the stored tensors that the merge does not use, and which the output will not have.
-
-    Whether the output's class needs them is for `check_output`. What a class from elsewhere
-    needs is not known: there each of them is a problem. Returns all of these names.
-    """
-    planned, findings = inventory.planned, inventory.findings
-    used: dict[Any, set[str]] = {model: set() for model in inventory.models}
-    for tensor in planned:
-        for model, weight in tensor.inputs:
-            used[model].update(_names(weight, tied=True))
-    merged = {id(tensor.planned) for tensor in inventory.located}
-    skipped = sorted(tensor.weight.name for tensor in planned if id(tensor) not in merged)
-    lost: dict[tuple[str, ...], list[ModelFacts]] = {}
-    unused: dict[str, None] = {}
-    for model, fact in inventory.models.items():
-        rest = sorted(set(fact.tensors or ()) - used[model])
-        if not rest or not used[model]:
-            continue
-        unused.update(dict.fromkeys(rest))
-        if class_of(fact.config) is None:
-            lost.setdefault(tuple(rest), []).append(fact)
-        elif not _has_conversions(fact):  # converted names look like extra ones
-            findings.note(f"{model}: the merge does not use {listing(rest)}.")
-    for names, owners in lost.items():
-        instead = f" (it looks for {listing(skipped)})" if skipped else ""
-        findings.problem(
-            owners[0].where,
-            f"{len(names)} tensors of {', '.join(str(fact.reference) for fact in owners)} that "
-            f"mergekit's plan leaves out{instead}: {listing(names)}",
-            "a use for every stored tensor, because the model's class is not one of transformers",
-            BY_FILES,
-        )
-    return list(unused)
-
-
-def _names(weight: Any, *, tied: bool) -> list[str]:
-    names = [weight.name, *(weight.aliases or ())]
-    return names + list(weight.tied_names or ()) if tied else names
+def names_of(weight: Any, *, tied: bool) -> list[str]:
+    """Return the names under which an input may hold a tensor; `tied`: also those of its ties."""
+    return [weight.name, *(weight.aliases or ()), *((weight.tied_names or ()) if tied else ())]
 
 
 def _stored(fact: ModelFacts, weight: Any, *, tied: bool) -> TensorHeader | None:
     stored = fact.tensors or {}
-    return next((stored[n] for n in _names(weight, tied=tied) if n in stored), None)
+    return next((stored[n] for n in names_of(weight, tied=tied) if n in stored), None)
 
 
-def _has_conversions(fact: ModelFacts) -> bool:
+def converts(fact: ModelFacts) -> bool:
+    """Return whether transformers has renamed tensors of this type of model."""
     kind = getattr(fact.config, "model_type", None)
-    return bool(kind) and _converts(kind)
+    return bool(kind) and _has_conversions(kind)
 
 
 @functools.cache
-def _converts(model_type: str) -> bool:
+def _has_conversions(model_type: str) -> bool:
     """Asked for every tensor; transformers copies the whole mapping each time."""
-    from mergekit.architecture.conversion import get_checkpoint_conversion_mapping
-
     return bool(get_checkpoint_conversion_mapping(model_type))
 
 
 def _converted(fact: ModelFacts, weight: Any) -> bool:
     """Whether mergekit makes the tensor from others (transformers' renamed layouts)."""
-    if not _has_conversions(fact):
-        return False
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
-
-    stored = set(fact.tensors or ())
-    return any(
-        can_convert_checkpoint_keys(fact.config.model_type, stored, name)
-        for name in _names(weight, tied=False)
+    return converts(fact) and any(
+        can_convert_checkpoint_keys(fact.config.model_type, set(fact.tensors or ()), name)
+        for name in names_of(weight, tied=False)
     )

@@ -84,9 +84,11 @@ class Findings:
         """Add what is wrong with a file of weights."""
         self.problem(where, f"{error.file} with {error.found}", error.expected, error.remedy)
 
-    def extend(self, problems: Iterable[Problem]) -> None:
-        """Add problems that were made elsewhere."""
+    def extend(self, problems: Iterable[Problem], within: str = "") -> None:
+        """Add problems that were made elsewhere; `within` is the place of their places."""
         for problem in problems:
+            if within:
+                problem = replace(problem, where=f"{within} ({problem.where})")
             self._problems.setdefault(problem, {})
 
     def note(self, text: str) -> None:

@@ -6,20 +6,26 @@ would have no effect. The known ones come from the fields of mergekit's own mode
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Union
+
+from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
+from pydantic import ValidationError
 
 from mergekit_ext.core.parameters import expectation
 from mergekit_ext.errors import MOST_SHOWN, Problem, did_you_mean, join, nearest, shown
+from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.io.documents import DocumentError, read
 
 # mergekit-multi reads `name` and takes it out before mergekit's schema sees the document.
 DOCUMENT_KEYS = frozenset({"name"})
 A_MERGE = "a mapping with `merge_method:` and inputs"
+NO_DOCUMENT = Problem("the file", "no document", A_MERGE)
 _SETTING = (
     "a number, a text or true/false, a list of them (a gradient over the layers), "
     "or entries with `value:` and `filter:`"
@@ -27,21 +33,24 @@ _SETTING = (
 _INPUTS = ("models", "slices", "modules")
 
 
-def parse(document: Any, schema: Any) -> tuple[Any, list[Problem]]:
-    """Build a configuration from a parsed document: it, or None and what is wrong."""
-    from pydantic import ValidationError
+def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Problem]]:
+    """Build a configuration from a parsed document: it, or None and what is wrong.
 
+    Of a document that is refused, unknown keys are wrong, too.
+    """
     if not isinstance(document, Mapping):
         return None, [Problem("the document", shown(document), A_MERGE)]
     problems = list(_structure(document)) if "slices" in schema.model_fields else []
     try:
         config = schema.model_validate(dict(document))
-        return None if problems else config, problems
+        if not problems:
+            return config, []
     except ValidationError as error:
-        return None, [*problems, *_located(error, document)]
+        problems += _located(error, document)
     except RuntimeError as error:  # mergekit's validators raise it, past pydantic
         expected = "a configuration that mergekit accepts"
-        return None, problems or [Problem("the document", str(error), expected)]
+        problems = problems or [Problem("the document", str(error), expected)]
+    return None, [*problems, *unknown_keys(document, schema=schema)]
 
 
 def _structure(document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -104,30 +113,27 @@ def _place(item: Any, document: Any) -> tuple[str, str]:
 
 
 def unknown_keys(
-    source: str | Mapping[str, Any], *, schema: Any = None, also: Collection[str] = DOCUMENT_KEYS
+    source: str | Mapping[str, Any],
+    *,
+    schema: Any = MergeConfiguration,
+    also: Collection[str] = DOCUMENT_KEYS,
 ) -> list[Problem]:
     """Return the keys that a schema does not know, each with the nearest known key.
 
-    At most as many of one document as an error shows.
+    At most as many as an error shows.
 
     Args:
-        source: YAML text (of one or several documents) or one parsed document.
-        schema: the pydantic model; mergekit's `MergeConfiguration` by default.
+        source: YAML text or a parsed document.
+        schema: the pydantic model.
         also: further keys accepted at the top level.
     """
-    if schema is None:
-        from mergekit.config import MergeConfiguration
-
-        schema = MergeConfiguration
     try:
         documents, problems = read(source) if isinstance(source, str) else ([source], [])
     except DocumentError:
         return []  # `check_source` reports it; elsewhere the configuration is already parsed
-    for i, document in enumerate(documents):
-        path = f"document {i + 1}: " if len(documents) > 1 else ""
+    for document in documents:
         if isinstance(document, Mapping):
-            found = islice(_in_model(document, schema, "", also), MOST_SHOWN)
-            problems += [dataclasses.replace(p, where=path + p.where) for p in found]
+            problems += islice(_in_model(document, schema, "", also), MOST_SHOWN)
     return problems
 
 
@@ -150,8 +156,6 @@ def _in_model(
 
 
 def _remedy(name: str, known: Collection[str]) -> str:
-    from mergekit import merge_methods
-
     if nearest(name, known) is None and "parameters" in known:
         methods = merge_methods.registered_methods()
         if any(name == parameter.name for m in methods for parameter in m.spec.parameters):
@@ -186,3 +190,62 @@ def _branches(annotation: Any) -> list[Any]:
     if origin is typing.Annotated:
         return _branches(typing.get_args(annotation)[0])
     return [annotation]
+
+
+def between_documents(documents: Sequence[Any]) -> dict[int, list[Problem]]:
+    """Check the names of a multi-merge's documents, and references from one to another.
+
+    Returns the problems of each document, by its index.
+    """
+    problems: dict[int, list[Problem]] = {}
+    names = [name_of(document) for document in documents]
+    seen: set[str | None] = set()
+    for i, (document, name) in enumerate(zip(documents, names, strict=True)):
+        written = document.get("name") if isinstance(document, Mapping) else None
+        if name is None and written is not None:
+            expected = "a text that can be the name of one folder"
+            remedy = "Write letters, digits, `-`, `_` and `.`."
+            problems[i] = [Problem("name", shown(written), expected, remedy)]
+            continue
+        if name in seen:
+            found = "a second document without a name" if name is None else f"{name!r} again"
+            expected = "a name of its own for every document but the last"
+            problems[i] = [Problem("name", found, expected, "Give it another `name:`.")]
+        seen.add(name)
+    for i in _in_circles(documents, names):
+        found = f"{names[i]!r}, which depends on itself"
+        expected = "documents that depend on earlier results only"
+        remedy = "Take one of the references in the circle out."
+        problems.setdefault(i, []).append(Problem("models", found, expected, remedy))
+    return problems
+
+
+def name_of(document: Any) -> str | None:
+    """Return the name that a document gives itself; None if it can be no folder's."""
+    name = document.get("name") if isinstance(document, Mapping) else None
+    if not isinstance(name, str) or name in ("", "..") or not name.isprintable():
+        return None
+    return name if PurePosixPath(name).name == name == PureWindowsPath(name).name else None
+
+
+def _in_circles(documents: Sequence[Any], names: Sequence[str | None]) -> list[int]:
+    known = {name for name in names if name is not None}
+    edges = {
+        name: _names_used(document, known)
+        for name, document in zip(names, documents, strict=True)
+        if name is not None
+    }
+    found = []
+    for i, name in enumerate(names):
+        reached, new = set[str](), edges.get(name, set()) if name is not None else set()
+        while new:
+            reached |= new
+            new = set[str]().union(*(edges[other] for other in new)) - reached
+        if name in reached:
+            found.append(i)
+    return found
+
+
+def _names_used(document: Any, names: set[str]) -> set[str]:
+    config = parse(document)[0]
+    return {model.model.path for model in models_at(config)} & names if config else set()

@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from mergekit._data import chat_templates
+from mergekit.common import dtype_from_name
+
 from mergekit_ext.errors import did_you_mean, shown
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.report import Findings
@@ -26,10 +30,8 @@ _LARGEST = 256 << 20
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-def dtype_of(name: str | None) -> Any:
+def dtype_of(name: str | None) -> torch.dtype | None:
     """Return the torch dtype of a name that mergekit accepts; None for none or an unknown one."""
-    from mergekit.common import dtype_from_name
-
     try:
         return dtype_from_name(name)
     except RuntimeError:
@@ -54,8 +56,6 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
             findings.problem(where, shown(name), f"one of {', '.join(_DTYPES)}", remedy)
     _check_device(options, findings)
     _check_template(getattr(config, "chat_template", None), findings)
-    if wants_tokenizer(config):
-        _check_source(config, findings)
 
 
 def check_multi_gpu(options: Any, findings: Findings) -> None:
@@ -65,8 +65,6 @@ def check_multi_gpu(options: Any, findings: Findings) -> None:
 
 
 def _check_device(options: Any, findings: Findings) -> None:
-    import torch
-
     name = str(options.device)
     try:
         torch.zeros(1, device=name).item()
@@ -81,26 +79,18 @@ def _check_device(options: Any, findings: Findings) -> None:
 
 
 def _devices() -> list[str]:
-    import torch
-
-    found = ["cpu"]
-    for kind in ("cuda", "xpu", "mps"):
-        backend = getattr(torch, kind, None)
-        if backend is not None and (count := backend.device_count()):
-            found += [f"{kind}:{index}" for index in range(count)]
-    return found
+    backends = {kind: getattr(torch, kind, None) for kind in ("cuda", "xpu", "mps")}
+    counts = {kind: found.device_count() for kind, found in backends.items() if found is not None}
+    return ["cpu", *(f"{kind}:{i}" for kind, count in counts.items() for i in range(count))]
 
 
 def _check_template(template: str | None, findings: Findings) -> None:
     # mergekit looks at it when all the weights are written, and stops there.
     if not template or template == "auto":
         return
-    from mergekit._data import chat_templates
-
     files = importlib.resources.files(chat_templates).iterdir()
     known = sorted(Path(f.name).stem for f in files if f.name.endswith(".jinja"))
-    named = len(template) < 256 and "\n" not in template and "{" not in template
-    if not (named and template in known) and not (len(template) >= 20 and "{" in template):
+    if template not in known and not (len(template) >= 20 and "{" in template):
         findings.problem(
             "chat_template",
             shown(template),
@@ -109,57 +99,28 @@ def _check_template(template: str | None, findings: Findings) -> None:
         )
 
 
-def _source(config: Any) -> tuple[str, Any]:
-    """Where the configuration says which tokenizer the output gets, and which."""
-    if config.tokenizer_source:
-        return "tokenizer_source", config.tokenizer_source
-    return "tokenizer.source", config.tokenizer.source
-
-
-def _check_source(config: Any, findings: Findings) -> None:
-    where, source = _source(config)
-    if source == "base" and config.base_model is None:
-        findings.problem(
-            where,
-            "'base' without a base model",
-            "a base model, or the name of the model whose tokenizer to take",
-            "Add `base_model:`, or write `union` or a model here.",
-        )
-    # mergekit loads the tokenizer of the base, or of the first model, and the one named here;
-    # for the others it makes do with the base's.
-    first = config.base_model or next(iter(models_at(config)), None)
-    for reference in dict.fromkeys([first] if isinstance(source, str) else [first, source]):
-        folder = Path(reference.model.path)
-        if not os.path.isdir(folder):
-            if reference == source and not may_be_hub_name(reference.model.path):
-                findings.problem(
-                    where, f"{source}, which does not exist", "a model's folder", "Check the path."
-                )
-        elif not _has_tokenizer(folder):
-            findings.problem(
-                where,
-                f"no tokenizer in {folder}",
-                f"one of {', '.join(_TOKENIZER_FILES)} there",
-                "Copy the model's tokenizer files into the folder.",
-            )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _TOKENIZER_FILES)
-
-
 def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
     """Check the files of tokenizers that are read, or copied when all the weights are written.
 
     They are JSON of a size that can be read, and wherever a merge loads a tokenizer, what has its
     files is one: mergekit fails on the first model's only, and takes that in place of any other.
     """
-    named = models_at(config)
+    named, built = models_at(config), wants_tokenizer(config)
     first = config.base_model or next(iter(named), None)
-    if wants_tokenizer(config):
-        where, source = _source(config)
+    source = at = None
+    if built:
+        at, source = "tokenizer_source", config.tokenizer_source
+        if not source:
+            at, source = "tokenizer.source", config.tokenizer.source
+        if source == "base" and config.base_model is None:
+            findings.problem(
+                at,
+                "'base' without a base model",
+                "a base model, or the name of the model whose tokenizer to take",
+                "Add `base_model:`, or write `union` or a model here.",
+            )
         if not isinstance(source, str):
-            named.setdefault(source, where)
+            named.setdefault(source, at)
     elif not options.copy_tokenizer:
         return
     elif config.chat_template != "auto":  # which asks all models
@@ -167,6 +128,9 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
     for model, where in named.items():
         folder = Path(model.model.path)
         if not os.path.isdir(folder):
+            if model == source and not may_be_hub_name(model.model.path):
+                found = f"{model}, which does not exist"
+                findings.problem(str(at), found, "a model's folder", "Check the path.")
             continue
         wrong = [
             wrong
@@ -174,10 +138,20 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
             if os.path.exists(folder / name)
             and (wrong := json_object(folder / name, "a tokenizer's file", _LARGEST)[1])
         ]
-        if wants_tokenizer(config) and not wrong and _has_tokenizer(folder):
+        is_there = any((folder / name).exists() for name in _TOKENIZER_FILES)
+        if built and is_there and not wrong:
             wrong = _not_loaded(model.model, model == first, options)
         for found, expected in wrong:
             findings.problem(where, found, expected, "Mend it, or download it again.")
+        # mergekit loads the tokenizer of the base, or of the first model, and the one named here;
+        # for the others it makes do with the base's.
+        if built and not is_there and model in (first, source):
+            findings.problem(
+                str(at),
+                f"no tokenizer in {folder}",
+                f"one of {', '.join(_TOKENIZER_FILES)} there",
+                "Copy the model's tokenizer files into the folder.",
+            )
 
 
 def _not_loaded(path: Any, first: bool, options: Any) -> list[tuple[str, str]]:
@@ -193,7 +167,6 @@ def _not_loaded(path: Any, first: bool, options: Any) -> list[tuple[str, str]]:
     except Exception as error:  # whatever the classes of tokenizers make of such files
         text = " ".join(str(error).split())
         found = f"a tokenizer in {path} that cannot be loaded ({type(error).__name__}: {text})"
-        return [
-            (found, "files that `AutoTokenizer` loads, with a row of embeddings for each token")
-        ]
+        expected = "files that `AutoTokenizer` loads, with a row of embeddings for each token"
+        return [(found, expected)]
     return []

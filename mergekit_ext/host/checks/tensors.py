@@ -1,12 +1,29 @@
-"""The tensors that a merge reads, compared with each other: presence, shapes, dtypes."""
+"""The tensors of a merge, compared with each other and with what their classes need.
+
+Presence, shapes and dtypes of what is read; and that transformers, which fills missing tensors
+with random numbers and ignores unknown ones, does neither with an input or the output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from mergekit.merge_methods.base import OptionalTensorPolicy
+
+from mergekit_ext.errors import listing, tensors_at
+from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks.models import ModelFacts
-from mergekit_ext.host.checks.plan import BY_FILES, FoundTensor, Inventory
+from mergekit_ext.host.checks.plan import (
+    BY_FILES,
+    Inventory,
+    PlannedTensor,
+    converts,
+    names_of,
+)
+from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.class_model import Loading, class_of, loading
 from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, is_counter, same_bytes
 
 # The largest tensor whose values are compared before the merge.
@@ -15,16 +32,24 @@ _LARGEST_READ = 1 << 20
 _Wrong = Iterator[tuple[str, str, str]]
 
 
-def check_tensors(inventory: Inventory, besides: Collection[Any] = ()) -> None:
+def check_tensors(
+    inventory: Inventory,
+    besides: Collection[Any] = (),
+    policy: OptionalTensorPolicy | None = None,
+) -> None:
     """Report missing tensors, shapes, dtypes and whole numbers that do not fit.
 
-    Models in `besides` are not compared.
+    Models in `besides` are not compared. `policy`, for optional tensors that some inputs lack, is
+    the method's unless it is given.
     """
     config, findings = inventory.config, inventory.findings
     mixed: set[str] = set()
-    for tensor in [tensor.without(besides) for tensor in inventory.located]:
+    for tensor in inventory.located:
+        found = {model: header for model, header in tensor.found.items() if model not in besides}
+        missing = tuple(model for model in tensor.missing if model not in besides)
+        tensor = replace(tensor, found=found, missing=missing)
         for problem in (
-            *_missing(tensor, inventory.method, inventory.models),
+            *_missing(tensor, inventory, policy),
             *_shapes(tensor, inventory.aligned),
             *_dtypes(tensor, config.dtype is not None),
             *_whole_numbers(tensor),
@@ -40,17 +65,20 @@ def check_tensors(inventory: Inventory, besides: Collection[Any] = ()) -> None:
         )
 
 
-def _missing(tensor: FoundTensor, method: Any, facts: Mapping[Any, ModelFacts]) -> _Wrong:
+def _missing(
+    tensor: PlannedTensor, inventory: Inventory, policy: OptionalTensorPolicy | None
+) -> _Wrong:
     if not tensor.missing:
         return
-    places = ", ".join(f"{model} ({facts[model].where})" for model in tensor.missing)
-    if not tensor.planned.weight.optional and not tensor.found:
+    method, models = inventory.method, inventory.models
+    places = ", ".join(f"{model} ({models[model].where})" for model in tensor.missing)
+    if not tensor.weight.optional and not tensor.found:
         expected = "the tensors that mergekit's table lists for this architecture"
         yield "nothing in any model", expected, BY_FILES
-    elif not tensor.planned.weight.optional:
+    elif not tensor.weight.optional:
         remedy = "Take the model out, or give the checkpoint that has them."
         yield f"nothing in {places}", "the same tensors in every model", remedy
-    elif method is not None and (reason := _refusal(tensor, method)):
+    elif method is not None and (reason := _refusal(tensor, method, policy)):
         yield (
             f"nothing in {places}, and it is optional ({reason})",
             "it in all models, or in none",
@@ -58,35 +86,33 @@ def _missing(tensor: FoundTensor, method: Any, facts: Mapping[Any, ModelFacts]) 
         )
 
 
-def _refusal(tensor: FoundTensor, method: Any) -> str | None:
+def _refusal(tensor: PlannedTensor, method: Any, policy: OptionalTensorPolicy | None) -> str | None:
     """Why the method stops at an optional tensor that some inputs lack; None if it does not."""
-    from mergekit.merge_methods.base import OptionalTensorPolicy
-
-    planned, policy = tensor.planned, method.spec.optional_tensor_policy
-    everything = [model for model, _ in planned.inputs]
+    policy, base = policy or method.spec.optional_tensor_policy, tensor.group.base
+    everything = [model for model, _ in tensor.inputs]
     present = [model for model in everything if model in tensor.found]
-    only_base = present == [planned.base]
     if len(present) == 1 and (
         policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
-        or (policy == OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON and only_base)
+        or (policy == OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON and present == [base])
     ):
         return None
     few = len(present) < method.spec.contract.min_inputs
     if policy == OptionalTensorPolicy.BASE_OR_SKIP and few:
         return None
+    # What is wrong with all of them is said already, for the whole group.
+    return None if _complaint(method, everything, base) else _complaint(method, present, base)
+
+
+def _complaint(method: Any, models: Sequence[Any], base: Any) -> str | None:
     try:
-        method.validate_inputs(everything, planned.base)
-    except ValueError:
-        return None  # said already, for the whole group
-    try:
-        method.validate_inputs(present, planned.base)
+        method.validate_inputs(models, base)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _shapes(tensor: FoundTensor, aligned: bool) -> _Wrong:
-    axis = tensor.planned.weight.vocabulary_axis
+def _shapes(tensor: PlannedTensor, aligned: bool) -> _Wrong:
+    axis = tensor.weight.vocabulary_axis
     shapes = {header.shape for header in tensor.headers}
     besides = {shape if axis is None else shape[:axis] + shape[axis + 1 :] for shape in shapes}
     if len(besides if aligned else shapes) > 1:
@@ -100,7 +126,7 @@ def _shapes(tensor: FoundTensor, aligned: bool) -> _Wrong:
         yield f"shapes that differ: {_each(tensor, 'shape')}", "one shape", remedy
 
 
-def _dtypes(tensor: FoundTensor, converted: bool) -> _Wrong:
+def _dtypes(tensor: PlannedTensor, converted: bool) -> _Wrong:
     dtypes = {header.dtype for header in tensor.headers}
     before = "Give the models before quantisation."
     for dtype in sorted(dtypes & PACKED):
@@ -115,7 +141,7 @@ def _dtypes(tensor: FoundTensor, converted: bool) -> _Wrong:
         yield f"{dtype}, in which there is no arithmetic", "a dtype to merge in", remedy
 
 
-def _whole_numbers(tensor: FoundTensor) -> _Wrong:
+def _whole_numbers(tensor: PlannedTensor) -> _Wrong:
     """Whole numbers that differ have no mean. Larger tensors are not read here."""
     known = [(model, h) for model, h in tensor.found.items() if h is not None and h.file]
     if is_counter(tensor.name) or len({(h.dtype, h.shape) for _, h in known}) != 1:
@@ -130,9 +156,142 @@ def _whole_numbers(tensor: FoundTensor) -> _Wrong:
             )
 
 
-def _each(tensor: FoundTensor, what: str) -> str:
+def _each(tensor: PlannedTensor, what: str) -> str:
     """A property of a tensor in each of the inputs."""
     values = {m: getattr(h, what) for m, h in tensor.found.items() if h is not None}
     return ", ".join(
         f"{list(value) if what == 'shape' else value} in {model}" for model, value in values.items()
     )
+
+
+def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any]:
+    """Report models that transformers would complete with random numbers, and note what it ignores.
+
+    Such are weights that ZeRO-3 saved empty, or a shard that is gone. A pooler or a head that no
+    model of its class has is a warning: bodies are often saved without. Returns these models.
+    """
+    broken = set()
+    for model, fact in facts.items():
+        found = _loading_of(fact)
+        if found is None:
+            continue
+        kind = fact.config.architectures[0]
+        without = _lacking(facts, kind) if found.missing else frozenset()
+        if without:
+            findings.warn(
+                f"{kind} has {tensors_at(sorted(without))}, which no model has: transformers "
+                "fills that with random numbers in the output, as in the inputs."
+            )
+        if wrong := _wrong(replace(found, missing=_besides(found.missing, without))):
+            broken.add(model)
+            findings.problem(
+                fact.where,
+                f"{wrong} in {model}, a {kind}: transformers would fill it with random numbers",
+                f"every tensor of {kind}",
+                "Give a whole checkpoint of that class; one that was saved in parts (DeepSpeed, "
+                "FSDP) is consolidated first.",
+            )
+        if found.ignored:
+            findings.note(
+                f"{model}: {kind} does not have {listing(found.ignored)}; transformers does not "
+                "load them either."
+            )
+    return broken
+
+
+def check_output(inventory: Inventory) -> None:
+    """Report what the class of the output needs and lacks, has no place for, or would lose.
+
+    What the inputs' classes lack or do not have, the output may, too.
+    """
+    unused = _left_out(inventory) if inventory.config.models else []
+    located, config, facts = inventory.located, inventory.out_config, inventory.models
+    if config is None or not located or inventory.findings.count:
+        return
+    found = loading(config, {t.name: t.headers[0].shape if t.headers else (0,) for t in located})
+    if found is None:
+        return
+    kind = config.architectures[0]
+    if inventory.aligned or not all(tensor.headers for tensor in located):
+        # What shapes would say is for the comparison of the inputs.
+        found = replace(found, misshapen=(), error="")
+    missing = _besides(found.missing, _lacking(facts, kind))
+    if wrong := _wrong(replace(found, missing=missing, misshapen=())):
+        also = f", and does not use {listing(unused)} in the files" if unused else ""
+        inventory.findings.problem(
+            "the output",
+            f"{wrong}: mergekit's plan for {kind} leaves them out{also}",
+            f"every tensor of {kind}, as transformers loads it",
+            BY_FILES,
+        )
+    ignored = {n for f in facts.values() if (own := _loading_of(f)) for n in own.ignored}
+    if unfit := [*_besides(found.ignored, ignored), *found.misshapen]:
+        inventory.findings.problem(
+            "the output",
+            f"{tensors_at(unfit)}, which {kind} does not have, or has in another shape, by the "
+            "config.json that mergekit makes for it",
+            f"the tensors of {kind}",
+            "Take as many layers as that configuration has, and vocabularies of one size (or add "
+            "`tokenizer:`, which aligns them).",
+        )
+
+
+def _left_out(inventory: Inventory) -> list[str]:
+    """Note the stored tensors that the merge does not use, and which the output will not have.
+
+    Whether the output's class needs them is the question of `check_output`. What a class from
+    elsewhere needs is not known: there each of them is a problem. Returns all of these names.
+    """
+    used: dict[Any, set[str]] = {model: set() for model in inventory.models}
+    for tensor in inventory.planned:
+        for model, weight in tensor.inputs:
+            used[model].update(names_of(weight, tied=True))
+    merged = {tensor.name for tensor in inventory.located}
+    skipped = sorted({tensor.name for tensor in inventory.planned} - merged)
+    unused: dict[str, None] = {}
+    for model, fact in inventory.models.items():
+        rest = sorted(set(fact.tensors or ()) - used[model]) if used[model] else []
+        unused.update(dict.fromkeys(rest))
+        if rest and class_of(fact.config) is None:
+            instead = f" (it looks for {listing(skipped)})" if skipped else ""
+            inventory.findings.problem(
+                fact.where,
+                f"{len(rest)} tensors that mergekit's plan leaves out{instead}: {listing(rest)}",
+                "a use for every stored tensor, as this model's class is not one of transformers",
+                BY_FILES,
+            )
+        elif rest and not converts(fact):  # converted names look like extra ones
+            inventory.findings.note(f"{model}: the merge does not use {listing(rest)}.")
+    return list(unused)
+
+
+def _loading_of(fact: ModelFacts) -> Loading | None:
+    """What transformers does with the tensors of one input; None if that is not known."""
+    if fact.config is None or fact.tensors is None:
+        return None
+    return loading(fact.config, {name: h.shape for name, h in fact.tensors.items()})
+
+
+def _lacking(facts: Mapping[Any, ModelFacts], kind: str) -> frozenset[str]:
+    """The poolers and heads of a class that all models of that class lack alike."""
+    missing = [
+        set(found.missing)
+        for fact in facts.values()
+        if (found := _loading_of(fact)) and fact.config.architectures[0] == kind
+    ]
+    everywhere = set.intersection(*missing) if missing else set()
+    return frozenset(name for name in everywhere if "pooler" in name or is_task_head(name))
+
+
+def _besides(names: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in known)
+
+
+def _wrong(found: Loading) -> str:
+    """What keeps a class from being loaded whole; nothing if nothing does."""
+    wrong = [
+        *([f"{tensors_at(found.missing)} missing"] if found.missing else []),
+        *([f"another shape in {tensors_at(found.misshapen)}"] if found.misshapen else []),
+        *([f"what transformers cannot convert ({found.error})"] if found.error else []),
+    ]
+    return " and ".join(wrong)

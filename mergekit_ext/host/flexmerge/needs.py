@@ -18,7 +18,7 @@ from mergekit_ext.core.memory import Need, square_of, working
 from mergekit_ext.flexmerge.finite import EIGHT_BITS
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.trim_search import widest
-from mergekit_ext.host.checks.loaders import pickled_bytes
+from mergekit_ext.host.checks.estimate import pickled_bytes
 from mergekit_ext.host.flexmerge.sources import Prepared
 from mergekit_ext.kernels.numerics import chunk_length
 

@@ -17,13 +17,13 @@ from mergekit_ext.flexmerge.plan import whole_models
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
-from mergekit_ext.host.checks.classes import check_inputs
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
+from mergekit_ext.host.checks.tensors import check_inputs
 from mergekit_ext.host.flexmerge.checks import (
     NOT_TAKEN,
     check_family,
