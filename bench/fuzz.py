@@ -42,7 +42,7 @@ from mergekit_ext.flexmerge.analysis_file import Subject
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.commands import parsed
-from mergekit_ext.host.flexmerge.curve_files import flexmerge_config
+from mergekit_ext.host.flexmerge.prepare import flexmerge_config
 from mergekit_ext.io.documents import DocumentError
 from mergekit_ext.io.headers import HeaderError, read_folder, read_safetensors
 from mergekit_ext.io.journal import Journal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from mergekit_ext.core.memory import limited
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines, takes
 from mergekit_ext.host.commands import for_commands
+from mergekit_ext.host.flexmerge.sizes import ALL, write_curve
 from mergekit_ext.io.headers import allowing_pickles
 
 
 @click.command("sizes", cls=PrettyPrintHelp)
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
-@click.argument("out_path", type=click.Path(file_okay=False))
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--sizes",
     help="Sizes in models, separated by commas; `all` for the size after every merge "
@@ -48,8 +50,8 @@ from mergekit_ext.io.headers import allowing_pickles
 @add_merge_options  # type: ignore[untyped-decorator]
 def sizes(
     merge_options: MergeOptions,
-    config_file: str,
-    out_path: str,
+    config_file: Path,
+    out_path: Path,
     sizes: str | None,
     evaluate: str | None,
     algorithms: tuple[str, ...],
@@ -68,8 +70,6 @@ def sizes(
     and once for each task at each size. It returns a number, or a mapping from metrics to numbers
     such as {'accuracy': 0.9}; the higher, the better.
     """
-    from mergekit_ext.host.flexmerge.curve_files import write_curve
-
     merge_options.apply_global_options()
     try:
         callbacks = [JsonLines(events)] if events else []
@@ -77,43 +77,37 @@ def sizes(
         raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
     with for_commands(), limited(max_memory), allowing_pickles(allow_pickle):
         write_curve(
-            Path(config_file),
-            Path(out_path),
+            config_file,
+            out_path,
             merge_options,
-            None if sizes is None else _sizes(sizes),
+            None if sizes is None else list(map(_size, sizes.split(","))),
             algorithms,
-            _function(evaluate),
+            None if evaluate is None else _function(evaluate),
             metric,
             callbacks,
         )
 
 
-def _sizes(text: str) -> list[float | str]:
-    found: list[float | str] = []
-    for item in text.split(","):
-        try:
-            number = float(item)
-        except ValueError:
-            number = 0.0
-        if item.strip() != "all" and not 1 <= number < float("inf"):
-            expected = "numbers from 1 and `all`, separated by commas"
-            raise ConfigError([Problem("--sizes", repr(item), expected, "Write 1,1.5,2.")])
-        found.append("all" if item.strip() == "all" else number)
-    return found
+def _size(text: str) -> float | str:
+    with suppress(ValueError):
+        if text.strip() == ALL or 1 <= float(text) < float("inf"):
+            return ALL if text.strip() == ALL else float(text)
+    expected = "numbers from 1 and `all`, separated by commas"
+    raise ConfigError([Problem("--sizes", repr(text), expected, "Write 1,1.5,2.")])
 
 
-def _function(name: str | None) -> Callable[..., Any] | None:
-    if name is None:
-        return None
+def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
-    names = (*module.split("."), attribute)
-    if module.endswith(".py") or not all(part.isidentifier() for part in names):
-        raise ConfigError([_no_function(name, module, attribute)])
+    if module.endswith(".py") or not all(map(str.isidentifier, [*module.split("."), attribute])):
+        expected = "MODULE:FUNCTION, as Python imports them, such as scores:evaluate for scores.py"
+        known = f"{Path(module.removesuffix('.py')).name or 'MODULE'}:{attribute or 'FUNCTION'}"
+        remedy = f"Write {known}, and run the command in the folder of the module."
+        raise ConfigError([Problem("--evaluate", repr(name), expected, remedy)])
     # As for `python -m`: the user's module lies where the command is run.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # the module is the user's: anything may come
         name = f"{name} ({type(error).__name__}: {error})"
         expected = "MODULE:FUNCTION, which can be imported from here"
@@ -121,17 +115,4 @@ def _function(name: str | None) -> Callable[..., Any] | None:
         raise ConfigError([Problem("--evaluate", name, expected, remedy)]) from None
     if not takes(function, "model", "task"):
         raise ConfigError([Problem("--evaluate", name, "a function of a module and a task")])
-    found: Callable[..., Any] = function
-    return found
-
-
-def _no_function(name: str, module: str, attribute: str) -> Problem:
-    """Most often the path of a file, or a module alone."""
-    expected = "MODULE:FUNCTION, as Python imports them, such as scores:evaluate for scores.py"
-    file = Path(module.removesuffix(".py"))
-    if not file.name.isidentifier():
-        return Problem("--evaluate", repr(name), expected, "Write the module and its function.")
-    remedy = f"Write {file.name}:{attribute or 'FUNCTION'}"
-    if len(file.parts) > 1:
-        remedy += f", and run the command in {file.parent}"
-    return Problem("--evaluate", repr(name), expected, f"{remedy}.")
+    return function

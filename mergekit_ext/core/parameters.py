@@ -105,7 +105,8 @@ def unfit(read: Any, value: Any, remedy: str = "") -> tuple[str, str] | None:
         read(value)
     except ValidationError as error:
         wanted = " or ".join(dict.fromkeys(expectation(item) for item in error.errors()))
-        names = re.findall(r"'([^']+)'", wanted)
+        choices = [item["msg"] for item in error.errors() if item["type"] == "literal_error"]
+        names = re.findall(r"'([^']+)'", " ".join(choices))
         near = did_you_mean(value, names) if names and isinstance(value, str) else ""
         return wanted, remedy or near
     return None

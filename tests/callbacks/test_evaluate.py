@@ -48,7 +48,7 @@ def test_each_task_of_a_flexmerge_is_scored_with_its_own_model(tmp_path):
 
 
 def test_sizes_take_it(tmp_path):
-    from mergekit_ext.host.flexmerge.curve_files import write_curve
+    from mergekit_ext.host.flexmerge.sizes import write_curve
 
     base, tuned = models.family(tmp_path, llama, amounts=(0.1, 0.2))
     content = models.config("flexmerge", tuned, base, {"algorithm": "average"})

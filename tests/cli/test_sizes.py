@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from mergekit_ext.cli import main
-from tests.models import command, config, family, llama, write_yaml
+from tests.models import config, family, llama, write_yaml
 
 SCORES = """
 import numpy as np
@@ -68,8 +68,9 @@ def assert_refused(result: Result, message: str) -> None:
 
 
 def test_a_function_of_the_working_directory(configuration: Path, here: Path) -> None:
-    result = command_in(here, configuration, "--evaluate", "scores_of_a_test:evaluate")
-    assert result.returncode == 0, result.stderr
+    chosen = ("--sizes", "1", "--algorithm", "ties", "--algorithm", "emr")
+    result = run(configuration, "out", *chosen, "--evaluate", "scores_of_a_test:evaluate")
+    assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (here / "out").iterdir()) == [
         "flexmerge_analysis.json",
         "sizes.csv",
@@ -83,18 +84,15 @@ def test_a_function_of_the_working_directory(configuration: Path, here: Path) ->
     assert "6/6" in result.stderr
 
 
-def command_in(folder: Path, configuration: Path, *more: str) -> Any:
-    """As a user would, in a process of its own."""
-    arguments = ["--sizes", "1", "--algorithm", "ties", "--algorithm", "emr", *more]
-    return command("mergekit-ext", "sizes", configuration, folder / "out", *arguments)
-
-
-def test_quiet_shows_the_table_alone(configuration: Path, here: Path) -> None:
-    result = run(
-        configuration, "out", "--sizes", "1,3", "--evaluate", "scores_of_a_test:evaluate", "--quiet"
-    )
+def test_quiet_shows_the_table_alone_and_events_go_to_a_file(
+    configuration: Path, here: Path
+) -> None:
+    given = ("--sizes", "1,3", "--evaluate", "scores_of_a_test:evaluate", "--quiet")
+    result = run(configuration, "out", *given, "--events", "e.jsonl")
     assert result.exit_code == 0, result.output
     assert result.stderr == "" and len(result.stdout.splitlines()) == 3
+    events = [json.loads(line) for line in (here / "e.jsonl").read_text().splitlines()]
+    assert [e["models"] for e in events if e["event"] == "size_reached"] == [3.0, 1.0]
 
 
 def test_sizes_alone(configuration: Path, here: Path) -> None:
@@ -108,10 +106,7 @@ def test_sizes_alone(configuration: Path, here: Path) -> None:
     ("sizes", "message"),
     [
         ("1,,2", "--sizes: found ''"),
-        ("0.5", "--sizes: found '0.5'"),
         ("nan", "--sizes: found 'nan'"),
-        ("inf", "--sizes: found 'inf'"),
-        ("-1", "--sizes: found '-1'"),
         ("1;2", "--sizes: found '1;2'"),
         ("All", "--sizes: found 'All'"),
         ("1,5", "--sizes: found 5; expected sizes from 1 to 3"),
@@ -125,15 +120,11 @@ def test_wrong_sizes(configuration: Path, here: Path, sizes: str, message: str) 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("scores_of_a_test", "Write scores_of_a_test:FUNCTION."),
-        ("scores_of_a_test.py:evaluate", "Write scores_of_a_test:evaluate."),
-        ("./scores_of_a_test.py:evaluate", "Write scores_of_a_test:evaluate."),
-        ("a/b/scores.py:f", "Write scores:f, and run the command in a/b."),
+        ("scores_of_a_test", "Write scores_of_a_test:FUNCTION, and run"),
+        ("a/b/scores.py:f", "Write scores:f, and run the command in the folder"),
         ("scores_of_a_test:missing", "has no attribute 'missing'"),
         ("no_such_module:evaluate", "No module named 'no_such_module'"),
-        ("no_such_module:evaluate", "PYTHONPATH"),
         (":evaluate", "MODULE:FUNCTION"),
-        (".x:y", "MODULE:FUNCTION"),
         ("scores_of_a_test:number", "expected a function"),
         ("scores_of_a_test:alone", "expected a function of a module and a task"),
         ("scores_of_a_test:broken", "tuned0's individual model returned 'good'"),
@@ -148,11 +139,9 @@ def test_wrong_evaluations(configuration: Path, here: Path, name: str, message: 
     ("text", "message"),
     [
         ("def f(:", "SyntaxError"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemExit(3)", "SystemExit: 3"),
-        ("import no_such_module_at_all", "ModuleNotFoundError: No module"),
     ],
-    ids=["syntax", "raises", "exits", "imports"],
+    ids=["syntax", "exits"],
 )
 def test_modules_that_cannot_be_imported(
     configuration: Path, here: Path, text: str, message: str
@@ -176,7 +165,6 @@ def test_the_users_own_error_is_shown_without_frames_of_ours(
     ("changes", "message"),
     [
         ({"merge_method": "linear"}, "merge_method: found 'linear'; expected 'flexmerge'"),
-        ({"models": [{"model": "/nowhere/at/all"}]}, "/nowhere/at/all"),
         ({"parameters": {"lambada": 1}}, "Write `lambda`"),
     ],
 )
@@ -199,18 +187,3 @@ def test_folders_that_cannot_be_written(configuration: Path, here: Path) -> None
     assert_refused(run(configuration, here / "file" / "out"), "OUT_PATH")
     events = here / "none" / "events.jsonl"
     assert_refused(run(configuration, "out", "--events", events), "No such file")
-
-
-def test_events(configuration: Path, here: Path) -> None:
-    result = run(
-        configuration,
-        "out",
-        *("--sizes", "1,3", "--evaluate", "scores_of_a_test:evaluate", "--events", "e.jsonl"),
-    )
-    assert result.exit_code == 0, result.output
-    events = [json.loads(line) for line in (here / "e.jsonl").read_text().splitlines()]
-    assert [e["models"] for e in events if e["event"] == "size_reached"] == [3.0, 1.0]
-
-
-def test_is_listed() -> None:
-    assert "sizes" in CliRunner().invoke(main, ["--help"]).output

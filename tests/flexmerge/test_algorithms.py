@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
 from torch import Tensor
 
 from mergekit_ext import methods
@@ -18,10 +19,11 @@ from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.flexmerge.algorithms import names as algorithm_names
+from mergekit_ext.host.flexmerge.parameters import names as algorithm_names
 from mergekit_ext.host.flexmerge.parameters import read_parameters
 from tests.flexmerge.inputs import SHAPES, family, reader
 from tests.flexmerge.inputs import algorithm as algorithm_of
+from tests.models import config
 from tests.reference import flexmerge as naive
 from tests.reference import lore as naive_lore
 from tests.reference import nan as naive_nan
@@ -41,13 +43,20 @@ def made(
     return algorithm_of(name, TASKS, shared, scope, **each)
 
 
-def from_yaml(given: Mapping[str, Any], models: Sequence[Mapping[str, Any]] = ({},) * TASKS):
+def read(given: Mapping[str, Any], models: Sequence[Mapping[str, Any]] = ({},) * TASKS):
+    """Return the algorithm that a configuration names, and its problems."""
     findings = Findings()
-    top = {"target_size": 2, **given}
-    named = [(f"models[{i}].parameters", model) for i, model in enumerate(models)]
-    written = read_parameters(top, named, 0, findings)
-    assert written is not None, [str(p) for p in findings.report(None).problems]
-    return written.algorithm
+    content = config("flexmerge", map(str, range(len(models))), "base", {"target_size": 2, **given})
+    for item, parameters in zip(content["models"], models, strict=True):
+        item["parameters"] = dict(parameters)
+    algorithm = read_parameters(MergeConfiguration.model_validate(content), 0, findings)
+    return algorithm, findings.report().problems
+
+
+def from_yaml(given: Mapping[str, Any], models: Sequence[Mapping[str, Any]] = ({},) * TASKS):
+    algorithm, problems = read(given, models)
+    assert algorithm is not None, [str(p) for p in problems]
+    return algorithm
 
 
 def block_of(base, models, name: str):
@@ -447,20 +456,10 @@ def test_dare_ties_is_mergekits():
 
 
 def test_every_registered_method_is_taken_or_refused_with_a_reason():
+    refused = "which does not merge 4 models over a base"
     for name in algorithm_names():
-        findings = Findings()
-        read_parameters(
-            {"target_size": 2, "algorithm": name},
-            [(f"models[{i}].parameters", {}) for i in range(TASKS)],
-            0,
-            findings,
-        )
-        for problem in findings.report(None).problems:
-            assert (
-                problem.where != "parameters.algorithm"
-                or "at most" in problem.found
-                or ("no base" in problem.found)
-            )
+        for problem in read({"algorithm": name})[1]:
+            assert problem.where != "parameters.algorithm" or refused in problem.found
     assert "mergekit:ties" in algorithm_names()
     assert "flexmerge" not in algorithm_names()
     known = {m.spec.name for m in merge_methods.registered_methods()}
@@ -468,36 +467,25 @@ def test_every_registered_method_is_taken_or_refused_with_a_reason():
     assert {name.removeprefix("mergekit:") for name in algorithm_names()} - own <= known
 
 
-def test_methods_of_two_models_are_refused_for_more():
-    for name in ("slerp", "arcee_fusion", "nearswap"):
-        findings = Findings()
-        found = read_parameters(
-            {"target_size": 2, "algorithm": name},
-            [("models[0]", {}), ("models[1]", {})],
-            0,
-            findings,
-        )
-        assert found is None
-        (problem, *_) = [
-            p for p in findings.report(None).problems if p.where == "parameters.algorithm"
-        ]
-        assert "at most 1 models" in problem.found or "no base" in problem.found
+@pytest.mark.parametrize("name", ["slerp", "arcee_fusion", "nearswap"])
+def test_methods_of_two_models_are_refused_for_more(name):
+    found, problems = read({"algorithm": name}, ({}, {}))
+    assert found is None
+    assert "parameters.algorithm" in [problem.where for problem in problems]
 
 
 def test_what_a_method_refuses_of_the_weights_names_algorithm_block_and_tensor(monkeypatch):
     base, models = family(2)
-    findings = Findings()
     given = {"target_size": 1, "algorithm": "lore", "mu_relative": 0.1}
-    written = read_parameters(given, [("a", {}), ("b", {})], 0, findings)
-    assert not findings.count
+    algorithm = from_yaml(given, ({}, {}))
     source = reader(base, models)
     block = source.layout.blocks[1]
 
     def refuse(*arguments, **named):
         raise ValueError("no such matrix")
 
-    monkeypatch.setattr(type(written.algorithm._method), "__call__", refuse)
+    monkeypatch.setattr(type(algorithm._method), "__call__", refuse)
     with pytest.raises(MergeError) as caught:
-        written.algorithm.merge(source.read(block), (0, 1), torch.float32)
+        algorithm.merge(source.read(block), (0, 1), torch.float32)
     for said in ("lore", "no such matrix", block.name, block.parts[0].name):
         assert said in str(caught.value)

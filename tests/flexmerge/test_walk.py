@@ -26,6 +26,7 @@ from mergekit_ext.flexmerge.target import Size, Target
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.sources import open_inputs
+from mergekit_ext.host.session import Session
 from tests.flexmerge import inputs as memory
 from tests.models import bert, config, family, llama, state
 
@@ -65,7 +66,7 @@ def content(
 def engine(document: Mapping[str, Any], folder: Path) -> Engine:
     report, prepared = prepare.check(MergeConfiguration.model_validate(document), OPTIONS)
     assert prepared is not None, report.problems
-    return Engine(prepared, open_inputs(prepared, OPTIONS), OPTIONS, folder, lambda event: None)
+    return Engine(prepared, open_inputs(prepared), folder, Session())
 
 
 def walk_of(made: Engine) -> Walk:
@@ -122,7 +123,7 @@ def test_every_size_is_the_checkpoint_of_that_size(
 ) -> None:
     document = content(request.getfixturevalue(inputs), parameters)
     made = engine(document, tmp_path)
-    made.keep_analysis()  # the merges below need none of their own
+    made.save_analysis(tmp_path)  # the merges below need none of their own
     walk = walk_of(made)
     for number, size in enumerate(some_sizes(made, 4)):
         walk.go(made.planner.plan(Target(models=size)))
@@ -207,13 +208,13 @@ def test_only_what_changed_is_merged(
     made = engine(content(llamas, {"algorithm": algorithm}), tmp_path)
     calls: list[tuple[str, tuple[int, ...]]] = []
     name = "merge_masked" if algorithm == "emr" else "merge"
-    stock = getattr(made.algorithm, name)
+    stock = getattr(made.prepared.algorithm, name)
 
     def spy(block: Any, members: Any, *rest: Any) -> Any:
         calls.append((block.layout.name, tuple(members)))
         return stock(block, members, *rest)
 
-    monkeypatch.setattr(made.algorithm, name, spy)
+    monkeypatch.setattr(made.prepared.algorithm, name, spy)
     walk = walk_of(made)
     blocks = [block.name for block in made.reader.layout.blocks]
     before: dict[str, set[tuple[int, ...]]] = {block: set() for block in blocks}

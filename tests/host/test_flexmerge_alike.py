@@ -9,7 +9,7 @@ import torch
 from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_ext.flexmerge.algorithm import Parameters
-from mergekit_ext.host.flexmerge.algorithms import make, registered
+from mergekit_ext.host.flexmerge.parameters import make, registered
 from mergekit_ext.methods import BLOCKS, methods
 from tests.flexmerge.inputs import algorithm, family, reader
 

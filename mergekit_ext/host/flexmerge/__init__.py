@@ -1,1 +1,67 @@
 """`merge_method: flexmerge`: from mergekit's configuration to the FlexMerge engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
+
+from mergekit_ext.errors import MergeError
+from mergekit_ext.host.method import WholeModelMethod
+
+if TYPE_CHECKING:
+    from mergekit_ext.host.checks.report import CheckReport
+    from mergekit_ext.host.flexmerge.sources import Prepared
+
+
+class FlexMergeMethod(WholeModelMethod):
+    """FlexMerge: merged models of any size between one and all m models.
+
+    Algorithm 1 of "Navigating the Accuracy-Size Trade-Off with Flexible Model Merging". Its
+    parameters are in `host.flexmerge.parameters`. What does the work is imported when it is
+    needed: the class is known to every mergekit process.
+    """
+
+    def __init__(self) -> None:
+        self.spec = MergeMethodSpec(
+            name="flexmerge",
+            pretty_name="FlexMerge",
+            reference_url="https://arxiv.org/abs/2505.23209",
+            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
+        )
+
+    def merge_one(
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """Refuse: FlexMerge needs whole models.
+
+        Raises:
+            MergeError: always.
+        """
+        raise MergeError(
+            f"{group.metadata.name}: `flexmerge` merges whole models, not single tensors; merge "
+            "with mergekit-yaml or `mergekit_ext.merge`."
+        )
+
+    def prepare(
+        self,
+        config: Any,
+        options: Any,
+        source: str | Mapping[str, Any] | None = None,
+        pending: Collection[str] = (),
+    ) -> tuple[CheckReport, Prepared | None]:
+        """See `WholeModelMethod.prepare`."""
+        from mergekit_ext.host.flexmerge.prepare import check
+
+        return check(config, options, source, pending)
+
+    def write(
+        self, prepared: Prepared, config: Any, folder: Path, options: Any, source: str
+    ) -> None:
+        """See `WholeModelMethod.write`."""
+        from mergekit_ext.host.flexmerge.engine import write
+
+        write(prepared, config, folder, source)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,6 @@ from torch import Tensor
 from mergekit_ext import parallel
 from mergekit_ext.events import (
     BlockMerged,
-    Event,
     MergeBegin,
     SizeReached,
     StatisticsBegin,
@@ -25,167 +26,133 @@ from mergekit_ext.events import (
     TensorMeasured,
 )
 from mergekit_ext.flexmerge import analysis_file, task_folders
-from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts
+from mergekit_ext.flexmerge.algorithm import Cuts
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
 from mergekit_ext.flexmerge.storage import StoredGroup
+from mergekit_ext.flexmerge.target import Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.flexmerge.parameters import for_manifest
-from mergekit_ext.host.flexmerge.sources import DEFAULT_SEED, Inputs, Prepared, open_inputs
+from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
-from mergekit_ext.io.journal import Finished, Journal
+from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.parallel import Ranks
 from mergekit_ext.report.card import flexmerge_section
 
 
 class Engine:
-    """Analyses once, then plans and writes any size.
+    """Analyses once, then plans and writes any size. All processes make the same calls.
 
     Args:
         prepared: a merge that has passed its checks.
         inputs: its models.
-        options: mergekit's; the device and the seed are used.
         analyses_in: the folder in which earlier analyses are looked for.
-        emit: gets the events.
-        journal: of what is finished; None to begin with nothing, and to note nothing.
-        ranks: the processes that share out the blocks. All of them make the same calls.
+        session: gets the events; its journal says what is finished.
     """
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        inputs: Inputs,
-        options: Any,
-        analyses_in: Path,
-        emit: Callable[[Event], None],
-        journal: Journal | None = None,
-        ranks: Ranks | None = None,
-    ):
-        self._journal, self._ranks = journal, ranks or Ranks()
-        self._prepared, self._inputs, self._options = prepared, inputs, options
-        self._analyses_in, self._emit = analyses_in, emit
-        self.reader = inputs.reader(options.device)
-        self.subject = analysis_file.Subject.of(inputs.layout, inputs.base, inputs.models)
-
-    @property
-    def algorithm(self) -> Algorithm:
-        """How groups are merged."""
-        return self._prepared.written.algorithm
-
-    @property
-    def seed(self) -> int:
-        """mergekit's ``--random-seed``."""
-        seed: int | None = self._options.random_seed
-        return DEFAULT_SEED if seed is None else seed
+    def __init__(self, prepared: Prepared, inputs: Inputs, analyses_in: Path, session: Session):
+        self.prepared, self.inputs = prepared, inputs
+        self._analyses_in, self._session = analyses_in, session
+        self.reader = inputs.reader(prepared.options.device)
+        self._subject = analysis_file.Subject.of(inputs.layout, inputs.base, inputs.models)
+        self._seed: int = prepared.options.random_seed or 0
 
     @cached_property
     def analysis(self) -> Analysis:
         """That of an earlier run on the same files, or a new one."""
-        densities = self.algorithm.densities
-        found = self._ranks.from_main(lambda: analysis_file.find(self._analyses_in, self.subject))
+        densities, layout = self.prepared.algorithm.densities, self.inputs.layout
+        found = parallel.current().from_main(
+            lambda: analysis_file.find(self._analyses_in, self._subject)
+        )
         if found is not None and (densities is None or tuple(densities) in found.cuts):
             return found
-        started = time.perf_counter()
-        layout = self._inputs.layout
-        total = passes(layout, densities) * len(layout.blocks)
-        self._emit(StatisticsBegin(total, "block"))
-        made = analyse(
-            self.reader, densities, self._measured, self._finished("statistics"), self._ranks
-        )
-        if found is not None:
-            made = Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})
-        self._emit(StatisticsEnd({}, time.perf_counter() - started))
-        return made
-
-    @property
-    def cuts(self) -> Cuts | None:
-        """What trimming keeps of each whole model."""
-        densities = self.algorithm.densities
-        return None if densities is None else self.analysis.cuts[tuple(densities)]
+        finished = self._finished("statistics")
+        with self._measuring(passes(layout, densities) * len(layout.blocks)):
+            made = analyse(self.reader, densities, self._measured, finished, parallel.current())
+        if found is None:
+            return made
+        return Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})
 
     @cached_property
     def grams(self) -> Sequence[Tensor]:
         """For each block the inner products that similarities are made of."""
-        blocks = self._inputs.layout.blocks
-        found = self.analysis.grams
-        if self._prepared.written.shared["similarity_on"] == "trimmed":
-            self._emit(StatisticsBegin(len(blocks), "block"))
-            started = time.perf_counter()
+        layout, algorithm = self.inputs.layout, self.prepared.algorithm
+        found, cuts = self.analysis.grams, self.merging.cuts
+        if algorithm.parameters.shared["similarity_on"] == "trimmed":
             finished = self._finished("trimmed", self._acting)
-            found = trimmed_grams(
-                self.reader, self.algorithm, self.cuts, self._measured, finished, self._ranks
-            )
-            self._emit(StatisticsEnd({}, time.perf_counter() - started))
-        return [found[block.name] for block in blocks]
+            with self._measuring(len(layout.blocks)):
+                found = trimmed_grams(
+                    self.reader, algorithm, cuts, self._measured, finished, parallel.current()
+                )
+        return [found[block.name] for block in layout.blocks]
 
     @cached_property
     def planner(self) -> Planner:
-        """Find the groups of each block at a target size."""
-        shared = self._prepared.written.shared
-        if self.algorithm.kmeans:
-            return Clusters(self._prepared.storage, self.grams, self.seed)
+        """Finds the groups of each block at a target size."""
+        storage, shared = self.prepared.storage, self.prepared.algorithm.parameters.shared
+        if self.prepared.algorithm.kmeans:
+            return Clusters(storage, self.grams, self._seed)
         similarities = [cosines(gram) for gram in self.grams]
-        return Dendrograms(
-            self._prepared.storage, similarities, shared["linkage"], shared["order"], self.seed
-        )
+        return Dendrograms(storage, similarities, shared["linkage"], shared["order"], self._seed)
 
-    @property
+    @cached_property
     def merging(self) -> Merging:
         """How groups are merged."""
-        return Merging(self.algorithm, self.cuts, self.forced)
+        algorithm, densities = self.prepared.algorithm, self.prepared.algorithm.densities
+        cuts: Cuts | None = None if densities is None else self.analysis.cuts[tuple(densities)]
+        return Merging(algorithm, cuts, self.prepared.forced)
 
     def write(self, folder: Path, plan: Plan) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
-        patterns = None if self.cuts is None else [cut.pattern for cut in self.cuts]
+        cuts, forced = self.merging.cuts, self.prepared.forced
+        patterns = None if cuts is None else [cut.pattern for cut in cuts]
+        base, *models = map(str, self.prepared.references)
         manifest = write_checkpoint(
             folder,
             self.reader,
             plan,
             self.merging,
             Provenance(
-                f"mergekit-ext {metadata.version('mergekit-ext')}",
-                self._settings,
-                str(self._prepared.base),
-                [str(model) for model in self._prepared.models],
+                f"mergekit-ext {metadata.version('mergekit-ext')}", self._settings, base, models
             ),
-            shard_size=self._options.out_shard_size,
+            shard_size=self.prepared.options.out_shard_size,
             merged=self._merged,
-            finished=self._finished("blocks", self._acting, patterns, str(self.forced)),
-            ranks=self._ranks,
+            finished=self._finished("blocks", self._acting, patterns, str(forced)),
+            ranks=parallel.current(),
         )
-        self._emit(SizeReached(self.algorithm.name, plan.size.models, plan.size.bytes))
+        self.reached(plan)
         return manifest
 
-    @property
-    def forced(self) -> torch.dtype | None:
-        """The dtype of all shareable tensors, if one is asked for."""
-        return self._prepared.forced
+    def reached(self, plan: Plan) -> None:
+        """Emit that a size is reached."""
+        name, size = self.prepared.algorithm.name, plan.size
+        self._session.emit(SizeReached(name, size.models, size.bytes))
 
-    def keep_analysis(self) -> Path:
-        """Write the analysis where later runs look for it."""
-        path = self._analyses_in / analysis_file.FILE_NAME
-        self.save_analysis(path)
-        return path
-
-    def save_analysis(self, path: Path) -> None:
+    def save_analysis(self, folder: Path) -> None:
         """Write the analysis, with what a reader may want to know of the blocks."""
         blocks = [
             {"name": b.name, "kind": b.kind, "depth": b.depth, "elements": b.size}
-            for b in self._inputs.layout.blocks
+            for b in self.inputs.layout.blocks
         ]
-        analysis_file.save(path, self.analysis, self.subject, {"blocks": blocks})
+        path = folder / analysis_file.FILE_NAME
+        analysis_file.save(path, self.analysis, self._subject, {"blocks": blocks})
 
     @property
     def _settings(self) -> dict[str, Any]:
-        settings = for_manifest(self._prepared.written, self._inputs.layout.tasks)
-        return {**settings, "seed": self.seed}
+        """Every parameter that acted, for the manifest."""
+        parameters = self.prepared.algorithm.parameters
+        shared = {
+            name: str(value) if isinstance(value, Target) else value
+            for name, value in parameters.shared.items()
+            if value is not None
+        }
+        models = dict(zip(self.inputs.layout.tasks, parameters.models, strict=True))
+        return {**shared, "models": models, "seed": self._seed}
 
     @property
     def _acting(self) -> dict[str, Any]:
@@ -194,20 +161,27 @@ class Engine:
 
     def _finished(self, *what: Any) -> Finished:
         """Finished that hold for these inputs on this device, and for whatever else is given."""
-        device = torch.device(self._options.device).type
-        text = json.dumps([self.subject.digest, device, *what], sort_keys=True)
-        return Finished(self._journal, hashlib.sha256(text.encode()).hexdigest())
+        device = torch.device(self.prepared.options.device).type
+        text = json.dumps([self._subject.digest, device, *what], sort_keys=True)
+        return Finished(self._session.journal, hashlib.sha256(text.encode()).hexdigest())
+
+    @contextmanager
+    def _measuring(self, blocks: int) -> Iterator[None]:
+        self._session.emit(StatisticsBegin(blocks, "block"))
+        started = time.perf_counter()
+        yield
+        self._session.emit(StatisticsEnd({}, time.perf_counter() - started))
 
     def _measured(self, name: str) -> None:
-        self._emit(TensorMeasured(name))
+        self._session.emit(TensorMeasured(name))
 
     def _merged(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> None:
-        tasks = self._inputs.layout.tasks
+        tasks = self.inputs.layout.tasks
         named = tuple(tuple(tasks[task] for task in group.tasks) for group in groups)
-        self._emit(BlockMerged(block.name, named))
+        self._session.emit(BlockMerged(block.name, named))
 
 
-def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: str) -> None:
+def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     """Merge into `folder`, and make it complete but for its name.
 
     Args:
@@ -215,27 +189,23 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
         config: mergekit's configuration.
         folder: empty, or with what a run that was stopped has left. That of the main process
             counts in all of them.
-        options: mergekit's.
         source: the text of the configuration.
     """
     session = sessions.current() or Session()
-    together = parallel.current()
-    folder = together.from_main(lambda: folder)
+    folder = parallel.current().from_main(lambda: folder)
     if session.journal is not None and session.journal.finished:
         session.say("Going on with a merge that was stopped.")
-    inputs = open_inputs(prepared, options, together)
-    models = tuple(str(model) for model in (prepared.base, *prepared.models))
+    inputs = open_inputs(prepared)
+    tasks, models = inputs.layout.tasks, tuple(map(str, prepared.references))
     session.emit(
         MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks), "block")
     )
-    analyses_in = Path(session.output or folder).resolve().parent
-    engine = Engine(prepared, inputs, options, analyses_in, session.emit, session.journal, together)
-    plan = engine.planner.plan(prepared.target)
-    manifest = engine.write(folder, plan)
-    if not together.is_main:
+    engine = Engine(prepared, inputs, Path(session.output or folder).resolve().parent, session)
+    manifest = engine.write(folder, engine.planner.plan(prepared.target))
+    if not parallel.current().is_main:
         return
-    engine.save_analysis(folder / analysis_file.FILE_NAME)
-    homes = {folder / n: home for n, home in zip(inputs.layout.tasks, inputs.folders, strict=True)}
+    engine.save_analysis(folder)
+    homes = {folder / name: home for name, home in zip(tasks, inputs.folders, strict=True)}
     if (folder / "model.safetensors.index.json").exists():
         homes[folder] = inputs.folders[0]
     dtype = None if prepared.forced is None else str(prepared.forced).removeprefix("torch.")
@@ -244,34 +214,32 @@ def write(prepared: Prepared, config: Any, folder: Path, options: Any, source: s
         agree(place, dtype)
     for task in manifest.tasks:
         if not task.ordinary:
-            _explain_masks(folder / task.name)
-    digests = task_folders.described(folder, inputs.layout.tasks)
+            text = _MASKED.format(task=task.name)
+            (folder / task.name / "README.md").write_text(text, encoding="utf-8")
+    digests = task_folders.described(folder, tasks)
     manifest = manifest.model_copy(update={"task_files": digests})
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    _describe(folder, config, options, source, manifest)
+    if prepared.options.write_model_card:
+        _write_card(folder, config, source, manifest)
 
 
-def _describe(folder: Path, config: Any, options: Any, source: str, manifest: Manifest) -> None:
-    if not options.write_model_card:
-        return
+def _write_card(folder: Path, config: Any, source: str, manifest: Manifest) -> None:
     from mergekit.card import generate_card
 
     card = generate_card(config=config, config_yaml=source, name=folder.name)
-    kinds: dict[str, tuple[int, int]] = {}
-    for block in manifest.blocks:
-        blocks, groups = kinds.get(block.kind, (0, 0))
-        kinds[block.kind] = (blocks + 1, groups + len(block.groups))
-    size = manifest.size.model_dump()
-    section = flexmerge_section(size, [(t.name, t.ordinary) for t in manifest.tasks], kinds)
+    blocks = Counter(block.kind for block in manifest.blocks)
+    groups = Counter(block.kind for block in manifest.blocks for _ in block.groups)
+    section = flexmerge_section(
+        manifest.size.model_dump(),
+        [(task.name, task.ordinary) for task in manifest.tasks],
+        {kind: (blocks[kind], groups[kind]) for kind in blocks},
+    )
     (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
     (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 
 
-def _explain_masks(folder: Path) -> None:
-    """Say in a task's folder that holds no weights where they are."""
-    task = folder.name
-    (folder / "README.md").write_text(
-        f"""# {task}
+# Of a task's folder that holds no weights.
+_MASKED = """# {task}
 
 This folder has no weights: those of `{task}` are stored as masks over a vector that it shares with
 other tasks, in `../shards/`. Load the model with
@@ -282,6 +250,4 @@ other tasks, in `../shards/`. Load the model with
 (the path is that of the folder above), or write it as an ordinary checkpoint with
 
     mergekit-ext export .. {task} OUT
-""",
-        encoding="utf-8",
-    )
+"""

@@ -1,22 +1,34 @@
-"""The parameters of `flexmerge` in YAML: its own, and those of the algorithm."""
+"""The parameters of `flexmerge` in YAML: its own, and those of the algorithm that they make."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Annotated, Any
 
+from mergekit import merge_methods
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    MergeMethod,
+    ParameterScope,
+    ParameterSpec,
+)
 from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import Parameter, Share, choice
-from mergekit_ext.errors import did_you_mean, join, listing, shown
-from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Parameters
-from mergekit_ext.flexmerge.options import options
+from mergekit_ext.errors import join, shown
+from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Declared, Parameters
+from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM, options
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
+from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
+from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.flexmerge.algorithms import check_name, make, owners, parameters_of
+from mergekit_ext.host.declared import spec_of
+from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.flexmerge.registered import Registered
+from mergekit_ext.host.nan_method import RANGES
 from mergekit_ext.methods import BLOCKS, methods
 
 OWN: tuple[Parameter, ...] = (
@@ -40,206 +52,175 @@ OWN: tuple[Parameter, ...] = (
     ),
     Parameter("heads", choice("private", "merged"), "private", "what becomes of task heads"),
     Parameter("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
-    Parameter(
-        "task",
-        str,
-        description="the task's name",
-        per_model=True,
-        remedy="Write a name, such as `task: digits`.",
-    ),
+    Parameter("task", str, None, "the task's name", per_model=True),
 )
-_OWN = {parameter.name: parameter for parameter in OWN}
 # What only algorithms that trim take.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
+_TAKEN_BY_ALL = frozenset(parameter.name for parameter in OWN) - _OF_TRIMMING
+# Names mergekit's method where FlexMerge has an algorithm of the same name.
+_STOCK_PREFIX = "mergekit:"
 
 
-@dataclass(frozen=True)
-class Written:
-    """Parameters as they stand in the file, all of them valid.
-
-    Attributes:
-        shared: those of the whole merge, defaults filled in.
-        models: for each model its own, by name.
-        algorithm: the algorithm, made of them.
-    """
-
-    shared: Mapping[str, Any]
-    models: Sequence[Mapping[str, Any]]
-    algorithm: Algorithm
+def names() -> list[str]:
+    """Return what `algorithm:` takes: FlexMerge's own algorithms and every registered method."""
+    own = methods(BLOCKS)
+    others = (m.spec.name for m in merge_methods.registered_methods())
+    stock = (_STOCK_PREFIX * (name in own) + name for name in others if name != "flexmerge")
+    return [*own, *stock]
 
 
-def read_parameters(
-    shared: Mapping[str, Any],
-    models: Sequence[tuple[str, Mapping[str, Any]]],
-    seed: int,
-    findings: Findings,
-) -> Written | None:
-    """Check every parameter; None if one of them is wrong.
+def registered(name: str) -> MergeMethod:
+    """Return the registered method that ``algorithm:`` names."""
+    wanted = name.removeprefix(_STOCK_PREFIX)
+    return next(m for m in merge_methods.registered_methods() if m.spec.name == wanted)
+
+
+def make(name: str, parameters: Parameters, seed: int) -> Algorithm:
+    """Return the algorithm with its parameters; `seed` is for methods that draw numbers."""
+    if name in (own := methods(BLOCKS)):
+        return Declared(own[name], parameters)
+    return Registered(registered(name), parameters, seed)
+
+
+def tasks_of(config: Any) -> list[Source]:
+    """Return the inputs that are tasks: all but the base, each once."""
+    sources = [source for group in groups_of(config) for source in group.sources]
+    found = {source.model: source for source in reversed(sources)}
+    return [source for source in reversed(found.values()) if source.model != config.base_model]
+
+
+def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | None:
+    """Check inputs and parameters; return the algorithm that they make, None if one is wrong.
+
+    Its `parameters` are all that were given, and the defaults of the others; `task` is not there.
 
     Args:
-        shared: the ``parameters:`` of the top level.
-        models: for each task the path of its ``parameters:``, and their values.
+        config: mergekit's configuration.
         seed: for `dare_density`, and for methods that draw random numbers.
         findings: takes the problems.
     """
     before = findings.count
-    name = shared.get("algorithm", _OWN["algorithm"].default)
-    known = check_name(name, len(models), findings)
-    # NAN's `granularity` gives way to FlexMerge's: it measures the block.
-    specs = {**{p.name: p for p in parameters_of(str(name))}, **_OWN}
-    if known:  # of an unknown algorithm the parameters are unknown too
-        _unknown(shared, models, specs, str(name), findings)
-    top = _values("parameters", shared, specs, findings)
-    own = [_values(where, given, specs, findings) for where, given in models]
-    _misplaced(own, models, specs, findings)
-    _required(specs, shared, models, findings)
-    if not known or findings.count > before:
-        return None
-    full = {n: top.get(n, s.default) for n, s in specs.items() if not s.per_model}
-    each = [
-        {
-            n: given.get(n, top.get(n, s.default))
-            for n, s in specs.items()
-            if s.per_model and n != "task"
-        }
-        for given in own
-    ]
-    scope = full["trim_scope"] or "model"
-    made = make(str(name), Parameters(full, each, scope), seed)
-    _fit(made, full, top, findings)
+    given = config.parameters or {}
+    name = given.get("algorithm", DEFAULT_ALGORITHM)
+    known = name in names()
+    specs = _specs(name if known else None)
+    if not known:  # neither is known what it takes
+        config = _reduced(config, specs.__contains__)
+    tasks = tasks_of(config)
+    # Messages have the name between backticks.
+    named = f"flexmerge` with `{name}"
+    spec = replace(FlexMergeMethod().spec, name=named, parameters=tuple(specs.values()))
+    check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
+    _check_single_values(config, specs, findings)
+    if known:
+        _check_contract(name, len(tasks), findings)
     if findings.count > before:
         return None
-    if full["dare_density"] is not None:
-        made = Dare(made, full["dare_density"], seed)
-    tasks = [{**given, "task": values.get("task")} for given, values in zip(each, own, strict=True)]
-    return Written(full, tasks, made)
+
+    def value(name: str, *places: Mapping[str, Any]) -> Any:
+        found = [values[name] for values in places if name in values]
+        return specs[name].validate(found[0]) if found else specs[name].default
+
+    shared = {n: value(n, given) for n in specs if _is_shared(specs[n])}
+    each = [
+        {
+            n: value(n, source.parameters, given)
+            for n in specs
+            if not _is_shared(specs[n]) and n != "task"
+        }
+        for source in tasks
+    ]
+    made = make(name, Parameters(shared, each, shared["trim_scope"] or "model"), seed)
+    _check_fit(made, given, findings)
+    if shared["dare_density"] is not None:
+        made = Dare(made, shared["dare_density"], seed)
+    return None if findings.count > before else made
 
 
-def _unknown(
-    shared: Mapping[str, Any],
-    models: Sequence[tuple[str, Mapping[str, Any]]],
-    specs: Mapping[str, Parameter],
-    algorithm: str,
-    findings: Findings,
+def _specs(algorithm: str | None) -> dict[str, ParameterSpec]:
+    own = {parameter.name: spec_of(parameter) for parameter in OWN}
+    own["algorithm"] = replace(own["algorithm"], value_type=choice(*names()))
+    # NAN's `granularity` gives way to FlexMerge's: it measures the block.
+    return {**({} if algorithm is None else _parameters(algorithm)), **own}
+
+
+def _parameters(algorithm: str) -> dict[str, ParameterSpec]:
+    """Return the parameters of an algorithm; none of an unknown one.
+
+    A `density` out of (0, 1] would keep everything or nothing without a message.
+    """
+    if algorithm not in names():
+        return {}
+    if algorithm in (own := methods(BLOCKS)):
+        return {p.name: spec_of(p) for p in own[algorithm].for_driver(BLOCKS)}
+    return {
+        spec.name: replace(
+            spec,
+            value_type=RANGES["density"] if spec.name == "density" else spec.value_type,
+            scope=spec.scope if _is_shared(spec) else ParameterScope.NON_BASE,
+        )
+        for spec in registered(algorithm).spec.parameters
+    }
+
+
+def _is_shared(spec: ParameterSpec) -> bool:
+    return bool(spec.scope == ParameterScope.SHARED)
+
+
+def _check_single_values(
+    config: Any, specs: Mapping[str, ParameterSpec], findings: Findings
 ) -> None:
-    for where, given in (("parameters", shared), *models):
-        for name in given:
-            if name in specs:
-                continue
-            elsewhere = owners(name)
-            findings.problem(
-                join(where, name),
-                f"a parameter that neither `flexmerge` nor the algorithm `{algorithm}` has",
-                f"one of {', '.join(sorted(specs))}",
-                f"`{name}` belongs to {listing(elsewhere)}: take it out, or change `algorithm:`."
-                if elsewhere
-                else did_you_mean(name, set(specs)),
-            )
-
-
-def _values(
-    where: str, given: Mapping[str, Any], specs: Mapping[str, Parameter], findings: Findings
-) -> dict[str, Any]:
-    found = {}
-    for name, value in given.items():
-        if name not in specs:
-            continue
-        if name != "task" and (isinstance(value, list) or hasattr(value, "filter")):
-            findings.problem(
-                join(where, name),
-                shown(value),
-                "one value: `flexmerge` has no gradients and filters",
-                "Write one value for all tensors.",
-            )
-            continue
-        wrong = specs[name].problem(value)
-        if wrong is not None:
-            findings.problem(join(where, name), shown(value), *wrong)
-        else:
-            found[name] = specs[name].read(value)
-    return found
-
-
-def _misplaced(
-    own: Sequence[Mapping[str, Any]],
-    models: Sequence[tuple[str, Mapping[str, Any]]],
-    specs: Mapping[str, Parameter],
-    findings: Findings,
-) -> None:
-    for (where, _), given in zip(models, own, strict=True):
-        for name in given:
-            if not specs[name].per_model:
+    for where, (_, _, values) in all_parameters(groups_of(config)).items():
+        for name, value in values.items():
+            if name in specs and (isinstance(value, list) or hasattr(value, "filter")):
                 findings.problem(
                     join(where, name),
-                    "a parameter of the whole merge under one model",
-                    "it beside the models",
-                    f"Move `{name}:` to the `parameters:` of the top level.",
+                    shown(value),
+                    "one value: `flexmerge` has no gradients and filters",
+                    "Write one value for all tensors.",
                 )
 
 
-def _required(
-    specs: Mapping[str, Parameter],
-    shared: Mapping[str, Any],
-    models: Sequence[tuple[str, Mapping[str, Any]]],
-    findings: Findings,
-) -> None:
-    if "task" in shared:
+def _check_contract(name: str, tasks: int, findings: Findings) -> None:
+    """Report a registered method that cannot merge groups of all sizes over a base."""
+    if name in methods(BLOCKS):
+        return
+    contract = registered(name).spec.contract
+    most = [tasks]
+    if contract.max_inputs is not None:
+        most.append(contract.max_inputs - (contract.base != BasePolicy.IGNORED))
+    if contract.max_non_base is not None:
+        most.append(contract.max_non_base)
+    if min(most) < tasks or contract.base == BasePolicy.FORBIDDEN:
         findings.problem(
-            "parameters.task", shown(shared["task"]), "a name for each model", "Move it there."
+            "parameters.algorithm",
+            f"`{name}`, which does not merge {tasks} models over a base",
+            f"an algorithm for groups of up to {tasks} models and their base",
+            "Use another algorithm.",
         )
-    for name, spec in specs.items():
-        if not spec.required or name in shared or name == "task":
-            continue
-        about = f"a value: {spec.description or f'`{name}` has no default'}"
-        lacking = [where for where, given in models if name not in given]
-        if not spec.per_model or len(lacking) == len(models):
-            value = " 1" if name == "weight" else ""
-            remedy = f"Add `{name}:{value}` to the top-level parameters."
-            findings.problem(f"parameters.{name}", "nothing", about, remedy)
-            continue
-        for where in lacking:
-            findings.problem(join(where, name), "nothing", about, f"Add `{name}:`.")
 
 
-def _fit(
-    algorithm: Algorithm, full: Mapping[str, Any], given: Mapping[str, Any], findings: Findings
-) -> None:
+def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Findings) -> None:
     """Report parameters that contradict each other, or that a registered method refuses."""
+    shared = algorithm.parameters.shared
     if isinstance(algorithm, Registered):
-        problems = algorithm.problems()
-        findings.extend(problems)
-        for note in () if problems else algorithm.notes():
-            findings.note(note)
+        algorithm.check(findings)
     if not algorithm.trims:
         for name in sorted(_OF_TRIMMING):
             if given.get(name) not in (None, "original"):
                 findings.problem(
                     f"parameters.{name}",
                     shown(given[name]),
-                    f"it with an algorithm that trims; `{full['algorithm']}` does not",
+                    f"it with an algorithm that trims; `{shared['algorithm']}` does not",
                     f"Remove `{name}:`.",
                 )
-    elif full["dare_density"] is not None and full["trim_scope"] in (None, "model"):
+    elif shared["dare_density"] is not None and algorithm.parameters.trim_scope == "model":
         findings.problem(
             "parameters.trim_scope",
             "the scope `model` together with `dare_density`, which changes every magnitude",
             "`block` or `tensor`",
             "Write `trim_scope: block`.",
         )
-
-
-def for_manifest(written: Written, tasks: Sequence[str]) -> dict[str, Any]:
-    """What the manifest says of the method: every parameter that acted."""
-    shared = {
-        name: str(value) if isinstance(value, Target) else value
-        for name, value in written.shared.items()
-        if value is not None
-    }
-    models = {
-        task: {name: value for name, value in given.items() if name != "task"}
-        for task, given in zip(tasks, written.models, strict=True)
-    }
-    return {**shared, "models": models}
 
 
 def variant(config: Any, algorithm: str, algorithms: Sequence[str]) -> Any:
@@ -249,28 +230,30 @@ def variant(config: Any, algorithm: str, algorithms: Sequence[str]) -> Any:
     not keep EMR from being compared with it. A parameter that none takes stays, to be reported.
     The size that the file asks for is not used.
     """
-    elsewhere = frozenset[str]().union(*map(_taken, algorithms))
-    left_out = elsewhere - (_OWN.keys() - _OF_TRIMMING) - _taken(algorithm)
-    models = [
-        item.model_copy(update={"parameters": _without(item.parameters, left_out)})
-        for item in config.models or ()
-    ]
-    count = sum(item.model != config.base_model for item in models)
+    left_out = frozenset[str]().union(*map(_taken, algorithms))
+    left_out -= _TAKEN_BY_ALL | _taken(algorithm)
+    reduced = _reduced(config, lambda name: name not in left_out)
     method = methods(BLOCKS).get(algorithm)
-    parameters = {
-        **_without(config.parameters, left_out),
-        "algorithm": algorithm,
-        # K-means has whole numbers only, a masked merge over a wide base no number at all.
-        "target_size": float(max(count, 1)) if method and method.kmeans else ANY_SIZE,
-    }
-    return config.model_copy(update={"models": models or None, "parameters": parameters})
+    # K-means has whole numbers only, a masked merge over a wide base no number at all.
+    size = float(max(len(tasks_of(config)), 1)) if method and method.kmeans else ANY_SIZE
+    parameters = {**reduced.parameters, "algorithm": algorithm, "target_size": size}
+    return reduced.model_copy(update={"parameters": parameters})
 
 
 def _taken(algorithm: str) -> frozenset[str]:
     method = methods(BLOCKS).get(algorithm)
-    found = frozenset(parameter.name for parameter in parameters_of(algorithm))
-    return found | _OF_TRIMMING if method is not None and method.trims else found
+    return frozenset(_parameters(algorithm)) | (_OF_TRIMMING if method and method.trims else set())
 
 
-def _without(parameters: Mapping[str, Any] | None, left_out: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in (parameters or {}).items() if name not in left_out}
+def _reduced(config: Any, keeps: Callable[[str], bool]) -> Any:
+    """Return the configuration with the parameters whose names `keeps` accepts."""
+
+    def kept(values: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {name: value for name, value in (values or {}).items() if keeps(name)}
+
+    models = [
+        item.model_copy(update={"parameters": kept(item.parameters)})
+        for item in config.models or ()
+    ]
+    changes = {"models": models or None, "parameters": kept(config.parameters)}
+    return config.model_copy(update=changes)

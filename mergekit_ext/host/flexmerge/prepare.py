@@ -2,49 +2,89 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from mergekit_ext.core import memory
-from mergekit_ext.errors import ConfigError, listing
-from mergekit_ext.flexmerge.analysis import passes
-from mergekit_ext.flexmerge.layout import Naming
+from mergekit_ext.errors import ConfigError, Problem, listing
+from mergekit_ext.flexmerge.layout import Layout, Naming
+from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
+from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
 from mergekit_ext.flexmerge.plan import whole_models
 from mergekit_ext.flexmerge.target import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
 from mergekit_ext.host.checks.fields import check_fields
-from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.layout import Source, models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model
-from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
+from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.checks.tensors import check_inputs
-from mergekit_ext.host.flexmerge.checks import (
-    NOT_TAKEN,
-    check_family,
-    check_readable,
-    check_supported,
-    note_unshared,
-    task_items,
-    task_names,
-)
-from mergekit_ext.host.flexmerge.needs import need_of
-from mergekit_ext.host.flexmerge.parameters import Written, read_parameters
-from mergekit_ext.host.flexmerge.sources import (
-    DEFAULT_SEED,
-    Prepared,
-    laid_out,
-    named_otherwise,
-)
+from mergekit_ext.host.commands import parsed
+from mergekit_ext.host.flexmerge.needs import estimate
+from mergekit_ext.host.flexmerge.parameters import read_parameters, tasks_of, variant
+from mergekit_ext.host.flexmerge.sources import Headers, Prepared, laid_out, named_otherwise
 from mergekit_ext.host.modules import check_copied_modules
+from mergekit_ext.host.run import ordered
+from mergekit_ext.io.documents import text_of
+from mergekit_ext.io.headers import PACKED
+from mergekit_ext.io.staging import place_problems
 from mergekit_ext.methods.method import layout_of
 
 _NOTED_PRIVATE = 0.01
+# What mergekit's configuration can say and FlexMerge cannot do, and what it does instead.
+_REFUSED = {
+    **dict.fromkeys(("slices", "modules"), "`models:`: `flexmerge` keeps whole models apart"),
+    **dict.fromkeys(
+        ("tokenizer", "tokenizer_source", "chat_template"),
+        "none: each task keeps its own model's tokenizer and chat template",
+    ),
+}
+
+
+def flexmerge_config(path: Path) -> tuple[Any, str]:
+    """Return a configuration whose method is `flexmerge`, and its text.
+
+    Raises:
+        ConfigError: it is another one, or none.
+    """
+    source = text_of(path)
+    config = parsed(source)
+    if config.merge_method != "flexmerge":
+        found, remedy = repr(config.merge_method), "Use mergekit-yaml for other methods."
+        raise ConfigError([Problem("merge_method", found, "'flexmerge'", remedy)])
+    return ordered(config), source
+
+
+def prepare_tables(
+    path: Path, folder: Path, options: Any, algorithms: Sequence[str] = ()
+) -> dict[str, tuple[CheckReport, Prepared]]:
+    """Check the configuration in a file with each of several algorithms, at no target size.
+
+    Args:
+        path: the configuration.
+        folder: where tables will be written.
+        options: mergekit's.
+        algorithms: by name; that of the configuration if empty.
+
+    Raises:
+        ConfigError: something is wrong with the configuration, its inputs or `folder`.
+    """
+    config, source = flexmerge_config(path)
+    chosen = algorithms or [str((config.parameters or {}).get("algorithm", DEFAULT_ALGORITHM))]
+    found = {}
+    for name in dict.fromkeys(chosen):
+        report, prepared = check(variant(config, name, chosen), options, source)
+        report.raise_for_problems(f"this configuration and `{name}`")
+        assert prepared is not None
+        found[name] = report, prepared
+    inputs = [model.model.path for model in config.referenced_models()]
+    if problems := list(place_problems(folder, "OUT_PATH", inputs)):
+        raise ConfigError(problems)
+    return found
 
 
 def check(
@@ -58,97 +98,57 @@ def check(
     with quiet():
         if source is not None:
             findings.extend(unknown_keys(source))
-        prepared = _prepare(config, options, findings, pending)
+        prepared = _prepared(config, options, findings, pending)
     costs = None
     if prepared and not findings.count:
-        costs = _estimate(prepared, options)
+        costs = estimate(prepared)
         findings.extend(memory.problems(costs.need))
     report = findings.report(costs)
     return report, None if report.problems else prepared
 
 
-def _prepare(
+def _prepared(
     config: Any, options: Any, findings: Findings, pending: Collection[str]
 ) -> Prepared | None:
-    taken = config.model_copy(update=dict.fromkeys(NOT_TAKEN))
+    taken = config.model_copy(update=dict.fromkeys(_REFUSED))
     check_settings(taken, options, findings)
-    check_supported(config, options, findings)
-    items = task_items(config, findings)
-    seed = DEFAULT_SEED if options.random_seed is None else options.random_seed
-    written = read_parameters(
-        config.parameters or {},
-        [(f"{where}.parameters", item.parameters or {}) for where, item in items],
-        seed,
-        findings,
-    )
-    tasks = task_names(items, findings)
-    facts = _read_models(config, options, written, items, findings, pending)
-    if findings.count or written is None or config.base_model is None:
-        return None
-    if any(fact.pending for fact in facts.values()):
-        findings.note("Nothing is estimated: a model is the result of another document.")
-        return None
-    references = [config.base_model, *(item.model for _, item in items)]
-    forced = dtype_of(config.out_dtype or config.dtype)
-    prepared = _with_layout(references, facts, tasks, written, forced, findings)
-    if prepared is not None:
-        _note_sizes(prepared, findings)
-        _note_blocks(prepared, findings)
-        _check_reachable(prepared, findings)
-    return prepared
-
-
-def _read_models(
-    config: Any,
-    options: Any,
-    written: Written | None,
-    items: Sequence[tuple[str, Any]],
-    findings: Findings,
-    pending: Collection[str],
-) -> dict[Any, ModelFacts]:
-    """Read configurations and headers of all models, and compare them."""
-    facts, reported = {}, set()
-    for model, where in models_at(config).items():
-        before = findings.count
-        facts[model] = read_model(model, where, options, findings, pending)
-        if findings.count > before:
-            reported.add(model)
-    reported |= check_inputs(facts, findings)
-    check_family(facts, config.base_model, reported, findings)
-    if written is not None:
+    for key, instead in _REFUSED.items():
+        if getattr(config, key, None):
+            findings.problem(key, f"`{key}:`", instead, f"Remove `{key}:`.")
+    if options.multi_gpu:
+        findings.note("--multi-gpu: `flexmerge` uses one device.")
+    if not options.safe_serialization:
+        findings.note("--no-safe-serialization: `flexmerge` writes safetensors always.")
+    algorithm = read_parameters(taken, options.random_seed or 0, findings)
+    sources = tasks_of(taken)
+    tasks = _task_names(sources, config.parameters or {}, findings)
+    facts = _read_models(config, sources, options, findings, pending)
+    if algorithm is not None:
         check_fields(
             facts,
             config.base_model,
             findings,
             crimes=options.allow_crimes,
-            heads=written.shared["heads"] == "merged",
+            heads=algorithm.parameters.shared["heads"] == "merged",
             outcome="each task keeps its own",
         )
-    check_copied_modules({item.model: facts[item.model] for _, item in items}, options, findings)
-    return facts
-
-
-def _with_layout(
-    references: Sequence[Any],
-    facts: Mapping[Any, ModelFacts],
-    tasks: Sequence[str],
-    written: Written,
-    forced: torch.dtype | None,
-    findings: Findings,
-) -> Prepared | None:
-    """Lay out the base, which comes first, and the models; None if they share nothing."""
+    if findings.count or algorithm is None:
+        return None
+    if any(fact.pending for fact in facts.values()):
+        findings.note("Nothing is estimated: a model is the result of another document.")
+        return None
+    references = [config.base_model, *(source.model for source in sources)]
     ordered = [facts[reference] for reference in references]
-    naming = naming_for([fact.config for fact in ordered], written.shared)
+    naming = _naming([fact.config for fact in ordered], algorithm.parameters.shared)
     stored = [(fact.tensors or {}, fact.config) for fact in ordered]
-    layout, (first, *others), renaming = laid_out(tasks, stored, naming)
+    layout, headers, renaming = laid_out(tasks, stored, naming)
     if renaming is not None:
-        findings.note(f"{renaming} ({references[0]}).")
+        findings.note(f"{renaming} ({config.base_model}).")
     if pairs := named_otherwise(stored[1:]):
         findings.warn(
             f"{len(pairs)} tensors have two names, such as {' and '.join(pairs[0])}, and are not "
             "merged with each other: save all models with one version of transformers."
         )
-    check_readable(others, ordered[1:], findings)
     if not any(block.size for block in layout.blocks):
         findings.problem(
             "models",
@@ -157,26 +157,111 @@ def _with_layout(
             "Check that these are fine-tunes of that base.",
         )
         return None
-    note_unshared(first, others, layout, naming, findings)
+    _note_unshared(headers, layout, naming, findings)
     adapted = frozenset(
         name
-        for reference, tensors in zip(references[1:], others, strict=True)
+        for reference, tensors in zip(references[1:], headers[1:], strict=True)
         if applies(reference)
         for name, header in tensors.items()
         if header.file is None
     )
-    base, *models = references
-    return Prepared(base, models, naming, layout, written, forced, adapted)
+    forced = dtype_of(config.out_dtype or config.dtype)
+    prepared = Prepared(references, naming, layout, algorithm, forced, options, adapted)
+    _note_blocks(prepared, findings)
+    _check_size(prepared, findings)
+    return prepared
 
 
-def naming_for(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
-    """How the names of these models become blocks."""
+def _task_names(
+    sources: Sequence[Source], shared: Mapping[str, Any], findings: Findings
+) -> list[str]:
+    """Return the tasks' names, as given or from the models' paths."""
+    found = []
+    for source in sources:
+        part = source.model.lora or source.model.model
+        name = {"task": Path(part.path).name, **shared, **source.parameters}["task"]
+        if not isinstance(name, str):  # a problem of the parameter's type
+            continue
+        found.append(name)
+        if problem := task_name_problem(name):
+            findings.problem(
+                f"{source.where}.parameters.task",
+                repr(name),
+                f"a name for the task's folder: {problem}",
+                "Write another `task:`.",
+            )
+    for one, other in colliding_names(found):
+        findings.problem(
+            "models",
+            f"two tasks called {one!r} and {other!r}",
+            "a name of its own for each task (upper and lower case are the same)",
+            "Give one of them another `task:` under its `parameters:`.",
+        )
+    return found
+
+
+def _read_models(
+    config: Any,
+    sources: Sequence[Source],
+    options: Any,
+    findings: Findings,
+    pending: Collection[str],
+) -> dict[Any, ModelFacts]:
+    """Read configurations and headers of all models; report those that cannot be merged."""
+    facts, reported = {}, set()
+    for model, where in models_at(config).items():
+        before = findings.count
+        facts[model] = read_model(model, where, options, findings, pending)
+        if findings.count > before:
+            reported.add(model)
+    reported |= check_inputs(facts, findings)
+    base = facts.get(config.base_model)
+    for model, fact in facts.items():
+        if fact.config is None:
+            continue
+        kind = fact.config.model_type
+        if base and base.config is not None and kind != base.config.model_type:
+            findings.problem(
+                fact.where,
+                f"a model of type {kind}",
+                f"{base.config.model_type}, the type of the base model {config.base_model}",
+                "Merge fine-tunes of one base.",
+            )
+        if fact.tensors is None and not fact.pending and model not in reported:
+            findings.problem(
+                fact.where,
+                f"{fact.reference}, whose tensors are not known",
+                "a folder with weights",
+                "Download the model first.",
+            )
+        # They could be copied, but not loaded from the output.
+        packed = {n: h.dtype for n, h in (fact.tensors or {}).items() if h.dtype in PACKED}
+        if packed and fact is not base:
+            dtypes = ", ".join(sorted(set(packed.values())))
+            findings.problem(
+                fact.where,
+                f"{fact.reference} with {listing(list(packed))} in {dtypes}",
+                "dtypes of 8 bits at least",
+                "Give the model before quantisation.",
+            )
+    check_copied_modules({s.model: facts[s.model] for s in sources}, options, findings)
+    return facts
+
+
+def _naming(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
+    """Return how the names of these models become blocks."""
     tied = all(getattr(config, "tie_word_embeddings", False) for config in configs)
-    granularity = shared["granularity"]
-    merges_heads = shared["heads"] == "merged"
+    granularity, merges_heads = shared["granularity"], shared["heads"] == "merged"
+
+    def kind(name: str) -> str:
+        """Of whole layers and models the kind is that they are such."""
+        if granularity == "model" or (granularity == "layer" and depth_of(name) is not None):
+            return str(granularity)
+        return kind_of(name)
+
     return Naming(
         blocks=lambda names: blocks_of(names, granularity, tied),
-        kind=lambda name: _kind(name, granularity),
+        kind=kind,
         depth=depth_of,
         private=lambda name: not merges_heads and is_task_head(name),
         matrices=layout_of,
@@ -184,21 +269,39 @@ def naming_for(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
     )
 
 
-def _kind(name: str, granularity: str) -> str:
-    """The kind of block that a name belongs to: of whole layers and models, that they are such."""
-    if granularity == "model" or (granularity == "layer" and depth_of(name) is not None):
-        return granularity
-    return kind_of(name)
+def _note_unshared(
+    headers: Sequence[Headers], layout: Layout, naming: Naming, findings: Findings
+) -> None:
+    """Note of each tensor that is private, and no task's head, why, and how large it is."""
+    base, *models = headers
+    merged = {part.name for block in layout.blocks for part in block.parts}
+    reasons: dict[str, dict[str, int]] = {}
+    for name in dict.fromkeys(name for model in models for name in model):
+        if name not in merged and not naming.private(name):
+            owners = dict(zip(layout.tasks, (model.get(name) for model in models), strict=True))
+            if reason := _reason(base.get(name), owners):
+                size = sum(header.nbytes for header in owners.values() if header)
+                reasons.setdefault(reason, {})[name] = size
+    for reason, sizes in reasons.items():
+        total = sum(sizes.values())
+        findings.note(f"{listing(list(sizes))}: {reason} ({total:,} bytes in all).")
 
 
-def _note_sizes(prepared: Prepared, findings: Findings) -> None:
-    if prepared.written.algorithm.kmeans:
-        return
-    low, high = prepared.storage.least, prepared.storage.size(prepared.storage.whole)
-    findings.note(
-        f"sizes from {low.models:.4g} ({low.bytes:,} bytes) to {high.models:.4g} "
-        f"({high.bytes:,} bytes) can be reached."
-    )
+def _reason(base: Any, owners: Mapping[str, Any]) -> str:
+    """Return why a tensor is private to its tasks; nothing where its dtype says it."""
+    if base is None:
+        return "not in the base: private to every task that has it"
+    if lacking := [task for task, header in owners.items() if header is None]:
+        return f"missing in {listing(lacking)}: private to every task that has it"
+    other = [
+        f"{task} ({list(header.shape)})"
+        for task, header in owners.items()
+        if header.shape != base.shape
+    ]
+    if not other:
+        return ""
+    shape = list(base.shape)
+    return f"differs in shape in {listing(other)} from the base ({shape}): private to every task"
 
 
 def _note_blocks(prepared: Prepared, findings: Findings) -> None:
@@ -224,47 +327,20 @@ def _note_blocks(prepared: Prepared, findings: Findings) -> None:
             findings.note(f"tied, and so in one block: {', '.join(sorted(group))}.")
 
 
-def _check_reachable(prepared: Prepared, findings: Findings) -> None:
-    storage = prepared.storage
+def _check_size(prepared: Prepared, findings: Findings) -> None:
+    storage, target = prepared.storage, prepared.target
+    least, most = storage.least, storage.size(storage.whole)
     try:
-        if prepared.written.algorithm.kmeans:
-            whole_models(prepared.target, len(prepared.layout.tasks))
+        if prepared.algorithm.kmeans:
+            whole_models(target, len(prepared.layout.tasks))
         else:
-            storage.require_reachable(prepared.target, storage.least)
+            findings.note(
+                f"sizes from {least.models:.4g} ({least.bytes:,} bytes) to {most.models:.4g} "
+                f"({most.bytes:,} bytes) can be reached."
+            )
+            storage.require_reachable(target, least)
     except ConfigError as error:
         findings.extend(error.problems)
         return
-    if prepared.target == Target.parse(ANY_SIZE):
-        return
-    if prepared.target.holds(storage.size(storage.whole)):
-        findings.note(f"target_size {prepared.target}: nothing is merged, as all models fit.")
-
-
-def _estimate(prepared: Prepared, options: Any) -> Estimate:
-    layout, written = prepared.layout, prepared.written
-    storage = prepared.storage
-    parts = [part for block in layout.blocks for part in block.parts]
-    private = [header for headers in layout.private for header in headers]
-    whole = storage.whole
-    # The analysis, similarities of trimmed vectors, and the merge.
-    reads = passes(layout, written.algorithm.densities) + 1
-    reads += written.shared["similarity_on"] == "trimmed"
-    base = sum(block.base_bytes for block in layout.blocks)
-    target = prepared.target
-    stored = (
-        min(target.bytes, whole + layout.private_bytes)
-        if target.bytes is not None
-        else int((target.models or 1) * whole / len(layout.tasks)) + layout.private_bytes
-    )
-    # Which tensors are shared is known after the analysis; a model's worth of bytes is one model.
-    models = max(0, stored - layout.private_bytes) * len(layout.tasks) / whole
-    need = need_of(prepared, options)
-    return Estimate(
-        bytes_read=reads * (whole + base) + layout.private_bytes,
-        bytes_written=stored,
-        bytes_held=need.bytes,
-        tensors=round(models * len(parts)) + len(private),
-        parameters=round(models * sum(block.size for block in layout.blocks))
-        + sum(math.prod(header.shape) for header in private),
-        need=need,
-    )
+    if target.holds(most) and target != Target.parse(ANY_SIZE):
+        findings.note(f"target_size {target}: nothing is merged, as all models fit.")

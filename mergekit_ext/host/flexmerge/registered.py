@@ -21,6 +21,7 @@ from mergekit_ext.errors import MergeError, MergekitExtError, Problem, tensors_a
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, Parameters
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host import session as sessions
+from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.nan_method import NanMethod
 from mergekit_ext.host.session import Session
@@ -51,41 +52,30 @@ class Registered(Algorithm):
         """See `Algorithm.copies`: those of the method, and its result in float32."""
         return copies_of(self._method)(models, square) + 2
 
-    def problems(self) -> list[Problem]:
-        """What the method has against its parameters, before a weight is read."""
+    def check(self, findings: Findings) -> None:
+        """Report what the method refuses of its parameters, or else note what it warns of."""
+        inputs = Inputs(len(self.parameters.models), self._based)
+        given, problems = (self.parameters.shared, inputs), list[Problem]()
         if isinstance(self._method, ExtMethod):
-            found = list(self._method.problems(self.parameters.shared, self._inputs))
-            if found:
-                return found
-        error = self._refusal()
-        if error is None:
-            return []
-        expected, remedy = f"parameters that `{self.name}` accepts", "Change them."
-        return [Problem("parameters", f"an error of `{self.name}` ({error})", expected, remedy)]
-
-    def notes(self) -> list[str]:
-        """What the method says of a merge that it can do."""
-        if not isinstance(self._method, ExtMethod):
-            return []
-        return list(self._method.notes(self.parameters.shared, self._inputs))
-
-    @property
-    def _inputs(self) -> Inputs:
-        return Inputs(len(self.parameters.models), self._based)
+            problems += self._method.problems(*given)
+        if not problems and (error := self._refusal()) is not None:
+            found = f"an error of `{self.name}` ({error})"
+            expected = f"parameters that `{self.name}` accepts"
+            problems.append(Problem("parameters", found, expected, "Change them."))
+        findings.extend(problems)
+        if isinstance(self._method, ExtMethod) and not problems:
+            for note in self._method.notes(*given):
+                findings.note(note)
 
     def _refusal(self) -> ValueError | None:
-        """What the method raises over a few numbers in place of weights.
+        """Return what the method raises over a few numbers in place of weights.
 
         Methods of mergekit look at some of their parameters only when they merge.
         """
         members = range(len(self.parameters.models))
         generator = torch.Generator().manual_seed(0)
-        inputs = [*([("base", True)] if self._based else []), *((m, False) for m in members)]
-        entries = [
-            TensorEntry(id=key, tensor=torch.randn(*_TRIAL, generator=generator), is_base=is_base)
-            for key, is_base in inputs
-        ]
-        group = TensorGroup(entries=tuple(entries), metadata=TensorMetadata(name="a trial"))
+        base, *tensors = torch.randn(len(members) + 1, *_TRIAL, generator=generator)
+        group = self._group("a trial", base, dict(zip(members, tensors, strict=True)))
         try:
             # In a session of its own, and without a step of the user's random numbers.
             with sessions.active(Session()), torch.random.fork_rng(devices=[]):
@@ -108,8 +98,16 @@ class Registered(Algorithm):
         Raises:
             MergeError: the method refuses its parameters or these tensors.
         """
+        parts = block.layout.parts
+        groups = [
+            self._group(
+                part.name,
+                block.part(block.base, index),
+                {member: block.part(block.models[member], index) for member in members},
+            )
+            for index, part in enumerate(parts)
+        ]
         wide = compute_dtype([block.base, *block.models.values()])
-        groups = [self._group(block, members, i) for i in range(len(block.layout.parts))]
         seed = derived(self._seed, block.layout.name, *members)
         try:
             with seeded(seed, block.base.device):
@@ -117,14 +115,14 @@ class Registered(Algorithm):
         except MergekitExtError:
             raise
         except ValueError as error:
-            where = tensors_at([part.name for part in block.layout.parts])
+            where = tensors_at([part.name for part in parts])
             raise MergeError(
                 f"{where} in block {block.layout.name}: `{self.name}` stops ({error}); expected "
                 "parameters and tensors that it accepts. Change its parameters, or use another "
                 "`algorithm`."
             ) from error
         out = torch.empty_like(block.base, dtype=dtype)
-        for part, tensor in zip(block.layout.parts, merged, strict=True):
+        for part, tensor in zip(parts, merged, strict=True):
             out[part.slice] = tensor.reshape(-1)
         return out
 
@@ -142,29 +140,24 @@ class Registered(Algorithm):
         (found,) = in_threads(call, [groups], groups[0].entries[0].tensor.device)
         return found
 
-    def _group(self, block: BlockData, members: Sequence[int], index: int) -> TensorGroup:
+    def _group(self, name: str, base: Tensor, tensors: dict[int, Tensor]) -> TensorGroup:
         entries = [
-            TensorEntry(id=member, tensor=block.part(block.models[member], index), is_base=False)
-            for member in members
+            TensorEntry(id=member, tensor=tensor, is_base=False)
+            for member, tensor in tensors.items()
         ]
         if self._based:
-            base = TensorEntry(id="base", tensor=block.part(block.base, index), is_base=True)
-            entries.insert(0, base)
-        name = block.layout.parts[index].name
+            entries.insert(0, TensorEntry(id="base", tensor=base, is_base=True))
         return TensorGroup(entries=tuple(entries), metadata=TensorMetadata(name=name))
 
     def _bound(self, members: Sequence[int]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        models, found = self.parameters.models, {}
         for spec in self._method.spec.parameters:
-            name = spec.name
             if spec.scope == ParameterScope.SHARED:
-                found[name] = self.parameters.shared[name]
-            else:
-                models = self.parameters.models
-                each: dict[Any, Any] = {member: models[member][name] for member in members}
-                if spec.scope != ParameterScope.NON_BASE and self._based:
-                    each["base"] = spec.default if not spec.required else 0.0
-                found[name] = each
+                found[spec.name] = self.parameters.shared[spec.name]
+                continue
+            found[spec.name] = {member: models[member][spec.name] for member in members}
+            if spec.scope != ParameterScope.NON_BASE and self._based:
+                found[spec.name]["base"] = 0.0 if spec.required else spec.default
         if isinstance(self._method, NanMethod):
             # Of this call, that is; by its own "block" NAN would go by the tensors' names.
             found["granularity"] = "model"

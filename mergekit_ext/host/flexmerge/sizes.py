@@ -1,51 +1,154 @@
-"""The accuracy-size curve: every algorithm at every size, evaluated task by task."""
+"""The accuracy-size curve: every algorithm at every size, scored task by task, and its files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import transformers
+from mergekit.options import MergeOptions
 from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.events import Event, SizeReached
+from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.merging import Walk
 from mergekit_ext.flexmerge.plan import Planner
 from mergekit_ext.flexmerge.runtime import build_module
 from mergekit_ext.flexmerge.target import Target
-from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
-from mergekit_ext.host.flexmerge.needs import need_of, with_models
-from mergekit_ext.host.flexmerge.parameters import variant
-from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
-from mergekit_ext.report.curve import CheckedScores, EvaluationError, Scores, SizePoint
+from mergekit_ext.host.flexmerge.needs import need_of
+from mergekit_ext.host.flexmerge.prepare import prepare_tables
+from mergekit_ext.host.flexmerge.sources import Inputs, open_inputs
+from mergekit_ext.host.run import require
+from mergekit_ext.host.session import listening
+from mergekit_ext.report.curve import (
+    CheckedScores,
+    EvaluationError,
+    Scores,
+    SizePoint,
+    mean,
+    normalised_mean,
+    plot,
+    write_csv,
+    write_json,
+)
 
 ALL = "all"
 # From a module and the name of its task to its scores.
 Evaluate = Callable[[Any, str], Mapping[str, float] | float]
 
 
-class Evaluator:
-    """Calls the user's function with one model after the other.
+@dataclass(frozen=True)
+class Curve:
+    """What was scored.
 
-    Args:
-        function: scores a module; the higher, the better. It gets a transformers module in
-            evaluation mode, on the CPU, whose weights it must not write to (it may move the
-            module), and the name of its task. It returns a number, or a mapping from metrics to
-            numbers, for a task always with the same metrics.
-        quiet: without a progress bar.
-        trust_remote_code: as for transformers.
+    Attributes:
+        reference: the scores of each task's own model.
+        points: those of each algorithm at each size, from large to small.
     """
 
-    def __init__(self, function: Evaluate, *, quiet: bool, trust_remote_code: bool = False):
-        self._function, self._quiet = function, quiet
-        self._trust_remote_code = trust_remote_code
+    reference: Scores
+    points: Sequence[SizePoint]
+
+
+def write_curve(
+    config_file: Path,
+    folder: Path,
+    options: MergeOptions,
+    sizes: Sequence[float | str] | None = None,
+    algorithms: Sequence[str] = (),
+    evaluate: Evaluate | None = None,
+    metric: str | None = None,
+    callbacks: Iterable[object] = (),
+) -> Curve:
+    """Trace the curve and write ``sizes.csv``, ``sizes.json`` and ``sizes.png`` into `folder`.
+
+    The tables are written anew after every size that is scored: what is done is kept, whatever
+    comes later. An analysis that is in the folder is used again; a new one is kept there.
+
+    Args:
+        config_file: a `flexmerge` configuration; its ``target_size`` is not used.
+        folder: where the files go; made if it does not exist.
+        options: mergekit's.
+        sizes: numbers of models, or "all" for the size after every merge. By default 1, 1.5, and
+            the whole numbers up to that of the models.
+        algorithms: the lines, as ``algorithm:`` names them; that of the configuration if empty.
+        evaluate: scores a module, the higher, the better. It gets a transformers module in
+            evaluation mode, on the CPU, whose weights it must not write to (it may move the
+            module), and the name of its task. It returns a number, or a mapping from metrics to
+            numbers, for a task always with the same metrics. None for a table of sizes, for which
+            nothing is merged.
+        metric: what is drawn; the first that `evaluate` returns by default.
+        callbacks: get the events.
+
+    Raises:
+        ConfigError: something is wrong with the configuration, for one of the algorithms, with
+            `folder`, `metric`, or a size, which is larger than all models together.
+        EvaluationError: `evaluate` raised, or did not return scores.
+    """
+    if metric is not None and evaluate is None:
+        require([Problem("--metric", repr(metric), "`--evaluate` as well", "Say what scores.")])
+    lines = {
+        name: prepared
+        for name, (_, prepared) in prepare_tables(config_file, folder, options, algorithms).items()
+    }
+    first = next(iter(lines.values()))
+    count = len(first.layout.tasks)
+    wanted = [1.0, 1.5, *map(float, range(2, count + 1))] if sizes is None else list(sizes)
+    numbers = [float(count) if size == ALL else float(size) for size in wanted]
+    if above := [number for number in numbers if number > count]:
+        expected = f"sizes from 1 to {count}, the number of models"
+        require([Problem("--sizes", _listed(above), expected, "Take what is larger out.")])
+    evaluator = None
+    if evaluate is not None:
+        evaluator = Evaluator(evaluate, options)
+        needs = [need_of(prepared, scored=max(numbers)) for prepared in lines.values()]
+        require(list(dict.fromkeys(p for need in needs for p in memory.problems(need))))
+    points: list[SizePoint] = []
+    notes: list[str] = []
+    with listening(options, callbacks, os.fspath(folder)) as session:
+        inputs = open_inputs(first)
+        reference = _individual(inputs, evaluator)
+        drawn = _metric(metric, reference)
+        folder.mkdir(parents=True, exist_ok=True)
+        engines = {}
+        for name, prepared in lines.items():
+            engines[name] = Engine(prepared, inputs, folder, session)
+            engines[name].save_analysis(folder)
+        asked = {name: _asked(name, e.planner, wanted, notes) for name, e in engines.items()}
+        total = sum(map(len, asked.values())) * count
+        try:
+            with evaluator.counting("Evaluating", total) if evaluator else nullcontext():
+                for name, engine in engines.items():
+                    for point in _line(name, engine, asked[name], evaluator):
+                        points.append(point)
+                        if evaluator is not None:
+                            _write(folder, points, reference)
+        except BaseException:
+            if points and evaluator is not None:
+                click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
+            raise
+    _write(folder, points, reference)
+    for note in (*notes, *_partial(reference)):
+        click.echo(f"Note: {note}", err=True)
+    if drawn is not None:
+        _draw(folder / "sizes.png", points, reference, drawn)
+    click.echo(_table(points, reference, drawn))
+    return Curve(reference, points)
+
+
+class Evaluator:
+    """Calls the user's function (see `write_curve`) with one model after the other."""
+
+    def __init__(self, function: Evaluate, options: MergeOptions):
+        self._function, self._options = function, options
         self._scores = CheckedScores()
         self._bar: Any = None
 
@@ -55,7 +158,8 @@ class Evaluator:
         # Loading a model is fast and happens for each evaluation: its bars would hide this one.
         shown_before = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
-        self._bar = tqdm(total=total, desc=description, unit="model", disable=self._quiet)
+        quiet = self._options.quiet
+        self._bar = tqdm(total=total, desc=description, unit="model", disable=quiet)
         try:
             yield
         finally:
@@ -89,7 +193,7 @@ class Evaluator:
                 other metrics than before.
         """
         module = build_module(
-            folder, dict(tensors), dtype, trust_remote_code=self._trust_remote_code
+            folder, dict(tensors), dtype, trust_remote_code=self._options.trust_remote_code
         )
         try:
             returned = self._function(module, task)
@@ -100,180 +204,128 @@ class Evaluator:
         return found
 
 
-class Tracer:
-    """Walks down the sizes with each algorithm.
+def _individual(inputs: Inputs, evaluator: Evaluator | None) -> dict[str, Mapping[str, float]]:
+    """Return the scores of each task's own model; those of a task are empty without evaluator."""
+    found: dict[str, Mapping[str, float]] = {task: {} for task in inputs.layout.tasks}
+    if evaluator is None:
+        return found
+    reader = inputs.reader("cpu")
+    with evaluator.counting("Individual models", len(found)):
+        for index, task in enumerate(found):
+            tensors = {name: reader.tensor(index, name) for name in inputs.models[index].tensors}
+            what = f"{task}'s individual model"
+            found[task] = evaluator.score(inputs.folders[index], tensors, task, what)
+    return found
 
-    Args:
-        config: a `flexmerge` configuration; its ``target_size`` and ``algorithm`` are not used.
-        options: mergekit's.
-        algorithms: names, as ``algorithm:`` takes them.
-        sizes: numbers of models, or "all" for the size after every merge. By default 1, 1.5, and
-            the whole numbers up to that of the models.
-        evaluator: scores a task's model; None for sizes alone, which merges nothing.
-        source: the text of the configuration, to look for unknown keys.
 
-    Attributes:
-        notes: what became of sizes that an algorithm does not have.
+def _line(
+    name: str,
+    engine: Engine,
+    asked: Sequence[tuple[float, float]],
+    evaluator: Evaluator | None,
+) -> Iterator[SizePoint]:
+    """Yield one algorithm at each size; only blocks that change are merged again."""
+    tasks, folders = engine.inputs.layout.tasks, engine.inputs.folders
+    walk = Walk(engine.reader, engine.merging)
+    scores: Scores = {task: {} for task in tasks}
+    for number, (requested, target) in enumerate(asked):
+        plan = engine.planner.plan(Target(models=target))
+        size = plan.size
+        if evaluator is not None:
+            changed = walk.go(plan)
+            engine.reached(plan)
+            if changed or number == 0:
+                scores = {
+                    task: evaluator.score(
+                        folders[index],
+                        walk.tensors(index),
+                        task,
+                        f"{task}, `{name}` at size {size.models:.4g}",
+                        engine.prepared.forced,
+                    )
+                    for index, task in enumerate(tasks)
+                }
+            else:  # no merge in between: the same models
+                evaluator.skip(len(tasks))
+        yield SizePoint(name, requested, size.models, size.bytes, scores)
+
+
+def _asked(
+    name: str, planner: Planner, sizes: Sequence[float | str], notes: list[str]
+) -> list[tuple[float, float]]:
+    """Return what is asked for and what is planned for it, from large to small.
+
+    What is below the smallest size becomes the smallest, once. `notes` receives what is left out.
 
     Raises:
-        ConfigError: the configuration is wrong for one of the algorithms, or a size is larger
-            than all models together.
+        ConfigError: the algorithm has none of the sizes.
     """
-
-    def __init__(
-        self,
-        config: Any,
-        options: Any,
-        algorithms: Sequence[str],
-        sizes: Sequence[float | str] | None = None,
-        evaluator: Evaluator | None = None,
-        source: str | None = None,
-    ):
-        self.notes: list[str] = []
-        self._options, self._evaluator = options, evaluator
-        self._prepared: dict[str, Prepared] = {}
-        for name in dict.fromkeys(algorithms):
-            report, found = prepare.check(variant(config, name, algorithms), options, source)
-            report.raise_for_problems(f"this configuration and `{name}`")
-            assert found is not None
-            self._prepared[name] = found
-        self._count = len(next(iter(self._prepared.values())).models)
-        self._sizes = self._default() if sizes is None else tuple(sizes)
-        _require_within(self._sizes, self._count)
-        if evaluator is not None:
-            self._require_memory()
-
-    def _require_memory(self) -> None:
-        """Require memory for the models that are scored, which are in memory whole."""
-        largest = max(float(self._count) if size == ALL else float(size) for size in self._sizes)
-        found = [
-            problem
-            for prepared in self._prepared.values()
-            for problem in memory.problems(
-                with_models(
-                    need_of(prepared, self._options), prepared.layout, largest, prepared.forced
-                )
-            )
-        ]
-        if found:
-            raise ConfigError(dict.fromkeys(found))
-
-    def _default(self) -> tuple[float | str, ...]:
-        return (1.0, 1.5, *(float(size) for size in range(2, self._count + 1)))
-
-    def open(self) -> Inputs:
-        """The models; downloaded if they are not here."""
-        return open_inputs(next(iter(self._prepared.values())), self._options)
-
-    def individual(self, inputs: Inputs) -> Scores:
-        """The scores of each task's own model; that of a task is empty without an evaluator."""
-        if self._evaluator is None:
-            return {task: {} for task in inputs.layout.tasks}
-        reader = inputs.reader("cpu")
-        found = {}
-        with self._evaluator.counting("Individual models", self._count):
-            for index, task in enumerate(inputs.layout.tasks):
-                tensors = {n: reader.tensor(index, n) for n in inputs.models[index].tensors}
-                folder = inputs.folders[index]
-                found[task] = self._evaluator.score(
-                    folder, tensors, task, f"{task}'s individual model"
-                )
-        return found
-
-    def points(
-        self, inputs: Inputs, analyses_in: Path, emit: Callable[[Event], None]
-    ) -> Iterator[SizePoint]:
-        """Each algorithm at each size, from large to small.
-
-        Args:
-            inputs: from `open`.
-            analyses_in: the folder in which an earlier analysis is looked for, and a new one kept.
-            emit: gets the events.
-        """
-        engines = {}
-        for name, prepared in self._prepared.items():
-            engines[name] = Engine(prepared, inputs, self._options, analyses_in, emit)
-            engines[name].keep_analysis()
-        asked = {name: self._reached(name, engine.planner) for name, engine in engines.items()}
-        total = sum(map(len, asked.values())) * self._count
-        counting = self._evaluator.counting("Evaluating", total) if self._evaluator else None
-        with counting or nullcontext():
-            for name, engine in engines.items():
-                yield from self._line(name, engine, inputs, asked[name], emit)
-
-    def _line(
-        self,
-        name: str,
-        engine: Engine,
-        inputs: Inputs,
-        asked: Sequence[tuple[float, float]],
-        emit: Callable[[Event], None],
-    ) -> Iterator[SizePoint]:
-        walk = Walk(engine.reader, engine.merging)
-        scores: Scores = {task: {} for task in inputs.layout.tasks}
-        for number, (requested, target) in enumerate(asked):
-            plan = engine.planner.plan(Target(models=target))
-            size = plan.size
-            if self._evaluator is not None:
-                changed = walk.go(plan)
-                emit(SizeReached(name, size.models, size.bytes))
-                if changed or number == 0:
-                    what = f"{{}}, `{name}` at size {size.models:.4g}"
-                    scores = {
-                        task: self._evaluator.score(
-                            inputs.folders[index],
-                            walk.tensors(index),
-                            task,
-                            what.format(task),
-                            engine.forced,
-                        )
-                        for index, task in enumerate(inputs.layout.tasks)
-                    }
-                else:  # no merge in between: the same models
-                    self._evaluator.skip(self._count)
-            yield SizePoint(name, requested, size.models, size.bytes, scores)
-
-    def _reached(self, name: str, planner: Planner) -> list[tuple[float, float]]:
-        """What is asked for and what is planned for it, from large to small.
-
-        What is below the smallest size becomes the smallest, once.
-
-        Raises:
-            ConfigError: the algorithm has none of the sizes.
-        """
-        known = dict.fromkeys(planner.sizes)
-        least = min(known)
-        numbers = {float(size) for size in self._sizes if size != ALL}
-        if ALL in self._sizes:
-            # With a base of a wider dtype a masked merge may exceed all models kept apart.
-            numbers.update(size for size in known if size <= self._count)
-        found: list[tuple[float, float]] = []
-        below: list[float] = []
-        missing: list[float] = []
-        for number in sorted(numbers, reverse=True):
-            if number in known or planner.reaches(Target(models=number)):
-                found.append((number, number))
-            else:
-                (below if number < least else missing).append(number)
-        if below:
-            self.notes.append(
-                f"{name}: {_listed(below)} cannot be reached; the least is {least:.6g}."
-            )
-            if least not in numbers:
-                found.append((below[0], least))
-        if missing:
-            self.notes.append(f"{name}: {_listed(missing)} left out; it has {_listed(known)}.")
-        if not found:
-            planner.plan(Target(models=missing[0]))  # raises, and says what is expected
-        return found
-
-
-def _require_within(sizes: Sequence[float | str], count: int) -> None:
-    above = [size for size in sizes if isinstance(size, float) and size > count]
-    if above:
-        found, expected = _listed(above), f"sizes from 1 to {count}, the number of models"
-        raise ConfigError([Problem("--sizes", found, expected, "Take what is larger out.")])
+    known = dict.fromkeys(planner.sizes)
+    least = min(known)
+    numbers = {float(size) for size in sizes if size != ALL}
+    if ALL in sizes:
+        # With a base of a wider dtype a masked merge may exceed all models kept apart.
+        numbers.update(size for size in known if size <= planner.storage.tasks)
+    found: list[tuple[float, float]] = []
+    below: list[float] = []
+    missing: list[float] = []
+    for number in sorted(numbers, reverse=True):
+        if number in known or planner.reaches(Target(models=number)):
+            found.append((number, number))
+        else:
+            (below if number < least else missing).append(number)
+    if below:
+        notes.append(f"{name}: {_listed(below)} cannot be reached; the least is {least:.6g}.")
+        if least not in numbers:
+            found.append((below[0], least))
+    if missing:
+        notes.append(f"{name}: {_listed(missing)} left out; it has {_listed(known)}.")
+    if not found:
+        planner.plan(Target(models=missing[0]))  # raises, and says what is expected
+    return found
 
 
 def _listed(sizes: Iterable[float]) -> str:
     return ", ".join(f"{size:.4g}" for size in sizes)
+
+
+def _metric(asked: str | None, reference: Scores) -> str | None:
+    known = list(dict.fromkeys(metric for scores in reference.values() for metric in scores))
+    if asked is not None and asked not in known:
+        require([Problem("--metric", repr(asked), f"one of {', '.join(known)}")])
+    return asked or next(iter(known), None)
+
+
+def _partial(reference: Scores) -> Iterator[str]:
+    """Yield what the means of metrics are over that not every task has."""
+    for metric in dict.fromkeys(metric for scores in reference.values() for metric in scores):
+        tasks = [task for task, scores in reference.items() if metric in scores]
+        if len(tasks) < len(reference):
+            yield f"{metric}: means are over {', '.join(tasks)} alone; no other task has it."
+
+
+def _write(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:
+    write_csv(folder / "sizes.csv", points, reference)
+    write_json(folder / "sizes.json", points, reference)
+
+
+def _draw(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str) -> None:
+    try:
+        plot(path, points, reference, metric)
+    except (ImportError, ValueError) as error:
+        # One of an earlier run would not belong to the tables.
+        path.unlink(missing_ok=True)
+        click.echo(f"No plot: {error}.", err=True)
+
+
+def _table(points: Sequence[SizePoint], reference: Scores, metric: str | None) -> str:
+    head = f"{'algorithm':<20} {'size':>7} {'bytes':>15}"
+    lines = [head if metric is None else f"{head} {f'mean {metric}':>18} {'normalised':>10}"]
+    for point in points:
+        line = f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,}"
+        if metric is not None:
+            ratio = normalised_mean(point.scores, reference, metric)
+            shown = "" if ratio is None else f"{ratio:.3f}"
+            line += f" {mean(point.scores, metric):18.4f} {shown:>10}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.io.tasks import LoaderCache
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.layout import (
     Layout,
     Naming,
@@ -27,12 +30,9 @@ from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, rea
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.class_model import class_names
-from mergekit_ext.host.flexmerge.parameters import Written
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io.headers import TensorHeader, read_folder
-from mergekit_ext.parallel import Ranks
 
-DEFAULT_SEED = 0
 Headers = Mapping[str, TensorHeader]
 # Stored tensors, and the configuration that says what their class calls them.
 Stored = tuple[Headers, Any]
@@ -40,35 +40,35 @@ Stored = tuple[Headers, Any]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A FlexMerge that can start.
+    """A FlexMerge that has passed its checks.
 
     Attributes:
-        base: mergekit's reference of the base model.
-        models: the reference of each task's model, in order.
+        references: mergekit's references of the base and of each task's model, in order.
         naming: how names become blocks.
         layout: blocks and private tensors.
-        written: the parameters.
+        algorithm: how groups are merged; its parameters are all of the merge.
         forced: the dtype of all shareable tensors, if one is asked for.
+        options: mergekit's.
         adapted: names of the tensors that an adapter changes, or brings, in some model.
     """
 
-    base: Any
-    models: Sequence[Any]
+    references: Sequence[Any]
     naming: Naming
     layout: Layout
-    written: Written
+    algorithm: Algorithm
     forced: torch.dtype | None
+    options: Any
     adapted: frozenset[str] = frozenset()
 
     @cached_property
     def storage(self) -> Storage:
         """How groups are stored."""
-        return Storage(self.layout, self.written.algorithm.masks, self.forced)
+        return Storage(self.layout, self.algorithm.masks, self.forced)
 
     @property
     def target(self) -> Target:
         """The size asked for."""
-        target: Target = self.written.shared["target_size"]
+        target: Target = self.algorithm.parameters.shared["target_size"]
         return target
 
 
@@ -89,85 +89,65 @@ class Inputs:
     folders: Sequence[Path]
 
     def reader(self, device: str) -> BlockReader:
-        """A reader of blocks."""
+        """Return a reader of blocks."""
         return BlockReader(self.layout, self.base, self.models, device)
 
 
-def open_inputs(prepared: Prepared, options: Any, ranks: Ranks | None = None) -> Inputs:
-    """Fetch what is not here yet (as mergekit does), and look at the files again.
-
-    Args:
-        prepared: a merge that has passed its checks.
-        options: mergekit's.
-        ranks: the processes that do this; the main one fetches.
+def open_inputs(prepared: Prepared) -> Inputs:
+    """Fetch what is not here yet, as mergekit does and in the main process; read headers again.
 
     Raises:
-        ConfigError: they are not what the check saw.
+        ConfigError: the files are not what the check saw.
     """
-    from mergekit.io.tasks import LoaderCache
-
-    cache = LoaderCache()
-    cache.setup(options=options)
-    references = (prepared.base, *prepared.models)
-    folders = (ranks or Ranks()).from_main(lambda: [folder_of(r, options) for r in references])
+    options, references = prepared.options, prepared.references
+    folders = parallel.current().from_main(lambda: [folder_of(r, options) for r in references])
     stored = [read_folder(folder, allow_pickle=True) for folder in folders]
+    configs = [r.config(trust_remote_code=options.trust_remote_code) for r in references]
     adapters = [
-        _fitted(reference, tensors, options) if applies(reference) else None
-        for reference, tensors in zip(references, stored, strict=True)
+        fit(read_adapter(reference.lora), tensors, config) if applies(reference) else None
+        for reference, tensors, config in zip(references, stored, configs, strict=True)
     ]
     dtype = dtype_of(options.lora_merge_dtype)
     read = [
         tensors if adapter is None else adapter.tensors(tensors, dtype)
         for adapter, tensors in zip(adapters, stored, strict=True)
     ]
-    configs = [r.config(trust_remote_code=options.trust_remote_code) for r in references]
     owners = list(zip(read, configs, strict=True))
     layout, headers, _ = laid_out(prepared.layout.tasks, owners, prepared.naming)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
-        problem = Problem(
-            "models",
-            "weights that changed after they were checked",
-            "files that stay",
-            "Try again.",
-        )
-        raise ConfigError([problem])
-    source, *models = (
-        _open(reference, folder, tensors, cache)
+        found = "weights that changed after they were checked"
+        raise ConfigError([Problem("models", found, "files that stay", "Try again.")])
+    LoaderCache().setup(options=options)
+    base, *models = (
+        _opened(reference, folder, tensors)
         if adapter is None
-        else _open_adapted(reference, folder, tensors, own, adapter, cache, options)
+        else _adapted(reference, folder, tensors, own, adapter, options.device)
         for reference, folder, tensors, own, adapter in zip(
             references, folders, headers, stored, adapters, strict=True
         )
     )
-    return Inputs(layout, source, models, folders[1:])
+    return Inputs(layout, base, models, folders[1:])
 
 
-def _fitted(reference: Any, tensors: Mapping[str, TensorHeader], options: Any) -> Fitted:
-    config = reference.config(trust_remote_code=options.trust_remote_code)
-    return fit(read_adapter(reference.lora), tensors, config)
-
-
-def _open(reference: Any, folder: Path, tensors: Mapping[str, TensorHeader], cache: Any) -> Source:
-    name = str(reference)
+def _opened(reference: Any, folder: Path, tensors: Headers) -> Source:
     if all(header.file is not None for header in tensors.values()):
-        return FileSource(name, tensors)
-    loader = cache.get(reference)
-    return LoadedSource(name, tensors, lambda tensor: loader.get_tensor(tensor), _files(folder))
+        return FileSource(str(reference), tensors)
+    loader = LoaderCache().get(reference)
+    return LoadedSource(str(reference), tensors, loader.get_tensor, _files(folder))
 
 
-def _open_adapted(
+def _adapted(
     reference: Any,
     folder: Path,
-    tensors: Mapping[str, TensorHeader],
-    stored: Mapping[str, TensorHeader],
+    tensors: Headers,
+    stored: Headers,
     adapter: Fitted,
-    cache: Any,
-    options: Any,
+    device: str,
 ) -> Source:
     own = {name: stored[h.name] for name, h in tensors.items() if h.name in stored}
-    base = _open(base_of(reference), folder, own, cache)
+    base = _opened(base_of(reference), folder, own)
     files = [*base.files, *_files(adapter_folder(reference.lora))]
-    return AdaptedSource(str(reference), tensors, base, adapter, files, options.device)
+    return AdaptedSource(str(reference), tensors, base, adapter, files, device)
 
 
 def _files(folder: Path) -> list[Path]:
