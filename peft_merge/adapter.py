@@ -1,22 +1,40 @@
-"""LoRA and (IA)^3 adapters as data: the change of each adapted weight.
+r"""LoRA and (IA)^3 adapters as data: the change of each adapted weight.
 
-An adapter is read (`peft_merge.io`) into one of two classes. Their modules are known from headers
-alone (`ModuleInfo`, `VectorInfo`); tensors are read one module at a time.
+Modules are known from headers alone (`ModuleInfo`, `VectorInfo`); tensors are read one module at a
+time. A layer that PEFT adapts computes :math:`y = f(x) + s\,B(A(x))` (Hu et al. 2021, "LoRA",
+section 4.1). Its two tensors become a (n, r, columns) and b (n, rows, r) with one change
+:math:`\Delta_k = s\,B_k A_k` for each of n independent matrices:
+
+=========== =================== ================== ============================================
+layout      A as stored         B as stored        n
+=========== =================== ================== ============================================
+linear      (r, in)             (out, r)           1
+embedding   (r, vocabulary)     (dimension, r)     1; the weight itself is the change transposed
+convolution (r, in, \*kernel)   (out, r/g, 1, ...) g groups of the convolution, each of rank r/g
+parameter   (r E, in)           (out, r E)         E experts of a target parameter
+=========== =================== ================== ============================================
+
+PEFT convolves with A over all input channels and only B is grouped: group k sees rows k r/g to
+(k+1) r/g of A. Of a target parameter A is stacked expert by expert, while B's columns run over the
+experts first (PEFT's ``ParamWrapper.get_delta_weight``). Whether the parameter itself is (E, out,
+in) or (E, in, out) the adapter does not say; in these coordinates it does not matter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_ext.errors import NonFiniteError
 
-# How PEFT stores a module's factors; `peft_merge.io.layouts` converts each to stacked matrices.
 LayoutName = Literal["linear", "embedding", "convolution", "parameter"]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class ModuleInfo:
     rows: int
     columns: int
     rank: int
-    kernel: tuple[int, ...] = ()
+    kernel: Shape = ()
     bias: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -48,6 +66,73 @@ class ModuleInfo:
     def shape(self) -> tuple[int, int, int]:
         """Of the change: (n, rows, columns). Modules that are merged agree in it."""
         return (self.matrices, self.rows, self.columns)
+
+    @property
+    def groups(self) -> int:
+        """The number of matrices among which the r of PEFT's configuration is divided."""
+        return self.matrices if self.layout == "convolution" else 1
+
+    @property
+    def configured_rank(self) -> int:
+        """The r of PEFT's configuration for such factors."""
+        return self.rank * self.groups
+
+    def stack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return stored factors as stacks (n, r, columns) and (n, rows, r)."""
+        stacked = a.reshape(self.matrices, -1, self.columns)
+        if self.layout == "parameter":
+            return stacked, b.reshape(self.rows, -1, self.matrices).permute(2, 0, 1)
+        return stacked, b.reshape(self.matrices, self.rows, -1)
+
+    def store(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return stacked factors as PEFT stores them, contiguous."""
+        n, rank, columns = a.shape
+        if self.layout == "convolution":
+            stored_a = a.reshape(n * rank, columns // math.prod(self.kernel), *self.kernel)
+            stored_b = b.reshape(n * self.rows, rank, *(1,) * len(self.kernel))
+        else:
+            stored_a = a.reshape(n * rank, columns)
+            stored_b = b.permute(1, 2, 0).reshape(self.rows, rank * n)
+        return stored_a.contiguous(), stored_b.contiguous()
+
+
+def described(
+    layout: LayoutName, a: Shape, b: Shape, r: int, bias: bool, dtype: torch.dtype
+) -> ModuleInfo | str:
+    """Return the module of factors stored in shapes `a` and `b`; a text, if others would fit.
+
+    Args:
+        r: the rank that the configuration gives.
+    """
+    empty = 0 in (*a, *b)
+    if layout == "convolution":
+        fits = len(a) == len(b) > 2 and not empty and set(b[2:]) == {1} and a[0] == r
+        if not fits or r % b[1] or b[0] % (r // b[1]):
+            return (
+                f"a kernel with {r} outputs in A, the rank of the configuration, and a pointwise "
+                f"one in B with {r} inputs or, of g groups, {r} / g"
+            )
+        groups = r // b[1]
+        columns = math.prod(a[1:])
+        return ModuleInfo(layout, groups, b[0] // groups, columns, b[1], a[2:], bias, dtype)
+    if len(a) != 2 or len(b) != 2 or empty:
+        return "two matrices that are not empty"
+    if layout == "parameter":
+        if a[0] != b[1] or a[0] % r:
+            return (
+                f"as many rows in A as columns in B, a multiple of {r}, the rank of the "
+                "configuration"
+            )
+    elif a[0] != r or b[1] != r:
+        return f"{r} rows in A and {r} columns in B, the rank of the configuration"
+    return ModuleInfo(layout, a[0] // r, b[0], a[1], r, bias=bias, dtype=dtype)
+
+
+def one_rank(infos: Iterable[ModuleInfo]) -> int:
+    """Return the least r that a configuration without patterns can have for all these factors."""
+    each = list(infos)
+    step = math.lcm(*(info.groups for info in each))
+    return -(-max((info.configured_rank for info in each), default=1) // step) * step
 
 
 @dataclass(frozen=True)
@@ -71,6 +156,39 @@ class Update:
         """Return ``s B A`` in float64: (n, rows, columns)."""
         return self.scale * (self.b.to(torch.float64) @ self.a.to(torch.float64))
 
+    def filled(self, rank: int) -> Update:
+        """Return the same change with zeros up to a rank, which it does not exceed."""
+        if (missing := rank - self.a.shape[1]) == 0:
+            return self
+        return replace(self, a=pad(self.a, (0, 0, 0, missing)), b=pad(self.b, (0, missing)))
+
+    def unscaled(self) -> Update:
+        """Return the same change with a scale of 1, which is in B then."""
+        if self.scale == 1:
+            return self
+
+        def scaled(tensor: Tensor) -> Tensor:
+            return (tensor.double() * self.scale).to(tensor.dtype)
+
+        bias = None if self.bias is None else scaled(self.bias)
+        return Update(self.a, scaled(self.b), 1.0, bias)
+
+
+@dataclass(frozen=True)
+class VectorInfo:
+    """What is known of one (IA)^3 vector without reading it.
+
+    Attributes:
+        shape: as stored: (1, in) for a feedforward module, (out, 1) otherwise; convolutions
+            have more axes of length 1.
+        feedforward: whether it multiplies the module's input, not its output.
+        dtype: of the vector.
+    """
+
+    shape: Shape
+    feedforward: bool
+    dtype: torch.dtype = torch.float32
+
 
 @dataclass(frozen=True)
 class LoraAdapter:
@@ -92,22 +210,6 @@ class LoraAdapter:
     infos: Mapping[str, ModuleInfo]
     load: Callable[[str], Update] = field(repr=False)
     saved: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
-
-
-@dataclass(frozen=True)
-class VectorInfo:
-    """What is known of one (IA)^3 vector without reading it.
-
-    Attributes:
-        shape: as stored: (1, in) for a feedforward module, (out, 1) otherwise; convolutions
-            have more axes of length 1.
-        feedforward: whether it multiplies the module's input, not its output.
-        dtype: of the vector.
-    """
-
-    shape: tuple[int, ...]
-    feedforward: bool
-    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
 from peft_merge.config.document import Input, Request, Source, inputs_of, read, written
 from peft_merge.config.plan import MergePlan, Result, WholeMethod
-from peft_merge.io import merged_ia3, merged_lora, save_adapter
+from peft_merge.io import save_adapter
+from peft_merge.io.merged import merged_ia3, merged_lora
 from peft_merge.modules import merge_modules
 from peft_merge.report import report
 from peft_merge.saved import merge_saved

@@ -9,9 +9,8 @@ from typing import Any
 
 from mergekit_ext.core.memory import in_units
 from peft_merge import saved
-from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
+from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, one_rank
 from peft_merge.config.plan import MergePlan, WholeMethod
-from peft_merge.io.layouts import at_rank, one_rank
 
 FORMAT_VERSION = 1
 
@@ -146,7 +145,7 @@ def _output(plan: MergePlan) -> str:
     if plan.patterns:
         return f"{bound}rank {max(info.rank for info in infos.values())}, {own}"
     r = one_rank(infos.values())
-    padded = _size(plan, sum(at_rank(info, r) * _sides(info) for info in infos.values()))
+    padded = _size(plan, sum(r // info.groups * _sides(info) for info in infos.values()))
     apart = "" if padded == own else f" ({bound}{own} with `patterns: true`)"
     return f"{bound}rank {r} in every module, {padded}{apart}"
 

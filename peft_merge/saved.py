@@ -17,7 +17,7 @@ from mergekit_ext.errors import MergeError, MergeWarning, Problem, did_you_mean,
 from mergekit_ext.io.headers import is_counter
 from mergekit_ext.methods.method import cancelling
 from peft_merge.adapter import Adapter, finite
-from peft_merge.io import whole
+from peft_merge.io.names import module_to_save
 
 AVERAGE, DROP = "average", "drop"
 
@@ -97,7 +97,7 @@ def averaged(
     differing = {
         name: positions
         for name, positions in taken.items()
-        if whole.module_to_save(name, adapters[positions[0]].config) is not None
+        if module_to_save(name, adapters[positions[0]].config) is not None
         and not _equal([adapters[i].saved[name]() for i in positions])
     }
     if not differing:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext.callbacks.settings import SUBJECT, Settings
+from mergekit_ext.callbacks.settings import Settings
 from mergekit_ext.callbacks.state import Mean
-from mergekit_ext.errors import ConfigError, NonFiniteError, Problem
+from mergekit_ext.errors import NonFiniteError, Problem
 
 if TYPE_CHECKING:
     from peft_merge import Adapter
@@ -186,14 +186,6 @@ def _to_mean(adapter: Adapter) -> Mean:
 
 def _of_mean(mean: Mean) -> Adapter:
     """Return a mean, which may come from a state of somebody else, as an adapter."""
-    from peft_merge.io import unsupported
-    from peft_merge.io.parse import parse
-    from peft_merge.io.tensors import of_memory
+    from peft_merge.io.read import of_memory
 
-    config = mean.config or {}
-    problems = unsupported.problems(config, "state.mean.config")
-    if not problems:
-        adapter, problems = parse("mean", config, of_memory(mean.tensors), "state.mean")
-        if adapter is not None:
-            return adapter
-    raise ConfigError(problems, SUBJECT)
+    return of_memory("mean", mean.config or {}, mean.tensors, "state.mean")

@@ -29,7 +29,9 @@ from peft_merge.config.options import (
 from peft_merge.config.plan import AnyMethod, Kind, MergePlan, WholeMethod
 from peft_merge.config.resolve import Resolver, unknown_everywhere
 from peft_merge.flexmerge.method import FLEXMERGE
-from peft_merge.io import compatible, different_bases, few_shared, load_adapter, one_form
+from peft_merge.io import load_adapter
+from peft_merge.io.compatible import compatible, different_bases, few_shared
+from peft_merge.io.forms import one_form
 from peft_merge.memory_estimate import need_of
 from peft_merge.methods import of_any_rule, rules
 
@@ -59,9 +61,8 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     dtype = None if request.dtype is None else dtype_of(request.dtype)
     device = device_of(request.device)
     found += [item for item in (dtype, device) if isinstance(item, Problem)]
-    forms = one_form(_adapters(request, found))
-    adapters = forms.adapters
-    found += [*forms.problems, *compatible(adapters)] if adapters else []
+    adapters, renamings, unclear = one_form(_adapters(request, found))
+    found += [*unclear, *compatible(adapters)] if adapters else []
     if not 0 < len(adapters) == len(request.inputs) or len({type(a) for a in adapters}) > 1:
         _stop(request, found)
     kind: Kind = "lora" if isinstance(adapters[0], LoraAdapter) else "ia3"
@@ -109,7 +110,7 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         dtype=dtype if isinstance(dtype, torch.dtype) else common_dtype(adapters),
         device=device if isinstance(device, torch.device) else torch.device("cpu"),
         saved=taken,
-        notes=(*forms.notes, *resolve.idle_filters(), *([PATTERNS] if request.patterns else [])),
+        notes=(*renamings, *resolve.idle_filters(), *([PATTERNS] if request.patterns else [])),
         forewarnings=tuple(forewarnings.values()),
     )
     if isinstance(method, WholeMethod) and (wrong := [*unfit, *method.check(plan)]):

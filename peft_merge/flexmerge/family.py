@@ -20,7 +20,7 @@ from mergekit_ext.methods import ADAPTERS, Method
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import change_norms
 from peft_merge.config.plan import MergePlan
-from peft_merge.io import names, whole
+from peft_merge.io import names
 from peft_merge.modules import Piece, merge_module
 from peft_merge.saved import merge_saved
 
@@ -176,7 +176,7 @@ def of_the_base(adapters: Sequence[Adapter]) -> set[str]:
     return {
         name
         for name in first.saved
-        if whole.module_to_save(name, first.config) is None
+        if names.module_to_save(name, first.config) is None
         and all(name in other.saved for other in others)
         and all(torch.equal(first.saved[name](), other.saved[name]()) for other in others)
     }

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, listing
 from peft_merge.adapter import Adapter, ModuleInfo
-from peft_merge.io.names import unwrapped
-from peft_merge.io.targets import Targets
+from peft_merge.io.names import Targets, unwrapped
 from peft_merge.matching import Shape, orientations
 
 _SUBJECT = "loading these tasks"

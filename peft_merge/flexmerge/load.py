@@ -17,7 +17,8 @@ from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.flexmerge.family import of_the_base
 from peft_merge.flexmerge.fit import require_base, require_fit, restored_on_error
 from peft_merge.flexmerge.manifest import Group, Manifest, open_manifest
-from peft_merge.io import load_adapter, whole
+from peft_merge.io import load_adapter
+from peft_merge.io.names import module_to_save
 from peft_merge.live import add_adapter, fill
 
 # Where PEFT's layers keep what is loaded of one adapter.
@@ -136,7 +137,7 @@ def _apart(adapter: Adapter) -> Adapter:
     saved = {
         name: load
         for name, load in adapter.saved.items()
-        if whole.module_to_save(name, adapter.config) is not None
+        if module_to_save(name, adapter.config) is not None
     }
     return replace(adapter, saved=saved)
 

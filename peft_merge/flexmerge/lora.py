@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.methods import Method
-from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update
+from peft_merge.adapter import LoraAdapter, ModuleInfo, Update, finite_update, one_rank
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.truncated import Rank
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import Family, Group, cast_to
-from peft_merge.io.layouts import at_rank, filled, one_rank, unscaled
 from peft_merge.io.merged import lora_configuration, stored_ranks
 from peft_merge.modules import Piece, small
 
@@ -81,7 +80,7 @@ class LoraFamily(Family):
                 info = adapter.infos[module]
                 update = finite_update(adapter, module)
                 dtype = self.forced or info.dtype
-                value = _cast(unscaled(update), dtype, module)
+                value = _cast(update.unscaled(), dtype, module)
                 found[module] = Piece(value, replace(info, dtype=dtype))
         return self._filled(found)
 
@@ -123,7 +122,7 @@ class LoraFamily(Family):
         return {
             name: replace(
                 piece,
-                value=filled(piece.value, ranks[name]),
+                value=piece.value.filled(ranks[name]),
                 info=replace(piece.info, rank=ranks[name]),
             )
             for name, piece in pieces.items()
@@ -133,7 +132,7 @@ class LoraFamily(Family):
         infos = self.infos(module, group)
         rank = self.plan.rank
         if self._r is not None:
-            rank = at_rank(infos[0], self._r)
+            rank = self._r // infos[0].groups
         elif not isinstance(rank, int):
             rank = max(info.rank for info in infos)
         return min(rank, infos[0].rows, infos[0].columns)

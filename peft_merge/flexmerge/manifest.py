@@ -15,7 +15,7 @@ from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
 from mergekit_ext.flexmerge.files import digest_of, regular_file, require_digest
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
-from peft_merge.io.tensors import CONFIG, SAFETENSORS
+from peft_merge.io.read import CONFIG, SAFETENSORS
 
 # A task's name is the name of its folder, and of its adapter in a PeftModel, where a dot would
 # separate modules.

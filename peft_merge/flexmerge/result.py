@@ -14,8 +14,7 @@ from mergekit_ext.io.staging import new_folder
 from mergekit_ext.report.card import table
 from peft_merge.adapter import Adapter
 from peft_merge.flexmerge.manifest import Block, Group, Manifest, described
-from peft_merge.io.card import PROJECT, card, page
-from peft_merge.io.write import CARD, MERGE_CONFIG, REPORT, fill_folder
+from peft_merge.io.write import CARD, MERGE_CONFIG, PROJECT, REPORT, card, fill_folder, page
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class FlexMerged:
                 made = {"method": "flexmerge", "adapters": self.report["adapters"]}
                 text = card(adapter, None, made if self._shared(adapter.name) else {})
                 (folder / adapter.name).mkdir()
-                fill_folder(adapter, folder / adapter.name, card=text)
+                fill_folder(adapter, folder / adapter.name, {CARD: text})
             texts = {
                 FILE_NAME: self.manifest(folder).to_json(),
                 REPORT: json.dumps(self.report, indent=1),

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_ext.errors import MergeWarning, Problem, printable
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo, modules_of
-from peft_merge.io import names, whole
+from peft_merge.io import names
 
 
 class DifferentBasesWarning(MergeWarning):
@@ -28,12 +28,20 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     `different_bases`.
     """
     if len({type(adapter) for adapter in adapters}) > 1:
-        kinds = _listed({a.name: a.config.get("peft_type") for a in adapters})
+        kinds = {a.name: a.config.get("peft_type") for a in adapters}
         remedy = "Merge the LoRAs and the (IA)^3s separately."
-        return [Problem("adapters", kinds, "adapters of one kind", remedy)]
+        return list(_agree("adapters", kinds, "adapters of one kind", remedy))
+    # Files do not name target parameters, so only equal lists mean equal parameters.
+    parameters = {
+        a.name: sorted(entries) for a in adapters if (entries := a.config.get("target_parameters"))
+    }
+    remedy = "Merge those that agree in it (PEFT cannot load them side by side either)."
+    expected = "the same parameters in all adapters that have some"
+    unlike = list(_agree("target_parameters", parameters, expected, remedy))
     return [
-        *_same_fields(adapters),
-        *_same_modules(adapters),
+        *_structure(adapters),
+        *unlike,
+        *_shapes(adapters, but_parameters=bool(unlike)),
         *_replaced(adapters),
         *_biases(adapters),
     ]
@@ -74,65 +82,42 @@ def few_shared(adapters: Sequence[Adapter]) -> FewSharedModulesWarning | None:
     )
 
 
-def has_layers(adapter: Adapter) -> bool:
-    """Return whether it adapts linear layers, of which alone `fan_in_fan_out` says something."""
-    if isinstance(adapter, LoraAdapter):
-        return any(info.layout == "linear" for info in adapter.infos.values())
-    return any(len(info.shape) == 2 for info in adapter.infos.values())
+def _agree(
+    where: str,
+    values: Mapping[str, Any],
+    expected: str = "one value in all",
+    remedy: str = "Merge those that agree in it.",
+) -> Iterator[Problem]:
+    """Yield a problem if the values, by the name of the adapter, differ."""
+    if any(value != next(iter(values.values())) for value in values.values()):
+        listed = ", ".join(f"{name}: {value}" for name, value in values.items())
+        yield Problem(where, listed, expected, remedy)
 
 
-def _same_fields(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """Fields in which all adapters that they say something of must agree."""
+def _structure(adapters: Sequence[Adapter]) -> Iterator[Problem]:
     replication = {
         adapter.name: [list(pair) for pair in adapter.config.get("layer_replication") or ()]
         for adapter in adapters
     }
-    yield from _agree("layer_replication", replication, "one value in all")
+    yield from _agree("layer_replication", replication)
     # A saved embedding either replaces the tied head as well or does not.
-    ends = tuple(f"{leaf}.weight" for leaf in whole.TIED)
     tying = {
         adapter.name: bool(adapter.config.get("ensure_weight_tying"))
         for adapter in adapters
         for tensor in adapter.saved
-        if tensor.endswith(ends) and whole.module_to_save(tensor, adapter.config) is not None
+        if names.is_tied(tensor) and names.module_to_save(tensor, adapter.config) is not None
     }
     expected = "one value in all adapters that save an embedding"
     yield from _agree("ensure_weight_tying", tying, expected)
-    remedy = "Merge those that agree in it (PEFT cannot load them side by side either)."
-    expected = "the same parameters in all adapters that have some"
-    yield from _agree("target_parameters", _parameters(adapters), expected, remedy)
 
 
-def _parameters(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
-    """Files do not name target parameters, so only equal lists mean equal parameters."""
-    lists = {a.name: a.config.get("target_parameters") for a in adapters}
-    return {name: sorted(entries) for name, entries in lists.items() if entries}
-
-
-def _agree(
-    field: str,
-    values: Mapping[str, Any],
-    expected: str,
-    remedy: str = "Merge those that agree in it.",
-) -> Iterator[Problem]:
-    if any(value != next(iter(values.values())) for value in values.values()):
-        yield Problem(field, _listed(values), expected, remedy)
-
-
-def _same_modules(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    lists = list(_parameters(adapters).values())
-    unlike = any(entries != lists[0] for entries in lists)
+def _shapes(adapters: Sequence[Adapter], *, but_parameters: bool) -> Iterator[Problem]:
     for module in modules_of(adapters):
         kinds = {a.name: _kind(a.infos[module]) for a in adapters if module in a.infos}
-        if unlike and all(kind.startswith("parameter") for kind in kinds.values()):
+        if but_parameters and all(kind.startswith("parameter") for kind in kinds.values()):
             continue  # stacks of different parameters, which is said of the lists
         remedy = "They were trained on different models; merge those that agree."
         yield from _agree(module, kinds, "one shape and kind in all adapters", remedy)
-    for adapter in adapters:
-        for module, info in adapter.infos.items():
-            if 0 in info.shape:
-                found = f"a change of shape {list(info.shape)} in {adapter.name}"
-                yield Problem(module, found, "entries that can be merged")
 
 
 def _kind(info: ModuleInfo | VectorInfo) -> str:
@@ -144,7 +129,7 @@ def _kind(info: ModuleInfo | VectorInfo) -> str:
 
 
 def _replaced(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """Modules that one adapter changes and another one replaces as a whole."""
+    """Yield modules that one adapter changes and another one replaces as a whole."""
     adapted = {
         names.owner(module, adapter.infos): adapter.name
         for adapter in adapters
@@ -174,7 +159,3 @@ def _biases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
                 remedy = "Leave one of these adapters out: PEFT cannot load such a merged adapter."
                 yield Problem(module, found, expected, remedy)
                 return
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in values.items())

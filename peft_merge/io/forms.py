@@ -4,6 +4,10 @@ Every tensor of every adapter acts in the merge and in its result, or the merge 
 `io.parse` accounts for the tensors of each file; `one_form` brings the names of several adapters to
 one form, the newest, so that one module has one name and PEFT loads all of the result. Two adapters
 of one model that transformers has renamed in between meet in none of their modules.
+
+transformers keeps one table of renamings for each model type and class, and applies those of the
+classes in a model, each below the place of its submodule, and one for all models at last. PEFT
+renames adapters' tensors by the same tables.
 """
 
 from __future__ import annotations
@@ -11,32 +15,31 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import lru_cache, partial
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 from mergekit_ext.errors import Problem, printable
 from peft_merge.adapter import Adapter, ModuleInfo
 from peft_merge.io import names
-from peft_merge.io.renamings import BaseClass, Rename, renamed, renamings
 
+Rename = Callable[[str], str]
+# The number of a table, and the place in the model, such as "model.vision_tower.", that it is for.
+_Step = tuple[int, str]
+# Tables that are applied one after the other, and parts of a place.
+_DEPTH = 2
+_PLACES = 2
 _SHOWN = 4
 _REMEDY = (
     "Load the older adapter with PEFT on the model that both are meant for, and save it again."
 )
 
 
-@dataclass(frozen=True)
-class OneForm:
-    """Adapters whose names are of one form, what was renamed, and what names leave open."""
-
-    adapters: list[Adapter]
-    notes: list[str]
-    problems: list[Problem]
-
-
-def one_form(adapters: Sequence[Adapter]) -> OneForm:
+def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], list[Problem]]:
     """Rename modules as transformers does where that makes two adapters name the same ones.
 
     Without a base its class is not known, so a renaming of transformers' is taken only if it leads
@@ -44,9 +47,12 @@ def one_form(adapters: Sequence[Adapter]) -> OneForm:
     all names of an adapter apart, and no other renaming that does so gives other names. Adapters
     that have no place in common cannot be compared like that: there the base's class decides, if
     its config.json is at hand.
+
+    Returns:
+        the adapters, what was renamed, and what names leave open.
     """
     found = list(adapters)
-    notes: list[str] = []
+    renamings: list[str] = []
     problems: list[Problem] = []
     for old, new in itertools.permutations(range(len(found)), 2):
         if not _apart(found[old], found[new]) or not (ways := _ways(found[old], found[new])):
@@ -54,17 +60,16 @@ def one_form(adapters: Sequence[Adapter]) -> OneForm:
         if (unclear := _unclear(found[old], found[new], ways)) is not None:
             problems.append(unclear)
         else:
-            notes.append(_note(found[old], found[new].name, ways[0]))
-            found[old] = renamed(found[old], ways[0])
+            renamings.append(_note(found[old], found[new].name, ways[0]))
+            found[old] = _renamed(found[old], ways[0])
     if not problems:
-        for left, right in itertools.combinations(found, 2):
-            problems += [*_nested(left, right), *_nested(right, left)]
-            problems += [*_experts(left, right), *_experts(right, left)]
-    places = [_Paths.of(adapter).parents for adapter in found]
+        for left, right in itertools.permutations(found, 2):
+            problems += [*_nested(left, right), *_experts(left, right)]
+    places = [_Paths(adapter).parents for adapter in found]
     disjoint = any(not left & right for left, right in itertools.combinations(places, 2))
     if disjoint and not problems:
-        _of_class(found, notes, problems)
-    return OneForm(found, notes, problems)
+        _of_class(found, renamings, problems)
+    return found, renamings, problems
 
 
 def _note(adapter: Adapter, model: str, rename: Rename) -> str:
@@ -75,57 +80,31 @@ def _note(adapter: Adapter, model: str, rename: Rename) -> str:
     )
 
 
-def _of_class(adapters: list[Adapter], notes: list[str], problems: list[Problem]) -> None:
-    """Bring the names of all adapters to those of their class, where it is known.
-
-    It is known if all modules of an adapter are modules of the class in the base's config.json.
-    Names that are older are renamed as transformers does; PEFT would load none of what has no
-    module in that class.
-    """
-    bases = dict.fromkeys(adapter.config.get("base_model_name_or_path") for adapter in adapters)
-    kind = next((found for base in bases if (found := BaseClass.of(base))), None)
-    if kind is None or not any(kind.has(adapter.infos) for adapter in adapters):
-        return
-    for index, adapter in enumerate(adapters):
-        rename = kind.renaming((*adapter.infos, *adapter.saved))
-        if kind.has(adapter.infos):
-            continue
-        if kind.has(adapter.infos, rename):
-            notes.append(_note(adapter, kind.name, rename))
-            adapters[index] = renamed(adapter, rename)
-        # For a task PEFT takes another class, with a head that may be all that is adapted.
-        elif not adapter.config.get("task_type") and not any(kind.has([n]) for n in adapter.infos):
-            missing = f"no module of {kind.name}, the class of the base, in this adapter"
-            expected = "names of that class, of which other adapters have modules"
-            problems.append(_at(next(iter(adapter.infos)), adapter, missing, expected))
-
-
 def _at(module: str, adapter: Adapter, found: str, expected: str) -> Problem:
     return Problem(f"{module} of adapter {adapter.name}", found, expected, _REMEDY)
 
 
+# --- what the names of two adapters have in common
+
+
 def _parent(name: str) -> str:
-    """The module above, in any layer."""
+    """Return the module above, in any layer."""
     return re.sub(r"\d+", "0", name.rpartition(".")[0])
 
 
 def _stem(name: str) -> str:
-    """Up to the first number: the list of layers that a module is in."""
+    """Return the list of layers that a module is in: its name up to the first number."""
     match = names.LAYER.search(name)
     return name[: match.start(1)] if match else name
 
 
-@dataclass(frozen=True)
 class _Paths:
     """Where the modules of an adapter are."""
 
-    modules: frozenset[str]
-    parents: frozenset[str]
-    stems: frozenset[str]
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> _Paths:
-        return cls(*(frozenset(map(part, adapter.infos)) for part in (str, _parent, _stem)))
+    def __init__(self, adapter: Adapter):
+        self.modules = adapter.infos.keys()
+        self.parents = set(map(_parent, adapter.infos))
+        self.stems = set(map(_stem, adapter.infos))
 
     def near(self, before: str, after: str) -> int:
         """Return how near a renaming leads to these modules; 0 for a name that is one of theirs."""
@@ -139,22 +118,26 @@ class _Paths:
 
 
 def _apart(left: Adapter, right: Adapter) -> bool:
-    """Whether either has modules in places where the other has none."""
-    mine, others = _Paths.of(left).parents, _Paths.of(right).parents
+    """Return whether either has modules in places where the other has none."""
+    mine, others = _Paths(left).parents, _Paths(right).parents
     return bool(mine - others) and bool(others - mine)
 
 
 def _ways(old: Adapter, new: Adapter) -> list[Rename]:
-    """The renamings under which `old` comes nearest to `new`, one for each different result.
+    """Return renamings under which `old` comes nearest to `new`, one for each different result.
 
-    One that leaves other modules farther does not count, nor one of more tables for the same.
+    One that leaves other modules farther does not count, nor one of more tables for the same, nor
+    one whose result is part of another's: that one's table knows more of these modules.
     """
-    paths = _Paths.of(new)
-    tried: list[tuple[int, Rename]] = [(1, _into_body), (1, _out_of_parallel)]
+    paths, modules = _Paths(new), tuple(old.infos)
     found: dict[tuple[str, ...], tuple[frozenset[tuple[str, int]], int, Rename]] = {}
-    for steps, rename in (*tried, *renamings(old.infos, _classes(old) | _classes(new))):
-        result = tuple(map(rename, old.infos))
-        pairs = zip(old.infos, result, strict=True)
+    common: list[tuple[int, Rename]] = [
+        (1, _into_body),
+        (1, methodcaller("removeprefix", "module.")),
+    ]
+    for steps, rename in (*common, *_renamings(modules, _classes(old) | _classes(new))):
+        result = tuple(map(rename, modules))
+        pairs = zip(modules, result, strict=True)
         near = frozenset((a, i) for a, b in pairs for i in range(paths.near(a, b)))
         if near and result not in found and _fits(old, new, rename):
             found[result] = (near, steps, rename)
@@ -165,11 +148,12 @@ def _ways(old: Adapter, new: Adapter) -> list[Rename]:
             near < other or (near == other and fewer < steps) for other, fewer, _ in found.values()
         )
     }
-    return [
-        rename
-        for result, rename in best.items()
-        if not any(_more(tuple(old.infos), result, other) for other in best if other != result)
-    ]
+
+    def is_part(result: tuple[str, ...], other: tuple[str, ...]) -> bool:
+        each = zip(modules, result, other, strict=True)
+        return result != other and all(mine in (name, its) for name, mine, its in each)
+
+    return [rename for result, rename in best.items() if not any(is_part(result, o) for o in best)]
 
 
 def _into_body(name: str) -> str:
@@ -177,30 +161,8 @@ def _into_body(name: str) -> str:
     return name if name.startswith("model.") else f"model.{name}"
 
 
-def _out_of_parallel(name: str) -> str:
-    """DistributedDataParallel is no part of a model."""
-    return name.removeprefix("module.")
-
-
-def _more(modules: tuple[str, ...], result: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether another result is the same but renames more: its table knows more of these."""
-    each = zip(modules, result, other, strict=True)
-    return all(mine in (name, its) for name, mine, its in each)
-
-
-def _classes(adapter: Adapter) -> frozenset[str]:
-    """Names of the class and the type of an adapter's base, where they are at hand."""
-    known = adapter.config.get("auto_mapping") or {}
-    found = {known.get("base_model_class"), *str(known.get("parent_library")).split(".")[2:3]}
-    base = adapter.config.get("base_model_name_or_path")
-    with suppress(OSError, ValueError, AttributeError):
-        config = json.loads(Path(str(base), "config.json").read_text(encoding="utf-8"))
-        found |= {config.get("model_type"), *(config.get("architectures") or ())}
-    return frozenset(name for name in found if isinstance(name, str))
-
-
 def _fits(old: Adapter, new: Adapter, rename: Rename) -> bool:
-    """Whether a renaming leads from `old` to the form of `new`, and loses nothing."""
+    """Return whether a renaming leads from `old` to the form of `new`, and loses nothing."""
     if any(rename(name) != name for name in (*new.infos, *new.saved)):
         return False
     modules = {rename(name): name for name in old.infos}
@@ -212,8 +174,8 @@ def _fits(old: Adapter, new: Adapter, rename: Rename) -> bool:
 
 
 def _unclear(old: Adapter, new: Adapter, ways: Sequence[Rename]) -> Problem | None:
-    """Why names may mean several modules, or modules that the other adapter says nothing of."""
-    way, paths = ways[0], _Paths.of(new)
+    """Return why names may mean several modules, or modules that the other adapter lacks."""
+    way, paths = ways[0], _Paths(new)
     if len(ways) > 1:
         module = next(name for name in old.infos if len({way(name) for way in ways}) > 1)
         choices = " or ".join(sorted({way(module) for way in ways})[:_SHOWN])
@@ -229,7 +191,7 @@ def _unclear(old: Adapter, new: Adapter, ways: Sequence[Rename]) -> Problem | No
 
 
 def _nested(outer: Adapter, inner: Adapter) -> Iterator[Problem]:
-    """Modules of `outer` that have the name of one of `inner` below a further prefix."""
+    """Yield a module of `outer` that has the name of one of `inner` below a further prefix."""
     for name in outer.infos.keys() - inner.infos.keys():
         rest = name
         while "." in rest:
@@ -242,7 +204,7 @@ def _nested(outer: Adapter, inner: Adapter) -> Iterator[Problem]:
 
 
 def _experts(stacked: Adapter, single: Adapter) -> Iterator[Problem]:
-    """Experts that one adapter changes as a stack and another one by one."""
+    """Yield experts that one adapter changes as a stack and another one by one."""
     for module, info in stacked.infos.items():
         if not isinstance(info, ModuleInfo) or info.layout != "parameter":
             continue
@@ -250,3 +212,185 @@ def _experts(stacked: Adapter, single: Adapter) -> Iterator[Problem]:
             found = f"all experts in one tensor there, and one by one in {single.name} ({other})"
             yield _at(module, stacked, found, "experts in one way in all adapters")
             return
+
+
+# --- transformers' tables
+
+
+def _renamings(modules: Sequence[str], classes: Collection[str]) -> Iterator[tuple[int, Rename]]:
+    """Yield each renaming that some model may apply to these modules: how many tables, and it.
+
+    One table for the whole model and one for a submodule. Those that give the same names come once,
+    those of fewer tables first. Where one of `classes`, names of model types and classes that the
+    model may have, has a table, that is the one for the whole model.
+    """
+    start = tuple(dict.fromkeys(re.sub(r"\d+", "0", name) for name in modules))
+    states: dict[tuple[str, ...], tuple[_Step, ...]] = {start: ()}
+    for depth in range(_DEPTH):
+        for found, steps in [item for item in states.items() if len(item[1]) == depth]:
+            for step in _steps(found, classes):
+                result = tuple(_applied(step, name) for name in found)
+                if result not in states:
+                    states[result] = (*steps, step)
+                    yield depth + 1, partial(_all, states[result])
+
+
+def _steps(modules: Sequence[str], classes: Collection[str]) -> Iterator[_Step]:
+    every = range(len(_tables()))
+    own = [index for index in every if _tables()[index][0].intersection(classes)]
+    yield from ((index, "") for index in own or every)
+    parts = [name.split(".") for name in modules]
+    for end in range(1, _PLACES + 1):
+        for place in dict.fromkeys(".".join(part[:end]) + "." for part in parts):
+            yield from ((index, place) for index in every)
+
+
+def _all(steps: Sequence[_Step], name: str) -> str:
+    for step in steps:
+        name = _applied(step, name)
+    return name
+
+
+@lru_cache(1 << 16)
+def _applied(step: _Step, name: str) -> str:
+    index, place = step
+    if not name.startswith(place):
+        return name
+    from transformers.core_model_loading import rename_source_key
+
+    tensor = f"{name.removeprefix(place)}.weight"
+    changed, _ = rename_source_key(tensor, _tables()[index][1], [])
+    return place + changed.removesuffix(".weight")
+
+
+@lru_cache(1)
+def _tables() -> tuple[tuple[frozenset[str], list[Any]], ...]:
+    """Return the renamings of some model types and classes, with those of all models."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    tables = conversion_mapping._build_checkpoint_conversion_mapping()
+    classes: dict[tuple[int, ...], set[str]] = {}
+    entries: dict[tuple[int, ...], list[Any]] = {}
+    for name, table in tables.items():
+        renaming = [entry for entry in table if isinstance(entry, WeightRenaming)]
+        key = tuple(map(id, renaming))
+        classes.setdefault(key, set()).add(name)
+        entries[key] = [*renaming, *tables["legacy"]]
+    return tuple((frozenset(classes[key]), entries[key]) for key in entries)
+
+
+# --- the base's class, where its config.json is at hand
+
+
+def _classes(adapter: Adapter) -> frozenset[str]:
+    """Return names of the class and the type of an adapter's base, where they are at hand."""
+    known = adapter.config.get("auto_mapping") or {}
+    found = {known.get("base_model_class"), *str(known.get("parent_library")).split(".")[2:3]}
+    base = adapter.config.get("base_model_name_or_path")
+    with suppress(OSError, ValueError, AttributeError):
+        config = json.loads(Path(str(base), "config.json").read_text(encoding="utf-8"))
+        found |= {config.get("model_type"), *(config.get("architectures") or ())}
+    return frozenset(name for name in found if isinstance(name, str))
+
+
+class _BaseClass:
+    """The class of the adapters' base: a model without memory for its weights."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.name = type(model).__name__
+        self._places = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+
+    @classmethod
+    def of(cls, base: object) -> _BaseClass | None:
+        """Return the class of a base by its folder, or its name in the Hub's cache.
+
+        None if its configuration is not there, or names no class of transformers that can be built.
+        """
+        if not isinstance(base, str) or not base:
+            return None
+        import torch
+        import transformers
+        from transformers.initialization import no_init_weights
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+            with torch.device("meta"), no_init_weights():
+                return cls(getattr(transformers, config.architectures[0])(config))
+        except Exception:  # of any kind: classes raise what they like for values they cannot use
+            return None
+
+    def renaming(self, modules: Iterable[str]) -> Rename:
+        """Return the renaming of these modules that transformers applies to a checkpoint."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        transforms = get_model_conversion_mapping(self._model)
+        entries = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        prefix, state = self._model.base_model_prefix, self._model.state_dict()
+        found = {}
+        for name in modules:
+            new, _ = rename_source_key(f"{name}.weight", entries, [], prefix, state)
+            found[name] = new.removesuffix(".weight")
+        return found.__getitem__
+
+    def has(self, modules: Iterable[str]) -> bool:
+        """Return whether all modules are modules of the class."""
+        return all(names.unwrapped(name) in self._places for name in modules)
+
+
+def _of_class(adapters: list[Adapter], renamings: list[str], problems: list[Problem]) -> None:
+    """Bring the names of all adapters to those of their class, where it is known.
+
+    It is known if all modules of an adapter are modules of the class in the base's config.json.
+    Names that are older are renamed as transformers does; PEFT would load none of what has no
+    module in that class.
+    """
+    bases = dict.fromkeys(adapter.config.get("base_model_name_or_path") for adapter in adapters)
+    kind = next((found for base in bases if (found := _BaseClass.of(base))), None)
+    if kind is None or not any(kind.has(adapter.infos) for adapter in adapters):
+        return
+    for index, adapter in enumerate(adapters):
+        rename = kind.renaming((*adapter.infos, *adapter.saved))
+        if kind.has(adapter.infos):
+            continue
+        if kind.has(map(rename, adapter.infos)):
+            renamings.append(_note(adapter, kind.name, rename))
+            adapters[index] = _renamed(adapter, rename)
+        # For a task PEFT takes another class, with a head that may be all that is adapted.
+        elif not adapter.config.get("task_type") and not any(kind.has([n]) for n in adapter.infos):
+            missing = f"no module of {kind.name}, the class of the base, in this adapter"
+            expected = "names of that class, of which other adapters have modules"
+            problems.append(_at(next(iter(adapter.infos)), adapter, missing, expected))
+
+
+# --- an adapter under other names
+
+
+def _renamed(adapter: Adapter, rename: Rename) -> Adapter:
+    """Return the adapter under other names, with a configuration that means them."""
+    modules = {rename(name): name for name in adapter.infos}
+    saved = {rename(name): name for name in adapter.saved}
+    infos: dict[str, Any] = {new: adapter.infos[old] for new, old in modules.items()}
+    load: Callable[[str], Any] = adapter.load
+    config = dict(adapter.config)
+    owners = sorted({names.owner(name, infos) for name in infos})
+    targets = names.Targets(config)
+    linear = [owner for owner in owners if not targets.parameters(owner)]
+    if not all(map(targets.adapt, linear)):
+        config |= dict.fromkeys(names.SELECTION) | {"target_modules": linear}
+    entries = [
+        new.rpartition(".")[0]
+        for new, old in saved.items()
+        if names.module_to_save(old, config) and not names.module_to_save(new, config)
+    ]
+    if entries:
+        config["modules_to_save"] = [*config["modules_to_save"], *dict.fromkeys(entries)]
+    changed: dict[str, Any] = {
+        "config": config,
+        "infos": infos,
+        "load": lambda name: load(modules[name]),
+        "saved": {new: adapter.saved[old] for new, old in saved.items()},
+    }
+    return replace(adapter, **changed)

@@ -14,18 +14,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
-from peft_merge.io import names, whole
-from peft_merge.io.compatible import has_layers
-from peft_merge.io.layouts import at_rank, configured_rank, filled, one_rank, unscaled
-from peft_merge.io.targets import SELECTION, Parameters, either, qualified
+from peft_merge.adapter import (
+    Adapter,
+    Ia3Adapter,
+    LoraAdapter,
+    ModuleInfo,
+    Update,
+    VectorInfo,
+    one_rank,
+)
+from peft_merge.io import names
 
 # PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_TIED = tuple([leaf] for leaf in whole.TIED)
 # PEFT has no bias for these.
 _WITHOUT_BIAS = ("embedding", "parameter")
 
@@ -56,22 +59,22 @@ def merged_lora(
             torch's attention, the target parameters of one module) have one rank.
     """
     with_bias = any(update.bias is not None for update in updates.values())
-    ranked = {
+    needed = {
         module: replace(infos[module], rank=max(1, update.a.shape[1]))
         for module, update in updates.items()
     }
-    ranks = stored_ranks(ranked, None if patterns else one_rank(ranked.values()))
-    stored = {
-        module: _filled(unscaled(update), ranks[module], infos[module], with_bias)
-        for module, update in updates.items()
-    }
-    described = {
-        module: replace(infos[module], rank=ranks[module], bias=u.bias is not None, dtype=u.a.dtype)
-        for module, u in stored.items()
-    }
+    ranks = stored_ranks(needed, None if patterns else one_rank(needed.values()))
+    stored: dict[str, Update] = {}
+    for module, update in updates.items():
+        info, rank = infos[module], ranks[module]
+        stored[module] = found = update.unscaled().filled(rank)
+        if with_bias and found.bias is None and info.layout not in _WITHOUT_BIAS:
+            zeros = found.b.new_zeros(info.matrices * info.rows)
+            stored[module] = found = replace(found, bias=zeros)
+        needed[module] = replace(info, rank=rank, bias=found.bias is not None, dtype=found.a.dtype)
     tensors = saved or {}
-    config = lora_configuration(described, inputs, tensors)
-    return LoraAdapter(name, config, described, stored.__getitem__, _loaders(tensors))
+    config = lora_configuration(needed, inputs, tensors)
+    return LoraAdapter(name, config, needed, stored.__getitem__, _loaders(tensors))
 
 
 def merged_ia3(
@@ -87,16 +90,14 @@ def merged_ia3(
         name: of the adapter.
         vectors: of each module.
         infos: their shapes and kinds; the dtype follows from `vectors`.
-        inputs: the merged adapters, which agree (`peft_merge.io.compatible`) in all that is not
-            merged.
-        saved: whole tensors, by the base's names.
+        inputs, saved: as for `merged_lora`.
     """
-    described = {
+    stored = {
         module: replace(infos[module], dtype=vector.dtype) for module, vector in vectors.items()
     }
     tensors = saved or {}
-    config = ia3_configuration(described, inputs, tensors)
-    return Ia3Adapter(name, config, described, vectors.__getitem__, _loaders(tensors))
+    config = ia3_configuration(stored, inputs, tensors)
+    return Ia3Adapter(name, config, stored, vectors.__getitem__, _loaders(tensors))
 
 
 def _loaders(tensors: Mapping[str, Tensor]) -> dict[str, partial[Tensor]]:
@@ -111,19 +112,12 @@ def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, in
         r: that of the whole configuration; None if patterns name the ranks.
     """
     if r is not None:
-        return {module: at_rank(info, r) for module, info in infos.items()}
+        return {module: r // info.groups for module, info in infos.items()}
     largest: dict[str, int] = {}
     for module, info in infos.items():
         owner = names.owner(module, infos)
         largest[owner] = max(largest.get(owner, 1), info.rank)
     return {module: largest[names.owner(module, infos)] for module in infos}
-
-
-def _filled(update: Update, rank: int, info: ModuleInfo, with_bias: bool) -> Update:
-    bias = update.bias
-    if with_bias and bias is None and info.layout not in _WITHOUT_BIAS:
-        bias = torch.zeros(info.matrices * info.rows, dtype=update.b.dtype, device=update.b.device)
-    return replace(filled(update, rank), bias=bias)
 
 
 def lora_configuration(
@@ -143,21 +137,19 @@ def lora_configuration(
     parameters = sorted(
         {entry for adapter in inputs for entry in adapter.config.get("target_parameters") or ()}
     )
-    meant = Parameters(parameters)
+    targets = names.Targets({"target_parameters": parameters})
     # By rank: PEFT tries every key for every module, which is slow for one key a module.
     keys: dict[int, dict[str, None]] = {}
     modules = set()
     for module, info in infos.items():
         owner = names.owner(module, infos)
-        leaves = meant.of(owner) if info.layout == "parameter" else ()
-        keys.setdefault(configured_rank(info), {})[qualified(owner, leaves)] = None
+        leaves = targets.parameters(owner) if info.layout == "parameter" else ()
+        keys.setdefault(info.configured_rank, {})[names.qualified(owner, leaves)] = None
         if info.layout != "parameter":
             modules.add(owner)
     largest = max(keys, default=1)
-    pattern = {either(keys[rank]): rank for rank in sorted(keys) if rank != largest}
-    config |= _selection(infos, inputs, config["modules_to_save"]) or {
-        "target_modules": sorted(modules)
-    }
+    pattern = {names.either(keys[rank]): rank for rank in sorted(keys) if rank != largest}
+    config.setdefault("target_modules", sorted(modules))
     dropout = {adapter.config.get("lora_dropout") or 0.0 for adapter in inputs}
     # Trained biases of the base; and saved embeddings that stand in for the layer tied to them.
     biases = {
@@ -166,7 +158,7 @@ def lora_configuration(
         if tensor.endswith("bias") and entry is None
     }
     tied = any(
-        adapter.config.get("ensure_weight_tying") and tensor.split(".")[-2:-1] in _TIED
+        adapter.config.get("ensure_weight_tying") and names.is_tied(tensor)
         for adapter, tensor, entry in carried
         if entry is not None
     )
@@ -190,10 +182,9 @@ def ia3_configuration(
     infos: Mapping[str, VectorInfo], inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> dict[str, Any]:
     """Return that of an (IA)^3. Arguments as for `lora_configuration`."""
-    config = _common("IA3", infos, inputs, _carried(inputs, saved))
-    selection = _selection(infos, inputs, config["modules_to_save"], ("feedforward_modules",))
-    if selection:
-        return config | selection
+    config = _common("IA3", infos, inputs, _carried(inputs, saved), "feedforward_modules")
+    if "target_modules" in config:
+        return config
     feedforward = sorted(module for module, info in infos.items() if info.feedforward)
     # PEFT asks whether a name ends with an entry, with or without a dot before it.
     mistaken = any(
@@ -211,10 +202,10 @@ def ia3_configuration(
 def _carried(
     inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> list[tuple[Adapter, str, str | None]]:
-    """Each whole tensor of the output in each input, with its entry in `modules_to_save`."""
+    """Return each whole tensor of the output in each input, with its entry in `modules_to_save`."""
     kept = list(saved)
     return [
-        (adapter, tensor, whole.module_to_save(tensor, adapter.config))
+        (adapter, tensor, names.module_to_save(tensor, adapter.config))
         for adapter in inputs
         for tensor in kept
         if tensor in adapter.saved
@@ -226,11 +217,13 @@ def _common(
     infos: Mapping[str, Any],
     inputs: Sequence[Adapter],
     carried: Sequence[tuple[Adapter, str, str | None]],
+    *further: str,
 ) -> dict[str, Any]:
+    """Return fields of both kinds; `target_modules` and `further` where those of the inputs do."""
     entries = list(dict.fromkeys(entry for _, _, entry in carried if entry is not None))
     task = _shared(inputs, "task_type")
     if task in _TASKS_WITH_HEADS and not entries:
-        heads = (whole.module_to_save(name, a.config) for a in inputs for name in a.saved)
+        heads = (names.module_to_save(name, a.config) for a in inputs for name in a.saved)
         if any(heads):  # which are dropped
             task = None
     bases = [adapter.config.get("base_model_name_or_path") for adapter in inputs]
@@ -241,13 +234,21 @@ def _common(
         "base_model_name_or_path": next((base for base in bases if base), None),
         "revision": _shared(inputs, "revision"),
         "inference_mode": True,
-        "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in inputs if has_layers(a)),
+        "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in inputs if _has_layers(a)),
         "modules_to_save": entries or None,
+        **_selection(infos, inputs, entries, ("target_modules", *further)),
     }
 
 
+def _has_layers(adapter: Adapter) -> bool:
+    """Return whether it adapts linear layers, of which alone `fan_in_fan_out` says something."""
+    if isinstance(adapter, LoraAdapter):
+        return any(info.layout == "linear" for info in adapter.infos.values())
+    return any(len(info.shape) == 2 for info in adapter.infos.values())
+
+
 def _shared(inputs: Sequence[Adapter], field: str) -> Any:
-    """The value of a field if all inputs agree in it."""
+    """Return the value of a field if all inputs agree in it."""
     first = inputs[0].config.get(field)
     return first if all(adapter.config.get(field) == first for adapter in inputs) else None
 
@@ -255,22 +256,21 @@ def _shared(inputs: Sequence[Adapter], field: str) -> Any:
 def _selection(
     infos: Mapping[str, Any],
     inputs: Sequence[Adapter],
-    modules_to_save: list[str] | None,
-    further: Sequence[str] = (),
-) -> dict[str, Any] | None:
-    """The inputs' own fields if these select the modules of the output."""
-    fields = (*SELECTION, *further)
-    first = {field: inputs[0].config.get(field) for field in fields}
+    modules_to_save: list[str],
+    required: Sequence[str],
+) -> dict[str, Any]:
+    """Return the inputs' own fields if these select the modules of the output."""
+    first = {field: inputs[0].config.get(field) for field in (*required, *names.SELECTION)}
     for adapter in inputs:
-        same = all(_equal(adapter.config.get(field), first[field]) for field in fields)
+        same = all(_equal(adapter.config.get(field), value) for field, value in first.items())
         # Tied factors become factors of their own, so that the tied layer is to be named, too.
         same = same and not adapter.config.get("ensure_weight_tying")
         # What is saved whole is not adapted.
-        saving = _equal(adapter.config.get("modules_to_save") or [], modules_to_save or [])
+        saving = _equal(adapter.config.get("modules_to_save") or [], modules_to_save)
         if not same or not saving or set(adapter.infos) != set(infos):
-            return None
-    if any(first[field] is None for field in ("target_modules", *further)):
-        return None
+            return {}
+    if any(first[field] is None for field in required):
+        return {}
     return {field: value for field, value in first.items() if value is not None}
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, listing
 from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import (
     Adapter,
@@ -20,15 +21,25 @@ from peft_merge.adapter import (
     ModuleInfo,
     Update,
     VectorInfo,
+    described,
     finite,
 )
-from peft_merge.io import layouts, names, whole
-from peft_merge.io.layouts import BIAS, EMBEDDING_FACTORS, FACTORS
-from peft_merge.io.targets import SELECTION, Scaling, Targets, parameter_scalings, scaling
-from peft_merge.io.tensors import DTYPES, VECTOR, Tensors
+from peft_merge.io import names
 from peft_merge.io.unsupported import unknown_tensor
 
-_PARTS = (*FACTORS, BIAS, *EMBEDDING_FACTORS, VECTOR)
+# What follows the module's name in the keys of A and of B, of the bias of B, of a vector.
+_FACTORS = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
+BIAS = "lora_B.bias"
+VECTOR = "ia3_l"
+_PARTS = (*_FACTORS, BIAS, *_EMBEDDING_FACTORS, VECTOR)
+# What factors and vectors may be stored as, by the names of the safetensors format.
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 # Fields that may list modules.
 _LISTS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 # Kept by training only (VeLoRA's projection of activations).
@@ -38,6 +49,20 @@ _IGNORED = (".lora_velora_embed",)
 _COPIES = (".original_module.", ".modules_to_save.")
 _RESTORE = "Restore the adapter_config.json that was saved with these tensors."
 _SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained."
+_FLOATING = (f"one of {', '.join(_DTYPES)}", "Save the adapter in a floating-point dtype.")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors of which names, shapes and dtypes are known without reading them."""
+
+    headers: Mapping[str, TensorHeader]
+    get: Callable[[str], Tensor]
+
+
+def factor_keys(layout: LayoutName) -> tuple[str, str]:
+    """Return what follows a module's name in the keys of A and of B."""
+    return _EMBEDDING_FACTORS if layout == "embedding" else _FACTORS
 
 
 def parse(
@@ -52,19 +77,16 @@ def parse(
         where: the file, for the messages.
         live: the adapter is in a model, so that PEFT has matched its expressions already.
     """
-    stored = _Stored(name, config if live else _plain(config), tensors, where, live)
+    if not live:
+        config = {
+            field: [names.plain(entry) for entry in value]
+            if field in _LISTS and isinstance(value, list)
+            else value
+            for field, value in config.items()
+        }
+    stored = _Stored(name, config, tensors, where, live)
     adapter = stored.adapter()
     return (None if stored.found else adapter), stored.found
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration whose lists name modules as `names.plain` does."""
-    listed = {
-        field: [names.plain(entry) for entry in config[field]]
-        for field in _LISTS
-        if isinstance(config.get(field), list)
-    }
-    return {**config, **listed}
 
 
 class _Stored:
@@ -79,7 +101,7 @@ class _Stored:
     ):
         self.found: list[Problem] = []
         self._name, self._config, self._tensors, self._where = name, config, tensors, where
-        self._targets = Targets(config)
+        self._targets = names.Targets(config)
         self._keys: dict[str, str] = {}  # of the file, by the plain name
         self._modules: dict[str, dict[str, TensorHeader]] = {}  # by what follows the module's name
         self._rest: dict[str, TensorHeader] = {}
@@ -111,11 +133,12 @@ class _Stored:
     def _sort(self, live: bool) -> None:
         unsound, foreign = [], []
         for raw, header in self._tensors.headers.items():
-            key = raw if live or not names.sound(raw) else names.plain(raw)
+            sound = names.sound(raw)
+            key = names.plain(raw) if sound and not live else raw
             if (other := self._keys.setdefault(key, raw)) != raw:
-                remedy = "Save the adapter again with PEFT."
-                self._wrong("", f"{other} and {raw}, one module", "one tensor of each name", remedy)
-            elif not names.sound(raw):
+                found, expected = f"{other} and {raw}, one module", "one tensor of each name"
+                self._wrong("", found, expected, _SAVE_AGAIN)
+            elif not sound:
                 unsound.append(key)
             elif not key.startswith(names.PREFIX):
                 foreign.append(key)
@@ -127,42 +150,36 @@ class _Stored:
                 else:
                     self._modules.setdefault(inner.removesuffix(f".{part}"), {})[part] = header
         if unsound:
-            self._wrong(
-                "",
-                f"{_some(unsound)} among its tensors",
-                "names of dotted parts without slashes and control characters, of 1,024 at most",
-                "Do not use this adapter unless you know its author.",
-            )
+            expected = "dotted names without slashes and control characters, not longer than 1,024"
+            remedy = "Do not use this adapter unless you know its author."
+            self._wrong("", _unknown(unsound), expected, remedy)
         if foreign:
-            self._wrong(
-                "",
-                f"{_some(foreign)} among its tensors",
-                f"names that start with {names.PREFIX}",
+            remedy = (
                 "Convert the adapter to PEFT's format: load it with the library that wrote it, "
-                "and save it with PEFT.",
+                "and save it with PEFT."
             )
+            self._wrong("", _unknown(foreign), f"names that start with {names.PREFIX}", remedy)
 
     def _whole_tensors(self) -> dict[str, TensorHeader]:
-        """The tensors that belong to no adapted module, by the base's names."""
+        """Return the tensors that belong to no adapted module, by the base's names."""
         saved: dict[str, TensorHeader] = {}
         unknown = []
         for name, header in self._rest.items():
             if any(name.replace(copy, ".") in self._rest for copy in _COPIES if copy in name):
                 continue
             base = names.unwrapped(name)
-            if base in saved or not whole.is_whole(name, self._config, self._modules):
+            if base in saved or not names.is_whole(name, self._config, self._modules):
                 unknown.append(name)
-            elif header.dtype in DTYPES or header.dtype.startswith(("I", "U", "BOOL")):
+            elif header.dtype in _DTYPES or header.dtype.startswith(("I", "U", "BOOL")):
                 saved[base] = header
             else:
-                expected = f"one of {', '.join(DTYPES)}, or whole numbers"
-                remedy = "Save the adapter in a floating-point dtype."
-                self._wrong(name, f"dtype {header.dtype}", expected, remedy)
+                expected, remedy = _FLOATING
+                found, expected = f"dtype {header.dtype}", f"{expected}, or whole numbers"
+                self._wrong(name, found, expected, remedy)
         if unknown:
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             self._wrong(
                 "",
-                f"{unknown[0]} ({unknown_tensor(unknown[0])}){more}",
+                _unknown(unknown),
                 "factors, vectors, modules_to_save and biases that adapter_config.json names, and "
                 "embeddings",
                 f"{_SAVE_AGAIN[:-1]}, or merge it into its base with PEFT.",
@@ -170,43 +187,40 @@ class _Stored:
         return saved
 
     def _complete(self, module: str, wanted: list[str]) -> bool:
-        """Whether a module has the parts `wanted` in floating-point dtypes, and no others."""
+        """Return whether a module has the parts `wanted`, no others, in floating-point dtypes."""
         parts = self._modules[module]
         odd = [f"no {part}" for part in wanted if part not in parts]
         odd += [f"{part}, which has no place" for part in parts if part not in wanted]
         if odd:
             expected = f"{', '.join(wanted)}, as its configuration says"
             self._wrong(module, " and ".join(odd), expected, _SAVE_AGAIN)
-        wrong = [part for part, header in parts.items() if header.dtype not in DTYPES]
+        wrong = [part for part, header in parts.items() if header.dtype not in _DTYPES]
         if wrong:
-            found = f"{wrong[0]} of dtype {parts[wrong[0]].dtype}"
-            remedy = "Save the adapter in a floating-point dtype."
-            self._wrong(module, found, f"one of {', '.join(DTYPES)}", remedy)
+            self._wrong(module, f"{wrong[0]} of dtype {parts[wrong[0]].dtype}", *_FLOATING)
         return not odd and not wrong
 
     def _factors(self) -> Iterator[tuple[str, tuple[ModuleInfo, float]]]:
-        """The modules of a LoRA and their scalings."""
+        """Yield the modules of a LoRA and their scalings."""
         scalings = self._scalings()
         for module, parts in self._modules.items():
             if module not in scalings:
                 continue
-            kind: LayoutName = "linear"
-            if any(part in parts for part in EMBEDDING_FACTORS):
-                kind = "embedding"
-            wanted = list(layouts.keys(kind))
+            embedding = any(part in parts for part in _EMBEDDING_FACTORS)
+            kind: LayoutName = "embedding" if embedding else "linear"
+            keys = factor_keys(kind)
             # PEFT has no bias for embeddings and target parameters.
-            if self._config.get("lora_bias") and kind != "embedding":
-                wanted.append(BIAS)
-            if not self._complete(module, wanted):
+            with_bias = self._config.get("lora_bias") and not embedding
+            if not self._complete(module, [*keys, *([BIAS] if with_bias else [])]):
                 continue
-            a, b = (parts[part] for part in layouts.keys(kind))
-            if kind == "linear" and self._targets.parameters(names.owner(module, self._modules)):
-                kind = "parameter"
-            elif kind == "linear" and len(a.shape) > 2:
-                kind = "convolution"
-            dtype = torch.promote_types(DTYPES[a.dtype], DTYPES[b.dtype])
-            rank = scalings[module].rank
-            info = layouts.describe(kind, a.shape, b.shape, rank, BIAS in parts, dtype)
+            a, b = (parts[part] for part in keys)
+            if not embedding:
+                if self._targets.parameters(names.owner(module, self._modules)):
+                    kind = "parameter"
+                elif len(a.shape) > 2:
+                    kind = "convolution"
+            dtype = torch.promote_types(_DTYPES[a.dtype], _DTYPES[b.dtype])
+            rank, scale = scalings[module]
+            info = described(kind, a.shape, b.shape, rank, BIAS in parts, dtype)
             if isinstance(info, str):
                 found = f"A of shape {list(a.shape)} and B of shape {list(b.shape)}"
                 self._wrong(module, found, info, _RESTORE)
@@ -214,24 +228,24 @@ class _Stored:
                 found = f"shape {list(parts[BIAS].shape)}"
                 self._wrong(f"{module}.{BIAS}", found, f"shape {list(outputs)}")
             else:
-                yield module, (info, scalings[module].scale)
+                yield module, (info, scale)
 
-    def _scalings(self) -> dict[str, Scaling]:
-        """Rank and scaling of every module; modules of which they cannot be known are left out."""
-        known: dict[str, Scaling] = {}
+    def _scalings(self) -> dict[str, names.Scaling]:
+        """Return rank and scaling of every module of which they can be known."""
+        known: dict[str, names.Scaling] = {}
         wrappers: dict[str, list[str]] = {}
         for module, parts in self._modules.items():
             owner = names.owner(module, self._modules)
-            if FACTORS[0] in parts and self._targets.parameters(owner):
+            if _FACTORS[0] in parts and self._targets.parameters(owner):
                 wrappers.setdefault(owner, []).append(module)
             else:
-                known[module] = scaling(self._config, owner)
+                known[module] = names.scaling(self._config, owner)
         for owner, nested in wrappers.items():
             nested.sort(key=len)
             leaves = self._targets.parameters(owner)
-            shapes = [self._modules[module][FACTORS[0]].shape for module in nested]
+            shapes = [self._modules[module][_FACTORS[0]].shape for module in nested]
             stacked = [shape[0] for shape in shapes if shape]
-            each = parameter_scalings(self._config, owner, leaves, stacked)
+            each = names.parameter_scalings(self._config, owner, leaves, stacked)
             if each is not None and len(each) == len(nested):
                 known |= dict(zip(nested, each, strict=True))
                 continue
@@ -246,7 +260,7 @@ class _Stored:
         return known
 
     def _vectors(self) -> Iterator[tuple[str, VectorInfo]]:
-        """The modules of an (IA)^3.
+        """Yield the modules of an (IA)^3.
 
         Both `feedforward_modules` and the shape say whether a vector multiplies inputs or outputs;
         they must agree.
@@ -262,7 +276,7 @@ class _Stored:
             elif chosen is not None:
                 possible &= {module.endswith(tuple(chosen))}
             if len(possible) == 1:
-                yield module, VectorInfo(shape, possible.pop(), DTYPES[parts[VECTOR].dtype])
+                yield module, VectorInfo(shape, possible.pop(), _DTYPES[parts[VECTOR].dtype])
                 continue
             self._wrong(
                 f"{module}.{VECTOR}",
@@ -273,20 +287,18 @@ class _Stored:
             )
 
     def _idle(self) -> None:
-        """Modules with tensors that PEFT would not read."""
+        """Report modules with tensors that PEFT would not read."""
         owners = dict.fromkeys(names.owner(module, self._modules) for module in self._modules)
         targets = self._targets
         idle = [o for o in owners if not targets.adapt(o) and not targets.parameters(o)]
         if idle:
-            fields = [field for field in SELECTION if self._config.get(field)]
-            more = f" and {len(idle) - 2} more" if len(idle) > 2 else ""
-            self._wrong(
-                "target_modules",
-                f"tensors of {', '.join(idle[:2])}{more}, which {' with '.join(fields)} "
-                f"{'leave' if len(fields) > 1 else 'leaves'} out: PEFT would not load them",
-                "tensors of modules that the configuration adapts",
-                _RESTORE,
+            fields = [field for field in names.SELECTION if self._config.get(field)]
+            found = (
+                f"tensors of {listing(idle, 2)}, which {' with '.join(fields)} "
+                f"{'leave' if len(fields) > 1 else 'leaves'} out: PEFT would not load them"
             )
+            expected = "tensors of modules that the configuration adapts"
+            self._wrong("target_modules", found, expected, _RESTORE)
 
     def _get(self, name: str) -> Tensor:
         key = self._keys.get(name, name)
@@ -295,21 +307,20 @@ class _Stored:
     def _update(self, factors: Mapping[str, tuple[ModuleInfo, float]], module: str) -> Update:
         info, scale = factors[module]
         start = f"{names.PREFIX}{module}."
-        a, b = (self._get(start + part).to(info.dtype) for part in layouts.keys(info.layout))
+        a, b = (self._get(start + part).to(info.dtype) for part in factor_keys(info.layout))
         bias = self._get(start + BIAS) if info.bias else None
-        return Update(*layouts.stack(info, a, b), scale, bias)
+        return Update(*info.stack(a, b), scale, bias)
 
     def _vector(self, module: str) -> Tensor:
         return self._get(f"{names.PREFIX}{module}.{VECTOR}")
 
 
-def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-    return f"{', '.join(map(repr, keys[:2]))}{more} ({unknown_tensor(keys[0])})"
+def _unknown(keys: list[str]) -> str:
+    return f"{listing([*map(repr, keys)], 2)} among its tensors ({unknown_tensor(keys[0])})"
 
 
 def _is_vector(shape: tuple[int, ...], feedforward: bool) -> bool:
-    """Whether only the axis that a feedforward module (or another one) multiplies has a length."""
+    """Return whether only the axis that a module of this kind multiplies has a length."""
     axis = 1 if feedforward or len(shape) != 2 else 0
     if len(shape) < 2 or shape[axis] == 0:
         return False

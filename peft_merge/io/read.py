@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.io.documents import json_object
+from mergekit_ext.io.headers import (
+    PICKLE_FOUND,
+    HeaderError,
+    TensorHeader,
+    dtype_name,
+    read_pickle,
+    read_safetensors,
+)
+from mergekit_ext.io.model_files import may_be_hub_name
+from mergekit_ext.io.schema import LARGEST
 from peft_merge.adapter import Adapter
-from peft_merge.io import names, unsupported
-from peft_merge.io.hub import locate
-from peft_merge.io.parse import parse
-from peft_merge.io.tensors import CONFIG, of_memory, open_folder
+from peft_merge.io import names
+from peft_merge.io.parse import Tensors, parse
+from peft_merge.io.unsupported import field_problems
 
-Source = str | os.PathLike[str]
-
-# Of bytes. Longer ones are no configuration, and would fill the memory.
-LARGEST_CONFIG = 1 << 26
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+_SAVED = "an adapter as PEFT's save_pretrained writes it"
 
 
 def load_adapter(
-    source: Source,
+    source: str | os.PathLike[str],
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -43,63 +55,134 @@ def load_adapter(
     Raises:
         ConfigError: with everything that is wrong with it, or why it cannot be merged exactly.
     """
-    adapter, problems = _read(source, name, revision, allow_pickle)
-    if problems or adapter is None:
-        raise ConfigError(problems, f"the adapter {os.fspath(source)}")
-    return adapter
-
-
-def _read(
-    source: Source, name: str | None, revision: str | None, allow_pickle: bool
-) -> tuple[Adapter | None, list[Problem]]:
-    called = default_name(source) if name is None else name
+    path = Path(os.fspath(source))
+    last = path.resolve().name if path.name in ("", "..") else path.name
+    called = last if name is None else name
     problems = []
     if not called or called in (".", "..") or not names.sound(called.replace(".", "_")):
         expected = "a name without slashes and control characters"
         problems.append(Problem("name", repr(called), expected, "Give it a name."))
-    folder = locate(source, revision, allow_pickle)
-    if isinstance(folder, Problem):
-        return None, [*problems, folder]
-    config = _configuration(folder)
-    if isinstance(config, Problem):
-        return None, [*problems, config]
-    problems += unsupported.problems(config, str(folder / CONFIG))
-    tensors = open_folder(folder, allow_pickle)
-    if isinstance(tensors, Problem):
-        return None, [*problems, tensors]
-    if problems:
-        return None, problems
-    return parse(called, config, tensors, str(folder))
-
-
-def default_name(source: Source) -> str:
-    """Return the last component of a path or of a name on the Hub."""
-    path = Path(os.fspath(source))
-    return path.resolve().name if path.name in ("", "..") else path.name
-
-
-def _configuration(folder: Path) -> dict[str, Any] | Problem:
-    path = folder / CONFIG
+    adapter = None
     try:
-        if path.exists() and not path.is_file():
-            return Problem(str(path), "no file", "a JSON object in a file")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_CONFIG + 1)
-        if len(content) > LARGEST_CONFIG:
-            remedy = "Save the adapter again with PEFT's save_pretrained."
-            found = f"more than {LARGEST_CONFIG >> 20} MiB"
-            return Problem(str(path), found, "a configuration of a few kilobytes", remedy)
-        config = json.loads(content.decode("utf-8"))
-    except FileNotFoundError:
+        folder = locate(source, revision, allow_pickle)
+        config = _configuration(folder)
+        problems += field_problems(config, str(folder / CONFIG))
+        tensors = open_folder(folder, allow_pickle)
+        if not problems:
+            adapter, problems = parse(called, config, tensors, str(folder))
+    except ConfigError as error:
+        problems += error.problems
+    if adapter is None:
+        raise ConfigError(problems, f"the adapter {os.fspath(source)}")
+    return adapter
+
+
+def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: bool) -> Path:
+    """Return the folder of an adapter; from the Hub only the adapter's own files are downloaded.
+
+    A folder that exists wins over a name on the Hub. With ``HF_HUB_OFFLINE`` the cache is used.
+
+    Raises:
+        ConfigError: it is nowhere, and cannot be downloaded.
+    """
+    text = os.fspath(source)
+    folder = os.path.expanduser(text)
+    if os.path.isdir(folder):
+        return Path(folder)
+    exists = os.path.exists(folder)
+    if not isinstance(source, str) or exists or not may_be_hub_name(text):
+        found = "a file" if exists else "no such folder"
+        expected = f"a folder with {CONFIG}, or a name on the Hub"
+        raise ConfigError([Problem(text or "an empty name", found, expected)])
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [CONFIG, SAFETENSORS, *([PICKLE] if allow_pickle else [])]
+    try:
+        found = huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = Problem(
+            text,
+            f"no such folder, and no download from the Hub ({first})",
+            "a folder, or a name on the Hub that is cached or can be downloaded",
+            "Check the name; for a private adapter, log in with `hf auth login`.",
+        )
+        raise ConfigError([problem]) from None
+    return Path(found)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not os.path.exists(path):
         inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
         remedy = f"Give one of the folders in it: {', '.join(inner)}." if inner else ""
-        expected = "an adapter as PEFT's save_pretrained writes it"
-        return Problem(str(folder), f"no {CONFIG}", expected, remedy)
-    except (OSError, ValueError, RecursionError) as error:
-        return Problem(str(path), f"a file that is not JSON ({error})", "a JSON object")
-    if not isinstance(config, dict):
-        return Problem(str(path), f"a JSON {type(config).__name__}", "a JSON object")
+        raise ConfigError([Problem(str(folder), f"no {CONFIG}", _SAVED, remedy)])
+    config, wrong = json_object(path, "a JSON object", LARGEST)
+    if wrong is not None:
+        raise ConfigError([Problem(str(path), *wrong)])
     return config
+
+
+def open_folder(folder: Path, allow_pickle: bool) -> Tensors:
+    """Return the tensors of an adapter's folder, mapped into memory.
+
+    Raises:
+        ConfigError: there is no file of weights, or it cannot be read.
+    """
+    path, pickle = folder / SAFETENSORS, folder / PICKLE
+    try:
+        if os.path.isfile(path):
+            from safetensors import safe_open
+
+            return Tensors(read_safetensors(path), safe_open(path, framework="pt").get_tensor)
+        if os.path.isfile(pickle) and allow_pickle:
+            headers = read_pickle(pickle)
+            state = torch.load(pickle, map_location="cpu", weights_only=True, mmap=True)
+            return Tensors(headers, state.__getitem__)
+    except HeaderError as error:
+        problem = Problem(error.file, error.found, error.expected, error.remedy)
+        raise ConfigError([problem]) from None
+    if not os.path.isfile(pickle):
+        raise ConfigError([Problem(str(folder), f"no {SAFETENSORS}", _SAVED)])
+    remedy = (
+        "Ask for a safetensors file; or, if you trust its author, give --allow-pickle (in "
+        "Python allow_pickle): only tensors are read from it."
+    )
+    raise ConfigError([Problem(str(pickle), PICKLE_FOUND, SAFETENSORS, remedy)])
+
+
+def of_memory(
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    *,
+    live: bool = False,
+) -> Adapter:
+    """Return an adapter of tensors under PEFT's names, which are not copied.
+
+    Args:
+        name: of the adapter.
+        config: the fields of adapter_config.json.
+        tensors: by PEFT's names.
+        where: for the messages.
+        live: the adapter is in a model, so that PEFT has matched its expressions already.
+
+    Raises:
+        ConfigError: with everything that is wrong with it, or why it cannot be merged exactly.
+    """
+    headers = {
+        key: TensorHeader(key, dtype_name(t.dtype), tuple(t.shape), t.nbytes)
+        for key, t in tensors.items()
+    }
+    adapter, problems = None, field_problems(config, where)
+    if not problems:
+        stored = Tensors(headers, lambda key: tensors[key].detach())
+        adapter, problems = parse(name, config, stored, where, live=live)
+    if adapter is None:
+        raise ConfigError(problems, where)
+    return adapter
 
 
 def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
@@ -124,25 +207,17 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
             known = ", ".join(model.peft_config)
             problems.append(Problem("adapters", repr(name), f"adapters of the model: {known}"))
             continue
-        config = {key: _plain(value) for key, value in model.peft_config[name].to_dict().items()}
-        where = f"the adapter {name}"
-        found = unsupported.problems(config, where)
-        if not found:
-            state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-            adapter, found = parse(name, config, of_memory(state), where, live=True)
-            adapters += [adapter] if adapter is not None else []
-        problems += found
+        fields = model.peft_config[name].to_dict()
+        config = json.loads(json.dumps(fields, default=_as_json))
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        try:
+            adapters.append(of_memory(name, config, state, f"the adapter {name}", live=True))
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems, "the adapters of this model")
     return adapters
 
 
-def _plain(value: Any) -> Any:
-    """A field of a PeftConfig as adapter_config.json holds it."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value
+def _as_json(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

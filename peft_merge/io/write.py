@@ -1,10 +1,10 @@
-"""Writing an adapter as PEFT's save_pretrained would, and checking it before it appears."""
+"""Writing an adapter as PEFT's save_pretrained would, with a card, and checking it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError
+from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.io.staging import new_folder
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.io import layouts, names
-from peft_merge.io.card import card as default_card
-from peft_merge.io.read import load_adapter
-from peft_merge.io.tensors import CONFIG, SAFETENSORS, VECTOR
+from peft_merge.io import names
+from peft_merge.io.parse import BIAS, VECTOR, factor_keys
+from peft_merge.io.read import CONFIG, SAFETENSORS, load_adapter
 
 MERGE_CONFIG = "merge_config.yml"
 REPORT = "merge_report.json"
 CARD = "README.md"
+PROJECT = "[mergekit-ext](https://pypi.org/project/mergekit-ext)"
 
 
 def save_adapter(
@@ -30,7 +31,6 @@ def save_adapter(
     *,
     merge_config: str | None = None,
     report: Mapping[str, Any] | None = None,
-    card: str | None = None,
 ) -> None:
     """Write an adapter's folder: it appears complete and checked, or not at all.
 
@@ -41,15 +41,53 @@ def save_adapter(
         adapter: as read, or merged.
         path: a folder that does not exist or is empty.
         merge_config: for merge_config.yml.
-        report: JSON values for merge_report.json.
-        card: the text of README.md; one is made if it is None.
+        report: for merge_report.json, as merges return it.
 
     Raises:
         ConfigError: there is something at `path`, or it cannot be written.
         NonFiniteError: a tensor overflowed in the dtype in which it is to be stored.
     """
+    texts = {CARD: card(adapter, merge_config, report)}
+    if merge_config is not None:
+        texts[MERGE_CONFIG] = merge_config
+    if report is not None:
+        texts[REPORT] = json.dumps(report, indent=2)
     with new_folder(path, f"writing the adapter {adapter.name}") as folder:
-        fill_folder(adapter, folder, merge_config=merge_config, report=report, card=card)
+        fill_folder(adapter, folder, texts)
+
+
+def fill_folder(adapter: Adapter, folder: Path, texts: Mapping[str, str]) -> None:
+    """Write an adapter's files, and further texts, into an empty folder, and check the adapter."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state_dict(adapter), folder / SAFETENSORS, {"format": "pt"})
+    except SafetensorError as error:  # raised for a full disk
+        raise OSError(str(error)) from error
+    config = json.dumps(adapter.config, indent=2, sort_keys=True)
+    for name, text in {CONFIG: config, **texts}.items():
+        (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+    again = load_adapter(folder, name=adapter.name)
+    different = sorted(
+        module
+        for module in {*adapter.infos, *again.infos}
+        if adapter.infos.get(module) != again.infos.get(module) or not _same(adapter, again, module)
+    )
+    different += sorted(set(adapter.saved) ^ set(again.saved))
+    if different:
+        raise MergeError(
+            f"{adapter.name}: {', '.join(different[:5])} read differently from what was to be "
+            f"written ({len(different)} in all); the configuration does not describe the tensors."
+        )
+
+
+def _same(adapter: Adapter, again: Adapter, module: str) -> bool:
+    first: Any = adapter.load(module)
+    second: Any = again.load(module)
+    if isinstance(first, Tensor):
+        return torch.equal(first.cpu(), second)
+    return abs(first.scale - second.scale) <= 1e-9 * abs(first.scale)
 
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
@@ -71,11 +109,11 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     if isinstance(adapter, LoraAdapter):
         for module, info in adapter.infos.items():
             update = adapter.load(module)
-            factors = layouts.store(info, update.a, update.b)
-            for key, factor in zip(layouts.keys(info.layout), factors, strict=True):
+            factors = info.store(update.a, update.b)
+            for key, factor in zip(factor_keys(info.layout), factors, strict=True):
                 yield f"{module}.{key}", factor
             if update.bias is not None:
-                yield f"{module}.{layouts.BIAS}", update.bias
+                yield f"{module}.{BIAS}", update.bias
     else:
         for module in adapter.infos:
             yield f"{module}.{VECTOR}", adapter.load(module)
@@ -83,57 +121,57 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield names.stored(name, adapter.infos), load()
 
 
-def fill_folder(
-    adapter: Adapter,
-    folder: Path,
-    *,
-    merge_config: str | None = None,
-    report: Mapping[str, Any] | None = None,
-    card: str | None = None,
-) -> None:
-    """Write an adapter's files into an empty folder, and check them; see `save_adapter`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def card(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any] | None) -> str:
+    """Return README.md: metadata as the Hub wants it, what was merged, and how to load it.
 
-    try:
-        save_file(state_dict(adapter), folder / SAFETENSORS, {"format": "pt"})
-    except SafetensorError as error:  # raised for a full disk
-        raise OSError(str(error)) from error
-    texts = {
-        CONFIG: json.dumps(adapter.config, indent=2, sort_keys=True),
-        MERGE_CONFIG: merge_config and merge_config.rstrip(),
-        REPORT: None if report is None else json.dumps(report, indent=2),
-        CARD: (default_card(adapter, merge_config, report) if card is None else card).rstrip(),
-    }
-    for name, text in texts.items():
-        if text is not None:
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-    _check(adapter, folder)
-
-
-def _check(adapter: Adapter, folder: Path) -> None:
-    """Read the folder again and compare."""
-    again = load_adapter(folder, name=adapter.name)
-    different = sorted(
-        module
-        for module in {*adapter.infos, *again.infos}
-        if adapter.infos.get(module) != again.infos.get(module) or not _same(adapter, again, module)
-    )
-    different += sorted(set(adapter.saved) ^ set(again.saved))
-    if different:
-        raise MergeError(
-            f"{adapter.name}: {', '.join(different[:5])} read differently from what was to be "
-            f"written ({len(different)} in all); the configuration does not describe the tensors."
-        )
+    `base_model_relation` is ``adapter``, the one of the Hub's values (adapter, merge, quantized,
+    finetune) that says what this is to its base. Folders of one machine mean nothing there, and
+    the Hub refuses them.
+    """
+    kind, tag = ("LoRA", "lora") if isinstance(adapter, LoraAdapter) else ("(IA)³", "ia3")
+    base = adapter.config.get("base_model_name_or_path")
+    tags = ["peft", tag, "merge", "mergekit-ext"]
+    metadata: dict[str, Any] = {}
+    shown = "its base model"
+    if may_be_hub_name(base):
+        metadata = {"base_model": base, "base_model_relation": "adapter"}
+        tags.append(f"base_model:adapter:{base}")
+        shown = f"`{base}`"
+    paragraphs = [f"A merged {kind} adapter of {shown}, made with `peft-merge` from {PROJECT}."]
+    if report and "method" in report:
+        merged = "\n".join(f"- {item['name']}" for item in report.get("adapters", ()))
+        paragraphs += [f"Method: `{report['method']}`.", "Merged adapters:", merged]
+    example = [
+        "from peft import PeftModel",
+        "",
+        f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")',
+    ]
+    return page(adapter.name, tags, paragraphs, example, merge_config, metadata)
 
 
-def _same(adapter: Adapter, again: Adapter, module: str) -> bool:
-    if isinstance(adapter, LoraAdapter) and isinstance(again, LoraAdapter):
-        left, right = adapter.load(module), again.load(module)
-        return abs(left.scale - right.scale) <= 1e-9 * abs(left.scale)
-    first, second = adapter.load(module), again.load(module)
-    return (
-        isinstance(first, Tensor)
-        and isinstance(second, Tensor)
-        and torch.equal(first.to("cpu"), second)
-    )
+def page(
+    title: str,
+    tags: Sequence[str],
+    paragraphs: Sequence[str],
+    example: Sequence[str],
+    config: str | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """Return a card as Markdown.
+
+    Args:
+        title: its heading.
+        tags: for the Hub.
+        paragraphs: what the folder holds.
+        example: lines of Python that load it.
+        config: the merge configuration, if it is shown.
+        metadata: further fields of `huggingface_hub.ModelCardData`.
+    """
+    from huggingface_hub import ModelCardData
+
+    header = ModelCardData(library_name="peft", tags=list(tags), **(metadata or {})).to_yaml()
+    parts = [f"---\n{header}\n---", f"# {title}", *paragraphs]
+    parts += ["## Use", "\n".join(["```python", *example, "```"])]
+    if config is not None:
+        parts += ["## Merge configuration", f"```yaml\n{config.strip()}\n```"]
+    return "\n\n".join(parts) + "\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_ext.errors import MergeError, NonFiniteError
-from peft_merge.io import compatible
+from peft_merge.io.compatible import compatible
 from tests.numerics.inputs import factors
 from tests.numerics.merging import RULES, lora
 from tests.peft_merge import loras

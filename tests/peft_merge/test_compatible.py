@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from peft_merge.adapter import Adapter
-from peft_merge.io import DifferentBasesWarning, compatible, different_bases, load_adapter
+from peft_merge.io import load_adapter
+from peft_merge.io.compatible import DifferentBasesWarning, compatible, different_bases
 from peft_merge.io.merged import lora_configuration
 
 Load = Callable[..., Adapter]

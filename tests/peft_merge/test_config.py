@@ -17,7 +17,7 @@ from mergekit_ext.errors import (
     MergeWarning,
     UniformCoefficientsWarning,
 )
-from peft_merge.io import DifferentBasesWarning
+from peft_merge.io.compatible import DifferentBasesWarning
 from peft_merge.merge import merge_adapters, plan_config
 from tests.peft_merge.edit import change_config
 from tests.peft_merge.models import KINDS, saved

@@ -8,23 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from peft_merge.adapter import ModuleInfo
-from peft_merge.io import layouts, load_adapter
+from peft_merge.adapter import ModuleInfo, described
+from peft_merge.io import load_adapter
 from tests.peft_merge.models import KINDS, adapted, saved
 
 SIZES = st.integers(1, 4)
 
 
 def _round_trip(name, a, b, r):
-    info = layouts.describe(name, tuple(a.shape), tuple(b.shape), r, False, a.dtype)
+    info = described(name, tuple(a.shape), tuple(b.shape), r, False, a.dtype)
     assert isinstance(info, ModuleInfo)
-    stacked = layouts.stack(info, a, b)
+    stacked = info.stack(a, b)
     assert stacked[0].shape == (info.matrices, info.rank, info.columns)
     assert stacked[1].shape == (info.matrices, info.rows, info.rank)
-    stored = layouts.store(info, *stacked)
+    stored = info.store(*stacked)
     assert torch.equal(stored[0], a) and torch.equal(stored[1], b)
     assert stored[0].is_contiguous() and stored[1].is_contiguous()
-    assert layouts.configured_rank(info) == r
+    assert info.configured_rank == r
     return info
 
 
@@ -54,7 +54,7 @@ def test_parameters_come_back_as_peft_multiplies_them(experts, r, rows, columns)
     a, b = torch.randn(r * experts, columns), torch.randn(rows, r * experts)
     info = _round_trip("parameter", a, b, r)
     assert info.shape == (experts, rows, columns)
-    stacked_a, stacked_b = layouts.stack(info, a, b)
+    stacked_a, stacked_b = info.stack(a, b)
     expected = torch.einsum(
         "o r e, e r i -> e o i", b.reshape(rows, r, experts), a.reshape(experts, r, columns)
     )
@@ -92,4 +92,4 @@ def test_a_grouped_convolution_is_its_blocks(tmp_path):
     ],
 )
 def test_what_is_no_pair_is_refused(name, a, b, r):
-    assert isinstance(layouts.describe(name, a, b, r, False, torch.float32), str)
+    assert isinstance(described(name, a, b, r, False, torch.float32), str)

@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, Update, VectorInfo
-from peft_merge.io import compatible, load_adapter, merged_ia3, merged_lora, save_adapter
+from peft_merge.io import load_adapter, save_adapter
+from peft_merge.io.compatible import compatible
+from peft_merge.io.merged import merged_ia3, merged_lora
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.models import KINDS, Kind, answer, numbers, reloaded, saved
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.host.adapters.fitted import Fitted
@@ -81,9 +80,6 @@ def adapter_folder(path: Any) -> Path:
     Raises:
         ConfigError: nowhere, and it cannot be downloaded.
     """
-    from peft_merge.io.hub import locate
+    from peft_merge.io.read import locate
 
-    folder = locate(path.path, path.revision, allow_pickle=True)
-    if not isinstance(folder, Path):
-        raise ConfigError([folder])
-    return folder
+    return locate(path.path, path.revision, allow_pickle=True)

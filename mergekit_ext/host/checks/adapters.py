@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.errors import ConfigError, Problem, listing, nearest
+from mergekit_ext.errors import ConfigError, listing, nearest
 from mergekit_ext.host.adapters.fitted import BEFOREHAND, VARIABLE, fit, read_adapter
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import empty_model
@@ -25,9 +25,9 @@ from mergekit_ext.io.headers import (
     read_folder,
 )
 from mergekit_ext.io.model_files import may_be_hub_name
+from mergekit_ext.io.schema import LARGEST
 from peft_merge.adapter import Adapter
-from peft_merge.io.read import LARGEST_CONFIG
-from peft_merge.io.tensors import CONFIG, PICKLE, SAFETENSORS, open_folder
+from peft_merge.io.read import CONFIG, PICKLE, SAFETENSORS, open_folder
 
 
 def unused_cache(options: Any) -> str:
@@ -169,7 +169,7 @@ def _check_files(folder: Path, where: str, findings: Findings) -> None:
     from peft import PeftConfig
 
     expected = "the configuration of a PEFT adapter"
-    _, wrong = json_object(folder / CONFIG, expected, LARGEST_CONFIG)
+    _, wrong = json_object(folder / CONFIG, expected, LARGEST)
     try:
         if wrong is None and not PeftConfig.from_pretrained(str(folder)).peft_type:
             raise ValueError("no peft_type")
@@ -179,9 +179,10 @@ def _check_files(folder: Path, where: str, findings: Findings) -> None:
         wrong = found, expected
     if wrong is not None:
         findings.problem(where, *wrong, "Give the folder that PeftModel.save_pretrained wrote.")
-    tensors = open_folder(folder, allow_pickle=True)
-    if isinstance(tensors, Problem):
-        findings.extend([tensors], within=where)
+    try:
+        open_folder(folder, allow_pickle=True)
+    except ConfigError as error:
+        findings.extend(error.problems, within=where)
 
 
 def _warn_of_base(adapter: Adapter, base: str, where: str, findings: Findings) -> None:
