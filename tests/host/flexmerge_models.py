@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,12 @@ def made(folder: Path, name: str, dtype: torch.dtype) -> Family:
             )
             model.to(dtype).save_pretrained(path)
     return Family(base, tuned)
+
+
+def copied(family: Family, folder: Path) -> Family:
+    """Copy a family whose files a test changes."""
+    shutil.copytree(family.base.parent, folder)
+    return Family(folder / "base", [folder / path.name for path in family.tuned])
 
 
 def merge(content: Mapping[str, Any], out: Path, *callbacks: object, **options: Any) -> Manifest:

@@ -20,6 +20,7 @@ from tests.host.flexmerge_models import (
     Family,
     as_index_says,
     check_blocks,
+    copied,
     merge,
     rewrite,
     same,
@@ -69,9 +70,7 @@ def test_identical_models_and_models_equal_to_the_base(families, tmp_path):
 
 
 def test_dtypes_that_differ_between_models(families, tmp_path):
-    source = families("llama")
-    shutil.copytree(source.base.parent, tmp_path / "m")
-    family = Family(tmp_path / "m" / "base", [tmp_path / "m" / task for task in TASKS])
+    family = copied(families("llama"), tmp_path / "m")
     rewrite(family.tuned[0], lambda s: {n: t.bfloat16() for n, t in s.items()})
     rewrite(family.tuned[2], lambda s: {n: t.double() if "norm" in n else t for n, t in s.items()})
     apart = merge(family.content(3), tmp_path / "apart")
@@ -86,9 +85,7 @@ def test_dtypes_that_differ_between_models(families, tmp_path):
 
 
 def test_tensors_that_are_odd(families, tmp_path):
-    source = families("llama")
-    shutil.copytree(source.base.parent, tmp_path / "m")
-    family = Family(tmp_path / "m" / "base", [tmp_path / "m" / task for task in TASKS])
+    family = copied(families("llama"), tmp_path / "m")
     odd = {
         "model.layers.0.mlp.none": torch.zeros(0, 4),
         "model.layers.0.mlp.scalar": torch.tensor(0.5),
@@ -120,8 +117,7 @@ def test_tensors_that_are_odd(families, tmp_path):
 
 def test_sharded_inputs_and_pickles(families, tmp_path):
     source = families("llama")
-    shutil.copytree(source.base.parent, tmp_path / "m")
-    family = Family(tmp_path / "m" / "base", [tmp_path / "m" / task for task in TASKS])
+    family = copied(source, tmp_path / "m")
     wanted = merge(source.content(1.7), tmp_path / "wanted")
     model = transformers.LlamaForCausalLM.from_pretrained(family.tuned[0])
     (family.tuned[0] / "model.safetensors").unlink()
@@ -142,8 +138,7 @@ def test_sharded_inputs_and_pickles(families, tmp_path):
     [(), ("tuned1",), ("base",), TASKS, ("base", "tuned0"), ("base", *TASKS)],
     ids=lambda names: "+".join(names) or "nowhere",
 )
-@pytest.mark.parametrize("target", [3, 1.7, 1])
-@pytest.mark.parametrize("algorithm", ["average", "ties"])
+@pytest.mark.parametrize(("target", "algorithm"), [(3, "average"), (1.7, "ties"), (1, "average")])
 def test_tied_embeddings(twice, target, algorithm, tmp_path):
     """A loader ties what is equal: a copy that is left behind would be a second matrix."""
     family = tied_family(tmp_path, twice)

@@ -26,9 +26,9 @@ mergekit_ext.register()
 
 class Slow(MergeCallback):
     def on_tensor_measured(self, event):
-        time.sleep(0.01)
+        time.sleep(0.005)
     def on_block_merged(self, event):
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 def child(source, out, seconds=None):
     started = time.monotonic()
@@ -84,14 +84,14 @@ def test_killed_at_random_moments(families, tmp_path):
     sources = json.dumps({name: yaml.safe_dump(content) for name, content in contents.items()})
     seed = str(int.from_bytes(os.urandom(4), "big"))
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, sources, tmp_path, "3", seed],
+        [sys.executable, "-c", KILLER, sources, tmp_path, "2", seed],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, (seed, done.stderr[-9000:])
-    assert int(done.stdout) >= 3, "too few merges were killed on the way"
+    assert int(done.stdout) >= 2, "too few merges were killed on the way"
     for name in contents:
         whole, killed = (tmp_path / name / which for which in ("whole", "killed"))
         assert files(killed / "out") == files(whole / "out"), (name, seed)
