@@ -34,11 +34,11 @@ from mergekit_ext.flexmerge.layout import Naming, make_layout
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
-from mergekit_ext.flexmerge.storage import Storage
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.io.headers import read_folder
+from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.methods import BLOCKS, methods
 from mergekit_ext.methods.method import layout_of
 
@@ -84,7 +84,8 @@ def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], 
     storage = Storage(reader.layout)
     found = analyse(reader)
     blocks = reader.layout.blocks
-    plan = Dendrograms(storage, [found.cosines(b.name) for b in blocks]).plan(Target(WRITTEN_SIZE))
+    similarities = [cosines(found.grams[block.name]) for block in blocks]
+    plan = Dendrograms(storage, similarities).plan(Target(WRITTEN_SIZE))
     out = folder / "out"
 
     def write() -> None:

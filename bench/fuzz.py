@@ -38,7 +38,7 @@ from safetensors import safe_open
 from bench import machine, mutations
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
 from mergekit_ext.flexmerge import analysis_file
-from mergekit_ext.flexmerge.analysis_file import Subject
+from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.commands import parsed
@@ -54,6 +54,7 @@ from tests.attacks.weights import joined, split
 from tests.models import config
 
 _SECONDS = 20
+_SUBJECT = "0" * 64
 _MEMORY = 16 << 30
 _ROUND = 100
 _REFUSALS = (MergekitExtError, HeaderError, DocumentError)
@@ -97,9 +98,11 @@ def readers(folder: Path) -> dict[str, Reader]:
     flex = config("flexmerge", models, inputs / "base", {"target_size": 1.0, "lambda": 1.5})
     peft = config("ties", [inputs / "adapter0", inputs / "adapter1"], None, {"density": 0.5})
     peft |= {"rank": 2, "seed": 1, "dtype": "float32", "modules_to_save": "average"}
-    subject = Subject("0" * 64, ("a", "b"), ("x", "y"))
+    part = Part("w", (2,), 0, (torch.float32,) * 2, torch.float32)
+    blocks = tuple(BlockLayout(name, "x", None, (part,)) for name in ("x", "y"))
+    layout = Layout(("a", "b"), blocks, ((), ()))
     analysis = inputs / "analysis" / analysis_file.FILE_NAME
-    made = _file(analysis, json.dumps(_analysis(subject)))
+    made = _file(analysis, json.dumps(_analysis(layout)))
     journal = inputs / "journal" / "journal-1-0.lines"
     _file(journal, 3 * _line(b'["tensor","a",{"crc":1}]').decode())
     return {
@@ -126,7 +129,7 @@ def readers(folder: Path) -> dict[str, Reader]:
             lambda path: _check(flexmerge_config(path)[1]),
         ),
         "YAML, peft-merge": _yaml(inputs / "peft.yml", peft, lambda path: plan_config(path, None)),
-        "analysis": _json(made, lambda path: analysis_file.find(path.parent, subject)),
+        "analysis": _json(made, lambda path: analysis_file.find(path.parent, _SUBJECT, layout)),
         "journal": Reader(
             journal,
             st.one_of(
@@ -198,13 +201,13 @@ def _adapter(path: Path) -> None:
         adapter.load(module)
 
 
-def _analysis(subject: Subject) -> dict[str, Any]:
+def _analysis(layout: Layout) -> dict[str, Any]:
     return {
         "format": "flexmerge-analysis",
         "version": analysis_file.VERSION,
-        "subject": subject.digest,
-        "tasks": list(subject.tasks),
-        "grams": {name: [[1.0, 0.5], [0.5, 2.0]] for name in subject.blocks},
+        "subject": _SUBJECT,
+        "tasks": list(layout.tasks),
+        "grams": {block.name: [[1.0, 0.5], [0.5, 2.0]] for block in layout.blocks},
         "cuts": [{"densities": [0.2, 0.3], "patterns": [5, 7]}],
     }
 

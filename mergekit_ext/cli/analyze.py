@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_ext.core.memory import limited
 from mergekit_ext.flexmerge.plan import Dendrograms
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.host.commands import for_commands
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
@@ -89,7 +89,7 @@ def _similarities(engine: Engine) -> Iterator[BlockSimilarity]:
             min(pairs),
             sum(pairs) / len(pairs),
             max(pairs),
-            engine.analysis.norms(block.name),
+            engine.analysis.grams[block.name].diagonal().sqrt().tolist(),
         )
 
 

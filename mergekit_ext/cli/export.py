@@ -24,7 +24,7 @@ def export(path: Path, task: str, out: Path, no_verify: bool) -> None:
     """
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit_ext.errors import MergekitExtError
-    from mergekit_ext.flexmerge.export import export as write
+    from mergekit_ext.flexmerge.reader import export as write
 
     try:
         write(path, task, out, verify=not no_verify)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +16,12 @@ from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.seeds import derived
 from mergekit_ext.kernels.selection import Cut, Keeper
-from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums
+from mergekit_ext.kernels.task_arithmetic import add_task_vectors
 from mergekit_ext.kernels.ties import cut_of
 from mergekit_ext.methods import Call, Method
 
 # For each task the cut that trims its whole model.
 Cuts = Sequence[Cut]
-
-# Entries of all groups' vectors that are made at once: 64 MB in float32.
-_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -69,21 +66,6 @@ class Masked:
         """Return the block vector of one member, in the dtype of `unified`."""
         mask = unpack_bits(self.masks[member], self.unified.numel())
         return reconstruct(base, self.unified, mask, self.rescale[member], self.unified.dtype)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some entries of some groups' merged vectors.
-
-    Attributes:
-        groups: which groups, one for each row.
-        part: which entries of the block, one for each column.
-        vectors: (groups, entries); the memory is used again for the next piece.
-    """
-
-    groups: slice
-    part: slice
-    vectors: Tensor
 
 
 class Algorithm(ABC):
@@ -134,20 +116,6 @@ class Algorithm(ABC):
             cuts: with `trims` and the scope ``model``, what is kept of each task's model.
         """
 
-    def sequence(
-        self, block: BlockData, groups: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> Iterator[Piece]:
-        """Merge all groups; their vectors come in pieces, in any order, each entry once.
-
-        Args:
-            block: the original vectors of all tasks.
-            groups: each is the union of two that came before, or of single tasks.
-            dtype: of the results.
-        """
-        for index, members in enumerate(groups):
-            merged = self.merge(block, members, dtype)
-            yield Piece(slice(index, index + 1), slice(0, merged.numel()), merged[None])
-
     def merge_masked(
         self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
     ) -> Masked:
@@ -161,8 +129,6 @@ class Declared(Algorithm):
     Methods on matrices merge tensor by tensor; trimming has its scope; others merge the block as
     one vector.
     """
-
-    _pieces: Tensor | None = None
 
     def __init__(self, method: Method, parameters: Parameters):
         super().__init__(parameters)
@@ -210,36 +176,6 @@ class Declared(Algorithm):
             {member: pack_bits(form.mask(delta, unified, options)) for member, delta in pairs},
             {member: form.rescale(delta, unified) for member, delta in pairs},
         )
-
-    def sequence(
-        self, block: BlockData, groups: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> Iterator[Piece]:
-        """See `Algorithm.sequence`: a group of a linear method adds the sums of its two parts."""
-        if self.method.linear is None:
-            yield from super().sequence(block, groups, dtype)
-            return
-        tasks = tuple(block.models)
-        weights = dict(zip(tasks, self.parameters.weights(tasks), strict=True))
-        scales = [
-            self.method.linear(self.parameters.weights(members), self.parameters.shared)
-            for members in groups
-        ]
-        size, count = block.base.numel(), len(groups)
-        step = min(size, max(1, _PIECE // max(1, count)))
-        buffer = self._buffer(count * step, dtype, block.base.device).view(count, step)
-        for start in range(0, size, max(1, step)):
-            part = slice(start, min(start + step, size))
-            models = {member: vector[part] for member, vector in block.models.items()}
-            rows = buffer[:, : part.stop - start]
-            nested_sums(block.base[part], models, weights, groups, scales, rows)
-            yield Piece(slice(0, count), part, rows)
-
-    def _buffer(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory for pieces, kept: on many systems fresh pages cost more than sums."""
-        found = self._pieces
-        if found is None or (found.dtype, found.device) != (dtype, device) or len(found) < size:
-            self._pieces = found = torch.empty(size, dtype=dtype, device=device)
-        return found[:size]
 
     def _change(
         self, block: BlockData, deltas: list[Tensor], members: Sequence[int], cuts: Cuts | None

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import math
+import base64
+import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError, NonFiniteError
-from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, trimmed_deltas
+from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, deltas_of, trimmed_deltas
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.flexmerge.trim_search import Counts, TrimSearch, widest
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.kernels.numerics import count_non_finite
-from mergekit_ext.kernels.similarity import Gram, cosines
-from mergekit_ext.parallel import Ranks
+from mergekit_ext.kernels.numerics import chunks, count_non_finite
+from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
+from mergekit_ext.kernels.similarity import Gram
+from mergekit_ext.kernels.ties import kept
+from mergekit_ext.parallel import current
 
 # Called with the name of each block that is done.
 Progress = Callable[[str], None]
 # Inner products as lists: a small tensor for each block would keep the memory of large ones, freed
 # around it, from being used again.
 Rows = list[list[float]]
+# For each model what `_packed` makes of one block's counts; None for a model that is not trimmed.
+Counts = list[str | None]
+# More than any model has: a model's cut keeps every entry at its edge, as in the authors' code.
+# Which of them come first would depend on the order of the blocks.
+ALL_TIES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -33,22 +40,12 @@ class Analysis:
     """What is known of m models.
 
     Attributes:
-        tasks: their names.
         grams: for each block the (m, m) float64 inner products of its task vectors.
         cuts: for each density asked for, the cut that trims each task's whole model.
     """
 
-    tasks: tuple[str, ...]
     grams: Mapping[str, Tensor]
     cuts: Mapping[tuple[float, ...], Cuts]
-
-    def cosines(self, block: str) -> Tensor:
-        """Return the similarities of the task vectors of one block."""
-        return cosines(self.grams[block])
-
-    def norms(self, block: str) -> list[float]:
-        """Return the norms of the task vectors of one block."""
-        return [math.sqrt(value) for value in self.grams[block].diagonal().tolist()]
 
 
 def passes(layout: Layout, densities: Sequence[float] | None) -> int:
@@ -56,7 +53,7 @@ def passes(layout: Layout, densities: Sequence[float] | None) -> int:
     if densities is None or all(density >= 1 for density in densities):
         return 1
     # Sixteen bits of the threshold a pass (`kernels.selection`), the first with the products.
-    return widest(layout).itemsize // 2
+    return layout.dtype.itemsize // 2
 
 
 def analyse(
@@ -64,9 +61,8 @@ def analyse(
     densities: Sequence[float] | None = None,
     progress: Progress = lambda name: None,
     finished: Finished | None = None,
-    ranks: Ranks | None = None,
 ) -> Analysis:
-    """Measure every block.
+    """Measure every block; the processes of a merge share them out, and all call this.
 
     Args:
         reader: reads blocks of the base and the models.
@@ -74,31 +70,26 @@ def analyse(
             trimming. Exact, which takes one pass more over the inputs (three in float64).
         progress: called after each block of each pass, in the process that did it.
         finished: what is measured already. Its subject is what the inputs are.
-        ranks: the processes that share out the blocks, all of which call this.
 
     Raises:
         NonFiniteError: an input holds NaN or infinity.
     """
-    finished, ranks = finished or Finished(), ranks or Ranks()
-    layout = reader.layout
-    blocks = _own_blocks(layout, ranks)
-    rows: dict[str, Rows] = {}
-    search = TrimSearch(layout, densities)
-    first = True
-    while first or not search.done:
+    finished, layout = finished or Finished(), reader.layout
+    blocks, rows = _own_blocks(layout), {}
+    search = _TrimSearch(layout, densities or ())
+    for number in range(passes(layout, densities)):
         for block in blocks:
             read = cache(partial(reader.read, block))
-            if first:
-                rows[block.name] = _rows(finished, "gram", block, partial(_gram, read, layout))
+            if number == 0:
+                rows[block.name] = finished.get("gram", block.name, partial(_gram, read, layout))
             if not search.done:
-                make = partial(_counts, read, search)
-                counts = finished.get("counts", search.key(block.name), search.takes, make)
-                search.add(counts)
+                search.add(
+                    finished.get("counts", search.key(block.name), partial(search.count, read))
+                )
             progress(block.name)
-        search.advance(ranks)
-        first = False
+        search.advance()
     cuts = {} if densities is None else {tuple(densities): search.cuts}
-    return Analysis(layout.tasks, _gathered(rows, layout, ranks), cuts)
+    return Analysis(_gathered(rows, layout), cuts)
 
 
 def trimmed_grams(
@@ -107,73 +98,47 @@ def trimmed_grams(
     cuts: Cuts | None,
     progress: Progress = lambda name: None,
     finished: Finished | None = None,
-    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
     """Return inner products of trimmed task vectors (`similarity_on: trimmed`).
 
     Arguments as of `analyse`; the subject of `finished` says how they are trimmed, too.
     """
-    finished, ranks = finished or Finished(), ranks or Ranks()
-    rows = {}
-    for block in _own_blocks(reader.layout, ranks):
-        make = partial(_trimmed_gram, reader, block, algorithm, cuts)
-        rows[block.name] = _rows(finished, "trimmed gram", block, make)
+
+    def made(block: BlockLayout) -> Rows:
+        members = range(len(reader.layout.tasks))
+        gram = Gram(len(members))
+        gram.add(trimmed_deltas(reader.read(block), members, algorithm.parameters, cuts))
+        rows: Rows = gram.value.tolist()
+        return rows
+
+    finished, rows = finished or Finished(), {}
+    for block in _own_blocks(reader.layout):
+        rows[block.name] = finished.get("trimmed gram", block.name, partial(made, block))
         progress(block.name)
-    return _gathered(rows, reader.layout, ranks)
+    return _gathered(rows, reader.layout)
 
 
-def _own_blocks(layout: Layout, ranks: Ranks) -> list[BlockLayout]:
+def _own_blocks(layout: Layout) -> list[BlockLayout]:
     """Return the blocks that this process measures."""
-    tasks = range(len(layout.tasks))
-    owners = ranks.share([block.bytes(tasks) for block in layout.blocks])
-    return [b for b, owner in zip(layout.blocks, owners, strict=True) if owner == ranks.rank]
+    tasks, processes = range(len(layout.tasks)), current()
+    owners = processes.share([block.bytes(tasks) for block in layout.blocks])
+    return [b for b, owner in zip(layout.blocks, owners, strict=True) if owner == processes.rank]
 
 
-def _gathered(rows: Mapping[str, Rows], layout: Layout, ranks: Ranks) -> dict[str, Tensor]:
+def _gathered(rows: Mapping[str, Rows], layout: Layout) -> dict[str, Tensor]:
     """Return those of all processes, in the order of the blocks."""
-    found = {name: gram for part in ranks.gather(rows) for name, gram in part.items()}
+    found = {name: gram for part in current().gather(rows) for name, gram in part.items()}
     names = [block.name for block in layout.blocks]
     return {name: torch.tensor(found[name], dtype=torch.float64) for name in names}
 
 
-def _rows(finished: Finished, kind: str, block: BlockLayout, make: Callable[[], Rows]) -> Rows:
-    size = len(block.parts[0].dtypes)
-    rows: Rows = finished.get(kind, block.name, partial(_are_rows, size=size), make)
-    return rows
-
-
-def _are_rows(value: Any, size: int) -> bool:
-    """Return whether these are inner products of `size` task vectors, as they are recorded."""
-    return (
-        isinstance(value, list)
-        and len(value) == size
-        and all(isinstance(row, list) and len(row) == size for row in value)
-        and all(type(item) is float and math.isfinite(item) for row in value for item in row)
-    )
-
-
 def _gram(read: Callable[[], BlockData], layout: Layout) -> Rows:
-    data = read()
-    gram = Gram(len(layout.tasks))
+    data, gram = read(), Gram(len(layout.tasks))
     gram.add(list(data.models.values()), data.base)
     if not bool(torch.isfinite(gram.value).all()):
         _raise_non_finite(data, layout)
     rows: Rows = gram.value.tolist()
     return rows
-
-
-def _trimmed_gram(
-    reader: BlockReader, block: BlockLayout, algorithm: Algorithm, cuts: Cuts | None
-) -> Rows:
-    members = range(len(reader.layout.tasks))
-    gram = Gram(len(members))
-    gram.add(trimmed_deltas(reader.read(block), members, algorithm.parameters, cuts))
-    rows: Rows = gram.value.tolist()
-    return rows
-
-
-def _counts(read: Callable[[], BlockData], search: TrimSearch) -> Counts:
-    return search.count(read())
 
 
 def _raise_non_finite(data: BlockData, layout: Layout) -> None:
@@ -193,3 +158,93 @@ def _raise_non_finite(data: BlockData, layout: Layout) -> None:
         f"{data.layout.name}: differences from the base model leave the range of the arithmetic, "
         "although all weights are finite. Take out the model with such large weights."
     )
+
+
+class _TrimSearch:
+    """Finds what trimming keeps of each whole model, a digit a pass; see `kernels.selection`.
+
+    Args:
+        layout: of the models.
+        densities: for each model the share that is kept; 1 to find nothing.
+    """
+
+    def __init__(self, layout: Layout, densities: Sequence[float]):
+        size = sum(block.size for block in layout.blocks)
+        self._passes, self._densities = 0, list(densities)
+        self._searches = [
+            CutSearch(kept(density, size), layout.dtype) if density < 1 else None
+            for density in densities
+        ]
+
+    @property
+    def done(self) -> bool:
+        """Whether `cuts` are known."""
+        return all(search is None or search.done for search in self._searches)
+
+    @property
+    def cuts(self) -> Cuts:
+        """What is kept of each model."""
+        return [
+            EVERYTHING if search is None else Cut(search.cut.pattern, ALL_TIES)
+            for search in self._searches
+        ]
+
+    def key(self, block: str) -> str:
+        """Return what names a block's counts: after the first pass they depend on densities."""
+        given = self._densities if self._passes else [density < 1 for density in self._densities]
+        return json.dumps([block, self._passes, given])
+
+    def count(self, read: Callable[[], BlockData]) -> Counts:
+        """Count one block in this pass; it counts when it is given to `add`."""
+        return [
+            None if search is None else _packed(_counted(search, read(), member))
+            for member, search in enumerate(self._searches)
+        ]
+
+    def add(self, counts: Counts) -> None:
+        """Take in what `count` found of a block."""
+        for search, found in zip(self._searches, counts, strict=True):
+            if search is not None and found is not None:
+                search.take(_unpacked(found, search.bins))
+
+    def advance(self) -> None:
+        """End a pass, in all processes, with what all of them have taken in."""
+        if self.done:
+            return
+        processes = current()
+        own = [None if s is None else _packed(s.taken) for s in self._searches]
+        for rank, counts in enumerate(processes.gather(own)):
+            if rank != processes.rank:
+                self.add(counts)
+        for search in self._searches:
+            if search is not None:
+                search.advance()
+        self._passes += 1
+
+
+def _counted(search: CutSearch, data: BlockData, member: int) -> Tensor:
+    """Return what `search` counts of a task vector, which is formed in pieces."""
+    total = torch.zeros(search.bins, dtype=torch.int64, device=data.base.device)
+    for part in chunks(data.base):
+        models = {member: data.models[member][part]}
+        piece = BlockData(data.layout, data.base[part], models)
+        total.add_(search.count(*deltas_of(piece, [member])))
+    return total
+
+
+def _packed(counts: Tensor) -> str:
+    """Return counts, most of which are 0, as text."""
+    counts = counts.cpu()
+    filled = counts.nonzero().view(-1)
+    steps = filled.diff(prepend=filled.new_zeros(1))  # small numbers, which compress well
+    content = torch.stack((steps, counts[filled])).numpy().tobytes()
+    return base64.b64encode(zlib.compress(content, 1)).decode("ascii")
+
+
+def _unpacked(text: str, size: int) -> Tensor:
+    content = bytearray(zlib.decompress(base64.b64decode(text)))
+    counts = torch.zeros(size, dtype=torch.int64)
+    if content:
+        steps, found = torch.frombuffer(content, dtype=torch.int64).view(2, -1)
+        counts[steps.cumsum(0)] = found
+    return counts

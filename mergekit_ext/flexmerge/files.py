@@ -1,21 +1,36 @@
-"""One file of a checkpoint on disk, checked before anything in it is used."""
+"""The files of a checkpoint: shards, links to them in the tasks' folders, and what is beside them.
+
+Every file is checked before anything in it is used. The manifest has the digests of shards and of
+the files beside weights; a checkpoint that is one model has such files in its own folder too.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import stat
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import CheckpointError, Problem
-from mergekit_ext.flexmerge.manifest import ShardFile
+from mergekit_ext.errors import CheckpointError, MergeWarning, Problem
+from mergekit_ext.flexmerge.manifest import DENSE, Manifest, ShardFile
 from mergekit_ext.io.headers import HeaderError, TensorHeader, read_safetensors
+from mergekit_ext.io.model_files import companions, is_weights
+from mergekit_ext.io.planned import INDEX, PlannedFile, weight_names, write_index
 
+_SHARD = ".safetensors"
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 _DAMAGED = "Copy or download the file again."
+_EDITED = "If you changed it yourself, load without `verify` (--no-verify)."
 _CHUNK = 1 << 22
 _GIT_DIGITS = 40
 
@@ -38,10 +53,7 @@ class StoredFile:
 
     def __init__(self, root: Path, file: ShardFile, verify: bool = False):
         self.file = file
-        self.path = regular_file(root, file.path, file.path, file.sha256)
-        length = self.path.stat().st_size
-        if length != file.bytes:
-            raise _refused(root, file.path, f"{length} bytes", f"{file.bytes} bytes", _DAMAGED)
+        self.path = regular_file(root, file.path, file.sha256, file.bytes, verify)
         try:
             self.headers: Mapping[str, TensorHeader] = read_safetensors(self.path)
             # Memory-mapped: what is not used is not read.
@@ -54,8 +66,6 @@ class StoredFile:
         self._open = opened
         if metadata.get("format") != "pt":
             raise _refused(root, file.path, f"metadata {metadata}", 'metadata with "format": "pt"')
-        if verify and self.path.is_relative_to(root):  # others have been compared
-            require_digest(root, self.path, file.path, file.sha256)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, on the CPU; its storage is the mapped file.
@@ -71,7 +81,13 @@ class StoredFile:
         return tensor
 
 
-def regular_file(root: Path, path: str, where: str, sha256: str | None = None) -> Path:
+def regular_file(
+    root: Path,
+    path: str,
+    sha256: str | None = None,
+    length: int | None = None,
+    verify: bool = False,
+) -> Path:
     """Return the file that `path` names inside of `root`, links resolved.
 
     In the Hub's cache files are links to blobs beside the snapshots. Such a link is followed when
@@ -80,29 +96,50 @@ def regular_file(root: Path, path: str, where: str, sha256: str | None = None) -
     Args:
         root: a folder, resolved.
         path: relative to it.
-        where: what messages call it.
         sha256: the digest of its content, where it is known.
+        length: its bytes, likewise.
+        verify: whether to compare the digest in any case, which reads the file.
 
     Raises:
-        CheckpointError: there is none, it is not a regular file, or it lies elsewhere.
+        CheckpointError: there is none, it lies elsewhere, or it is not what it should be.
     """
     try:
         resolved = (root / path).resolve(strict=True)
-        mode = resolved.stat().st_mode
+        status = resolved.stat()
     except (OSError, RuntimeError, ValueError) as error:
         # Before Python 3.13 a loop of links is a RuntimeError.
-        raise _refused(root, where, f"no file ({error})", "a file", _DAMAGED) from None
+        raise _refused(root, path, f"no file ({error})", "a file", _DAMAGED) from None
     in_cache = root.parent.name == "snapshots"
     blob = in_cache and resolved.parent == root.parent.parent / "blobs"
     if not blob and not resolved.is_relative_to(root):
         found = f"a link to {resolved}, outside of the checkpoint"
         remedy = "Do not use the checkpoint unless you know who made it."
-        raise _refused(root, where, found, "a file inside of it", remedy)
-    if not stat.S_ISREG(mode):
-        raise _refused(root, where, "something that is not a file", "a regular file")
-    if blob:
-        require_digest(root, resolved, where, sha256 or resolved.name)
+        raise _refused(root, path, found, "a file inside of it", remedy)
+    if not stat.S_ISREG(status.st_mode):
+        raise _refused(root, path, "something that is not a file", "a regular file")
+    if length not in (None, status.st_size):
+        raise _refused(root, path, f"{status.st_size} bytes", f"{length} bytes", _DAMAGED)
+    if blob or verify:
+        _compare(root, resolved, path, sha256 or resolved.name)
     return resolved
+
+
+def attempted(
+    make: Callable[[Item], Made], items: Iterable[Item]
+) -> tuple[list[Made], list[Problem]]:
+    """Return what `make` returns of each item, and the problems of those that it refuses."""
+    made: list[Made] = []
+    problems: list[Problem] = []
+
+    def attempt(item: Item) -> None:
+        try:
+            made.append(make(item))
+        except CheckpointError as refused:
+            problems.extend(refused.problems)
+
+    for item in items:
+        attempt(item)
+    return made, problems
 
 
 def _refused(
@@ -111,12 +148,8 @@ def _refused(
     return CheckpointError([Problem(where, found, expected, remedy)], str(root))
 
 
-def require_digest(root: Path, path: Path, where: str, digest: str) -> None:
-    """Compare the content of a file with its SHA-256, or with the digest that Git knows it by.
-
-    Raises:
-        CheckpointError: they differ, or the file cannot be read.
-    """
+def _compare(root: Path, path: Path, where: str, digest: str) -> None:
+    """Compare a file with its SHA-256, or with the digest that Git knows it by."""
     git = len(digest) == _GIT_DIGITS
     try:
         start = b"blob %d\0" % path.stat().st_size
@@ -137,3 +170,107 @@ def digest_of(path: Path, digest: Any = None) -> str:
             digest.update(piece[:count])
     value: str = digest.hexdigest()
     return value
+
+
+def link_model(folder: Path, home: Path, files: Sequence[PlannedFile]) -> None:
+    """Make `home` a Hugging Face checkpoint of files in `folder`: links and an index."""
+    names = weight_names(len(files), numbered=True)
+    for name, file in zip(names, files, strict=True):
+        _link_file(folder / file.path, home / name)
+    write_index(home, [(n, file.entries) for n, file in zip(names, files, strict=True)])
+
+
+def _link_file(target: Path, link: Path) -> None:
+    with suppress(OSError):
+        os.link(target, link)
+        return
+    with suppress(OSError):
+        link.symlink_to(os.path.relpath(target, link.parent))
+        return
+    shutil.copyfile(target, link)
+
+
+def described(root: Path, tasks: Sequence[str]) -> dict[str, str]:
+    """Return the digests of the files beside weights, for the manifest."""
+    return {
+        name: digest_of(root / name) for home in _homes(root, tasks) for name in _files(home, root)
+    }
+
+
+def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> Iterator[Problem]:
+    """Yield every file of the folders that is not as it was written.
+
+    Args:
+        root: the checkpoint's folder, resolved.
+        manifest: one of an older version knows nothing but weights.
+        shards: opened and verified.
+    """
+    known = manifest.task_files
+    for name, digest in known.items():
+        if ".." in PurePosixPath(name).parts:
+            yield Problem(name, "a path that climbs", "one inside of the checkpoint", _EDITED)
+            continue
+        try:
+            regular_file(root, name, digest, verify=True)
+        except CheckpointError as refused:
+            yield replace(refused.problems[0], remedy=_EDITED)
+    ordinary = {"", *(task.name for task in manifest.tasks if task.ordinary)}
+    for home in _homes(root, [task.name for task in manifest.tasks]):
+        for name in _files(home, root) if known else ():
+            if name not in known:
+                yield Problem(name, "a file that was added later", "none", _EDITED)
+        task = home.relative_to(root).name
+        wanted = [s for s in shards if s.file.kind == DENSE and task in ("", *s.file.tasks)]
+        left = {shard.file.sha256: shard.file.path for shard in wanted}
+        for path in _weights(home, shards=True):
+            # A link to a shard is not read again.
+            linked = (shard.file.sha256 for shard in wanted if path.samefile(shard.path))
+            digest = next(linked, None) or digest_of(path)
+            left.pop(digest, None)
+            if digest not in {shard.file.sha256 for shard in wanted}:
+                name = path.relative_to(root).as_posix()
+                yield Problem(name, "weights of other content", "a copy of a shard", _EDITED)
+        for name in left.values() if task in ordinary else ():
+            yield Problem(task or ".", f"no link to {name}", "one, as its index says", _EDITED)
+
+
+def warn_of_copies(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> None:
+    """Warn of folders whose weights are copies of the shards: how many bytes that takes."""
+    seen = {(state.st_dev, state.st_ino) for state in (shard.path.stat() for shard in shards)}
+    wasted = 0
+    for home in _homes(root, [task.name for task in manifest.tasks]):
+        for path in _weights(home, shards=True):
+            state = path.stat()
+            if (state.st_dev, state.st_ino) not in seen:
+                seen.add((state.st_dev, state.st_ino))
+                wasted += state.st_size
+    if wasted:
+        warnings.warn(
+            MergeWarning(
+                f"{root}: the weights in the tasks' folders are copies of those in `shards`, not "
+                f"links: {wasted:,} bytes more on the disk. Copy checkpoints with `cp -a`, "
+                "`rsync -aH` or tar, which keep links."
+            ),
+            stacklevel=3,
+        )
+
+
+def _homes(root: Path, tasks: Sequence[str]) -> list[Path]:
+    """Return the folders that are checkpoints by themselves, or would be but for masks."""
+    homes = [root / task for task in tasks if (root / task).is_dir()]
+    return [*homes, root] if (root / INDEX).is_file() else homes
+
+
+def _files(home: Path, root: Path) -> list[str]:
+    """Return all that a reader may take for a part of the model, but for links to shards."""
+    others = [path.name for path in _weights(home, shards=False)]
+    return [(home / name).relative_to(root).as_posix() for name in (*companions(home), *others)]
+
+
+def _weights(home: Path, *, shards: bool) -> list[Path]:
+    """Return files of weights in a folder: safetensors, or indexes and other formats.
+
+    Those of the model's modules lie in folders.
+    """
+    found = (path for path in sorted(home.iterdir()) if path.is_file() and is_weights(path))
+    return [path for path in found if (path.suffix == _SHARD) == shards]

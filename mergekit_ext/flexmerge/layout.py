@@ -93,6 +93,13 @@ class Layout:
     private: tuple[tuple[TensorHeader, ...], ...]
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that task vectors are formed in, the same in every block."""
+        parts = [part for block in self.blocks for part in block.parts]
+        stored = {dtype for part in parts for dtype in (part.base_dtype, *part.dtypes)}
+        return torch.float64 if torch.float64 in stored else torch.float32
+
+    @cached_property
     def private_bytes(self) -> int:
         """Bytes of all private tensors."""
         return sum(header.nbytes for headers in self.private for header in headers)

@@ -1,28 +1,57 @@
 """Merge the groups of blocks: for files, or in memory at one size after the other.
 
-What is made is what `storage.stored` lists, in its order.
+What is made is what `storage.stored` lists, in its order. NaN and infinity stop a merge.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from mergekit_ext.errors import MergeError, NonFiniteError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, Masked
-from mergekit_ext.flexmerge.finite import require_finite, require_in_range
-from mergekit_ext.flexmerge.layout import BlockLayout, Part
+from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.flexmerge.storage import Place, StoredGroup, sources, stored
+from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
+# Tensors that are only copied may have dtypes without arithmetic.
+EIGHT_BITS = {
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+}
+COPIED = {**EIGHT_BITS, "C64": torch.complex64}
 # Below this share of a dtype's largest value no rounding leads out of its range.
 _SAFE_RANGE = 0.9
+
+
+def require_finite(tensor: Tensor, name: str, task: str) -> None:
+    """Raise `NonFiniteError` if a tensor of a task holds NaN or infinity; integers never do."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    wide = tensor.float() if tensor.dtype in EIGHT_BITS.values() else tensor
+    if not all_finite(torch.view_as_real(wide) if wide.is_complex() else wide):
+        raise NonFiniteError(name, task, count_non_finite(wide), wide.numel())
+
+
+def require_in_range(tensor: Tensor, name: str) -> None:
+    """Raise `MergeError` if a merged tensor left the range of its dtype."""
+    if not all_finite(tensor):
+        count = count_non_finite(tensor)
+        raise MergeError(
+            f"{name}: {count} of {tensor.numel()} merged values are not finite in {tensor.dtype}, "
+            "although all inputs are; expected values inside of its range. Choose a wider "
+            "`dtype`, or smaller `lambda` and `weight`."
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +74,7 @@ def block_tensors(
     block: BlockLayout,
     groups: Sequence[StoredGroup],
     merging: Merging,
-    own: Callable[[int, Part], Tensor],
+    own: Callable[[int, str], Tensor],
     rescale: dict[int, float],
 ) -> Iterator[tuple[Place, str, Tensor]]:
     """Yield what is stored of some groups of a block: its place, its name, and the tensor.
@@ -55,12 +84,13 @@ def block_tensors(
         block: the block.
         groups: of its groups those that are wanted.
         merging: how.
-        own: returns a tensor of a task that is alone.
+        own: returns a tensor, or its bytes, as a task's model stores it.
         rescale: receives the rescaler of each task whose group is masked.
 
     Raises:
         MergeError: a merged or reconstructed tensor is not finite in its dtype.
     """
+    forced, algorithm = merging.forced, merging.algorithm
     shared = [task for group in groups if len(group.tasks) > 1 for task in group.tasks]
     data = reader.read(block, shared) if shared else None
     if data is not None and any(group.kind == MASKED for group in groups):
@@ -69,19 +99,23 @@ def block_tensors(
             yield Place(BASE, ()), part.name, base
     for group in groups:
         if len(group.tasks) == 1:
+            (task,) = group.tasks
             for part in block.parts:
-                yield Place(DENSE, group.tasks), part.name, own(group.tasks[0], part)
+                tensor, dtype = own(task, part.name), part.dtypes[task]
+                if forced not in (None, dtype):
+                    tensor = tensor.view(dtype).to(forced)
+                    require_in_range(tensor, part.name)
+                yield Place(DENSE, group.tasks), part.name, tensor
             continue
         assert data is not None
-        dtype = merging.forced or block.dtype(group.tasks)
-        members = (data, group.tasks, dtype, merging.cuts)
+        members = (data, group.tasks, forced or block.dtype(group.tasks), merging.cuts)
         if group.kind == DENSE:
-            vector = merging.algorithm.merge(*members)
-            yield from _parts(Place(DENSE, group.tasks), block, vector, merging.forced)
+            vector = algorithm.merge(*members)
+            yield from _parts(Place(DENSE, group.tasks), block, vector, forced)
             continue
-        found = merging.algorithm.merge_masked(*members)
-        _require_reconstructible(group, found, data, merging.forced)
-        yield from _parts(Place(UNIFIED, group.tasks), block, found.unified, merging.forced)
+        found = algorithm.merge_masked(*members)
+        _require_reconstructible(group, found, data, forced)
+        yield from _parts(Place(UNIFIED, group.tasks), block, found.unified, forced)
         for task in group.tasks:
             yield Place(MASKS, (task,)), block.name, found.masks[task].cpu()
         rescale.update(found.rescale)
@@ -132,7 +166,7 @@ class Walk:
         self._reader, self._merging = reader, merging
         blocks = reader.layout.blocks
         self._groups: list[list[StoredGroup]] = [[] for _ in blocks]
-        self._tensors: list[dict[Place, dict[str, Tensor]]] = [{} for _ in blocks]
+        self._tensors: list[dict[tuple[Place, str], Tensor]] = [{} for _ in blocks]
         self._rescale: list[dict[int, float]] = [{} for _ in blocks]
         self._private = [
             {header.name: reader.tensor(task, header.name) for header in headers}
@@ -163,37 +197,28 @@ class Walk:
         On the CPU. Not to be written to: other tasks and later sizes have the same tensors.
         """
         found = dict(self._private[task])
-        for index, block in enumerate(self._reader.layout.blocks):
-            held = self._tensors[index]
-            group = next(group for group in self._groups[index] if task in group.tasks)
-            where = sources(block.name, block.shapes, group, task, self._rescale[index])
-            for name, source in where:
-                if isinstance(source, Place):
-                    found[name] = held[source][name]
-                else:
-                    found[name] = source.reconstructed(name, partial(_held, held))
+        for index in range(len(self._groups)):
+            found.update(self._of_block(index, task))
         return found
 
+    def _of_block(self, index: int, task: int) -> Iterator[tuple[str, Tensor]]:
+        block, held = self._reader.layout.blocks[index], self._tensors[index]
+        group = next(group for group in self._groups[index] if task in group.tasks)
+        where = sources(block.name, block.shapes, group, task, self._rescale[index])
+        for name, source in where:
+            if isinstance(source, Place):
+                yield name, held[source, name]
+            else:
+                yield name, source.reconstructed(name, lambda *key: held[key])
+
     def _change(self, index: int, wanted: list[StoredGroup]) -> None:
-        block, before = self._reader.layout.blocks[index], self._groups[index]
+        reader, before, held = self._reader, self._groups[index], self._tensors[index]
+        block = reader.layout.blocks[index]
         new = [group for group in wanted if group not in before]
-        held, rescale = self._tensors[index], self._rescale[index]
         for place, name, tensor in block_tensors(
-            self._reader, block, new, self._merging, self._own, rescale
+            reader, block, new, self._merging, reader.tensor, self._rescale[index]
         ):
-            kept = tensor.clone() if place.kind == BASE else tensor
-            held.setdefault(place, {})[name] = kept
-        needed = {place for place, _, _ in stored(block.name, block.shapes, wanted)}
-        self._tensors[index] = {place: found for place, found in held.items() if place in needed}
+            held[place, name] = tensor.clone() if place.kind == BASE else tensor
+        needed = {(place, name) for place, name, _ in stored(block.name, block.shapes, wanted)}
+        self._tensors[index] = {key: held[key] for key in needed}
         self._groups[index] = wanted
-
-    def _own(self, task: int, part: Part) -> Tensor:
-        tensor = self._reader.tensor(task, part.name)
-        if self._merging.forced is not None:
-            tensor = tensor.to(self._merging.forced)
-            require_in_range(tensor, part.name)
-        return tensor
-
-
-def _held(tensors: Mapping[Place, Mapping[str, Tensor]], place: Place, name: str) -> Tensor:
-    return tensors[place][name]

@@ -1,13 +1,15 @@
-"""Where the modules of several tasks go when one device does not hold them: with accelerate.
+"""Where the modules of several tasks go, so that what the checkpoint stores once is there once.
 
-accelerate plans for one module. `Union` is one without data: it has the tree of a task's module,
-and each part of it holds the tensors of all tasks there, one that several share once. So a plan for
-a part is right for that part of every task, and what tasks share comes to lie in one place.
+On one device `Sharing` sees to it; over several devices `place` does, with accelerate. accelerate
+plans for one module. `Union` is one without data: it has the tree of a task's module, and each part
+of it holds the tensors of all tasks there, one that several share once. So a plan for a part is
+right for that part of every task, and what tasks share comes to lie in one place.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,8 +29,84 @@ _Plan: TypeAlias = Mapping[str, Device]
 # The memory, dtype, shape and strides of a tensor.
 _Range: TypeAlias = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
+# What a memory range on the CPU has become on a device, and the range itself.
+Moved: TypeAlias = dict[object, tuple[Tensor, Tensor]]
+# By layer, tensors of a checkpoint that a module does not hold, but was computed from.
+_Sources: TypeAlias = dict[str, dict[str, Tensor]]
+
 _WEIGHT = "weight"
 _SUBJECT = "placing these models"
+
+
+class Sharing:
+    """What the modules loaded so far are made of, so that the next one can use it too.
+
+    A loaded module either holds the checkpoint's tensors themselves, or tensors that were computed
+    from them: cast, or converted, as transformers stacks the experts of a layer. The first kind is
+    shared as it is; on another device the tensor that was moved for an earlier module is taken. One
+    of the second kind is taken from an earlier module if both modules computed it from a tensor
+    that their tasks share, and if the values are equal.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._moved: Moved = {}
+        self._computed: dict[str, list[tuple[Tensor, _Sources]]] = defaultdict(list)
+
+    def add(self, module: Any, stored: Mapping[str, Tensor]) -> None:
+        """Move a module to the device, sharing with the earlier ones what can be shared.
+
+        Args:
+            module: a ``torch.nn.Module`` on the CPU; its tensors are replaced, its parameters stay
+                the same objects.
+            stored: the checkpoint's tensors of the task that are stored as they are. A tensor that
+                two tasks share is the same object for both.
+        """
+        names = {_storage(tensor): name for name, tensor in stored.items()}
+        held = [*module.named_parameters(), *module.named_buffers()]
+        used = {_storage(tensor) for _, tensor in held}
+        # Which of these a parameter came from is transformers' knowledge, but for the layer.
+        sources: _Sources = defaultdict(dict)
+        for storage, name in names.items():
+            if storage not in used:
+                sources[_layer(name)][name] = stored[name]
+        for name, tensor in held:
+            if tensor.numel() == 0:
+                tensor.data = tensor.data.to(self._device)
+            elif _storage(tensor) in names:
+                tensor.data = _on(self._device, tensor.data, self._moved)
+            else:
+                tensor.data = self._shared(name, tensor.data.to(self._device), sources)
+
+    def _shared(self, name: str, tensor: Tensor, sources: _Sources) -> Tensor:
+        """Return an earlier module's tensor in place of a computed one, if there is one."""
+        earlier, layer = self._computed[name], _layer(name)
+        for other, theirs in earlier:
+            common = any(theirs[layer].get(key) is own for key, own in sources[layer].items())
+            if common and other.dtype == tensor.dtype and torch.equal(other, tensor):
+                return other
+        earlier.append((tensor, sources))
+        return tensor
+
+
+def _layer(name: str) -> str:
+    """Return the first number in a tensor's name, or nothing."""
+    return next((part for part in name.split(".") if part.isdecimal()), "")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _on(device: Device, tensor: Tensor, moved: Moved) -> Tensor:
+    """Return a tensor on a device, where each memory range is moved once."""
+    if tensor.device == device:
+        return tensor
+    key = (*_range(tensor), device)
+    if key not in moved:
+        # The tensor on the CPU is kept with the moved one: its address must not be given away.
+        moved[key] = tensor, tensor.to(device)
+    return moved[key][1]
 
 
 def place(
@@ -43,9 +121,7 @@ def place(
     Args:
         modules: each task's, on the CPU, sharing their tensors.
         tensors: the checkpoint's, of each task.
-        device_map: see `mergekit_ext.flexmerge.load`.
-        max_memory: likewise.
-        offload_folder: likewise.
+        device_map, max_memory, offload_folder: see `mergekit_ext.flexmerge.load`.
 
     Raises:
         ConfigError: the modules cannot be placed so.
@@ -66,9 +142,12 @@ def place(
         on_disk = {n: t.data for n, t in held if _device_of(n, plans[task]) == DISK}
         disk.add(task, on_disk, tensors[task])
     disk.fill()
-    moved: dict[object, tuple[Tensor, Tensor]] = {}
+    moved: Moved = {}
     for task, module in modules.items():
-        _move(module, plans[task], moved)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            device = _device_of(name, plans[task])
+            if device not in (CPU, DISK):
+                tensor.data = _on(device, tensor.data, moved)
         devices = set(plans[task].values())
         if len(devices) == 1 and DISK not in devices:
             module.hf_device_map = plans[task]  # where accelerate keeps it
@@ -210,19 +289,6 @@ def _is_here(device: Device) -> bool:
     return True
 
 
-def _move(module: Any, plan: _Plan, moved: dict[object, tuple[Tensor, Tensor]]) -> None:
-    """Put the tensors of other devices there, unless an earlier module has."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        device = _device_of(name, plan)
-        if device in (CPU, DISK):
-            continue
-        key = (*_range(tensor), device)
-        if key not in moved:
-            # The tensor on the CPU is kept with the moved one: its address must not be given away.
-            moved[key] = tensor.data, tensor.data.to(device)
-        tensor.data = moved[key][1]
-
-
 def _device_of(name: str, plan: _Plan) -> Device:
     return next(plan[part] for part in _prefixes(name) if part in plan)
 
@@ -242,12 +308,13 @@ class _Disk:
 
     def add(self, task: str, wanted: Mapping[str, Tensor], stored: TaskTensors) -> None:
         """Record what a task's module wants to have on disk."""
-        known = {_range(stored[name]): name for name in stored if stored.is_stored(name)}
+        files = stored.files
+        known = {_range(stored[name]): name for name in files}
         index = self.indices[task] = {}
         for name, tensor in wanted.items():
             key = _range(tensor)
             if key in known:
-                path, inside = stored.file(known[key]), known[key]
+                path, inside = files[known[key]].path, known[key]
             else:
                 home = Path(self._folder or "")
                 path, _ = self._files.setdefault(

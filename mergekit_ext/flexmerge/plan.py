@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from mergekit_ext.core.parameters import Parameter, choice
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.storage import GroupStorage, StoredGroup
-from mergekit_ext.flexmerge.target import Size, Target
+from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
 from mergekit_ext.kernels.channel import kmeans_groups
-from mergekit_ext.kernels.grouping import MergeOrder, merge_order, partition
+from mergekit_ext.kernels.grouping import LINKAGES, ORDERS, MergeOrder, merge_order, partition
+
+DEFAULT_ALGORITHM = "task_arithmetic"
+
+
+def options(target: Any, blocks: Sequence[str], example: str) -> tuple[Parameter, ...]:
+    """Return the parameters that FlexMerge has for models and for adapters.
+
+    Args:
+        target: the type of `target_size`.
+        blocks: what a block can be, the default first.
+        example: a target size.
+    """
+    either = f"{example}, or a budget such as '12GB'"
+    about = f"what everything may take: {either}"
+    return (
+        Parameter("target_size", target, description=about, remedy=f"Write {either}."),
+        Parameter("algorithm", str, DEFAULT_ALGORITHM, "how the members of a group are merged"),
+        Parameter("granularity", choice(*blocks), blocks[0], "what a block is"),
+        Parameter("linkage", choice(*LINKAGES), "min", "similarity of two groups"),
+        Parameter("order", choice(*ORDERS), "greedy", "which groups are merged first"),
+    )
 
 
 @dataclass(frozen=True)
@@ -24,10 +47,9 @@ class Plan:
 
 
 class Planner(ABC):
-    """Finds the plan for a target size."""
+    """Finds the plan for a target size; `storage` says what groups take."""
 
-    def __init__(self, storage: GroupStorage):
-        self.storage = storage
+    storage: GroupStorage
 
     @abstractmethod
     def plan(self, target: Target) -> Plan:
@@ -78,27 +100,24 @@ class Dendrograms(Planner):
         order: str = "greedy",
         seed: int = 0,
     ):
-        super().__init__(storage)
+        self.storage = storage
         self.order: MergeOrder = merge_order(similarities, linkage, order, seed)
-        self.trajectory = tuple(map(storage.size, self._bytes()))
+        done = [0] * storage.blocks
+        now = [storage.bytes(block, self._groups(block, 0)) for block in range(storage.blocks)]
+        totals = [sum(now)]
+        for block in self.order.steps:
+            done[block] += 1
+            before = now[block]
+            now[block] = storage.bytes(block, self._groups(block, done[block]))
+            totals.append(totals[-1] + now[block] - before)
+        self.trajectory = tuple(map(storage.size, totals))
 
     @property
     def sizes(self) -> list[float]:
         """See `Planner.sizes`."""
         return sorted({size.models for size in self.trajectory}, reverse=True)
 
-    def _bytes(self) -> list[int]:
-        now = [self.storage.bytes(i, self._stored(i, 0)) for i in range(self.storage.blocks)]
-        done = [0] * len(now)
-        totals = [sum(now)]
-        for index in self.order.steps:
-            done[index] += 1
-            before = now[index]
-            now[index] = self.storage.bytes(index, self._stored(index, done[index]))
-            totals.append(totals[-1] + now[index] - before)
-        return totals
-
-    def _stored(self, block: int, merges: int) -> tuple[StoredGroup, ...]:
+    def _groups(self, block: int, merges: int) -> tuple[StoredGroup, ...]:
         sequence = self.order.sequences[block][:merges]
         similarity = {merge.union: merge.similarity for merge in sequence}
         groups = partition(sequence, self.storage.tasks)
@@ -106,11 +125,9 @@ class Dendrograms(Planner):
 
     def at(self, step: int) -> Plan:
         """Return the plan after so many merges."""
-        done = [0] * self.storage.blocks
-        for index in self.order.steps[:step]:
-            done[index] += 1
-        groups = tuple(self._stored(index, merges) for index, merges in enumerate(done))
-        return Plan(groups, self.trajectory[step])
+        done = Counter(self.order.steps[:step])
+        groups = (self._groups(block, done[block]) for block in range(self.storage.blocks))
+        return Plan(tuple(groups), self.trajectory[step])
 
     def plan(self, target: Target) -> Plan:
         """See `Planner.plan`."""
@@ -123,8 +140,7 @@ class Clusters(Planner):
     """Channel merging: in every block the same number of K-means clusters."""
 
     def __init__(self, storage: GroupStorage, grams: Sequence[Tensor], seed: int = 0):
-        super().__init__(storage)
-        self._grams, self._seed = tuple(grams), seed
+        self.storage, self._grams, self._seed = storage, tuple(grams), seed
 
     @property
     def sizes(self) -> list[float]:
@@ -133,15 +149,10 @@ class Clusters(Planner):
 
     def plan(self, target: Target) -> Plan:
         """See `Planner.plan`; the target is the number of clusters."""
-        clusters = whole_models(target, self.storage.tasks)
-        groups = tuple(
-            self.storage.groups(
-                [(tasks, None) for tasks in kmeans_groups(gram, clusters, self._seed)]
-            )
-            for gram in self._grams
-        )
-        total = sum(self.storage.bytes(index, found) for index, found in enumerate(groups))
-        return Plan(groups, self.storage.size(total))
+        clusters, storage = whole_models(target, self.storage.tasks), self.storage
+        found = (kmeans_groups(gram, clusters, self._seed) for gram in self._grams)
+        groups = tuple(storage.groups([(tasks, None) for tasks in each]) for each in found)
+        return Plan(groups, storage.size(sum(map(storage.bytes, range(storage.blocks), groups))))
 
 
 def whole_models(target: Target, count: int) -> int:

@@ -1,18 +1,22 @@
-"""Read a FlexMerge checkpoint: docs/flexmerge-format.md, "What a reader must check"."""
+"""Read a FlexMerge checkpoint: docs/flexmerge-format.md, "What a reader must check".
+
+A task is read tensor by tensor, or written as an ordinary Hugging Face folder.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
-from mergekit_ext.flexmerge import task_folders
-from mergekit_ext.flexmerge.files import StoredFile
+from mergekit_ext.flexmerge import files as on_disk
+from mergekit_ext.flexmerge.files import StoredFile, attempted, regular_file
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.manifest import (
     BASE,
@@ -25,9 +29,11 @@ from mergekit_ext.flexmerge.manifest import (
 )
 from mergekit_ext.flexmerge.storage import MaskedTensor, Place, Shape, sources, stored
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.io.planned import Entry
+from mergekit_ext.io.model_files import companions
+from mergekit_ext.io.planned import Entry, split, weight_names, write_index
+from mergekit_ext.io.staging import new_folder
 
-_CPU = torch.device("cpu")
+_SHARD_BYTES = 5_000_000_000
 
 
 def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Checkpoint:
@@ -44,24 +50,15 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
     """
     manifest = read_manifest(folder)
     root = Path(folder).resolve()
-    opened = [_opened(root, entry, verify) for entry in manifest.files]
-    files = [each for each in opened if isinstance(each, StoredFile)]
-    problems = [each for each in opened if isinstance(each, Problem)]
+    files, problems = attempted(lambda file: StoredFile(root, file, verify), manifest.files)
     # Without a file its tensors would all be missing.
     if not problems:
         problems = list(islice(_content_problems(manifest, files), MOST_SHOWN))
         if verify:
-            problems += task_folders.problems(root, manifest, files)
+            problems += on_disk.problems(root, manifest, files)
     if problems:
         raise CheckpointError(islice(problems, MOST_SHOWN), str(folder))
     return Checkpoint(root, manifest, files)
-
-
-def _opened(root: Path, file: ShardFile, verify: bool) -> StoredFile | Problem:
-    try:
-        return StoredFile(root, file, verify)
-    except CheckpointError as refused:
-        return refused.problems[0]
 
 
 def _place_of(file: ShardFile) -> Place:
@@ -71,28 +68,25 @@ def _place_of(file: ShardFile) -> Place:
 
 def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterator[Problem]:
     """Yield what the files hold and should not, and what they lack."""
-    expected: dict[Place, dict[str, Shape]] = {}
+    expected: dict[tuple[Place, str], Shape] = {}
     for block in manifest.blocks:
         for place, name, shape in stored(block.name, block.shapes, block.groups):
-            expected.setdefault(place, {})[name] = shape
+            expected[place, name] = shape
     for entry in manifest.private:
-        shapes = {tensor.name: tensor.shape for tensor in entry.tensors}
-        expected.setdefault(Place(DENSE, (entry.task,)), {}).update(shapes)
-    found: dict[Place, dict[str, str]] = {}
-    total = 0
+        for tensor in entry.tensors:
+            expected[Place(DENSE, (entry.task,)), tensor.name] = tensor.shape
+    found: dict[tuple[Place, str], str] = {}
     for file in files:
-        path, place = file.file.path, _place_of(file.file)
-        paths = found.setdefault(place, {})
         for name, header in file.headers.items():
-            total += header.nbytes
-            if name in paths:
-                twice = f"{name}, which {paths[name]} holds too"
+            path, key = file.file.path, (_place_of(file.file), name)
+            if key in found:
+                twice = f"{name}, which {found[key]} holds too"
                 yield Problem(path, twice, "each tensor in one file")
-            paths[name] = path
-            yield from _tensor_problems(file.file, header, expected.get(place, {}).get(name))
-    for place, shapes in expected.items():
-        for name in (name for name in shapes if name not in found.get(place, {})):
-            yield Problem(name, f"nothing in {place}", "every tensor of the manifest's blocks")
+            found[key] = path
+            yield from _tensor_problems(file.file, header, expected.get(key))
+    for place, name in (key for key in expected if key not in found):
+        yield Problem(name, f"nothing in {place}", "every tensor of the manifest's blocks")
+    total = sum(header.nbytes for file in files for header in file.headers.values())
     if total != manifest.size.bytes:
         wanted = f"{total}, the bytes of all tensors in the files"
         yield Problem("size.bytes", f"{manifest.size.bytes}", wanted)
@@ -119,15 +113,13 @@ class Checkpoint:
     Attributes:
         folder: where it lies, resolved.
         manifest: what it holds.
+        files: the file of each tensor.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, files: Sequence[StoredFile]):
-        self.folder, self.manifest, self._files = folder, manifest, files
-        self._places: dict[Place, dict[str, StoredFile]] = {}
-        for file in files:
-            places = self._places.setdefault(_place_of(file.file), {})
-            places.update(dict.fromkeys(file.headers, file))
-        self._loaded: dict[tuple[Place, str, torch.device], Tensor] = {}
+        self.folder, self.manifest, self._opened = folder, manifest, files
+        self.files = {(_place_of(file.file), name): file for file in files for name in file.headers}
+        self._loaded: dict[tuple[Place, str], Tensor] = {}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -136,53 +128,40 @@ class Checkpoint:
 
     def warn_of_copies(self) -> None:
         """Warn where the tasks' folders hold copies of the shards, and no links."""
-        task_folders.warn_of_copies(self.folder, self.manifest, self._files)
+        on_disk.warn_of_copies(self.folder, self.manifest, self._opened)
 
-    def known_task(self, task: str) -> str:
-        """Return `task`, if the checkpoint has it.
-
-        Raises:
-            CheckpointError: it has not.
-        """
-        if task in self.tasks:
-            return task
-        problem = Problem("task", repr(task), f"one of {', '.join(self.tasks)}")
-        raise CheckpointError([problem], str(self.folder))
-
-    def tensors(self, task: str, device: str | torch.device = "cpu") -> TaskTensors:
+    def tensors(self, task: str) -> TaskTensors:
         """Return the tensors of one task by their ordinary names, each made when it is asked for.
 
-        Dense tensors are loaded once for each device and kept as long as the checkpoint is: all
-        tasks that share one get the same object. On the CPU its storage is the mapped file, so that
-        what is not used takes no memory, and writing to it changes no file. A tensor of a masked
-        block is reconstructed at every access and is the caller's own.
+        Dense tensors are loaded once and kept as long as the checkpoint is: all tasks that share
+        one get the same object. Its storage is the mapped file, so that what is not used takes no
+        memory, and writing to it changes no file. A tensor of a masked block is reconstructed at
+        every access and is the caller's own.
 
         Raises:
             CheckpointError: the checkpoint has no such task.
         """
-        return TaskTensors(self, self.known_task(task), torch.device(device))
+        if task not in self.tasks:
+            problem = Problem("task", repr(task), f"one of {', '.join(self.tasks)}")
+            raise CheckpointError([problem], str(self.folder))
+        return TaskTensors(self, task)
 
-    def load(self, place: Place, name: str, device: torch.device = _CPU) -> Tensor:
-        """Return a tensor as the files hold it, loaded once for each device."""
-        key = (place, name, device)
-        if key not in self._loaded:
-            self._loaded[key] = self.read(place, name).to(device)
-        return self._loaded[key]
+    def load(self, place: Place, name: str) -> Tensor:
+        """Return a tensor as the files hold it, loaded once."""
+        if (place, name) not in self._loaded:
+            self._loaded[place, name] = self.read(place, name)
+        return self._loaded[place, name]
 
     def read(self, place: Place, name: str) -> Tensor:
         """Return a tensor as the files hold it, on the CPU; it is not kept."""
-        return self.file(place, name).tensor(name)
-
-    def file(self, place: Place, name: str) -> StoredFile:
-        """Return the file of a tensor."""
-        return self._places[place][name]
+        return self.files[place, name].tensor(name)
 
 
 class TaskTensors(Mapping[str, Tensor]):
     """See `Checkpoint.tensors`. Names come in the order of the manifest."""
 
-    def __init__(self, checkpoint: Checkpoint, task: str, device: torch.device):
-        self._checkpoint, self._device = checkpoint, device
+    def __init__(self, checkpoint: Checkpoint, task: str):
+        self._checkpoint = checkpoint
         self._sources: dict[str, Place | MaskedTensor] = {}
         for block in checkpoint.manifest.blocks:
             group = next(group for group in block.groups if task in group.tasks)
@@ -201,22 +180,68 @@ class TaskTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         source = self._sources[name]
         if isinstance(source, Place):
-            return self._checkpoint.load(source, name, self._device)
-        return source.reconstructed(name, self._checkpoint.read, self._device)
+            return self._checkpoint.load(source, name)
+        return source.reconstructed(name, self._checkpoint.read)
 
-    def is_stored(self, name: str) -> bool:
-        """Return whether the files hold the tensor as it is: every access gives the same one."""
-        return isinstance(self._sources[name], Place)
-
-    def file(self, name: str) -> Path:
-        """Return the file that holds a tensor for which `is_stored`, under its name."""
-        place = self._sources[name]
-        assert isinstance(place, Place)
-        return self._checkpoint.file(place, name).path
+    @property
+    def files(self) -> dict[str, StoredFile]:
+        """The files of the tensors that are stored as they are: every access gives the same one."""
+        stored = {name: s for name, s in self._sources.items() if isinstance(s, Place)}
+        return {name: self._checkpoint.files[place, name] for name, place in stored.items()}
 
     def entry(self, name: str) -> Entry:
         """Return dtype and shape of a tensor without reading it."""
         source = self._sources[name]
         place = source if isinstance(source, Place) else source.unified
-        header = self._checkpoint.file(place, name).headers[name]
+        header = self._checkpoint.files[place, name].headers[name]
         return Entry(name, header.dtype, tuple(header.shape), header.nbytes)
+
+
+def export(
+    path: str | os.PathLike[str],
+    task: str,
+    out: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Write one task as a folder that needs nothing of ours: weights, configuration, tokenizer.
+
+    Dense tensors are copied, those of masked blocks reconstructed, one shard in memory at a time.
+
+    Args:
+        path: folder with ``flexmerge.json``.
+        task: name of the task.
+        out: a folder that does not exist or is empty; it appears when it is complete.
+        verify: compare the files with their digests first.
+        shard_bytes: a shard has no more, unless one tensor alone has.
+
+    Raises:
+        CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, or has no such
+            task.
+        ConfigError: `out` cannot be written.
+    """
+    checkpoint = open_checkpoint(path, verify)
+    root, tensors = checkpoint.folder, checkpoint.tensors(task)
+    names = list(dict.fromkeys(["config.json", *companions(root / task)]))
+    sources, problems = attempted(lambda name: regular_file(root, f"{task}/{name}"), names)
+    if problems:
+        raise CheckpointError(problems, str(root))
+    with new_folder(out, "this export", "OUT") as folder:
+        for name, source in zip(names, sources, strict=True):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / name)
+        _write_weights(folder, tensors, shard_bytes)
+    checkpoint.warn_of_copies()
+
+
+def _write_weights(folder: Path, tensors: TaskTensors, shard_bytes: int) -> None:
+    # A model without any tensor is one empty shard.
+    shards = split(map(tensors.entry, tensors), shard_bytes) or [()]
+    files = list(zip(weight_names(len(shards)), shards, strict=True))
+    for name, entries in files:
+        # A tensor may be a view of the mapped file, or of another tensor.
+        content = {entry.name: tensors[entry.name].contiguous() for entry in entries}
+        save_file(content, folder / name, metadata={"format": "pt"})
+    if len(files) > 1:
+        write_index(folder, files)

@@ -13,9 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.files import regular_file
-from mergekit_ext.flexmerge.placement import DeviceMap, MaxMemory, place
+from mergekit_ext.flexmerge.placement import DeviceMap, MaxMemory, Sharing, place
 from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
-from mergekit_ext.flexmerge.sharing import Sharing
 
 
 def load(
@@ -71,17 +70,16 @@ def load(
         problem = Problem("device", f"{device} beside device_map", "one of the two")
         raise ConfigError([problem], "placing these models")
     checkpoint = open_checkpoint(path, verify)
-    names = checkpoint.tasks if task is None else (checkpoint.known_task(task),)
+    names = checkpoint.tasks if task is None else (task,)
+    held = {name: checkpoint.tensors(name) for name in names}
     sharing = Sharing(torch.device(device))
     modules: dict[str, Any] = {}
-    for name in names:
-        tensors = checkpoint.tensors(name)
+    for name, tensors in held.items():
         module = _of_checkpoint(checkpoint, name, dict(tensors), dtype, trust_remote_code)
         # Tensors that were reconstructed are the task's own, and so in the module alone.
-        sharing.add(module, {key: tensors[key] for key in tensors if tensors.is_stored(key)})
+        sharing.add(module, {key: tensors[key] for key in tensors.files})
         modules[name] = module
     if device_map is not None:
-        held = {name: checkpoint.tensors(name) for name in names}
         place(modules, held, device_map, max_memory, offload_folder)
     checkpoint.warn_of_copies()
     return modules if task is None else modules[task]
@@ -97,7 +95,7 @@ def _of_checkpoint(
     home = checkpoint.folder / task
     for file in ("config.json", "generation_config.json"):
         if file == "config.json" or (home / file).exists():
-            regular_file(checkpoint.folder, f"{task}/{file}", f"{task}/{file}")
+            regular_file(checkpoint.folder, f"{task}/{file}")
     return build_module(home, tensors, dtype, trust_remote_code=trust_remote_code)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from mergekit_ext.io.headers import TensorHeader
 _READ_AHEAD = 128 << 10
 
 
-class Source(Protocol):
+class Source(ABC):
     """The stored tensors of one model.
 
     Attributes:
@@ -31,21 +31,25 @@ class Source(Protocol):
         files: where, so that a change can be noticed.
     """
 
-    name: str
-    tensors: Mapping[str, TensorHeader]
-    files: Collection[Path]
+    def __init__(
+        self, name: str, tensors: Mapping[str, TensorHeader], files: Collection[Path] = ()
+    ):
+        self.name, self.tensors, self.files = name, tensors, files
 
-    def read(self, name: str, out: Tensor) -> None:
-        """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
-
-    def expect(self, name: str) -> None:
-        """Prepare for a `read` of a tensor that comes soon."""
-
+    @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """Return the stored tensor; mapped, where that is possible, so that it costs no memory."""
 
+    def read(self, name: str, out: Tensor) -> None:
+        """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
+        stored = self.tensor(name).contiguous().reshape(-1)
+        out.view(torch.uint8).copy_(stored.view(torch.uint8))
 
-class FileSource:
+    def expect(self, name: str) -> None:  # noqa: B027
+        """Prepare for a `read` of a tensor that comes soon."""
+
+
+class FileSource(Source):
     """Tensors in safetensors files, read straight to where they are needed.
 
     A plain read copies at memory speed; a memory map would pay a page fault every 4 KiB, which
@@ -53,16 +57,17 @@ class FileSource:
     """
 
     def __init__(self, name: str, tensors: Mapping[str, TensorHeader]):
-        self.name, self.tensors = name, tensors
         found = {header.file for header in tensors.values() if header.file is not None}
-        self.files: Collection[Path] = found
+        super().__init__(name, tensors, found)
+
+    def tensor(self, name: str) -> Tensor:
+        """See `Source`."""
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            mapped: Tensor = file.get_tensor(self.tensors[name].name)
+        return mapped
 
     def read(self, name: str, out: Tensor) -> None:
-        """See `Source`.
-
-        Raises:
-            OSError: the file is gone, or shorter than it was.
-        """
+        """See `Source`; raise `OSError` if the file is gone, or shorter than it was."""
         header = self.tensors[name]
         if header.nbytes == 0:
             return
@@ -89,15 +94,9 @@ class FileSource:
         finally:
             os.close(descriptor)
 
-    def tensor(self, name: str) -> Tensor:
-        """See `Source`."""
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            mapped: Tensor = file.get_tensor(self.tensors[name].name)
-        return mapped
 
-
-class LoadedSource:
-    """Tensors that something else loads: pickles, or a model with an adapter."""
+class LoadedSource(Source):
+    """Tensors that `load` returns by their stored names: those of pickles."""
 
     def __init__(
         self,
@@ -106,15 +105,8 @@ class LoadedSource:
         load: Callable[[str], Tensor],
         files: Collection[Path] = (),
     ):
-        self.name, self.tensors, self.files, self._load = name, tensors, files, load
-
-    def read(self, name: str, out: Tensor) -> None:
-        """See `Source`."""
-        stored = self._load(self.tensors[name].name).contiguous().reshape(-1)
-        out.view(torch.uint8).copy_(stored.view(torch.uint8))
-
-    def expect(self, name: str) -> None:
-        """See `Source`; nothing can be done ahead."""
+        super().__init__(name, tensors, files)
+        self._load = load
 
     def tensor(self, name: str) -> Tensor:
         """See `Source`."""
@@ -155,13 +147,6 @@ class BlockReader:
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
         self._bytes = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._largest = max(block.size for block in layout.blocks)
-        stored = {
-            FLOATING[s.tensors[p.name].dtype]
-            for s in (base, *models)
-            for b in layout.blocks
-            for p in b.parts
-        }
-        self._least = torch.float64 if torch.float64 in stored else None
         self._place = {block.name: index for index, block in enumerate(layout.blocks)}
         self._last, self._expected = -1, 0  # the place last read, and where announcing goes on
         # A thread of its own: the system lets a thread wait that announces more than its queue
@@ -215,8 +200,14 @@ class BlockReader:
 
     def _vector(self, index: int, source: Source, block: BlockLayout) -> Tensor:
         dtypes = [FLOATING[source.tensors[part.name].dtype] for part in block.parts]
-        dtype = self._least or reduce(torch.promote_types, dtypes)
-        vector = self._buffer(index, dtype, block.size)
+        dtype = reduce(torch.promote_types, dtypes)
+        if self.layout.dtype == torch.float64:
+            dtype = torch.float64
+        # One buffer is enough off the CPU, where `to` copies.
+        key = (index if self._device.type == "cpu" else 0, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self._largest, dtype=dtype)
+        vector = self._buffers[key][: block.size]
         for part, stored in zip(block.parts, dtypes, strict=True):
             piece = vector[part.slice]
             if stored == dtype:
@@ -226,13 +217,6 @@ class BlockReader:
                 source.read(part.name, narrow)
                 piece.copy_(narrow)
         return vector if self._device.type == "cpu" else vector.to(self._device)
-
-    def _buffer(self, index: int, dtype: torch.dtype, size: int) -> Tensor:
-        # One buffer is enough off the CPU, where `to` copies.
-        key = (index if self._device.type == "cpu" else 0, dtype)
-        if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers[key] = torch.empty(max(self._largest, size), dtype=dtype)
-        return self._buffers[key][:size]
 
 
 def _announce(sources: Sequence[Source], block: BlockLayout) -> None:

@@ -16,16 +16,69 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from mergekit_ext.core.memory import FIRST_BYTES, count_or_bytes
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED, FileKind
-from mergekit_ext.flexmerge.target import Size, Target, out_of_reach
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
 
+EXPECTED = "a number of models such as 2.25, or a memory budget such as '12GB'"
+# A budget that holds every merge, where all sizes are wanted.
+ANY_SIZE = "1000000TB"
+# Sizes are ratios of byte counts: 2.25 must hold a merge of exactly 2.25 models.
+_ROUNDING = 1e-9
 # From here on masks and one vector are smaller than the members themselves.
 _MASKED_FROM = 3
 
 Shape: TypeAlias = tuple[int, ...]
+# Partitions of the tasks, with the similarity that each group was merged at.
+Partition: TypeAlias = Sequence[tuple[tuple[int, ...], float | None]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is stored.
+
+    Attributes:
+        bytes: of all tensors, each once.
+        unit_bytes: of the shareable tensors of one model, on average over the inputs.
+        private_bytes: of tensors that are never shared; in `bytes`.
+    """
+
+    bytes: int
+    unit_bytes: float
+    private_bytes: int
+
+    @property
+    def models(self) -> float:
+        """``(bytes - private_bytes) / unit_bytes``: m when nothing is shared."""
+        return (self.bytes - self.private_bytes) / self.unit_bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a merge may occupy: so many `models` (or adapters), as `Size.models`; or `bytes`."""
+
+    models: float | None = None
+    bytes: int | None = None
+
+    @classmethod
+    def parse(cls, value: object, expected: str = EXPECTED) -> Target:
+        """Read a size as `count_or_bytes` does; raise `ValueError` with `expected`."""
+        return cls(*count_or_bytes(value, expected))
+
+    def holds(self, size: Size) -> bool:
+        """Return whether a merge of that size is small enough."""
+        if self.bytes is not None:
+            return size.bytes <= self.bytes
+        return size.models <= (self.models or 0) * (1 + _ROUNDING)
+
+    def exceeds(self, largest: Size) -> bool:
+        """Return whether it is above the size at which nothing is merged; a budget may be."""
+        return self.models is not None and self.models > largest.models * (1 + _ROUNDING)
+
+    def __str__(self) -> str:
+        return f"{self.models:.15g}" if self.bytes is None else f"{self.bytes} bytes"
 
 
 @dataclass(frozen=True)
@@ -65,7 +118,7 @@ def stored(
     """
     bits = 0
     if any(group.kind == MASKED for group in groups):
-        bits = sum(math.prod(shape) for shape in shapes.values())
+        bits = sum(map(math.prod, shapes.values()))
         for name, shape in shapes.items():
             yield _BASE, name, shape
     for group in groups:
@@ -77,9 +130,23 @@ def stored(
             yield Place(MASKS, (task,)), block, (-(-bits // 8),)
 
 
+def stored_of(
+    block: BlockLayout, groups: Sequence[StoredGroup], forced: torch.dtype | None
+) -> Iterator[tuple[Place, str, Shape, torch.dtype]]:
+    """Yield what `stored` does of a block of models, and in which dtype."""
+    parts = {part.name: part for part in block.parts}
+    for place, name, shape in stored(block.name, block.shapes, groups):
+        if place.kind == MASKS:
+            yield place, name, shape, torch.uint8
+        elif place.kind == BASE:
+            yield place, name, shape, parts[name].base_dtype
+        else:
+            yield place, name, shape, forced or parts[name].dtype(place.tasks)
+
+
 @dataclass(frozen=True)
 class MaskedTensor:
-    """Where one task's tensor of a masked block comes from.
+    """What one task's tensor of a masked block is made of.
 
     Attributes:
         block: the masks' name.
@@ -97,15 +164,13 @@ class MaskedTensor:
     start: int
     count: int
 
-    def reconstructed(
-        self, name: str, read: Callable[[Place, str], Tensor], device: torch.device | None = None
-    ) -> Tensor:
-        """Return the task's tensor, made on a device of what `read` finds at a place by a name."""
-        base, unified = read(_BASE, name).to(device), read(self.unified, name).to(device)
+    def reconstructed(self, name: str, read: Callable[[Place, str], Tensor]) -> Tensor:
+        """Return the task's tensor, made of what `read` finds at a place by a name."""
+        base, unified = read(_BASE, name), read(self.unified, name)
         # The bytes that hold this tensor's bits, the first of which may start in mid-byte.
         first, before = divmod(self.start, 8)
         bits = read(self.masks, self.block)[first : -(-(self.start + self.count) // 8)]
-        mask = unpack_bits(bits.to(device), before + self.count)[before:]
+        mask = unpack_bits(bits, before + self.count)[before:]
         return reconstruct(base, unified, mask, self.rescale, unified.dtype)
 
 
@@ -127,11 +192,16 @@ def sources(
 class GroupStorage(ABC):
     """How the groups of a family of models are stored, and what that takes.
 
+    Attributes:
+        what: what sizes count: models or adapters.
+
     Args:
         blocks: how many there are.
-        tasks: how many.
+        tasks: likewise.
         private_bytes: of what is never shared.
     """
+
+    what = "models"
 
     def __init__(self, blocks: int, tasks: int, private_bytes: int):
         self.blocks, self.tasks, self.private_bytes = blocks, tasks, private_bytes
@@ -146,28 +216,52 @@ class GroupStorage(ABC):
         """A size below which no partition leads, whatever the similarities."""
 
     @abstractmethod
-    def problem(self, target: Target, least: Size) -> Problem | None:
-        """Return what is wrong with a target that is not between `least` and all kept apart."""
+    def advice(self, target: Target) -> tuple[str, str]:
+        """Return what to add to the range of sizes, and what makes smaller ones possible."""
 
-    def groups(
-        self, found: Sequence[tuple[tuple[int, ...], float | None]]
-    ) -> tuple[StoredGroup, ...]:
-        """Return what is stored of a partition, given with similarities."""
+    def groups(self, found: Partition) -> tuple[StoredGroup, ...]:
+        """Return what is stored of a partition."""
         return tuple(StoredGroup(tasks, DENSE, similarity) for tasks, similarity in found)
+
+    @cached_property
+    def apart(self) -> tuple[StoredGroup, ...]:
+        """Every task by itself."""
+        return tuple(StoredGroup((task,)) for task in range(self.tasks))
 
     @cached_property
     def whole(self) -> int:
         """Bytes of all shareable tensors of all tasks, kept apart."""
-        apart = [StoredGroup((task,)) for task in range(self.tasks)]
-        return sum(self.bytes(block, apart) for block in range(self.blocks))
+        return sum(self.bytes(block, self.apart) for block in range(self.blocks))
 
     def size(self, shareable: int) -> Size:
         """Return the size of a merge that stores so many bytes of blocks."""
         return Size(shareable + self.private_bytes, self.whole / self.tasks, self.private_bytes)
 
+    def problem(self, target: Target, least: Size | None = None) -> Problem | None:
+        """Return what is wrong with a target that is not between `least` and all kept apart."""
+        least, most = least or self.least, self.size(self.whole)
+        if target.holds(least) and not target.exceeds(most):
+            return None
+        low, high = f"{math.ceil(least.models * 1e4 - 1e-6) / 1e4:.10g}", f"{most.models:.10g}"
+        if target.exceeds(most):
+            note, remedy = "", f"Write {high}, at which nothing is merged, or less."
+        else:
+            note, remedy = self.advice(target)
+            smallest = low if target.bytes is None else f"'{least.bytes}B'"
+            remedy = f"Write {smallest} for the smallest. {remedy}".strip()
+        unit = "" if target.models is None else f" {self.what}"
+        rule = f"numbers below {FIRST_BYTES} are {self.what}, others bytes"
+        expected = f"{low} to {high} {self.what}, or {least.bytes} bytes and more{note}"
+        return Problem(
+            "parameters.target_size",
+            f"{target}{unit} ({rule})",
+            f"what can be reached: {expected}",
+            remedy,
+        )
+
     def require_reachable(self, target: Target, least: Size | None = None) -> None:
         """Raise `ConfigError` unless `target` lies between `least` and all kept apart."""
-        if problem := self.problem(target, least or self.least):
+        if problem := self.problem(target, least):
             raise ConfigError([problem])
 
 
@@ -185,9 +279,7 @@ class Storage(GroupStorage):
         super().__init__(len(layout.blocks), len(layout.tasks), layout.private_bytes)
         self.layout, self.masks, self.forced = layout, masks, forced
 
-    def groups(
-        self, found: Sequence[tuple[tuple[int, ...], float | None]]
-    ) -> tuple[StoredGroup, ...]:
+    def groups(self, found: Partition) -> tuple[StoredGroup, ...]:
         """See `GroupStorage.groups`."""
         groups: list[StoredGroup] = []
         for tasks, similarity in found:
@@ -209,37 +301,17 @@ class Storage(GroupStorage):
         Masks over a base of a wider dtype may take more than they save.
         """
         merged = self.groups([(tuple(range(self.tasks)), None)])
-        apart = [StoredGroup((task,)) for task in range(self.tasks)]
         blocks = range(self.blocks)
-        return self.size(sum(min(self.bytes(b, merged), self.bytes(b, apart)) for b in blocks))
+        return self.size(sum(min(self.bytes(b, merged), self.bytes(b, self.apart)) for b in blocks))
 
-    def problem(self, target: Target, least: Size) -> Problem | None:
-        """See `GroupStorage.problem`."""
-        note = remedy = ""
-        if dtypes := self._widening:
-            note = f" (dtypes differ, {dtypes}, and what is shared takes the widest)"
-            remedy = "With `dtype:` all are stored in one dtype, and size 1 can be reached."
-        return out_of_reach(target, least, self.size(self.whole), "models", note, remedy)
-
-    @property
-    def _widening(self) -> str:
-        """The dtypes of tensors that are larger merged than some model gives them."""
-        if self.masks or self.forced is not None:
-            return ""
+    def advice(self, target: Target) -> tuple[str, str]:
+        """See `GroupStorage.advice`: of tensors that are larger merged than some model's."""
         parts = [part for block in self.layout.blocks for part in block.parts]
         mixed = {dtype for part in parts if len(set(part.dtypes)) > 1 for dtype in part.dtypes}
-        return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in mixed))
-
-
-def stored_of(
-    block: BlockLayout, groups: Sequence[StoredGroup], forced: torch.dtype | None
-) -> Iterator[tuple[Place, str, Shape, torch.dtype]]:
-    """Yield what `stored` does of a block of models, and in which dtype."""
-    parts = {part.name: part for part in block.parts}
-    for place, name, shape in stored(block.name, block.shapes, groups):
-        if place.kind == MASKS:
-            yield place, name, shape, torch.uint8
-        elif place.kind == BASE:
-            yield place, name, shape, parts[name].base_dtype
-        else:
-            yield place, name, shape, forced or parts[name].dtype(place.tasks)
+        if self.masks or self.forced is not None or not mixed:
+            return "", ""
+        dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in mixed))
+        return (
+            f" (dtypes differ, {dtypes}, and what is shared takes the widest)",
+            "With `dtype:` all are stored in one dtype, and size 1 can be reached.",
+        )

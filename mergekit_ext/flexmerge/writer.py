@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import shutil
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mergekit_ext.flexmerge.finite import COPIED, require_finite, require_in_range
+from mergekit_ext.flexmerge.files import digest_of, link_model
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.manifest import (
     DENSE,
@@ -27,19 +30,16 @@ from mergekit_ext.flexmerge.manifest import (
     Task,
     TensorInfo,
 )
-from mergekit_ext.flexmerge.merging import Merging, block_tensors
+from mergekit_ext.flexmerge.merging import COPIED, Merging, block_tensors, require_finite
 from mergekit_ext.flexmerge.plan import Plan
-from mergekit_ext.flexmerge.shards import ShardWriter, planned_shards
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.storage import Place, StoredGroup, stored_of
-from mergekit_ext.flexmerge.task_folders import link_model
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.io.planned import Entry
-from mergekit_ext.parallel import Ranks
+from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
+from mergekit_ext.parallel import current
 
-# Kinds of lines in the journal.
-_BLOCK, _PRIVATE = "block", "private"
+# By task, the rescaler of its masked group.
 Rescale = dict[int, float]
 
 
@@ -53,6 +53,29 @@ class Provenance:
     models: Sequence[str]
 
 
+@dataclass
+class Piece:
+    """Tensors that are written and recorded together: those of a block, or a private one.
+
+    Attributes:
+        kind: of its line in the journal.
+        key: likewise.
+        bytes: what is read for it.
+        groups: the tasks and the kind of each group, as JSON has them.
+        entries: what is stored, in order.
+        tensors: the same, made when they are asked for.
+        rescale: of the masked groups, known with the tensors.
+    """
+
+    kind: str
+    key: str
+    bytes: int
+    groups: list[Any]
+    entries: list[tuple[Place, Entry]]
+    tensors: Iterator[tuple[Place, str, Tensor]]
+    rescale: Rescale = field(default_factory=dict)
+
+
 def write_checkpoint(
     folder: Path,
     reader: BlockReader,
@@ -63,9 +86,10 @@ def write_checkpoint(
     shard_size: int = 0,
     merged: Callable[[BlockLayout, Sequence[StoredGroup]], None] = lambda block, groups: None,
     finished: Finished | None = None,
-    ranks: Ranks | None = None,
 ) -> Manifest:
     """Write shards, task folders with their links and indexes, and the manifest.
+
+    The processes of a merge share out the blocks, and all call this.
 
     Args:
         folder: exists; nothing of it counts before this function has returned. What an earlier
@@ -78,230 +102,290 @@ def write_checkpoint(
         merged: called after each block, in the process that did it.
         finished: which blocks are finished. Their subject is what decides the bytes of a block,
             but for its groups.
-        ranks: the processes that share out the blocks, all of which call this.
 
     Raises:
         MergeError: a merged tensor is not finite in its dtype.
         NonFiniteError: a private tensor holds NaN or infinity.
         OSError: a file cannot be read or written.
     """
-    writing = _Writing(
-        folder, reader, plan, merging, provenance, shard_size, finished or Finished(), ranks
-    )
+    layout, processes = reader.layout, current()
+    blocks = list(zip(layout.blocks, plan.groups, strict=True))
+    pieces = [_of_block(reader, block, groups, merging) for block, groups in blocks]
+    pieces += [
+        _of_private(reader, task, header)
+        for task, headers in enumerate(layout.private)
+        for header in headers
+    ]
+    declared: dict[Place, list[Entry]] = {}
+    for piece in pieces:
+        for place, entry in piece.entries:
+            declared.setdefault(place, []).append(entry)
+    shards = Shards(folder, declared, shard_size, finished or Finished())
     try:
-        return writing.run(merged)
+        processes.from_main(shards.create)
+        owners = processes.share([piece.bytes for piece in pieces])
+        for index, (piece, owner) in enumerate(zip(pieces, owners, strict=True)):
+            if owner == processes.rank:
+                shards.make(piece)
+                if index < len(blocks):
+                    merged(*blocks[index])
+        shards.wait()
+        own = {piece.key: piece.rescale for piece in pieces if piece.rescale}
+        rescale = {key: found for part in processes.gather(own) for key, found in part.items()}
+        files = shards.finish(layout.tasks)
     finally:
-        writing.shards.close()
+        shards.close()
+
+    def completed() -> Manifest:
+        ordinary = _link(folder, layout, plan, shards.files)
+        manifest = _manifest(layout, plan, provenance, ordinary, files, rescale)
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    return processes.from_main(completed)
 
 
-def _named(layout: Layout, place: Place) -> Place:
-    """Return a place by the names of its tasks."""
-    return Place(place.kind, tuple(layout.tasks[task] for task in place.tasks))
+def _of_block(
+    reader: BlockReader, block: BlockLayout, groups: Sequence[StoredGroup], merging: Merging
+) -> Piece:
+    rescale: Rescale = {}
+    return Piece(
+        "block",
+        block.name,
+        # All models that share something, and the base.
+        block.bytes(range(len(reader.layout.tasks)), merging.forced),
+        [[list(group.tasks), group.kind] for group in groups],
+        [
+            (place, Entry.of(name, dtype, shape))
+            for place, name, shape, dtype in stored_of(block, groups, merging.forced)
+        ],
+        block_tensors(reader, block, groups, merging, reader.read_stored, rescale),
+        rescale,
+    )
 
 
-def _block_entries(
-    layout: Layout, block: BlockLayout, groups: Sequence[StoredGroup], merging: Merging
-) -> Iterator[tuple[Place, Entry]]:
-    for place, name, shape, dtype in stored_of(block, groups, merging.forced):
-        yield _named(layout, place), Entry.of(name, dtype, shape)
+def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
+    """Return the copy of a tensor that no other task has, whose values must be finite."""
+    owner, place = reader.layout.tasks[task], Place(DENSE, (task,))
+    entry = Entry(header.name, header.dtype, tuple(header.shape), header.nbytes)
+
+    def copied() -> Iterator[tuple[Place, str, Tensor]]:
+        tensor = reader.read_stored(task, header.name)
+        if (dtype := (FLOATING | COPIED).get(header.dtype)) is not None:
+            require_finite(tensor.view(dtype), header.name, owner)
+        yield place, header.name, tensor
+
+    key = f"{owner}/{header.name}"
+    return Piece("private", key, header.nbytes, [], [(place, entry)], copied())
 
 
-def _private_entry(header: TensorHeader) -> Entry:
-    return Entry(header.name, header.dtype, tuple(header.shape), header.nbytes)
+class Shards:
+    """The files under ``shards/``: planned, written tensor by tensor in any order, and digested.
 
+    No tensor is held. Sums are computed in the background: what is given to `write` must stay as
+    it is until the call after the next.
 
-class _Writing:
-    """One checkpoint on its way, in one of the processes that write it."""
+    Attributes:
+        files: of each place. Its tasks are indices.
+
+    Args:
+        folder: of the checkpoint.
+        declared: what is stored at each place, in order.
+        limit: the largest size of a file in bytes; 0 for one file a place.
+        finished: the pieces that an earlier run has written.
+    """
 
     def __init__(
         self,
         folder: Path,
-        reader: BlockReader,
-        plan: Plan,
-        merging: Merging,
-        provenance: Provenance,
-        shard_size: int,
+        declared: Mapping[Place, Sequence[Entry]],
+        limit: int,
         finished: Finished,
-        ranks: Ranks | None,
     ):
-        self._folder, self._reader, self._layout = folder, reader, reader.layout
-        self._plan, self._merging, self._provenance = plan, merging, provenance
-        self._finished, self._ranks = finished, ranks or Ranks()
-        layout = self._layout
-        declared: dict[Place, list[Entry]] = {}
-        for block, groups in zip(layout.blocks, plan.groups, strict=True):
-            for place, entry in _block_entries(layout, block, groups, merging):
-                declared.setdefault(place, []).append(entry)
-        for task, headers in zip(layout.tasks, layout.private, strict=True):
-            for header in headers:
-                declared.setdefault(Place(DENSE, (task,)), []).append(_private_entry(header))
-        shards = planned_shards(declared, layout.tasks, shard_size)
-        self.shards = ShardWriter(folder, shards, whole=self._ranks.size == 1)
+        self._folder, self._finished, self._open = folder, finished, PlannedFiles(folder)
+        self.files: dict[Place, list[PlannedFile]] = {}
+        numbers: Counter[str] = Counter()
+        for place, entries in declared.items():
+            for part in split(entries, limit):
+                numbers[place.kind] += 1
+                path = f"{SHARDS}/{place.kind}-{numbers[place.kind]:05d}.safetensors"
+                self.files.setdefault(place, []).append(PlannedFile(path, part))
+        self._all = [(place, file) for place, files in self.files.items() for file in files]
+        self._homes = {(place, e.name): file for place, file in self._all for e in file.entries}
+        # SHA-256 of each file as long as its tensors come in its order, and how many have come.
+        # The files need not be read for it, if this process writes all.
+        alone = current().size == 1
+        self._digests = {f.path: (hashlib.sha256(f.header), 0) for _, f in self._all if alone}
+        self._behind = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[Any] | None = None
 
-    def run(self, merged: Callable[[BlockLayout, Sequence[StoredGroup]], None]) -> Manifest:
-        """Write everything; all processes come here."""
-        self._ranks.from_main(self._begin)
-        rescale = self._pieces(merged)
-        files = self.shards.finish(self._ranks)
-        return self._ranks.from_main(lambda: self._complete(files, rescale))
-
-    def _begin(self) -> None:
-        """Leave nothing of an earlier run but shards: the rest is made last, and quickly."""
-        for path in self._folder.iterdir():
-            if path.name != SHARDS:
+    def create(self) -> None:
+        """Leave nothing of an earlier run but its shards; make those that are not there."""
+        (self._folder / SHARDS).mkdir(exist_ok=True)
+        known = {self._folder / file.path for _, file in self._all}
+        for path in (*self._folder.iterdir(), *(self._folder / SHARDS).iterdir()):
+            if path.name != SHARDS and path not in known:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.shards.create()
+        self._open.create(file for _, file in self._all)
 
-    def _pieces(
-        self, merged: Callable[[BlockLayout, Sequence[StoredGroup]], None]
-    ) -> dict[str, Rescale]:
-        """Write what is missing; return the rescalers of every block, in every process."""
-        layout, forced = self._layout, self._merging.forced
-        blocks = list(zip(layout.blocks, self._plan.groups, strict=True))
-        private = [
-            (task, header) for task, headers in enumerate(layout.private) for header in headers
-        ]
-        # A block costs what is read of it: all models that share something, and the base.
-        sizes = [
-            *(block.bytes(range(len(layout.tasks)), forced) for block, _ in blocks),
-            *(header.nbytes for _, header in private),
-        ]
-        owners = self._ranks.share(sizes)
-        rescale = {}
-        for (block, groups), owner in zip(blocks, owners, strict=False):
-            if owner == self._ranks.rank:
-                rescale[block.name] = self._block(block, groups)
-                merged(block, groups)
-        for (task, header), owner in zip(private, owners[len(blocks) :], strict=True):
-            if owner == self._ranks.rank:
-                self._private(task, header)
-        self.shards.wait()
-        return {name: found for part in self._ranks.gather(rescale) for name, found in part.items()}
-
-    def _block(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> Rescale:
-        entries = list(_block_entries(self._layout, block, groups, self._merging))
-        shared = [[list(group.tasks), group.kind] for group in groups]
-        found = self._finished.found(_BLOCK, block.name, _is_block)
-        if found and found["groups"] == shared and self.shards.holds(entries, found["crcs"]):
-            return dict(found["rescale"])
-        rescale: Rescale = {}
-        for place, name, tensor in block_tensors(
-            self._reader, block, groups, self._merging, self._own, rescale
-        ):
-            self.shards.write(_named(self._layout, place), name, tensor)
-        value = {"groups": shared, "rescale": [list(item) for item in rescale.items()]}
-        self._record(_BLOCK, block.name, len(entries), value)
-        return rescale
-
-    def _own(self, task: int, part: Part) -> Tensor:
-        """Return one task's own tensor: its very bytes, unless another dtype is asked for."""
-        tensor = self._reader.read_stored(task, part.name)
-        forced, dtype = self._merging.forced, part.dtypes[task]
-        if forced is not None and forced != dtype:
-            tensor = tensor.view(dtype).to(forced)
-            require_in_range(tensor, part.name)
-        return tensor
-
-    def _private(self, task: int, header: TensorHeader) -> None:
-        """Copy a tensor that no other task has, if its values are finite."""
-        owner = self._layout.tasks[task]
-        place, entry = Place(DENSE, (owner,)), _private_entry(header)
-        name = f"{owner}/{header.name}"
-        found = self._finished.found(_PRIVATE, name, _is_piece)
-        if found and self.shards.holds([(place, entry)], found["crcs"]):
+    def make(self, piece: Piece) -> None:
+        """Write a piece, and record it when its sums are known; or find it written."""
+        found = self._finished.found(piece.kind, piece.key)
+        if found and found.get("groups") == piece.groups and self._holds(piece, found["crcs"]):
+            piece.rescale.update(found["rescale"])
             return
-        tensor = self._reader.read_stored(task, header.name)
-        if (dtype := (FLOATING | COPIED).get(header.dtype)) is not None:
-            require_finite(tensor.view(dtype), header.name, owner)
-        self.shards.write(place, header.name, tensor)
-        self._record(_PRIVATE, name, 1, {})
+        crcs = [self.write(*tensor) for tensor in piece.tensors]
+        if len(crcs) != len(piece.entries):
+            raise AssertionError(f"{piece.key}: {len(crcs)} of {len(piece.entries)} tensors")
 
-    def _record(self, kind: str, key: str, count: int, value: Mapping[str, Any]) -> None:
-        def add(crcs: list[int]) -> None:
-            if len(crcs) != count:
-                raise AssertionError(f"{key}: {len(crcs)} of {count} tensors were written")
-            self._finished.add(kind, key, {**value, "crcs": crcs})
+        def record() -> None:
+            value = {"groups": piece.groups, "rescale": [list(r) for r in piece.rescale.items()]}
+            sums = [crc.result() for crc in crcs]
+            self._finished.add(piece.kind, piece.key, {**value, "crcs": sums})
 
-        self.shards.done(add)
+        self._later(record)
 
-    def _complete(self, files: tuple[ShardFile, ...], rescale: Mapping[str, Rescale]) -> Manifest:
-        layout, plan, provenance = self._layout, self._plan, self._provenance
-        ordinary, size = self._link(), plan.size
-        manifest = Manifest(
-            format="flexmerge",
-            version=1,
-            generator=provenance.generator,
-            method=dict(provenance.method),
-            base_model=provenance.base_model,
-            size=Size(
-                models=size.models,
-                bytes=size.bytes,
-                unit_bytes=round(size.unit_bytes),
-                private_bytes=size.private_bytes,
-            ),
-            tasks=tuple(
-                Task(name=name, model=model, ordinary=name in ordinary)
-                for name, model in zip(layout.tasks, provenance.models, strict=True)
-            ),
-            files=files,
-            blocks=tuple(
-                Block(
-                    name=block.name,
-                    kind=block.kind,
-                    tensors=_infos(block.parts),
-                    groups=tuple(_group(layout, group, rescale[block.name]) for group in groups),
-                )
-                for block, groups in zip(layout.blocks, plan.groups, strict=True)
-            ),
-            private=tuple(
-                Private(task=name, tensors=_infos(headers))
-                for name, headers in zip(layout.tasks, layout.private, strict=True)
-                if headers
-            ),
-            task_files={},
+    def write(self, place: Place, name: str, tensor: Tensor) -> Future[int]:
+        """Put a tensor, or its bytes, in its place; return its CRC-32 to come."""
+        file, data = self._homes[place, name], as_bytes(tensor)
+        self._open.put(file, name, data)
+        return self._later(self._sum, file, name, data)
+
+    def finish(self, tasks: tuple[str, ...]) -> tuple[ShardFile, ...]:
+        """Close the files; return their entries in the manifest. All processes call this.
+
+        Files whose digests are not known are read, each by one process.
+        """
+        self.wait()
+        self.close()
+        known = {}
+        for _, file in self._all:
+            digest, count = self._digests.get(file.path, (None, 0))
+            if digest is not None and count == len(file.entries):
+                known[file.path] = digest.hexdigest()
+        processes = current()
+        left = [file for _, file in self._all if file.path not in known]
+        owners = processes.share([file.length for file in left])
+        processes.wait()
+        for file, owner in zip(left, owners, strict=True):
+            if owner == processes.rank:
+                known[file.path] = digest_of(self._folder / file.path)
+        for others in processes.gather(known):
+            known.update(others)
+        return tuple(
+            ShardFile(
+                path=file.path,
+                kind=place.kind,
+                # Files of the base, which belong to none, are listed with all.
+                tasks=_names(tasks, place.tasks) or tasks,
+                bytes=file.length,
+                sha256=known[file.path],
+            )
+            for place, file in self._all
         )
-        (self._folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        return manifest
 
-    def _link(self) -> set[str]:
-        """Make the task folders; return the tasks that are ordinary checkpoints."""
-        folder, layout, plan = self._folder, self._layout, self._plan
-        groups = [group for found in plan.groups for group in found]
-        masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
-        sets = {tuple(layout.tasks[task] for task in group.tasks) for group in groups}
-        sets |= {(name,) for name in layout.tasks}
-        ordinary = set()
-        for task, name in enumerate(layout.tasks):
-            (folder / name).mkdir()
-            if task not in masked:
-                ordinary.add(name)
-                places = [Place(DENSE, names) for names in sorted(sets) if name in names]
-                files = [file for place in places for file in self.shards.where(place)]
-                link_model(folder, folder / name, files)
-        whole = all(len(found) == 1 and found[0].kind == DENSE for found in plan.groups)
-        if whole and not any(layout.private):
-            link_model(folder, folder, self.shards.where(Place(DENSE, layout.tasks)))
-        return ordinary
+    def wait(self) -> None:
+        """Wait until all pieces are recorded."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """Close all files, whole or not."""
+        self._behind.shutdown()
+        self._open.close()
+
+    def _holds(self, piece: Piece, crcs: Sequence[int]) -> bool:
+        """Return whether the tensors of a piece lie in their places with these sums."""
+        return len(piece.entries) == len(crcs) and all(
+            self._open.crc(self._homes[place, entry.name], entry.name) == crc
+            for (place, entry), crc in zip(piece.entries, crcs, strict=True)
+        )
+
+    def _later(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Have `work` done in the background, when all but one of what was given before is."""
+        before, self._last = self._last, self._behind.submit(work, *arguments)
+        if before is not None:
+            before.result()
+        return self._last
+
+    def _sum(self, file: PlannedFile, name: str, data: memoryview) -> int:
+        digest, count = self._digests.pop(file.path, (None, 0))
+        if digest is not None and [e.name for e in file.entries[count : count + 1]] == [name]:
+            digest.update(data)
+            self._digests[file.path] = digest, count + 1
+        return zlib.crc32(data)
 
 
-def _is_piece(value: Any) -> bool:
-    """Return whether `_record` may have recorded it."""
-    sums = value.get("crcs") if isinstance(value, dict) else None
-    return isinstance(sums, list) and all(type(crc) is int for crc in sums)
+def _link(
+    folder: Path, layout: Layout, plan: Plan, shards: Mapping[Place, Sequence[PlannedFile]]
+) -> set[str]:
+    """Make the task folders; return the tasks that are ordinary checkpoints."""
+    groups = [group for found in plan.groups for group in found]
+    masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
+    by_names = sorted(
+        (_names(layout.tasks, place.tasks), place) for place in shards if place.kind == DENSE
+    )
+    ordinary = set()
+    for task, name in enumerate(layout.tasks):
+        (folder / name).mkdir()
+        if task not in masked:
+            ordinary.add(name)
+            files = [f for names, place in by_names if name in names for f in shards[place]]
+            link_model(folder, folder / name, files)
+    whole = all(len(found) == 1 and found[0].kind == DENSE for found in plan.groups)
+    if whole and not any(layout.private):
+        link_model(folder, folder, [file for files in shards.values() for file in files])
+    return ordinary
 
 
-def _is_block(value: Any) -> bool:
-    return _is_piece(value) and _are_pairs(value.get("rescale")) and "groups" in value
+def _manifest(
+    layout: Layout,
+    plan: Plan,
+    provenance: Provenance,
+    ordinary: set[str],
+    files: tuple[ShardFile, ...],
+    rescale: Mapping[str, Rescale],
+) -> Manifest:
+    def group_of(block: str, group: StoredGroup) -> Group:
+        tasks = _names(layout.tasks, group.tasks)
+        if group.kind == DENSE:
+            return Group(tasks=tasks, kind=DENSE, similarity=group.similarity)
+        factors = {layout.tasks[task]: rescale[block][task] for task in group.tasks}
+        return Group(tasks=tasks, kind=MASKED, similarity=group.similarity, rescale=factors)
 
-
-def _are_pairs(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list)
-        and len(pair) == 2
-        and type(pair[0]) is int
-        and type(pair[1]) is float
-        and math.isfinite(pair[1])
-        for pair in value
+    size = plan.size
+    return Manifest(
+        format="flexmerge",
+        version=1,
+        generator=provenance.generator,
+        method=dict(provenance.method),
+        base_model=provenance.base_model,
+        size=Size(
+            models=size.models,
+            bytes=size.bytes,
+            unit_bytes=round(size.unit_bytes),
+            private_bytes=size.private_bytes,
+        ),
+        tasks=tuple(
+            Task(name=name, model=model, ordinary=name in ordinary)
+            for name, model in zip(layout.tasks, provenance.models, strict=True)
+        ),
+        files=files,
+        blocks=tuple(
+            Block(
+                name=block.name,
+                kind=block.kind,
+                tensors=_infos(block.parts),
+                groups=tuple(group_of(block.name, group) for group in groups),
+            )
+            for block, groups in zip(layout.blocks, plan.groups, strict=True)
+        ),
+        private=tuple(
+            Private(task=name, tensors=_infos(headers))
+            for name, headers in zip(layout.tasks, layout.private, strict=True)
+            if headers
+        ),
+        task_files={},
     )
 
 
@@ -309,9 +393,5 @@ def _infos(tensors: Sequence[Part] | Sequence[TensorHeader]) -> tuple[TensorInfo
     return tuple(TensorInfo(name=each.name, shape=tuple(each.shape)) for each in tensors)
 
 
-def _group(layout: Layout, group: StoredGroup, rescale: Rescale) -> Group:
-    tasks = tuple(layout.tasks[task] for task in group.tasks)
-    if group.kind == DENSE:
-        return Group(tasks=tasks, kind=DENSE, similarity=group.similarity)
-    factors = {layout.tasks[task]: rescale[task] for task in group.tasks}
-    return Group(tasks=tasks, kind=MASKED, similarity=group.similarity, rescale=factors)
+def _names(tasks: Sequence[str], chosen: Sequence[int]) -> tuple[str, ...]:
+    return tuple(tasks[task] for task in chosen)

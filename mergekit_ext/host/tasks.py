@@ -210,8 +210,8 @@ def _measured(tasks: Sequence[tuple[_Group, MergeTensorTask]], options: Any) -> 
         )
 
     finished = Finished(session.journal)
-    found = {name: finished.found(_LINE, name, are_norms) for name in targets}
-    missing = [name for name, norms in found.items() if norms is None]
+    found = {name: finished.found(_LINE, name) for name in targets}
+    missing = [name for name, norms in found.items() if not are_norms(norms)]
     session.emit(StatisticsBegin(len(missing)))
     owners = processes.share([session.size_of(name) for name in missing])
     mine = [n for n, owner in zip(missing, owners, strict=True) if owner == processes.rank]

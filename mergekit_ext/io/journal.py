@@ -68,20 +68,17 @@ class Finished:
 
     Args:
         journal: None to find and to keep nothing.
-        subject: a digest of everything that the values depend on.
+        subject: a digest of everything that the values and their form depend on.
     """
 
     def __init__(self, journal: Journal | None = None, subject: str = ""):
         self._journal, self._subject = journal, subject
 
-    def found(self, kind: str, key: str, fits: Callable[[Any], bool]) -> Any:
-        """Return what an earlier run recorded; None if that is nothing, or nothing that `fits`.
-
-        A journal may hold anything after a power cut.
-        """
+    def found(self, kind: str, key: str) -> Any:
+        """Return what an earlier run recorded of this subject, or None."""
         line = self._journal.finished.get((kind, key)) if self._journal is not None else None
         if isinstance(line, list) and len(line) == 2 and line[0] == self._subject:
-            return line[1] if fits(line[1]) else None
+            return line[1]
         return None
 
     def add(self, kind: str, key: str, value: Any) -> None:
@@ -89,9 +86,9 @@ class Finished:
         if self._journal is not None:
             self._journal.add(kind, key, [self._subject, value])
 
-    def get(self, kind: str, key: str, fits: Callable[[Any], bool], make: Callable[[], Any]) -> Any:
+    def get(self, kind: str, key: str, make: Callable[[], Any]) -> Any:
         """Return what an earlier run recorded, or what `make` returns, which is recorded."""
-        value = self.found(kind, key, fits)
+        value = self.found(kind, key)
         if value is None:
             value = make()
             self.add(kind, key, value)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError, Problem
-from mergekit_ext.flexmerge.storage import GroupStorage, StoredGroup
-from mergekit_ext.flexmerge.target import Size, Target, out_of_reach
+from mergekit_ext.errors import MergeError
+from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
 from mergekit_ext.kernels.nan import inverse_norm_coefficients
 from mergekit_ext.methods import ADAPTERS, Method
 from peft_merge.adapter import Adapter
@@ -197,6 +196,8 @@ def cast_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 class AdapterStorage(GroupStorage):
     """How groups of adapters are stored: whole tensors are private, those of the base for all."""
 
+    what = "adapters"
+
     def __init__(self, family: Family, blocks: Sequence[Block]):
         common = of_the_base(family.adapters)
         private = sum(
@@ -225,14 +226,12 @@ class AdapterStorage(GroupStorage):
             )
         )
 
-    def problem(self, target: Target, least: Size) -> Problem | None:
-        """See `GroupStorage.problem`."""
-        remedy = (
-            "A smaller `rank` for what LoRAs share (with `patterns: true`) makes less possible."
-        )
+    def advice(self, target: Target) -> tuple[str, str]:
+        """See `GroupStorage.advice`."""
         if target.models is not None and target.models < 1:
-            remedy = (
+            return "", (
                 "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
                 "than they have (with `patterns: true`)."
             )
-        return out_of_reach(target, least, self.size(self.whole), "adapters", remedy=remedy)
+        smaller = "A smaller `rank` for what LoRAs share (with `patterns: true`)"
+        return "", f"{smaller} makes less possible."

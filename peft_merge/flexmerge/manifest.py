@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
 from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
-from mergekit_ext.flexmerge.files import digest_of, regular_file, require_digest
+from mergekit_ext.flexmerge.files import attempted, digest_of, regular_file
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
 from peft_merge.io.read import CONFIG, SAFETENSORS
@@ -21,7 +20,6 @@ from peft_merge.io.read import CONFIG, SAFETENSORS
 # separate modules.
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _PREFIXES = ("lora_", "ia3_")
-_DAMAGED = "Copy or download the file again."
 
 
 def task_name_problem(name: str) -> str | None:
@@ -128,24 +126,10 @@ def open_manifest(folder: str | os.PathLike[str], *, verify: bool = True) -> Man
     remedy = "Give the folder that `merge_method: flexmerge` wrote."
     manifest = read(Manifest, Path(folder) / FILE_NAME, "the manifest of a FlexMerge", remedy)
     root = Path(folder).resolve()
-    found = (
-        problem
-        for task in manifest.tasks
-        for file in task.files
-        for problem in _file_problems(root, f"{task.name}/{file.name}", file, verify)
+    files = [(f"{task.name}/{file.name}", file) for task in manifest.tasks for file in task.files]
+    _, problems = attempted(
+        lambda each: regular_file(root, each[0], each[1].sha256, each[1].bytes, verify), files
     )
-    if problems := list(islice(found, MOST_SHOWN)):
-        raise CheckpointError(problems, str(folder))
+    if problems:
+        raise CheckpointError(problems[:MOST_SHOWN], str(folder))
     return manifest
-
-
-def _file_problems(root: Path, path: str, file: AdapterFile, verify: bool) -> Iterator[Problem]:
-    try:
-        found = regular_file(root, path, path, file.sha256)
-        length = found.stat().st_size
-        if length != file.bytes:
-            yield Problem(path, f"{length} bytes", f"{file.bytes} bytes", _DAMAGED)
-        elif verify:
-            require_digest(root, found, path, file.sha256)
-    except CheckpointError as refused:
-        yield refused.problems[0]

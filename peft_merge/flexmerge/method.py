@@ -24,8 +24,8 @@ from pydantic import BeforeValidator
 from mergekit_ext.core.parameters import WEIGHT, Parameter, choice
 from mergekit_ext.errors import Problem, listing, shown
 from mergekit_ext.events import Dispatcher
-from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM, options
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
+from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.document import Request
@@ -161,7 +161,7 @@ def _size(plan: MergePlan) -> Iterator[Problem]:
     if isinstance(plan.rank, (int, NoneType)):
         chosen = options_of(plan)
         storage = storage_of(plan, chosen)
-        if problem := storage.problem(chosen.target, storage.least):
+        if problem := storage.problem(chosen.target):
             yield problem
 
 

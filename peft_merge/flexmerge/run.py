@@ -23,8 +23,7 @@ from mergekit_ext.events import (
     TensorMeasured,
 )
 from mergekit_ext.flexmerge.plan import Dendrograms
-from mergekit_ext.flexmerge.storage import StoredGroup
-from mergekit_ext.flexmerge.target import Size, Target
+from mergekit_ext.flexmerge.storage import Size, StoredGroup, Target
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.kernels.threads import in_turn
 from mergekit_ext.methods import ADAPTERS, Inputs, Method

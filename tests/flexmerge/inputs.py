@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
-from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.flexmerge.source import BlockReader, LoadedSource
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from mergekit_ext.methods import BLOCKS, methods
 
@@ -30,25 +30,6 @@ def algorithm(
     full = {p.name: (shared or {}).get(p.name, p.default) for p in method.for_driver(BLOCKS)}
     models = [{k: each[k][i] if k in each else full[k] for k in full} for i in range(count)]
     return Declared(method, Parameters(full, models, scope))
-
-
-class MemorySource:
-    """A `Source` of tensors that are there already."""
-
-    def __init__(self, name: str, state: State):
-        self.name, self._state = name, state
-        self.tensors = headers(state)
-        self.files = ()
-
-    def read(self, name: str, out: Tensor) -> None:
-        flat = self._state[name].contiguous().reshape(-1)
-        out.view(torch.uint8).copy_(flat.view(torch.uint8))
-
-    def expect(self, name: str) -> None:
-        pass
-
-    def tensor(self, name: str) -> Tensor:
-        return self._state[name]
 
 
 def headers(state: State) -> dict[str, TensorHeader]:
@@ -80,8 +61,12 @@ def layout(base: State, models: Sequence[State], naming: Naming = NAMING) -> Lay
 
 
 def reader(base: State, models: Sequence[State], device: str = "cpu") -> BlockReader:
-    sources = [MemorySource(f"model{index}", model) for index, model in enumerate(models)]
-    return BlockReader(layout(base, models), MemorySource("base", base), sources, device)
+    sources = [source(f"model{index}", model) for index, model in enumerate(models)]
+    return BlockReader(layout(base, models), source("base", base), sources, device)
+
+
+def source(name: str, state: State) -> LoadedSource:
+    return LoadedSource(name, headers(state), state.__getitem__)
 
 
 SHAPES: Mapping[str, tuple[int, ...]] = {

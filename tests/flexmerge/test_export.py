@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_ext.errors import CheckpointError, ConfigError, MergeWarning
-from mergekit_ext.flexmerge.export import export
+from mergekit_ext.flexmerge.reader import export
 from mergekit_ext.flexmerge.runtime import load
 from tests.flexmerge.handmade import edited, models, vit, write
 from tests.models import state
@@ -156,7 +156,7 @@ def test_nothing_is_left_after_a_failure(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("mergekit_ext.flexmerge.export.save_file", full)
+    monkeypatch.setattr("mergekit_ext.flexmerge.reader.save_file", full)
     with pytest.raises(ConfigError, match=r"an error while writing \(no space left"):
         export(made[0], "b", tmp_path / "one")
     assert not list(tmp_path.iterdir())

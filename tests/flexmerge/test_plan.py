@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms
-from mergekit_ext.flexmerge.storage import Storage
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
 from tests.flexmerge.inputs import layout
 from tests.reference.flexmerge import Stored, algorithm_1

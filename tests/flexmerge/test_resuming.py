@@ -14,12 +14,11 @@ from mergekit_ext.flexmerge.algorithm import Dare
 from mergekit_ext.flexmerge.analysis import analyse, trimmed_grams
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms
-from mergekit_ext.flexmerge.storage import Storage
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.parallel import Ranks
+from mergekit_ext.parallel import Ranks, current
 from tests.flexmerge.inputs import algorithm, family, reader
 from tests.processes.together import together
 
@@ -74,15 +73,15 @@ class Merge:
         self.folder, self.target, self.subject = folder, target, subject
         self.folder.mkdir(exist_ok=True)
 
-    def run(self, ranks=None, measured=None, merged=None):
-        ranks = ranks or Ranks()
+    def run(self, measured=None, merged=None):
+        ranks = current()
         journal = Journal(self.folder, ranks.rank)
         ranks.wait()
         finished = Finished(journal, self.subject)
         measured, merged = measured or After(), merged or After()
         densities = self.algorithm.densities
         try:
-            found = analyse(self.inputs, densities, measured, finished, ranks)
+            found = analyse(self.inputs, densities, measured, finished)
             cuts = None if densities is None else found.cuts[tuple(densities)]
             storage = Storage(self.inputs.layout, self.algorithm.masks, self.forced)
             similarities = [cosines(gram) for gram in found.grams.values()]
@@ -100,7 +99,6 @@ class Merge:
                 shard_size=400,
                 merged=merged,
                 finished=finished,
-                ranks=ranks,
             )
         finally:
             journal.close()
@@ -146,7 +144,7 @@ def test_stopped_anywhere_and_gone_on_with(case, undisturbed, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_processes_write_the_same_bytes(case, size, undisturbed, tmp_path):
     merges = [Merge(case, tmp_path) for _ in range(size)]
-    found = together(lambda ranks: merges[ranks.rank].run(ranks), size)
+    found = together(lambda ranks: merges[ranks.rank].run(), size)
     assert found == [undisturbed(case)] * size
     read = [name for merge in merges for name in merge.inputs.blocks]
     wanted = Merge(case, tmp_path / "alone")
@@ -156,12 +154,12 @@ def test_processes_write_the_same_bytes(case, size, undisturbed, tmp_path):
 
 
 def test_processes_go_on_with_what_another_number_of_them_has_left(undisturbed, tmp_path):
-    def stopped(ranks):
-        Merge("ties", tmp_path).run(ranks, merged=After(1))
+    def stopped(_):
+        Merge("ties", tmp_path).run(merged=After(1))
 
     assert sum(isinstance(found, StopError) for found in together(stopped, 3)) >= 1
     merges = [Merge("ties", tmp_path) for _ in range(2)]
-    found = together(lambda ranks: merges[ranks.rank].run(ranks), 2)
+    found = together(lambda ranks: merges[ranks.rank].run(), 2)
     assert found == [undisturbed("ties")] * 2
     assert sum(len(merge.inputs.blocks) for merge in merges) < BLOCKS
 
@@ -187,23 +185,6 @@ def test_a_lost_file_and_a_torn_line_cost_what_they_held(undisturbed, tmp_path):
     assert Merge("emr", tmp_path).run() == undisturbed("emr")
 
 
-STRANGE = (None, "x", 3, [], [[1.0]], {}, {"groups": [], "crcs": "x"}, [["a"] * 4] * 4, [7] * 4)
-
-
-@pytest.mark.parametrize("strange", STRANGE, ids=range(len(STRANGE)))
-def test_what_no_merge_has_noted_is_made_again(strange, undisturbed, tmp_path):
-    Merge("emr", tmp_path).run()
-    Merge("ties", tmp_path).run()
-    journal = Journal(tmp_path)
-    for kind, key in journal.finished:
-        value = strange
-        if kind == "block" and isinstance(strange, dict):
-            value = {**journal.finished[kind, key][1], "rescale": [[0, "x"]]}
-        journal.add(kind, key, ["inputs", value])
-    journal.close()
-    assert Merge("ties", tmp_path).run() == undisturbed("ties")
-
-
 def test_another_size_takes_the_analysis_and_makes_what_differs(undisturbed, tmp_path):
     Merge("ties", tmp_path).run()
     other = Merge("ties", tmp_path, target=1.4)
@@ -216,7 +197,7 @@ def test_another_size_takes_the_analysis_and_makes_what_differs(undisturbed, tmp
 
 def test_what_a_later_run_has_made_counts_before_what_earlier_ranks_noted(undisturbed, tmp_path):
     pair = [Merge("ties", tmp_path) for _ in range(2)]
-    together(lambda ranks: pair[ranks.rank].run(ranks))
+    together(lambda ranks: pair[ranks.rank].run())
     Merge("ties", tmp_path, target=1.4).run()
     again = Merge("ties", tmp_path, target=1.4)
     assert again.run() == undisturbed("ties", 1.4)
@@ -259,7 +240,7 @@ def test_trimmed_products_are_noted_and_shared_out(tmp_path):
 
     def measured(ranks):
         own, finished = Merge("ties", tmp_path), Finished(Journal(tmp_path, ranks.rank), "x")
-        return trimmed_grams(own.inputs, own.algorithm, cuts, finished=finished, ranks=ranks)
+        return trimmed_grams(own.inputs, own.algorithm, cuts, finished=finished)
 
     for found in (*together(measured, 2), measured(Ranks())):
         assert list(found) == list(wanted)
@@ -274,8 +255,8 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     base, models = family(3)
     models[1]["norm.weight"][2] = torch.nan
 
-    def measured(ranks):
-        return analyse(reader(base, models), ranks=ranks)
+    def measured(_):
+        return analyse(reader(base, models))
 
     found = sorted(together(measured, 2), key=lambda error: isinstance(error, RankError))
     assert isinstance(found[0], NonFiniteError) and "norm.weight" in str(found[0])

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource
 from mergekit_ext.io.headers import read_safetensors
-from tests.flexmerge.inputs import MemorySource, family, headers, layout, reader
+from tests.flexmerge.inputs import family, headers, layout, reader, source
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
 
@@ -142,7 +142,7 @@ def test_devices(device):
 
 def test_empty_blocks():
     base, models = family(2, shapes={"a.x": (0,), "b.y": (3,)})
-    sources = [MemorySource(f"m{i}", m) for i, m in enumerate(models)]
-    found = BlockReader(layout(base, models), MemorySource("base", base), sources)
+    sources = [source(f"m{i}", m) for i, m in enumerate(models)]
+    found = BlockReader(layout(base, models), source("base", base), sources)
     assert found.read(found.layout.blocks[0]).base.shape == (0,)
     assert found.read_stored(1, "a.x").numel() == 0

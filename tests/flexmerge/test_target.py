@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.flexmerge.target import Size, Target
+from mergekit_ext.flexmerge.storage import Size, Target
 from mergekit_ext.host.flexmerge.parameters import OWN
 
 SPEC = next(spec for spec in OWN if spec.name == "target_size")

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 import mergekit_ext
 from mergekit_ext.errors import CheckpointError, MergeWarning
 from mergekit_ext.flexmerge import load
-from mergekit_ext.flexmerge.export import export
-from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.flexmerge.reader import export, open_checkpoint
 from tests import models as small
 from tests.flexmerge.handmade import edited
 

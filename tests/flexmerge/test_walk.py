@@ -21,8 +21,7 @@ from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.merging import Merging, Walk
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.reader import open_checkpoint
-from mergekit_ext.flexmerge.storage import StoredGroup
-from mergekit_ext.flexmerge.target import Size, Target
+from mergekit_ext.flexmerge.storage import Size, StoredGroup, Target
 from mergekit_ext.host.flexmerge import prepare
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.sources import open_inputs

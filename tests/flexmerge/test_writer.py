@@ -17,9 +17,9 @@ from mergekit_ext.flexmerge.manifest import DENSE, MASKED, read_manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms, Plan
 from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
-from mergekit_ext.flexmerge.storage import Storage, StoredGroup
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import Storage, StoredGroup, Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
+from mergekit_ext.kernels.similarity import cosines
 from tests.flexmerge.inputs import algorithm, family, reader
 from tests.reference import flexmerge as naive
 
@@ -39,8 +39,8 @@ def algorithm_for(name, count, shared=None, scope="block"):
 
 def planner_for(found, masks=False, forced=None):
     analysis = analyse(found)
-    cosines = [analysis.cosines(b.name) for b in found.layout.blocks]
-    return Dendrograms(Storage(found.layout, masks, forced), cosines)
+    similarities = [cosines(analysis.grams[b.name]) for b in found.layout.blocks]
+    return Dendrograms(Storage(found.layout, masks, forced), similarities)
 
 
 def write(folder, base, models, target, name="average", forced=None, shard_size=0):

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import mergekit_ext
 from mergekit_ext.errors import ConfigError, MergeWarning
 from mergekit_ext.flexmerge import load
-from mergekit_ext.flexmerge.export import export
+from mergekit_ext.flexmerge.reader import export
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io import model_files

@@ -6,7 +6,9 @@ import threading
 from collections import defaultdict
 
 from mergekit_ext.errors import RankError
-from mergekit_ext.parallel import Ranks
+from mergekit_ext.parallel import Ranks, joined
+
+_here = threading.local()
 
 
 class Meeting:
@@ -15,6 +17,13 @@ class Meeting:
     def __init__(self):
         self.values, self.ended = defaultdict(dict), set()
         self.changed = threading.Condition()
+
+
+class _OfThread:
+    """The processes of the thread that asks."""
+
+    def __getattr__(self, name):
+        return getattr(_here.ranks, name)
 
 
 class ThreadRanks(Ranks):
@@ -40,11 +49,14 @@ class ThreadRanks(Ranks):
 
 
 def together(work, size=2):
-    """Run `work` with the ranks of each of `size` threads; what each returned or raised."""
+    """Run `work` with the ranks of each of `size` threads; what each returned or raised.
+
+    `ranks.current` returns them, too.
+    """
     meeting, found = Meeting(), [None] * size
 
     def run(rank):
-        ranks = ThreadRanks(rank, size, meeting)
+        ranks = _here.ranks = ThreadRanks(rank, size, meeting)
         try:
             found[rank] = work(ranks)
             ranks.wait()
@@ -55,8 +67,9 @@ def together(work, size=2):
                 meeting.changed.notify_all()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with joined(_OfThread()):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
     return found

@@ -15,8 +15,8 @@ from mergekit_ext.host.adapters.fitted import Fitted
 from mergekit_ext.io.headers import TensorHeader
 
 
-class AdaptedSource:
-    """A `Source` that reads what the adapter does not touch as the base's source does.
+class AdaptedSource(Source):
+    """Reads what the adapter does not touch as the base's source does.
 
     Args:
         name: for messages.
@@ -36,7 +36,7 @@ class AdaptedSource:
         files: Collection[Path],
         device: str = "cpu",
     ):
-        self.name, self.tensors, self.files = name, tensors, files
+        super().__init__(name, tensors, files)
         self._base, self._adapter, self._device = base, adapter, device
 
     def read(self, name: str, out: Tensor) -> None:
@@ -44,8 +44,7 @@ class AdaptedSource:
         if self._as_stored(name):
             self._base.read(name, out)
         else:
-            tensor = self.tensor(name).contiguous().reshape(-1)
-            out.view(torch.uint8).copy_(tensor.view(torch.uint8))
+            super().read(name, out)
 
     def expect(self, name: str) -> None:
         """See `Source`."""

@@ -25,15 +25,14 @@ from mergekit_ext.events import (
     StatisticsEnd,
     TensorMeasured,
 )
-from mergekit_ext.flexmerge import analysis_file, task_folders
+from mergekit_ext.flexmerge import analysis_file, files
 from mergekit_ext.flexmerge.algorithm import Cuts
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
-from mergekit_ext.flexmerge.storage import StoredGroup
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import StoredGroup, Target
 from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
@@ -59,7 +58,7 @@ class Engine:
         self.prepared, self.inputs = prepared, inputs
         self._analyses_in, self._session = analyses_in, session
         self.reader = inputs.reader(prepared.options.device)
-        self._subject = analysis_file.Subject.of(inputs.layout, inputs.base, inputs.models)
+        self._subject = analysis_file.subject_of(inputs.layout, inputs.base, inputs.models)
         self._seed: int = prepared.options.random_seed or 0
 
     @cached_property
@@ -67,16 +66,16 @@ class Engine:
         """That of an earlier run on the same files, or a new one."""
         densities, layout = self.prepared.algorithm.densities, self.inputs.layout
         found = parallel.current().from_main(
-            lambda: analysis_file.find(self._analyses_in, self._subject)
+            lambda: analysis_file.find(self._analyses_in, self._subject, layout)
         )
         if found is not None and (densities is None or tuple(densities) in found.cuts):
             return found
         finished = self._finished("statistics")
         with self._measuring(passes(layout, densities) * len(layout.blocks)):
-            made = analyse(self.reader, densities, self._measured, finished, parallel.current())
+            made = analyse(self.reader, densities, self._measured, finished)
         if found is None:
             return made
-        return Analysis(made.tasks, made.grams, {**found.cuts, **made.cuts})
+        return Analysis(made.grams, {**found.cuts, **made.cuts})
 
     @cached_property
     def grams(self) -> Sequence[Tensor]:
@@ -86,9 +85,7 @@ class Engine:
         if algorithm.parameters.shared["similarity_on"] == "trimmed":
             finished = self._finished("trimmed", self._acting)
             with self._measuring(len(layout.blocks)):
-                found = trimmed_grams(
-                    self.reader, algorithm, cuts, self._measured, finished, parallel.current()
-                )
+                found = trimmed_grams(self.reader, algorithm, cuts, self._measured, finished)
         return [found[block.name] for block in layout.blocks]
 
     @cached_property
@@ -123,7 +120,6 @@ class Engine:
             shard_size=self.prepared.options.out_shard_size,
             merged=self._merged,
             finished=self._finished("blocks", self._acting, patterns, str(forced)),
-            ranks=parallel.current(),
         )
         self.reached(plan)
         return manifest
@@ -134,13 +130,9 @@ class Engine:
         self._session.emit(SizeReached(name, size.models, size.bytes))
 
     def save_analysis(self, folder: Path) -> None:
-        """Write the analysis, with what a reader may want to know of the blocks."""
-        blocks = [
-            {"name": b.name, "kind": b.kind, "depth": b.depth, "elements": b.size}
-            for b in self.inputs.layout.blocks
-        ]
+        """Write the analysis."""
         path = folder / analysis_file.FILE_NAME
-        analysis_file.save(path, self.analysis, self._subject, {"blocks": blocks})
+        analysis_file.save(path, self.analysis, self._subject, self.inputs.layout)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -162,7 +154,7 @@ class Engine:
     def _finished(self, *what: Any) -> Finished:
         """Finished that hold for these inputs on this device, and for whatever else is given."""
         device = torch.device(self.prepared.options.device).type
-        text = json.dumps([self._subject.digest, device, *what], sort_keys=True)
+        text = json.dumps([self._subject, device, *what], sort_keys=True)
         return Finished(self._session.journal, hashlib.sha256(text.encode()).hexdigest())
 
     @contextmanager
@@ -216,7 +208,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         if not task.ordinary:
             text = _MASKED.format(task=task.name)
             (folder / task.name / "README.md").write_text(text, encoding="utf-8")
-    digests = task_folders.described(folder, tasks)
+    digests = files.described(folder, tasks)
     manifest = manifest.model_copy(update={"task_files": digests})
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     if prepared.options.write_model_card:

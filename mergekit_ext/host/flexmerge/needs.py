@@ -16,9 +16,8 @@ import torch
 
 from mergekit_ext.core.memory import Need, square_of, working
 from mergekit_ext.flexmerge.analysis import passes
-from mergekit_ext.flexmerge.finite import EIGHT_BITS
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
-from mergekit_ext.flexmerge.trim_search import widest
+from mergekit_ext.flexmerge.merging import EIGHT_BITS
 from mergekit_ext.host.checks.estimate import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.flexmerge.sources import Prepared
@@ -86,7 +85,7 @@ def need_of(prepared: Prepared, scored: float | None = None) -> Need:
 
 def _of_block(block: BlockLayout, prepared: Prepared) -> Need:
     layout, algorithm, device = prepared.layout, prepared.algorithm, _device(prepared)
-    count, width = len(layout.tasks), widest(layout).itemsize
+    count, width = len(layout.tasks), layout.dtype.itemsize
     out = (prepared.forced or block.dtype(range(count))).itemsize
     sizes = {part.name: math.prod(part.shape) for part in block.parts}
     largest = max(block.parts, key=lambda part: sizes[part.name])
@@ -128,7 +127,7 @@ def _of_private(prepared: Prepared) -> Iterator[Need]:
     largest = max(block.size * _read(block, layout).itemsize for block in layout.blocks)
     for header in itertools.chain.from_iterable(layout.private):
         changed = header.dtype in EIGHT_BITS or header.name in prepared.adapted
-        copies = _ADAPTED * widest(layout).itemsize if changed else 0
+        copies = _ADAPTED * layout.dtype.itemsize if changed else 0
         parts = {
             "the block of all models": vectors * largest,
             "a private tensor, and the one before": 2 * header.nbytes + _PIECES,
@@ -143,7 +142,7 @@ def _device(prepared: Prepared) -> str:
 
 def _read(block: BlockLayout, layout: Layout) -> torch.dtype:
     """Return the dtype of the vectors that a block is read into."""
-    if widest(layout) == torch.float64:
+    if layout.dtype == torch.float64:
         return torch.float64
     dtypes = [block.dtype(range(len(layout.tasks))), *(part.base_dtype for part in block.parts)]
     return reduce(torch.promote_types, dtypes)

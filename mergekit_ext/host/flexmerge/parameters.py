@@ -19,8 +19,8 @@ from pydantic import BeforeValidator
 from mergekit_ext.core.parameters import Parameter, Share, choice
 from mergekit_ext.errors import join, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Declared, Parameters
-from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM, options
-from mergekit_ext.flexmerge.target import ANY_SIZE, Target
+from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
+from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
 from mergekit_ext.host.checks.parameters import check_parameters

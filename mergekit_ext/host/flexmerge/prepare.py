@@ -11,9 +11,8 @@ from mergekit_ext.core import memory
 from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.layout import Layout, Naming
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
-from mergekit_ext.flexmerge.options import DEFAULT_ALGORITHM
-from mergekit_ext.flexmerge.plan import whole_models
-from mergekit_ext.flexmerge.target import ANY_SIZE, Target
+from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, whole_models
+from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
 from mergekit_ext.host.checks.fields import check_fields

@@ -21,7 +21,7 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.merging import Walk
 from mergekit_ext.flexmerge.plan import Planner
 from mergekit_ext.flexmerge.runtime import build_module
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.prepare import prepare_tables

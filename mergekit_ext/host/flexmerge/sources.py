@@ -24,8 +24,7 @@ from mergekit_ext.flexmerge.layout import (
     named_as,
 )
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
-from mergekit_ext.flexmerge.storage import Storage
-from mergekit_ext.flexmerge.target import Target
+from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, read_adapter
 from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
 from mergekit_ext.host.checks.settings import dtype_of
