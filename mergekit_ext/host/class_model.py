@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,7 @@ def class_of(config: Any) -> Any:
 
 @dataclass(frozen=True)
 class Loading:
-    """What `from_pretrained` of a model's class makes of stored tensors.
-
-    Names are those of the class, after transformers' renamings.
+    """What `from_pretrained` of a class makes of stored tensors, under the names of the class.
 
     Attributes:
         missing: what the class needs and would be filled with random numbers.
@@ -53,12 +50,7 @@ _loadings: dict[str, Loading | None] = {}
 def loading(config: Any, shapes: Mapping[str, Sequence[int]]) -> Loading | None:
     """Return what transformers' own loader does with tensors of these names and shapes.
 
-    Args:
-        config: a transformers configuration.
-        shapes: of the stored tensors, by name.
-
-    Returns:
-        None if the class is not one of transformers, or cannot be built here.
+    None if the class of `config` is not one of transformers, or cannot be built here.
     """
     kind = class_of(config)
     if kind is None:
@@ -73,23 +65,28 @@ def loading(config: Any, shapes: Mapping[str, Sequence[int]]) -> Loading | None:
 
 def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loading | None:
     import torch
+    from transformers.utils import logging
 
     state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    has_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        with _without_bars():
-            _, found = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        _, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     except Exception as error:  # transformers and each of its models raise their own
         if empty_model(config) is None:
             return None
         lines = str(error).splitlines() or [""]
         return Loading(error=f"{type(error).__name__}: {lines[0]}")
+    finally:
+        if has_bars:
+            logging.enable_progress_bar()
     return Loading(
         tuple(sorted(found["missing_keys"])),
         tuple(sorted(found["unexpected_keys"])),
@@ -98,19 +95,6 @@ def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loadin
             for name, stored, own in sorted(found["mismatched_keys"])
         ),
     )
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # Those built last, by their configurations.
@@ -124,6 +108,9 @@ def empty_model(config: Any) -> Any:
     None without a configuration, or if transformers has no such class or cannot build it. Models
     are kept and shared: do not change them.
     """
+    import torch
+    from transformers.initialization import no_init_weights
+
     kind = class_of(config)
     if kind is None:
         return None
@@ -131,19 +118,12 @@ def empty_model(config: Any) -> Any:
     if key not in _models:
         for oldest in list(_models)[: len(_models) - _KEPT + 1]:
             del _models[oldest]
-        _models[key] = _built(kind, copy.deepcopy(config))
+        try:
+            with torch.device("meta"), no_init_weights():
+                _models[key] = kind(copy.deepcopy(config))
+        except Exception:  # of any kind: whatever the class says to values that it cannot use
+            _models[key] = None
     return _models[key]
-
-
-def _built(kind: Any, config: Any) -> Any:
-    import torch
-    from transformers.initialization import no_init_weights
-
-    try:
-        with torch.device("meta"), no_init_weights():
-            return kind(config)
-    except Exception:  # of any kind: whatever the class says to values that it cannot use
-        return None
 
 
 @dataclass(frozen=True)
@@ -179,10 +159,20 @@ def class_names(stored: Iterable[str], config: Any) -> ClassNames:
     model = empty_model(config)
     if model is None:
         return ClassNames(None, plain, frozenset(), str)
-    from transformers.core_model_loading import apply_converters, apply_renamings, rename_source_key
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_converters,
+        apply_renamings,
+        rename_source_key,
+    )
 
-    renamings, converters = _transforms(model)
-    state = model.state_dict()
+    def transforms(kind: type) -> list[Any]:  # new ones: some know what they have renamed before
+        return [item for item in get_model_conversion_mapping(model) if isinstance(item, kind)]
+
+    renamings, converters = transforms(WeightRenaming), transforms(WeightConverter)
+    fresh, state = transforms(WeightRenaming), model.state_dict()
     names, converted = {}, set()
     for name in plain:
         names[name], _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
@@ -190,18 +180,6 @@ def class_names(stored: Iterable[str], config: Any) -> ClassNames:
             converted.add(names[name])
     if len(set(names.values())) < len(names):
         return ClassNames(model, plain, frozenset(), str)
-    fresh, _ = _transforms(model)  # some know what they have renamed before
     return ClassNames(
         model, names, frozenset(converted), lambda name: str(apply_renamings(name, fresh))
-    )
-
-
-def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    transforms = get_model_conversion_mapping(model)
-    return (
-        [item for item in transforms if isinstance(item, WeightRenaming)],
-        [item for item in transforms if isinstance(item, WeightConverter)],
     )

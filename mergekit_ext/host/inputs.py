@@ -29,20 +29,13 @@ def models_of(config: Any) -> list[Any]:
 
     mergekit's own list has neither the tokenizer's nor the bases of slices.
     """
-    models = [*config.referenced_models(), *models_at(config), *_of_tokenizer(config)]
-    return list(dict.fromkeys(models))
-
-
-def _of_tokenizer(config: Any) -> Iterator[ModelReference]:
     sources = [config.tokenizer_source]
     if config.tokenizer is not None:
         tokens = (config.tokenizer.tokens or {}).values()
         sources += [config.tokenizer.source, *(token.source for token in tokens)]
-    for source in sources:
-        if isinstance(source, ModelTokenEmbedding):
-            source = source.model
-        if isinstance(source, ModelReference):
-            yield source
+    named = [item.model if isinstance(item, ModelTokenEmbedding) else item for item in sources]
+    others = [item for item in named if isinstance(item, ModelReference)]
+    return list(dict.fromkeys([*models_at(config), *others]))
 
 
 def donor_first(config: Any) -> list[Any]:

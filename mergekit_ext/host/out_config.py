@@ -33,44 +33,30 @@ def agree(folder: Path, dtype: str | None = None) -> None:
     tensors = read_folder(folder, allow_pickle=True) if weights_of(folder) is not None else {}
     content = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(content)
-    if dtype := _dtype(tensors) or dtype:
-        _set_dtype(content, dtype)
-    if _has_head_of_its_own(tensors):
-        _untie(content)
-    if json.dumps(content) != before:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _dtype(tensors: dict[str, TensorHeader]) -> str | None:
+    parts = {name: part for name, part in content.items() if isinstance(part, dict)}
     sizes: Counter[str] = Counter()
     for header in tensors.values():
         if header.dtype in _DTYPES:
             sizes[_DTYPES[header.dtype]] += header.nbytes
-    return sizes.most_common(1)[0][0] if sizes else None
-
-
-def _set_dtype(content: dict[str, Any], dtype: str) -> None:
-    present = [key for key in _DTYPE_KEYS if key in content] or [_DTYPE_KEYS[0]]
-    content.update(dict.fromkeys(present, dtype))
-    for part in content.values():
-        if isinstance(part, dict):
+    if dtype := next((most for most, _ in sizes.most_common(1)), dtype):
+        present = [key for key in _DTYPE_KEYS if key in content] or [_DTYPE_KEYS[0]]
+        content.update(dict.fromkeys(present, dtype))
+        for part in parts.values():
             part.update({key: dtype for key in _DTYPE_KEYS if part.get(key) is not None})
-
-
-def _untie(content: dict[str, Any]) -> None:
-    content[_TIED] = False
-    for name, part in content.items():
-        if isinstance(part, dict) and (_TIED in part or name == "text_config"):
-            part[_TIED] = False
+    if _has_head_of_its_own(tensors):
+        content[_TIED] = False
+        for name, part in parts.items():
+            if _TIED in part or name == "text_config":
+                part[_TIED] = False
+    if json.dumps(content) != before:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _has_head_of_its_own(tensors: dict[str, TensorHeader]) -> bool:
     always = tied_groups(tensors, False)
     for group in tied_groups(tensors, True):
-        if group in always:
-            continue
         first, *others = (tensors[name] for name in sorted(group))
-        if any(not same_bytes(first, other) for other in others):
+        if group not in always and any(not same_bytes(first, other) for other in others):
             return True
     return False
 
@@ -84,10 +70,12 @@ def following_layers(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def model_out_config(config: Any, *arguments: Any, **options: Any) -> Any:
         out = stock(config, *arguments, **options)
-        taken = list(_layers(config, *arguments, **options))
-        if taken:
-            for name in _per_layer(taken[0][0]):
-                setattr(out, name, [getattr(source, name)[index] for source, index in taken])
+        if taken := list(_layers(config, *arguments, **options)):
+            first = taken[0][0]
+            for name, value in first.to_dict().items():
+                # Of one layer a list may be anything.
+                if isinstance(value, list) and len(value) == first.num_hidden_layers > 1:
+                    setattr(out, name, [getattr(source, name)[index] for source, index in taken])
         return out
 
     return model_out_config
@@ -104,10 +92,3 @@ def _layers(config: Any, _: Any, trust_remote_code: bool = False) -> Iterator[tu
             if index >= getattr(found, "num_hidden_layers", 0):
                 return  # a wrong range, which the check reports
             yield found, index
-
-
-def _per_layer(config: Any) -> list[str]:
-    count = config.num_hidden_layers
-    values = config.to_dict().items()
-    # Of one layer a list may be anything.
-    return [n for n, v in values if isinstance(v, list) and len(v) == count > 1]

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ _CONVERTED = 4
 _EACH, _ONCE = 8, 16
 _COMPARED = 256 << 20
 
+# From the sizes of the inputs along the axis of the vocabulary to that of the output.
 Rows = Callable[[Sequence[int]], int]
 
 
@@ -74,31 +75,25 @@ def estimate(
         collects: whether the output's tensors are collected for a shard, not written one by one.
     """
     config, options, method = inventory.config, inventory.options, inventory.method
-    vocabulary = Vocabulary.of(config, options)
-    rows: Rows = vocabulary.most if vocabulary else min  # else they are cut to the smallest
-    read: dict[tuple[Any, str], int] = {}
-    written = parameters = 0
-    needs = []
-    for tensor in inventory.located:
-        if not tensor.headers:
-            return None
-        for model, stored in _each(tensor):
-            read[model, stored.name] = stored.nbytes
-        shape = _shape(tensor, rows)
-        bits = BITS.get(_loaded(tensor, config), 32)
-        made = dtype_of(tensor.weight.force_dtype or config.out_dtype)
-        out = bits if made is None else BITS.get(dtype_name(made), bits)
-        parameters += math.prod(shape)
-        written += math.prod(shape) * out // 8
-        rows_moved = vocabulary is not None and tensor.weight.vocabulary_axis is not None
-        needs.append(_need(tensor, shape, bits, -(-out // 8), options, method, rows_moved))
-    passes = [method.passes(s) for s in shared] if isinstance(method, ExtMethod) else []
-    need = max(needs, key=lambda need: need.most, default=Need("nothing"))
-    loaders = {
-        "tokenizers": vocabulary.bytes if vocabulary else 0,
-        "whole pickles": pickled_bytes({model for model, _ in read}, options),
+    if not all(tensor.headers for tensor in inventory.located):
+        return None
+    built = vocabulary(config, options)
+    rows, tokenizers = built or (min, 0)  # without a tokenizer vocabularies are cut
+    read = {
+        (model, stored.name): stored.nbytes
+        for tensor in inventory.located
+        for model, stored in _each(tensor)
     }
-    need = replace(need, parts={**need.parts, **loaders})
+    entries = [_entry(tensor, config, rows) for tensor in inventory.located]
+    needs = [
+        _need(tensor, entry, inventory, built is not None and _axis(tensor) is not None)
+        for tensor, entry in zip(inventory.located, entries, strict=True)
+    ]
+    passes = [method.passes(s) for s in shared] if isinstance(method, ExtMethod) else []
+    written = sum(entry.nbytes for entry in entries)
+    need = max(needs, key=lambda need: need.most, default=Need("nothing"))
+    pickles = pickled_bytes({model for model, _ in read}, options)
+    need = replace(need, parts={**need.parts, "tokenizers": tokenizers, "whole pickles": pickles})
     if collects:
         shard = options.out_shard_size
         collected = {"the shard": min(shard, written) if shard > 0 else written}
@@ -107,29 +102,21 @@ def estimate(
         bytes_read=sum(read.values()) * max(passes, default=1),
         bytes_written=written,
         bytes_held=need.bytes,
-        tensors=len(inventory.located),
-        parameters=parameters,
+        tensors=len(entries),
+        parameters=sum(math.prod(entry.shape) for entry in entries),
         need=need,
     )
 
 
-def _need(
-    tensor: PlannedTensor,
-    shape: tuple[int, ...],
-    bits: int,
-    out: int,
-    options: Any,
-    method: Any,
-    rows_moved: bool,
-) -> Need:
-    size, device = math.prod(shape), str(options.device).partition(":")[0]
+def _need(tensor: PlannedTensor, entry: Entry, inventory: Inventory, rows_moved: bool) -> Need:
+    size, device = math.prod(entry.shape), str(inventory.options.device).partition(":")[0]
     models = max(1, sum(model != tensor.group.base for model in tensor.found))
-    width = max(bits // 8, _LEAST_BYTES)
-    loaded = size * bits // 8
+    bits = BITS.get(_loaded(tensor, inventory.config), 32)
+    width, loaded = max(bits // 8, _LEAST_BYTES), size * bits // 8
     merging = {
-        "the result": size * out,
+        "the result": entry.nbytes,
         **working(
-            copies_of(method)(models, square_of(shape)),
+            copies_of(inventory.method)(models, square_of(entry.shape)),
             size * width,
             models,
             piece=chunk_length(device) * width,
@@ -147,8 +134,8 @@ def _need(
     if device == "cpu":
         return Need(tensor.name, {**inputs, **merging}, {}, _REMEDY)
     # An input passes through the CPU on its way to the device, the result on its way to the disk.
-    passing = {"one input": loaded, "the result": size * out}
-    on_device = {"inputs": len(tensor.found) * loaded, **merging, "the result before": size * out}
+    passing = {"one input": loaded, "the result": entry.nbytes}
+    on_device = {"inputs": len(tensor.found) * loaded, **merging, "the result before": entry.nbytes}
     return Need(tensor.name, {**inputs, **passing}, on_device, _REMEDY)
 
 
@@ -173,27 +160,31 @@ def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, Entry 
         config: mergekit's configuration.
     """
     built = wants_tokenizer(config)
-    return {tensor.name: _entry(tensor, config, built) for tensor in located}
+    found: dict[str, Entry | None] = {}
+    for tensor in located:
+        # A tokenizer that is built decides the vocabulary; and what some inputs lack may be left
+        # out.
+        unknown = not tensor.headers or len(tensor.headers) < len(tensor.found) or tensor.missing
+        entry = None
+        if not unknown and not (built and _axis(tensor) is not None):
+            entry = _entry(tensor, config, min)
+        found[tensor.name] = entry if entry and entry.dtype in _DTYPES else None
+    return found
 
 
-def _entry(tensor: PlannedTensor, config: Any, built: bool) -> Entry | None:
-    # A tokenizer that is built decides the vocabulary; and what some inputs lack may be left out.
-    unknown = len(tensor.headers) < len(tensor.found) or tensor.missing or not tensor.headers
-    if unknown or (built and tensor.weight.vocabulary_axis is not None):
-        return None
-    loaded = _loaded(tensor, config)
-    if loaded not in _DTYPES:
-        return None
-    made = dtype_of(tensor.weight.force_dtype or config.out_dtype) or _DTYPES[loaded]
-    return Entry.of(tensor.name, made, _shape(tensor, min))
-
-
-def _shape(tensor: PlannedTensor, rows: Rows) -> tuple[int, ...]:
-    shape, axis = list(tensor.headers[0].shape), tensor.weight.vocabulary_axis
+def _entry(tensor: PlannedTensor, config: Any, rows: Rows) -> Entry:
+    made = dtype_of(tensor.weight.force_dtype or config.out_dtype)
+    dtype = _loaded(tensor, config) if made is None else dtype_name(made)
+    shape, axis = list(tensor.headers[0].shape), _axis(tensor)
     if axis is not None and axis < len(shape):
-        sizes = [header.shape[axis] for header in tensor.headers if axis < len(header.shape)]
-        shape[axis] = rows(sizes)
-    return tuple(shape)
+        shape[axis] = rows([h.shape[axis] for h in tensor.headers if axis < len(h.shape)])
+    size = math.prod(shape) * BITS.get(dtype, 32) // 8
+    return Entry(tensor.name, dtype, tuple(shape), size)
+
+
+def _axis(tensor: PlannedTensor) -> int | None:
+    axis: int | None = tensor.weight.vocabulary_axis
+    return axis
 
 
 def _loaded(tensor: PlannedTensor, config: Any) -> str:
@@ -207,51 +198,32 @@ def _loaded(tensor: PlannedTensor, config: Any) -> str:
     return dtype_name(functools.reduce(torch.promote_types, [_DTYPES[name] for name in names]))
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The vocabulary of the output, where mergekit builds a tokenizer and aligns the inputs.
+def vocabulary(config: Any, options: Any) -> tuple[Rows, int] | None:
+    """Return how many rows embeddings have at most, and the bytes that tokenizers take.
 
-    Attributes:
-        joined: whether the tokens of different files come together.
-        more: how many rows come on top.
-        bytes: memory that the tokenizers take.
+    None where mergekit builds no tokenizer.
     """
-
-    joined: bool
-    more: int
-    bytes: int
-
-    @classmethod
-    def of(cls, config: Any, options: Any) -> Vocabulary | None:
-        """Return what is known before a tokenizer is loaded; None if each tensor keeps its rows."""
-        if not wants_tokenizer(config):
-            return None
-        asked = config.tokenizer
-        places = [_place(model, options) for model in models_at(config)]
-        files = [_tokenizer_of(place) for place in dict.fromkeys(places) if place is not None]
-        lengths = [
-            file.stat().st_size * (1 if file.name == _TOKENIZER else _CONVERTED) if file else 0
-            for file in files
-        ]
-        alike = (
-            None not in places
-            and max(lengths) <= _COMPARED
-            and all(
-                one and other and filecmp.cmp(one, other, shallow=False)
-                for one, other in itertools.pairwise(files)
-            )
-        )
-        more = len(asked.tokens or ()) + (asked.pad_to_multiple_of or 1) - 1 if asked else 0
-        source = asked.source if asked else config.tokenizer_source
-        return cls(
-            source == "union" and not alike,
-            more,
-            _EACH * sum(lengths) + _ONCE * max(lengths, default=0),
-        )
-
-    def most(self, sizes: Sequence[int]) -> int:
-        """Return the rows that the output may have, if the inputs have `sizes`."""
-        return (sum(sizes) if self.joined else max(sizes)) + self.more
+    if not wants_tokenizer(config):
+        return None
+    asked = config.tokenizer
+    places = [_place(model, options) for model in models_at(config)]
+    files = [_tokenizer_of(place) for place in dict.fromkeys(places) if place is not None]
+    lengths = [
+        file.stat().st_size * (1 if file.name == _TOKENIZER else _CONVERTED) if file else 0
+        for file in files
+    ]
+    longest = max(lengths, default=0)
+    alike = None not in places and longest <= _COMPARED
+    alike = alike and all(
+        one and other and filecmp.cmp(one, other, shallow=False)
+        for one, other in itertools.pairwise(files)
+    )
+    joined = not alike and (asked.source if asked else config.tokenizer_source) == "union"
+    more = len(asked.tokens or ()) + (asked.pad_to_multiple_of or 1) - 1 if asked else 0
+    return (
+        lambda sizes: (sum(sizes) if joined else max(sizes)) + more,
+        _EACH * sum(lengths) + _ONCE * longest,
+    )
 
 
 def _tokenizer_of(folder: Path) -> Path | None:

@@ -30,6 +30,15 @@ _MEANING = re.compile(
     r"|use_parallel_residual|new_decoder_architecture|do_layer_norm_before|layer_norm_type"
     r"|norm_type|layer_types|patch_size|image_size|partial_rotary_factor|rotary_pct"
 )
+# What is expected of them, and of the labels of a classifier, and what to do.
+_ONE_MEANING = (
+    "one value: weights of the same shape mean something else with another",
+    "Take that model out, or give --allow-crimes to merge it nevertheless.",
+)
+_ONE_ORDER = (
+    "the same labels in the same order: rows of the classifiers are merged by their number",
+    "Use `merge_method: flexmerge`, which keeps heads apart, or give --allow-crimes.",
+)
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 _MISSING = object()
 
@@ -55,57 +64,47 @@ def check_fields(
         heads: whether classification heads are merged with each other.
         outcome: which of two values acts in the output.
     """
-    known = {m: dict(_leaves(f.config.to_dict())) for m, f in facts.items() if f.config is not None}
-    if donor not in known:
-        return
-    for model, fields in known.items():
-        if facts[model].config.model_type != facts[donor].config.model_type:
+    given = facts[donor].config if donor in facts else None
+    for model, fact in facts.items():
+        if given is None or fact.config is None or fact.config.model_type != given.model_type:
             continue  # reported as other architectures
-        if heads:
-            _check_labels(facts[model], facts[donor], findings, crimes, outcome)
-        for name in sorted(fields.keys() | known[donor].keys()):
-            mine, given = fields.get(name, _MISSING), known[donor].get(name, _MISSING)
-            *path, leaf = name.split(".")
-            if mine == given or any(map(_WITHOUT_EFFECT.fullmatch, (*path, leaf))):
-                continue
-            if _MISSING in (mine, given) and class_of(facts[model].config) is not None:
-                continue  # left by an older version: what a class reads it always has a value for
-            values = f"{_value(mine)} in {model}, {_value(given)} in {donor}"
-            if _MEANING.fullmatch(leaf) and not crimes:
-                findings.problem(
-                    f"{facts[model].where} (config.json: {name})",
-                    values,
-                    "one value: weights of the same shape mean something else with another",
-                    "Take that model out, or give --allow-crimes to merge it nevertheless.",
-                )
+        for name, mine, other, stops in (
+            *(_labels(fact.config, given) if heads else ()),
+            *_fields(fact.config, given),
+        ):
+            values = f"{_value(mine)} in {model}, {_value(other)} in {donor}"
+            if stops and not crimes:
+                findings.problem(f"{fact.where} (config.json: {name})", values, *stops)
             else:
                 findings.warn(f"config.json: {name} is {values}; {outcome}.")
 
 
-def _check_labels(
-    fact: ModelFacts, donor: ModelFacts, findings: Findings, crimes: bool, outcome: str
-) -> None:
+# A field, both of its values, and what is expected of them and what to do where it stops a merge.
+_Difference = tuple[str, Any, Any, tuple[str, str] | None]
+
+
+def _fields(mine: Any, given: Any) -> Iterator[_Difference]:
+    one, other = dict(_leaves(mine.to_dict())), dict(_leaves(given.to_dict()))
+    for name in sorted(one.keys() | other.keys()):
+        values = one.get(name, _MISSING), other.get(name, _MISSING)
+        parts = name.split(".")
+        if values[0] == values[1] or any(map(_WITHOUT_EFFECT.fullmatch, parts)):
+            continue
+        if _MISSING in values and class_of(mine) is not None:
+            continue  # left by an older version: what a class reads it always has a value for
+        yield name, *values, _ONE_MEANING if _MEANING.fullmatch(parts[-1]) else None
+
+
+def _labels(mine: Any, given: Any) -> Iterator[_Difference]:
     """Compare the order of the labels, which decides what a row of a classifier means."""
-    mine, given = _labels(fact.config), _labels(donor.config)
-    if not mine or not given or mine == given or len(mine) != len(given):
-        return  # of another length the head has another shape
-    listed = f"{shown(mine)} in {fact.reference}, {shown(given)} in {donor.reference}"
-    if crimes:
-        findings.warn(f"config.json: id2label is {listed}; {outcome}.")
-        return
-    findings.problem(
-        f"{fact.where} (config.json: id2label)",
-        listed,
-        "the same labels in the same order: rows of the classifiers are merged by their number",
-        "Use `merge_method: flexmerge`, which keeps heads apart, or give --allow-crimes.",
-    )
-
-
-def _labels(config: Any) -> list[str]:
-    """Return the labels in their order; none where nothing but default names is written."""
-    labels = getattr(config, "id2label", None) or {}
-    found = [str(labels[key]) for key in sorted(labels, key=int)]
-    return [] if all(_DEFAULT_LABEL.fullmatch(label) for label in found) else found
+    found = []
+    for config in (mine, given):
+        labels = getattr(config, "id2label", None) or {}
+        found.append([str(labels[key]) for key in sorted(labels, key=int)])
+    one, other = found
+    named = all(not all(map(_DEFAULT_LABEL.fullmatch, labels)) for labels in found)
+    if named and one != other and len(one) == len(other):  # else the head has another shape
+        yield "id2label", one, other, _ONE_ORDER
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

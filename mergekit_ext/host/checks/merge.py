@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,13 @@ from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import listing, nearest, shown
+from mergekit_ext.errors import did_you_mean, listing, shown
 from mergekit_ext.host.adapters.loader import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at
-from mergekit_ext.host.checks.models import ModelFacts, file_tensors, read_model
+from mergekit_ext.host.checks.models import ModelFacts, read_model, read_tensors
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.plan import (
     Inventory,
@@ -84,29 +85,26 @@ def examine(
     pending: Collection[str] = (),
 ) -> tuple[CheckReport, list[PlannedTensor]]:
     """Check a merge that goes tensor by tensor; return the tensors that it would write, too."""
-    findings = Findings()
     with quiet():
-        if source is not None:
-            findings.extend(unknown_keys(source))
-        check_settings(config, options, findings)
-        check_tokenizers(config, options, findings)
-        check_multi_gpu(options, findings)
-        method = _find_method(config.merge_method, findings)
-        inventory = _check_models(config, options, method, pending)
-        # Parameters are reported before the models, but need the tensors' names.
-        costs = _check_costs(inventory, findings, collects=not options.safe_serialization)
+        inventory = _inventory(config, options, source)
+        _check_models(inventory, pending)
+        costs = _check_costs(inventory, collects=not options.safe_serialization)
+        check_tokenizers(config, options, inventory.findings)
         check_modules(config, options, inventory.models, inventory.findings)
         if any(fact.pending for fact in inventory.models.values()):
-            findings.note("Nothing is estimated: a model is the result of another document.")
-        findings.merge(inventory.findings)
-    return findings.report(costs), inventory.located
+            inventory.findings.note(
+                "Nothing is estimated: a model is the result of another document."
+            )
+    return inventory.findings.report(costs), inventory.located
 
 
 def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
     """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
     with quiet():
         method = merge_methods.get(config.merge_method)
-        return _check_models(config, options, method, ()).findings.report()
+        inventory = Inventory(config, options, method, Findings())
+        _check_models(inventory, ())
+    return inventory.findings.report()
 
 
 def check_flat(
@@ -123,27 +121,19 @@ def check_flat(
         union: `--tensor-union`: tensors may be missing in some files.
         intersection: `--tensor-intersection`: only tensors that all files have are merged.
     """
-    findings, files = Findings(), Findings()
     with quiet():
-        if source is not None:
-            findings.extend(unknown_keys(source, schema=type(config), also=()))
-        check_settings(config, options, findings)
-        check_multi_gpu(options, findings)
-        method = _find_method(config.merge_method, findings)
+        inventory = _inventory(config, options, source, also=())
+        findings = inventory.findings
         if not config.models:
             findings.problem("models", "an empty list", "the files to merge", "Add them.")
             return findings.report()
-        models = {
-            model: ModelFacts(model, where, tensors=_flat_tensors(model, where, files))
-            for model, where in models_at(config).items()
-        }
-        inventory = Inventory(config, options, method, files, models)
+        for model, where in models_at(config).items():
+            tensors = _flat_tensors(model, where, findings)
+            inventory.models[model] = ModelFacts(model, where, tensors=tensors)
         _plan_flat(inventory, union, intersection)
         locate(inventory)
         check_tensors(inventory, policy=OptionalTensorPolicy.ERROR)
-        costs = _check_costs(inventory, findings, collects=True)
-        findings.merge(files)
-    return findings.report(costs)
+        return findings.report(_check_costs(inventory, collects=True))
 
 
 def check_flat_adapters(config: RawPyTorchMergeConfig) -> CheckReport:
@@ -155,42 +145,31 @@ def check_flat_adapters(config: RawPyTorchMergeConfig) -> CheckReport:
     return findings.report()
 
 
-def _find_method(name: str, findings: Findings) -> Any:
-    """Return the registered method, or None with a problem that names the nearest one."""
-    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
-    if name not in methods:
-        close = nearest(name, methods)
-        findings.problem(
-            "merge_method",
-            shown(name),
-            f"one of {', '.join(sorted(methods))}",
-            f"Write `{close}`." if close else "Choose one of them.",
-        )
-    return methods.get(name)
-
-
-def _check_costs(inventory: Inventory, findings: Findings, *, collects: bool) -> Estimate | None:
-    """Check the parameters and add up the costs; what exceeds the cap on memory is a problem."""
-    shared: list[Mapping[str, Any]] = []
-    if inventory.method is not None:
-        shared = check_parameters(
-            inventory.method, inventory.groups, inventory.located or inventory.planned, findings
-        )
-    costs = estimate(inventory, shared, collects) if inventory.complete else None
-    if costs is not None:
-        findings.extend(memory.problems(costs.need))
-    return costs
-
-
-def _check_models(config: Any, options: Any, method: Any, pending: Collection[str]) -> Inventory:
-    """Check the models with each other and with the output."""
+def _inventory(
+    config: Any, options: Any, source: str | Mapping[str, Any] | None, **also: Any
+) -> Inventory:
+    """Check what comes before any model; return an inventory without any."""
     findings = Findings()
-    models = {
-        model: read_model(model, where, options, findings, pending)
-        for model, where in models_at(config).items()
-    }
-    inventory = Inventory(config, options, method, findings, models)
-    broken = check_inputs(models, findings)
+    if source is not None:
+        findings.extend(unknown_keys(source, schema=type(config), **also))
+    check_settings(config, options, findings)
+    check_multi_gpu(options, findings)
+    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
+    name = config.merge_method
+    if name not in methods:
+        remedy = did_you_mean(name, methods, listed=True)
+        findings.problem(
+            "merge_method", shown(name), f"one of {', '.join(sorted(methods))}", remedy
+        )
+    return Inventory(config, options, methods.get(name), findings)
+
+
+def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
+    """Check the models with each other and with the output."""
+    config, options, findings = inventory.config, inventory.options, inventory.findings
+    for model, where in models_at(config).items():
+        inventory.models[model] = read_model(model, where, options, findings, pending)
+    broken = check_inputs(inventory.models, findings)
     architecture, same = find_architecture(inventory)
     if architecture is not None:
         survey(inventory, architecture)
@@ -198,20 +177,38 @@ def _check_models(config: Any, options: Any, method: Any, pending: Collection[st
     # Models of other architectures would only give the same problem again for every tensor.
     if same or options.allow_crimes:
         check_tensors(inventory, broken)
-        donor = config.base_model or next(iter(models))
-        check_fields(models, donor, findings, crimes=options.allow_crimes, heads=True)
+        donor = config.base_model or next(iter(inventory.models))
+        check_fields(inventory.models, donor, findings, crimes=options.allow_crimes, heads=True)
         check_output(inventory)
-    return inventory
+
+
+def _check_costs(inventory: Inventory, *, collects: bool) -> Estimate | None:
+    """Check the parameters and add up the costs; what exceeds the cap on memory is a problem."""
+    complete, shared = inventory.is_complete, []
+    if inventory.method is not None:
+        planned = inventory.located or inventory.planned
+        shared = check_parameters(inventory.method, inventory.groups, planned, inventory.findings)
+    costs = estimate(inventory, shared, collects) if complete else None
+    if costs is not None:
+        inventory.findings.extend(memory.problems(costs.need))
+    return costs
 
 
 def _flat_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
     reference = file_with_adapter(path)
+    file = Path(path if reference is None else reference.model.path)
+    tensors = None
+    if os.path.isfile(file):
+        tensors = read_tensors(file, where, findings)
+    else:
+        what = "is a folder" if os.path.isdir(file) else "does not exist"
+        expected = "a file, .safetensors or a PyTorch pickle"
+        remedy = "Check the path; whole models are merged with mergekit-yaml."
+        findings.problem(where, f"{file}, which {what}", expected, remedy)
     if reference is None:
-        return file_tensors(path, where, findings)
-    file = reference.model.path
-    base, config = file_tensors(file, where, findings), config_beside(file)
-    folder = str(Path(file).resolve().parent)
-    return adapted_tensors(reference.lora, folder, base, config, where, findings, otherwise="")
+        return tensors
+    folder, config = str(file.resolve().parent), config_beside(str(file))
+    return adapted_tensors(reference.lora, folder, tensors, config, where, findings, otherwise="")
 
 
 def _plan_flat(inventory: Inventory, union: bool, intersection: bool) -> None:
@@ -227,7 +224,7 @@ def _plan_flat(inventory: Inventory, union: bool, intersection: bool) -> None:
         names = kept
     for name in names:
         weight = WeightInfo(name=name, optional=union and not intersection)
-        inputs = tuple((model, weight) for model in known)
+        inputs = dict.fromkeys(known, weight)
         inventory.planned.append(
             PlannedTensor(weight, inputs, group, lambda m: (own.get(m), config.parameters))
         )
@@ -252,9 +249,9 @@ def check_source(
     try:
         documents, repeated = read(text)
     except DocumentError as error:
-        return [(None, CheckReport((error.problem,), (), None))]
+        return [(None, CheckReport((error.problem,)))]
     if not documents:
-        return [(None, CheckReport((NO_DOCUMENT,), (), None))]
+        return [(None, CheckReport((NO_DOCUMENT,)))]
     names = [name_of(document) for document in documents]
     between = between_documents(documents)
     reports = []
@@ -262,7 +259,7 @@ def check_source(
         schema = RawPyTorchMergeConfig if _is_flat(document) else MergeConfiguration
         config, problems = parse(document, schema)
         if config is None:
-            report = CheckReport(tuple(problems), (), None)
+            report = CheckReport(tuple(problems))
         elif isinstance(config, RawPyTorchMergeConfig):
             flags = {"union": union, "intersection": intersection}
             report = check_flat(config, options, **flags, source=document)

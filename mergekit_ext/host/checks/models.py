@@ -24,7 +24,6 @@ from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.inputs import cached_folder, is_offline
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
-    BITS,
     PICKLE_REMEDY,
     HeaderError,
     TensorHeader,
@@ -85,11 +84,11 @@ def read_model(
     if reference.model.path in pending:
         base = ModelFacts(reference, where, pending=True)
     elif os.path.exists(reference.model.path):
-        base = _local_model(reference, where, options, findings, merged)
+        base = _local_model(reference, where, options, findings)
     else:
         base = _hub_model(reference, where, options, findings)
     if not applies(reference):
-        return base
+        return dataclasses.replace(base, tensors=merged or base.tensors)
     if options.lora_merge_cache:
         findings.note(unused_cache(options))
     known = base.tensors if base.config is not None else None
@@ -102,14 +101,7 @@ def read_model(
     return dataclasses.replace(base, tensors=tensors)
 
 
-def _local_model(
-    reference: Any,
-    where: str,
-    options: Any,
-    findings: Findings,
-    merged: Mapping[str, TensorHeader] | None,
-) -> ModelFacts:
-    """Look at a model here, without its adapter; `merged` are the tensors of a merged copy."""
+def _local_model(reference: Any, where: str, options: Any, findings: Findings) -> ModelFacts:
     folder = Path(reference.model.path)
     if not folder.is_dir():
         findings.problem(
@@ -119,8 +111,10 @@ def _local_model(
             "Give its folder; single weight files are merged with mergekit-pytorch.",
         )
         return ModelFacts(reference, where)
-    tensors = merged or _folder_tensors(folder, where, findings)
     adapter = (folder / "adapter_config.json").is_file()
+    tensors = None
+    if not adapter or weights_of(folder) is not None:
+        tensors = read_tensors(folder, where, findings)
     if not (folder / "config.json").is_file():
         findings.problem(
             where,
@@ -166,7 +160,7 @@ def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> 
         if folder is None:
             return nothing
     if folder is not None:
-        tensors = _folder_tensors(folder, where, findings)
+        tensors = read_tensors(folder, where, findings)
     else:
         before = findings.count
         tensors = _remote_tensors(reference.model, where, findings)
@@ -175,45 +169,18 @@ def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> 
     return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
 
 
-def _folder_tensors(folder: Path, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    weights = weights_of(folder)
-    if weights is None and (folder / "adapter_config.json").is_file():
-        return None  # said once, with the missing config.json
+def read_tensors(path: Path, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
+    """Return the tensors of a folder, or of a file of weights; None with a problem."""
+    read, weights = (read_folder, weights_of(path)) if path.is_dir() else (read_file, path)
     try:
-        tensors = read_folder(folder, allow_pickle=pickles_allowed())
+        tensors = read(path, allow_pickle=pickles_allowed())
     except HeaderError as error:
         findings.unreadable(where, error)
         return None
-    _refuse_codes(tensors, folder, where, findings)
-    if weights is not None and weights.name.startswith("pytorch_model"):
-        _note_pickle(weights, where, findings)
-    return tensors
-
-
-def file_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    """Return the tensors of one file of weights; None with a problem."""
-    if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
-        findings.problem(
-            where,
-            f"{path}, which {what}",
-            "a file, .safetensors or a PyTorch pickle",
-            "Check the path; whole models are merged with mergekit-yaml.",
-        )
-        return None
-    try:
-        tensors = read_file(Path(path), allow_pickle=pickles_allowed())
-    except HeaderError as error:
-        findings.unreadable(where, error)
-        return None
-    if Path(path).suffix != ".safetensors":
-        _note_pickle(path, where, findings)
     _refuse_codes(tensors, path, where, findings)
+    if weights is not None and "safetensors" not in weights.name:
+        findings.note(f"{where}: {weights} is a pickle, as allowed; only tensors are read from it.")
     return tensors
-
-
-def _note_pickle(file: str | Path, where: str, findings: Findings) -> None:
-    findings.note(f"{where}: {file} is a pickle, as allowed; only tensors are read from it.")
 
 
 def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
@@ -228,14 +195,9 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
         metadata = huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
     except NotASafetensorsRepoError:
         if pickles_allowed():
-            findings.note(
-                f"{where}: {path.path} has no model.safetensors; its names and shapes are not "
-                "checked before the download. Of pickles only tensors are read."
-            )
+            findings.note(f"{where}: {path.path} holds pickles, which are not checked before.")
         else:
-            found = (
-                f"{path.path} without model.safetensors; pickles, which may run any code, are left"
-            )
+            found = f"{path.path} without model.safetensors, but with pickles"
             findings.problem(where, found, "safetensors", PICKLE_REMEDY)
         return None
     except Exception as error:  # network, access, parsing: the client's message is kept
@@ -249,11 +211,9 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
         return None
     tensors: dict[str, TensorHeader] = {}
     for name, file in metadata.weight_map.items():
-        entry: Any = metadata.files_metadata[file].tensors.get(name)
-        if entry is not None:
+        if entry := metadata.files_metadata[file].tensors.get(name):
             begin, end = entry.data_offsets
-            dtype = entry.dtype if entry.dtype in BITS else str(entry.dtype)
-            tensors[name] = TensorHeader(name, dtype, tuple(entry.shape), end - begin)
+            tensors[name] = TensorHeader(name, str(entry.dtype), tuple(entry.shape), end - begin)
     _refuse_codes(tensors, path.path, where, findings)
     return tensors
 
@@ -312,8 +272,7 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
             "Add it to config.json, or give the model with `override_architecture:`.",
         )
         return None
-    for field, found, expected, remedy in _other_readings(config):
-        findings.problem(f"{where} (config.json: {field})", found, expected, remedy)
+    _check_readings(config, where, findings)
     return config
 
 
@@ -345,22 +304,22 @@ def _counts(content: Any) -> Iterator[tuple[str, int]]:
             yield name, item
 
 
-def _other_readings(config: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Fields with which transformers reads other weights than the files that mergekit reads."""
+def _check_readings(config: Any, where: str, findings: Findings) -> None:
+    """Report fields with which transformers reads other weights than those that mergekit reads."""
     content = config.to_dict()
     parts = {"": content, **{f"{k}.": v for k, v in content.items() if isinstance(v, dict)}}
     for prefix, part in parts.items():
         if quantised := part.get("quantization_config"):
             kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            yield (
-                f"{prefix}quantization_config",
+            findings.problem(
+                f"{where} (config.json: {prefix}quantization_config)",
                 f"a model quantised by {kind}, whose codes are no weights without their scales",
                 "weights",
                 f"{_UNQUANTISED} If its files hold plain weights, remove that field.",
             )
     if file := content.get("transformers_weights"):
-        yield (
-            "transformers_weights",
+        findings.problem(
+            f"{where} (config.json: transformers_weights)",
             f"{file}, which transformers loads and mergekit does not look at",
             "the weights in a file of the usual name",
             "Save the model again with `save_pretrained` into an empty folder.",

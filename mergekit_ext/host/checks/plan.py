@@ -57,7 +57,7 @@ class PlannedTensor:
     """
 
     weight: Any
-    inputs: tuple[tuple[Any, Any], ...]
+    inputs: Mapping[Any, Any]
     group: Group
     sources: Callable[[Any], Iterable[Any]]
     t: float = 0.0
@@ -67,8 +67,7 @@ class PlannedTensor:
     @property
     def name(self) -> str:
         """What the output calls it."""
-        name: str = self.weight.name
-        return name
+        return str(self.weight.name)
 
     @property
     def headers(self) -> list[TensorHeader]:
@@ -83,7 +82,7 @@ class Inventory:
     Attributes:
         config, options: mergekit's.
         method: the registered merge method; None if there is none of that name.
-        findings: what is wrong with the models, and what is worth knowing.
+        findings: what is wrong, and what is worth knowing.
         models: every model that is merged.
         planned: the tensors of the output, optional ones included.
         located: those that are written, with what the inputs hold for them.
@@ -94,10 +93,13 @@ class Inventory:
     options: Any
     method: Any
     findings: Findings
-    models: Mapping[Any, ModelFacts]
+    models: dict[Any, ModelFacts] = field(default_factory=dict)
     planned: list[PlannedTensor] = field(default_factory=list)
     located: list[PlannedTensor] = field(default_factory=list)
     out_config: Any = None
+
+    def __post_init__(self) -> None:
+        self._before = self.findings.count
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -110,10 +112,15 @@ class Inventory:
         return wants_tokenizer(self.config) or bool(self.options.unsafe_truncate_embeddings)
 
     @property
-    def complete(self) -> bool:
+    def is_sound(self) -> bool:
+        """Whether no problem was found since this inventory was begun."""
+        return self.findings.count == self._before
+
+    @property
+    def is_complete(self) -> bool:
         """Whether every model is known, and nothing is wrong with any."""
         known = all(fact.tensors is not None for fact in self.models.values())
-        return known and bool(self.located) and not self.findings.count
+        return known and bool(self.located) and self.is_sound
 
 
 def find_architecture(inventory: Inventory) -> tuple[Any, bool]:
@@ -179,10 +186,11 @@ def survey(inventory: Inventory, architecture: Any) -> None:
     # The planner looks the method up; its name may be wrong, and it is not needed here.
     copy.merge_method = "linear"
     try:
-        inventory.out_config = _model_out_config(copy, architecture, options.trust_remote_code)
-        _Recorder(copy, architecture, options, inventory.out_config).record(inventory, places)
+        out_config = _model_out_config(copy, architecture, options.trust_remote_code)
+        _Recorder(copy, architecture, options, out_config).record(inventory, places)
+        inventory.out_config = out_config
     except Exception as error:  # mergekit's planner; its message is kept, without the config.json
-        inventory.out_config = None
+        inventory.planned.clear()
         text = re.sub(r"\{.*\}", "{...}", str(error), flags=re.DOTALL)
         findings.problem(
             "the merge's plan",
@@ -198,9 +206,13 @@ class _Recorder(MergePlanner):
     def record(self, inventory: Inventory, places: Mapping[int, str]) -> None:
         """Plan into `inventory`; `places` are the paths of slices in the user's file, by `id`."""
         # Not through `_plan`, in which the project's own planner starts the statistics.
-        self._facts, self._findings = inventory.models, inventory.findings
-        self._architectures: dict[Any, Any] = {}
-        self._planned: list[PlannedTensor] = []
+        self._inventory = inventory
+        # mergekit's own version keeps planner and models alive in a global cache.
+        self._model_arch = functools.cache(
+            lambda model: ConfiguredModelArchitecture(
+                info=self.arch_info, config=inventory.models[model].config
+            )
+        )
         # The method's contract is checked elsewhere and in full.
         self._method = SimpleNamespace(validate_inputs=lambda *_, **__: None)
         groups = {group.where: group for group in inventory.groups}
@@ -212,15 +224,6 @@ class _Recorder(MergePlanner):
                 at = places.get(id(piece), "models" if flat else f"modules.{name}.models")
                 self._groups[id(piece)] = groups[at]
             self.plan_module(name, module)
-        inventory.planned = self._planned
-
-    def _model_arch(self, model: Any) -> Any:
-        # mergekit's own version keeps planner and models alive in a global cache.
-        if model not in self._architectures:
-            self._architectures[model] = ConfiguredModelArchitecture(
-                info=self.arch_info, config=self._facts[model].config
-            )
-        return self._architectures[model]
 
     def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
         """Refuse wrong layer ranges before mergekit stumbles over them."""
@@ -230,10 +233,10 @@ class _Recorder(MergePlanner):
         for i, source in enumerate(definition.sources):
             first, last = source.layer_range
             lengths[str(source.model)] = last - first
-            layers = module.num_layers(self._facts[source.model].config)
+            layers = module.num_layers(self._inventory.models[source.model].config)
             if chosen and not 0 <= first < last <= layers:
                 fits = False
-                self._findings.problem(
+                self._inventory.findings.problem(
                     f"{where}.sources[{i}].layer_range",
                     f"[{first}, {last}]",
                     f"a range inside of [0, {layers}], the layers of {source.model}",
@@ -242,7 +245,7 @@ class _Recorder(MergePlanner):
         if fits and len(set(lengths.values())) > 1:
             fits = False
             counts = ", ".join(f"{count} of {model}" for model, count in lengths.items())
-            self._findings.problem(
+            self._inventory.findings.problem(
                 where,
                 f"different numbers of layers: {counts}",
                 "the same number from every model",
@@ -255,9 +258,9 @@ class _Recorder(MergePlanner):
         self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
     ) -> None:
         """Record; no parameter is resolved and no file is opened."""
-        inputs = tuple(zip(models, weights_in, strict=False))
+        inputs = dict(zip(models, weights_in, strict=False))
         group, given = self._groups[id(cfg_reader.slice_out)], cfg_reader.parameter_sources
-        self._planned.append(PlannedTensor(weight, inputs, group, given, cfg_reader.t))
+        self._inventory.planned.append(PlannedTensor(weight, inputs, group, given, cfg_reader.t))
 
 
 def _check_modules(config: Any, known: set[str], findings: Findings) -> None:
@@ -304,12 +307,12 @@ def locate(inventory: Inventory) -> None:
         # mergekit leaves an optional weight out unless one input has its name or an alias.
         if optional and not any(
             facts[model].tensors is None or _stored(facts[model], weight, tied=False)
-            for model, weight in tensor.inputs
+            for model, weight in tensor.inputs.items()
         ):
             continue
         found: dict[Any, TensorHeader | None] = {}
         missing = []
-        for model, weight in tensor.inputs:
+        for model, weight in tensor.inputs.items():
             fact = facts[model]
             header = _stored(fact, weight, tied=True)
             hopeless = not optional and lacking[model] >= _ENOUGH_MISSING
@@ -332,12 +335,6 @@ def _stored(fact: ModelFacts, weight: Any, *, tied: bool) -> TensorHeader | None
     return next((stored[n] for n in names_of(weight, tied=tied) if n in stored), None)
 
 
-def converts(fact: ModelFacts) -> bool:
-    """Return whether transformers has renamed tensors of this type of model."""
-    kind = getattr(fact.config, "model_type", None)
-    return bool(kind) and _has_conversions(kind)
-
-
 @functools.cache
 def _has_conversions(model_type: str) -> bool:
     """Asked for every tensor; transformers copies the whole mapping each time."""
@@ -346,7 +343,8 @@ def _has_conversions(model_type: str) -> bool:
 
 def _converted(fact: ModelFacts, weight: Any) -> bool:
     """Whether mergekit makes the tensor from others (transformers' renamed layouts)."""
-    return converts(fact) and any(
-        can_convert_checkpoint_keys(fact.config.model_type, set(fact.tensors or ()), name)
-        for name in names_of(weight, tied=False)
-    )
+    kind = getattr(fact.config, "model_type", None)
+    if not kind or not _has_conversions(kind):
+        return False
+    stored, names = set(fact.tensors or ()), names_of(weight, tied=False)
+    return any(can_convert_checkpoint_keys(kind, stored, name) for name in names)

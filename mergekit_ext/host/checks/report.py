@@ -18,15 +18,11 @@ class Estimate:
     """What a merge will cost, from headers alone.
 
     Attributes:
-        bytes_read: stored bytes of every tensor that the merge reads, each tensor of each input
-            once, times the passes that the method makes over its inputs. Tensors that the merge
-            does not use are not counted; adapters of ``base+adapter`` inputs are not either.
-        bytes_written: data bytes of the output's weights in the dtype they are saved in, without
-            the headers, the tokenizer and the configuration.
-        bytes_held: memory at the worst moment that tensors take, an upper estimate: what the
-            method holds for the largest tensor, block or module, inputs that are not mapped, and
-            where mergekit writes the output, one shard, which it collects first. Python and the
-            libraries come on top (`mergekit_ext.core.memory`).
+        bytes_read: stored bytes of every tensor that the merge reads, times the passes that the
+            method makes over its inputs; without adapters.
+        bytes_written: bytes of the output's weights, without headers and other files; at most
+            where a tokenizer is built.
+        bytes_held: memory that tensors take at the worst moment, at most (`core.memory`).
         tensors: tensors in the output.
         parameters: elements in the output.
         need: `bytes_held` by what it is for, and what an accelerator holds.
@@ -52,8 +48,8 @@ class CheckReport:
     """
 
     problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
-    estimate: Estimate | None
+    notes: tuple[str, ...] = ()
+    estimate: Estimate | None = None
     warnings: tuple[str, ...] = ()
 
     def raise_for_problems(self, subject: str) -> None:
@@ -98,11 +94,6 @@ class Findings:
     def warn(self, text: str) -> None:
         """Add a note that is issued as a warning before the merge as well."""
         self._notes[text] = True
-
-    def merge(self, other: Findings) -> None:
-        """Add everything that another collector has."""
-        self._problems.update(other._problems)
-        self._notes.update(other._notes)
 
     @property
     def count(self) -> int:

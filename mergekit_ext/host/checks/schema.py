@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Union
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from mergekit_ext.core.parameters import expectation
 from mergekit_ext.errors import MOST_SHOWN, Problem, did_you_mean, join, nearest, shown
-from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.io.documents import DocumentError, read
 
 # mergekit-multi reads `name` and takes it out before mergekit's schema sees the document.
@@ -40,49 +41,34 @@ def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Pr
     """
     if not isinstance(document, Mapping):
         return None, [Problem("the document", shown(document), A_MERGE)]
-    problems = list(_structure(document)) if "slices" in schema.model_fields else []
+    problems, given = [], [key for key in _INPUTS if document.get(key)]
+    if "slices" in schema.model_fields and len(given) != 1:
+        problems.append(
+            Problem(
+                "models, slices, modules",
+                " and ".join(given) if given else "none of them",
+                "exactly one of the three",
+                "Keep one of them." if given else "Add `models:` with the models to merge.",
+            )
+        )
     try:
         config = schema.model_validate(dict(document))
-        if not problems:
-            return config, []
     except ValidationError as error:
         problems += _located(error, document)
     except RuntimeError as error:  # mergekit's validators raise it, past pydantic
         expected = "a configuration that mergekit accepts"
         problems = problems or [Problem("the document", str(error), expected)]
+    else:
+        expected = "the layers of one model at least"
+        remedy = "Add `- model:` with its `layer_range:`, or remove the slice."
+        problems += [
+            Problem(f"{group.where}.sources", "an empty list", expected, remedy)
+            for group in groups_of(config)
+            if not group.sources
+        ]
+        if not problems:
+            return config, []
     return None, [*problems, *unknown_keys(document, schema=schema)]
-
-
-def _structure(document: Mapping[str, Any]) -> Iterator[Problem]:
-    """Find what mergekit's schema says without a place, or only while it plans."""
-    given = [key for key in _INPUTS if document.get(key)]
-    if len(given) != 1:
-        yield Problem(
-            "models, slices, modules",
-            " and ".join(given) if given else "none of them",
-            "exactly one of the three",
-            "Keep one of them." if given else "Add `models:` with the models to merge.",
-        )
-    if document.get("tokenizer_source") and document.get("tokenizer"):
-        yield Problem(
-            "tokenizer_source, tokenizer",
-            "both",
-            "one of the two",
-            "Remove `tokenizer_source:`, which is the older form.",
-        )
-    modules = document.get("modules")
-    named = modules if isinstance(modules, Mapping) else {}
-    parts = {f"modules.{name}.": part for name, part in named.items()}
-    for where, part in {"": document, **parts}.items():
-        slices = part.get("slices") if isinstance(part, Mapping) else None
-        for index, piece in enumerate(slices if isinstance(slices, list) else ()):
-            if isinstance(piece, Mapping) and piece.get("sources") == []:
-                yield Problem(
-                    f"{where}slices[{index}].sources",
-                    "an empty list",
-                    "the layers of one model at least",
-                    "Add `- model:` with its `layer_range:`, or remove the slice.",
-                )
 
 
 def _located(error: Any, document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -197,26 +183,28 @@ def between_documents(documents: Sequence[Any]) -> dict[int, list[Problem]]:
 
     Returns the problems of each document, by its index.
     """
-    problems: dict[int, list[Problem]] = {}
+    problems: dict[int, list[Problem]] = {i: [] for i in range(len(documents))}
     names = [name_of(document) for document in documents]
-    seen: set[str | None] = set()
     for i, (document, name) in enumerate(zip(documents, names, strict=True)):
         written = document.get("name") if isinstance(document, Mapping) else None
         if name is None and written is not None:
             expected = "a text that can be the name of one folder"
             remedy = "Write letters, digits, `-`, `_` and `.`."
-            problems[i] = [Problem("name", shown(written), expected, remedy)]
-            continue
-        if name in seen:
+            problems[i].append(Problem("name", shown(written), expected, remedy))
+        elif name in names[:i]:
             found = "a second document without a name" if name is None else f"{name!r} again"
             expected = "a name of its own for every document but the last"
-            problems[i] = [Problem("name", found, expected, "Give it another `name:`.")]
-        seen.add(name)
-    for i in _in_circles(documents, names):
-        found = f"{names[i]!r}, which depends on itself"
-        expected = "documents that depend on earlier results only"
-        remedy = "Take one of the references in the circle out."
-        problems.setdefault(i, []).append(Problem("models", found, expected, remedy))
+            problems[i].append(Problem("name", found, expected, "Give it another `name:`."))
+    try:
+        TopologicalSorter(
+            {name: _models(document) for name, document in zip(names, documents, strict=True)}
+        ).prepare()
+    except CycleError as error:
+        for i in (i for i, name in enumerate(names) if name in error.args[1]):
+            found = f"{names[i]!r}, which depends on itself"
+            expected = "documents that depend on earlier results only"
+            remedy = "Take one of the references in the circle out."
+            problems[i].append(Problem("models", found, expected, remedy))
     return problems
 
 
@@ -228,24 +216,6 @@ def name_of(document: Any) -> str | None:
     return name if PurePosixPath(name).name == name == PureWindowsPath(name).name else None
 
 
-def _in_circles(documents: Sequence[Any], names: Sequence[str | None]) -> list[int]:
-    known = {name for name in names if name is not None}
-    edges = {
-        name: _names_used(document, known)
-        for name, document in zip(names, documents, strict=True)
-        if name is not None
-    }
-    found = []
-    for i, name in enumerate(names):
-        reached, new = set[str](), edges.get(name, set()) if name is not None else set()
-        while new:
-            reached |= new
-            new = set[str]().union(*(edges[other] for other in new)) - reached
-        if name in reached:
-            found.append(i)
-    return found
-
-
-def _names_used(document: Any, names: set[str]) -> set[str]:
+def _models(document: Any) -> set[str]:
     config = parse(document)[0]
-    return {model.model.path for model in models_at(config)} & names if config else set()
+    return {model.model.path for model in models_at(config)} if config else set()

@@ -19,7 +19,6 @@ from mergekit_ext.host.checks.plan import (
     BY_FILES,
     Inventory,
     PlannedTensor,
-    converts,
     names_of,
 )
 from mergekit_ext.host.checks.report import Findings
@@ -89,7 +88,7 @@ def _missing(
 def _refusal(tensor: PlannedTensor, method: Any, policy: OptionalTensorPolicy | None) -> str | None:
     """Why the method stops at an optional tensor that some inputs lack; None if it does not."""
     policy, base = policy or method.spec.optional_tensor_policy, tensor.group.base
-    everything = [model for model, _ in tensor.inputs]
+    everything = list(tensor.inputs)
     present = [model for model in everything if model in tensor.found]
     if len(present) == 1 and (
         policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
@@ -204,9 +203,10 @@ def check_output(inventory: Inventory) -> None:
 
     What the inputs' classes lack or do not have, the output may, too.
     """
-    unused = _left_out(inventory) if inventory.config.models else []
+    if inventory.config.models:
+        _check_use(inventory)
     located, config, facts = inventory.located, inventory.out_config, inventory.models
-    if config is None or not located or inventory.findings.count:
+    if config is None or not located or not inventory.is_sound:
         return
     found = loading(config, {t.name: t.headers[0].shape if t.headers else (0,) for t in located})
     if found is None:
@@ -217,10 +217,9 @@ def check_output(inventory: Inventory) -> None:
         found = replace(found, misshapen=(), error="")
     missing = _besides(found.missing, _lacking(facts, kind))
     if wrong := _wrong(replace(found, missing=missing, misshapen=())):
-        also = f", and does not use {listing(unused)} in the files" if unused else ""
         inventory.findings.problem(
             "the output",
-            f"{wrong}: mergekit's plan for {kind} leaves them out{also}",
+            f"{wrong}: mergekit's plan for {kind} leaves them out",
             f"every tensor of {kind}, as transformers loads it",
             BY_FILES,
         )
@@ -236,33 +235,23 @@ def check_output(inventory: Inventory) -> None:
         )
 
 
-def _left_out(inventory: Inventory) -> list[str]:
-    """Note the stored tensors that the merge does not use, and which the output will not have.
+def _check_use(inventory: Inventory) -> None:
+    """Report stored tensors that the merge does not use, of models whose class is not known.
 
-    Whether the output's class needs them is the question of `check_output`. What a class from
-    elsewhere needs is not known: there each of them is a problem. Returns all of these names.
+    What a class from elsewhere needs, its files alone say.
     """
-    used: dict[Any, set[str]] = {model: set() for model in inventory.models}
-    for tensor in inventory.planned:
-        for model, weight in tensor.inputs:
-            used[model].update(names_of(weight, tied=True))
-    merged = {tensor.name for tensor in inventory.located}
-    skipped = sorted({tensor.name for tensor in inventory.planned} - merged)
-    unused: dict[str, None] = {}
     for model, fact in inventory.models.items():
-        rest = sorted(set(fact.tensors or ()) - used[model]) if used[model] else []
-        unused.update(dict.fromkeys(rest))
-        if rest and class_of(fact.config) is None:
-            instead = f" (it looks for {listing(skipped)})" if skipped else ""
+        if not fact.tensors or class_of(fact.config) is not None:
+            continue
+        weights = [t.inputs[model] for t in inventory.planned if model in t.inputs]
+        used = {name for weight in weights for name in names_of(weight, tied=True)}
+        if used and (rest := sorted(fact.tensors.keys() - used)):
             inventory.findings.problem(
                 fact.where,
-                f"{len(rest)} tensors that mergekit's plan leaves out{instead}: {listing(rest)}",
+                f"{len(rest)} tensors that mergekit's plan leaves out: {listing(rest)}",
                 "a use for every stored tensor, as this model's class is not one of transformers",
                 BY_FILES,
             )
-        elif rest and not converts(fact):  # converted names look like extra ones
-            inventory.findings.note(f"{model}: the merge does not use {listing(rest)}.")
-    return list(unused)
 
 
 def _loading_of(fact: ModelFacts) -> Loading | None:
