@@ -60,7 +60,7 @@ def main(
 
     options: dict[str, Any] = {
         "device": device,
-        "rank": _rank(rank),
+        "rank": rank,
         "patterns": patterns or None,
         "allow_pickle": allow_pickle,
     }
@@ -82,17 +82,6 @@ def main(
             raise click.exceptions.Exit(EXIT_PROBLEMS) from None
     if not quiet:
         click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
-
-
-def _rank(text: str | None) -> Any:
-    """A rank as it would stand in YAML; what it is not is said with everything else."""
-    if text is None:
-        return None
-    kind, equals, energy = text.partition("=")
-    try:
-        return {"energy": float(energy)} if equals and kind == "energy" else int(text)
-    except ValueError:
-        return text
 
 
 def _show(message: Any, *_: Any, **__: Any) -> None:

@@ -201,7 +201,7 @@ def _method(
         expected = "a combination type of PEFT"
         problems.append(Problem("combination_type", shown(combination_type), expected, remedy))
     elif method is not None and method not in methods():
-        remedy = did_you_mean(method, list(methods()))
+        remedy = did_you_mean(method, methods())
         problems.append(Problem("method", shown(method), "a merge method", remedy))
     chosen = method or "linear"
     return chosen, {"normalize": False} if chosen == "linear" else {}

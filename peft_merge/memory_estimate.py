@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_ext.core.memory import Need, square_of, working
 from peft_merge.adapter import ModuleInfo
 from peft_merge.algebra.spaces import BLOCK, SMALL
-from peft_merge.config.plan import MergePlan, WholeMethod
+from peft_merge.config.plan import MergePlan
 
 _DOUBLE = 8
 _MASKS = 3  # bytes an entry, of the question whether all are finite
@@ -39,7 +39,7 @@ def need_of(plan: MergePlan) -> Need:
     kept = {"the merged adapter": _output(plan) + sum(out for out, _ in means.values())}
     needs = [_of_module(plan, name, kept) for name in plan.modules]
     whole = [(name, work) for name, (_, work) in means.items()]
-    if isinstance(plan.method, WholeMethod):  # each adapter keeps its own, and is written alone
+    if plan.rule is None:  # each adapter keeps its own, and is written alone
         for adapter in plan.adapters:
             own = [_mean([load()], dtype) for load in adapter.saved.values()]
             work = max((work for _, work in own), default=0) + sum(out for out, _ in own)
@@ -59,12 +59,8 @@ def _of_module(plan: MergePlan, name: str, kept: dict[str, int]) -> Need:
     matrices, rows, columns = plan.shape(name)
     ranks = sum(_ranks(plan, name))
     factors = _DOUBLE * matrices * ranks * (rows + columns)
-    method, entries = plan.method, rows * columns
-    if (
-        plan.space != "delta"
-        or isinstance(method, WholeMethod)
-        or method.invariant(plan.resolve(name).options)
-    ):
+    method, entries = plan.rule, rows * columns
+    if plan.space != "delta" or method is None or method.invariant(plan.resolve(name).options):
         merging = working(_copies(plan.space, count, rows, columns, ranks), factors, count, 0, 1)
     else:  # dense: the merged change and its decomposition, and rows or all changes at once
         dense = entries * (4 if entries > SMALL else _DOUBLE)
@@ -103,7 +99,7 @@ def _output(plan: MergePlan) -> int:
         for name, rank in ranks.items():
             matrices, rows, columns = plan.shape(name)
             count += matrices * rank * (rows + columns)
-    copies = len(plan.adapters) if isinstance(plan.method, WholeMethod) else 1
+    copies = len(plan.adapters) if plan.rule is None else 1
     # Both sides of a factor are cut from one in float64 before the cast of the last module.
     return 2 * copies * count * plan.dtype.itemsize
 

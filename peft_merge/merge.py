@@ -21,7 +21,9 @@ from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
 from peft_merge.config.document import Input, Request, Source, inputs_of, read, written
-from peft_merge.config.plan import MergePlan, Result, WholeMethod
+from peft_merge.config.plan import MergePlan
+from peft_merge.flexmerge import method as flexmerge
+from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.io import save_adapter
 from peft_merge.io.merged import merged_ia3, merged_lora
 from peft_merge.modules import merge_modules
@@ -143,7 +145,7 @@ def run_config(
     device: Any = "cpu",
     callbacks: Iterable[object] = (),
     allow_pickle: bool = False,
-) -> Result:
+) -> MergedAdapter | FlexMerged:
     """Merge as a YAML file (or its content as a mapping) says, and write the result.
 
     Args:
@@ -214,10 +216,10 @@ def _inside(out: str | os.PathLike[str], inputs: Iterable[Input]) -> Iterator[Pr
 def _merge(plan: MergePlan, events: Dispatcher, output: str) -> Any:
     names = tuple(adapter.name for adapter in plan.adapters)
     units = len(plan.modules) + len(plan.saved)
-    events.emit(MergeBegin(plan.method.name, output, names, units, "module"))
-    if isinstance(plan.method, WholeMethod):
-        return plan.method.run(plan, events)
-    return _by_rule(plan, plan.method, events)
+    events.emit(MergeBegin(plan.request.method, output, names, units, "module"))
+    if plan.rule is None:
+        return flexmerge.run(plan, events)
+    return _by_rule(plan, plan.rule, events)
 
 
 def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter:
@@ -260,8 +262,8 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         adapter = merged_lora(name, values, infos, inputs, tensors, plan.patterns)
     else:
         adapter = merged_ia3(name, values, infos, inputs, tensors)
-    if plan.request.base_model is not None:
-        config = {**adapter.config, "base_model_name_or_path": plan.request.base_model}
+    if plan.base_model is not None:
+        config = {**adapter.config, "base_model_name_or_path": plan.base_model}
         adapter = replace(adapter, config=config)
     for warning in rule.after(rule.name, details):
         warnings.warn(warning, stacklevel=4)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 from mergekit_ext.core.parameters import WEIGHT, Parameter
 from mergekit_ext.methods import ADAPTERS, Method
@@ -23,12 +24,13 @@ def _with_nan(rule: Method) -> Method:
     return with_nan(rule)
 
 
-def of_any_rule() -> dict[str, list[Parameter]]:
-    """Return every form that a parameter has in some rule, by its name."""
-    found: dict[str, list[Parameter]] = {WEIGHT.name: [WEIGHT]}
-    for rule in rules().values():
-        for parameter in rule.for_driver(ADAPTERS):
-            forms = found.setdefault(parameter.name, [])
-            if parameter not in forms:
-                forms.append(parameter)
-    return found
+def of_any_rule(others: Iterable[Parameter] = ()) -> tuple[Parameter, ...]:
+    """Return a parameter for each name in some rule or `others`, of any value where they differ."""
+    every = (p for rule in rules().values() for p in rule.for_driver(ADAPTERS))
+    found: dict[str, Parameter] = {}
+    for parameter in (*others, WEIGHT, *every):
+        known = found.setdefault(parameter.name, parameter)
+        if known != parameter:
+            per_model = known.per_model or parameter.per_model
+            found[known.name] = Parameter(known.name, Any, None, per_model=per_model)
+    return tuple(found.values())

@@ -10,7 +10,7 @@ from typing import Any
 from mergekit_ext.core.memory import in_units
 from peft_merge import saved
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, one_rank
-from peft_merge.config.plan import MergePlan, WholeMethod
+from peft_merge.config.plan import MergePlan
 
 FORMAT_VERSION = 1
 
@@ -101,10 +101,10 @@ def preview(plan: MergePlan) -> str:
         "",
         *_table(plan.adapters),
         "",
-        f"Method:  {plan.method.name} (space: {plan.space})",
+        f"Method:  {plan.request.method} (space: {plan.space})",
         f"Modules: {len(plan.modules)}, {shared} of them in all adapters",
     ]
-    if not isinstance(plan.method, WholeMethod):
+    if plan.rule is not None:
         if names := saved.saved_names(plan.adapters):
             lines.append(f"Whole:   {len(plan.saved)} of {len(names)} tensors kept")
         lines.append(f"Output:  {_output(plan)}")
@@ -162,9 +162,9 @@ def _largest_rank(plan: MergePlan, module: str) -> int:
     if isinstance(plan.rank, int):
         return min(plan.rank, bound)
     in_span = False  # of the factors
-    if not isinstance(plan.method, WholeMethod):
+    if plan.rule is not None:
         options = plan.resolve(module).options
-        in_span = plan.space != "delta" or plan.method.invariant(options)
+        in_span = plan.space != "delta" or plan.rule.invariant(options)
     if plan.rank is not None and not in_span:
         return bound
     return min(sum(info.rank for info in _infos(plan, module).values()), bound)

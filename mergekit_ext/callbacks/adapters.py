@@ -55,12 +55,11 @@ class AdapterModel:
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> list[Problem]:
         """See `FullModel.merge_problems`."""
-        from peft_merge.config.plan import WholeMethod
         from peft_merge.merge import plan_config
 
         given = self._settings
         plan = plan_config(self._document(folders), device=given.device)
-        if isinstance(plan.method, WholeMethod):
+        if plan.rule is None:
             return [Problem("method", repr(given.method), "a method that makes one adapter")]
         return []
 

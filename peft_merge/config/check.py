@@ -6,9 +6,10 @@ Only configurations and headers are read (and whole tensors, when they may be av
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from functools import reduce
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,105 +18,95 @@ from mergekit_ext.errors import ConfigError, MergeWarning, Problem, did_you_mean
 from mergekit_ext.methods import ADAPTERS, Inputs, Method, Settings
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
-from peft_merge.config.document import Input, Request
-from peft_merge.config.options import (
-    common_dtype,
-    default_space,
-    device_of,
-    dtype_of,
-    fit_problems,
-    option_problems,
-)
-from peft_merge.config.plan import AnyMethod, Kind, MergePlan, WholeMethod
-from peft_merge.config.resolve import Resolver, unknown_everywhere
-from peft_merge.flexmerge.method import FLEXMERGE
+from peft_merge.algebra.spaces import SPACES
+from peft_merge.config.document import Request
+from peft_merge.config.plan import OPTIONS, Kind, MergePlan
+from peft_merge.config.settings import Resolver
+from peft_merge.flexmerge import method as flexmerge
 from peft_merge.io import load_adapter
 from peft_merge.io.compatible import compatible, different_bases, few_shared
 from peft_merge.io.forms import one_form
 from peft_merge.memory_estimate import need_of
 from peft_merge.methods import of_any_rule, rules
+from peft_merge.modules import VECTOR_SPACES, log_problems
 
 PATTERNS = (
     "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "
     "alpha_pattern: llama.cpp, vLLM, SGLang and LoRAX scale such modules wrongly."
 )
+# The first is the default: every method is there what its definition says.
+_SPACES: dict[Kind, tuple[str, ...]] = {"lora": tuple(SPACES), "ia3": VECTOR_SPACES}
 
 
-def methods() -> dict[str, AnyMethod]:
-    """Return all merge methods by name: the rules and FlexMerge."""
-    return {**rules(), FLEXMERGE.name: FLEXMERGE}
+def methods() -> tuple[str, ...]:
+    """Return the names of all merge methods: the rules and FlexMerge."""
+    return (*rules(), flexmerge.NAME)
+
+
+def default_space(kind: Kind) -> str:
+    """Return the space in which every method is what its definition says."""
+    return _SPACES[kind][0]
 
 
 def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     """Check a request as far as configurations and headers go.
 
     Args:
+        request: the merge.
         problems: what was found wrong with its form.
 
     Raises:
         ConfigError: with all problems.
     """
     found = list(problems)
-    method, resolve = _settings(request, found)
-    found += option_problems(request)
-    dtype = None if request.dtype is None else dtype_of(request.dtype)
-    device = device_of(request.device)
-    found += [item for item in (dtype, device) if isinstance(item, Problem)]
     adapters, renamings, unclear = one_form(_adapters(request, found))
     found += [*unclear, *compatible(adapters)] if adapters else []
+    modules = tuple(modules_of(adapters))
+    resolve, options = _resolver(request, modules, found), _options(request, found)
     if not 0 < len(adapters) == len(request.inputs) or len({type(a) for a in adapters}) > 1:
         _stop(request, found)
     kind: Kind = "lora" if isinstance(adapters[0], LoraAdapter) else "ia3"
-    found += fit_problems(request, kind, adapters)
-    # What is wrong whatever the parameters are; a whole-merge method has rules of its own.
-    if isinstance(method, WholeMethod):
-        unfit = list(method.check_inputs(request, adapters))
-    elif method is None and request.modules_to_save is None:
-        unfit = []
+    found += _misfits(request, options.get("rank"), kind, adapters)
+    rule = rules().get(request.method) if isinstance(request.method, str) else None
+    # What is wrong whatever the parameters are.
+    if request.method == flexmerge.NAME:
+        unfit = list(flexmerge.check_inputs(request, adapters))
     else:
         unfit = list(saved.problems_of(request.modules_to_save, adapters))
-    if method is None or resolve is None:
-        _stop(request, [*found, *unfit])
-    resolve = replace(resolve, modules=tuple(modules_of(adapters)))
     taken: Mapping[str, tuple[int, ...]] = {}
-    forewarnings: dict[str, MergeWarning] = {}
-    absent = list(resolve.missing())
-    found += absent
-    if isinstance(method, Method):
-        if not absent:
-            found += _value_problems(method, {name: resolve(name) for name in resolve.modules})
-        if not unfit:
+    if resolve is not None:
+        absent = list(resolve.missing())
+        found += absent
+        if rule is not None and not absent:
+            found += _value_problems(rule, {name: resolve(name) for name in modules})
+        if rule is not None and not unfit:
             taken = saved.carriers(request.modules_to_save or saved.AVERAGE, adapters)
             found += saved.weights_problems(taken, resolve.weights)
-        found += unfit
-    if found:
+    if resolve is None or found or (rule is not None and unfit):
         _stop(request, [*found, *unfit])
-    if isinstance(method, Method):
-        for module in resolve.modules:  # each once, however many modules it is about
-            for warning in method.forewarn(
-                resolve(module).options, Inputs(len(adapters), driver=ADAPTERS)
-            ):
+    forewarnings: dict[str, MergeWarning] = {}
+    if rule is not None:
+        inputs = Inputs(len(adapters), driver=ADAPTERS)
+        for module in modules:  # each warning once, however many modules it is about
+            for warning in rule.forewarn(resolve(module).options, inputs):
                 forewarnings.setdefault(str(warning), warning)
+    options["patterns"] = bool(options["patterns"])
+    options["dtype"] = options["dtype"] or _common_dtype(adapters)
     plan = MergePlan(
-        request=request,
-        method=method,
+        request=replace(request, rank=options["rank"]),
+        rule=rule,
         kind=kind,
         adapters=tuple(adapters),
-        modules=tuple(resolve.modules),
+        modules=modules,
         resolve=resolve,
-        rank=request.rank,
-        patterns=bool(request.patterns),
         space=request.space or default_space(kind),
-        seed=request.seed,
-        dtype=dtype if isinstance(dtype, torch.dtype) else common_dtype(adapters),
-        device=device if isinstance(device, torch.device) else torch.device("cpu"),
         saved=taken,
-        notes=(*renamings, *resolve.idle_filters(), *([PATTERNS] if request.patterns else [])),
+        notes=(*renamings, *resolve.idle_filters(), *([PATTERNS] if options["patterns"] else [])),
         forewarnings=tuple(forewarnings.values()),
+        **options,
     )
-    if isinstance(method, WholeMethod) and (wrong := [*unfit, *method.check(plan)]):
-        _stop(request, wrong)
-    if wrong := list(memory.problems(need_of(plan))):
+    wrong = [*unfit, *flexmerge.check(plan)] if rule is None else []
+    if wrong := wrong or list(memory.problems(need_of(plan))):
         _stop(request, wrong)
     averaged = saved.averaged(plan.saved, adapters) if request.modules_to_save is None else None
     for said in (different_bases(adapters), few_shared(adapters), averaged):
@@ -128,38 +119,28 @@ def _stop(request: Request, problems: Iterable[Problem]) -> NoReturn:
     raise ConfigError(dict.fromkeys(problems), request.subject)
 
 
-def _settings(request: Request, found: list[Problem]) -> tuple[AnyMethod | None, Resolver | None]:
-    """The method, and the settings, if they are right by themselves."""
-    name, known = request.method, methods()
-    if not isinstance(name, str) or name not in known:
-        if name is None:
-            found.append(Problem("merge_method", "nothing", "a merge method", "Add it."))
-        else:
-            remedy = did_you_mean(name, known)
-            found.append(Problem("merge_method", shown(name), "a merge method", remedy))
-        forms = of_any_rule()
-        for parameter in FLEXMERGE.parameters({}):
-            forms.setdefault(parameter.name, []).append(parameter)
-        found += unknown_everywhere(forms, request.parameters, request.inputs)
-        return None, None
-    method = known[name]
-    if isinstance(method, WholeMethod):
-        parameters = method.parameters(request.parameters)
-    else:
-        parameters = method.for_driver(ADAPTERS)
-    resolve = Resolver(name, parameters, request.parameters, request.inputs)
-    wrong = list(resolve.problems())
-    found += wrong
-    return method, None if wrong else resolve
-
-
 def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
     adapters = []
     places: dict[str, list[str]] = {}
     for item in request.inputs:
-        if (adapter := _adapter(item, request.allow_pickle, found)) is not None:
-            adapters.append(adapter)
-            places.setdefault(adapter.name, []).append(item.where)
+        try:
+            if isinstance(item.source, Adapter):
+                adapter = replace(item.source, name=item.name or item.source.name)
+            else:
+                adapter = load_adapter(
+                    item.source,
+                    name=item.name,
+                    revision=item.revision,
+                    allow_pickle=request.allow_pickle,
+                )
+        except ConfigError as error:
+            found += [
+                replace(problem, where=f"{item.where}.name") if problem.where == "name" else problem
+                for problem in error.problems
+            ]
+            continue
+        adapters.append(adapter)
+        places.setdefault(adapter.name, []).append(item.where)
     for name, where in places.items():
         if len(where) > 1:
             remedy = "Give each a name of its own with `name:`."
@@ -168,23 +149,73 @@ def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
     return adapters
 
 
-def _adapter(item: Input, allow_pickle: bool, found: list[Problem]) -> Adapter | None:
-    if isinstance(item.source, (LoraAdapter, Ia3Adapter)):
-        return item.source if item.name is None else replace(item.source, name=item.name)
-    try:
-        return load_adapter(
-            item.source, name=item.name, revision=item.revision, allow_pickle=allow_pickle
-        )
-    except ConfigError as error:
-        found += [
-            replace(problem, where=f"{item.where}.name") if problem.where == "name" else problem
-            for problem in error.problems
-        ]
-        return None
+def _resolver(request: Request, modules: Collection[str], found: list[Problem]) -> Resolver | None:
+    """Return the values of the method's parameters; None if something is wrong with them."""
+    name, known = request.method, methods()
+    parameters = flexmerge.parameters(request.parameters)
+    if not isinstance(name, str) or name not in known:
+        what = "nothing" if name is None else shown(name)
+        remedy = "Add it." if name is None else did_you_mean(name, known)
+        found.append(Problem("merge_method", what, "a merge method", remedy))
+        name, parameters = None, of_any_rule(flexmerge.OWN)
+    elif name != flexmerge.NAME:
+        parameters = rules()[name].for_driver(ADAPTERS)
+    resolve = Resolver(name, parameters, request, modules)
+    found += resolve.problems
+    return None if resolve.problems or name is None else resolve
+
+
+def _options(request: Request, found: list[Problem]) -> dict[str, Any]:
+    """Return the values of the options that are right."""
+    options = {}
+    for option in OPTIONS:
+        value = getattr(request, option.name)
+        if (wrong := option.problem(value)) is not None:
+            found.append(Problem(option.name, shown(value), *wrong))
+        else:
+            options[option.name] = option.read(value)
+    return options
+
+
+def _misfits(
+    request: Request, rank: Any, kind: Kind, adapters: Sequence[Adapter]
+) -> Iterator[Problem]:
+    """Yield what is wrong with rank and space for these adapters."""
+    space, names = request.space, _SPACES[kind]
+    if space is not None and space not in names:
+        title = "LoRA" if kind == "lora" else "(IA)^3"
+        remedy = did_you_mean(space, names, listed=True)
+        yield Problem("space", shown(space), f"for {title} one of {', '.join(names)}", remedy)
+    if kind == "ia3":
+        for name, value in (("rank", request.rank), ("patterns", request.patterns)):
+            if value is not None:
+                expected = "none: (IA)^3 vectors have no rank"
+                yield Problem(name, shown(value), expected, "Take it out.")
+        if space == "log":
+            yield from log_problems([a for a in adapters if isinstance(a, Ia3Adapter)])
+        return
+    infos: dict[str, list[Any]] = {}
+    for adapter in adapters:
+        for module, info in adapter.infos.items():
+            infos.setdefault(module, []).append(info)
+    unequal = [module for module, own in infos.items() if len({info.rank for info in own}) > 1]
+    if space == "factors" and unequal:
+        what = f"factors, with different ranks in {listing(unequal)}"
+        yield Problem("space", what, "equal ranks, to merge factors", "Use `space: delta`.")
+    possible = max(min(info.rows, info.columns) for own in infos.values() for info in own)
+    if isinstance(rank, int) and rank > possible:
+        expected = f"at most {possible}, the smaller side of the largest module"
+        yield Problem("rank", shown(rank), expected)
+
+
+def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+    """Return the dtype of all adapters, or the smallest that holds the values of each."""
+    dtypes = (info.dtype for adapter in adapters for info in adapter.infos.values())
+    return reduce(torch.promote_types, dtypes)
 
 
 def _value_problems(rule: Method, values: Mapping[str, Settings]) -> Iterator[Problem]:
-    """What a rule finds wrong with its options and weights, as each module gets them."""
+    """Yield what a rule finds wrong with its options and weights, as each module gets them."""
     for settings in values.values():
         yield from rule.check(settings.options, Inputs(len(settings.weights), driver=ADAPTERS))
         for own in settings.each:

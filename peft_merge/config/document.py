@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,24 @@ import yaml
 from mergekit_ext.errors import ConfigError, Problem, did_you_mean, join, shown
 from mergekit_ext.io.documents import DocumentError, text_of
 from mergekit_ext.io.documents import read as parsed
-from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
+from peft_merge.adapter import Adapter
 
 Source = Adapter | str | os.PathLike[str]
+
+# In the order in which they are written.
+_OPTIONS = ("rank", "patterns", "space", "seed", "dtype", "modules_to_save", "base_model")
+_KEYS = ("merge_method", "models", "parameters", *_OPTIONS)
+_MODEL_KEYS = ("model", "name", "parameters")
+
+# Keys of mergekit that mean nothing for adapters, and what to do instead.
+_FULL_MODELS = {
+    "slices": "Adapters are merged whole: list them under `models:`.",
+    "modules": "List the adapters under `models:`; `filter:` sets values for some modules only.",
+    "tokenizer": "Take it out: the tokenizer is the base's, or that of one adapter.",
+    "tokenizer_source": "Take it out: the tokenizer is the base's, or that of one adapter.",
+    "chat_template": "Take it out: an adapter has none.",
+    "out_dtype": "Write `dtype`, which is the dtype of the output.",
+}
 
 
 @dataclass(frozen=True)
@@ -25,10 +41,9 @@ class Input:
     Attributes:
         where: in the configuration (``models[0]``, ``adapters[0]``), for messages.
         source: a folder, a name on the Hub, or the adapter itself.
-        revision: of a name on the Hub.
         name: what the user calls it; None for the last component of its path.
-        parameters: its own settings, under ``<where>.parameters`` in YAML.
-        settings_at: where those stand, for messages.
+        revision: of a name on the Hub.
+        parameters: its own settings, under ``<where>.parameters``.
     """
 
     where: str
@@ -36,7 +51,6 @@ class Input:
     name: str | None = None
     revision: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    settings_at: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,11 +58,12 @@ class Request:
     """A merge as the user wrote it: values of any type, to be checked by `check.checked`.
 
     Attributes:
-        subject: the merge in an error's first line.
-        method: the name of a rule or of a whole-merge method.
+        method: the name of a method.
         inputs: the adapters, in the user's order.
         parameters: settings of the whole merge, and defaults of per-model ones.
+        name: of the merged adapter.
         text: the YAML that the user wrote, and that is written beside the result, or None.
+        subject: the merge in an error's first line.
         others: see docs/adapters.md, "Configuration"; None where the user said nothing.
     """
 
@@ -69,19 +84,6 @@ class Request:
     allow_pickle: bool = False
 
 
-def exists(path: str) -> bool:
-    """Return whether there is something at a path, which may be no path at all."""
-    return os.path.exists(os.path.expanduser(path))
-
-
-def located(model: str) -> tuple[str, str | None]:
-    """Return the folder or name, and the revision of ``name@revision`` as mergekit writes it."""
-    if "@" not in model or exists(model):
-        return model, None
-    name, _, revision = model.partition("@")
-    return name, revision
-
-
 def inputs_of(
     adapters: Sequence[Source] | Mapping[str, Source],
     weights: Sequence[float] | None,
@@ -91,70 +93,33 @@ def inputs_of(
     """Return the adapters that `merge_adapters` is called with; `problems` are added to.
 
     Raises:
-        TypeError: they are no list, or one of them is of another type.
+        TypeError: they are no list.
     """
-    if isinstance(adapters, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
+    if isinstance(adapters, (str, os.PathLike, Adapter)):
         raise TypeError("adapters: found one of them; expected a list, as in [adapter].")
-    named: list[tuple[str | None, Source]] = (
-        list(adapters.items())
-        if isinstance(adapters, Mapping)
-        else [(None, adapter) for adapter in adapters]
-    )
-    for i, (_, source) in enumerate(named):
-        if not isinstance(source, (str, os.PathLike, LoraAdapter, Ia3Adapter)):
-            raise TypeError(
-                f"adapters[{i}]: found {shown(source)}; expected a folder, a name on the Hub or "
-                "an adapter that was read."
-            )
-    if not named:
+    named = adapters.items() if isinstance(adapters, Mapping) else ((None, a) for a in adapters)
+    entries: list[dict[str, Any]] = [
+        {"model": source, "name": name, "parameters": {}} for name, source in named
+    ]
+    if not entries:
         problems.append(Problem("adapters", "none", "one adapter at least"))
-    weighted = _listed("weights", weights, len(named), problems)
-    parameters = _listed("each", each, len(named), problems)
-    result = []
-    for i, (name, source) in enumerate(named):
-        own = dict(parameters[i]) if i < len(parameters) else {}
-        if i < len(weighted):
-            if "weight" in own:
-                problems.append(
-                    Problem(f"each[{i}].weight", "a weight in `weights` too", "one of the two")
-                )
-            own["weight"] = weighted[i]
-        revision = None
-        if isinstance(source, str):
-            source, revision = located(source)
-        where = f"adapters[{i}]"
-        result.append(Input(where, source, name, revision, own, where))
-    return tuple(result)
-
-
-def _listed(argument: str, values: Any, count: int, problems: list[Problem]) -> Sequence[Any]:
-    """What is given for each adapter; nothing if nothing is, or if it is no list."""
-    if values is None:
-        return ()
-    if isinstance(values, (Mapping, str)):
-        expected = "a list, one for each adapter in their order"
-        problems.append(Problem(argument, shown(values), expected))
-        return ()
-    if len(values) != count:
-        expected = f"{count}, one for each adapter"
-        problems.append(Problem(argument, str(len(values)), expected))
-    return values
-
-
-# In the order in which they are written.
-_OPTIONS = ("rank", "patterns", "space", "seed", "dtype", "modules_to_save", "base_model")
-_KEYS = ("merge_method", "models", "parameters", *_OPTIONS)
-_MODEL_KEYS = ("model", "name", "parameters")
-
-# Keys of mergekit that mean nothing for adapters, and what to do instead.
-_FULL_MODELS = {
-    "slices": "Adapters are merged whole: list them under `models:`.",
-    "modules": "List the adapters under `models:`; `filter:` sets values for some modules only.",
-    "tokenizer": "Take it out: the tokenizer is the base's, or that of one adapter.",
-    "tokenizer_source": "Take it out: the tokenizer is the base's, or that of one adapter.",
-    "chat_template": "Take it out: an adapter has none.",
-    "out_dtype": "Write `dtype`, which is the dtype of the output.",
-}
+    given: dict[str, Any] = {"weights": weights, "each": each}
+    for argument, values in given.items():
+        if isinstance(values, (Mapping, str)):
+            expected = "a list, one for each adapter in their order"
+            problems.append(Problem(argument, shown(values), expected))
+        elif values is not None:
+            if len(values) != len(entries):
+                expected = f"{len(entries)}, one for each adapter"
+                problems.append(Problem(argument, str(len(values)), expected))
+            for i, (entry, value) in enumerate(zip(entries, values, strict=False)):
+                own = {"weight": value} if argument == "weights" else dict(value)
+                if entry["parameters"].keys() & own.keys():
+                    found = "a weight in `weights` too"
+                    problems.append(Problem(f"each[{i}].weight", found, "one of the two"))
+                entry["parameters"] |= own
+    inputs = [_input(entry, f"adapters[{i}]", None, problems) for i, entry in enumerate(entries)]
+    return tuple(item for item in inputs if item is not None)
 
 
 def read(
@@ -163,6 +128,7 @@ def read(
     """Return a request from a YAML file or a parsed document, and what is wrong with its form.
 
     Args:
+        source: the file, or the document.
         instead: keys of the top level that replace those of the document.
 
     Raises:
@@ -216,26 +182,38 @@ def _input(entry: Any, where: str, base_model: Any, problems: list[Problem]) -> 
         problems.append(Problem(where, shown(entry), "an entry with `model:`", remedy))
         return None
     problems.extend(_unknown(entry, _MODEL_KEYS, where))
-    model, name, at = entry.get("model"), entry.get("name"), f"{where}.model"
-    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
-        found = "nothing" if model is None else shown(model)
-        problems.append(Problem(at, found, "an adapter's folder, or its name on the Hub"))
-        return None
+    source: Any = entry.get("model")
+    name, revision = entry.get("name"), None
     if name is not None and (not isinstance(name, str) or not name):
         problems.append(Problem(f"{where}.name", shown(name), "a text"))
         name = None
-    source, revision = located(os.fspath(model))
-    remedy = "Take it out: the base is not needed."
-    if source == base_model:
-        problems.append(Problem(where, "the base model", "an adapter", remedy))
+    wrong, expected, remedy = "", "an adapter alone", "the base is not needed."
+    if not isinstance(source, (str, os.PathLike, Adapter)) or source == "":
+        wrong = "nothing" if source is None else shown(source)
+        expected, remedy = "an adapter's folder, or its name on the Hub", ""
+    elif isinstance(source, str):
+        source, revision = _located(source)
+        if source == base_model:
+            wrong, remedy = "the base model", f"Take it out: {remedy}"
+        elif "+" in source and not _exists(source):
+            wrong, remedy = shown(source), f"Write `model: {source.split('+', 1)[1]}`: {remedy}"
+    if wrong:
+        problems.append(Problem(f"{where}.model", wrong, expected, remedy))
         return None
-    if "+" in source and not exists(source):
-        remedy = f"Write `model: {source.split('+', 1)[1]}`: the base is not needed."
-        problems.append(Problem(at, shown(source), "an adapter alone", remedy))
-        return None
-    at = f"{where}.parameters"
-    parameters = _mapping(entry.get("parameters"), at, problems)
-    return Input(where, source, name, revision, parameters, at)
+    parameters = _mapping(entry.get("parameters"), f"{where}.parameters", problems)
+    return Input(where, source, name, revision, parameters)
+
+
+def _located(model: str) -> tuple[str, str | None]:
+    """Return the folder or name, and the revision of ``name@revision`` as mergekit writes it."""
+    if "@" not in model or _exists(model):
+        return model, None
+    name, _, revision = model.partition("@")
+    return name, revision
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
 
 
 def _mapping(value: Any, where: str, problems: list[Problem]) -> Mapping[str, Any]:
@@ -260,31 +238,26 @@ def written(request: Request, adapters: Sequence[Adapter]) -> str:
         return request.text
     models = []
     for item, adapter in zip(request.inputs, adapters, strict=True):
-        source = adapter.name if hasattr(item.source, "infos") else os.fspath(item.source)
+        source = adapter.name if isinstance(item.source, Adapter) else os.fspath(item.source)
         entry = {
             "model": source + (f"@{item.revision}" if item.revision else ""),
             "name": adapter.name,
-            "parameters": dict(item.parameters),
+            "parameters": item.parameters,
         }
         models.append({key: value for key, value in entry.items() if value})
     values = {
         "merge_method": request.method,
         "models": models,
-        "parameters": dict(request.parameters),
+        "parameters": request.parameters,
         **{key: getattr(request, key) for key in _OPTIONS},
         "seed": request.seed or None,
         "dtype": request.dtype and str(request.dtype).removeprefix("torch."),
     }
-    document = {key: _plain(value) for key, value in values.items() if value not in (None, {})}
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    document = {key: value for key, value in values.items() if value not in (None, {})}
+    # Through JSON: paths, tuples and NumPy's numbers are none of YAML's.
+    plain = json.loads(json.dumps(document, default=_plain))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
-    """Paths, tuples and NumPy's numbers as YAML writes them."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (float, str)):
-        return float(value) if isinstance(value, float) else str(value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return dict(value) if isinstance(value, Mapping) else os.fspath(value)

@@ -1,64 +1,72 @@
-"""A merge that can start: everything is known of it but the tensors; and what a merge method is.
-
-Rules make one adapter module by module. A whole-merge method decides over all modules together,
-and may make several adapters (FlexMerge).
-"""
+"""A merge that can start: everything is known of it but the tensors."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field, Strict
 
-from mergekit_ext.core.parameters import Parameter
-from mergekit_ext.errors import MergeWarning, Problem
-from mergekit_ext.events import Dispatcher
+from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
+from mergekit_ext.errors import MergeWarning
 from mergekit_ext.methods import Method
 from peft_merge.adapter import Adapter
 from peft_merge.algebra.truncated import Rank
 from peft_merge.config.document import Request
-from peft_merge.config.resolve import Resolver
+from peft_merge.config.settings import Resolver
 
 Kind = Literal["lora", "ia3"]
 
-
-class Result(Protocol):
-    """What a merge gives: a report, and a way to write it."""
-
-    @property
-    def report(self) -> Mapping[str, Any]:
-        """How it came about, as JSON values."""
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it into a folder that does not exist or is empty."""
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
-@dataclass(frozen=True)
-class WholeMethod:
-    """A method with a way of its own through the modules.
-
-    Attributes:
-        name: in YAML.
-        parameters: all of them, `WEIGHT` included where it has one, given the settings of the
-            whole merge: some choose an algorithm with parameters of its own.
-        check: yields what is wrong, before any factor is read.
-        run: merges.
-        check_inputs: yields what is wrong whatever the parameters are, which may be wrong, too.
-    """
-
-    name: str
-    parameters: Callable[[Mapping[str, Any]], tuple[Parameter, ...]]
-    check: Callable[[MergePlan], Iterable[Problem]]
-    run: Callable[[MergePlan, Dispatcher], Result]
-    check_inputs: Callable[[Request, Sequence[Adapter]], Iterable[Problem]] = (
-        lambda request, adapters: ()
-    )
+def _rank(value: Any) -> Any:
+    """``energy=0.99`` is what stands on the command line for {energy: 0.99}."""
+    name, equals, share = value.partition("=") if isinstance(value, str) else ("", "", "")
+    return {"energy": share} if equals and name.strip() == "energy" else value
 
 
-AnyMethod = Method | WholeMethod
+def _dtype(value: Any) -> Any:
+    """Torch's own objects and names are taken too."""
+    text = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else ""
+    if text not in _DTYPES:
+        raise ValueError(f"one of {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[text]
+
+
+def _device(value: Any) -> Any:
+    try:
+        device = torch.device(value)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every backend raises errors of its own where it is not there
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
+        why = reason or type(error).__name__
+        raise ValueError(f"a device that can be used here, such as cpu ({why})") from None
+    return device
+
+
+_Energy = Annotated[dict[Literal["energy"], Share], Field(min_length=1)]
+# Beside the parameters of the method.
+OPTIONS = (
+    Parameter(
+        "rank",
+        Annotated[Count | Literal["lossless"] | _Energy, BeforeValidator(_rank)] | None,
+        None,
+        remedy="Write a whole number from 1, `lossless`, or {energy: 0.99}.",
+    ),
+    Parameter("patterns", Switch | None, None),
+    Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)], 0),
+    Parameter("dtype", Annotated[Any, BeforeValidator(_dtype)] | None, None),
+    Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu"),
+    Parameter("base_model", str | None, None),
+)
 
 
 @dataclass(frozen=True)
@@ -67,24 +75,25 @@ class MergePlan:
 
     Attributes:
         request: what the user wrote.
-        method: a merge rule or a whole-merge method.
+        rule: that merges each module by itself; None for FlexMerge, which decides over all modules.
         kind: of all adapters.
         adapters: in the user's order, their names differ.
         modules: of all adapters, in the order in which they come.
         resolve: the values of its parameters for each module.
         rank: of the output, None for the default of the method and for (IA)^3.
-        patterns: whether ranks of a LoRA's modules may differ, see `peft_merge.io.merged_lora`.
+        patterns: whether ranks of a LoRA's modules may differ, see `peft_merge.io.merged`.
         space: where it works.
         seed: of random rules.
         dtype: of the output.
         device: where is computed.
+        base_model: the name that the configuration of the output gives; None for the inputs' own.
         saved: for each whole tensor of the output the positions of the adapters it is the mean of.
         notes: what a user may want to know before the merge.
         forewarnings: what the method says of its result before it is computed.
     """
 
     request: Request
-    method: AnyMethod
+    rule: Method | None
     kind: Kind
     adapters: tuple[Adapter, ...]
     modules: tuple[str, ...]
@@ -95,6 +104,7 @@ class MergePlan:
     seed: int
     dtype: torch.dtype
     device: torch.device
+    base_model: str | None
     saved: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     forewarnings: tuple[MergeWarning, ...] = ()
@@ -105,29 +115,25 @@ class MergePlan:
 
     def described(self) -> dict[str, Any]:
         """Return method, adapters and options as the report shows them."""
+        sources = [item.source for item in self.request.inputs]
         return {
-            "method": self.method.name,
+            "method": self.request.method,
             "kind": self.kind,
             "adapters": [
                 {
                     "name": adapter.name,
-                    "source": _source(item.source),
+                    "source": None if isinstance(source, Adapter) else str(source),
                     "modules": len(adapter.infos),
                 }
-                for adapter, item in zip(self.adapters, self.request.inputs, strict=True)
+                for adapter, source in zip(self.adapters, sources, strict=True)
             ],
             "parameters": {
                 "shared": dict(self.request.parameters),
                 "each": [dict(item.parameters) for item in self.request.inputs],
             },
-            "rank": self.rank if not isinstance(self.rank, Mapping) else dict(self.rank),
+            "rank": self.rank,
             "patterns": self.patterns,
             "space": self.space,
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-
-def _source(source: Any) -> str | None:
-    """Where an adapter was read; None for one in memory."""
-    return None if hasattr(source, "infos") else str(source)

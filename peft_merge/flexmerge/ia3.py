@@ -67,8 +67,8 @@ class Ia3Family(Family):
         config = dict(own.config)
         if shared:
             config |= ia3_configuration(infos, [own], own.saved)
-        if self.plan.request.base_model is not None:
-            config["base_model_name_or_path"] = self.plan.request.base_model
+        if self.plan.base_model is not None:
+            config["base_model_name_or_path"] = self.plan.base_model
         values = {module: piece.value for module, piece in pieces.items()}
         return Ia3Adapter(own.name, config, infos, values.__getitem__, self.private(task))
 

@@ -95,8 +95,8 @@ class LoraFamily(Family):
         parameters = any(info.layout == "parameter" for info in infos.values())
         config["lora_dropout"] = common["lora_dropout"]
         config["target_parameters"] = common["target_parameters"] if parameters else None
-        if self.plan.request.base_model is not None:
-            config["base_model_name_or_path"] = self.plan.request.base_model
+        if self.plan.base_model is not None:
+            config["base_model_name_or_path"] = self.plan.base_model
         values = {module: piece.value for module, piece in pieces.items()}
         return LoraAdapter(own.name, config, infos, values.__getitem__, self.private(task))
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from mergekit_ext.core.parameters import WEIGHT, Parameter, choice
+from mergekit_ext.core.parameters import Parameter, choice
 from mergekit_ext.errors import Problem, listing, shown
 from mergekit_ext.events import Dispatcher
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
@@ -29,13 +29,14 @@ from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.document import Request
-from peft_merge.config.plan import MergePlan, WholeMethod
+from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import GRANULARITIES
 from peft_merge.flexmerge.manifest import task_name_problem
 from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.flexmerge.run import Options, merge, storage_of
 from peft_merge.methods import of_any_rule, rules
 
+NAME = "flexmerge"
 EXPECTED = "a number of adapters such as 2.5, or a memory budget such as '40MB'"
 OWN = options(
     Annotated[Target, BeforeValidator(partial(Target.parse, expected=EXPECTED))],
@@ -61,9 +62,7 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
     rule = known.get(chosen) if isinstance(chosen, str) else None
     own = tuple(replace(p, kind=choice(*known)) if p.name == "algorithm" else p for p in OWN)
     if rule is None:  # said of `algorithm`; what any algorithm has may be meant for the right one
-        forms = of_any_rule()
-        others = (name for name in forms if name not in {*_NAMES, WEIGHT.name})
-        return (*own, WEIGHT, *(_any_value(name, forms[name]) for name in others))
+        return (*own, *(p for p in of_any_rule() if p.name not in _NAMES))
     defaults = _DEFAULTS.get(rule.name, {})
     inherited = (
         replace(p, default=defaults.get(p.name, p.default))
@@ -71,12 +70,6 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
         if p.name not in _NAMES
     )
     return (*own, *inherited)
-
-
-def _any_value(name: str, forms: Sequence[Parameter]) -> Parameter:
-    """Return a parameter of which it is not known which of these it is."""
-    per_model = any(form.per_model for form in forms)
-    return Parameter(name, Any, None, per_model=per_model)
 
 
 def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
@@ -192,6 +185,3 @@ def _value(plan: MergePlan, name: str) -> Any:
 def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
     """See `peft_merge.flexmerge.run.merge`."""
     return merge(plan, options_of(plan), events)
-
-
-FLEXMERGE = WholeMethod("flexmerge", parameters, check, run, check_inputs)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,9 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
     renamings: list[str] = []
     problems: list[Problem] = []
     for old, new in itertools.permutations(range(len(found)), 2):
-        if not _apart(found[old], found[new]) or not (ways := _ways(found[old], found[new])):
+        mine, others = _Paths(found[old]).parents, _Paths(found[new]).parents
+        apart = mine - others and others - mine
+        if not apart or not (ways := _ways(found[old], found[new])):
             continue
         if (unclear := _unclear(found[old], found[new], ways)) is not None:
             problems.append(unclear)
@@ -66,7 +67,7 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
         for left, right in itertools.permutations(found, 2):
             problems += [*_nested(left, right), *_experts(left, right)]
     places = [_Paths(adapter).parents for adapter in found]
-    disjoint = any(not left & right for left, right in itertools.combinations(places, 2))
+    disjoint = any(left.isdisjoint(right) for left, right in itertools.combinations(places, 2))
     if disjoint and not problems:
         _of_class(found, renamings, problems)
     return found, renamings, problems
@@ -117,12 +118,6 @@ class _Paths:
         return int(_stem(before) not in self.stems and _stem(after) in self.stems)
 
 
-def _apart(left: Adapter, right: Adapter) -> bool:
-    """Return whether either has modules in places where the other has none."""
-    mine, others = _Paths(left).parents, _Paths(right).parents
-    return bool(mine - others) and bool(others - mine)
-
-
 def _ways(old: Adapter, new: Adapter) -> list[Rename]:
     """Return renamings under which `old` comes nearest to `new`, one for each different result.
 
@@ -131,11 +126,8 @@ def _ways(old: Adapter, new: Adapter) -> list[Rename]:
     """
     paths, modules = _Paths(new), tuple(old.infos)
     found: dict[tuple[str, ...], tuple[frozenset[tuple[str, int]], int, Rename]] = {}
-    common: list[tuple[int, Rename]] = [
-        (1, _into_body),
-        (1, methodcaller("removeprefix", "module.")),
-    ]
-    for steps, rename in (*common, *_renamings(modules, _classes(old) | _classes(new))):
+    tables = _renamings(modules, _classes(old) | _classes(new))
+    for steps, rename in itertools.chain([(1, _into_body)], tables):
         result = tuple(map(rename, modules))
         pairs = zip(modules, result, strict=True)
         near = frozenset((a, i) for a, b in pairs for i in range(paths.near(a, b)))

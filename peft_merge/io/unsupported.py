@@ -25,9 +25,9 @@ from mergekit_ext.core.parameters import schema_problems
 from mergekit_ext.errors import Problem, shown
 from peft_merge.io.names import keyed
 
-_INTO_BASE = (
-    "Merge it into its base with PEFT (merge_and_unload), and merge the resulting models with "
-    "mergekit."
+_REMEDY = (
+    "Leave it out; or merge it into its base with PEFT (merge_and_unload), and merge the resulting "
+    "models with mergekit."
 )
 _CONVERT = (
     "Save it as an ordinary LoRA: save_pretrained(..., path_initial_model_for_weight_conversion="
@@ -35,49 +35,31 @@ _CONVERT = (
     "to true in adapter_config.json."
 )
 
-# Fields that make an adapter more than additive low-rank factors: why, and what to do.
-REFUSALS: dict[str, tuple[str, str]] = {
-    "use_dora": (
-        "DoRA rescales the columns of the base's weight plus the change to learnt magnitudes, so "
-        "its change depends on the base",
-        f"Convert it (peft.convert_to_lora), or m{_INTO_BASE[1:]}",
-    ),
-    "kasa_config": (
-        "KaSA truncates the base's weight and scales by learnt singular values",
-        _INTO_BASE,
-    ),
-    "alora_invocation_tokens": (
-        "an activated LoRA acts only after its invocation tokens, so it is no change of a weight",
-        "Leave this adapter out.",
-    ),
-    "use_qalora": (
-        "QA-LoRA pools the inputs of A in groups, so that B A is no change of a weight",
-        _INTO_BASE,
-    ),
-    "use_bdlora": ("BD-LoRA stores block-diagonal factors in a form of its own", _INTO_BASE),
-    "arrow_config": (
-        "Arrow routes every token to adapters of its own choice",
-        "Merge the adapters that it routes to.",
-    ),
-    "monteclora_config": ("MonteCLoRA samples its factors from learnt distributions", _INTO_BASE),
-    "trainable_token_indices": (
-        "single rows of the embedding are replaced, not changed, and only those that the adapter "
-        "has trained",
-        _INTO_BASE,
-    ),
-    "megatron_config": (
-        "the factors are those of Megatron's parallel layers, stored in shards",
-        "Save it from a model without Megatron's layers.",
-    ),
+# Fields that make an adapter more than additive low-rank factors, and why.
+REFUSALS = {
+    "use_dora": "DoRA rescales the columns of the base's weight plus the change to learnt "
+    "magnitudes, so its change depends on the base (peft.convert_to_lora makes a LoRA of it)",
+    "kasa_config": "KaSA truncates the base's weight and scales by learnt singular values",
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens, so it is "
+    "no change of a weight",
+    "use_qalora": "QA-LoRA pools the inputs of A in groups, so that B A is no change of a weight",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors in a form of its own",
+    "arrow_config": "Arrow routes every token to adapters of its own choice: merge those",
+    "monteclora_config": "MonteCLoRA samples its factors from learnt distributions",
+    "trainable_token_indices": "single rows of the embedding are replaced, not changed, and only "
+    "those that the adapter has trained",
+    "megatron_config": "the factors are those of Megatron's parallel layers, stored in shards: "
+    "save it from a model without them",
 }
 
 # Values of `init_lora_weights`, by how they start in lower case.
-_INITIALISATIONS: dict[str, str] = {
+_INITIALISATIONS = {
     "pissa": "loading it subtracts principal components from the base's weights",
     "olora": "loading it subtracts the QR factors from the base's weights",
     "corda": "loading it needs the covariances of its training and changes the base's weights",
     "loftq": "loading it quantises the base's weights",
     "lora_ga": "its training subtracted the initial factors from the base's weights",
+    "": "an initialisation that is not known",
 }
 _HARMLESS_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
@@ -216,17 +198,21 @@ def field_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
 def _refused(config: Mapping[str, Any]) -> Iterator[Problem]:
     kind = config.get("peft_type")
     if kind not in ("LORA", "IA3"):
-        found, remedy = repr(kind), _INTO_BASE
-        if kind is None:
-            found = "nothing: this is no PEFT configuration"
-            remedy = "Give the folder that PEFT's save_pretrained wrote."
+        found = "nothing: this is no PEFT configuration" if kind is None else repr(kind)
         expected = "LORA or IA3, the adapters that are sums or products of weights"
-        yield Problem("peft_type", found, expected, remedy)
+        yield Problem("peft_type", found, expected, _REMEDY)
         return
-    for field, (reason, remedy) in REFUSALS.items():
+    for field, reason in REFUSALS.items():
         if value := config.get(field):
-            yield Problem(field, f"{shown(value)}; {reason}", "an adapter without it", remedy)
-    yield from _initialisation(config.get("init_lora_weights"))
+            yield Problem(field, f"{shown(value)}; {reason}", "an adapter without it", _REMEDY)
+    value = config.get("init_lora_weights")
+    name = str(value).lower()
+    if value is not None and name not in _HARMLESS_INITIALISATIONS:
+        reason = next(why for start, why in _INITIALISATIONS.items() if name.startswith(start))
+        expected = "one that leaves its base as it is, such as " + ", ".join(
+            _HARMLESS_INITIALISATIONS
+        )
+        yield Problem("init_lora_weights", f"{shown(value)}; {reason}", expected, _CONVERT)
     for field in sorted(set(config) - KNOWN):
         value = config[field]
         if value is not None and value is not False and value not in ("", [], {}, ()):
@@ -237,18 +223,3 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Problem]:
                 "Remove the field if it changes training only; otherwise merge this adapter into "
                 "its base with the PEFT that wrote it.",
             )
-
-
-def _initialisation(value: Any) -> Iterator[Problem]:
-    name = str(value).lower()
-    if value is None or name in _HARMLESS_INITIALISATIONS:
-        return
-    for start, reason in _INITIALISATIONS.items():
-        if name.startswith(start):
-            expected = "an adapter that leaves its base as it is"
-            yield Problem("init_lora_weights", f"{value!r}; {reason}", expected, _CONVERT)
-            return
-    found = f"{shown(value)}, an initialisation that is not known"
-    expected = f"one of {', '.join(_HARMLESS_INITIALISATIONS)}"
-    remedy = "Set it to true in adapter_config.json if it leaves the base's weights as they are."
-    yield Problem("init_lora_weights", found, expected, remedy)

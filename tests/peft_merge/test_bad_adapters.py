@@ -251,7 +251,7 @@ JSON = st.recursive(
 
 @pytest.mark.parametrize("kind", ["plain", "ia3", "nested_parameters", "modules_to_save"])
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_whatever_stands_in_a_field_gives_an_adapter_or_one_error(kind, data, tmp_path):
     folder = tmp_path / kind
     if not folder.exists():
@@ -269,7 +269,7 @@ def test_whatever_stands_in_a_field_gives_an_adapter_or_one_error(kind, data, tm
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_whatever_bytes_a_file_has_it_gives_an_adapter_or_one_error(data, tmp_path):
     folder = tmp_path / "plain"
     if not folder.exists():

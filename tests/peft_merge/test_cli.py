@@ -157,14 +157,14 @@ def test_other_mistakes(place):
     done = called(place / "merge.yml", place / "out", "--jsonl", place / "no" / "events")
     assert (done.exit_code, "--jsonl" in done.stderr) == (2, True)
     done = called(place / "merge.yml", place / "out", "--device", "abacus")
-    assert (done.exit_code, "device: found abacus" in done.stderr) == (2, True)
+    assert (done.exit_code, "device: found 'abacus'" in done.stderr) == (2, True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_gpu_that_is_not_there(place):
     done = called(place / "merge.yml", place / "out", "--device", "cuda")
     assert done.exit_code == 2
-    assert "device: found cuda, which cannot be used" in done.stderr
+    assert "device: found 'cuda'; expected a device that can be used here" in done.stderr
     assert "AssertionError" not in done.stderr
 
 

@@ -15,7 +15,7 @@ from mergekit_ext.errors import ConfigError
 from mergekit_ext.methods import ADAPTERS
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
-from peft_merge.config.options import default_space
+from peft_merge.config.check import default_space
 from peft_merge.io import load_adapter
 from peft_merge.live import COMBINATION_TYPES
 from peft_merge.merge import merge_adapters, plan_config
@@ -157,4 +157,4 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
     document = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[0])
     document["models"][1]["model"] = "./lora-maths"
     plan = plan_config(document)
-    assert (plan.method.name, plan.rank) == ("ties", 16)
+    assert (plan.request.method, plan.rank) == ("ties", 16)

@@ -153,10 +153,10 @@ def test_which_initialisations_change_the_base_when_they_are_loaded(
 @pytest.mark.parametrize(
     "value",
     [
-        {"target_modules": [1] * 200_000},
-        {"layers_to_transform": ["a"] * 200_000},
-        {"layer_replication": [["a", "b"]] * 200_000},
-        {"rank_pattern": dict.fromkeys(map(str, range(200_000)), "a")},
+        {"target_modules": [1] * 50_000},
+        {"layers_to_transform": ["a"] * 50_000},
+        {"layer_replication": [["a", "b"]] * 50_000},
+        {"rank_pattern": dict.fromkeys(map(str, range(50_000)), "a")},
     ],
     ids=lambda value: next(iter(value)),
 )
@@ -164,7 +164,7 @@ def test_a_hostile_list_is_one_problem_and_takes_little_memory(value):
     tracemalloc.start()
     try:
         (problem,) = field_problems({"peft_type": "LORA", **value}, "a")
-        assert tracemalloc.get_traced_memory()[1] < 50_000_000  # 1.2 kB for each would be 240 MB
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000  # 1.2 kB for each would be 60 MB
     finally:
         tracemalloc.stop()
     assert problem.where.endswith(next(iter(value)))

@@ -18,7 +18,7 @@ from mergekit_ext.core.parameters import (
     Switch,
     choice,
 )
-from peft_merge.config.resolve import UNSET, evaluate, places, problems_of
+from peft_merge.config.settings import UNSET, entries_of, evaluate, places
 
 DENSITY = Parameter("density", Share, per_model=True)
 FACTOR = Parameter("lambda", Finite, 1.0)
@@ -29,7 +29,16 @@ OPTIONAL = Parameter("mu", NonNegative | None, None)
 
 
 def messages(parameter, setting):
-    return [str(problem) for problem in problems_of(parameter, setting, "p")]
+    found = []
+    entries_of(parameter, setting, "p", found)
+    return [str(problem) for problem in found]
+
+
+def value_of(parameter, setting, module, place):
+    found = []
+    entries = entries_of(parameter, setting, "p", found)
+    assert not found
+    return evaluate(parameter, entries, module, place)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +78,7 @@ def test_right_settings(parameter, setting):
         (DENSITY, [0.1, {"value": 0.2}], "mixed"),
         (DENSITY, {"values": 0.2}, "p.values: found an unknown key"),
         (DENSITY, {"filter": "mlp"}, "p.value: found nothing"),
-        (DENSITY, {"value": [], "filter": "mlp"}, "p.value: found []"),
+        (DENSITY, {"value": [], "filter": "mlp"}, "p.value: found an empty list"),
         (DENSITY, {"value": 0.2, "filter": 3}, "p.filter: found 3"),
         (DENSITY, [{"value": [0.5, 7]}], "p[0].value[1]: found 7"),
         (COUNT, 2.5, "a valid integer"),
@@ -105,7 +114,7 @@ def test_resolved_as_mergekit_does(setting, module, place):
     if isinstance(setting, list) and isinstance(setting[0], dict):
         theirs = [ConditionalParameter(**entry) for entry in setting]
     expected = evaluate_setting(module, theirs, place, validate=float)
-    found = evaluate(FACTOR, setting, module, place)
+    found = value_of(FACTOR, setting, module, place)
     if expected is None:
         assert found is UNSET
     else:
@@ -116,7 +125,7 @@ def test_resolved_as_mergekit_does(setting, module, place):
     ("parameter", "gradient"), [(FLAG, [True, False]), (CHOICE, ["sum", "mean"]), (COUNT, [1, 5])]
 )
 def test_other_kinds_than_fractions_are_chosen_not_interpolated(parameter, gradient):
-    assert [evaluate(parameter, gradient, "m", place) for place in (0, 0.9, 1)] == [
+    assert [value_of(parameter, gradient, "m", place) for place in (0, 0.9, 1)] == [
         gradient[0],
         gradient[0],
         gradient[1],

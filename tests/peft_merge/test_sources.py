@@ -90,7 +90,6 @@ def test_a_path_is_not_looked_for_on_the_hub(source, monkeypatch, tmp_path):
 @pytest.mark.parametrize("item", [3, None, b"folder", ["folder"]])
 def test_what_is_no_source_is_named_by_its_number(item, adapter_folder):
     folder = adapter_folder("plain")
-    with pytest.raises(TypeError, match=r"adapters\[1\]: found .* expected a folder"):
-        merge_adapters([folder, item])
-    with pytest.raises(TypeError, match=r"adapters\[1\]"):
-        merge_adapters({"a": folder, "b": item})
+    for adapters in ([folder, item], {"a": folder, "b": item}):
+        with pytest.raises(ConfigError, match=r"adapters\[1\].model: found .* an adapter's folder"):
+            merge_adapters(adapters)

@@ -105,7 +105,7 @@ def test_checked_without_reading_factors(tmp_path):
         "models": [{"model": str(tmp_path / name)} for name in ("t0", "t1")],
         "parameters": {"target_size": 1.5, "lambda": 0.9},
     }
-    assert plan_config(document).method.name == "flexmerge"
+    assert plan_config(document).request.method == "flexmerge"
     document["parameters"]["target_size"] = 0.9
     with pytest.raises(ConfigError, match=re.escape("1 to 2 adapters")):
         plan_config(document)
