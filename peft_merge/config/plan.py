@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
 from mergekit_ext.errors import MergeWarning
@@ -19,13 +19,6 @@ from peft_merge.config.settings import Resolver
 
 Kind = Literal["lora", "ia3"]
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-
 
 def _rank(value: Any) -> Any:
     """``energy=0.99`` is what stands on the command line for {energy: 0.99}."""
@@ -33,12 +26,9 @@ def _rank(value: Any) -> Any:
     return {"energy": share} if equals and name.strip() == "energy" else value
 
 
-def _dtype(value: Any) -> Any:
+def _name(value: Any) -> Any:
     """Torch's own objects and names are taken too."""
-    text = str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else ""
-    if text not in _DTYPES:
-        raise ValueError(f"one of {', '.join(map(repr, _DTYPES))}")
-    return _DTYPES[text]
+    return str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
 
 
 def _device(value: Any) -> Any:
@@ -52,6 +42,11 @@ def _device(value: Any) -> Any:
     return device
 
 
+_Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "float64"],
+    BeforeValidator(_name),
+    AfterValidator(lambda name: getattr(torch, name)),
+]
 _Energy = Annotated[dict[Literal["energy"], Share], Field(min_length=1)]
 # Beside the parameters of the method.
 OPTIONS = (
@@ -63,7 +58,7 @@ OPTIONS = (
     ),
     Parameter("patterns", Switch | None, None),
     Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)], 0),
-    Parameter("dtype", Annotated[Any, BeforeValidator(_dtype)] | None, None),
+    Parameter("dtype", _Dtype | None, None),
     Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu"),
     Parameter("base_model", str | None, None),
 )

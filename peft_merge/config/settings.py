@@ -33,14 +33,7 @@ class Entry(NamedTuple):
 def entries_of(
     parameter: Parameter, setting: Any, where: str, problems: list[Problem]
 ) -> list[Entry]:
-    """Return a setting, values as the parameter's type; `problems` are added to.
-
-    Args:
-        parameter: whose setting it is.
-        setting: as the user wrote it.
-        where: for the messages.
-        problems: everything that is wrong with the form of the setting and each value in it.
-    """
+    """Return a setting, values as the parameter's type; all that is wrong joins `problems`."""
     listed = isinstance(setting, (list, tuple)) and any(isinstance(i, Mapping) for i in setting)
     entries = []
     for position, item in enumerate(setting if listed else [setting]):
@@ -81,12 +74,8 @@ def entries_of(
 def evaluate(parameter: Parameter, entries: Sequence[Entry], module: str, place: float) -> Any:
     """Return the value of a setting for one module, or `UNSET` when no filter matches.
 
-    Args:
-        parameter: whose setting it is.
-        entries: of `entries_of`.
-        module: its name, in which filters are looked for.
-        place: of its layer, from 0 to 1. Gradients of fractions are interpolated; those of other
-            kinds take the value at or below the place.
+    Gradients of fractions are interpolated at the place of the layer, from 0 to 1; those of other
+    kinds take the value at or below it.
     """
     values = next((entry.values for entry in entries if entry.text in module), None)
     if values is None:
@@ -130,7 +119,6 @@ class Resolver:
         modules: that are merged; gradients run over their layers.
 
     Attributes:
-        modules: see above.
         problems: unknown and misplaced parameters, and wrong values.
     """
 

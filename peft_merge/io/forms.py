@@ -125,7 +125,7 @@ def _ways(old: Adapter, new: Adapter) -> list[Rename]:
     one whose result is part of another's: that one's table knows more of these modules.
     """
     paths, modules = _Paths(new), tuple(old.infos)
-    found: dict[tuple[str, ...], tuple[frozenset[tuple[str, int]], int, Rename]] = {}
+    found: dict[tuple[str, ...], tuple[frozenset[Any], int, Rename]] = {}
     tables = _renamings(modules, _classes(old) | _classes(new))
     for steps, rename in itertools.chain([(1, _into_body)], tables):
         result = tuple(map(rename, modules))
@@ -212,9 +212,7 @@ def _experts(stacked: Adapter, single: Adapter) -> Iterator[Problem]:
 def _renamings(modules: Sequence[str], classes: Collection[str]) -> Iterator[tuple[int, Rename]]:
     """Yield each renaming that some model may apply to these modules: how many tables, and it.
 
-    One table for the whole model and one for a submodule. Those that give the same names come once,
-    those of fewer tables first. Where one of `classes`, names of model types and classes that the
-    model may have, has a table, that is the one for the whole model.
+    One table is for the whole model, that of `classes` if they have one, and one for a submodule.
     """
     start = tuple(dict.fromkeys(re.sub(r"\d+", "0", name) for name in modules))
     states: dict[tuple[str, ...], tuple[_Step, ...]] = {start: ()}
@@ -286,73 +284,62 @@ def _classes(adapter: Adapter) -> frozenset[str]:
     return frozenset(name for name in found if isinstance(name, str))
 
 
-class _BaseClass:
-    """The class of the adapters' base: a model without memory for its weights."""
+def _class_of(base: object) -> Any:
+    """Return a base's model without memory for its weights; None where that cannot be built."""
+    if not isinstance(base, str) or not base:
+        return None
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
 
-    def __init__(self, model: Any):
-        self._model = model
-        self.name = type(model).__name__
-        self._places = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+        with torch.device("meta"), no_init_weights():
+            return getattr(transformers, config.architectures[0])(config)
+    except Exception:  # of any kind: classes raise what they like for values they cannot use
+        return None
 
-    @classmethod
-    def of(cls, base: object) -> _BaseClass | None:
-        """Return the class of a base by its folder, or its name in the Hub's cache.
 
-        None if its configuration is not there, or names no class of transformers that can be built.
-        """
-        if not isinstance(base, str) or not base:
-            return None
-        import torch
-        import transformers
-        from transformers.initialization import no_init_weights
+def _as_checkpoint(model: Any, modules: Iterable[str]) -> Rename:
+    """Return the renaming of these modules that transformers applies to a checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-        try:
-            config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-            with torch.device("meta"), no_init_weights():
-                return cls(getattr(transformers, config.architectures[0])(config))
-        except Exception:  # of any kind: classes raise what they like for values they cannot use
-            return None
-
-    def renaming(self, modules: Iterable[str]) -> Rename:
-        """Return the renaming of these modules that transformers applies to a checkpoint."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-        transforms = get_model_conversion_mapping(self._model)
-        entries = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-        prefix, state = self._model.base_model_prefix, self._model.state_dict()
-        found = {}
-        for name in modules:
-            new, _ = rename_source_key(f"{name}.weight", entries, [], prefix, state)
-            found[name] = new.removesuffix(".weight")
-        return found.__getitem__
-
-    def has(self, modules: Iterable[str]) -> bool:
-        """Return whether all modules are modules of the class."""
-        return all(names.unwrapped(name) in self._places for name in modules)
+    transforms = get_model_conversion_mapping(model)
+    entries = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    found = {}
+    for name in modules:
+        new, _ = rename_source_key(f"{name}.weight", entries, [], prefix, state)
+        found[name] = new.removesuffix(".weight")
+    return found.__getitem__
 
 
 def _of_class(adapters: list[Adapter], renamings: list[str], problems: list[Problem]) -> None:
-    """Bring the names of all adapters to those of their class, where it is known.
+    """Bring the names of all adapters to those of the class in the base's config.json.
 
-    It is known if all modules of an adapter are modules of the class in the base's config.json.
-    Names that are older are renamed as transformers does; PEFT would load none of what has no
+    It is theirs if all modules of an adapter are modules of it. PEFT would load none of what has no
     module in that class.
     """
     bases = dict.fromkeys(adapter.config.get("base_model_name_or_path") for adapter in adapters)
-    kind = next((found for base in bases if (found := _BaseClass.of(base))), None)
-    if kind is None or not any(kind.has(adapter.infos) for adapter in adapters):
+    model = next((found for base in bases if (found := _class_of(base)) is not None), None)
+    if model is None:
         return
-    for index, adapter in enumerate(adapters):
-        rename = kind.renaming((*adapter.infos, *adapter.saved))
-        if kind.has(adapter.infos):
+    places = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    belong = [{names.unwrapped(name) in places for name in adapter.infos} for adapter in adapters]
+    if {True} not in belong:
+        return
+    name = type(model).__name__
+    for index, (adapter, known) in enumerate(zip(adapters, belong, strict=True)):
+        if False not in known:
             continue
-        if kind.has(map(rename, adapter.infos)):
-            renamings.append(_note(adapter, kind.name, rename))
+        rename = _as_checkpoint(model, (*adapter.infos, *adapter.saved))
+        if all(names.unwrapped(rename(module)) in places for module in adapter.infos):
+            renamings.append(_note(adapter, name, rename))
             adapters[index] = _renamed(adapter, rename)
         # For a task PEFT takes another class, with a head that may be all that is adapted.
-        elif not adapter.config.get("task_type") and not any(kind.has([n]) for n in adapter.infos):
-            missing = f"no module of {kind.name}, the class of the base, in this adapter"
+        elif not adapter.config.get("task_type") and True not in known:
+            missing = f"no module of {name}, the class of the base, in this adapter"
             expected = "names of that class, of which other adapters have modules"
             problems.append(_at(next(iter(adapter.infos)), adapter, missing, expected))
 

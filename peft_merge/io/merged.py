@@ -1,9 +1,8 @@
 """Merged adapters in memory: tensors, and a configuration under which PEFT loads exactly them.
 
-`target_modules` is the inputs' own where it gives exactly the modules of the output: all inputs
-agree in it, in what goes with it and in their modules. Otherwise it lists every module by its full
-name. PEFT takes such a name for the end of a name as well, so a base that has both ``proj`` and
-``deep.proj`` gets a further module; it is initialised as no change and therefore is none.
+`target_modules` is the inputs' own where it gives exactly the modules of the output. Otherwise it
+lists every module by its full name. PEFT takes such a name for the end of a name as well, so a base
+that has both ``proj`` and ``deep.proj`` gets a further module, initialised as no change.
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ def merged_lora(
         name: of the adapter.
         updates: of each module, in the dtype to be stored.
         infos: layout, shape and kernel of each; rank, bias and dtype follow from `updates`.
-        inputs: the merged adapters, which agree (`peft_merge.io.compatible`) in all that is not
-            merged.
-        saved: whole tensors, by the base's names (as in `LoraAdapter.saved`).
+        inputs: the merged adapters, which are `compatible`.
+        saved: whole tensors, by the base's names.
         patterns: give each module the least rank, which `rank_pattern` and `alpha_pattern` say;
             only PEFT reads them. Modules that PEFT configures together (both projections of
             torch's attention, the target parameters of one module) have one rank.
@@ -105,11 +103,9 @@ def _loaders(tensors: Mapping[str, Tensor]) -> dict[str, partial[Tensor]]:
 
 
 def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:
-    """Return the rank that each module is stored with.
+    """Return the rank that each module is stored with, where it needs that of its info.
 
-    Args:
-        infos: with the ranks that the modules need.
-        r: that of the whole configuration; None if patterns name the ranks.
+    `r` is that of the whole configuration; None if patterns name the ranks.
     """
     if r is not None:
         return {module: r // info.groups for module, info in infos.items()}
@@ -123,14 +119,9 @@ def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, in
 def lora_configuration(
     infos: Mapping[str, ModuleInfo], inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> dict[str, Any]:
-    """Return that of a LoRA whose modules have alpha = r.
+    """Return the configuration of a LoRA with these modules and names of whole tensors.
 
-    Patterns name the ranks that are not the largest.
-
-    Args:
-        infos: the modules of the output.
-        inputs: the merged adapters.
-        saved: names of the whole tensors of the output.
+    Each has alpha = r; patterns name the ranks that are not the largest.
     """
     carried = _carried(inputs, saved)
     config = _common("LORA", infos, inputs, carried)
@@ -181,7 +172,7 @@ def lora_configuration(
 def ia3_configuration(
     infos: Mapping[str, VectorInfo], inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> dict[str, Any]:
-    """Return that of an (IA)^3. Arguments as for `lora_configuration`."""
+    """Return the configuration of an (IA)^3 with these modules and names of whole tensors."""
     config = _common("IA3", infos, inputs, _carried(inputs, saved), "feedforward_modules")
     if "target_modules" in config:
         return config

@@ -267,8 +267,6 @@ def parameter_scalings(
     their order follows if only one order gives all of them the same number of experts.
 
     Args:
-        config: the adapter's.
-        module: its name without PEFT's ``base_layer`` parts.
         leaves: the parameters that may be meant.
         stacked: r E of each wrapper, from the outermost.
 

@@ -260,11 +260,7 @@ class _Stored:
         return known
 
     def _vectors(self) -> Iterator[tuple[str, VectorInfo]]:
-        """Yield the modules of an (IA)^3.
-
-        Both `feedforward_modules` and the shape say whether a vector multiplies inputs or outputs;
-        they must agree.
-        """
+        """Yield the modules of an (IA)^3, in whose kind `feedforward_modules` and shape agree."""
         chosen = self._config.get("feedforward_modules")
         for module, parts in self._modules.items():
             if not self._complete(module, [VECTOR]):

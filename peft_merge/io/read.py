@@ -160,14 +160,7 @@ def of_memory(
     *,
     live: bool = False,
 ) -> Adapter:
-    """Return an adapter of tensors under PEFT's names, which are not copied.
-
-    Args:
-        name: of the adapter.
-        config: the fields of adapter_config.json.
-        tensors: by PEFT's names.
-        where: for the messages.
-        live: the adapter is in a model, so that PEFT has matched its expressions already.
+    """Return an adapter of tensors under PEFT's names, which are not copied; see `parse`.
 
     Raises:
         ConfigError: with everything that is wrong with it, or why it cannot be merged exactly.
@@ -190,10 +183,6 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
 
     Tensors are the model's own (no copies). Embeddings of the base are left out, resized ones too:
     they belong to the model, not to one of its adapters.
-
-    Args:
-        model: a PeftModel.
-        names: of its adapters.
 
     Raises:
         ConfigError: with everything that is wrong, or why they cannot be merged exactly.

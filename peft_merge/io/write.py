@@ -124,9 +124,7 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 def card(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any] | None) -> str:
     """Return README.md: metadata as the Hub wants it, what was merged, and how to load it.
 
-    `base_model_relation` is ``adapter``, the one of the Hub's values (adapter, merge, quantized,
-    finetune) that says what this is to its base. Folders of one machine mean nothing there, and
-    the Hub refuses them.
+    The Hub refuses folders of one machine as a base.
     """
     kind, tag = ("LoRA", "lora") if isinstance(adapter, LoraAdapter) else ("(IA)³", "ia3")
     base = adapter.config.get("base_model_name_or_path")
@@ -157,16 +155,7 @@ def page(
     config: str | None,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return a card as Markdown.
-
-    Args:
-        title: its heading.
-        tags: for the Hub.
-        paragraphs: what the folder holds.
-        example: lines of Python that load it.
-        config: the merge configuration, if it is shown.
-        metadata: further fields of `huggingface_hub.ModelCardData`.
-    """
+    """Return a card as Markdown; `metadata` are further fields of `ModelCardData`."""
     from huggingface_hub import ModelCardData
 
     header = ModelCardData(library_name="peft", tags=list(tags), **(metadata or {})).to_yaml()
