@@ -10,7 +10,7 @@ with `TOLERANCE`, and the reference, ``torch.linalg.svd(full_matrices=False)`` i
 models, runs until theta* is as close to the float64 solution as the solver's, or to `EASY` if the
 solver's is closer than that. Solver runs are put before, between and after timed iterations of
 the reference. To save hours, only the first `--timed` iterations of the reference are done with
-the SVD; the rest, to count them, with `svt` (float64 Gram matrix; the iterates are the same up to
+the SVD; the rest, to count them, with `Eigen` (float64 Gram matrix; the iterates are the same up to
 rounding). The reference's time is the median iteration times their number.
 """
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.lore import LoreResult, lore
-from mergekit_ext.kernels.svt import svt
+from mergekit_ext.kernels.svt import Eigen
 
 MODELS = 3
 RANK = 32
@@ -131,7 +131,7 @@ def measure(case: Case, shape: tuple[int, int], device: str, timed_steps: int) -
         return lore(models, mu=mu, tolerance=TOLERANCE)
 
     def counted(x: Tensor, mu: float) -> Tensor:
-        return svt(x, mu).value
+        return Eigen.of(x, torch.float64).threshold(mu).value
 
     solver, steps, theta_0 = [timed(run, device)[0]], [], mean
     goal = error(found.base)

@@ -40,7 +40,7 @@ from mergekit_ext.kernels.nan import (
     inverse_norm_coefficients,
     uniform,
 )
-from mergekit_ext.kernels.numerics import all_finite, squared_norm, squared_norms
+from mergekit_ext.kernels.numerics import all_finite, squared_norms
 from mergekit_ext.methods import Inputs
 from mergekit_ext.methods.nan import NORM_OF, PAPER, SCALE, granularity
 from mergekit_ext.methods.sparsify import DENSITY, EPSILON, GAMMA, spread_problems
@@ -253,7 +253,7 @@ class NanMethod(ExtMethod):
         found = squared_norms([entry.tensor for entry in models], base)
         squares = {entry.id: square for entry, square in zip(models, found, strict=True)}
         unseen = [] if base is not None or group.base is None else [group.base.tensor]
-        if not all(map(math.isfinite, (*squares.values(), *map(squared_norm, unseen)))):
+        if not all(map(math.isfinite, (*squares.values(), *squared_norms(unseen)))):
             raise_non_finite(group)
             raise MergeError(
                 f"{group.metadata.name}: the norms {list(squares.values())} of finite weights "

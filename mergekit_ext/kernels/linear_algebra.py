@@ -10,7 +10,8 @@ Elementwise operations and sums to more than one number are torch's: these it do
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,9 +29,25 @@ _SUMMED = 1 << 12
 # reflections are made by one thread before several apply them to the columns that are left.
 _SMALL_QR, _REFLECTIONS = 1 << 26, 128
 
+_Pair = tuple[Tensor, Tensor]
+# torch's own, by one thread. `eigh` and `cholesky` read the lower triangle.
+_product = by_one_thread(torch.matmul)
+_qr: Callable[[Tensor], _Pair] = by_one_thread(torch.linalg.qr)
+# Values in ascending order, and vectors.
+eigh: Callable[[Tensor], _Pair] = by_one_thread(torch.linalg.eigh)
+# U, sigma in descending order, and V^T.
+svd: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = by_one_thread(
+    partial(torch.linalg.svd, full_matrices=False)
+)
+# The factor, and what is not 0 where there is none.
+cholesky: Callable[..., _Pair] = by_one_thread(torch.linalg.cholesky_ex)
+solve_triangular: Callable[..., Tensor] = by_one_thread(torch.linalg.solve_triangular)
+# Householder reflections as LAPACK stores them, and their factors.
+_reflections: Callable[[Tensor], _Pair] = by_one_thread(torch.geqrf)
+
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of two matrices."""
+    """Return ``left @ right`` of two matrices."""
     columns = right.shape[1]
     work = left.numel() * columns
     if work < _SMALL_PRODUCT or not left.is_cpu:
@@ -49,13 +66,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-@by_one_thread
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right
-
-
 def add_products(stack: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``stack + scale left @ right`` of (n, rows, columns), (n, rows, k) and (n, k, columns)."""
+    """Return ``stack + scale left @ right``: (n, rows, columns), (n, rows, k), (n, k, columns)."""
     if not stack.is_cpu:
         return torch.baddbmm(stack, left, right, alpha=scale)
     out = torch.empty_like(stack, memory_format=torch.contiguous_format)
@@ -70,10 +82,7 @@ def add_products(stack: Tensor, left: Tensor, right: Tensor, scale: float) -> Te
 
 
 def gram(rows: Tensor) -> Tensor:
-    """The lower triangle of ``rows @ rows.T``, which is all that `eigh` and `cholesky` read.
-
-    What is above the diagonal is not to be used.
-    """
+    """Return the lower triangle of ``rows @ rows.T``; what is above it is not to be used."""
     side, length = rows.shape
     work = side * side * length
     if work < _SMALL_PRODUCT or not rows.is_cpu:
@@ -95,8 +104,19 @@ def _pieces(length: int, work: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def matrices_of(tensor: Tensor, layout: str) -> Tensor:
+    """Return a tensor of two axes or more as (n, rows, columns).
+
+    `layout` is "flattened" (the first axis against the rest: convolutions), or else each matrix of
+    the last two axes is one (a matrix, stacked experts).
+    """
+    if layout == "flattened":
+        return tensor.reshape(1, tensor.shape[0], math.prod(tensor.shape[1:]))
+    return tensor.reshape(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
+
+
 def total(x: Tensor) -> float:
-    """The sum of all entries: of rows in the dtype of the data, together in float64."""
+    """Return the sum of all entries: of rows in the dtype of the data, together in float64."""
     if x.numel() <= _SUMMED:
         return float(x.sum(dtype=torch.float64))
     rows, rest = _rows(x)
@@ -104,12 +124,12 @@ def total(x: Tensor) -> float:
 
 
 def inner(x: Tensor, y: Tensor) -> float:
-    """Frobenius inner product: of rows in the dtype of the data, together in float64."""
+    """Return the Frobenius inner product, summed as by `total`."""
     return total(x * y)
 
 
 def norm(x: Tensor) -> float:
-    """Frobenius norm: of rows in the dtype of the data, together in float64."""
+    """Return the Frobenius norm: of rows in the dtype of the data, together in float64."""
     rows, rest = _rows(x)
     norms = torch.linalg.vector_norm(rows, dim=-1).tolist()
     return math.hypot(*norms, 0.0 if rest is None else float(torch.linalg.vector_norm(rest)))
@@ -124,43 +144,8 @@ def _rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return flat[:whole].view(-1, _SUMMED), flat[whole:]
 
 
-def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return ``sum_i w_i delta_i``, in the dtype of the deltas."""
-    tau = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        tau.add_(delta, alpha=weight)
-    return tau
-
-
-@by_one_thread
-def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh`: values in ascending order, and vectors. Reads the lower triangle."""
-    values, vectors = torch.linalg.eigh(symmetric)
-    return values, vectors
-
-
-@by_one_thread
-def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.linalg.svd`, thin: U, sigma in descending order, and V^T."""
-    u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
-    return u, sigma, vh
-
-
-@by_one_thread
-def cholesky(symmetric: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.cholesky_ex`: the factor, and what is not 0 where there is none."""
-    factor, info = torch.linalg.cholesky_ex(symmetric, upper=upper)
-    return factor, info
-
-
-@by_one_thread
-def solve_triangular(triangle: Tensor, right: Tensor, *, upper: bool, left: bool = True) -> Tensor:
-    """`torch.linalg.solve_triangular`."""
-    return torch.linalg.solve_triangular(triangle, right, upper=upper, left=left)
-
-
 def qr(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.qr` of a matrix: Q with orthonormal columns, and R."""
+    """Return `torch.linalg.qr` of a matrix: Q with orthonormal columns, and R."""
     side, count = columns.shape
     if not columns.is_cpu or side < count or side * count**2 < _SMALL_QR:
         return _qr(columns)
@@ -179,19 +164,6 @@ def qr(columns: Tensor) -> tuple[Tensor, Tensor]:
         vectors, middle = _compact(rest[part.start :, part], factors[part])
         _reflect(q[part.start :, part.start :], vectors, middle)
     return q, rest[:count].triu()
-
-
-@by_one_thread
-def _qr(columns: Tensor) -> tuple[Tensor, Tensor]:
-    q, r = torch.linalg.qr(columns)
-    return q, r
-
-
-@by_one_thread
-def _reflections(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """As LAPACK stores them, and their factors."""
-    stored, factors = torch.geqrf(columns)
-    return stored, factors
 
 
 @by_one_thread

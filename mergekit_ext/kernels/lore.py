@@ -1,28 +1,28 @@
 """LoRE-Merging of one parameter: an estimated base and low-rank task vectors.
 
-The solver of the matrix problem is in `lore_outer`; here are the public function, what it accepts,
-how tensors that are not matrices are seen, and how the task vectors are combined.
+Each matrix of the models becomes a problem of `lore_solver`: the differences from the mean, in
+coordinates, and a rule by which they are shrunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import norm, weighted_sum
-from mergekit_ext.kernels.lore_fit import COMBINE, Fit, Shrinkage, fit
-from mergekit_ext.kernels.lore_outer import UPDATES, Limits
-from mergekit_ext.kernels.numerics import compute_dtype, count_non_finite
-
-T = TypeVar("T")
+from mergekit_ext.kernels.linear_algebra import matmul, matrices_of, norm, qr
+from mergekit_ext.kernels.lore_solver import UPDATES, Limits, Problem, over_base, shrinker_for
+from mergekit_ext.kernels.numerics import compute_dtype, require_alike
+from mergekit_ext.kernels.svt import Rule, power_of_two
+from mergekit_ext.kernels.task_arithmetic import weighted_sum
 
 DEFAULT_MAX_ITERATIONS = 200
 DEFAULT_TOLERANCE = 1e-5
+# The factorisation of a span costs a few products; below this gain it is not worth it.
+WORTHWHILE = 0.8
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class LoreResult:
         base: theta_0, estimated or given.
         iterations: evaluations of all thresholdings that were kept; 0 for averaged (1-D) tensors,
             1 for an explicit base.
-        change: last relative change of theta_0 (see `lore`).
+        change: last relative change of theta_0: ``||theta_0 - theta_0'||_F / ||theta_0 - mean||_F``
+            (when a quasi-Newton iteration stops: of the step that it would take next); 0 when
+            theta_0 is the mean of the models.
         objective: ``sum_i 1/2||theta_0 + delta_i - theta_i||_F^2 + mu||delta_i||_*`` (with
             `rank_ratio` without the second term) at the returned theta_0 and delta_i.
         converged: whether `tolerance` was reached within `max_iterations`.
@@ -93,7 +95,8 @@ def lore(
         tensors: theta_i, one per model, of one shape. Half precision is upcast to float32;
             float64 (of any of them) makes the computation float64.
         base: theta_0 if it is known: kept, and each delta_i is one thresholding.
-        mu: threshold for the singular values, absolute.
+        mu: threshold for the singular values, absolute. Of `mu`, `mu_relative` and `rank_ratio`
+            exactly one is given.
         mu_relative: threshold as a share of ``max_i sigma_1(theta_i - start)``, start being the
             mean or the base; for stacked experts each expert's own.
         rank_ratio: instead of a threshold, delta_i = best approximation of rank
@@ -106,129 +109,171 @@ def lore(
         update: "simultaneous" (Algorithm 1), or "sequential": theta_0 solved again after each
             delta_i, which depends on the order of the models.
         max_iterations: evaluations of all thresholdings (sweeps for "sequential").
-        tolerance: for `change`, with the distance estimated to be left. Changes of less than eight
-            units of rounding of the largest ``||theta_i - mean||_F`` count as none.
-        layout: how tensors of more than two axes are seen: "stacked" (each matrix of the last two
-            axes is a problem of its own: experts) or "flattened" (first axis against the rest:
-            convolutions). One or no axis: the weighted average, whatever the base.
+        tolerance: for `LoreResult.change`, with the distance estimated to be left. Changes of less
+            than eight units of rounding of the largest ``||theta_i - mean||_F`` count as none.
+        layout: of tensors of two axes or more, see `matrices_of`; each matrix is a problem of its
+            own. One or no axis: the weighted average, whatever the base.
         on_iteration: called with (iteration, objective, change); for stacked experts the
             iterations start again with each. Iterations with rejected steps are not reported.
-
-    `LoreResult.change` is ``||theta_0 - theta_0'||_F / ||theta_0 - mean||_F``: the last step of
-    theta_0 (when a quasi-Newton iteration stops: the step that it would take next) over its
-    distance from the mean of the models; 0 when theta_0 is the mean.
 
     Memory in units of one upcast tensor, n models: n differences, 2n for the delta_i of two
     iterates, at most 14 for the quasi-Newton history and scratch, one (short side)^2 matrix per
     model. In the smaller span if ``(n - 1) * short side`` is below the long side.
 
     Raises:
-        ValueError: naming the parameter or ``tensors[i]``, what was found and what is expected:
-            wrong value, not exactly one of mu, mu_relative and rank_ratio, differing shapes,
-            integer dtype, non-finite entries.
+        ValueError: differing shapes, non-finite entries, or weights of a mean that sum to 0.
     """
-    shrinkage = Shrinkage.chosen(mu, mu_relative, rank_ratio)
-    combination = _named("combine", combine, COMBINE)
-    view = _named("layout", layout, LAYOUTS)
-    _named("update", update, UPDATES)
-    _check_numbers(lam, max_iterations, tolerance)
-    _check_tensors(tensors, base)
-    coefficients = _checked_weights(weights, len(tensors), combine)
+    require_alike("tensors", tensors, base)
+    shape, dtype = tensors[0].shape, compute_dtype(tensors if base is None else [*tensors, base])
+    coefficients = [1.0] * len(tensors) if weights is None else list(weights)
+    if (combine == "mean" or len(shape) < 2) and math.fsum(coefficients) == 0.0:
+        raise ValueError("weights: found a sum of 0; expected another sum, by which to divide")
+    if len(shape) < 2 or not tensors[0].numel():
+        return _averaged([t.to(dtype) for t in tensors], coefficients, mu)
     limits = Limits(max_iterations, tolerance, on_iteration)
 
-    dtype = compute_dtype(tensors if base is None else [*tensors, base])
-    shape = tensors[0].shape
-    if len(shape) < 2:
-        return _average([t.to(dtype) for t in tensors], coefficients, mu)
-    stacks = [view(t) for t in tensors]
-    given = None if base is None else view(base)
-    if tensors[0].numel() == 0:
-        return _empty(tensors[0].to(dtype), len(tensors), mu)
-    results = []
-    for slot in range(stacks[0].shape[0]):
-        models = [s[slot].to(dtype) for s in stacks]
-        fitted = fit(
-            models, None if given is None else given[slot].to(dtype), shrinkage, update, limits
+    def rule(norms: Sequence[float], scale: float, short_side: int) -> Rule:
+        """For matrices divided by `scale` with these largest singular values."""
+        if rank_ratio is not None:
+            # 0.2 * 15 is 3.0000000000000004 and means 3
+            return Rule(rank=math.ceil(round(rank_ratio * short_side, 9)))
+        if mu_relative is not None:
+            return Rule(mu=mu_relative * max(norms))
+        assert mu is not None
+        return Rule(mu=mu / scale)
+
+    def solved(models: list[Tensor], start: Tensor | None) -> LoreResult:
+        space = _Coordinates(models, start)
+        pairs = [(shrinker_for(d.device.type, models[0].shape), d) for d in space.differences]
+        norms = [shrinker.start(d) for shrinker, d in pairs]
+        shrink = rule(norms, space.scale, min(models[0].shape))
+        parts = [shrinker.first(d, shrink) for shrinker, d in pairs]
+        problem = Problem(space.differences, [shrinker for shrinker, _ in pairs], shrink)
+        solve = UPDATES[update] if start is None else over_base
+        outcome = solve(problem, parts, limits)
+        theta_0 = space.start if start is not None else space.start - space.back(outcome.mean)
+        deltas = [part.value for part in outcome.parts]
+        return LoreResult(
+            merged=theta_0 + lam * space.task_vector(deltas, coefficients, combine),
+            base=theta_0,
+            iterations=outcome.iterations,
+            change=outcome.change,
+            objective=outcome.objective * space.scale**2,
+            converged=outcome.converged,
+            ranks=tuple(part.rank for part in outcome.parts),
+            spectral_norms=tuple(value * space.scale for value in norms),
+            mu=None if shrink.mu is None else shrink.mu * space.scale,
         )
-        tau = fitted.task_vector(combination, coefficients)
-        results.append(_result(fitted, fitted.base + lam * tau))
-    return _gather(results, shape)
 
-
-def _result(fitted: Fit, merged: Tensor) -> LoreResult:
-    """The numbers of one matrix; its delta_i are let go."""
-    return LoreResult(
-        merged=merged,
-        base=fitted.base,
-        iterations=fitted.outcome.iterations,
-        change=fitted.outcome.change,
-        objective=fitted.objective,
-        converged=fitted.outcome.converged,
-        ranks=fitted.ranks,
-        spectral_norms=fitted.spectral_norms,
-        mu=fitted.mu,
+    stacks = [matrices_of(tensor, layout) for tensor in tensors]
+    starts = None if base is None else matrices_of(base, layout)
+    return _gathered(
+        [
+            solved(
+                [stack[slot].to(dtype) for stack in stacks],
+                None if starts is None else starts[slot].to(dtype),
+            )
+            for slot in range(len(stacks[0]))
+        ],
+        shape,
     )
 
 
-# --- layouts ----------------------------------------------------------------------------------
+class _Coordinates:
+    """The differences of models from a start, wide, scaled, and in the span of their rows.
+
+    Thresholding multiplies from the left by a function of ``X X^T``, so that with ``X_i = D_i + S``
+    and S a sum of such, every iterate is ``sum_j C_j D_j``: its rows never leave the span of the
+    rows of the differences D_i. The n differences from the mean sum to zero, so n - 1 of them span
+    it. For ``(n - 1) a < b`` one QR factorisation replaces the long side b by (n - 1) a, an
+    isometry that changes no singular value, norm or inner product.
+
+    Attributes:
+        start: the given base, or the mean of the models.
+        scale: a power of two that keeps squares of tiny or huge entries in range.
+        differences: one matrix per model, ``(a, r)`` with ``a <= r``.
+    """
+
+    def __init__(self, models: Sequence[Tensor], base: Tensor | None):
+        self._transposed = models[0].shape[0] > models[0].shape[1]
+        if base is None:
+            self.start, differences = _centred(models)
+        else:
+            self.start, differences = base, [model - base for model in models]
+        self.scale = max(power_of_two(d) if d.any() else 0.0 for d in differences) or 1.0
+        self.differences = [self._oriented(d).div(self.scale) for d in differences]
+        self._frame: Tensor | None = None  # (b, r) with orthonormal columns, or the identity
+        rows, columns = self.differences[0].shape
+        independent = len(models) - 1
+        if base is None and independent and independent * rows <= WORTHWHILE * columns:
+            del differences
+            self._frame, corner = qr(torch.cat(self.differences[:-1]).T)
+            blocks = [block.T.contiguous() for block in corner.split(rows, dim=1)]
+            self.differences = [*blocks, -torch.stack(blocks).sum(0)]
+
+    def _oriented(self, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous() if self._transposed else matrix
+
+    def _expanded(self, coordinates: Tensor) -> Tensor:
+        return coordinates if self._frame is None else matmul(coordinates, self._frame.T)
+
+    def back(self, coordinates: Tensor) -> Tensor:
+        """Return a matrix of the models' shape and scale."""
+        return self._oriented(self._expanded(coordinates)).mul(self.scale)
+
+    def task_vector(
+        self, deltas: Sequence[Tensor], weights: Sequence[float], combine: str
+    ) -> Tensor:
+        """Return tau of the low-rank delta_i (Algorithm 1, step 2), of the models' shape."""
+        if combine == "ties":
+            tau = _elected_mean([self._expanded(delta) for delta in deltas], weights)
+            return self._oriented(tau).mul(self.scale)
+        tau = weighted_sum(deltas, weights)
+        return self.back(tau.div_(math.fsum(weights)) if combine == "mean" else tau)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    if tensor.ndim > 2:
-        raise ValueError(
-            f"layout: found 'matrix' for a tensor of shape {tuple(tensor.shape)}; expected "
-            "'stacked' (matrices along the leading axes) or 'flattened' (first axis against the "
-            "rest) for more than two axes"
-        )
-    return tensor[None]
+def _centred(models: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The mean and the differences from it.
+
+    The mean is taken of differences from the first model: exact for identical models, and
+    accurate when the models differ little. With two models the differences are exactly opposite.
+    """
+    apart = [m - models[0] for m in models]
+    shift = torch.zeros_like(apart[0])
+    for difference in apart[1:]:
+        shift.add_(difference)
+    shift.div_(len(models))
+    return models[0] + shift, [d.sub_(shift) for d in apart]
 
 
-def _stacked(tensor: Tensor) -> Tensor:
-    return tensor.reshape(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
+def _elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Optional 2, TIES without trimming (Yadav et al. 2023), entry by entry.
+
+    The sign of ``sum_i w_i delta_i`` is elected; tau is the weighted mean of the delta_i that have
+    it. An entry with no sign, or whose agreeing weights sum to zero, is zero. (The paper writes
+    the mean of tau over the agreeing models; the mean of their delta_i is meant.)
+    """
+    elected = weighted_sum(deltas, weights).sign_()
+    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = (delta.sign() == elected).to(delta.dtype)
+        total.add_(delta * agrees, alpha=weight)
+        mass.add_(agrees, alpha=weight)
+    empty = mass == 0
+    return torch.where(empty, torch.zeros_like(total), total / mass.masked_fill(empty, 1.0))
 
 
-def _flattened(tensor: Tensor) -> Tensor:
-    return tensor.reshape(1, tensor.shape[0], math.prod(tensor.shape[1:]))
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "matrix": _matrix,
-    "stacked": _stacked,
-    "flattened": _flattened,
-}
-
-
-# --- the rest ---------------------------------------------------------------------------------
-
-
-def _average(models: list[Tensor], weights: list[float], mu: float | None) -> LoreResult:
-    """Vectors and scalars: ``sum_i w_i theta_i / sum_i w_i``, exact for identical models."""
-    total = math.fsum(weights)
-    if total == 0.0:
-        raise ValueError("weights: found a sum of 0; expected another sum to average 1-D tensors")
-    shift = weighted_sum([m - models[0] for m in models], weights) / total
+def _averaged(models: list[Tensor], weights: list[float], mu: float | None) -> LoreResult:
+    """Vectors, scalars, and what is empty: the weighted mean, exact for identical models."""
+    shift = weighted_sum([m - models[0] for m in models], weights) / math.fsum(weights)
     mean = models[0] + shift
     apart = [norm((m - mean).double()) for m in models]
-    return LoreResult(
-        merged=mean,
-        base=mean.clone(),
-        iterations=0,
-        change=0.0,
-        objective=0.5 * math.fsum(d * d for d in apart),
-        converged=True,
-        ranks=(0,) * len(models),
-        spectral_norms=tuple(apart),
-        mu=mu,
-    )
+    objective = 0.5 * math.fsum(d * d for d in apart)
+    ranks = (0,) * len(models)
+    return LoreResult(mean, mean.clone(), 0, 0.0, objective, True, ranks, tuple(apart), mu)
 
 
-def _empty(tensor: Tensor, count: int, mu: float | None) -> LoreResult:
-    return LoreResult(
-        tensor.clone(), tensor.clone(), 0, 0.0, 0.0, True, (0,) * count, (0.0,) * count, mu
-    )
-
-
-def _gather(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
+def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
     """One result from those of the matrices of a stack (mostly a stack of one)."""
     used = [r.mu for r in results if r.mu is not None]
     return LoreResult(
@@ -238,61 +283,7 @@ def _gather(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
         change=max(r.change for r in results),
         objective=math.fsum(r.objective for r in results),
         converged=all(r.converged for r in results),
-        ranks=tuple(max(r) for r in zip(*(r.ranks for r in results), strict=True)),
-        spectral_norms=tuple(
-            max(s) for s in zip(*(r.spectral_norms for r in results), strict=True)
-        ),
+        ranks=tuple(map(max, zip(*(r.ranks for r in results), strict=True))),
+        spectral_norms=tuple(map(max, zip(*(r.spectral_norms for r in results), strict=True))),
         mu=max(used) if used else None,
     )
-
-
-def _named(parameter: str, value: str, registry: Mapping[str, T]) -> T:
-    if value not in registry:
-        raise ValueError(f"{parameter}: found {value!r}; expected one of {', '.join(registry)}")
-    return registry[value]
-
-
-def _check_numbers(lam: float, max_iterations: int, tolerance: float) -> None:
-    if not math.isfinite(lam):
-        raise ValueError(f"lam: found {lam!r}; expected a finite number")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations: found {max_iterations!r}; expected at least 1")
-    if not 0.0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance: found {tolerance!r}; expected a finite number >= 0")
-
-
-def _checked_weights(weights: Sequence[float] | None, count: int, combine: str) -> list[float]:
-    if weights is None:
-        return [1.0] * count
-    checked = [float(w) for w in weights]
-    if len(checked) != count:
-        raise ValueError(f"weights: found {len(checked)} values; expected {count}, one per model")
-    if not all(math.isfinite(w) for w in checked):
-        raise ValueError(f"weights: found {checked}; expected finite numbers")
-    if combine == "mean" and math.fsum(checked) == 0.0:
-        raise ValueError("weights: found a sum of 0; expected another sum with combine='mean'")
-    return checked
-
-
-def _check_tensors(tensors: Sequence[Tensor], base: Tensor | None) -> None:
-    if not tensors:
-        raise ValueError("tensors: found none; expected at least one model")
-    shape = tensors[0].shape
-    for name, tensor in [*((f"tensors[{i}]", t) for i, t in enumerate(tensors)), ("base", base)]:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name}: found shape {tuple(tensor.shape)}; expected {tuple(shape)}, that of "
-                "tensors[0]"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: found dtype {tensor.dtype}; expected a floating type")
-        # one pass; finite entries can only overflow the float64 sum if they are float64
-        if not math.isfinite(float(tensor.sum(dtype=torch.float64))):
-            bad = count_non_finite(tensor)
-            if bad:
-                raise ValueError(
-                    f"{name}: found {bad} non-finite values among {tensor.numel()}; expected "
-                    "finite weights"
-                )

@@ -20,41 +20,36 @@ _SAFE_SQUARES = (1e-20, 1e37)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any input is float64, else float32: no method computes in half precision."""
+    """Return float64 if any input is, else float32: no method computes in half precision."""
     if any(t.dtype == torch.float64 for t in tensors):
         return torch.float64
     return torch.float32
 
 
 def chunks(tensor: Tensor) -> Iterator[slice]:
-    """Slices that cover the flattened `tensor` in cache-sized pieces, for its device."""
+    """Yield slices that cover the flattened `tensor` in cache-sized pieces, for its device."""
     step, size = chunk_length(tensor.device.type), tensor.numel()
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
 
 
 def chunk_length(device: str) -> int:
-    """How many entries `chunks` gives at once on a kind of device."""
+    """Return how many entries `chunks` gives at once on a kind of device."""
     return _CPU_CHUNK if device == "cpu" else _ACCELERATOR_CHUNK
 
 
-def squared_norm(tensor: Tensor, base: Tensor | None = None) -> float:
-    """Return ``||tensor - base||_F**2`` (``||tensor||_F**2`` without `base`).
+def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list[float]:
+    """Return ``||t - base||_F**2`` of each tensor (``||t||_F**2`` without `base`).
 
     Args:
-        tensor: any shape, any floating dtype.
-        base: the same shape and device.
+        tensors: of one shape, any floating dtype.
+        base: the same shape and device; read once.
 
     The difference is formed in float32 (float64 if an input is float64). Squares are summed in
     the same dtype in cache-sized chunks, and the chunks in float64 (relative error below 1e-6); a
     chunk whose squares could leave float32's range is done in float64, so that neither 1e19 nor
     1e-30 is lost. NaN or infinity in an input gives a non-finite result.
     """
-    return squared_norms([tensor], base)[0]
-
-
-def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list[float]:
-    """`squared_norm` of several tensors of one shape, which reads `base` once."""
     if not tensors:
         return []
     dtype = compute_dtype(tensors if base is None else [*tensors, base])
@@ -81,7 +76,7 @@ def _square(delta: Tensor, source: Tensor, start: Tensor | None) -> float:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite."""
+    """Return whether no entry is NaN or infinite."""
     flat = tensor.reshape(-1)
 
     def finite(part: slice) -> bool:
@@ -93,5 +88,22 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def count_non_finite(tensor: Tensor) -> int:
-    """How many entries of `tensor` are NaN or infinite."""
+    """Return how many entries of `tensor` are NaN or infinite."""
     return int(tensor.numel() - torch.isfinite(tensor).sum())
+
+
+def require_alike(name: str, tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
+    """Check that tensors, and a base, have one shape and are finite.
+
+    Raises:
+        ValueError: naming ``name[i]`` or ``base``, what was found and what was expected.
+    """
+    labelled = {f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)}
+    for label, tensor in {**labelled, **({} if base is None else {"base": base})}.items():
+        if tensor.shape != tensors[0].shape:
+            found, expected = tuple(tensor.shape), tuple(tensors[0].shape)
+            raise ValueError(f"{label}: found shape {found}; expected {expected}")
+        # A sum is a cheap proof; only float64 sums of finite entries can overflow.
+        proven = math.isfinite(float(tensor.sum(dtype=torch.float64)))
+        if not proven and (count := count_non_finite(tensor)):
+            raise ValueError(f"{label}: found {count} non-finite values; expected finite ones")

@@ -70,29 +70,30 @@ class WarmShrinker:
     def start(self, x: Tensor) -> float:
         """Decompose the first matrix and return its largest singular value."""
         self._eigen = Eigen.of(x, x.dtype)
-        return self._eigen.spectral_norm
+        return float(self._eigen.sigma[-1])
 
     def first(self, x: Tensor, rule: Rule) -> Shrunk:
         """Shrink the matrix that was given to `start`; `rule` stays for the later ones."""
         eigen, self._eigen = self._eigen or Eigen.of(x, x.dtype), None
         self._rule = rule
-        smallest = eigen.kth(rule.rank) if rule.mu is None else rule.mu
-        self._gram = gram_dtype(eigen.spectral_norm, smallest, x.dtype, FACTOR_ACCURACY)
-        return self._from_eigen(eigen if self._gram == x.dtype else Eigen.of(x, self._gram))
+        smallest = rule.mu
+        if smallest is None:
+            smallest = float(eigen.sigma[-rule.rank]) if rule.rank else 0.0
+        self._gram = gram_dtype(float(eigen.sigma[-1]), smallest, x.dtype, FACTOR_ACCURACY)
+        return self._from_eigen(eigen) if self._gram == x.dtype else self._afresh(x)
 
     def shrink(self, x: Tensor) -> Shrunk:
         """Shrink `x`; approximate where the subspace is still moving."""
         if self._basis is None or self._rule.mu is None:
-            return self._from_eigen(Eigen.of(x, self._gram))
+            return self._afresh(x)
         mu = self._rule.mu
         basis = orthonormal(self._filtered(x, self._basis, mu))
         inner = matmul(basis.T, x)
-        wide = inner.to(self._gram)
-        values, vectors = eigh(gram(wide))
+        values, vectors = eigh(gram(inner.to(self._gram)))
         sigma = values.double().clamp_(min=0.0).sqrt_()
         size, rank = len(sigma), int((sigma > mu).sum())
         if size - rank < GUARD_LEAST // 2:
-            return self._from_eigen(Eigen.of(x, self._gram))
+            return self._afresh(x)
         surplus = size - rank - _guard(rank, x.shape[0])
         if surplus > 0:  # the rank has sunk
             sigma, vectors, size = sigma[surplus:], vectors[:, surplus:], size - surplus
@@ -105,7 +106,7 @@ class WarmShrinker:
         value = matmul(
             self._basis[:, size - rank :] * weight, matmul(vectors[:, size - rank :].T, inner)
         )
-        return Shrunk(value, rank, float((kept - mu).sum()), float(sigma[-1]))
+        return Shrunk(value, rank, float((kept - mu).sum()))
 
     def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk:
         """Shrink `x` until a step moves the result by at most `accuracy`; nothing missed.
@@ -113,24 +114,20 @@ class WarmShrinker:
         Rounding alone moves it by about 10 eps ``||X||_F``: no less than `ROUNDING` is asked for.
         `last` is the result of the latest `shrink`, if that was of this very `x`.
         """
-        if last is not None and self._exact:
-            return last
         result = self.shrink(x) if last is None else last
-        eps = torch.finfo(x.dtype).eps
-        accuracy = max(accuracy, ROUNDING * eps * norm(x))
+        if self._exact:
+            return result
+        accuracy = max(accuracy, ROUNDING * torch.finfo(x.dtype).eps * norm(x))
         for _ in range(SETTLE_STEPS):
-            if self._exact:
-                return result
             before, result = result, self.shrink(x)
             moved = norm(result.value - before.value)
-            if moved <= accuracy and self.complete(x):
+            if self._exact or (moved <= accuracy and self.complete(x)):
                 return result
-        return result if self._exact else self._from_eigen(Eigen.of(x, self._gram))
+        return self._afresh(x)
 
     def complete(self, x: Tensor) -> bool:
-        """Whether no singular value outside the basis exceeds mu (up to rounding)."""
-        if self._basis is None or self._rule.mu is None:
-            return True
+        """Return whether no singular value outside the basis exceeds mu (up to rounding)."""
+        assert self._basis is not None and self._rule.mu is not None
         rest = x - matmul(self._basis, matmul(self._basis.T, x))
         gap = gram(rest).neg_()
         gap.diagonal().add_(self._rule.mu**2 * (1.0 + COMPLETE_SLACK))
@@ -159,20 +156,23 @@ class WarmShrinker:
             result[:, :left] = after
         return _normalised(result)
 
+    def _afresh(self, x: Tensor) -> Shrunk:
+        return self._from_eigen(Eigen.of(x, self._gram))
+
     def _from_eigen(self, eigen: Eigen) -> Shrunk:
         result = self._rule.apply(eigen)
         self._basis, self._exact = None, True
         if self._rule.mu:
-            rows, columns = eigen.short.shape
+            rows, columns = eigen.matrix.shape
             size = result.rank + _guard(result.rank, rows)
             if _pays(rows, columns, size):
-                self._basis = eigen.top(size)
-                self._ritz = eigen.sigma[len(eigen.sigma) - size :].clone()
+                self._basis = eigen.vectors[:, rows - size :].clone()
+                self._ritz = eigen.sigma[rows - size :].clone()
         return result
 
 
 def orthonormal(y: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of `y`, which have norm 1.
+    """Return an orthonormal basis of the columns of `y`, which have norm 1.
 
     Filtered singular vectors are nearly orthogonal already: then a Cholesky factorisation of
     ``Y^T Y`` is exact enough and costs a fraction of Householder's QR.
@@ -184,7 +184,7 @@ def orthonormal(y: Tensor) -> Tensor:
 
 
 def _pays(rows: int, columns: int, size: int) -> bool:
-    """Whether a step with `size` vectors is cheaper than an eigendecomposition (in operations).
+    """Whether a step with `size` vectors takes fewer operations than an eigendecomposition.
 
     Counted: two filter steps, the small problem and the result, against the Gram matrix, its
     eigenvectors and the result.

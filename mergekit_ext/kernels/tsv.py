@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.lore import LAYOUTS
-from mergekit_ext.kernels.numerics import all_finite, compute_dtype
+from mergekit_ext.kernels.linear_algebra import matrices_of
+from mergekit_ext.kernels.numerics import compute_dtype, require_alike
 from mergekit_ext.kernels.svt import power_of_two
 from mergekit_ext.kernels.threads import in_threads
 
@@ -50,8 +50,7 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
 
     Args:
         deltas: one task vector per model, of one shape; finite. Half precision is upcast.
-        layout: how tensors of more than two axes are seen: "stacked" (each matrix of the last two
-            axes by itself: experts) or "flattened" (first axis against the rest: convolutions).
+        layout: see `matrices_of`; each matrix is merged by itself.
         count: k, at least 1, where the matrices are coordinates in a smaller space; by default
             the k above.
 
@@ -62,12 +61,9 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
         loses nothing for float32 data, full singular value decompositions otherwise.
 
     Raises:
-        ValueError: no inputs, shapes that differ, non-finite entries, an unknown layout, "matrix"
-            for more than two axes, or a count below 1.
+        ValueError: shapes that differ, or non-finite entries.
     """
-    _check(deltas, layout)
-    if count is not None and count < 1:
-        raise ValueError(f"count: found {count!r}; expected an integer >= 1")
+    require_alike("deltas", deltas)
     dtype = compute_dtype(deltas)
     shape = deltas[0].shape
     if len(shape) < 2 or deltas[0].numel() == 0:
@@ -75,7 +71,7 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
         for delta in deltas:
             mean.add_(delta)
         return mean.div_(len(deltas)).to(dtype)
-    stacks = [LAYOUTS[layout](delta) for delta in deltas]
+    stacks = [matrices_of(delta, layout) for delta in deltas]
     out = torch.empty(stacks[0].shape, dtype=dtype, device=deltas[0].device)
     for slot in range(len(out)):
         out[slot] = _merge([stack[slot] for stack in stacks], dtype, count)
@@ -131,18 +127,3 @@ def _polar(columns: Tensor, dtype: torch.dtype) -> Tensor:
     p, d, qh = torch.linalg.svd(columns, full_matrices=False)
     rank = int((d > RESOLUTION[dtype] * d[0]).sum())
     return p[:, :rank] @ qh[:rank]
-
-
-def _check(deltas: Sequence[Tensor], layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: found {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    if not deltas:
-        raise ValueError("deltas: found none; expected at least one task vector")
-    for index, delta in enumerate(deltas):
-        if delta.shape != deltas[0].shape:
-            raise ValueError(
-                f"deltas[{index}]: found shape {tuple(delta.shape)}; expected "
-                f"{tuple(deltas[0].shape)}, that of deltas[0]"
-            )
-        if not all_finite(delta):
-            raise ValueError(f"deltas[{index}]: found non-finite entries; expected finite ones")

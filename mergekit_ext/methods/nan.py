@@ -13,8 +13,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Parameter, choice
-from mergekit_ext.kernels.linear_algebra import weighted_sum
 from mergekit_ext.kernels.nan import default_scale
+from mergekit_ext.kernels.task_arithmetic import weighted_sum
 from mergekit_ext.methods.method import ADAPTERS, Call, Merged, Method, Pieces, Rows
 from mergekit_ext.methods.registry import register
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_ext.kernels import numerics, task_arithmetic
-from mergekit_ext.kernels.numerics import count_non_finite, squared_norm
+from mergekit_ext.kernels.numerics import count_non_finite, squared_norms
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums, weighted_sum
 
 TOLERANCE = {
@@ -86,7 +86,7 @@ def test_a_model_equal_to_the_base_adds_exactly_nothing(dtype, device):
 def test_strided_inputs_are_read_as_they_are(device, chunk):
     base, model = (t.t() for t in tensors(torch.float32, device, count=2))
     torch.testing.assert_close(add_task_vectors(base, [model], [1.0]), model)
-    assert squared_norm(model, base) == pytest.approx(
+    assert squared_norms([model], base)[0] == pytest.approx(
         float((model.double() - base.double()).square().sum()), rel=1e-6
     )
 
@@ -96,28 +96,28 @@ def test_squared_norm(dtype, device, chunk):
     base, model, *_ = tensors(dtype, device)
     wanted = float(model.double().square().sum())
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    assert squared_norm(model) == pytest.approx(wanted, rel=tolerance)
+    assert squared_norms([model])[0] == pytest.approx(wanted, rel=tolerance)
     wanted = float((model.double() - base.double()).square().sum())
-    assert squared_norm(model, base) == pytest.approx(wanted, rel=1e-6)
+    assert squared_norms([model], base)[0] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_rounding_does_not_add_up(device):
     # Equal entries round the same way each time: the worst case for a running sum.
     x = torch.full((1 << 20,), 0.1, device=device)
-    assert squared_norm(x) == pytest.approx(float(x[0].double() ** 2) * x.numel(), rel=1e-6)
+    assert squared_norms([x])[0] == pytest.approx(float(x[0].double() ** 2) * x.numel(), rel=1e-6)
 
 
 @given(st.floats(-37, 37))
 def test_squared_norm_keeps_its_range(exponent):
     scale = 10.0**exponent
     x = torch.tensor([3 * scale, 4 * scale], dtype=torch.float32)
-    assert math.sqrt(squared_norm(x)) == pytest.approx(5 * scale, rel=1e-6)
+    assert math.sqrt(squared_norms([x])[0]) == pytest.approx(5 * scale, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_inputs_show(bad, device):
     x = torch.zeros(5, device=device)
     x[3] = bad
-    assert not math.isfinite(squared_norm(x))
-    assert not math.isfinite(squared_norm(torch.zeros_like(x), x))
+    assert not math.isfinite(squared_norms([x])[0])
+    assert not math.isfinite(squared_norms([torch.zeros_like(x)], x)[0])
     assert count_non_finite(x) == 1

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_ext.kernels import tsv
-from mergekit_ext.kernels.svt import truncate
 from mergekit_ext.kernels.tsv import tsv_merge
+from tests.reference.lore import truncate
 from tests.reference.tsv import merge as reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-11, torch.bfloat16: 2e-6}
@@ -87,7 +87,7 @@ def test_low_rank_task_vectors_bring_no_arbitrary_directions(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_identical_tasks_return_their_best_approximation(dtype):
     delta = models(dtype=dtype)[0]
-    close(tsv_merge([delta] * 3), truncate(delta.double(), 3).value, TOLERANCE[dtype])
+    close(tsv_merge([delta] * 3), truncate(delta.double(), 3), TOLERANCE[dtype])
     low = low_rank(0).to(dtype)
     close(tsv_merge([low] * 3), low.double(), TOLERANCE[dtype])
 
@@ -123,7 +123,7 @@ def test_zero_task_vectors():
     zero, (delta,) = torch.zeros(6, 6), models((6, 6), 1)
     assert not tsv_merge([zero, zero]).any()
     # it still counts in k
-    close(tsv_merge([zero, delta]), truncate(delta.double(), 3).value, 2e-6)
+    close(tsv_merge([zero, delta]), truncate(delta.double(), 3), 2e-6)
 
 
 @pytest.mark.parametrize("shape", [(7,), ()], ids=str)
@@ -144,19 +144,11 @@ def test_layouts():
 
 
 @pytest.mark.parametrize(
-    ("deltas", "layout", "message"),
-    [
-        ([], "matrix", "deltas: found none"),
-        ([torch.ones(2, 2), torch.ones(2, 3)], "matrix", r"deltas\[1\]: found shape"),
-        ([torch.ones(2, 2), torch.full((2, 2), torch.inf)], "matrix", r"deltas\[1\]: .*finite"),
-        ([torch.ones(2, 2)], "rows", "layout: found 'rows'"),
-        ([torch.ones(2, 2, 2)], "matrix", "'stacked'"),
-    ],
-    ids=["none", "shape", "finite", "layout", "axes"],
+    ("second", "message"), [(torch.ones(2, 3), "shape"), (torch.full((2, 2), torch.inf), "finite")]
 )
-def test_what_is_refused(deltas, layout, message):
-    with pytest.raises(ValueError, match=message):
-        tsv_merge(deltas, layout)
+def test_what_is_refused(second, message):
+    with pytest.raises(ValueError, match=rf"deltas\[1\]: .*{message}"):
+        tsv_merge([torch.ones(2, 2), second])
 
 
 def test_count_in_coordinates():
@@ -167,5 +159,3 @@ def test_count_in_coordinates():
     small = models((9, 8), 3, torch.float64)
     large = [left @ core @ right.T for core in small]
     close(left @ tsv_merge(small, count=20 // 3) @ right.T, reference(large), 1e-10)
-    with pytest.raises(ValueError, match="count: found 0"):
-        tsv_merge(small, count=0)

@@ -1,4 +1,4 @@
-"""The outer iterations of LoRE-Merging, for one matrix of each model.
+"""The iterations of LoRE-Merging for one matrix of each model.
 
 With D_i = theta_i - mean and theta_0 = mean - S, the simultaneous update of Algorithm 1 is the
 fixed-point iteration ``S <- mean_i shrink(D_i + S)``. For thresholding it is gradient descent,
@@ -20,15 +20,20 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.linear_algebra import inner, norm
-from mergekit_ext.kernels.svt import Rule, Shrunk
+from mergekit_ext.kernels.svt import MatmulShrinker, Rule, Shrunk
+from mergekit_ext.kernels.svt_subspace import WarmShrinker
 
-Report = Callable[[int, float, float], None]
+# One model's shrinking operator, which may keep what it learned from call to call. `start` and
+# `first` see the first matrix; `shrink` may be rough by `noise` times the norm of its argument,
+# `settle` may not.
+Shrinker = WarmShrinker | MatmulShrinker
+# Below this short side an eigendecomposition is cheap on any device.
+MATMUL_LEAST = 512
 # The last step of a settled subspace may move a delta_i by this share of the tolerance.
 SETTLED_SHARE = 0.5
 # Units of rounding of the largest ||D_i|| below which a change of S is none. Measured: thresholding
@@ -39,18 +44,10 @@ MEMORY = 5
 FIRST_REACH = 2.0
 
 
-class Shrinker(Protocol):
-    """One model's shrinking operator; it may keep what it learned from call to call.
-
-    `shrink` may be rough by `noise` times the norm of its argument; `settle` may not.
-    """
-
-    @property
-    def noise(self) -> float: ...
-    def start(self, x: Tensor) -> float: ...
-    def first(self, x: Tensor, rule: Rule) -> Shrunk: ...
-    def shrink(self, x: Tensor) -> Shrunk: ...
-    def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk: ...
+def shrinker_for(device: str, shape: torch.Size) -> Shrinker:
+    """Return how matrices of a shape are shrunk on a kind of device."""
+    by_products = device == "cuda" and min(shape) >= MATMUL_LEAST
+    return MatmulShrinker() if by_products else WarmShrinker()
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Limits:
 
     max_iterations: int
     tolerance: float
-    on_iteration: Report | None = None
+    on_iteration: Callable[[int, float, float], None] | None = None
 
     def report(self, count: int, objective: float, change: float) -> None:
         if self.on_iteration is not None:
@@ -83,14 +80,10 @@ class Outcome:
 
     parts: list[Shrunk]
     mean: Tensor
+    objective: float
     iterations: int
     change: float
-    objective: float
     converged: bool
-
-    @classmethod
-    def at(cls, point: Point, iterations: int, change: float, converged: bool) -> Outcome:
-        return cls(point.parts, point.mean, iterations, change, point.objective, converged)
 
 
 @dataclass(frozen=True)
@@ -102,19 +95,14 @@ class Problem:
     rule: Rule
 
     @property
-    def floor(self) -> float:
-        """A change of S that rounding alone can cause."""
-        return FLOOR * torch.finfo(self.differences[0].dtype).eps * self.size
-
-    @property
     def size(self) -> float:
         """The norm of the largest difference."""
         return max(norm(d) for d in self.differences)
 
     @property
-    def noise(self) -> float:
-        """Relative error of evaluations so far."""
-        return max(s.noise for s in self.shrinkers)
+    def floor(self) -> float:
+        """A change of S that rounding alone can cause."""
+        return FLOOR * torch.finfo(self.differences[0].dtype).eps * self.size
 
     def point(self, at: Tensor, parts: list[Shrunk]) -> Point:
         mean = parts[0].value.clone()
@@ -152,15 +140,16 @@ class Secants:
         self._reach = FIRST_REACH
         self._stretch = 1.0
 
-    def learn(self, step: Tensor, turn: Tensor) -> None:
+    def learn(self, before: Point, after: Point) -> None:
         """Take in a step and the change of the gradient along it (dropped if not convex)."""
+        step, turn = after.at - before.at, after.gradient - before.gradient
         curvature = inner(step, turn)
         if curvature > 1e-6 * norm(step) * norm(turn):
             self._pairs.append((step, turn, 1.0 / curvature))
 
     def step(self, gradient: Tensor) -> tuple[Tensor, float]:
         """The step to subtract, and the norm of the one that a limit may have shortened."""
-        step = self.solve(gradient)
+        step = self._solved(gradient)
         length, unit = norm(step), norm(gradient)
         self._stretch = length / unit if unit > 0.0 else 1.0
         if self._stretch > self._reach:
@@ -168,15 +157,14 @@ class Secants:
             self._stretch = self._reach
         return step, length
 
-    def accepted(self) -> None:
-        """The last step was kept: the next one may be twice as long."""
-        self._reach = max(self._reach, 2.0 * self._stretch)
+    def judge(self, accepted: bool) -> None:
+        """After a step that was kept the next may be twice as long; else it is half as long."""
+        if accepted:
+            self._reach = max(self._reach, 2.0 * self._stretch)
+        else:
+            self._reach = max(1.0, 0.5 * self._stretch)
 
-    def rejected(self) -> None:
-        """The last step raised the objective."""
-        self._reach = max(1.0, 0.5 * self._stretch)
-
-    def solve(self, gradient: Tensor) -> Tensor:
+    def _solved(self, gradient: Tensor) -> Tensor:
         """The two-loop recursion; `gradient` itself while nothing was learned."""
         result = gradient.clone()
         shares = []
@@ -190,7 +178,7 @@ class Secants:
 
 
 def simultaneous(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
-    """Algorithm 1. `start` holds the thresholded D_i, its first iteration."""
+    """Algorithm 1. `start` holds the shrunk D_i, its first iteration."""
     descend = accelerated if problem.rule.mu is not None and len(start) > 2 else plain
     return descend(problem, start, limits)
 
@@ -208,11 +196,13 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
     now = problem.point(torch.zeros_like(start[0].value), start)
     count, change = 1, _relative(norm(now.gradient), norm(now.mean))
     limits.report(count, now.objective, change)
+    converged = True
     while norm(now.gradient) > 0.0:
         size = norm(now.mean)
         enough = max(limits.tolerance * size, floor)
+        noise = max(shrinker.noise for shrinker in problem.shrinkers) * largest
         step, length = secants.step(now.gradient)
-        if max(length, norm(now.gradient)) <= max(enough, problem.noise * largest):
+        if max(length, norm(now.gradient)) <= max(enough, noise):
             settled = problem.settle(now, SETTLED_SHARE * enough)
             moved = norm(settled.mean - now.mean)
             now = settled
@@ -220,24 +210,25 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
             change = _relative(length, size)
             if moved <= enough + floor and max(length, norm(now.gradient)) <= enough:
                 break
-        if count >= limits.max_iterations:
-            return Outcome.at(now, count, change, False)
+        converged = count < limits.max_iterations
+        if not converged:
+            break
         trial = problem.evaluate(now.at - step)
         count += 1
-        secants.learn(trial.at - now.at, trial.gradient - now.gradient)
-        if trial.objective <= slack * now.objective:
-            secants.accepted()
-        else:
-            secants.rejected()
-            if count >= limits.max_iterations:
-                return Outcome.at(now, count, change, False)
+        secants.learn(now, trial)
+        accepted = trial.objective <= slack * now.objective
+        secants.judge(accepted)
+        if not accepted:
+            converged = count < limits.max_iterations
+            if not converged:
+                break
             trial = problem.evaluate(now.mean)
             count += 1
-            secants.learn(trial.at - now.at, trial.gradient - now.gradient)
+            secants.learn(now, trial)
         change = _relative(norm(trial.mean - now.mean), norm(trial.mean))
         now = trial
         limits.report(count, now.objective, change)
-    return Outcome.at(now, count, change, True)
+    return Outcome(now.parts, now.mean, now.objective, count, change, converged)
 
 
 def plain(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
@@ -249,7 +240,7 @@ def plain(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
         now = problem.evaluate(now.mean)
         count += 1
         done = stop(count, now.objective, norm(now.gradient), norm(now.mean))
-    return Outcome.at(now, count, stop.change, done)
+    return Outcome(now.parts, now.mean, now.objective, count, stop.change, done)
 
 
 def sequential(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
@@ -276,7 +267,15 @@ def sequential(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome
         objective = problem.objective(mean, parts)
         done = stop(sweep, objective, norm(mean - before), norm(mean))
     exact = torch.stack([p.value for p in parts]).mean(0)
-    return Outcome(parts, exact, sweep, stop.change, problem.objective(exact, parts), done)
+    return Outcome(parts, exact, problem.objective(exact, parts), sweep, stop.change, done)
+
+
+def over_base(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
+    """theta_0 is given: each delta_i is one shrinking."""
+    zero = torch.zeros_like(start[0].value)
+    objective = problem.objective(zero, start)
+    limits.report(1, objective, 0.0)
+    return Outcome(start, zero, objective, 1, 0.0, True)
 
 
 class _Stop:
