@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.errors import Problem, listing
+from mergekit_ext.errors import ConfigError, Problem, listing
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo
 from peft_merge.io.names import one_expert, unwrapped
 
@@ -28,6 +28,8 @@ Shape = Sequence[int]
 Rename = Callable[[str], str]
 # Of a tensor's name; None where it is not known.
 Orientation = Callable[[str], bool | None]
+# The tensors that each module may adapt.
+Choices = Mapping[str, list[str]]
 
 # Of a layer, and of torch's MultiheadAttention, whose input projection is a bare parameter.
 _ATTENTION = "in_proj_weight"
@@ -54,44 +56,52 @@ class Match:
     added: dict[str, str] = field(default_factory=dict)
     transposed: dict[str, bool] = field(default_factory=dict)
 
-
-def unknown_orientation(name: str) -> None:
-    """Leave open how a weight is stored."""
+    def stored_as(self, names: Mapping[str, str]) -> Match:
+        """Return the same with other names of the base's tensors, all of which are in `names`."""
+        weights, biases, saved = (
+            {names[tensor]: own for tensor, own in part.items()}
+            for part in (self.weights, self.biases, self.saved)
+        )
+        return replace(self, weights=weights, biases=biases, saved=saved)
 
 
 def match(
-    adapter: Adapter, shapes: Mapping[str, Shape], transposed: Orientation = unknown_orientation
-) -> tuple[Match, list[Problem]]:
+    adapter: Adapter,
+    shapes: Mapping[str, Shape],
+    transposed: Orientation = lambda name: None,
+) -> Match:
     """Match modules and whole tensors of an adapter with the tensors of a base.
 
     Names are taken as they are; if some module then has no tensor, one outer prefix may be missing
     or too much, as long as all modules agree and only one prefix fits.
 
     Args:
+        adapter: LoRA or (IA)^3.
         shapes: every tensor of the base and its shape.
-        transposed: see `AdaptedWeights.touched`.
+        transposed: whether the base's class stores a weight transposed, None if it does not say;
+            asked for square weights, see `class_orientation`.
+
+    Raises:
+        ConfigError: modules without a tensor, ambiguous names or orientations, shapes that do not
+            fit (a grown vocabulary), `lora_bias` without a bias, `layer_replication`.
     """
     matcher = _Matcher(_with_tied_once(adapter, shapes), shapes)
-    return matcher.match(transposed), matcher.problems
+    found = matcher.match(transposed)
+    if matcher.problems:
+        raise ConfigError(matcher.problems, f"adapter {adapter.name} on this base")
+    return found
 
 
 class _Matcher:
-    """The rules by which `match` finds tensors for the modules of one adapter in one base."""
-
     def __init__(self, adapter: Adapter, shapes: Mapping[str, Shape]):
         self.problems: list[Problem] = []
         self._adapter, self._shapes, self._infos = adapter, shapes, adapter.infos
         self._targets = list(adapter.config.get("target_parameters") or ())
 
     def match(self, transposed: Orientation) -> Match:
-        found = Match()
-        rename, choices = self._rename()
-        modules: dict[str, str] = {}  # -> the tensor that each adapts
-        owners: dict[str, list[str]] = {}  # target parameters may share the module that owns them
-        for module in self._infos:
-            owners.setdefault(unwrapped(module), []).append(module)
-        for group in owners.values():
-            modules.update(self._assign(group, [choices.get(module, []) for module in group]))
+        rename, choices = self._named()
+        modules = self._assigned(choices)
+        found = Match(weights={tensor: module for module, tensor in modules.items()})
         for stored in self._adapter.saved:
             plain = unwrapped(stored)
             name = rename(plain) if rename(plain) in self._shapes else plain
@@ -109,10 +119,11 @@ class _Matcher:
                 remedy = "Merge it into its base with the PEFT that trained it, and use that model."
                 self._wrong(what, expected, remedy, module)
             info, bias = self._infos[module], tensor.removesuffix("weight") + "bias"
+            if not (info.bias if isinstance(info, ModuleInfo) else not info.feedforward):
+                continue
             if bias in self._shapes:
-                if info.bias if isinstance(info, ModuleInfo) else not info.feedforward:
-                    found.biases[bias] = module
-            elif isinstance(info, ModuleInfo) and info.bias:
+                found.biases[bias] = module
+            elif isinstance(info, ModuleInfo):
                 expected = f"a bias in the base to add it to ({bias})"
                 remedy = "Give the base model that bias (zeros), or train without lora_bias."
                 self._wrong("a trained bias of B (lora_bias)", expected, remedy, module)
@@ -120,13 +131,9 @@ class _Matcher:
         for name, shape in own.items():
             if shape != (wanted := tuple(self._shapes[name])):
                 what = f"the whole tensor in the shape {shape}, and {wanted} in the base"
-                remedy = (
-                    "Resize the base (its vocabulary, or its head) as it was when the adapter was "
-                    "trained, and save it."
-                )
-                self._wrong(what, "one shape", remedy, name)
-        found.transposed = self._orient(modules, {**self._shapes, **own}, transposed)
-        found.weights = {tensor: module for module, tensor in modules.items()}
+                remedy = "Resize the base (its vocabulary, or its head) as it was when the adapter "
+                self._wrong(what, "one shape", f"{remedy}was trained, and save it.", name)
+        found.transposed = self._oriented(modules, {**self._shapes, **own}, transposed)
         return found
 
     def _wrong(self, found: str, expected: str, remedy: str, module: str = "") -> None:
@@ -141,72 +148,72 @@ class _Matcher:
     def _candidates(self, module: str) -> list[str]:
         """Names that the module's weight may have in a base, the likeliest first."""
         owner = unwrapped(module)
-        names = []
-        if not self._is_parameter(module):
-            names += [f"{owner}.{part}" for part in _WEIGHT_NAMES]
+        names = [] if self._is_parameter(module) else [f"{owner}.{part}" for part in _WEIGHT_NAMES]
         for target in self._targets:
             name = f"{owner}.{target.rpartition('.')[2]}"
-            if name not in names and f".{name}".endswith(f".{target}"):
+            if f".{name}".endswith(f".{target}"):
                 names.append(name)
-        return names
+        return list(dict.fromkeys(names))
 
     def _found(self, module: str, rename: Rename) -> list[str]:
         names = [name for name in map(rename, self._candidates(module)) if name in self._shapes]
         return names if self._is_parameter(module) else names[:1]
 
-    def _rename(self) -> tuple[Rename, dict[str, list[str]]]:
-        """The change of prefix under which every module has a tensor, and those tensors."""
+    def _choices(self, rename: Rename) -> Choices | None:
+        """The tensors that each module may adapt; None where some has none, or two get one name."""
         owners = {unwrapped(module) for module in self._infos}
-        fits: list[tuple[Rename, dict[str, list[str]]]] = []
-        renames: list[Rename] = [str, *self._renames()]
-        for rename in renames:
-            if len(set(map(rename, owners))) < len(owners):
-                continue
-            found = {}
-            for module in self._infos:
-                found[module] = self._found(module, rename)
-                if not found[module]:
-                    break
-            else:
-                if rename is str:
-                    return rename, found
-                if all(found != other for _, other in fits):
-                    fits.append((rename, found))
+        if len(set(map(rename, owners))) < len(owners):
+            return None
+        found = {}
+        for module in self._infos:
+            found[module] = self._found(module, rename)
+            if not found[module]:
+                return None
+        return found
+
+    def _named(self) -> tuple[Rename, Choices]:
+        """The change of prefix under which every module has a tensor, and those tensors."""
+        fits: list[tuple[Rename, Choices]] = []
+        for rename in self._renames():
+            choices = self._choices(rename)
+            if choices is not None and rename is str:
+                return str, choices
+            if choices is not None and all(choices != other for _, other in fits):
+                fits.append((rename, choices))
         if len(fits) == 1:
             return fits[0]
         remedy = (
             "Take the model that the adapter was trained on, stored under the names of its "
             "modules. A tied head (lm_head) is not stored: untie and save the base first."
         )
+        lost = [module for module in self._infos if not self._found(module, str)]
+        stacks = filter(self._is_parameter, lost)
         if fits:
             ways = ", ".join(sorted(next(iter(found.values()))[0] for _, found in fits))
-            first = next(iter(self._infos))
-            self._wrong(f"several tensors that {first} could be: {ways}", "one", remedy)
-            return str, {}
-        lost = [name for name in self._infos if not self._found(name, str)]
-        for module in filter(self._is_parameter, lost):
-            if (stored := one_expert(module, self._shapes)) is not None:
-                what = (
-                    f"target_parameters ({', '.join(self._targets)}) of {unwrapped(module)}, which "
-                    f"this base stores expert by expert ({stored})"
-                )
-                expected = "the experts of a module in one tensor, as target_parameters adapt them"
-                self._wrong(what, expected, "")
-                return str, {}
-        what = f"{len(lost)} adapted modules without a tensor: {listing(lost, _SHOWN)}"
-        expected = "tensors of these names in the base model (with or without one outer prefix)"
+            what, expected = (
+                f"several tensors that {next(iter(self._infos))} could be: {ways}",
+                "one",
+            )
+        elif one := next(filter(None, (one_expert(m, self._shapes) for m in stacks)), None):
+            listed = ", ".join(self._targets)
+            what = f"target_parameters ({listed}), which this base stores expert by expert ({one})"
+            expected = "the experts of a module in one tensor, as target_parameters adapt them"
+            remedy = ""
+        else:
+            what = f"{len(lost)} adapted modules without a tensor: {listing(lost, _SHOWN)}"
+            expected = "tensors of these names in the base model (with or without one outer prefix)"
         self._wrong(what, expected, remedy)
         return str, {}
 
     def _renames(self) -> Iterator[Rename]:
+        yield str  # names as they are
         prefixes: dict[str, None] = {}
         for module in self._infos:
             parts = unwrapped(module).split(".")
             prefixes.update((".".join(parts[:end]) + ".", None) for end in range(1, len(parts)))
         for prefix in prefixes:
             yield methodcaller("removeprefix", prefix)
-        first = next(iter(self._infos), None)
-        endings = tuple(f".{name}" for name in self._candidates(first)) if first else ()
+        endings = [f".{name}" for first in [*self._infos][:1] for name in self._candidates(first)]
         added = {
             name.removesuffix(ending) + "."
             for name in self._shapes
@@ -215,30 +222,36 @@ class _Matcher:
         }
         yield from (prefix.__add__ for prefix in sorted(added))
 
-    def _assign(self, modules: list[str], options: list[list[str]]) -> dict[str, str]:
-        """One tensor for each of the modules, none twice, among the names that each may have.
+    def _assigned(self, choices: Choices) -> dict[str, str]:
+        """One tensor for each module, among those that it may adapt; none for two of an owner.
 
         PEFT's file does not say which of an owner's parameters a wrapper adapts (that is the order
         in which the model's class made them), so shapes must.
         """
-        if not all(options):
-            return {}
-        if len(modules) == 1 and len(options[0]) == 1:
-            return {modules[0]: options[0][0]}
-        fitting = [
-            [name for name in names if orientations(self._infos[module], self._shapes[name])]
-            for module, names in zip(modules, options, strict=True)
-        ]
-        ways = [way for way in itertools.product(*fitting) if len(set(way)) == len(way)]
-        if len(ways) == 1:
-            return dict(zip(modules, ways[0], strict=True))
-        named = ", ".join(dict.fromkeys(itertools.chain(*options)))
-        found = f"{len(ways)} ways to decide by shape which of {named} it adapts"
-        expected = "one (PEFT does not store the parameter's name)"
-        self._wrong(found, expected, _BY_PEFT, unwrapped(modules[0]))
-        return {}
+        owners: dict[str, list[str]] = {}
+        for module in choices:
+            owners.setdefault(unwrapped(module), []).append(module)
+        found: dict[str, str] = {}
+        for owner, modules in owners.items():
+            options = [choices[module] for module in modules]
+            if sum(map(len, options)) > 1:
+                fitting = [
+                    [n for n in choices[m] if orientations(self._infos[m], self._shapes[n])]
+                    for m in modules
+                ]
+                ways = [w for w in itertools.product(*fitting) if len(set(w)) == len(w)]
+            else:
+                ways = [tuple(options[0])]
+            if len(ways) == 1:
+                found.update(zip(modules, ways[0], strict=True))
+                continue
+            named = ", ".join(dict.fromkeys(itertools.chain(*options)))
+            what = f"{len(ways)} ways to decide by shape which of {named} it adapts"
+            expected = "one (PEFT does not store the parameter's name)"
+            self._wrong(what, expected, _BY_PEFT, owner)
+        return found
 
-    def _orient(
+    def _oriented(
         self, modules: Mapping[str, str], shapes: Mapping[str, Shape], transposed: Orientation
     ) -> dict[str, bool]:
         """Which weights are stored transposed: by shape, and squares by what is known besides.
@@ -253,42 +266,36 @@ class _Matcher:
             info, shape = self._infos[module], tuple(shapes[tensor])
             ways = orientations(info, shape)
             if len(ways) == 1:
-                settled.update(dict.fromkeys([module], *ways))
+                (settled[module],) = ways
                 known.setdefault(_alike(info, module), set()).update(ways)
             elif ways:
                 square.append(module)
+            elif isinstance(info, ModuleInfo) and len(info.kernel) > 0 and info.matrices > 1:
+                what = f"a LoRA of a convolution with {info.matrices} groups"
+                expected = "a change that is a convolution of those groups (it mixes all inputs)"
+                remedy = "Leave the adapter unmerged; PEFT cannot merge it either."
+                self._wrong(what, expected, remedy, module)
             else:
-                self._misfit(info, module, tensor, shape)
+                what = f"a change of shape {tuple(info.shape)} for {tensor} of shape {shape}"
+                remedy = "Take the model that the adapter was trained on."
+                self._wrong(what, "shapes that fit", remedy, module)
         for module in square:
             tensor = modules[module]
             stated = transposed(tensor)
             alike = _alike(self._infos[module], module)
             evidence = known.get(alike, set()) if stated is None else {stated}
             if len(evidence) == 1:
-                settled.update(dict.fromkeys([module], *evidence))
+                (settled[module],) = evidence
                 continue
             shape = tuple(shapes[tensor])
-            found = f"{tensor} of shape {shape}, which may be stored (out, in) or (in, out)"
+            what = f"{tensor} of shape {shape}, which may be stored (out, in) or (in, out)"
             remedy = (
                 "Put the config.json of the base beside its weights: the class in it decides, if "
                 "it is one of transformers."
             )
             remedy = _BY_PEFT if self._is_parameter(module) else remedy
-            self._wrong(found, "a weight whose orientation is known", remedy, module)
+            self._wrong(what, "a weight whose orientation is known", remedy, module)
         return settled
-
-    def _misfit(
-        self, info: ModuleInfo | VectorInfo, module: str, tensor: str, shape: tuple[int, ...]
-    ) -> None:
-        if isinstance(info, ModuleInfo) and info.layout == "convolution" and info.matrices > 1:
-            found = f"a LoRA of a convolution with {info.matrices} groups"
-            expected = "a change that is a convolution of those groups (it mixes all inputs)"
-            remedy = "Leave the adapter unmerged; PEFT cannot merge it either."
-        else:
-            found = f"a change of shape {tuple(info.shape)} for {tensor} of shape {shape}"
-            expected = "shapes that fit"
-            remedy = "Take the model that the adapter was trained on."
-        self._wrong(found, expected, remedy, module)
 
 
 def _with_tied_once(adapter: Adapter, shapes: Iterable[str]) -> Adapter:
@@ -298,29 +305,26 @@ def _with_tied_once(adapter: Adapter, shapes: Iterable[str]) -> Adapter:
     """
     if not (isinstance(adapter, LoraAdapter) and adapter.config.get("ensure_weight_tying")):
         return adapter
-    stored = {name.rpartition(".")[0] for name in shapes}
-    tied = {
-        module
-        for module in adapter.infos
-        if not any(f".{name}".endswith(f".{unwrapped(module)}") for name in stored)
-        and _is_embedding_again(adapter, module)
-    }
+    infos = adapter.infos
+    stored = [f".{name.rpartition('.')[0]}" for name in shapes]
+    embeddings = [adapter.load(name) for name in infos if infos[name].layout == "embedding"]
+    tied = set()
+    for module in infos:
+        if any(name.endswith(f".{unwrapped(module)}") for name in stored):
+            continue
+        head = adapter.load(module)
+        if any(
+            torch.equal(head.a.mT, embedding.b)
+            and torch.equal(head.b.mT, embedding.a)
+            and head.scale == embedding.scale
+            for embedding in embeddings
+        ):
+            tied.add(module)
     start = tuple(f"{unwrapped(module)}." for module in tied)
     return replace(
         adapter,
-        infos={name: info for name, info in adapter.infos.items() if name not in tied},
+        infos={name: info for name, info in infos.items() if name not in tied},
         saved={n: load for n, load in adapter.saved.items() if not unwrapped(n).startswith(start)},
-    )
-
-
-def _is_embedding_again(adapter: LoraAdapter, module: str) -> bool:
-    head = adapter.load(module)
-    embeddings = [name for name, info in adapter.infos.items() if info.layout == "embedding"]
-    return any(
-        torch.equal(head.a.mT, embedding.b)
-        and torch.equal(head.b.mT, embedding.a)
-        and head.scale == embedding.scale
-        for embedding in map(adapter.load, embeddings)
     )
 
 
@@ -336,12 +340,12 @@ def orientations(info: ModuleInfo | VectorInfo, shape: Shape) -> frozenset[bool]
     if len(shape) == 2:
         axis = 1 if info.feedforward else 0
         return frozenset(way for way in (False, True) if shape[axis ^ way] == length)
-    if len(shape) != len(info.shape) or len(shape) < 3:
-        return frozenset()
-    if not info.feedforward:
-        return frozenset({False} if shape[0] == length else ())
-    groups, rest = divmod(length, shape[1]) if shape[1] else (0, 1)
-    fits = groups > 0 and rest == 0 and shape[0] % groups == 0
+    fits = 2 < len(shape) == len(info.shape)
+    if fits and info.feedforward:
+        groups, rest = divmod(length, shape[1]) if shape[1] else (0, 1)
+        fits = groups > 0 and rest == 0 and shape[0] % groups == 0
+    elif fits:
+        fits = shape[0] == length
     return frozenset({False} if fits else ())
 
 

@@ -16,15 +16,15 @@ the base has; there, as in PEFT's own merge, the change of the weight is another
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, MergeError
+from mergekit_ext.errors import MergeError
 from mergekit_ext.kernels.linear_algebra import add_products
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, finite, finite_update
-from peft_merge.matching import Match, Orientation, Shape, match, unknown_orientation
+from peft_merge.matching import Match
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,44 +32,43 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class AdaptedWeights:
     """The tensors of a base model with an adapter applied.
 
-    Call `touched` once with the base's tensors, then `apply` for each tensor read.
-
     Args:
         adapter: LoRA or (IA)^3.
+        found: where its changes go.
+
+    Attributes:
+        touched: the base's tensors that `apply` changes.
+        added: whole tensors that the adapter brings and the base lacks, by name; read when called.
     """
 
-    def __init__(self, adapter: Adapter):
-        self._adapter = adapter
-        self._match = Match()
+    def __init__(self, adapter: Adapter, found: Match):
+        self._adapter, self._match = adapter, found
+        self.touched = found.saved.keys() | found.weights.keys() | found.biases.keys()
+        self.added = {name: adapter.saved[key] for name, key in found.added.items()}
 
-    def touched(
-        self, shapes: Mapping[str, Shape], transposed: Orientation = unknown_orientation
-    ) -> dict[str, str]:
-        """Match the adapter with a base; of the base no weight is read.
+    def read(
+        self,
+        name: str,
+        base: Callable[[str], Tensor],
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return a tensor of the base with the adapter in it, or one that the adapter adds.
 
         Args:
-            shapes: every tensor of the base and its shape.
-            transposed: whether the base's class stores a weight transposed, None if it does not
-                say; asked for square weights, see `matching.class_orientation`.
-
-        Returns:
-            Tensors of the base that `apply` changes -> the adapter's module (or, of a tensor that
-            the adapter carries whole, its name there).
-
-        Raises:
-            ConfigError: modules without a tensor, ambiguous names or orientations, shapes that do
-                not fit (a grown vocabulary), `lora_bias` without a bias, `layer_replication`.
+            name: of the tensor.
+            base: reads a tensor of the base.
+            device: where the adapter is applied, and not where the tensor lies.
+            dtype: of floating tensors, instead of the stored one; a changed one is rounded once.
         """
-        found, problems = match(self._adapter, shapes, transposed)
-        if problems:
-            raise ConfigError(problems, f"adapter {self._adapter.name} on this base")
-        self._match = found
-        return {**found.saved, **found.weights, **found.biases}
-
-    @property
-    def added(self) -> dict[str, Callable[[], Tensor]]:
-        """Whole tensors that the adapter brings and the base lacks, by name; read when called."""
-        return {name: self._adapter.saved[key] for name, key in self._match.added.items()}
+        tensor = self.added[name]() if name in self.added else base(name)
+        if not tensor.is_floating_point():
+            dtype = None
+        if name in self.touched:
+            wide = tensor.dtype if dtype is None else torch.promote_types(tensor.dtype, dtype)
+            given = tensor.to(tensor.device if device is None else device, wide)
+            tensor = self.apply(name, given).to(tensor.device)
+        return tensor if dtype is None else tensor.to(dtype)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """Return the base's tensor with the adapter in it.
@@ -94,13 +93,15 @@ class AdaptedWeights:
             if new.dtype != dtype:
                 _check_dtype(name, dtype)
             tensor = new.to(tensor.device)
-        if name in self._match.weights or name in self._match.biases:
+        module = self._match.weights.get(name) or self._match.biases.get(name)
+        if module is not None:
             _check_dtype(name, dtype)
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            transposed = self._match.transposed[module] if name in self._match.weights else None
             if isinstance(self._adapter, LoraAdapter):
-                tensor = self._added(self._adapter, name, tensor)
+                tensor = _added(self._adapter, module, tensor, transposed)
             else:
-                tensor = self._multiplied(self._adapter, name, tensor)
+                tensor = _multiplied(self._adapter, module, tensor, transposed)
         result = tensor.to(dtype)
         if result is not given and not _finite(result) and _finite(given):
             raise MergeError(
@@ -109,32 +110,34 @@ class AdaptedWeights:
             )
         return result
 
-    def _added(self, adapter: LoraAdapter, name: str, tensor: Tensor) -> Tensor:
-        if name in self._match.biases:
-            update = finite_update(adapter, self._match.biases[name])
-            assert update.bias is not None
-            return tensor + update.scale * update.bias.to(tensor)
-        module = self._match.weights[name]
-        update = finite_update(adapter, module)
-        left, right = update.b.to(tensor), update.a.to(tensor)
-        if self._match.transposed[module]:
-            left, right = right.mT, left.mT
-        stack = tensor.reshape(len(left), left.shape[1], right.shape[2])
-        return add_products(stack, left, right, update.scale).reshape(tensor.shape)
 
-    def _multiplied(self, adapter: Ia3Adapter, name: str, tensor: Tensor) -> Tensor:
-        module = self._match.biases.get(name) or self._match.weights[name]
-        vector = finite(adapter.load(module), module, adapter.name).flatten().to(tensor)
-        if name in self._match.biases:
-            return tensor * vector
-        if adapter.infos[module].feedforward == self._match.transposed[module]:
-            # Over the first axis: outputs, or inputs of a transposed weight.
-            return tensor * vector.reshape(-1, *(1,) * (tensor.dim() - 1))
-        # A grouped convolution stores, for each output, only the inputs of its own group.
-        groups = len(vector) // tensor.shape[1]
-        grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
-        factors = vector.reshape(groups, 1, tensor.shape[1], *(1,) * (tensor.dim() - 2))
-        return (grouped * factors).reshape(tensor.shape)
+# `transposed` is None for a bias.
+def _added(adapter: LoraAdapter, module: str, tensor: Tensor, transposed: bool | None) -> Tensor:
+    update = finite_update(adapter, module)
+    if transposed is None:
+        assert update.bias is not None
+        return tensor + update.scale * update.bias.to(tensor)
+    left, right = update.b.to(tensor), update.a.to(tensor)
+    if transposed:
+        left, right = right.mT, left.mT
+    stack = tensor.reshape(len(left), left.shape[1], right.shape[2])
+    return add_products(stack, left, right, update.scale).reshape(tensor.shape)
+
+
+def _multiplied(
+    adapter: Ia3Adapter, module: str, tensor: Tensor, transposed: bool | None
+) -> Tensor:
+    vector = finite(adapter.load(module), module, adapter.name).flatten().to(tensor)
+    if transposed is None:
+        return tensor * vector
+    if adapter.infos[module].feedforward == transposed:
+        # Over the first axis: outputs, or inputs of a transposed weight.
+        return tensor * vector.reshape(-1, *(1,) * (tensor.dim() - 1))
+    # A grouped convolution stores, for each output, only the inputs of its own group.
+    groups = len(vector) // tensor.shape[1]
+    grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
+    factors = vector.reshape(groups, 1, tensor.shape[1], *(1,) * (tensor.dim() - 2))
+    return (grouped * factors).reshape(tensor.shape)
 
 
 def _finite(tensor: Tensor) -> bool:

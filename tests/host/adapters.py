@@ -47,7 +47,8 @@ def merged_with_peft(base: Path, adapter: Path, folder: Path, kind: type) -> Pat
 def opened(model: str) -> AdaptedLoader:
     """The loader of ``base+adapter``."""
     reference = ModelReference.parse(model)
-    return open_adapted(reference, ModelReference(model=reference.model).lazy_loader())
+    base = ModelReference(model=reference.model)
+    return open_adapted(reference, base.lazy_loader(), base.config())
 
 
 def check(*models: str, method: str = "linear", **options) -> CheckReport:

@@ -256,11 +256,12 @@ def test_adapters_are_applied_on_the_device(exact, device):
     reference = ModelReference.parse(exact.adapted("lora")[0])
     name = "model.layers.0.self_attn.q_proj.weight"
     base = ModelReference.parse(str(exact.base)).lazy_loader()
-    found = open_adapted(reference, base, device=str(device)).get_tensor(name)
+    config = reference.config()
+    found = open_adapted(reference, base, config, str(device)).get_tensor(name)
     assert found.device.type == "cpu"
     wanted = small.state(exact.wholes["lora"])[name]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    there = open_adapted(reference, base).get_tensor(name, device=str(device))
+    there = open_adapted(reference, base, config).get_tensor(name, device=str(device))
     assert there.device.type == device.type
 
 

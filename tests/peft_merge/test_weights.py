@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io import adapters_of, load_adapter
-from peft_merge.matching import class_orientation
+from peft_merge.matching import class_orientation, match
 from peft_merge.weights import AdaptedWeights
 from tests.peft_merge import models
 
@@ -31,11 +31,8 @@ def shapes(tensors):
 
 
 def applied(adapter, base, model=None):
-    weights = AdaptedWeights(adapter)
-    if model is None:
-        weights.touched(shapes(base))
-    else:
-        weights.touched(shapes(base), partial(class_orientation, model))
+    known = [] if model is None else [partial(class_orientation, model)]
+    weights = AdaptedWeights(adapter, match(adapter, shapes(base), *known))
     return {name: weights.apply(name, tensor) for name, tensor in base.items()}
 
 
@@ -49,8 +46,9 @@ def check(kind, folder):
     model = models.base(kind)
     base = model.state_dict()
     before = {name: tensor.clone() for name, tensor in base.items()}
-    weights = AdaptedWeights(load_adapter(folder))
-    touched = weights.touched(shapes(base), partial(class_orientation, model))
+    adapter = load_adapter(folder)
+    found = match(adapter, shapes(base), partial(class_orientation, model))
+    weights = AdaptedWeights(adapter, found)
     ours = {name: weights.apply(name, tensor) for name, tensor in base.items()}
     theirs = merged_by_peft(models.reloaded(kind, folder))
     assert weights.added == {}
@@ -58,10 +56,10 @@ def check(kind, folder):
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
         assert torch.equal(base[name], before[name])
-        if name not in touched:
+        if name not in weights.touched:
             assert tensor is base[name]
     changed = {name for name in ours if not torch.equal(theirs[name], base[name])}
-    assert changed and changed <= set(touched)
+    assert changed and changed <= weights.touched
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -125,7 +123,7 @@ def test_what_is_no_change_of_a_weight_is_refused(name, tmp_path):
         "replicated": "layer_replication",
     }[name]
     with pytest.raises(ConfigError, match=reason):
-        AdaptedWeights(adapter).touched(shapes(models.base(kind).state_dict()))
+        match(adapter, shapes(models.base(kind).state_dict()))
 
 
 @pytest.mark.parametrize("name", ["plain", "lora_bias", "modules_to_save", "ia3", "embedding"])
@@ -198,9 +196,12 @@ def test_one_outer_prefix_may_differ(inside, outside):
 def test_saved_tensors_follow_the_prefix_or_are_added():
     saved = {"bert.pooler.bias": torch.ones(3), "classifier.bias": torch.full((2,), 7.0)}
     adapter = several({"bert.q": (1, 4, 6)}, saved=saved)
-    weights = AdaptedWeights(adapter)
-    touched = weights.touched({"q.weight": (4, 6), "pooler.bias": (3,)})
-    assert touched == {"q.weight": "bert.q", "pooler.bias": "bert.pooler.bias"}
+    found = match(adapter, {"q.weight": (4, 6), "pooler.bias": (3,)})
+    assert (found.weights, found.saved) == (
+        {"q.weight": "bert.q"},
+        {"pooler.bias": "bert.pooler.bias"},
+    )
+    weights = AdaptedWeights(adapter, found)
     assert torch.equal(weights.apply("pooler.bias", torch.zeros(3)), torch.ones(3))
     assert list(weights.added) == ["classifier.bias"]
     assert torch.equal(weights.added["classifier.bias"](), torch.full((2,), 7.0))
@@ -218,14 +219,14 @@ def test_a_saved_weight_is_adapted_too():
 def test_two_places_that_fit_are_not_chosen_from():
     base = {"text.q.weight": (4, 6), "vision.q.weight": (4, 6)}
     with pytest.raises(ConfigError, match=r"text\.q\.weight, vision\.q\.weight"):
-        AdaptedWeights(lora("q", 4, 6)).touched(base)
+        match(lora("q", 4, 6), base)
 
 
 def test_modules_without_a_tensor_are_listed():
     adapter = several({f"layers.{i}.q": (1, 4, 6) for i in range(9)})
     base = {f"layers.{i}.q.weight": (4, 6) for i in range(1)}
     with pytest.raises(ConfigError, match=r"8 adapted modules.*layers\.1\.q.* and 2 more"):
-        AdaptedWeights(adapter).touched(base)
+        match(adapter, base)
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -285,13 +286,13 @@ def test_square_experts_alone_are_refused():
     config = {"target_parameters": ["experts.down"]}
     adapter = several({"experts": (3, 4, 4)}, layout="parameter", config=config)
     with pytest.raises(ConfigError, match=r"experts\.down of shape \(3, 4, 4\)"):
-        AdaptedWeights(adapter).touched({"experts.down": (3, 4, 4)})
+        match(adapter, {"experts.down": (3, 4, 4)})
 
 
 def test_everything_wrong_is_said_at_once():
     adapter = several({"q": (1, 4, 6), "v": (1, 4, 6)}, bias=True)
     with pytest.raises(ConfigError) as error:
-        AdaptedWeights(adapter).touched({"q.weight": (5, 6), "v.weight": (4, 6)})
+        match(adapter, {"q.weight": (5, 6), "v.weight": (4, 6)})
     wheres = [problem.where for problem in error.value.problems]
     assert wheres == ["q of adapter a", "v of adapter a", "q of adapter a"]
     assert "q.bias" in str(error.value) and "(5, 6)" in str(error.value)
@@ -299,10 +300,9 @@ def test_everything_wrong_is_said_at_once():
 
 def test_quantised_and_misshapen_tensors_and_nan():
     adapter = several({"q": (1, 4, 6)}, saved={"head.weight": torch.ones(3, 4)})
-    weights = AdaptedWeights(adapter)
     with pytest.raises(ConfigError, match=r"\(3, 4\).*\(2, 4\).*Resize the base"):
-        weights.touched({"q.weight": (4, 6), "head.weight": (2, 4)})
-    weights.touched({"q.weight": (4, 6), "head.weight": (3, 4)})
+        match(adapter, {"q.weight": (4, 6), "head.weight": (2, 4)})
+    weights = AdaptedWeights(adapter, match(adapter, {"q.weight": (4, 6), "head.weight": (3, 4)}))
     adapter.load("q").a.mul_(100)
     delta = adapter.load("q").dense()[0]
     with pytest.raises(MergeError, match="int8"):
@@ -321,6 +321,6 @@ def test_many_square_weights_do_not_ask_each_other():
     adapter = LoraAdapter("a", {}, infos, lambda module: pytest.fail(module))
     started = time.process_time()
     sizes = {f"{name}.weight": (info.rows, info.columns) for name, info in infos.items()}
-    touched = AdaptedWeights(adapter).touched(sizes)
-    assert len(touched) == len(infos)
+    touched = match(adapter, sizes)
+    assert len(touched.weights) == len(infos)
     assert time.process_time() - started < 5  # 30 s when every one looks at all others

@@ -1,12 +1,13 @@
-"""An adapter matched with the stored tensors of one base: which it changes, and to what."""
+"""Adapters on the stored tensors of one base: matched, and read as one model."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem, listing, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
+from mergekit_ext.flexmerge.source import LoadedSource, Source
 from mergekit_ext.host.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from peft_merge.adapter import Adapter
-from peft_merge.matching import class_orientation
+from peft_merge.matching import class_orientation, match
 from peft_merge.weights import AdaptedWeights
 
 VARIABLE = "MERGEKIT_EXT_ADAPTERS"
@@ -27,7 +29,7 @@ _CONFIG = "adapter_config.json"
 
 
 def applies(reference: Any) -> bool:
-    """Whether `reference`, a `ModelReference`, has an adapter that is applied while reading."""
+    """Return whether a `ModelReference` has an adapter that is applied while reading."""
     return reference.lora is not None and os.environ.get(VARIABLE) != "0"
 
 
@@ -36,87 +38,8 @@ def base_of(reference: Any) -> Any:
     return reference.model_copy(update={"lora": None})
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """An adapter on one base.
-
-    Attributes:
-        adapter: as read.
-        touched: stored tensors that it changes -> what `weights` calls them.
-        added: whole tensors that it has and the base lacks, by the name that they are read by.
-        weights: what applies it.
-    """
-
-    adapter: Adapter
-    touched: Mapping[str, str]
-    added: Mapping[str, Callable[[], Tensor]]
-    weights: AdaptedWeights
-
-    def tensors(
-        self, base: Mapping[str, TensorHeader], dtype: torch.dtype | None = None
-    ) -> dict[str, TensorHeader]:
-        """The headers of the base and of what the adapter adds.
-
-        What it changes lies in no file. With `dtype` (mergekit's ``--lora-merge-dtype``) all
-        floating tensors are read in it.
-        """
-        changed = {name: replace(base[name], file=None) for name in self.touched if name in base}
-        added = {name: _header(name, read()) for name, read in self.added.items()}
-        found = {**base, **changed, **added}
-        return found if dtype is None else {n: _cast(header, dtype) for n, header in found.items()}
-
-    def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The stored tensor `name` with the adapter applied, in the dtype of `tensor`."""
-        if name not in self.touched:
-            return tensor
-        return self.weights.apply(self.touched[name], tensor)
-
-
-def _header(name: str, tensor: Tensor) -> TensorHeader:
-    size = tensor.numel() * tensor.element_size()
-    return TensorHeader(name, dtype_name(tensor.dtype), tuple(tensor.shape), size)
-
-
-def _cast(header: TensorHeader, dtype: torch.dtype) -> TensorHeader:
-    if header.dtype not in FLOATING:
-        return header
-    size = math.prod(header.shape) * dtype.itemsize
-    return TensorHeader(header.name, dtype_name(dtype), header.shape, size)
-
-
-def fit(
-    adapter: Adapter,
-    tensors: Mapping[str, TensorHeader],
-    config: Any,
-    otherwise: str = BEFOREHAND,
-) -> Fitted:
-    """Match `adapter` with a base; no weight is read.
-
-    Args:
-        adapter: LoRA or (IA)^3.
-        tensors: every stored tensor of the base.
-        config: the base's transformers configuration; None for a bare file of weights.
-        otherwise: what else can be done with an adapter that does not fit, added to the remedies.
-
-    Raises:
-        ConfigError: the adapter cannot be applied to these tensors exactly.
-    """
-    try:
-        weights, stored = _matched(adapter, tensors, config)
-        touched = {name: known for known, name in stored.items()}
-        problems = [
-            *_not_floating(tensors, touched),
-            *_tied(adapter, {*stored, *weights.added}, config),
-        ]
-        if problems:
-            raise ConfigError(problems, f"adapter {adapter.name} on this base")
-    except ConfigError as error:
-        raise ConfigError((_or(p, otherwise) for p in error.problems), error.subject) from None
-    return Fitted(adapter, touched, weights.added, weights)
-
-
 def read_adapter(path: Any, otherwise: str = BEFOREHAND) -> Adapter:
-    """The adapter at mergekit's `ModelPath`.
+    """Return the adapter at mergekit's `ModelPath`.
 
     Pickles are read as mergekit reads those of models: by torch's restricted unpickler.
     `otherwise` is as in `fit`.
@@ -133,19 +56,28 @@ def read_adapter(path: Any, otherwise: str = BEFOREHAND) -> Adapter:
         raise ConfigError(problems, error.subject) from None
 
 
-def _or(problem: Problem, otherwise: str) -> Problem:
-    if not problem.remedy:  # nothing else helps
-        otherwise = otherwise.removeprefix("Or ")
-        return replace(problem, remedy=otherwise[:1].upper() + otherwise[1:])
-    return replace(problem, remedy=f"{problem.remedy} {otherwise}")
+def fit(
+    adapter: Adapter,
+    tensors: Mapping[str, TensorHeader],
+    config: Any,
+    otherwise: str = BEFOREHAND,
+) -> AdaptedWeights:
+    """Match `adapter` with a base; no weight is read.
 
+    Module names are compared under those of the base's class, to which PEFT and transformers
+    rename both.
 
-def _matched(
-    adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any
-) -> tuple[AdaptedWeights, dict[str, str]]:
-    """The adapter under the names of the base's class, to which PEFT and transformers rename both.
+    Args:
+        adapter: LoRA or (IA)^3.
+        tensors: every stored tensor of the base.
+        config: the base's transformers configuration; None for a bare file of weights.
+        otherwise: what else can be done with an adapter that does not fit, added to the remedies.
 
-    The second value gives each tensor's stored name.
+    Returns:
+        The adapter by the names that the base's tensors are stored under.
+
+    Raises:
+        ConfigError: the adapter cannot be applied to these tensors exactly.
     """
     names = class_names(tensors, config)
 
@@ -154,10 +86,108 @@ def _matched(
             return None
         return class_orientation(names.model, name)
 
-    weights = AdaptedWeights(_renamed(adapter, names.rename))
-    shapes = {names.of[name]: header.shape for name, header in tensors.items()}
-    known = weights.touched(shapes, transposed)
-    return weights, {names.of[name]: name for name in tensors if names.of[name] in known}
+    adapter = _renamed(adapter, names.rename)
+    try:
+        shapes = {names.of[name]: header.shape for name, header in tensors.items()}
+        found = match(adapter, shapes, transposed)
+        stored = found.stored_as({own: name for name, own in names.of.items()})
+        weights = AdaptedWeights(adapter, stored)
+        changed = {*found.weights, *found.biases, *found.saved, *found.added}
+        problems = [
+            *_not_floating(tensors, weights.touched),
+            *_tied(adapter, sorted(changed), config),
+        ]
+        if problems:
+            raise ConfigError(problems, f"adapter {adapter.name} on this base")
+    except ConfigError as error:
+        raise ConfigError((_or(p, otherwise) for p in error.problems), error.subject) from None
+    return weights
+
+
+def adapted_headers(
+    weights: AdaptedWeights,
+    base: Mapping[str, TensorHeader],
+    dtype: torch.dtype | None = None,
+) -> dict[str, TensorHeader]:
+    """Return the headers of the base and of what the adapter adds.
+
+    What it changes lies in no file. With `dtype` (mergekit's ``--lora-merge-dtype``) all floating
+    tensors are read in it.
+    """
+    found = {
+        name: replace(header, file=None) if name in weights.touched else header
+        for name, header in base.items()
+    }
+    for name, read in weights.added.items():
+        tensor = read()
+        shape = tuple(tensor.shape)
+        found[name] = TensorHeader(name, dtype_name(tensor.dtype), shape, tensor.nbytes)
+    if dtype is None:
+        return found
+    return {
+        name: TensorHeader(h.name, dtype_name(dtype), h.shape, math.prod(h.shape) * dtype.itemsize)
+        if h.dtype in FLOATING
+        else h
+        for name, h in found.items()
+    }
+
+
+class AdaptedSource(LoadedSource):
+    """The tensors of a base with an adapter, as FlexMerge reads models.
+
+    Args:
+        name: for messages.
+        tensors: of the base and of the adapter, in the dtypes that they are read in.
+        base: the base's source, by the names that its tensors are stored under: it reads what
+            the adapter does not change.
+        weights: the adapter on that base.
+        files: the base's and the adapter's.
+        device: where the adapter is applied; tensors come on the CPU.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, TensorHeader],
+        base: Source,
+        weights: AdaptedWeights,
+        files: Collection[Path],
+        device: str = "cpu",
+    ):
+        dtypes = {header.name: FLOATING.get(header.dtype) for header in tensors.values()}
+
+        def load(stored: str) -> Tensor:
+            return weights.read(stored, base.tensor, device, dtypes[stored]).cpu()
+
+        super().__init__(name, tensors, load, files)
+        self._base = base
+        self._as_stored = {
+            header.name
+            for header in tensors.values()
+            if header.name not in weights.touched and header.name not in weights.added
+            if header.dtype == base.tensors[header.name].dtype
+        }
+
+    def read(self, name: str, out: Tensor) -> None:
+        """See `Source`."""
+        stored = self.tensors[name].name
+        if stored in self._as_stored:
+            self._base.read(stored, out)
+        else:
+            super().read(name, out)
+
+    def expect(self, name: str) -> None:
+        """See `Source`."""
+        stored = self.tensors[name].name
+        if stored in self._base.tensors:
+            self._base.expect(stored)
+
+
+def _or(problem: Problem, otherwise: str) -> Problem:
+    if not problem.remedy:  # nothing else helps
+        otherwise = otherwise.removeprefix("Or ")
+        return replace(problem, remedy=otherwise[:1].upper() + otherwise[1:])
+    return replace(problem, remedy=f"{problem.remedy} {otherwise}")
 
 
 def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
@@ -169,46 +199,37 @@ def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
     return replace(adapter, infos=infos, load=lambda n: adapter.load(modules[n]), saved=saved)
 
 
-def _not_floating(tensors: Mapping[str, TensorHeader], touched: Iterable[str]) -> list[Problem]:
+def _not_floating(
+    tensors: Mapping[str, TensorHeader], touched: Collection[str]
+) -> Iterator[Problem]:
     found: dict[str, list[str]] = {}
-    for name in touched:
-        if tensors[name].dtype not in FLOATING:
-            found.setdefault(tensors[name].dtype, []).append(name)
-    return [
-        Problem(
-            tensors_at(names),
-            f"{dtype} in the base, which looks quantised",
-            f"one of {', '.join(FLOATING)}, which an adapter can be added to",
-            "Give the base as it was before quantisation.",
-        )
-        for dtype, names in found.items()
-    ]
+    for name, header in tensors.items():
+        if name in touched and header.dtype not in FLOATING:
+            found.setdefault(header.dtype, []).append(name)
+    for dtype, names in found.items():
+        what = f"{dtype} in the base, which looks quantised"
+        expected = f"one of {', '.join(FLOATING)}, which an adapter can be added to"
+        remedy = "Give the base as it was before quantisation."
+        yield Problem(tensors_at(names), what, expected, remedy)
 
 
-def _tied(adapter: Adapter, changed: set[str], config: Any) -> list[Problem]:
+def _tied(adapter: Adapter, changed: list[str], config: Any) -> Iterator[Problem]:
+    """Yield what the model's class ties to another tensor, as transformers' class has it.
+
+    The file may hold one of the two only. Nothing is tied without ``tie_word_embeddings``, or in
+    a class from elsewhere. An adapter that is trained tied changes the tensor in all its uses.
+    """
     if adapter.config.get("ensure_weight_tying"):
-        return []  # trained tied: what is done to one name is done to the tensor
-    names = sorted(name for name in changed if _is_tied(name, config))
-    if not names:
-        return []
-    return [
-        Problem(
+        return
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    tied = getattr(class_of(config), "_tied_weights_keys", None) or {}
+    patterns = {*tied, *tied.values()} if isinstance(tied, dict) else {*tied}
+    names = [n for n in changed if any(re.search(rf"(^|\.)(?:{p})$", n) for p in patterns)]
+    if names:
+        yield Problem(
             tensors_at(names),
             f"a change of {listing(names)} alone, which this base ties to another tensor",
             "a change of what is not tied: one tensor cannot be adapted in one of its uses only",
             "Save the base with `tie_word_embeddings=False` and both tensors, and give that.",
         )
-    ]
-
-
-def _is_tied(name: str, config: Any) -> bool:
-    """Whether the model's class ties a tensor to another.
-
-    The class says so (transformers' ``_tied_weights_keys``), not the file: it may hold one of the
-    two only. Nothing is tied without ``tie_word_embeddings``, or in a class from elsewhere.
-    """
-    if config is None or not getattr(config, "tie_word_embeddings", False):
-        return False
-    tied = getattr(class_of(config), "_tied_weights_keys", None) or {}
-    patterns = {*tied, *tied.values()} if isinstance(tied, dict) else {*tied}
-    return any(re.search(rf"(^|\.)(?:{pattern})$", name) for pattern in patterns)

@@ -6,11 +6,12 @@ without an adapter go to mergekit's own function, which each of these keeps as `
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, read_adapter
+from mergekit_ext.host.adapters.fitted import applies, base_of, fit, read_adapter
 from mergekit_ext.io.headers import TensorHeader, read_file
+from peft_merge.weights import AdaptedWeights
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 # What the tensor that is being read will be cast to next.
@@ -41,24 +43,18 @@ class AdaptedLoader:
 
     Args:
         base: the base's loader, which other adapters of the same base may share.
-        fitted: the adapter on that base.
+        weights: the adapter on that base.
         device: where adapters are applied; None for where a tensor is read.
         dtype: of all floating tensors that are read (mergekit's ``--lora-merge-dtype``); None for
             the dtype of the file.
     """
 
     def __init__(
-        self,
-        base: Any,
-        fitted: Fitted,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
+        self, base: Any, weights: AdaptedWeights, device: str | None, dtype: torch.dtype | None
     ):
-        self._base, self._fitted, self._device, self._dtype = base, fitted, device, dtype
-        added = dict.fromkeys(fitted.added, _ADAPTER_FILE)
-        self.index = dataclasses.replace(
-            base.index, tensor_paths={**base.index.tensor_paths, **added}
-        )
+        self._base, self._weights, self._device, self._dtype = base, weights, device, dtype
+        added = dict.fromkeys(weights.added, _ADAPTER_FILE)
+        self.index = replace(base.index, tensor_paths={**base.index.tensor_paths, **added})
 
     def get_tensor(
         self,
@@ -67,7 +63,7 @@ class AdaptedLoader:
         aliases: Sequence[str] | None = None,
         raise_on_missing: bool = True,
     ) -> Tensor | None:
-        """The tensor `key`, or else the first of `aliases` that there is, on `device`.
+        """Return the tensor `key`, or else the first of `aliases` that there is, on `device`.
 
         Raises:
             KeyError: there is none, and `raise_on_missing`.
@@ -78,23 +74,9 @@ class AdaptedLoader:
             if raise_on_missing:
                 raise KeyError(key)
             return None
-        if name in self._fitted.added:
-            tensor = self._fitted.added[name]().to(device)
-        else:
-            tensor = self._base.get_tensor(name, device=device)
-        if name in self._fitted.touched:
-            tensor = self._adapted(name, tensor)
-        if self._dtype is not None and tensor.is_floating_point():
-            return tensor.to(self._dtype)
-        return tensor
-
-    def _adapted(self, name: str, tensor: Tensor) -> Tensor:
-        # In the widest dtype that is asked for, so that it is rounded once.
-        following = self._dtype or _wanted.get() or tensor.dtype
-        wide = torch.promote_types(tensor.dtype, following)
-        place = tensor.device if self._device is None else self._device
-        applied = self._fitted.apply(name, tensor.to(device=place, dtype=wide))
-        return applied.to(tensor.device)
+        base = partial(self._base.get_tensor, device=device)
+        dtype = self._dtype or _wanted.get()
+        return self._weights.read(name, base, self._device, dtype).to(device)
 
     def flush(self) -> None:
         """Close what the base has open."""
@@ -104,40 +86,26 @@ class AdaptedLoader:
 def open_adapted(
     reference: Any,
     base: Any,
-    *,
-    trust_remote_code: bool = False,
+    config: Any,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> AdaptedLoader:
-    """The loader of a model with an adapter.
+    """Return the loader of a model with an adapter.
 
     Args:
         reference: mergekit's `ModelReference`.
         base: the loader of its base.
-        trust_remote_code: for the base's configuration.
+        config: the base's transformers configuration; None for a bare file of weights.
         device, dtype: see `AdaptedLoader`.
 
     Raises:
         ConfigError: the adapter cannot be read, or not applied to this base exactly.
     """
-    config = reference.config(trust_remote_code=trust_remote_code)
-    return adapted(reference.lora, str(reference), base, config, device, dtype)
-
-
-def adapted(
-    path: Any,
-    name: str,
-    base: Any,
-    config: Any,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> AdaptedLoader:
-    """As `open_adapted`, of an adapter by its `ModelPath` and with the base's configuration."""
     try:
-        fitted = fit(read_adapter(path), stored_tensors(base.index), config)
+        weights = fit(read_adapter(reference.lora), stored_tensors(base.index), config)
     except ConfigError as error:
-        raise ConfigError(error.problems, name) from None
-    return AdaptedLoader(base, fitted, device, dtype)
+        raise ConfigError(error.problems, str(reference)) from None
+    return AdaptedLoader(base, weights, device, dtype)
 
 
 def stored_tensors(index: Any) -> dict[str, TensorHeader]:
@@ -162,8 +130,8 @@ def tensor_names(stock: Callable[..., Any]) -> Callable[..., Any]:
         base = base_of(model).lazy_loader(
             cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
         )
-        loader = open_adapted(model, base, trust_remote_code=options.trust_remote_code)
-        return list(loader.index.tensor_paths)
+        config = model.config(trust_remote_code=options.trust_remote_code)
+        return list(open_adapted(model, base, config).index.tensor_paths)
 
     return get_model_tensor_names
 
@@ -191,9 +159,9 @@ def get(stock: Callable[..., Any]) -> Callable[..., Any]:
             self.loaders[model] = open_adapted(
                 model,
                 stock(self, base_of(model)),
-                trust_remote_code=self.trust_remote_code,
-                device=getattr(self, "math_device", None),
-                dtype=dtype_from_name(self.lora_merge_dtype),
+                model.config(trust_remote_code=self.trust_remote_code),
+                getattr(self, "math_device", None),
+                dtype_from_name(self.lora_merge_dtype),
             )
         return self.loaders[model]
 
@@ -234,8 +202,8 @@ def file_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, model)
         if model not in self.loaders:
             file = reference.model.path
-            self.loaders[model] = adapted(
-                reference.lora, model, stock(self, file), config_beside(file), *self.adapters
+            self.loaders[model] = open_adapted(
+                reference, stock(self, file), config_beside(file), *self.adapters
             )
         return self.loaders[model]
 

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from mergekit_ext.errors import ConfigError, listing, nearest
-from mergekit_ext.host.adapters.fitted import BEFOREHAND, VARIABLE, fit, read_adapter
+from mergekit_ext.host.adapters.fitted import (
+    BEFOREHAND,
+    VARIABLE,
+    adapted_headers,
+    fit,
+    read_adapter,
+)
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.class_model import empty_model
 from mergekit_ext.host.inputs import cached_folder, is_offline
@@ -67,7 +73,7 @@ def adapted_tensors(
         if tensors is None:
             return None
         _warn_of_base(adapter, base, where, findings)
-        return fit(adapter, tensors, config, otherwise).tensors(tensors, dtype)
+        return adapted_headers(fit(adapter, tensors, config, otherwise), tensors, dtype)
     except ConfigError as error:
         findings.extend(error.problems, within=where)
         return None

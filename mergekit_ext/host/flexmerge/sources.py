@@ -25,12 +25,20 @@ from mergekit_ext.flexmerge.layout import (
 )
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
 from mergekit_ext.flexmerge.storage import Storage, Target
-from mergekit_ext.host.adapters.fitted import Fitted, applies, base_of, fit, read_adapter
-from mergekit_ext.host.adapters.source import AdaptedSource, adapter_folder
+from mergekit_ext.host.adapters.fitted import (
+    AdaptedSource,
+    adapted_headers,
+    applies,
+    base_of,
+    fit,
+    read_adapter,
+)
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.class_model import class_names
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.io.headers import TensorHeader, read_folder
+from peft_merge.io.read import locate
+from peft_merge.weights import AdaptedWeights
 
 Headers = Mapping[str, TensorHeader]
 # Stored tensors, and the configuration that says what their class calls them.
@@ -108,7 +116,7 @@ def open_inputs(prepared: Prepared) -> Inputs:
     ]
     dtype = dtype_of(options.lora_merge_dtype)
     read = [
-        tensors if adapter is None else adapter.tensors(tensors, dtype)
+        tensors if adapter is None else adapted_headers(adapter, tensors, dtype)
         for adapter, tensors in zip(adapters, stored, strict=True)
     ]
     owners = list(zip(read, configs, strict=True))
@@ -140,12 +148,13 @@ def _adapted(
     folder: Path,
     tensors: Headers,
     stored: Headers,
-    adapter: Fitted,
+    adapter: AdaptedWeights,
     device: str,
 ) -> Source:
-    own = {name: stored[h.name] for name, h in tensors.items() if h.name in stored}
+    own = {h.name: stored[h.name] for h in tensors.values() if h.name in stored}
     base = _opened(base_of(reference), folder, own)
-    files = [*base.files, *_files(adapter_folder(reference.lora))]
+    place = locate(reference.lora.path, reference.lora.revision, allow_pickle=True)
+    files = [*base.files, *_files(place)]
     return AdaptedSource(str(reference), tensors, base, adapter, files, device)
 
 
