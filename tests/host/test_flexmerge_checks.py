@@ -422,10 +422,10 @@ def test_private_tensors_are_reported(content, tmp_path):
     report = report_of(content)
     notes = " ".join(report.notes)
     assert not report.problems
-    assert "private to larger, 17920 bytes: lm_head.weight, model.embed_tokens.weight" in notes
     assert (
-        "differs in shape in larger ([70, 32]) from the base ([64, 32]): private "
-        f"to every task ({17920 + 2 * 2 * 64 * 32 * 4:,} bytes in all)" in notes
+        "lm_head.weight, model.embed_tokens.weight: differs in shape in larger ([70, 32]) from the "
+        "base ([64, 32]), so private to every task that has it "
+        f"({17920 + 2 * 2 * 64 * 32 * 4:,} bytes in all)" in notes
     )
     assert "come on top of `target_size`" in notes
 

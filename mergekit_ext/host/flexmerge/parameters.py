@@ -54,6 +54,7 @@ OWN: tuple[Parameter, ...] = (
     Parameter("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
     Parameter("task", str, None, "the task's name", per_model=True),
 )
+SHARED = ParameterScope.SHARED
 # What only algorithms that trim take.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
 _TAKEN_BY_ALL = frozenset(parameter.name for parameter in OWN) - _OF_TRIMMING
@@ -99,37 +100,32 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
         seed: for `dare_density`, and for methods that draw random numbers.
         findings: takes the problems.
     """
-    before = findings.count
-    given = config.parameters or {}
+    before, given = findings.count, config.parameters or {}
     name = given.get("algorithm", DEFAULT_ALGORITHM)
     known = name in names()
     specs = _specs(name if known else None)
-    if not known:  # neither is known what it takes
-        config = _reduced(config, specs.__contains__)
-    tasks = tasks_of(config)
     # Messages have the name between backticks.
     named = f"flexmerge` with `{name}"
     spec = replace(FlexMergeMethod().spec, name=named, parameters=tuple(specs.values()))
-    check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
+    if not known:  # neither is known what it takes
+        config = _reduced(config, specs.__contains__)
+    tasks = tasks_of(config)
+    found = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
     _check_single_values(config, specs, findings)
     if known:
         _check_contract(name, len(tasks), findings)
-    if findings.count > before:
+    if findings.count > before or not tasks:
         return None
-
-    def value(name: str, *places: Mapping[str, Any]) -> Any:
-        found = [values[name] for values in places if name in values]
-        return specs[name].validate(found[0]) if found else specs[name].default
-
-    shared = {n: value(n, given) for n in specs if _is_shared(specs[n])}
-    each = [
-        {
-            n: value(n, source.parameters, given)
-            for n in specs
-            if not _is_shared(specs[n]) and n != "task"
-        }
-        for source in tasks
-    ]
+    shared, each = found[0], []
+    for source in tasks:
+        own = {**given, **source.parameters}
+        each.append(
+            {
+                one.name: one.validate(own[one.name]) if one.name in own else one.default
+                for one in spec.input_parameters
+                if one.name != "task"
+            }
+        )
     made = make(name, Parameters(shared, each, shared["trim_scope"] or "model"), seed)
     _check_fit(made, given, findings)
     if shared["dare_density"] is not None:
@@ -157,14 +153,10 @@ def _parameters(algorithm: str) -> dict[str, ParameterSpec]:
         spec.name: replace(
             spec,
             value_type=RANGES["density"] if spec.name == "density" else spec.value_type,
-            scope=spec.scope if _is_shared(spec) else ParameterScope.NON_BASE,
+            scope=SHARED if spec.scope == SHARED else ParameterScope.NON_BASE,
         )
         for spec in registered(algorithm).spec.parameters
     }
-
-
-def _is_shared(spec: ParameterSpec) -> bool:
-    return bool(spec.scope == ParameterScope.SHARED)
 
 
 def _check_single_values(

@@ -156,7 +156,7 @@ def _prepared(
             "Check that these are fine-tunes of that base.",
         )
         return None
-    _note_unshared(headers, layout, naming, findings)
+    _note_private(headers, layout, naming, findings)
     adapted = frozenset(
         name
         for reference, tensors in zip(references[1:], headers[1:], strict=True)
@@ -268,39 +268,39 @@ def _naming(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
     )
 
 
-def _note_unshared(
+def _note_private(
     headers: Sequence[Headers], layout: Layout, naming: Naming, findings: Findings
 ) -> None:
-    """Note of each tensor that is private, and no task's head, why, and how large it is."""
+    """Note of each tensor that is not merged why, and how large it is in all tasks together."""
     base, *models = headers
     merged = {part.name for block in layout.blocks for part in block.parts}
     reasons: dict[str, dict[str, int]] = {}
     for name in dict.fromkeys(name for model in models for name in model):
-        if name not in merged and not naming.private(name):
+        if name not in merged:
             owners = dict(zip(layout.tasks, (model.get(name) for model in models), strict=True))
-            if reason := _reason(base.get(name), owners):
-                size = sum(header.nbytes for header in owners.values() if header)
-                reasons.setdefault(reason, {})[name] = size
+            size = sum(header.nbytes for header in owners.values() if header)
+            reason = "a task's head" if naming.private(name) else _reason(base.get(name), owners)
+            reasons.setdefault(reason, {})[name] = size
     for reason, sizes in reasons.items():
-        total = sum(sizes.values())
-        findings.note(f"{listing(list(sizes))}: {reason} ({total:,} bytes in all).")
+        findings.note(
+            f"{listing(list(sizes))}: {reason}, so private to every task that has it "
+            f"({sum(sizes.values()):,} bytes in all)."
+        )
 
 
 def _reason(base: Any, owners: Mapping[str, Any]) -> str:
-    """Return why a tensor is private to its tasks; nothing where its dtype says it."""
     if base is None:
-        return "not in the base: private to every task that has it"
+        return "not in the base"
     if lacking := [task for task, header in owners.items() if header is None]:
-        return f"missing in {listing(lacking)}: private to every task that has it"
+        return f"missing in {listing(lacking)}"
     other = [
         f"{task} ({list(header.shape)})"
         for task, header in owners.items()
         if header.shape != base.shape
     ]
     if not other:
-        return ""
-    shape = list(base.shape)
-    return f"differs in shape in {listing(other)} from the base ({shape}): private to every task"
+        return "no floating-point numbers in all models"
+    return f"differs in shape in {listing(other)} from the base ({list(base.shape)})"
 
 
 def _note_blocks(prepared: Prepared, findings: Findings) -> None:
@@ -309,12 +309,6 @@ def _note_blocks(prepared: Prepared, findings: Findings) -> None:
     blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     total = len(layout.blocks)
     findings.note(f"{total} block{'s' if total != 1 else ''}: {blocks}.")
-    for task, headers in zip(layout.tasks, layout.private, strict=True):
-        if headers:
-            size = sum(header.nbytes for header in headers)
-            share = f", {size} bytes" if size else ""
-            names = listing([header.name for header in headers])
-            findings.note(f"private to {task}{share}: {names}.")
     private = layout.private_bytes / max(1, prepared.storage.whole + layout.private_bytes)
     if private > _NOTED_PRIVATE:
         findings.note(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Registered(Algorithm):
         try:
             # In a session of its own, and without a step of the user's random numbers.
             with sessions.active(Session()), torch.random.fork_rng(devices=[]):
-                self._method([group], parameters=self._bound(members), dtype=torch.float32)
+                self._call([group], members, torch.float32)
         except MergekitExtError:
             return None  # over these numbers; the weights may do
         except ValueError as error:
@@ -108,10 +109,14 @@ class Registered(Algorithm):
             for index, part in enumerate(parts)
         ]
         wide = compute_dtype([block.base, *block.models.values()])
-        seed = derived(self._seed, block.layout.name, *members)
+        call = partial(self._call, members=members, dtype=wide)
+        device = block.base.device
         try:
-            with seeded(seed, block.base.device):
-                merged = self._merged(groups, members, wide)
+            with seeded(derived(self._seed, block.layout.name, *members), device):
+                # mergekit's by one thread: torch's own split sums, whose rounding depends on
+                # their number.
+                own = isinstance(self._method, ExtMethod)
+                (merged,) = [call(groups)] if own else in_threads(call, [groups], device)
         except MergekitExtError:
             raise
         except ValueError as error:
@@ -126,18 +131,11 @@ class Registered(Algorithm):
             out[part.slice] = tensor.reshape(-1)
         return out
 
-    def _merged(
+    def _call(
         self, groups: Sequence[TensorGroup], members: Sequence[int], dtype: torch.dtype
     ) -> Sequence[Tensor]:
-        def call(groups: Sequence[TensorGroup]) -> Sequence[Tensor]:
-            found: Sequence[Tensor]
-            found = self._method(groups, parameters=self._bound(members), dtype=dtype)
-            return found
-
-        if isinstance(self._method, ExtMethod):
-            return call(groups)
-        # By one thread: torch's own threads split sums, whose rounding depends on their number.
-        (found,) = in_threads(call, [groups], groups[0].entries[0].tensor.device)
+        found: Sequence[Tensor]
+        found = self._method(groups, parameters=self._bound(members), dtype=dtype)
         return found
 
     def _group(self, name: str, base: Tensor, tensors: dict[int, Tensor]) -> TensorGroup:

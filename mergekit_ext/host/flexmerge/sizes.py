@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -45,14 +44,8 @@ ALL = "all"
 Evaluate = Callable[[Any, str], Mapping[str, float] | float]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """What was scored.
-
-    Attributes:
-        reference: the scores of each task's own model.
-        points: those of each algorithm at each size, from large to small.
-    """
+class Curve(NamedTuple):
+    """The scores of each task's own model, and those of each algorithm from large to small."""
 
     reference: Scores
     points: Sequence[SizePoint]
@@ -108,7 +101,7 @@ def write_curve(
         require([Problem("--sizes", _listed(above), expected, "Take what is larger out.")])
     evaluator = None
     if evaluate is not None:
-        evaluator = Evaluator(evaluate, options)
+        evaluator = _Evaluator(evaluate, options)
         needs = [need_of(prepared, scored=max(numbers)) for prepared in lines.values()]
         require(list(dict.fromkeys(p for need in needs for p in memory.problems(need))))
     points: list[SizePoint] = []
@@ -116,7 +109,13 @@ def write_curve(
     with listening(options, callbacks, os.fspath(folder)) as session:
         inputs = open_inputs(first)
         reference = _individual(inputs, evaluator)
-        drawn = _metric(metric, reference)
+        having: dict[str, list[str]] = {}
+        for task, scores in reference.items():
+            for each in scores:
+                having.setdefault(each, []).append(task)
+        if metric is not None and metric not in having:
+            require([Problem("--metric", repr(metric), f"one of {', '.join(having)}")])
+        drawn = metric or next(iter(having), None)
         folder.mkdir(parents=True, exist_ok=True)
         engines = {}
         for name, prepared in lines.items():
@@ -136,7 +135,12 @@ def write_curve(
                 click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
             raise
     _write(folder, points, reference)
-    for note in (*notes, *_partial(reference)):
+    notes += (
+        f"{name}: means are over {', '.join(tasks)} alone; no other task has it."
+        for name, tasks in having.items()
+        if len(tasks) < count
+    )
+    for note in notes:
         click.echo(f"Note: {note}", err=True)
     if drawn is not None:
         _draw(folder / "sizes.png", points, reference, drawn)
@@ -144,13 +148,13 @@ def write_curve(
     return Curve(reference, points)
 
 
-class Evaluator:
+class _Evaluator:
     """Calls the user's function (see `write_curve`) with one model after the other."""
 
     def __init__(self, function: Evaluate, options: MergeOptions):
         self._function, self._options = function, options
         self._scores = CheckedScores()
-        self._bar: Any = None
+        self.bar: Any = None
 
     @contextmanager
     def counting(self, description: str, total: int) -> Iterator[None]:
@@ -159,17 +163,12 @@ class Evaluator:
         shown_before = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
         quiet = self._options.quiet
-        self._bar = tqdm(total=total, desc=description, unit="model", disable=quiet)
         try:
-            yield
+            with tqdm(total=total, desc=description, unit="model", disable=quiet) as self.bar:
+                yield
         finally:
-            self._bar.close()
             if shown_before:
                 transformers.utils.logging.enable_progress_bar()
-
-    def skip(self, count: int) -> None:
-        """Count evaluations that are not needed."""
-        self._bar.update(count)
 
     def score(
         self,
@@ -179,32 +178,23 @@ class Evaluator:
         what: str,
         dtype: torch.dtype | None = None,
     ) -> dict[str, float]:
-        """Return the scores of one model.
+        """Return the scores of one model, whose ``config.json`` is in `folder`.
 
-        Args:
-            folder: where its ``config.json`` is.
-            tensors: all of its tensors.
-            task: the name of its task.
-            what: the model, as errors call it.
-            dtype: that of its parameters, if it is not what its configuration says.
-
-        Raises:
-            EvaluationError: the function raised, returned something else than finite numbers, or
-                other metrics than before.
+        Errors call it `what`. A `dtype` is that of its parameters, if its configuration says
+        another.
         """
-        module = build_module(
-            folder, dict(tensors), dtype, trust_remote_code=self._options.trust_remote_code
-        )
+        trust = self._options.trust_remote_code
+        module = build_module(folder, dict(tensors), dtype, trust_remote_code=trust)
         try:
             returned = self._function(module, task)
         except Exception as error:
             raise EvaluationError.raised(error, what) from error
         found = self._scores.of(returned, task, what)
-        self._bar.update()
+        self.bar.update()
         return found
 
 
-def _individual(inputs: Inputs, evaluator: Evaluator | None) -> dict[str, Mapping[str, float]]:
+def _individual(inputs: Inputs, evaluator: _Evaluator | None) -> dict[str, Mapping[str, float]]:
     """Return the scores of each task's own model; those of a task are empty without evaluator."""
     found: dict[str, Mapping[str, float]] = {task: {} for task in inputs.layout.tasks}
     if evaluator is None:
@@ -222,7 +212,7 @@ def _line(
     name: str,
     engine: Engine,
     asked: Sequence[tuple[float, float]],
-    evaluator: Evaluator | None,
+    evaluator: _Evaluator | None,
 ) -> Iterator[SizePoint]:
     """Yield one algorithm at each size; only blocks that change are merged again."""
     tasks, folders = engine.inputs.layout.tasks, engine.inputs.folders
@@ -246,7 +236,7 @@ def _line(
                     for index, task in enumerate(tasks)
                 }
             else:  # no merge in between: the same models
-                evaluator.skip(len(tasks))
+                evaluator.bar.update(len(tasks))
         yield SizePoint(name, requested, size.models, size.bytes, scores)
 
 
@@ -287,21 +277,6 @@ def _asked(
 
 def _listed(sizes: Iterable[float]) -> str:
     return ", ".join(f"{size:.4g}" for size in sizes)
-
-
-def _metric(asked: str | None, reference: Scores) -> str | None:
-    known = list(dict.fromkeys(metric for scores in reference.values() for metric in scores))
-    if asked is not None and asked not in known:
-        require([Problem("--metric", repr(asked), f"one of {', '.join(known)}")])
-    return asked or next(iter(known), None)
-
-
-def _partial(reference: Scores) -> Iterator[str]:
-    """Yield what the means of metrics are over that not every task has."""
-    for metric in dict.fromkeys(metric for scores in reference.values() for metric in scores):
-        tasks = [task for task, scores in reference.items() if metric in scores]
-        if len(tasks) < len(reference):
-            yield f"{metric}: means are over {', '.join(tasks)} alone; no other task has it."
 
 
 def _write(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:
