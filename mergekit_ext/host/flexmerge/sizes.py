@@ -24,7 +24,7 @@ from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
-from mergekit_ext.host.flexmerge.sources import Inputs, open_inputs
+from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
 from mergekit_ext.report.curve import (
@@ -88,41 +88,23 @@ def write_curve(
     """
     if metric is not None and evaluate is None:
         require([Problem("--metric", repr(metric), "`--evaluate` as well", "Say what scores.")])
-    lines = {
-        name: prepared
-        for name, (_, prepared) in prepare_tables(config_file, folder, options, algorithms).items()
-    }
-    first = next(iter(lines.values()))
-    count = len(first.layout.tasks)
-    wanted = [1.0, 1.5, *map(float, range(2, count + 1))] if sizes is None else list(sizes)
-    numbers = [float(count) if size == ALL else float(size) for size in wanted]
-    if above := [number for number in numbers if number > count]:
-        expected = f"sizes from 1 to {count}, the number of models"
-        require([Problem("--sizes", _listed(above), expected, "Take what is larger out.")])
-    evaluator = None
-    if evaluate is not None:
-        evaluator = _Evaluator(evaluate, options)
-        needs = [need_of(prepared, scored=max(numbers)) for prepared in lines.values()]
-        require(list(dict.fromkeys(p for need in needs for p in memory.problems(need))))
+    lines, wanted = _prepared(config_file, folder, options, algorithms, sizes, evaluate is not None)
+    evaluator = None if evaluate is None else _Evaluator(evaluate, options)
     points: list[SizePoint] = []
     notes: list[str] = []
     with listening(options, callbacks, os.fspath(folder)) as session:
-        inputs = open_inputs(first)
+        inputs = open_inputs(next(iter(lines.values())))
         reference = _individual(inputs, evaluator)
-        having: dict[str, list[str]] = {}
-        for task, scores in reference.items():
-            for each in scores:
-                having.setdefault(each, []).append(task)
-        if metric is not None and metric not in having:
-            require([Problem("--metric", repr(metric), f"one of {', '.join(having)}")])
-        drawn = metric or next(iter(having), None)
+        metrics = _metrics(reference)
+        if metric is not None and metric not in metrics:
+            require([Problem("--metric", repr(metric), f"one of {', '.join(metrics)}")])
         folder.mkdir(parents=True, exist_ok=True)
         engines = {}
         for name, prepared in lines.items():
             engines[name] = Engine(prepared, inputs, folder, session)
             engines[name].save_analysis(folder)
         asked = {name: _asked(name, e.planner, wanted, notes) for name, e in engines.items()}
-        total = sum(map(len, asked.values())) * count
+        total = sum(map(len, asked.values())) * len(reference)
         try:
             with evaluator.counting("Evaluating", total) if evaluator else nullcontext():
                 for name, engine in engines.items():
@@ -135,17 +117,50 @@ def write_curve(
                 click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
             raise
     _write(folder, points, reference)
-    notes += (
-        f"{name}: means are over {', '.join(tasks)} alone; no other task has it."
-        for name, tasks in having.items()
-        if len(tasks) < count
-    )
+    for name, tasks in metrics.items():
+        if len(tasks) < len(reference):
+            alone = f"means are over {', '.join(tasks)} alone; no other task has it."
+            notes.append(f"{name}: {alone}")
     for note in notes:
         click.echo(f"Note: {note}", err=True)
+    drawn = metric or next(iter(metrics), None)
     if drawn is not None:
         _draw(folder / "sizes.png", points, reference, drawn)
     click.echo(_table(points, reference, drawn))
     return Curve(reference, points)
+
+
+def _prepared(
+    config_file: Path,
+    folder: Path,
+    options: MergeOptions,
+    algorithms: Sequence[str],
+    sizes: Sequence[float | str] | None,
+    scored: bool,
+) -> tuple[dict[str, Prepared], Sequence[float | str]]:
+    """Return a prepared merge for each algorithm, and the sizes, which all of them may have."""
+    found = prepare_tables(config_file, folder, options, algorithms).items()
+    lines = {name: prepared for name, (_, prepared) in found}
+    count = len(next(iter(lines.values())).layout.tasks)
+    if sizes is None:
+        sizes = [1.0, 1.5, *map(float, range(2, count + 1))]
+    numbers = [float(count) if size == ALL else float(size) for size in sizes]
+    if above := [number for number in numbers if number > count]:
+        expected = f"sizes from 1 to {count}, the number of models"
+        require([Problem("--sizes", _listed(above), expected, "Take what is larger out.")])
+    if scored:
+        needs = [need_of(prepared, scored=max(numbers)) for prepared in lines.values()]
+        require(list(dict.fromkeys(p for need in needs for p in memory.problems(need))))
+    return lines, sizes
+
+
+def _metrics(reference: Scores) -> dict[str, list[str]]:
+    """Return the tasks that have each metric."""
+    found: dict[str, list[str]] = {}
+    for task, scores in reference.items():
+        for metric in scores:
+            found.setdefault(metric, []).append(task)
+    return found
 
 
 class _Evaluator:
