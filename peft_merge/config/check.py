@@ -9,19 +9,20 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from mergekit_ext.core import memory
+from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem, did_you_mean, listing, shown
 from mergekit_ext.methods import ADAPTERS, Inputs, Method, Settings
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.config.document import Request
-from peft_merge.config.plan import OPTIONS, Kind, MergePlan
-from peft_merge.config.settings import Resolver
+from peft_merge.config.plan import Kind, MergePlan, Resolver
 from peft_merge.flexmerge import method as flexmerge
 from peft_merge.io import load_adapter
 from peft_merge.io.compatible import compatible, different_bases, few_shared
@@ -36,6 +37,50 @@ PATTERNS = (
 )
 # The first is the default: every method is there what its definition says.
 _SPACES: dict[Kind, tuple[str, ...]] = {"lora": tuple(SPACES), "ia3": VECTOR_SPACES}
+
+
+def _rank(value: Any) -> Any:
+    """``energy=0.99`` is what stands on the command line for {energy: 0.99}."""
+    name, equals, share = value.partition("=") if isinstance(value, str) else ("", "", "")
+    return {"energy": share} if equals and name.strip() == "energy" else value
+
+
+def _name(value: Any) -> Any:
+    """Torch's own objects and names are taken too."""
+    return str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
+
+
+def _device(value: Any) -> Any:
+    try:
+        device = torch.device(value)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every backend raises errors of its own where it is not there
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
+        why = reason or type(error).__name__
+        raise ValueError(f"a device that can be used here, such as cpu ({why})") from None
+    return device
+
+
+_Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "float64"],
+    BeforeValidator(_name),
+    AfterValidator(lambda name: getattr(torch, name)),
+]
+_Energy = Annotated[dict[Literal["energy"], Share], Field(min_length=1)]
+# Beside the parameters of the method.
+_OPTIONS = (
+    Parameter(
+        "rank",
+        Annotated[Count | Literal["lossless"] | _Energy, BeforeValidator(_rank)] | None,
+        None,
+        remedy="Write a whole number from 1, `lossless`, or {energy: 0.99}.",
+    ),
+    Parameter("patterns", Switch | None, None),
+    Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)], 0),
+    Parameter("dtype", _Dtype | None, None),
+    Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu"),
+    Parameter("base_model", str | None, None),
+)
 
 
 def methods() -> tuple[str, ...]:
@@ -168,7 +213,7 @@ def _resolver(request: Request, modules: Collection[str], found: list[Problem]) 
 def _options(request: Request, found: list[Problem]) -> dict[str, Any]:
     """Return the values of the options that are right."""
     options = {}
-    for option in OPTIONS:
+    for option in _OPTIONS:
         value = getattr(request, option.name)
         if (wrong := option.problem(value)) is not None:
             found.append(Problem(option.name, shown(value), *wrong))

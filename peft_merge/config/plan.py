@@ -1,67 +1,219 @@
-"""A merge that can start: everything is known of it but the tensors."""
+"""A merge that can start: everything is known of it but the tensors.
+
+The values of a method's parameters as each module gets them are in mergekit's notation: a setting
+is a value, a gradient (a list of values over the layers), an entry with ``value:`` and
+``filter:``, or a list of such entries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
-from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
-from mergekit_ext.errors import MergeWarning
-from mergekit_ext.methods import Method
+from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
+from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
+from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter
 from peft_merge.algebra.truncated import Rank
 from peft_merge.config.document import Request
-from peft_merge.config.settings import Resolver
+from peft_merge.io.names import LAYER
 
 Kind = Literal["lora", "ia3"]
 
-
-def _rank(value: Any) -> Any:
-    """``energy=0.99`` is what stands on the command line for {energy: 0.99}."""
-    name, equals, share = value.partition("=") if isinstance(value, str) else ("", "", "")
-    return {"energy": share} if equals and name.strip() == "energy" else value
-
-
-def _name(value: Any) -> Any:
-    """Torch's own objects and names are taken too."""
-    return str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
-
-
-def _device(value: Any) -> Any:
-    try:
-        device = torch.device(value)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # every backend raises errors of its own where it is not there
-        reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
-        why = reason or type(error).__name__
-        raise ValueError(f"a device that can be used here, such as cpu ({why})") from None
-    return device
-
-
-_Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16", "float64"],
-    BeforeValidator(_name),
-    AfterValidator(lambda name: getattr(torch, name)),
-]
-_Energy = Annotated[dict[Literal["energy"], Share], Field(min_length=1)]
-# Beside the parameters of the method.
-OPTIONS = (
-    Parameter(
-        "rank",
-        Annotated[Count | Literal["lossless"] | _Energy, BeforeValidator(_rank)] | None,
-        None,
-        remedy="Write a whole number from 1, `lossless`, or {energy: 0.99}.",
-    ),
-    Parameter("patterns", Switch | None, None),
-    Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)], 0),
-    Parameter("dtype", _Dtype | None, None),
-    Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu"),
-    Parameter("base_model", str | None, None),
+_KEYS = frozenset({"value", "filter"})
+_FORMS = (
+    "a value, a list of values (a gradient over the layers), or entries with `value:` and `filter:`"
 )
+_SHARED = "parameters"
+# Nothing of a setting applies to a module: the next source is asked.
+UNSET: Any = object()
+
+
+class Entry(NamedTuple):
+    """A value, or a gradient of several, for the modules whose names hold a text; "" for all."""
+
+    values: list[Any]
+    text: str = ""
+
+
+def entries_of(
+    parameter: Parameter, setting: Any, where: str, problems: list[Problem]
+) -> list[Entry]:
+    """Return a setting, values as the parameter's type; all that is wrong joins `problems`."""
+    listed = isinstance(setting, (list, tuple)) and any(isinstance(i, Mapping) for i in setting)
+    entries = []
+    for position, item in enumerate(setting if listed else [setting]):
+        at, text = join(where, position) if listed else where, None
+        if isinstance(item, Mapping):
+            for key in (key for key in item if key not in _KEYS):
+                remedy = did_you_mean(key, _KEYS, listed=True)
+                expected = "`value` or `filter`"
+                problems.append(Problem(join(at, str(key)), "an unknown key", expected, remedy))
+            text = item.get("filter")
+            if text is not None and not isinstance(text, str):
+                expected = "a text, part of the modules' names"
+                problems.append(Problem(f"{at}.filter", shown(text), expected))
+            at = f"{at}.value"
+            if "value" not in item:
+                problems.append(Problem(at, "nothing", "a value", "Add it."))
+                continue
+            item = item["value"]
+        elif listed:
+            remedy = "Write `- value: ...` for each of them."
+            problems.append(Problem(where, "values and filters mixed", _FORMS, remedy))
+            break
+        several = isinstance(item, (list, tuple))
+        values = []
+        for number, value in enumerate(item if several else [item]):
+            if (wrong := parameter.problem(value)) is None:
+                values.append(parameter.read(value))
+            else:
+                place = join(at, number) if several else at
+                problems.append(Problem(place, shown(value), *wrong))
+        if several and not item:
+            remedy = "Fill it in, or remove the parameter."
+            problems.append(Problem(at, "an empty list", _FORMS, remedy))
+        entries.append(Entry(values, "" if text in (None, "*") else str(text)))
+    return entries
+
+
+def evaluate(parameter: Parameter, entries: Sequence[Entry], module: str, place: float) -> Any:
+    """Return the value of a setting for one module, or `UNSET` when no filter matches.
+
+    Gradients of fractions are interpolated at the place of the layer, from 0 to 1; those of other
+    kinds take the value at or below it.
+    """
+    values = next((entry.values for entry in entries if entry.text in module), None)
+    if values is None:
+        return UNSET
+    at = place * (len(values) - 1)
+    below = int(at)
+    if len(values) == 1 or not parameter.interpolates or None in values:
+        return values[below]
+    above = min(below + 1, len(values) - 1)
+    share = at - below
+    return (1 - share) * values[below] + share * values[above]
+
+
+def places(modules: Collection[str]) -> dict[str, float]:
+    """Return where each module's layer is, from 0 to the last one: 1. Outside layers: 0.
+
+    The layer is the first number in the name. What stands before it (`encoder.block`,
+    `decoder.block`) names a stack of layers, and each stack goes from 0 to 1. As in mergekit, a
+    stack of one layer is at 1.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    last: dict[str, int] = {}
+    for module in modules:
+        if (match := LAYER.search(module)) is not None:
+            stack, layer = module[: match.start()], int(match[1])
+            found[module] = (stack, layer)
+            last[stack] = max(last.get(stack, 0), layer)
+    result = dict.fromkeys(modules, 0.0)
+    for module, (stack, layer) in found.items():
+        result[module] = layer / last[stack] if last[stack] else 1.0
+    return result
+
+
+class Resolver:
+    """From what the user set to values for each module. One model's own go before those of all.
+
+    Args:
+        method: whose parameters they are; None for those of all methods.
+        parameters: that the method has.
+        request: with the settings.
+        modules: that are merged; gradients run over their layers.
+
+    Attributes:
+        problems: unknown and misplaced parameters, and wrong values.
+    """
+
+    def __init__(
+        self,
+        method: str | None,
+        parameters: Sequence[Parameter],
+        request: Request,
+        modules: Collection[str],
+    ):
+        self.modules = modules
+        self.problems: list[Problem] = []
+        self._method = method
+        self._parameters = {parameter.name: parameter for parameter in parameters}
+        self._places = places(modules)
+        own = {f"{item.where}.parameters": item.parameters for item in request.inputs}
+        self._own = tuple(own)
+        # By where they stand; under `_SHARED` those of the whole merge.
+        self._settings = {
+            where: self._read(where, settings)
+            for where, settings in {_SHARED: request.parameters, **own}.items()
+        }
+
+    def _read(self, where: str, settings: Mapping[Any, Any]) -> dict[str, list[Entry]]:
+        found = {}
+        for name, setting in settings.items():
+            at, parameter = join(where, str(name)), self._parameters.get(name)
+            if parameter is None:
+                expected = f"one of {', '.join(sorted(self._parameters))}"
+                remedy = did_you_mean(name, self._parameters, listed=True)
+                what = "a parameter that no method has"
+                if self._method is not None:
+                    what = f"a parameter that `{self._method}` does not have"
+                self.problems.append(Problem(at, what, expected, remedy))
+            elif where != _SHARED and not parameter.per_model:
+                what = "a parameter of the whole merge under one adapter"
+                remedy = f"Move `{name}` to the `parameters` of the whole merge."
+                self.problems.append(Problem(at, what, "it beside the adapters", remedy))
+            else:
+                found[name] = entries_of(parameter, setting, at, self.problems)
+        return found
+
+    def missing(self) -> Iterator[Problem]:
+        """Yield required parameters that some module does not get. Needs correct values."""
+        for parameter in self._parameters.values():
+            if parameter.default is not REQUIRED:
+                continue
+            for where in self._own if parameter.per_model else [_SHARED]:
+                holes = [m for m in self.modules if self._value(parameter, where, m) is UNSET]
+                if holes:
+                    found, remedy = "nothing", f"Add `{parameter.name}` to the `parameters`."
+                    if len(holes) < len(self.modules):
+                        found += f" for {listing(holes)}"
+                        remedy = "Add an entry without `filter`."
+                    expected = f"a value: `{self._method}` has no default for it"
+                    yield Problem(join(where, parameter.name), found, expected, remedy)
+
+    def idle_filters(self) -> Iterator[str]:
+        """Yield a note for each filter that matches no module."""
+        for where, settings in self._settings.items():
+            for name, entries in settings.items():
+                for text in dict.fromkeys(entry.text for entry in entries):
+                    if text and not any(text in module for module in self.modules):
+                        yield f"{join(where, name)}: the filter {text!r} matches no adapted module."
+
+    def __call__(self, module: str) -> Settings:
+        """Return the values for one module. Needs correct settings."""
+        known = self._parameters.values()
+        own = [p for p in known if p.per_model and p.name != WEIGHT.name]
+        return Settings(
+            self.weights(module),
+            {p.name: self._value(p, _SHARED, module) for p in known if not p.per_model},
+            [{p.name: self._value(p, where, module) for p in own} for where in self._own],
+        )
+
+    def weights(self, name: str) -> list[float]:
+        """Return the weights of the adapters for a module, or for a whole tensor of that name."""
+        return [self._value(WEIGHT, where, name) for where in self._own]
+
+    def _value(self, parameter: Parameter, where: str, module: str) -> Any:
+        place = self._places.get(module, 0.0)
+        for at in (where, _SHARED):
+            entries = self._settings[at].get(parameter.name, [])
+            if (value := evaluate(parameter, entries, module, place)) is not UNSET:
+                return value
+        return UNSET if parameter.default is REQUIRED else parameter.default
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mergekit_ext.io.headers import PICKLES_VARIABLE
 from peft_merge.io import load_adapter as load
 from tests.attacks.readers import (
     command,
+    export,
     load_adapter,
     merge_adapters,
     merge_base_and_adapter,
@@ -21,6 +22,7 @@ from tests.attacks.readers import (
     merge_lore,
     merge_nan,
     merge_with_yaml,
+    own_up,
 )
 from tests.attacks.weights import malicious_checkpoint, malicious_pickle
 from tests.models import config, write_yaml
@@ -119,9 +121,21 @@ def test_an_adapter_on_a_base(inputs, refused, tmp_path, monkeypatch):
 
 
 def test_a_plain_pickle_of_an_adapter_is_read_only_when_asked_for(inputs, refused):
+    expected = load(inputs / "adapter0")
     _pickled(inputs / "adapter0" / "adapter_model.safetensors", "adapter_model.bin")
     assert "pickle" in refused(load_adapter, inputs)
-    assert load(inputs / "adapter0", allow_pickle=True).infos
+    found = load(inputs / "adapter0", allow_pickle=True)
+    for module in expected.infos:
+        assert torch.equal(found.load(module).dense(), expected.load(module).dense())
+
+
+def test_a_shard_of_a_checkpoint(inputs, refused):
+    owned = inputs.parent / "owned"
+    for file in (inputs / "flex" / "shards").iterdir():
+        file.write_bytes(malicious_checkpoint(owned))
+        own_up(inputs, file)
+    refused(export, inputs)
+    assert not owned.exists()
 
 
 @pytest.mark.parametrize("reader", [load_adapter, merge_nan])

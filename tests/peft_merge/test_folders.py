@@ -11,24 +11,9 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from mergekit_ext.errors import MergeError, NonFiniteError
 from peft_merge.io import load_adapter, save_adapter
 from tests.peft_merge.models import cast
-
-
-def test_what_is_there_is_not_touched(adapter_folder, tmp_path):
-    adapter = load_adapter(adapter_folder("plain"))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("x")
-    (tmp_path / "file").write_text("x")
-    for place in ("full", "file"):
-        with pytest.raises(ConfigError, match=r"which is (not empty|a file)"):
-            save_adapter(adapter, tmp_path / place)
-    assert (tmp_path / "full" / "mine").read_text() == "x"
-    (tmp_path / "empty").mkdir()
-    save_adapter(adapter, tmp_path / "empty")
-    save_adapter(adapter, tmp_path / "new" / "deep")
-    assert (tmp_path / "new" / "deep" / "adapter_config.json").exists()
 
 
 def test_a_failure_leaves_nothing(adapter_folder, tmp_path):

@@ -18,7 +18,7 @@ from mergekit_ext.core.parameters import (
     Switch,
     choice,
 )
-from peft_merge.config.settings import UNSET, entries_of, evaluate, places
+from peft_merge.config.plan import UNSET, entries_of, evaluate, places
 
 DENSITY = Parameter("density", Share, per_model=True)
 FACTOR = Parameter("lambda", Finite, 1.0)
