@@ -10,6 +10,7 @@ from typing import Any
 from mergekit_ext.errors import MergeWarning, Problem, printable
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo, modules_of
 from peft_merge.io import names
+from peft_merge.io.forms import of_one_form
 
 
 class DifferentBasesWarning(MergeWarning):
@@ -44,6 +45,7 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
         *_shapes(adapters, but_parameters=bool(unlike)),
         *_replaced(adapters),
         *_biases(adapters),
+        *(p for pair in itertools.permutations(adapters, 2) for p in _other_form(*pair)),
     ]
 
 
@@ -159,3 +161,29 @@ def _biases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
                 remedy = "Leave one of these adapters out: PEFT cannot load such a merged adapter."
                 yield Problem(module, found, expected, remedy)
                 return
+
+
+def _other_form(one: Adapter, other: Adapter) -> Iterator[Problem]:
+    """Yield modules of `one` that may be those of another name in `other`, the first of each kind.
+
+    They have its name below a further prefix, or are a stack of experts that it changes one by one.
+    """
+    nested = (
+        (name, rest)
+        for name in one.infos.keys() - other.infos.keys()
+        for rest in itertools.islice(names.ends(name), 1, None)
+        if rest in other.infos and rest not in one.infos
+    )
+    for name, rest in itertools.islice(nested, 1):
+        found = f"{rest} in {other.name}, which may be the same module of another class"
+        expected = "names of one class: PEFT would load one of the two only"
+        yield of_one_form(name, one, found, expected)
+    stacks = (
+        (module, single)
+        for module, info in one.infos.items()
+        if isinstance(info, ModuleInfo) and info.layout == "parameter"
+        if (single := names.one_expert(module, other.infos)) is not None
+    )
+    for module, single in itertools.islice(stacks, 1):
+        found = f"all experts in one tensor there, and one by one in {other.name} ({single})"
+        yield of_one_form(module, one, found, "experts in one way in all adapters")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.errors import Problem, printable
-from peft_merge.adapter import Adapter, ModuleInfo
+from peft_merge.adapter import Adapter
 from peft_merge.io import names
 
 Rename = Callable[[str], str]
@@ -63,9 +63,6 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
         else:
             renamings.append(_note(found[old], found[new].name, ways[0]))
             found[old] = _renamed(found[old], ways[0])
-    if not problems:
-        for left, right in itertools.permutations(found, 2):
-            problems += [*_nested(left, right), *_experts(left, right)]
     places = [_Paths(adapter).parents for adapter in found]
     disjoint = any(left.isdisjoint(right) for left, right in itertools.combinations(places, 2))
     if disjoint and not problems:
@@ -81,7 +78,8 @@ def _note(adapter: Adapter, model: str, rename: Rename) -> str:
     )
 
 
-def _at(module: str, adapter: Adapter, found: str, expected: str) -> Problem:
+def of_one_form(module: str, adapter: Adapter, found: str, expected: str) -> Problem:
+    """Return the problem of a module whose name is of another form than another adapter's."""
     return Problem(f"{module} of adapter {adapter.name}", found, expected, _REMEDY)
 
 
@@ -179,31 +177,7 @@ def _unclear(old: Adapter, new: Adapter, ways: Sequence[Rename]) -> Problem | No
             return None
         choices = f"{way(module)}, which {new.name} lacks"
     found = f"a name of an older form, that may mean {choices}"
-    return _at(module, old, found, "names of which one form is meant")
-
-
-def _nested(outer: Adapter, inner: Adapter) -> Iterator[Problem]:
-    """Yield a module of `outer` that has the name of one of `inner` below a further prefix."""
-    for name in outer.infos.keys() - inner.infos.keys():
-        rest = name
-        while "." in rest:
-            rest = rest.partition(".")[2]
-            if rest in inner.infos and rest not in outer.infos:
-                found = f"{rest} in {inner.name}, which may be the same module of another class"
-                expected = "names of one class: PEFT would load one of the two only"
-                yield _at(name, outer, found, expected)
-                return
-
-
-def _experts(stacked: Adapter, single: Adapter) -> Iterator[Problem]:
-    """Yield experts that one adapter changes as a stack and another one by one."""
-    for module, info in stacked.infos.items():
-        if not isinstance(info, ModuleInfo) or info.layout != "parameter":
-            continue
-        if (other := names.one_expert(module, single.infos)) is not None:
-            found = f"all experts in one tensor there, and one by one in {single.name} ({other})"
-            yield _at(module, stacked, found, "experts in one way in all adapters")
-            return
+    return of_one_form(module, old, found, "names of which one form is meant")
 
 
 # --- transformers' tables
@@ -341,7 +315,7 @@ def _of_class(adapters: list[Adapter], renamings: list[str], problems: list[Prob
         elif not adapter.config.get("task_type") and True not in known:
             missing = f"no module of {name}, the class of the base, in this adapter"
             expected = "names of that class, of which other adapters have modules"
-            problems.append(_at(next(iter(adapter.infos)), adapter, missing, expected))
+            problems.append(of_one_form(next(iter(adapter.infos)), adapter, missing, expected))
 
 
 # --- an adapter under other names

@@ -156,7 +156,7 @@ class Targets:
         """
         if not self._leaves:
             return []
-        found = [self._leaves.get(end, set()) for end in ("", *_ends(module))]
+        found = [self._leaves.get(end, set()) for end in ("", *ends(module))]
         leaves = sorted(set[str]().union(*found))
         return [] if leaves and _matches(self._chosen, module) else leaves
 
@@ -195,10 +195,10 @@ def _matches(chosen: str | frozenset[str], module: str) -> bool:
     """PEFT's rule for expressions and for lists: an entry is a name, or its end after a dot."""
     if isinstance(chosen, str):
         return bool(chosen) and re.fullmatch(chosen, module) is not None
-    return any(end in chosen for end in _ends(module))
+    return any(end in chosen for end in ends(module))
 
 
-def _ends(module: str) -> Iterator[str]:
+def ends(module: str) -> Iterator[str]:
     """Yield a name, and what follows each of its dots."""
     yield module
     while "." in module:

@@ -314,18 +314,6 @@ def test_gpt2_takes_adapters_whose_fan_in_fan_out_differs(tmp_path):
         torch.testing.assert_close(value, (one[name] + other[name]) / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_fields_of_training_refuse_no_adapter(tmp_path):
-    folders = [models.saved(models.KINDS["plain"], tmp_path / f"t{i}", i) for i in range(2)]
-    expected = merge_adapters(folders).adapter
-    rename(folders[0], str, lora_dtype="bfloat16", lorap_lr_ratio=16.0, lorap_emb_lr=1e-6)
-    found = merge_adapters(folders).adapter
-    require_same(found, expected)
-    assert not {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"} & found.config.keys()
-    rename(folders[0], str, lora_dtpye="bfloat16")
-    with pytest.raises(ConfigError, match="lora_dtpye"):
-        merge_adapters(folders)
-
-
 TOWERS = {
     "qwen2_vl": (qwen2_vl, old_qwen2_vl, r".*visual.*qkv", r".*language_model.*q_proj"),
     "llava": (llava, old_llava, r".*vision_tower.*q_proj", r".*language_model.*q_proj"),

@@ -78,6 +78,11 @@ def test_an_unknown_field_that_is_not_set_does_not_matter(value, adapter_folder)
     load_adapter(change_config(adapter_folder("plain"), a_field_of_tomorrow=value))
 
 
+def test_fields_of_other_trainers_do_not_matter(adapter_folder):
+    fields = {"lora_dtype": "bfloat16", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6}
+    load_adapter(change_config(adapter_folder("plain"), **fields))
+
+
 def test_every_field_of_the_installed_peft_is_known():
     assert set(LoraConfig().to_dict()) <= KNOWN
     assert set(IA3Config().to_dict()) <= KNOWN
