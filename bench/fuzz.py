@@ -36,16 +36,15 @@ from mergekit.options import MergeOptions
 from safetensors import safe_open
 
 from bench import machine, mutations
-from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
+from mergekit_ext.errors import MergekitExtError
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.flexmerge.prepare import flexmerge_config
-from mergekit_ext.io.documents import DocumentError
-from mergekit_ext.io.headers import HeaderError, read_folder, read_safetensors
-from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.headers import read_folder, read_safetensors
+from mergekit_ext.io.pieces import Journal
 from peft_merge.flexmerge.manifest import open_manifest
 from peft_merge.io import load_adapter
 from peft_merge.merge import plan_config
@@ -57,7 +56,6 @@ _SECONDS = 20
 _SUBJECT = "0" * 64
 _MEMORY = 16 << 30
 _ROUND = 100
-_REFUSALS = (MergekitExtError, HeaderError, DocumentError)
 
 
 @dataclass(frozen=True)
@@ -247,10 +245,10 @@ def _round(reader: Reader, tally: Tally, number: int, end: float) -> None:
         signal.alarm(_SECONDS)
         try:
             reader.read(reader.file)
-        except _REFUSALS as error:
+        except MergekitExtError as error:
             tally.refused += 1
             # A message must be one that can be printed.
-            _message(error).encode("utf-8")
+            str(error).encode("utf-8")
         except Exception as error:
             # Only what is new is a failure, and made smaller.
             place = _place(error)
@@ -267,12 +265,6 @@ def _round(reader: Reader, tally: Tally, number: int, end: float) -> None:
             raise
         # The last that failed is the smallest.
         tally.failures[last["place"]] = (last["content"], last["text"])
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, HeaderError):
-        error = ConfigError([Problem(error.file, error.found, error.expected, error.remedy)])
-    return str(error)
 
 
 def _place(error: Exception) -> str:

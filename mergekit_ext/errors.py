@@ -130,6 +130,14 @@ class ConfigError(_ProblemsError):
         super().__init__(problems, subject)
 
 
+class FileError(ConfigError):
+    """One file cannot be used; `problem` says why."""
+
+    def __init__(self, where: str, found: str, expected: str, remedy: str = ""):
+        self.problem = Problem(where, found, expected, remedy)
+        super().__init__([self.problem], "this file")
+
+
 class CheckpointError(_ProblemsError):
     """A FlexMerge checkpoint cannot be used. `problems` lists what is wrong; none of it is used."""
 

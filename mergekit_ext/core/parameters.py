@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
-from mergekit_ext.errors import Problem, did_you_mean, join, shown
+from mergekit_ext.errors import ConfigError, Problem, did_you_mean, join, shown
 
 REQUIRED: Any = object()
+# pydantic's types of errors that it words for Python.
+_OF_FILES = {
+    **dict.fromkeys(("dict_type", "model_type"), "a mapping"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    "missing": "this key, which is required",
+}
 
 
 def _number(value: Any) -> Any:
@@ -114,31 +120,52 @@ def unfit(read: Any, value: Any, remedy: str = "") -> tuple[str, str] | None:
 
 def expectation(item: Any) -> str:
     """Return what one error of pydantic's wanted, as the end of "expected ..."."""
-    if item["type"] == "missing":
-        return "this key, which is required"
+    if item["type"] in _OF_FILES:
+        return _OF_FILES[item["type"]]
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ")
     return message[:1].lower() + message[1:] if message[1:2].islower() else message
 
 
-def schema_problems(error: Any, document: Any, root: str = "") -> list[Problem]:
-    """Return one problem for each place of a ``pydantic.ValidationError``.
+def schema_problems(error: ValidationError, document: Any, root: str = "") -> list[Problem]:
+    """Return one problem for each place of an error of pydantic's.
+
+    The branches of a union are one place. A validator that raises a `ConfigError` says what is
+    wrong itself, with places relative to what it validates.
 
     Args:
         error: raised by a model of pydantic.
         document: what was validated.
         root: its name, for the front of each place.
     """
-    places: dict[str, tuple[str, list[str]]] = {}
+    places: dict[tuple[str, str], dict[str, None]] = {}
+    problems = []
     for item in error.errors(include_url=False):
-        where, value = root, document
-        for step in item["loc"]:  # names the branches of unions and keys, too
-            if isinstance(value, Mapping) and step in value:
-                where, value = join(where, str(step)), value[step]
-            elif item["type"] == "missing":
-                where, value = join(where, str(step)), None
-        found = "nothing" if item["type"] == "missing" else shown(value)
-        messages = places.setdefault(where, (found, []))[1]
-        text = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-        messages += [text] if text not in messages else []
-    return [Problem(at, found, " or ".join(texts)) for at, (found, texts) in places.items()]
+        where, found = _place(item, document, root)
+        raised = item.get("ctx", {}).get("error")
+        if isinstance(raised, ConfigError):
+            for problem in raised.problems:
+                inner = ".".join(part for part in (where, problem.where) if part)
+                problems.append(replace(problem, where=inner or "the document"))
+        else:
+            places.setdefault((where, found), {})[expectation(item)] = None
+    problems += [
+        Problem(where or "the document", found, " or ".join(texts))
+        for (where, found), texts in places.items()
+    ]
+    return problems
+
+
+def _place(item: Any, document: Any, root: str) -> tuple[str, str]:
+    """Return the path as far as it exists in the document, and what is there."""
+    path, value = root, document
+    for step in item["loc"]:  # names the branches of unions and keys, too
+        inside = (isinstance(value, Mapping) and step in value) or (
+            isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value)
+        )
+        if not inside:
+            if item["type"] == "missing":
+                return join(path, step), "nothing"
+            break
+        path, value = join(path, step), value[step]
+    return path, shown(value)

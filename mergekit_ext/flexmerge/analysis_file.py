@@ -95,7 +95,7 @@ def find(folder: Path, subject: str, layout: Layout) -> Analysis | None:
     for path in _candidates(folder):
         # It may be of something else, or broken.
         with suppress(OSError, ValueError, KeyError, ArithmeticError):
-            content = parse(_Stored, path.read_bytes(), str(path))
+            content = parse(_Stored, path.read_text(encoding="utf-8"), str(path))
             if content.subject == subject:
                 count = len(layout.tasks)
                 grams = {b.name: _gram(content.grams[b.name], count) for b in layout.blocks}

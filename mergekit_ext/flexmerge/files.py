@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import CheckpointError, MergeWarning, Problem
+from mergekit_ext.errors import CheckpointError, FileError, MergeWarning, Problem
 from mergekit_ext.flexmerge.manifest import DENSE, Manifest, ShardFile
-from mergekit_ext.io.headers import HeaderError, TensorHeader, read_safetensors
+from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.model_files import companions, is_weights
-from mergekit_ext.io.planned import INDEX, PlannedFile, weight_names, write_index
+from mergekit_ext.io.pieces import INDEX, PlannedFile, weight_names, write_index
 
 _SHARD = ".safetensors"
 Item = TypeVar("Item")
@@ -59,8 +59,9 @@ class StoredFile:
             # Memory-mapped: what is not used is not read.
             opened: Any = safe_open(self.path, framework="pt")
             metadata = opened.metadata() or {}
-        except HeaderError as error:
-            raise _refused(root, file.path, error.found, error.expected, error.remedy) from None
+        except FileError as error:
+            wrong = error.problem
+            raise _refused(root, file.path, wrong.found, wrong.expected, wrong.remedy) from None
         except (SafetensorError, OSError, ValueError) as error:
             raise _refused(root, file.path, str(error), "a safetensors file", _DAMAGED) from None
         self._open = opened

@@ -30,7 +30,7 @@ from mergekit_ext.flexmerge.manifest import (
 from mergekit_ext.flexmerge.storage import MaskedTensor, Place, Shape, sources, stored
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.model_files import companions
-from mergekit_ext.io.planned import Entry, split, weight_names, write_index
+from mergekit_ext.io.pieces import split, weight_names, write_index
 from mergekit_ext.io.staging import new_folder
 
 _SHARD_BYTES = 5_000_000_000
@@ -189,12 +189,12 @@ class TaskTensors(Mapping[str, Tensor]):
         stored = {name: s for name, s in self._sources.items() if isinstance(s, Place)}
         return {name: self._checkpoint.files[place, name] for name, place in stored.items()}
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> TensorHeader:
         """Return dtype and shape of a tensor without reading it."""
         source = self._sources[name]
         place = source if isinstance(source, Place) else source.unified
         header = self._checkpoint.files[place, name].headers[name]
-        return Entry(name, header.dtype, tuple(header.shape), header.nbytes)
+        return TensorHeader(name, header.dtype, tuple(header.shape), header.nbytes)
 
 
 def export(

@@ -35,8 +35,7 @@ from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.storage import Place, StoredGroup, stored_of
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.io.journal import Finished
-from mergekit_ext.io.planned import Entry, PlannedFile, PlannedFiles, as_bytes, split
+from mergekit_ext.io.pieces import Finished, PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.parallel import current
 
 # By task, the rescaler of its masked group.
@@ -71,7 +70,7 @@ class Piece:
     key: str
     bytes: int
     groups: list[Any]
-    entries: list[tuple[Place, Entry]]
+    entries: list[tuple[Place, TensorHeader]]
     tensors: Iterator[tuple[Place, str, Tensor]]
     rescale: Rescale = field(default_factory=dict)
 
@@ -116,7 +115,7 @@ def write_checkpoint(
         for task, headers in enumerate(layout.private)
         for header in headers
     ]
-    declared: dict[Place, list[Entry]] = {}
+    declared: dict[Place, list[TensorHeader]] = {}
     for piece in pieces:
         for place, entry in piece.entries:
             declared.setdefault(place, []).append(entry)
@@ -156,7 +155,7 @@ def _of_block(
         block.bytes(range(len(reader.layout.tasks)), merging.forced),
         [[list(group.tasks), group.kind] for group in groups],
         [
-            (place, Entry.of(name, dtype, shape))
+            (place, TensorHeader.of(name, dtype, shape))
             for place, name, shape, dtype in stored_of(block, groups, merging.forced)
         ],
         block_tensors(reader, block, groups, merging, reader.read_stored, rescale),
@@ -167,7 +166,7 @@ def _of_block(
 def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
     """Return the copy of a tensor that no other task has, whose values must be finite."""
     owner, place = reader.layout.tasks[task], Place(DENSE, (task,))
-    entry = Entry(header.name, header.dtype, tuple(header.shape), header.nbytes)
+    entry = TensorHeader(header.name, header.dtype, tuple(header.shape), header.nbytes)
 
     def copied() -> Iterator[tuple[Place, str, Tensor]]:
         tensor = reader.read_stored(task, header.name)
@@ -198,7 +197,7 @@ class Shards:
     def __init__(
         self,
         folder: Path,
-        declared: Mapping[Place, Sequence[Entry]],
+        declared: Mapping[Place, Sequence[TensorHeader]],
         limit: int,
         finished: Finished,
     ):

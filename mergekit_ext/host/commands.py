@@ -15,6 +15,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_ext.core.interrupts import prompt
 from mergekit_ext.errors import (
     ConfigError,
+    FileError,
     MergekitExtError,
     MergeWarning,
     Problem,
@@ -28,7 +29,7 @@ from mergekit_ext.host.checks.schema import (
     unknown_keys,
 )
 from mergekit_ext.host.method import is_stock
-from mergekit_ext.io.documents import DocumentError, read, text_of
+from mergekit_ext.io.documents import read, text_of
 from mergekit_ext.parallel import require_one
 
 _LONGEST_WARNING = 10_000
@@ -78,7 +79,7 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
     """
     try:
         documents, repeated = read(source)
-    except DocumentError as error:
+    except FileError as error:
         raise ConfigError([error.problem], "this configuration") from None
     if len(documents) > 1:
         found, expected = f"{len(documents)} documents", "one merge"
@@ -99,7 +100,7 @@ def require_merges(text: str) -> None:
     """
     try:
         documents, _ = read(text)
-    except DocumentError as error:
+    except FileError as error:
         raise ConfigError([error.problem], "these merges") from None
     problems = list(_no_mappings(documents)) or list(_problems(documents))
     if problems:

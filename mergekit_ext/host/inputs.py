@@ -12,6 +12,7 @@ import huggingface_hub
 from mergekit.common import ModelReference
 from mergekit.tokenizer.config import ModelTokenEmbedding
 
+from mergekit_ext.errors import FileError
 from mergekit_ext.host.adapters.fitted import applies, base_of
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.io import headers
@@ -54,7 +55,7 @@ def files_of(folder: Path) -> Iterator[Path]:
     weights = headers.weights_of(folder)
     if weights is not None and weights.name.endswith(".index.json"):
         # Of a model that is merged the index was checked; one of a tokenizer may have any.
-        with suppress(headers.HeaderError):
+        with suppress(FileError):
             shards = {folder / shard for shard in headers.read_index(weights).values()}
             yield from sorted(shard for shard in shards if shard.parent != folder)
 

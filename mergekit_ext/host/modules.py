@@ -23,12 +23,12 @@ from mergekit.parameter_resolver import resolve_parameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_ext.errors import listing
+from mergekit_ext.errors import FileError, listing
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.inputs import cached_folder, donor_first, fetch_modules, is_offline
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.io.headers import HeaderError, TensorHeader, pickles_allowed, read_file
+from mergekit_ext.io.headers import TensorHeader, pickles_allowed, read_file
 from mergekit_ext.io.model_files import (
     MODULES,
     companions,
@@ -117,7 +117,7 @@ def _headers(
         if not name.endswith(".index.json"):
             try:
                 found[name] = read_file(folder / name, allow_pickle=pickles_allowed())
-            except HeaderError as error:
+            except FileError as error:
                 findings.unreadable(fact.where, error)
                 found[name] = {}
     return found

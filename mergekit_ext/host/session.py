@@ -39,8 +39,8 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.flexmerge.manifest import SHARDS
 from mergekit_ext.host.out_config import agree
-from mergekit_ext.io.journal import Journal
-from mergekit_ext.io.planned import Entry
+from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.pieces import Journal
 from mergekit_ext.io.staging import WEIGHTS, Staging, by_machine, staged
 from mergekit_ext.report.card import append_section, write_report
 
@@ -86,7 +86,7 @@ class Session:
         self.output, self.source, self.quiet = output, source, quiet
         self.staging: Staging | None = None
         self.journal: Journal | None = None
-        self.predicted: Mapping[str, Entry | None] = {}
+        self.predicted: Mapping[str, TensorHeader | None] = {}
         self.order: Sequence[str] = ()
         self.recorded: dict[str, TensorRecord] = {}
         self.afterwards: list[MergeWarning] = []

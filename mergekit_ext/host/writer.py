@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mergekit_ext import parallel
 from mergekit_ext.host.session import Session, TensorRecord
-from mergekit_ext.io.journal import Journal
-from mergekit_ext.io.planned import (
-    Entry,
+from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.pieces import (
+    Journal,
     PlannedFile,
     PlannedFiles,
     split,
@@ -49,7 +49,7 @@ class PlannedWriter:
     """
 
     def __init__(
-        self, folder: Path, session: Session, entries: Mapping[str, Entry | None], limit: int
+        self, folder: Path, session: Session, entries: Mapping[str, TensorHeader | None], limit: int
     ):
         if session.journal is None:
             raise AssertionError("planned files go with a journal")
@@ -57,7 +57,7 @@ class PlannedWriter:
         self._journal: Journal = session.journal
         self._files = PlannedFiles(folder)
         self._lock = threading.Lock()
-        self._placed: dict[str, tuple[str, Entry]] = {}
+        self._placed: dict[str, tuple[str, TensorHeader]] = {}
         cuts = split([entry for entry in entries.values() if entry is not None], limit)
         alone = [name for name, entry in entries.items() if entry is None]
         paths = weight_names(len(cuts) + len(alone))
@@ -68,7 +68,7 @@ class PlannedWriter:
 
     def save_tensor(self, name: str, tensor: Tensor, clone: bool = False) -> None:
         """Write a merged tensor, and note it. `clone` is for writers that keep what they get."""
-        entry = Entry.of(name, tensor.dtype, tensor.shape)
+        entry = TensorHeader.of(name, tensor.dtype, tensor.shape)
         record = self._session.recorded.get(name)
         with self._lock:
             file = self._file(entry)
@@ -84,7 +84,7 @@ class PlannedWriter:
         self._files.close()
         together = parallel.current()
         records = {name: self._session.recorded.get(name) for name in self._placed}
-        placed: dict[str, tuple[str, Entry]] = {}
+        placed: dict[str, tuple[str, TensorHeader]] = {}
         for files, found in together.gather((self._placed, records)):
             placed |= files
             for record in found.values():
@@ -96,7 +96,7 @@ class PlannedWriter:
             self._complete(in_order)
         together.wait()
 
-    def _complete(self, placed: Mapping[str, tuple[str, Entry]]) -> None:
+    def _complete(self, placed: Mapping[str, tuple[str, TensorHeader]]) -> None:
         """Make a checkpoint of files that hold all their tensors, or almost.
 
         Args:
@@ -130,7 +130,7 @@ class PlannedWriter:
         claimed = {
             name: file
             for name, (_, dtype, shape, nbytes, _) in lines.items()
-            if self._stands(file := self._file(Entry(name, dtype, tuple(shape), nbytes)))
+            if self._stands(file := self._file(TensorHeader(name, dtype, tuple(shape), nbytes)))
         }
         if together.is_main:
             files = [*self._planned, *claimed.values()]
@@ -158,7 +158,7 @@ class PlannedWriter:
         planned = file is self._plan.get(file.entries[0].name)
         return planned or (path.is_file() and path.stat().st_size == file.length)
 
-    def _file(self, entry: Entry) -> PlannedFile:
+    def _file(self, entry: TensorHeader) -> PlannedFile:
         """The planned file of a tensor, or one of its own if it is not as planned."""
         file = self._plan.get(entry.name)
         if file is not None and file.places[entry.name][1] == entry:
@@ -177,7 +177,7 @@ def _is_line(value: Any) -> bool:
 
 
 def _without_holes(
-    folder: Path, file: PlannedFile, placed: Mapping[str, tuple[str, Entry]]
+    folder: Path, file: PlannedFile, placed: Mapping[str, tuple[str, TensorHeader]]
 ) -> PlannedFile | None:
     kept = tuple(entry for entry in file.entries if placed.get(entry.name) == (file.path, entry))
     if len(kept) == len(file.entries):

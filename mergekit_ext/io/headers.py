@@ -6,22 +6,21 @@ range of every tensor. Nothing in it is trusted.
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import stat
-import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from mergekit_ext.io.schema import no_repeats
+from mergekit_ext.errors import FileError
+from mergekit_ext.io.documents import bounded_text, parse_json, regular
+from mergekit_ext.io.model_files import is_inside
 
 _LONGEST = 200  # of a library's message
+_LARGEST_HEADER = 100_000_000  # as for the library of the format
 _LARGEST_INDEX = 64 << 20  # some 10 MB are 100,000 tensors
 _COMPARED = 1 << 20
 # As far as torch counts.
@@ -29,6 +28,7 @@ _MOST_DIMENSIONS = 64
 _MOST_ELEMENTS = 2**63 - 1
 # Where mergekit looks, in its order.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_COPY_AGAIN = "Copy or download the file again."
 
 # Bits of one element, for every dtype of the format.
 BITS = {
@@ -63,11 +63,30 @@ PICKLE_REMEDY = (
     "from it."
 )
 
-_asked: ContextVar[bool] = ContextVar("allow_pickle", default=False)
+_pickles: ContextVar[bool] = ContextVar("allow_pickle", default=False)
+
+
+@contextmanager
+def allowing_pickles(asked: bool) -> Iterator[None]:
+    """Inside, checks take pickles if `asked`; otherwise nothing changes.
+
+    torch's restricted unpickler reads them and makes tensors only; that it has no holes is what is
+    trusted.
+    """
+    token = _pickles.set(_pickles.get() or asked)
+    try:
+        yield
+    finally:
+        _pickles.reset(token)
+
+
+def pickles_allowed() -> bool:
+    """Return whether pickles are asked for, here or in the environment."""
+    return _pickles.get() or os.environ.get(PICKLES_VARIABLE) == "1"
 
 
 def dtype_name(dtype: Any) -> str:
-    """The format's name of a torch dtype; torch's own name when it has none."""
+    """Return the format's name of a torch dtype; torch's own name when it has none."""
     name = str(dtype).removeprefix("torch.")
     if name in _NAMES:
         return _NAMES[name]
@@ -77,30 +96,16 @@ def dtype_name(dtype: Any) -> str:
 
 
 def is_counter(name: str) -> bool:
-    """Whether a tensor of this name counts steps of training, which no output depends on."""
+    """Return whether a tensor counts steps of training, which no output depends on."""
     return name.rpartition(".")[2] == "num_batches_tracked"
-
-
-@contextmanager
-def allowing_pickles(asked: bool) -> Iterator[None]:
-    """Inside, checks take pickles if `asked`; otherwise nothing changes."""
-    token = _asked.set(_asked.get() or asked)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def pickles_allowed() -> bool:
-    """Whether they are asked for, here or in the environment."""
-    return _asked.get() or os.environ.get(PICKLES_VARIABLE) == "1"
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One stored tensor. `dtype` is the name in the safetensors format.
+    """One tensor that is stored, or will be. `dtype` is the name in the safetensors format.
 
-    `file` and `offset` say where its bytes start; None for tensors in a pickle or on the Hub.
+    `file` and `offset` say where its bytes start; None for tensors in a pickle or on the Hub, and
+    for those that are not written yet.
     """
 
     name: str
@@ -110,59 +115,78 @@ class TensorHeader:
     file: Path | None = None
     offset: int = 0
 
+    @classmethod
+    def of(cls, name: str, dtype: Any, shape: Sequence[int]) -> TensorHeader:
+        """Return the header of a tensor of a torch dtype."""
+        return cls(name, dtype_name(dtype), tuple(shape), math.prod(shape) * dtype.itemsize)
+
     @property
     def floating(self) -> bool:
         """Whether it holds floating-point numbers."""
         return self.dtype.startswith(("F", "BF"))
 
 
-class HeaderError(Exception):
-    """A weight file that cannot be used: what was found, what should be, and what to do."""
-
-    def __init__(self, file: str, found: str, expected: str, remedy: str = ""):
-        super().__init__(f"{file}: found {found}; expected {expected}")
-        self.file, self.found, self.expected = file, found, expected
-        self.remedy = remedy or "Copy or download the file again."
-
-
 def read_safetensors(path: Path) -> dict[str, TensorHeader]:
-    """Read the header of one safetensors file, after the library has verified it."""
+    """Read the header of one safetensors file.
+
+    Raises:
+        FileError: it is not one that the format's library would read: lengths, dtypes, shapes and
+            byte ranges, which must follow each other without gaps up to the end of the file.
+    """
     try:
-        _regular(path)
-        with safe_open(path, framework="numpy"):
-            pass  # it compares every length and range with the file
+        size = regular(path).st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            raw = file.read(length)
-        if not raw.startswith(b"{"):
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if start > min(size, _LARGEST_HEADER):
+                raise ValueError("the length of the header is wrong")
+            text = file.read(start - 8).decode("utf-8")
+        if not text.startswith("{"):
             raise ValueError("the header is not an object")
-        header = json.loads(raw, object_pairs_hook=no_repeats)
-        header.pop("__metadata__", None)
-        return {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        found = f"no safetensors file ({str(error)[:_LONGEST]})"
-        raise HeaderError(str(path), found, "a whole one, as its library wrote it") from error
+        header = parse_json(text, unique=True)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("the metadata are no texts")
+        "".join([*header, *metadata, *metadata.values()]).encode()  # no half of a surrogate pair
+        found = {name: _entry(path, name, entry, start) for name, entry in header.items()}
+        end = start
+        for tensor in sorted(found.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.offset != end:
+                raise ValueError(f"the bytes of {tensor.name} are not behind those before it")
+            end += tensor.nbytes
+        if end != size:
+            raise ValueError(f"{end:,} bytes in the header, {size:,} in the file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found_there = f"no safetensors file ({str(error)[:_LONGEST]})"
+        expected = "a whole one, as its library wrote it"
+        raise FileError(str(path), found_there, expected, _COPY_AGAIN) from error
+    return found
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], start: int) -> TensorHeader:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if entry["dtype"] not in BITS:
-        raise ValueError(f"the unknown dtype {entry['dtype']} of {name}")
-    if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _MOST_ELEMENTS:
-        raise ValueError(f"a shape of {name} that no tensor has")
-    return TensorHeader(name, entry["dtype"], shape, end - begin, path, start + begin)
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if len(shape) > _MOST_DIMENSIONS or not all(map(_is_size, (*shape, begin, end))):
+        raise ValueError(f"a shape or a place of {name} that no tensor has")
+    if dtype not in BITS:
+        raise ValueError(f"the unknown dtype {dtype} of {name}")
+    if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
+        raise ValueError(f"{name} has another size than its shape and dtype")
+    return TensorHeader(name, dtype, shape, end - begin, path, start + begin)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_ELEMENTS
 
 
 def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorHeader]:
     """Read the headers of the weights that mergekit would read in a model's folder.
 
     Raises:
-        HeaderError: for the first file that is wrong, when there are no weights, or when
-            transformers would read other tensors than mergekit (`_require_one_reading`).
+        FileError: for the first file that is wrong, when there are no weights, or when
+            transformers would read other tensors than mergekit.
     """
     weights = weights_of(folder)
     if weights is None:
-        raise HeaderError(
+        raise FileError(
             str(folder),
             "no weights",
             f"one of {', '.join(f'{name}, {name}.index.json' for name in WEIGHT_FILES)}",
@@ -174,20 +198,21 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor
     shards: dict[str, list[str]] = {}
     for tensor, shard in wanted.items():
         shards.setdefault(shard, []).append(tensor)
-    _require_one_reading(weights, set(shards))
+    _require_one_reading(weights, shards)
     found: dict[str, TensorHeader] = {}
     for shard, listed in sorted(shards.items()):
         tensors = read_file(folder / shard, allow_pickle=allow_pickle)
         missing = [tensor for tensor in listed if tensor not in tensors]
         if missing:
-            raise HeaderError(
+            raise FileError(
                 str(folder / shard),
                 f"no tensor {missing[0]} ({len(missing)} are missing)",
                 f"all {len(listed)} tensors that {weights.name} places there",
+                _COPY_AGAIN,
             )
         more = [tensor for tensor in tensors if wanted.get(tensor) != shard]
         if more:
-            raise HeaderError(
+            raise FileError(
                 str(folder / shard),
                 f"{more[0]} ({len(more)} in all), which {weights.name} does not place there: "
                 "transformers would load it, mergekit would not",
@@ -204,8 +229,8 @@ def _require_one_reading(index: Path, shards: Collection[str]) -> None:
     `save_pretrained` leaves such a file of an earlier save where it is.
     """
     single = index.with_name(index.name.removesuffix(".index.json"))
-    if single.exists() and shards != {single.name}:
-        raise HeaderError(
+    if single.exists() and {*shards} != {single.name}:
+        raise FileError(
             str(index.parent),
             f"{single.name}, which transformers loads, beside {index.name}, whose {len(shards)} "
             f"shard{'s' if len(shards) != 1 else ''} mergekit reads",
@@ -215,7 +240,7 @@ def _require_one_reading(index: Path, shards: Collection[str]) -> None:
 
 
 def weights_of(folder: Path) -> Path | None:
-    """The index or the file that mergekit would read; an index wins over a single file."""
+    """Return the index or the file that mergekit would read; an index wins over a single file."""
     for name in WEIGHT_FILES:
         for candidate in (folder / f"{name}.index.json", folder / name):
             if candidate.exists():
@@ -224,26 +249,26 @@ def weights_of(folder: Path) -> Path | None:
 
 
 def read_file(path: Path, *, allow_pickle: bool = False) -> dict[str, TensorHeader]:
-    """Headers of one weight file: safetensors, or a pickle if that is allowed."""
+    """Read the header of one weight file: safetensors, or a pickle if that is allowed."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if not allow_pickle:
-        raise HeaderError(str(path), PICKLE_FOUND, "safetensors", PICKLE_REMEDY)
+        raise FileError(str(path), PICKLE_FOUND, "safetensors", PICKLE_REMEDY)
     return read_pickle(path)
 
 
 def read_pickle(path: Path) -> dict[str, TensorHeader]:
-    """Names, shapes and dtypes of a PyTorch file, by torch's restricted unpickler and mmap."""
+    """Read names, shapes and dtypes of a PyTorch file, by torch's restricted unpickler and mmap."""
     import torch
 
     try:
-        _regular(path)
+        regular(path)
         # Neither code nor weights are loaded: mmap leaves the storages on disk.
         state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds; its message is kept
         # Not what torch then advises, which is to let the file run what it wants.
         first = (str(error).splitlines() or [""])[0].partition("Re-running")[0].strip()
-        raise HeaderError(
+        raise FileError(
             str(path),
             f"a file that torch.load refuses ({type(error).__name__}: {first})",
             "a PyTorch file that holds tensors only",
@@ -251,61 +276,41 @@ def read_pickle(path: Path) -> dict[str, TensorHeader]:
         ) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
     return {
-        name: TensorHeader(
-            name, dtype_name(value.dtype), tuple(value.shape), value.numel() * value.element_size()
-        )
+        name: TensorHeader.of(name, value.dtype, value.shape)
         for name, value in state.items()
         if isinstance(value, torch.Tensor)
     }
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The tensors of an index and the shard of each, verified to stay inside of the folder."""
+    """Return the tensors of an index and the shard of each, verified to stay in the folder.
+
+    Raises:
+        FileError: it is no index, or names files that are not there.
+    """
     try:
-        if (size := _regular(path).st_size) > _LARGEST_INDEX:
-            raise ValueError(f"{size:,} bytes, more than {_LARGEST_INDEX:,}")
-        text = path.read_text(encoding="utf-8")
-        weight_map = json.loads(text, object_pairs_hook=no_repeats)["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise HeaderError(
-            str(path), f"an index that cannot be read ({error!r})", "JSON with a `weight_map`"
-        ) from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HeaderError(str(path), "an empty `weight_map`", "a file name for every tensor")
-    if not all(_is_unicode(item) for pair in weight_map.items() for item in pair):
-        raise HeaderError(str(path), "names that are no texts", "a file name for every tensor")
+        weight_map = parse_json(bounded_text(path, _LARGEST_INDEX), unique=True)["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("an empty `weight_map`")
+        "".join([*weight_map, *weight_map.values()]).encode()  # texts, no half of a surrogate pair
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found, expected = f"an index that cannot be read ({error!r})", "JSON with a `weight_map`"
+        raise FileError(str(path), found, expected, _COPY_AGAIN) from error
     for shard in sorted(set(weight_map.values())):
-        posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
-        if posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts:
-            raise HeaderError(
+        if not is_inside(shard):
+            raise FileError(
                 str(path),
                 f"the shard {shard!r}, outside of the model's folder",
                 "file names inside of it",
                 "Do not use this model unless you know who wrote the index.",
             )
-        if posix.as_posix() != shard:  # each way to write one file would have it read again
-            expected = f"the file's name alone, {posix.as_posix()!r}"
-            raise HeaderError(str(path), f"the shard {shard!r}", expected)
+        if (name := PurePosixPath(shard).as_posix()) != shard:  # each way to write it is read again
+            expected = f"the file's name alone, {name!r}"
+            raise FileError(str(path), f"the shard {shard!r}", expected, _COPY_AGAIN)
         if not os.path.isfile(path.parent / shard):
-            raise HeaderError(
-                str(path),
-                f"the shard {shard!r}, which does not exist",
-                "every shard in the folder",
-            )
+            found = f"the shard {shard!r}, which does not exist"
+            raise FileError(str(path), found, "every shard in the folder", _COPY_AGAIN)
     return weight_map
-
-
-def _is_unicode(text: object) -> bool:
-    """Whether it is a text without half of a surrogate pair, which no output can hold."""
-    return isinstance(text, str) and text.encode("utf-8", "replace").decode() == text
-
-
-def _regular(path: Path) -> os.stat_result:
-    """The state of a file; opening a pipe would wait for its other end."""
-    state = path.stat()
-    if not stat.S_ISREG(state.st_mode):
-        raise OSError("not a regular file")
-    return state
 
 
 def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:

@@ -8,11 +8,12 @@ folder that ``modules.json`` names (sentence-transformers), with the weights in 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from mergekit_ext.io.documents import bounded_text, parse_json
 
 MODULES = "modules.json"
 _LARGEST = 1 << 20
@@ -66,12 +67,11 @@ def module_folders(folder: Path) -> tuple[str, ...]:
     Names that lead outside of the model's folder are left out.
     """
     try:
-        with (folder / MODULES).open("rb") as file:
-            content = json.loads(file.read(_LARGEST))
+        content = parse_json(bounded_text(folder / MODULES, _LARGEST))
         names = [module["path"].rstrip("/") for module in content]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return ()
-    return tuple(f"{name}/" for name in names if name and _is_inside(name))
+    return tuple(f"{name}/" for name in names if name and is_inside(name))
 
 
 def module_weights(folder: Path) -> list[str]:
@@ -101,7 +101,8 @@ def _belongs(path: Path) -> bool:
     )
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
+    """Return whether a relative name, of any system, stays in its folder."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     return not (posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts)
 

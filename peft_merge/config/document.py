@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from mergekit_ext.errors import ConfigError, Problem, did_you_mean, join, shown
-from mergekit_ext.io.documents import DocumentError, text_of
+from mergekit_ext.errors import ConfigError, FileError, Problem, did_you_mean, join, shown
 from mergekit_ext.io.documents import read as parsed
+from mergekit_ext.io.documents import text_of
 from peft_merge.adapter import Adapter
 
 Source = Adapter | str | os.PathLike[str]
@@ -140,7 +140,7 @@ def read(
     text = text_of(Path(source))
     try:
         documents, repeated = parsed(text)
-    except DocumentError as error:
+    except FileError as error:
         where = error.problem.where
         located_at = subject if where == "the file" else f"{subject}, {where}"
         raise ConfigError([replace(error.problem, where=located_at)]) from None

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import ConfigError, FileError, Problem
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_FOUND,
-    HeaderError,
     TensorHeader,
     dtype_name,
     read_pickle,
@@ -140,9 +139,8 @@ def open_folder(folder: Path, allow_pickle: bool) -> Tensors:
             headers = read_pickle(pickle)
             state = torch.load(pickle, map_location="cpu", weights_only=True, mmap=True)
             return Tensors(headers, state.__getitem__)
-    except HeaderError as error:
-        problem = Problem(error.file, error.found, error.expected, error.remedy)
-        raise ConfigError([problem]) from None
+    except FileError as error:
+        raise ConfigError([error.problem]) from None
     if not os.path.isfile(pickle):
         raise ConfigError([Problem(str(folder), f"no {SAFETENSORS}", _SAVED)])
     remedy = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ext.io.headers import HeaderError, read_safetensors
+from mergekit_ext.errors import FileError
+from mergekit_ext.io.headers import read_safetensors
 from tests.attacks.readers import WEIGHTS, file_of, own_up
 from tests.attacks.weights import ATTACKS, NAMES
 
@@ -22,7 +23,7 @@ def test_the_header_is_refused(attack, sound, tmp_path):
     content = (sound / "base" / "model.safetensors").read_bytes()
     file = tmp_path / "model.safetensors"
     file.write_bytes(ATTACKS[attack](content))
-    with pytest.raises(HeaderError) as raised:
+    with pytest.raises(FileError) as raised:
         read_safetensors(file)
     assert len(str(raised.value)) < 1000
 

@@ -133,7 +133,7 @@ def not_json(out: Path) -> list[str]:
 
 def not_utf8(out: Path) -> list[str]:
     (out / "flexmerge.json").write_bytes(b"\xff\xfe{}")
-    return ["flexmerge.json", "UTF-8"]
+    return ["flexmerge.json", "utf-8"]
 
 
 def no_manifest(out: Path) -> list[str]:
@@ -288,7 +288,7 @@ def header_names_a_tensor_twice(out: Path) -> list[str]:
 def empty_file(out: Path) -> list[str]:
     (out / DENSE).write_bytes(b"")
     redescribe(out)
-    return [DENSE, "header too small"]
+    return [DENSE, "length of the header"]
 
 
 def rewrite(out: Path, path: str, act: Callable[[dict[str, Tensor]], object]) -> None:

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 from mergekit_ext.flexmerge.storage import Place
 from mergekit_ext.flexmerge.writer import Piece, Shards
-from mergekit_ext.io.headers import read_safetensors
-from mergekit_ext.io.journal import Finished, Journal
-from mergekit_ext.io.planned import Entry
+from mergekit_ext.io.headers import TensorHeader, read_safetensors
+from mergekit_ext.io.pieces import Finished, Journal
 from mergekit_ext.parallel import Ranks, joined
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
@@ -24,7 +23,7 @@ TASKS = ("a", "b")
 
 
 def entries(tensors):
-    return [Entry.of(name, t.dtype, t.shape) for name, t in tensors.items()]
+    return [TensorHeader.of(name, t.dtype, t.shape) for name, t in tensors.items()]
 
 
 def begun(folder, sets, limit=0, finished=None):

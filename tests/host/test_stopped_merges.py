@@ -23,8 +23,8 @@ import mergekit_ext
 from mergekit_ext.errors import MergeError, StoppedError
 from mergekit_ext.events import MergeCallback
 from mergekit_ext.host import run
-from mergekit_ext.io.journal import Journal
-from mergekit_ext.io.planned import Entry
+from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.pieces import Journal
 from mergekit_ext.kernels.seeds import seeded
 from tests import models as small
 
@@ -422,10 +422,10 @@ def test_random_methods_give_the_same_bytes(configs, undisturbed, tmp_path, name
 WRONG = {
     "nothing is known": lambda name, entry: None,
     "some are wrong": lambda name, entry: (
-        Entry(name, entry.dtype, (*entry.shape, 1), entry.nbytes) if hash_of(name) else entry
+        TensorHeader(name, entry.dtype, (*entry.shape, 1), entry.nbytes) if hash_of(name) else entry
     ),
     "half is unknown or of another size": lambda name, entry: (
-        Entry(name, entry.dtype, (1, *entry.shape[1:]), entry.nbytes // entry.shape[0])
+        TensorHeader(name, entry.dtype, (1, *entry.shape[1:]), entry.nbytes // entry.shape[0])
         if hash_of(name)
         else None
     ),

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext.events import JsonLines
-from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.pieces import Journal
 from mergekit_ext.parallel import launched
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.errors import ConfigError, listing, nearest
+from mergekit_ext.errors import ConfigError, FileError, listing, nearest
 from mergekit_ext.host.adapters.fitted import (
     BEFOREHAND,
     VARIABLE,
@@ -25,7 +25,6 @@ from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_FOUND,
     PICKLE_REMEDY,
-    HeaderError,
     TensorHeader,
     pickles_allowed,
     read_folder,
@@ -127,10 +126,11 @@ def merged_beforehand(
     folder = Path(options.lora_merge_cache) / name
     try:
         return read_folder(folder, allow_pickle=pickles_allowed()) if folder.exists() else None
-    except HeaderError as error:
+    except FileError as error:
+        wrong = error.problem
         findings.problem(
             where,
-            f"an unfinished merged copy in {folder} ({error.file} with {error.found})",
+            f"an unfinished merged copy in {folder} ({wrong.where} with {wrong.found})",
             "a whole model, because mergekit uses that copy as it is",
             f"Delete {folder}.",
         )

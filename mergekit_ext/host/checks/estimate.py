@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.core.memory import Need, copies_of, square_of, working
+from mergekit_ext.errors import FileError
 from mergekit_ext.host.adapters.loader import file_with_adapter
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
@@ -27,13 +28,11 @@ from mergekit_ext.host.inputs import cached_folder
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.io.headers import (
     BITS,
-    HeaderError,
     TensorHeader,
     dtype_name,
     read_index,
     weights_of,
 )
-from mergekit_ext.io.planned import Entry
 from mergekit_ext.kernels.numerics import chunk_length
 
 _DTYPES = {
@@ -108,7 +107,9 @@ def estimate(
     )
 
 
-def _need(tensor: PlannedTensor, entry: Entry, inventory: Inventory, rows_moved: bool) -> Need:
+def _need(
+    tensor: PlannedTensor, entry: TensorHeader, inventory: Inventory, rows_moved: bool
+) -> Need:
     size, device = math.prod(entry.shape), str(inventory.options.device).partition(":")[0]
     models = max(1, sum(model != tensor.group.base for model in tensor.found))
     bits = BITS.get(_loaded(tensor, inventory.config), 32)
@@ -152,7 +153,7 @@ def _unmapped(header: TensorHeader, model: Any, bits: int, count: int) -> int:
     return 0 if mapped and as_stored else header.nbytes * (not mapped) + count * bits // 8
 
 
-def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, Entry | None]:
+def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, TensorHeader | None]:
     """Return what will be written, by name; None for tensors that no header determines.
 
     Args:
@@ -160,7 +161,7 @@ def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, Entry 
         config: mergekit's configuration.
     """
     built = wants_tokenizer(config)
-    found: dict[str, Entry | None] = {}
+    found: dict[str, TensorHeader | None] = {}
     for tensor in located:
         # A tokenizer that is built decides the vocabulary; and what some inputs lack may be left
         # out.
@@ -172,14 +173,14 @@ def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, Entry 
     return found
 
 
-def _entry(tensor: PlannedTensor, config: Any, rows: Rows) -> Entry:
+def _entry(tensor: PlannedTensor, config: Any, rows: Rows) -> TensorHeader:
     made = dtype_of(tensor.weight.force_dtype or config.out_dtype)
     dtype = _loaded(tensor, config) if made is None else dtype_name(made)
     shape, axis = list(tensor.headers[0].shape), _axis(tensor)
     if axis is not None and axis < len(shape):
         shape[axis] = rows([h.shape[axis] for h in tensor.headers if axis < len(h.shape)])
     size = math.prod(shape) * BITS.get(dtype, 32) // 8
-    return Entry(tensor.name, dtype, tuple(shape), size)
+    return TensorHeader(tensor.name, dtype, tuple(shape), size)
 
 
 def _axis(tensor: PlannedTensor) -> int | None:
@@ -262,5 +263,5 @@ def _largest(place: Path) -> int:
         files = {place / shard for shard in index.values()} if place.is_dir() else {place}
         pickles = [file for file in files if file.suffix != ".safetensors"]
         return max((file.stat().st_size for file in pickles), default=0)
-    except (HeaderError, OSError):  # said where headers are read
+    except (FileError, OSError):  # said where headers are read
         return 0

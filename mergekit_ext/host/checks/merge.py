@@ -14,7 +14,7 @@ from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import did_you_mean, listing, shown
+from mergekit_ext.errors import FileError, did_you_mean, listing, shown
 from mergekit_ext.host.adapters.loader import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.estimate import estimate
@@ -45,7 +45,7 @@ from mergekit_ext.host.checks.settings import (
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
 from mergekit_ext.host.method import WholeModelMethod, ext_method
 from mergekit_ext.host.modules import check_modules
-from mergekit_ext.io.documents import DocumentError, read
+from mergekit_ext.io.documents import read
 from mergekit_ext.io.headers import TensorHeader
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def check_source(
 
     try:
         documents, repeated = read(text)
-    except DocumentError as error:
+    except FileError as error:
         return [(None, CheckReport((error.problem,)))]
     if not documents:
         return [(None, CheckReport((NO_DOCUMENT,)))]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.errors import listing
+from mergekit_ext.errors import FileError, listing
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.adapters import (
     adapted_tensors,
@@ -25,7 +25,6 @@ from mergekit_ext.host.inputs import cached_folder, is_offline
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_REMEDY,
-    HeaderError,
     TensorHeader,
     pickles_allowed,
     read_file,
@@ -174,7 +173,7 @@ def read_tensors(path: Path, where: str, findings: Findings) -> dict[str, Tensor
     read, weights = (read_folder, weights_of(path)) if path.is_dir() else (read_file, path)
     try:
         tensors = read(path, allow_pickle=pickles_allowed())
-    except HeaderError as error:
+    except FileError as error:
         findings.unreadable(where, error)
         return None
     _refuse_codes(tensors, path, where, findings)

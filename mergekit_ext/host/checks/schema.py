@@ -19,9 +19,9 @@ from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_ext.core.parameters import expectation
-from mergekit_ext.errors import MOST_SHOWN, Problem, did_you_mean, join, nearest, shown
+from mergekit_ext.errors import MOST_SHOWN, FileError, Problem, did_you_mean, join, nearest, shown
 from mergekit_ext.host.checks.layout import groups_of, models_at
-from mergekit_ext.io.documents import DocumentError, read
+from mergekit_ext.io.documents import read
 
 # mergekit-multi reads `name` and takes it out before mergekit's schema sees the document.
 DOCUMENT_KEYS = frozenset({"name"})
@@ -115,7 +115,7 @@ def unknown_keys(
     """
     try:
         documents, problems = read(source) if isinstance(source, str) else ([source], [])
-    except DocumentError:
+    except FileError:
         return []  # `check_source` reports it; elsewhere the configuration is already parsed
     for document in documents:
         if isinstance(document, Mapping):

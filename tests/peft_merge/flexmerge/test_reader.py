@@ -56,9 +56,9 @@ def test_of_many_problems_a_hundred_are_listed(folder):
     ("change", "said"),
     [
         (lambda c: c.update(version=2), "1 problem with .*\\n.*version: found 2"),
-        (lambda c: c.update(format="flexmerge"), 'format: found "flexmerge"'),
+        (lambda c: c.update(format="flexmerge"), "format: found 'flexmerge'"),
         (lambda c: c.pop("tasks"), "tasks: found nothing"),
-        (lambda c: c["tasks"][0].update(name="../t0"), '"../t0"'),
+        (lambda c: c["tasks"][0].update(name="../t0"), "'../t0'"),
         (lambda c: c["tasks"][0].update(name="T1"), "names that differ"),
         (lambda c: c["tasks"][0].update(name="lora"), "PEFT takes it"),
         (lambda c: c["tasks"][0].update(name="pop"), "attribute"),
@@ -68,7 +68,7 @@ def test_of_many_problems_a_hundred_are_listed(folder):
         (lambda c: c["tasks"][0]["files"][0].update(bytes=1), "1 bytes"),
         (lambda c: c["tasks"][0]["files"][0].update(sha256="0" * 64), "SHA-256"),
         (lambda c: c["blocks"][0]["groups"].pop(), "in 0 groups; expected each task in one"),
-        (lambda c: c["blocks"][0].update(groups={}), "groups: found an object"),
+        (lambda c: c["blocks"][0].update(groups={}), "groups: found {}"),
         (lambda c: c.update(kind="dora"), "'lora' or 'ia3'"),
     ],
 )
@@ -83,7 +83,7 @@ def test_no_manifest_and_no_json(folder):
     with pytest.raises(CheckpointError, match="JSON"):
         open_manifest(folder)
     (folder / FILE).write_text("[1]")
-    with pytest.raises(CheckpointError, match="found a list of 1"):
+    with pytest.raises(CheckpointError, match=r"found \["):
         open_manifest(folder)
     (folder / FILE).unlink()
     with pytest.raises(CheckpointError, match="flexmerge"):

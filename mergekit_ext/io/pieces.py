@@ -1,0 +1,284 @@
+"""Outputs that are written in pieces: planned safetensors files, and the journal of what is done.
+
+The header of a planned file comes first, and every tensor has its place, so its bytes depend
+neither on the order in which tensors come nor on the number of processes that write them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.io.headers import TensorHeader, dtype_name
+
+INDEX = "model.safetensors.index.json"
+# A FlexMerge may have thousands of files.
+_OPEN_FILES = 64
+_READ = 1 << 24
+_JOURNAL = re.compile(r"journal-([0-9]+)-([0-9]+)\.lines")
+_SUM = 9  # bytes before the JSON of a journal's line
+
+
+def split(entries: Iterable[TensorHeader], limit: int) -> list[tuple[TensorHeader, ...]]:
+    """Cut a row of tensors into files of at most `limit` bytes, or of one tensor; 0: one file."""
+    files: list[list[TensorHeader]] = []
+    size = 0
+    for entry in entries:
+        if not files or (limit > 0 and size + entry.nbytes > limit):
+            files.append([])
+            size = 0
+        files[-1].append(entry)
+        size += entry.nbytes
+    return [tuple(file) for file in files]
+
+
+def weight_names(count: int, *, numbered: bool = False) -> list[str]:
+    """Return what the files of a checkpoint are called; `numbered`: a single one is, too."""
+    if count == 1 and not numbered:
+        return ["model.safetensors"]
+    return [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+
+
+def write_index(
+    folder: Path, files: Iterable[tuple[str, Sequence[TensorHeader]]], **metadata: object
+) -> None:
+    """Write the index of a checkpoint as transformers does: in which file each tensor is.
+
+    Args:
+        folder: of the checkpoint.
+        files: the name of each, and the tensors in it.
+        metadata: beside the size of all tensors.
+    """
+    placed = [(entry, name) for name, entries in files for entry in entries]
+    total = sum(entry.nbytes for entry, _ in placed)
+    content = {
+        "metadata": {"total_size": total, **metadata},
+        "weight_map": {entry.name: name for entry, name in placed},
+    }
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file's path in its folder, and its tensors in the order of their bytes."""
+
+    path: str
+    entries: tuple[TensorHeader, ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The bytes before the first tensor."""
+        content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for entry in self.entries:
+            end = start + entry.nbytes
+            place = {"shape": list(entry.shape), "data_offsets": [start, end]}
+            content[entry.name] = {"dtype": entry.dtype, **place}
+            start = end
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, TensorHeader]]:
+        """Where in the file the bytes of each tensor start."""
+        found = {}
+        start = len(self.header)
+        for entry in self.entries:
+            found[entry.name] = (start, entry)
+            start += entry.nbytes
+        return found
+
+    @property
+    def length(self) -> int:
+        """Of the whole file, in bytes."""
+        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+
+
+class PlannedFiles:
+    """Open planned files in one folder. Not for use by several threads at once."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, int] = {}
+
+    def create(self, files: Iterable[PlannedFile]) -> None:
+        """Make files with their headers, at their full length; those that are there stay.
+
+        One process does this, before any of them writes.
+        """
+        for file in files:
+            path = self._folder / file.path
+            if not _is_begun(path, file):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as made:
+                    made.write(file.header)
+                    made.truncate(file.length)
+
+    def write(self, file: PlannedFile, name: str, tensor: Tensor) -> int:
+        """Put a tensor in its place; return the CRC-32 of its bytes."""
+        entry = file.places[name][1]
+        if dtype_name(tensor.dtype) != entry.dtype:
+            raise AssertionError(f"{name} ({tensor.dtype}) was planned as {entry}")
+        data = as_bytes(tensor)
+        self.put(file, name, data)
+        return zlib.crc32(data)
+
+    def put(self, file: PlannedFile, name: str, data: memoryview) -> None:
+        """Put the bytes of a tensor in its place."""
+        start, entry = file.places[name]
+        if data.nbytes != entry.nbytes:
+            raise AssertionError(f"{name} ({data.nbytes} bytes) was planned as {entry}")
+        handle = self._handle(file.path)
+        done = 0
+        while done < data.nbytes:
+            done += os.pwrite(handle, data[done:], start + done)
+
+    def crc(self, file: PlannedFile, name: str) -> int:
+        """Return the CRC-32 of what lies in the place of a tensor."""
+        start, entry = file.places[name]
+        handle = self._handle(file.path)
+        found, done = 0, 0
+        while data := os.pread(handle, min(_READ, entry.nbytes - done), start + done):
+            found = zlib.crc32(data, found)
+            done += len(data)
+        return found
+
+    def close(self) -> None:
+        """Close all files, whole or not."""
+        for handle in self._open.values():
+            os.close(handle)
+        self._open.clear()
+
+    def _handle(self, path: str) -> int:
+        handle = self._open.pop(path, None)
+        if handle is None:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            handle = os.open(self._folder / path, os.O_RDWR)
+        self._open[path] = handle  # the least recently used comes first
+        return handle
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes in row-major order; shared with it if it lies so on the CPU."""
+    flat = tensor.detach().contiguous().cpu().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _is_begun(path: Path, file: PlannedFile) -> bool:
+    if path.is_symlink():  # what it leads to is not ours to write
+        path.unlink()
+    if not path.exists() or path.stat().st_size != file.length:
+        return False
+    with path.open("rb") as found:
+        return found.read(len(file.header)) == file.header
+
+
+class Journal:
+    """The finished pieces of one output.
+
+    Each process of each run appends lines to a file of its own: for each piece the CRC-32 of what
+    follows, in eight hexadecimal digits, a space, and a JSON list, written only when the piece's
+    bytes are. A line that a kill has cut short, or that the disk has changed, does not count. All
+    processes of a run open their files before one of them adds a line.
+
+    Attributes:
+        finished: what earlier runs have written, by kind and key. Nothing of this run.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0):
+        """Read what there is in `folder`; begin the file of `rank` in a new run."""
+        names = [(_JOURNAL.fullmatch(path.name), path) for path in folder.iterdir()]
+        earlier = sorted((int(m[1]), int(m[2]), path) for m, path in names if m)
+        self.finished: dict[tuple[str, str], Any] = {}
+        for _, _, path in earlier:
+            self.finished |= _lines(path)
+        run = earlier[-1][0] + 1 if earlier else 1
+        self._path = folder / f"journal-{run}-{rank}.lines"
+        self._file: int | None = None
+
+    def add(self, kind: str, key: str, value: Any) -> None:
+        """Record a finished piece.
+
+        Args:
+            kind: what sort of piece: ``tensor``, ``block``, ``norms``, ...
+            key: which one; a later line of the same kind and key counts, and one of a later run.
+            value: anything that JSON can say; floats come back exactly.
+        """
+        if self._file is None:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        content = json.dumps([kind, key, value], separators=(",", ":")).encode()
+        data = _sum(content) + content + b"\n"
+        done = 0
+        while done < len(data):
+            done += os.write(self._file, data[done:])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class Finished:
+    """What earlier runs have finished of one subject, and what this run adds.
+
+    Lines of other subjects in the same journal are passed over.
+
+    Args:
+        journal: None to find and to keep nothing.
+        subject: a digest of everything that the values and their form depend on.
+    """
+
+    def __init__(self, journal: Journal | None = None, subject: str = ""):
+        self._journal, self._subject = journal, subject
+
+    def found(self, kind: str, key: str) -> Any:
+        """Return what an earlier run recorded of this subject, or None."""
+        line = self._journal.finished.get((kind, key)) if self._journal is not None else None
+        if isinstance(line, list) and len(line) == 2 and line[0] == self._subject:
+            return line[1]
+        return None
+
+    def add(self, kind: str, key: str, value: Any) -> None:
+        """Record a finished piece; see `Journal.add`."""
+        if self._journal is not None:
+            self._journal.add(kind, key, [self._subject, value])
+
+    def get(self, kind: str, key: str, make: Callable[[], Any]) -> Any:
+        """Return what an earlier run recorded, or what `make` returns, which is recorded."""
+        value = self.found(kind, key)
+        if value is None:
+            value = make()
+            self.add(kind, key, value)
+        return value
+
+
+def _lines(path: Path) -> dict[tuple[str, str], Any]:
+    """Return the sound lines of a journal; what is not among them is made again."""
+    found = {}
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        content = line[_SUM:]
+        with suppress(ValueError, TypeError, RecursionError):
+            if _sum(content) == line[:_SUM]:
+                kind, key, value = json.loads(content)
+                found[kind, key] = value
+    return found
+
+
+def _sum(content: bytes) -> bytes:
+    return b"%08x " % zlib.crc32(content)
