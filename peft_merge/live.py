@@ -17,42 +17,37 @@ cross terms of `linear` and of TIES on factors. Random types draw other entries 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem, did_you_mean, shown
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.config.check import methods
-from peft_merge.io import adapters_of, state_dict
+from peft_merge.flexmerge.method import NAME as FLEXMERGE
 from peft_merge.io.names import PREFIX
-from peft_merge.merge import MergedAdapter, merge_adapters
+from peft_merge.io.read import adapters_of
+from peft_merge.io.write import state_dict
+from peft_merge.merge import merge_adapters
 
 _SUBJECT = "add_merged_adapter"
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """A method, the parameters that make it PEFT's, and which of PEFT's arguments it has."""
+class Meaning(NamedTuple):
+    """A method, and the parameters that make it what PEFT approximates."""
 
     method: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    density: bool = True
-    majority: bool = False
+    parameters: Mapping[str, Any] = {}
 
 
-_SUM = Meaning("linear", {"normalize": False}, density=False)
-_TIES = Meaning("peft_ties", majority=True)
-_DARE_TIES = Meaning("peft_dare_ties", majority=True)
+_SUM = Meaning("linear", {"normalize": False})
 _DARE = Meaning("dare_linear", {"normalize": False, "rescale": True})
 _PRUNE = Meaning("magnitude_prune", {"normalize": False, "rescale": False})
-
 COMBINATION_TYPES: Mapping[str, Meaning] = {
     **dict.fromkeys(("linear", "cat", "svd"), _SUM),
-    **dict.fromkeys(("ties", "ties_svd"), _TIES),
-    **dict.fromkeys(("dare_ties", "dare_ties_svd"), _DARE_TIES),
+    **dict.fromkeys(("ties", "ties_svd"), Meaning("peft_ties")),
+    **dict.fromkeys(("dare_ties", "dare_ties_svd"), Meaning("peft_dare_ties")),
     **dict.fromkeys(("dare_linear", "dare_linear_svd"), _DARE),
     **dict.fromkeys(("magnitude_prune", "magnitude_prune_svd"), _PRUNE),
 }
@@ -98,21 +93,19 @@ def add_merged_adapter(
         svd_clamp: refused: it would change the result.
         svd_full_matrices: taken for PEFT's sake; how singular values are computed changes nothing.
         svd_driver: likewise.
-        density: share of entries kept, for the methods that drop some; one number, or what
-            `merge_adapters` takes.
+        density: share of entries kept, for the methods that drop some.
         majority_sign_method: of PEFT's TIES types.
-        method: any method of `merge_adapters`, instead of a combination type; default `linear`.
+        method: any method of `merge_adapters` that makes one adapter, instead of a combination
+            type; default `linear`.
         rank: of the new LoRA; default as in `merge_adapters`: nothing is cut off by `linear`.
-        space, seed, device, callbacks: as in `merge_adapters`.
-        dtype: of the new adapter; default: that of the merged ones.
-        modules_to_save: as in `merge_adapters`: "average", "drop" or an adapter's name.
+        space, seed, dtype, device, modules_to_save, callbacks: as in `merge_adapters`.
         **parameters: of the method. A trailing underscore is left out: `lambda_=0.5`.
 
     Returns:
         The report of the merge: ranks, truncation errors, coefficients.
 
     Raises:
-        ConfigError: wrong arguments, or adapters that cannot be merged exactly; all at once.
+        ConfigError: wrong arguments, or adapters that cannot be merged exactly.
         NonFiniteError: an adapter holds NaN or infinity.
         The model is as it was after any error.
     """
@@ -120,25 +113,37 @@ def add_merged_adapter(
 
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"peft_model: found {type(peft_model).__name__}; expected a PeftModel")
-    given = {name.removesuffix("_"): value for name, value in parameters.items()}
+    meant = Meaning(method or "linear", {} if method not in (None, "linear") else _SUM.parameters)
     problems = [*_name_problems(peft_model, adapter_name), *_adapter_problems(peft_model, adapters)]
-    chosen, known = _method(combination_type, method, problems)
-    found: dict[str, Any] = {"density": density} if density is not None else {}
-    if majority_sign_method != "total":
-        found["majority_sign_method"] = majority_sign_method
-    problems += _peft_problems(combination_type, {**given, **found}, svd_clamp)
+    if combination_type is not None:
+        problems += _type_problems(combination_type, density)
+        meant = COMBINATION_TYPES.get(combination_type, meant)
+        if method is not None:
+            problems.append(Problem("method", "it beside `combination_type`", "one of the two"))
+    if method == FLEXMERGE:
+        problems.append(Problem("method", shown(method), "one that makes one adapter"))
+    if svd_clamp is not None:
+        expected = "nothing: clamped factors are not those of the merged change"
+        problems.append(Problem("svd_clamp", shown(svd_clamp), expected, "Leave it out."))
     if rank is not None and svd_rank is not None:
         problems.append(Problem("svd_rank", "it beside `rank`", "one of the two"))
     if weights is not None and len(weights) != len(adapters):
         problems.append(Problem("weights", f"{len(weights)}", f"{len(adapters)}, one per adapter"))
     if problems or adapter_name is None:
         raise ConfigError(problems, _SUBJECT)
+    given = {**meant.parameters, **{name.removesuffix("_"): v for name, v in parameters.items()}}
+    if density is not None:
+        given["density"] = density
+    if majority_sign_method != "total":
+        given["majority_sign_method"] = majority_sign_method
     inputs = [_without_biases(peft_model, a) for a in adapters_of(peft_model, adapters)]
+    if weights is not None:  # which may be computed: one-element tensors and NumPy's numbers
+        weights = [each.item() if hasattr(each, "item") else each for each in weights]
     merged = merge_adapters(
         inputs,
-        chosen,
-        weights=None if weights is None else [_number(weight) for weight in weights],
-        parameters={**known, **given, **found},
+        meant.method,
+        weights=weights,
+        parameters=given,
         patterns=True if isinstance(inputs[0], LoraAdapter) else None,
         rank=svd_rank if rank is None else rank,
         space=space,
@@ -149,16 +154,9 @@ def add_merged_adapter(
         name=adapter_name,
         callbacks=callbacks,
     )
-    if not isinstance(merged, MergedAdapter):
-        expected = "one that makes one adapter"
-        raise ConfigError([Problem("method", shown(chosen), expected)], _SUBJECT)
     add_adapter(peft_model, adapter_name, merged.adapter)
-    return merged.report
-
-
-def _number(weight: Any) -> Any:
-    """Weights may be computed: one-element tensors and NumPy's numbers."""
-    return weight.item() if hasattr(weight, "item") else weight
+    report: dict[str, Any] = merged.report
+    return report
 
 
 def _name_problems(model: Any, name: str | None) -> Iterator[Problem]:
@@ -178,54 +176,25 @@ def _adapter_problems(model: Any, adapters: Sequence[str]) -> Iterator[Problem]:
     if isinstance(adapters, str) or not adapters:
         yield Problem("adapters", shown(adapters), "a list of names of the model's adapters")
         return
-    for name in adapters:
+    for name in dict.fromkeys(adapters):
         if name not in model.peft_config:
             remedy = did_you_mean(name, list(model.peft_config))
             yield Problem("adapters", shown(name), "an adapter of the model", remedy)
-    for name in dict.fromkeys(name for name in adapters if list(adapters).count(name) > 1):
-        yield Problem("adapters", f"{name!r} more than once", "each once", "Add its weights up.")
+        if list(adapters).count(name) > 1:
+            yield Problem(
+                "adapters", f"{name!r} more than once", "each once", "Add its weights up."
+            )
 
 
-def _method(
-    combination_type: str | None, method: str | None, problems: list[Problem]
-) -> tuple[str, dict[str, Any]]:
-    """The method's name, and the parameters in which its default is not PEFT's."""
-    if combination_type is not None and method is not None:
-        expected = "one of the two"
-        problems.append(Problem("method", "it beside `combination_type`", expected))
-    elif combination_type is not None and combination_type in COMBINATION_TYPES:
-        meaning = COMBINATION_TYPES[combination_type]
-        return meaning.method, dict(meaning.parameters)
-    elif combination_type is not None:
+def _type_problems(combination_type: str, density: float | None) -> Iterator[Problem]:
+    meant = COMBINATION_TYPES.get(combination_type)
+    if meant is None:
         remedy = did_you_mean(combination_type, list(COMBINATION_TYPES))
         expected = "a combination type of PEFT"
-        problems.append(Problem("combination_type", shown(combination_type), expected, remedy))
-    elif method is not None and method not in methods():
-        remedy = did_you_mean(method, methods())
-        problems.append(Problem("method", shown(method), "a merge method", remedy))
-    chosen = method or "linear"
-    return chosen, {"normalize": False} if chosen == "linear" else {}
-
-
-def _peft_problems(
-    combination_type: str | None, found: Mapping[str, Any], svd_clamp: float | None
-) -> Iterator[Problem]:
-    if svd_clamp is not None:
-        expected = "nothing: clamped factors are not those of the merged change"
-        yield Problem("svd_clamp", shown(svd_clamp), expected, "Leave it out.")
-    meaning = COMBINATION_TYPES.get(combination_type or "")
-    if meaning is None:
-        return
-    if meaning.density and "density" not in found:
+        yield Problem("combination_type", shown(combination_type), expected, remedy)
+    elif meant is not _SUM and density is None:
         expected = f"the share of entries that `{combination_type}` keeps, above 0 up to 1"
         yield Problem("density", "nothing", expected, "Add `density=0.5`, say.")
-    if not meaning.density and "density" in found:
-        expected = f"nothing: `{combination_type}` drops no entries"
-        yield Problem("density", shown(found["density"]), expected, "Leave it out.")
-    if not meaning.majority and "majority_sign_method" in found:
-        expected = f"nothing: `{combination_type}` elects no signs"
-        value = shown(found["majority_sign_method"])
-        yield Problem("majority_sign_method", value, expected, "Leave it out.")
 
 
 def _without_biases(model: Any, adapter: Adapter) -> Adapter:
@@ -249,28 +218,27 @@ def add_adapter(model: Any, name: str, adapter: Adapter) -> None:
     from peft import PeftConfig
 
     config = PeftConfig.from_peft_type(**_settings(model, adapter))
-    replication = adapter.config.get("layer_replication")
-    restore = _snapshot(model)
-    before = {id(parameter) for parameter in model.parameters()}
-    modules = {id(module) for module in model.modules()}
+    parameters, modules = list(model.parameters()), list(model.modules())
+    trained = {id(parameter): parameter.requires_grad for parameter in parameters}
+    known = {id(module) for module in modules}
+    active, tuner_active = model.active_adapter, model.base_model.active_adapter
     try:
         model.add_adapter(name, config)
         fill(model, name, adapter)
-        for parameter in model.parameters():
-            if id(parameter) not in before:
-                parameter.requires_grad_(False)
-        for module in model.modules():
-            if id(module) not in modules:
-                module.train(model.training)
-        if replication:
-            config.layer_replication = replication
     except BaseException:
         # PEFT forgets the configuration of an adapter that failed, but not its layers.
         model.peft_config.setdefault(name, config)
         model.delete_adapter(name)
-        restore()
         raise
-    restore()
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(trained.get(id(parameter), False))
+        for module in model.modules():
+            if id(module) not in known:
+                module.train(model.training)
+        model.active_adapter, model.base_model.active_adapter = active, tuner_active
+    if adapter.config.get("layer_replication"):
+        config.layer_replication = adapter.config["layer_replication"]
 
 
 def _settings(model: Any, adapter: Adapter) -> dict[str, Any]:
@@ -285,19 +253,6 @@ def _settings(model: Any, adapter: Adapter) -> dict[str, Any]:
         settings |= {"ensure_weight_tying": False}
         settings["modules_to_save"] = sorted(owner for owner in owners if owner) or None
     return settings
-
-
-def _snapshot(model: Any) -> Callable[[], None]:
-    """What adding and deleting adapters may touch: what is trained, what is active."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active, tuner_active = model.active_adapter, model.base_model.active_adapter
-
-    def restore() -> None:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        model.active_adapter, model.base_model.active_adapter = active, tuner_active
-
-    return restore
 
 
 def fill(model: Any, name: str, adapter: Adapter) -> None:
