@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext.callbacks.settings import Settings
-from mergekit_ext.callbacks.state import Mean
+from mergekit_ext.callbacks.settings import Mean, Settings
 from mergekit_ext.errors import NonFiniteError, Problem
 
 if TYPE_CHECKING:

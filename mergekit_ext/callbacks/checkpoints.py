@@ -19,11 +19,10 @@ from mergekit_ext.callbacks.adapters import AdapterModel, adapter_folder
 from mergekit_ext.callbacks.evaluate import Evaluate
 from mergekit_ext.callbacks.full import FullModel
 from mergekit_ext.callbacks.log import LogTo
-from mergekit_ext.callbacks.processes import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.callbacks.protocol import Callback
-from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, Settings
+from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, Mean, Settings, State
 from mergekit_ext.callbacks.snapshots import Snapshots
-from mergekit_ext.callbacks.state import Mean, State
+from mergekit_ext.callbacks.trainer import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from mergekit_ext.io.staging import new_folder
 
@@ -61,7 +60,7 @@ class Merged:
 
 
 class MergeCheckpoints(Settings, Callback):
-    """Collects snapshots of the model that is trained, and merges them.
+    """Collects snapshots of the model that is trained, and merges them; docs/callbacks.md.
 
     Snapshots are saved folders: of models of transformers, or of the adapter alone when the model
     is a PeftModel. They are merged as `mergekit_ext.merge` or `peft_merge.run_config` merges them.
@@ -215,6 +214,7 @@ class MergeCheckpoints(Settings, Callback):
         if model is None:
             return self._merge(step) if is_main() else None
         inner = unwrapped(model)
+        self._is_out_of_reach(inner)
         folder = from_main(lambda: self._merge_into(step, inner))
         if folder is not None and not is_main():
             self._kind_of(inner).load(inner, Path(folder))
@@ -271,10 +271,9 @@ class MergeCheckpoints(Settings, Callback):
         return dataclasses.replace(merged, scores=scores, before=before)
 
     def _is_better(self, merged: Merged) -> bool:
-        if merged.scores is None or merged.before is None:
-            return False
-        metric = self.metric or next(iter(merged.scores))
-        gain = merged.scores[metric] - merged.before[metric]
+        scores, before = merged.scores or {}, merged.before or {}  # both, because of `evaluate`
+        metric = self.metric or next(iter(scores))
+        gain = scores[metric] - before[metric]
         return gain > 0 if self.greater_is_better else gain < 0
 
     def _free(self, step: int) -> Path:
@@ -298,20 +297,10 @@ class MergeCheckpoints(Settings, Callback):
         if inner is self._model and self._kind is not None:
             return
         self._model = inner
-        if is_divided(inner):
-            if self.on == "save":
-                return
-            problem = Problem(
-                "model",
-                "parameters that are divided among processes (FSDP or ZeRO-3)",
-                "whole parameters in every process",
-                'Save full checkpoints and use `on="save"`, which merges saved folders.',
-            )
-            raise ConfigError([problem], SUBJECT)
-        if self._kind is not None or not is_main():
+        if self._is_out_of_reach(inner) or self._kind is not None or not is_main():
             return
         kind = self._kind_of(inner)
-        problems = [*self._place_problems(), *kind.problems(inner)]
+        problems = [*kind.problems(inner)]
         initial = [*self._initial_problems(kind)]
         if not beginning:
             problems += initial
@@ -322,6 +311,21 @@ class MergeCheckpoints(Settings, Callback):
             self._try(kind, step, bool(initial))
         self._kind = kind
 
+    def _is_out_of_reach(self, model: Any) -> bool:
+        """Return whether a model's parameters are not here; refuse it if they are needed."""
+        if not is_divided(model):
+            return False
+        if self.on == "step" or self.load or self.evaluate is not None:
+            problem = Problem(
+                "model",
+                "parameters that are divided among processes (FSDP or ZeRO-3)",
+                "whole parameters in every process",
+                'Save full checkpoints and use `on="save"`, which merges saved folders, without '
+                "`load` and `evaluate`.",
+            )
+            raise ConfigError([problem], SUBJECT)
+        return True
+
     def _initial_problems(self, kind: Kind) -> Iterator[Problem]:
         if kind.base() == Path(INITIAL) and not self._store.has_initial:
             remedy = (
@@ -331,17 +335,6 @@ class MergeCheckpoints(Settings, Callback):
             )
             found = "no initial weights: training had begun"
             yield Problem("base", found, "the weights of the beginning", remedy)
-
-    def _place_problems(self) -> Iterator[Problem]:
-        everywhere = os.environ.get("WORLD_SIZE", "1")
-        if (
-            self.load
-            and self.where is None
-            and os.environ.get("LOCAL_WORLD_SIZE", everywhere) != everywhere
-        ):
-            found = "a temporary folder of one of several machines, with `load=True`"
-            remedy = "Give `where=`: every process loads the merged weights from there."
-            yield Problem("where", found, "a folder that all machines see", remedy)
 
     def _try(self, kind: Kind, step: int, initial: bool) -> None:
         """Save the model and check a merge of `keep` snapshots like it."""

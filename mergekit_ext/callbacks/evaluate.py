@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.callbacks.log import require_log
-from mergekit_ext.callbacks.processes import is_main, unwrapped
 from mergekit_ext.callbacks.protocol import Callback
+from mergekit_ext.callbacks.trainer import is_main, unwrapped
 from mergekit_ext.events import MergeEnd, takes
 from mergekit_ext.report.curve import CheckedScores
 

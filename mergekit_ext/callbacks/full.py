@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import mergekit_ext
-from mergekit_ext.callbacks.settings import INITIAL, Settings
-from mergekit_ext.callbacks.state import Mean
+from mergekit_ext.callbacks.settings import INITIAL, Mean, Settings
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.merging import require_finite
 from mergekit_ext.kernels.numerics import compute_dtype

@@ -1,14 +1,18 @@
-"""The arguments of `MergeCheckpoints`, checked as a whole before anything is trained."""
+"""The arguments of `MergeCheckpoints` and its saved state, checked as a whole.
+
+Running means are kept without the snapshots, in one pass: ``mean += weight(n) * (n-th - mean)``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
-from mergekit_ext.callbacks.averages import RUNNING, Average, Ema
 from mergekit_ext.core.parameters import schema_problems
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import Dispatcher, takes
@@ -16,12 +20,48 @@ from mergekit_ext.events import Dispatcher, takes
 INITIAL = "initial"
 SUBJECT = "MergeCheckpoints"
 ADAPTER_OPTIONS = ("rank", "patterns", "space", "modules_to_save", "dtype")
+_STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+# Folders of snapshots are named with eight digits.
+Step = Annotated[int, Field(ge=0, lt=10**8)]
+
+
+class Average(BaseModel):
+    """The uniform mean."""
+
+    model_config = _STRICT
+
+    def weight(self, n: int) -> float:
+        """Return the weight of the n-th snapshot."""
+        return 1 / n
+
+
+class Ema(BaseModel):
+    """The exponential moving mean: of n snapshots the i-th has d^(n-i) (1-d) / (1-d^n), d `decay`.
+
+    So the mean starts at zero and is divided by the sum of its weights, as Adam does it. Without
+    the correction it starts at the first snapshot, which keeps the weight d^(n-1): after n = 100
+    snapshots and d = 0.999 that is 0.9 of the mean for a model that had hardly been trained.
+    """
+
+    model_config = _STRICT
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    bias_correction: bool = True
+
+    def weight(self, n: int) -> float:
+        """Return the weight of the n-th snapshot."""
+        if n == 1:
+            return 1.0
+        return (1 - self.decay) / (1 - self.decay**n if self.bias_correction else 1)
+
+
+RUNNING: dict[str, type[Average] | type[Ema]] = {"average": Average, "ema": Ema}
 
 
 class Settings(BaseModel):
     """See `MergeCheckpoints`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = _STRICT
 
     method: str = "average"
     keep: int = Field(5, ge=1)
@@ -84,6 +124,12 @@ def _together(given: Mapping[str, Any]) -> Iterator[Problem]:
     if given.get("keep_better") and not given.get("load"):
         remedy = "Add `load=True`."
         yield Problem("keep_better", "it without `load`", "merged weights to load", remedy)
+    everywhere = os.environ.get("WORLD_SIZE", "1")
+    together = os.environ.get("LOCAL_WORLD_SIZE", everywhere) == everywhere
+    if given.get("load") and given.get("where") is None and not together:
+        found = "a temporary folder of one of several machines, with `load=True`"
+        remedy = "Give `where=`: every process loads the merged weights from there."
+        yield Problem("where", found, "a folder that all machines see", remedy)
     evaluate, log = given.get("evaluate"), given.get("log")
     if evaluate is not None and not takes(evaluate, "model", "task"):
         yield Problem("evaluate", repr(evaluate), "a function (model, task)")
@@ -97,3 +143,54 @@ def _together(given: Mapping[str, Any]) -> Iterator[Problem]:
         except TypeError as error:
             found, _, expected = str(error).removeprefix("callbacks: found ").partition("; ")
             yield Problem("callbacks", found, expected.removeprefix("expected ").rstrip("."))
+
+
+class Mean(BaseModel):
+    """A running mean of tensors by name; with the configuration of the adapter if it is one."""
+
+    model_config = _STRICT
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+
+
+class State(BaseModel):
+    """All that has been collected.
+
+    Attributes:
+        method: of the run.
+        saves: how many checkpoints have been saved.
+        folder: of the run's own snapshots.
+        snapshots: the folder of each, by step.
+        initial: whether `folder` holds the initial weights.
+        steps: of the snapshots in the mean.
+        mean: of a method that keeps no snapshots.
+    """
+
+    model_config = _STRICT
+
+    method: str
+    saves: Annotated[int, Field(ge=0)]
+    folder: str
+    snapshots: dict[Step, str]
+    initial: bool
+    steps: list[Step]
+    mean: Mean | None
+
+    @model_validator(mode="after")
+    def _complete(self) -> State:
+        if bool(self.steps) != (self.mean is not None):
+            raise ValueError("a mean if there are steps in it, and none if there are none")
+        return self
+
+    @classmethod
+    def of(cls, state: Any) -> State:
+        """Return a state that was saved.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        try:
+            return cls.model_validate(state)
+        except ValidationError as error:
+            raise ConfigError(schema_problems(error, state, "state"), SUBJECT) from None

@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mergekit_ext.callbacks.settings import INITIAL, SUBJECT
-from mergekit_ext.callbacks.state import State
+from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
 from mergekit_ext.io.staging import new_folder
 

@@ -1,15 +1,21 @@
-"""A callback of this project as a callback of transformers' Trainer."""
+"""Training: transformers' Trainer, and models and processes as torch and accelerate wrap them."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
 
 from mergekit_ext.callbacks.protocol import require_training_callback
-from mergekit_ext.errors import MergeWarning
+from mergekit_ext.errors import MergeError, MergeWarning
 
+_T = TypeVar("_T")
 # On a Trainer's control object, which its callbacks share: the files of their states.
 _FILES = "_callback_state_files"
 
@@ -76,15 +82,11 @@ def _checkpoint(args: Any, state: Any) -> Path:
 
 
 def _save(callback: Any, file: Path) -> None:
-    import torch
-
     if hasattr(callback, "state_dict") and (state := callback.state_dict()):
         torch.save(state, file)
 
 
 def _resume(callback: Any, file: Path) -> None:
-    import torch
-
     if file.is_file():
         # Numbers, texts and tensors only: a checkpoint may come from somebody else.
         callback.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -94,3 +96,53 @@ def _resume(callback: Any, file: Path) -> None:
             "before the checkpoint. Resume from a checkpoint in the output folder."
         )
         warnings.warn(MergeWarning(text), stacklevel=2)
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the user's module inside of what torch and accelerate wrap around it."""
+    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):  # torch.compile
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
+
+
+def is_divided(model: Any) -> bool:
+    """Whether parameters are divided among processes (FSDP, ZeRO-3)."""
+    return any(
+        hasattr(p, "device_mesh") or hasattr(p, "ds_id") or type(p).__name__ == "FlatParameter"
+        for p in model.parameters()
+    )
+
+
+def is_main() -> bool:
+    """Whether this process keeps snapshots and merges: rank 0, or the only one."""
+    if _is_distributed():
+        return distributed.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def from_main(make: Callable[[], _T]) -> _T:
+    """Return what `make` returns in the main process, in every process of the training.
+
+    Raises:
+        MergeError: in the others, if `make` fails in the main process, which raises its own error.
+    """
+    if not _is_distributed() or distributed.get_world_size() == 1:
+        return make()
+    sent: list[Any] = [None, None]
+    try:
+        if is_main():
+            sent[0] = make()
+    except Exception as error:
+        sent[1] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        distributed.broadcast_object_list(sent, src=0)
+    if sent[1] is not None:
+        raise MergeError(f"the main process could not merge: {sent[1]}")
+    value: _T = sent[0]
+    return value
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
