@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from peft_merge.adapter import Adapter
 from peft_merge.coefficients import change_norms
 from peft_merge.config.plan import MergePlan
 from peft_merge.io import names
-from peft_merge.modules import Piece, merge_module
+from peft_merge.modules import Piece, merge_module, small
 from peft_merge.saved import merge_saved
 
 Group = tuple[int, ...]
+# Of modules, by their names.
+Changes = dict[str, Piece[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,76 +60,141 @@ def blocks_of(modules: Collection[str], granularity: str) -> tuple[Block, ...]:
     """
     key = GRANULARITIES[granularity]
     found: dict[str, list[str]] = {}
-    for module in modules:
+    for module in sorted(modules, key=_natural):
         found.setdefault(key(module, modules), []).append(module)
-    return tuple(
-        Block(name, tuple(sorted(found[name], key=_natural)))
-        for name in sorted(found, key=_natural)
-    )
+    return tuple(Block(name, tuple(found[name])) for name in sorted(found, key=_natural))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", name)
-    ]
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-class Family(ABC):
-    """The adapters of one kind. Tasks are named by their index.
+class Family(GroupStorage):
+    """The adapters of one kind, and what groups of them store. Tasks are named by their index.
 
-    Inner products, merges and a task's own changes may be asked for by several threads.
+    Whole tensors are private, those of the base for all. Inner products and changes may be asked
+    for by several threads.
+
+    Attributes:
+        layout: the blocks.
 
     Args:
         plan: of the merge.
         rule: merges the members of a group.
+        granularity: what a block is.
     """
 
-    def __init__(self, plan: MergePlan, rule: Method):
+    what = "adapters"
+
+    def __init__(self, plan: MergePlan, rule: Method, granularity: str):
         self.plan, self.rule = plan, rule
         self.adapters: Sequence[Any] = plan.adapters
         self.forced = plan.dtype if plan.request.dtype is not None else None
+        self.layout = blocks_of(plan.modules, granularity)
+        common = of_the_base(self.adapters)
+        private = sum(
+            tensor().nbytes
+            for task in range(len(self.adapters))
+            for name, tensor in self._private(task).items()
+            if task == 0 or name not in common
+        )
+        super().__init__(len(self.layout), len(self.adapters), private)
 
     @property
-    @abstractmethod
     def small(self) -> bool:
         """Whether blocks may be merged side by side, as none of them needs much memory."""
+        return small(self.adapters, self.rule, self.plan.resolve, self.plan.space)
 
     @abstractmethod
     def gram(self, module: str) -> Tensor:
         """Return inner products of the m changes of a module: (m, m), float64, symmetric."""
 
     @abstractmethod
-    def bytes(self, modules: Sequence[str], group: Group) -> int:
-        """Return the bytes of the tensors stored for a block that these tasks share."""
+    def elements(self, modules: Sequence[str], group: Group) -> dict[str, int]:
+        """Return how many numbers a group stores of each module that one of its tasks has."""
 
     @abstractmethod
-    def merge(self, modules: Sequence[str], group: Group) -> dict[str, Piece[Any, Any]]:
-        """Return one change for two or more tasks, of each module that one of them has."""
+    def own(self, module: str, adapter: Any) -> Piece[Any, Any]:
+        """Return an adapter's change in its stored values, in `dtype` if one is asked for."""
 
     @abstractmethod
-    def own(self, modules: Sequence[str], task: int) -> dict[str, Piece[Any, Any]]:
-        """Return a task's own changes of the modules that it has, in their stored values."""
+    def merged(self, module: str, group: Group) -> Piece[Any, Any]:
+        """Return one change for two or more tasks; without the module a task has none."""
+
+    def stored(self, changes: Changes) -> Changes:
+        """Return the changes of a block as they are stored."""
+        return changes
 
     @abstractmethod
-    def adapter(
-        self, task: int, pieces: Mapping[str, Piece[Any, Any]], shared: Collection[str]
-    ) -> Adapter:
-        """Return the task's adapter.
+    def configuration(
+        self, own: Any, infos: Mapping[str, Any], shared: Collection[str]
+    ) -> dict[str, Any]:
+        """Return the configuration of a task's adapter.
 
         Args:
-            task: its index.
-            pieces: of all modules of the adapter.
-            shared: the modules whose pieces are merged ones.
+            own: the task's input.
+            infos: the modules of the output.
+            shared: those whose changes are merged ones.
         """
+
+    def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
+        """See `GroupStorage.bytes`."""
+        return sum(self._bytes(self.layout[block], group.tasks) for group in groups)
+
+    @property
+    def least(self) -> Size:
+        """However tasks share a block, it is as large as the largest of their own changes (cut to
+        the rank of what is shared). Between that bound and what the similarities lead to, the
+        merge decides."""
+        return self.size(
+            sum(
+                max(
+                    min(self._bytes(block, (task,)), self._bytes(block, (task, task)))
+                    for task in range(self.tasks)
+                )
+                for block in self.layout
+            )
+        )
+
+    def advice(self, target: Target) -> tuple[str, str]:
+        """See `GroupStorage.advice`."""
+        if target.models is not None and target.models < 1:
+            return "", (
+                "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
+                "than they have (with `patterns: true`)."
+            )
+        smaller = "A smaller `rank` for what LoRAs share (with `patterns: true`)"
+        return "", f"{smaller} makes less possible."
+
+    def changes(self, modules: Sequence[str], group: Group) -> Changes:
+        """Return what the tasks of a group have of a block: one's own changes, or merged ones."""
+        present = [module for module in modules if self.infos(module, group)]
+        if len(group) > 1:
+            return self.stored({module: self.merged(module, group) for module in present})
+        (adapter,) = (self.adapters[task] for task in group)
+        return self.stored({module: self.own(module, adapter) for module in present})
+
+    def adapter(self, task: int, changes: Changes, shared: Collection[str]) -> Adapter:
+        """Return a task's adapter; the changes of the modules in `shared` are merged ones."""
+        own = self.adapters[task]
+        infos = {module: piece.info for module, piece in changes.items()}
+        values = {module: piece.value for module, piece in changes.items()}
+        config = self.configuration(own, infos, shared)
+        if self.plan.base_model is not None:
+            config["base_model_name_or_path"] = self.plan.base_model
+        made: Adapter = replace(
+            own, config=config, infos=infos, load=values.__getitem__, saved=self._private(task)
+        )
+        return made
 
     def infos(self, module: str, group: Sequence[int]) -> list[Any]:
         """Return what is known of a module in the adapters that have it."""
         adapters = (self.adapters[task] for task in group)
         return [adapter.infos[module] for adapter in adapters if module in adapter.infos]
 
-    def merged(self, module: str, group: Group, **options: Any) -> Piece[Any, Any]:
-        """Return a module's change for a group, NAN's coefficients being those of the group.
+    def merge(self, module: str, group: Group, **options: Any) -> Piece[Any, Any]:
+        """Return `merge_module` of a group, NAN's coefficients being those of the group.
 
         `options` are further ones of `merge_module`.
         """
@@ -157,7 +224,14 @@ class Family(ABC):
             **options,
         )
 
-    def private(self, task: int) -> dict[str, Callable[[], Tensor]]:
+    def _bytes(self, block: Block, group: Group) -> int:
+        total = 0
+        for module, count in self.elements(block.modules, group).items():
+            dtypes = (info.dtype for info in self.infos(module, group))
+            total += count * (self.forced or reduce(torch.promote_types, dtypes)).itemsize
+        return total
+
+    def _private(self, task: int) -> dict[str, Callable[[], Tensor]]:
         """Return the whole tensors of a task's adapter, in the dtype that is asked for."""
         adapter = self.adapters[task]
         return {
@@ -191,47 +265,3 @@ def cast_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not bool(torch.isfinite(result).all()):
         raise MergeError(f"{name}: a value leaves the range of {dtype}. Use a wider dtype.")
     return result
-
-
-class AdapterStorage(GroupStorage):
-    """How groups of adapters are stored: whole tensors are private, those of the base for all."""
-
-    what = "adapters"
-
-    def __init__(self, family: Family, blocks: Sequence[Block]):
-        common = of_the_base(family.adapters)
-        private = sum(
-            tensor().nbytes
-            for task in range(len(family.adapters))
-            for name, tensor in family.private(task).items()
-            if task == 0 or name not in common
-        )
-        super().__init__(len(blocks), len(family.adapters), private)
-        self._family, self._modules = family, [block.modules for block in blocks]
-
-    def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
-        """See `GroupStorage.bytes`."""
-        return sum(self._family.bytes(self._modules[block], group.tasks) for group in groups)
-
-    @property
-    def least(self) -> Size:
-        """However tasks share a block, it is as large as the largest of their own changes (cut to
-        the rank of what is shared). Between that bound and what the similarities lead to, the
-        merge decides."""
-        bytes_of, tasks = self._family.bytes, range(self.tasks)
-        return self.size(
-            sum(
-                max(min(bytes_of(modules, (i,)), bytes_of(modules, (i, i))) for i in tasks)
-                for modules in self._modules
-            )
-        )
-
-    def advice(self, target: Target) -> tuple[str, str]:
-        """See `GroupStorage.advice`."""
-        if target.models is not None and target.models < 1:
-            return "", (
-                "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
-                "than they have (with `patterns: true`)."
-            )
-        smaller = "A smaller `rank` for what LoRAs share (with `patterns: true`)"
-        return "", f"{smaller} makes less possible."

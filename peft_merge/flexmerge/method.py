@@ -13,28 +13,42 @@ A group of two or more tasks shares F of its members' original changes, F being 
 
 from __future__ import annotations
 
+import math
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import NoneType
 from typing import Annotated, Any
 
+import torch
 from pydantic import BeforeValidator
+from torch import Tensor
 
 from mergekit_ext.core.parameters import Parameter, choice
-from mergekit_ext.errors import Problem, listing, shown
-from mergekit_ext.events import Dispatcher
-from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
-from mergekit_ext.flexmerge.storage import Target
+from mergekit_ext.errors import MergeError, Problem, listing, shown
+from mergekit_ext.events import (
+    BlockMerged,
+    Dispatcher,
+    SizeReached,
+    StatisticsBegin,
+    StatisticsEnd,
+    TensorMeasured,
+)
+from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, Dendrograms, options
+from mergekit_ext.flexmerge.storage import StoredGroup, Target
+from mergekit_ext.kernels.similarity import cosines
+from mergekit_ext.kernels.threads import in_turn
 from mergekit_ext.methods import ADAPTERS, Inputs, Method
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.config.document import Request
+from peft_merge.config.document import Request, written
 from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.family import GRANULARITIES
-from peft_merge.flexmerge.manifest import task_name_problem
-from peft_merge.flexmerge.result import FlexMerged
-from peft_merge.flexmerge.run import Options, merge, storage_of
+from peft_merge.flexmerge.family import GRANULARITIES, Block, Changes, Family
+from peft_merge.flexmerge.kinds import Ia3Family, LoraFamily
+from peft_merge.flexmerge.result import FlexMerged, task_name_problem
 from peft_merge.methods import of_any_rule, rules
+from peft_merge.report import FORMAT_VERSION, summary
 
 NAME = "flexmerge"
 EXPECTED = "a number of adapters such as 2.5, or a memory budget such as '40MB'"
@@ -50,6 +64,7 @@ _NAMES = {parameter.name for parameter in OWN}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "task_arithmetic": {"lambda": 1.5, "normalize": True},
 }
+_FAMILIES: Mapping[str, type[Family]] = {"lora": LoraFamily, "ia3": Ia3Family}
 
 
 def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
@@ -94,13 +109,6 @@ def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Prob
         yield Problem("models", "adapters without adapted modules", "something to share")
 
 
-def check(plan: MergePlan) -> Iterator[Problem]:
-    """Yield what is wrong with the algorithm and the size, from configurations and headers."""
-    if plan.modules and not _varying(plan.request):
-        problems = list(_algorithm(plan))
-        yield from problems or _size(plan)
-
-
 def _varying(request: Request) -> list[str]:
     """Return FlexMerge's own parameters that have several values."""
     given = request.parameters
@@ -135,53 +143,148 @@ def _lora_biases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
         )
 
 
-def _algorithm(plan: MergePlan) -> Iterator[Problem]:
-    rule = chosen_rule(plan)
+def _chosen(plan: MergePlan) -> dict[str, Any]:
+    """Return FlexMerge's own parameters of a checked plan."""
+    given = plan.request.parameters
+    return {p.name: p.read(given.get(p.name, p.default)) for p in OWN}
+
+
+def _family(plan: MergePlan) -> Family:
+    chosen = _chosen(plan)
+    rule = rules()[chosen["algorithm"]]
+    return _FAMILIES[plan.kind](plan, rule, chosen["granularity"])
+
+
+def check(plan: MergePlan) -> Iterator[Problem]:
+    """Yield what is wrong with the algorithm and the size, from configurations and headers."""
+    if not plan.modules or _varying(plan.request):
+        return
+    rule = rules()[_chosen(plan)["algorithm"]]
     problems: dict[Problem, None] = {}
     for module in plan.modules:
         values = plan.resolve(module)
         for count in range(2, len(plan.adapters) + 1):
-            problems.update(
-                dict.fromkeys(rule.check(values.options, Inputs(count, driver=ADAPTERS)))
-            )
+            found = rule.check(values.options, Inputs(count, driver=ADAPTERS))
+            problems.update(dict.fromkeys(found))
         for own in values.each:
             problems.update(dict.fromkeys(rule.check_each(own)))
     yield from problems
-
-
-def _size(plan: MergePlan) -> Iterator[Problem]:
-    """Yield the problem of a target that cannot be reached, as far as headers show."""
-    if isinstance(plan.rank, (int, NoneType)):
-        chosen = options_of(plan)
-        storage = storage_of(plan, chosen)
-        if problem := storage.problem(chosen.target):
-            yield problem
-
-
-def chosen_rule(plan: MergePlan) -> Method:
-    """Return the algorithm of a checked plan."""
-    return rules()[str(_value(plan, "algorithm"))]
-
-
-def options_of(plan: MergePlan) -> Options:
-    """Return FlexMerge's own parameters of a checked plan."""
-    target = _value(plan, "target_size")
-    assert isinstance(target, Target)
-    return Options(
-        target=target,
-        rule=chosen_rule(plan),
-        linkage=str(_value(plan, "linkage")),
-        order=str(_value(plan, "order")),
-        granularity=str(_value(plan, "granularity")),
-    )
-
-
-def _value(plan: MergePlan, name: str) -> Any:
-    parameter = next(p for p in OWN if p.name == name)
-    given = plan.request.parameters.get(name, parameter.default)
-    return parameter.read(given)
+    # The size, as far as headers show it.
+    if not problems and isinstance(plan.rank, (int, NoneType)):
+        problem = _family(plan).problem(_chosen(plan)["target_size"])
+        yield from () if problem is None else (problem,)
 
 
 def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
-    """See `peft_merge.flexmerge.run.merge`."""
-    return merge(plan, options_of(plan), events)
+    """Merge a checked plan.
+
+    The inputs are read twice, one module at a time: once for the similarities of all tasks, once
+    for what is stored.
+
+    Raises:
+        ConfigError: the target size cannot be reached.
+        NonFiniteError: an adapter holds NaN or infinity.
+        MergeError: changes, or a merged one, leave the range of their dtype.
+    """
+    chosen, family = _chosen(plan), _family(plan)
+    similarities = _similarities(family, events)
+    planner = Dendrograms(family, similarities, chosen["linkage"], chosen["order"], plan.seed)
+    best = planner.plan(chosen["target_size"])
+    _forewarn(plan, family.rule, best.groups)
+    names = [adapter.name for adapter in plan.adapters]
+    changes: list[Changes] = [{} for _ in names]
+    shared: list[set[str]] = [set() for _ in names]
+    entries: list[dict[str, Any]] = []
+
+    def of_block(work: tuple[Block, Sequence[StoredGroup]]) -> list[Changes]:
+        block, groups = work
+        return [family.changes(block.modules, group.tasks) for group in groups]
+
+    work = list(zip(family.layout, best.groups, strict=True))
+    results = in_turn(of_block, work, plan.device) if family.small else map(of_block, work)
+    for (block, groups), found, similar in zip(work, results, similarities, strict=True):
+        described: list[dict[str, Any]] = []
+        for group, stored in zip(groups, found, strict=True):
+            for task in group.tasks:
+                changes[task].update(stored)
+                if len(group.tasks) > 1:
+                    shared[task].update(stored)
+            described.append(
+                {
+                    "tasks": [names[task] for task in group.tasks],
+                    "similarity": group.similarity,
+                    "modules": {module: dict(piece.details) for module, piece in stored.items()},
+                }
+            )
+        entries.append({"name": block.name, "groups": described, "similarities": similar.tolist()})
+        events.emit(BlockMerged(block.name, tuple(tuple(each["tasks"]) for each in described)))
+    adapters = tuple(family.adapter(task, own, shared[task]) for task, own in enumerate(changes))
+    size = best.size
+    events.emit(SizeReached(family.rule.name, size.models, size.bytes))
+    count = len(names)
+    apart = size.unit_bytes * count + size.private_bytes
+    note = (
+        f"{count} adapters in the space of {size.models:.4g}: {size.bytes:,} bytes when their "
+        f"tensors are shared (peft_merge.load_tasks), instead of {apart:,.0f}. Each folder is a "
+        "whole adapter."
+    )
+    target = chosen["target_size"]
+    modules = [item for b in entries for group in b["groups"] for item in group["modules"].items()]
+    # All that is known of a merge, and nothing of the run.
+    report = {
+        "format_version": FORMAT_VERSION,
+        **plan.described(),
+        "flexmerge": {
+            "algorithm": chosen["algorithm"],
+            "target_size": str(target) if target.models is None else f"{target} adapters",
+            **{name: chosen[name] for name in ("linkage", "order", "granularity")},
+        },
+        "size": {
+            "adapters": size.models,
+            "bytes": size.bytes,
+            "unit_bytes": size.unit_bytes,
+            "private_bytes": size.private_bytes,
+        },
+        # Upwards: each is a `target_size` that its adapters fit in.
+        "sizes": [math.ceil(each.models * 1e6 - 1e-3) / 1e6 for each in planner.trajectory],
+        # Ranks and truncation errors are those of what is shared.
+        "summary": summary(
+            len({module for module, _ in modules}),
+            [(module, details) for module, details in modules if "error" in details],
+        ),
+        "blocks": entries,
+        "notes": [*plan.notes, note],
+    }
+    return FlexMerged(adapters, report, written(plan.request, plan.adapters))
+
+
+def _similarities(family: Family, events: Dispatcher) -> list[Tensor]:
+    def gram_of(block: Block) -> Tensor:
+        return torch.stack([family.gram(module) for module in block.modules]).sum(dim=0)
+
+    started, blocks = time.perf_counter(), family.layout
+    events.emit(StatisticsBegin(len(blocks), "block"))
+    found = []
+    for block, gram in zip(blocks, in_turn(gram_of, blocks, family.plan.device), strict=True):
+        if not bool(torch.isfinite(gram).all()):
+            raise MergeError(
+                f"{block.name}: the changes are so large that their squares leave the range of "
+                "float64. Check the scalings of these adapters."
+            )
+        found.append(cosines(gram))
+        events.emit(TensorMeasured(block.name))
+    events.emit(StatisticsEnd({}, time.perf_counter() - started))
+    return found
+
+
+def _forewarn(plan: MergePlan, rule: Method, groups: Sequence[Sequence[StoredGroup]]) -> None:
+    """Warn once of what the rule has to say of groups of such sizes."""
+    counts = {len(group.tasks) for found in groups for group in found} - {1}
+    said = {
+        str(warning): warning
+        for module in plan.modules
+        for count in sorted(counts)
+        for warning in rule.forewarn(plan.resolve(module).options, Inputs(count, driver=ADAPTERS))
+    }
+    for warning in said.values():
+        warnings.warn(warning, stacklevel=5)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from mergekit_ext.events import MergeCallback
-from peft_merge.flexmerge import run
+from peft_merge.flexmerge import method
 from peft_merge.io import load_adapter, state_dict
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.loras import adapter, update
@@ -374,7 +374,7 @@ def test_threads_change_nothing(algorithm, monkeypatch):
         return flex(some(3, 5, [2, 3]), 2, algorithm=algorithm)
 
     beside = found()
-    monkeypatch.setattr(run, "in_turn", lambda work, pieces, device: map(work, pieces))
+    monkeypatch.setattr(method, "in_turn", lambda work, pieces, device: map(work, pieces))
     for one, other in zip(beside.adapters, found().adapters, strict=True):
         left, right = state_dict(one), state_dict(other)
         assert list(one.infos) == list(other.infos)

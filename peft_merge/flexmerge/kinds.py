@@ -1,0 +1,180 @@
+"""FlexMerge over LoRAs, whose groups are cut to a rank that saves space, and over (IA)^3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_ext.kernels.similarity import Gram
+from mergekit_ext.methods import Method
+from peft_merge.adapter import (
+    Ia3Adapter,
+    LoraAdapter,
+    ModuleInfo,
+    Update,
+    VectorInfo,
+    finite_update,
+    one_rank,
+)
+from peft_merge.algebra.core_space import CoreSpace
+from peft_merge.config.plan import MergePlan
+from peft_merge.flexmerge.family import Changes, Family, Group, cast_to
+from peft_merge.io.merged import ia3_configuration, lora_configuration, stored_ranks
+from peft_merge.modules import Piece, vector_changes
+
+
+class LoraFamily(Family):
+    """LoRAs.
+
+    All adapters have one rank in all modules, the largest of the inputs, and alpha equals it: so
+    every reader scales them alike, and PEFT's hot swap works between them. A group's change is the
+    best approximation of that rank.
+
+    With patterns every module has the rank of its own, and a group's change by default the largest
+    rank among its members there. A number is the rank of every merged change; with "lossless" or an
+    energy the ranks are found by merging.
+    """
+
+    def __init__(self, plan: MergePlan, rule: Method, granularity: str):
+        super().__init__(plan, rule, granularity)
+        self._found: dict[tuple[tuple[str, ...], Group], dict[str, int]] = {}
+        infos = (info for adapter in self.adapters for info in adapter.infos.values())
+        self._r = None if plan.patterns else one_rank(infos)
+
+    def gram(self, module: str) -> Tensor:
+        """See `Family.gram`; in core space, the bias of B belongs to the change."""
+        updates = [finite_update(a, module) if module in a.infos else None for a in self.adapters]
+        total = CoreSpace.of(updates, self.plan.device).gram().cpu()
+        if any(update is not None and update.bias is not None for update in updates):
+            count, rows, _ = self.infos(module, range(self.tasks))[0].shape
+            biases = torch.stack([_bias(update, count * rows) for update in updates])
+            total = total + biases @ biases.T
+        return (total + total.T) / 2
+
+    def elements(self, modules: Sequence[str], group: Group) -> dict[str, int]:
+        """See `Family.elements`; of both factors and the bias."""
+        found = {}
+        for module, rank in self._ranks(modules, group).items():
+            infos = self.infos(module, group)
+            n, rows, columns = infos[0].shape
+            bias = n * rows if any(info.bias for info in infos) else 0
+            found[module] = n * rank * (rows + columns) + bias
+        return found
+
+    def own(self, module: str, adapter: LoraAdapter) -> Piece[Update, ModuleInfo]:
+        """See `Family.own`: the factors with the scaling in B."""
+        info = adapter.infos[module]
+        dtype = self.forced or info.dtype
+        value = _cast(finite_update(adapter, module).unscaled(), dtype, module)
+        return Piece(value, replace(info, dtype=dtype))
+
+    def merged(self, module: str, group: Group) -> Piece[Update, ModuleInfo]:
+        """See `Family.merged`."""
+        rank = self.plan.rank
+        if rank is None or isinstance(rank, int):
+            rank = self._rank(module, group)
+        piece = self.merge(module, group, rank=rank)
+        return replace(piece, value=_cast(piece.value, piece.info.dtype, module))
+
+    def stored(self, changes: Changes) -> Changes:
+        """See `Family.stored`: with zeros up to the rank that is stored, which change nothing."""
+        ranks = stored_ranks({name: piece.info for name, piece in changes.items()}, self._r)
+        return {
+            name: replace(
+                piece,
+                value=piece.value.filled(ranks[name]),
+                info=replace(piece.info, rank=ranks[name]),
+            )
+            for name, piece in changes.items()
+        }
+
+    def configuration(
+        self, own: LoraAdapter, infos: Mapping[str, ModuleInfo], shared: Collection[str]
+    ) -> dict[str, Any]:
+        """See `Family.configuration`; its scaling is 1 in all modules."""
+        config = lora_configuration(infos, [own], own.saved)
+        common = lora_configuration(infos, self.adapters, ())
+        parameters = any(info.layout == "parameter" for info in infos.values())
+        config["lora_dropout"] = common["lora_dropout"]
+        config["target_parameters"] = common["target_parameters"] if parameters else None
+        return config
+
+    def _ranks(self, modules: Sequence[str], group: Group) -> dict[str, int]:
+        """Return those of the group's changes, from headers where that is possible."""
+        if len(group) == 1 or self.plan.rank is None or isinstance(self.plan.rank, int):
+            needed = {}
+            for module in modules:
+                if infos := self.infos(module, group):
+                    rank = infos[0].rank if len(group) == 1 else self._rank(module, group)
+                    needed[module] = replace(infos[0], rank=rank)
+            return stored_ranks(needed, self._r)
+        key = (tuple(modules), group)
+        if key not in self._found:
+            changes = self.changes(modules, group)
+            self._found[key] = {module: piece.info.rank for module, piece in changes.items()}
+        return self._found[key]
+
+    def _rank(self, module: str, group: Group) -> int:
+        infos = self.infos(module, group)
+        rank = self.plan.rank
+        if self._r is not None:
+            rank = self._r // infos[0].groups
+        elif not isinstance(rank, int):
+            rank = max(info.rank for info in infos)
+        return min(rank, infos[0].rows, infos[0].columns)
+
+
+def _cast(update: Update, dtype: torch.dtype, module: str) -> Update:
+    return replace(
+        update,
+        a=cast_to(update.a, dtype, module),
+        b=cast_to(update.b, dtype, module),
+        bias=None if update.bias is None else cast_to(update.bias, dtype, module),
+    )
+
+
+def _bias(update: Update | None, length: int) -> Tensor:
+    """Return the change of the output's bias."""
+    if update is None or update.bias is None:
+        return torch.zeros(length, dtype=torch.float64)
+    return update.scale * update.bias.to("cpu", torch.float64)
+
+
+class Ia3Family(Family):
+    """(IA)^3 adapters: vectors around 1, or their logarithms."""
+
+    def gram(self, module: str) -> Tensor:
+        """See `Family.gram`; of the changes that the rule sees: l - 1, or log l."""
+        gram = Gram(self.tasks)
+        changes = vector_changes(self.adapters, module, self.plan.space)
+        gram.add([change.flatten() for change in changes])
+        return gram.value
+
+    def elements(self, modules: Sequence[str], group: Group) -> dict[str, int]:
+        """See `Family.elements`."""
+        known = {module: self.infos(module, group) for module in modules}
+        return {module: math.prod(infos[0].shape) for module, infos in known.items() if infos}
+
+    def own(self, module: str, adapter: Ia3Adapter) -> Piece[Tensor, VectorInfo]:
+        """See `Family.own`."""
+        info = adapter.infos[module]
+        dtype = self.forced or info.dtype
+        vector = cast_to(adapter.load(module), dtype, module)
+        return Piece(vector, replace(info, dtype=dtype))
+
+    def merged(self, module: str, group: Group) -> Piece[Tensor, VectorInfo]:
+        """See `Family.merged`."""
+        piece = self.merge(module, group)
+        return replace(piece, value=piece.value.cpu())
+
+    def configuration(
+        self, own: Ia3Adapter, infos: Mapping[str, VectorInfo], shared: Collection[str]
+    ) -> dict[str, Any]:
+        """See `Family.configuration`; the task's own, but for modules of others."""
+        config = dict(own.config)
+        return config | ia3_configuration(infos, [own], own.saved) if shared else config
