@@ -18,9 +18,9 @@ from torch import Tensor
 from mergekit_ext.errors import UniformCoefficientsWarning
 from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, TensorMeasured
 from mergekit_ext.kernels.linear_algebra import norm
-from mergekit_ext.kernels.nan import combine_norms, inverse_norm_coefficients, uniform
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
 from mergekit_ext.methods import Method
+from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients, uniform
 from peft_merge.adapter import Ia3Adapter, Update, finite_update
 from peft_merge.algebra.core_space import orthonormal
 from peft_merge.config.plan import MergePlan

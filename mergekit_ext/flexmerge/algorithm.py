@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels.dare import drop_and_rescale
 from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype
-from mergekit_ext.kernels.seeds import derived
+from mergekit_ext.kernels.seeds import derived, drop_and_rescale
 from mergekit_ext.kernels.selection import Cut, Keeper
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors
 from mergekit_ext.kernels.ties import cut_of

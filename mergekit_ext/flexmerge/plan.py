@@ -13,8 +13,14 @@ from torch import Tensor
 from mergekit_ext.core.parameters import Parameter, choice
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
-from mergekit_ext.kernels.channel import kmeans_groups
-from mergekit_ext.kernels.grouping import LINKAGES, ORDERS, MergeOrder, merge_order, partition
+from mergekit_ext.kernels.grouping import (
+    LINKAGES,
+    ORDERS,
+    MergeOrder,
+    kmeans_groups,
+    merge_order,
+    partition,
+)
 
 DEFAULT_ALGORITHM = "task_arithmetic"
 

@@ -34,15 +34,18 @@ from mergekit_ext.host.declared import spec_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.host.weighted import in_pieces, weighted_by
-from mergekit_ext.kernels.nan import (
+from mergekit_ext.kernels.numerics import all_finite, squared_norms
+from mergekit_ext.methods import Inputs
+from mergekit_ext.methods.nan import (
+    NORM_OF,
+    PAPER,
+    SCALE,
     combine_norms,
     default_scale,
+    granularity,
     inverse_norm_coefficients,
     uniform,
 )
-from mergekit_ext.kernels.numerics import all_finite, squared_norms
-from mergekit_ext.methods import Inputs
-from mergekit_ext.methods.nan import NORM_OF, PAPER, SCALE, granularity
 from mergekit_ext.methods.sparsify import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.report.card import coefficients_section
 
@@ -95,7 +98,7 @@ class NanMethod(ExtMethod):
 
     :math:`a_i = (1/\|x_i\|_F) / \sum_j (1/\|x_j\|_F)`, x the task vectors (`norm_of:
     task_vector`, the default over a base) or the raw weights. A weight that the user gives
-    multiplies the coefficient. See `mergekit_ext.kernels.nan`.
+    multiplies the coefficient. See `mergekit_ext.methods.nan`.
 
     Args:
         wrapped: F; without it task arithmetic over a base, a weighted average without one.

@@ -1,11 +1,24 @@
-"""Binary masks, one bit for each parameter, and the weights that they select."""
+r"""Binary masks, one bit for each parameter: which rule makes them, packing, and what they select.
+
+A task k that FlexMerge stores as a mask has the weights
+:math:`\theta_{pre} + \gamma_k\,(m_k \circ \tau_{uni})`. EMR-Merging (Huang et al. 2024,
+"EMR-Merging: Tuning-Free High-Performance Model Merging") elects the unified vector, masks it by
+signs and rescales; Consensus takes the TIES vector, TALL masks (Wang et al. 2024, "Localizing Task
+Information for Improved Model Merging and Compression") and :math:`\gamma_k = 1`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.numerics import chunks, compute_dtype
+from mergekit_ext.kernels.threads import in_threads
+
+# Of TALL masks, as FlexMerge uses them.
+DEFAULT_THRESHOLD = 0.6
 
 # Eight bytes of 0 or 1, read as one little-endian integer, times this: its top byte has byte i in
 # bit i. No two of the partial products meet, so nothing is carried.
@@ -15,21 +28,104 @@ _REPEAT_BYTE = 0x0101010101010101
 _ONE_BIT_EACH = 0x8040201008040201 - (1 << 64)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """Eight entries of `mask` a byte.
+def tall_mask(delta: Tensor, unified: Tensor, threshold: float = DEFAULT_THRESHOLD) -> Tensor:
+    r"""Return the TALL mask :math:`m_k = 1[\,|\tau_k| \ge \lambda\,|\tau_{uni} - \tau_k|\,]`.
 
     Args:
-        mask: bool, any shape, n entries.
+        delta: the task vector, any floating dtype.
+        unified: the merged task vector.
+        threshold: lambda, at least 0; the larger, the less is kept. 0 keeps everything.
+
+    Returns:
+        bool, the shape of `delta`. Differences are float64, so that float32 inputs neither
+        overflow nor round. An entry with NaN is not kept.
+
+    The authors' code has ``>`` where the paper has ``>=``; the paper's is taken. They differ
+    where both sides are equal: the entry is then within the rule, and with two zeros its value is
+    zero either way.
+    """
+    flat, flat_unified = delta.reshape(-1), unified.reshape(-1)
+    kept = torch.empty(flat.numel(), dtype=torch.bool, device=delta.device)
+    for chunk in chunks(flat):
+        task = flat[chunk].to(torch.float64)
+        apart = (flat_unified[chunk].to(torch.float64) - task).abs_().mul_(threshold)
+        kept[chunk] = task.abs() >= apart
+    return kept.view(delta.shape)
+
+
+def elected(deltas: Sequence[Tensor]) -> Tensor:
+    r"""Return EMR's task vector :math:`\tau_{uni} = \gamma_{uni} \circ \epsilon_{uni}`.
+
+    :math:`\gamma_{uni} = \mathrm{sgn}(\sum_k \tau_k)`, and :math:`\epsilon_{uni}` the largest
+    magnitude among the :math:`\tau_k` with that sign, entry by entry.
+
+    Args:
+        deltas: m task vectors of one shape and dtype, float32 or float64.
+
+    Returns:
+        the shape and dtype of the inputs. An entry where a task vector has NaN is NaN.
+
+    Sums are float64. Where the task vectors cancel, sgn is 0 and so is the entry, as the equation
+    says; the authors' code elects the negative sign there.
+    """
+    out = torch.empty_like(deltas[0], memory_format=torch.contiguous_format)
+    flat_out, flat = out.view(-1), [delta.reshape(-1) for delta in deltas]
+    for chunk in chunks(flat_out):
+        first, *others = [source[chunk] for source in flat]
+        total = first.to(torch.float64, copy=True)
+        largest = smallest = first
+        for piece in others:
+            total.add_(piece)
+            largest, smallest = torch.maximum(largest, piece), torch.minimum(smallest, piece)
+        # A positive sum has a positive largest term: it is the largest magnitude of that sign. The
+        # sum itself is left where it is zero, and where it is NaN.
+        settled = torch.where(total < 0, smallest, total.to(smallest.dtype))
+        flat_out[chunk] = torch.where(total > 0, largest, settled)
+    return out
+
+
+def sign_mask(delta: Tensor, unified: Tensor) -> Tensor:
+    r"""Return EMR's mask :math:`m_k = 1[\tau_k \circ \tau_{uni} > 0]`, bool.
+
+    Signs are compared, since the product may leave the range of the dtype.
+    """
+    positive = (delta > 0) & (unified > 0)
+    return positive.logical_or_((delta < 0) & (unified < 0))
+
+
+def rescaler(delta: Tensor, unified: Tensor) -> float:
+    r"""Return EMR's factor :math:`\gamma_k = \sum|\tau_k| \,/\, \sum|m_k \circ \tau_{uni}|`.
+
+    Both sums are float64 and run over the whole block: in the authors' code they are sums of the
+    means of each tensor, so that a bias weighs as much as a matrix. 0.0 for a task vector of
+    zeros. 1.0 for one that agrees with the unified vector nowhere: nothing is then left to
+    rescale.
+    """
+    flat, flat_unified = delta.reshape(-1), unified.reshape(-1)
+
+    def sums(chunk: slice) -> tuple[float, float]:
+        piece, common = flat[chunk], flat_unified[chunk]
+        kept = common.abs() * sign_mask(piece, common)
+        return (
+            float(piece.abs().sum(dtype=torch.float64)),
+            float(kept.sum(dtype=torch.float64)),
+        )
+
+    whole, left = 0.0, 0.0
+    for own, common in in_threads(sums, chunks(flat), flat.device):
+        whole, left = whole + own, left + common
+    if whole == 0.0:
+        return 0.0
+    return 1.0 if left == 0.0 else whole / left
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack eight entries of a bool tensor of any shape and n entries into each byte.
 
     Returns:
         uint8, ``ceil(n / 8)`` bytes. Entry j is bit ``j % 8`` (from the least significant) of
         byte ``j // 8``; the bits after the last entry are zero.
-
-    Raises:
-        TypeError: `mask` is not bool.
     """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: found dtype {mask.dtype}; expected torch.bool")
     flat = mask.reshape(-1)
     packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
     for part in chunks(flat):
@@ -37,29 +133,25 @@ def pack_bits(mask: Tensor) -> Tensor:
         # The length of a chunk is a multiple of 8, except for the last one.
         if piece.numel() % 8:
             piece = torch.nn.functional.pad(piece, (0, -piece.numel() % 8))
-        words = _as_words(piece.view(torch.uint8))
+        octets = piece.view(torch.uint8)
+        # A view needs memory that starts at a multiple of eight bytes, which a slice may not.
+        aligned = octets if octets.storage_offset() % 8 == 0 else octets.clone()
+        words = aligned.contiguous().view(torch.int64)
         first = part.start // 8
         packed[first : first + words.numel()] = ((words * _GATHER_BITS) >> 56) & 0xFF
     return packed
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first `count` entries that `pack_bits` packed, bool, one-dimensional.
-
-    Args:
-        packed: uint8, ``ceil(count / 8)`` bytes.
-        count: how many entries.
+    """Return the first `count` entries that `pack_bits` packed, bool, one-dimensional.
 
     Raises:
-        TypeError: `packed` is not uint8.
-        ValueError: `packed` has another number of bytes.
+        ValueError: `packed` is not uint8, or has another number than ``ceil(count / 8)`` bytes.
     """
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"packed: found dtype {packed.dtype}; expected torch.uint8")
-    if count < 0 or packed.numel() != -(-count // 8):
+    if packed.dtype != torch.uint8 or count < 0 or packed.numel() != -(-count // 8):
         raise ValueError(
-            f"packed: found {packed.numel()} bytes for {count} entries; expected one byte for "
-            "every eight entries"
+            f"packed: found {packed.numel()} of {packed.dtype} for {count} entries; expected one "
+            "byte for every eight entries"
         )
     flat = packed.reshape(-1)
     bits = torch.empty(8 * flat.numel(), dtype=torch.bool, device=packed.device)
@@ -72,7 +164,7 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
 def reconstruct(
     base: Tensor, unified: Tensor, mask: Tensor, rescale: float, out_dtype: torch.dtype
 ) -> Tensor:
-    r"""One task's weights, :math:`\hat\theta = \theta_{pre} + \gamma\,(m \circ \tau_{uni})`.
+    r"""Return one task's weights, :math:`\hat\theta = \theta_{pre} + \gamma\,(m \circ \tau_{uni})`.
 
     FlexMerge, table 1: gamma is EMR's rescaler, and 1 for Consensus.
 
@@ -86,26 +178,11 @@ def reconstruct(
     Returns:
         the shape of `base`, computed in float32 (float64 if an input is) and cast once. NaN or
         infinity in `unified` gives NaN even where the mask is off.
-
-    Raises:
-        ValueError: the numbers of entries differ.
     """
     flat_base, flat, selected = base.reshape(-1), unified.reshape(-1), mask.reshape(-1)
-    for name, other in (("unified", flat), ("mask", selected)):
-        if other.numel() != flat_base.numel():
-            raise ValueError(
-                f"{name}: found {other.numel()} entries; expected {flat_base.numel()}, as in base"
-            )
     dtype = compute_dtype([base, unified])
     out = torch.empty(flat_base.numel(), dtype=out_dtype, device=base.device)
     for part in chunks(flat_base):
         task = flat[part].to(dtype) * selected[part]
         out[part] = task.mul_(rescale).add_(flat_base[part])
     return out.view(base.shape)
-
-
-def _as_words(octets: Tensor) -> Tensor:
-    """Bytes, a multiple of eight of them, as 64-bit integers."""
-    # A view needs memory that starts at a multiple of eight bytes, which a slice may not.
-    aligned = octets if octets.storage_offset() % 8 == 0 else octets.clone()
-    return aligned.contiguous().view(torch.int64)

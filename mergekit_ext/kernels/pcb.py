@@ -16,17 +16,13 @@ from mergekit_ext.kernels.selection import order_statistic
 DEFAULT_DENSITY = 0.1
 DEFAULT_CLIP = 1e-4
 
-Part = tuple[Tensor, Tensor]  # of a task vector and of the sum of all, both flat
-
 
 def pcb_merge(
-    deltas: Sequence[Sequence[Tensor]],
-    density: float = DEFAULT_DENSITY,
-    clip: float = DEFAULT_CLIP,
-) -> list[Tensor]:
-    r"""The merged task vector :math:`\tau = \sum_i s_i \circ c_i \,/\, \sum_i s_i`.
+    deltas: Sequence[Tensor], density: float = DEFAULT_DENSITY, clip: float = DEFAULT_CLIP
+) -> Tensor:
+    r"""Return the merged task vector :math:`\tau = \sum_i s_i \circ c_i \,/\, \sum_i s_i`.
 
-    For each of the n task vectors :math:`\delta_i`, over all of its entries:
+    For each of the n task vectors :math:`\delta_i`, over all of its d entries:
 
     * :math:`c_i = \mathrm{sgn}(\delta_i)\,|\delta_i|`, the ``floor(clip * d)`` least of the d
       magnitudes raised to the next one, the ``ceil(clip * d)`` largest lowered: always the largest
@@ -54,74 +50,53 @@ def pcb_merge(
     return their clipped selves where they are kept.
 
     Args:
-        deltas: n task vectors, each a sequence of parts; the parts of all have the same shapes
-            and one dtype, float32 or float64. Finite.
+        deltas: n task vectors of one shape and dtype, float32 or float64. Finite.
         density: share of entries kept, in (0, 1]; at least one, and an entry at q is not.
         clip: share of magnitudes clipped at either end, in [0, 0.5).
 
     Returns:
-        one tensor for each part, in its dtype. Computed in float64, in cache-sized pieces; beyond
-        the inputs and the result, one block of float64 (the sum) is held. Each input is read four
-        times, mostly, and up to about ten times.
-
-    Raises:
-        ValueError: `density` or `clip` is out of range.
+        the shape and dtype of the inputs. Computed in float64, in cache-sized pieces; beyond the
+        inputs and the result, the sum is held in float64. Each input is read four times, mostly,
+        and up to about ten times.
     """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density: found {density!r}; expected a number above 0, at most 1")
-    if not 0.0 <= clip < 0.5:
-        raise ValueError(f"clip: found {clip!r}; expected a number from 0 to below 0.5")
-    totals = [_sum(parts) for parts in zip(*deltas, strict=True)]
-    tasks = [_Competitor(delta, totals, len(deltas), density, clip) for delta in deltas]
-    merged = []
-    for index, parts in enumerate(zip(*deltas, strict=True)):
-        out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-        flat, flat_out, total = [p.reshape(-1) for p in parts], out.view(-1), totals[index]
-        for chunk in chunks(flat_out):
-            pieces = [source[chunk].to(torch.float64) for source in flat]
-            flat_out[chunk] = _balanced(tasks, pieces, total[chunk])
-        merged.append(out)
-    return merged
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros(parts[0].numel(), dtype=torch.float64, device=parts[0].device)
-    for part in parts:
-        total.add_(part.reshape(-1))
-    return total
-
-
-def _balanced(tasks: Sequence[_Competitor], pieces: Sequence[Tensor], total: Tensor) -> Tensor:
-    top, bottom = torch.zeros_like(total), torch.zeros_like(total)
-    for task, piece in zip(tasks, pieces, strict=True):
-        share = task.share(piece, total)
-        bottom.add_(share)
-        top.addcmul_(share, task.clipped(piece))
-    return top.div_(bottom.masked_fill_(bottom == 0, 1.0))
+    out = torch.empty_like(deltas[0], memory_format=torch.contiguous_format)
+    flat, flat_out = [delta.reshape(-1) for delta in deltas], out.view(-1)
+    total = torch.zeros(out.numel(), dtype=torch.float64, device=out.device)
+    for source in flat:
+        total.add_(source)
+    tasks = [_Competitor(source, total, len(flat), density, clip) for source in flat]
+    for chunk in chunks(flat_out):
+        top, bottom = torch.zeros_like(total[chunk]), torch.zeros_like(total[chunk])
+        for task, source in zip(tasks, flat, strict=True):
+            piece = source[chunk].to(torch.float64)
+            share = task.share(piece, total[chunk])
+            bottom.add_(share)
+            top.addcmul_(share, task.clipped(piece))
+        flat_out[chunk] = top.div_(bottom.masked_fill_(bottom == 0, 1.0))
+    return out
 
 
 class _Competitor:
     """One task vector: its quantiles, and the share that it gets of each entry."""
 
-    def __init__(
-        self,
-        delta: Sequence[Tensor],
-        totals: Sequence[Tensor],
-        models: int,
-        density: float,
-        clip: float,
-    ):
-        self._models = models
-        flat = [part.reshape(-1) for part in delta]
-        pairs: list[Part] = list(zip(flat, totals, strict=True))
-        count = sum(part.numel() for part in flat)
+    def __init__(self, flat: Tensor, total: Tensor, models: int, density: float, clip: float):
+        self._models, count = models, flat.numel()
         self._low = self._high = self._threshold = self._most = 0.0
         if count == 0:
             return
-        self._low, self._high = _clip_range(lambda: _magnitudes(pairs), clip, count)
+
+        def magnitudes() -> Iterator[Tensor]:
+            return (flat[chunk].abs().to(torch.float64) for chunk in chunks(flat))
+
+        def scores() -> Iterator[Tensor]:
+            return (
+                self._score(flat[chunk].to(torch.float64), total[chunk]) for chunk in chunks(flat)
+            )
+
+        self._low, self._high = _clip_range(magnitudes, clip, count)
         at = min(int(count * (1.0 - density)), count - 1)
-        self._threshold = order_statistic(lambda: self._scores(pairs), at, count)
-        self._most = max(float(piece.max()) for piece in self._scores(pairs))
+        self._threshold = order_statistic(scores, at, count)
+        self._most = max(float(piece.max()) for piece in scores())
 
     def clipped(self, piece: Tensor) -> Tensor:
         return piece.abs().clamp_(self._low, self._high).copysign_(piece).mul_(piece != 0)
@@ -142,17 +117,6 @@ class _Competitor:
             return rivalry
         own = piece.abs().clamp_(self._low, self._high).sub_(self._low).div_(width)
         return own.square_().mul_(self._models).exp_().mul_(rivalry)
-
-    def _scores(self, pairs: Sequence[Part]) -> Iterator[Tensor]:
-        for flat, total in pairs:
-            for chunk in chunks(flat):
-                yield self._score(flat[chunk].to(torch.float64), total[chunk])
-
-
-def _magnitudes(pairs: Sequence[Part]) -> Iterator[Tensor]:
-    for flat, _ in pairs:
-        for chunk in chunks(flat):
-            yield flat[chunk].abs().to(torch.float64)
 
 
 def _clip_range(

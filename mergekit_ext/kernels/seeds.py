@@ -1,4 +1,4 @@
-"""Seeds for parts of a merge, so that no part's random numbers depend on what came before it."""
+"""Random numbers: seeds that do not depend on what came before, and DARE, which drops by them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from mergekit_ext.kernels.numerics import compute_dtype
 
 
 def derived(seed: int, *names: str | int) -> int:
@@ -40,14 +43,33 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(own, device_type=kind):
         # Not torch.manual_seed: threads may be drawing from the generators of other devices.
         torch.default_generator.manual_seed(seed)
-        if own:
-            _seed_device(seed, device)
+        for accelerator in own:
+            module = torch.get_device_module(accelerator)
+            if hasattr(module, "default_generators"):
+                module.default_generators[accelerator.index or 0].manual_seed(seed)
+            else:
+                module.manual_seed(seed)
         yield
 
 
-def _seed_device(seed: int, device: torch.device) -> None:
-    module = torch.get_device_module(device)
-    if hasattr(module, "default_generators"):
-        module.default_generators[device.index or 0].manual_seed(seed)
-    else:
-        module.manual_seed(seed)
+def drop_and_rescale(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    r"""Return :math:`m \circ \delta / (1 - p)`, :math:`m_j \sim` Bernoulli(:math:`1 - p`).
+
+    DARE: Yu et al. 2024, "Language Models are Super Mario".
+
+    Args:
+        delta: any shape and floating dtype.
+        density: :math:`1 - p` in (0, 1], the probability of keeping an entry (the paper writes
+            the drop rate p). With 1 everything is kept and nothing is drawn.
+        generator: where the random numbers come from. They are drawn on its device, one for each
+            entry in order, so that a seed drops the same entries wherever `delta` is.
+
+    Returns:
+        a new tensor in float32 (float64 for float64), expectation `delta`. NaN and infinity come
+        out as NaN where they are dropped.
+    """
+    scaled = delta.to(compute_dtype([delta]), copy=True)
+    if density == 1.0:
+        return scaled
+    drawn = torch.rand(delta.shape, generator=generator, device=generator.device)
+    return scaled.div_(density).mul_((drawn < density).to(delta.device))

@@ -39,28 +39,15 @@ class Gram:
 
     def __init__(self, count: int):
         """``count``: the number m of task vectors, at least 1."""
-        if count < 1:
-            raise ValueError(f"count is {count}; expected at least 1 task vector")
         self._count = count
         self._total = torch.zeros(count, count, dtype=torch.float64)
 
     def add(self, tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
-        """Take in one tensor of the block.
+        """Take in one tensor of the block, that of each of the m models, and that of the base.
 
-        Args:
-            tensors: the tensor of each of the m models: one shape, one device, any floating
-                dtypes.
-            base: the tensor of the base, of the same shape and device.
-
-        Raises:
-            ValueError: the number of tensors is not m, or shapes differ.
+        One shape, one device, any floating dtypes.
         """
-        if len(tensors) != self._count:
-            raise ValueError(f"got {len(tensors)} tensors; expected {self._count}")
         sources = list(tensors) if base is None else [*tensors, base]
-        shapes = {tuple(source.shape) for source in sources}
-        if len(shapes) > 1:
-            raise ValueError(f"the tensors' shapes differ: {sorted(shapes)}")
         dtype, device = compute_dtype(sources), sources[0].device
         flat = [tensor.reshape(-1) for tensor in tensors]
         flat_base = None if base is None else base.reshape(-1)
@@ -94,12 +81,8 @@ class Gram:
 def cosines(gram: Tensor) -> Tensor:
     r"""Return :math:`c_{ij} = G_{ij} / \sqrt{G_{ii} G_{jj}}`.
 
-    Args:
-        gram: (m, m) inner products, as `Gram.value` gives them.
-
-    Returns:
-        (m, m) float64: symmetric, in [-1, 1], 1 on the diagonal, rounded to multiples of
-        2**-36 (1.5e-11).
+    From the (m, m) inner products of `Gram.value`; (m, m) float64: symmetric, in [-1, 1], 1 on the
+    diagonal, rounded to multiples of 2**-36 (1.5e-11).
 
     The paper does not say what a zero task vector is similar to. Two zero vectors are the same
     vector: 1. A zero and a non-zero one have nothing in common: 0. A vector with a non-finite norm

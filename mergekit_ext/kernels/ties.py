@@ -18,7 +18,7 @@ from mergekit_ext.kernels.numerics import chunks, compute_dtype
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
 
 # mergekit rescales only where both sums of magnitudes reach this.
-_RESCALE_FROM = 1e-7
+RESCALE_FROM = 1e-7
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def merge_ties(
 
 
 def cut_of(delta: Tensor, density: float) -> Cut:
-    """The cut that trims a flat task vector (float32 or float64) to a `density` above 0."""
+    """Return the cut that trims a flat task vector (float32 or float64) to a `density` above 0."""
     if density >= 1 or not delta.numel():
         return EVERYTHING
     return cut_for(lambda: (delta,), kept(density, delta.numel()), delta.dtype)
 
 
 def kept(density: float, size: int) -> int:
-    """How many of `size` entries a `density` between 0 and 1 keeps."""
+    """Return how many of `size` entries a `density` between 0 and 1 keeps."""
     return max(1, int(density * size))
 
 
@@ -102,27 +102,25 @@ class _Source:
     ):
         self._flat, self._base, self._dtype = flat, base, dtype
         self._zero = not isinstance(density, Cut) and density <= 0
-        self._cut = density if isinstance(density, Cut) else self._find(density)
-        self._factor = self._rescaling() if rescale and self._cut is not EVERYTHING else 1.0
-        self._keeper = Keeper(self._cut)
-
-    def _find(self, density: float) -> Cut:
-        if not 0 < density < 1 or not self._flat.numel():
-            return EVERYTHING
-        return cut_for(self._pieces, kept(density, self._flat.numel()), self._dtype)
+        if isinstance(density, Cut):
+            cut = density
+        elif 0 < density < 1 and flat.numel():
+            cut = cut_for(self._pieces, kept(density, flat.numel()), dtype)
+        else:
+            cut = EVERYTHING
+        self._keeper, self._factor = Keeper(cut), 1.0
+        if rescale and cut is not EVERYTHING:
+            keeper, before, after = Keeper(cut), 0.0, 0.0
+            for piece in self._pieces():
+                before += total(piece.abs().double())
+                after += total(keeper.drop(piece).abs().double())
+            self._factor = 1.0 if min(before, after) < RESCALE_FROM else before / after
 
     def _delta(self, part: slice) -> Tensor:
         return self._flat[part].to(self._dtype) - self._base[part].to(self._dtype)
 
     def _pieces(self) -> Iterator[Tensor]:
         return (self._delta(part) for part in chunks(self._flat))
-
-    def _rescaling(self) -> float:
-        keeper, before, after = Keeper(self._cut), 0.0, 0.0
-        for piece in self._pieces():
-            before += total(piece.abs().double())
-            after += total(keeper.drop(piece).abs().double())
-        return 1.0 if min(before, after) < _RESCALE_FROM else before / after
 
     def trimmed(self, part: slice) -> Tensor:
         """The trimmed task vector on `part`; parts must come in order."""

@@ -1,10 +1,8 @@
 """Declare each merge method once; mergekit's methods, FlexMerge's F and the adapters' rules follow.
 
-One file holds the methods of one paper. A file of this package registers its methods when it is
+One file holds the methods of one paper, or of papers with one form, and registers them when it is
 imported; `methods` imports all of them.
 """
-
-from __future__ import annotations
 
 from mergekit_ext.methods.method import (
     ADAPTERS,
@@ -12,12 +10,12 @@ from mergekit_ext.methods.method import (
     MODELS,
     Call,
     Inputs,
-    Masks,
     Merged,
     Method,
     Settings,
+    methods,
+    register,
 )
-from mergekit_ext.methods.registry import methods, register
 
 __all__ = [
     "ADAPTERS",
@@ -25,7 +23,6 @@ __all__ = [
     "MODELS",
     "Call",
     "Inputs",
-    "Masks",
     "Merged",
     "Method",
     "Settings",

@@ -21,8 +21,8 @@ from mergekit_ext.methods.method import (
     Merged,
     Method,
     divided_by,
+    register,
 )
-from mergekit_ext.methods.registry import register
 
 SOUPS = "https://arxiv.org/abs/2203.05482"
 TASK_VECTORS = "https://arxiv.org/abs/2212.04089"
@@ -61,8 +61,7 @@ def _mean_factor(weights: Sequence[float], options: Mapping[str, Any]) -> float:
 
 
 def _lambda_of_mean(weights: Sequence[float], options: Mapping[str, Any]) -> float:
-    factor: float = options["lambda"]
-    return factor / len(weights)
+    return float(options["lambda"]) / len(weights)
 
 
 def _sum_times(

@@ -12,21 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.core.parameters import (
-    Count,
-    NonNegative,
-    Parameter,
-    Positive,
-    Share,
-    choice,
-)
+from mergekit_ext.core.parameters import Count, NonNegative, Parameter, Positive, Share, choice
 from mergekit_ext.errors import MergeWarning, NotConvergedWarning, Problem, TwoModelsWarning
-from mergekit_ext.kernels.lore import (
-    DEFAULT_MAX_ITERATIONS,
-    DEFAULT_TOLERANCE,
-    LoreResult,
-    lore,
-)
+from mergekit_ext.kernels import lore as kernel
 from mergekit_ext.methods.linear import LAMBDA
 from mergekit_ext.methods.method import (
     ADAPTERS,
@@ -37,36 +25,28 @@ from mergekit_ext.methods.method import (
     Method,
     cancelling,
     divided_by,
+    register,
 )
-from mergekit_ext.methods.registry import register
 
 _THRESHOLDS = ("mu", "mu_relative", "rank_ratio")
 _PASSED = ("combine", "update", "max_iterations", "tolerance")
+_RELATIVE = "threshold relative to the largest singular value of the differences"
+_UPDATE = "when the estimated base is solved again: after all task vectors, or after each"
 _PARAMETERS = (
     Parameter("mu", NonNegative | None, None, "threshold on singular values, absolute"),
-    Parameter(
-        "mu_relative",
-        NonNegative | None,
-        None,
-        "threshold relative to the largest singular value of the differences",
-    ),
+    Parameter("mu_relative", NonNegative | None, None, _RELATIVE),
     Parameter("rank_ratio", Share | None, None, "rank kept, as a part of min(rows, columns)"),
     LAMBDA,
     Parameter("combine", choice("sum", "mean", "ties"), "sum", "how the task vectors are combined"),
-    Parameter(
-        "update",
-        choice("simultaneous", "sequential"),
-        "simultaneous",
-        "when the estimated base is solved again: after all task vectors, or after each",
-    ),
+    Parameter("update", choice("simultaneous", "sequential"), "simultaneous", _UPDATE),
     Parameter(
         "max_iterations",
         Count,
-        DEFAULT_MAX_ITERATIONS,
+        kernel.DEFAULT_MAX_ITERATIONS,
         "iterations after which the solver stops",
     ),
     Parameter(
-        "tolerance", Positive, DEFAULT_TOLERANCE, "relative change at which it has converged"
+        "tolerance", Positive, kernel.DEFAULT_TOLERANCE, "relative change at which it has converged"
     ),
 )
 _BASE = Parameter(
@@ -86,7 +66,7 @@ def over_base(
     base: Tensor | None, models: Sequence[Tensor], call: Call, dtype: torch.dtype
 ) -> Merged:
     r"""Return :math:`\theta_0 + \lambda\tau`, :math:`\theta_0` being `base` or estimated."""
-    result = lore(
+    result = kernel.lore(
         models,
         base=base,
         lam=call.options["lambda"],
@@ -95,9 +75,8 @@ def over_base(
         on_iteration=call.on_iteration,
         **{name: call.options[name] for name in (*_THRESHOLDS, *_PASSED)},
     )
-    details = _details(result)
     cancelled = base is None and models[0].ndim > 1 and _cancels(call.options, call.weights)
-    return Merged(result.merged.to(dtype), {**details, "averaged": cancelled})
+    return Merged(result.merged.to(dtype), {**_details(result), "averaged": cancelled})
 
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
@@ -121,7 +100,7 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
             divided_by(weights, "combine: sum")
         weights = [1.0] * len(tensors)  # NAN gives changes of zero no weight; so is their mean
     known = call.options["base"] == "known"
-    result = lore(
+    result = kernel.lore(
         matrices,
         base=torch.zeros_like(matrices[0]) if known else None,
         lam=call.options["lambda"],
@@ -142,7 +121,7 @@ def _threshold(call: Call, short_side: int) -> dict[str, Any]:
     return given
 
 
-def _details(result: LoreResult) -> dict[str, Any]:
+def _details(result: kernel.LoreResult) -> dict[str, Any]:
     return {
         "iterations": result.iterations,
         "change": result.change,

@@ -1,10 +1,13 @@
-"""What a merge method is: parameters, checks, and one function from tensors to a tensor."""
+"""What a merge method is, parameters, checks and a function of tensors, and which there are."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext.core.memory import Copies, unknown_copies
@@ -23,9 +26,6 @@ MODELS, BLOCKS, ADAPTERS = "models", "blocks", "adapters"
 # Yields the rows of one tensor in order, some at a time (a vector at once), as float64 tensors
 # of the caller's own, each time it is called.
 Pieces = Callable[[], Iterator["Tensor"]]
-
-# Receives iteration, objective and change of a solver.
-OnIteration = Callable[[int, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ class Call(Settings):
     """What a method's function may know beyond the tensors.
 
     Attributes:
-        layout: how tensors of more than two axes are seen: see `kernels.lore`.
+        layout: see `kernels.linear_algebra.matrices_of`.
         short_side: the shorter side of the change itself, where the tensors are its coordinates
             in a smaller space.
         generators: one for each tensor, on the CPU, for methods that draw random numbers.
         kept: what trimming keeps of each input: a density, or a cut of its whole model.
-        on_iteration: called after each iteration of an iterative method.
+        on_iteration: called by an iterative method with iteration, objective and change.
     """
 
     layout: str = "matrix"
     short_side: int | None = None
     generators: Sequence[torch.Generator] = ()
     kept: Sequence[float | Cut] = ()
-    on_iteration: OnIteration | None = None
+    on_iteration: Callable[[int, float, float], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,7 @@ class Method:
         forewarn: ``forewarn(options, inputs)``: warnings before anything is read.
         after: ``after(name, records)``: warnings about a finished merge; records are what was
             reported of each tensor or module.
-        copies: ``copies(models, square)``: how many copies of a tensor `merge` holds at once;
-            arguments as for `memory.working`.
+        copies: see `memory.Copies`; of a tensor, which `merge` holds at once.
         divides: whether the sum is divided by that of the weights with these options.
         nan: whether the weights are multiplied by NAN's coefficients.
     """
@@ -173,9 +172,7 @@ class Method:
     kmeans: bool = False
     check: Callable[[Mapping[str, Any], Inputs], Iterable[Problem]] = lambda options, inputs: ()
     check_each: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda values: ()
-    forewarn: Callable[[Mapping[str, Any], Inputs], Iterable[MergeWarning]] = (
-        lambda options, inputs: ()
-    )
+    forewarn: Callable[[Mapping[str, Any], Inputs], Iterable[MergeWarning]] = lambda *inputs: ()
     after: Callable[[str, Mapping[str, Mapping[str, Any]]], Iterable[MergeWarning]] = (
         lambda name, records: ()
     )
@@ -218,6 +215,36 @@ class Method:
         return not any(settings.weights) if self.nan else cancelling(settings.weights)
 
 
+_METHODS: dict[tuple[str, str], Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a method for each of its drivers.
+
+    Raises:
+        ValueError: a driver has a method of this name already.
+    """
+    keys = [(driver, method.name) for driver in sorted(method.drivers)]
+    for key in keys:
+        if key in _METHODS:
+            raise ValueError(f"{method.name}: {key[0]} have a merge method of this name already")
+    _METHODS.update(dict.fromkeys(keys, method))
+    return method
+
+
+def methods(driver: str) -> Mapping[str, Method]:
+    """Return the methods that a driver offers by the names that they have in YAML."""
+    _load()
+    return {name: method for (owner, name), method in _METHODS.items() if owner == driver}
+
+
+@cache
+def _load() -> None:
+    package = importlib.import_module("mergekit_ext.methods")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
 # What is left of 0.1 + 0.2 - 0.3 in floats is none.
 _CANCELLED = 1e-12
 
@@ -255,8 +282,3 @@ def layout_of(name: str, axes: int) -> str:
     if axes <= 2:
         return "matrix"
     return "flattened" if axes > 3 or "conv" in name.lower() else "stacked"
-
-
-def defaulting(parameter: Parameter, default: Any) -> Parameter:
-    """Return the parameter with another default."""
-    return replace(parameter, default=default)

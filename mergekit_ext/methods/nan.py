@@ -1,22 +1,26 @@
 r"""NAN: coefficients from inverse norms, for any weighted merge method F.
 
-Si et al., "NAN: A Training-Free Solution to Coefficient Estimation in Model Merging", section 3.3:
-:math:`a_i = (1/\|x_i\|_F) / \sum_j (1/\|x_j\|_F)`, x the task vectors, or the raw weights where
-there is no base. Merged is ``W_0 + scale * F(a_1 w_1, ...; t_1, ...)``. See `kernels.nan`.
+Si et al., "NAN: A Training-Free Solution to Coefficient Estimation in Model Merging", section 3.3.
+Merged is ``W_0 + scale * F(a_1 w_1, ...; t_1, ...)`` with the coefficients `a` of task vectors, or
+of raw weights where there is no base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Parameter, choice
-from mergekit_ext.kernels.nan import default_scale
 from mergekit_ext.kernels.task_arithmetic import weighted_sum
-from mergekit_ext.methods.method import ADAPTERS, Call, Merged, Method, Pieces, Rows
-from mergekit_ext.methods.registry import register
+from mergekit_ext.methods.method import ADAPTERS, Call, Merged, Method, Pieces, register
+
+_Group = TypeVar("_Group", bound=Hashable)
+_Model = TypeVar("_Model", bound=Hashable)
 
 PAPER = "https://arxiv.org/abs/2505.16148"
 
@@ -42,6 +46,71 @@ def granularity(*names: str) -> Parameter:
 _OF_ADAPTERS = (SCALE, granularity("tensor", "model"))
 
 
+def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
+    r"""Return :math:`a_i = \frac{1/\|W_i\|_F}{\sum_j 1/\|W_j\|_F}` (equation 10).
+
+    Args:
+        norms: Frobenius norms of the m models' task vectors or weights; each finite, at least 0.
+
+    Returns:
+        m coefficients that are at least 0 and sum to 1. They depend on the ratios of the norms
+        only.
+
+    The paper does not say what a zero norm means. A task vector that is zero carries no
+    information: its coefficient is 0 and the others are normalised among themselves. If all are
+    zero, all coefficients are 0, and the caller returns the base.
+
+    Raises:
+        ValueError: a norm is negative, NaN or infinite.
+    """
+    for position, norm in enumerate(norms):
+        if not (math.isfinite(norm) and norm >= 0):
+            raise ValueError(f"norms[{position}] is {norm}; expected a finite number, at least 0")
+    positive = [norm for norm in norms if norm > 0]
+    if not positive:
+        return [0.0] * len(norms)
+    # Relative to the smallest norm, no inverse overflows, however small the norms are.
+    smallest = min(positive)
+    inverse = [smallest / norm if norm > 0 else 0.0 for norm in norms]
+    total = math.fsum(inverse)
+    return [value / total for value in inverse]
+
+
+def default_scale(models: int, has_base: bool) -> float:
+    """Return the global factor when the user gives none: max(1, m/2) over a base, else 1.
+
+    The paper's factor is m/2, "when merging a large number of models"; below two models it would
+    shrink the only task vector. Raw weights times m/2 are not a model.
+    """
+    return max(1.0, models / 2) if has_base else 1.0
+
+
+def uniform(coefficients: Sequence[float], tolerance: float = 1e-2) -> bool:
+    """Return whether all coefficients differ by less than `tolerance` of their mean."""
+    if len(coefficients) < 2:
+        return False
+    mean = math.fsum(coefficients) / len(coefficients)
+    return mean > 0 and max(coefficients) - min(coefficients) < tolerance * mean
+
+
+def combine_norms(
+    measured: Iterable[tuple[_Group, Mapping[_Model, float]]],
+) -> dict[_Group, dict[_Model, float]]:
+    """Return norms of whole groups: the roots of the sums of squares of their tensors' norms.
+
+    Args:
+        measured: for each tensor the key of its group, and the norm of each model.
+    """
+    norms: dict[_Group, dict[_Model, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, values in measured:
+        for model, norm in values.items():
+            norms[key][model].append(norm)
+    return {
+        key: {model: math.hypot(*values) for model, values in models.items()}
+        for key, models in norms.items()
+    }
+
+
 def _scale(call: Call) -> float:
     given = call.options["scale"]
     return default_scale(len(call.weights), has_base=True) if given is None else float(given)
@@ -62,22 +131,19 @@ def with_nan(method: Method) -> Method:
         inner = method.merge(tensors, call)
         return replace(inner, tensor=inner.tensor * _scale(call))
 
+    def rows(sources: Sequence[Pieces], call: Call) -> Iterator[Tensor]:
+        assert method.blockwise is not None
+        scale = _scale(call)
+        return (piece.mul_(scale) for piece in method.blockwise(sources, call))
+
     return replace(
         method,
         name=f"nan_{method.name}",
         merge=merged,
         parameters=(*method.parameters, *_OF_ADAPTERS),
-        blockwise=None if method.blockwise is None else _scaled(method.blockwise),
+        blockwise=None if method.blockwise is None else rows,
         nan=True,
     )
-
-
-def _scaled(blockwise: Rows) -> Rows:
-    def rows(sources: Sequence[Pieces], call: Call) -> Iterator[Tensor]:
-        scale = _scale(call)
-        return (piece.mul_(scale) for piece in blockwise(sources, call))
-
-    return rows
 
 
 register(

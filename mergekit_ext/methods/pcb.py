@@ -14,8 +14,7 @@ from torch import Tensor
 from mergekit_ext.core.parameters import Number, Parameter, Share
 from mergekit_ext.kernels.pcb import DEFAULT_CLIP, DEFAULT_DENSITY, pcb_merge
 from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA
-from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method
-from mergekit_ext.methods.registry import register
+from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method, register
 
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
@@ -33,7 +32,7 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     if len(tensors) == 1 and density == 1.0 and clip == 0.0:
         merged = tensors[0].clone()
     else:
-        (merged,) = pcb_merge([[tensor] for tensor in tensors], density, clip)
+        merged = pcb_merge(tensors, density, clip)
     return Merged(merged.mul_(call.options["lambda"]))
 
 

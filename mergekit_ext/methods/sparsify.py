@@ -7,7 +7,7 @@ pieces once more, in order, and may change them in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -16,18 +16,17 @@ from torch import Tensor
 
 from mergekit_ext.core.parameters import Number, Parameter, Share
 from mergekit_ext.errors import Problem
-from mergekit_ext.kernels.dare import drop_and_rescale
 from mergekit_ext.kernels.linear_algebra import total
+from mergekit_ext.kernels.seeds import drop_and_rescale
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
-from mergekit_ext.kernels.ties import kept
+from mergekit_ext.kernels.ties import RESCALE_FROM, kept
 from mergekit_ext.methods.method import Pieces
 
 Sparsified = Callable[[Tensor], Tensor]
 
-# mergekit rescales only where both sums of magnitudes reach this.
-_RESCALE_FROM = 1e-7
-
 DENSITY = Parameter("density", Share, 1.0, "share of the entries that is kept", per_model=True)
+# The share that TIES and PCB keep in FlexMerge (section 4).
+FLEXMERGE_DENSITY = replace(DENSITY, default=0.1)
 GAMMA = Parameter(
     "gamma",
     Annotated[Number, Field(ge=0, lt=1)],
@@ -44,6 +43,9 @@ EPSILON = Parameter(
 )
 
 
+Prepare = Callable[[Pieces, torch.Generator, Mapping[str, Any], bool], Sparsified]
+
+
 @dataclass(frozen=True)
 class Sparsifier:
     """One way to drop entries.
@@ -55,17 +57,27 @@ class Sparsifier:
         check: what is wrong with one adapter's parameters.
     """
 
-    prepare: Callable[[Pieces, torch.Generator, Mapping[str, Any], bool], Sparsified]
+    prepare: Prepare
     parameters: tuple[Parameter, ...]
     check: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda own: ()
+
+    def of(
+        self,
+        source: Pieces,
+        generator: torch.Generator,
+        own: Mapping[str, Any],
+        rescale: bool,
+    ) -> Sparsified:
+        """Return the function for the pieces of `source`."""
+        if own["density"] >= 1.0:
+            return lambda piece: piece
+        return self.prepare(source, generator, own, rescale)
 
 
 def _magnitude(
     source: Pieces, generator: torch.Generator, own: Mapping[str, Any], rescale: bool
 ) -> Sparsified:
     size = _size(source)
-    if not size:
-        return _same
     cut = _cut(source, kept(own["density"], size), size)
     return _rescaled(source, lambda: _keeping(cut), rescale)
 
@@ -79,15 +91,11 @@ def _magnitude_outliers(
     largest = min(int(own["gamma"] * size), size - wanted)
     if not wanted:
         return torch.zero_
-    inner = _cut(source, wanted + largest, size)
-    outer = _cut(source, largest, size) if largest else None
+    inner, outer = _cut(source, wanted + largest, size), _cut(source, largest, size)
 
     def make() -> Sparsified:
-        keep = _keeping(inner)
-        if outer is None:
-            return keep
-        outliers = _keeping(outer)
-        return lambda piece: keep(piece.clone()).sub_(outliers(piece))
+        keep, outliers = _keeping(inner), _keeping(outer)
+        return lambda piece: keep(piece.clone()).sub_(outliers(piece)) if largest else keep(piece)
 
     return _rescaled(source, make, rescale)
 
@@ -146,30 +154,13 @@ RANDOM = Sparsifier(_random, (DENSITY,))
 BY_RANK = Sparsifier(_by_rank, (DENSITY, EPSILON), spread_problems)
 
 
-def sparsify(
-    sparsifier: Sparsifier,
-    source: Pieces,
-    generator: torch.Generator,
-    own: Mapping[str, Any],
-    rescale: bool,
-) -> Sparsified:
-    """The function for the pieces of `source`."""
-    if own["density"] >= 1.0:
-        return _same
-    return sparsifier.prepare(source, generator, own, rescale)
-
-
-def _same(piece: Tensor) -> Tensor:
-    return piece
-
-
 def _size(source: Pieces) -> int:
     return sum(piece.numel() for piece in source())
 
 
 def _cut(source: Pieces, keep: int, size: int) -> Cut:
     """Return where the `keep` largest magnitudes end; of equal ones the first are kept."""
-    if keep >= size:
+    if not 0 < keep < size:
         return EVERYTHING
     return cut_for(lambda: (piece.reshape(-1) for piece in source()), keep, torch.float64)
 
@@ -187,7 +178,7 @@ def _rescaled(source: Pieces, make: Callable[[], Sparsified], rescale: bool) -> 
     for piece in source():
         before += total(piece.abs())
         after += total(sparsified(piece).abs())
-    if min(before, after) < _RESCALE_FROM:
+    if min(before, after) < RESCALE_FROM:
         return make()
     factor, again = before / after, make()
     return lambda piece: again(piece).mul_(factor)

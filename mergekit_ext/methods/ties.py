@@ -54,22 +54,17 @@ from mergekit_ext.methods.method import (
     Method,
     Pieces,
     Rows,
-    defaulting,
     divided_by,
+    register,
 )
-from mergekit_ext.methods.registry import register
 from mergekit_ext.methods.sparsify import (
     BY_RANK,
-    DENSITY,
+    FLEXMERGE_DENSITY,
     MAGNITUDE,
     MAGNITUDE_OUTLIERS,
     RANDOM,
     Sparsifier,
-    sparsify,
 )
-
-# The share that TIES and PCB keep in FlexMerge (section 4).
-FLEXMERGE_DENSITY = defaulting(DENSITY, 0.1)
 
 _MAJORITY = Parameter(
     "majority_sign_method",
@@ -130,7 +125,7 @@ def _rows(
             divided_by(call.weights, "normalize: false")
         scaled = call.options["rescale"] if rescale is None else rescale
         functions = [
-            sparsify(sparsifier, source, generator, own, scaled)
+            sparsifier.of(source, generator, own, scaled)
             for source, generator, own in zip(sources, call.generators, call.each, strict=True)
         ]
         for pieces in zip(*(source() for source in sources), strict=True):
@@ -142,15 +137,14 @@ def _rows(
 def _whole(rows: Rows) -> Callable[[Sequence[Tensor], Call], Merged]:
     """Return the function for tensors that are in memory."""
 
+    def pieces(tensor: Tensor) -> Pieces:
+        return lambda: iter((tensor.to(torch.float64, copy=True),))
+
     def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
-        (merged,) = rows([_pieces(tensor) for tensor in tensors], call)
+        (merged,) = rows(list(map(pieces, tensors)), call)
         return Merged(merged)
 
     return merge
-
-
-def _pieces(tensor: Tensor) -> Pieces:
-    return lambda: iter((tensor.to(torch.float64, copy=True),))
 
 
 def ties_over_base(

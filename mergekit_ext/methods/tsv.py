@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mergekit_ext.kernels.tsv import tsv_merge
 from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA
-from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method
-from mergekit_ext.methods.registry import register
+from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method, register
 
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:

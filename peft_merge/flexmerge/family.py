@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
-from mergekit_ext.kernels.nan import inverse_norm_coefficients
 from mergekit_ext.methods import ADAPTERS, Method
+from mergekit_ext.methods.nan import inverse_norm_coefficients
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import change_norms
 from peft_merge.config.plan import MergePlan

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import linkage as scipy_linkage
+from scipy.cluster.vq import kmeans2
 from scipy.spatial.distance import squareform
 
 from mergekit_ext.kernels.grouping import (
@@ -16,10 +19,9 @@ from mergekit_ext.kernels.grouping import (
     ORDERS,
     Merge,
     dendrogram,
-    interleave,
+    kmeans_groups,
     merge_order,
     partition,
-    random_dendrogram,
 )
 from mergekit_ext.kernels.similarity import Gram, cosines
 from tests.reference.grouping import merge_steps
@@ -137,7 +139,7 @@ def test_blocks_may_have_different_numbers_of_tasks():
 
 def test_a_sequence_is_never_reordered():
     rising = (Merge((0,), (1,), 0.1), Merge((0, 1), (2,), 0.9))
-    assert interleave([rising, (Merge((0,), (1,), 0.5),)]) == (1, 0, 0)
+    assert ORDERS["greedy"]([rising, (Merge((0,), (1,), 0.5),)], 0) == (1, 0, 0)
 
 
 def test_means_of_equal_values_are_that_value():
@@ -149,8 +151,8 @@ def test_means_of_equal_values_are_that_value():
 
 def test_equal_similarities_follow_the_block_order():
     one = (Merge((0,), (1,), 0.5),)
-    assert interleave([one, one, one]) == (0, 1, 2)
-    assert interleave([one, (), one, one], "right_to_left") == (3, 2, 0)
+    assert ORDERS["greedy"]([one, one, one], 0) == (0, 1, 2)
+    assert ORDERS["right_to_left"]([one, (), one, one], 0) == (3, 2, 0)
 
 
 @given(blocks(), st.integers(0, 5))
@@ -176,7 +178,7 @@ def test_random_orders_differ_between_seeds_and_blocks():
 
 
 def test_every_first_pair_is_drawn():
-    first = {random_dendrogram(torch.ones(4, 4), seed=seed)[0] for seed in range(200)}
+    first = {dendrogram(torch.ones(4, 4), generator=Random(seed))[0] for seed in range(200)}
     assert len(first) == 6
 
 
@@ -193,19 +195,10 @@ def test_partition_counts_down(matrices):
 
 def test_wrong_inputs_are_refused():
     block = random_block(3, 0)
-    with pytest.raises(ValueError, match=r"linkage is 'single'; expected one of min, average, max"):
-        dendrogram(block, "single")
-    with pytest.raises(ValueError, match="order is 'up'; expected one of greedy"):
-        merge_order([block], order="up")
-    with pytest.raises(ValueError, match="order is 'up'"):
-        interleave([], "up")
-    with pytest.raises(ValueError, match="shape"):
-        dendrogram(block[:2])
-    with pytest.raises(ValueError, match="symmetric"):
-        dendrogram(torch.tensor([[1.0, 0.2], [0.3, 1.0]]))
     block[0, 1] = block[1, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        dendrogram(block)
+    for wrong in (block, torch.tensor([[1.0, 0.2], [0.3, 1.0]])):
+        with pytest.raises(ValueError, match="symmetric matrix without NaN"):
+            dendrogram(wrong)
     with pytest.raises(ValueError, match="not both"):
         partition([Merge((0, 1), (2,), 0.5)], 3)
 
@@ -221,5 +214,83 @@ def test_many_blocks_of_many_tasks_are_no_wait(linkage):
     assert np.all(np.diff(similarities) <= 1e-12)
 
 
-def test_registries():
-    assert set(ORDERS) == {"greedy", "left_to_right", "right_to_left", "random"}
+# --- K-means --------------------------------------------------------------------------------
+
+
+def vectors(count, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+
+def inertia(x, groups):
+    """The objective of K-means on unit vectors, from the vectors."""
+    unit = x / x.norm(dim=1, keepdim=True)
+    return sum(float((unit[list(g)] - unit[list(g)].mean(0)).square().sum()) for g in groups)
+
+
+def all_partitions(items, clusters):
+    """Every way to put the items into as many non-empty groups."""
+    for labels in itertools.product(range(clusters), repeat=len(items)):
+        if len(set(labels)) == clusters:
+            yield [
+                [i for i, own in zip(items, labels, strict=True) if own == c]
+                for c in range(clusters)
+            ]
+
+
+@given(st.integers(1, 9), st.data())
+def test_exactly_k_groups_of_all_tasks(count, data):
+    clusters = data.draw(st.integers(1, count))
+    x = vectors(count, data.draw(st.integers(1, 5)), data.draw(st.integers(0, 99)))
+    x[data.draw(st.integers(0, count - 1))] = 0.0
+    x[-1] = x[0]
+    groups = kmeans_groups(x @ x.T, clusters)
+    assert len(groups) == clusters and all(groups)
+    assert sorted(itertools.chain(*groups)) == list(range(count))
+    assert list(groups) == sorted(groups)
+    assert groups == kmeans_groups(x @ x.T, clusters)
+
+
+@given(st.integers(0, 50), st.integers(1, 5))
+def test_the_best_of_all_partitions_is_found(seed, clusters):
+    x = vectors(5, 3, seed)
+    best = min(inertia(x, groups) for groups in all_partitions(range(5), clusters))
+    assert inertia(x, kmeans_groups(x @ x.T, clusters)) <= best + 1e-9
+
+
+@pytest.mark.parametrize("clusters", [2, 5, 9])
+def test_every_vector_is_with_the_nearest_centre(clusters):
+    x = vectors(30, 6, clusters)
+    groups = kmeans_groups(x @ x.T, clusters)
+    unit = x / x.norm(dim=1, keepdim=True)
+    distances = torch.cdist(unit, torch.stack([unit[list(g)].mean(0) for g in groups]))
+    for cluster, group in enumerate(groups):
+        assert (distances[list(group)].argmin(dim=1) == cluster).all()
+
+
+@pytest.mark.parametrize("clusters", [2, 5, 9])
+def test_about_as_good_as_scipy(clusters):
+    x = vectors(30, 6, clusters)
+    unit = (x / x.norm(dim=1, keepdim=True)).numpy()
+    best = math.inf
+    for seed in range(30):
+        _, labels = kmeans2(unit, clusters, minit="++", iter=50, rng=seed)
+        groups = [[i for i in range(30) if labels[i] == c] for c in range(clusters)]
+        if all(groups):
+            best = min(best, inertia(x, groups))
+    assert inertia(x, kmeans_groups(x @ x.T, clusters)) <= 1.03 * best
+
+
+def test_plain_clusters_are_found_whatever_the_lengths():
+    centres = 5 * vectors(3, 40, 1)
+    own = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
+    x = centres[own] + 0.1 * vectors(8, 40, 2)
+    wanted = ((0, 3, 6, 7), (1, 4), (2, 5))
+    assert kmeans_groups(x @ x.T, 3, seed=4) == wanted
+    x = x * torch.tensor([1e-6, 1.0, 1e6, 3.0, 0.2, 7.0, 1e3, 1.0])[:, None]
+    assert kmeans_groups(x @ x.T, 3) == wanted
+
+
+def test_equal_vectors_still_make_k_groups():
+    assert len(kmeans_groups(torch.ones(5, 5), 3)) == 3
+    assert len(kmeans_groups(torch.zeros(5, 5), 5)) == 5

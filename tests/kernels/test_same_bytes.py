@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_ext.kernels import consensus, emr, masks
-from mergekit_ext.kernels.dare import drop_and_rescale
+from mergekit_ext.kernels import masks
 from mergekit_ext.kernels.lore import lore
 from mergekit_ext.kernels.numerics import squared_norms
 from mergekit_ext.kernels.pcb import pcb_merge
+from mergekit_ext.kernels.seeds import drop_and_rescale
 from mergekit_ext.kernels.similarity import Gram, cosines
 from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums, weighted_sum
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
@@ -70,21 +70,20 @@ def test_ties():
 
 def test_elementwise_kernels():
     base, *tensors = models(*PIECES, dtype=torch.float64)
-    vectors = [[tensor - base] for tensor in tensors]
-    (delta,) = vectors[0]
+    deltas = [tensor - base for tensor in tensors]
 
     def work():
         seeded = torch.Generator().manual_seed(3)
-        (unified,) = emr.unified(vectors)
-        kept = emr.mask(delta, unified)
-        rescale = emr.rescale([delta], [unified])
+        unified = masks.elected(deltas)
+        kept = masks.sign_mask(deltas[0], unified)
+        rescale = masks.rescaler(deltas[0], unified)
         return (
             unified,
             rescale,
             masks.reconstruct(base, unified, kept, rescale, torch.float32),
-            masks.pack_bits(consensus.mask(delta, unified)),
-            drop_and_rescale(delta, 0.4, seeded),
-            pcb_merge(vectors, 0.2, 0.01),
+            masks.pack_bits(masks.tall_mask(deltas[0], unified)),
+            drop_and_rescale(deltas[0], 0.4, seeded),
+            pcb_merge(deltas, 0.2, 0.01),
         )
 
     with_any_number_of_threads(work)
