@@ -52,11 +52,7 @@ class Layer(NamedTuple):
 
 
 def layer_of(name: str) -> Layer | None:
-    """Split a name at its layer; None for a name outside of the layers.
-
-    >>> layer_of("decoder.block.1.layer.0.SelfAttention.q.weight")
-    Layer(stack='decoder.block', depth=1, rest='layer.0.SelfAttention.q.weight')
-    """
+    """Split a name at its layer; None for a name outside of the layers."""
     parts = name.split(".")
     for at, holder in enumerate(parts[:-2]):
         if parts[at + 1].isdecimal() and STACKS.search(holder):
@@ -97,23 +93,13 @@ def is_task_head(name: str) -> bool:
 
     Classification, regression, question answering, multiple choice, reward; with what only they
     bring along, such as DistilBERT's `pre_classifier` and Whisper's `projector`. Heads from
-    pretraining (language models, `cls.predictions`, `cls.seq_relationship`) are not, and neither
-    are poolers: with most models they belong to the base.
-
-    >>> is_task_head("classifier.out_proj.weight"), is_task_head("lm_head.weight")
-    (True, False)
+    pretraining (language models, `cls.predictions`) are not, and neither are poolers.
     """
     return TASK_HEAD.search(name) is not None
 
 
 def kind_of(name: str) -> Kind:
-    """Return what `name` is: embedding, attention, cross_attention, mlp, norm, head or other.
-
-    The norm inside of a head is of kind "head".
-
-    >>> kind_of("model.layers.0.self_attn.q_norm.weight"), kind_of("transformer.wte.weight")
-    ('norm', 'embedding')
-    """
+    """Return what `name` is; a norm inside of a head is of kind "head"."""
     layer = layer_of(name)
     if layer is not None and (component := _component_of(layer)):
         return component.kind
@@ -148,12 +134,6 @@ def block_of(name: str, granularity: Granularity = "component") -> str:
 
     >>> block_of("model.layers.3.self_attn.q_proj.weight")
     'model.layers.3.attention'
-    >>> block_of("bert.encoder.layer.0.attention.output.LayerNorm.bias")
-    'bert.encoder.layer.0.attention.output.LayerNorm'
-    >>> block_of("model.layers.3.self_attn.q_proj.weight", "layer")
-    'model.layers.3'
-    >>> block_of("model.embed_tokens.weight", "layer")
-    'model.embed_tokens'
 
     "component" (FlexMerge, section 4: attention, MLP and norms are separate blocks): attention,
     cross attention and MLP of a layer are one block each, and so is each norm, under its full
@@ -172,13 +152,7 @@ def tied_groups(names: Iterable[str], tie_word_embeddings: bool) -> list[set[str
     are an embedding that encoder and decoder share (T5, BART: `shared`), and an output bias that a
     head and its decoder both name (`cls.predictions.bias`). `tie_word_embeddings`, the setting of
     the model's configuration, ties each output embedding to the input embedding nearest to it: of
-    the same submodel, the decoder's.
-
-    The sets are disjoint, ordered by their first name.
-
-    >>> tied_groups(["transformer.wte.weight", "lm_head.weight"], True) == [
-    ...     {"lm_head.weight", "transformer.wte.weight"}]
-    True
+    the same submodel, the decoder's. The sets are disjoint, ordered by their first name.
     """
     present = {name for name in names if layer_of(name) is None}
     pairs = [*_shared_embeddings(present), *_output_biases(present)]
@@ -235,25 +209,15 @@ def _united(pairs: Iterable[tuple[str, str]]) -> list[set[str]]:
     return sorted((group for group in groups if len(group) > 1), key=min)
 
 
-def order_of(names: Iterable[str]) -> list[str]:
-    """Return `names`, without repetitions, in network order.
+def blocks_of(
+    names: Iterable[str], granularity: Granularity, tie_word_embeddings: bool
+) -> dict[str, list[str]]:
+    """Return the blocks of a model: block -> its tensor names, both in network order.
 
     Embeddings, then the parts of the model (vision, text, encoder, decoder), in each of them its
     own embeddings, its layers ascending, its final norm; then what follows all layers (final
     norm, pooler), the heads last. In a layer: attention, cross attention, MLP, each norm where
     its name says. Numbers sort as numbers. The order depends on the set of names only.
-
-    >>> order_of(["model.norm.weight", "model.layers.10.mlp.up_proj.weight",
-    ...           "model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight"])[:2]
-    ['model.embed_tokens.weight', 'model.layers.2.mlp.up_proj.weight']
-    """
-    return sorted(set(names), key=_place)
-
-
-def blocks_of(
-    names: Iterable[str], granularity: Granularity, tie_word_embeddings: bool
-) -> dict[str, list[str]]:
-    """Return the blocks of a model: block -> its tensor names, both in network order.
 
     Names that are tied (see `tied_groups`) lie in one block, next to each other: that of the
     first of them in network order, which is the input embedding where there is one.

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from mergekit_ext.errors import (
     MergeWarning,
     Problem,
     printable,
-    shown,
 )
 from mergekit_ext.host.checks.schema import (
     NO_DOCUMENT,
@@ -41,34 +41,27 @@ class CommandError(click.ClickException):
     exit_code = 2
 
 
-def reading(check: Callable[[str], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def reading_first(check: Callable[[str], Any]) -> Callable[..., None]:
     """Return what makes a command look at the text of its file first.
 
     mergekit parses the file before any function of the project is called. With this the command
     stops before a folder is made if `check` raises `ConfigError`.
     """
 
-    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def command(config_file: str, **arguments: Any) -> None:
-            with for_commands():
-                check(text_of(Path(config_file)))
-            with prompt():
-                stock(config_file=config_file, **arguments)
-
-        return command
-
-    return wrap
-
-
-def load_config(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``load_config`` of mergekit-multi after `require_merges`, for calls from Python."""
-
-    def load(config_source: str, intermediate_dir: str) -> Any:
+    def command(stock: Callable[..., None], config_file: str, **arguments: Any) -> None:
         with for_commands():
-            require_merges(config_source)
-            return stock(config_source, intermediate_dir)
+            check(text_of(Path(config_file)))
+        with prompt():
+            stock(config_file=config_file, **arguments)
 
-    return load
+    return command
+
+
+def load_config(stock: Callable[..., Any], config_source: str, intermediate_dir: str) -> Any:
+    """Extend ``load_config`` of mergekit-multi: `require_merges` first, for calls from Python."""
+    with for_commands():
+        require_merges(config_source)
+        return stock(config_source, intermediate_dir)
 
 
 def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
@@ -77,19 +70,22 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
     Raises:
         ConfigError: it is none, with every reason in the words of the text.
     """
+    config = None
     try:
-        documents, repeated = read(source)
+        documents, problems = read(source)
     except FileError as error:
-        raise ConfigError([error.problem], "this configuration") from None
-    if len(documents) > 1:
-        found, expected = f"{len(documents)} documents", "one merge"
-        remedy = "Use mergekit-multi for several."
-        raise ConfigError([Problem("the file", found, expected, remedy)], "this configuration")
-    if not documents:
-        raise ConfigError([NO_DOCUMENT], "this configuration")
-    config, problems = parse(documents[0], schema)
+        problems = [error.problem]
+    else:
+        if len(documents) == 1:
+            config, wrong = parse(documents[0], schema)
+            problems = [*problems, *wrong]
+        elif documents:
+            found, remedy = f"{len(documents)} documents", "Use mergekit-multi for several."
+            problems = [Problem("the file", found, "one merge", remedy)]
+        else:
+            problems = [NO_DOCUMENT]
     if config is None:
-        raise ConfigError([*repeated, *problems], "this configuration")
+        raise ConfigError(problems, "this configuration")
     return config
 
 
@@ -99,26 +95,18 @@ def require_merges(text: str) -> None:
     Where all methods are mergekit's, only what its schema refuses is.
     """
     try:
-        documents, _ = read(text)
+        problems = list(_problems(read(text)[0]))
     except FileError as error:
-        raise ConfigError([error.problem], "these merges") from None
-    problems = list(_no_mappings(documents)) or list(_problems(documents))
+        problems = [error.problem]
     if problems:
         raise ConfigError(problems, "these merges")
 
 
-def _no_mappings(documents: list[Any]) -> Iterator[Problem]:
-    expected = "a mapping with `merge_method:` and inputs"
+def _problems(documents: list[Any]) -> Iterator[Problem]:
     if not documents:
-        yield Problem("the file", "no document", expected)
-    for i, document in enumerate(documents):
-        if not isinstance(document, Mapping):
-            yield Problem(f"document {i + 1}", shown(document), expected)
-
-
-def _problems(documents: list[dict[str, Any]]) -> Iterator[Problem]:
+        yield NO_DOCUMENT
     # An unknown name is probably one of ours, misspelt.
-    ours = [not is_stock(str(document.get("merge_method"))) for document in documents]
+    ours = [isinstance(d, Mapping) and not is_stock(str(d.get("merge_method"))) for d in documents]
     between = between_documents(documents) if any(ours) else {}
     for i, document in enumerate(documents):
         place = f"document {i + 1}: " if len(documents) > 1 else ""
@@ -126,7 +114,7 @@ def _problems(documents: list[dict[str, Any]]) -> Iterator[Problem]:
         if ours[i] and config is not None:
             found = unknown_keys(document)
         for p in (*between.get(i, ()), *found):
-            yield Problem(place + p.where, p.found, p.expected, p.remedy)
+            yield replace(p, where=place + p.where)
 
 
 @contextmanager

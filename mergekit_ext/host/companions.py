@@ -18,7 +18,7 @@ from mergekit_ext.errors import MergeWarning
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks.settings import wants_tokenizer
 from mergekit_ext.host.inputs import donor_first, folder_of
-from mergekit_ext.host.modules import merge_modules, module_home
+from mergekit_ext.host.modules import first_with_modules, merge_modules
 from mergekit_ext.io.model_files import MODULES, companions, copy, module_folders
 
 _VOCABULARY = frozenset(
@@ -70,7 +70,7 @@ def _bring_along(config: Any, target: Path, options: Any) -> None:
     _add(donor, target, names)
     if wants_tokenizer(config):
         _warn_of_moved_tokens(donor, target)
-    home = module_home(folders.values())
+    home = first_with_modules(folders.values())
     if home is not None:
         _add(home, target, [name for name in companions(home) if _is_of_modules(name, home)])
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from mergekit.merge_methods.base import (
@@ -17,15 +17,13 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Parameter
-from mergekit_ext.errors import MergeError, MergeWarning, Problem
+from mergekit_ext.errors import MergeError
 from mergekit_ext.events import SolverIteration
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod, raise_non_finite
-from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype
-from mergekit_ext.methods import MODELS, Call, Inputs, Merged, Method
+from mergekit_ext.methods import MODELS, Call, Merged, Method
 from mergekit_ext.methods.method import layout_of
-from mergekit_ext.report.card import solver_section
 
 
 def spec_of(parameter: Parameter, scope: ParameterScope | None = None) -> ParameterSpec:
@@ -47,7 +45,7 @@ class DeclaredMethod(ExtMethod):
     """
 
     def __init__(self, method: Method):
-        self.method = method
+        self.declared = method
         policy = BasePolicy.REQUIRED if method.base else BasePolicy.OPTIONAL
         self.spec = MergeMethodSpec(
             name=method.name,
@@ -56,30 +54,6 @@ class DeclaredMethod(ExtMethod):
             parameters=tuple(map(spec_of, method.for_driver(MODELS))),
             contract=InputContract(base=policy, min_non_base=1),
         )
-
-    def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
-        """Return those of the declaration."""
-        return self.method.check(options, inputs)
-
-    def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
-        """Return those of the declaration."""
-        return self.method.check_each(values)
-
-    def forewarnings(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
-        """Return those of the declaration."""
-        return self.method.forewarn(options, inputs)
-
-    def copies(self, models: int, square: float) -> float:
-        """Those of the declaration."""
-        return self.method.copies(models, square)
-
-    def warnings(self, records: Sequence[TensorRecord]) -> Iterable[MergeWarning]:
-        """Those of the declaration."""
-        return self.method.after(self.spec.name, {r.name: r.details for r in records})
-
-    def summary(self, records: Sequence[TensorRecord]) -> str:
-        """Convergence, ranks and singular values, of methods with a solver."""
-        return solver_section({r.name: r.details for r in records})
 
     def merge_one(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
@@ -91,15 +65,20 @@ class DeclaredMethod(ExtMethod):
             MergeError: finite inputs leave the range of the dtype.
         """
         entries = group.non_base
-        if not entries or (self.method.base and group.base is None):
+        if not entries or (self.declared.base and group.base is None):
             return group.entries[0].tensor.to(out_dtype), {}
-        name = group.metadata.name or ""
+        name, session = group.metadata.name or "", sessions.current()
+
+        def report(iteration: int, objective: float, change: float) -> None:
+            if session is not None:
+                session.emit(SolverIteration(name, iteration, objective, change))
+
         call = Call(
             [parameters["weight"][entry.id] for entry in entries],
-            {p.name: parameters[p.name] for p in self.spec.parameters if _is_shared(p)},
+            {p.name: parameters[p.name] for p in self.spec.shared_parameters},
             [],
             layout=layout_of(name, entries[0].tensor.ndim),
-            on_iteration=_reporter(name),
+            on_iteration=report,
         )
         try:
             merged = self._merged(group, call, out_dtype)
@@ -120,10 +99,10 @@ class DeclaredMethod(ExtMethod):
     def _merged(self, group: TensorGroup, call: Call, dtype: torch.dtype) -> Merged:
         base = None if group.base is None else group.base.tensor
         tensors = [entry.tensor for entry in group.non_base]
-        if self.method.over_base is not None:
-            return self.method.over_base(base, tensors, call, dtype)
+        if self.declared.over_base is not None:
+            return self.declared.over_base(base, tensors, call, dtype)
         assert base is not None
-        if not self.method.elementwise:
+        if not self.declared.elementwise:
             found = self._over(base, tensors, group, call)
             return Merged(found.tensor.to(dtype), found.details)
         out = torch.empty(base.shape, dtype=dtype, device=base.device)
@@ -139,35 +118,20 @@ class DeclaredMethod(ExtMethod):
     ) -> Merged:
         dtype = compute_dtype(group.tensors)
         start = base.to(dtype)
-        weights = [1.0] * len(tensors) if self.method.weighs else call.weights
+        weights = [1.0] * len(tensors) if self.declared.weighs else call.weights
         deltas = [
             (tensor.to(dtype) - start).mul_(weight)
             for tensor, weight in zip(tensors, weights, strict=True)
         ]
         if not all(map(all_finite, deltas)):
             self._raise_out_of_range(group)
-        found = self.method.merge(deltas, call)
+        found = self.declared.merge(deltas, call)
         return Merged(found.tensor.add_(start), found.details)
 
-    def _raise_out_of_range(self, group: TensorGroup) -> None:
+    def _raise_out_of_range(self, group: TensorGroup) -> NoReturn:
         raise_non_finite(group)
         raise MergeError(
             f"{group.metadata.name}: {self.spec.name} gives values that are not finite from "
             "finite inputs; expected values within the range of the output's dtype. Check "
             "`weight` and `lambda`, and that these models are fine-tunes of one base."
         )
-
-
-def _is_shared(parameter: ParameterSpec) -> bool:
-    return parameter.scope == ParameterScope.SHARED
-
-
-def _reporter(name: str) -> Callable[[int, float, float], None] | None:
-    session = sessions.current()
-    if session is None:
-        return None
-
-    def report(iteration: int, objective: float, change: float) -> None:
-        session.emit(SolverIteration(name, iteration, objective, change))
-
-    return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +24,61 @@ from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
 
 
-def extended_plan(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """mergekit's ``plan_flat_merge``, with checks before and statistics after."""
-
-    def plan(
-        config: Any, out_path: str, tensor_union: bool, tensor_intersection: bool, options: Any
-    ) -> list[Any]:
-        session = sessions.current()
-        set_up_files(options)
-        if ext_method(config.merge_method) is None:
-            with for_commands(), allowing_pickles(True):
-                require(check_flat_adapters(config).problems)
-            return stock(config, out_path, tensor_union, tensor_intersection, options)
-        report = check_flat(
-            config,
-            options,
-            union=tensor_union,
-            intersection=tensor_intersection,
-            source=session.source if session else None,
-        )
-        files = [part for model in models_at(config) for part in _parts(model)]
-        place = session.output if session else out_path
-        needed = report.estimate.bytes_written if report.estimate else 0
-        found = place_problems(place, "OUT_PATH", files, needed=needed)
-        require([*report.problems, *found])
-        targets = stock(config, out_path, tensor_union, tensor_intersection, options)
-        saves = [target for target in targets if hasattr(target, "tensor_task")]
-        if session is not None:
-            models = tuple(model.model for model in config.models)
-            session.emit(MergeBegin(config.merge_method, session.output, models, len(saves)))
-        tasks = with_statistics(
-            [MergeTensorTask.of(save.tensor_task, options.random_seed) for save in saves], options
-        )
-        replaced = [
-            save.model_copy(update={"tensor_task": task})
-            for save, task in zip(saves, tasks, strict=True)
-        ]
-        final = targets[-1].model_copy(update={"tensor_save_tasks": tuple(replaced)})
-        return [*replaced, final]
-
-    return plan
+def extended_plan(
+    stock: Callable[..., Any],
+    config: Any,
+    out_path: str,
+    tensor_union: bool,
+    tensor_intersection: bool,
+    options: Any,
+) -> list[Any]:
+    """Extend ``plan_flat_merge``: checks before, statistics after."""
+    session = sessions.current()
+    set_up_files(options)
+    planned = partial(stock, config, out_path, tensor_union, tensor_intersection, options)
+    if ext_method(config.merge_method) is None:
+        with for_commands(), allowing_pickles(True):
+            require(check_flat_adapters(config).problems)
+        return list(planned())
+    report = check_flat(
+        config,
+        options,
+        union=tensor_union,
+        intersection=tensor_intersection,
+        source=session.source if session else None,
+    )
+    files = [part for model in models_at(config) for part in _parts(model)]
+    place = session.output if session else out_path
+    needed = report.estimate.bytes_written if report.estimate else 0
+    require([*report.problems, *place_problems(place, "OUT_PATH", files, needed=needed)])
+    *saves, final = planned()
+    if session is not None:
+        models = tuple(model.model for model in config.models)
+        session.emit(MergeBegin(config.merge_method, session.output, models, len(saves)))
+    tasks = [MergeTensorTask.of(save.tensor_task, options.random_seed) for save in saves]
+    replaced = [
+        save.model_copy(update={"tensor_task": task})
+        for save, task in zip(saves, with_statistics(tasks, options), strict=True)
+    ]
+    return [*replaced, final.model_copy(update={"tensor_save_tasks": tuple(replaced)})]
 
 
-def extended_command(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The command's callback, with staging and reports for the project's methods."""
+def extended_command(
+    stock: Callable[..., Any], config_path: str, out_path: str, **arguments: Any
+) -> None:
+    """Extend the command's callback: staging and reports for the project's methods."""
+    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
-    def command(config_path: str, out_path: str, **arguments: Any) -> None:
-        from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
-
-        with for_commands():
-            text = text_of(Path(config_path))
-            method = ext_method(parsed(text, RawPyTorchMergeConfig).merge_method)
-        if method is None:
-            stock(config_path=config_path, out_path=out_path, **arguments)
-            return
-        given = {name: v for name, v in arguments.items() if name in MergeOptions.model_fields}
-        options = MergeOptions(**given)
-        with for_commands(), sessions.output(options, out_path, method, (), text) as folder:
-            stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
-
-    return command
+    with for_commands():
+        text = text_of(Path(config_path))
+        method = ext_method(parsed(text, RawPyTorchMergeConfig).merge_method)
+    if method is None:
+        stock(config_path=config_path, out_path=out_path, **arguments)
+        return
+    given = {name: v for name, v in arguments.items() if name in MergeOptions.model_fields}
+    options = MergeOptions(**given)
+    with for_commands(), sessions.output(options, out_path, method, (), text) as folder:
+        stock(config_path=config_path, out_path=os.fspath(folder), **arguments)
 
 
 def _parts(model: str) -> list[str]:

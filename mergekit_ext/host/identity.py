@@ -34,17 +34,18 @@ _REMEDY = (
 def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]:
     """Return the parts of a merge's identity, by names that a user understands.
 
+    Local models are known by the length and the time of change of their files, those of the Hub by
+    their commit.
+
     Args:
         source: the text of the configuration.
         options: mergekit's.
-        models: every model that is read (`models_of`). Local ones are known by the length and the
-            time of change of their files, those of the Hub by their commit.
+        models: every model that is read (`models_of`).
     """
     given = {k: v for k, v in options.model_dump().items() if k not in _NO_EFFECT}
     # Several processes have devices of one kind.
     given["device"] = str(options.device).partition(":")[0]
-    parts = [part for model in models for part in (model.model, model.lora) if part is not None]
-    inputs = sorted({(part.path, part.revision or "") for part in parts})
+    inputs = sorted({(part.path, part.revision or "") for part in parts_of(models)})
     return {
         "configuration": _digest(source),
         "options": _digest(given, os.environ.get(ADAPTERS_VARIABLE, "")),
@@ -53,15 +54,19 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
     }
 
 
+def parts_of(models: Iterable[Any]) -> list[ModelPath]:
+    """Return models and adapters, each by itself."""
+    return [part for model in models for part in (model.model, model.lora) if part is not None]
+
+
 def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
     """Return length and time of change of every local file of weights, by its path.
 
     They are compared at the end of a merge; other files of a model may come and go meanwhile.
     """
-    paths = {part.path for model in models for part in (model.model, model.lora) if part}
     return {
         str(file): _state(file)
-        for folder in map(Path, sorted(paths))
+        for folder in map(Path, sorted({part.path for part in parts_of(models)}))
         if folder.is_dir()
         for file in files_of(folder)
         if file.suffix in _WEIGHTS
@@ -74,8 +79,12 @@ def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:
     Raises:
         MergeError: naming the files that are not as `weights_of` found them.
     """
-    files = [(Path(path), found) for path, found in before.items()]
-    if changed := [str(file) for file, found in files if file.exists() and _state(file) != found]:
+    changed = [
+        path
+        for path, found in before.items()
+        if os.path.exists(path) and _state(Path(path)) != found
+    ]
+    if changed:
         raise MergeError(
             f"{', '.join(changed)}: written to while it was merged; the output would be of two "
             "versions. Merge again when no process writes to it."
@@ -108,12 +117,7 @@ def _digest(*values: Any) -> str:
 
 
 def process_problems(name: str, options: Any) -> Iterator[Problem]:
-    """Yield what keeps several processes from sharing a merge; nothing for one alone.
-
-    Args:
-        name: of the merge method.
-        options: mergekit's.
-    """
+    """Yield what keeps several processes from a merge with method `name`; nothing for one."""
     size = parallel.current().size
     if size == 1:
         return
@@ -157,11 +161,7 @@ def own_options(options: Any) -> Any:
 
 
 def require_same(processes: Ranks, given: Mapping[str, str]) -> None:
-    """Compare what all processes were given; each of them calls this.
-
-    Args:
-        processes: all of them.
-        given: what decides the output, by names that a user understands.
+    """Compare what `processes` were given, by names that a user understands; each calls this.
 
     Raises:
         ConfigError: in all of them, naming what differs in which.

@@ -44,8 +44,8 @@ _REMEDY = (
 )
 
 
-def module_home(folders: Iterable[Path]) -> Path | None:
-    """Return the first of these folders that has ``modules.json``: that of the output."""
+def first_with_modules(folders: Iterable[Path]) -> Path | None:
+    """Return the first of these folders that has ``modules.json``: the output gets its own."""
     return next((folder for folder in folders if (folder / MODULES).is_file()), None)
 
 
@@ -54,10 +54,10 @@ def check_modules(
 ) -> None:
     """Report weights of modules that can be neither copied nor merged, and unequal settings."""
     folders = _folders({model: facts[model] for model in donor_first(config)}, options)
-    home = module_home(folders.values())
-    if home is None:
+    first = first_with_modules(folders.values())
+    if first is None:
         return
-    with_modules = {model: f for model, f in folders.items() if module_home([f])}
+    with_modules = {model: f for model, f in folders.items() if first_with_modules([f])}
     found = {model: _headers(facts[model], f, findings) for model, f in with_modules.items()}
     for name in _differing(folders):
         lacking = [str(model) for model, folder in folders.items() if not (folder / name).is_file()]
@@ -66,25 +66,28 @@ def check_modules(
             for headers in found.values()
             if name in headers
         ]
+        where, wanted, remedy = "models", "equal files", _REMEDY
         if lacking:
             what = f"no {name} in {listing(lacking)}, which others have"
-            findings.problem("models", what, "equal files, or one in each model", _REMEDY)
+            wanted = "equal files, or one in each model"
         elif not name.endswith((".safetensors", ".bin", ".pt")) or not config.models:
             what = f"different {name}, which only merges of whole models' single files merge"
-            findings.problem("models", what, "equal files", _REMEDY)
         elif any(other != shapes[0] for other in shapes):
             what = f"different {name}, whose tensors have other names or shapes"
-            findings.problem("models", what, "the same tensors", _REMEDY)
+            wanted = "the same tensors"
         elif (config.parameters or {}).get("granularity", "tensor") != "tensor":
+            where, wanted = "parameters.granularity", "`tensor`"
             what = f"not `tensor`, while {name} differs between the models"
             remedy = f"Write `granularity: tensor`. {_REMEDY}"
-            findings.problem("parameters.granularity", what, "`tensor`", remedy)
-    for name in companions(home):  # settings, such as the pooling
-        if name.startswith(module_folders(home)) and not is_weights(Path(name)):
-            mine = _content(home / name)
+        else:
+            continue
+        findings.problem(where, what, wanted, remedy)
+    for name in companions(first):  # settings, such as the pooling
+        if name.startswith(module_folders(first)) and not is_weights(Path(name)):
+            mine = _content(first / name)
             others = [str(m) for m, f in with_modules.items() if _content(f / name) != mine]
             if others:
-                findings.warn(f"The output has {name} of {home}; {listing(others)} differ.")
+                findings.warn(f"The output has {name} of {first}; {listing(others)} differ.")
 
 
 def check_copied_modules(facts: Mapping[Any, ModelFacts], options: Any, findings: Findings) -> None:
@@ -94,12 +97,12 @@ def check_copied_modules(facts: Mapping[Any, ModelFacts], options: Any, findings
 
 
 def _folders(facts: Mapping[Any, ModelFacts], options: Any) -> dict[Any, Path]:
-    """The models' folders; none of them while one is not here."""
+    """Return the models' folders; none of them while one is not here."""
     found = {}
-    for model in facts:
+    for model, fact in facts.items():
         path = model.model
         folder = Path(path.path) if os.path.isdir(path.path) else None
-        if folder is None and not facts[model].pending and not is_offline():
+        if folder is None and not fact.pending and not is_offline():
             folder = cached_folder(path, options)
             if folder is not None:
                 fetch_modules(path, folder, options)
@@ -134,29 +137,28 @@ def _content(file: Path) -> Any:
 
 
 def _differing(folders: Mapping[Any, Path]) -> list[str]:
-    """The files of weights in the output's modules that not all models have alike.
+    """Return the files of weights in the output's modules that not all models have alike.
 
     A model without modules, such as a bare base, has a part in none.
     """
-    home = module_home(folders.values())
-    found = []
-    for name in module_weights(home) if home is not None else ():
-        files = [folder / name for folder in folders.values() if module_home([folder])]
-        same = all(file.is_file() for file in files) and all(
+    first = first_with_modules(folders.values())
+    with_modules = [folder for folder in folders.values() if first_with_modules([folder])]
+
+    def is_alike(name: str) -> bool:
+        files = [folder / name for folder in with_modules]
+        return all(file.is_file() for file in files) and all(
             filecmp.cmp(one, other, shallow=False) for one, other in pairwise(files)
         )
-        if not same:
-            found.append(name)
-    return found
+
+    return [name for name in (module_weights(first) if first else ()) if not is_alike(name)]
 
 
 def merge_modules(config: Any, folders: Mapping[Any, Path], target: Path, options: Any) -> None:
     """Merge weights of modules that differ into files of the same names in `target`."""
     for file in _differing(folders):
         models = {model: _load(folder / file) for model, folder in folders.items()}
-        first = next(iter(models.values()))
         merged = {}
-        for name in first:
+        for name in next(iter(models.values())):
             task = _task(config, f"{Path(file).parent.as_posix()}.{name}", options)
             result = task.execute({model: tensors[name] for model, tensors in models.items()})
             assert result is not None
@@ -170,25 +172,24 @@ def merge_modules(config: Any, folders: Mapping[Any, Path], target: Path, option
 
 def _task(config: Any, name: str, options: Any) -> MergeTensorTask:
     own = {item.model: item.parameters for item in config.models}
-    models = list(dict.fromkeys([*own, *([config.base_model] if config.base_model else [])]))
+    base = config.base_model
+    models = list(dict.fromkeys([*own, *([base] if base else [])]))
     shared, of_models = resolve_parameters(
         merge_methods.get(config.merge_method).spec,
         tensor_name=name,
         inputs=dict.fromkeys(models, name),
         sources=lambda model: (own.get(model), config.parameters),
-        base_model=config.base_model,
+        base_model=base,
         t=_LAST_LAYER,
     )
     return MergeTensorTask.model_construct(
         method_name=config.merge_method,
         gather_tensors=None,
         model_order=tuple(models),
-        base_model=config.base_model,
+        base_model=base,
         output_weight=WeightInfo(name=name),
         parameters=ImmutableMap(shared),
-        input_parameters=ImmutableMap(
-            {model: ImmutableMap(values) for model, values in of_models.items()}
-        ),
+        input_parameters=ImmutableMap({m: ImmutableMap(own) for m, own in of_models.items()}),
         dtype=config.dtype,
         out_dtype=config.out_dtype,
         seed=options.random_seed or 0,

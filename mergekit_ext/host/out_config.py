@@ -61,24 +61,22 @@ def _has_head_of_its_own(tensors: dict[str, TensorHeader]) -> bool:
     return False
 
 
-def following_layers(stock: Callable[..., Any]) -> Callable[..., Any]:
+def following_layers(
+    stock: Callable[..., Any], config: Any, *arguments: Any, **options: Any
+) -> Any:
     """Extend ``_model_out_config``: what each layer has comes from the layer that is taken.
 
     mergekit sets the number of layers only: after a merge of slices, ``layer_types`` and the like
     would describe other layers, or contradict that number.
     """
-
-    def model_out_config(config: Any, *arguments: Any, **options: Any) -> Any:
-        out = stock(config, *arguments, **options)
-        if taken := list(_layers(config, *arguments, **options)):
-            first = taken[0][0]
-            for name, value in first.to_dict().items():
-                # Of one layer a list may be anything.
-                if isinstance(value, list) and len(value) == first.num_hidden_layers > 1:
-                    setattr(out, name, [getattr(source, name)[index] for source, index in taken])
-        return out
-
-    return model_out_config
+    out = stock(config, *arguments, **options)
+    if taken := list(_layers(config, *arguments, **options)):
+        first = taken[0][0]
+        for name, value in first.to_dict().items():
+            # Of one layer a list may be anything.
+            if isinstance(value, list) and len(value) == first.num_hidden_layers > 1:
+                setattr(out, name, [getattr(source, name)[index] for source, index in taken])
+    return out
 
 
 def _layers(config: Any, _: Any, trust_remote_code: bool = False) -> Iterator[tuple[Any, int]]:

@@ -1,7 +1,6 @@
 """Every place where mergekit is changed; imported by `autoload` alone.
 
-What is changed, and why (by one function for each module, which `autoload` calls when that module
-is loaded):
+One function for each module, which `autoload` calls when that module is loaded, changes this:
 
 ``mergekit.merge_methods``      the methods are registered; and models with an adapter are read
                                 with the adapter applied (`host.adapters`):
@@ -46,16 +45,20 @@ from packaging.version import Version
 from mergekit_ext.errors import HostVersionError
 
 _OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _replace(owner: Any, name: str, wrap: Wrap) -> None:
-    """Put what `wrap` makes of ``owner.name`` in its place, once; mergekit's stays as ``stock``."""
+def _replace(owner: Any, name: str, extension: Callable[..., Any]) -> None:
+    """Have ``owner.name`` call `extension`, which gets mergekit's own first; once."""
     stock = getattr(owner, name)
-    if not hasattr(stock, "stock"):
-        made: Any = functools.wraps(stock)(wrap(stock))
-        made.stock = stock
-        setattr(owner, name, made)
+    if hasattr(stock, "stock"):
+        return
+
+    @functools.wraps(stock)
+    def extended(*arguments: Any, **options: Any) -> Any:
+        return extension(stock, *arguments, **options)
+
+    extended.stock = stock  # type: ignore[attr-defined]
+    setattr(owner, name, extended)
 
 
 def check_version() -> None:
@@ -69,9 +72,8 @@ def check_version() -> None:
 
 
 def extend_methods(merge_methods: Any) -> None:
-    """Register the methods, read models with an adapter, and read sizes of shards.
+    """Register the methods; and whatever else is there before a model is opened.
 
-    The rest is done here because nothing opens a model before this module is loaded, while
     ``mergekit.io.tasks`` itself may be loaded in the middle of modules that the host imports.
     Methods that others have registered since the last call get their `nan_<method>` too.
     """
@@ -98,19 +100,16 @@ def extend_methods(merge_methods: Any) -> None:
     _replace(LoaderCache, "setup", loader.setup)
     _replace(LoaderCache, "get", loader.get)
     _replace(LoadTensor, "execute", loader.load_tensor)
-    _replace(ShardSizeParamType, "convert", _reading_sizes)
+    _replace(ShardSizeParamType, "convert", _read_size)
 
 
-def _reading_sizes(_: Callable[..., Any]) -> Callable[..., Any]:
+def _read_size(_: Callable[..., Any], kind: Any, value: Any, param: Any, ctx: Any) -> Any:
     from mergekit_ext.core.memory import shard_size
 
-    def convert(self: Any, value: Any, param: Any, ctx: Any) -> Any:
-        try:
-            return shard_size(value)
-        except ValueError as error:
-            return self.fail(str(error), param, ctx)
-
-    return convert
+    try:
+        return shard_size(value)
+    except ValueError as error:
+        return kind.fail(str(error), param, ctx)
 
 
 def extend_planner(module: Any) -> None:
@@ -140,7 +139,7 @@ def extend_multimerge(module: Any) -> None:
 
     _replace(module, "run_merge", run.extended)
     _replace(module, "load_config", commands.load_config)
-    _replace(module.main, "callback", commands.reading(commands.require_merges))
+    _replace(module.main, "callback", commands.reading_first(commands.require_merges))
 
 
 def extend_raw_pytorch(module: Any) -> None:
@@ -159,4 +158,4 @@ def extend_yaml(module: Any) -> None:
     """Look at the file of ``mergekit-yaml`` before it is parsed."""
     from mergekit_ext.host import commands
 
-    _replace(module.main, "callback", commands.reading(commands.parsed))
+    _replace(module.main, "callback", commands.reading_first(commands.parsed))

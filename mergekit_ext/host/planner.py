@@ -69,7 +69,7 @@ def extended(stock: type) -> type:
             self._prepare(session, writer.finished)
             left = [item for item in self._tensors if item[0].name not in writer.finished]
             owners = processes.share([session.size_of(weight.name) for weight, _ in left])
-            task = PlannedWriterTask.of(writer, out_path, limit)
+            task = PlannedWriterTask(out_path=out_path, max_shard_size=limit, writer=writer)
             saves = [
                 SaveTensor(
                     tensor_name=weight.name,

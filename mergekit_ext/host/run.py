@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import (
     identity,
     own_options,
+    parts_of,
     process_problems,
     require_same,
     require_unchanged,
@@ -52,35 +54,80 @@ def merge(
     config_source: str | None = None,
 ) -> None:
     """Merge; see `mergekit_ext.merge`."""
-    from mergekit import merge as host
+    from mergekit.merge import run_merge  # which `patches` extends by this module
 
-    options = options or MergeOptions()
     if not isinstance(config, MergeConfiguration):
         text = str(config)
         config_source = text if "\n" in text else text_of(Path(text))
         config = parsed(config_source)
-    stock = getattr(host.run_merge, "stock", host.run_merge)
-    _merge(stock, config, os.fspath(out_path), options, config_source, callbacks, restart)
+    out_path, options = os.fspath(out_path), options or MergeOptions()
+    method = ext_method(config.merge_method)
+    whole = method if isinstance(method, WholeModelMethod) else None
+    unshared = list(process_problems(config.merge_method, options))
+    processes, options = parallel.current(), own_options(options)
+    with _fresh_loaders():
+        check: Callable[..., tuple[CheckReport, Any]] = whole.prepare if whole else examine
+        report, checked = check(config, options, config_source)
+        config = ordered(config)
+        source = config_source or config.to_yaml()
+        inputs = models_of(config)
+        place = partial(
+            place_problems,
+            out_path,
+            "OUT_PATH",
+            [part.path for part in parts_of(inputs)],
+            empty=whole is not None,
+            needed=report.estimate.bytes_written if report.estimate else 0,
+        )
+        require([*report.problems, *processes.from_main(lambda: list(place())), *unshared])
+        decides = identity(source, options, inputs)
+        require_same(processes, {**decides, "output": os.fspath(Path(out_path).resolve())})
+        if whole:  # whose lines in the journal say what each finished piece depends on
+            del decides["configuration"]
+        merged = config.referenced_models()
+        weights = weights_of(merged)
+        _warn(report.warnings if processes.is_main else (), merged, options)
+        with sessions.output(
+            options,
+            out_path,
+            None if whole else method,
+            callbacks,
+            source,
+            decides if whole or options.safe_serialization else None,
+            restart or os.environ.get(RESTART_VARIABLE) == "1",
+        ) as folder:
+            try:
+                if whole:
+                    whole.write(checked, config, folder, options, source)
+                elif session := sessions.current():
+                    session.predicted = predicted(checked, config)
+                    quiet = options.model_copy(update={"quiet": True})
+                    stock = getattr(run_merge, "stock", run_merge)
+                    with completed(config, folder, options):
+                        stock(config, os.fspath(folder), quiet, source)
+            except Exception as error:
+                if not isinstance(error, MergekitExtError):
+                    # Whatever a library reports of files that were written to meanwhile.
+                    require_unchanged(weights)
+                raise
+            processes.from_main(lambda: require_unchanged(weights))
 
 
-def extended(stock: Callable[..., None]) -> Callable[..., None]:
-    """Return mergekit's ``run_merge``, with `_merge` for the project's methods."""
-
-    def run(
-        merge_config: MergeConfiguration,
-        out_path: str,
-        options: MergeOptions,
-        config_source: str | None = None,
-    ) -> None:
-        # An unknown name is probably one of ours, misspelt: the checks know the nearest.
-        if is_stock(merge_config.merge_method):
-            with _checked_models(merge_config, options):
-                stock(merge_config, out_path, options, config_source)
-            return
+def extended(
+    stock: Callable[..., None],
+    merge_config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None = None,
+) -> None:
+    """Extend ``run_merge``: merges with the project's methods are `merge`."""
+    # An unknown name is probably one of ours, misspelt: the checks know the nearest.
+    if is_stock(merge_config.merge_method):
+        with _checked_models(merge_config, options):
+            stock(merge_config, out_path, options, config_source)
+    else:
         with for_commands():
-            _merge(stock, merge_config, os.fspath(out_path), options, config_source, ())
-
-    return run
+            merge(merge_config, out_path, options, config_source=config_source)
 
 
 @contextmanager
@@ -110,55 +157,6 @@ def _warn(texts: Iterable[str], models: Iterable[Any], options: MergeOptions) ->
     unused = options.lora_merge_cache and any(map(applies, models))
     for text in (*texts, *([unused_cache(options)] if unused else [])):
         warnings.warn(MergeWarning(text), stacklevel=3)
-
-
-def _merge(
-    stock: Callable[..., None],
-    config: MergeConfiguration,
-    out_path: str,
-    options: MergeOptions,
-    config_source: str | None,
-    callbacks: Iterable[object],
-    restart: bool = False,
-) -> None:
-    method = ext_method(config.merge_method)
-    whole = method if isinstance(method, WholeModelMethod) else None
-    unshared = list(process_problems(config.merge_method, options))
-    processes, options = parallel.current(), own_options(options)
-    with _fresh_loaders():
-        check: Callable[..., tuple[CheckReport, Any]] = whole.prepare if whole else examine
-        report, checked = check(config, options, config_source)
-        config = ordered(config)
-        source = config_source or config.to_yaml()
-        place = _place_problems(out_path, config, report, bool(whole))
-        require([*report.problems, *place, *unshared])
-        parts = identity(source, options, models_of(config))
-        require_same(processes, {**parts, "output": os.fspath(Path(out_path).resolve())})
-        if whole:  # whose lines in the journal say what each finished piece depends on
-            del parts["configuration"]
-        merged = config.referenced_models()
-        weights = weights_of(merged)
-        _warn(report.warnings if processes.is_main else (), merged, options)
-        resumable = parts if whole or options.safe_serialization else None
-        restart = restart or os.environ.get(RESTART_VARIABLE) == "1"
-        reports = None if whole else method
-        with sessions.output(
-            options, out_path, reports, callbacks, source, resumable, restart
-        ) as folder:
-            try:
-                if whole:
-                    whole.write(checked, config, folder, options, source)
-                elif session := sessions.current():
-                    session.predicted = predicted(checked, config)
-                    quiet = options.model_copy(update={"quiet": True})
-                    with completed(config, folder, options):
-                        stock(config, os.fspath(folder), quiet, source)
-            except Exception as error:
-                if not isinstance(error, MergekitExtError):
-                    # Whatever a library reports of files that were written to meanwhile.
-                    require_unchanged(weights)
-                raise
-            processes.from_main(lambda: require_unchanged(weights))
 
 
 @contextmanager
@@ -208,18 +206,6 @@ class _InOrder(MergeConfiguration):
 def ordered(config: MergeConfiguration) -> MergeConfiguration:
     """Return the same configuration, with ``referenced_models`` in the order of the file."""
     return _InOrder.model_construct(_fields_set=config.model_fields_set, **dict(config))
-
-
-def _place_problems(
-    out_path: str, config: MergeConfiguration, report: CheckReport, empty: bool
-) -> list[Problem]:
-    """Find what is wrong with the output's place; one process tries it for all."""
-    parts = [part for model in models_of(config) for part in (model.model, model.lora)]
-    inputs = [part.path for part in parts if part is not None]
-    needed = report.estimate.bytes_written if report.estimate else 0
-    return parallel.current().from_main(
-        lambda: list(place_problems(out_path, "OUT_PATH", inputs, empty=empty, needed=needed))
-    )
 
 
 def require(problems: Sequence[Problem]) -> None:

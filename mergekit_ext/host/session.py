@@ -67,7 +67,7 @@ class Session:
     Attributes:
         output: the folder that the output becomes.
         source: the text of the configuration.
-        quiet: whether `say` says nothing.
+        quiet: whether `say` prints nothing.
         staging: where the output is written, the same in all processes.
         journal: what is finished of it; None for merges that cannot be continued.
         predicted: the output's tensors as far as headers give them; None for the others.
@@ -176,7 +176,16 @@ def listening(
     options: MergeOptions, callbacks: Iterable[object], out_path: str = "", source: str = ""
 ) -> Iterator[Session]:
     """Yield a session with the progress bar, `callbacks` and what the environment asks for."""
-    listeners = _listeners(options, callbacks) if parallel.current().is_main else []
+    listeners: list[object] = []
+    if parallel.current().is_main:
+        listeners += [*([] if options.quiet else [ProgressBar()]), *callbacks]
+        if path := os.environ.get(EVENTS_VARIABLE):
+            try:
+                listeners.append(JsonLines(path))
+            except OSError as error:
+                found = f"{path} ({error.strerror})"
+                problem = Problem(EVENTS_VARIABLE, found, "a file to append to")
+                raise ConfigError([problem]) from None
     session = Session(Dispatcher(listeners), out_path, source, options.quiet)
     try:
         try:
@@ -188,18 +197,6 @@ def listening(
         if session.journal is not None and _left(session) == _KEPT and parallel.current().is_main:
             print(_KEPT, file=sys.stderr)  # below the bar, which is closed now
         raise
-
-
-def _listeners(options: MergeOptions, callbacks: Iterable[object]) -> list[object]:
-    listeners: list[object] = [] if options.quiet else [ProgressBar()]
-    listeners.extend(callbacks)
-    if path := os.environ.get(EVENTS_VARIABLE):
-        try:
-            listeners.append(JsonLines(path))
-        except OSError as error:
-            problem = Problem(EVENTS_VARIABLE, f"{path} ({error.strerror})", "a file to append to")
-            raise ConfigError([problem]) from None
-    return listeners
 
 
 @contextmanager
@@ -215,11 +212,8 @@ def output(
     """Yield the folder to merge into; then write the report, and put the folder in its place.
 
     Args:
-        options: mergekit's; `quiet` switches the progress bar off.
-        out_path: the folder that the output becomes.
+        options, callbacks, out_path, source: see `listening`; the folder becomes `out_path`.
         method: the method that reports; None for mergekit's own.
-        callbacks: beside the progress bar and what the environment asks for.
-        source: the text of the configuration.
         identity: whatever decides the output; with it the session has a journal, and what is
             finished is kept when the merge is stopped.
         restart: do not continue what an earlier merge has left.
@@ -234,7 +228,12 @@ def output(
                 append_section(folder / "README.md", method.summary(session.records))
         if not parallel.current().is_main:
             return
-        for shard in _shards(Path(out_path)):
+        place = Path(out_path)
+        if (place / SHARDS).is_dir():  # which the tasks of a FlexMerge share
+            shards = list((place / SHARDS).iterdir())
+        else:
+            shards = [path for path in place.iterdir() if WEIGHTS.fullmatch(path.name)]
+        for shard in sorted(shards):
             session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
         session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
         if method is not None:
@@ -278,25 +277,23 @@ def _folder(
                 session.journal = Journal(staging.path, processes.rank)
             # No process adds a line before all have read the same ones.
             processes.wait()
-            folder = staging.output
-            if not processes.is_main:
-                folder = staging.path / f".rank-{processes.rank}" / folder.name
-                folder.mkdir(parents=True, exist_ok=True)
-            yield folder
+            if processes.is_main:
+                yield staging.output
+            else:
+                own = staging.path / f".rank-{processes.rank}" / staging.output.name
+                own.mkdir(parents=True, exist_ok=True)
+                yield own
     except RankError:
         raise RankError(_left(session)) from None
     except Exception as error:
         if identity is None or isinstance(error, MergekitExtError) or not by_machine(error):
             raise
-        raise StoppedError(f"{_reason(error, session)}. {_left(session)}".rstrip()) from error
-
-
-def _reason(error: BaseException, session: Session) -> str:
-    """Return what stopped a merge; of a full disk, which."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full and session.staging is not None:
-        return f"the disk of {session.staging.path.parent} is full ({error}): free some space there"
-    return f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full and session.staging is not None:
+            disk = session.staging.path.parent
+            reason = f"the disk of {disk} is full ({error}): free some space there"
+        raise StoppedError(f"{reason}. {_left(session)}".rstrip()) from error
 
 
 def _left(session: Session) -> str:
@@ -304,10 +301,3 @@ def _left(session: Session) -> str:
     if session.staging is None:
         return ""
     return _KEPT if session.staging.path.exists() else _GONE
-
-
-def _shards(folder: Path) -> list[Path]:
-    """Return the files of weights in `folder`, in order; shared ones once."""
-    if (folder / SHARDS).is_dir():
-        return sorted((folder / SHARDS).iterdir())
-    return sorted(path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))

@@ -7,7 +7,6 @@ which has no edges between tensors and so stays as parallel as mergekit made it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,9 +40,8 @@ _LINE = "norms"
 class MergeTensorTask(ExecuteMergeMethodTask):
     """mergekit's task, which also emits an event when a tensor is done.
 
-    What is random in it depends on `seed` and the tensor's name alone: not on which tensors were
-    merged before, in which process. Counters of training are those of the base, or else of the
-    first model.
+    Random numbers depend on `seed` and the tensor's name alone, not on what was merged before.
+    Counters of training are those of the base, or else of the first model.
     """
 
     seed: int = 0
@@ -57,11 +55,7 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor | None:
-        """See mergekit's.
-
-        Raises:
-            MergeError: tensors without a mean, which are copied, differ.
-        """
+        """See mergekit's; `MergeError` if tensors without a mean, which are copied, differ."""
         started, name = time.perf_counter(), self.output_weight.name
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         if is_counter(name) and tensors:
@@ -201,17 +195,9 @@ def _measured(tasks: Sequence[tuple[_Group, MergeTensorTask]], options: Any) -> 
         for _, task in reversed(unique.values())
     }
     models = {str(model): model for _, task in tasks for model in task.model_order}
-
-    def are_norms(value: Any) -> bool:
-        return (
-            isinstance(value, dict)
-            and value.keys() <= models.keys()
-            and all(type(norm) is float and 0 <= norm < math.inf for norm in value.values())
-        )
-
     finished = Finished(session.journal)
     found = {name: finished.found(_LINE, name) for name in targets}
-    missing = [name for name, norms in found.items() if not are_norms(norms)]
+    missing = [name for name, norms in found.items() if norms is None]
     session.emit(StatisticsBegin(len(missing)))
     owners = processes.share([session.size_of(name) for name in missing])
     mine = [n for n, owner in zip(missing, owners, strict=True) if owner == processes.rank]

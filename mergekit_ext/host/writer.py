@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.io.tasks import TensorWriterTask
-from pydantic import PrivateAttr
 from torch import Tensor
 
 from mergekit_ext import parallel
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.pieces import (
-    Journal,
+    Finished,
     PlannedFile,
     PlannedFiles,
     split,
@@ -31,7 +30,8 @@ from mergekit_ext.io.pieces import (
     write_index,
 )
 
-_LINE, _SUFFIX = "tensor", ".safetensors"
+# The kind of line in the journal.
+_LINE = "tensor"
 
 
 class PlannedWriter:
@@ -44,17 +44,15 @@ class PlannedWriter:
         limit: bytes of one file; 0 for a single one.
 
     Attributes:
-        finished: the names of tensors that an earlier merge has written, and that are as it left
-            them.
+        finished: names of tensors that an earlier merge has written, and that are as it left them.
     """
 
     def __init__(
         self, folder: Path, session: Session, entries: Mapping[str, TensorHeader | None], limit: int
     ):
-        if session.journal is None:
-            raise AssertionError("planned files go with a journal")
+        assert session.journal is not None
         self._folder, self._session, self._entries = folder, session, entries
-        self._journal: Journal = session.journal
+        self._finished = Finished(session.journal)
         self._files = PlannedFiles(folder)
         self._lock = threading.Lock()
         self._placed: dict[str, tuple[str, TensorHeader]] = {}
@@ -64,45 +62,45 @@ class PlannedWriter:
         self._planned = [PlannedFile(path, cut) for path, cut in zip(paths, cuts, strict=False)]
         self._plan = {entry.name: file for file in self._planned for entry in file.entries}
         self._alone = dict(zip(alone, paths[len(cuts) :], strict=True))
-        self.finished = self._go_on()
+        self.finished = self._continued()
 
     def save_tensor(self, name: str, tensor: Tensor, clone: bool = False) -> None:
-        """Write a merged tensor, and note it. `clone` is for writers that keep what they get."""
+        """Write a merged tensor, and a line. `clone` is for writers that keep what they get."""
         entry = TensorHeader.of(name, tensor.dtype, tensor.shape)
         record = self._session.recorded.get(name)
         with self._lock:
             file = self._file(entry)
-            if name not in self._plan or file is not self._plan[name]:
+            if file is not self._plan.get(name):
                 self._files.create([file])
             crc = self._files.write(file, name, tensor)
             details = None if record is None else dict(record.details)
-            self._journal.add(_LINE, name, [crc, entry.dtype, entry.shape, entry.nbytes, details])
+            line = [crc, entry.dtype, entry.shape, entry.nbytes, details]
+            self._finished.add(_LINE, name, line)
             self._placed[name] = file.path, entry
 
     def finalize(self) -> None:
         """When all processes are done: give the main one all records, and finish the files."""
         self._files.close()
-        together = parallel.current()
-        records = {name: self._session.recorded.get(name) for name in self._placed}
+        processes, recorded = parallel.current(), self._session.recorded
+        records = [recorded[name] for name in self._placed if name in recorded]
         placed: dict[str, tuple[str, TensorHeader]] = {}
-        for files, found in together.gather((self._placed, records)):
+        for files, found in processes.gather((self._placed, records)):
             placed |= files
-            for record in found.values():
-                if record is not None:
-                    self._session.record(record)
+            for record in found:
+                self._session.record(record)
         self._session.relay()
-        if together.is_main:
-            in_order = {name: placed[name] for name in self._entries if name in placed}
-            self._complete(in_order)
-        together.wait()
+        if processes.is_main:
+            self._complete({name: placed[name] for name in self._entries if name in placed})
+        processes.wait()
 
     def _complete(self, placed: Mapping[str, tuple[str, TensorHeader]]) -> None:
         """Make a checkpoint of files that hold all their tensors, or almost.
 
+        A planned tensor that is not in its planned file leaves a hole there, which is taken out;
+        one that is in no planned file has a file of its own.
+
         Args:
-            placed: the file in which each tensor is, in the order of the output; a tensor that is
-                in no planned one has a file of its own. A planned tensor that is not in its
-                planned file leaves a hole there, which is taken out.
+            placed: the file in which each tensor is, in the order of the output.
         """
         paths = {file.path for file in self._planned}
         kept = (_without_holes(self._folder, file, placed) for file in self._planned)
@@ -120,60 +118,45 @@ class PlannedWriter:
             version = metadata.version("mergekit")
             write_index(self._folder, contents, mergekit_version=version)
 
-    def _go_on(self) -> frozenset[str]:
-        together = parallel.current()
-        lines = {
-            name: value
-            for (kind, name), value in self._journal.finished.items()
-            if kind == _LINE and name in self._entries and _is_line(value)
-        }
+    def _continued(self) -> frozenset[str]:
+        """Return the tensors that are finished, and remove files of none."""
+        processes = parallel.current()
+        found = {name: self._finished.found(_LINE, name) for name in self._entries}
+        lines = {name: line for name, line in found.items() if line is not None}
         claimed = {
-            name: file
+            name: self._file(TensorHeader(name, dtype, tuple(shape), nbytes))
             for name, (_, dtype, shape, nbytes, _) in lines.items()
-            if self._stands(file := self._file(TensorHeader(name, dtype, tuple(shape), nbytes)))
         }
-        if together.is_main:
+        for name, file in list(claimed.items()):
+            path = self._folder / file.path
+            there = path.is_file() and path.stat().st_size == file.length
+            if not there and file is not self._plan.get(name):
+                del claimed[name]
+        if processes.is_main:
             files = [*self._planned, *claimed.values()]
-            for path in self._folder.glob(f"*{_SUFFIX}"):
+            for path in self._folder.glob("*.safetensors"):
                 if path.name not in {file.path for file in files}:
                     path.unlink()
             self._files.create(files)
-        together.wait()
-        names = list(claimed)
-        owners = together.share([lines[name][3] for name in names])
-        for name, owner in zip(names, owners, strict=True):
-            file = claimed[name]
-            if owner == together.rank and self._files.crc(file, name) == lines[name][0]:
+        processes.wait()
+        owners = processes.share([lines[name][3] for name in claimed])
+        for (name, file), owner in zip(claimed.items(), owners, strict=True):
+            if owner == processes.rank and self._files.crc(file, name) == lines[name][0]:
                 self._placed[name] = file.path, file.places[name][1]
-        finished = frozenset().union(*together.gather(frozenset(self._placed)))
+        finished = frozenset().union(*processes.gather(frozenset(self._placed)))
         for name in finished:
             _, _, shape, _, details = lines[name]
             if details is not None:
                 self._session.record(TensorRecord(name, math.prod(shape), details))
         return finished
 
-    def _stands(self, file: PlannedFile) -> bool:
-        """Whether a file is planned, or of a length that an earlier merge has given it."""
-        path = self._folder / file.path
-        planned = file is self._plan.get(file.entries[0].name)
-        return planned or (path.is_file() and path.stat().st_size == file.length)
-
     def _file(self, entry: TensorHeader) -> PlannedFile:
-        """The planned file of a tensor, or one of its own if it is not as planned."""
+        """Return the planned file of a tensor, or one of its own if it is not as planned."""
         file = self._plan.get(entry.name)
         if file is not None and file.places[entry.name][1] == entry:
             return file
         number = list(self._entries).index(entry.name)
         return PlannedFile(self._alone.get(entry.name, f"extra-{number}.safetensors"), (entry,))
-
-
-def _is_line(value: Any) -> bool:
-    """Whether `save_tensor` may have noted it: a disk may hold anything after a power cut."""
-    if not (isinstance(value, list) and len(value) == 5 and isinstance(value[2], list)):
-        return False
-    crc, dtype, shape, nbytes, details = value
-    sizes = all(type(size) is int and size >= 0 for size in (crc, nbytes, *shape))
-    return sizes and isinstance(dtype, str) and isinstance(details, (dict, type(None)))
 
 
 def _without_holes(
@@ -198,15 +181,8 @@ def _without_holes(
 class PlannedWriterTask(TensorWriterTask):
     """mergekit's task that makes the writer of a merge, for a writer that is made already."""
 
-    _writer: Any = PrivateAttr()
-
-    @classmethod
-    def of(cls, writer: PlannedWriter, out_path: str, limit: int) -> PlannedWriterTask:
-        """The task that returns `writer`."""
-        task = cls(out_path=out_path, max_shard_size=limit)
-        task._writer = writer
-        return task
+    writer: Any
 
     def execute(self, **_arguments: Any) -> Any:
         """Return the writer."""
-        return self._writer
+        return self.writer

@@ -13,7 +13,6 @@ from mergekit_ext.host.blocks import (
     is_task_head,
     kind_of,
     layer_of,
-    order_of,
     tied_groups,
 )
 
@@ -284,7 +283,7 @@ def test_layers(architecture, tmp_path):
         if layer is not None:
             assert block == ".".join(map(str, layer))
     assert [name for members in blocks.values() for name in members if layer_of(name)] == [
-        name for name in order_of(names) if layer_of(name)
+        name for name in blocks_of(names, "tensor", False) if layer_of(name)
     ]
 
 

@@ -13,9 +13,13 @@ from mergekit_ext.host.blocks import (
     block_of,
     blocks_of,
     depth_of,
-    order_of,
     tied_groups,
 )
+
+
+def order_of(names):
+    return list(blocks_of(names, "tensor", False))
+
 
 T5_TIED = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 CASES = {
