@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -17,15 +18,20 @@ from tests.reference.lore import lore as reference_lore
 EPS = {torch.float32: 3e-6, torch.bfloat16: 2**-8}
 
 
-@pytest.fixture(scope="module", params=["llama", "bert", "t5"])
-def family(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    return small.family(folder, small.ARCHITECTURES[request.param])
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """Families by architecture."""
+
+    @cache
+    def made(name):
+        return small.family(tmp_path_factory.mktemp(name), small.ARCHITECTURES[name])
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def llamas(tmp_path_factory):
-    return small.family(tmp_path_factory.mktemp("llama"), small.llama)
+def llamas(family):
+    return family("llama")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +44,10 @@ def run(tmp_path, config, *flags, command="mergekit-yaml"):
     return small.command_here(command, yml, tmp_path / "out", *flags)
 
 
-def run_installed(tmp_path, config, *flags, env=None):
+def run_installed(tmp_path, config, **env):
+    """In a process of its own, which takes seconds to load."""
     yml = small.write_yaml(tmp_path / "merge.yml", config)
-    return small.command("mergekit-yaml", yml, tmp_path / "out", *flags, env=env)
+    return small.command("mergekit-yaml", yml, tmp_path / "out", env=env)
 
 
 def compare(found, wanted, tolerance):
@@ -51,8 +58,9 @@ def compare(found, wanted, tolerance):
         )
 
 
-def test_nan_per_model(family, tmp_path):
-    base, tuned = family
+@pytest.mark.parametrize("architecture", small.ARCHITECTURES)
+def test_nan_per_model(family, tmp_path, architecture):
+    base, tuned = family(architecture)
     config = small.config("nan", tuned, base, {"granularity": "model"})
     done = run(tmp_path, config)
     assert done.returncode == 0, done.stderr
@@ -66,7 +74,7 @@ def test_nan_per_model(family, tmp_path):
 
 
 def test_nan_ties(family, tmp_path):
-    base, tuned = family
+    base, tuned = family("bert")
     config = small.config("nan_ties", tuned, base, {"density": 0.5, "granularity": "block"})
     done = run(tmp_path, config, "--quiet")
     assert done.returncode == 0, done.stderr
@@ -81,7 +89,7 @@ def test_nan_ties(family, tmp_path):
 
 
 def test_lore(family, tmp_path):
-    _, tuned = family
+    _, tuned = family("t5")
     config = small.config("lore", tuned, None, {"mu_relative": 0.3, "lambda": 0.5})
     done = run(tmp_path, config)
     assert done.returncode == 0, done.stderr
@@ -128,7 +136,7 @@ def test_the_output_is_a_model_with_its_coefficients(llamas, tmp_path):
     done = run_installed(
         tmp_path,
         small.config("nan", tuned, base, {"granularity": "model"}),
-        env={"MERGEKIT_EXT_EVENTS": str(events)},
+        MERGEKIT_EXT_EVENTS=str(events),
     )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
@@ -268,14 +276,8 @@ def test_multi_merge_feeds_one_merge_to_the_next(llamas, tmp_path):
         tmp_path / "b.yml", small.config("lore", ["first", *tuned], None, {"mu_relative": 0.5})
     ).read_text()
     (tmp_path / "merge.yml").write_text(first + "---\n" + second)
-    done = small.command(
-        "mergekit-multi",
-        tmp_path / "merge.yml",
-        "--out-path",
-        tmp_path / "out",
-        "-I",
-        tmp_path / "parts",
-    )
+    places = ("--out-path", tmp_path / "out", "-I", tmp_path / "parts")
+    done = small.command_here("mergekit-multi", tmp_path / "merge.yml", *places)
     assert done.returncode == 0, done.stderr
     merged = reference.merge([small.state(t) for t in tuned[:2]], small.state(base))
     compare(small.state(tmp_path / "parts" / "first"), merged, EPS[torch.float32])
@@ -353,9 +355,9 @@ def test_a_misspelt_method_gets_the_nearest_name(llamas, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_classifier_loads_and_runs(tmp_path):
-    base, tuned = small.family(tmp_path / "bert", small.bert)
-    done = run_installed(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))
+def test_classifier_loads_and_runs(family, tmp_path):
+    base, tuned = family("bert")
+    done = run(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))
     assert done.returncode == 0, done.stderr
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
@@ -364,12 +366,12 @@ def test_classifier_loads_and_runs(tmp_path):
 def test_stock_methods_are_left_alone(llamas, tmp_path):
     base, tuned = llamas
     config = small.config("task_arithmetic", tuned, base, {"weight": 0.3})
-    with_us = run_installed(tmp_path, config)
+    with_us = run(tmp_path, config)
     assert with_us.returncode == 0, with_us.stderr
     found = small.state(tmp_path / "out")
     assert not (tmp_path / "out" / "merge_report.json").exists()
     (tmp_path / "plain").mkdir()
-    without = run_installed(tmp_path / "plain", config, env={"MERGEKIT_EXT_AUTOLOAD": "0"})
+    without = run_installed(tmp_path / "plain", config, MERGEKIT_EXT_AUTOLOAD="0")
     assert without.returncode == 0, without.stderr
     for name, tensor in small.state(tmp_path / "plain" / "out").items():
         assert torch.equal(tensor, found[name])

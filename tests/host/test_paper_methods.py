@@ -142,8 +142,6 @@ def test_mergekit_yaml(method, family, tmp_path):
     yml = small.write_yaml(
         tmp_path / "merge.yml", small.config(method, tuned, base, {"lambda": 0.5})
     )
-    checked = small.command_here("mergekit-ext", "check", yml)
-    assert checked.returncode == 0 and "No problems." in checked.stdout, checked.stderr
     done = small.command_here("mergekit-yaml", yml, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     start, states = small.state(base), [small.state(t) for t in tuned]

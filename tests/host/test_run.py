@@ -208,10 +208,8 @@ def test_the_command(llamas, tmp_path):
     base, tuned = llamas
     config = small.write_yaml(tmp_path / "merge.yml", small.config("nan_ties", tuned, base))
     events = tmp_path / "events.jsonl"
-    done = small.command(
-        *("mergekit-ext", "merge", config, tmp_path / "out", "--events", events, "--quiet"),
-        env={"MERGEKIT_EXT_AUTOLOAD": "0"},
-    )
+    arguments = (config, tmp_path / "out", "--events", events, "--quiet")
+    done = small.command_here("mergekit-ext", "merge", *arguments)
     assert done.returncode == 0, done.stderr
     assert json.loads(events.read_text().splitlines()[-1])["event"] == "merge_end"
     assert small.state(tmp_path / "out").keys() == small.state(base).keys()

@@ -22,7 +22,7 @@ import mergekit_ext
 from mergekit_ext.errors import MergeError, StoppedError
 from mergekit_ext.events import MergeCallback
 from mergekit_ext.host import run
-from mergekit_ext.io.planned import Entry
+from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.kernels.seeds import seeded
 from tests import models as small
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import mergekit_ext
 from mergekit_ext.io.headers import read_safetensors
 from mergekit_ext.parallel import Group
 from tests import models
-from tests.processes.launching import ROOT, by_hand, torchrun
+from tests.processes.launching import ENVIRONMENT, ROOT, torchrun
 
 METHODS = {
     "nan_ties": {"density": 0.5, "granularity": "model"},
@@ -22,7 +24,7 @@ METHODS = {
     "lore": {"mu_relative": 0.1},
     "flexmerge": {"target_size": 1.6},
 }
-QUIET = ["--quiet", "--no-copy-tokenizer"]
+OPTIONS = MergeOptions(quiet=True, copy_tokenizer=False)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +32,10 @@ def family(tmp_path_factory):
     return models.family(tmp_path_factory.mktemp("models"), models.llama)
 
 
-def write(folder: Path, name: str, family) -> Path:
+def write(folder: Path, name: str, family, method: str | None = None) -> Path:
     base, tuned = family
-    folder.mkdir(exist_ok=True)
-    content = models.config(name, tuned, base, METHODS[name])
+    method = method or name
+    content = models.config(method, tuned, base, METHODS[method])
     return models.write_yaml(folder / f"{name}.yml", content)
 
 
@@ -42,8 +44,27 @@ def alone(family, tmp_path_factory):
     """What one process makes of each."""
     folder = tmp_path_factory.mktemp("one")
     for name in METHODS:
-        options = MergeOptions(quiet=True, copy_tokenizer=False)
-        mergekit_ext.merge(write(folder, name, family), folder / name / "out", options)
+        mergekit_ext.merge(write(folder, name, family), folder / name / "out", OPTIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(family, tmp_path_factory):
+    """What two processes make of each; and of one, when one of them was killed."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in METHODS:
+        write(folder, name, family)
+    write(folder, "killed", family, "nan_ties")
+    script = ROOT / "tests/processes/merges.py"
+    done = subprocess.run(
+        [sys.executable, script, folder],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -52,35 +73,27 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_two_processes_give_the_bytes_of_one(alone, family, tmp_path):
-    for name in METHODS:
-        write(tmp_path, name, family)
-    pair = by_hand(ROOT / "tests/processes/merges.py", tmp_path, *METHODS)
-    messages = [process.communicate(timeout=120)[1] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], messages
-    for name in METHODS:
-        one, two = files(alone / name), files(tmp_path / name)
-        assert list(one) == list(two)
-        assert [path for path in one if one[path] != two[path]] == []
-        # Both have done their share, and the main one's listeners got each event once.
-        main, other = (int((tmp_path / f"{name}.{rank}.count").read_text()) for rank in (0, 1))
-        assert main > 2 and other > 2
-        merged = "block_merged" if name == "flexmerge" else "tensor_merged"
-        lines = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
-        heard = [event["name"] for event in lines if event["event"] == merged]
-        assert len(set(heard)) == len(heard) == main + other
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_give_the_bytes_of_one(alone, pairs, name):
+    one, two = files(alone / name), files(pairs / name)
+    assert list(one) == list(two)
+    assert [path for path in one if one[path] != two[path]] == []
+    # Both have done their share, and the main one's listeners got each event once.
+    main, other = (int((pairs / f"{name}.{rank}.count").read_text()) for rank in (0, 1))
+    assert main > 2 and other > 2
+    merged = "block_merged" if name == "flexmerge" else "tensor_merged"
+    lines = map(json.loads, (pairs / f"{name}.jsonl").read_text().splitlines())
+    heard = [event["name"] for event in lines if event["event"] == merged]
+    assert len(set(heard)) == len(heard) == main + other
 
 
-def test_a_merge_goes_on_after_a_process_was_killed(alone, family, tmp_path, capfd):
-    config = write(tmp_path, "nan_ties", family)
-    out = tmp_path / "nan_ties" / "out"
-    script = ROOT / "tests/processes/killed.py"
-    done = torchrun(script, "merge", config, out, *QUIET, VICTIM="1")
-    assert done.returncode != 0 and not out.exists()
-    # What either process has finished is on the disk, however the launcher ended the other one.
-    mergekit_ext.merge(config, out, MergeOptions(copy_tokenizer=False))
+def test_a_merge_goes_on_after_a_process_was_killed(alone, pairs, capfd):
+    out = pairs / "killed" / "out"
+    assert not out.exists()
+    # What either process has finished is on the disk, however the other one ended.
+    mergekit_ext.merge(pairs / "killed.yml", out, MergeOptions(copy_tokenizer=False))
     assert "Going on with a merge that was stopped" in capfd.readouterr().err
-    assert files(alone / "nan_ties") == files(tmp_path / "nan_ties")
+    assert files(alone / "nan_ties") == files(pairs / "killed")
 
 
 def test_a_tensor_that_is_not_finite_stops_all(alone, family, tmp_path):
@@ -98,7 +111,8 @@ def test_a_tensor_that_is_not_finite_stops_all(alone, family, tmp_path):
     content = models.config("nan_dare_ties", [bad, *tuned[1:]], base, {"density": 0.5})
     config = models.write_yaml(tmp_path / "config.yml", content)
     place = tmp_path / "place"
-    done = torchrun("-m", "mergekit_ext", "merge", config, place / "out", *QUIET)
+    flags = ["--quiet", "--no-copy-tokenizer"]
+    done = torchrun("-m", "mergekit_ext", "merge", config, place / "out", *flags)
     assert done.returncode != 0 and not (place / "out").exists()
     assert f"Error: {name} of model {bad}: found 1 non-finite value" in done.stderr
     assert done.stderr.count("Traceback") == 1  # the launcher's
