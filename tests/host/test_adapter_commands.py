@@ -53,7 +53,8 @@ def test_yaml(models, tmp_path):
     content = small.config("linear", adapted(models), None, {"weight": 0.5})
     yml = small.write_yaml(tmp_path / "merge.yml", content)
     cache = tmp_path / "cache"
-    done = small.command("mergekit-yaml", yml, tmp_path / "out", "--lora-merge-cache", cache)
+    flags = ("--lora-merge-cache", cache)
+    done = small.command_here("mergekit-yaml", yml, tmp_path / "out", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("--lora-merge-cache") == 1
     compare(small.state(tmp_path / "out"), mean(models))

@@ -1,4 +1,4 @@
-"""Several processes of one command, with torchrun or by hand."""
+"""Several processes of one program: started by torchrun, or forked when the libraries are there."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
@@ -19,37 +20,35 @@ ENVIRONMENT = {
 }
 
 
-def torchrun(*command, **variables):
-    """Run two processes of a program to their end."""
+def python(*words):
+    """Run a program to its end."""
     return subprocess.run(
-        [*TORCHRUN, *map(str, command)],
-        env={**ENVIRONMENT, **variables},
+        [sys.executable, *map(str, words)],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
 
-def by_hand(*command, **variables):
-    """Start two processes of a program without a launcher that looks after them."""
+def forked(work):
+    """How two processes end that do the same work, without a launcher that looks after them."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env={
-                **ENVIRONMENT,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                **variables,
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in values.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

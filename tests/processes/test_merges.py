@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import mergekit_ext
 from mergekit_ext.io.headers import read_safetensors
 from mergekit_ext.parallel import Group
 from tests import models
-from tests.processes.launching import ENVIRONMENT, ROOT, torchrun
+from tests.processes.launching import ROOT, TORCHRUN, python
 
 METHODS = {
     "nan_ties": {"density": 0.5, "granularity": "model"},
@@ -55,15 +53,7 @@ def pairs(family, tmp_path_factory):
     for name in METHODS:
         write(folder, name, family)
     write(folder, "killed", family, "nan_ties")
-    script = ROOT / "tests/processes/merges.py"
-    done = subprocess.run(
-        [sys.executable, script, folder],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = python(ROOT / "tests/processes/merges.py", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -112,7 +102,7 @@ def test_a_tensor_that_is_not_finite_stops_all(alone, family, tmp_path):
     config = models.write_yaml(tmp_path / "config.yml", content)
     place = tmp_path / "place"
     flags = ["--quiet", "--no-copy-tokenizer"]
-    done = torchrun("-m", "mergekit_ext", "merge", config, place / "out", *flags)
+    done = python(*TORCHRUN, "-m", "mergekit_ext", "merge", config, place / "out", *flags)
     assert done.returncode != 0 and not (place / "out").exists()
     assert f"Error: {name} of model {bad}: found 1 non-finite value" in done.stderr
     assert done.stderr.count("Traceback") == 1  # the launcher's
