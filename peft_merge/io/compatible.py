@@ -120,6 +120,8 @@ def _shapes(adapters: Sequence[Adapter], *, but_parameters: bool) -> Iterator[Pr
             continue  # stacks of different parameters, which is said of the lists
         remedy = "They were trained on different models; merge those that agree."
         yield from _agree(module, kinds, "one shape and kind in all adapters", remedy)
+        if any(0 in a.infos[module].shape for a in adapters if module in a.infos):
+            yield Problem(module, "a change of an empty weight", "entries that can be merged")
 
 
 def _kind(info: ModuleInfo | VectorInfo) -> str:

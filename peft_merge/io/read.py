@@ -138,7 +138,8 @@ def open_folder(folder: Path, allow_pickle: bool) -> Tensors:
         if os.path.isfile(pickle) and allow_pickle:
             headers = read_pickle(pickle)
             state = torch.load(pickle, map_location="cpu", weights_only=True, mmap=True)
-            return Tensors(headers, state.__getitem__)
+            state = state if headers else {}
+            return Tensors(headers, state.get("state_dict", state).__getitem__)
     except FileError as error:
         raise ConfigError([error.problem]) from None
     if not os.path.isfile(pickle):
