@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import Problem, listing
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.headers import WHOLE, TensorHeader
 from peft_merge.adapter import (
     Adapter,
     Ia3Adapter,
@@ -154,10 +154,7 @@ class _Stored:
             remedy = "Do not use this adapter unless you know its author."
             self._wrong("", _unknown(unsound), expected, remedy)
         if foreign:
-            remedy = (
-                "Convert the adapter to PEFT's format: load it with the library that wrote it, "
-                "and save it with PEFT."
-            )
+            remedy = "Load it with the library that wrote it, and save it with PEFT."
             self._wrong("", _unknown(foreign), f"names that start with {names.PREFIX}", remedy)
 
     def _whole_tensors(self) -> dict[str, TensorHeader]:
@@ -170,20 +167,16 @@ class _Stored:
             base = names.unwrapped(name)
             if base in saved or not names.is_whole(name, self._config, self._modules):
                 unknown.append(name)
-            elif header.dtype in _DTYPES or header.dtype.startswith(("I", "U", "BOOL")):
+            elif header.dtype in _DTYPES or header.dtype in WHOLE:
                 saved[base] = header
             else:
                 expected, remedy = _FLOATING
                 found, expected = f"dtype {header.dtype}", f"{expected}, or whole numbers"
                 self._wrong(name, found, expected, remedy)
         if unknown:
-            self._wrong(
-                "",
-                _unknown(unknown),
-                "factors, vectors, modules_to_save and biases that adapter_config.json names, and "
-                "embeddings",
-                f"{_SAVE_AGAIN[:-1]}, or merge it into its base with PEFT.",
-            )
+            expected = "factors, vectors, embeddings, and what the configuration says is saved"
+            remedy = f"{_SAVE_AGAIN[:-1]}, or merge it into its base with PEFT."
+            self._wrong("", _unknown(unknown), expected, remedy)
         return saved
 
     def _complete(self, module: str, wanted: list[str]) -> bool:
@@ -249,14 +242,11 @@ class _Stored:
             if each is not None and len(each) == len(nested):
                 known |= dict(zip(nested, each, strict=True))
                 continue
-            self._wrong(
-                owner,
-                f"{len(nested)} stacks of factors with {stacked} rows for the parameters "
-                f"{', '.join(leaves)}, whose ranks or alphas differ",
-                "factors of which each can be of one parameter only",
-                "Files do not name target parameters; give all of one module the same rank "
-                "and alpha, and train or convert the adapter again.",
-            )
+            found = f"{len(nested)} stacks of factors with {stacked} rows for the parameters "
+            found += f"{', '.join(leaves)}, whose ranks or alphas differ"
+            expected = "factors of which each can be of one parameter only: files do not name them"
+            remedy = "Train or convert the adapter again, with one rank and alpha in each module."
+            self._wrong(owner, found, expected, remedy)
         return known
 
     def _vectors(self) -> Iterator[tuple[str, VectorInfo]]:
@@ -274,13 +264,10 @@ class _Stored:
             if len(possible) == 1:
                 yield module, VectorInfo(shape, possible.pop(), _DTYPES[parts[VECTOR].dtype])
                 continue
-            self._wrong(
-                f"{module}.{VECTOR}",
-                f"shape {list(shape)} with feedforward_modules {chosen!r}",
-                "(1, in) for a feedforward module, (out, 1) for another, (1, channels, 1, ...)"
-                " for a convolution",
-                _RESTORE,
-            )
+            found = f"shape {list(shape)} with feedforward_modules {chosen!r}"
+            expected = "(1, in) for a feedforward module, (out, 1) for another, (1, channels, 1, "
+            expected += "...) for a convolution"
+            self._wrong(f"{module}.{VECTOR}", found, expected, _RESTORE)
 
     def _idle(self) -> None:
         """Report modules with tensors that PEFT would not read."""
