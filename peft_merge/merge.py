@@ -262,9 +262,6 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         adapter = merged_lora(name, values, infos, inputs, tensors, plan.patterns)
     else:
         adapter = merged_ia3(name, values, infos, inputs, tensors)
-    if plan.base_model is not None:
-        config = {**adapter.config, "base_model_name_or_path": plan.base_model}
-        adapter = replace(adapter, config=config)
     for warning in rule.after(rule.name, details):
         warnings.warn(warning, stacklevel=4)
     return MergedAdapter(

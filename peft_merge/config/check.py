@@ -135,6 +135,10 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         for module in modules:  # each warning once, however many modules it is about
             for warning in rule.forewarn(resolve(module).options, inputs):
                 forewarnings.setdefault(str(warning), warning)
+    bases = different_bases(adapters)
+    if (base := options.pop("base_model")) is not None:
+        named = {"base_model_name_or_path": base}
+        adapters = [replace(adapter, config={**adapter.config, **named}) for adapter in adapters]
     options["patterns"] = bool(options["patterns"])
     options["dtype"] = options["dtype"] or _common_dtype(adapters)
     plan = MergePlan(
@@ -154,7 +158,7 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     if wrong := wrong or list(memory.problems(need_of(plan))):
         _stop(request, wrong)
     averaged = saved.averaged(plan.saved, adapters) if request.modules_to_save is None else None
-    for said in (different_bases(adapters), few_shared(adapters), averaged):
+    for said in (bases, few_shared(adapters), averaged):
         if said is not None:
             warnings.warn(said, stacklevel=4)
     return plan

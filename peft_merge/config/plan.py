@@ -224,7 +224,7 @@ class MergePlan:
         request: what the user wrote.
         rule: that merges each module by itself; None for FlexMerge, which decides over all modules.
         kind: of all adapters.
-        adapters: in the user's order, their names differ.
+        adapters: in the user's order, their names differ; `base_model` is in their configurations.
         modules: of all adapters, in the order in which they come.
         resolve: the values of its parameters for each module.
         rank: of the output, None for the default of the method and for (IA)^3.
@@ -233,7 +233,6 @@ class MergePlan:
         seed: of random rules.
         dtype: of the output.
         device: where is computed.
-        base_model: the name that the configuration of the output gives; None for the inputs' own.
         saved: for each whole tensor of the output the positions of the adapters it is the mean of.
         notes: what a user may want to know before the merge.
         forewarnings: what the method says of its result before it is computed.
@@ -251,7 +250,6 @@ class MergePlan:
     seed: int
     dtype: torch.dtype
     device: torch.device
-    base_model: str | None
     saved: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     forewarnings: tuple[MergeWarning, ...] = ()

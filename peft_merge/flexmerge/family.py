@@ -181,8 +181,6 @@ class Family(GroupStorage):
         infos = {module: piece.info for module, piece in changes.items()}
         values = {module: piece.value for module, piece in changes.items()}
         config = self.configuration(own, infos, shared)
-        if self.plan.base_model is not None:
-            config["base_model_name_or_path"] = self.plan.base_model
         made: Adapter = replace(
             own, config=config, infos=infos, load=values.__getitem__, saved=self._private(task)
         )
