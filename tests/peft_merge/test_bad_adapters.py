@@ -36,7 +36,7 @@ from tests.peft_merge.models import KINDS, reloaded, saved
         ({"modules_to_save": "classifier"}, "modules_to_save"),
         ({"bias": "some"}, "bias"),
         ({"use_rslora": 1}, "use_rslora"),
-        ({"layer_replication": [[0, 1, 2]]}, "layer_replication"),
+        ({"layer_replication": [[0, 1, 2]]}, "layer_replication[0]"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
     ],
     ids=str,
