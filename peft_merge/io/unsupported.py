@@ -83,6 +83,13 @@ def _compiled(value: Any, template: str = "{}") -> Any:
     return value
 
 
+def _selection(value: Any) -> Any:
+    named = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    if not named and not isinstance(value, str | None):
+        raise ValueError("a list of names, a regular expression, or null")
+    return _compiled(value) if isinstance(value, str) else value
+
+
 def _few(value: list[str]) -> list[str]:
     if (count := len({name.rpartition(".")[2] for name in value})) > _MOST_PARAMETERS:
         raise ValueError(f"{_MOST_PARAMETERS} different parameters at most, not {count}")
@@ -111,7 +118,7 @@ def _is_number(value: Any) -> bool:
 
 # Checking stops at the first wrong entry: a hostile list may have millions.
 _Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True)]
-_Selection = Annotated[str, AfterValidator(_compiled)] | _Names | None
+_Selection = Annotated[Any, AfterValidator(_selection)]
 _Layers = Annotated[
     str | Annotated[list[str], Field(fail_fast=True)],
     AfterValidator(partial(_compiled, template=r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")),
