@@ -42,7 +42,6 @@ from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.commands import parsed
-from mergekit_ext.host.flexmerge.prepare import flexmerge_config
 from mergekit_ext.io.headers import read_folder, read_safetensors
 from mergekit_ext.io.pieces import Journal
 from peft_merge.flexmerge.result import open_manifest
@@ -121,11 +120,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "adapter config": _json(inputs / "adapter0" / "adapter_config.json", _adapter),
         "YAML, check": _yaml(inputs / "nan.yml", nan, lambda path: _check(path.read_text())),
         "YAML, merge": _yaml(inputs / "merge.yml", nan, lambda path: parsed(path.read_text())),
-        "YAML, flexmerge": _yaml(
-            inputs / "flex.yml",
-            flex,
-            lambda path: _check(flexmerge_config(path)[1]),
-        ),
+        "YAML, flexmerge": _yaml(inputs / "flex.yml", flex, lambda path: _check(path.read_text())),
         "YAML, peft-merge": _yaml(inputs / "peft.yml", peft, lambda path: plan_config(path, None)),
         "analysis": _json(made, lambda path: analysis_file.find(path.parent, _SUBJECT, layout)),
         "journal": Reader(

@@ -44,20 +44,6 @@ _REFUSED = {
 }
 
 
-def flexmerge_config(path: Path) -> tuple[Any, str]:
-    """Return a configuration whose method is `flexmerge`, and its text.
-
-    Raises:
-        ConfigError: it is another one, or none.
-    """
-    source = text_of(path)
-    config = parsed(source)
-    if config.merge_method != "flexmerge":
-        found, remedy = repr(config.merge_method), "Use mergekit-yaml for other methods."
-        raise ConfigError([Problem("merge_method", found, "'flexmerge'", remedy)])
-    return ordered(config), source
-
-
 def prepare_tables(
     path: Path, folder: Path, options: Any, algorithms: Sequence[str] = ()
 ) -> dict[str, tuple[CheckReport, Prepared]]:
@@ -72,7 +58,11 @@ def prepare_tables(
     Raises:
         ConfigError: something is wrong with the configuration, its inputs or `folder`.
     """
-    config, source = flexmerge_config(path)
+    source = text_of(path)
+    config = ordered(parsed(source))
+    if config.merge_method != "flexmerge":
+        other, remedy = repr(config.merge_method), "Use mergekit-yaml for other methods."
+        raise ConfigError([Problem("merge_method", other, "'flexmerge'", remedy)])
     chosen = algorithms or [str((config.parameters or {}).get("algorithm", DEFAULT_ALGORITHM))]
     found = {}
     for name in dict.fromkeys(chosen):
@@ -137,9 +127,8 @@ def _prepared(
         findings.note("Nothing is estimated: a model is the result of another document.")
         return None
     references = [config.base_model, *(source.model for source in sources)]
-    ordered = [facts[reference] for reference in references]
-    naming = _naming([fact.config for fact in ordered], algorithm.parameters.shared)
-    stored = [(fact.tensors or {}, fact.config) for fact in ordered]
+    stored = [(facts[model].tensors or {}, facts[model].config) for model in references]
+    naming = _naming([config for _, config in stored], algorithm.parameters.shared)
     layout, headers, renaming = laid_out(tasks, stored, naming)
     if renaming is not None:
         findings.note(f"{renaming} ({config.base_model}).")
