@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_ext.core.memory import limited
 from mergekit_ext.flexmerge.plan import Dendrograms
-from mergekit_ext.flexmerge.storage import Target
+from mergekit_ext.flexmerge.storage import Size, Target
 from mergekit_ext.host.commands import for_commands
 from mergekit_ext.host.flexmerge.engine import Engine
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
@@ -20,13 +21,10 @@ from mergekit_ext.host.session import listening
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.similarity import (
-    BlockSimilarity,
-    Step,
     plot_similarity,
     similarity_table,
     steps_table,
-    write_similarity,
-    write_steps,
+    write_rows,
 )
 
 
@@ -64,8 +62,8 @@ def _analysed(config_file: Path, folder: Path, options: MergeOptions, plot: bool
         engine = Engine(prepared, open_inputs(prepared), folder, session)
         engine.save_analysis(folder)
         blocks, steps = list(_similarities(engine)), list(_steps(engine))
-    write_similarity(folder / "similarity.csv", blocks, prepared.layout.tasks)
-    write_steps(folder / "steps.csv", steps)
+    write_rows(folder / "similarity.csv", blocks)
+    write_rows(folder / "steps.csv", steps)
     notes = list(report.notes)
     if plot:
         try:
@@ -77,36 +75,43 @@ def _analysed(config_file: Path, folder: Path, options: MergeOptions, plot: bool
     return "\n\n".join(["\n".join(notes), similarity_table(blocks), steps_table(steps)])
 
 
-def _similarities(engine: Engine) -> Iterator[BlockSimilarity]:
+def _similarities(engine: Engine) -> Iterator[dict[str, Any]]:
+    tasks = engine.inputs.layout.tasks
     for block, gram in zip(engine.inputs.layout.blocks, engine.grams, strict=True):
         found = cosines(gram)
         pairs = [float(found[i, j]) for i in range(len(found)) for j in range(i)]
-        yield BlockSimilarity(
-            block.name,
-            block.kind,
-            block.depth,
-            block.size,
-            min(pairs),
-            sum(pairs) / len(pairs),
-            max(pairs),
-            engine.analysis.grams[block.name].diagonal().sqrt().tolist(),
-        )
+        norms = engine.analysis.grams[block.name].diagonal().sqrt().tolist()
+        yield {
+            "block": block.name,
+            "kind": block.kind,
+            "depth": block.depth,
+            "elements": block.size,
+            "lowest": min(pairs),
+            "mean": sum(pairs) / len(pairs),
+            "highest": max(pairs),
+            **{f"norm/{task}": norm for task, norm in zip(tasks, norms, strict=True)},
+        }
 
 
-def _steps(engine: Engine) -> Iterator[Step]:
+def _steps(engine: Engine) -> Iterator[dict[str, Any]]:
     planner, layout = engine.planner, engine.inputs.layout
     if not isinstance(planner, Dendrograms):
         for number, clusters in enumerate(planner.sizes):
-            size = planner.plan(Target(models=clusters)).size
-            yield Step(number, "", "", None, size.models, size.bytes)
+            yield _step(number, planner.plan(Target(models=clusters)).size)
         return
     first, *others = planner.trajectory
-    yield Step(0, "", "", None, first.models, first.bytes)
+    yield _step(0, first)
     merges = [iter(sequence) for sequence in planner.order.sequences]
     for number, (index, size) in enumerate(zip(planner.order.steps, others, strict=True), 1):
         merge = next(merges[index])
         groups = " + ".join(
             ", ".join(layout.tasks[task] for task in group) for group in (merge.first, merge.second)
         )
-        block = layout.blocks[index].name
-        yield Step(number, block, groups, merge.similarity, size.models, size.bytes)
+        yield _step(number, size, merge.similarity, layout.blocks[index].name, groups)
+
+
+def _step(
+    number: int, size: Size, similarity: float | None = None, block: str = "", groups: str = ""
+) -> dict[str, Any]:
+    found = {"merges": number, "models": size.models, "bytes": size.bytes}
+    return {**found, "similarity": similarity, "block": block, "groups": groups}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from typing import Any
 
 import pytest
 import torch
@@ -59,30 +58,22 @@ def test_in_between_every_block_is_f_of_its_group(name, dtype, families, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "parameters"),
+    ("algorithm", "parameters", "method", "given"),
     [
-        ("average", {"weight": 1.0}),
-        ("task_arithmetic", {"lambda": 1.2}),
-        ("ties", {"density": 0.3, "lambda": 0.9, "trim_scope": "tensor"}),
+        ("average", {"weight": 1.0}, "linear", {}),
+        ("task_arithmetic", {"lambda": 1.2}, "task_arithmetic", {"weight": 1.2 / 3}),
+        (
+            *("ties", {"density": 0.3, "lambda": 0.9, "trim_scope": "tensor"}),
+            *("ties", {"density": 0.3, "lambda": 0.9}),
+        ),
     ],
 )
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_size_one_is_mergekits_own_method(algorithm, parameters, name, families, tmp_path):
-    family = families(name)
-    if name == "bert":  # mergekit merges heads of one size only
-        base, tuned = small.family(tmp_path / "bert", small.bert)
-        family = Family(base, tuned)
+def test_size_one_is_mergekits_own_method(algorithm, parameters, method, given, tmp_path):
+    base, tuned = small.family(tmp_path, small.bert)
     out, stock = tmp_path / "out", tmp_path / "stock"
-    merge(family.content(1, algorithm, heads="merged", **parameters), out)
-    method, base = algorithm, family.base
-    given: dict[str, Any] = {"weight": 1.0}
-    if algorithm == "average":
-        method, base = "linear", None
-    elif algorithm == "task_arithmetic":
-        given = {"weight": 1.2 / 3}
-    else:
-        given |= {"density": 0.3, "lambda": 0.9}
-    content = small.config(method, family.tuned, base, given)
+    merge(Family(base, tuned).content(1, algorithm, heads="merged", **parameters), out)
+    based = None if method == "linear" else base
+    content = small.config(method, tuned, based, {"weight": 1.0, **given})
     mergekit_ext.merge(yaml.safe_dump(content), stock, QUIET)
     wanted = small.state(stock)
     for folder in (out, *(out / task for task in TASKS)):

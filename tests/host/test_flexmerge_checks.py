@@ -486,14 +486,6 @@ def test_everything_at_once_and_no_weight_is_read(content, bert, tmp_path, monke
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["something"]
 
 
-def test_unreachable_sizes_are_found_before_weights_are_read(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(FileSource, "read", lambda *a: pytest.fail("a weight was read"))
-    for given in ({"target_size": 5}, {"target_size": 2.5, "algorithm": "channel_merging"}):
-        with pytest.raises(ConfigError, match="target_size"):
-            mergekit_ext.merge(yaml.safe_dump(put(content, **given)), tmp_path / "out", QUIET)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_merge_of_what_another_document_will_write(content):
     first = copy.deepcopy(content)
     first |= {"merge_method": "linear", "name": "mean", "parameters": {"weight": 1.0}}
@@ -501,9 +493,3 @@ def test_a_merge_of_what_another_document_will_write(content):
     text = yaml.safe_dump_all([first, content])
     reports = check_source(text, QUIET)
     assert [list(report.problems) for _, report in reports] == [[], []]
-
-
-def test_yaml_that_pydantic_refuses(content):
-    text = yaml.safe_dump({**content, "models": 3})
-    ((_, report),) = check_source(text, QUIET)
-    assert report.problems

@@ -9,26 +9,34 @@ from typing import Any
 import pytest
 
 from mergekit_ext.report.similarity import (
-    BlockSimilarity,
-    Step,
     plot_similarity,
     similarity_table,
     steps_table,
-    write_similarity,
-    write_steps,
+    write_rows,
 )
 
+
+def block(name: str, kind: str, depth: int | None, *cosines: float) -> dict[str, Any]:
+    found = {"block": name, "kind": kind, "depth": depth, "elements": 40}
+    return {**found, **dict(zip(("lowest", "mean", "highest"), cosines, strict=True)), "norm/a": 1}
+
+
+def step(number: int) -> dict[str, Any]:
+    found = {"merges": number, "models": 2 - number / 100, "bytes": 2000 - number}
+    if number == 0:
+        return {**found, "similarity": None, "block": "", "groups": ""}
+    similarity = 1 / 3 - number / 100
+    return {**found, "similarity": similarity, "block": f"block{number}", "groups": "a + b"}
+
+
 BLOCKS = [
-    BlockSimilarity("embed", "embedding", None, 60, -0.25, 0.0, 0.25, (1.0, 2.0)),
-    BlockSimilarity("layers.0.attention", "attention", 0, 40, 0.1, 0.2, 0.3, (1.0, 2.0)),
-    BlockSimilarity("layers.0.norm1", "norm", 0, 4, 0.4, 0.4, 0.4, (0.0, 2.0)),
-    BlockSimilarity("layers.0.norm2", "norm", 0, 4, 0.6, 0.6, 0.6, (1.0, 2.0)),
-    BlockSimilarity("layers.1.attention", "attention", 1, 40, 0.7, 0.8, 0.9, (1.0, 2.0)),
+    block("embed", "embedding", None, -0.25, 0.0, 0.25),
+    block("layers.0.attention", "attention", 0, 0.1, 0.2, 0.3),
+    block("layers.0.norm1", "norm", 0, 0.4, 0.4, 0.4),
+    block("layers.0.norm2", "norm", 0, 0.6, 0.6, 0.6),
+    block("layers.1.attention", "attention", 1, 0.7, 0.8, 0.9),
 ]
-STEPS = [
-    Step(0, "", "", None, 2.0, 2000),
-    *(Step(n, f"block{n}", "a + b", 1 / 3 - n / 100, 2 - n / 100, 2000 - n) for n in range(1, 101)),
-]
+STEPS = [step(number) for number in range(101)]
 
 
 def test_similarity_table() -> None:
@@ -53,31 +61,17 @@ def test_few_steps_are_all_shown(count: int) -> None:
     assert int(lines[-1].split()[0]) == count - 1
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+@pytest.mark.parametrize("rows", [BLOCKS, STEPS])
+def test_rows_as_they_are_read(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    write_rows(path, rows)
     assert b"\r" not in path.read_bytes()
     with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_write_steps(tmp_path: Path) -> None:
-    write_steps(tmp_path / "steps.csv", STEPS)
-    found = rows(tmp_path / "steps.csv")
-    assert len(found) == 101
-    assert list(found[0]) == ["merges", "models", "bytes", "similarity", "block", "groups"]
-    assert list(found[0].values()) == ["0", "2.0", "2000", "", "", ""]
-    assert float(found[1]["similarity"]) == STEPS[1].similarity  # every digit
-    assert found[100]["groups"] == "a + b"
-
-
-def test_write_similarity(tmp_path: Path) -> None:
-    write_similarity(tmp_path / "similarity.csv", BLOCKS, ["a", "b"])
-    found = rows(tmp_path / "similarity.csv")
-    assert list(found[0].items()) == [
-        *(("block", "embed"), ("kind", "embedding"), ("depth", ""), ("elements", "60")),
-        *(("lowest", "-0.25"), ("mean", "0.0"), ("highest", "0.25")),
-        *(("norm/a", "1.0"), ("norm/b", "2.0")),
+        found = list(csv.DictReader(file))
+    # Every digit of a number; nothing where there is none.
+    assert found == [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
     ]
-    assert [row["depth"] for row in found] == ["", "0", "0", "0", "1"]
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -96,7 +90,7 @@ def test_the_lines_of_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(attention.get_ydata()) == [0.2, 0.8]
     assert norm.get_label() == "norm" and list(norm.get_ydata()) == [0.5]
     (sizes,) = right.get_lines()
-    assert list(sizes.get_ydata()) == [step.models for step in STEPS]
+    assert list(sizes.get_ydata()) == [step["models"] for step in STEPS]
 
 
 def test_a_plot_without_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

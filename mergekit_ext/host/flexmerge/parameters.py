@@ -54,7 +54,7 @@ OWN: tuple[Parameter, ...] = (
     Parameter("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
     Parameter("task", str, None, "the task's name", per_model=True),
 )
-SHARED = ParameterScope.SHARED
+_SHARED = ParameterScope.SHARED
 # What only algorithms that trim take.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
 _TAKEN_BY_ALL = frozenset(parameter.name for parameter in OWN) - _OF_TRIMMING
@@ -103,7 +103,12 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     before, given = findings.count, config.parameters or {}
     name = given.get("algorithm", DEFAULT_ALGORITHM)
     known = name in names()
-    specs = _specs(name if known else None)
+    specs = {
+        **_parameters(name),
+        # NAN's `granularity` gives way to FlexMerge's: it measures the block.
+        **{parameter.name: spec_of(parameter) for parameter in OWN},
+    }
+    specs["algorithm"] = replace(specs["algorithm"], value_type=choice(*names()))
     # Messages have the name between backticks.
     named = f"flexmerge` with `{name}"
     spec = replace(FlexMergeMethod().spec, name=named, parameters=tuple(specs.values()))
@@ -133,14 +138,7 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     return None if findings.count > before else made
 
 
-def _specs(algorithm: str | None) -> dict[str, ParameterSpec]:
-    own = {parameter.name: spec_of(parameter) for parameter in OWN}
-    own["algorithm"] = replace(own["algorithm"], value_type=choice(*names()))
-    # NAN's `granularity` gives way to FlexMerge's: it measures the block.
-    return {**({} if algorithm is None else _parameters(algorithm)), **own}
-
-
-def _parameters(algorithm: str) -> dict[str, ParameterSpec]:
+def _parameters(algorithm: Any) -> dict[str, ParameterSpec]:
     """Return the parameters of an algorithm; none of an unknown one.
 
     A `density` out of (0, 1] would keep everything or nothing without a message.
@@ -153,7 +151,7 @@ def _parameters(algorithm: str) -> dict[str, ParameterSpec]:
         spec.name: replace(
             spec,
             value_type=RANGES["density"] if spec.name == "density" else spec.value_type,
-            scope=SHARED if spec.scope == SHARED else ParameterScope.NON_BASE,
+            scope=_SHARED if spec.scope == _SHARED else ParameterScope.NON_BASE,
         )
         for spec in registered(algorithm).spec.parameters
     }
