@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype
@@ -45,6 +46,10 @@ class Parameters:
         """Return the share of each member's entries that trimming keeps."""
         shared = self.shared.get("density")
         return [self.models[member].get("density", shared) for member in members]
+
+    def scopes(self, block: BlockLayout) -> list[slice]:
+        """Return what of a block vector `density` is a share of, if not of a whole model."""
+        return [p.slice for p in block.parts] if self.trim_scope == "tensor" else [slice(None)]
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,7 @@ class Algorithm(ABC):
 
 
 class Declared(Algorithm):
-    """A method of `mergekit_ext.methods` over blocks.
-
-    Methods on matrices merge tensor by tensor; trimming has its scope; others merge the block as
-    one vector.
-    """
+    """A method of `mergekit_ext.methods`: over tensors, the scopes of trimming, or whole blocks."""
 
     def __init__(self, method: Method, parameters: Parameters):
         super().__init__(parameters)
@@ -153,9 +154,7 @@ class Declared(Algorithm):
             coefficients = [scale * weight for weight in self.parameters.weights(members)]
             return add_task_vectors(block.base, models, coefficients, dtype)
         if self.method.over_base is not None and not self.masks:
-            out = torch.empty_like(block.base, dtype=dtype)
-            self._over_base(block, block.base, models, members, cuts, out)
-            return out
+            return self._over_base(block.layout, block.base, models, members, cuts, dtype)
         deltas = deltas_of(block, members)
         change = self._change(block, deltas, members, cuts)
         return change.add_(block.base.to(change.dtype)).to(dtype)
@@ -182,9 +181,7 @@ class Declared(Algorithm):
         """Return the merged task vector; without masks, `deltas` are used up."""
         if self.method.over_base is not None:
             zeros = torch.zeros_like(deltas[0])
-            out = torch.empty_like(zeros)
-            self._over_base(block, zeros, deltas, members, cuts, out)
-            return out
+            return self._over_base(block.layout, zeros, deltas, members, cuts, zeros.dtype)
         call = self._call(members)
         if cuts is not None and self.trims:
             for member, delta in zip(members, deltas, strict=True):
@@ -197,7 +194,7 @@ class Declared(Algorithm):
         if not self.by_tensor:
             found = [
                 self.method.merge([delta[part] for delta in deltas], call).tensor
-                for part in self._parts(block)
+                for part in self.parameters.scopes(block.layout)
             ]
             return torch.cat(found) if len(found) > 1 else found[0]
         out = torch.empty_like(deltas[0])
@@ -209,30 +206,25 @@ class Declared(Algorithm):
 
     def _over_base(
         self,
-        block: BlockData,
+        block: BlockLayout,
         base: Tensor,
         models: Sequence[Tensor],
         members: Sequence[int],
         cuts: Cuts | None,
-        out: Tensor,
-    ) -> None:
+        dtype: torch.dtype,
+    ) -> Tensor:
         assert self.method.over_base is not None
-        call = self._call(members)
+        out = torch.empty_like(base, dtype=dtype)
         kept = self.parameters.densities(members) if cuts is None else [cuts[m] for m in members]
-        call = replace(call, kept=kept)
-        for part in self._parts(block):
+        call = replace(self._call(members), kept=kept)
+        for part in self.parameters.scopes(block):
             tensors = [model[part] for model in models]
-            out[part] = self.method.over_base(base[part], tensors, call, out.dtype).tensor
+            out[part] = self.method.over_base(base[part], tensors, call, dtype).tensor
+        return out
 
     def _call(self, members: Sequence[int]) -> Call:
         each = [self.parameters.models[member] for member in members]
         return Call(self.parameters.weights(members), self.parameters.shared, each)
-
-    def _parts(self, block: BlockData) -> list[slice]:
-        """Return what of a block vector is merged as one."""
-        if self.trims and self.parameters.trim_scope == "tensor":
-            return [part.slice for part in block.layout.parts]
-        return [slice(None)]
 
 
 class Dare(Algorithm):
@@ -293,7 +285,6 @@ def trimmed_deltas(
         if cuts is not None:
             Keeper(cuts[member]).drop(delta)
             continue
-        tensors = [part.slice for part in block.layout.parts]
-        for part in tensors if parameters.trim_scope == "tensor" else [slice(None)]:
+        for part in parameters.scopes(block.layout):
             Keeper(cut_of(delta[part], density)).drop(delta[part])
     return deltas

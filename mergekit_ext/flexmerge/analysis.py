@@ -99,10 +99,7 @@ def trimmed_grams(
     progress: Progress = lambda name: None,
     finished: Finished | None = None,
 ) -> dict[str, Tensor]:
-    """Return inner products of trimmed task vectors (`similarity_on: trimmed`).
-
-    Arguments as of `analyse`; the subject of `finished` says how they are trimmed, too.
-    """
+    """Return inner products of trimmed task vectors; arguments as of `analyse`."""
 
     def made(block: BlockLayout) -> Rows:
         members = range(len(reader.layout.tasks))
@@ -142,12 +139,7 @@ def _gram(read: Callable[[], BlockData], layout: Layout) -> Rows:
 
 
 def _raise_non_finite(data: BlockData, layout: Layout) -> None:
-    """Name the first tensor and model that hold NaN or infinity.
-
-    Raises:
-        NonFiniteError: an input is not finite.
-        MergeError: only differences or their products left the range.
-    """
+    """Name the first tensor and model that hold NaN or infinity, or say that only products do."""
     owners = [("the base model", data.base), *zip(layout.tasks, data.models.values(), strict=True)]
     for owner, vector in owners:
         for index, part in enumerate(data.layout.parts):
@@ -161,12 +153,7 @@ def _raise_non_finite(data: BlockData, layout: Layout) -> None:
 
 
 class _TrimSearch:
-    """Finds what trimming keeps of each whole model, a digit a pass; see `kernels.selection`.
-
-    Args:
-        layout: of the models.
-        densities: for each model the share that is kept; 1 to find nothing.
-    """
+    """Finds what trimming keeps of each whole model, a digit a pass; see `kernels.selection`."""
 
     def __init__(self, layout: Layout, densities: Sequence[float]):
         size = sum(block.size for block in layout.blocks)
@@ -178,12 +165,10 @@ class _TrimSearch:
 
     @property
     def done(self) -> bool:
-        """Whether `cuts` are known."""
         return all(search is None or search.done for search in self._searches)
 
     @property
     def cuts(self) -> Cuts:
-        """What is kept of each model."""
         return [
             EVERYTHING if search is None else Cut(search.cut.pattern, ALL_TIES)
             for search in self._searches
@@ -202,7 +187,6 @@ class _TrimSearch:
         ]
 
     def add(self, counts: Counts) -> None:
-        """Take in what `count` found of a block."""
         for search, found in zip(self._searches, counts, strict=True):
             if search is not None and found is not None:
                 search.take(_unpacked(found, search.bins))

@@ -30,9 +30,8 @@ _LARGEST = 256 << 20
 def subject_of(layout: Layout, base: Source, models: Sequence[Source]) -> str:
     """Return the digest of all that an analysis depends on but densities.
 
-    These are names, blocks, and the identity of every stored tensor that is merged. A file is
-    identified by its path, length and time of change, not by its content: reading everything in
-    order not to read everything would gain nothing.
+    Files are identified by path, length and time of change: reading everything in order not to
+    read everything would gain nothing.
     """
     digest = hashlib.sha256()
     names = [part.name for block in layout.blocks for part in block.parts]

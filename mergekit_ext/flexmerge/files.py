@@ -36,19 +36,12 @@ _GIT_DIGITS = 40
 
 
 class StoredFile:
-    """A shard whose place, length and header are those of the manifest.
-
-    Attributes:
-        path: where it is, links resolved.
-        headers: name, dtype and shape of its tensors.
+    """A shard whose place, length and header are those of the manifest; or `CheckpointError`.
 
     Args:
         root: the checkpoint's folder, resolved.
         file: the manifest's entry.
         verify: also compare the content with the manifest's digest.
-
-    Raises:
-        CheckpointError: it is something else.
     """
 
     def __init__(self, root: Path, file: ShardFile, verify: bool = False):
@@ -69,11 +62,7 @@ class StoredFile:
             raise _refused(root, file.path, f"metadata {metadata}", 'metadata with "format": "pt"')
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor, on the CPU; its storage is the mapped file.
-
-        Raises:
-            CheckpointError: it is of a dtype that torch does not have.
-        """
+        """Return one tensor, on the CPU; its storage is the mapped file."""
         try:
             tensor: Tensor = self._open.get_tensor(name)
         except SafetensorError as error:
@@ -150,7 +139,6 @@ def _refused(
 
 
 def _compare(root: Path, path: Path, where: str, digest: str) -> None:
-    """Compare a file with its SHA-256, or with the digest that Git knows it by."""
     git = len(digest) == _GIT_DIGITS
     try:
         start = b"blob %d\0" % path.stat().st_size
@@ -199,12 +187,9 @@ def described(root: Path, tasks: Sequence[str]) -> dict[str, str]:
 
 
 def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> Iterator[Problem]:
-    """Yield every file of the folders that is not as it was written.
+    """Yield every file of the folders that is not as it was written; `shards` are verified.
 
-    Args:
-        root: the checkpoint's folder, resolved.
-        manifest: one of an older version knows nothing but weights.
-        shards: opened and verified.
+    A manifest of an older version knows nothing but weights.
     """
     known = manifest.task_files
     for name, digest in known.items():
@@ -257,7 +242,6 @@ def warn_of_copies(root: Path, manifest: Manifest, shards: Sequence[StoredFile])
 
 
 def _homes(root: Path, tasks: Sequence[str]) -> list[Path]:
-    """Return the folders that are checkpoints by themselves, or would be but for masks."""
     homes = [root / task for task in tasks if (root / task).is_dir()]
     return [*homes, root] if (root / INDEX).is_file() else homes
 
@@ -269,9 +253,6 @@ def _files(home: Path, root: Path) -> list[str]:
 
 
 def _weights(home: Path, *, shards: bool) -> list[Path]:
-    """Return files of weights in a folder: safetensors, or indexes and other formats.
-
-    Those of the model's modules lie in folders.
-    """
+    """Return safetensors files in a folder, or weights in other formats and indexes."""
     found = (path for path in sorted(home.iterdir()) if path.is_file() and is_weights(path))
     return [path for path in found if (path.suffix == _SHARD) == shards]

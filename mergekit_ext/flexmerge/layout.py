@@ -131,10 +131,9 @@ def complete_ties(
 ) -> list[Mapping[str, TensorHeader]]:
     """Let base and models (in this order) have their tied tensors under the same names.
 
-    Some files hold a tied tensor under one of its names, others under several. A name that is
-    missing is taken for another one of the same tensor. Otherwise the copy would be private to
-    those that have it, and differ from what is merged under the first name: loaders no longer tie
-    what differs.
+    Some files hold a tied tensor under one of its names, others under several. A copy that only
+    some have would be private to them, and differ from what is merged under the first name:
+    loaders no longer tie what differs.
     """
     completed = [dict(owner) for owner in owners]
     written = {name for model in owners[1:] for name in model}
@@ -201,16 +200,14 @@ def _block(
 class Renaming:
     """How the base's names become those of the models: a prefix is added, or taken away.
 
-    ``ViTModel`` and ``BertModel`` store ``encoder.layer.0...`` where ``ViTForImageClassification``
-    has ``vit.encoder.layer.0...``. Many bases on the Hub are bare, and transformers itself loads
-    either into either.
+    ``ViTModel`` stores ``encoder.layer.0...`` where ``ViTForImageClassification`` has
+    ``vit.encoder.layer.0...``; transformers itself loads either into either.
     """
 
     prefix: str
     adds: bool
 
     def apply(self, name: str) -> str:
-        """Return the name that the models have for a tensor of the base."""
         return f"{self.prefix}.{name}" if self.adds else name.removeprefix(f"{self.prefix}.")
 
     def __str__(self) -> str:

@@ -56,12 +56,9 @@ def require_in_range(tensor: Tensor, name: str) -> None:
 
 @dataclass(frozen=True)
 class Merging:
-    """How the members of a group become what is stored.
+    """How the members of a group become what is stored, in the dtype `forced` if one is asked for.
 
-    Attributes:
-        algorithm: merges them.
-        cuts: what trimming keeps of each model.
-        forced: the dtype of all shareable tensors, if it is not that of the inputs.
+    `cuts` say what trimming keeps of each whole model.
     """
 
     algorithm: Algorithm
@@ -154,12 +151,9 @@ class Walk:
 
     Only what changes from size to size is merged; a merged tensor is one for its group.
 
-    Args:
-        reader: reads the blocks.
-        merging: how groups are merged.
-
     Raises:
         NonFiniteError: a private tensor holds NaN or infinity.
+        MergeError: in `go`: a merged tensor is not finite in its dtype.
     """
 
     def __init__(self, reader: BlockReader, merging: Merging):
@@ -177,11 +171,7 @@ class Walk:
                 require_finite(tensor, name, task)
 
     def go(self, plan: Plan) -> int:
-        """Change to the groups of `plan`; return how many blocks had to be touched.
-
-        Raises:
-            MergeError: a merged tensor is not finite in its dtype.
-        """
+        """Change to the groups of `plan`; return how many blocks had to be touched."""
         changed = 0
         for index, groups in enumerate(plan.groups):
             # Without similarities, which do not change what is stored.

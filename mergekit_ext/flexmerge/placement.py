@@ -118,10 +118,8 @@ def place(
 ) -> None:
     """Spread modules over devices, the CPU and the disk; what tasks share goes to one place, once.
 
-    Args:
-        modules: each task's, on the CPU, sharing their tensors.
-        tensors: the checkpoint's, of each task.
-        device_map, max_memory, offload_folder: see `mergekit_ext.flexmerge.load`.
+    `modules` are on the CPU and share their tensors; `tensors` are the checkpoint's. See
+    `mergekit_ext.flexmerge.load` for the rest.
 
     Raises:
         ConfigError: the modules cannot be placed so.
@@ -135,13 +133,16 @@ def place(
         plan = _given(device_map, max_memory, union)
     plans = {task: union.devices_of(task, plan) for task in modules}
     main = next((device for device in plan.values() if device not in (CPU, DISK)), CPU)
-    disk = _Disk(offload_folder)
-    for task, module in modules.items():
-        # accelerate leaves buffers where the work is done.
-        held = module.named_parameters(remove_duplicate=False)
-        on_disk = {n: t.data for n, t in held if _device_of(n, plans[task]) == DISK}
-        disk.add(task, on_disk, tensors[task])
-    disk.fill()
+    on_disk = {
+        task: {
+            # accelerate leaves buffers where the work is done.
+            name: tensor.data
+            for name, tensor in module.named_parameters(remove_duplicate=False)
+            if _device_of(name, plans[task]) == DISK
+        }
+        for task, module in modules.items()
+    }
+    indices = _offloaded(on_disk, tensors, offload_folder)
     moved: Moved = {}
     for task, module in modules.items():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -156,7 +157,7 @@ def place(
             module,
             plans[task],
             main_device=main,
-            offload_index=disk.indices[task] or None,
+            offload_index=indices[task] or None,
             skip_keys=getattr(module, "_skip_keys_device_placement", None),
         )
 
@@ -178,12 +179,7 @@ class Union:
         self.module = self._parts[""]
 
     def devices_of(self, task: str, plan: _Plan) -> dict[str, Device]:
-        """Return the part of a plan for the union that one task's module needs.
-
-        Args:
-            task: its name.
-            plan: from parts, or single tensors, to devices; each tensor is in one of them.
-        """
+        """Return the part of a plan for the union that one task's module needs."""
         wanted = {}
         for tensor, united in self.names[task].items():
             part = next(part for part in _prefixes(united) if part in plan)
@@ -211,7 +207,7 @@ class Union:
     def _tensor(
         self, path: str, name: str, where: str, tensor: Tensor, tied: dict[int, Any]
     ) -> str:
-        """Put a tensor into the union, unless another task has put it there."""
+        """Put a tensor into the union, unless it is there; return its name in the union."""
         key = (where, _range(tensor))
         if key not in self._seen:
             part = self._parts[path]
@@ -297,48 +293,43 @@ def _range(tensor: Tensor) -> _Range:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-class _Disk:
-    """Where tensors are read from when they are needed: from the checkpoint's own files if these
-    hold them as they are, or else from files in the user's folder."""
+def _offloaded(
+    wanted: Mapping[str, Mapping[str, Tensor]],
+    stored: Mapping[str, TaskTensors],
+    folder: str | os.PathLike[str] | None,
+) -> dict[str, dict[str, dict[str, str]]]:
+    """Return for each task where what it wants on disk is read from, as accelerate takes it.
 
-    def __init__(self, folder: str | os.PathLike[str] | None):
-        self._folder = folder
-        self._files: dict[_Range, tuple[Path, Tensor]] = {}
-        self.indices: dict[str, dict[str, dict[str, str]]] = {}
+    That is the checkpoint's own files if these hold a tensor as it is, or else new files.
 
-    def add(self, task: str, wanted: Mapping[str, Tensor], stored: TaskTensors) -> None:
-        """Record what a task's module wants to have on disk."""
-        files = stored.files
-        known = {_range(stored[name]): name for name in files}
-        index = self.indices[task] = {}
-        for name, tensor in wanted.items():
+    Raises:
+        ConfigError: there is something to write, and no folder to write it to.
+    """
+    made: dict[_Range, tuple[Path, Tensor]] = {}
+    indices: dict[str, dict[str, dict[str, str]]] = {}
+    for task, tensors in wanted.items():
+        files, index = stored[task].files, indices.setdefault(task, {})
+        known = {_range(stored[task][name]): name for name in files}
+        for name, tensor in tensors.items():
             key = _range(tensor)
+            inside = known.get(key, _WEIGHT)
             if key in known:
-                path, inside = files[known[key]].path, known[key]
+                path = files[inside].path
             else:
-                home = Path(self._folder or "")
-                path, _ = self._files.setdefault(
-                    key, (home / f"offloaded-{len(self._files)}.safetensors", tensor)
-                )
-                inside = _WEIGHT
+                new = Path(folder or "") / f"offloaded-{len(made)}.safetensors"
+                path, _ = made.setdefault(key, (new, tensor))
             index[name] = {"safetensors_file": str(path), "weight_name": inside}
-
-    def fill(self) -> None:
-        """Write what no file holds yet.
-
-        Raises:
-            ConfigError: there is something to write, and no folder to write it to.
-        """
-        if self._files and self._folder is None:
-            size = sum(tensor.nbytes for _, tensor in self._files.values())
-            problem = Problem(
-                "offload_folder",
-                "none",
-                f"a folder for {size} bytes that were cast, stacked or reconstructed when the "
-                "checkpoint was read, and that do not fit into max_memory",
-                "Name a folder, or raise max_memory.",
-            )
-            raise ConfigError([problem], _SUBJECT)
-        for path, tensor in self._files.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({_WEIGHT: tensor.contiguous()}, path)
+    if made and folder is None:
+        size = sum(tensor.nbytes for _, tensor in made.values())
+        problem = Problem(
+            "offload_folder",
+            "none",
+            f"a folder for {size} bytes that were cast, stacked or reconstructed when the "
+            "checkpoint was read, and that do not fit into max_memory",
+            "Name a folder, or raise max_memory.",
+        )
+        raise ConfigError([problem], _SUBJECT)
+    for path, tensor in made.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({_WEIGHT: tensor.contiguous()}, path)
+    return indices

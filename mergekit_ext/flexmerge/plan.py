@@ -28,10 +28,7 @@ DEFAULT_ALGORITHM = "task_arithmetic"
 def options(target: Any, blocks: Sequence[str], example: str) -> tuple[Parameter, ...]:
     """Return the parameters that FlexMerge has for models and for adapters.
 
-    Args:
-        target: the type of `target_size`.
-        blocks: what a block can be, the default first.
-        example: a target size.
+    `target` is the type of `target_size`; of `blocks`, what a block can be, the default is first.
     """
     either = f"{example}, or a budget such as '12GB'"
     about = f"what everything may take: {either}"
@@ -59,11 +56,7 @@ class Planner(ABC):
 
     @abstractmethod
     def plan(self, target: Target) -> Plan:
-        """Return the largest plan that is not larger than `target`.
-
-        Raises:
-            ConfigError: the target cannot be reached.
-        """
+        """Return the largest plan that `target` holds; raise `ConfigError` if there is none."""
 
     @property
     @abstractmethod
@@ -89,8 +82,7 @@ class Dendrograms(Planner):
     Args:
         storage: of the groups.
         similarities: for each block the (m, m) cosines of its task vectors.
-        linkage: see `kernels.grouping.LINKAGES`.
-        order: see `kernels.grouping.ORDERS`.
+        linkage, order: see `kernels.grouping`.
         seed: of a random order.
 
     Attributes:
@@ -162,11 +154,7 @@ class Clusters(Planner):
 
 
 def whole_models(target: Target, count: int) -> int:
-    """Return the number of clusters that a target of `channel_merging` means.
-
-    Raises:
-        ConfigError: it is not a whole number from 1 to `count`.
-    """
+    """Return a target as so many clusters; raise `ConfigError` unless it is one of 1 to `count`."""
     clusters = target.models
     if clusters is None or clusters != int(clusters) or not 1 <= clusters <= count:
         problem = Problem(

@@ -108,13 +108,7 @@ def _tensor_problems(
 
 
 class Checkpoint:
-    """A checkpoint that `open_checkpoint` has checked.
-
-    Attributes:
-        folder: where it lies, resolved.
-        manifest: what it holds.
-        files: the file of each tensor.
-    """
+    """A checkpoint that `open_checkpoint` has checked; `files` has the file of each tensor."""
 
     def __init__(self, folder: Path, manifest: Manifest, files: Sequence[StoredFile]):
         self.folder, self.manifest, self._opened = folder, manifest, files

@@ -115,13 +115,7 @@ class LoadedSource(Source):
 
 @dataclass(frozen=True)
 class BlockData:
-    """One block in memory, as vectors.
-
-    Attributes:
-        layout: names, shapes and places of its tensors.
-        base: the base model's vector, (n,).
-        models: by task, the vector of its model, (n,).
-    """
+    """One block in memory: the vector of the base, (n,), and by task that of its model, (n,)."""
 
     layout: BlockLayout
     base: Tensor
@@ -164,8 +158,7 @@ class BlockReader:
     def _expect(self, place: int, sources: Sequence[Source]) -> None:
         """Announce what will be read after `place`: as much as the largest block holds.
 
-        Blocks are of very different sizes. One block ahead would leave the disk idle while the
-        one before a small block is computed with.
+        One block ahead would leave the disk idle before a small block.
         """
         if not self._last < place < self._expected:
             self._expected = place + 1

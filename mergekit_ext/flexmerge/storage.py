@@ -37,12 +37,9 @@ Partition: TypeAlias = Sequence[tuple[tuple[int, ...], float | None]]
 
 @dataclass(frozen=True)
 class Size:
-    """What is stored.
+    """The bytes of all tensors that are stored, of private ones among them, and of a unit.
 
-    Attributes:
-        bytes: of all tensors, each once.
-        unit_bytes: of the shareable tensors of one model, on average over the inputs.
-        private_bytes: of tensors that are never shared; in `bytes`.
+    `unit_bytes`: of the shareable tensors of one model, on average over the inputs.
     """
 
     bytes: int
@@ -146,15 +143,9 @@ def stored_of(
 
 @dataclass(frozen=True)
 class MaskedTensor:
-    """What one task's tensor of a masked block is made of.
+    """What one task's tensor of a masked block is made of; `block` is the name of the masks.
 
-    Attributes:
-        block: the masks' name.
-        unified: where the unified vector is.
-        masks: where the task's masks are.
-        rescale: the task's.
-        start: the tensor's first element in the block.
-        count: its elements.
+    The tensor is `count` elements of the block from `start` on.
     """
 
     block: str
@@ -190,18 +181,12 @@ def sources(
 
 
 class GroupStorage(ABC):
-    """How the groups of a family of models are stored, and what that takes.
+    """How the groups of a family of models are stored: so many blocks of so many tasks.
 
-    Attributes:
-        what: what sizes count: models or adapters.
-
-    Args:
-        blocks: how many there are.
-        tasks: likewise.
-        private_bytes: of what is never shared.
+    `private_bytes` are those of what is never shared.
     """
 
-    what = "models"
+    what = "models"  # or adapters, of which sizes are numbers
 
     def __init__(self, blocks: int, tasks: int, private_bytes: int):
         self.blocks, self.tasks, self.private_bytes = blocks, tasks, private_bytes
@@ -220,7 +205,7 @@ class GroupStorage(ABC):
         """Return what to add to the range of sizes, and what makes smaller ones possible."""
 
     def groups(self, found: Partition) -> tuple[StoredGroup, ...]:
-        """Return what is stored of a partition."""
+        """Return the groups that are stored of a partition."""
         return tuple(StoredGroup(tasks, DENSE, similarity) for tasks, similarity in found)
 
     @cached_property
@@ -266,13 +251,10 @@ class GroupStorage(ABC):
 
 
 class Storage(GroupStorage):
-    """How groups of models are stored.
+    """How groups of models are stored, in the dtype `forced` if one is asked for.
 
-    Args:
-        layout: the blocks.
-        masks: whether groups from three on become a unified vector and masks; smaller ones are
-            then kept as they are.
-        forced: the dtype of everything shareable, if it is not that of the inputs.
+    With `masks` groups from three on become a unified vector and masks; smaller ones are kept as
+    they are.
     """
 
     def __init__(self, layout: Layout, masks: bool = False, forced: torch.dtype | None = None):

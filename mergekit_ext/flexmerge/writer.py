@@ -21,14 +21,8 @@ from mergekit_ext.flexmerge.manifest import (
     FILE_NAME,
     MASKED,
     SHARDS,
-    Block,
-    Group,
     Manifest,
-    Private,
     ShardFile,
-    Size,
-    Task,
-    TensorInfo,
 )
 from mergekit_ext.flexmerge.merging import COPIED, Merging, block_tensors, require_finite
 from mergekit_ext.flexmerge.plan import Plan
@@ -57,12 +51,10 @@ class Piece:
     """Tensors that are written and recorded together: those of a block, or a private one.
 
     Attributes:
-        kind: of its line in the journal.
-        key: likewise.
+        kind, key: of its line in the journal.
         bytes: what is read for it.
         groups: the tasks and the kind of each group, as JSON has them.
-        entries: what is stored, in order.
-        tensors: the same, made when they are asked for.
+        entries, tensors: what is stored, in order; the tensors are made when they are asked for.
         rescale: of the masked groups, known with the tensors.
     """
 
@@ -182,16 +174,8 @@ class Shards:
     """The files under ``shards/``: planned, written tensor by tensor in any order, and digested.
 
     No tensor is held. Sums are computed in the background: what is given to `write` must stay as
-    it is until the call after the next.
-
-    Attributes:
-        files: of each place. Its tasks are indices.
-
-    Args:
-        folder: of the checkpoint.
-        declared: what is stored at each place, in order.
-        limit: the largest size of a file in bytes; 0 for one file a place.
-        finished: the pieces that an earlier run has written.
+    it is until the call after the next. What is declared of a place, whose tasks are indices, is
+    cut into files of at most `limit` bytes (0: one file).
     """
 
     def __init__(
@@ -219,7 +203,7 @@ class Shards:
         self._last: Future[Any] | None = None
 
     def create(self) -> None:
-        """Leave nothing of an earlier run but its shards; make those that are not there."""
+        """Leave nothing of an earlier run but its shards, and make all shards."""
         (self._folder / SHARDS).mkdir(exist_ok=True)
         known = {self._folder / file.path for _, file in self._all}
         for path in (*self._folder.iterdir(), *(self._folder / SHARDS).iterdir()):
@@ -345,51 +329,54 @@ def _manifest(
     files: tuple[ShardFile, ...],
     rescale: Mapping[str, Rescale],
 ) -> Manifest:
-    def group_of(block: str, group: StoredGroup) -> Group:
-        tasks = _names(layout.tasks, group.tasks)
-        if group.kind == DENSE:
-            return Group(tasks=tasks, kind=DENSE, similarity=group.similarity)
-        factors = {layout.tasks[task]: rescale[block][task] for task in group.tasks}
-        return Group(tasks=tasks, kind=MASKED, similarity=group.similarity, rescale=factors)
+    def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
+        names = _names(layout.tasks, group.tasks)
+        found: dict[str, Any] = {"tasks": names, "kind": group.kind}
+        found["similarity"] = group.similarity
+        if group.kind == MASKED:
+            found["rescale"] = {layout.tasks[t]: rescale[block.name][t] for t in group.tasks}
+        return found
 
-    size = plan.size
-    return Manifest(
-        format="flexmerge",
-        version=1,
-        generator=provenance.generator,
-        method=dict(provenance.method),
-        base_model=provenance.base_model,
-        size=Size(
-            models=size.models,
-            bytes=size.bytes,
-            unit_bytes=round(size.unit_bytes),
-            private_bytes=size.private_bytes,
-        ),
-        tasks=tuple(
-            Task(name=name, model=model, ordinary=name in ordinary)
-            for name, model in zip(layout.tasks, provenance.models, strict=True)
-        ),
-        files=files,
-        blocks=tuple(
-            Block(
-                name=block.name,
-                kind=block.kind,
-                tensors=_infos(block.parts),
-                groups=tuple(group_of(block.name, group) for group in groups),
-            )
-            for block, groups in zip(layout.blocks, plan.groups, strict=True)
-        ),
-        private=tuple(
-            Private(task=name, tensors=_infos(headers))
-            for name, headers in zip(layout.tasks, layout.private, strict=True)
-            if headers
-        ),
-        task_files={},
+    blocks, size = zip(layout.blocks, plan.groups, strict=True), plan.size
+    return Manifest.model_validate(
+        {
+            "format": "flexmerge",
+            "version": 1,
+            "generator": provenance.generator,
+            "method": dict(provenance.method),
+            "base_model": provenance.base_model,
+            "size": {
+                "models": size.models,
+                "bytes": size.bytes,
+                "unit_bytes": round(size.unit_bytes),
+                "private_bytes": size.private_bytes,
+            },
+            "tasks": [
+                {"name": name, "model": model, "ordinary": name in ordinary}
+                for name, model in zip(layout.tasks, provenance.models, strict=True)
+            ],
+            "files": files,
+            "blocks": [
+                {
+                    "name": block.name,
+                    "kind": block.kind,
+                    "tensors": _infos(block.parts),
+                    "groups": [group_of(block, group) for group in groups],
+                }
+                for block, groups in blocks
+            ],
+            "private": [
+                {"task": name, "tensors": _infos(headers)}
+                for name, headers in zip(layout.tasks, layout.private, strict=True)
+                if headers
+            ],
+            "task_files": {},
+        }
     )
 
 
-def _infos(tensors: Sequence[Part] | Sequence[TensorHeader]) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(name=each.name, shape=tuple(each.shape)) for each in tensors)
+def _infos(tensors: Sequence[Part] | Sequence[TensorHeader]) -> list[dict[str, Any]]:
+    return [{"name": each.name, "shape": tuple(each.shape)} for each in tensors]
 
 
 def _names(tasks: Sequence[str], chosen: Sequence[int]) -> tuple[str, ...]:
