@@ -164,7 +164,7 @@ def _place(item: Any, document: Any, root: str) -> tuple[str, str]:
             isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value)
         )
         if not inside:
-            if item["type"] == "missing":
+            if item["type"] == "missing" and step == item["loc"][-1]:
                 return join(path, step), "nothing"
             break
         path, value = join(path, step), value[step]

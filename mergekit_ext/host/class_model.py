@@ -28,19 +28,12 @@ def class_of(config: Any) -> Any:
 
 @dataclass(frozen=True)
 class Loading:
-    """What `from_pretrained` of a class makes of stored tensors, under the names of the class.
+    """What `from_pretrained` of a class makes of stored tensors, under the names of the class."""
 
-    Attributes:
-        missing: what the class needs and would be filled with random numbers.
-        ignored: what the class does not have, and would not be read.
-        misshapen: what is stored in another shape than the class has, with both shapes.
-        error: why transformers cannot convert the stored tensors; empty if it can.
-    """
-
-    missing: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    misshapen: tuple[str, ...] = ()
-    error: str = ""
+    missing: tuple[str, ...] = ()  # what the class needs: it would get random numbers
+    ignored: tuple[str, ...] = ()  # what the class does not have, and would not be read
+    misshapen: tuple[str, ...] = ()  # what the class has in another shape, with both shapes
+    error: str = ""  # why transformers cannot convert the stored tensors
 
 
 # By a digest of all that decides them: the models of a merge are mostly of one kind.
@@ -128,20 +121,14 @@ def empty_model(config: Any) -> Any:
 
 @dataclass(frozen=True)
 class ClassNames:
-    """What the class of a model calls stored tensors.
+    """What the class of a model calls stored tensors."""
 
-    Attributes:
-        model: the model of the class; None if there is none.
-        of: stored name -> the class's.
-        converted: those of the class's names whose values transformers changes on loading (stacks,
-            splits, transposes).
-        rename: a name in an older version of the class -> the class's, without the outer prefix
-            that transformers adds or takes away to load one head's checkpoint into another.
-    """
-
-    model: Any
-    of: dict[str, str]
+    model: Any  # of the class, on the meta device; None if there is none
+    of: dict[str, str]  # stored name -> the class's
+    # Those of the class's names whose values transformers changes (stacks, splits, transposes).
     converted: frozenset[str]
+    # A name in an older version of the class -> the class's, without the outer prefix that
+    # transformers adds or takes away to load one head's checkpoint into another.
     rename: Callable[[str], str]
 
 

@@ -6,9 +6,10 @@ The donor gives it: the base, or else the first model, as for mergekit's configu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -21,14 +22,12 @@ from mergekit_ext.host.inputs import donor_first, folder_of
 from mergekit_ext.host.modules import first_with_modules, merge_modules
 from mergekit_ext.io.model_files import MODULES, companions, copy, module_folders
 
-_VOCABULARY = frozenset(
-    {
-        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-        *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
-    }
+_VOCABULARY = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
+    *("*.model", "*.spm", "*.tiktoken", "*.vocab", "*.bpe"),
 )
-_VOCABULARY_ENDINGS = frozenset({".model", ".spm", ".tiktoken", ".vocab", ".bpe"})
-_TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json", "additional_chat_templates"})
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
 
 
 @contextmanager
@@ -48,45 +47,32 @@ def completed(config: Any, target: Path, options: Any) -> Iterator[None]:
     for name in companions(target):
         (target / name).unlink()
     yield
-    if parallel.current().is_main:
-        _bring_along(given, target, options)
-
-
-def _bring_along(config: Any, target: Path, options: Any) -> None:
-    folders = {model: folder_of(model, options) for model in donor_first(config)}
-    donor = next(iter(folders.values()))
-    built = wants_tokenizer(config) or not options.copy_tokenizer
-    template = not options.copy_tokenizer or (
-        bool(wants_tokenizer(config) or config.chat_template)
-        and any((target / name).exists() for name in _TEMPLATES)
+    if not parallel.current().is_main:
+        return
+    folders = {model: folder_of(model, options) for model in donor_first(given)}
+    donor, home = next(iter(folders.values())), first_with_modules(folders.values())
+    built, copied = wants_tokenizer(given), options.copy_tokenizer
+    templates = any(_is_one_of(name, _TEMPLATES) for name in companions(target))
+    without = (
+        *(_VOCABULARY if built or not copied else ()),
+        *(_TEMPLATES if not copied or (templates and (built or given.chat_template)) else ()),
     )
-    names = [
-        name
-        for name in companions(donor)
-        if not (built and _is_vocabulary(PurePosixPath(name)))
-        and not (template and PurePosixPath(name).parts[0] in _TEMPLATES)
-    ]
-    merge_modules(config, folders, target, options)
-    _add(donor, target, names)
-    if wants_tokenizer(config):
+    merge_modules(given, folders, target, options)
+    _add(donor, target, lambda name: not _is_one_of(name, without))
+    if built:
         _warn_of_moved_tokens(donor, target)
-    home = first_with_modules(folders.values())
-    if home is not None:
-        _add(home, target, [name for name in companions(home) if _is_of_modules(name, home)])
+    if home is not None:  # what sentence-transformers reads besides
+        inner = module_folders(home)
+        _add(home, target, lambda n: n == MODULES or "sentence" in n or n.startswith(inner))
 
 
-def _add(source: Path, target: Path, names: list[str]) -> None:
+def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
+
+
+def _add(source: Path, target: Path, is_wanted: Callable[[str], bool]) -> None:
+    names = [name for name in companions(source) if is_wanted(name)]
     copy(source, target, [name for name in names if not (target / name).exists()])
-
-
-def _is_of_modules(name: str, home: Path) -> bool:
-    """Whether sentence-transformers reads a file besides what transformers reads."""
-    return name == MODULES or "sentence" in name or name.startswith(module_folders(home))
-
-
-def _is_vocabulary(path: PurePosixPath) -> bool:
-    named = path.name in _VOCABULARY or path.suffix in _VOCABULARY_ENDINGS
-    return named and len(path.parts) == 1
 
 
 def _warn_of_moved_tokens(donor: Path, target: Path) -> None:
@@ -97,14 +83,12 @@ def _warn_of_moved_tokens(donor: Path, target: Path) -> None:
         return  # a donor without a tokenizer: what its ids stand for is not known
     moved = []
     for file in ("config.json", "generation_config.json"):
-        if not (target / file).is_file():
-            continue
-        for field, value in json.loads((target / file).read_text(encoding="utf-8")).items():
+        path = target / file
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for field, value in content.items():
             ids = [value] if type(value) is int else value if isinstance(value, list) else []
-            if field.endswith("token_id") and (
-                before.convert_ids_to_tokens(ids) != after.convert_ids_to_tokens(ids)
-            ):
-                tokens = before.convert_ids_to_tokens(ids)
+            tokens = before.convert_ids_to_tokens(ids) if field.endswith("token_id") else []
+            if tokens and tokens != after.convert_ids_to_tokens(ids):
                 found = after.convert_tokens_to_ids(tokens)
                 moved.append(f"{field} {value} in {file} (of {tokens}, which are {found} here)")
     if moved and (session := sessions.current()):

@@ -22,8 +22,7 @@ from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import models_at
-from mergekit_ext.host.checks.merge import examine, models_of_stock
-from mergekit_ext.host.checks.report import CheckReport
+from mergekit_ext.host.checks.merge import check_merge, models_of_stock
 from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.identity import (
@@ -66,8 +65,7 @@ def merge(
     unshared = list(process_problems(config.merge_method, options))
     processes, options = parallel.current(), own_options(options)
     with _fresh_loaders():
-        check: Callable[..., tuple[CheckReport, Any]] = whole.prepare if whole else examine
-        report, checked = check(config, options, config_source)
+        report, checked = check_merge(config, options, config_source)
         config = ordered(config)
         source = config_source or config.to_yaml()
         inputs = models_of(config)

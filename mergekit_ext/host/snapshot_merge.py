@@ -60,7 +60,7 @@ def problems(source: str, options: MergeOptions) -> Sequence[Problem]:
     if isinstance(ext_method(config.merge_method), WholeModelMethod):
         expected = "a method that makes one model"
         return [Problem("method", repr(config.merge_method), expected)]
-    return check_merge(config, options, source).problems
+    return check_merge(config, options, source)[0].problems
 
 
 def _spec(method: str) -> MergeMethodSpec | None:

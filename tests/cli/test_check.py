@@ -89,8 +89,3 @@ def test_bad_arguments(files: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
     result = CliRunner().invoke(check, [str(tmp_path / "binary.yml")])
     assert result.exit_code == 2 and "cannot be read" in result.output
-
-
-def test_yaml_errors_have_a_place() -> None:
-    result = run("merge_method: [linear\nmodels: {")
-    assert result.exit_code == 2 and "line 2" in result.stdout

@@ -97,7 +97,7 @@ def merging(base: Path, *models: Path | str, method: str = "nan", **rest: Any) -
 def checked(document: dict[str, Any], **options: Any) -> CheckReport:
     """Check it as `mergekit-ext check` does."""
     config = MergeConfiguration.model_validate(document)
-    return check_merge(config, MergeOptions(**options), document)
+    return check_merge(config, MergeOptions(**options), document)[0]
 
 
 def entries(root: Path, *names: str | Path, **parameters: Any) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mergekit import merge_methods
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -22,23 +23,78 @@ from mergekit_ext.methods import Inputs
 from tests.host.small import LINEAR, at, entries, run, the
 
 
-def test_unknown_method_names_the_nearest(models: Path) -> None:
-    report = run({**LINEAR, "merge_method": "task_arithmatic", "models": entries(models, "a")})
-    assert the(report).where == "merge_method"
-    assert the(report).remedy == "Write `task_arithmetic`."
+def merging(models: Path, method: str, *names: str, base: str = "", **rest: Any) -> dict[str, Any]:
+    """A configuration; each name of a model may have parameters after a blank, as YAML."""
+    found: dict[str, Any] = {"merge_method": method, "models": [], **rest}
+    if base:
+        found["base_model"] = str(models / base)
+    for name, _, parameters in (text.partition(" ") for text in names):
+        found["models"] += entries(models, name, **(yaml.safe_load(parameters or "{}")))
+    return found
+
+
+# Each with the place of its only problem, and with a part of it.
+ONE_PROBLEM = {
+    "the nearest method": (
+        ("task_arithmatic", "a"),
+        {},
+        ("merge_method", "Write `task_arithmetic`."),
+    ),
+    "required for one model": (
+        ("linear", "a {weight: 1}", "b"),
+        {},
+        ("models[1].parameters.weight", "Add `weight:`"),
+    ),
+    "a base of a method without base": (
+        ("linear", "a {weight: 1}", "b {weight: 1}"),
+        {"base": "base"},
+        ("base_model", "remove `base_model:`"),
+    ),
+    "required for all": (
+        ("slerp", "a", "b"),
+        {"base": "a"},
+        ("parameters.t", "Add `t:` under `parameters:`"),
+    ),
+    "a filter that leaves tensors out": (
+        ("linear", "a {weight: [{filter: self_attn, value: 1}]}", "b {weight: 1}"),
+        {},
+        (
+            "13 tensors (model.embed_tokens.weight, model.layers.0.input_layernorm.weight, "
+            "model.layers.0.post_attention_layernorm.weight and 10 more)",
+            "no value in models[0].parameters.weight",
+        ),
+    ),
+    "a gradient whose middle is invalid": (
+        ("karcher", "deep"),
+        {"parameters": {"max_iter": [1, 5]}},
+        ("parameters.max_iter", "between the values of a gradient"),
+    ),
+    "too few models": (
+        ("model_stock", "a"),
+        {"base": "base"},
+        ("models", "2 models, the base among them; expected at least 3"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "rest", "expected"), ONE_PROBLEM.values(), ids=ONE_PROBLEM.keys()
+)
+def test_one_problem(given, rest, expected, models: Path) -> None:
+    problem = the(run(merging(models, *given, **rest)))
+    assert problem.where == expected[0] and expected[1] in str(problem)
 
 
 def test_unknown_misplaced_and_invalid_parameters(models: Path) -> None:
     report = run(
-        {
-            "merge_method": "ties",
-            "base_model": str(models / "base"),
-            "models": [
-                *entries(models, "a", weigth=1, weight=1, normalize=True),
-                *entries(models, "b", weight=["0.1", "x"], density=[]),
-            ],
-            "parameters": {"lamda": 1, "int8_mask": [{"filter": "mlp", "value": "maybe"}]},
-        }
+        merging(
+            models,
+            "ties",
+            "a {weigth: 1, weight: 1, normalize: true}",
+            "b {weight: ['0.1', x], density: []}",
+            base="base",
+            parameters={"lamda": 1, "int8_mask": [{"filter": "mlp", "value": "maybe"}]},
+        )
     )
     assert at(report, "models[0].parameters.weigth").remedy == "Write `weight`."
     assert at(report, "parameters.lamda").remedy == "Write `lambda`."
@@ -49,127 +105,43 @@ def test_unknown_misplaced_and_invalid_parameters(models: Path) -> None:
     assert len(report.problems) == 6
 
 
-def test_required_parameter_missing_for_one_model(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "linear",
-            "models": [*entries(models, "a", weight=1), *entries(models, "b")],
-        }
-    )
-    assert the(report).where == "models[1].parameters.weight"
-    assert str(models / "b") in the(report).expected
-    assert "Add `weight:`" in the(report).remedy
-
-
-def test_base_of_a_method_without_base_is_one_more_input(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "linear",
-            "base_model": str(models / "base"),
-            "models": entries(models, "a", "b", weight=1),
-        }
-    )
-    assert the(report).where == "base_model"
-    assert "remove `base_model:`" in the(report).remedy
-
-
-def test_missing_shared_parameter(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "slerp",
-            "base_model": str(models / "a"),
-            "models": entries(models, "a", "b"),
-        }
-    )
-    assert the(report).where == "parameters.t"
-
-
-def test_filter_that_leaves_tensors_without_a_value(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "linear",
-            "models": [
-                *entries(models, "a", weight=[{"filter": "self_attn", "value": 1}]),
-                *entries(models, "b", weight=1),
-            ],
-        }
-    )
-    problem = the(report)
-    assert problem.found == "no value in models[0].parameters.weight"
-    assert "13 tensors" in problem.where and "model.embed_tokens.weight" in problem.where
-    assert "without `filter:`" in problem.remedy
-
-
-def test_filter_that_matches_nothing_is_a_note(models: Path) -> None:
-    weight = [{"filter": "attention.wq", "value": 1}, {"value": 2}]
-    document = {
-        "merge_method": "linear",
-        "models": entries(models, "a", "b"),
-        "parameters": {"weight": weight},
-    }
-    report = run(document)
-    assert report.problems == ()
-    assert any("'attention.wq' matches no tensor" in note for note in report.notes)
-
-
-def test_gradient_whose_middle_is_invalid(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "karcher",
-            "models": entries(models, "deep"),
-            "parameters": {"max_iter": [1, 5]},
-        }
-    )
-    problem = at(report, "parameters.max_iter")
-    assert "between the values of a gradient" in problem.found
-    assert "integer" in problem.expected
-
-
-def test_parameter_of_the_base_is_a_note(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "task_arithmetic",
-            "base_model": str(models / "base"),
-            "models": entries(models, "base", "a", weight=1),
-        }
-    )
-    assert report.problems == ()
-    assert any("models[0].parameters.weight has no effect" in note for note in report.notes)
+@pytest.mark.parametrize(
+    ("given", "rest", "note"),
+    [
+        (
+            ("linear", "a", "b"),
+            {"parameters": {"weight": [{"filter": "attention.wq", "value": 1}, {"value": 2}]}},
+            "'attention.wq' matches no tensor",
+        ),
+        (
+            ("task_arithmetic", "base {weight: 1}", "a {weight: 1}"),
+            {"base": "base"},
+            "models[0].parameters.weight has no effect",
+        ),
+    ],
+)
+def test_without_effect_is_a_note(given, rest, note, models: Path) -> None:
+    report = run(merging(models, *given, **rest))
+    assert report.problems == () and any(note in text for text in report.notes)
 
 
 def test_parameters_that_are_wrong_together(models: Path) -> None:
-    document = {
-        "merge_method": "nan_della",
-        "base_model": str(models / "base"),
-        "models": [
-            *entries(models, "a", density=0.9),
-            *entries(models, "b", density=[0.5, 0.1], epsilon=0.2),
-            *entries(models, "c", density=0.5),
-        ],
-    }
-    report = run(document)
+    names = ("a {density: 0.9}", "b {density: [0.5, 0.1], epsilon: 0.2}", "c {density: 0.5}")
+    report = run(merging(models, "nan_della", *names, base="base"))
     assert [problem.where for problem in report.problems] == [
         "parameters.epsilon",
         "models[1].parameters.epsilon",
     ]
     assert report.problems[0].found == "0.15 with a density of 0.9"
     assert "less than 0.1," in report.problems[0].expected
-    document["models"] = entries(models, "a", "b", "c")
-    document["parameters"] = {"density": 0.9}
+    document = merging(models, "nan_della", *"abc", base="base", parameters={"density": 0.9})
     assert the(run(document)).where == "parameters.epsilon"
-    document["parameters"] = {"density": 0.9, "epsilon": 0.05}
+    document["parameters"]["epsilon"] = 0.05
     assert not run(document).problems
-    assert not run({**document, "merge_method": "nan_ties", "parameters": {}}).problems
 
 
 def test_all_violations_of_a_contract(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "slerp",
-            "models": entries(models, "a", "b", "c", "c"),
-            "parameters": {"t": 0.5},
-        }
-    )
+    report = run(merging(models, "slerp", *"abcc", parameters={"t": 0.5}))
     assert "`slerp` needs" in at(report, "base_model").expected
     assert "Add `base_model:`" in at(report, "base_model").remedy
     assert at(report, "models").found == "3 models"
@@ -177,25 +149,11 @@ def test_all_violations_of_a_contract(models: Path) -> None:
     assert "models[2]" in at(report, "models[3].model").found
 
 
-def test_too_few_models_and_base_outside_of_a_slice(models: Path) -> None:
-    report = run(
-        {
-            "merge_method": "model_stock",
-            "base_model": str(models / "base"),
-            "models": entries(models, "a"),
-        }
-    )
-    assert "at least 3" in the(report).expected
-    assert "the base among them" in the(report).found
+def test_a_base_outside_of_a_slice(models: Path) -> None:
     sources = [{"model": str(models / name), "layer_range": [0, 2]} for name in "ab"]
-    report = run(
-        {
-            "merge_method": "ties",
-            "base_model": str(models / "base"),
-            "slices": [{"sources": sources}],
-            "parameters": {"weight": 1},
-        }
-    )
+    document = merging(models, "ties", base="base", parameters={"weight": 1})
+    document |= {"models": None, "slices": [{"sources": sources}]}
+    report = run(document)
     assert the(report).where == "slices[0].sources"
     assert "Add a source" in the(report).remedy
 
@@ -255,21 +213,11 @@ def test_a_method_is_asked_once_for_each_set_of_shared_parameters(models: Path, 
 
 
 def test_a_method_is_asked_even_when_no_model_can_be_read(tmp_path: Path, fake: Fake) -> None:
-    report = run(
-        {
-            "merge_method": "fake",
-            "models": entries(tmp_path, "x", "y"),
-            "parameters": {"mu": 6},
-        }
-    )
-    assert {p.where for p in report.problems} == {
-        "parameters.mu",
-        "models[0].model",
-        "models[1].model",
-    }
+    report = run(merging(tmp_path, "fake", "x", "y", parameters={"mu": 6}))
+    places = {"parameters.mu", "models[0].model", "models[1].model"}
+    assert {p.where for p in report.problems} == places
 
 
 def test_forbidden_base(models: Path, fake: Fake) -> None:
-    document = {"merge_method": "fake", "models": entries(models, "a", "b")}
-    report = run({**document, "base_model": str(models / "base")})
+    report = run(merging(models, "fake", "a", "b", base="base"))
     assert the(report).remedy == "Remove `base_model:`."

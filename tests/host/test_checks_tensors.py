@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_ext.host.checks.merge import check_flat, check_merge
 from mergekit_ext.io.headers import allowing_pickles
-from tests.host.small import LINEAR, at, entries, llama, run, the
+from tests.host.small import LINEAR, at, entries, run, the
 
 
 @pytest.mark.parametrize("kind", ["", "bert_", "t5_"])
@@ -75,7 +73,7 @@ def test_sharded_models_and_the_configuration_is_left_alone(models: Path) -> Non
         {**LINEAR, "models": entries(models, "sharded", "a")}
     )
     before = config.model_copy(deep=True)
-    assert check_merge(config, MergeOptions()).problems == ()
+    assert check_merge(config, MergeOptions())[0].problems == ()
     assert config == before
 
 
@@ -92,35 +90,6 @@ def test_no_weight_is_read_and_no_cache_is_filled(
     before = dict(LoaderCache.loaders)
     assert run({**LINEAR, "models": entries(models, "a", "b")}).problems == ()
     assert LoaderCache.loaders == before
-
-
-@pytest.mark.only_checked("40 GB")
-def test_hundreds_of_tensors_are_checked_from_headers_of_sparse_files(tmp_path: Path) -> None:
-    config = llama(num_hidden_layers=1, num_attention_heads=2).config
-    config.num_hidden_layers, config.architectures = 60, ["LlamaForCausalLM"]
-    config.hidden_size, config.intermediate_size, config.head_dim = 4096, 8192, 2048
-    square, wide, long, norm = [4096, 4096], [8192, 4096], [64, 4096], [4096]
-    layer = {f"self_attn.{x}_proj.weight": square for x in "qkvo"}
-    layer |= {"mlp.gate_proj.weight": wide, "mlp.up_proj.weight": wide}
-    layer |= {"mlp.down_proj.weight": wide[::-1]}
-    layer |= {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
-    names = {f"model.layers.{i}.{rest}": layer[rest] for i in range(60) for rest in layer}
-    names |= {"model.embed_tokens.weight": long, "lm_head.weight": long}
-    names["model.norm.weight"] = norm
-    header, end = {}, 0
-    for name, shape in names.items():
-        begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        config.save_pretrained(folder)
-        raw = json.dumps(header).encode()
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(struct.pack("<Q", len(raw)) + raw)
-            file.truncate(8 + len(raw) + end)
-    report = run({**LINEAR, "models": entries(tmp_path, "a", "b")})
-    assert report.problems == () and report.estimate is not None
-    assert report.estimate.tensors == len(names) == 543
-    assert report.estimate.bytes_read == 2 * end
 
 
 def test_missing_tensors_are_grouped(models: Path, copy: Callable[..., Path]) -> None:

@@ -27,7 +27,7 @@ def test_a_bare_base_is_the_same_base(name, algorithm, tmp_path):
     whole = Family(*small.family(tmp_path, make))
     bare = bare_base(whole, kind, tmp_path / "bare")
     content = bare.content(2.5 if algorithm == "emr" else 1.2, algorithm)
-    report = check_merge(MergeConfiguration.model_validate(content), QUIET, content)
+    report, _ = check_merge(MergeConfiguration.model_validate(content), QUIET, content)
     assert not report.problems
     assert f"read as `{name}.<name>`" in " ".join(report.notes)
     ours = merge(content, tmp_path / "ours")

@@ -43,7 +43,8 @@ def content(llamas):
 
 
 def report_of(content: Mapping[str, Any], options: MergeOptions = QUIET) -> CheckReport:
-    return check_merge(MergeConfiguration.model_validate(dict(content)), options, dict(content))
+    config = MergeConfiguration.model_validate(dict(content))
+    return check_merge(config, options, dict(content))[0]
 
 
 def places(content: Mapping[str, Any]) -> list[str]:

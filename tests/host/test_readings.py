@@ -66,13 +66,20 @@ def test_an_adapter_inside_of_a_models_folder(tmp_path: Path) -> None:
     assert "adapter_config.json" in problem.found and f"{one}+{one}" in problem.remedy
 
 
-def test_another_file_of_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("transformers_weights", "other.safetensors", "other.safetensors"),
+        ("quantization_config", {"quant_method": "fp8"}, "fp8"),
+    ],
+)
+def test_fields_of_another_reading(field: str, value: object, said: str, tmp_path: Path) -> None:
     base, one, two = family(tmp_path)
-    content = json.loads((one / "config.json").read_text())
-    content["transformers_weights"] = "other.safetensors"
+    content = {**json.loads((one / "config.json").read_text()), field: value}
     (one / "config.json").write_text(json.dumps(content))
     shutil.copyfile(two / "model.safetensors", one / "other.safetensors")
-    assert only(base, one, two).where == "models[0].model (config.json: transformers_weights)"
+    problem = only(base, one, two)
+    assert problem.where == f"models[0].model (config.json: {field})" and said in problem.found
 
 
 # Codes
@@ -123,13 +130,3 @@ def test_scales_beside_weights_are_refused(method: dict, tmp_path: Path) -> None
     with pytest.raises(mergekit_ext.errors.ConfigError, match="codes of a quantised model"):
         config = MergeConfiguration.model_validate(document)
         mergekit_ext.merge(config, tmp_path / "out", MergeOptions(quiet=True))
-
-
-def test_a_configuration_that_says_quantised(tmp_path: Path) -> None:
-    base, one, two = family(tmp_path)
-    content = json.loads((one / "config.json").read_text())
-    content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (one / "config.json").write_text(json.dumps(content))
-    problem = only(base, one, two)
-    assert problem.where == "models[0].model (config.json: quantization_config)"
-    assert "fp8" in problem.found and "remove that field" in problem.remedy

@@ -45,54 +45,41 @@ def unused_cache(options: Any) -> str:
 
 
 def adapted_tensors(
-    path: Any,
-    base: str,
+    reference: Any,
     tensors: Mapping[str, TensorHeader] | None,
     config: Any,
     where: str,
     findings: Findings,
     dtype: torch.dtype | None = None,
-    otherwise: str = BEFOREHAND,
+    flat: bool = False,
 ) -> dict[str, TensorHeader] | None:
     """Return the tensors of a base with an adapter; None with problems, or if not known yet.
 
+    Whole tensors of the adapter must be tensors of the architecture, as the output has no others:
+    a classifier on a causal language model would be lost.
+
     Args:
-        path: mergekit's `ModelPath` of the adapter.
-        base: the base's folder, or its name on the Hub.
+        reference: mergekit's `ModelReference`.
         tensors: the base's; None when they are not known.
         config: the base's configuration; None for a bare file of weights.
         where, findings: what is wrong, and the place that it is reported at.
         dtype: that they are read in; None for that of the file.
-        otherwise: see `fit`.
+        flat: the base is a file of weights, and the output has whatever tensors it has.
     """
-    if not _is_readable(path, where, findings):
+    otherwise = "" if flat else BEFOREHAND
+    if not _is_readable(reference.lora, where, findings):
         return None
     try:
-        adapter = read_adapter(path, otherwise)
+        adapter = read_adapter(reference.lora, otherwise)
         if tensors is None:
             return None
-        _warn_of_base(adapter, base, where, findings)
-        return adapted_headers(fit(adapter, tensors, config, otherwise), tensors, dtype)
+        _warn_of_base(adapter, reference.model.path, where, findings)
+        adapted = adapted_headers(fit(adapter, tensors, config, otherwise), tensors, dtype)
     except ConfigError as error:
         findings.extend(error.problems, within=where)
         return None
-
-
-def check_heads(
-    base: Mapping[str, TensorHeader],
-    adapted: Mapping[str, TensorHeader],
-    reference: Any,
-    config: Any,
-    where: str,
-    findings: Findings,
-) -> None:
-    """Check that whole tensors of the adapter are tensors of the architecture.
-
-    The output has the tensors of its architecture and no others: a classifier on a causal
-    language model would be lost.
-    """
-    added = adapted.keys() - base.keys()
-    model = empty_model(config) if added else None
+    added = adapted.keys() - tensors.keys()
+    model = empty_model(config) if added and not flat else None
     if model is not None and (lost := sorted(added - model.state_dict().keys())):
         findings.problem(
             where,
@@ -101,6 +88,7 @@ def check_heads(
             "a base of the class that the adapter was trained on",
             "Give the base with `override_architecture:` and that class, or save it as that class.",
         )
+    return adapted
 
 
 def merged_beforehand(
@@ -115,12 +103,10 @@ def merged_beforehand(
     if _is_readable(adapter, where, findings) and os.path.isdir(adapter.path):
         _check_files(Path(adapter.path), where, findings)
     if not options.lora_merge_cache:
-        findings.problem(
-            where,
-            f"{reference}, a model with an adapter, and no folder for the merged copy",
-            "a folder that has space for one whole model per adapter",
-            f"Add --lora-merge-cache with such a folder, or do without {VARIABLE}=0.",
-        )
+        found = f"{reference}, a model with an adapter, and no folder for the merged copy"
+        expected = "a folder that has space for one whole model per adapter"
+        remedy = f"Add --lora-merge-cache with such a folder, or do without {VARIABLE}=0."
+        findings.problem(where, found, expected, remedy)
         return None
     name = f"{reference.model._unique_id()}_{adapter._unique_id()}"
     folder = Path(options.lora_merge_cache) / name
@@ -128,12 +114,9 @@ def merged_beforehand(
         return read_folder(folder, allow_pickle=pickles_allowed()) if folder.exists() else None
     except FileError as error:
         wrong = error.problem
-        findings.problem(
-            where,
-            f"an unfinished merged copy in {folder} ({wrong.where} with {wrong.found})",
-            "a whole model, because mergekit uses that copy as it is",
-            f"Delete {folder}.",
-        )
+        found = f"an unfinished merged copy in {folder} ({wrong.where} with {wrong.found})"
+        expected = "a whole model, because mergekit uses that copy as it is"
+        findings.problem(where, found, expected, f"Delete {folder}.")
         return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+import torch
 from mergekit import merge_methods
 from mergekit.architecture import WeightInfo
 from mergekit.config import MergeConfiguration
@@ -25,9 +26,8 @@ from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.plan import (
     Inventory,
     PlannedTensor,
-    find_architecture,
     locate,
-    survey,
+    plan_models,
 )
 from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
 from mergekit_ext.host.checks.schema import (
@@ -37,11 +37,7 @@ from mergekit_ext.host.checks.schema import (
     parse,
     unknown_keys,
 )
-from mergekit_ext.host.checks.settings import (
-    check_multi_gpu,
-    check_settings,
-    check_tokenizers,
-)
+from mergekit_ext.host.checks.settings import check_settings, check_tokenizers
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
 from mergekit_ext.host.method import WholeModelMethod, ext_method
 from mergekit_ext.host.modules import check_modules
@@ -58,9 +54,8 @@ def check_merge(
     config: MergeConfiguration,
     options: MergeOptions,
     source: str | Mapping[str, Any] | None = None,
-    *,
     pending: Collection[str] = (),
-) -> CheckReport:
+) -> tuple[CheckReport, Any]:
     """Check a merge before any weight is read: everything that is wrong, and what it will cost.
 
     Only configurations and headers are read; nothing large is downloaded. `config` is not changed.
@@ -71,20 +66,14 @@ def check_merge(
         source: the YAML text (or the parsed document) that `config` was made of. pydantic drops
             unknown keys, so that they can be found there only.
         pending: paths of models that other merges will have written by then.
+
+    Returns:
+        The report, and what will be written: the tensors as they are planned, or what `prepare` of
+        a `WholeModelMethod` gives.
     """
     method = ext_method(config.merge_method)
     if isinstance(method, WholeModelMethod):
-        return method.prepare(config, options, source, pending)[0]
-    return examine(config, options, source, pending)[0]
-
-
-def examine(
-    config: MergeConfiguration,
-    options: MergeOptions,
-    source: str | Mapping[str, Any] | None = None,
-    pending: Collection[str] = (),
-) -> tuple[CheckReport, list[PlannedTensor]]:
-    """Check a merge that goes tensor by tensor; return the tensors that it would write, too."""
+        return method.prepare(config, options, source, pending)
     with quiet():
         inventory = _inventory(config, options, source)
         _check_models(inventory, pending)
@@ -92,9 +81,8 @@ def examine(
         check_tokenizers(config, options, inventory.findings)
         check_modules(config, options, inventory.models, inventory.findings)
         if any(fact.pending for fact in inventory.models.values()):
-            inventory.findings.note(
-                "Nothing is estimated: a model is the result of another document."
-            )
+            text = "Nothing is estimated: a model is the result of another document."
+            inventory.findings.note(text)
     return inventory.findings.report(costs), inventory.located
 
 
@@ -150,10 +138,10 @@ def _inventory(
 ) -> Inventory:
     """Check what comes before any model; return an inventory without any."""
     findings = Findings()
-    if source is not None:
-        findings.extend(unknown_keys(source, schema=type(config), **also))
+    findings.extend(unknown_keys(source, schema=type(config), **also))
     check_settings(config, options, findings)
-    check_multi_gpu(options, findings)
+    if options.multi_gpu and not torch.accelerator.device_count():
+        findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
     methods = {method.spec.name: method for method in merge_methods.registered_methods()}
     name = config.merge_method
     if name not in methods:
@@ -170,12 +158,8 @@ def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
     for model, where in models_at(config).items():
         inventory.models[model] = read_model(model, where, options, findings, pending)
     broken = check_inputs(inventory.models, findings)
-    architecture, same = find_architecture(inventory)
-    if architecture is not None:
-        survey(inventory, architecture)
-    locate(inventory)
     # Models of other architectures would only give the same problem again for every tensor.
-    if same or options.allow_crimes:
+    if plan_models(inventory) or options.allow_crimes:
         check_tensors(inventory, broken)
         donor = config.base_model or next(iter(inventory.models))
         check_fields(inventory.models, donor, findings, crimes=options.allow_crimes, heads=True)
@@ -207,8 +191,8 @@ def _flat_tensors(path: str, where: str, findings: Findings) -> dict[str, Tensor
         findings.problem(where, f"{file}, which {what}", expected, remedy)
     if reference is None:
         return tensors
-    folder, config = str(file.resolve().parent), config_beside(str(file))
-    return adapted_tensors(reference.lora, folder, tensors, config, where, findings, otherwise="")
+    config = config_beside(str(file))
+    return adapted_tensors(reference, tensors, config, where, findings, flat=True)
 
 
 def _plan_flat(inventory: Inventory, union: bool, intersection: bool) -> None:
@@ -265,7 +249,7 @@ def check_source(
             report = check_flat(config, options, **flags, source=document)
         else:
             pending = {other for other in names if other is not None and other != name}
-            report = check_merge(config, options, document, pending=pending)
+            report, _ = check_merge(config, options, document, pending)
         # Keys that stand twice are located in the text, not in a document.
         problems = [*(repeated if i == 0 else ()), *between.get(i, ()), *report.problems]
         reports.append((name, CheckReport(tuple(problems), report.notes, report.estimate)))

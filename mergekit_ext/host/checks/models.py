@@ -14,7 +14,6 @@ from mergekit_ext.errors import FileError, listing
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.adapters import (
     adapted_tensors,
-    check_heads,
     merged_beforehand,
     near,
     unused_cache,
@@ -56,21 +55,13 @@ _PACKED = re.compile(r".*\.(?:qweight|qzeros|W_q|weight_packed)")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known about one model.
+    """What is known about one model; `config` and `tensors` are None where they are not."""
 
-    Attributes:
-        reference: mergekit's `ModelReference`.
-        where: the place in the configuration that names it first.
-        config: the transformers configuration; None when it cannot be read.
-        tensors: its stored tensors; None when they are not known.
-        pending: the model is the result of another document and does not exist yet.
-    """
-
-    reference: Any
-    where: str
-    config: Any = None
+    reference: Any  # mergekit's `ModelReference`, or the name of a file
+    where: str  # the place in the configuration that names it first
+    config: Any = None  # of transformers
     tensors: Mapping[str, TensorHeader] | None = None
-    pending: bool = False
+    pending: bool = False  # it is the result of another document and does not exist yet
 
 
 def read_model(
@@ -92,23 +83,16 @@ def read_model(
         findings.note(unused_cache(options))
     known = base.tensors if base.config is not None else None
     dtype = dtype_of(options.lora_merge_dtype)
-    tensors = adapted_tensors(
-        reference.lora, reference.model.path, known, base.config, where, findings, dtype
-    )
-    if known is not None and tensors is not None:
-        check_heads(known, tensors, reference, base.config, where, findings)
+    tensors = adapted_tensors(reference, known, base.config, where, findings, dtype)
     return dataclasses.replace(base, tensors=tensors)
 
 
 def _local_model(reference: Any, where: str, options: Any, findings: Findings) -> ModelFacts:
     folder = Path(reference.model.path)
     if not folder.is_dir():
-        findings.problem(
-            where,
-            f"{folder}, which is a file",
-            "a model's folder, or a name on the Hub",
-            "Give its folder; single weight files are merged with mergekit-pytorch.",
-        )
+        expected = "a model's folder, or a name on the Hub"
+        remedy = "Give its folder; single weight files are merged with mergekit-pytorch."
+        findings.problem(where, f"{folder}, which is a file", expected, remedy)
         return ModelFacts(reference, where)
     adapter = (folder / "adapter_config.json").is_file()
     tensors = None
@@ -150,12 +134,8 @@ def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> 
         remedy = "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(path)
         if folder is not None:
             remedy = f"Write the path of the cached copy, {folder}."
-        findings.problem(
-            where,
-            f"{path}, which is no folder here, while HF_HUB_OFFLINE is set",
-            "a folder that exists, or a network",
-            remedy,
-        )
+        found = f"{path}, which is no folder here, while HF_HUB_OFFLINE is set"
+        findings.problem(where, found, "a folder that exists, or a network", remedy)
         if folder is None:
             return nothing
     if folder is not None:
@@ -264,12 +244,9 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
         return None
     architectures = getattr(config, "architectures", None) or []
     if not isinstance(architectures, list) or [type(name) for name in architectures] != [str]:
-        findings.problem(
-            where,
-            f"{architectures} as `architectures` in config.json of {reference.model}",
-            "the name of one architecture",
-            "Add it to config.json, or give the model with `override_architecture:`.",
-        )
+        found = f"{architectures} as `architectures` in config.json of {reference.model}"
+        remedy = "Add it to config.json, or give the model with `override_architecture:`."
+        findings.problem(where, found, "the name of one architecture", remedy)
         return None
     _check_readings(config, where, findings)
     return config
@@ -317,9 +294,7 @@ def _check_readings(config: Any, where: str, findings: Findings) -> None:
                 f"{_UNQUANTISED} If its files hold plain weights, remove that field.",
             )
     if file := content.get("transformers_weights"):
-        findings.problem(
-            f"{where} (config.json: transformers_weights)",
-            f"{file}, which transformers loads and mergekit does not look at",
-            "the weights in a file of the usual name",
-            "Save the model again with `save_pretrained` into an empty folder.",
-        )
+        found = f"{file}, which transformers loads and mergekit does not look at"
+        expected = "the weights in a file of the usual name"
+        remedy = "Save the model again with `save_pretrained` into an empty folder."
+        findings.problem(f"{where} (config.json: transformers_weights)", found, expected, remedy)

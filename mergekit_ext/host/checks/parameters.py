@@ -121,12 +121,9 @@ class _Check:
         before, spec = self.findings.count, {spec.name: spec for spec in self.specs}.get(name)
         if spec is None:
             known = [spec.name for spec in self.specs]
-            self.findings.problem(
-                path,
-                f"a parameter that `{self.name}` does not have",
-                f"one of {', '.join(sorted(known))}" if known else "no parameters at all",
-                did_you_mean(name, known),
-            )
+            found = f"a parameter that `{self.name}` does not have"
+            expected = f"one of {', '.join(sorted(known))}" if known else "no parameters at all"
+            self.findings.problem(path, found, expected, did_you_mean(name, known))
             return
         if source is not None and spec.scope == ParameterScope.SHARED:
             self.findings.problem(

@@ -44,25 +44,16 @@ _ENOUGH_MISSING = 100
 
 @dataclass
 class PlannedTensor:
-    """One tensor of the output, and what the inputs hold for it.
+    """One tensor of the output, and what the inputs hold for it."""
 
-    Attributes:
-        weight: mergekit's `WeightInfo` of the output.
-        inputs: the models and what is read from each.
-        group: the inputs in the configuration.
-        sources: gives the parameter mappings for a model (None: the shared ones).
-        t: the position between the first layer and the last, for gradients.
-        found: the models that have it, with the header, or None where its shape is not known.
-        missing: the models that do not have it.
-    """
-
-    weight: Any
-    inputs: Mapping[Any, Any]
+    weight: Any  # mergekit's `WeightInfo` of the output
+    inputs: Mapping[Any, Any]  # the same of what is read from each model
     group: Group
-    sources: Callable[[Any], Iterable[Any]]
-    t: float = 0.0
+    sources: Callable[[Any], Iterable[Any]]  # the parameter mappings for a model, or for None
+    t: float = 0.0  # the position between the first layer and the last, for gradients
+    # The models that have it, with the header, or None where its shape is not known.
     found: Mapping[Any, TensorHeader | None] = field(default_factory=dict)
-    missing: tuple[Any, ...] = ()
+    missing: tuple[Any, ...] = ()  # the models that do not have it
 
     @property
     def name(self) -> str:
@@ -77,26 +68,16 @@ class PlannedTensor:
 
 @dataclass
 class Inventory:
-    """What is known of a merge from its configuration and the headers of its inputs.
-
-    Attributes:
-        config, options: mergekit's.
-        method: the registered merge method; None if there is none of that name.
-        findings: what is wrong, and what is worth knowing.
-        models: every model that is merged.
-        planned: the tensors of the output, optional ones included.
-        located: those that are written, with what the inputs hold for them.
-        out_config: the output's transformers configuration; None where there is no plan.
-    """
+    """What is known of a merge from its configuration and the headers of its inputs."""
 
     config: Any
     options: Any
-    method: Any
+    method: Any  # the registered merge method; None if there is none of that name
     findings: Findings
     models: dict[Any, ModelFacts] = field(default_factory=dict)
-    planned: list[PlannedTensor] = field(default_factory=list)
-    located: list[PlannedTensor] = field(default_factory=list)
-    out_config: Any = None
+    planned: list[PlannedTensor] = field(default_factory=list)  # with optional ones
+    located: list[PlannedTensor] = field(default_factory=list)  # those that are written
+    out_config: Any = None  # the output's, of transformers; None where there is no plan
 
     def __post_init__(self) -> None:
         self._before = self.findings.count
@@ -123,11 +104,17 @@ class Inventory:
         return known and bool(self.located) and self.is_sound
 
 
-def find_architecture(inventory: Inventory) -> tuple[Any, bool]:
-    """Return what mergekit takes the models for, and whether all of them are that.
+def plan_models(inventory: Inventory) -> bool:
+    """Plan the tensors of whole models and find them; return whether the models are of one kind."""
+    architecture, same = _architecture(inventory)
+    if architecture is not None:
+        _survey(inventory, architecture)
+    locate(inventory)
+    return same
 
-    The first is mergekit's `ModelArchitecture`; None when it has none, or none can be found.
-    """
+
+def _architecture(inventory: Inventory) -> tuple[Any, bool]:
+    """What mergekit takes the models for, or None, and whether all of them are that."""
     known = {model: fact for model, fact in inventory.models.items() if fact.config is not None}
     if not known:
         return None, False
@@ -164,16 +151,13 @@ def _inferred(inventory: Inventory, named: str) -> Any:
         )
     except Exception as error:  # mergekit and transformers; the message is kept
         reason = (str(error).splitlines() or [""])[0][:200]  # some hold a whole configuration
-        findings.problem(
-            "models",
-            f"an architecture that mergekit cannot infer ({type(error).__name__}: {reason})",
-            "an architecture of which mergekit has a table, or that it can infer",
-            BY_FILES,
-        )
+        found = f"an architecture that mergekit cannot infer ({type(error).__name__}: {reason})"
+        expected = "an architecture of which mergekit has a table, or that it can infer"
+        findings.problem("models", found, expected, BY_FILES)
         return None
 
 
-def survey(inventory: Inventory, architecture: Any) -> None:
+def _survey(inventory: Inventory, architecture: Any) -> None:
     """Plan every tensor of the output, as far as its models can be read."""
     from mergekit.merge import _model_out_config
 
@@ -192,12 +176,10 @@ def survey(inventory: Inventory, architecture: Any) -> None:
     except Exception as error:  # mergekit's planner; its message is kept, without the config.json
         inventory.planned.clear()
         text = re.sub(r"\{.*\}", "{...}", str(error), flags=re.DOTALL)
-        findings.problem(
-            "the merge's plan",
-            f"an error of mergekit ({type(error).__name__}: {text})",
-            "a configuration that mergekit can plan",
-            f"Mend the other problems first. If this is the only one: {BY_FILES}",
-        )
+        found = f"an error of mergekit ({type(error).__name__}: {text})"
+        expected = "a configuration that mergekit can plan"
+        remedy = f"Mend the other problems first. If this is the only one: {BY_FILES}"
+        findings.problem("the merge's plan", found, expected, remedy)
 
 
 class _Recorder(MergePlanner):
@@ -266,12 +248,9 @@ class _Recorder(MergePlanner):
 def _check_modules(config: Any, known: set[str], findings: Findings) -> None:
     """Compare ``modules:`` with the architecture's, and take unknown ones out of `config`."""
     for name in sorted((config.modules or {}).keys() - known):
-        findings.problem(
-            f"modules.{name}",
-            "a module that the architecture does not have",
-            f"one of {', '.join(sorted(known))}",
-            did_you_mean(name, known),
-        )
+        found = "a module that the architecture does not have"
+        expected = f"one of {', '.join(sorted(known))}"
+        findings.problem(f"modules.{name}", found, expected, did_you_mean(name, known))
         del config.modules[name]
     if config.modules and (left := sorted(known - config.modules.keys())):
         findings.note(f"modules: the output will have no weights of {', '.join(left)}.")

@@ -14,42 +14,24 @@ from mergekit_ext.errors import ConfigError, FileError, Problem, tensors_at
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a merge will cost, from headers alone.
+    """What a merge will cost, from headers alone."""
 
-    Attributes:
-        bytes_read: stored bytes of every tensor that the merge reads, times the passes that the
-            method makes over its inputs; without adapters.
-        bytes_written: bytes of the output's weights, without headers and other files; at most
-            where a tokenizer is built.
-        bytes_held: memory that tensors take at the worst moment, at most (`core.memory`).
-        tensors: tensors in the output.
-        parameters: elements in the output.
-        need: `bytes_held` by what it is for, and what an accelerator holds.
-    """
-
-    bytes_read: int
-    bytes_written: int
-    bytes_held: int
+    bytes_read: int  # of tensors, times the passes over the inputs; without adapters
+    bytes_written: int  # of tensors; at most where a tokenizer is built
+    bytes_held: int  # memory that tensors take at the worst moment, at most (`core.memory`)
     tensors: int
-    parameters: int
-    need: Need
+    parameters: int  # elements of all tensors of the output
+    need: Need  # `bytes_held` by what it is for, and what an accelerator holds
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Everything found about one merge. No problems: it can start.
-
-    Attributes:
-        problems: what stops the merge or would make it mean something else than it says.
-        notes: what is worth knowing and stops nothing.
-        warnings: those of `notes` that are also issued before the merge.
-        estimate: the costs; None when some input is not known well enough.
-    """
+    """Everything found about one merge. No problems: it can start."""
 
     problems: tuple[Problem, ...]
-    notes: tuple[str, ...] = ()
-    estimate: Estimate | None = None
-    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what is worth knowing and stops nothing
+    estimate: Estimate | None = None  # None when some input is not known well enough
+    warnings: tuple[str, ...] = ()  # those of `notes` that are also issued before the merge
 
     def raise_for_problems(self, subject: str) -> None:
         """Raise one `ConfigError` with every problem, if there is any."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath
@@ -18,7 +19,7 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
-from mergekit_ext.core.parameters import expectation
+from mergekit_ext.core.parameters import schema_problems
 from mergekit_ext.errors import MOST_SHOWN, FileError, Problem, did_you_mean, join, nearest, shown
 from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.io.documents import read
@@ -27,6 +28,8 @@ from mergekit_ext.io.documents import read
 DOCUMENT_KEYS = frozenset({"name"})
 A_MERGE = "a mapping with `merge_method:` and inputs"
 NO_DOCUMENT = Problem("the file", "no document", A_MERGE)
+# Between the branches of a union.
+_OR = " or "
 _SETTING = (
     "a number, a text or true/false, a list of them (a gradient over the layers), "
     "or entries with `value:` and `filter:`"
@@ -54,7 +57,10 @@ def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Pr
     try:
         config = schema.model_validate(dict(document))
     except ValidationError as error:
-        problems += _located(error, document)
+        problems += [
+            replace(p, expected=_SETTING) if "parameters." in p.where and _OR in p.expected else p
+            for p in schema_problems(error, document)
+        ]
     except RuntimeError as error:  # mergekit's validators raise it, past pydantic
         expected = "a configuration that mergekit accepts"
         problems = problems or [Problem("the document", str(error), expected)]
@@ -71,35 +77,8 @@ def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Pr
     return None, [*problems, *unknown_keys(document, schema=schema)]
 
 
-def _located(error: Any, document: Mapping[str, Any]) -> Iterator[Problem]:
-    # A union gives one error for each of its branches: they become one problem.
-    places: dict[tuple[str, str], dict[str, None]] = {}
-    for item in error.errors():
-        places.setdefault(_place(item, document), {})[expectation(item)] = None
-    for (where, found), messages in places.items():
-        setting = "parameters." in where and len(messages) > 1
-        expected = _SETTING if setting else " or ".join(messages)
-        remedy = "Add it." if found == "nothing" else ""
-        yield Problem(where or "the document", found, expected, remedy)
-
-
-def _place(item: Any, document: Any) -> tuple[str, str]:
-    """The path as far as it exists in the file, and what is there."""
-    path, value = "", document
-    for step in item["loc"]:
-        inside = (isinstance(value, Mapping) and step in value) or (
-            isinstance(value, list) and isinstance(step, int) and step < len(value)
-        )
-        if not inside:
-            if item["type"] == "missing" and step == item["loc"][-1]:
-                return join(path, step), "nothing"
-            break
-        path, value = join(path, step), value[step]
-    return path, shown(value)
-
-
 def unknown_keys(
-    source: str | Mapping[str, Any],
+    source: str | Mapping[str, Any] | None,
     *,
     schema: Any = MergeConfiguration,
     also: Collection[str] = DOCUMENT_KEYS,
@@ -109,7 +88,7 @@ def unknown_keys(
     At most as many as an error shows.
 
     Args:
-        source: YAML text or a parsed document.
+        source: YAML text or a parsed document; None where there is none.
         schema: the pydantic model.
         also: further keys accepted at the top level.
     """

@@ -54,49 +54,26 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
         if name and (dtype is None or not dtype.is_floating_point):
             remedy = did_you_mean(name.removeprefix("torch."), _DTYPES)
             findings.problem(where, shown(name), f"one of {', '.join(_DTYPES)}", remedy)
-    _check_device(options, findings)
-    _check_template(getattr(config, "chat_template", None), findings)
-
-
-def check_multi_gpu(options: Any, findings: Findings) -> None:
-    """Check that there is an accelerator for merges that mergekit's executor runs."""
-    if options.multi_gpu and len(_devices()) == 1:
-        findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
-
-
-def _check_device(options: Any, findings: Findings) -> None:
-    name = str(options.device)
+    device = str(options.device)
     try:
-        torch.zeros(1, device=name).item()
+        torch.zeros(1, device=device).item()
     except Exception as error:  # every backend has its own way to say that it is not there
         reason = (str(error).splitlines() or [""])[0].split(". ")[0]
+        kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+        devices = ["cpu", *(f"{kind.type}:{index}" for index in range(count))]
         findings.problem(
-            "--cuda" if options.cuda and name == "cuda" else "--device",
-            f"{name}, which cannot be used ({type(error).__name__}: {reason.rstrip('.')})",
-            f"one of {', '.join(_devices())}",
+            "--cuda" if options.cuda and device == "cuda" else "--device",
+            f"{device}, which cannot be used ({type(error).__name__}: {reason.rstrip('.')})",
+            f"one of {', '.join(devices)}",
             "Choose another device, or install a build of torch that supports this one.",
         )
-
-
-def _devices() -> list[str]:
-    backends = {kind: getattr(torch, kind, None) for kind in ("cuda", "xpu", "mps")}
-    counts = {kind: found.device_count() for kind, found in backends.items() if found is not None}
-    return ["cpu", *(f"{kind}:{i}" for kind, count in counts.items() for i in range(count))]
-
-
-def _check_template(template: str | None, findings: Findings) -> None:
-    # mergekit looks at it when all the weights are written, and stops there.
-    if not template or template == "auto":
-        return
+    # mergekit looks at the template when all the weights are written, and stops there.
+    template = getattr(config, "chat_template", None) or "auto"
     files = importlib.resources.files(chat_templates).iterdir()
-    known = sorted(Path(f.name).stem for f in files if f.name.endswith(".jinja"))
+    known = ["auto", *sorted(Path(f.name).stem for f in files if f.name.endswith(".jinja"))]
     if template not in known and not (len(template) >= 20 and "{" in template):
-        findings.problem(
-            "chat_template",
-            shown(template),
-            f"`auto`, a Jinja template, or one of {', '.join(known)}",
-            did_you_mean(template, ["auto", *known]),
-        )
+        expected = f"a Jinja template, or one of {', '.join(known)}"
+        findings.problem("chat_template", shown(template), expected, did_you_mean(template, known))
 
 
 def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:

@@ -49,9 +49,7 @@ def check_tensors(
         tensor = replace(tensor, found=found, missing=missing)
         for problem in (
             *_missing(tensor, inventory, policy),
-            *_shapes(tensor, inventory.aligned),
-            *_dtypes(tensor, config.dtype is not None),
-            *_whole_numbers(tensor),
+            *_differences(tensor, inventory),
         ):
             findings.tensor(tensor.name, *problem)
         if len(dtypes := {header.dtype for header in tensor.headers}) > 1:
@@ -88,8 +86,7 @@ def _missing(
 def _refusal(tensor: PlannedTensor, method: Any, policy: OptionalTensorPolicy | None) -> str | None:
     """Why the method stops at an optional tensor that some inputs lack; None if it does not."""
     policy, base = policy or method.spec.optional_tensor_policy, tensor.group.base
-    everything = list(tensor.inputs)
-    present = [model for model in everything if model in tensor.found]
+    present = [model for model in tensor.inputs if model in tensor.found]
     if len(present) == 1 and (
         policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
         or (policy == OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON and present == [base])
@@ -99,6 +96,7 @@ def _refusal(tensor: PlannedTensor, method: Any, policy: OptionalTensorPolicy | 
     if policy == OptionalTensorPolicy.BASE_OR_SKIP and few:
         return None
     # What is wrong with all of them is said already, for the whole group.
+    everything = list(tensor.inputs)
     return None if _complaint(method, everything, base) else _complaint(method, present, base)
 
 
@@ -110,11 +108,12 @@ def _complaint(method: Any, models: Sequence[Any], base: Any) -> str | None:
     return None
 
 
-def _shapes(tensor: PlannedTensor, aligned: bool) -> _Wrong:
+def _differences(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
+    known = {model: header for model, header in tensor.found.items() if header is not None}
     axis = tensor.weight.vocabulary_axis
-    shapes = {header.shape for header in tensor.headers}
+    shapes = {header.shape for header in known.values()}
     besides = {shape if axis is None else shape[:axis] + shape[axis + 1 :] for shape in shapes}
-    if len(besides if aligned else shapes) > 1:
+    if len(besides if inventory.aligned else shapes) > 1:
         remedy = "Take out the models that do not fit."
         if len(besides) == 1:
             remedy = (
@@ -122,45 +121,30 @@ def _shapes(tensor: PlannedTensor, aligned: bool) -> _Wrong:
                 "vocabularies (or give --unsafe-truncate-embeddings if equal token ids mean equal "
                 "tokens)."
             )
-        yield f"shapes that differ: {_each(tensor, 'shape')}", "one shape", remedy
-
-
-def _dtypes(tensor: PlannedTensor, converted: bool) -> _Wrong:
-    dtypes = {header.dtype for header in tensor.headers}
-    before = "Give the models before quantisation."
-    for dtype in sorted(dtypes & PACKED):
-        yield f"{dtype}, which cannot be converted", "a dtype of 8 bits at least", before
-    if converted:
-        return
-    if len(dtypes) > 1 and not all(header.floating for header in tensor.headers):
+        each = ", ".join(f"{list(header.shape)} in {model}" for model, header in known.items())
+        yield f"shapes that differ: {each}", "one shape", remedy
+    dtypes = {header.dtype for header in known.values()}
+    converted = inventory.config.dtype is not None
+    if len(dtypes) > 1 and not converted and not all(h.floating for h in known.values()):
+        each = ", ".join(f"{header.dtype} in {model}" for model, header in known.items())
         expected = "one dtype: whole numbers are copied, not merged"
-        yield _each(tensor, "dtype"), expected, "Save the models with the same dtype for it."
-    for dtype in sorted(dtypes & (NARROW - PACKED)):
-        remedy = "Add `dtype: bfloat16`, or give the models before quantisation."
+        yield each, expected, "Save the models with the same dtype for it."
+    for dtype in sorted(dtypes & (PACKED if converted else NARROW)):
+        remedy = "Give the models before quantisation."
+        if dtype not in PACKED:
+            remedy = "Add `dtype: bfloat16`, or give the models before quantisation."
         yield f"{dtype}, in which there is no arithmetic", "a dtype to merge in", remedy
-
-
-def _whole_numbers(tensor: PlannedTensor) -> _Wrong:
-    """Whole numbers that differ have no mean. Larger tensors are not read here."""
-    known = [(model, h) for model, h in tensor.found.items() if h is not None and h.file]
-    if is_counter(tensor.name) or len({(h.dtype, h.shape) for _, h in known}) != 1:
-        return
-    (first, one), *others = known
-    if one.dtype in WHOLE and one.nbytes <= _LARGEST_READ:
-        for model in [model for model, other in others if not same_bytes(one, other)][:1]:
+    # Whole numbers that differ have no mean. Larger tensors are not read here.
+    stored = [(model, header) for model, header in known.items() if header.file]
+    if len({(h.dtype, h.shape) for _, h in stored}) == 1 and not is_counter(tensor.name):
+        (first, one), *others = stored
+        compared = one.dtype in WHOLE and one.nbytes <= _LARGEST_READ
+        if unlike := [m for m, other in others if compared and not same_bytes(one, other)]:
             yield (
-                f"whole numbers that differ between {first} and {model}",
+                f"whole numbers that differ between {first} and {unlike[0]}",
                 "the same ones, because they have no mean and are copied",
                 "Save the models with the same values, or take one out of the merge.",
             )
-
-
-def _each(tensor: PlannedTensor, what: str) -> str:
-    """A property of a tensor in each of the inputs."""
-    values = {m: getattr(h, what) for m, h in tensor.found.items() if h is not None}
-    return ", ".join(
-        f"{list(value) if what == 'shape' else value} in {model}" for model, value in values.items()
-    )
 
 
 def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any]:

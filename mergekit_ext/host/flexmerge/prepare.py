@@ -85,8 +85,7 @@ def check(
     """Check a FlexMerge; the second value is None if there are problems, or models to come."""
     findings = Findings()
     with quiet():
-        if source is not None:
-            findings.extend(unknown_keys(source))
+        findings.extend(unknown_keys(source))
         prepared = _prepared(config, options, findings, pending)
     costs = None
     if prepared and not findings.count:
