@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.core.memory import Need, square_of, working
-from peft_merge.adapter import ModuleInfo
 from peft_merge.algebra.spaces import BLOCK, SMALL
 from peft_merge.config.plan import MergePlan
 
@@ -31,43 +29,48 @@ def need_of(plan: MergePlan) -> Need:
 
     The merged adapter is kept until it is written.
     """
+    adapters = plan.adapters
     dtype = plan.dtype if plan.request.dtype is not None else None
     means = {
-        name: _mean([plan.adapters[i].saved[name]() for i in positions], dtype)
+        name: _mean([adapters[i].saved[name]() for i in positions], dtype)
         for name, positions in plan.saved.items()
     }
-    kept = {"the merged adapter": _output(plan) + sum(out for out, _ in means.values())}
-    needs = [_of_module(plan, name, kept) for name in plan.modules]
-    whole = [(name, work) for name, (_, work) in means.items()]
+    # Both sides of a factor are cut from one in float64 before the cast of the last module.
+    copies = 2 * (len(adapters) if plan.rule is None else 1)
+    output = copies * plan.numbers(patterns=plan.patterns) * plan.dtype.itemsize
+    kept = {"the merged adapter": output + sum(out for out, _ in means.values())}
+    whole = {name: work for name, (_, work) in means.items()}
     if plan.rule is None:  # each adapter keeps its own, and is written alone
-        for adapter in plan.adapters:
+        for adapter in adapters:
             own = [_mean([load()], dtype) for load in adapter.saved.values()]
-            work = max((work for _, work in own), default=0) + sum(out for out, _ in own)
-            whole.append((f"adapter {adapter.name}", work))
+            work = max((work for _, work in own), default=0)
+            whole[f"adapter {adapter.name}"] = work + sum(out for out, _ in own)
+    needs = [_of_module(plan, name, kept) for name in plan.modules]
     needs += [
-        Need(name, {**kept, "whole tensors": work}, {}, _REMEDY_SAVED) for name, work in whole
+        Need(name, {**kept, "whole tensors": work}, {}, _REMEDY_SAVED)
+        for name, work in whole.items()
     ]
     return max(needs, key=lambda need: need.most, default=Need("nothing"))
 
 
 def _of_module(plan: MergePlan, name: str, kept: dict[str, int]) -> Need:
     """Small modules are merged side by side, one a thread."""
-    count, threads = len(plan.adapters), torch.get_num_threads()
+    count, threads, rule = len(plan.adapters), torch.get_num_threads(), plan.rule
     if plan.kind == "ia3":
         vectors = _DOUBLE * math.prod(plan.shape(name)) * threads
         return Need(name, {**kept, **working(count + 4, vectors, count, 0, 1)}, {}, _REMEDY)
     matrices, rows, columns = plan.shape(name)
-    ranks = sum(_ranks(plan, name))
+    ranks = sum(info.rank for info in plan.infos(name).values())
     factors = _DOUBLE * matrices * ranks * (rows + columns)
-    method, entries = plan.rule, rows * columns
-    if plan.space != "delta" or method is None or method.invariant(plan.resolve(name).options):
+    entries = rows * columns
+    if plan.space != "delta" or rule is None or rule.invariant(plan.resolve(name).options):
         merging = working(_copies(plan.space, count, rows, columns, ranks), factors, count, 0, 1)
     else:  # dense: the merged change and its decomposition, and rows or all changes at once
         dense = entries * (4 if entries > SMALL else _DOUBLE)
         block = _DOUBLE * max(BLOCK, columns)
-        whole = 0 if method.blockwise else method.copies(count, square_of((rows, columns)))
-        copies = whole + 3
-        merging = {"factors in float64": 4 * factors, **working(copies, dense, count, block, 1)}
+        whole = 0 if rule.blockwise else rule.copies(count, square_of((rows, columns)))
+        needed = working(whole + 3, dense, count, block, 1)
+        merging = {"factors in float64": 4 * factors, **needed}
         threads = 1 if matrices * entries > SMALL else threads
     merging = {what: threads * size for what, size in merging.items()}
     if plan.device.type == "cpu":
@@ -76,7 +79,7 @@ def _of_module(plan: MergePlan, name: str, kept: dict[str, int]) -> Need:
 
 
 def _copies(space: str, count: int, rows: int, columns: int, ranks: int) -> float:
-    """Return how many copies of all factors of a module, in float64, a small space holds."""
+    """How many copies of all factors of a module, in float64, a small space holds."""
     if space == "factors":
         return 3 * count + 8
     # Stacked factors, their bases and expansions; a core of each adapter, and what merges them.
@@ -87,40 +90,8 @@ def _copies(space: str, count: int, rows: int, columns: int, ranks: int) -> floa
     return copies
 
 
-def _output(plan: MergePlan) -> int:
-    """The merged adapter, or all that a whole-merge method may make, and its bytes when saved."""
-    if plan.kind == "ia3":
-        count = sum(math.prod(plan.shape(name)) for name in plan.modules)
-    else:
-        ranks = {name: _rank(plan, name) for name in plan.modules}
-        if not plan.patterns:
-            ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
-        count = 0
-        for name, rank in ranks.items():
-            matrices, rows, columns = plan.shape(name)
-            count += matrices * rank * (rows + columns)
-    copies = len(plan.adapters) if plan.rule is None else 1
-    # Both sides of a factor are cut from one in float64 before the cast of the last module.
-    return 2 * copies * count * plan.dtype.itemsize
-
-
-def _rank(plan: MergePlan, name: str) -> int:
-    """An upper bound of what the module needs."""
-    _, rows, columns = plan.shape(name)
-    rank = plan.rank if isinstance(plan.rank, int) else sum(_ranks(plan, name))
-    if plan.rank is not None and not isinstance(plan.rank, int):
-        rank = min(rows, columns)  # of an elementwise rule nothing less is sure
-    return min(rank, rows, columns)
-
-
-def _ranks(plan: MergePlan, name: str) -> Iterator[int]:
-    for adapter in plan.adapters:
-        if isinstance(info := adapter.infos.get(name), ModuleInfo):
-            yield info.rank
-
-
-def _mean(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[int, int]:
-    """Return bytes of the mean of whole tensors, and of what makes it; inputs are mapped."""
+def _mean(tensors: list[Tensor], dtype: torch.dtype | None) -> tuple[int, int]:
+    """Bytes of the mean of whole tensors, and of what makes it; inputs are mapped."""
     count = tensors[0].numel()
     stored = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     out = (dtype or stored).itemsize

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +125,12 @@ def merge_adapters(
         name=name,
         allow_pickle=allow_pickle,
     )
-    events = Dispatcher(callbacks)
-    try:
-        started = time.perf_counter()
+
+    def plan() -> MergePlan:
         with limited(max_memory, "max_memory"):
-            plan = checked(request, problems)
-        result = _merge(plan, events, "")
-        events.emit(MergeEnd("", time.perf_counter() - started))
-    finally:
-        events.close()
-    return result
+            return checked(request, problems)
+
+    return _run(plan, callbacks)
 
 
 def run_config(
@@ -157,18 +154,9 @@ def run_config(
     Raises:
         ConfigError, NonFiniteError, MergeError: as `merge_adapters`; nothing is written.
     """
-    events = Dispatcher(callbacks)
-    try:
-        started = time.perf_counter()
-        plan = plan_config(
-            config, out, rank=rank, patterns=patterns, device=device, allow_pickle=allow_pickle
-        )
-        result = _merge(plan, events, os.fspath(out))
-        result.save(out)
-        events.emit(MergeEnd(os.fspath(out), time.perf_counter() - started))
-    finally:
-        events.close()
-    return result
+    options = {"device": device, "allow_pickle": allow_pickle}
+    plan = partial(plan_config, config, out, rank=rank, patterns=patterns, **options)
+    return _run(plan, callbacks, os.fspath(out))
 
 
 def plan_config(
@@ -188,12 +176,12 @@ def plan_config(
     given = {"rank": rank, "patterns": patterns}
     instead = {key: value for key, value in given.items() if value is not None}
     request, problems = read(config, instead)
+    name = request.name
     if out is not None:
         problems += place_problems(os.path.expanduser(out), str(out), empty=True)
         problems += _inside(out, request.inputs)
-    request = replace(request, device=device, allow_pickle=allow_pickle)
-    if out is not None and Path(out).name.isprintable():
-        request = replace(request, name=Path(out).name or request.name)
+        name = (Path(out).name if Path(out).name.isprintable() else "") or name
+    request = replace(request, device=device, allow_pickle=allow_pickle, name=name)
     return checked(request, problems)
 
 
@@ -213,13 +201,28 @@ def _inside(out: str | os.PathLike[str], inputs: Iterable[Input]) -> Iterator[Pr
             yield Problem(str(out), found, expected, "Choose another place.")
 
 
-def _merge(plan: MergePlan, events: Dispatcher, output: str) -> Any:
-    names = tuple(adapter.name for adapter in plan.adapters)
-    units = len(plan.modules) + len(plan.saved)
-    events.emit(MergeBegin(plan.request.method, output, names, units, "module"))
-    if plan.rule is None:
-        return flexmerge.run(plan, events)
-    return _by_rule(plan, plan.rule, events)
+def _run(
+    make_plan: Callable[[], MergePlan], callbacks: Iterable[object], out: str = ""
+) -> MergedAdapter | FlexMerged:
+    """Run a plan with callbacks, and write the result into `out` if that is given."""
+    events = Dispatcher(callbacks)
+    started = time.perf_counter()
+    try:
+        plan = make_plan()
+        names = tuple(adapter.name for adapter in plan.adapters)
+        units = len(plan.modules) + len(plan.saved)
+        events.emit(MergeBegin(plan.request.method, out, names, units, "module"))
+        result: MergedAdapter | FlexMerged
+        if plan.rule is None:
+            result = flexmerge.run(plan, events)
+        else:
+            result = _by_rule(plan, plan.rule, events)
+        if out:
+            result.save(out)
+        events.emit(MergeEnd(out, time.perf_counter() - started))
+    finally:
+        events.close()
+    return result
 
 
 def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter:
@@ -245,16 +248,13 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         seed=plan.seed,
         on_iteration=lambda *values: events.emit(SolverIteration(*values)),
     )
-    pieces = {}
+    values, infos, details = {}, {}, {}
     clock = time.perf_counter()
     for module, piece in merged:
         before, clock = clock, time.perf_counter()
-        pieces[module] = piece
+        values[module], infos[module], details[module] = piece.value, piece.info, piece.details
         shape = tuple(piece.info.shape)
         events.emit(TensorMerged(module, shape, piece.details, clock - before))
-    values = {module: piece.value for module, piece in pieces.items()}
-    infos = {module: piece.info for module, piece in pieces.items()}
-    details = {module: piece.details for module, piece in pieces.items()}
     name, tensors = plan.request.name, _saved(plan, events)
     inputs: Any = plan.adapters
     adapter: Adapter

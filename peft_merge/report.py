@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from mergekit_ext.core.memory import in_units
 from peft_merge import saved
-from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, one_rank
+from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.plan import MergePlan
 
 FORMAT_VERSION = 1
@@ -37,7 +36,7 @@ def report(
         if module in coefficients:
             entry["coefficients"] = dict(zip(names, coefficients[module], strict=True))
         if plan.kind == "lora":
-            entry["ranks"] = {name: info.rank for name, info in _infos(plan, module).items()}
+            entry["ranks"] = {name: info.rank for name, info in plan.infos(module).items()}
         entries[module] = {**entry, **details}
     return {
         "format_version": FORMAT_VERSION,
@@ -47,11 +46,6 @@ def report(
         "whole_tensors": saved.summary(plan.saved, plan.adapters),
         "notes": list(plan.notes),
     }
-
-
-def _infos(plan: MergePlan, module: str) -> dict[str, ModuleInfo]:
-    loras = [adapter for adapter in plan.adapters if isinstance(adapter, LoraAdapter)]
-    return {adapter.name: adapter.infos[module] for adapter in loras if module in adapter.infos}
 
 
 def summary(count: int, merged: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -95,7 +89,7 @@ def sentences(report: Mapping[str, Any]) -> Iterator[str]:
 
 def preview(plan: MergePlan) -> str:
     """Return some lines of text about a merge that can start."""
-    shared = sum(all(module in a.infos for a in plan.adapters) for module in plan.modules)
+    shared = sum(len(plan.infos(module)) == len(plan.adapters) for module in plan.modules)
     lines = [
         "No problems.",
         "",
@@ -115,15 +109,14 @@ def preview(plan: MergePlan) -> str:
 def _table(adapters: Sequence[Adapter]) -> Iterator[str]:
     rows = [("adapter", "kind", "rank", "modules", "whole tensors", "dtype")]
     for adapter in adapters:
-        kind, ranks = "(IA)^3", set[int]()
+        kind, rank = "(IA)^3", "-"
         if isinstance(adapter, LoraAdapter):
-            kind, ranks = "LoRA", {info.rank for info in adapter.infos.values()}
-        low, high = min(ranks, default="-"), max(ranks, default="-")
-        rank = f"{low}" if low == high else f"{low} to {high}"
-        dtypes = ", ".join(sorted({_short(info.dtype) for info in adapter.infos.values()}))
+            ranks = {info.rank for info in adapter.infos.values()}
+            kind, rank = "LoRA", " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+        dtypes = sorted({_short(info.dtype) for info in adapter.infos.values()})
         counts = (str(len(adapter.infos)), str(len(adapter.saved)))
-        rows.append((adapter.name, kind, rank, *counts, dtypes))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        rows.append((adapter.name, kind, rank, *counts, ", ".join(dtypes)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
@@ -133,42 +126,15 @@ def _short(dtype: object) -> str:
 
 
 def _output(plan: MergePlan) -> str:
+    def size(patterns: bool) -> str:
+        count = plan.numbers(patterns=patterns)
+        return f"{in_units(count * plan.dtype.itemsize)} of {_short(plan.dtype)}"
+
     if plan.kind == "ia3":
-        numbers = sum(math.prod(plan.shape(module)) for module in plan.modules)
-        return f"{numbers:,} numbers, {_size(plan, numbers)}"
+        return f"{plan.numbers(patterns=False):,} numbers, {size(False)}"
     bound = "" if isinstance(plan.rank, int) else "at most "
-    infos = {
-        module: replace(next(iter(_infos(plan, module).values())), rank=_largest_rank(plan, module))
-        for module in plan.modules
-    }
-    own = _size(plan, sum(info.rank * _sides(info) for info in infos.values()))
+    rank = max(map(plan.largest_rank, plan.modules))
     if plan.patterns:
-        return f"{bound}rank {max(info.rank for info in infos.values())}, {own}"
-    r = one_rank(infos.values())
-    padded = _size(plan, sum(r // info.groups * _sides(info) for info in infos.values()))
-    apart = "" if padded == own else f" ({bound}{own} with `patterns: true`)"
-    return f"{bound}rank {r} in every module, {padded}{apart}"
-
-
-def _sides(info: ModuleInfo) -> int:
-    """Numbers of the factors at rank 1."""
-    return info.matrices * (info.rows + info.columns)
-
-
-def _largest_rank(plan: MergePlan, module: str) -> int:
-    """The rank that the module can get: known before the merge for a number, else a bound."""
-    _, rows, columns = plan.shape(module)
-    bound = min(rows, columns)
-    if isinstance(plan.rank, int):
-        return min(plan.rank, bound)
-    in_span = False  # of the factors
-    if plan.rule is not None:
-        options = plan.resolve(module).options
-        in_span = plan.space != "delta" or plan.rule.invariant(options)
-    if plan.rank is not None and not in_span:
-        return bound
-    return min(sum(info.rank for info in _infos(plan, module).values()), bound)
-
-
-def _size(plan: MergePlan, numbers: int) -> str:
-    return f"{in_units(numbers * plan.dtype.itemsize)} of {_short(plan.dtype)}"
+        return f"{bound}rank {rank}, {size(True)}"
+    apart = "" if size(True) == size(False) else f" ({bound}{size(True)} with `patterns: true`)"
+    return f"{bound}rank {rank} in every module, {size(False)}{apart}"

@@ -7,8 +7,9 @@ is a value, a gradient (a list of values over the layers), an entry with ``value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ import torch
 from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
 from mergekit_ext.methods import Method, Settings
-from peft_merge.adapter import Adapter
+from peft_merge.adapter import Adapter, one_rank
 from peft_merge.algebra.truncated import Rank
 from peft_merge.config.document import Request
+from peft_merge.io.merged import stored_ranks
 from peft_merge.io.names import LAYER
 
 Kind = Literal["lora", "ia3"]
@@ -254,9 +256,40 @@ class MergePlan:
     notes: tuple[str, ...] = ()
     forewarnings: tuple[MergeWarning, ...] = ()
 
+    def infos(self, module: str) -> dict[str, Any]:
+        """Return what a module is in each adapter that has it, by the adapter's name."""
+        return {a.name: a.infos[module] for a in self.adapters if module in a.infos}
+
     def shape(self, module: str) -> tuple[int, ...]:
         """Return the shape of the module's change."""
         return next(a.infos[module].shape for a in self.adapters if module in a.infos)
+
+    def largest_rank(self, module: str) -> int:
+        """Return the rank that a LoRA's module can get: with a number for `rank` what it gets."""
+        _, rows, columns = self.shape(module)
+        bound = min(rows, columns)
+        if isinstance(self.rank, int):
+            return min(self.rank, bound)
+        in_span = self.rule is not None and (  # of the factors
+            self.space != "delta" or self.rule.invariant(self.resolve(module).options)
+        )
+        if self.rank is not None and not in_span:
+            return bound
+        return min(sum(info.rank for info in self.infos(module).values()), bound)
+
+    def numbers(self, *, patterns: bool) -> int:
+        """Return how many numbers the modules of the output have, at most; `patterns` as above."""
+        if self.kind == "ia3":
+            return sum(math.prod(self.shape(module)) for module in self.modules)
+        infos = {
+            module: replace(next(iter(self.infos(module).values())), rank=self.largest_rank(module))
+            for module in self.modules
+        }
+        ranks = stored_ranks(infos, None if patterns else one_rank(infos.values()))
+        return sum(
+            info.matrices * ranks[module] * (info.rows + info.columns)
+            for module, info in infos.items()
+        )
 
     def described(self) -> dict[str, Any]:
         """Return method, adapters and options as the report shows them."""
