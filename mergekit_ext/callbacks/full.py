@@ -36,7 +36,7 @@ class FullModel:
 
     def base(self) -> Path | None:
         """Return the folder of the base: "initial" stands for the beginning of the training."""
-        from mergekit_ext.host.snapshot_merge import needs_base
+        from mergekit_ext.host.run import needs_base
 
         given = self._settings.base
         if given is None and self._settings.running is None:
@@ -56,20 +56,20 @@ class FullModel:
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> Sequence[Problem]:
         """Return what is wrong with a merge of folders, from configurations and headers."""
-        from mergekit_ext.host.snapshot_merge import options, problems
+        from mergekit_ext.host.run import snapshot_options, snapshot_problems
 
         given = self._settings
         with _randomness_kept():
-            asked = options([*folders.values()][-1], given.device, given.seed)
-            return problems(self._configuration(folders, base), asked)
+            asked = snapshot_options([*folders.values()][-1], given.device, given.seed)
+            return snapshot_problems(self._configuration(folders, base), asked)
 
     def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
         """Merge folders into the new folder `out`."""
-        from mergekit_ext.host.snapshot_merge import options
+        from mergekit_ext.host.run import snapshot_options
 
         given = self._settings
         with _randomness_kept():
-            asked = options([*folders.values()][-1], given.device, given.seed)
+            asked = snapshot_options([*folders.values()][-1], given.device, given.seed)
             source = self._configuration(folders, base)
             mergekit_ext.merge(source, out, asked, callbacks=given.callbacks)
 
@@ -133,10 +133,10 @@ class FullModel:
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
     def _configuration(self, folders: Mapping[int, Path], base: Path | None) -> str:
-        from mergekit_ext.host.snapshot_merge import configuration
+        from mergekit_ext.host.run import snapshot_config
 
         given = self._settings
-        return configuration(given.method, [*folders.values()], base, given.parameters)
+        return snapshot_config(given.method, [*folders.values()], base, given.parameters)
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

@@ -30,8 +30,7 @@ from mergekit_ext.errors import (
     UniformCoefficientsWarning,
 )
 from mergekit_ext.host.blocks import block_of
-from mergekit_ext.host.declared import spec_of
-from mergekit_ext.host.method import ExtMethod, raise_non_finite
+from mergekit_ext.host.method import ExtMethod, raise_non_finite, spec_of
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.host.weighted import Weighted, in_pieces
 from mergekit_ext.kernels.numerics import all_finite, squared_norms

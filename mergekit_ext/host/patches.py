@@ -83,8 +83,8 @@ def extend_methods(merge_methods: Any) -> None:
     from mergekit.options import ShardSizeParamType
 
     from mergekit_ext.host.adapters import loader
-    from mergekit_ext.host.declared import DeclaredMethod
     from mergekit_ext.host.flexmerge import FlexMergeMethod
+    from mergekit_ext.host.method import DeclaredMethod
     from mergekit_ext.host.nan_method import NanMethod, takes_nan
     from mergekit_ext.methods import MODELS, methods
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.base import BasePolicy, MergeMethodSpec
 from mergekit.options import MergeOptions
 
+import mergekit_ext
 from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import session as sessions
@@ -210,3 +214,56 @@ def require(problems: Sequence[Problem]) -> None:
     """Raise one error with all `problems`, if there are any."""
     if problems:
         raise ConfigError(problems)
+
+
+def snapshot_config(
+    method: str, models: Sequence[Path], base: Path | None, parameters: Mapping[str, Any]
+) -> str:
+    """Return the YAML of a merge of saved models of one training run.
+
+    A `weight` that the method requires is 1 unless it is given.
+    """
+    spec = _spec(method)
+    asked = spec is not None and any(p.name == "weight" and p.required for p in spec.parameters)
+    document: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": os.fspath(model)} for model in models],
+        "parameters": {**({"weight": 1.0} if asked else {}), **parameters},
+    }
+    if base is not None:
+        document["base_model"] = os.fspath(base)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def needs_base(method: str) -> bool:
+    """Whether a registered method cannot do without a base model."""
+    spec = _spec(method)
+    return spec is not None and bool(spec.contract.base == BasePolicy.REQUIRED)
+
+
+def snapshot_options(folder: Path, device: str, seed: int) -> MergeOptions:
+    """Return the options of a merge of models like that in `folder`."""
+    tokenizer = any(folder.glob("tokenizer*"))
+    # 0 is the seed without one; MergeOptions sets torch's global seed to any other.
+    return MergeOptions(
+        quiet=True, device=device, random_seed=seed or None, copy_tokenizer=tokenizer
+    )
+
+
+def snapshot_problems(source: str, options: MergeOptions) -> Sequence[Problem]:
+    """Return what is wrong with a merge, from configurations and headers.
+
+    Raises:
+        ConfigError: `source` is no configuration.
+    """
+    config = parsed(source)
+    if isinstance(ext_method(config.merge_method), WholeModelMethod):
+        expected = "a method that makes one model"
+        return [Problem("method", repr(config.merge_method), expected)]
+    return check_merge(config, options, source)[0].problems
+
+
+def _spec(method: str) -> MergeMethodSpec | None:
+    mergekit_ext.register()
+    specs = (known.spec for known in merge_methods.registered_methods())
+    return next((spec for spec in specs if spec.name == method), None)

@@ -25,9 +25,9 @@ from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.declared import spec_of
 from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.flexmerge.registered import Registered
+from mergekit_ext.host.method import spec_of
 from mergekit_ext.host.nan_method import RANGES
 from mergekit_ext.methods import BLOCKS, methods
 
