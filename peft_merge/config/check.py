@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem, did_you_mean, listing, shown
+from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
 from mergekit_ext.methods import ADAPTERS, Inputs, Method, Settings
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
@@ -129,12 +129,14 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
             found += saved.weights_problems(taken, resolve.weights)
     if resolve is None or found or (rule is not None and unfit):
         _stop(request, [*found, *unfit])
-    forewarnings: dict[str, MergeWarning] = {}
-    if rule is not None:
-        inputs = Inputs(len(adapters), driver=ADAPTERS)
-        for module in modules:  # each warning once, however many modules it is about
-            for warning in rule.forewarn(resolve(module).options, inputs):
-                forewarnings.setdefault(str(warning), warning)
+    forewarnings = {
+        str(warning): warning  # once, however many modules it is about
+        for module in modules
+        if rule is not None
+        for warning in rule.forewarn(
+            resolve(module).options, Inputs(len(adapters), driver=ADAPTERS)
+        )
+    }
     bases = different_bases(adapters)
     if (base := options.pop("base_model")) is not None:
         named = {"base_model_name_or_path": base}
@@ -251,8 +253,8 @@ def _misfits(
     if space == "factors" and unequal:
         what = f"factors, with different ranks in {listing(unequal)}"
         yield Problem("space", what, "equal ranks, to merge factors", "Use `space: delta`.")
-    possible = max(min(info.rows, info.columns) for own in infos.values() for info in own)
-    if isinstance(rank, int) and rank > possible:
+    sides = (min(info.rows, info.columns) for own in infos.values() for info in own)
+    if isinstance(rank, int) and rank > (possible := max(sides, default=rank)):
         expected = f"at most {possible}, the smaller side of the largest module"
         yield Problem("rank", shown(rank), expected)
 
