@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from mergekit_ext.errors import printable
+from mergekit_ext.errors import Problem, printable
 
 _LONGEST_NAME = 200
 
@@ -31,13 +32,17 @@ class Event:
     """Base class.
 
     Attributes:
-        handler: the name of the callback's method.
+        handler: the name of the callback's method: `on_merge_begin` for `MergeBegin`.
         every_process: whether each process has its own, which reach the main one's callbacks; the
             others are emitted once, by the main process.
     """
 
     handler: ClassVar[str]
     every_process: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        words = re.findall("[A-Z][a-z]*", cls.__name__)
+        cls.handler = f"on_{'_'.join(words).lower()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,6 @@ class MergeBegin(Event):
     `tensors` counts what will be merged: `unit`s, which are blocks for `flexmerge`.
     """
 
-    handler = "on_merge_begin"
     method: str
     output: str
     models: tuple[str, ...]
@@ -59,7 +63,6 @@ class MergeBegin(Event):
 class StatisticsBegin(Event):
     """A pass over the inputs starts that only measures; `tensors` counts in `unit`s."""
 
-    handler = "on_statistics_begin"
     tensors: int
     unit: str = "tensor"
 
@@ -68,7 +71,6 @@ class StatisticsBegin(Event):
 class TensorMeasured(Event):
     """One tensor of the statistics pass is done."""
 
-    handler = "on_tensor_measured"
     every_process = True
     name: str
 
@@ -77,7 +79,6 @@ class TensorMeasured(Event):
 class StatisticsEnd(Event):
     """The statistics are complete: `coefficients[group][model]`, for each group of tensors."""
 
-    handler = "on_statistics_end"
     coefficients: Mapping[str, Mapping[str, float]]
     seconds: float
 
@@ -86,7 +87,6 @@ class StatisticsEnd(Event):
 class SolverIteration(Event):
     """An iterative method has done one iteration on one tensor."""
 
-    handler = "on_solver_iteration"
     every_process = True
     tensor: str
     iteration: int
@@ -98,7 +98,6 @@ class SolverIteration(Event):
 class TensorMerged(Event):
     """One output tensor is ready. `details` is what the method reports about it."""
 
-    handler = "on_tensor_merged"
     every_process = True
     name: str
     shape: tuple[int, ...]
@@ -110,7 +109,6 @@ class TensorMerged(Event):
 class BlockMerged(Event):
     """FlexMerge: a block is done at the size being made. `groups` are the tasks that share it."""
 
-    handler = "on_block_merged"
     every_process = True
     name: str
     groups: tuple[tuple[str, ...], ...]
@@ -120,7 +118,6 @@ class BlockMerged(Event):
 class SizeReached(Event):
     """FlexMerge: all blocks are done at one size; `models` and `bytes` are what it takes."""
 
-    handler = "on_size_reached"
     algorithm: str
     models: float
     bytes: int
@@ -130,7 +127,6 @@ class SizeReached(Event):
 class ShardWritten(Event):
     """A file of weights is complete on disk."""
 
-    handler = "on_shard_written"
     path: str
     bytes: int
 
@@ -139,13 +135,14 @@ class ShardWritten(Event):
 class MergeEnd(Event):
     """The output stands under its final name."""
 
-    handler = "on_merge_end"
     output: str
     seconds: float
 
 
 EVENTS: tuple[type[Event], ...] = tuple(Event.__subclasses__())
 MERGE_HOOKS = {kind.handler: ("event",) for kind in EVENTS}
+# Of trackers.
+LOG_HOOKS = {"log": ("values", "step")}
 
 
 class MergeCallback:
@@ -177,32 +174,40 @@ def takes(function: Any, *arguments: str) -> bool:
     return True
 
 
-def require_hooks(
+def hook_problem(
     callback: object, hooks: Mapping[str, Sequence[str]], where: str, remark: str = ""
-) -> None:
-    """Refuse what would never be called, or could not be.
+) -> Problem | None:
+    """Return why an object would never be called, or could not be; None if it can.
 
     Args:
         callback: any object.
         hooks: the names of the methods that are called, with their arguments.
         where: the user gave it, for the message.
         remark: what is known about an object without any of them.
+    """
+    if isinstance(callback, type):
+        name = callback.__name__
+        return Problem(where, f"the class {name}", f"an object of it: {name}()")
+    if not any(hasattr(callback, hook) for hook in hooks):
+        wanted = f"some of the methods {', '.join(hooks)}"
+        return Problem(where, f"{callback!r}{remark}", wanted)
+    for hook, arguments in hooks.items():
+        if hasattr(callback, hook) and not takes(getattr(callback, hook), *arguments):
+            found = f"{type(callback).__name__}.{hook} with other arguments"
+            return Problem(where, found, f"{hook}({', '.join(arguments)})")
+    return None
+
+
+def require_hooks(
+    callback: object, hooks: Mapping[str, Sequence[str]], where: str, remark: str = ""
+) -> None:
+    """Refuse what `hook_problem` finds.
 
     Raises:
         TypeError: it is a class, has none of the methods, or one that does not take its arguments.
     """
-    if isinstance(callback, type):
-        name = callback.__name__
-        raise TypeError(f"{where}: found the class {name}; expected an object of it: {name}().")
-    if not any(hasattr(callback, hook) for hook in hooks):
-        wanted = ", ".join(hooks)
-        raise TypeError(
-            f"{where}: found {callback!r}{remark}; expected some of the methods {wanted}."
-        )
-    for hook, arguments in hooks.items():
-        if hasattr(callback, hook) and not takes(getattr(callback, hook), *arguments):
-            found = f"{type(callback).__name__}.{hook} with other arguments"
-            raise TypeError(f"{where}: found {found}; expected {hook}({', '.join(arguments)}).")
+    if (problem := hook_problem(callback, hooks, where, remark)) is not None:
+        raise TypeError(str(problem))
 
 
 class Dispatcher:
@@ -251,7 +256,7 @@ class ProgressBar(MergeCallback):
         self._method, self._unit = "", "tensor"
 
     def _start(self, description: str, total: int, unit: str) -> None:
-        import tqdm  # only who watches pays for it
+        import tqdm  # loaded where a bar is shown
 
         self.close()
         self._bar = tqdm.tqdm(total=total, desc=description, unit=unit, file=self._file)

@@ -11,10 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergekit_ext.callbacks.checkpoints import MergeCheckpoints, Merged
+    from mergekit_ext.callbacks.checkpoints import MergeCheckpoints
     from mergekit_ext.callbacks.evaluate import Evaluate
     from mergekit_ext.callbacks.log import LogTo
     from mergekit_ext.callbacks.protocol import TRAINING_HOOKS, Callback
+    from mergekit_ext.callbacks.snapshots import Merged
     from mergekit_ext.callbacks.trainer import as_trainer_callback
 
 __all__ = [
@@ -33,7 +34,7 @@ _HOMES = {
     "Evaluate": "evaluate",
     "LogTo": "log",
     "MergeCheckpoints": "checkpoints",
-    "Merged": "checkpoints",
+    "Merged": "snapshots",
     "as_trainer_callback": "trainer",
 }
 

@@ -46,14 +46,12 @@ class AdapterModel:
         return None
 
     def save(self, model: Any, folder: Path, step: int) -> None:
-        """See `FullModel.save`."""
         from peft_merge import save_adapter
 
         with _at(step):
             save_adapter(self._adapter(model), folder)
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> list[Problem]:
-        """See `FullModel.merge_problems`."""
         from peft_merge.merge import plan_config
 
         given = self._settings
@@ -63,7 +61,6 @@ class AdapterModel:
         return []
 
     def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
-        """See `FullModel.merge`."""
         from peft_merge import run_config
 
         given = self._settings
@@ -78,7 +75,6 @@ class AdapterModel:
 
     @contextmanager
     def loaded(self, model: Any, folder: Path) -> Iterator[None]:
-        """See `FullModel.loaded`."""
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         active = model.active_adapter
         try:
@@ -92,7 +88,7 @@ class AdapterModel:
                 parameter.requires_grad_(requires_grad)
 
     def blend(self, mean: Mean | None, model: Any, weight: float, step: int) -> Mean:
-        """See `FullModel.blend`: products are blended, in float64, without loss of rank.
+        """Blend products, in float64 and without loss of rank.
 
         The rank grows with every snapshot, up to that of the adapted matrices.
         """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import tempfile
 import warnings
@@ -21,42 +20,12 @@ from mergekit_ext.callbacks.full import FullModel
 from mergekit_ext.callbacks.log import LogTo
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, Mean, Settings, State
-from mergekit_ext.callbacks.snapshots import Snapshots
+from mergekit_ext.callbacks.snapshots import Merged, Snapshots
 from mergekit_ext.callbacks.trainer import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from mergekit_ext.io.staging import new_folder
 
 Kind = FullModel | AdapterModel
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """A merge of snapshots.
-
-    Attributes:
-        path: the folder of the merged model or adapter, an ordinary one, with its report.
-        steps: of the snapshots that were merged; for `average` and `ema` of all that went in.
-        method: as it was asked for.
-        scores: of the merged weights, if they were evaluated.
-        before: of the model's own weights at that time.
-        loaded: whether the merged weights were put into the model.
-    """
-
-    path: Path
-    steps: tuple[int, ...]
-    method: str
-    scores: Mapping[str, float] | None = None
-    before: Mapping[str, float] | None = None
-    loaded: bool = False
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Copy the merged folder to `path`, where it appears when it is complete.
-
-        Raises:
-            ConfigError: there is something at `path` already.
-        """
-        with new_folder(path, "this copy") as folder:
-            shutil.copytree(self.path, folder, dirs_exist_ok=True)
 
 
 class MergeCheckpoints(Settings, Callback):

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.callbacks.log import require_log
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.trainer import is_main, unwrapped
-from mergekit_ext.events import MergeEnd, takes
+from mergekit_ext.events import LOG_HOOKS, MergeEnd, require_hooks, takes
 from mergekit_ext.report.curve import CheckedScores
 
 
@@ -49,7 +48,7 @@ class Evaluate(Callback):
         if not takes(function, "model", "task"):
             raise TypeError(f"function: found {function!r}; expected a function (model, task).")
         if log is not None:
-            require_log(log)
+            require_hooks(log, LOG_HOOKS, "log")
         self._tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         if not self._tasks:
             raise ValueError("tasks: found none; expected the name of one task at least.")

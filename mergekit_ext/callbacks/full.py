@@ -56,22 +56,16 @@ class FullModel:
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> Sequence[Problem]:
         """Return what is wrong with a merge of folders, from configurations and headers."""
-        from mergekit_ext.host.run import snapshot_options, snapshot_problems
+        from mergekit_ext.host.run import snapshot_problems
 
-        given = self._settings
         with _randomness_kept():
-            asked = snapshot_options([*folders.values()][-1], given.device, given.seed)
-            return snapshot_problems(self._configuration(folders, base), asked)
+            return snapshot_problems(*self._prepared(folders, base))
 
     def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
         """Merge folders into the new folder `out`."""
-        from mergekit_ext.host.run import snapshot_options
-
-        given = self._settings
         with _randomness_kept():
-            asked = snapshot_options([*folders.values()][-1], given.device, given.seed)
-            source = self._configuration(folders, base)
-            mergekit_ext.merge(source, out, asked, callbacks=given.callbacks)
+            source, options = self._prepared(folders, base)
+            mergekit_ext.merge(source, out, options, callbacks=self._settings.callbacks)
 
     def load(self, model: Any, folder: Path) -> None:
         """Put the weights in a folder into the model."""
@@ -132,11 +126,12 @@ class FullModel:
 
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
-    def _configuration(self, folders: Mapping[int, Path], base: Path | None) -> str:
-        from mergekit_ext.host.run import snapshot_config
+    def _prepared(self, folders: Mapping[int, Path], base: Path | None) -> tuple[str, Any]:
+        from mergekit_ext.host.run import snapshot_config, snapshot_options
 
-        given = self._settings
-        return snapshot_config(given.method, [*folders.values()], base, given.parameters)
+        given, models = self._settings, [*folders.values()]
+        source = snapshot_config(given.method, models, base, given.parameters)
+        return source, snapshot_options(models[-1], given.device, given.seed)
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

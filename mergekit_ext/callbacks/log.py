@@ -7,26 +7,15 @@ from typing import Any
 
 from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.events import (
+    LOG_HOOKS,
     BlockMerged,
     MergeBegin,
     MergeEnd,
     SizeReached,
     StatisticsEnd,
     TensorMerged,
+    require_hooks,
 )
-
-
-def require_log(target: object) -> None:
-    """Refuse an object that cannot log.
-
-    Raises:
-        TypeError: it has no method ``log``.
-    """
-    if not callable(getattr(target, "log", None)):
-        raise TypeError(
-            f"log: found {target!r}; expected an object with a method log(values, step), such as "
-            "an Accelerator or a tracker."
-        )
 
 
 class LogTo(Callback):
@@ -56,7 +45,7 @@ class LogTo(Callback):
         every: int = 1,
         prefix: str = "merge/",
     ):
-        require_log(target)
+        require_hooks(target, LOG_HOOKS, "target")
         if every < 1:
             raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
         self._target, self._values, self._every, self._prefix = target, values, every, prefix

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_ext.core.parameters import schema_problems
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.events import Dispatcher, takes
+from mergekit_ext.events import LOG_HOOKS, MERGE_HOOKS, hook_problem, takes
 
 INITIAL = "initial"
 SUBJECT = "MergeCheckpoints"
@@ -133,16 +133,12 @@ def _together(given: Mapping[str, Any]) -> Iterator[Problem]:
     evaluate, log = given.get("evaluate"), given.get("log")
     if evaluate is not None and not takes(evaluate, "model", "task"):
         yield Problem("evaluate", repr(evaluate), "a function (model, task)")
-    if log is not None and not takes(getattr(log, "log", None), "values", "step"):
-        expected = "an object with log(values, step), such as an Accelerator or a tracker"
-        yield Problem("log", repr(log), expected)
+    if log is not None and (problem := hook_problem(log, LOG_HOOKS, "log")):
+        yield problem
     callbacks = given.get("callbacks", ())
-    if isinstance(callbacks, (list, tuple)):
-        try:
-            Dispatcher(callbacks)
-        except TypeError as error:
-            found, _, expected = str(error).removeprefix("callbacks: found ").partition("; ")
-            yield Problem("callbacks", found, expected.removeprefix("expected ").rstrip("."))
+    for callback in callbacks if isinstance(callbacks, (list, tuple)) else ():
+        if problem := hook_problem(callback, MERGE_HOOKS, "callbacks"):
+            yield problem
 
 
 class Mean(BaseModel):

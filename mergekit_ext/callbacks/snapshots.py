@@ -1,4 +1,4 @@
-"""The last snapshots of a training: folders by step."""
+"""The last snapshots of a training, folders by step, and a merge of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
@@ -139,3 +140,33 @@ class Snapshots:
         for place in sorted(self.folder.glob("step-*")):
             if _STEP.fullmatch(place.name) and place.is_dir():
                 yield place
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge of snapshots.
+
+    Attributes:
+        path: the folder of the merged model or adapter, an ordinary one, with its report.
+        steps: of the snapshots that were merged; for `average` and `ema` of all that went in.
+        method: as it was asked for.
+        scores: of the merged weights, if they were evaluated.
+        before: of the model's own weights at that time.
+        loaded: whether the merged weights were put into the model.
+    """
+
+    path: Path
+    steps: tuple[int, ...]
+    method: str
+    scores: Mapping[str, float] | None = None
+    before: Mapping[str, float] | None = None
+    loaded: bool = False
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Copy the merged folder to `path`, where it appears when it is complete.
+
+        Raises:
+            ConfigError: there is something at `path` already.
+        """
+        with new_folder(path, "this copy") as folder:
+            shutil.copytree(self.path, folder, dirs_exist_ok=True)

@@ -188,7 +188,7 @@ def test_log_goes_to_an_accelerator_and_its_trackers(tmp_path):
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match=r"found 3; expected an object with a method log"):
+    with pytest.raises(TypeError, match=r"target: found 3; expected some of the methods log"):
         LogTo(3)
     with pytest.raises(ValueError, match="every: found 0"):
         LogTo(Target(), every=0)
