@@ -112,7 +112,7 @@ def test_no_imports_run_in_a_circle():
     [
         ("peft_merge", {"mergekit", "peft", "transformers"}),
         ("mergekit_ext.kernels.lore", {"mergekit"}),
-        ("mergekit_ext.report.similarity", {"matplotlib"}),
+        ("mergekit_ext.report.tables", {"matplotlib"}),
         *(
             (name, {"torch", "mergekit", "transformers", "pydantic"})
             for name in (

@@ -20,7 +20,7 @@ from mergekit_ext.host.flexmerge.sources import open_inputs
 from mergekit_ext.host.session import listening
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.similarity import (
+from mergekit_ext.report.tables import (
     plot_similarity,
     similarity_table,
     steps_table,

@@ -9,7 +9,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext.callbacks import Evaluate
-from mergekit_ext.report.curve import EvaluationError
+from mergekit_ext.report.tables import EvaluationError
 from tests import models
 from tests.callbacks.small import Net, llama, train
 

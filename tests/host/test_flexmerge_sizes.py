@@ -28,7 +28,7 @@ from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.runtime import load
 from mergekit_ext.host import run
 from mergekit_ext.host.flexmerge.sizes import write_curve
-from mergekit_ext.report.curve import CheckedScores, EvaluationError
+from mergekit_ext.report.tables import CheckedScores, EvaluationError
 from tests.models import config, family, write_yaml
 
 OPTIONS = MergeOptions(quiet=True)

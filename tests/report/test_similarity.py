@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_ext.report.similarity import (
+from mergekit_ext.report.tables import (
     plot_similarity,
     similarity_table,
     steps_table,

@@ -27,7 +27,7 @@ from mergekit_ext.host.flexmerge.prepare import prepare_tables
 from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
-from mergekit_ext.report.curve import (
+from mergekit_ext.report.tables import (
     CheckedScores,
     EvaluationError,
     Scores,

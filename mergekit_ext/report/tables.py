@@ -1,4 +1,10 @@
-"""Accuracy against size: the table, the JSON file and the plot of FlexMerge's trade-off."""
+"""Scores and similarities of FlexMerge: their tables and plots.
+
+Rows of an analysis are those of its files, by column. Of a block: ``block``, ``kind``, ``depth``
+(None outside of the layers), ``elements``; ``lowest``, ``mean`` and ``highest`` cosine of two
+tasks' vectors, and the norm of each. Of a merge: ``merges`` (0 before the first); ``models`` and
+``bytes`` after it; ``similarity``, ``block``, and ``groups``, the two that became one.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +12,17 @@ import csv
 import json
 import math
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mergekit_ext.errors import MergekitExtError
 
 Scores = Mapping[str, Mapping[str, float]]
 CURVE_FORMAT = 1
+Rows = Sequence[Mapping[str, Any]]
 # The metric of a function that returns one number.
 SCORE = "score"
 _PACKAGE = Path(__file__).parents[1]
@@ -147,10 +155,7 @@ def write_csv(path: Path, points: Sequence[SizePoint], reference: Scores) -> Non
     Columns: ``algorithm``, ``requested``, ``size``, ``bytes``, a ``<task>/<metric>`` for each
     score, and ``mean/<metric>`` and ``normalised/<metric>`` (empty where there is no ratio).
 
-    Raises:
-        ValueError: a point does not have exactly the tasks and metrics of `reference`.
     """
-    _check(points, reference)
     keys, metrics = _keys(reference), _metrics(reference)
     head = ["algorithm", "requested", "size", "bytes", *(f"{t}/{m}" for t, m in keys)]
     head += [f"{kind}/{metric}" for metric in metrics for kind in ("mean", "normalised")]
@@ -167,14 +172,7 @@ def write_csv(path: Path, points: Sequence[SizePoint], reference: Scores) -> Non
 
 
 def write_json(path: Path, points: Sequence[SizePoint], reference: Scores) -> None:
-    """Write everything: the reference, and each point with its means.
-
-    JSON has no NaN and no infinity; such a score becomes the string that `float` reads back.
-
-    Raises:
-        ValueError: a point does not have exactly the tasks and metrics of `reference`.
-    """
-    _check(points, reference)
+    """Write everything: the reference, and each point with its means."""
     metrics = _metrics(reference)
     rows = [
         {
@@ -182,16 +180,15 @@ def write_json(path: Path, points: Sequence[SizePoint], reference: Scores) -> No
             "requested": point.requested,
             "size": point.size,
             "bytes": point.bytes,
-            "scores": _plain(point.scores),
-            "mean": {metric: _number(mean(point.scores, metric)) for metric in metrics},
+            "scores": point.scores,
+            "mean": {metric: mean(point.scores, metric) for metric in metrics},
             "normalised": {
-                metric: _number(normalised_mean(point.scores, reference, metric))
-                for metric in metrics
+                metric: normalised_mean(point.scores, reference, metric) for metric in metrics
             },
         }
         for point in points
     ]
-    content = {"format_version": CURVE_FORMAT, "reference": _plain(reference), "points": rows}
+    content = {"format_version": CURVE_FORMAT, "reference": reference, "points": rows}
     text = json.dumps(content, indent=1, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -207,14 +204,9 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: `metric` is not in `reference`, has no ratio, or a point does not have exactly
-            the tasks and metrics of `reference`.
+        ValueError: `metric` has no ratio.
     """
     picture = figure(6.0, 4.2)
-    _check(points, reference)
-    if metric not in _metrics(reference):
-        known = ", ".join(_metrics(reference))
-        raise ValueError(f"the metric is {metric!r}; expected one of {known}")
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         height = normalised_mean(point.scores, reference, metric)
@@ -244,28 +236,53 @@ def _metrics(reference: Scores) -> list[str]:
     return list(dict.fromkeys(metric for _, metric in _keys(reference)))
 
 
-def _check(points: Iterable[SizePoint], reference: Scores) -> None:
-    wanted = set(_keys(reference))
-    problems = []
-    for point in points:
-        found = set(_keys(point.scores))
-        for said, keys in (("lacks", wanted - found), ("alone has", found - wanted)):
-            if keys:
-                names = ", ".join(sorted(f"{task}/{metric}" for task, metric in keys))
-                problems.append(f"{point.algorithm} at size {point.size:g} {said} {names}")
-    if problems:
-        raise ValueError(
-            "every point must have the scores that the individual models have: "
-            + "; ".join(problems)
-        )
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write rows as a CSV file."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def _number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(float(value))
+def similarity_table(blocks: Rows) -> str:
+    """Return one line a block."""
+    lines = [f"{'block':<48} {'kind':<15} {'lowest':>7} {'mean':>7} {'highest':>7}"]
+    line = "{block:<48} {kind:<15} {lowest:7.3f} {mean:7.3f} {highest:7.3f}"
+    return "\n".join([*lines, *(line.format_map(block) for block in blocks)])
 
 
-def _plain(scores: Scores) -> dict[str, dict[str, float | str | None]]:
-    return {
-        task: {metric: _number(value) for metric, value in of_task.items()}
-        for task, of_task in scores.items()
-    }
+def steps_table(steps: Rows, rows: int = 12) -> str:
+    """Return evenly spaced merges, the first and the last among them."""
+    last = len(steps) - 1
+    lines = [f"{'merges':>6} {'size':>8} {'bytes':>16} {'similarity':>10}  last merge"]
+    for index in sorted({round(i * last / max(1, rows - 1)) for i in range(rows)}):
+        step = steps[index]
+        similarity = "" if step["similarity"] is None else f"{step['similarity']:.3f}"
+        where = f"{step['block']}: {step['groups']}" if step["block"] else ""
+        size = f"{step['models']:8.3f} {step['bytes']:16,}"
+        lines.append(f"{step['merges']:6} {size} {similarity:>10}  {where}")
+    return "\n".join(lines)
+
+
+def plot_similarity(path: Path, blocks: Rows, steps: Rows) -> None:
+    """Draw similarity against depth, one line a kind; and the size after each merge.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture = figure(11.0, 4.2)
+    left, right = picture.subplots(1, 2)
+    lines: dict[str, dict[int, list[float]]] = {}
+    for block in blocks:
+        if block["depth"] is not None:
+            means = lines.setdefault(block["kind"], {}).setdefault(block["depth"], [])
+            means.append(block["mean"])
+    for kind, line in lines.items():
+        depths = sorted(line)
+        left.plot(depths, [fmean(line[depth]) for depth in depths], marker="o", label=kind)
+    left.set(xlabel="layer", ylabel="mean cosine of the task vectors")
+    if lines:
+        left.legend()
+    right.step([step["merges"] for step in steps], [step["models"] for step in steps], where="post")
+    right.set(xlabel="merges", ylabel="size (models)")
+    picture.savefig(path, dpi=150)
