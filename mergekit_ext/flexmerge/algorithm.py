@@ -16,7 +16,7 @@ from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.seeds import derived, drop_and_rescale
 from mergekit_ext.kernels.selection import Cut, Keeper
-from mergekit_ext.kernels.task_arithmetic import add_task_vectors
+from mergekit_ext.kernels.task_arithmetic import weighted_sum
 from mergekit_ext.kernels.ties import cut_of
 from mergekit_ext.methods import Call, Method
 
@@ -152,7 +152,7 @@ class Declared(Algorithm):
         if self.method.linear is not None:
             scale = self.method.linear(self.parameters.weights(members), self.parameters.shared)
             coefficients = [scale * weight for weight in self.parameters.weights(members)]
-            return add_task_vectors(block.base, models, coefficients, dtype)
+            return weighted_sum(models, coefficients, dtype, block.base)
         if self.method.over_base is not None and not self.masks:
             return self._over_base(block.layout, block.base, models, members, cuts, dtype)
         deltas = deltas_of(block, members)

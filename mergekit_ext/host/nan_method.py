@@ -45,7 +45,7 @@ from mergekit_ext.methods.nan import (
     inverse_norm_coefficients,
     uniform,
 )
-from mergekit_ext.methods.sparsify import DENSITY, EPSILON, GAMMA, spread_problems
+from mergekit_ext.methods.ties import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.report.card import coefficients_section
 
 # Which tensors share one set of coefficients: from the name of a tensor to the name of its group.

@@ -20,7 +20,7 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.kernels.numerics import compute_dtype
-from mergekit_ext.kernels.task_arithmetic import add_task_vectors, weighted_sum
+from mergekit_ext.kernels.task_arithmetic import weighted_sum
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 

@@ -37,14 +37,13 @@ class LoreResult:
         change: last relative change of theta_0: ``||theta_0 - theta_0'||_F / ||theta_0 - mean||_F``
             (when a quasi-Newton iteration stops: of the step that it would take next); 0 when
             theta_0 is the mean of the models.
-        objective: ``sum_i 1/2||theta_0 + delta_i - theta_i||_F^2 + mu||delta_i||_*`` (with
-            `rank_ratio` without the second term) at the returned theta_0 and delta_i.
+        objective: at the returned theta_0 and delta_i; with `rank_ratio` without its second term.
         converged: whether `tolerance` was reached within `max_iterations`.
         ranks: rank of each delta_i; for stacked experts the largest.
         spectral_norms: largest singular value of each theta_i - start, start being the mean of the
             models or the given base; for stacked experts the largest.
-        mu: the absolute threshold; with `mu_relative` and stacked experts the largest of theirs;
-            None with `rank_ratio`, and for averaged tensors unless it was given.
+        mu: the absolute threshold, for stacked experts the largest; None with `rank_ratio`, and
+            for averaged tensors unless it was given.
     """
 
     merged: Tensor
@@ -103,8 +102,8 @@ def lore(
             ``ceil(rank_ratio * min(a, b))``. Not convex: iterated as written, so that the result
             is that of Algorithm 1, and slow to converge when no gap separates the rank.
         lam: factor of the combined task vector.
-        combine: "sum" (sum_i w_i delta_i), "mean" (that over sum_i w_i), "ties" (mean over the
-            models that agree with the elected sign).
+        combine: tau: "sum" (sum_i w_i delta_i), "mean" (that over sum_i w_i), "ties" (mean over
+            the models that agree with the elected sign).
         weights: w_i, used in `combine` and in averages of vectors; 1 each if not given.
         update: "simultaneous" (Algorithm 1), or "sequential": theta_0 solved again after each
             delta_i, which depends on the order of the models.
@@ -165,18 +164,12 @@ def lore(
             mu=None if shrink.mu is None else shrink.mu * space.scale,
         )
 
-    stacks = [matrices_of(tensor, layout) for tensor in tensors]
-    starts = None if base is None else matrices_of(base, layout)
-    return _gathered(
-        [
-            solved(
-                [stack[slot].to(dtype) for stack in stacks],
-                None if starts is None else starts[slot].to(dtype),
-            )
-            for slot in range(len(stacks[0]))
-        ],
-        shape,
-    )
+    start = None if base is None else matrices_of(base, layout)
+    results = []
+    for slot, models in enumerate(zip(*(matrices_of(t, layout) for t in tensors), strict=True)):
+        given = None if start is None else start[slot].to(dtype)
+        results.append(solved([model.to(dtype) for model in models], given))
+    return _gathered(results, shape)
 
 
 class _Coordinates:

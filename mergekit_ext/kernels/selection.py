@@ -2,8 +2,7 @@
 
 The bit patterns of floating-point numbers, with those of negative numbers reversed, are ordered as
 the numbers are. Counting them by their leading 16 bits finds the bin in which the k-th falls; the
-next 16 bits of what lies in that bin narrow it further, a pass for each digit. `cut_for` finds the
-k largest magnitudes, `order_statistic` the k-th smallest number.
+next 16 bits of what lies in that bin narrow it further, a pass for each digit.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ EVERYTHING = Cut(-1, 0)
 
 
 def patterns(values: Tensor) -> Tensor:
-    """The magnitudes' bit patterns as integers; float32 or float64 input."""
+    """Return the bit patterns of magnitudes as integers; float32 or float64 input."""
     return values.abs().view(_BITS[values.dtype])
 
 
 def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtype) -> Cut:
-    """Find the cut that keeps the `keep` entries of largest magnitude.
+    """Return the cut that keeps the `keep` entries of largest magnitude.
 
     Args:
         pieces: gives the tensor, piece by piece and in the same order, each time it is called.
@@ -48,8 +47,8 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
     search = CutSearch(keep, dtype)
     while not search.done:
         for piece in pieces():
-            search.add(piece)
-        if search.advance() <= GATHER and search.passes_left > 1:
+            search.take(search.count(piece))
+        if search.advance() <= GATHER and search.shift > 0:  # more than one pass is left
             return search.among(pieces())
     return search.cut
 
@@ -57,54 +56,42 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
 class CutSearch:
     """Incremental `cut_for` for data that is costly to re-read.
 
-    Each pass is fed with `add` and ended with `advance`, until `done`. Pieces may be counted
-    elsewhere: `count` there, `take` here.
-
-    Attributes:
-        bins: how many counters a pass has.
+    Each pass counts all pieces (`count`, perhaps elsewhere, and `take`) and ends with `advance`,
+    until `done`.
     """
 
-    bins = 1 << _DIGIT
+    bins = 1 << _DIGIT  # counters of a pass
 
     def __init__(self, keep: int, dtype: torch.dtype):
         self._wanted, self._prefix = keep, 0
-        self._first = self._shift = torch.iinfo(_BITS[dtype]).bits - _DIGIT
+        self._first = self.shift = torch.iinfo(_BITS[dtype]).bits - _DIGIT
         self._counts: Tensor | None = None
 
     @property
     def done(self) -> bool:
         """Whether `cut` is known."""
-        return self._shift < 0
+        return self.shift < 0
 
     @property
     def cut(self) -> Cut:
         """The cut, exact once the search is done."""
         return Cut(self._prefix, self._wanted)
 
-    @property
-    def passes_left(self) -> int:
-        """How many more passes finish the search."""
-        return self._shift // _DIGIT + 1
-
     def among(self, pieces: Iterable[Tensor]) -> Cut:
         """Return the cut in one pass, which gathers what shares the digits that are known."""
-        known = self._shift + _DIGIT
+        known = self.shift + _DIGIT
         keys = map(patterns, pieces)
         inside = torch.cat([found[(found >> known) == self._prefix] for found in keys])
         edge = int(inside.kthvalue(len(inside) - self._wanted + 1).values)
         return Cut(edge, self._wanted - int((inside > edge).sum()))
 
-    def add(self, piece: Tensor) -> None:
-        """Count one piece of this pass; flat, of the search's dtype."""
-        self.take(self.count(piece))
-
     def count(self, piece: Tensor) -> Tensor:
-        """Return how many entries of a piece fall into each of the pass's `bins`; int64."""
+        """Return how many entries of a flat piece fall into each of the pass's `bins`; int64."""
         return torch.bincount(self._digits(patterns(piece)), minlength=self.bins)
 
     def _digits(self, keys: Tensor) -> Tensor:
-        leading = keys >> self._shift
-        if self._shift == self._first:
+        leading = keys >> self.shift
+        if self.shift == self._first:
             return leading
         return leading[(leading >> _DIGIT) == self._prefix] & (self.bins - 1)
 
@@ -127,7 +114,7 @@ class CutSearch:
         inside = int(self._counts[digit])
         self._wanted -= int(above[digit]) - inside
         self._prefix = (self._prefix << _DIGIT) | digit
-        self._shift -= _DIGIT
+        self.shift -= _DIGIT
         self._counts = None
         return inside
 
@@ -153,8 +140,8 @@ class _SignedSearch(CutSearch):
     def inside(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the numbers that share all digits that are known."""
         for piece in pieces:
-            flat, known = piece.reshape(-1), self._shift + _DIGIT
-            whole = self._shift == self._first
+            flat, known = piece.reshape(-1), self.shift + _DIGIT
+            whole = self.shift == self._first
             yield flat if whole else flat[(_ordered(flat) >> known) == self._prefix]
 
 
@@ -177,7 +164,7 @@ def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: in
     search, inside = _SignedSearch(count - rank), count
     while inside > GATHER and not search.done:
         for piece in pieces():
-            search.add(piece)
+            search.take(search.count(piece))
         inside = search.advance()
     if search.done:  # all 64 bits are known, so that what is left is one number, repeated
         return next(float(found[0]) for found in search.inside(pieces()) if found.numel())

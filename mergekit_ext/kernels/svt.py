@@ -263,7 +263,7 @@ def _orthogonalised(y: Tensor, lower: float) -> Tensor:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products in float32: TF32 keeps ten bits, too few to converge."""
+    """Compute float32 products in float32: TF32 keeps ten bits, too few to converge."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -1,10 +1,9 @@
 """Thresholding of a slowly moving matrix: the subspace above mu is kept from call to call.
 
-An iterative solver thresholds nearly the same matrix again and again. What thresholding needs is
-the left subspace of the singular values above mu, and last time's is a good start: a Chebyshev
-polynomial of ``X X^T`` that damps everything below the subspace (degree 1 to 4, as the gap needs),
-then the Rayleigh-Ritz problem in the small space. Thin products instead of an eigendecomposition
-of the short side.
+Thresholding needs the left subspace of the singular values above mu, and last time's is a good
+start: a Chebyshev polynomial of ``X X^T`` that damps everything below the subspace (degree 1 to 4,
+as the gap needs), then the Rayleigh-Ritz problem in the small space. Thin products instead of an
+eigendecomposition of the short side.
 
 What this can miss is a direction that has grown above mu outside the space. Three things prevent
 it: guard vectors must stay below mu (otherwise the space is rebuilt from an eigendecomposition);

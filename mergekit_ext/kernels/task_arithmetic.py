@@ -18,37 +18,40 @@ from mergekit_ext.kernels.threads import in_threads, scratch
 _CACHED = 1 << 21
 
 
-def add_task_vectors(
-    base: Tensor,
+def weighted_sum(
     tensors: Sequence[Tensor],
     coefficients: Sequence[float],
     out_dtype: torch.dtype | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
-    r"""Return :math:`W_0 + \sum_i c_i (W_i - W_0)`.
+    r"""Return :math:`\sum_i c_i W_i`, or with a base :math:`W_0 + \sum_i c_i (W_i - W_0)`.
 
     Args:
-        base: :math:`W_0`, any shape and floating dtype.
-        tensors: the :math:`W_i`, the shape and device of `base`.
+        tensors: the :math:`W_i`, of one shape and device, any floating dtypes.
         coefficients: one :math:`c_i` for each tensor.
-        out_dtype: dtype of the result; by default that of `base`.
+        out_dtype: dtype of the result; by default that of the base, or of the first tensor.
+        base: :math:`W_0`, the shape and device of the tensors.
 
     Differences and sums are float32 (float64 if an input is float64) and are cast once. A model
     that equals the base adds exactly nothing. Scratch: three cache-sized chunks.
     """
-    dtype = compute_dtype([base, *tensors])
-    out = torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
-    flat_out, flat_base = out.view(-1), base.reshape(-1)
-    flat = [t.reshape(-1) for t in tensors]
+    like = tensors[0] if base is None else base
+    dtype = compute_dtype([like, *tensors])
+    out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
+    flat_out, flat = out.view(-1), [t.reshape(-1) for t in tensors]
+    flat_base = None if base is None else base.reshape(-1)
 
     def add(part: slice) -> None:
-        start, delta, total = scratch(3, part.stop - part.start, dtype, base.device)
-        start.copy_(flat_base[part])
+        start, piece, total = scratch(3, part.stop - part.start, dtype, like.device)
         total.zero_()
+        if flat_base is not None:
+            start.copy_(flat_base[part])
         for source, coefficient in zip(flat, coefficients, strict=True):
-            total.add_(delta.copy_(source[part]).sub_(start), alpha=coefficient)
-        flat_out[part] = total.add_(start)
+            piece.copy_(source[part])
+            total.add_(piece if flat_base is None else piece.sub_(start), alpha=coefficient)
+        flat_out[part] = total if flat_base is None else total.add_(start)
 
-    in_threads(add, chunks(flat_base), base.device)
+    in_threads(add, chunks(flat_out), like.device)
     return out
 
 
@@ -71,9 +74,9 @@ def nested_sums(
         out: one row for each group, of any floating dtype.
 
     Returns:
-        `out`. Each row costs one addition, whatever its size; all of them are made
-        while a chunk of every input is in the cache. Rounding differs from that of
-        `add_task_vectors` in the order of the sum only.
+        `out`. Each row costs one addition, whatever its size; all of them are made while a chunk
+        of every input is in the cache. Rounding differs from that of `weighted_sum` in the order
+        of the sum only.
 
     Raises:
         ValueError: a group is no such union.
@@ -114,26 +117,3 @@ def _unions(indices: Iterable[int], groups: Sequence[Sequence[int]]) -> list[tup
         place[frozenset(group)] = first
         pairs.append((first, second))
     return pairs
-
-
-def weighted_sum(
-    tensors: Sequence[Tensor],
-    coefficients: Sequence[float],
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    r"""Return :math:`\sum_i c_i W_i`; dtypes, shapes and scratch as `add_task_vectors`."""
-    dtype = compute_dtype(tensors)
-    first = tensors[0]
-    out = torch.empty(first.shape, dtype=out_dtype or first.dtype, device=first.device)
-    flat_out = out.view(-1)
-    flat = [t.reshape(-1) for t in tensors]
-
-    def add(part: slice) -> None:
-        total, weights = scratch(2, part.stop - part.start, dtype, first.device)
-        total.zero_()
-        for source, coefficient in zip(flat, coefficients, strict=True):
-            total.add_(weights.copy_(source[part]), alpha=coefficient)
-        flat_out[part] = total
-
-    in_threads(add, chunks(flat[0]), first.device)
-    return out

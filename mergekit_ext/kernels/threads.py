@@ -1,9 +1,9 @@
-"""Work on pieces of tensors in threads of our own.
+"""Work on pieces of tensors in threads of our own, alike whatever their number.
 
 torch splits every operation over its threads and waits for all of them, which costs more than a
 small operation does, and a hundred times more when another process has one of the cores. Pieces
 that fit a core's cache are better done whole by one thread each: torch releases the interpreter's
-lock while it computes. Each piece is computed alike whatever the number of threads.
+lock while it computes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def in_threads(
 def in_turn(
     work: Callable[[_Piece], _Result], pieces: Iterable[_Piece], device: torch.device
 ) -> Iterator[_Result]:
-    """`in_threads`, but results come one after the other, in order.
+    """Return an iterator over what `in_threads` returns.
 
     All pieces may be done before the first result is taken. An exception of one piece is raised
     in its turn, and those that have not begun are left.
@@ -53,7 +53,7 @@ def in_turn(
 
 
 def by_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """`function`, whose operations on a CPU torch leaves to the thread that calls it."""
+    """Return `function`, whose operations on a CPU torch leaves to the thread that calls it."""
 
     @functools.wraps(function)
     def alone(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -70,7 +70,7 @@ def by_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 
 
 def scratch(count: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised ``(count, length)`` memory, this thread's own until it asks again.
+    """Return uninitialised ``(count, length)`` memory, this thread's own until its next call.
 
     Fresh memory for every piece costs more than the sums: the allocator gives it back to the
     system, and every page of it has to be faulted in again.

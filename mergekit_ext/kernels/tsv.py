@@ -32,7 +32,7 @@ class _Triplets(NamedTuple):
 
 
 def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | None = None) -> Tensor:
-    r"""The merged task vector :math:`\hat U\,\mathrm{diag}(\sigma)\,\hat V^T` of one parameter.
+    r"""Return the merged task vector :math:`\hat U\,\mathrm{diag}(\sigma)\,\hat V^T`.
 
     Of each of the m task vectors, ``(a, b)`` matrices of full rank r = min(a, b), the
     :math:`k = \max(1, \lfloor r/m \rfloor)` leading singular triplets are taken. With

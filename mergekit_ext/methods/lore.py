@@ -66,15 +66,7 @@ def over_base(
     base: Tensor | None, models: Sequence[Tensor], call: Call, dtype: torch.dtype
 ) -> Merged:
     r"""Return :math:`\theta_0 + \lambda\tau`, :math:`\theta_0` being `base` or estimated."""
-    result = kernel.lore(
-        models,
-        base=base,
-        lam=call.options["lambda"],
-        weights=call.weights,
-        layout=call.layout,
-        on_iteration=call.on_iteration,
-        **{name: call.options[name] for name in (*_THRESHOLDS, *_PASSED)},
-    )
+    result = _solved(models, base, call, call.weights)
     cancelled = base is None and models[0].ndim > 1 and _cancels(call.options, call.weights)
     return Merged(result.merged.to(dtype), {**_details(result), "averaged": cancelled})
 
@@ -91,34 +83,36 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     shrunk, ``max(0, 1 - mu/||d||) d``, or dropped (group shrinkage). `rank_ratio` counts singular
     values of the change itself, also when the tensors are its coordinates in a smaller space.
     """
-    matrices = [
-        tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]) for tensor in tensors
-    ]
-    weights = call.weights
+    shape, weights = tensors[0].shape, call.weights
+    matrices = [tensor.reshape(math.prod(shape[:-1]), shape[-1]) for tensor in tensors]
     if call.options["combine"] == "mean" and cancelling(weights):
         if any(bool(tensor.any()) for tensor in tensors):
             divided_by(weights, "combine: sum")
         weights = [1.0] * len(tensors)  # NAN gives changes of zero no weight; so is their mean
     known = call.options["base"] == "known"
-    result = kernel.lore(
-        matrices,
-        base=torch.zeros_like(matrices[0]) if known else None,
+    result = _solved(matrices, torch.zeros_like(matrices[0]) if known else None, call, weights)
+    return Merged(result.merged.reshape(shape), _details(result))
+
+
+def _solved(
+    tensors: Sequence[Tensor], base: Tensor | None, call: Call, weights: Sequence[float]
+) -> kernel.LoreResult:
+    passed = {name: call.options[name] for name in (*_THRESHOLDS, *_PASSED)}
+    in_coordinates = call.short_side is not None and tensors[0].numel()
+    if in_coordinates and passed["rank_ratio"] is not None:
+        short_side = min(tensors[0].shape)
+        # 0.2 * 15 is 3.0000000000000004 and means 3
+        kept = math.ceil(round(passed["rank_ratio"] * call.short_side, 9))
+        passed["rank_ratio"] = min(kept, short_side) / short_side
+    return kernel.lore(
+        tensors,
+        base=base,
         lam=call.options["lambda"],
         weights=weights,
+        layout=call.layout,
         on_iteration=call.on_iteration,
-        **_threshold(call, min(matrices[0].shape)),
-        **{name: call.options[name] for name in _PASSED},
+        **passed,
     )
-    return Merged(result.merged.reshape(tensors[0].shape), _details(result))
-
-
-def _threshold(call: Call, short_side: int) -> dict[str, Any]:
-    given = {name: call.options[name] for name in _THRESHOLDS if call.options[name] is not None}
-    if "rank_ratio" in given and short_side and call.short_side is not None:
-        # 0.2 * 15 is 3.0000000000000004 and means 3
-        kept = math.ceil(round(given["rank_ratio"] * call.short_side, 9))
-        given["rank_ratio"] = min(kept, short_side) / short_side
-    return given
 
 
 def _details(result: kernel.LoreResult) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mergekit_ext.kernels import masks
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from mergekit_ext.methods.linear import LAMBDA
 from mergekit_ext.methods.method import BLOCKS, Call, Masks, Merged, Method, Pieces, register
-from mergekit_ext.methods.sparsify import FLEXMERGE_DENSITY
+from mergekit_ext.methods.ties import FLEXMERGE_DENSITY
 
 
 def emr(tensors: Sequence[Tensor], call: Call) -> Merged:

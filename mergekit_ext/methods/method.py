@@ -35,7 +35,7 @@ class Inputs:
     Attributes:
         count: how many there are besides the base.
         based: whether there is a base model.
-        driver: who asks; messages name what the driver's users can write.
+        driver: whose users' words messages use.
         where: the path of the shared parameters in the user's file.
         weights: those of one tensor, None while they are not known.
     """
@@ -185,19 +185,6 @@ class Method:
         found = {p.name: p for p in (*self.parameters, WEIGHT)}
         found |= self.variants.get(driver, {})  # type: ignore[arg-type]
         return tuple(p for p in found.values() if p is not None)
-
-    def defaults(self, count: int, driver: str) -> Settings:
-        """Return all defaults, weights 1, for so many inputs.
-
-        Raises:
-            KeyError: a parameter has no default.
-        """
-        parameters = self.for_driver(driver)
-        if missing := [p.name for p in parameters if p.required]:
-            raise KeyError(f"{self.name}: no default for {', '.join(missing)}")
-        shared = {p.name: p.default for p in parameters if not p.per_model}
-        own = {p.name: p.default for p in parameters if p.per_model and p is not WEIGHT}
-        return Settings([1.0] * count, shared, [own] * count)
 
     def apply(self, changes: Sequence[Tensor], call: Call) -> Merged:
         """Return the merge of changes that stay as they are, weights applied."""

@@ -38,13 +38,21 @@ bias by itself. In FlexMerge only `ties` is one of these; the others are mergeki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Parameter, Switch, choice
-from mergekit_ext.kernels.ties import TiesOptions, merge_ties
+from mergekit_ext.core.parameters import Number, Parameter, Share, Switch, choice
+from mergekit_ext.errors import Problem
+from mergekit_ext.kernels.linear_algebra import total
+from mergekit_ext.kernels.seeds import drop_and_rescale
+from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
+from mergekit_ext.kernels.ties import RESCALE_FROM, TiesOptions, kept, merge_ties
 from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA, normalize, normalized
 from mergekit_ext.methods.method import (
     ADAPTERS,
@@ -57,15 +65,24 @@ from mergekit_ext.methods.method import (
     divided_by,
     register,
 )
-from mergekit_ext.methods.sparsify import (
-    BY_RANK,
-    FLEXMERGE_DENSITY,
-    MAGNITUDE,
-    MAGNITUDE_OUTLIERS,
-    RANDOM,
-    Sparsifier,
-)
 
+DENSITY = Parameter("density", Share, 1.0, "share of the entries that is kept", per_model=True)
+# The share that TIES keeps in FlexMerge (section 4).
+FLEXMERGE_DENSITY = replace(DENSITY, default=0.1)
+GAMMA = Parameter(
+    "gamma",
+    Annotated[Number, Field(ge=0, lt=1)],
+    0.01,
+    "share of the largest entries that is dropped",
+    per_model=True,
+)
+EPSILON = Parameter(
+    "epsilon",
+    Annotated[Number, Field(ge=0, lt=0.5)],
+    0.15,
+    "how far the probability of keeping an entry goes up and down from density",
+    per_model=True,
+)
 _MAJORITY = Parameter(
     "majority_sign_method",
     choice("total", "frequency"),
@@ -73,21 +90,139 @@ _MAJORITY = Parameter(
     "signs elected by the sum of the entries, or by their number",
 )
 
+# Is called with the pieces of a change, in order, and may change them in place.
+Sparsified = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One change that is sparsified.
+
+    Attributes:
+        source: gives its pieces, as often as they are looked at.
+        generator: of random numbers.
+        own: the per-model parameters of its adapter.
+        rescale: whether to make up for what is dropped.
+    """
+
+    source: Pieces
+    generator: torch.Generator
+    own: Mapping[str, Any]
+    rescale: bool
+
+    @cached_property
+    def size(self) -> int:
+        return sum(piece.numel() for piece in self.source())
+
+    def cut(self, keep: int) -> Cut:
+        """Return where the `keep` largest magnitudes end; of equal ones the first are kept."""
+        if not 0 < keep < self.size:
+            return EVERYTHING
+        return cut_for(lambda: (p.reshape(-1) for p in self.source()), keep, torch.float64)
+
+    def rescaled(self, make: Callable[[], Sparsified]) -> Sparsified:
+        """With `rescale`, what is kept is scaled to the sum of magnitudes that there was."""
+        if not self.rescale:
+            return make()
+        before, after, sparsified = 0.0, 0.0, make()
+        for piece in self.source():
+            before += total(piece.abs())
+            after += total(sparsified(piece).abs())
+        if min(before, after) < RESCALE_FROM:
+            return make()
+        factor, again = before / after, make()
+        return lambda piece: again(piece).mul_(factor)
+
+
+def _keeping(cut: Cut) -> Sparsified:
+    keeper = Keeper(cut)
+    return lambda piece: keeper.drop(piece.reshape(-1)).reshape(piece.shape)
+
+
+def _magnitude(change: _Change) -> Sparsified:
+    cut = change.cut(kept(change.own["density"], change.size))
+    return change.rescaled(lambda: _keeping(cut))
+
+
+def _magnitude_outliers(change: _Change) -> Sparsified:
+    """Drops the largest entries too; fewer of them where the density would not be reached."""
+    wanted = int(change.own["density"] * change.size)
+    largest = min(int(change.own["gamma"] * change.size), change.size - wanted)
+    if not wanted:
+        return torch.zero_
+    inner, outer = change.cut(wanted + largest), change.cut(largest)
+
+    def make() -> Sparsified:
+        keep, outliers = _keeping(inner), _keeping(outer)
+        return lambda piece: keep(piece.clone()).sub_(outliers(piece)) if largest else keep(piece)
+
+    return change.rescaled(make)
+
+
+def _random(change: _Change) -> Sparsified:
+    density = change.own["density"]
+    if change.rescale:
+        return lambda piece: drop_and_rescale(piece, density, change.generator)
+    return lambda piece: drop_and_rescale(piece, density, change.generator).mul_(density)
+
+
+def _by_rank(change: _Change) -> Sparsified:
+    """Keeps entry j with probability ``p_j``, which grows with its rank within its row."""
+    density, epsilon, generator = change.own["density"], change.own["epsilon"], change.generator
+
+    def sparsified(piece: Tensor) -> Tensor:
+        rows = piece.reshape(-1, piece.shape[-1])
+        order = rows.abs().argsort(dim=1, stable=True)
+        least, most, count = density - epsilon, density + epsilon, rows.shape[1]
+        steps = torch.linspace(least, most, count, dtype=piece.dtype, device=piece.device)
+        if count == 1:
+            steps.fill_(density)
+        chance = torch.empty_like(rows).scatter_(1, order, steps.expand_as(rows))
+        drawn = torch.rand(rows.shape, generator=generator, device=generator.device)
+        rows = rows * (drawn.to(chance) < chance)
+        return (rows.div_(chance) if change.rescale else rows).reshape(piece.shape)
+
+    return sparsified
+
+
+def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with an `epsilon`: probabilities of keeping an entry are in (0, 1)."""
+    density, epsilon = own["density"], own["epsilon"]
+    if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+        yield Problem(
+            "epsilon",
+            f"{epsilon:g} with a density of {density:g}",
+            f"less than {min(density, 1 - density):g}, which keeps density - epsilon and "
+            "density + epsilon between 0 and 1",
+            "Set a smaller `epsilon`.",
+        )
+
+
+@dataclass(frozen=True)
+class _Sparsifier:
+    """One way to drop entries, the parameters that it reads, and what may be wrong with them."""
+
+    prepare: Callable[[_Change], Sparsified]
+    parameters: tuple[Parameter, ...]
+    check: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda own: ()
+
+
+_MAGNITUDE = _Sparsifier(_magnitude, (DENSITY,))
+_MAGNITUDE_OUTLIERS = _Sparsifier(_magnitude_outliers, (DENSITY, GAMMA))
+_RANDOM = _Sparsifier(_random, (DENSITY,))
+_BY_RANK = _Sparsifier(_by_rank, (DENSITY, EPSILON), spread_problems)
+
 
 def _options(call: Call, elect: bool, rescale: bool = False) -> TiesOptions:
-    normal = bool(call.options["normalize"])
-    return TiesOptions(
-        elect=elect, normalize=normal, rescale=rescale, factor=call.options["lambda"]
-    )
+    return TiesOptions(elect, bool(call.options["normalize"]), rescale, call.options["lambda"])
 
 
 def _sum(elect: bool) -> Callable[[Sequence[Tensor], Call], Tensor]:
     """Return the function that adds up sparsified changes."""
 
     def add(deltas: Sequence[Tensor], call: Call) -> Tensor:
-        everything = [1.0] * len(deltas)
-        options = _options(call, elect)
-        return merge_ties(torch.zeros_like(deltas[0]), deltas, call.weights, everything, options)
+        start, everything = torch.zeros_like(deltas[0]), [1.0] * len(deltas)
+        return merge_ties(start, deltas, call.weights, everything, _options(call, elect))
 
     return add
 
@@ -107,7 +242,7 @@ def _agreeing_mean(tensors: Sequence[Tensor], call: Call) -> Tensor:
 
 
 def _rows(
-    sparsifier: Sparsifier,
+    sparsifier: _Sparsifier,
     add: Callable[[Sequence[Tensor], Call], Tensor],
     rescale: bool | None,
     sums: bool,
@@ -115,6 +250,7 @@ def _rows(
     """Return the function that merges rows of all changes, some at a time.
 
     Args:
+        sparsifier: applied to each change whose density is below 1.
         add: merges sparsified rows.
         rescale: whether to make up for what is dropped; None where an option says it.
         sums: whether, with `normalize`, the weights of all changes are divided by.
@@ -125,7 +261,9 @@ def _rows(
             divided_by(call.weights, "normalize: false")
         scaled = call.options["rescale"] if rescale is None else rescale
         functions = [
-            sparsifier.of(source, generator, own, scaled)
+            sparsifier.prepare(_Change(source, generator, own, scaled))
+            if own["density"] < 1
+            else lambda piece: piece
             for source, generator, own in zip(sources, call.generators, call.each, strict=True)
         ]
         for pieces in zip(*(source() for source in sources), strict=True):
@@ -156,20 +294,21 @@ def ties_over_base(
     return Merged(merge_ties(base, models, call.weights, call.kept, options, dtype))
 
 
-# name, what is dropped, whether signs are elected, defaults of `normalize` and `rescale`
+# name, paper, what is dropped, whether signs are elected, defaults of `normalize` and `rescale`
 _FAMILY = (
-    ("ties", "2306.01708", MAGNITUDE, True, True, False),
-    ("magnitude_prune", "2306.01708", MAGNITUDE, False, False, False),
-    ("dare_ties", "2311.03099", RANDOM, True, False, True),
-    ("dare_linear", "2311.03099", RANDOM, False, False, True),
-    ("della", "2406.11617", BY_RANK, True, True, True),
-    ("della_linear", "2406.11617", BY_RANK, False, False, True),
-    ("breadcrumbs", "2312.06795", MAGNITUDE_OUTLIERS, False, False, False),
-    ("breadcrumbs_ties", "2312.06795", MAGNITUDE_OUTLIERS, True, False, False),
+    ("ties", "2306.01708", _MAGNITUDE, True, True, False),
+    ("magnitude_prune", "2306.01708", _MAGNITUDE, False, False, False),
+    ("dare_ties", "2311.03099", _RANDOM, True, False, True),
+    ("dare_linear", "2311.03099", _RANDOM, False, False, True),
+    ("della", "2406.11617", _BY_RANK, True, True, True),
+    ("della_linear", "2406.11617", _BY_RANK, False, False, True),
+    ("breadcrumbs", "2312.06795", _MAGNITUDE_OUTLIERS, False, False, False),
+    ("breadcrumbs_ties", "2312.06795", _MAGNITUDE_OUTLIERS, True, False, False),
 )
 
 for _name, _paper, _sparsifier, _elects, _normal, _rescales in _FAMILY:
     _merge = _rows(_sparsifier, _sum(_elects), rescale=None, sums=not _elects)
+    _rescale = Parameter("rescale", Switch, _rescales, "make up for what is dropped")
     _in_blocks = _name == "ties"
     register(
         Method(
@@ -177,12 +316,7 @@ for _name, _paper, _sparsifier, _elects, _normal, _rescales in _FAMILY:
             _name,
             f"https://arxiv.org/abs/{_paper}",
             _whole(_merge),
-            parameters=(
-                *_sparsifier.parameters,
-                normalize(_normal),
-                Parameter("rescale", Switch, _rescales, "make up for what is dropped"),
-                LAMBDA,
-            ),
+            parameters=(*_sparsifier.parameters, normalize(_normal), _rescale, LAMBDA),
             drivers=frozenset({ADAPTERS, BLOCKS} if _in_blocks else {ADAPTERS}),
             variants={BLOCKS: {"density": FLEXMERGE_DENSITY, "lambda": BOUNDED_LAMBDA}},
             weighs=True,
@@ -195,8 +329,8 @@ for _name, _paper, _sparsifier, _elects, _normal, _rescales in _FAMILY:
     )
 
 for _name, _sparsifier, _rescales in (
-    ("peft_ties", MAGNITUDE, False),
-    ("peft_dare_ties", RANDOM, True),
+    ("peft_ties", _MAGNITUDE, False),
+    ("peft_dare_ties", _RANDOM, True),
 ):
     _merge = _rows(_sparsifier, _agreeing_mean, rescale=_rescales, sums=False)
     register(

@@ -14,7 +14,7 @@ from mergekit_ext.kernels.numerics import squared_norms
 from mergekit_ext.kernels.pcb import pcb_merge
 from mergekit_ext.kernels.seeds import drop_and_rescale
 from mergekit_ext.kernels.similarity import Gram, cosines
-from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums, weighted_sum
+from mergekit_ext.kernels.task_arithmetic import nested_sums, weighted_sum
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from mergekit_ext.kernels.tsv import tsv_merge
 from tests.kernels.threads import with_any_number_of_threads
@@ -105,7 +105,7 @@ def test_sums_and_similarities(dtype):
             gram.value,
             cosines(gram.value),
             squared_norms(tensors, base),
-            add_task_vectors(base, tensors, (0.3, 0.7, 1.1)),
+            weighted_sum(tensors, (0.3, 0.7, 1.1), base=base),
             weighted_sum(tensors, (0.3, 0.7, 1.1)),
             out,
         )

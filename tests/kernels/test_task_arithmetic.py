@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mergekit_ext.kernels import numerics, task_arithmetic
 from mergekit_ext.kernels.numerics import count_non_finite, squared_norms
-from mergekit_ext.kernels.task_arithmetic import add_task_vectors, nested_sums, weighted_sum
+from mergekit_ext.kernels.task_arithmetic import nested_sums, weighted_sum
 
 TOLERANCE = {
     torch.float64: 1e-14,
@@ -33,9 +33,9 @@ def chunk(request, monkeypatch):
 
 @dtypes
 @pytest.mark.parametrize("shape", [(37, 11), (5,), (), (0, 3), (2, 3, 4)], ids=str)
-def test_add_task_vectors(dtype, shape, device, chunk):
+def test_weighted_sum_over_a_base(dtype, shape, device, chunk):
     base, *models = tensors(dtype, device, shape)
-    found = add_task_vectors(base, models, [0.3, -0.2, 0.9])
+    found = weighted_sum(models, [0.3, -0.2, 0.9], base=base)
     wanted = base.double() + sum(
         c * (m.double() - base.double()) for c, m in zip((0.3, -0.2, 0.9), models, strict=True)
     )
@@ -55,7 +55,8 @@ def test_nested_sums(dtype, device, monkeypatch):
     assert found is out
     for row, group, scale in zip(out, groups, scales, strict=True):
         coefficients = [scale * weights[index] for index in group]
-        wanted = add_task_vectors(base, [by_index[index] for index in group], coefficients)
+        members = [by_index[index] for index in group]
+        wanted = weighted_sum(members, coefficients, base=base)
         torch.testing.assert_close(row, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -80,12 +81,12 @@ def test_weighted_sum(dtype, device, chunk):
 @dtypes
 def test_a_model_equal_to_the_base_adds_exactly_nothing(dtype, device):
     base, *_ = tensors(dtype, device)
-    assert torch.equal(add_task_vectors(base, [base.clone()], [123.0]), base)
+    assert torch.equal(weighted_sum([base.clone()], [123.0], base=base), base)
 
 
 def test_strided_inputs_are_read_as_they_are(device, chunk):
     base, model = (t.t() for t in tensors(torch.float32, device, count=2))
-    torch.testing.assert_close(add_task_vectors(base, [model], [1.0]), model)
+    torch.testing.assert_close(weighted_sum([model], [1.0], base=base), model)
     assert squared_norms([model], base)[0] == pytest.approx(
         float((model.double() - base.double()).square().sum()), rel=1e-6
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 import mergekit_ext
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.kernels.numerics import compute_dtype
-from mergekit_ext.methods import ADAPTERS, BLOCKS, Method, methods
+from mergekit_ext.methods import BLOCKS, Method, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.methods import rules
 from tests.models import config, write_yaml
@@ -95,7 +95,7 @@ def flexmerge(
 def given(rule: Method, count: int, **options: Any) -> Callable[[str], Any]:
     """Settings of a rule, with values for what has no default."""
     wanted = {"lore": {"mu_relative": 0.1}}.get(rule.name.removeprefix("nan_"), {})
-    names = rule.defaults(count, ADAPTERS).options
+    names = loras.defaults(rule, count).options
     wanted = {k: v for k, v in {**wanted, **options}.items() if k in names}
     return loras.always(loras.settings(rule, count, **wanted))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mergekit_ext.core.parameters import WEIGHT
 from mergekit_ext.methods import ADAPTERS, Settings
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
 from peft_merge.modules import merge_modules
@@ -39,9 +40,17 @@ def adapter(name, updates):
     return LoraAdapter(name, {}, infos, updates.__getitem__)
 
 
+def defaults(rule, count):
+    """All defaults of a rule, weights 1, for so many adapters."""
+    parameters = rule.for_driver(ADAPTERS)
+    shared = {p.name: p.default for p in parameters if not p.per_model}
+    own = {p.name: p.default for p in parameters if p.per_model and p is not WEIGHT}
+    return Settings([1.0] * count, shared, [own] * count)
+
+
 def settings(rule, count, *, weights=None, each=None, **options):
     """Defaults of a rule with some values changed."""
-    found = rule.defaults(count, ADAPTERS)
+    found = defaults(rule, count)
     names = {name.rstrip("_"): value for name, value in options.items()}
     assert names.keys() <= found.options.keys(), names
     return Settings(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft.utils import ModulesToSaveWrapper
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
-from mergekit_ext.methods import ADAPTERS, Merged, Method, Settings
+from mergekit_ext.methods import Merged, Method, Settings
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.coefficients import change_norms
 from peft_merge.merge import merge_adapters
@@ -105,7 +105,7 @@ OFF = {"mu": 0.0, "density": 1.0, "epsilon": 0.0, "gamma": 0.0, "clip": 0.0}
 
 def unshrunk(rule, count):
     """Defaults, with every threshold off."""
-    given = rule.defaults(count, ADAPTERS)
+    given = loras.defaults(rule, count)
     options = {key: OFF.get(key, value) for key, value in given.options.items()}
     each = [{key: OFF.get(key, value) for key, value in own.items()} for own in given.each]
     return Settings([1.0] * count, options, each)
@@ -131,7 +131,7 @@ def test_every_rule_gives_an_adapter_alone_back(name, space):
 def test_lore_shrinks_whole_vectors():
     """A vector is a matrix of one row: its one singular value is its length."""
     rule = rules()["lore"]
-    given = rule.defaults(2, ADAPTERS)
+    given = loras.defaults(rule, 2)
     options = {**given.options, "mu": 0.5}
     merged, _, _ = loras.merge(
         [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"m": column(1.3, 1.0)})],
@@ -143,7 +143,7 @@ def test_lore_shrinks_whole_vectors():
 
 def test_random_rules_depend_on_seed_and_module_only():
     rule = rules()["dare_linear"]
-    given = rule.defaults(1, ADAPTERS)
+    given = loras.defaults(rule, 1)
     given = Settings([1.0], given.options, [{**given.each[0], "density": 0.5}])
     vectors = {"m": torch.full((64, 1), 2.0), "n": torch.full((64, 1), 2.0)}
 

@@ -9,7 +9,7 @@ from mergekit_ext.errors import MergeError, TwoModelsWarning
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.methods import ADAPTERS, Inputs, Merged, register
 from peft_merge.methods import rules
-from tests.peft_merge.loras import settings
+from tests.peft_merge.loras import defaults, settings
 
 OPTIONS = {"lore": {"mu": 0.5}}
 
@@ -49,7 +49,7 @@ def test_every_method_of_the_project_is_there():
     ]
     assert {*wanted, "nan", *(f"nan_{name}" for name in wanted)} <= rules().keys()
     invariant = {
-        name for name, rule in rules().items() if rule.invariant(rule.defaults(2, ADAPTERS).options)
+        name for name, rule in rules().items() if rule.invariant(defaults(rule, 2).options)
     }
     exact = {"linear", "task_arithmetic", "lore", "tsv_m"}
     assert invariant == exact | {f"nan_{name}" for name in exact} | {"nan"}
