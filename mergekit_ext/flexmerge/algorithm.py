@@ -13,10 +13,9 @@ from torch import Tensor
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
-from mergekit_ext.kernels.numerics import compute_dtype
+from mergekit_ext.kernels.numerics import compute_dtype, weighted_sum
 from mergekit_ext.kernels.seeds import derived, drop_and_rescale
 from mergekit_ext.kernels.selection import Cut, Keeper
-from mergekit_ext.kernels.task_arithmetic import weighted_sum
 from mergekit_ext.kernels.ties import cut_of
 from mergekit_ext.methods import Call, Method
 
@@ -134,7 +133,7 @@ class Declared(Algorithm):
         super().__init__(parameters)
         self.method, self.name = method, method.name
         self.trims, self.kmeans, self.by_tensor = method.trims, method.kmeans, method.matrices
-        self.masks = method.masks is not None
+        self.masks = method.mask is not None
 
     def copies(self, models: int, square: float) -> float:
         """See `Algorithm.copies`: with masks, task vectors, the unified one and the masks."""
@@ -163,16 +162,16 @@ class Declared(Algorithm):
         self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
     ) -> Masked:
         """See `Algorithm.merge_masked`. Masks and factors are those of the unrounded vector."""
-        form = self.method.masks
-        assert form is not None
+        mask, rescale = self.method.mask, self.method.rescale
+        assert mask is not None
         deltas = deltas_of(block, members)
         unified = self._change(block, deltas, members, cuts)
         pairs = list(zip(members, deltas, strict=True))
         options = self.parameters.shared
         return Masked(
             unified.to(dtype),
-            {member: pack_bits(form.mask(delta, unified, options)) for member, delta in pairs},
-            {member: form.rescale(delta, unified) for member, delta in pairs},
+            {member: pack_bits(mask(delta, unified, options)) for member, delta in pairs},
+            {member: rescale(delta, unified) for member, delta in pairs},
         )
 
     def _change(

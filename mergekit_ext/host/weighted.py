@@ -19,8 +19,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import MergeError
 from mergekit_ext.host.method import ExtMethod
-from mergekit_ext.kernels.numerics import compute_dtype
-from mergekit_ext.kernels.task_arithmetic import weighted_sum
+from mergekit_ext.kernels.numerics import compute_dtype, weighted_sum
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 
@@ -56,7 +55,7 @@ class Weighted:
         values = [self.weights[entry.id] for entry in group.non_base]
         if group.base is not None:
             scaled = [self.scale * value for value in values]
-            return add_task_vectors(group.base.tensor, tensors, scaled, self.dtype)
+            return weighted_sum(tensors, scaled, self.dtype, group.base.tensor)
         total = sum(values)
         if total == 0:
             raise MergeError(

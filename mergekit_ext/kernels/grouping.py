@@ -163,10 +163,6 @@ def _left_to_right(sequences: Sequences, seed: int) -> tuple[int, ...]:
     return tuple(block for block, merges in enumerate(sequences) for _ in merges)
 
 
-def _right_to_left(sequences: Sequences, seed: int) -> tuple[int, ...]:
-    return _left_to_right(sequences, seed)[::-1]
-
-
 def _shuffled(sequences: Sequences, seed: int) -> tuple[int, ...]:
     steps = list(_left_to_right(sequences, seed))
     random.Random(seed).shuffle(steps)
@@ -180,7 +176,7 @@ ORDERS: Mapping[str, Callable[[Sequences, int], tuple[int, ...]]] = MappingProxy
     {
         "greedy": _greedy,
         "left_to_right": _left_to_right,
-        "right_to_left": _right_to_left,
+        "right_to_left": lambda sequences, seed: _left_to_right(sequences, seed)[::-1],
         "random": _shuffled,
     }
 )
@@ -195,13 +191,10 @@ def merge_order(
     """Return every merge of every block, in order: Algorithm 1 run to the end.
 
     Args:
-        cosines_per_block: for each block an (m, m) matrix; m may differ between blocks.
+        cosines_per_block: for each block a matrix for `dendrogram`; m may differ between blocks.
         linkage: a name in `LINKAGES`.
         order: a name in `ORDERS`; ``random`` also draws the pairs within each block.
         seed: for ``random``; the same seed gives the same order.
-
-    Raises:
-        ValueError: a matrix that `dendrogram` refuses.
     """
     seeds = random.Random(seed)
 
@@ -225,12 +218,11 @@ def kmeans_groups(gram: Tensor, clusters: int, seed: int = 0) -> tuple[Group, ..
 
     Args:
         gram: (m, m) inner products (`similarity.Gram`), finite.
-        clusters: the number K of groups, 1 to m.
+        clusters: the number K of groups, 1 to m, none of which will be empty.
         seed: of the starts; the same seed gives the same groups.
 
     Returns:
-        Exactly K groups, none empty: task indices in ascending order, the groups sorted by their
-        smallest member.
+        task indices in ascending order, the groups sorted by their smallest member.
 
     The papers do not say what happens to a cluster that loses all its members: it takes the vector
     that is farthest from its own centre. Zero vectors are as in `similarity.cosines`.

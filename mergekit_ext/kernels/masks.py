@@ -31,14 +31,9 @@ _ONE_BIT_EACH = 0x8040201008040201 - (1 << 64)
 def tall_mask(delta: Tensor, unified: Tensor, threshold: float = DEFAULT_THRESHOLD) -> Tensor:
     r"""Return the TALL mask :math:`m_k = 1[\,|\tau_k| \ge \lambda\,|\tau_{uni} - \tau_k|\,]`.
 
-    Args:
-        delta: the task vector, any floating dtype.
-        unified: the merged task vector.
-        threshold: lambda, at least 0; the larger, the less is kept. 0 keeps everything.
-
-    Returns:
-        bool, the shape of `delta`. Differences are float64, so that float32 inputs neither
-        overflow nor round. An entry with NaN is not kept.
+    bool, the shape of the task vector `delta`. The larger the threshold (lambda, at least 0), the
+    less is kept; 0 keeps everything. Differences are float64, so that float32 inputs neither
+    overflow nor round. An entry with NaN is not kept.
 
     The authors' code has ``>`` where the paper has ``>=``; the paper's is taken. They differ
     where both sides are equal: the entry is then within the rule, and with two zeros its value is
@@ -59,14 +54,10 @@ def elected(deltas: Sequence[Tensor]) -> Tensor:
     :math:`\gamma_{uni} = \mathrm{sgn}(\sum_k \tau_k)`, and :math:`\epsilon_{uni}` the largest
     magnitude among the :math:`\tau_k` with that sign, entry by entry.
 
-    Args:
-        deltas: m task vectors of one shape and dtype, float32 or float64.
-
-    Returns:
-        the shape and dtype of the inputs. An entry where a task vector has NaN is NaN.
-
-    Sums are float64. Where the task vectors cancel, sgn is 0 and so is the entry, as the equation
-    says; the authors' code elects the negative sign there.
+    The m task vectors have one shape and dtype, float32 or float64, which is that of the result.
+    An entry where a task vector has NaN is NaN. Sums are float64. Where the task vectors cancel,
+    sgn is 0 and so is the entry, as the equation says; the authors' code elects the negative sign
+    there.
     """
     out = torch.empty_like(deltas[0], memory_format=torch.contiguous_format)
     flat_out, flat = out.view(-1), [delta.reshape(-1) for delta in deltas]
@@ -166,18 +157,9 @@ def reconstruct(
 ) -> Tensor:
     r"""Return one task's weights, :math:`\hat\theta = \theta_{pre} + \gamma\,(m \circ \tau_{uni})`.
 
-    FlexMerge, table 1: gamma is EMR's rescaler, and 1 for Consensus.
-
-    Args:
-        base: any shape, any floating dtype.
-        unified: as many entries as `base`, any floating dtype.
-        mask: bool, as many entries as `base`.
-        rescale: gamma.
-        out_dtype: dtype of the result.
-
-    Returns:
-        the shape of `base`, computed in float32 (float64 if an input is) and cast once. NaN or
-        infinity in `unified` gives NaN even where the mask is off.
+    FlexMerge, table 1. `unified` and `mask` (bool) have as many entries as `base`; `rescale` is
+    gamma. The result has the shape of `base`, computed in float32 (float64 if an input is) and cast
+    once. NaN or infinity in `unified` gives NaN even where the mask is off.
     """
     flat_base, flat, selected = base.reshape(-1), unified.reshape(-1), mask.reshape(-1)
     dtype = compute_dtype([base, unified])

@@ -1,4 +1,4 @@
-"""Reductions and conversions that several kernels share."""
+"""Sums, norms and checks of tensors in cache-sized pieces, which several kernels share."""
 
 from __future__ import annotations
 
@@ -73,6 +73,45 @@ def _square(delta: Tensor, source: Tensor, start: Tensor | None) -> float:
     delta.copy_(source)
     wide = (delta if start is None else delta.sub_(start)).to(torch.float64)
     return float(torch.dot(wide, wide))
+
+
+def weighted_sum(
+    tensors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    out_dtype: torch.dtype | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    r"""Return :math:`\sum_i c_i W_i`, or with a base :math:`W_0 + \sum_i c_i (W_i - W_0)`.
+
+    The latter: Ilharco et al., "Editing Models with Task Arithmetic", section 2.
+
+    Args:
+        tensors: the :math:`W_i`, of one shape and device, any floating dtypes.
+        coefficients: one :math:`c_i` for each tensor.
+        out_dtype: dtype of the result; by default that of the base, or of the first tensor.
+        base: :math:`W_0`, the shape and device of the tensors.
+
+    Differences and sums are float32 (float64 if an input is float64) and are cast once. A model
+    that equals the base adds exactly nothing. Scratch: three cache-sized chunks.
+    """
+    like = tensors[0] if base is None else base
+    dtype = compute_dtype([like, *tensors])
+    out = torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
+    flat_out, flat = out.view(-1), [t.reshape(-1) for t in tensors]
+    flat_base = None if base is None else base.reshape(-1)
+
+    def add(part: slice) -> None:
+        start, piece, total = scratch(3, part.stop - part.start, dtype, like.device)
+        total.zero_()
+        if flat_base is not None:
+            start.copy_(flat_base[part])
+        for source, coefficient in zip(flat, coefficients, strict=True):
+            piece.copy_(source[part])
+            total.add_(piece if flat_base is None else piece.sub_(start), alpha=coefficient)
+        flat_out[part] = total if flat_base is None else total.add_(start)
+
+    in_threads(add, chunks(flat_out), like.device)
+    return out
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -61,8 +61,8 @@ def drop_and_rescale(delta: Tensor, density: float, generator: torch.Generator) 
         delta: any shape and floating dtype.
         density: :math:`1 - p` in (0, 1], the probability of keeping an entry (the paper writes
             the drop rate p). With 1 everything is kept and nothing is drawn.
-        generator: where the random numbers come from. They are drawn on its device, one for each
-            entry in order, so that a seed drops the same entries wherever `delta` is.
+        generator: draws on its device, one number for each entry in order, so that a seed drops
+            the same entries wherever `delta` is.
 
     Returns:
         a new tensor in float32 (float64 for float64), expectation `delta`. NaN and infinity come

@@ -215,24 +215,23 @@ def threshold(x: Tensor, mu: float) -> Shrunk:
 
 def norm_bound(x: Tensor) -> float:
     """Return an upper bound of the largest singular value: ``||(X X^T)^8||_F^(1/16)``."""
-    size = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    size = _length(x)
     if size == 0.0:
         return 0.0
     scaled = x / size
     power = scaled @ scaled.T
     logarithm, exponent = 0.0, 2.0
     for _ in range(BOUND_SQUARINGS):
-        length = float(torch.linalg.vector_norm(power, dtype=torch.float64))
+        length = _length(power)
         power = power / length
         logarithm += math.log(length) / exponent
         power, exponent = power @ power, 2.0 * exponent
-    logarithm += math.log(float(torch.linalg.vector_norm(power, dtype=torch.float64))) / exponent
-    return 1.0001 * size * math.exp(logarithm)
+    return 1.0001 * size * math.exp(logarithm + math.log(_length(power)) / exponent)
 
 
 def spectral_norm(x: Tensor) -> float:
     """Return the largest singular value of ``(a, b)``, ``a <= b``, by squaring ``X X^T``."""
-    size = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    size = _length(x)
     if size == 0.0:
         return 0.0
     scaled = x / size
@@ -243,7 +242,11 @@ def spectral_norm(x: Tensor) -> float:
     # the columns are mixtures of the top left singular vectors; the largest one is sound
     column = power[:, int(power.diagonal().argmax())]
     column = column / torch.linalg.vector_norm(column)
-    return size * float(torch.linalg.vector_norm(scaled.T @ column, dtype=torch.float64))
+    return size * _length(scaled.T @ column)
+
+
+def _length(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _orthogonalised(y: Tensor, lower: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Finite, Parameter, Switch
-from mergekit_ext.kernels.task_arithmetic import weighted_sum
+from mergekit_ext.kernels.numerics import weighted_sum
 from mergekit_ext.methods.method import (
     ADAPTERS,
     BLOCKS,

@@ -18,7 +18,7 @@ from mergekit_ext.core.parameters import Number, Parameter
 from mergekit_ext.kernels import masks
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from mergekit_ext.methods.linear import LAMBDA
-from mergekit_ext.methods.method import BLOCKS, Call, Masks, Merged, Method, Pieces, register
+from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method, Pieces, register
 from mergekit_ext.methods.ties import FLEXMERGE_DENSITY
 
 
@@ -64,9 +64,8 @@ register(
         # Task vectors are formed in pieces.
         copies=lambda models, square: 0,
         blockwise=emr_rows,
-        masks=Masks(
-            lambda delta, unified, options: masks.sign_mask(delta, unified), masks.rescaler
-        ),
+        mask=lambda delta, unified, options: masks.sign_mask(delta, unified),
+        rescale=masks.rescaler,
     )
 )
 register(
@@ -88,8 +87,6 @@ register(
         weighs=True,
         over_base=consensus_over_base,
         trims=True,
-        masks=Masks(
-            lambda delta, unified, options: masks.tall_mask(delta, unified, options["threshold"])
-        ),
+        mask=lambda delta, unified, options: masks.tall_mask(delta, unified, options["threshold"]),
     )
 )

@@ -97,19 +97,6 @@ class Merged:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Masks:
-    """How a group is stored as one vector and one mask for each member.
-
-    Attributes:
-        mask: ``mask(delta, unified, options)``: where a member takes the unified vector.
-        rescale: ``rescale(delta, unified)``: the factor of a member's reconstruction.
-    """
-
-    mask: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
-    rescale: Callable[[Tensor, Tensor], float] = lambda delta, unified: 1.0
-
-
 OverBase = Callable[["Tensor | None", Sequence["Tensor"], Call, "torch.dtype"], Merged]
 Rows = Callable[[Sequence[Pieces], Call], Iterator["Tensor"]]
 
@@ -140,7 +127,9 @@ class Method:
             and go in pieces.
         linear: ``linear(weights, options)``: c of a plain sum :math:`c \\sum_i w_i t_i`.
         trims: whether task vectors are trimmed to the `density` of their largest entries.
-        masks: of methods whose groups are stored as masks.
+        mask: ``mask(delta, unified, options)``: where a member takes the unified vector, of methods
+            whose groups are stored as one vector and one mask for each member.
+        rescale: ``rescale(delta, unified)``: the factor of a member's reconstruction.
         kmeans: whether FlexMerge's groups are K-means clusters.
         check: ``check(options, inputs)``: what is wrong with the shared parameters together.
         check_each: what is wrong with the per-model parameters of one input together.
@@ -168,7 +157,8 @@ class Method:
     blockwise: Rows | None = None
     linear: Callable[[Sequence[float], Mapping[str, Any]], float] | None = None
     trims: bool = False
-    masks: Masks | None = None
+    mask: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor] | None = None
+    rescale: Callable[[Tensor, Tensor], float] = lambda delta, unified: 1.0
     kmeans: bool = False
     check: Callable[[Mapping[str, Any], Inputs], Iterable[Problem]] = lambda options, inputs: ()
     check_each: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda values: ()

@@ -16,7 +16,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Parameter, choice
-from mergekit_ext.kernels.task_arithmetic import weighted_sum
+from mergekit_ext.kernels.numerics import weighted_sum
 from mergekit_ext.methods.method import ADAPTERS, Call, Merged, Method, Pieces, register
 
 _Group = TypeVar("_Group", bound=Hashable)

@@ -83,7 +83,7 @@ def test_a_good_one_says_what_it_will_do(content, llamas):
 
 def test_defaults_are_enough_for_every_algorithm(content):
     for name, method in methods(BLOCKS).items():
-        target = 2.9 if method.masks else 2
+        target = 2.9 if method.mask else 2
         assert not places(put(content, algorithm=name, target_size=target))
 
 

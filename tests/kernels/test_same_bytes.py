@@ -10,11 +10,10 @@ import torch
 
 from mergekit_ext.kernels import masks
 from mergekit_ext.kernels.lore import lore
-from mergekit_ext.kernels.numerics import squared_norms
+from mergekit_ext.kernels.numerics import squared_norms, weighted_sum
 from mergekit_ext.kernels.pcb import pcb_merge
 from mergekit_ext.kernels.seeds import drop_and_rescale
 from mergekit_ext.kernels.similarity import Gram, cosines
-from mergekit_ext.kernels.task_arithmetic import nested_sums, weighted_sum
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from mergekit_ext.kernels.tsv import tsv_merge
 from tests.kernels.threads import with_any_number_of_threads
@@ -96,18 +95,12 @@ def test_sums_and_similarities(dtype):
     def work():
         gram = Gram(len(tensors))
         gram.add(tensors, base)
-        numbered = {index: tensor.flatten() for index, tensor in enumerate(tensors)}
-        out = torch.empty(2, base.numel(), dtype=dtype)
-        nested_sums(
-            base.flatten(), numbered, dict.fromkeys(range(3), 0.7), [(0, 1), (0, 1, 2)], [1, 2], out
-        )
         return (
             gram.value,
             cosines(gram.value),
             squared_norms(tensors, base),
             weighted_sum(tensors, (0.3, 0.7, 1.1), base=base),
             weighted_sum(tensors, (0.3, 0.7, 1.1)),
-            out,
         )
 
     with_any_number_of_threads(work)

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergekit_ext
+from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.methods import BLOCKS, Method, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.methods import rules
+from peft_merge.modules import log_problems
 from tests.models import config, write_yaml
 from tests.peft_merge import loras
 
@@ -83,7 +85,7 @@ def flexmerge(
         )
         paths.append(place)
     # One block of everything: of three models one group, with masks or without.
-    size = 2.9 if methods(BLOCKS)[name].masks else 1.0
+    size = 2.9 if methods(BLOCKS)[name].mask else 1.0
     parameters = {"target_size": size, "algorithm": name, "granularity": "model", **more}
     text = config("flexmerge", paths[1:], paths[0], parameters)
     out = folder / "out"
@@ -124,6 +126,8 @@ def ia3(rule: Method, vectors: Sequence[Tensor], space: str = "additive", **opti
         info = VectorInfo(shape=tuple(vector.shape), feedforward=False, dtype=vector.dtype)
         load = partial(lambda v, module: v, vector)
         adapters.append(Ia3Adapter(f"a{index}", {}, {"k": info}, load, {}))
+    if space == "log" and (problems := list(log_problems(adapters))):
+        raise ConfigError(problems)  # as the driver does before it merges
     merged, _, _ = loras.merge(adapters, rule, given(rule, len(vectors), **options), space=space)
     return merged["k"]
 

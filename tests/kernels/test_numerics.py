@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.kernels import numerics, task_arithmetic
-from mergekit_ext.kernels.numerics import count_non_finite, squared_norms
-from mergekit_ext.kernels.task_arithmetic import nested_sums, weighted_sum
+from mergekit_ext.kernels import numerics
+from mergekit_ext.kernels.numerics import count_non_finite, squared_norms, weighted_sum
 
 TOLERANCE = {
     torch.float64: 1e-14,
@@ -41,31 +40,6 @@ def test_weighted_sum_over_a_base(dtype, shape, device, chunk):
     )
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-
-
-@dtypes
-def test_nested_sums(dtype, device, monkeypatch):
-    monkeypatch.setattr(task_arithmetic, "_CACHED", 60)  # several chunks
-    base, *models = (t.reshape(-1) for t in tensors(dtype, device, count=5))
-    weights, scales = {3: 1.0, 5: -0.5, 8: 2.0, 9: 1.0}, [0.5, 0.7, 0.25]
-    groups = [(5, 9), (3, 8), (3, 5, 8, 9)]
-    by_index = dict(zip(weights, models, strict=True))
-    out = torch.empty(3, base.numel(), dtype=dtype, device=device)
-    found = nested_sums(base, by_index, weights, groups, scales, out)
-    assert found is out
-    for row, group, scale in zip(out, groups, scales, strict=True):
-        coefficients = [scale * weights[index] for index in group]
-        members = [by_index[index] for index in group]
-        wanted = weighted_sum(members, coefficients, base=base)
-        torch.testing.assert_close(row, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("groups", [[(0, 1), (1, 2)], [(0, 1, 2)], [(0,)], [(0, 7)]])
-def test_nested_sums_of_what_is_not_nested(groups):
-    models = {index: torch.zeros(3) for index in range(3)}
-    out = torch.empty(len(groups), 3)
-    with pytest.raises(ValueError, match="not the union of two"):
-        nested_sums(torch.zeros(3), models, dict.fromkeys(models, 1.0), groups, [1.0] * 2, out)
 
 
 @dtypes
