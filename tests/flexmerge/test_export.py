@@ -95,19 +95,6 @@ def test_shards_and_index(made: Any, tmp_path: Path) -> None:
     assert set(index["weight_map"]) == set(made[1]["b"])
 
 
-def test_into_an_empty_folder(made: Any, tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    export(made[0], "a", tmp_path / "one")
-    assert (tmp_path / "one" / "model.safetensors").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
-
-
-def test_others_may_read_the_folder(made: Any, tmp_path: Path) -> None:
-    (tmp_path / "usual").mkdir()
-    export(made[0], "a", tmp_path / "one")
-    assert (tmp_path / "one").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
 @pytest.mark.parametrize("place", ["file", "folder", "file/one"])
 def test_a_place_that_is_taken(made: Any, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
