@@ -43,8 +43,7 @@ MASKS: Final = "masks"
 # Groups are dense or
 MASKED: Final = "masked"
 
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LONGEST_TASK_NAME = 100
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What lies beside the tasks' folders under a fixed name.
 _TAKEN = frozenset(
     {SHARDS, FILE_NAME, "flexmerge_analysis.json", "readme.md", "mergekit_config.yml"}
@@ -58,27 +57,18 @@ _ROUNDING = 1e-3
 
 
 def task_name_problem(name: str) -> str | None:
-    """Return why `name` cannot be the name of a task, or None when it can.
-
-    A task's name is the name of its folder. Besides the names that the format reserves, those of
-    the files beside that folder are taken.
-    """
-    if not name:
-        return "it is empty"
-    if len(name) > _LONGEST_TASK_NAME:
-        return f"it has {len(name)} characters, more than {_LONGEST_TASK_NAME}"
+    """Return why `name` cannot be the name of a task, and of its folder; None when it can."""
     if not _TASK_NAME.fullmatch(name):
-        return "only A-Z, a-z, 0-9, '.', '_' and '-' are possible, and a letter or digit is first"
+        return (
+            "it is 1 to 100 of A-Z, a-z, 0-9, '.', '_' and '-', of which a letter or digit is first"
+        )
     if name.lower() in _TAKEN:
         return "the checkpoint has a file or folder of this name"
     return None
 
 
 def colliding_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of names, the later one second, that some file systems cannot keep apart.
-
-    Those are equal names, and names that differ in case only.
-    """
+    """Yield pairs of names, the later one second, that are equal but for their case."""
     seen: dict[str, str] = {}
     for name in names:
         key = name.casefold()
@@ -294,12 +284,11 @@ class Manifest(Schema):
         groups = (group for block in self.blocks for group in block.groups)
         masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
         for index, task in enumerate(self.tasks):
-            if task.ordinary == (task.name in masked):
-                found = "true" if task.ordinary else "false"
-                expected = "false, as it has masked blocks"
-                if not task.ordinary:
-                    expected = "true, as its blocks are dense"
-                yield Problem(f"tasks[{index}].ordinary ({task.name})", found, expected)
+            where = f"tasks[{index}].ordinary ({task.name})"
+            if task.ordinary and task.name in masked:
+                yield Problem(where, "true", "false, as it has masked blocks")
+            if not task.ordinary and task.name not in masked:
+                yield Problem(where, "false", "true, as its blocks are dense")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.files import regular_file
 from mergekit_ext.flexmerge.placement import DeviceMap, MaxMemory, Sharing, place
-from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
+from mergekit_ext.flexmerge.reader import open_checkpoint
 
 
 def load(
@@ -75,7 +75,11 @@ def load(
     sharing = Sharing(torch.device(device))
     modules: dict[str, Any] = {}
     for name, tensors in held.items():
-        module = _of_checkpoint(checkpoint, name, dict(tensors), dtype, trust_remote_code)
+        home = checkpoint.folder / name
+        for file in ("config.json", "generation_config.json"):
+            if file == "config.json" or (home / file).exists():
+                regular_file(checkpoint.folder, f"{name}/{file}")
+        module = build_module(home, dict(tensors), dtype, trust_remote_code=trust_remote_code)
         # Tensors that were reconstructed are the task's own, and so in the module alone.
         sharing.add(module, {key: tensors[key] for key in tensors.files})
         modules[name] = module
@@ -83,20 +87,6 @@ def load(
         place(modules, held, device_map, max_memory, offload_folder)
     checkpoint.warn_of_copies()
     return modules if task is None else modules[task]
-
-
-def _of_checkpoint(
-    checkpoint: Checkpoint,
-    task: str,
-    tensors: dict[str, torch.Tensor],
-    dtype: torch.dtype | str | None,
-    trust_remote_code: bool,
-) -> Any:
-    home = checkpoint.folder / task
-    for file in ("config.json", "generation_config.json"):
-        if file == "config.json" or (home / file).exists():
-            regular_file(checkpoint.folder, f"{task}/{file}")
-    return build_module(home, tensors, dtype, trust_remote_code=trust_remote_code)
 
 
 def build_module(
@@ -150,11 +140,7 @@ def build_module(
 
 
 def _class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
-    """Return the model's class, as ``config.json`` names it.
-
-    Raises:
-        CheckpointError: it names none, or one that is not transformers' and not trusted.
-    """
+    """Return the model's class, as ``config.json`` names it, if it is transformers' or trusted."""
     named = getattr(config, "architectures", None) or []
     found, expected, remedy = f"{named}", "the name of one class", ""
     if isinstance(named, list) and [type(name) for name in named] == [str]:

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from mergekit_ext.flexmerge.files import digest_of, link_model
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
-from mergekit_ext.flexmerge.manifest import (
-    DENSE,
-    FILE_NAME,
-    MASKED,
-    SHARDS,
-    Manifest,
-    ShardFile,
-)
+from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, SHARDS, Manifest, ShardFile
 from mergekit_ext.flexmerge.merging import COPIED, Merging, block_tensors, require_finite
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
