@@ -140,8 +140,7 @@ def test_stopped_anywhere_and_gone_on_with(case, undisturbed, tmp_path):
     assert not whole.inputs.blocks
 
 
-@pytest.mark.parametrize("size", [2, 9])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "size"), [*((case, 2) for case in CASES), ("ties", 9)])
 def test_processes_write_the_same_bytes(case, size, undisturbed, tmp_path):
     merges = [Merge(case, tmp_path) for _ in range(size)]
     found = together(lambda ranks: merges[ranks.rank].run(), size)

@@ -90,8 +90,7 @@ def without_task_files(out: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize(("old", "verify"), [(False, True), (True, False)])
 def test_the_hubs_cache(
     families: dict[str, Path], tmp_path: Path, kind: str, old: bool, verify: bool
 ) -> None:
