@@ -6,11 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter
-    from peft_merge.flexmerge.load import load_tasks
-    from peft_merge.io import load_adapter, save_adapter
-    from peft_merge.live import add_merged_adapter
-    from peft_merge.merge import MergedAdapter, merge_adapters, run_config
+    from peft_merge.adapter import Adapter as Adapter
+    from peft_merge.adapter import Ia3Adapter as Ia3Adapter
+    from peft_merge.adapter import LoraAdapter as LoraAdapter
+    from peft_merge.flexmerge.load import load_tasks as load_tasks
+    from peft_merge.io import load_adapter as load_adapter
+    from peft_merge.io import save_adapter as save_adapter
+    from peft_merge.live import add_merged_adapter as add_merged_adapter
+    from peft_merge.merge import MergedAdapter as MergedAdapter
+    from peft_merge.merge import merge_adapters as merge_adapters
+    from peft_merge.merge import run_config as run_config
 
 # Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
 _HOMES = {
@@ -25,26 +30,10 @@ _HOMES = {
     "run_config": "merge",
     "save_adapter": "io",
 }
-
-__all__ = [
-    "Adapter",
-    "Ia3Adapter",
-    "LoraAdapter",
-    "MergedAdapter",
-    "add_merged_adapter",
-    "load_adapter",
-    "load_tasks",
-    "merge_adapters",
-    "run_config",
-    "save_adapter",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -36,6 +36,10 @@ _ATTENTION = "in_proj_weight"
 _WEIGHT_NAMES = ("weight", _ATTENTION)
 _SHOWN = 6
 _BY_PEFT = "Merge this adapter into its base with PEFT and use the merged model."
+_BY_CLASS = (
+    "Put the config.json of the base beside its weights: the class in it decides, if it is one of "
+    "transformers."
+)
 
 
 @dataclass
@@ -223,10 +227,9 @@ class _Matcher:
         yield from (prefix.__add__ for prefix in sorted(added))
 
     def _assigned(self, choices: Choices) -> dict[str, str]:
-        """One tensor for each module, among those that it may adapt; none for two of an owner.
+        """One tensor for each module, among those that it may adapt.
 
-        PEFT's file does not say which of an owner's parameters a wrapper adapts (that is the order
-        in which the model's class made them), so shapes must.
+        PEFT's file does not name an owner's parameter that a wrapper adapts: shapes decide.
         """
         owners: dict[str, list[str]] = {}
         for module in choices:
@@ -254,10 +257,9 @@ class _Matcher:
     def _oriented(
         self, modules: Mapping[str, str], shapes: Mapping[str, Shape], transposed: Orientation
     ) -> dict[str, bool]:
-        """Which weights are stored transposed: by shape, and squares by what is known besides.
+        """Which weights are stored transposed: by shape.
 
-        What is known: the class of the base, as in PEFT; or else the orientation of the adapter's
-        weights beside it in the same module that are not square, if they agree.
+        Squares: by the base's class, or else as the weights beside it that are not square.
         """
         settled: dict[str, bool] = {}
         square: list[str] = []
@@ -289,11 +291,7 @@ class _Matcher:
                 continue
             shape = tuple(shapes[tensor])
             what = f"{tensor} of shape {shape}, which may be stored (out, in) or (in, out)"
-            remedy = (
-                "Put the config.json of the base beside its weights: the class in it decides, if "
-                "it is one of transformers."
-            )
-            remedy = _BY_PEFT if self._is_parameter(module) else remedy
+            remedy = _BY_PEFT if self._is_parameter(module) else _BY_CLASS
             self._wrong(what, "a weight whose orientation is known", remedy, module)
         return settled
 

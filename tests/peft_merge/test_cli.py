@@ -23,18 +23,6 @@ from tests.peft_merge.models import KINDS, answer, base, reloaded, saved
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command(*arguments, cwd):
-    """`peft-merge` in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "peft_merge", *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 def called(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -75,10 +63,11 @@ def test_two_runs_write_the_same_files(place, monkeypatch):
     assert written[0] == written[1]
 
 
-def test_from_yaml_to_logits(place):
+def test_from_yaml_to_logits(place, monkeypatch):
     """The merged adapter answers as the base with both changes added to its weights."""
-    done = command("merge.yml", "out", "--jsonl", "events.jsonl", cwd=place)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(place)
+    done = called("merge.yml", "out", "--jsonl", "events.jsonl")
+    assert done.exit_code == 0, done.stderr
     assert "linear: 2 adapters, 6 modules, ranks 4 to 8" in done.stdout
     assert "Merging (linear)" in done.stderr
     assert {path.name for path in (place / "out").iterdir()} == {
