@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from mergekit import merge_methods
@@ -31,9 +30,6 @@ from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype, cou
 from mergekit_ext.methods import MODELS, Call, Inputs, Merged, Method
 from mergekit_ext.methods.method import layout_of
 from mergekit_ext.report.card import solver_section
-
-if TYPE_CHECKING:
-    from mergekit_ext.host.checks.report import CheckReport
 
 # Declares no check, no warning and no memory.
 _PLAIN = Method("", "", "", lambda tensors, call: Merged(tensors[0]))
@@ -120,32 +116,6 @@ class ExtMethod(MergeMethod):
         if running is None:
             session.warn(self.warnings(session.records))
         return tuple(results)
-
-
-class WholeModelMethod(ExtMethod):
-    """A merge method that does not go tensor by tensor through mergekit's planner and executor."""
-
-    @abstractmethod
-    def prepare(
-        self,
-        config: Any,
-        options: Any,
-        source: str | Mapping[str, Any] | None = None,
-        pending: Collection[str] = (),
-    ) -> tuple[CheckReport, Any]:
-        """Do what `checks.merge.check_merge` does for other methods; arguments as there.
-
-        Returns the report, and what `write` needs; None if it cannot start.
-        """
-
-    @abstractmethod
-    def write(self, prepared: Any, config: Any, folder: Path, options: Any, source: str) -> None:
-        """Merge into `folder`, which becomes the output, with its model card; inside of a session.
-
-        `prepared` is from `prepare`, `source` the configuration's text. The folder is empty, or as
-        an earlier merge of the same inputs has left it, perhaps under another configuration: what
-        the session's journal has as finished is continued.
-        """
 
 
 def spec_of(parameter: Parameter, scope: ParameterScope | None = None) -> ParameterSpec:

@@ -29,6 +29,7 @@ from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import check_merge, models_of_stock
 from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.companions import completed
+from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.identity import (
     identity,
     own_options,
@@ -39,7 +40,7 @@ from mergekit_ext.host.identity import (
     weights_of,
 )
 from mergekit_ext.host.inputs import models_of
-from mergekit_ext.host.method import WholeModelMethod, ext_method, is_stock
+from mergekit_ext.host.method import ext_method, is_stock
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
@@ -65,7 +66,7 @@ def merge(
         config = parsed(config_source)
     out_path, options = os.fspath(out_path), options or MergeOptions()
     method = ext_method(config.merge_method)
-    whole = method if isinstance(method, WholeModelMethod) else None
+    whole = method if isinstance(method, FlexMergeMethod) else None
     unshared = list(process_problems(config.merge_method, options))
     processes, options = parallel.current(), own_options(options)
     with _fresh_loaders():
@@ -100,7 +101,7 @@ def merge(
         ) as folder:
             try:
                 if whole:
-                    whole.write(checked, config, folder, options, source)
+                    whole.write(checked, config, folder, source)
                 elif session := sessions.current():
                     session.predicted = predicted(checked, config)
                     quiet = options.model_copy(update={"quiet": True})
@@ -257,7 +258,7 @@ def snapshot_problems(source: str, options: MergeOptions) -> Sequence[Problem]:
         ConfigError: `source` is no configuration.
     """
     config = parsed(source)
-    if isinstance(ext_method(config.merge_method), WholeModelMethod):
+    if isinstance(ext_method(config.merge_method), FlexMergeMethod):
         expected = "a method that makes one model"
         return [Problem("method", repr(config.merge_method), expected)]
     return check_merge(config, options, source)[0].problems

@@ -39,7 +39,8 @@ from mergekit_ext.host.checks.schema import (
 )
 from mergekit_ext.host.checks.settings import check_settings, check_tokenizers
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
-from mergekit_ext.host.method import WholeModelMethod, ext_method
+from mergekit_ext.host.flexmerge import FlexMergeMethod
+from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_modules
 from mergekit_ext.io.documents import read
 from mergekit_ext.io.headers import TensorHeader
@@ -68,11 +69,11 @@ def check_merge(
         pending: paths of models that other merges will have written by then.
 
     Returns:
-        The report, and what will be written: the tensors as they are planned, or what `prepare` of
-        a `WholeModelMethod` gives.
+        The report, and what will be written: the tensors as they are planned, or what
+        `FlexMergeMethod.prepare` gives.
     """
     method = ext_method(config.merge_method)
-    if isinstance(method, WholeModelMethod):
+    if isinstance(method, FlexMergeMethod):
         return method.prepare(config, options, source, pending)
     with quiet():
         inventory = _inventory(config, options, source)

@@ -10,14 +10,14 @@ import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 
 from mergekit_ext.errors import MergeError
-from mergekit_ext.host.method import WholeModelMethod
+from mergekit_ext.host.method import ExtMethod
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
     from mergekit_ext.host.flexmerge.sources import Prepared
 
 
-class FlexMergeMethod(WholeModelMethod):
+class FlexMergeMethod(ExtMethod):
     """FlexMerge: merged models of any size between one and all m models.
 
     Algorithm 1 of "Navigating the Accuracy-Size Trade-Off with Flexible Model Merging". Its
@@ -53,15 +53,21 @@ class FlexMergeMethod(WholeModelMethod):
         source: str | Mapping[str, Any] | None = None,
         pending: Collection[str] = (),
     ) -> tuple[CheckReport, Prepared | None]:
-        """See `WholeModelMethod.prepare`."""
+        """Do what `checks.merge.check_merge` does for other methods; arguments as there.
+
+        Returns the report, and what `write` needs; None if it cannot start.
+        """
         from mergekit_ext.host.flexmerge.prepare import check
 
         return check(config, options, source, pending)
 
-    def write(
-        self, prepared: Prepared, config: Any, folder: Path, options: Any, source: str
-    ) -> None:
-        """See `WholeModelMethod.write`."""
+    def write(self, prepared: Prepared, config: Any, folder: Path, source: str) -> None:
+        """Merge into `folder`, which becomes the output, with its model card; inside of a session.
+
+        `source` is the configuration's text. The folder is empty, or as an earlier merge of the
+        same inputs has left it, perhaps under another configuration: what the session's journal
+        has as finished is continued.
+        """
         from mergekit_ext.host.flexmerge.engine import write
 
         write(prepared, config, folder, source)
