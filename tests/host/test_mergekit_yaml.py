@@ -334,27 +334,6 @@ def test_non_finite_weights_leave_no_output(llamas, tmp_path, command):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "merge.yml"]
 
 
-def test_every_mistake_is_listed_before_anything_is_written(llamas, tmp_path):
-    _, tuned = llamas
-    config = small.config("nan", tuned, None, {"norm_of": "task_vector", "granularty": "model"})
-    config["dtpye"] = "float32"
-    config["models"][0]["parameters"] = {"weight": "heavy"}
-    done = run(tmp_path, config)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    for text in ("dtpye", "dtype", "granularty", "granularity", "norm_of", "weight", "heavy"):
-        assert text in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["merge.yml"]
-
-
-def test_a_misspelt_method_gets_the_nearest_name(llamas, tmp_path):
-    base, tuned = llamas
-    done = run(tmp_path, small.config("nan_tie", tuned, base))
-    assert done.returncode == 2
-    assert "`nan_ties`" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_classifier_loads_and_runs(family, tmp_path):
     base, tuned = family("bert")
     done = run(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))

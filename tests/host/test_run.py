@@ -155,11 +155,6 @@ def test_problems_are_one_error(llamas, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_schema_is_reported_in_the_words_of_the_file(tmp_path):
-    with pytest.raises(ConfigError, match="models"):
-        mergekit_ext.merge("merge_method: nan\nmodels: 3\n", tmp_path / "out", QUIET)
-
-
 def test_without_a_base_the_first_model_gives_the_configuration(llamas, tmp_path):
     _, tuned = llamas
     for order in (tuned, tuned[::-1]):
