@@ -139,7 +139,7 @@ def _gram(read: Callable[[], BlockData], layout: Layout) -> Rows:
 
 
 def _raise_non_finite(data: BlockData, layout: Layout) -> None:
-    """Name the first tensor and model that hold NaN or infinity, or say that only products do."""
+    """Raise for the first tensor and model that are not finite, or for products that are not."""
     owners = [("the base model", data.base), *zip(layout.tasks, data.models.values(), strict=True)]
     for owner, vector in owners:
         for index, part in enumerate(data.layout.parts):

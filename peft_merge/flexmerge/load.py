@@ -227,8 +227,8 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         vars(model).update(own)
         if isinstance(error, MergekitExtError) or not isinstance(error, Exception):
             raise
-        said = (str(error).splitlines() or [""])[0]
-        found = f"a model that PEFT does not take ({type(error).__name__}: {said})"
+        reason = (str(error).splitlines() or [""])[0]
+        found = f"a model that PEFT does not take ({type(error).__name__}: {reason})"
         problem = Problem("base_model", found, "the base of these adapters", _BASE)
         raise ConfigError([problem], _SUBJECT) from error
 

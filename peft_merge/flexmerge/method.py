@@ -76,7 +76,7 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
     chosen = shared.get("algorithm", DEFAULT_ALGORITHM)
     rule = known.get(chosen) if isinstance(chosen, str) else None
     own = tuple(replace(p, kind=choice(*known)) if p.name == "algorithm" else p for p in OWN)
-    if rule is None:  # said of `algorithm`; what any algorithm has may be meant for the right one
+    if rule is None:  # `algorithm` is refused; the others may be meant for the right one
         return (*own, *(p for p in of_any_rule() if p.name not in _NAMES))
     defaults = _DEFAULTS.get(rule.name, {})
     inherited = (
@@ -278,13 +278,13 @@ def _similarities(family: Family, events: Dispatcher) -> list[Tensor]:
 
 
 def _forewarn(plan: MergePlan, rule: Method, groups: Sequence[Sequence[StoredGroup]]) -> None:
-    """Warn once of what the rule has to say of groups of such sizes."""
-    counts = {len(group.tasks) for found in groups for group in found} - {1}
-    said = {
+    """Emit each warning of the rule about groups of such sizes once."""
+    counts = {len(group.tasks) for block in groups for group in block} - {1}
+    found = {
         str(warning): warning
         for module in plan.modules
         for count in sorted(counts)
         for warning in rule.forewarn(plan.resolve(module).options, Inputs(count, driver=ADAPTERS))
     }
-    for warning in said.values():
+    for warning in found.values():
         warnings.warn(warning, stacklevel=5)

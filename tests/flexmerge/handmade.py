@@ -97,7 +97,7 @@ def write(
         blocks[block_of(name)].append(name)
 
     expected: dict[str, dict[str, Tensor]] = {task: {} for task in paths}
-    shelves: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = defaultdict(dict)
+    places: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = defaultdict(dict)
     entries = []
     for block, members in blocks.items():
         described = []
@@ -110,7 +110,7 @@ def write(
                 for name in members:
                     mean = sum(inputs[task][name].double() for task in tasks) / len(tasks)
                     value = mean.to(inputs[tasks[0]][name].dtype)
-                    shelves["dense", tasks][name] = value
+                    places["dense", tasks][name] = value
                     for task in tasks:
                         expected[task][name] = value
                 continue
@@ -118,14 +118,14 @@ def write(
             described[-1]["rescale"] = rescale
             unified = {}
             for name in members:
-                shelves["base", ()][name] = before[name]
+                places["base", ()][name] = before[name]
                 task_vector = inputs[tasks[0]][name] - before[name]
-                unified[name] = shelves["unified", tasks][name] = task_vector
+                unified[name] = places["unified", tasks][name] = task_vector
             for task in tasks:
                 masks = {name: torch.rand(before[name].shape) < 0.5 for name in members}
                 bits = np.concatenate([masks[name].numpy().reshape(-1) for name in members])
                 packed = np.packbits(bits, bitorder="little")
-                shelves["masks", (task,)][block] = torch.from_numpy(packed)
+                places["masks", (task,)][block] = torch.from_numpy(packed)
                 for name in members:
                     change = rescale[task] * (masks[name] * unified[name].float())
                     value = (before[name].float() + change).to(unified[name].dtype)
@@ -141,7 +141,7 @@ def write(
     heads = []
     for task, tensors in inputs.items():
         own = {name: tensor for name, tensor in tensors.items() if private in name}
-        shelves["dense", (task,)].update(own)
+        places["dense", (task,)].update(own)
         expected[task].update(own)
         heads.append(
             {
@@ -151,8 +151,8 @@ def write(
         )
 
     (out / "shards").mkdir(parents=True)
-    files = _files(out, shelves, list(paths), files_per_set)
-    stored = _bytes(t for tensors in shelves.values() for t in tensors.values())
+    files = _files(out, places, list(paths), files_per_set)
+    stored = _bytes(t for tensors in places.values() for t in tensors.values())
     in_heads = _bytes(t for tensors in inputs.values() for n, t in tensors.items() if private in n)
     unit = _bytes(t for tensors in inputs.values() for t in tensors.values()) - in_heads
     unit //= len(paths)
@@ -211,13 +211,13 @@ def _bytes(tensors: Iterator[Tensor]) -> int:
 
 def _files(
     out: Path,
-    shelves: Mapping[tuple[str, tuple[str, ...]], dict[str, Tensor]],
+    places: Mapping[tuple[str, tuple[str, ...]], dict[str, Tensor]],
     tasks: list[str],
     files_per_set: int,
 ) -> list[dict[str, Any]]:
     entries = []
     numbers: dict[str, int] = defaultdict(int)
-    for (kind, members), tensors in shelves.items():
+    for (kind, members), tensors in places.items():
         names = list(tensors)
         for part in range(files_per_set):
             chosen = {name: tensors[name] for name in names[part::files_per_set]}

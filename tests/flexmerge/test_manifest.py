@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         change("files", 0, "tasks", to=["z"]),
         "files[0].tasks: found unknown tasks z",
     ),
-    "file of nobody": (change("files", 0, "tasks", to=[]), "found no task"),
+    "file of no task": (change("files", 0, "tasks", to=[]), "found no task"),
     "tasks of a file in another order": (
         change("files", 2, "tasks", to=["c", "b"]),
         "files[2].tasks: found c, b",
@@ -207,7 +207,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         change("tasks", 0, "ordinary", to=False),
         "tasks[0].ordinary (a): found false; expected true",
     ),
-    "private of nobody": (change("private", 0, "task", to="z"), "private[0].task: found unknown"),
+    "private of an unknown task": (
+        change("private", 0, "task", to="z"),
+        "private[0].task: found unknown",
+    ),
     "private and in a block": (
         change("private", 0, "tensors", 0, "name", to="q"),
         "private[0]: found the tensor q of a block",

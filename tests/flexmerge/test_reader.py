@@ -267,8 +267,8 @@ def missing_mask(out: Path) -> list[str]:
 
 
 def extra_tensor(out: Path) -> list[str]:
-    rewrite(out, DENSE, lambda tensors: tensors.update(stranger=torch.ones(3)))
-    return [f"{DENSE}, tensor stranger: found a tensor that is not called for"]
+    rewrite(out, DENSE, lambda tensors: tensors.update(foreign=torch.ones(3)))
+    return [f"{DENSE}, tensor foreign: found a tensor that is not called for"]
 
 
 def wrong_shape(out: Path) -> list[str]:
@@ -302,10 +302,10 @@ def unified_of_integers(out: Path) -> list[str]:
 
 def file_that_is_not_needed(out: Path) -> list[str]:
     path = "shards/base-00009.safetensors"
-    save_file({"stranger": torch.ones(3)}, out / path, metadata={"format": "pt"})
+    save_file({"foreign": torch.ones(3)}, out / path, metadata={"format": "pt"})
     with edited(out) as content:
         content["files"].append(described(out, path) | {"kind": "base", "tasks": []})
-    return [path, "stranger"]
+    return [path, "foreign"]
 
 
 def sum_of_bytes(out: Path) -> list[str]:

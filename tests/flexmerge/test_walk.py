@@ -164,7 +164,7 @@ def test_at_full_size_they_are_the_inputs_own(mixed: Any, tmp_path: Path) -> Non
         assert_same(walk.tensors(task), state(folder))
 
 
-def test_a_group_has_one_storage_and_strangers_have_none_in_common(
+def test_a_group_has_one_storage_and_others_have_none_in_common(
     llamas: Any, tmp_path: Path
 ) -> None:
     made = engine(content(llamas, {"algorithm": "task_arithmetic"}), tmp_path)
