@@ -28,8 +28,7 @@ from peft_merge.io import load_adapter
 from peft_merge.io.compatible import compatible, different_bases, few_shared
 from peft_merge.io.forms import one_form
 from peft_merge.memory_estimate import need_of
-from peft_merge.methods import of_any_rule, rules
-from peft_merge.modules import VECTOR_SPACES, log_problems
+from peft_merge.modules import VECTOR_SPACES, log_problems, of_any_rule, rules
 
 PATTERNS = (
     "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "

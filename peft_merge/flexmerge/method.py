@@ -47,7 +47,7 @@ from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import GRANULARITIES, Block, Changes, Family
 from peft_merge.flexmerge.kinds import Ia3Family, LoraFamily
 from peft_merge.flexmerge.result import FlexMerged, task_name_problem
-from peft_merge.methods import of_any_rule, rules
+from peft_merge.modules import of_any_rule, rules
 from peft_merge.report import FORMAT_VERSION, summary
 
 NAME = "flexmerge"

@@ -22,8 +22,7 @@ from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.methods import BLOCKS, Method, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.methods import rules
-from peft_merge.modules import log_problems
+from peft_merge.modules import log_problems, rules
 from tests.models import config, write_yaml
 from tests.peft_merge import loras
 

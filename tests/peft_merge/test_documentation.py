@@ -19,7 +19,7 @@ from peft_merge.config.check import default_space
 from peft_merge.io import load_adapter
 from peft_merge.live import COMBINATION_TYPES
 from peft_merge.merge import merge_adapters, plan_config
-from peft_merge.methods import rules
+from peft_merge.modules import rules
 from tests.peft_merge.models import KINDS, saved
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

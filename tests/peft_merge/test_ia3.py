@@ -15,7 +15,7 @@ from mergekit_ext.methods import Merged, Method, Settings
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.coefficients import change_norms
 from peft_merge.merge import merge_adapters
-from peft_merge.methods import rules
+from peft_merge.modules import rules
 from tests.peft_merge import loras, models
 from tests.reference.ia3 import combine, multiplied, vectors_of
 

@@ -13,7 +13,7 @@ from mergekit_ext.methods import Merged, Method
 from peft_merge import modules
 from peft_merge.adapter import Update
 from peft_merge.coefficients import change_norms, coefficients
-from peft_merge.methods import rules
+from peft_merge.modules import rules
 from tests.peft_merge.loras import adapter, always, merge, settings, update
 from tests.reference import adapters as reference
 

@@ -24,7 +24,7 @@ from mergekit_ext.errors import (
 from mergekit_ext.events import MergeCallback
 from peft_merge.io import load_adapter
 from peft_merge.merge import merge_adapters, run_config
-from peft_merge.methods import rules
+from peft_merge.modules import rules
 from tests.peft_merge.models import KINDS, answer, reloaded, saved
 
 # What makes each method return its only input; the others need nothing.

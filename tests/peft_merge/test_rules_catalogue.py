@@ -8,7 +8,7 @@ import torch
 from mergekit_ext.errors import MergeError, TwoModelsWarning
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.methods import ADAPTERS, Inputs, Merged, register
-from peft_merge.methods import rules
+from peft_merge.modules import rules
 from tests.peft_merge.loras import defaults, settings
 
 OPTIONS = {"lore": {"mu": 0.5}}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, ties
 
 from mergekit_ext.methods import Settings
-from peft_merge.methods import rules
+from peft_merge.modules import rules
 
 
 def merged(name, tensors, weights, density, method="total"):

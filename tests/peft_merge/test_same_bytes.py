@@ -10,7 +10,7 @@ from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.spaces import SPACES, Job
 from peft_merge.algebra.truncated import leading
 from peft_merge.coefficients import update_norm
-from peft_merge.methods import rules
+from peft_merge.modules import rules
 from tests.kernels.threads import with_any_number_of_threads
 from tests.peft_merge.loras import adapter, always, merge, settings, update
 
