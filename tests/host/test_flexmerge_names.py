@@ -1,4 +1,4 @@
-"""A base that was saved under older names is read by the names of its fine-tunes."""
+"""Bases that name their tensors otherwise than their fine-tunes: bare models, older versions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,61 @@ import pytest
 import torch
 import transformers
 from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from transformers import AutoModel, BertModel, ViTModel
 
-import mergekit_ext
+from mergekit_ext import flexmerge
+from mergekit_ext.errors import MergeWarning
+from mergekit_ext.host.checks.merge import check_merge
+from tests import models as small
+from tests.host.flexmerge_models import QUIET, Family, as_index_says, merge, rewrite, same, vit
 from tests.host.small import checked, merging, tuned
+
+BARE = {"vit": (vit, ViTModel), "bert": (small.bert, BertModel)}
+
+
+def bare_base(family: Family, kind, folder) -> Family:
+    kind.from_pretrained(family.base).save_pretrained(folder)
+    return Family(folder, family.tuned)
+
+
+@pytest.mark.parametrize("algorithm", ["task_arithmetic", "emr"])
+@pytest.mark.parametrize("name", BARE)
+def test_a_bare_base_is_the_same_base(name, algorithm, tmp_path):
+    make, kind = BARE[name]
+    whole = Family(*small.family(tmp_path, make))
+    bare = bare_base(whole, kind, tmp_path / "bare")
+    content = bare.content(2.5 if algorithm == "emr" else 1.2, algorithm)
+    report, _ = check_merge(MergeConfiguration.model_validate(content), QUIET, content)
+    assert not report.problems
+    assert f"read as `{name}.<name>`" in " ".join(report.notes)
+    ours = merge(content, tmp_path / "ours")
+    theirs = merge({**content, "base_model": str(whole.base)}, tmp_path / "theirs")
+    assert ours.blocks == theirs.blocks
+    for task in ours.tasks:
+        card = tmp_path / "ours" / task.name / "README.md"
+        assert card.exists() != task.ordinary
+        if not task.ordinary:
+            assert f'flexmerge.load("..", task="{task.name}")' in card.read_text()
+            model = flexmerge.load(tmp_path / "ours", task=task.name)
+            assert type(model).__name__.endswith("Classification")
+    assert [f.sha256 for f in ours.files] == [f.sha256 for f in theirs.files]
+
+
+def test_bare_models(tmp_path):
+    whole = Family(*small.family(tmp_path, vit))
+    bare = []
+    for path in whole.tuned:
+        bare.append(tmp_path / f"bare-{path.name}")
+        AutoModel.from_pretrained(path, add_pooling_layer=False).save_pretrained(bare[-1])
+    family = Family(whole.base, bare)
+    with pytest.warns(MergeWarning, match="pooler"):
+        merge(family.content(1), tmp_path / "out")
+    merge(whole.content(1), tmp_path / "whole")
+    body = as_index_says(tmp_path / "whole" / "tuned0")
+    wanted = {n.removeprefix("vit."): t for n, t in body.items() if n.startswith("vit.")}
+    assert same(as_index_says(tmp_path / "out" / "bare-tuned0"), wanted)
+
 
 SMALL = {
     "vocab_size": 32,
@@ -26,14 +76,12 @@ SMALL = {
 
 def old_names(folder: Path) -> None:
     """Call the parameters of norms as the first BERTs on the Hub do."""
-    state = load_file(folder / "model.safetensors")
-    ends = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-    for new, old in ends.items():
-        state = {
-            name.removesuffix(new) + old if name.endswith(new) else name: tensor
-            for name, tensor in state.items()
-        }
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    def older(name: str) -> str:
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        return name.replace("LayerNorm.bias", "LayerNorm.beta")
+
+    rewrite(folder, lambda state: {older(name): tensor for name, tensor in state.items()})
 
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel"])
@@ -53,8 +101,7 @@ def test_norms_of_an_old_base_are_merged(kind: str, tmp_path: Path) -> None:
     document = merging(*paths, method="flexmerge", parameters=parameters)
     assert not checked(document).problems
     out = tmp_path / "out"
-    parsed = MergeConfiguration.model_validate(document)
-    mergekit_ext.merge(parsed, out, MergeOptions(quiet=True))
+    merge(document, out)
     one, two = (load_file(path / "model.safetensors") for path in paths[1:])
     loaded = transformers.BertForSequenceClassification.from_pretrained(out / "one").state_dict()
     norms = [name for name in one if "LayerNorm" in name]

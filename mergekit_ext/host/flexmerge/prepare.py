@@ -7,8 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergekit_ext.core import memory
 from mergekit_ext.errors import ConfigError, Problem, listing
+from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.layout import Layout, Naming
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, whole_models
@@ -125,12 +128,26 @@ def _prepared(
     if any(fact.pending for fact in facts.values()):
         findings.note("Nothing is estimated: a model is the result of another document.")
         return None
-    references = [config.base_model, *(source.model for source in sources)]
-    stored = [(facts[model].tensors or {}, facts[model].config) for model in references]
+    chosen = {model: facts[model] for model in (config.base_model, *(s.model for s in sources))}
+    forced = dtype_of(config.out_dtype or config.dtype)
+    return _with_layout(chosen, tasks, algorithm, forced, options, findings)
+
+
+def _with_layout(
+    facts: Mapping[Any, ModelFacts],
+    tasks: Sequence[str],
+    algorithm: Algorithm,
+    forced: torch.dtype | None,
+    options: Any,
+    findings: Findings,
+) -> Prepared | None:
+    """Lay out the base, which comes first, and the models; None if they share nothing."""
+    references = list(facts)
+    stored = [(fact.tensors or {}, fact.config) for fact in facts.values()]
     naming = _naming([config for _, config in stored], algorithm.parameters.shared)
     layout, headers, renaming = laid_out(tasks, stored, naming)
     if renaming is not None:
-        findings.note(f"{renaming} ({config.base_model}).")
+        findings.note(f"{renaming} ({references[0]}).")
     if pairs := named_otherwise(stored[1:]):
         findings.warn(
             f"{len(pairs)} tensors have two names, such as {' and '.join(pairs[0])}, and are not "
@@ -152,7 +169,6 @@ def _prepared(
         for name, header in tensors.items()
         if header.file is None
     )
-    forced = dtype_of(config.out_dtype or config.dtype)
     prepared = Prepared(references, naming, layout, algorithm, forced, options, adapted)
     _note_blocks(prepared, findings)
     _check_size(prepared, findings)
