@@ -201,6 +201,7 @@ def test_parameters_of_another_algorithm(content):
     problem = only(put(content, algorithm="average", density=0.3))
     assert problem.where == "parameters.density"
     assert problem.found == "a parameter that `flexmerge` with `average` does not have"
+    assert all(name in problem.remedy for name in ("belongs to", "consensus", "pcb", "ties"))
     del content["parameters"]["density"]
     put(content, algorithm="emr", target_size=2.9, **{"lambda": 1.0})
     assert only(content).where == "parameters.lambda"

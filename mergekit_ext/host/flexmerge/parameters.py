@@ -11,13 +11,14 @@ from mergekit import merge_methods
 from mergekit.merge_methods.base import (
     BasePolicy,
     MergeMethod,
+    MergeMethodSpec,
     ParameterScope,
     ParameterSpec,
 )
 from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import Parameter, Share, choice
-from mergekit_ext.errors import join, shown
+from mergekit_ext.errors import join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
@@ -112,13 +113,14 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     # Messages have the name between backticks.
     named = f"flexmerge` with `{name}"
     spec = replace(FlexMergeMethod().spec, name=named, parameters=tuple(specs.values()))
-    if not known:  # neither is known what it takes
-        config = _reduced(config, specs.__contains__)
-    tasks = tasks_of(config)
-    found = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
-    _check_single_values(config, specs, findings)
+    tasks, elsewhere = tasks_of(config), _owners().keys() - specs.keys()
     if known:
         _check_contract(name, len(tasks), findings)
+    else:  # neither is known what it takes
+        config = _reduced(config, specs.__contains__)
+    _check_written(config, spec, findings)
+    config = _reduced(config, lambda name: name not in elsewhere)
+    found = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
     if findings.count > before or not tasks:
         return None
     shared, each = found[0], []
@@ -157,17 +159,33 @@ def _parameters(algorithm: Any) -> dict[str, ParameterSpec]:
     }
 
 
-def _check_single_values(
-    config: Any, specs: Mapping[str, ParameterSpec], findings: Findings
-) -> None:
+def _owners() -> dict[str, list[str]]:
+    """Return FlexMerge's own algorithms that have each parameter."""
+    found: dict[str, list[str]] = {}
+    for algorithm in methods(BLOCKS):
+        for name in _parameters(algorithm):
+            found.setdefault(name, []).append(algorithm)
+    return found
+
+
+def _check_written(config: Any, spec: MergeMethodSpec, findings: Findings) -> None:
+    """Report parameters of other algorithms, and values that are not the same for all tensors."""
+    owners, known = _owners(), {one.name for one in spec.parameters}
     for where, (_, _, values) in all_parameters(groups_of(config)).items():
         for name, value in values.items():
-            if name in specs and (isinstance(value, list) or hasattr(value, "filter")):
+            path = join(where, name)
+            if name in known:
+                if isinstance(value, list) or hasattr(value, "filter"):
+                    expected = "one value: `flexmerge` has no gradients and filters"
+                    remedy = "Write one value for all tensors."
+                    findings.problem(path, shown(value), expected, remedy)
+            elif name in owners:
                 findings.problem(
-                    join(where, name),
-                    shown(value),
-                    "one value: `flexmerge` has no gradients and filters",
-                    "Write one value for all tensors.",
+                    path,
+                    f"a parameter that `{spec.name}` does not have",
+                    f"one of {', '.join(sorted(known))}",
+                    f"`{name}` belongs to {listing(owners[name])}: take it out, or change "
+                    "`algorithm:`.",
                 )
 
 
