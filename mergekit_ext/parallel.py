@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -146,27 +147,20 @@ def launched_size() -> int:
     Raises:
         ConfigError: a variable of the launcher is missing, or not what a launcher sets.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return 1
-    last = int(size) - 1 if _is_number(size, 2, _MOST) else _MOST
-    problems = [
-        Problem(name, repr(found), f"a number from {least} to {most}", _REMEDY)
-        for name, least, most in (
-            ("WORLD_SIZE", 1, _MOST),
-            ("RANK", 0, last),
-            ("LOCAL_RANK", 0, last),
-        )
-        if not _is_number(found := os.environ.get(name, ""), least, most)
-    ]
+    problems, last = [], _MOST
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, "")
+        found = int(text) if re.fullmatch("[0-9]{1,7}", text) else -1
+        if not least <= found <= last:
+            expected = f"a number from {least} to {last}"
+            problems.append(Problem(name, repr(text), expected, _REMEDY))
+        elif name == "WORLD_SIZE":
+            last = found - 1
     if problems:
         raise ConfigError(problems)
     return last + 1
-
-
-def _is_number(text: str, least: int, most: int) -> bool:
-    digits = text.isascii() and text.isdigit() and len(text) <= len(str(_MOST))
-    return digits and least <= int(text) <= most
 
 
 def require_one(command: str) -> bool:
@@ -219,21 +213,18 @@ def launched() -> Iterator[Ranks]:
         # No public call gives connecting and collectives different times.
         distributed.distributed_c10d._set_pg_timeout(_WORK)
     except (RuntimeError, ValueError, TypeError) as error:  # of torch.distributed; of variables
-        raise ConfigError([_not_met(error)]) from None
+        remedy = (
+            "Check that all were started, that they reach this address, and, with several network "
+            "interfaces, that GLOO_SOCKET_IFNAME names the right one."
+        )
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        found, expected = str(error).partition("\n")[0], "all processes to meet there"
+        problem = Problem(f"MASTER_ADDR, {place}", found, expected, remedy)
+        raise ConfigError([problem]) from None
     with joined(Group(rank, size)) as processes:
         yield processes
         processes.wait()
     distributed.destroy_process_group()
-
-
-def _not_met(error: Exception) -> Problem:
-    found = str(error).partition("\n")[0]
-    remedy = (
-        "Check that all were started, that they reach this address, and, with several network "
-        "interfaces, that GLOO_SOCKET_IFNAME names the right one."
-    )
-    where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    return Problem(f"MASTER_ADDR, {where}", found, "all processes to meet there", remedy)
 
 
 def own_device(device: str) -> str:

@@ -31,6 +31,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
+from mergekit_ext.io.documents import json_object
 
 # The weights that a merge writes, and no others: a folder may hold files of several models.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
@@ -228,11 +229,7 @@ def by_machine(error: BaseException) -> bool:
 def flush(folder: Path) -> None:
     """Wait until all files below `folder`, and the folders that name them, are on the disk.
 
-    Otherwise the system may write a new name before the bytes: after a power cut a file would have
-    its length and hold zeros.
-
-    Raises:
-        OSError: the disk is full, or broken.
+    Otherwise a file may have its length and hold zeros after a power cut.
     """
     for place, _, names in os.walk(folder, topdown=False):
         for path in (*(Path(place, name) for name in names), Path(place)):
@@ -252,11 +249,10 @@ def _flush_one(path: Path) -> None:
 
 
 def _directory(target: Path) -> Path:
-    """Return the path of the staging directory of `target`.
+    """Return the path of the staging directory, on the file system of `target`.
 
-    It lies on the same file system, so that renaming is enough: beside the target, or in it if it
-    is a mount point or its parent is not writable. The machine is part of the name, because other
-    machines may not see its locks.
+    It lies beside the target, or in it if that is a mount point or its parent is not writable. The
+    machine is part of the name, because other machines may not see its locks.
     """
     mounted = target.exists() and (
         os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK)
@@ -271,14 +267,11 @@ def _directory(target: Path) -> Path:
 def _left(staging: Path) -> int:
     """Return the bytes on the disk of what an earlier process of this user has left."""
     found = 0
-    with suppress(OSError):
+    with suppress(OSError):  # another process may be removing it
         state = staging.lstat()
-        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-            return 0
-        for place, _, names in os.walk(staging):
-            for name in names:
-                with suppress(FileNotFoundError):  # another process is removing it
-                    found += Path(place, name).lstat().st_blocks * 512
+        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
+            for place, _, names in os.walk(staging):
+                found += sum(Path(place, name).lstat().st_blocks for name in names) * 512
     return found
 
 
@@ -344,14 +337,8 @@ def _occupied(target: Path, found: str) -> Problem:
 
 def _differences(staging: Path, identity: Mapping[str, str]) -> tuple[str, ...] | None:
     """Return the parts of the identity that differ; None if none can be read."""
-    try:
-        # Links are not followed, and the other end of a pipe is not waited for.
-        descriptor = os.open(staging / _IDENTITY, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, encoding="utf-8") as file:
-            found = json.loads(file.read(_LARGEST_IDENTITY))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict):
+    found, wrong = json_object(staging / _IDENTITY, "", _LARGEST_IDENTITY)
+    if wrong is not None:
         return None
     return tuple(key for key in {**identity, **found} if found.get(key) != identity.get(key))
 

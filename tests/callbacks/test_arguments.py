@@ -86,3 +86,6 @@ def test_parameters_that_are_divided_among_processes_are_refused():
     with pytest.raises(ConfigError, match=r'FSDP or ZeRO-3.*on="save"'):
         MergeCheckpoints("average").on_step_end(1, model)
     MergeCheckpoints("linear", on="save").on_train_begin(0, model)
+    for use in ({"load": True}, {"evaluate": lambda model, task: 1.0}):
+        with pytest.raises(ConfigError, match="without `load` and `evaluate`"):
+            MergeCheckpoints("linear", on="save", **use).on_train_begin(0, model)

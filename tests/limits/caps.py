@@ -177,8 +177,9 @@ def _report(
 FLEX = {"algorithm": "emr", "target_size": 2.6}
 LORE = {"mu_relative": 0.2, "max_iterations": 4}
 CASES: dict[str, Callable[[Path, str], None]] = {
-    "elementwise": partial(_methods, method="nan_ties", density=0.3),
-    "model statistics": partial(_methods, method="nan", granularity="model"),
+    "elementwise, with statistics": partial(
+        _methods, method="nan_ties", density=0.3, granularity="model"
+    ),
     "lore": partial(_methods, method="lore", based=False, **LORE),
     "tsv_m": partial(_methods, method="tsv_m"),
     "mergekit's": partial(_methods, method="dare_ties", density=0.5, weight=0.3),

@@ -16,7 +16,7 @@ from bench.interrupted import run as interrupt
 from bench.long_runs import cases, other_commands, peaks
 
 # Of the time of an undisturbed run.
-MOMENTS = (0.3, 0.5)
+MOMENTS = (0.4,)
 
 
 def run(folder: Path) -> None:
