@@ -318,7 +318,6 @@ class MergeCheckpoints(Settings, Callback):
         self._store.has_initial = initial or self._store.has_initial
 
     def _require_mergeable(self, kind: Kind, folder: Path, base: Path | None) -> None:
-        """Check a merge of `keep` snapshots like that in `folder`."""
         with tempfile.TemporaryDirectory() as links:
             snapshots = {n: Path(links) / f"step-{n}" for n in range(1, self.keep + 1)}
             for link in snapshots.values():

@@ -64,7 +64,6 @@ class Evaluate(Callback):
 
         Raises:
             EvaluationError: the function returned no finite scores, or other metrics than before.
-            Exception: whatever the function raises.
         """
         return self._score(model, task, f"task {task}")
 
@@ -75,11 +74,10 @@ class Evaluate(Callback):
         if (folder / "flexmerge.json").is_file():
             from mergekit_ext.flexmerge import load
 
-            for task, model in load(folder).items():
-                self._keep(event.output, task, model)
-            return
-        model = self._load(folder)
-        for task in self._tasks:
+            models: Mapping[str, Any] = load(folder)
+        else:
+            models = dict.fromkeys(self._tasks, self._load(folder))
+        for task, model in models.items():
             self._keep(event.output, task, model)
 
     def on_step_end(self, step: int, model: Any) -> None:

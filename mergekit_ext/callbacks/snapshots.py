@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
-from mergekit_ext.io.staging import new_folder
+from mergekit_ext.io.staging import new_folder, place_problems
 
 _STEP = re.compile(r"step-[0-9]{8}")
 
@@ -55,17 +54,14 @@ class Snapshots:
         if self.initial.exists() and not self.has_initial:
             left.append(self.initial)
         where = f"where: {self.folder}"
+        problems = [*place_problems(self.folder, where)]
         if left:
             found = f"{len(left)} snapshots of another run, such as {left[0].name}"
             remedy = "Choose another folder, delete them, or load the state of that run."
-            raise ConfigError([Problem(where, found, "a folder for this run", remedy)], SUBJECT)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder):
-                pass
-        except OSError as error:
-            problem = Problem(where, str(error), "a folder that can be written")
-            raise ConfigError([problem], SUBJECT) from None
+            problems.append(Problem(where, found, "a folder for this run", remedy))
+        if problems:
+            raise ConfigError(problems, SUBJECT)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, step: int, save: Callable[[Path], object]) -> None:
         """Keep a snapshot, which `save` writes into the empty folder that it is called with."""
@@ -82,11 +78,7 @@ class Snapshots:
         self._kept[step] = folder
 
     def folders(self, last: int | None = None) -> dict[int, Path]:
-        """Return the snapshots up to step `last`, oldest first.
-
-        Raises:
-            ConfigError: somebody has removed snapshots.
-        """
+        """Return the snapshots up to step `last`, oldest first; refuse if some were removed."""
         remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
         gone = [place for place in self._kept.values() if not os.path.isdir(place)]
         if gone:

@@ -167,10 +167,8 @@ def held() -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         return 0
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    found = re.search(r"^RssAnon:\s*(\d+)", status, re.M)
+    return int(found[1]) * 1024 if found else 0
 
 
 def problems(need: Need) -> Iterator[Problem]:
