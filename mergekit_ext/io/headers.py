@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -149,7 +150,7 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
         "".join([*header, *metadata, *metadata.values()]).encode()  # no half of a surrogate pair
         found = {name: _entry(path, name, entry, start) for name, entry in header.items()}
         end = start
-        for tensor in sorted(found.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        for tensor in sorted(found.values(), key=attrgetter("offset", "nbytes")):
             if tensor.offset != end:
                 raise ValueError(f"the bytes of {tensor.name} are not behind those before it")
             end += tensor.nbytes
