@@ -87,12 +87,10 @@ def add_merged_adapter(
         adapters: names of adapters in it.
         weights: one for each; default 1.
         adapter_name: of the new adapter.
-        combination_type: one of PEFT's (see above), taken as the exact
-            method that it approximates.
+        combination_type: one of PEFT's (see above), taken as the method that it approximates.
         svd_rank: PEFT's name of `rank`.
         svd_clamp: refused: it would change the result.
-        svd_full_matrices: taken for PEFT's sake; how singular values are computed changes nothing.
-        svd_driver: likewise.
+        svd_full_matrices, svd_driver: taken for PEFT's sake; they change nothing.
         density: share of entries kept, for the methods that drop some.
         majority_sign_method: of PEFT's TIES types.
         method: any method of `merge_adapters` that makes one adapter, instead of a combination
