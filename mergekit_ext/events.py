@@ -1,8 +1,9 @@
 """What callbacks receive from a merge: events, the callback protocol, ready callbacks.
 
 A callback is any object with some of the methods ``on_<event>(event)``; `MergeCallback` has
-them all, doing nothing, to be subclassed. Each method receives one frozen dataclass. An exception
-raised by a callback stops the merge: that is the way to cancel it.
+them all, doing nothing, to be subclassed, and `Callback` those of a training too. Each method of a
+merge receives one frozen dataclass. An exception raised by a callback stops the merge: that is the
+way to cancel it.
 
 The protocol is modelled on transformers' ``TrainerCallback`` and needs no Trainer, no mergekit
 and no torch.
@@ -17,7 +18,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -163,6 +164,39 @@ class MergeCallback:
         """Called once when the merge is over, also after a failure."""
 
 
+class Callback(MergeCallback):
+    """Base class of callbacks for merges and training: override what you need.
+
+    A callback need not inherit from it: any object with some of the methods will do. In a plain
+    loop you call them yourself; in a run of several processes, in each of them.
+    """
+
+    def on_train_begin(self, step: int, model: Any) -> None:
+        """Before the first step; `step` is 0, or that of the checkpoint that is resumed."""
+
+    def on_step_end(self, step: int, model: Any) -> None:
+        """The optimizer has made its `step`-th step (counted from 1) on `model`."""
+
+    def on_log(self, step: int, values: Mapping[str, Any]) -> None:
+        """The loop has something to log: losses, learning rates, by name."""
+
+    def on_save(self, step: int, path: str | os.PathLike[str]) -> None:
+        """A checkpoint stands complete in the folder `path`."""
+
+    def on_train_end(self, step: int, model: Any) -> None:
+        """Training is over; `step` steps were made."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: numbers, texts, lists, mappings and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned in an earlier run."""
+
+
+TRAINING_HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
 def takes(function: Any, *arguments: str) -> bool:
     """Return whether a function can be called with so many positional arguments."""
     try:
@@ -224,19 +258,12 @@ class Dispatcher:
             require_hooks(callback, MERGE_HOOKS, "callbacks")
         # mergekit's multi-GPU executor runs tasks in threads.
         self._lock = threading.RLock()
-        self._handlers: dict[str, list[Callable[[Event], None]]] = {
-            kind.handler: [
-                method
-                for callback in self._callbacks
-                if (method := getattr(callback, kind.handler, None)) is not None
-            ]
-            for kind in EVENTS
-        }
 
     def emit(self, event: Event) -> None:
         with self._lock:
-            for handler in self._handlers[event.handler]:
-                handler(event)
+            for callback in self._callbacks:
+                if (handler := getattr(callback, event.handler, None)) is not None:
+                    handler(event)
 
     def close(self) -> None:
         """Close every callback that can be closed, whatever the others do."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mergekit_ext.events import TRAINING_HOOKS, Callback
+
 if TYPE_CHECKING:
     from mergekit_ext.callbacks.checkpoints import MergeCheckpoints
     from mergekit_ext.callbacks.evaluate import Evaluate
     from mergekit_ext.callbacks.log import LogTo
-    from mergekit_ext.callbacks.protocol import TRAINING_HOOKS, Callback
     from mergekit_ext.callbacks.snapshots import Merged
     from mergekit_ext.callbacks.trainer import as_trainer_callback
 
@@ -29,8 +30,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TRAINING_HOOKS": "protocol",
-    "Callback": "protocol",
     "Evaluate": "evaluate",
     "LogTo": "log",
     "MergeCheckpoints": "checkpoints",

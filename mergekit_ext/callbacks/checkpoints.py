@@ -18,11 +18,11 @@ from mergekit_ext.callbacks.adapters import AdapterModel, adapter_folder
 from mergekit_ext.callbacks.evaluate import Evaluate
 from mergekit_ext.callbacks.full import FullModel
 from mergekit_ext.callbacks.log import LogTo
-from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, Mean, Settings, State
 from mergekit_ext.callbacks.snapshots import Merged, Snapshots
 from mergekit_ext.callbacks.trainer import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.events import Callback
 from mergekit_ext.io.staging import new_folder
 
 Kind = FullModel | AdapterModel

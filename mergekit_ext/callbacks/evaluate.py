@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.callbacks.trainer import is_main, unwrapped
-from mergekit_ext.events import LOG_HOOKS, MergeEnd, require_hooks, takes
+from mergekit_ext.events import LOG_HOOKS, Callback, MergeEnd, require_hooks, takes
 from mergekit_ext.report.tables import CheckedScores
 
 

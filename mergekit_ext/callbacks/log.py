@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mergekit_ext.callbacks.protocol import Callback
 from mergekit_ext.events import (
     LOG_HOOKS,
     BlockMerged,
+    Callback,
     MergeBegin,
     MergeEnd,
     SizeReached,

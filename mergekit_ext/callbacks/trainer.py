@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import warnings
@@ -12,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from mergekit_ext.callbacks.protocol import require_training_callback
 from mergekit_ext.errors import MergeError, MergeWarning
+from mergekit_ext.events import MERGE_HOOKS, TRAINING_HOOKS, Callback, require_hooks
 
 _T = TypeVar("_T")
 # On a Trainer's control object, which its callbacks share: the files of their states.
@@ -32,11 +33,14 @@ def as_trainer_callback(callback: Any) -> Any:
         callback: an object with some of the methods in `TRAINING_HOOKS`.
 
     Raises:
-        TypeError: it has none of them, or is a class.
+        TypeError: it is a class, has none of them, or one that does not take its arguments.
     """
     from transformers import TrainerCallback
 
-    require_training_callback(callback)
+    # The arguments of each method, without `self`.
+    hooks = {h: (*inspect.signature(getattr(Callback, h)).parameters,)[1:] for h in TRAINING_HOOKS}
+    merges = any(hasattr(callback, hook) for hook in MERGE_HOOKS)
+    require_hooks(callback, hooks, "callback", ", which only listens to merges" * merges)
     name = type(callback).__name__
 
     def call(hook: str, *arguments: Any) -> None:

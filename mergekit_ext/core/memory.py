@@ -123,11 +123,7 @@ def size_in_bytes(value: object, where: str = "--max-memory") -> int:
     Raises:
         ConfigError: anything else; `where` is the name of the option or variable.
     """
-    try:
-        _, count = count_or_bytes(value, EXPECTED)
-    except ValueError:
-        count = None
-    if count is None:
+    if (count := _bytes(value)) is None:
         raise ConfigError([Problem(where, repr(value), EXPECTED)])
     return count
 
@@ -256,10 +252,13 @@ def shard_size(value: str | int) -> int:
     unit = _LETTERS.get(text[-1:].upper())
     if unit and text[-2:-1].isdecimal():
         text = text[:-1] + unit
-    try:
-        _, count = count_or_bytes(text, "")
-    except ValueError:
-        count = None
-    if count is None:
+    if (count := _bytes(text)) is None:
         raise ValueError(f"found {value!r}; expected {_SHARD_SIZE}.")
     return count
+
+
+def _bytes(value: object) -> int | None:
+    """Return the bytes that a text names; None if it names a count, or nothing."""
+    with suppress(ValueError):
+        return count_or_bytes(value, "")[1]
+    return None

@@ -14,20 +14,8 @@ import click
 from mergekit.config import MergeConfiguration
 
 from mergekit_ext.core.interrupts import prompt
-from mergekit_ext.errors import (
-    ConfigError,
-    FileError,
-    MergekitExtError,
-    MergeWarning,
-    Problem,
-    printable,
-)
-from mergekit_ext.host.checks.schema import (
-    NO_DOCUMENT,
-    between_documents,
-    parse,
-    unknown_keys,
-)
+from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, printable
+from mergekit_ext.host.checks.schema import NO_DOCUMENT, between_documents, parse, unknown_keys
 from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.documents import read, text_of
 from mergekit_ext.parallel import require_one
@@ -71,19 +59,15 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
         ConfigError: it is none, with every reason in the words of the text.
     """
     config = None
-    try:
-        documents, problems = read(source)
-    except FileError as error:
-        problems = [error.problem]
+    documents, problems = read(source)
+    if len(documents) == 1:
+        config, wrong = parse(documents[0], schema)
+        problems = [*problems, *wrong]
+    elif documents:
+        found, remedy = f"{len(documents)} documents", "Use mergekit-multi for several."
+        problems = [Problem("the file", found, "one merge", remedy)]
     else:
-        if len(documents) == 1:
-            config, wrong = parse(documents[0], schema)
-            problems = [*problems, *wrong]
-        elif documents:
-            found, remedy = f"{len(documents)} documents", "Use mergekit-multi for several."
-            problems = [Problem("the file", found, "one merge", remedy)]
-        else:
-            problems = [NO_DOCUMENT]
+        problems = [NO_DOCUMENT]
     if config is None:
         raise ConfigError(problems, "this configuration")
     return config
@@ -94,11 +78,7 @@ def require_merges(text: str) -> None:
 
     Where all methods are mergekit's, only what its schema refuses is.
     """
-    try:
-        problems = list(_problems(read(text)[0]))
-    except FileError as error:
-        problems = [error.problem]
-    if problems:
+    if problems := list(_problems(read(text)[0])):
         raise ConfigError(problems, "these merges")
 
 

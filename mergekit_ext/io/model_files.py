@@ -8,6 +8,7 @@ folder that ``modules.json`` names (sentence-transformers), with the weights in 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -52,7 +53,9 @@ def companions(folder: Path) -> list[str]:
     modules = module_folders(folder)
     found = [path for path in sorted(folder.iterdir()) if path.is_file() and _belongs(path)]
     for below in sorted(path for path in folder.iterdir() if path.is_dir()):
-        inner = [path for path in sorted(below.rglob("*")) if path.is_file()]
+        # Not `rglob`, which raises where a folder vanishes while it is listed.
+        inner = sorted(Path(place, name) for place, _, names in os.walk(below) for name in names)
+        inner = [path for path in inner if path.is_file()]
         own = [path for path in inner if path.relative_to(folder).as_posix().startswith(modules)]
         found += own
         if below.name not in _PAST and not any(map(is_weights, {*inner} - {*own})):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, FileError, Problem
+from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_FOUND,
@@ -130,18 +130,15 @@ def open_folder(folder: Path, allow_pickle: bool) -> Tensors:
         ConfigError: there is no file of weights, or it cannot be read.
     """
     path, pickle = folder / SAFETENSORS, folder / PICKLE
-    try:
-        if os.path.isfile(path):
-            from safetensors import safe_open
+    if os.path.isfile(path):
+        from safetensors import safe_open
 
-            return Tensors(read_safetensors(path), safe_open(path, framework="pt").get_tensor)
-        if os.path.isfile(pickle) and allow_pickle:
-            headers = read_pickle(pickle)
-            state = torch.load(pickle, map_location="cpu", weights_only=True, mmap=True)
-            state = state if headers else {}
-            return Tensors(headers, state.get("state_dict", state).__getitem__)
-    except FileError as error:
-        raise ConfigError([error.problem]) from None
+        return Tensors(read_safetensors(path), safe_open(path, framework="pt").get_tensor)
+    if os.path.isfile(pickle) and allow_pickle:
+        headers = read_pickle(pickle)
+        state = torch.load(pickle, map_location="cpu", weights_only=True, mmap=True)
+        state = state if headers else {}
+        return Tensors(headers, state.get("state_dict", state).__getitem__)
     if not os.path.isfile(pickle):
         raise ConfigError([Problem(str(folder), f"no {SAFETENSORS}", _SAVED)])
     remedy = (

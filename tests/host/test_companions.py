@@ -302,3 +302,16 @@ def test_a_donor_whose_modules_lie_elsewhere_copies_nothing_from_there(tmp_path)
     put(folder, "modules.json", json.dumps([{"path": "../secret"}, {"path": str(tmp_path)}]))
     save_file({"a": torch.ones(2)}, folder / "model.safetensors")
     assert model_files.companions(folder) == ["modules.json"]
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_passed_over(tmp_path, monkeypatch):
+    put(tmp_path, "first/vocab.txt", "")
+    put(tmp_path, "second/vocab.txt", "")
+    stock = model_files.is_weights
+
+    def vanishing(path):
+        shutil.rmtree(tmp_path / "second", ignore_errors=True)
+        return stock(path)
+
+    monkeypatch.setattr(model_files, "is_weights", vanishing)
+    assert model_files.companions(tmp_path) == ["first/vocab.txt"]
