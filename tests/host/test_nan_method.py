@@ -64,22 +64,30 @@ GROUPS = {"tensor": lambda name: name, "block": block_of, "model": lambda name: 
 
 
 @pytest.mark.parametrize("granularity", GROUPS)
-@pytest.mark.parametrize("over_base", [True, False], ids=["base", "no base"])
-def test_nan(granularity, over_base, device):
+@pytest.mark.parametrize(
+    ("method", "over_base", "given", "combine"),
+    [
+        ("nan", True, {}, None),
+        ("nan", False, {}, None),
+        ("nan_ties", True, {"density": 0.4}, reference.ties(0.4)),
+    ],
+)
+def test_coefficients_of_groups(granularity, method, over_base, given, combine, device):
     base, *models = states(device=device)
     with_base = base if over_base else None
-    found = merged("nan", with_base, models, granularity=granularity)
-    check(found, reference.merge(models, with_base, group_of=GROUPS[granularity]))
+    found = merged(method, with_base, models, granularity=granularity, **given)
+    options = {"combine": combine} if combine else {}
+    check(found, reference.merge(models, with_base, group_of=GROUPS[granularity], **options))
 
 
-@pytest.mark.parametrize("granularity", GROUPS)
-def test_nan_ties(granularity, device):
-    base, *models = states(device=device)
-    found = merged("nan_ties", base, models, granularity=granularity, density=0.4)
-    wanted = reference.merge(
-        models, base, group_of=GROUPS[granularity], combine=reference.ties(0.4)
-    )
-    check(found, wanted)
+@pytest.mark.parametrize("over_base", [True, False], ids=["base", "no base"])
+def test_norms_weights_and_scale_are_those_that_the_user_sets(over_base):
+    base, *models = states()
+    with_base, weights = base if over_base else None, [0.5, 2.0, 0.0 if over_base else 1.0]
+    found = merged("nan", with_base, models, norm_of="weights")
+    check(found, reference.merge(models, with_base, norm_of="weights"))
+    found = merged("nan", with_base, models, weight=weights, scale=0.7)
+    check(found, reference.merge(models, with_base, weights=weights, scale=0.7))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -95,20 +103,6 @@ def test_computes_in_float32_at_least_and_casts_once(method, dtype):
         assert torch.all(
             (tensor.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-7
         )
-
-
-def test_norm_of_weights_over_a_base():
-    base, *models = states()
-    found = merged("nan", base, models, norm_of="weights")
-    check(found, reference.merge(models, base, norm_of="weights"))
-
-
-def test_user_weights_multiply_and_scale_is_global():
-    base, *models = states()
-    found = merged("nan", base, models, weight=[0.5, 2.0, 0.0], scale=0.7)
-    check(found, reference.merge(models, base, weights=[0.5, 2.0, 0.0], scale=0.7))
-    found = merged("nan", None, models, weight=[0.5, 2.0, 1.0], scale=0.7)
-    check(found, reference.merge(models, None, weights=[0.5, 2.0, 1.0], scale=0.7))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -129,40 +123,29 @@ def test_one_model_comes_back_as_itself(method):
     check(merged(method, base, [model]), model)
 
 
-@pytest.mark.parametrize("method", ["nan", "nan_ties", "nan_linear", "nan_multislerp"])
-def test_wrapped_methods_get_the_coefficients_as_weights(method):
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        *((name, {}) for name in ("nan", "nan_ties", "nan_linear", "nan_multislerp")),
+        *((f"nan_{name}", {"density": 0.5}) for name in ("dare_ties", "dare_linear", "della")),
+    ],
+)
+def test_wrapped_methods_get_the_coefficients_as_weights(method, given):
+    """Random ones draw what they draw without NAN."""
     base, *models = states()
     inner = {"nan": "task_arithmetic"}.get(method, method.removeprefix("nan_"))
-    with_base = base if inner != "linear" else None
-    name = NAMES[3]
+    with_base, index, name = inner != "linear", None, NAMES[3]
     norms = [reference.frobenius([m[name] - (base[name] if with_base else 0)]) for m in models]
     tensors = [m[name] for m in models]
-    index = None
     if with_base:
         tensors, index = [base[name], *tensors], 0
-    wanted = merge_tensors(
-        tensors, inner, base_index=index, parameters={"weight": reference.coefficients(norms)}
-    )
-    found = merge_tensors(tensors, method, base_index=index, parameters={"scale": 1.0})
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
+    def run(method, **own):
+        torch.manual_seed(5)
+        return merge_tensors(tensors, method, base_index=index, parameters={**given, **own})
 
-@pytest.mark.parametrize("method", ["nan_dare_ties", "nan_dare_linear", "nan_della"])
-def test_random_methods_draw_what_they_draw_without_nan(method):
-    base, *models = states()
-    name = NAMES[0]
-    norms = [reference.frobenius([m[name] - base[name]]) for m in models]
-    tensors = [base[name], *(m[name] for m in models)]
-    torch.manual_seed(5)
-    wanted = merge_tensors(
-        tensors,
-        method.removeprefix("nan_"),
-        base_index=0,
-        parameters={"weight": reference.coefficients(norms), "density": 0.5},
-    )
-    torch.manual_seed(5)
-    found = merge_tensors(tensors, method, base_index=0, parameters={"scale": 1.0, "density": 0.5})
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    wanted = run(inner, weight=reference.coefficients(norms))
+    torch.testing.assert_close(run(method, scale=1.0), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_every_method_with_a_per_model_weight_has_its_nan():
@@ -184,29 +167,12 @@ def test_a_model_equal_to_the_base_carries_nothing():
     check(found, model)
 
 
-@pytest.mark.parametrize("method", ["nan", "nan_ties", "nan_dare_ties"])
 @pytest.mark.parametrize("granularity", GROUPS)
-def test_all_models_equal_to_the_base_give_the_base(method, granularity):
+def test_all_models_equal_to_the_base_give_the_base(granularity):
     base, *_ = states(1)
-    found = merged(method, base, [dict(base), dict(base)], granularity=granularity)
+    found = merged("nan_dare_ties", base, [dict(base), dict(base)], granularity=granularity)
     for name, tensor in found.items():
         assert torch.equal(tensor, base[name])
-
-
-def test_all_zero_weights_without_a_base_stay_zero():
-    zero = {"a": torch.zeros(3, 2)}
-    assert torch.equal(merged("nan", None, [zero, dict(zero)])["a"], torch.zeros(3, 2))
-
-
-@pytest.mark.filterwarnings("ignore::mergekit_ext.errors.UniformCoefficientsWarning")
-def test_identical_models_without_a_base_return_themselves():
-    _, model = states(1)
-    check(merged("nan", None, [model, dict(model), dict(model)]), model)
-
-
-def test_order_of_models_does_not_matter():
-    base, *models = states()
-    check(merged("nan", base, models[::-1]), merged("nan", base, models))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -223,14 +189,6 @@ def test_non_finite_inputs_stop_the_merge(bad, which, norm_of, granularity):
         merged("nan", base, models, norm_of=norm_of, granularity=granularity)
 
 
-def test_uniform_coefficients_are_reported():
-    base, *models = states()
-    close = [{n: 100 * base[n] + 0.01 * m[n] for n in base} for m in models]
-    with pytest.warns(UniformCoefficientsWarning, match="came out uniform") as seen:
-        merged("nan", None, close)
-    assert len(seen) == 1
-
-
 @pytest.mark.parametrize(
     ("method", "over_base", "remedy"),
     [
@@ -244,8 +202,9 @@ def test_the_remedy_for_uniform_coefficients_is_not_what_is_done_already(method,
     base, model = states(1)
     with pytest.warns(UniformCoefficientsWarning) as seen:
         merged(method, base if over_base else None, [model, dict(model)])
-    text = str(seen[0].message)
-    assert remedy in text
+    (warning,) = seen
+    text = str(warning.message)
+    assert "came out uniform" in text and remedy in text
     assert ("base_model" in text) != over_base
 
 
@@ -278,13 +237,6 @@ def test_norms_beyond_the_range_are_reported():
         merged("nan", None, [huge, huge])
 
 
-@pytest.mark.parametrize("method", ["nan", "nan_ties", "nan_dare_linear"])
-def test_a_result_out_of_range_is_reported(method):
-    base, *models = states(dtype=torch.float16)
-    with pytest.raises(MergeError, match="not finite"):
-        merged(method, base, models, scale=1e6)
-
-
 def test_an_explicit_dtype_is_computed_in():
     base, *models = states(dtype=torch.float32)
     inputs = {"base": base} | {str(i): m for i, m in enumerate(models)}
@@ -301,46 +253,42 @@ def test_parameters_that_train_record_no_graph():
 
 
 @pytest.mark.parametrize(
-    "parameters",
+    ("method", "parameters"),
     [
-        {"norm_of": "vectors"},
-        {"granularity": "layer"},
-        {"scale": math.inf},
-        {"scale": 1e7},
-        {"weight": math.nan},
+        ("nan", {"norm_of": "vectors"}),
+        ("nan", {"granularity": "layer"}),
+        ("nan", {"scale": math.inf}),
+        ("nan", {"scale": 1e7}),
+        ("nan", {"weight": math.nan}),
+        *(
+            (f"nan_{name}", {"density": value})
+            for name in ("ties", "dare_linear", "breadcrumbs", "della", "pcb")
+            for value in (-1, 0, 1.01, 5, math.nan)
+        ),
+        ("nan_breadcrumbs", {"gamma": -0.1, "density": 0.5}),
+        ("nan_breadcrumbs_ties", {"gamma": 1.0, "density": 0.5}),
+        ("nan_della", {"epsilon": 0.5, "density": 0.5}),
+        ("nan_della_linear", {"epsilon": -0.1, "density": 0.5}),
     ],
-    ids=str,
 )
-def test_bad_values_are_refused(parameters):
-    base, *models = states()
-    with pytest.raises(ValidationError):
-        merged("nan", base, models, **parameters)
-
-
-@pytest.mark.parametrize("value", [-1, 0, 1.01, 5, math.nan])
-@pytest.mark.parametrize(
-    "method", ["nan_ties", "nan_dare_linear", "nan_breadcrumbs", "nan_della", "nan_pcb"]
-)
-def test_a_density_is_a_share(method, value):
+def test_bad_values_are_refused(method, parameters):
     base, *models = states(2)
     with pytest.raises(ValidationError):
-        merged(method, base, models, density=value)
+        merged(method, base, models, **parameters)
 
 
 @pytest.mark.parametrize(
-    ("method", "bad", "good"),
+    ("method", "parameters"),
     [
-        ("nan_breadcrumbs", {"gamma": -0.1}, {"gamma": 0.0}),
-        ("nan_breadcrumbs_ties", {"gamma": 1.0}, {"gamma": 0.9}),
-        ("nan_della", {"epsilon": 0.5}, {"epsilon": 0.3}),
-        ("nan_della_linear", {"epsilon": -0.1}, {"epsilon": 0.0}),
+        ("nan_breadcrumbs", {"gamma": 0.0}),
+        ("nan_breadcrumbs_ties", {"gamma": 0.9}),
+        ("nan_della", {"epsilon": 0.3}),
+        ("nan_della_linear", {"epsilon": 0.0}),
     ],
 )
-def test_other_ranges_of_sparsifying_methods(method, bad, good):
+def test_ends_of_ranges_are_taken(method, parameters):
     base, *models = states(2)
-    with pytest.raises(ValidationError):
-        merged(method, base, models, density=0.5, **bad)
-    merged(method, base, models, density=0.5, **good)
+    merged(method, base, models, density=0.5, **parameters)
 
 
 def test_mergekits_own_method_keeps_its_parameters():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mergekit_ext.errors import MergeError, NonFiniteError
+from mergekit_ext.errors import MergeError
 from mergekit_ext.methods import Merged, Method
 from peft_merge import modules
 from peft_merge.adapter import Update
@@ -140,15 +140,8 @@ def test_random_rules_depend_on_the_seed_alone(name, monkeypatch):
 def test_random_rules_are_right_on_average(name):
     one = [adapter("one", {"x": update(1, 3)})]
     rule = rules()[name]
-    values = always(
-        settings(
-            rule,
-            1,
-            each=[{"density": 0.6, "epsilon": 0.2}]
-            if name == "della_linear"
-            else [{"density": 0.6}],
-        )
-    )
+    spread = {"epsilon": 0.2} if name == "della_linear" else {}
+    values = always(settings(rule, 1, each=[{"density": 0.6, **spread}]))
     total = sum(
         merge(one, rule, values, seed=seed, rank=18, dtype=torch.float64)[0]["x"].dense()
         for seed in range(400)
@@ -312,16 +305,6 @@ def test_invariant_rules_follow_rotations(name, seed):
     close(second["x"].dense()[0], left @ first["x"].dense()[0] @ right.T, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["linear", "ties", "magnitude_prune", "emr", "tsv_m", "nan"])
-def test_duplicates(name):
-    one = adapter("one", {"x": update(1, 3)})
-    twins = [one, dataclasses.replace(one, name="twin")]
-    weights = [0.5, 0.5] if name in ("magnitude_prune", "nan") else None
-    updates, _, _ = merged(twins, name, weights)
-    # two equal task vectors, of which each may keep half of the triplets: all three are kept
-    close(updates["x"].dense(), one.load("x").dense(), 1e-9)
-
-
 # --- spaces ----------------------------------------------------------------------------------
 
 
@@ -387,25 +370,13 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a.load(m).a, before[a.name][m]) for a in adapters for m in a.infos)
 
 
-@pytest.mark.parametrize("name", ["linear", "ties"])
-def test_not_finite_inputs(name):
-    bad = update(1, 2)
-    bad.b[0, 3, 1] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"x\.lora_B of model two: found 1 non-finite value"):
-        merged([three()[0], adapter("two", {"x": bad})], name)
-
-
-def test_what_leaves_the_range_is_an_error():
-    rule = rules()["task_arithmetic"]
-    big = [adapter("one", {"x": update(1, 2, size=1e4)})]
-    with pytest.raises(MergeError, match=r"x: the merged change leaves the range of torch.float16"):
-        merge(big, rule, always(settings(rule, 1, lambda_=1e6)), dtype=torch.float16)
+@pytest.mark.parametrize("invariant", [True, False])
+def test_a_rule_that_gives_infinity_is_an_error(invariant):
+    one = [adapter("one", {"x": update(1, 2)})]
     broken = Method("broken", "", "", lambda t, call: Merged(t[0] * float("inf")))
+    broken = dataclasses.replace(broken, invariant=lambda options: invariant)
     with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
-        merge(big, broken, always(settings(broken, 1)))
-    broken = dataclasses.replace(broken, invariant=lambda options: True)
-    with pytest.raises(MergeError, match=r"x: the merge gives values that are not finite"):
-        merge(big, broken, always(settings(broken, 1)))
+        merge(one, broken, always(settings(broken, 1)))
 
 
 # --- adversarial inputs ----------------------------------------------------------------------
