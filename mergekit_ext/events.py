@@ -209,7 +209,7 @@ def takes(function: Any, *arguments: str) -> bool:
 
 
 def hook_problem(
-    callback: object, hooks: Mapping[str, Sequence[str]], where: str, remark: str = ""
+    callback: object, hooks: Mapping[str, Sequence[str]], where: str
 ) -> Problem | None:
     """Return why an object would never be called, or could not be; None if it can.
 
@@ -217,14 +217,13 @@ def hook_problem(
         callback: any object.
         hooks: the names of the methods that are called, with their arguments.
         where: the user gave it, for the message.
-        remark: what is known about an object without any of them.
     """
     if isinstance(callback, type):
         name = callback.__name__
         return Problem(where, f"the class {name}", f"an object of it: {name}()")
     if not any(hasattr(callback, hook) for hook in hooks):
         wanted = f"some of the methods {', '.join(hooks)}"
-        return Problem(where, f"{callback!r}{remark}", wanted)
+        return Problem(where, repr(callback), wanted)
     for hook, arguments in hooks.items():
         if hasattr(callback, hook) and not takes(getattr(callback, hook), *arguments):
             found = f"{type(callback).__name__}.{hook} with other arguments"
@@ -232,15 +231,13 @@ def hook_problem(
     return None
 
 
-def require_hooks(
-    callback: object, hooks: Mapping[str, Sequence[str]], where: str, remark: str = ""
-) -> None:
+def require_hooks(callback: object, hooks: Mapping[str, Sequence[str]], where: str) -> None:
     """Refuse what `hook_problem` finds.
 
     Raises:
         TypeError: it is a class, has none of the methods, or one that does not take its arguments.
     """
-    if (problem := hook_problem(callback, hooks, where, remark)) is not None:
+    if (problem := hook_problem(callback, hooks, where)) is not None:
         raise TypeError(str(problem))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from mergekit_ext.errors import MergeError, MergeWarning
-from mergekit_ext.events import MERGE_HOOKS, TRAINING_HOOKS, Callback, require_hooks
+from mergekit_ext.events import TRAINING_HOOKS, Callback, require_hooks
 
 _T = TypeVar("_T")
 # On a Trainer's control object, which its callbacks share: the files of their states.
@@ -39,8 +39,7 @@ def as_trainer_callback(callback: Any) -> Any:
 
     # The arguments of each method, without `self`.
     hooks = {h: (*inspect.signature(getattr(Callback, h)).parameters,)[1:] for h in TRAINING_HOOKS}
-    merges = any(hasattr(callback, hook) for hook in MERGE_HOOKS)
-    require_hooks(callback, hooks, "callback", ", which only listens to merges" * merges)
+    require_hooks(callback, hooks, "callback")
     name = type(callback).__name__
 
     def call(hook: str, *arguments: Any) -> None:

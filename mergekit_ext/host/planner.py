@@ -1,20 +1,42 @@
-"""mergekit's planner, with the statistics graph before the merge graph, and planned files."""
+"""mergekit's planner, with the statistics graph before the merge graph, and planned files.
+
+The weights of a merge are written into planned files, which become a checkpoint. This takes the
+place of mergekit's `TensorWriter`, which holds a whole shard in memory: each tensor is written when
+it is merged, by the process that merged it, with a line in the journal. A tensor that no header
+predicts gets a file of its own, so that the layout does not depend on the order of the work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
+from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor, TensorWriterTask
+from torch import Tensor
 
 from mergekit_ext import parallel
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ExtMethod, ext_method
-from mergekit_ext.host.session import Session
+from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.host.tasks import MergeTensorTask, with_statistics
-from mergekit_ext.host.writer import PlannedWriter, PlannedWriterTask
+from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.pieces import (
+    Finished,
+    PlannedFile,
+    PlannedFiles,
+    split,
+    weight_names,
+    write_index,
+)
 from mergekit_ext.methods import Inputs
+
+# The kind of line in the journal.
+_LINE = "tensor"
 
 
 def extended(stock: type) -> type:
@@ -128,3 +150,157 @@ def _forewarn(method: ExtMethod, tasks: Iterable[Any], session: Session) -> None
         ]
         inputs = Inputs(len(weights), task.base_model is not None, weights=weights)
         session.warn(method.forewarnings(dict(task.parameters.items()), inputs))
+
+
+class PlannedWriter:
+    """The weights of one output; every process of the merge has one.
+
+    Args:
+        folder: of the main process; the others write into it too.
+        session: gets the records of tensors that are finished already, and of other processes.
+        entries: the tensors of the output in their order; None for what no header predicts.
+        limit: bytes of one file; 0 for a single one.
+
+    Attributes:
+        finished: names of tensors that an earlier merge has written, and that are as it left them.
+    """
+
+    def __init__(
+        self, folder: Path, session: Session, entries: Mapping[str, TensorHeader | None], limit: int
+    ):
+        assert session.journal is not None
+        self._folder, self._session, self._entries = folder, session, entries
+        self._finished = Finished(session.journal)
+        self._files = PlannedFiles(folder)
+        self._lock = threading.Lock()
+        self._placed: dict[str, tuple[str, TensorHeader]] = {}
+        cuts = split([entry for entry in entries.values() if entry is not None], limit)
+        alone = [name for name, entry in entries.items() if entry is None]
+        paths = weight_names(len(cuts) + len(alone))
+        self._planned = [PlannedFile(path, cut) for path, cut in zip(paths, cuts, strict=False)]
+        self._plan = {entry.name: file for file in self._planned for entry in file.entries}
+        self._alone = dict(zip(alone, paths[len(cuts) :], strict=True))
+        self.finished = self._continued()
+
+    def save_tensor(self, name: str, tensor: Tensor, clone: bool = False) -> None:
+        """Write a merged tensor, and a line. `clone` is for writers that keep what they get."""
+        entry = TensorHeader.of(name, tensor.dtype, tensor.shape)
+        record = self._session.recorded.get(name)
+        with self._lock:
+            file = self._file(entry)
+            if file is not self._plan.get(name):
+                self._files.create([file])
+            crc = self._files.write(file, name, tensor)
+            details = None if record is None else dict(record.details)
+            line = [crc, entry.dtype, entry.shape, entry.nbytes, details]
+            self._finished.add(_LINE, name, line)
+            self._placed[name] = file.path, entry
+
+    def finalize(self) -> None:
+        """When all processes are done: give the main one all records, and finish the files."""
+        self._files.close()
+        processes, recorded = parallel.current(), self._session.recorded
+        records = [recorded[name] for name in self._placed if name in recorded]
+        placed: dict[str, tuple[str, TensorHeader]] = {}
+        for files, found in processes.gather((self._placed, records)):
+            placed |= files
+            for record in found:
+                self._session.record(record)
+        self._session.relay()
+        if processes.is_main:
+            self._complete({name: placed[name] for name in self._entries if name in placed})
+        processes.wait()
+
+    def _complete(self, placed: Mapping[str, tuple[str, TensorHeader]]) -> None:
+        """Make a checkpoint of files that hold all their tensors, or almost.
+
+        A planned tensor that is not in its planned file leaves a hole there, which is taken out;
+        one that is in no planned file has a file of its own.
+
+        Args:
+            placed: the file in which each tensor is, in the order of the output.
+        """
+        paths = {file.path for file in self._planned}
+        kept = (_without_holes(self._folder, file, placed) for file in self._planned)
+        files = [file for file in kept if file is not None]
+        files += [PlannedFile(path, (e,)) for path, e in placed.values() if path not in paths]
+        final = weight_names(len(files))
+        if [file.path for file in files] != final:
+            # Twice, because a file may get the name of another.
+            for step in ([f"moving-{name}" for name in final], final):
+                for file, name in zip(files, step, strict=True):
+                    (self._folder / file.path).rename(self._folder / name)
+                files = [PlannedFile(n, file.entries) for n, file in zip(step, files, strict=True)]
+        if len(files) > 1:
+            contents = [(file.path, file.entries) for file in files]
+            version = metadata.version("mergekit")
+            write_index(self._folder, contents, mergekit_version=version)
+
+    def _continued(self) -> frozenset[str]:
+        """Return the tensors that are finished, and remove files of none."""
+        processes = parallel.current()
+        found = {name: self._finished.found(_LINE, name) for name in self._entries}
+        lines = {name: line for name, line in found.items() if line is not None}
+        claimed = {
+            name: self._file(TensorHeader(name, dtype, tuple(shape), nbytes))
+            for name, (_, dtype, shape, nbytes, _) in lines.items()
+        }
+        for name, file in list(claimed.items()):
+            path = self._folder / file.path
+            there = path.is_file() and path.stat().st_size == file.length
+            if not there and file is not self._plan.get(name):
+                del claimed[name]
+        if processes.is_main:
+            files = [*self._planned, *claimed.values()]
+            for path in self._folder.glob("*.safetensors"):
+                if path.name not in {file.path for file in files}:
+                    path.unlink()
+            self._files.create(files)
+        processes.wait()
+        owners = processes.share([lines[name][3] for name in claimed])
+        for (name, file), owner in zip(claimed.items(), owners, strict=True):
+            if owner == processes.rank and self._files.crc(file, name) == lines[name][0]:
+                self._placed[name] = file.path, file.places[name][1]
+        finished = frozenset().union(*processes.gather(frozenset(self._placed)))
+        for name in finished:
+            _, _, shape, _, details = lines[name]
+            if details is not None:
+                self._session.record(TensorRecord(name, math.prod(shape), details))
+        return finished
+
+    def _file(self, entry: TensorHeader) -> PlannedFile:
+        """Return the planned file of a tensor, or one of its own if it is not as planned."""
+        file = self._plan.get(entry.name)
+        if file is not None and file.places[entry.name][1] == entry:
+            return file
+        number = list(self._entries).index(entry.name)
+        return PlannedFile(self._alone.get(entry.name, f"extra-{number}.safetensors"), (entry,))
+
+
+def _without_holes(
+    folder: Path, file: PlannedFile, placed: Mapping[str, tuple[str, TensorHeader]]
+) -> PlannedFile | None:
+    kept = tuple(entry for entry in file.entries if placed.get(entry.name) == (file.path, entry))
+    if len(kept) == len(file.entries):
+        return file
+    whole = PlannedFile(f"whole-{file.path}", kept)
+    if kept:
+        opened = PlannedFiles(folder)
+        opened.create([whole])
+        with (folder / file.path).open("rb") as source:
+            for entry in kept:
+                source.seek(file.places[entry.name][0])
+                opened.put(whole, entry.name, memoryview(source.read(entry.nbytes)))
+        opened.close()
+    (folder / file.path).unlink()
+    return whole if kept else None
+
+
+class PlannedWriterTask(TensorWriterTask):
+    """mergekit's task that makes the writer of a merge, for a writer that is made already."""
+
+    writer: Any
+
+    def execute(self, **_arguments: Any) -> Any:
+        """Return the writer."""
+        return self.writer

@@ -149,48 +149,35 @@ def normalised_mean(scores: Scores, reference: Scores, metric: str) -> float | N
     return math.fsum(part / whole for part, whole in pairs) / len(pairs)
 
 
-def write_csv(path: Path, points: Sequence[SizePoint], reference: Scores) -> None:
-    """Write one row for each algorithm and size.
+def write_curve_tables(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:
+    """Write ``sizes.json``: the reference, and each point with its means; and ``sizes.csv``.
 
-    Columns: ``algorithm``, ``requested``, ``size``, ``bytes``, a ``<task>/<metric>`` for each
-    score, and ``mean/<metric>`` and ``normalised/<metric>`` (empty where there is no ratio).
-
+    The latter has a row for each point: ``algorithm``, ``requested``, ``size``, ``bytes``, a
+    ``<task>/<metric>`` for each score, and ``mean/<metric>`` and ``normalised/<metric>`` (empty
+    where there is no ratio).
     """
-    keys, metrics = _keys(reference), _metrics(reference)
-    head = ["algorithm", "requested", "size", "bytes", *(f"{t}/{m}" for t, m in keys)]
-    head += [f"{kind}/{metric}" for metric in metrics for kind in ("mean", "normalised")]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(head)
-        for point in points:
-            row: list[object] = [point.algorithm, point.requested, point.size, point.bytes]
-            row += [point.scores[task][metric] for task, metric in keys]
-            for metric in metrics:
-                row.append(mean(point.scores, metric))
-                row.append(normalised_mean(point.scores, reference, metric))
-            writer.writerow(row)
-
-
-def write_json(path: Path, points: Sequence[SizePoint], reference: Scores) -> None:
-    """Write everything: the reference, and each point with its means."""
-    metrics = _metrics(reference)
-    rows = [
+    keys = [(task, metric) for task, of_task in reference.items() for metric in of_task]
+    metrics = dict.fromkeys(metric for _, metric in keys)
+    rows: list[dict[str, Any]] = [
         {
-            "algorithm": point.algorithm,
-            "requested": point.requested,
-            "size": point.size,
-            "bytes": point.bytes,
-            "scores": point.scores,
+            **vars(point),
             "mean": {metric: mean(point.scores, metric) for metric in metrics},
-            "normalised": {
-                metric: normalised_mean(point.scores, reference, metric) for metric in metrics
-            },
+            "normalised": {m: normalised_mean(point.scores, reference, m) for m in metrics},
         }
         for point in points
     ]
     content = {"format_version": CURVE_FORMAT, "reference": reference, "points": rows}
     text = json.dumps(content, indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    (folder / "sizes.json").write_text(text + "\n", encoding="utf-8")
+    flat = [
+        {
+            **{key: row[key] for key in ("algorithm", "requested", "size", "bytes")},
+            **{f"{task}/{metric}": row["scores"][task][metric] for task, metric in keys},
+            **{f"{kind}/{m}": row[kind][m] for m in metrics for kind in ("mean", "normalised")},
+        }
+        for row in rows
+    ]
+    write_rows(folder / "sizes.csv", flat)
 
 
 def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str) -> None:
@@ -226,14 +213,6 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=150)
-
-
-def _keys(scores: Scores) -> list[tuple[str, str]]:
-    return [(task, metric) for task, of_task in scores.items() for metric in of_task]
-
-
-def _metrics(reference: Scores) -> list[str]:
-    return list(dict.fromkeys(metric for _, metric in _keys(reference)))
 
 
 def write_rows(path: Path, rows: Rows) -> None:

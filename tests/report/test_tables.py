@@ -11,8 +11,7 @@ from mergekit_ext.report.tables import (
     mean,
     normalised_mean,
     plot,
-    write_csv,
-    write_json,
+    write_curve_tables,
 )
 
 REFERENCE = {"a": {"accuracy": 0.8, "f1": 0.5}, "b": {"accuracy": 0.4}}
@@ -38,9 +37,8 @@ def test_no_ratio_without_a_positive_reference():
 
 
 def test_csv(tmp_path):
-    path = tmp_path / "sizes.csv"
-    write_csv(path, [point(), point("emr", 2.5, a=0.8)], REFERENCE)
-    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    write_curve_tables(tmp_path, [point(), point("emr", 2.5, a=0.8)], REFERENCE)
+    rows = list(csv.DictReader((tmp_path / "sizes.csv").open(encoding="utf-8")))
     assert list(rows[0]) == [
         *("algorithm", "requested", "size", "bytes", "a/accuracy", "a/f1", "b/accuracy"),
         *("mean/accuracy", "normalised/accuracy", "mean/f1", "normalised/f1"),
@@ -53,16 +51,16 @@ def test_csv(tmp_path):
 
 
 def test_json_holds_everything(tmp_path):
-    path = tmp_path / "sizes.json"
     zero = {**REFERENCE, "b": {"accuracy": 0.0}}
-    write_json(path, [point()], REFERENCE)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    write_curve_tables(tmp_path, [point()], REFERENCE)
+    path = tmp_path / "sizes.json"
+    content = json.loads(path.read_text())
     assert content["format_version"] == 1 and content["reference"] == REFERENCE
     (first,) = content["points"]
     assert first["scores"] == point().scores
     assert first["mean"]["accuracy"] == pytest.approx(0.4)
     assert first["normalised"]["accuracy"] == pytest.approx(0.75)
-    write_json(path, [point()], zero)
+    write_curve_tables(tmp_path, [point()], zero)
     assert json.loads(path.read_text())["points"][0]["normalised"]["accuracy"] is None
 
 

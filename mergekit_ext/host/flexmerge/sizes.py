@@ -35,8 +35,7 @@ from mergekit_ext.report.tables import (
     mean,
     normalised_mean,
     plot,
-    write_csv,
-    write_json,
+    write_curve_tables,
 )
 
 ALL = "all"
@@ -111,12 +110,12 @@ def write_curve(
                     for point in _line(name, engine, asked[name], evaluator):
                         points.append(point)
                         if evaluator is not None:
-                            _write(folder, points, reference)
+                            write_curve_tables(folder, points, reference)
         except BaseException:
             if points and evaluator is not None:
                 click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
             raise
-    _write(folder, points, reference)
+    write_curve_tables(folder, points, reference)
     for name, tasks in metrics.items():
         if len(tasks) < len(reference):
             alone = f"means are over {', '.join(tasks)} alone; no other task has it."
@@ -292,11 +291,6 @@ def _asked(
 
 def _listed(sizes: Iterable[float]) -> str:
     return ", ".join(f"{size:.4g}" for size in sizes)
-
-
-def _write(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:
-    write_csv(folder / "sizes.csv", points, reference)
-    write_json(folder / "sizes.json", points, reference)
 
 
 def _draw(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str) -> None:
