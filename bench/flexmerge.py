@@ -35,7 +35,7 @@ from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
 from mergekit_ext.flexmerge.storage import Storage, Target
-from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
+from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.kernels.similarity import cosines
@@ -92,7 +92,8 @@ def writing(folder: Path, count: int) -> tuple[Callable[[], None], Callable[[], 
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         names = list(reader.layout.tasks)
-        write_checkpoint(out, reader, plan, Merging(algorithm), Provenance("bench", {}, "b", names))
+        origin = {"generator": "bench", "method": {}, "base_model": "b"}
+        write_checkpoint(out, reader, plan, Merging(algorithm), origin, names)
 
     buffer = bytearray(64 << 20)
     files = [folder / home / "model.safetensors" for home in ("base", *reader.layout.tasks)]

@@ -59,8 +59,6 @@ RUNNING: dict[str, type[Average] | type[Ema]] = {"average": Average, "ema": Ema}
 
 
 class Settings(BaseModel):
-    """See `MergeCheckpoints`."""
-
     model_config = _STRICT
 
     method: str = "average"

@@ -31,11 +31,13 @@ class Parameters:
         shared: by name.
         models: for each task, by name.
         trim_scope: what `density` is a share of: ``model``, ``block`` or ``tensor``.
+        seed: of all random numbers.
     """
 
     shared: Mapping[str, Any]
     models: Sequence[Mapping[str, Any]]
     trim_scope: str = "model"
+    seed: int = 0
 
     def weights(self, members: Sequence[int]) -> list[float]:
         """Return the members' weights; 1 for a method that has none."""
@@ -74,9 +76,14 @@ class Masked:
 class Algorithm(ABC):
     """Merges the members of a group into one block vector.
 
+    With the shared parameter ``dare_density``, task vectors are thinned and rescaled first (DARE,
+    Yu et al. 2024). What is dropped depends on seed, block and task alone: not on the group, and
+    not on what was merged before.
+
     Attributes:
         name: as in YAML.
         parameters: those of this merge.
+        cuts: with `densities`, what is kept of each task's model; set when it is measured.
         trims: whether it trims task vectors to their largest entries.
         masks: whether groups from three on are stored as `Masked`.
         kmeans: whether groups are K-means clusters instead of a dendrogram's.
@@ -91,6 +98,8 @@ class Algorithm(ABC):
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters
+        self.cuts: Cuts | None = None
+        self._thins: Any = parameters.shared.get("dare_density")
 
     @property
     def densities(self) -> list[float] | None:
@@ -99,31 +108,54 @@ class Algorithm(ABC):
             return None
         return self.parameters.densities(range(len(self.parameters.models)))
 
-    @abstractmethod
     def copies(self, models: int, square: float) -> float:
         """Return how many copies of a block merging all models holds at once.
 
         Of a tensor if it merges `by_tensor`; arguments as for `memory.working`.
         """
+        thinned = 0 if self._thins is None else 2 * models + 4
+        return self._copies(models, square) + thinned
 
-    @abstractmethod
-    def merge(
-        self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
-    ) -> Tensor:
+    def merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return the merged weights, base included: (n,), in `dtype`.
 
         Args:
             block: the original vectors of all tasks.
             members: two tasks or more.
             dtype: of the result, rounded to once.
-            cuts: with `trims` and the scope ``model``, what is kept of each task's model.
-        """
 
-    def merge_masked(
-        self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
-    ) -> Masked:
+        Raises:
+            MergeError: the method refuses its parameters or these tensors.
+        """
+        if self._thins is None:
+            return self._merge(block, members, dtype)
+        relative = self._thinned(block, members)
+        merged = self._merge(relative, members, relative.base.dtype)
+        return merged.add_(block.base.to(merged.dtype)).to(dtype)
+
+    def merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
         """Return what is stored of a group of an algorithm with `masks`. Arguments as above."""
+        thinned = block if self._thins is None else self._thinned(block, members)
+        return self._merge_masked(thinned, members, dtype)
+
+    @abstractmethod
+    def _copies(self, models: int, square: float) -> float: ...
+
+    @abstractmethod
+    def _merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor: ...
+
+    def _merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
         raise NotImplementedError(f"{self.name} stores no masks")
+
+    def _thinned(self, block: BlockData, members: Sequence[int]) -> BlockData:
+        """Return the members' thinned task vectors, over a base of zeros."""
+        vectors = {}
+        deltas = deltas_of(block, members)
+        for member, delta in zip(members, deltas, strict=True):
+            seed = derived(self.parameters.seed, block.layout.name, member)
+            generator = torch.Generator().manual_seed(seed)
+            vectors[member] = drop_and_rescale(delta, self._thins, generator)
+        return BlockData(block.layout, torch.zeros_like(deltas[0]), vectors)
 
 
 class Declared(Algorithm):
@@ -135,37 +167,31 @@ class Declared(Algorithm):
         self.trims, self.kmeans, self.by_tensor = method.trims, method.kmeans, method.matrices
         self.masks = method.mask is not None
 
-    def copies(self, models: int, square: float) -> float:
-        """See `Algorithm.copies`: with masks, task vectors, the unified one and the masks."""
-        if self.masks:
+    def _copies(self, models: int, square: float) -> float:
+        if self.masks:  # task vectors, the unified one and the masks
             return models * 33 / 32 + 4
         if self.method.linear is not None or self.method.over_base is not None:
             return 0
         return self.method.copies(models, square)
 
-    def merge(
-        self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
-    ) -> Tensor:
-        """See `Algorithm.merge`."""
+    def _merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         models = [block.models[member] for member in members]
         if self.method.linear is not None:
             scale = self.method.linear(self.parameters.weights(members), self.parameters.shared)
             coefficients = [scale * weight for weight in self.parameters.weights(members)]
             return weighted_sum(models, coefficients, dtype, block.base)
         if self.method.over_base is not None and not self.masks:
-            return self._over_base(block.layout, block.base, models, members, cuts, dtype)
+            return self._over_base(block.layout, block.base, models, members, dtype)
         deltas = deltas_of(block, members)
-        change = self._change(block, deltas, members, cuts)
+        change = self._change(block, deltas, members)
         return change.add_(block.base.to(change.dtype)).to(dtype)
 
-    def merge_masked(
-        self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
-    ) -> Masked:
-        """See `Algorithm.merge_masked`. Masks and factors are those of the unrounded vector."""
+    def _merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
+        """Return masks and factors of the vector before it is rounded."""
         mask, rescale = self.method.mask, self.method.rescale
         assert mask is not None
         deltas = deltas_of(block, members)
-        unified = self._change(block, deltas, members, cuts)
+        unified = self._change(block, deltas, members)
         pairs = list(zip(members, deltas, strict=True))
         options = self.parameters.shared
         return Masked(
@@ -174,17 +200,15 @@ class Declared(Algorithm):
             {member: rescale(delta, unified) for member, delta in pairs},
         )
 
-    def _change(
-        self, block: BlockData, deltas: list[Tensor], members: Sequence[int], cuts: Cuts | None
-    ) -> Tensor:
+    def _change(self, block: BlockData, deltas: list[Tensor], members: Sequence[int]) -> Tensor:
         """Return the merged task vector; without masks, `deltas` are used up."""
         if self.method.over_base is not None:
             zeros = torch.zeros_like(deltas[0])
-            return self._over_base(block.layout, zeros, deltas, members, cuts, zeros.dtype)
+            return self._over_base(block.layout, zeros, deltas, members, zeros.dtype)
         call = self._call(members)
-        if cuts is not None and self.trims:
+        if self.cuts is not None:
             for member, delta in zip(members, deltas, strict=True):
-                Keeper(cuts[member]).drop(delta)
+                Keeper(self.cuts[member]).drop(delta)
             call = replace(call, options={**call.options, "density": 1.0})
         if not self.method.weighs:
             for weight, delta in zip(call.weights, deltas, strict=True):
@@ -209,11 +233,11 @@ class Declared(Algorithm):
         base: Tensor,
         models: Sequence[Tensor],
         members: Sequence[int],
-        cuts: Cuts | None,
         dtype: torch.dtype,
     ) -> Tensor:
         assert self.method.over_base is not None
         out = torch.empty_like(base, dtype=dtype)
+        cuts = self.cuts
         kept = self.parameters.densities(members) if cuts is None else [cuts[m] for m in members]
         call = replace(self._call(members), kept=kept)
         for part in self.parameters.scopes(block):
@@ -226,48 +250,6 @@ class Declared(Algorithm):
         return Call(self.parameters.weights(members), self.parameters.shared, each)
 
 
-class Dare(Algorithm):
-    """DARE in front of any algorithm (Yu et al. 2024): task vectors are thinned and rescaled.
-
-    What is dropped depends on seed, block and task alone: not on the group, and not on what was
-    merged before.
-    """
-
-    def __init__(self, inner: Algorithm, density: float, seed: int):
-        super().__init__(inner.parameters)
-        self._inner, self._density, self._seed = inner, density, seed
-        self.name, self.trims, self.by_tensor = inner.name, inner.trims, inner.by_tensor
-        self.masks, self.kmeans = inner.masks, inner.kmeans
-
-    def copies(self, models: int, square: float) -> float:
-        """See `Algorithm.copies`: thinned task vectors beside the first."""
-        return self._inner.copies(models, square) + 2 * models + 4
-
-    def merge(
-        self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
-    ) -> Tensor:
-        """See `Algorithm.merge`."""
-        relative = self._thinned(block, members)
-        merged = self._inner.merge(relative, members, relative.base.dtype, cuts)
-        return merged.add_(block.base.to(merged.dtype)).to(dtype)
-
-    def merge_masked(
-        self, block: BlockData, members: Sequence[int], dtype: torch.dtype, cuts: Cuts | None = None
-    ) -> Masked:
-        """See `Algorithm.merge_masked`."""
-        return self._inner.merge_masked(self._thinned(block, members), members, dtype, cuts)
-
-    def _thinned(self, block: BlockData, members: Sequence[int]) -> BlockData:
-        """Return the members' thinned task vectors, over a base of zeros."""
-        vectors = {}
-        deltas = deltas_of(block, members)
-        for member, delta in zip(members, deltas, strict=True):
-            seed = derived(self._seed, block.layout.name, member)
-            generator = torch.Generator().manual_seed(seed)
-            vectors[member] = drop_and_rescale(delta, self._density, generator)
-        return BlockData(block.layout, torch.zeros_like(deltas[0]), vectors)
-
-
 def deltas_of(block: BlockData, members: Sequence[int]) -> list[Tensor]:
     """Return task vectors in float32 (float64 if an input is)."""
     dtype = compute_dtype([block.base, *block.models.values()])
@@ -275,15 +257,14 @@ def deltas_of(block: BlockData, members: Sequence[int]) -> list[Tensor]:
     return [block.models[member].to(dtype) - base for member in members]
 
 
-def trimmed_deltas(
-    block: BlockData, members: Sequence[int], parameters: Parameters, cuts: Cuts | None
-) -> list[Tensor]:
-    """Return the members' task vectors, trimmed over the scope of an algorithm's parameters."""
-    deltas = deltas_of(block, members)
-    for member, density, delta in zip(members, parameters.densities(members), deltas, strict=True):
-        if cuts is not None:
-            Keeper(cuts[member]).drop(delta)
+def trimmed_deltas(block: BlockData, algorithm: Algorithm) -> list[Tensor]:
+    """Return the task vectors of all tasks, trimmed over the scope of an algorithm's parameters."""
+    members = list(block.models)
+    deltas, densities = deltas_of(block, members), algorithm.parameters.densities(members)
+    for member, density, delta in zip(members, densities, deltas, strict=True):
+        if algorithm.cuts is not None:
+            Keeper(algorithm.cuts[member]).drop(delta)
             continue
-        for part in parameters.scopes(block.layout):
+        for part in algorithm.parameters.scopes(block.layout):
             Keeper(cut_of(delta[part], density)).drop(delta[part])
     return deltas

@@ -95,16 +95,14 @@ def analyse(
 def trimmed_grams(
     reader: BlockReader,
     algorithm: Algorithm,
-    cuts: Cuts | None,
     progress: Progress = lambda name: None,
     finished: Finished | None = None,
 ) -> dict[str, Tensor]:
     """Return inner products of trimmed task vectors; arguments as of `analyse`."""
 
     def made(block: BlockLayout) -> Rows:
-        members = range(len(reader.layout.tasks))
-        gram = Gram(len(members))
-        gram.add(trimmed_deltas(reader.read(block), members, algorithm.parameters, cuts))
+        gram = Gram(len(reader.layout.tasks))
+        gram.add(trimmed_deltas(reader.read(block), algorithm))
         rows: Rows = gram.value.tolist()
         return rows
 

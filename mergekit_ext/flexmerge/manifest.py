@@ -160,7 +160,6 @@ class Group(Schema):
     rescale: Annotated[dict[str, Any], values(_is_factor, "a number")] = Field(default={})
 
     def rules(self) -> Iterator[Problem]:
-        """See `Schema.rules`."""
         if len(self.tasks) == 1 and self.similarity is not None:
             yield Problem("similarity", f"{self.similarity:g}", "null for one task")
         if set(self.rescale) != set(self.tasks if self.kind == MASKED else ()):
@@ -201,7 +200,6 @@ class ShardFile(Schema):
     sha256: Digest
 
     def rules(self) -> Iterator[Problem]:
-        """See `Schema.rules`."""
         # The base belongs to no task: every task with a masked block reads it.
         if not self.tasks and self.kind != BASE:
             yield Problem("tasks", "no task", "the tasks that the file belongs to")
@@ -225,7 +223,6 @@ class Size(Schema):
     private_bytes: Count
 
     def rules(self) -> Iterator[Problem]:
-        """See `Schema.rules`."""
         if self.private_bytes > self.bytes:
             yield Problem("private_bytes", f"{self.private_bytes}", f"{self.bytes} at most")
         # Where nothing can be shared there is no unit to count in.
@@ -262,7 +259,6 @@ class Manifest(Schema):
     task_files: Digests = Field(default={})
 
     def rules(self) -> Iterator[Problem]:
-        """See `Schema.rules`."""
         tasks = [task.name for task in self.tasks]
         yield from sharing_problems(tasks, self.blocks)
         place = {task: index for index, task in enumerate(tasks)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError, NonFiniteError
-from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, Masked
+from mergekit_ext.flexmerge.algorithm import Algorithm, Masked
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED
 from mergekit_ext.flexmerge.plan import Plan
@@ -56,13 +56,9 @@ def require_in_range(tensor: Tensor, name: str) -> None:
 
 @dataclass(frozen=True)
 class Merging:
-    """How the members of a group become what is stored, in the dtype `forced` if one is asked for.
-
-    `cuts` say what trimming keeps of each whole model.
-    """
+    """How the members of a group become what is stored, in the dtype `forced` if one is asked."""
 
     algorithm: Algorithm
-    cuts: Cuts | None = None
     forced: torch.dtype | None = None
 
 
@@ -105,7 +101,7 @@ def block_tensors(
                 yield Place(DENSE, group.tasks), part.name, tensor
             continue
         assert data is not None
-        members = (data, group.tasks, forced or block.dtype(group.tasks), merging.cuts)
+        members = (data, group.tasks, forced or block.dtype(group.tasks))
         if group.kind == DENSE:
             vector = algorithm.merge(*members)
             yield from _parts(Place(DENSE, group.tasks), block, vector, forced)

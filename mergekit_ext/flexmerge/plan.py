@@ -112,7 +112,6 @@ class Dendrograms(Planner):
 
     @property
     def sizes(self) -> list[float]:
-        """See `Planner.sizes`."""
         return sorted({size.models for size in self.trajectory}, reverse=True)
 
     def _groups(self, block: int, merges: int) -> tuple[StoredGroup, ...]:
@@ -128,7 +127,6 @@ class Dendrograms(Planner):
         return Plan(tuple(groups), self.trajectory[step])
 
     def plan(self, target: Target) -> Plan:
-        """See `Planner.plan`."""
         least = min(self.trajectory, key=lambda size: size.bytes)
         self.storage.require_reachable(target, least)
         return self.at(next(i for i, size in enumerate(self.trajectory) if target.holds(size)))
@@ -142,11 +140,10 @@ class Clusters(Planner):
 
     @property
     def sizes(self) -> list[float]:
-        """See `Planner.sizes`."""
         return [float(k) for k in range(self.storage.tasks, 0, -1)]
 
     def plan(self, target: Target) -> Plan:
-        """See `Planner.plan`; the target is the number of clusters."""
+        """Take the target as the number of clusters."""
         clusters, storage = whole_models(target, self.storage.tasks), self.storage
         found = (kmeans_groups(gram, clusters, self._seed) for gram in self._grams)
         groups = tuple(storage.groups([(tasks, None) for tasks in each]) for each in found)

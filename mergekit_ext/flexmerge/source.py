@@ -61,13 +61,12 @@ class FileSource(Source):
         super().__init__(name, tensors, found)
 
     def tensor(self, name: str) -> Tensor:
-        """See `Source`."""
         with safe_open(self.tensors[name].file, framework="pt") as file:
             mapped: Tensor = file.get_tensor(self.tensors[name].name)
         return mapped
 
     def read(self, name: str, out: Tensor) -> None:
-        """See `Source`; raise `OSError` if the file is gone, or shorter than it was."""
+        """Raise `OSError` if the file is gone, or shorter than it was."""
         header = self.tensors[name]
         if header.nbytes == 0:
             return
@@ -109,7 +108,6 @@ class LoadedSource(Source):
         self._load = load
 
     def tensor(self, name: str) -> Tensor:
-        """See `Source`."""
         return self._load(self.tensors[name].name)
 
 

@@ -262,7 +262,6 @@ class Storage(GroupStorage):
         self.layout, self.masks, self.forced = layout, masks, forced
 
     def groups(self, found: Partition) -> tuple[StoredGroup, ...]:
-        """See `GroupStorage.groups`."""
         groups: list[StoredGroup] = []
         for tasks, similarity in found:
             if len(tasks) == 1 or (self.masks and len(tasks) < _MASKED_FROM):
@@ -272,7 +271,6 @@ class Storage(GroupStorage):
         return tuple(sorted(groups, key=lambda group: group.tasks[0]))
 
     def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
-        """See `GroupStorage.bytes`."""
         entries = stored_of(self.layout.blocks[block], groups, self.forced)
         return sum(math.prod(shape) * dtype.itemsize for _, _, shape, dtype in entries)
 
@@ -287,7 +285,7 @@ class Storage(GroupStorage):
         return self.size(sum(min(self.bytes(b, merged), self.bytes(b, self.apart)) for b in blocks))
 
     def advice(self, target: Target) -> tuple[str, str]:
-        """See `GroupStorage.advice`: of tensors that are larger merged than some model's."""
+        """Name tensors that are larger merged than in some model."""
         parts = [part for block in self.layout.blocks for part in block.parts]
         mixed = {dtype for part in parts if len(set(part.dtypes)) > 1 for dtype in part.dtypes}
         if self.masks or self.forced is not None or not mixed:

@@ -29,16 +29,6 @@ from mergekit_ext.parallel import current
 Rescale = dict[int, float]
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a checkpoint comes from, for its manifest."""
-
-    generator: str
-    method: Mapping[str, Any]
-    base_model: str
-    models: Sequence[str]
-
-
 @dataclass
 class Piece:
     """Tensors that are written and recorded together: those of a block, or a private one.
@@ -65,7 +55,8 @@ def write_checkpoint(
     reader: BlockReader,
     plan: Plan,
     merging: Merging,
-    provenance: Provenance,
+    origin: Mapping[str, Any],
+    models: Sequence[str],
     *,
     shard_size: int = 0,
     merged: Callable[[BlockLayout, Sequence[StoredGroup]], None] = lambda block, groups: None,
@@ -81,7 +72,8 @@ def write_checkpoint(
         reader: reads the blocks of the base and the models.
         plan: which tasks share what.
         merging: how groups are merged.
-        provenance: for the manifest.
+        origin: `generator`, `method` and `base_model` of the manifest.
+        models: what the manifest calls each task's model.
         shard_size: the largest size of a file in bytes; 0 for one file a set of tasks.
         merged: called after each block, in the process that did it.
         finished: which blocks are finished. Their subject is what decides the bytes of a block,
@@ -122,7 +114,7 @@ def write_checkpoint(
 
     def completed() -> Manifest:
         ordinary = _link(folder, layout, plan, shards.files)
-        manifest = _manifest(layout, plan, provenance, ordinary, files, rescale)
+        manifest = _manifest(layout, plan, origin, models, ordinary, files, rescale)
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 
@@ -317,7 +309,8 @@ def _link(
 def _manifest(
     layout: Layout,
     plan: Plan,
-    provenance: Provenance,
+    origin: Mapping[str, Any],
+    models: Sequence[str],
     ordinary: set[str],
     files: tuple[ShardFile, ...],
     rescale: Mapping[str, Rescale],
@@ -335,9 +328,7 @@ def _manifest(
         {
             "format": "flexmerge",
             "version": 1,
-            "generator": provenance.generator,
-            "method": dict(provenance.method),
-            "base_model": provenance.base_model,
+            **origin,
             "size": {
                 "models": size.models,
                 "bytes": size.bytes,
@@ -346,7 +337,7 @@ def _manifest(
             },
             "tasks": [
                 {"name": name, "model": model, "ordinary": name in ordinary}
-                for name, model in zip(layout.tasks, provenance.models, strict=True)
+                for name, model in zip(layout.tasks, models, strict=True)
             ],
             "files": files,
             "blocks": [

@@ -139,7 +139,6 @@ class Family(GroupStorage):
         """
 
     def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
-        """See `GroupStorage.bytes`."""
         return sum(self._bytes(self.layout[block], group.tasks) for group in groups)
 
     @property
@@ -158,7 +157,6 @@ class Family(GroupStorage):
         )
 
     def advice(self, target: Target) -> tuple[str, str]:
-        """See `GroupStorage.advice`."""
         if target.models is not None and target.models < 1:
             return "", (
                 "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "

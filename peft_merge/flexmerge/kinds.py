@@ -47,7 +47,7 @@ class LoraFamily(Family):
         self._r = None if plan.patterns else one_rank(infos)
 
     def gram(self, module: str) -> Tensor:
-        """See `Family.gram`; in core space, the bias of B belongs to the change."""
+        """In core space, the bias of B belongs to the change."""
         updates = [finite_update(a, module) if module in a.infos else None for a in self.adapters]
         total = CoreSpace.of(updates, self.plan.device).gram().cpu()
         if any(update is not None and update.bias is not None for update in updates):
@@ -57,7 +57,6 @@ class LoraFamily(Family):
         return (total + total.T) / 2
 
     def elements(self, modules: Sequence[str], group: Group) -> dict[str, int]:
-        """See `Family.elements`; of both factors and the bias."""
         found = {}
         for module, rank in self._ranks(modules, group).items():
             infos = self.infos(module, group)
@@ -67,14 +66,13 @@ class LoraFamily(Family):
         return found
 
     def own(self, module: str, adapter: LoraAdapter) -> Piece[Update, ModuleInfo]:
-        """See `Family.own`: the factors with the scaling in B."""
+        """Return the factors with the scaling in B."""
         info = adapter.infos[module]
         dtype = self.forced or info.dtype
         value = _cast(finite_update(adapter, module).unscaled(), dtype, module)
         return Piece(value, replace(info, dtype=dtype))
 
     def merged(self, module: str, group: Group) -> Piece[Update, ModuleInfo]:
-        """See `Family.merged`."""
         rank = self.plan.rank
         if rank is None or isinstance(rank, int):
             rank = self._rank(module, group)
@@ -82,7 +80,7 @@ class LoraFamily(Family):
         return replace(piece, value=_cast(piece.value, piece.info.dtype, module))
 
     def stored(self, changes: Changes) -> Changes:
-        """See `Family.stored`: with zeros up to the rank that is stored, which change nothing."""
+        """Fill up with zeros to the rank that is stored."""
         ranks = stored_ranks({name: piece.info for name, piece in changes.items()}, self._r)
         return {
             name: replace(
@@ -96,7 +94,7 @@ class LoraFamily(Family):
     def configuration(
         self, own: LoraAdapter, infos: Mapping[str, ModuleInfo], shared: Collection[str]
     ) -> dict[str, Any]:
-        """See `Family.configuration`; its scaling is 1 in all modules."""
+        """Return a configuration whose scaling is 1 in all modules."""
         config = lora_configuration(infos, [own], own.saved)
         common = lora_configuration(infos, self.adapters, ())
         parameters = any(info.layout == "parameter" for info in infos.values())
@@ -149,32 +147,29 @@ class Ia3Family(Family):
     """(IA)^3 adapters: vectors around 1, or their logarithms."""
 
     def gram(self, module: str) -> Tensor:
-        """See `Family.gram`; of the changes that the rule sees: l - 1, or log l."""
+        """Of the changes that the rule sees: l - 1, or log l."""
         gram = Gram(self.tasks)
         changes = vector_changes(self.adapters, module, self.plan.space)
         gram.add([change.flatten() for change in changes])
         return gram.value
 
     def elements(self, modules: Sequence[str], group: Group) -> dict[str, int]:
-        """See `Family.elements`."""
         known = {module: self.infos(module, group) for module in modules}
         return {module: math.prod(infos[0].shape) for module, infos in known.items() if infos}
 
     def own(self, module: str, adapter: Ia3Adapter) -> Piece[Tensor, VectorInfo]:
-        """See `Family.own`."""
         info = adapter.infos[module]
         dtype = self.forced or info.dtype
         vector = cast_to(adapter.load(module), dtype, module)
         return Piece(vector, replace(info, dtype=dtype))
 
     def merged(self, module: str, group: Group) -> Piece[Tensor, VectorInfo]:
-        """See `Family.merged`."""
         piece = self.merge(module, group)
         return replace(piece, value=piece.value.cpu())
 
     def configuration(
         self, own: Ia3Adapter, infos: Mapping[str, VectorInfo], shared: Collection[str]
     ) -> dict[str, Any]:
-        """See `Family.configuration`; the task's own, but for modules of others."""
+        """Return the task's own, but for modules of others."""
         config = dict(own.config)
         return config | ia3_configuration(infos, [own], own.saved) if shared else config

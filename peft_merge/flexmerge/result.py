@@ -66,7 +66,6 @@ class Task(Schema):
     files: Items[AdapterFile]
 
     def rules(self) -> Iterator[Problem]:
-        """See `Schema.rules`."""
         found = [file.name for file in self.files]
         if sorted(found) != [CONFIG, SAFETENSORS]:
             yield Problem("files", ", ".join(found) or "none", f"{CONFIG} and {SAFETENSORS}")
@@ -105,7 +104,6 @@ class Manifest(Schema):
     blocks: Items[Block]
 
     def rules(self) -> Iterator[Problem]:
-        """See `Schema.rules`."""
         yield from sharing_problems([task.name for task in self.tasks], self.blocks)
 
 

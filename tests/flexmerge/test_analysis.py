@@ -133,11 +133,10 @@ def test_similarities_of_trimmed_task_vectors(scope):
     base, models = family(3)
     found = reader(base, models)
     ties = algorithm("ties", 3, SHARED, scope)
-    cuts = None
     if scope == "model":
         densities = (0.3,) * 3
-        cuts = analyse(found, densities).cuts[densities]
-    grams = trimmed_grams(found, ties, cuts)
+        ties.cuts = analyse(found, densities).cuts[densities]
+    grams = trimmed_grams(found, ties)
     least = [naive.least_kept(base, m, 0.3) for m in models]
     given_options = naive.Options(1.0, None, [0.3] * 3, scope, least)
     for block in found.layout.blocks:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mergekit_ext.errors import NonFiniteError, RankError
-from mergekit_ext.flexmerge.algorithm import Dare
+from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.analysis import analyse, trimmed_grams
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.storage import Storage, Target
-from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
+from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.io.pieces import Finished, Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.parallel import Ranks, current
@@ -68,7 +69,9 @@ class Merge:
         name = {"dare": "average", "forced": "average"}.get(case, case)
         self.algorithm = algorithm(name, 4, {"density": 0.4}, "model")
         if case == "dare":
-            self.algorithm = Dare(self.algorithm, 0.5, seed=3)
+            given = self.algorithm.parameters
+            shared = {**given.shared, "dare_density": 0.5}
+            self.algorithm = Declared(self.algorithm.method, replace(given, shared=shared, seed=3))
         self.forced = torch.bfloat16 if case == "forced" else None
         self.folder, self.target, self.subject = folder, target, subject
         self.folder.mkdir(exist_ok=True)
@@ -82,20 +85,21 @@ class Merge:
         densities = self.algorithm.densities
         try:
             found = analyse(self.inputs, densities, measured, finished)
-            cuts = None if densities is None else found.cuts[tuple(densities)]
+            if densities is not None:
+                self.algorithm.cuts = found.cuts[tuple(densities)]
             storage = Storage(self.inputs.layout, self.algorithm.masks, self.forced)
             similarities = [cosines(gram) for gram in found.grams.values()]
             plan = Dendrograms(storage, similarities).plan(Target(models=self.target))
-            merging = Merging(self.algorithm, cuts, self.forced)
-            provenance = Provenance("a test", {}, "base", [f"m{i}" for i in range(4)])
+            origin = {"generator": "a test", "method": {}, "base_model": "base"}
             out = self.folder / "out"
             out.mkdir(exist_ok=True)
             write_checkpoint(
                 out,
                 self.inputs,
                 plan,
-                merging,
-                provenance,
+                Merging(self.algorithm, self.forced),
+                origin,
+                [f"m{i}" for i in range(4)],
                 shard_size=400,
                 merged=merged,
                 finished=finished,
@@ -235,11 +239,13 @@ def test_trimmed_products_are_noted_and_shared_out(tmp_path):
     merge = Merge("ties", tmp_path)
     densities = merge.algorithm.densities
     cuts = analyse(merge.inputs, densities).cuts[tuple(densities)]
-    wanted = trimmed_grams(merge.inputs, merge.algorithm, cuts)
+    merge.algorithm.cuts = cuts
+    wanted = trimmed_grams(merge.inputs, merge.algorithm)
 
     def measured(ranks):
         own, finished = Merge("ties", tmp_path), Finished(Journal(tmp_path, ranks.rank), "x")
-        return trimmed_grams(own.inputs, own.algorithm, cuts, finished=finished)
+        own.algorithm.cuts = cuts
+        return trimmed_grams(own.inputs, own.algorithm, finished=finished)
 
     for found in (*together(measured, 2), measured(Ranks())):
         assert list(found) == list(wanted)

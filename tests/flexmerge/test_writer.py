@@ -18,7 +18,7 @@ from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms, Plan
 from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
 from mergekit_ext.flexmerge.storage import Storage, StoredGroup, Target
-from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
+from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.kernels.similarity import cosines
 from tests.flexmerge.inputs import algorithm, family, reader
 from tests.reference import flexmerge as naive
@@ -53,9 +53,9 @@ def write(folder, base, models, target, name="average", forced=None, shard_size=
 def write_plan(folder, found, plan, algorithm, forced=None, shard_size=0):
     folder.mkdir()
     models = [f"model{i}" for i in range(len(found.layout.tasks))]
-    provenance = Provenance("a test", {"algorithm": algorithm.name}, "base", models)
-    merging = Merging(algorithm, None, forced)
-    return write_checkpoint(folder, found, plan, merging, provenance, shard_size=shard_size)
+    origin = {"generator": "a test", "method": {"algorithm": algorithm.name}, "base_model": "base"}
+    merging = Merging(algorithm, forced)
+    return write_checkpoint(folder, found, plan, merging, origin, models, shard_size=shard_size)
 
 
 def as_index_says(folder):

@@ -169,7 +169,6 @@ class AdaptedSource(LoadedSource):
         }
 
     def read(self, name: str, out: Tensor) -> None:
-        """See `Source`."""
         stored = self.tensors[name].name
         if stored in self._as_stored:
             self._base.read(stored, out)
@@ -177,7 +176,6 @@ class AdaptedSource(LoadedSource):
             super().read(name, out)
 
     def expect(self, name: str) -> None:
-        """See `Source`."""
         stored = self.tensors[name].name
         if stored in self._base.tensors:
             self._base.expect(stored)

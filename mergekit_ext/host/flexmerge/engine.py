@@ -26,14 +26,13 @@ from mergekit_ext.events import (
     TensorMeasured,
 )
 from mergekit_ext.flexmerge import analysis_file, files
-from mergekit_ext.flexmerge.algorithm import Cuts
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
 from mergekit_ext.flexmerge.storage import StoredGroup, Target
-from mergekit_ext.flexmerge.writer import Provenance, write_checkpoint
+from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.host.out_config import agree
@@ -80,12 +79,11 @@ class Engine:
     @cached_property
     def grams(self) -> Sequence[Tensor]:
         """For each block the inner products that similarities are made of."""
-        layout, algorithm = self.inputs.layout, self.prepared.algorithm
-        found, cuts = self.analysis.grams, self.merging.cuts
+        layout, algorithm, found = self.inputs.layout, self.merging.algorithm, self.analysis.grams
         if algorithm.parameters.shared["similarity_on"] == "trimmed":
             finished = self._finished("trimmed", self._acting)
             with self._measuring(len(layout.blocks)):
-                found = trimmed_grams(self.reader, algorithm, cuts, self._measured, finished)
+                found = trimmed_grams(self.reader, algorithm, self._measured, finished)
         return [found[block.name] for block in layout.blocks]
 
     @cached_property
@@ -99,14 +97,15 @@ class Engine:
 
     @cached_property
     def merging(self) -> Merging:
-        """How groups are merged."""
-        algorithm, densities = self.prepared.algorithm, self.prepared.algorithm.densities
-        cuts: Cuts | None = None if densities is None else self.analysis.cuts[tuple(densities)]
-        return Merging(algorithm, cuts, self.prepared.forced)
+        """How groups are merged, with what trimming keeps of each whole model."""
+        algorithm = self.prepared.algorithm
+        if algorithm.densities is not None:
+            algorithm.cuts = self.analysis.cuts[tuple(algorithm.densities)]
+        return Merging(algorithm, self.prepared.forced)
 
     def write(self, folder: Path, plan: Plan) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
-        cuts, forced = self.merging.cuts, self.prepared.forced
+        cuts, forced = self.merging.algorithm.cuts, self.prepared.forced
         patterns = None if cuts is None else [cut.pattern for cut in cuts]
         base, *models = map(str, self.prepared.references)
         manifest = write_checkpoint(
@@ -114,9 +113,12 @@ class Engine:
             self.reader,
             plan,
             self.merging,
-            Provenance(
-                f"mergekit-ext {metadata.version('mergekit-ext')}", self._settings, base, models
-            ),
+            {
+                "generator": f"mergekit-ext {metadata.version('mergekit-ext')}",
+                "method": self._settings,
+                "base_model": base,
+            },
+            models,
             shard_size=self.prepared.options.out_shard_size,
             merged=self._merged,
             finished=self._finished("blocks", self._acting, patterns, str(forced)),

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import Parameter, Share, choice
 from mergekit_ext.errors import join, listing, shown
-from mergekit_ext.flexmerge.algorithm import Algorithm, Dare, Declared, Parameters
+from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
@@ -77,11 +77,11 @@ def registered(name: str) -> MergeMethod:
     return next(m for m in merge_methods.registered_methods() if m.spec.name == wanted)
 
 
-def make(name: str, parameters: Parameters, seed: int) -> Algorithm:
-    """Return the algorithm with its parameters; `seed` is for methods that draw numbers."""
+def make(name: str, parameters: Parameters) -> Algorithm:
+    """Return the algorithm with its parameters."""
     if name in (own := methods(BLOCKS)):
         return Declared(own[name], parameters)
-    return Registered(registered(name), parameters, seed)
+    return Registered(registered(name), parameters)
 
 
 def tasks_of(config: Any) -> list[Source]:
@@ -133,10 +133,8 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
                 if one.name != "task"
             }
         )
-    made = make(name, Parameters(shared, each, shared["trim_scope"] or "model"), seed)
+    made = make(name, Parameters(shared, each, shared["trim_scope"] or "model", seed))
     _check_fit(made, given, findings)
-    if shared["dare_density"] is not None:
-        made = Dare(made, shared["dare_density"], seed)
     return None if findings.count > before else made
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
 from mergekit_ext.errors import MergeError, MergekitExtError, Problem, tensors_at
-from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, Parameters
+from mergekit_ext.flexmerge.algorithm import Algorithm, Parameters
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks.report import Findings
@@ -42,16 +42,15 @@ class Registered(Algorithm):
     numbers depend on seed, block and members alone.
     """
 
-    def __init__(self, method: MergeMethod, parameters: Parameters, seed: int):
+    def __init__(self, method: MergeMethod, parameters: Parameters):
         super().__init__(parameters)
-        self._seed, self._method = seed, method
+        self._method = method
         self._based = method.spec.contract.base != BasePolicy.IGNORED
         self.name = method.spec.name
         self.by_tensor = isinstance(method, ExtMethod)
 
-    def copies(self, models: int, square: float) -> float:
-        """See `Algorithm.copies`: those of the method, and its result in float32."""
-        return copies_of(self._method)(models, square) + 2
+    def _copies(self, models: int, square: float) -> float:
+        return copies_of(self._method)(models, square) + 2  # and its result in float32
 
     def check(self, findings: Findings) -> None:
         """Report what the method refuses of its parameters, or else note what it warns of."""
@@ -87,18 +86,7 @@ class Registered(Algorithm):
             return error
         return None
 
-    def merge(
-        self,
-        block: BlockData,
-        members: Sequence[int],
-        dtype: torch.dtype,
-        cuts: Cuts | None = None,
-    ) -> Tensor:
-        """See `Algorithm.merge`.
-
-        Raises:
-            MergeError: the method refuses its parameters or these tensors.
-        """
+    def _merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         parts = block.layout.parts
         groups = [
             self._group(
@@ -112,7 +100,7 @@ class Registered(Algorithm):
         call = partial(self._call, members=members, dtype=wide)
         device = block.base.device
         try:
-            with seeded(derived(self._seed, block.layout.name, *members), device):
+            with seeded(derived(self.parameters.seed, block.layout.name, *members), device):
                 # mergekit's by one thread: torch's own split sums, whose rounding depends on
                 # their number.
                 own = isinstance(self._method, ExtMethod)
