@@ -50,7 +50,8 @@ class Event:
 class MergeBegin(Event):
     """The checks have passed and the graph is planned; no weight has been read.
 
-    `tensors` counts what will be merged: `unit`s, which are blocks for `flexmerge`.
+    `tensors` counts the `unit`s that will be merged: tensors, blocks of `flexmerge`, modules of
+    adapters.
     """
 
     method: str
@@ -126,7 +127,7 @@ class SizeReached(Event):
 
 @dataclasses.dataclass(frozen=True)
 class ShardWritten(Event):
-    """A file of weights is complete on disk."""
+    """A file of weights is in its place; sent for each when the output is complete."""
 
     path: str
     bytes: int

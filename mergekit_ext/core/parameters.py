@@ -113,7 +113,7 @@ def unfit(read: Any, value: Any, remedy: str = "") -> tuple[str, str] | None:
         wanted = " or ".join(dict.fromkeys(expectation(item) for item in error.errors()))
         choices = [item["msg"] for item in error.errors() if item["type"] == "literal_error"]
         names = re.findall(r"'([^']+)'", " ".join(choices))
-        near = did_you_mean(value, names) if names and isinstance(value, str) else ""
+        near = did_you_mean(value, names, listed=True) if names and isinstance(value, str) else ""
         return wanted, remedy or near
     return None
 

@@ -1,4 +1,4 @@
-"""The only package that touches mergekit.
+"""What works with mergekit.
 
 mergekit's methods are loaded before any module in here: loading them imports ours (see
 `mergekit_ext.autoload`), which would otherwise be found half loaded.

@@ -36,7 +36,7 @@ tokenizer: {source: union, tokens: {a: {source: {kind: zero}, forse: true}}}
         "merge_metod": "Write `merge_method`.",
         "models[0].model.model.revison": "Write `revision`.",
         "models[0].parameters.weight.fliter": "Write `filter`.",
-        "models[0].wieght": "Take it out, or use one of: model, parameters.",
+        "models[0].wieght": "Take it out.",
         "modules.text.slices[0].sources[0].parametres": "Write `parameters`.",
         "modules.text.slices[0].residual_wieght": "Write `residual_weight`.",
         "tokenizer.tokens.a.forse": "Write `force`.",

@@ -123,7 +123,7 @@ class _Check:
             known = [spec.name for spec in self.specs]
             found = f"a parameter that `{self.name}` does not have"
             expected = f"one of {', '.join(sorted(known))}" if known else "no parameters at all"
-            self.findings.problem(path, found, expected, did_you_mean(name, known))
+            self.findings.problem(path, found, expected, did_you_mean(name, known, listed=True))
             return
         if source is not None and spec.scope == ParameterScope.SHARED:
             self.findings.problem(

@@ -250,7 +250,7 @@ def _check_modules(config: Any, known: set[str], findings: Findings) -> None:
     for name in sorted((config.modules or {}).keys() - known):
         found = "a module that the architecture does not have"
         expected = f"one of {', '.join(sorted(known))}"
-        findings.problem(f"modules.{name}", found, expected, did_you_mean(name, known))
+        findings.problem(f"modules.{name}", found, expected, did_you_mean(name, known, listed=True))
         del config.modules[name]
     if config.modules and (left := sorted(known - config.modules.keys())):
         findings.note(f"modules: the output will have no weights of {', '.join(left)}.")

@@ -125,7 +125,7 @@ def _remedy(name: str, known: Collection[str]) -> str:
         methods = merge_methods.registered_methods()
         if any(name == parameter.name for m in methods for parameter in m.spec.parameters):
             return f"Put `{name}:` under `parameters:`."
-    return did_you_mean(name, known)
+    return did_you_mean(name, known, listed=True)
 
 
 def _in_value(value: Any, annotation: Any, path: str) -> Iterator[Problem]:

@@ -52,7 +52,7 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
     ):
         dtype = dtype_of(name)
         if name and (dtype is None or not dtype.is_floating_point):
-            remedy = did_you_mean(name.removeprefix("torch."), _DTYPES)
+            remedy = did_you_mean(name.removeprefix("torch."), _DTYPES, listed=True)
             findings.problem(where, shown(name), f"one of {', '.join(_DTYPES)}", remedy)
     device = str(options.device)
     try:
@@ -73,7 +73,8 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
     known = ["auto", *sorted(Path(f.name).stem for f in files if f.name.endswith(".jinja"))]
     if template not in known and not (len(template) >= 20 and "{" in template):
         expected = f"a Jinja template, or one of {', '.join(known)}"
-        findings.problem("chat_template", shown(template), expected, did_you_mean(template, known))
+        remedy = did_you_mean(template, known, listed=True)
+        findings.problem("chat_template", shown(template), expected, remedy)
 
 
 def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
