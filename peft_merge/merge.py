@@ -26,7 +26,7 @@ from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge import method as flexmerge
 from peft_merge.flexmerge.result import FlexMerged
 from peft_merge.io import save_adapter
-from peft_merge.io.merged import merged_ia3, merged_lora
+from peft_merge.io.merged import merged_adapter
 from peft_merge.modules import merge_modules
 from peft_merge.report import report
 from peft_merge.saved import merge_saved
@@ -255,13 +255,9 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         values[module], infos[module], details[module] = piece.value, piece.info, piece.details
         shape = tuple(piece.info.shape)
         events.emit(TensorMerged(module, shape, piece.details, clock - before))
-    name, tensors = plan.request.name, _saved(plan, events)
-    inputs: Any = plan.adapters
-    adapter: Adapter
-    if plan.kind == "lora":
-        adapter = merged_lora(name, values, infos, inputs, tensors, plan.patterns)
-    else:
-        adapter = merged_ia3(name, values, infos, inputs, tensors)
+    adapter = merged_adapter(
+        plan.request.name, values, infos, plan.adapters, _saved(plan, events), plan.patterns
+    )
     for warning in rule.after(rule.name, details):
         warnings.warn(warning, stacklevel=4)
     return MergedAdapter(

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.core.memory import in_units
-from peft_merge import saved
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.plan import MergePlan
+from peft_merge.saved import saved_names
 
 FORMAT_VERSION = 1
 
@@ -43,7 +43,10 @@ def report(
         **plan.described(),
         "summary": summary(len(modules), modules.items()),
         "modules": entries,
-        "whole_tensors": saved.summary(plan.saved, plan.adapters),
+        "whole_tensors": {  # from which adapters; [] when dropped
+            name: [names[position] for position in plan.saved.get(name, ())]
+            for name in saved_names(plan.adapters)
+        },
         "notes": list(plan.notes),
     }
 
@@ -99,7 +102,7 @@ def preview(plan: MergePlan) -> str:
         f"Modules: {len(plan.modules)}, {shared} of them in all adapters",
     ]
     if plan.rule is not None:
-        if names := saved.saved_names(plan.adapters):
+        if names := saved_names(plan.adapters):
             lines.append(f"Whole:   {len(plan.saved)} of {len(names)} tensors kept")
         lines.append(f"Output:  {_output(plan)}")
     lines += [f"Note: {note}" for note in (*plan.notes, *map(str, plan.forewarnings))]

@@ -110,11 +110,6 @@ def averaged(
     )
 
 
-def summary(taken: Mapping[str, tuple[int, ...]], adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Return for each whole tensor the adapters that it comes from; [] when dropped."""
-    return {name: [adapters[i].name for i in taken.get(name, ())] for name in saved_names(adapters)}
-
-
 def merge_saved(
     name: str, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype | None
 ) -> Tensor:

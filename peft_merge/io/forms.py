@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.errors import Problem, printable
+from mergekit_ext.io.class_model import class_names, empty_model
 from peft_merge.adapter import Adapter
 from peft_merge.io import names
 
@@ -258,35 +259,20 @@ def _classes(adapter: Adapter) -> frozenset[str]:
     return frozenset(name for name in found if isinstance(name, str))
 
 
-def _class_of(base: object) -> Any:
-    """Return a base's model without memory for its weights; None where that cannot be built."""
-    if not isinstance(base, str) or not base:
-        return None
-    import torch
+def _configuration(base: object) -> Any:
+    """Return a base's configuration; None where it is not at hand."""
     import transformers
-    from transformers.initialization import no_init_weights
 
     try:
-        config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-        with torch.device("meta"), no_init_weights():
-            return getattr(transformers, config.architectures[0])(config)
-    except Exception:  # of any kind: classes raise what they like for values they cannot use
+        return transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+    except Exception:  # of any kind: transformers raises many
         return None
 
 
-def _as_checkpoint(model: Any, modules: Iterable[str]) -> Rename:
+def _as_checkpoint(config: Any, modules: Iterable[str]) -> Rename:
     """Return the renaming of these modules that transformers applies to a checkpoint."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    entries = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    found = {}
-    for name in modules:
-        new, _ = rename_source_key(f"{name}.weight", entries, [], prefix, state)
-        found[name] = new.removesuffix(".weight")
-    return found.__getitem__
+    stored = class_names((f"{name}.weight" for name in modules), config).of
+    return lambda name: stored[f"{name}.weight"].removesuffix(".weight")
 
 
 def _of_class(adapters: list[Adapter], renamings: list[str], problems: list[Problem]) -> None:
@@ -296,9 +282,11 @@ def _of_class(adapters: list[Adapter], renamings: list[str], problems: list[Prob
     module in that class.
     """
     bases = dict.fromkeys(adapter.config.get("base_model_name_or_path") for adapter in adapters)
-    model = next((found for base in bases if (found := _class_of(base)) is not None), None)
-    if model is None:
+    configs = (_configuration(base) for base in bases if base)
+    config = next((found for found in configs if empty_model(found) is not None), None)
+    if config is None:
         return
+    model = empty_model(config)
     places = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     belong = [{names.unwrapped(name) in places for name in adapter.infos} for adapter in adapters]
     if {True} not in belong:
@@ -307,7 +295,7 @@ def _of_class(adapters: list[Adapter], renamings: list[str], problems: list[Prob
     for index, (adapter, known) in enumerate(zip(adapters, belong, strict=True)):
         if False not in known:
             continue
-        rename = _as_checkpoint(model, (*adapter.infos, *adapter.saved))
+        rename = _as_checkpoint(config, (*adapter.infos, *adapter.saved))
         if all(names.unwrapped(rename(module)) in places for module in adapter.infos):
             renamings.append(_note(adapter, name, rename))
             adapters[index] = _renamed(adapter, rename)

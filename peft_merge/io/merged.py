@@ -32,74 +32,53 @@ _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _WITHOUT_BIAS = ("embedding", "parameter")
 
 
-def merged_lora(
+def merged_adapter(
     name: str,
-    updates: Mapping[str, Update],
-    infos: Mapping[str, ModuleInfo],
-    inputs: Sequence[LoraAdapter],
+    values: Mapping[str, Any],
+    infos: Mapping[str, Any],
+    inputs: Sequence[Adapter],
     saved: Mapping[str, Tensor] | None = None,
     patterns: bool = False,
-) -> LoraAdapter:
-    """Make a LoRA of merged changes.
+) -> Adapter:
+    """Make an adapter of merged changes.
 
-    An adapter means the same to every reader: llama.cpp scales by `lora_alpha` over each tensor's
+    A LoRA means the same to every reader: llama.cpp scales by `lora_alpha` over each tensor's
     rank, vLLM, SGLang and LoRAX by one `lora_alpha` over one `r`, PEFT by patterns as well. So all
     modules have one rank, filled up with zeros, which change nothing, and alpha = r without rsLoRA.
 
     Args:
         name: of the adapter.
-        updates: of each module, in the dtype to be stored.
-        infos: layout, shape and kernel of each; rank, bias and dtype follow from `updates`.
+        values: the `Update` or the vector (in its stored shape) of each module, in the dtype to be
+            stored.
+        infos: layout, shape and kernel or kind of each; rank, bias and dtype follow from `values`.
         inputs: the merged adapters, which are `compatible`.
         saved: whole tensors, by the base's names.
-        patterns: give each module the least rank, which `rank_pattern` and `alpha_pattern` say;
-            only PEFT reads them. Modules that PEFT configures together (both projections of
-            torch's attention, the target parameters of one module) have one rank.
+        patterns: give each module of a LoRA the least rank, which `rank_pattern` and
+            `alpha_pattern` say; only PEFT reads them. Modules that PEFT configures together (both
+            projections of torch's attention, the target parameters of one module) have one rank.
     """
-    with_bias = any(update.bias is not None for update in updates.values())
+    tensors = saved or {}
+    whole = {key: partial(tensors.__getitem__, key) for key in tensors}
+    if isinstance(inputs[0], Ia3Adapter):
+        vectors = {module: replace(infos[module], dtype=v.dtype) for module, v in values.items()}
+        config = ia3_configuration(vectors, inputs, tensors)
+        return Ia3Adapter(name, config, vectors, values.__getitem__, whole)
+    with_bias = any(update.bias is not None for update in values.values())
     needed = {
         module: replace(infos[module], rank=max(1, update.a.shape[1]))
-        for module, update in updates.items()
+        for module, update in values.items()
     }
     ranks = stored_ranks(needed, None if patterns else one_rank(needed.values()))
     stored: dict[str, Update] = {}
-    for module, update in updates.items():
+    for module, update in values.items():
         info, rank = infos[module], ranks[module]
         stored[module] = found = update.unscaled().filled(rank)
         if with_bias and found.bias is None and info.layout not in _WITHOUT_BIAS:
             zeros = found.b.new_zeros(info.matrices * info.rows)
             stored[module] = found = replace(found, bias=zeros)
         needed[module] = replace(info, rank=rank, bias=found.bias is not None, dtype=found.a.dtype)
-    tensors = saved or {}
     config = lora_configuration(needed, inputs, tensors)
-    return LoraAdapter(name, config, needed, stored.__getitem__, _loaders(tensors))
-
-
-def merged_ia3(
-    name: str,
-    vectors: Mapping[str, Tensor],
-    infos: Mapping[str, VectorInfo],
-    inputs: Sequence[Ia3Adapter],
-    saved: Mapping[str, Tensor] | None = None,
-) -> Ia3Adapter:
-    """Make an (IA)^3 of merged vectors, each in its stored shape and dtype.
-
-    Args:
-        name: of the adapter.
-        vectors: of each module.
-        infos: their shapes and kinds; the dtype follows from `vectors`.
-        inputs, saved: as for `merged_lora`.
-    """
-    stored = {
-        module: replace(infos[module], dtype=vector.dtype) for module, vector in vectors.items()
-    }
-    tensors = saved or {}
-    config = ia3_configuration(stored, inputs, tensors)
-    return Ia3Adapter(name, config, stored, vectors.__getitem__, _loaders(tensors))
-
-
-def _loaders(tensors: Mapping[str, Tensor]) -> dict[str, partial[Tensor]]:
-    return {key: partial(tensors.__getitem__, key) for key in tensors}
+    return LoraAdapter(name, config, needed, stored.__getitem__, whole)
 
 
 def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_ext
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.class_model import loading
+from mergekit_ext.io.class_model import loading
 from tests.attacks.readers import command
 from tests.host.small import SMALL, bert, checked, family, llama, merging
 from tests.models import write_yaml

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from peft_merge.adapter import Ia3Adapter, LoraAdapter, VectorInfo
+from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.io import load_adapter, save_adapter
-from peft_merge.io.merged import merged_ia3, merged_lora
+from peft_merge.io.merged import merged_adapter
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.models import KINDS, Kind, answer, numbers, reloaded, saved
 
@@ -90,7 +90,7 @@ def test_a_scale_goes_into_the_factors(adapter_folder):
     adapter = load_adapter(adapter_folder("lora_bias"))
     for scale in (1.5, -0.7, 0.0, 1e-12):
         updates = {name: replace(adapter.load(name), scale=scale) for name in adapter.infos}
-        merged = merged_lora("x", updates, adapter.infos, [adapter])
+        merged = merged_adapter("x", updates, adapter.infos, [adapter])
         for name, update in updates.items():
             found = merged.load(name)
             assert found.scale == 1 and found.bias is not None and update.bias is not None
@@ -106,7 +106,7 @@ def test_a_change_of_rank_zero_is_stored_as_zeros(adapter_folder, tmp_path):
     for name in adapter.infos:
         update = adapter.load(name)
         updates[name] = replace(update, a=update.a[:, :0], b=update.b[:, :, :0])
-    save_adapter(merged_lora("zero", updates, adapter.infos, [adapter]), tmp_path / "zero")
+    save_adapter(merged_adapter("zero", updates, adapter.infos, [adapter]), tmp_path / "zero")
     model = reloaded(KINDS["plain"], tmp_path / "zero")
     with model.disable_adapter():
         expected = answer(KINDS["plain"], model)
@@ -122,7 +122,7 @@ def test_projections_of_one_attention_get_one_rank(adapter_folder, tmp_path):
     updates["attention"] = replace(
         wide, a=torch.cat([wide.a, wide.a], 1), b=torch.cat([wide.b, wide.b], 2) / 2
     )
-    wider = merged_lora("wide", updates, adapter.infos, [adapter], patterns=True)
+    wider = merged_adapter("wide", updates, adapter.infos, [adapter], patterns=True)
     save_adapter(wider, tmp_path / "wide")
     _same_answers(kind, folder, tmp_path / "wide")
     assert PeftConfig.from_pretrained(str(tmp_path / "wide")).rank_pattern == {"^head": 4}
@@ -134,8 +134,7 @@ def test_a_dropped_head_is_not_expected_either(adapter_folder, tmp_path):
         adapter = replace(load_adapter(adapter_folder(kind)), name=kind)
         infos, load = adapter.infos, adapter.load
         values = {name: load(name) for name in infos}
-        build = merged_lora if isinstance(adapter, LoraAdapter) else merged_ia3
-        save_adapter(build(kind, values, infos, [adapter]), tmp_path / kind)
+        save_adapter(merged_adapter(kind, values, infos, [adapter]), tmp_path / kind)
         assert torch.isfinite(answer(KINDS[kind], reloaded(KINDS[kind], tmp_path / kind))).all()
 
 
@@ -148,7 +147,7 @@ def test_a_feedforward_name_that_ends_another_name_is_not_taken_for_it(tmp_path)
     config = {"peft_type": "IA3", "target_modules": ["proj"], "feedforward_modules": []}
     source = Ia3Adapter("a", config, infos, vectors.__getitem__)
     other = replace(source, name="b", config={**config, "target_modules": ["x"]})
-    save_adapter(merged_ia3("m", vectors, infos, [source, other]), tmp_path / "m")
+    save_adapter(merged_adapter("m", vectors, infos, [source, other]), tmp_path / "m")
     model = reloaded(KINDS["named"], tmp_path / "m")
     layers = model.base_model.model
     assert layers.proj.is_feedforward and not layers.deep["proj"].is_feedforward

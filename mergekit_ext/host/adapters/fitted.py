@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_ext.errors import ConfigError, Problem, listing, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.source import LoadedSource, Source
-from mergekit_ext.host.class_model import class_names, class_of
+from mergekit_ext.io.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from peft_merge.adapter import Adapter
 from peft_merge.matching import class_orientation, match

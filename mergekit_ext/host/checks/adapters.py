@@ -19,8 +19,8 @@ from mergekit_ext.host.adapters.fitted import (
     read_adapter,
 )
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.class_model import empty_model
 from mergekit_ext.host.inputs import cached_folder, is_offline
+from mergekit_ext.io.class_model import empty_model
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_FOUND,

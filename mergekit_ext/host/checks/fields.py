@@ -9,7 +9,7 @@ from typing import Any
 from mergekit_ext.errors import shown
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.class_model import class_of
+from mergekit_ext.io.class_model import class_of
 
 # No part of the function that the weights compute, or compared elsewhere: names, dtypes, the
 # vocabulary, what training does, what is returned. Of a dotted name the last part counts.

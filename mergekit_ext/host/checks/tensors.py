@@ -22,7 +22,7 @@ from mergekit_ext.host.checks.plan import (
     names_of,
 )
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.class_model import Loading, class_of, loading
+from mergekit_ext.io.class_model import Loading, class_of, loading
 from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, is_counter, same_bytes
 
 # The largest tensor whose values are compared before the merge.

@@ -34,8 +34,8 @@ from mergekit_ext.host.adapters.fitted import (
     read_adapter,
 )
 from mergekit_ext.host.checks.settings import dtype_of
-from mergekit_ext.host.class_model import class_names
 from mergekit_ext.host.inputs import folder_of
+from mergekit_ext.io.class_model import class_names
 from mergekit_ext.io.headers import TensorHeader, read_folder
 from peft_merge.io.read import locate
 from peft_merge.weights import AdaptedWeights
