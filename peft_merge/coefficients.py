@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import UniformCoefficientsWarning
 from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, TensorMeasured
 from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
 from mergekit_ext.methods import Method
-from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients, uniform
+from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients, uniform_warning
 from peft_merge.adapter import Ia3Adapter, Update, finite_update
 from peft_merge.algebra.core_space import orthonormal
 from peft_merge.config.plan import MergePlan
@@ -28,8 +27,6 @@ from peft_merge.modules import vector_changes
 
 # Below this share of ||B||^2 ||A||^2 the products cancel, and take digits with them.
 _CANCELLED = 1e-6
-# The share of the adapted weights with equal coefficients that a user is warned of.
-_MOST = 0.95
 
 
 def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, list[float]]:
@@ -59,19 +56,13 @@ def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, lis
         for module, each in values.items()
     }
     events.emit(StatisticsEnd(groups, time.perf_counter() - started))
-    sizes = {module: math.prod(plan.shape(module)) for module in values}
-    total = sum(sizes.values())
-    even = sum(size for module, size in sizes.items() if uniform(values[module]))
-    if total and even >= _MOST * total:
-        warnings.warn(
-            UniformCoefficientsWarning(
-                f"{rule.name}: the coefficients came out uniform (within 1%) for "
-                f"{even / total:.0%} of the adapted weights, so that only `weight` and `scale` "
-                "acted. The changes have equal norms, as those of one adapter given twice: where "
-                "one adapter should count for more, give it a larger `weight`."
-            ),
-            stacklevel=4,
-        )
+    sized = [(math.prod(plan.shape(module)), found) for module, found in values.items()]
+    why = (
+        "The changes have equal norms, as those of one adapter given twice: where one adapter "
+        "should count for more, give it a larger `weight`."
+    )
+    if (warning := uniform_warning(rule.name, sized, "adapted weights", why)) is not None:
+        warnings.warn(warning, stacklevel=4)
     return values
 
 

@@ -33,7 +33,6 @@ from mergekit_ext.methods.nan import with_nan
 from peft_merge.adapter import (
     Adapter,
     Ia3Adapter,
-    LoraAdapter,
     ModuleInfo,
     Update,
     VectorInfo,
@@ -192,7 +191,7 @@ def merge_module(
             changes = vector_changes(adapters, module, space)
             merged = rule.apply([change.to(device).flatten() for change in changes], call)
             return _vector(merged, space, info, len(own))
-        updates = [_finite(adapter, module) for adapter in adapters]
+        updates = [finite_update(a, module) if module in a.infos else None for a in adapters]
         job = Job(updates, info.shape, rule, call, rank, device)
         factored, details = SPACES[space](job)
         bias = _bias(job, generators(seed, module, count, "bias"))
@@ -253,10 +252,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"the merged change leaves the range of {dtype}. Use smaller weights, or a wider dtype."
         )
     return cast
-
-
-def _finite(adapter: LoraAdapter, module: str) -> Update | None:
-    return finite_update(adapter, module) if module in adapter.infos else None
 
 
 def vector_changes(adapters: Sequence[Ia3Adapter], module: str, space: str) -> list[Tensor]:

@@ -23,12 +23,12 @@ from mergekit.parameter_resolver import resolve_parameters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_ext.errors import FileError, listing
-from mergekit_ext.host.checks.models import ModelFacts
+from mergekit_ext.errors import listing
+from mergekit_ext.host.checks.models import ModelFacts, read_tensors
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.inputs import cached_folder, donor_first, fetch_modules, is_offline
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.io.headers import TensorHeader, pickles_allowed, read_file
+from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.model_files import (
     MODULES,
     companions,
@@ -115,15 +115,8 @@ def _folders(facts: Mapping[Any, ModelFacts], options: Any) -> dict[Any, Path]:
 def _headers(
     fact: ModelFacts, folder: Path, findings: Findings
 ) -> dict[str, dict[str, TensorHeader]]:
-    found: dict[str, dict[str, TensorHeader]] = {}
-    for name in module_weights(folder):
-        if not name.endswith(".index.json"):
-            try:
-                found[name] = read_file(folder / name, allow_pickle=pickles_allowed())
-            except FileError as error:
-                findings.unreadable(fact.where, error)
-                found[name] = {}
-    return found
+    names = [name for name in module_weights(folder) if not name.endswith(".index.json")]
+    return {name: read_tensors(folder / name, fact.where, findings) or {} for name in names}
 
 
 def _content(file: Path) -> Any:

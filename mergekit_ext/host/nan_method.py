@@ -22,13 +22,7 @@ from mergekit.sparsify import SparsificationMethod
 
 from mergekit_ext.core.memory import copies_of
 from mergekit_ext.core.parameters import WEIGHT
-from mergekit_ext.errors import (
-    HostVersionError,
-    MergeError,
-    MergeWarning,
-    Problem,
-    UniformCoefficientsWarning,
-)
+from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite, spec_of
 from mergekit_ext.host.session import TensorRecord
@@ -43,7 +37,7 @@ from mergekit_ext.methods.nan import (
     default_scale,
     granularity,
     inverse_norm_coefficients,
-    uniform,
+    uniform_warning,
 )
 from mergekit_ext.methods.ties import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.report.card import coefficients_section
@@ -281,10 +275,7 @@ class NanMethod(ExtMethod):
         """One warning if the coefficients of (almost) all parameters came out uniform."""
         yield from super().warnings(records)
         measured = [r for r in records if len(r.details.get("coefficients", ())) > 1]
-        size = sum(r.size for r in measured)
-        even = sum(r.size for r in measured if uniform(list(r.details["coefficients"].values())))
-        if not size or even < 0.95 * size:
-            return
+        sized = [(r.size, list(r.details["coefficients"].values())) for r in measured]
         if all(r.details["norm_of"] != "weights" for r in measured):
             why = (
                 "The task vectors have equal norms, as those of one fine-tune given twice: where "
@@ -300,10 +291,8 @@ class NanMethod(ExtMethod):
                 "Norms of raw weights, which were measured, always agree for fine-tunes of one "
                 f"base; norms of task vectors differ: {remedy}."
             )
-        yield UniformCoefficientsWarning(
-            f"{self.spec.name}: the coefficients came out uniform (within 1%) for "
-            f"{even / size:.0%} of the parameters, so that only `weight` and `scale` acted. {why}"
-        )
+        if (warning := uniform_warning(self.spec.name, sized, "parameters", why)) is not None:
+            yield warning
 
     def summary(self, records: Sequence[TensorRecord]) -> str:
         """The coefficients, and what the wrapped method reports."""

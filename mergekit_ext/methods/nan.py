@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Parameter, choice
+from mergekit_ext.errors import UniformCoefficientsWarning
 from mergekit_ext.kernels.numerics import weighted_sum
 from mergekit_ext.methods.method import ADAPTERS, Call, Merged, Method, Pieces, register
 
@@ -23,6 +24,8 @@ _Group = TypeVar("_Group", bound=Hashable)
 _Model = TypeVar("_Model", bound=Hashable)
 
 PAPER = "https://arxiv.org/abs/2505.16148"
+# The share of the sizes with equal coefficients that a user is warned of.
+_MOST = 0.95
 
 NORM_OF = Parameter(
     "norm_of",
@@ -91,6 +94,26 @@ def uniform(coefficients: Sequence[float], tolerance: float = 1e-2) -> bool:
         return False
     mean = math.fsum(coefficients) / len(coefficients)
     return mean > 0 and max(coefficients) - min(coefficients) < tolerance * mean
+
+
+def uniform_warning(
+    method: str, measured: Sequence[tuple[int, Sequence[float]]], what: str, why: str
+) -> UniformCoefficientsWarning | None:
+    """Return a warning of coefficients that came out equal nearly everywhere.
+
+    Args:
+        measured: for each tensor its size, and the models' coefficients.
+        what: the sizes are counted in.
+        why: they came out so, and what helps.
+    """
+    size = sum(size for size, _ in measured)
+    even = sum(size for size, coefficients in measured if uniform(coefficients))
+    if not size or even < _MOST * size:
+        return None
+    return UniformCoefficientsWarning(
+        f"{method}: the coefficients came out uniform (within 1%) for {even / size:.0%} of the "
+        f"{what}, so that only `weight` and `scale` acted. {why}"
+    )
 
 
 def combine_norms(

@@ -121,19 +121,6 @@ def test_every_rule_gives_an_adapter_alone_back(name, space):
         torch.testing.assert_close(merged[module], vector, rtol=1e-5, atol=1e-7)
 
 
-def test_lore_shrinks_whole_vectors():
-    """A vector is a matrix of one row: its one singular value is its length."""
-    rule = rules()["lore"]
-    given = loras.defaults(rule, 2)
-    options = {**given.options, "mu": 0.5}
-    merged, _, _ = loras.merge(
-        [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"m": column(1.3, 1.0)})],
-        rule,
-        lambda module: Settings(given.weights, options, given.each),
-    )
-    torch.testing.assert_close(merged["m"], 1 + 0.9 * column(3.0, 4.0))
-
-
 def test_norms_are_of_what_rules_see():
     adapters = [adapter("a", {"m": column(4.0, 5.0)}), adapter("b", {"n": column(1.0)})]
     assert change_norms(adapters, "m", space="additive") == [5.0, 0.0]

@@ -178,19 +178,6 @@ def test_nan_coefficients_are_those_of_the_norms(tmp_path):
         assert difference(merged.adapter, expected) < 1e-6
 
 
-def test_random_methods_repeat_themselves(tmp_path):
-    folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("ab")]
-
-    def merge(seed):
-        options = {"parameters": {"density": 0.5}, "seed": seed}
-        adapter = merge_adapters(folders, "dare_linear", **options).adapter
-        return {module: adapter.load(module).dense() for module in adapter.infos}
-
-    first, again, other = merge(1), merge(1), merge(2)
-    assert all(torch.equal(first[m], again[m]) for m in first)
-    assert not any(torch.allclose(first[m], other[m]) for m in first)
-
-
 def test_whole_tensors(tmp_path):
     kind = KINDS["modules_to_save"]
     folders = [saved(kind, tmp_path / name, i) for i, name in enumerate("ab")]
@@ -320,7 +307,7 @@ def test_a_merge_can_be_repeated_from_what_it_wrote(tmp_path):
     folders = [saved(KINDS["plain"], tmp_path / name, i) for i, name in enumerate("ab")]
     merged = merge_adapters(
         folders,
-        "ties",
+        "dare_ties",
         weights=[1, 0.5],
         parameters={"density": [{"filter": "q_proj", "value": 0.3}, {"value": 0.8}]},
         rank={"energy": 0.9},
@@ -332,6 +319,9 @@ def test_a_merge_can_be_repeated_from_what_it_wrote(tmp_path):
     first, again = (load_adapter(tmp_path / name) for name in ("out", "again"))
     assert first.infos == again.infos
     assert all(torch.equal(first.load(m).dense(), again.load(m).dense()) for m in first.infos)
+    config = yaml.safe_load((tmp_path / "out" / "merge_config.yml").read_text())
+    other = run_config({**config, "seed": 4}, tmp_path / "other").adapter
+    assert not any(torch.equal(first.load(m).dense(), other.load(m).dense()) for m in first.infos)
 
 
 def test_weights_may_be_those_of_numpy(tmp_path):
