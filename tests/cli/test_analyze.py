@@ -8,17 +8,17 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from mergekit.options import MergeOptions
 
 import mergekit_ext
-from mergekit_ext.cli import main
 from mergekit_ext.flexmerge.source import BlockReader
+from tests.cli import assert_refused, subcommand
 from tests.models import bert, config, family, state, write_yaml
 
 TASKS = ("tuned0", "tuned1", "tuned2")
@@ -37,8 +37,7 @@ def written(
     return write_yaml(folder / "merge.yml", document)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["analyze", *map(str, arguments)])
+run = partial(subcommand, "analyze")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -164,17 +163,10 @@ def test_wrong_configurations(
 ) -> None:
     base, models = inputs
     document = {**config("flexmerge", models, base, {}), **changes}
-    refused(run(write_yaml(tmp_path / "m.yml", document), tmp_path / "out"), message)
+    assert_refused(run(write_yaml(tmp_path / "m.yml", document), tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_cannot_be_written(inputs: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refused(run(written(tmp_path, inputs), tmp_path / "file" / "out"), "OUT_PATH")
-
-
-def refused(result: Result, message: str) -> None:
-    """One message, the exit code of a wrong input, no traceback."""
-    assert result.exit_code == 2, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert_refused(run(written(tmp_path, inputs), tmp_path / "file" / "out"), "OUT_PATH")

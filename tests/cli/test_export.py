@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from mergekit_ext.cli import main
+from tests.cli import assert_refused, subcommand
 from tests.flexmerge.handmade import edited, models, vit, write
 
 
@@ -18,8 +20,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["export", *map(str, arguments)])
+run = partial(subcommand, "export")
 
 
 def test_writes_the_task(checkpoint: Path, tmp_path: Path) -> None:
@@ -33,30 +34,24 @@ def test_writes_the_task(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_a_message(checkpoint: Path, tmp_path: Path) -> None:
-    result = run(checkpoint, "z", tmp_path / "z")
-    assert result.exit_code == 2
-    assert isinstance(result.exception, SystemExit)
-    assert "task: found 'z'; expected one of a, b, c" in result.stderr
+    message = "task: found 'z'; expected one of a, b, c"
+    assert_refused(run(checkpoint, "z", tmp_path / "z"), message)
     assert not (tmp_path / "z").exists()
 
 
 def test_digests(checkpoint: Path, tmp_path: Path) -> None:
     with edited(checkpoint) as content:
         content["files"][0]["sha256"] = "0" * 64
-    result = run(checkpoint, "b", tmp_path / "b")
-    assert result.exit_code == 2
-    assert "SHA-256" in result.stderr
+    assert_refused(run(checkpoint, "b", tmp_path / "b"), "SHA-256")
     assert run(checkpoint, "b", tmp_path / "b", "--no-verify").exit_code == 0
 
 
 def test_folders_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     inside = run(checkpoint / "b", "b", tmp_path / "b")
-    assert inside.exit_code == 2
-    assert f"Give the folder above, {checkpoint}, and the task 'b'" in inside.stderr
+    assert_refused(inside, f"Give the folder above, {checkpoint}, and the task 'b'")
     (tmp_path / "other").mkdir()
     other = run(tmp_path / "other", "b", tmp_path / "b")
-    assert other.exit_code == 2
-    assert "expected the manifest of a FlexMerge checkpoint" in other.stderr
+    assert_refused(other, "expected the manifest of a FlexMerge checkpoint")
     assert "above" not in other.stderr
 
 
@@ -67,9 +62,7 @@ def test_the_card_of_a_masked_task_stays(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    result = run(tmp_path / "nothing", "a", tmp_path / "a")
-    assert result.exit_code == 2
-    assert "does not exist" in result.stderr
+    assert_refused(run(tmp_path / "nothing", "a", tmp_path / "a"), "does not exist")
 
 
 def test_is_listed() -> None:

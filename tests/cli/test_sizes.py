@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
-from mergekit_ext.cli import main
+from tests.cli import assert_refused, subcommand
 from tests.models import config, family, llama, write_yaml
 
 SCORES = """
@@ -56,15 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("scores_of_a_test", None)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["sizes", *map(str, arguments)])
-
-
-def assert_refused(result: Result, message: str) -> None:
-    """One message, the exit code of a wrong input, no traceback."""
-    assert result.exit_code == 2, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert message in result.stderr and "Traceback" not in result.stderr
+run = partial(subcommand, "sizes")
 
 
 def test_a_function_of_the_working_directory(configuration: Path, here: Path) -> None:
