@@ -233,15 +233,6 @@ def find_renaming(base: Collection[str], models: Sequence[Collection[str]]) -> R
     return found[0] if len(found) == 1 else None
 
 
-def named_as(
-    base: Mapping[str, TensorHeader], renaming: Renaming | None
-) -> Mapping[str, TensorHeader]:
-    """Return the base's headers by the names of the models; each keeps its stored name."""
-    if renaming is None:
-        return base
-    return {renaming.apply(name): header for name, header in base.items()}
-
-
 def _splits(name: str) -> Iterator[tuple[str, str]]:
     parts = name.split(".")
     for end in range(1, len(parts)):

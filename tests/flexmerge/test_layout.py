@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from mergekit_ext.flexmerge.layout import Renaming, complete_ties, find_renaming, named_as
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.flexmerge.layout import Renaming, complete_ties, find_renaming
 from tests.flexmerge.inputs import NAMING, family, headers, layout
 
 
@@ -155,12 +154,3 @@ def test_bare_models():
 )
 def test_no_prefix(base, models):
     assert find_renaming(base, models) is None
-
-
-def test_headers_keep_the_names_they_are_stored_under():
-    def headers(names):
-        return {name: TensorHeader(name, "F32", (1,), 4) for name in names}
-
-    base = named_as(headers(BODY), Renaming("vit", adds=True))
-    assert list(base) == prefixed("vit", BODY)
-    assert [header.name for header in base.values()] == BODY

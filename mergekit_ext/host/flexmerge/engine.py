@@ -31,6 +31,7 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
+from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.storage import StoredGroup, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host import session as sessions
@@ -56,7 +57,8 @@ class Engine:
     def __init__(self, prepared: Prepared, inputs: Inputs, analyses_in: Path, session: Session):
         self.prepared, self.inputs = prepared, inputs
         self._analyses_in, self._session = analyses_in, session
-        self.reader = inputs.reader(prepared.options.device)
+        device = prepared.options.device
+        self.reader = BlockReader(inputs.layout, inputs.base, inputs.models, device)
         self._subject = analysis_file.subject_of(inputs.layout, inputs.base, inputs.models)
         self._seed: int = prepared.options.random_seed or 0
 

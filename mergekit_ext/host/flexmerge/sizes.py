@@ -213,10 +213,10 @@ def _individual(inputs: Inputs, evaluator: _Evaluator | None) -> dict[str, Mappi
     found: dict[str, Mapping[str, float]] = {task: {} for task in inputs.layout.tasks}
     if evaluator is None:
         return found
-    reader = inputs.reader("cpu")
     with evaluator.counting("Individual models", len(found)):
         for index, task in enumerate(found):
-            tensors = {name: reader.tensor(index, name) for name in inputs.models[index].tensors}
+            model = inputs.models[index]
+            tensors = {name: model.tensor(name) for name in model.tensors}
             what = f"{task}'s individual model"
             found[task] = evaluator.score(inputs.folders[index], tensors, task, what)
     return found

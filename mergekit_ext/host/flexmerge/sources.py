@@ -21,9 +21,8 @@ from mergekit_ext.flexmerge.layout import (
     complete_ties,
     find_renaming,
     make_layout,
-    named_as,
 )
-from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
+from mergekit_ext.flexmerge.source import FileSource, LoadedSource, Source
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.host.adapters.fitted import (
     AdaptedSource,
@@ -94,10 +93,6 @@ class Inputs:
     base: Source
     models: Sequence[Source]
     folders: Sequence[Path]
-
-    def reader(self, device: str) -> BlockReader:
-        """Return a reader of blocks."""
-        return BlockReader(self.layout, self.base, self.models, device)
 
 
 def open_inputs(prepared: Prepared) -> Inputs:
@@ -191,8 +186,9 @@ def _as_in_models(base: Stored, models: Sequence[Stored]) -> tuple[Headers, Rena
     found = []
     for way in ways:
         renaming = find_renaming(way, [names for names, _ in models])
-        named = named_as(way, renaming)
-        found.append((len(shared & named.keys()), named, renaming))
+        if renaming is not None:
+            way = {renaming.apply(name): header for name, header in way.items()}
+        found.append((len(shared & way.keys()), way, renaming))
     _, named, renaming = max(found, key=lambda item: item[0])
     return named, renaming
 

@@ -33,6 +33,14 @@ def flex(adapters, target, **options):
     )
 
 
+def plain(count, rank, **options):
+    """Adapters of which no two are alike."""
+    return [
+        adapter(f"t{i}", {m: update(i * 7 + j, rank, **options) for j, m in enumerate(NAMES)})
+        for i in range(count)
+    ]
+
+
 def groups_of(result):
     position = {item["name"]: i for i, item in enumerate(result.report["adapters"])}
     return [
@@ -123,9 +131,7 @@ def test_groups_are_those_of_a_search_over_all_pairs(
 
 @pytest.mark.parametrize("target", [4.0, 3.2, 2.5, 1.7, 1.0])
 def test_the_size_that_is_reported_is_that_of_the_tensors(target):
-    adapters = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 3) for j, m in enumerate(NAMES)}) for i in range(4)
-    ]
+    adapters = plain(4, 3)
     found = flex(adapters, target)
     assert found.report["size"]["bytes"] == distinct_bytes(found)
     assert found.report["size"]["adapters"] <= target
@@ -133,9 +139,7 @@ def test_the_size_that_is_reported_is_that_of_the_tensors(target):
 
 
 def test_a_budget_in_bytes_is_kept():
-    adapters = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 3) for j, m in enumerate(NAMES)}) for i in range(4)
-    ]
+    adapters = plain(4, 3)
     apart = distinct_bytes(flex(adapters, 4))
     for budget in (apart // 2, apart - 1, apart, 10 * apart):
         assert distinct_bytes(flex(adapters, f"{budget}B")) <= budget
@@ -184,9 +188,7 @@ def test_what_is_kept_apart_is_not_changed(kind, target, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["linear", "nan", "ties", "lore", "tsv_m", "dare_linear"])
 def test_at_size_1_everybody_has_the_merge_of_all(algorithm):
-    adapters = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 3) for j, m in enumerate(NAMES)}) for i in range(3)
-    ]
+    adapters = plain(3, 3)
     options = {"lore": {"mu_relative": 0.1}, "dare_linear": {"density": 0.5}}.get(algorithm, {})
     expected = merge_adapters(
         adapters, algorithm, parameters=options, rank=3, weights=[1.0, 2.0, 0.5], seed=4
@@ -239,9 +241,7 @@ def test_alike_adapters_share_first_and_lose_nothing():
 
 
 def test_rank_of_what_is_shared():
-    adapters = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 2) for j, m in enumerate(NAMES)}) for i in range(3)
-    ]
+    adapters = plain(3, 2)
     small = flex(adapters, 0.5, rank=1)
     assert {one.infos[NAMES[0]].rank for one in small.adapters} == {1}
     assert small.report["size"]["adapters"] == 0.5
@@ -258,14 +258,7 @@ def test_rank_of_what_is_shared():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 def test_huge_and_tiny_changes(scale):
-    adapters = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 2, scale=scale) for j, m in enumerate(NAMES)})
-        for i in range(3)
-    ]
-    usual = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 2) for j, m in enumerate(NAMES)}) for i in range(3)
-    ]
-    assert groups_of(flex(adapters, 2)) == groups_of(flex(usual, 2))
+    assert groups_of(flex(plain(3, 2, scale=scale), 2)) == groups_of(flex(plain(3, 2), 2))
 
 
 def test_changes_beyond_all_bounds_are_an_error():
@@ -301,9 +294,7 @@ def test_one_adapter_comes_back():
 
 
 def test_orders_of_the_ablation_are_taken():
-    adapters = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 2) for j, m in enumerate(NAMES)}) for i in range(3)
-    ]
+    adapters = plain(3, 2)
     left = flex(adapters, 2.4, order="left_to_right")
     right = flex(adapters, 2.4, order="right_to_left")
     assert [len(found) for found in groups_of(left)] == [1, 3, 3]
@@ -357,9 +348,7 @@ def test_events():
         def on_size_reached(self, event):
             self.sizes.append((event.algorithm, event.models, event.bytes))
 
-    adapters = [
-        adapter(f"t{i}", {m: update(i * 7 + j, 2) for j, m in enumerate(NAMES)}) for i in range(3)
-    ]
+    adapters = plain(3, 2)
     record = Record()
     found = flex(adapters, 2, callbacks=[record])
     assert record.measured == list(record.blocks) == NAMES
