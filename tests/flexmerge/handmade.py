@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -89,74 +88,57 @@ def write(
         files_per_set: over how many files the tensors of one kind and set are spread.
     """
     torch.manual_seed(1)
-    inputs = {task: state(path) for task, path in paths.items()}
-    before = state(base)
-    names = [name for name in before if private not in name]
+    before, inputs = state(base), {task: state(path) for task, path in paths.items()}
     blocks: dict[str, list[str]] = defaultdict(list)
-    for name in names:
+    for name in (name for name in before if private not in name):
         blocks[block_of(name)].append(name)
-
-    expected: dict[str, dict[str, Tensor]] = {task: {} for task in paths}
+    heads = {task: {n: t for n, t in own.items() if private in n} for task, own in inputs.items()}
+    expected = {task: dict(own) for task, own in heads.items()}
     places: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = defaultdict(dict)
-    entries = []
+    entries, masked = [], set[str]()
     for block, members in blocks.items():
-        described = []
-        for chosen, kind in groups(block):
-            tasks = tuple(chosen)
+        described: list[dict[str, Any]] = []
+        for tasks, kind in ((tuple(chosen), kind) for chosen, kind in groups(block)):
             described.append(
-                {"tasks": list(tasks), "kind": kind, "similarity": 0.5 if tasks[1:] else None}
+                {"tasks": tasks, "kind": kind, "similarity": 0.5 if tasks[1:] else None}
             )
+            stored = places["dense" if kind == "dense" else "unified", tasks]
+            first = inputs[tasks[0]]
             if kind == "dense":
                 for name in members:
                     mean = sum(inputs[task][name].double() for task in tasks) / len(tasks)
-                    value = mean.to(inputs[tasks[0]][name].dtype)
-                    places["dense", tasks][name] = value
+                    stored[name] = mean.to(first[name].dtype)
                     for task in tasks:
-                        expected[task][name] = value
+                        expected[task][name] = stored[name]
                 continue
-            rescale = {task: 0.5 + index / 4 for index, task in enumerate(tasks)}
-            described[-1]["rescale"] = rescale
-            unified = {}
+            masked.update(tasks)
+            described[-1]["rescale"] = rescale = {t: 0.5 + i / 4 for i, t in enumerate(tasks)}
             for name in members:
                 places["base", ()][name] = before[name]
-                task_vector = inputs[tasks[0]][name] - before[name]
-                unified[name] = places["unified", tasks][name] = task_vector
+                stored[name] = first[name] - before[name]
             for task in tasks:
                 masks = {name: torch.rand(before[name].shape) < 0.5 for name in members}
                 bits = np.concatenate([masks[name].numpy().reshape(-1) for name in members])
                 packed = np.packbits(bits, bitorder="little")
                 places["masks", (task,)][block] = torch.from_numpy(packed)
                 for name in members:
-                    change = rescale[task] * (masks[name] * unified[name].float())
-                    value = (before[name].float() + change).to(unified[name].dtype)
-                    expected[task][name] = value
+                    change = rescale[task] * (masks[name] * stored[name].float())
+                    expected[task][name] = (before[name].float() + change).to(stored[name].dtype)
         entries.append(
             {
                 "name": block,
                 "kind": "some kind",
-                "tensors": [{"name": n, "shape": list(before[n].shape)} for n in members],
+                "tensors": _shapes({name: before[name] for name in members}),
                 "groups": described,
             }
         )
-    heads = []
-    for task, tensors in inputs.items():
-        own = {name: tensor for name, tensor in tensors.items() if private in name}
+    for task, own in heads.items():
         places["dense", (task,)].update(own)
-        expected[task].update(own)
-        heads.append(
-            {
-                "task": task,
-                "tensors": [{"name": n, "shape": list(t.shape)} for n, t in own.items()],
-            }
-        )
 
     (out / "shards").mkdir(parents=True)
     files = _files(out, places, list(paths), files_per_set)
-    stored = _bytes(t for tensors in places.values() for t in tensors.values())
-    in_heads = _bytes(t for tensors in inputs.values() for n, t in tensors.items() if private in n)
-    unit = _bytes(t for tensors in inputs.values() for t in tensors.values()) - in_heads
-    unit //= len(paths)
-    masked = {t for e in entries for g in e["groups"] if g["kind"] != "dense" for t in g["tasks"]}
+    stored_bytes, in_heads = _bytes(places), _bytes(heads)
+    unit = (_bytes(inputs) - in_heads) // len(paths)
     content = {
         "format": "flexmerge",
         "version": 1,
@@ -164,8 +146,8 @@ def write(
         "method": {"algorithm": "average", "parameters": {}},
         "base_model": str(base),
         "size": {
-            "models": (stored - in_heads) / unit,
-            "bytes": stored,
+            "models": (stored_bytes - in_heads) / unit,
+            "bytes": stored_bytes,
             "unit_bytes": unit,
             "private_bytes": in_heads,
         },
@@ -175,7 +157,7 @@ def write(
         ],
         "files": files,
         "blocks": entries,
-        "private": heads,
+        "private": [{"task": task, "tensors": _shapes(own)} for task, own in heads.items()],
     }
     (out / "flexmerge.json").write_text(json.dumps(content))
     for task, path in paths.items():
@@ -205,8 +187,12 @@ def redescribe(out: Path) -> None:
             entry.update(described(out, entry["path"]))
 
 
-def _bytes(tensors: Iterator[Tensor]) -> int:
-    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+def _bytes(owners: Mapping[Any, Mapping[str, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for own in owners.values() for t in own.values())
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    return [{"name": name, "shape": list(tensor.shape)} for name, tensor in tensors.items()]
 
 
 def _files(
