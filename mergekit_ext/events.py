@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from mergekit_ext.errors import Problem, printable
+from mergekit_ext.errors import ConfigError, Problem, printable
 
 _LONGEST_NAME = 200
 
@@ -328,12 +328,19 @@ class JsonLines(MergeCallback):
 
     `time` is in seconds since the epoch. `target` is a path, which is appended to, or an open
     text file, which is left open.
+
+    Raises:
+        ConfigError: the path cannot be written; `where` names what gave it.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | IO[str]):
+    def __init__(self, target: str | os.PathLike[str] | IO[str], where: str = "target"):
         self._owned = isinstance(target, (str, os.PathLike))
         if isinstance(target, (str, os.PathLike)):
-            target = Path(target).open("a", encoding="utf-8")  # noqa: SIM115 (see `close`)
+            try:
+                target = Path(target).open("a", encoding="utf-8")  # noqa: SIM115 (see `close`)
+            except OSError as error:
+                found = f"{target} ({error.strerror})"
+                raise ConfigError([Problem(where, found, "a file to append to")]) from None
         self._file: IO[str] = target
 
     def _write(self, event: Event) -> None:

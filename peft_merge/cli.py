@@ -64,10 +64,6 @@ def main(
         "patterns": patterns or None,
         "allow_pickle": allow_pickle,
     }
-    try:
-        lines = [JsonLines(jsonl)] if jsonl and not check else []
-    except OSError as error:
-        raise click.BadParameter(f"{jsonl}: {error.strerror}", param_hint="--jsonl") from None
     with warnings.catch_warnings():
         warnings.showwarning = _show
         try:
@@ -75,6 +71,7 @@ def main(
                 if check:
                     click.echo(preview(plan_config(config, out, **options)))
                     return
+                lines = [JsonLines(jsonl, "--jsonl")] if jsonl else []
                 bars = [] if quiet else [ProgressBar()]
                 result = run_config(config, out or "", callbacks=[*bars, *lines], **options)
         except MergekitExtError as error:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mergekit_ext.core.memory import in_units
+from mergekit_ext.core import memory
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.config.plan import MergePlan
 from peft_merge.saved import saved_names
@@ -131,7 +131,7 @@ def _short(dtype: object) -> str:
 def _output(plan: MergePlan) -> str:
     def size(patterns: bool) -> str:
         count = plan.numbers(patterns=patterns)
-        return f"{in_units(count * plan.dtype.itemsize)} of {_short(plan.dtype)}"
+        return f"{memory.size(count * plan.dtype.itemsize)} of {_short(plan.dtype)}"
 
     if plan.kind == "ia3":
         return f"{plan.numbers(patterns=False):,} numbers, {size(False)}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_ext.core.memory import in_units, shard_size
+from mergekit_ext.core.memory import limited, shard_size, size
 from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
@@ -59,13 +59,12 @@ def check(
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit.options import MergeOptions
 
-    from mergekit_ext.core.memory import limited
     from mergekit_ext.host.checks.merge import check_source
     from mergekit_ext.host.commands import for_commands
     from mergekit_ext.io.headers import allowing_pickles
 
     try:
-        size = shard_size(out_shard_size)
+        largest = shard_size(out_shard_size)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--out-shard-size") from None
     try:
@@ -79,7 +78,7 @@ def check(
     with for_commands(), limited(max_memory), allowing_pickles(allow_pickle):
         reports = check_source(
             text,
-            MergeOptions(out_shard_size=size, **flags),
+            MergeOptions(out_shard_size=largest, **flags),
             union=tensor_union,
             intersection=tensor_intersection,
         )
@@ -114,7 +113,7 @@ def _as_text(name: str | None, report: CheckReport) -> str:
 def _estimate(cost: Estimate) -> list[str]:
     return [
         f"Output:        {cost.tensors:,} tensors, {cost.parameters:,} parameters",
-        f"Bytes read:    {in_units(cost.bytes_read)}",
-        f"Bytes written: {in_units(cost.bytes_written)}",
-        f"Bytes held:    {in_units(cost.bytes_held)} at most, estimated",
+        f"Bytes read:    {size(cost.bytes_read)}",
+        f"Bytes written: {size(cost.bytes_written)}",
+        f"Bytes held:    {size(cost.bytes_held)} at most, estimated",
     ]

@@ -49,10 +49,7 @@ def merge(
     """
     merge_options.apply_global_options()
     with for_commands(shared=True), launched() as together, _only_main_prints(together):
-        try:
-            callbacks = [JsonLines(events)] if events and together.is_main else []
-        except OSError as error:
-            raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
+        callbacks = [JsonLines(events, "--events")] if events and together.is_main else []
         with limited(max_memory), allowing_pickles(allow_pickle):
             mergekit_ext.merge(
                 config_file, out_path, merge_options, callbacks=callbacks, restart=restart

@@ -71,10 +71,6 @@ def sizes(
     such as {'accuracy': 0.9}; the higher, the better.
     """
     merge_options.apply_global_options()
-    try:
-        callbacks = [JsonLines(events)] if events else []
-    except OSError as error:
-        raise click.BadParameter(f"{events}: {error.strerror}", param_hint="--events") from None
     with for_commands(), limited(max_memory), allowing_pickles(allow_pickle):
         write_curve(
             config_file,
@@ -84,7 +80,7 @@ def sizes(
             algorithms,
             None if evaluate is None else _function(evaluate),
             metric,
-            callbacks,
+            [JsonLines(events, "--events")] if events else (),
         )
 
 

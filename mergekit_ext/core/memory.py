@@ -193,12 +193,12 @@ def problems(need: Need) -> Iterator[Problem]:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes in words, rounded up, so that a cap of this size suffices."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6)):
-        if count >= scale:
-            hundredths = -(-count * 100 // scale)
-            return f"{hundredths / 100:g}{unit}"
-    return f"{-(-count // 1000)}kB"
+    """Return bytes in decimal units, rounded up, so that a cap of this size suffices."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if count >= _UNITS[unit]:
+            hundredths = -(-count * 100 // _UNITS[unit])
+            return f"{hundredths / 100:g}{unit.replace('K', 'k')}"
+    return f"{count}B"
 
 
 def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | None]:
@@ -226,16 +226,6 @@ def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | No
     if not 0 < amount < _MOST or (in_bytes and amount < 1):
         raise ValueError(expected)
     return (None, int(amount)) if in_bytes else (float(amount), None)
-
-
-def in_units(count: int) -> str:
-    """Return a number of bytes in decimal units, as disks are sold and shards are counted."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def shard_size(value: str | int) -> int:

@@ -22,10 +22,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_ext import parallel
 from mergekit_ext.errors import (
-    ConfigError,
     MergekitExtError,
     MergeWarning,
-    Problem,
     RankError,
     StoppedError,
 )
@@ -180,12 +178,7 @@ def listening(
     if parallel.current().is_main:
         listeners += [*([] if options.quiet else [ProgressBar()]), *callbacks]
         if path := os.environ.get(EVENTS_VARIABLE):
-            try:
-                listeners.append(JsonLines(path))
-            except OSError as error:
-                found = f"{path} ({error.strerror})"
-                problem = Problem(EVENTS_VARIABLE, found, "a file to append to")
-                raise ConfigError([problem]) from None
+            listeners.append(JsonLines(path, EVENTS_VARIABLE))
     session = Session(Dispatcher(listeners), out_path, source, options.quiet)
     try:
         try:

@@ -102,7 +102,7 @@ def test_check_says_what_would_be_written(place):
         "one      LoRA  4       4        0              float32",
         "two      LoRA  2 to 4  6        0              float32",
         "Modules: 6, 4 of them in all adapters",
-        "Output:  at most rank 8 in every module, 6.1 kB of float32 (at most 4.4 kB of float32 "
+        "Output:  at most rank 8 in every module, 6.15kB of float32 (at most 4.36kB of float32 "
         "with `patterns: true`)",
     ):
         assert line in done.output
@@ -111,7 +111,7 @@ def test_check_says_what_would_be_written(place):
 
 def test_the_size_of_a_check_is_that_of_the_merge(place):
     previewed = called("--check", "--rank", 2, place / "merge.yml").output
-    assert "Output:  rank 2 in every module, 1.5 kB of float32" in previewed
+    assert "Output:  rank 2 in every module, 1.54kB of float32" in previewed
     assert called(place / "merge.yml", place / "out", "--rank", 2, "-q").exit_code == 0
     tensors = load_file(place / "out" / "adapter_model.safetensors")
     assert sum(tensor.nbytes for tensor in tensors.values()) == 1536
