@@ -25,6 +25,7 @@ import torch
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem, did_you_mean, shown
 from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.config.check import methods
 from peft_merge.flexmerge.method import NAME as FLEXMERGE
 from peft_merge.io.names import PREFIX
 from peft_merge.io.read import adapters_of
@@ -114,10 +115,13 @@ def add_merged_adapter(
     meant = Meaning(method or "linear", {} if method not in (None, "linear") else _SUM.parameters)
     problems = [*_name_problems(peft_model, adapter_name), *_adapter_problems(peft_model, adapters)]
     if combination_type is not None:
-        problems += _type_problems(combination_type, density)
+        problems += _type_problems(combination_type, density, majority_sign_method)
         meant = COMBINATION_TYPES.get(combination_type, meant)
         if method is not None:
             problems.append(Problem("method", "it beside `combination_type`", "one of the two"))
+    if method is not None and method not in methods():
+        remedy = did_you_mean(method, methods())
+        problems.append(Problem("method", shown(method), "a merge method", remedy))
     if method == FLEXMERGE:
         problems.append(Problem("method", shown(method), "one that makes one adapter"))
     if svd_clamp is not None:
@@ -184,15 +188,25 @@ def _adapter_problems(model: Any, adapters: Sequence[str]) -> Iterator[Problem]:
             )
 
 
-def _type_problems(combination_type: str, density: float | None) -> Iterator[Problem]:
+def _type_problems(
+    combination_type: str, density: float | None, majority_sign_method: str
+) -> Iterator[Problem]:
     meant = COMBINATION_TYPES.get(combination_type)
     if meant is None:
         remedy = did_you_mean(combination_type, list(COMBINATION_TYPES))
         expected = "a combination type of PEFT"
         yield Problem("combination_type", shown(combination_type), expected, remedy)
-    elif meant is not _SUM and density is None:
+        return
+    if meant is not _SUM and density is None:
         expected = f"the share of entries that `{combination_type}` keeps, above 0 up to 1"
         yield Problem("density", "nothing", expected, "Add `density=0.5`, say.")
+    if meant is _SUM and density is not None:
+        expected = f"nothing: `{combination_type}` drops no entries"
+        yield Problem("density", shown(density), expected, "Leave it out.")
+    if "ties" not in combination_type and majority_sign_method != "total":
+        expected = f"nothing: `{combination_type}` elects no signs"
+        value = shown(majority_sign_method)
+        yield Problem("majority_sign_method", value, expected, "Leave it out.")
 
 
 def _without_biases(model: Any, adapter: Adapter) -> Adapter:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.core import memory
-from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.adapter import Adapter, LoraAdapter, one_rank
 from peft_merge.config.plan import MergePlan
 from peft_merge.saved import saved_names
 
@@ -136,8 +136,8 @@ def _output(plan: MergePlan) -> str:
     if plan.kind == "ia3":
         return f"{plan.numbers(patterns=False):,} numbers, {size(False)}"
     bound = "" if isinstance(plan.rank, int) else "at most "
-    rank = max(map(plan.largest_rank, plan.modules))
     if plan.patterns:
-        return f"{bound}rank {rank}, {size(True)}"
+        return f"{bound}rank {max(map(plan.largest_rank, plan.modules))}, {size(True)}"
     apart = "" if size(True) == size(False) else f" ({bound}{size(True)} with `patterns: true`)"
+    rank = one_rank(plan.merged_infos().values())
     return f"{bound}rank {rank} in every module, {size(False)}{apart}"

@@ -136,7 +136,7 @@ def from_main(make: Callable[[], _T]) -> _T:
     try:
         if is_main():
             sent[0] = make()
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C, too
         sent[1] = f"{type(error).__name__}: {error}"
         raise
     finally:

@@ -18,15 +18,14 @@ from typing import Any
 
 import yaml
 
-from mergekit_ext.errors import MOST_SHOWN, ConfigError, FileError, Problem
+from mergekit_ext.errors import MOST_SHOWN, ConfigError, FileError, Problem, join
 
 # Several times what a merge of hundreds of layers needs that says something of each.
 _MOST_CHARACTERS = 2 << 20
 _MOST_VALUES = 50_000
 _MOST_DOCUMENTS = 1_000
 _DEEPEST = 64
-_LONGEST_INTEGER = 20  # 64 bits in decimal digits; no merge needs a larger whole number
-_INTEGER = "tag:yaml.org,2002:int"
+_LONGEST_INTEGER = 100  # 64 binary digits, and their signs and underscores
 
 
 def text_of(path: Path) -> str:
@@ -154,6 +153,7 @@ class _Bounded(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self._composed = 0
+        self._path: list[Any] = []  # of the node: positions in lists, keys as nodes, None
         self.repeated: list[Problem] = []
 
     def next_node(self) -> yaml.Node | None:
@@ -163,11 +163,18 @@ class _Bounded(yaml.SafeLoader):
         self._composed += 1
         if self._composed > _MOST_VALUES:
             raise FileError("the file", f"more than {_MOST_VALUES:,} values", "fewer")
+        self._path.append(index)
         node = super().compose_node(parent, index)
-        if node is not None and node.tag == _INTEGER and len(node.value) > _LONGEST_INTEGER:
-            found = f"a whole number of {len(node.value):,} digits"
-            raise FileError(_line(node), found, "numbers of 64 bits at most")
+        self._path.pop()
         return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) <= _LONGEST_INTEGER:
+            value = int(super().construct_yaml_int(node))
+            if abs(value) < 1 << 64:  # no merge needs a larger one
+                return value
+        found = f"a whole number of {len(node.value):,} digits"
+        raise FileError(_line(node), found, "numbers of 64 bits at most")
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -177,10 +184,16 @@ class _Bounded(yaml.SafeLoader):
             if name in lines and name != "<<":
                 found = f"the key twice, on lines {lines[name]} and {line}"
                 expected = "each key once (YAML keeps the last one only)"
-                problem = Problem(name, found, expected, "Remove one of the two.")
-                self.repeated.append(problem)
+                where = ""
+                for step in (*self._path, key):
+                    if step is not None:
+                        where = join(where, step if isinstance(step, int) else str(step.value))
+                self.repeated.append(Problem(where, found, expected, "Remove one of the two."))
             lines.setdefault(name, line)
         return node
+
+
+_Bounded.add_constructor("tag:yaml.org,2002:int", _Bounded.construct_yaml_int)
 
 
 def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int] | None]) -> tuple[int, int]:

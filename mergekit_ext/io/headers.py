@@ -144,7 +144,8 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
         if not text.startswith("{"):
             raise ValueError("the header is not an object")
         header = parse_json(text, unique=True)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("the metadata are no texts")
         "".join([*header, *metadata, *metadata.values()]).encode()  # no half of a surrogate pair

@@ -254,10 +254,15 @@ def written(request: Request, adapters: Sequence[Adapter]) -> str:
         "dtype": request.dtype and str(request.dtype).removeprefix("torch."),
     }
     document = {key: value for key, value in values.items() if value not in (None, {})}
-    # Through JSON: paths, tuples and NumPy's numbers are none of YAML's.
-    plain = json.loads(json.dumps(document, default=_plain))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plain(document), sort_keys=False, allow_unicode=True)
+
+
+def plain(value: Any) -> Any:
+    """Return a value through JSON, without paths, tuples, tensors and NumPy's numbers."""
+    return json.loads(json.dumps(value, default=_plain))
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
     return dict(value) if isinstance(value, Mapping) else os.fspath(value)

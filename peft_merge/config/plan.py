@@ -17,9 +17,9 @@ import torch
 from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
 from mergekit_ext.methods import Method, Settings
-from peft_merge.adapter import Adapter, one_rank
+from peft_merge.adapter import Adapter, ModuleInfo, one_rank
 from peft_merge.algebra.truncated import Rank
-from peft_merge.config.document import Request
+from peft_merge.config.document import Request, plain
 from peft_merge.io.merged import stored_ranks
 from peft_merge.io.names import LAYER
 
@@ -277,14 +277,18 @@ class MergePlan:
             return bound
         return min(sum(info.rank for info in self.infos(module).values()), bound)
 
+    def merged_infos(self) -> dict[str, ModuleInfo]:
+        """Return what each module of a LoRA is in the output, with the largest rank it can get."""
+        return {
+            module: replace(next(iter(self.infos(module).values())), rank=self.largest_rank(module))
+            for module in self.modules
+        }
+
     def numbers(self, *, patterns: bool) -> int:
         """Return how many numbers the modules of the output have, at most; `patterns` as above."""
         if self.kind == "ia3":
             return sum(math.prod(self.shape(module)) for module in self.modules)
-        infos = {
-            module: replace(next(iter(self.infos(module).values())), rank=self.largest_rank(module))
-            for module in self.modules
-        }
+        infos = self.merged_infos()
         ranks = stored_ranks(infos, None if patterns else one_rank(infos.values()))
         return sum(
             info.matrices * ranks[module] * (info.rows + info.columns)
@@ -305,10 +309,12 @@ class MergePlan:
                 }
                 for adapter, source in zip(self.adapters, sources, strict=True)
             ],
-            "parameters": {
-                "shared": dict(self.request.parameters),
-                "each": [dict(item.parameters) for item in self.request.inputs],
-            },
+            "parameters": plain(
+                {
+                    "shared": self.request.parameters,
+                    "each": [item.parameters for item in self.request.inputs],
+                }
+            ),
             "rank": self.rank,
             "patterns": self.patterns,
             "space": self.space,

@@ -20,7 +20,7 @@ from mergekit_ext.io.staging import new_folder
 from mergekit_ext.report.card import table
 from peft_merge.adapter import Adapter
 from peft_merge.io.read import CONFIG, SAFETENSORS
-from peft_merge.io.write import CARD, MERGE_CONFIG, PROJECT, REPORT, card, fill_folder, page
+from peft_merge.io.write import CARD, MERGE_CONFIG, PROJECT, REPORT, card_of, fill_folder, page
 
 # A task's name is the name of its folder, and of its adapter in a PeftModel, where a dot would
 # separate modules.
@@ -162,7 +162,7 @@ class FlexMerged:
         with new_folder(path, "writing this FlexMerge") as folder:
             for adapter in self.adapters:
                 made = {"method": "flexmerge", "adapters": self.report["adapters"]}
-                text = card(adapter, None, made if self._shared(adapter.name) else {})
+                text = card_of(adapter, None, made if self._shared(adapter.name) else {})
                 (folder / adapter.name).mkdir()
                 fill_folder(adapter, folder / adapter.name, {CARD: text})
             texts = {

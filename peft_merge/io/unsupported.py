@@ -155,14 +155,11 @@ class _Fields(BaseModel):
 
 
 # Fields of LoraConfig and IA3Config (PEFT 0.21) that are read, or that cannot change the function.
-KNOWN = frozenset(
+_COMMON = frozenset(
     (
-        *_Fields.model_fields,
-        *REFUSALS,
-        *("peft_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
-        *("init_lora_weights", "init_ia3_weights", "megatron_core"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
-        *("qalora_group_size", "ensure_weight_tying", "modules_to_tie", "target_modules_to_tie"),
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+        *("revision", "inference_mode", "runtime_config", "target_modules", "exclude_modules"),
+        *("fan_in_fan_out", "modules_to_save"),
         # Of other trainers, for training only; PEFT drops them when it loads an adapter:
         "merge_weights",  # PEFT before 0.4: whether the model merged it for evaluation
         "lora_dtype",  # ms-swift: the dtype of the factors in training
@@ -170,6 +167,17 @@ KNOWN = frozenset(
         "lorap_emb_lr",  # ms-swift: LoRA+, the learning rate of embeddings
     )
 )
+KNOWN = {
+    "LORA": _COMMON
+    | {
+        *(_Fields.model_fields.keys() - {"feedforward_modules"}),
+        *REFUSALS,
+        *("init_lora_weights", "megatron_core"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+        *("qalora_group_size", "ensure_weight_tying", "modules_to_tie", "target_modules_to_tie"),
+    },
+    "IA3": _COMMON | {"feedforward_modules", "init_ia3_weights"},
+}
 
 # Tensors of variants, by a part of their names.
 _TENSORS: dict[str, str] = {
@@ -204,13 +212,16 @@ def field_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
 
 def _refused(config: Mapping[str, Any]) -> Iterator[Problem]:
     kind = config.get("peft_type")
-    if kind not in ("LORA", "IA3"):
-        found = "nothing: this is no PEFT configuration" if kind is None else repr(kind)
+    if not isinstance(kind, str) or kind not in KNOWN:
+        found, remedy = repr(kind), _REMEDY
+        if kind is None:
+            found = "nothing: this is no PEFT configuration"
+            remedy = "Give the folder that PEFT's save_pretrained wrote."
         expected = "LORA or IA3, the adapters that are sums or products of weights"
-        yield Problem("peft_type", found, expected, _REMEDY)
+        yield Problem("peft_type", found, expected, remedy)
         return
     for field, reason in REFUSALS.items():
-        if value := config.get(field):
+        if field in KNOWN[kind] and (value := config.get(field)):
             yield Problem(field, f"{shown(value)}; {reason}", "an adapter without it", _REMEDY)
     value = config.get("init_lora_weights")
     name = str(value).lower()
@@ -219,8 +230,13 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Problem]:
         expected = "one that leaves its base as it is, such as " + ", ".join(
             _HARMLESS_INITIALISATIONS
         )
-        yield Problem("init_lora_weights", f"{shown(value)}; {reason}", expected, _CONVERT)
-    for field in sorted(set(config) - KNOWN):
+        remedy = _CONVERT
+        if reason == _INITIALISATIONS[""]:
+            remedy = (
+                "Set it to true in adapter_config.json if it leaves the base's weights as they are."
+            )
+        yield Problem("init_lora_weights", f"{shown(value)}; {reason}", expected, remedy)
+    for field in sorted(set(config) - KNOWN[kind]):
         value = config[field]
         if value is not None and value is not False and value not in ("", [], {}, ()):
             yield Problem(

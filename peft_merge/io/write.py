@@ -31,6 +31,7 @@ def save_adapter(
     *,
     merge_config: str | None = None,
     report: Mapping[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write an adapter's folder: it appears complete and checked, or not at all.
 
@@ -41,13 +42,14 @@ def save_adapter(
         adapter: as read, or merged.
         path: a folder that does not exist or is empty.
         merge_config: for merge_config.yml.
-        report: for merge_report.json, as merges return it.
+        report: JSON values for merge_report.json.
+        card: the text of README.md; one is made if it is None.
 
     Raises:
         ConfigError: there is something at `path`, or it cannot be written.
         NonFiniteError: a tensor overflowed in the dtype in which it is to be stored.
     """
-    texts = {CARD: card(adapter, merge_config, report)}
+    texts = {CARD: card_of(adapter, merge_config, report) if card is None else card}
     if merge_config is not None:
         texts[MERGE_CONFIG] = merge_config
     if report is not None:
@@ -121,7 +123,7 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield names.stored(name, adapter.infos), load()
 
 
-def card(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any] | None) -> str:
+def card_of(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any] | None) -> str:
     """Return README.md: metadata as the Hub wants it, what was merged, and how to load it.
 
     The Hub refuses folders of one machine as a base.
@@ -136,9 +138,12 @@ def card(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any] |
         tags.append(f"base_model:adapter:{base}")
         shown = f"`{base}`"
     paragraphs = [f"A merged {kind} adapter of {shown}, made with `peft-merge` from {PROJECT}."]
-    if report and "method" in report:
-        merged = "\n".join(f"- {item['name']}" for item in report.get("adapters", ()))
-        paragraphs += [f"Method: `{report['method']}`.", "Merged adapters:", merged]
+    report = report or {}
+    if "method" in report:
+        paragraphs.append(f"Method: `{report['method']}`.")
+    if isinstance(merged := report.get("adapters"), (list, tuple)):
+        called = [item.get("name", item) if isinstance(item, Mapping) else item for item in merged]
+        paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
     example = [
         "from peft import PeftModel",
         "",

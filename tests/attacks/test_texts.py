@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from mergekit_ext.errors import FileError
+from mergekit_ext.io.documents import read
 from tests.attacks import texts
 from tests.attacks.readers import JSON, command, file_of
 
@@ -55,6 +57,29 @@ def test_yaml(name, text, tmp_path, refused, monkeypatch):
     file.write_bytes(texts.YAML[text])
     refused(lambda inputs, out: command(*_COMMANDS[name](file, out)), tmp_path / "work")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1_000_000_000_000_000_000", 10**18),
+        ("0b" + "1" * 64, 2**64 - 1),
+        ("18446744073709551615", 2**64 - 1),
+        ("18446744073709551616", None),
+        ("-99999999999999999999", None),
+    ],
+)
+def test_whole_numbers_have_64_bits(text, value):
+    if value is None:
+        with pytest.raises(FileError, match="64 bits at most"):
+            read(f"seed: {text}")
+    else:
+        assert read(f"seed: {text}") == ([{"seed": value}], [])
+
+
+def test_a_key_given_twice_has_its_path():
+    (problem,) = read("models:\n- a: 1\n- model: x\n  model: y\n")[1]
+    assert (problem.where, problem.found) == ("models[1].model", "the key twice, on lines 3 and 4")
 
 
 @pytest.mark.parametrize("text", texts.MANY)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
 from mergekit_ext.errors import FileError
 from mergekit_ext.io.headers import read_safetensors
 from tests.attacks.readers import WEIGHTS, file_of, own_up
-from tests.attacks.weights import ATTACKS, NAMES
+from tests.attacks.weights import ATTACKS, NAMES, joined
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -26,6 +27,12 @@ def test_the_header_is_refused(attack, sound, tmp_path):
     with pytest.raises(FileError) as raised:
         read_safetensors(file)
     assert len(str(raised.value)) < 1000
+
+
+def test_metadata_may_be_null_as_for_the_library(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(joined({"__metadata__": None}, b""))
+    assert not load_file(file) and not read_safetensors(file)
 
 
 # Each reader meets some of the corpus, and each file several readers.

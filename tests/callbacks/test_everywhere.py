@@ -69,7 +69,10 @@ def test_an_accelerate_loop_with_two_processes(tmp_path):
     # A merge that fails in the main process stops the others with its reason.
     assert (main["misfit"], other["misfit"]) == ("RuntimeError", "MergeError")
     assert main["error"] == "RuntimeError: no score today"
-    assert other["error"].startswith("MergeError: the main process could not merge: RuntimeError")
+    failed = "MergeError: the main process could not merge: "
+    assert other["error"].startswith(f"{failed}RuntimeError")
+    assert main["interrupted"].startswith("KeyboardInterrupt")
+    assert other["interrupted"].startswith(f"{failed}KeyboardInterrupt")
 
 
 def trainer(folder: Path, model, callbacks, steps: int, **options) -> Trainer:

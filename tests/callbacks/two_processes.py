@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from mergekit_ext.callbacks import Evaluate, LogTo, MergeCheckpoints
+from mergekit_ext.callbacks.trainer import from_main
 from mergekit_ext.errors import MergeError
 from tests.callbacks.diary import Diary
 from tests.callbacks.small import llama, lora_model
@@ -103,6 +104,17 @@ def fail(accelerator):
     return ""
 
 
+def interrupted(accelerator):
+    def stop():
+        raise KeyboardInterrupt
+
+    try:
+        from_main(stop)
+    except (KeyboardInterrupt, MergeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def misfit(accelerator):
     average = MergeCheckpoints("average", load=True)
     average.on_step_end(1, llama())
@@ -118,6 +130,7 @@ if __name__ == "__main__":
     found = {
         **train(accelerator),
         "error": fail(accelerator),
+        "interrupted": interrupted(accelerator),
         "misfit": misfit(accelerator),
         "processes": accelerator.num_processes,
     }

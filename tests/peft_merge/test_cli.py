@@ -118,6 +118,15 @@ def test_the_size_of_a_check_is_that_of_the_merge(place):
     assert yaml.safe_load((place / "out" / "merge_config.yml").read_text())["rank"] == 2
 
 
+def test_the_rank_of_a_check_is_that_of_the_configuration(tmp_path):
+    source = saved(KINDS["convolutions"], tmp_path / "one", seed=1)
+    (tmp_path / "merge.yml").write_text(f"merge_method: linear\nmodels:\n- model: {source}\n")
+    previewed = called("--check", tmp_path / "merge.yml").output
+    assert called(tmp_path / "merge.yml", tmp_path / "out", "-q").exit_code == 0
+    r = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"]
+    assert f"rank {r} in every module" in previewed
+
+
 def test_ranks_of_the_command_line(place):
     for text, said in (("lossless", "No problems"), ("energy=0.9", "No problems")):
         assert said in called("--check", place / "merge.yml", "--rank", text).output

@@ -339,7 +339,7 @@ def test_keys_given_twice(folders, tmp_path):
         f"merge_method: linear\nmodels:\n- model: {folders['one']}\n"
         "parameters:\n  weight: 1\n  weight: 2\n"
     )
-    assert "the key twice, on lines 5 and 6" in the_problem(file)
+    assert "parameters.weight: found the key twice, on lines 5 and 6" in the_problem(file)
 
 
 def test_arguments_from_python(folders):

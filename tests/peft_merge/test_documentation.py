@@ -10,6 +10,8 @@ import torch
 import yaml
 from mergekit.config import MergeConfiguration
 
+import peft_merge.io
+from mergekit_ext import callbacks, flexmerge
 from mergekit_ext.core.parameters import REQUIRED
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.methods import ADAPTERS
@@ -26,6 +28,11 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 TEXT = (DOCS / "adapters.md").read_text(encoding="utf-8")
 FLEXMERGE = (DOCS / "adapters-flexmerge.md").read_text(encoding="utf-8")
 YAML = r"```yaml\n(.*?)```"
+
+
+@pytest.mark.parametrize("package", [peft_merge, peft_merge.io, callbacks, flexmerge])
+def test_public_names_are_listed(package):
+    assert set(package.__all__) <= set(dir(package))
 
 
 def tables():

@@ -84,8 +84,26 @@ def test_fields_of_other_trainers_do_not_matter(adapter_folder):
 
 
 def test_every_field_of_the_installed_peft_is_known():
-    assert set(LoraConfig().to_dict()) <= KNOWN
-    assert set(IA3Config().to_dict()) <= KNOWN
+    assert set(LoraConfig().to_dict()) <= KNOWN["LORA"]
+    assert set(IA3Config().to_dict()) <= KNOWN["IA3"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("ia3", "bias", "all"),
+        ("ia3", "target_parameters", ["q_proj.weight"]),
+        ("ia3", "layer_replication", [[0, 1]]),
+        ("ia3", "use_dora", True),
+        ("plain", "feedforward_modules", ["q_proj"]),
+    ],
+)
+def test_a_field_of_the_other_kind_is_refused(kind, field, value, adapter_folder):
+    folder = change_config(adapter_folder(kind), **{field: value})
+    with pytest.raises(ConfigError, match="another method") as raised:
+        load_adapter(folder)
+    (problem,) = raised.value.problems
+    assert problem.where == f"{folder / 'adapter_config.json'}: {field}"
 
 
 @pytest.mark.parametrize("config", [LoraConfig(), IA3Config()], ids=["LORA", "IA3"])

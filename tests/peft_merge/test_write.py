@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig
@@ -84,6 +85,24 @@ def test_the_inputs_own_target_modules_are_kept_where_they_say_the_same(kind, ad
     folders = [adapter_folder(kind, seed) for seed in (1, 2)]
     merged = merge_adapters(folders).adapter
     assert merged.config["target_modules"] == load_adapter(folders[0]).config["target_modules"]
+
+
+def test_a_card_and_a_report_may_be_of_any_kind(adapter_folder, tmp_path):
+    adapter = load_adapter(adapter_folder("plain"))
+    for number, report in enumerate(({"method": "x", "adapters": ["p", "q"]}, {"adapters": None})):
+        save_adapter(adapter, tmp_path / f"{number}", report=report)
+    assert "- p\n- q\n" in (tmp_path / "0" / "README.md").read_text()
+    save_adapter(adapter, tmp_path / "own", card="# Mine")
+    assert (tmp_path / "own" / "README.md").read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, torch.tensor])
+def test_settings_may_be_numbers_of_numpy_and_torch(kind, adapter_folder, tmp_path):
+    merged = merge_adapters(
+        [adapter_folder("plain")], "dare_linear", weights=[kind(2)], parameters={"density": kind(1)}
+    )
+    merged.save(tmp_path / "merged")
+    assert "weight: 2" in (tmp_path / "merged" / "merge_config.yml").read_text()
 
 
 def test_a_scale_goes_into_the_factors(adapter_folder):
