@@ -124,6 +124,8 @@ def expectation(item: Any) -> str:
         return _OF_FILES[item["type"]]
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ")
+    if item["type"].endswith(("too_short", "too_long")):  # "List should have at least 2 items ..."
+        return message.partition(" should have ")[2].partition(" after ")[0]
     return message[:1].lower() + message[1:] if message[1:2].islower() else message
 
 

@@ -94,7 +94,7 @@ def json_object(
     try:
         content = parse_json(bounded_text(path, largest))
     except (OSError, ValueError) as error:
-        return {}, (f"{path}, which is not JSON ({error})", expected)
+        return {}, (f"{path}, which cannot be read as JSON ({error})", expected)
     if not isinstance(content, dict):
         return {}, (f"{path}, which is no JSON object", expected)
     return content, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from typing import Annotated, Any, Literal, NoReturn
@@ -39,9 +40,17 @@ _SPACES: dict[Kind, tuple[str, ...]] = {"lora": tuple(SPACES), "ia3": VECTOR_SPA
 
 
 def _rank(value: Any) -> Any:
-    """``energy=0.99`` is what stands on the command line for {energy: 0.99}."""
-    name, equals, share = value.partition("=") if isinstance(value, str) else ("", "", "")
-    return {"energy": share} if equals and name.strip() == "energy" else value
+    """``energy=0.99`` is what stands on the command line for {energy: 0.99}.
+
+    YAML takes ``1e2`` for a text.
+    """
+    if isinstance(value, str):
+        name, equals, share = value.partition("=")
+        if equals and name.strip() == "energy":
+            return {"energy": share}
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _name(value: Any) -> Any:
@@ -72,7 +81,6 @@ _OPTIONS = (
         "rank",
         Annotated[Count | Literal["lossless"] | _Energy, BeforeValidator(_rank)] | None,
         None,
-        remedy="Write a whole number from 1, `lossless`, or {energy: 0.99}.",
     ),
     Parameter("patterns", Switch | None, None),
     Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)], 0),
@@ -80,6 +88,12 @@ _OPTIONS = (
     Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu"),
     Parameter("base_model", str | None, None),
 )
+# Where the type's own message does not say it.
+_EXPECTED = {
+    "rank": "a whole number from 1, `lossless`, or {energy: 0.99} with a share above 0 up to 1",
+    "seed": "a whole number from 0, below 2^63",
+    "base_model": "a model's name, which goes into the card and adapter_config.json",
+}
 
 
 def methods() -> tuple[str, ...]:
@@ -221,7 +235,9 @@ def _options(request: Request, found: list[Problem]) -> dict[str, Any]:
     for option in _OPTIONS:
         value = getattr(request, option.name)
         if (wrong := option.problem(value)) is not None:
-            found.append(Problem(option.name, shown(value), *wrong))
+            expected, remedy = wrong
+            expected = _EXPECTED.get(option.name, expected)
+            found.append(Problem(option.name, shown(value), expected, remedy))
         else:
             options[option.name] = option.read(value)
     return options

@@ -119,7 +119,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
         raise ConfigError([Problem(str(folder), f"no {CONFIG}", _SAVED, remedy)])
     config, wrong = json_object(path, "a JSON object", LARGEST)
     if wrong is not None:
-        raise ConfigError([Problem(str(path), *wrong)])
+        raise ConfigError([Problem(CONFIG, *wrong)])
     return config
 
 
