@@ -273,10 +273,11 @@ def _lines(path: Path) -> dict[tuple[str, str], Any]:
     found = {}
     for line in path.read_bytes().split(b"\n")[:-1]:
         content = line[_SUM:]
-        with suppress(ValueError, TypeError, RecursionError):
+        with suppress(ValueError, RecursionError):
             if _sum(content) == line[:_SUM]:
-                kind, key, value = json.loads(content)
-                found[kind, key] = value
+                match json.loads(content):
+                    case [str(kind), str(key), value]:
+                        found[kind, key] = value
     return found
 
 
