@@ -232,3 +232,18 @@ def test_whatever_bytes_a_file_has_it_gives_an_adapter_or_one_error(data, tmp_pa
         assert error.problems
     finally:
         file.write_bytes(original)
+
+
+def test_a_configuration_that_is_no_json_is_named_once(adapter_folder):
+    file = adapter_folder("plain") / "adapter_config.json"
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON") as raised:
+        load_adapter(file.parent)
+    (problem,) = raised.value.problems
+    assert str(problem).count(str(file)) == 1
+
+
+def test_a_list_of_the_wrong_length(adapter_folder):
+    folder = change_config(adapter_folder("plain"), layer_replication=[[1]])
+    with pytest.raises(ConfigError, match=r"found \[1\]; expected at least 2 items\."):
+        load_adapter(folder)
