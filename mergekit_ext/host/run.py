@@ -64,7 +64,7 @@ def merge(
         text = str(config)
         config_source = text if "\n" in text else text_of(Path(text))
         config = parsed(config_source)
-    out_path, options = os.fspath(out_path), options or MergeOptions()
+    out_path, options = os.path.expanduser(out_path), options or MergeOptions()
     method = ext_method(config.merge_method)
     whole = method if isinstance(method, FlexMergeMethod) else None
     unshared = list(process_problems(config.merge_method, options))

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.checks.merge import check_merge, check_source
-from mergekit_ext.host.checks.schema import unknown_keys
+from mergekit_ext.host.checks.schema import between_documents, unknown_keys
 from tests.host.small import LINEAR, at, entries, run, the
 
 
@@ -185,3 +185,20 @@ def test_documents_of_a_multi_merge(models: Path) -> None:
     reports = [report for _, report in check_source(text, MergeOptions())]
     assert "depends on itself" in at(reports[0], "models").found
     assert "again" in at(reports[2], "name").found
+
+
+def test_every_document_of_every_circle() -> None:
+    pairs = {"a": "b", "b": "a", "c": "d", "d": "c", "e": "a", "..": "a", "": "x"}
+    documents = [
+        {**LINEAR, "models": [{"model": other}], **({"name": name} if name else {})}
+        for name, other in pairs.items()
+    ]
+    problems = between_documents([*documents, documents[-1]])
+    found = [[problem.found for problem in problems[i]] for i in range(len(problems))]
+    assert found[:5] == [[f"{name!r}, which depends on itself"] for name in "abcd"] + [[]]
+    assert found[5:] == [["'..'"], [], ["a second document without a name"]]
+
+
+def test_an_unknown_method_without_a_near_name(models: Path) -> None:
+    problem = the(run({"merge_method": "qqqq", "models": entries(models, "a", "b")}))
+    assert "linear" in problem.expected and problem.remedy == "Choose one of them."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ext.host.checks.estimate import pickled_bytes, vocabulary
+from mergekit_ext.host.checks.estimate import pickled_bytes
+from mergekit_ext.host.checks.merge import check_merge
 from tests import models as small
 
 
@@ -29,28 +31,56 @@ def test_the_largest_file_of_each_model_counts_once(tmp_path):
     assert pickled_bytes(models, MergeOptions()) == 7
 
 
-def found(folder, contents, **tokenizer):
-    """The vocabulary of a merge of models with these tokenizers, of which the first is the base."""
-    for name, content in contents.items():
-        (folder / name).mkdir()
-        (folder / name / "tokenizer.json").write_text(content)
-    base, *tuned = (folder / name for name in contents)
-    config = small.config("nan", tuned, base, tokenizer=tokenizer)
-    return vocabulary(MergeConfiguration.model_validate(config), MergeOptions())
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A base with the words w0 to w63, a model with w32 to w95, and a folder of 500 other words."""
+    folder = tmp_path_factory.mktemp("pair")
+    base, (tuned,) = small.family(folder, small.llama, amounts=(0.01,))
+    small.tokenizer(base)
+    small.tokenizer(tuned, [f"w{i}" for i in range(32, 96)])
+    small.tokenizer(folder / "words", map(str, range(500)))
+    return base, tuned
+
+
+def report_of(pair, **keys):
+    base, tuned = pair
+    config = MergeConfiguration.model_validate(small.config("nan", [tuned], base, **keys))
+    return check_merge(config, MergeOptions())[0]
 
 
 @pytest.mark.parametrize(
-    ("contents", "source", "most"),
-    [("xy", "union", 7), ("xx", "union", 4), ("xy", "base", 4)],
-    ids=["joined", "the same", "of one"],
+    ("source", "more", "rows"),
+    [
+        ("union", {}, 96),
+        ("base", {}, 64),
+        ("union", {"tokens": ["new"], "pad_to_multiple_of": 64}, 128),
+        ("words", {}, 500),
+    ],
+    ids=["joined", "of one", "added", "a model that is not merged"],
 )
-def test_rows_of_a_vocabulary(contents, source, most, tmp_path):
-    rows, _ = found(tmp_path, dict(zip("ab", contents, strict=True)), source=source)
-    assert rows([3, 4]) == most
+def test_rows_of_a_built_vocabulary(source, more, rows, pair):
+    base, tuned = pair
+    if "tokens" in more:
+        more = {**more, "tokens": {name: {"source": str(base)} for name in more["tokens"]}}
+    if source == "words":
+        source = str(base.parent / source)
+    plain = report_of(pair).estimate
+    built = report_of(pair, tokenizer={"source": source, **more}).estimate
+    moved = 2 * 32 * (rows - 64)  # embeddings and head
+    assert built.parameters - plain.parameters == moved
+    assert built.bytes_written - plain.bytes_written == 4 * moved
+    assert built.need.parts["tokenizers"] > 2 * (base / "tokenizer.json").stat().st_size
 
 
-def test_rows_that_are_added(tmp_path):
-    tokens = {"new": {"source": str(tmp_path / "a")}}
-    given = {"source": "base", "tokens": tokens, "pad_to_multiple_of": 8}
-    rows, size = found(tmp_path, {"a": "x" * 1000, "b": "y"}, **given)
-    assert rows([16]) >= 24 and size > 2 * 1000
+def test_nothing_is_estimated_of_an_unknown_vocabulary(pair):
+    report = report_of(pair, tokenizer_source="org/elsewhere")
+    assert report.problems == () and report.estimate is None
+
+
+def test_tokenizers_that_cannot_be_read_are_problems(pair, tmp_path):
+    models = [shutil.copytree(model, tmp_path / model.name) for model in pair]
+    for model in models:
+        (model / "tokenizer.json").unlink()
+        (model / "tokenizer.json").symlink_to("/proc/self/mem")
+    report = report_of(models, tokenizer_source="union")
+    assert {problem.where for problem in report.problems} == {"base_model", "models[0].model"}

@@ -176,7 +176,9 @@ def _check_files(folder: Path, where: str, findings: Findings) -> None:
 
 def _warn_of_base(adapter: Adapter, base: str, where: str, findings: Findings) -> None:
     named = str(adapter.config.get("base_model_name_or_path") or "")
-    ours, theirs = _components(os.path.realpath(base)), _components(named)
+    place = Path(os.path.realpath(base))
+    folder = place.parent if place.is_file() else place
+    ours, theirs = _components(str(folder)), _components(named)
     if theirs and theirs[-1] not in ours and ours[-1] not in theirs:
         findings.warn(
             f"{where}: the adapter {adapter.name} names {named} as its base and is applied to "

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import filecmp
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +18,10 @@ import torch
 from mergekit_ext.core.memory import Need, copies_of, square_of, working
 from mergekit_ext.errors import FileError
 from mergekit_ext.host.adapters.loader import file_with_adapter
-from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of, wants_tokenizer
-from mergekit_ext.host.inputs import cached_folder
+from mergekit_ext.host.inputs import cached_folder, models_of
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.io.headers import (
     BITS,
@@ -55,44 +52,49 @@ _TOKENIZER = "tokenizer.json"
 _OTHERS = ("vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _CONVERTED = 4
 # Measured with 32,000 to 128,000 tokens: tables, texts and merges of every tokenizer, and what
-# reads, copies and compares one.
+# reads and copies one.
 _EACH, _ONCE = 8, 16
-_COMPARED = 256 << 20
 
 # From the sizes of the inputs along the axis of the vocabulary to that of the output.
 Rows = Callable[[Sequence[int]], int]
 
 
 def estimate(
-    inventory: Inventory, shared: Sequence[Mapping[str, Any]], collects: bool
+    inventory: Inventory,
+    shared: Sequence[Mapping[str, Any]],
+    collects: bool,
+    tokens: int | None = None,
 ) -> Estimate | None:
     """Add everything up; None when the shape of some tensor is known from no input.
+
+    Without `tokens`, the least that can be is written, and the most is held.
 
     Args:
         inventory: with every tensor located.
         shared: the distinct sets of shared parameters.
         collects: whether the output's tensors are collected for a shard, not written one by one.
+        tokens: rows of the embeddings, where a tokenizer that is built decides them.
     """
     config, options, method = inventory.config, inventory.options, inventory.method
     if not all(tensor.headers for tensor in inventory.located):
         return None
-    built = vocabulary(config, options)
-    rows, tokenizers = built or (min, 0)  # without a tokenizer vocabularies are cut
+    bounds = _rows(inventory, tokens)
+    if bounds is None:
+        return None
+    least, most = bounds
     read = {
         (model, stored.name): stored.nbytes
         for tensor in inventory.located
         for model, stored in _each(tensor)
     }
-    entries = [_entry(tensor, config, rows) for tensor in inventory.located]
-    needs = [
-        _need(tensor, entry, inventory, built is not None and _axis(tensor) is not None)
-        for tensor, entry in zip(inventory.located, entries, strict=True)
-    ]
+    entries = [_entry(tensor, config, least) for tensor in inventory.located]
+    needs = [_need(tensor, _entry(tensor, config, most), inventory) for tensor in inventory.located]
     passes = [method.passes(s) for s in shared] if isinstance(method, ExtMethod) else []
     written = sum(entry.nbytes for entry in entries)
     need = max(needs, key=lambda need: need.most, default=Need("nothing"))
     pickles = pickled_bytes({model for model, _ in read}, options)
-    need = replace(need, parts={**need.parts, "tokenizers": tokenizers, "whole pickles": pickles})
+    loaders = {"tokenizers": tokenizer_bytes(config, options), "whole pickles": pickles}
+    need = replace(need, parts={**need.parts, **loaders})
     if collects:
         shard = options.out_shard_size
         collected = {"the shard": min(shard, written) if shard > 0 else written}
@@ -107,13 +109,29 @@ def estimate(
     )
 
 
-def _need(
-    tensor: PlannedTensor, entry: TensorHeader, inventory: Inventory, rows_moved: bool
-) -> Need:
+def _rows(inventory: Inventory, tokens: int | None) -> tuple[Rows, Rows] | None:
+    """The fewest and the most rows of embeddings; None if only a model elsewhere decides them."""
+    config = inventory.config
+    if not wants_tokenizer(config):
+        return min, min  # vocabularies are cut
+    asked = config.tokenizer
+    source = asked.source if asked else config.tokenizer_source
+    if tokens is not None:
+        return lambda _: tokens, lambda _: tokens
+    more = len(asked.tokens or ()) + (asked.pad_to_multiple_of or 1) - 1 if asked else 0
+    if source == "union":
+        return max, lambda sizes: sum(sizes) + more
+    if source == "base" or source in inventory.models:
+        return min, lambda sizes: max(sizes) + more
+    return None
+
+
+def _need(tensor: PlannedTensor, entry: TensorHeader, inventory: Inventory) -> Need:
     size, device = math.prod(entry.shape), str(inventory.options.device).partition(":")[0]
     models = max(1, sum(model != tensor.group.base for model in tensor.found))
     bits = BITS.get(_loaded(tensor, inventory.config), 32)
     width, loaded = max(bits // 8, _LEAST_BYTES), size * bits // 8
+    rows_moved = wants_tokenizer(inventory.config) and _axis(tensor) is not None
     merging = {
         "the result": entry.nbytes,
         **working(
@@ -199,32 +217,14 @@ def _loaded(tensor: PlannedTensor, config: Any) -> str:
     return dtype_name(functools.reduce(torch.promote_types, [_DTYPES[name] for name in names]))
 
 
-def vocabulary(config: Any, options: Any) -> tuple[Rows, int] | None:
-    """Return how many rows embeddings have at most, and the bytes that tokenizers take.
-
-    None where mergekit builds no tokenizer.
-    """
+def tokenizer_bytes(config: Any, options: Any) -> int:
+    """Return the memory that tokenizers take; 0 where mergekit builds none."""
     if not wants_tokenizer(config):
-        return None
-    asked = config.tokenizer
-    places = [_place(model, options) for model in models_at(config)]
-    files = [_tokenizer_of(place) for place in dict.fromkeys(places) if place is not None]
-    lengths = [
-        file.stat().st_size * (1 if file.name == _TOKENIZER else _CONVERTED) if file else 0
-        for file in files
-    ]
-    longest = max(lengths, default=0)
-    alike = None not in places and longest <= _COMPARED
-    alike = alike and all(
-        one and other and filecmp.cmp(one, other, shallow=False)
-        for one, other in itertools.pairwise(files)
-    )
-    joined = not alike and (asked.source if asked else config.tokenizer_source) == "union"
-    more = len(asked.tokens or ()) + (asked.pad_to_multiple_of or 1) - 1 if asked else 0
-    return (
-        lambda sizes: (sum(sizes) if joined else max(sizes)) + more,
-        _EACH * sum(lengths) + _ONCE * longest,
-    )
+        return 0
+    places = {_place(model, options) for model in models_of(config)}
+    files = [file for place in places if place and (file := _tokenizer_of(place))]
+    lengths = [f.stat().st_size * (1 if f.name == _TOKENIZER else _CONVERTED) for f in files]
+    return _EACH * sum(lengths) + _ONCE * max(lengths, default=0)
 
 
 def _tokenizer_of(folder: Path) -> Path | None:

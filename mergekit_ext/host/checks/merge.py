@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import FileError, did_you_mean, listing, shown
+from mergekit_ext.errors import FileError, listing, nearest, shown
 from mergekit_ext.host.adapters.loader import config_beside, file_with_adapter
 from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.estimate import estimate
@@ -78,8 +78,8 @@ def check_merge(
     with quiet():
         inventory = _inventory(config, options, source)
         _check_models(inventory, pending)
-        costs = _check_costs(inventory, collects=not options.safe_serialization)
-        check_tokenizers(config, options, inventory.findings)
+        tokens = check_tokenizers(config, options, inventory.findings)
+        costs = _check_costs(inventory, not options.safe_serialization, tokens)
         check_modules(config, options, inventory.models, inventory.findings)
         if any(fact.pending for fact in inventory.models.values()):
             text = "Nothing is estimated: a model is the result of another document."
@@ -122,7 +122,7 @@ def check_flat(
         _plan_flat(inventory, union, intersection)
         locate(inventory)
         check_tensors(inventory, policy=OptionalTensorPolicy.ERROR)
-        return findings.report(_check_costs(inventory, collects=True))
+        return findings.report(_check_costs(inventory, True))
 
 
 def check_flat_adapters(config: RawPyTorchMergeConfig) -> CheckReport:
@@ -146,10 +146,9 @@ def _inventory(
     methods = {method.spec.name: method for method in merge_methods.registered_methods()}
     name = config.merge_method
     if name not in methods:
-        remedy = did_you_mean(name, methods, listed=True)
-        findings.problem(
-            "merge_method", shown(name), f"one of {', '.join(sorted(methods))}", remedy
-        )
+        expected, close = f"one of {', '.join(sorted(methods))}", nearest(name, methods)
+        remedy = f"Write `{close}`." if close else "Choose one of them."
+        findings.problem("merge_method", shown(name), expected, remedy)
     return Inventory(config, options, methods.get(name), findings)
 
 
@@ -167,13 +166,15 @@ def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
         check_output(inventory)
 
 
-def _check_costs(inventory: Inventory, *, collects: bool) -> Estimate | None:
+def _check_costs(
+    inventory: Inventory, collects: bool, tokens: int | None = None
+) -> Estimate | None:
     """Check the parameters and add up the costs; what exceeds the cap on memory is a problem."""
     complete, shared = inventory.is_complete, []
     if inventory.method is not None:
         planned = inventory.located or inventory.planned
         shared = check_parameters(inventory.method, inventory.groups, planned, inventory.findings)
-    costs = estimate(inventory, shared, collects) if complete else None
+    costs = estimate(inventory, shared, collects, tokens) if complete else None
     if costs is not None:
         inventory.findings.extend(memory.problems(costs.need))
     return costs

@@ -74,7 +74,7 @@ def read_model(
     if reference.model.path in pending:
         base = ModelFacts(reference, where, pending=True)
     elif os.path.exists(reference.model.path):
-        base = _local_model(reference, where, options, findings)
+        base = _local_model(reference, where, options, findings, merged)
     else:
         base = _hub_model(reference, where, options, findings)
     if not applies(reference):
@@ -87,7 +87,14 @@ def read_model(
     return dataclasses.replace(base, tensors=tensors)
 
 
-def _local_model(reference: Any, where: str, options: Any, findings: Findings) -> ModelFacts:
+def _local_model(
+    reference: Any,
+    where: str,
+    options: Any,
+    findings: Findings,
+    tensors: Mapping[str, TensorHeader] | None,
+) -> ModelFacts:
+    """Look at a folder; `tensors`, those of a merged copy, are read in the place of its own."""
     folder = Path(reference.model.path)
     if not folder.is_dir():
         expected = "a model's folder, or a name on the Hub"
@@ -95,8 +102,7 @@ def _local_model(reference: Any, where: str, options: Any, findings: Findings) -
         findings.problem(where, f"{folder}, which is a file", expected, remedy)
         return ModelFacts(reference, where)
     adapter = (folder / "adapter_config.json").is_file()
-    tensors = None
-    if not adapter or weights_of(folder) is not None:
+    if tensors is None and (not adapter or weights_of(folder) is not None):
         tensors = read_tensors(folder, where, findings)
     if not (folder / "config.json").is_file():
         findings.problem(
@@ -143,7 +149,7 @@ def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> 
     else:
         before = findings.count
         tensors = _remote_tensors(reference.model, where, findings)
-        if findings.count > before:
+        if tensors is None and findings.count > before:
             return nothing
     return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
 
@@ -174,7 +180,10 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
         metadata = huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
     except NotASafetensorsRepoError:
         if pickles_allowed():
-            findings.note(f"{where}: {path.path} holds pickles, which are not checked before.")
+            findings.note(
+                f"{where}: {path.path} holds pickles, which are not checked before the download; "
+                "only tensors are read from them."
+            )
         else:
             found = f"{path.path} without model.safetensors, but with pickles"
             findings.problem(where, found, "safetensors", PICKLE_REMEDY)

@@ -133,7 +133,7 @@ class _Check:
                 f"Move `{name}:` to the `parameters:` of the top level.",
             )
         elif spec.scope == ParameterScope.NON_BASE and source and source.model == group.base:
-            self.findings.note(f"{path} has no effect: {source.model} is the base of the merge.")
+            self.findings.warn(f"{path} has no effect: {source.model} is the base of the merge.")
         if value == []:
             remedy = "Fill it in, or remove the parameter."
             self.findings.problem(path, "an empty list", "at least one value", remedy)
@@ -146,11 +146,11 @@ class _Check:
     def required(self, group: Group) -> None:
         """Report required parameters that neither a group nor one of its inputs is given."""
         for spec in self.specs:
-            name = spec.name
+            name, about = spec.name, f": {spec.description}" if spec.description else ""
             if not spec.required or any(name in values for values in group.shared.values()):
                 continue
             if spec.scope == ParameterScope.SHARED:
-                expected = f"a value: `{self.name}` has no default for it"
+                expected = f"a value: `{self.name}` has no default for it{about}"
                 remedy = f"Add `{name}:` under `parameters:`."
                 self.findings.problem(f"parameters.{name}", "nothing", expected, remedy)
                 continue
@@ -158,7 +158,7 @@ class _Check:
                 is_base = source.model == group.base and spec.scope == ParameterScope.NON_BASE
                 if name in source.parameters or is_base:
                     continue
-                expected = f"a value for {source.model}: `{self.name}` has no default for it"
+                expected = f"a value for {source.model}: `{self.name}` has no default for it{about}"
                 where = f"{source.where}.parameters.{name}"
                 remedy = (
                     f"Add `{name}:` under the model's `parameters:`, or for all models under the "

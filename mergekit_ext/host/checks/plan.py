@@ -25,6 +25,7 @@ from mergekit.architecture.conversion import (
 from mergekit.plan import MergePlanner
 
 from mergekit_ext.errors import did_you_mean, join
+from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.layout import Group, groups_of
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
@@ -140,8 +141,17 @@ def _architecture(inventory: Inventory) -> tuple[Any, bool]:
 def _inferred(inventory: Inventory, named: str) -> Any:
     models, findings = inventory.models, inventory.findings
     findings.note(f"mergekit has no table for {named} and takes the tensors' names instead.")
+    # mergekit's own way does not merge them for this.
+    beforehand = [f for f in models.values() if f.reference.lora and not applies(f.reference)]
+    for fact in beforehand:
+        findings.problem(
+            fact.where,
+            f"{fact.reference}, an adapter on an architecture that mergekit has no table for",
+            "a whole model",
+            "Merge the adapter into its base first (`merge_and_unload`) and give the result.",
+        )
     here = (os.path.isdir(fact.reference.model.path) for fact in models.values())
-    if any(fact.tensors is None for fact in models.values()) or not all(here):
+    if beforehand or any(fact.tensors is None for fact in models.values()) or not all(here):
         findings.note(f"Tensors are not compared: not all models with {named} are on this machine.")
         return None
     try:
@@ -246,7 +256,12 @@ class _Recorder(MergePlanner):
 
 
 def _check_modules(config: Any, known: set[str], findings: Findings) -> None:
-    """Compare ``modules:`` with the architecture's, and take unknown ones out of `config`."""
+    """Compare ``modules:`` with the architecture's, and take what does not fit out of `config`."""
+    if config.slices and len(known) != 1:
+        found = f"`slices:` for an architecture with the modules {', '.join(sorted(known))}"
+        expected = "`modules:`, with slices or models for each of them"
+        findings.problem("slices", found, expected, "Move the slices under `modules:`.")
+        config.slices = None
     for name in sorted((config.modules or {}).keys() - known):
         found = "a module that the architecture does not have"
         expected = f"one of {', '.join(sorted(known))}"

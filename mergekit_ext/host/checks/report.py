@@ -17,7 +17,7 @@ class Estimate:
     """What a merge will cost, from headers alone."""
 
     bytes_read: int  # of tensors, times the passes over the inputs; without adapters
-    bytes_written: int  # of tensors; at most where a tokenizer is built
+    bytes_written: int  # of tensors; at least where the vocabulary is not known
     bytes_held: int  # memory that tensors take at the worst moment, at most (`core.memory`)
     tensors: int
     parameters: int  # elements of all tensors of the output

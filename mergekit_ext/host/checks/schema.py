@@ -10,7 +10,6 @@ import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Union
@@ -164,23 +163,27 @@ def between_documents(documents: Sequence[Any]) -> dict[int, list[Problem]]:
     """
     problems: dict[int, list[Problem]] = {i: [] for i in range(len(documents))}
     names = [name_of(document) for document in documents]
+    seen: set[str | None] = set()
     for i, (document, name) in enumerate(zip(documents, names, strict=True)):
         written = document.get("name") if isinstance(document, Mapping) else None
         if name is None and written is not None:
             expected = "a text that can be the name of one folder"
             remedy = "Write letters, digits, `-`, `_` and `.`."
             problems[i].append(Problem("name", shown(written), expected, remedy))
-        elif name in names[:i]:
+            continue
+        if name in seen:
             found = "a second document without a name" if name is None else f"{name!r} again"
             expected = "a name of its own for every document but the last"
             problems[i].append(Problem("name", found, expected, "Give it another `name:`."))
-    try:
-        TopologicalSorter(
-            {name: _models(document) for name, document in zip(names, documents, strict=True)}
-        ).prepare()
-    except CycleError as error:
-        for i in (i for i, name in enumerate(names) if name in error.args[1]):
-            found = f"{names[i]!r}, which depends on itself"
+        seen.add(name)
+    used = {name: _models(document) for name, document in zip(names, documents, strict=True)}
+    for i, name in enumerate(names):
+        reached, new = set[str](), used[name]
+        while new:
+            reached |= new
+            new = set[str]().union(*(used.get(other, ()) for other in new)) - reached
+        if name in reached:
+            found = f"{name!r}, which depends on itself"
             expected = "documents that depend on earlier results only"
             remedy = "Take one of the references in the circle out."
             problems[i].append(Problem("models", found, expected, remedy))

@@ -77,11 +77,14 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
         findings.problem("chat_template", shown(template), expected, remedy)
 
 
-def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
+def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | None:
     """Check the files of tokenizers that are read, or copied when all the weights are written.
 
     They are JSON of a size that can be read, and wherever a merge loads a tokenizer, what has its
     files is one: mergekit fails on the first model's only, and takes that in place of any other.
+
+    Returns how many rows the embeddings of a tokenizer that is built will have; None if there is
+    none, or if that is not known.
     """
     named, built = models_at(config), wants_tokenizer(config)
     first = config.base_model or next(iter(named), None)
@@ -100,12 +103,15 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
         if not isinstance(source, str):
             named.setdefault(source, at)
     elif not options.copy_tokenizer:
-        return
+        return None
     elif config.chat_template != "auto":  # which asks all models
         named = {model: where for model, where in named.items() if model == first}
+    joined = set(named) if source == "union" else {first if source == "base" else source}
+    tokens, is_known = set(config.tokenizer.tokens or ()) if config.tokenizer else set(), built
     for model, where in named.items():
         folder = Path(model.model.path)
         if not os.path.isdir(folder):
+            is_known &= model not in joined
             if model == source and not may_be_hub_name(model.model.path):
                 found = f"{model}, which does not exist"
                 findings.problem(str(at), found, "a model's folder", "Check the path.")
@@ -118,7 +124,8 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
         ]
         is_there = any((folder / name).exists() for name in _TOKENIZER_FILES)
         if built and is_there and not wrong:
-            wrong = _not_loaded(model.model, model == first, options)
+            own, wrong = _load(model.model, model == first, options)
+            tokens |= own if model in joined else set()
         for found, expected in wrong:
             findings.problem(where, found, expected, "Mend it, or download it again.")
         # mergekit loads the tokenizer of the base, or of the first model, and the one named here;
@@ -130,21 +137,24 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> None:
                 f"one of {', '.join(_TOKENIZER_FILES)} there",
                 "Copy the model's tokenizer files into the folder.",
             )
+    multiple = (config.tokenizer.pad_to_multiple_of if config.tokenizer else None) or 1
+    return -(-len(tokens) // multiple) * multiple if is_known else None
 
 
-def _not_loaded(path: Any, first: bool, options: Any) -> list[tuple[str, str]]:
-    """What keeps a tokenizer from being loaded as mergekit does it, and what is expected."""
+def _load(path: Any, first: bool, options: Any) -> tuple[set[str], list[tuple[str, str]]]:
+    """Load a tokenizer as mergekit does: its tokens, or what is wrong and what is expected."""
     from mergekit.tokenizer.build import get_stripped_tokenizer
     from transformers import AutoTokenizer
 
     try:
         if first:
-            get_stripped_tokenizer(path, options.trust_remote_code)
+            made = get_stripped_tokenizer(path, options.trust_remote_code)
         else:
-            AutoTokenizer.from_pretrained(path.path, trust_remote_code=options.trust_remote_code)
+            trust = options.trust_remote_code
+            made = AutoTokenizer.from_pretrained(path.path, trust_remote_code=trust)
+        return set(made.get_vocab()), []
     except Exception as error:  # whatever the classes of tokenizers make of such files
         text = " ".join(str(error).split())
         found = f"a tokenizer in {path} that cannot be loaded ({type(error).__name__}: {text})"
         expected = "files that `AutoTokenizer` loads, with a row of embeddings for each token"
-        return [(found, expected)]
-    return []
+        return set(), [(found, expected)]

@@ -22,7 +22,7 @@ from mergekit_ext.host.checks.plan import (
     names_of,
 )
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.io.class_model import Loading, class_of, loading
+from mergekit_ext.io.class_model import Loading, loading
 from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, is_counter, same_bytes
 
 # The largest tensor whose values are compared before the merge.
@@ -225,7 +225,7 @@ def _check_use(inventory: Inventory) -> None:
     What a class from elsewhere needs, its files alone say.
     """
     for model, fact in inventory.models.items():
-        if not fact.tensors or class_of(fact.config) is not None:
+        if not fact.tensors or _loading_of(fact) is not None:
             continue
         weights = [t.inputs[model] for t in inventory.planned if model in t.inputs]
         used = {name for weight in weights for name in names_of(weight, tied=True)}
@@ -233,7 +233,7 @@ def _check_use(inventory: Inventory) -> None:
             inventory.findings.problem(
                 fact.where,
                 f"{len(rest)} tensors that mergekit's plan leaves out: {listing(rest)}",
-                "a use for every stored tensor, as this model's class is not one of transformers",
+                "a use for every stored tensor, as transformers cannot build this model's class",
                 BY_FILES,
             )
 

@@ -130,7 +130,7 @@ class Engine:
 
     def reached(self, plan: Plan) -> None:
         """Emit that a size is reached."""
-        name, size = self.prepared.algorithm.name, plan.size
+        name, size = self.prepared.algorithm.parameters.shared["algorithm"], plan.size
         self._session.emit(SizeReached(name, size.models, size.bytes))
 
     def save_analysis(self, folder: Path) -> None:

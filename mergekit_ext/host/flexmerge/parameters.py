@@ -158,9 +158,9 @@ def _parameters(algorithm: Any) -> dict[str, ParameterSpec]:
 
 
 def _owners() -> dict[str, list[str]]:
-    """Return FlexMerge's own algorithms that have each parameter."""
+    """Return the algorithms that have each parameter, FlexMerge's own first."""
     found: dict[str, list[str]] = {}
-    for algorithm in methods(BLOCKS):
+    for algorithm in names():
         for name in _parameters(algorithm):
             found.setdefault(name, []).append(algorithm)
     return found
@@ -172,7 +172,9 @@ def _check_written(config: Any, spec: MergeMethodSpec, findings: Findings) -> No
     for where, (_, _, values) in all_parameters(groups_of(config)).items():
         for name, value in values.items():
             path = join(where, name)
-            if name in known:
+            if name == "task" and where == "parameters":
+                findings.problem(path, shown(value), "a name for each model", "Move it there.")
+            elif name in known:
                 if isinstance(value, list) or hasattr(value, "filter"):
                     expected = "one value: `flexmerge` has no gradients and filters"
                     remedy = "Write one value for all tensors."

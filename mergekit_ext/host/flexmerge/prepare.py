@@ -112,7 +112,7 @@ def _prepared(
         findings.note("--no-safe-serialization: `flexmerge` writes safetensors always.")
     algorithm = read_parameters(taken, options.random_seed or 0, findings)
     sources = tasks_of(taken)
-    tasks = _task_names(sources, config.parameters or {}, findings)
+    tasks = _task_names(sources, findings)
     facts = _read_models(config, sources, options, findings, pending)
     if algorithm is not None:
         check_fields(
@@ -175,14 +175,12 @@ def _with_layout(
     return prepared
 
 
-def _task_names(
-    sources: Sequence[Source], shared: Mapping[str, Any], findings: Findings
-) -> list[str]:
+def _task_names(sources: Sequence[Source], findings: Findings) -> list[str]:
     """Return the tasks' names, as given or from the models' paths."""
     found = []
     for source in sources:
         part = source.model.lora or source.model.model
-        name = {"task": Path(part.path).name, **shared, **source.parameters}["task"]
+        name = source.parameters.get("task", Path(part.path).name)
         if not isinstance(name, str):  # a problem of the parameter's type
             continue
         found.append(name)
