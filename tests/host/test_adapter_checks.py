@@ -70,7 +70,7 @@ def test_nothing_to_say(base, adapter, tmp_path):
     assert report.problems == () and report.estimate is not None
     report = check(f"{base}+{adapter}", lora_merge_cache=str(tmp_path))
     assert report.problems == ()
-    assert any("--lora-merge-cache" in note for note in report.notes)
+    assert any("is not used: adapters" in note for note in report.notes)
 
 
 def test_all_problems_of_all_adapters(base, adapter, tmp_path):
@@ -272,3 +272,9 @@ def test_a_configuration_that_mergekits_own_way_cannot_read(
     (tmp_path / "broken" / "adapter_config.json").write_text(content)
     (problem,) = check(f"{base}+{tmp_path / 'broken'}", lora_merge_cache=cache).problems
     assert "adapter_config.json" in problem.found
+
+
+@pytest.mark.parametrize("named", ["{}", "{}/merged"])
+def test_a_file_of_the_base_that_an_adapter_names(named, base, adapter, tmp_path):
+    folder = edited(adapter, tmp_path / "a", base_model_name_or_path=named.format(base))
+    assert check(f"{base / 'model.safetensors'}+{folder}").warnings == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,7 @@ def test_hub_name_offline(monkeypatch: pytest.MonkeyPatch, models: Path, tmp_pat
     ]
 
 
+@pytest.mark.only_checked("no such model on the Hub")
 def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     headers = read_folder(models / "large_vocab")
     tensors = {
@@ -135,6 +137,17 @@ def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, mo
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
     document = {**LINEAR, "models": [{"model": "someone/model"}, *entries(models, "a")]}
     assert "[72, 16] in someone/model" in the(run(document)).found
+    # Which tokens it has is not known: the least is written, the most is held.
+    built = run({**document, "tokenizer_source": "union"})
+    assert built.problems == () and built.estimate
+    large = sum(math.prod(header.shape) for header in headers.values())
+    assert built.estimate.parameters == large
+    assert built.estimate.need.parts["the result"] == 4 * 16 * (64 + 72)
+    monkeypatch.setattr(config, "architectures", None)
+    tensors["x.qweight"] = tensors["lm_head.weight"]
+    metadata.weight_map["x.qweight"] = "model.safetensors"
+    found = [problem.found for problem in run(document).problems]
+    assert len(found) == 2 and "codes" in found[0] and "`architectures`" in found[1]
 
     def gone(*_: Any, **__: Any) -> None:
         raise RuntimeError("404 Client Error")
@@ -144,9 +157,10 @@ def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, mo
 
 
 @pytest.mark.only_checked("an empty adapter")
-def test_base_with_adapter_by_mergekits_own_way(models, tmp_path, monkeypatch) -> None:
+def test_base_with_adapter_by_mergekits_own_way(models, copy, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", "0")
-    reference = f"{models / 'a'}+{tmp_path / 'adapter'}"
+    base = copy("a")
+    reference = f"{base}+{tmp_path / 'adapter'}"
     document = {**LINEAR, "models": [{"model": reference}, *entries(models, "b")]}
     texts = [str(problem) for problem in run(document).problems]
     assert any("--lora-merge-cache" in text for text in texts)
@@ -159,8 +173,12 @@ def test_base_with_adapter_by_mergekits_own_way(models, tmp_path, monkeypatch) -
     assert run(document, lora_merge_cache=str(cache)).problems == ()
     # An interrupted run leaves an empty folder, which mergekit takes for the merged model.
     model = MergeConfiguration.model_validate(document).models[0].model
-    (cache / f"{model.model._unique_id()}_{model.lora._unique_id()}").mkdir(parents=True)
+    merged = cache / f"{model.model._unique_id()}_{model.lora._unique_id()}"
+    merged.mkdir(parents=True)
     assert the(run(document, lora_merge_cache=str(cache))).remedy.startswith("Delete ")
+    (merged / "model.safetensors").write_bytes((models / "b" / "model.safetensors").read_bytes())
+    (base / "model.safetensors").write_bytes(b"which are not read")
+    assert run(document, lora_merge_cache=str(cache)).problems == ()
 
 
 def test_truncated_model_is_named(models: Path, copy: Callable[..., Path]) -> None:
@@ -170,3 +188,19 @@ def test_truncated_model_is_named(models: Path, copy: Callable[..., Path]) -> No
     report = run({**LINEAR, "models": entries(models, folder, "b")})
     assert f"{file} with no safetensors file" in the(report).found
     assert the(report).remedy == "Copy or download the file again."
+
+
+def test_slices_of_an_architecture_with_several_modules(models: Path) -> None:
+    sources = [{"model": str(models / "t5_a"), "layer_range": [0, 1]}]
+    problem = the(run({**LINEAR, "slices": [{"sources": sources}]}))
+    assert problem.where == "slices" and problem.remedy == "Move the slices under `modules:`."
+
+
+@pytest.mark.only_checked("no whole adapter")
+def test_an_adapter_by_mergekits_own_way_needs_a_table(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", "0")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    document = {**LINEAR, "models": [{"model": f"{models / 'vit_a'}+{tmp_path}"}]}
+    problem = the(run(document, lora_merge_cache=str(tmp_path / "cache")))
+    assert "merge_and_unload" in problem.remedy

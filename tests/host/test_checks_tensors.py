@@ -229,3 +229,11 @@ def test_weight_files_with_different_tensors(tmp_path: Path) -> None:
     assert "y" in " ".join(common.notes)
     # Without its base, ties cannot merge y.
     assert "Base input is not present" in the(everything).found
+
+
+@pytest.mark.only_checked("transformers cannot build the class")
+def test_unused_tensors_of_a_class_that_cannot_be_built(copy: Callable[..., Path]) -> None:
+    extra = {"bert.extra.weight": torch.zeros(2)}
+    folder = copy("bert_a", lambda tensors: tensors.update(extra), num_attention_heads=5)
+    report = run({**LINEAR, "models": [{"model": str(folder)}]})
+    assert "bert.extra.weight" in the(report).found

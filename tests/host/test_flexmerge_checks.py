@@ -467,3 +467,31 @@ def test_a_merge_of_what_another_document_will_write(content):
     text = yaml.safe_dump_all([first, content])
     reports = check_source(text, QUIET)
     assert [list(report.problems) for _, report in reports] == [[], []]
+
+
+# What would have no effect, or could be meant otherwise
+
+
+def test_a_name_for_all_tasks(content):
+    problem = only(put(content, task="mine"))
+    assert problem.where == "parameters.task"
+    assert problem.remedy == "Move it there."
+
+
+def test_a_missing_size_says_what_to_write(content):
+    content["parameters"] = {}
+    problem = only(content)
+    assert problem.where == "parameters.target_size"
+    assert "2.25 (models), or a budget such as '12GB'" in problem.expected
+
+
+def test_a_parameter_of_a_registered_method(content):
+    remedy = only(put(content, algorithm="average", epsilon=0.1)).remedy
+    assert remedy.startswith("`epsilon` belongs to della")
+
+
+def test_parameters_of_the_base_are_a_warning(content, llamas):
+    content["models"].append({"model": str(llamas[0]), "parameters": {"weight": 2}})
+    report = report_of(put(content, algorithm="task_arithmetic", weight=1))
+    assert report.problems == ()
+    assert any(text.startswith("models[3].parameters.weight has") for text in report.warnings)

@@ -393,3 +393,9 @@ def test_few_and_many_models(tmp_path: Path, count: int, algorithm: str) -> None
     else:
         assert sizes[-1] == 1 and 1.5 < sizes[0] <= 2
     assert len(seen.calls) == count * (1 + len(sizes))
+
+
+def test_a_stock_method_is_reached_under_its_name_in_yaml(llamas: Any, tmp_path: Path) -> None:
+    path, watch = written(tmp_path, llamas, {"weight": 1}), Watch()
+    write_curve(path, tmp_path / "out", OPTIONS, [1.0], ["mergekit:linear"], None, None, [watch])
+    assert [size.algorithm for size in watch.sizes] == ["mergekit:linear"]

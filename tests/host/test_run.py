@@ -228,3 +228,13 @@ def test_a_multi_merge_with_a_misspelt_key_stops_at_once(llamas, tmp_path):
     assert "paramters" in done.stderr
     assert "`parameters`" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["nan", "flexmerge"])
+def test_the_output_below_the_home_folder(method, llamas, tmp_path, monkeypatch):
+    base, tuned = llamas
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parameters = {"target_size": 3} if method == "flexmerge" else {}
+    content = small.config(method, tuned, base, parameters)
+    mergekit_ext.merge(yaml.safe_dump(content), "~/out", QUIET)
+    assert any((tmp_path / "out").iterdir())

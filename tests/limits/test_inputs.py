@@ -59,7 +59,7 @@ def report_of(pair, **keys):
     ids=["joined", "of one", "added", "a model that is not merged"],
 )
 def test_rows_of_a_built_vocabulary(source, more, rows, pair):
-    base, tuned = pair
+    base, _ = pair
     if "tokens" in more:
         more = {**more, "tokens": {name: {"source": str(base)} for name in more["tokens"]}}
     if source == "words":
