@@ -239,13 +239,13 @@ def test_gradients_and_filters(content, value):
 def test_shared_parameters_under_a_model_and_the_other_way_round(content):
     content["models"][1]["parameters"] = {"target_size": 2, "lambda": 1.0}
     put(content, task="x")
-    found = {problem.where: problem.found for problem in report_of(content).problems}
-    assert found.keys() == {
+    remedies = {problem.where: problem.remedy for problem in report_of(content).problems}
+    assert remedies.keys() == {
         "models[1].parameters.lambda",
         "models[1].parameters.target_size",
-        "models",
+        "parameters.task",
     }
-    assert found["models"] == "two tasks called 'x' and 'x'"
+    assert remedies["parameters.task"] == "Move it there."
 
 
 def test_trimming_parameters_without_trimming(content):
@@ -472,12 +472,6 @@ def test_a_merge_of_what_another_document_will_write(content):
 # What would have no effect, or could be meant otherwise
 
 
-def test_a_name_for_all_tasks(content):
-    problem = only(put(content, task="mine"))
-    assert problem.where == "parameters.task"
-    assert problem.remedy == "Move it there."
-
-
 def test_a_missing_size_says_what_to_write(content):
     content["parameters"] = {}
     problem = only(content)
@@ -486,8 +480,8 @@ def test_a_missing_size_says_what_to_write(content):
 
 
 def test_a_parameter_of_a_registered_method(content):
-    remedy = only(put(content, algorithm="average", epsilon=0.1)).remedy
-    assert remedy.startswith("`epsilon` belongs to della")
+    problem = only(put(content, algorithm="average", gamma=0.1))
+    assert problem.remedy.startswith("`gamma` belongs to breadcrumbs")
 
 
 def test_parameters_of_the_base_are_a_warning(content, llamas):
