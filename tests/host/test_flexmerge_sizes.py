@@ -397,5 +397,7 @@ def test_few_and_many_models(tmp_path: Path, count: int, algorithm: str) -> None
 
 def test_a_stock_method_is_reached_under_its_name_in_yaml(llamas: Any, tmp_path: Path) -> None:
     path, watch = written(tmp_path, llamas, {"weight": 1}), Watch()
-    write_curve(path, tmp_path / "out", OPTIONS, [1.0], ["mergekit:ties"], None, None, [watch])
+    write_curve(
+        path, tmp_path / "out", OPTIONS, [1.0], ["mergekit:ties"], Recorder(), None, [watch]
+    )
     assert [size.algorithm for size in watch.sizes] == ["mergekit:ties"]
