@@ -38,7 +38,7 @@ def algorithm_for(name, seed=0):
         }
         for is_shared in (True, False)
     )
-    return make(name, Parameters(shared, [each] * 3), seed)
+    return make(name, Parameters(shared, [each] * 3, seed=seed))
 
 
 def digest(name, inputs, members=(0, 1, 2), seed=0):

@@ -202,7 +202,7 @@ def test_a_base_model_may_be_a_path_and_nothing_else(tmp_path):
         Path("some/base")
     )
     assert "base_model: some/base" in (tmp_path / "merged" / "README.md").read_text()
-    with pytest.raises(ConfigError, match=r"base_model: found 5; expected a valid string"):
+    with pytest.raises(ConfigError, match=r"base_model: found 5; expected a model's name"):
         merge_adapters([folder], base_model=5)
 
 
