@@ -23,10 +23,7 @@ One function for each module, which `autoload` calls when that module is loaded,
                                 theirs; unknown keys, which pydantic drops, are found.
 ``mergekit.scripts.merge_raw_pytorch``
                                 ``plan_flat_merge`` checks, and runs the statistics graph; the
-                                command's output is staged as in ``run_merge``.
-                                ``SimpleLoaderCache.get`` and ``SimpleLoadTensor.execute`` read
-                                ``file+adapter``; ``TensorDictWrapper.execute`` does not take a
-                                path with a plus sign for another model.
+                                command's errors are messages.
 ``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
                                 YAML, an alias bomb, or refused by mergekit's schema is one message.
 ``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
@@ -143,13 +140,9 @@ def extend_multimerge(module: Any) -> None:
 
 
 def extend_raw_pytorch(module: Any) -> None:
-    """Check, measure and stage merges of single files."""
+    """Check and measure merges of single files."""
     from mergekit_ext.host import flat
-    from mergekit_ext.host.adapters import loader
 
-    _replace(module.SimpleLoaderCache, "get", loader.file_loader)
-    _replace(module.SimpleLoadTensor, "execute", loader.load_tensor)
-    _replace(module.TensorDictWrapper, "execute", loader.by_model)
     _replace(module, "plan_flat_merge", flat.extended_plan)
     _replace(module.main, "callback", flat.extended_command)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from peft import IA3Config, LoraConfig
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests import models as small
@@ -94,44 +93,23 @@ def test_multi(models, tmp_path):
     compare(small.state(tmp_path / "out"), small.state(tmp_path / "wanted"))
 
 
-@pytest.mark.parametrize("method", ["linear", "nan"])
-def test_pytorch(method, models, tmp_path):
-    file = models / "base" / "model.safetensors"
-    content = small.config(
-        method,
-        [f"{file}+{models / name}" for name in CONFIGS],
-        file if method == "nan" else None,
-        {"weight": 0.5},
-    )
-    yml = small.write_yaml(tmp_path / "merge.yml", content)
-    done = command("mergekit-pytorch", yml, tmp_path / "out")
-    assert done.code == 0, done.text
-    whole = small.config(
-        method,
-        [models / f"{name}-whole" / "model.safetensors" for name in CONFIGS],
-        file if method == "nan" else None,
-        {"weight": 0.5},
-    )
-    yml = small.write_yaml(tmp_path / "whole.yml", whole)
-    done = command("mergekit-pytorch", yml, tmp_path / "whole")
-    assert done.code == 0, done.text
-    compare(*(load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole")))
-
-
 def test_a_refused_adapter(models, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     dora = saved_adapter(models / "base", tmp_path / "dora", config, 1, LlamaForCausalLM)
-    file = models / "base" / "model.safetensors"
-    for name, base in (("mergekit-yaml", models / "base"), ("mergekit-pytorch", file)):
-        content = small.config("linear", [f"{base}+{dora}"], None, {"weight": 1.0})
-        yml = small.write_yaml(tmp_path / "merge.yml", content)
-        checked = command("mergekit-ext", "check", yml)
-        assert checked.code == 2, checked.text
-        done = command(name, yml, tmp_path / "out")
+    content = small.config("linear", [f"{models / 'base'}+{dora}"], None, {"weight": 1.0})
+    yml = small.write_yaml(tmp_path / "merge.yml", content)
+    for arguments in (("mergekit-ext", "check", yml), ("mergekit-yaml", yml, tmp_path / "out")):
+        done = command(*arguments)
         assert done.code == 2, done.text
-        for text in (checked.text, done.text):
-            assert "models[0]" in text
-            assert "DoRA" in text
-            # mergekit-pytorch has no way of its own.
-            assert ("MERGEKIT_EXT_ADAPTERS=0" in text) == (name == "mergekit-yaml")
-        assert not (tmp_path / "out").exists()
+        for part in ("models[0]", "DoRA", "MERGEKIT_EXT_ADAPTERS=0"):
+            assert part in done.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_single_files_take_no_adapters(models, tmp_path):
+    model = f"{models / 'base' / 'model.safetensors'}+{models / 'lora'}"
+    yml = small.write_yaml(tmp_path / "merge.yml", small.config("nan", [model]))
+    for arguments in (("mergekit-ext", "check", yml), ("mergekit-pytorch", yml, tmp_path / "out")):
+        done = command(*arguments)
+        assert done.code == 2, done.text
+        assert "models[0].model" in done.text and "without an adapter" in done.text

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.host.adapters.loader import config_beside
 from mergekit_ext.host.checks.merge import check_source
 from tests import models as small
 from tests.host.adapters import check, merged_with_peft, opened, saved_adapter, saved_base
@@ -284,11 +283,3 @@ def test_an_architecture_without_a_table(tmp_path):
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
-
-
-def test_a_configuration_that_transformers_refuses_says_nothing_of_a_file(tmp_path):
-    LlamaConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
-    assert config_beside(str(tmp_path / "model.safetensors")).hidden_size == 8
-    fields = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**fields, "hidden_size": [8]}))
-    assert config_beside(str(tmp_path / "model.safetensors")) is None

@@ -202,7 +202,7 @@ def test_weight_files(models: Path, tmp_path: Path) -> None:
     assert at(report, "merge_method").remedy == "Write `linear`."
     assert "unknown key" in at(report, "models[0].slices").found
     assert "[72, 16]" in at(report, "2 tensors (lm_head.weight, model.embed_tokens.weight)").found
-    assert "does not exist" in at(report, "models[2].model").found
+    assert "is no file" in at(report, "models[2].model").found
 
 
 def test_weight_files_with_different_tensors(tmp_path: Path) -> None:

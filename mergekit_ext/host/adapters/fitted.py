@@ -19,13 +19,13 @@ from mergekit_ext.flexmerge.source import LoadedSource, Source
 from mergekit_ext.io.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from peft_merge.adapter import Adapter
+from peft_merge.io import load_adapter
+from peft_merge.io.read import CONFIG
 from peft_merge.matching import class_orientation, match
 from peft_merge.weights import AdaptedWeights
 
 VARIABLE = "MERGEKIT_EXT_ADAPTERS"
-BEFOREHAND = f"Or set {VARIABLE}=0, with which mergekit merges the adapter with PEFT beforehand."
-# Where refused kinds of adapters are reported.
-_CONFIG = "adapter_config.json"
+_BEFOREHAND = f"With {VARIABLE}=0 mergekit merges the adapter with PEFT beforehand."
 
 
 def applies(reference: Any) -> bool:
@@ -38,46 +38,23 @@ def base_of(reference: Any) -> Any:
     return reference.model_copy(update={"lora": None})
 
 
-def read_adapter(path: Any, otherwise: str = BEFOREHAND) -> Adapter:
-    """Return the adapter at mergekit's `ModelPath`.
+def read_adapter(path: Any) -> Adapter:
+    """Return the adapter at mergekit's `ModelPath`; `ConfigError` if it is not applied exactly.
 
     Pickles are read as mergekit reads those of models: by torch's restricted unpickler.
-    `otherwise` is as in `fit`.
-
-    Raises:
-        ConfigError: it cannot be read, or is of a kind that is not applied exactly.
     """
-    from peft_merge.io import load_adapter
-
     try:
         return load_adapter(path.path, revision=path.revision, allow_pickle=True)
     except ConfigError as error:
-        problems = (_or(p, otherwise) if _CONFIG in p.where else p for p in error.problems)
+        # A kind that is refused; other problems stop PEFT, too.
+        problems = (_or_beforehand(p) if CONFIG in p.where else p for p in error.problems)
         raise ConfigError(problems, error.subject) from None
 
 
-def fit(
-    adapter: Adapter,
-    tensors: Mapping[str, TensorHeader],
-    config: Any,
-    otherwise: str = BEFOREHAND,
-) -> AdaptedWeights:
-    """Match `adapter` with a base; no weight is read.
+def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> AdaptedWeights:
+    """Match `adapter` with the stored tensors of a base; `ConfigError` if not exactly possible.
 
-    Module names are compared under those of the base's class, to which PEFT and transformers
-    rename both.
-
-    Args:
-        adapter: LoRA or (IA)^3.
-        tensors: every stored tensor of the base.
-        config: the base's transformers configuration; None for a bare file of weights.
-        otherwise: what else can be done with an adapter that does not fit, added to the remedies.
-
-    Returns:
-        The adapter by the names that the base's tensors are stored under.
-
-    Raises:
-        ConfigError: the adapter cannot be applied to these tensors exactly.
+    Names are compared as those of the base's class, to which PEFT and transformers rename both.
     """
     names = class_names(tensors, config)
 
@@ -100,7 +77,7 @@ def fit(
         if problems:
             raise ConfigError(problems, f"adapter {adapter.name} on this base")
     except ConfigError as error:
-        raise ConfigError((_or(p, otherwise) for p in error.problems), error.subject) from None
+        raise ConfigError(map(_or_beforehand, error.problems), error.subject) from None
     return weights
 
 
@@ -109,10 +86,9 @@ def adapted_headers(
     base: Mapping[str, TensorHeader],
     dtype: torch.dtype | None = None,
 ) -> dict[str, TensorHeader]:
-    """Return the headers of the base and of what the adapter adds.
+    """Return the headers of the base and of what the adapter adds; what it changes has no file.
 
-    What it changes lies in no file. With `dtype` (mergekit's ``--lora-merge-dtype``) all floating
-    tensors are read in it.
+    Floating tensors get `dtype` (mergekit's ``--lora-merge-dtype``) if it is given.
     """
     found = {
         name: replace(header, file=None) if name in weights.touched else header
@@ -135,14 +111,8 @@ def adapted_headers(
 class AdaptedSource(LoadedSource):
     """The tensors of a base with an adapter, as FlexMerge reads models.
 
-    Args:
-        name: for messages.
-        tensors: of the base and of the adapter, in the dtypes that they are read in.
-        base: the base's source, by the names that its tensors are stored under: it reads what
-            the adapter does not change.
-        weights: the adapter on that base.
-        files: the base's and the adapter's.
-        device: where the adapter is applied; tensors come on the CPU.
+    `tensors` have the dtypes that they are read in; `base` has its own by their stored names. The
+    adapter is applied on `device`, and tensors come on the CPU.
     """
 
     def __init__(
@@ -181,11 +151,8 @@ class AdaptedSource(LoadedSource):
             self._base.expect(stored)
 
 
-def _or(problem: Problem, otherwise: str) -> Problem:
-    if not problem.remedy:  # nothing else helps
-        otherwise = otherwise.removeprefix("Or ")
-        return replace(problem, remedy=otherwise[:1].upper() + otherwise[1:])
-    return replace(problem, remedy=f"{problem.remedy} {otherwise}")
+def _or_beforehand(problem: Problem) -> Problem:
+    return replace(problem, remedy=f"{problem.remedy} {_BEFOREHAND}".strip())
 
 
 def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
@@ -212,14 +179,12 @@ def _not_floating(
 
 
 def _tied(adapter: Adapter, changed: list[str], config: Any) -> Iterator[Problem]:
-    """Yield what the model's class ties to another tensor, as transformers' class has it.
+    """Yield what the model's class ties to another tensor; the file may hold one of the two only.
 
-    The file may hold one of the two only. Nothing is tied without ``tie_word_embeddings``, or in
-    a class from elsewhere. An adapter that is trained tied changes the tensor in all its uses.
+    An adapter that is trained tied changes the tensor in all its uses.
     """
-    if adapter.config.get("ensure_weight_tying"):
-        return
-    if config is None or not getattr(config, "tie_word_embeddings", False):
+    tied_in_base = getattr(config, "tie_word_embeddings", False)
+    if adapter.config.get("ensure_weight_tying") or not tied_in_base:
         return
     tied = getattr(class_of(config), "_tied_weights_keys", None) or {}
     patterns = {*tied, *tied.values()} if isinstance(tied, dict) else {*tied}

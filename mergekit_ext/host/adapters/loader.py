@@ -1,12 +1,10 @@
-"""mergekit's tensor loader with an adapter applied to what it reads.
+"""mergekit's tensor loader with an adapter applied, and what `host.patches` opens it with.
 
-Below it is what takes the place of mergekit's functions that open models (`host.patches`), each
-given mergekit's own as ``stock``, which opens models without an adapter.
+``stock`` is mergekit's own function, which opens models without an adapter.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import dtype_from_name
 from torch import Tensor
 
 from mergekit_ext.errors import ConfigError
@@ -30,12 +28,8 @@ _wanted: ContextVar[torch.dtype | None] = ContextVar("wanted", default=None)
 class AdaptedLoader:
     """Has the interface of mergekit's `LazyTensorLoader`, and the tensors of base + adapter.
 
-    Args:
-        base: the base's loader, which other adapters of the same base may share.
-        weights: the adapter on that base.
-        device: where adapters are applied; None for where a tensor is read.
-        dtype: of all floating tensors that are read (mergekit's ``--lora-merge-dtype``); None for
-            the dtype of the file.
+    The adapter is applied on `device`, or where a tensor is read; floating tensors come in `dtype`
+    (mergekit's ``--lora-merge-dtype``) if it is given.
     """
 
     def __init__(
@@ -74,15 +68,9 @@ def open_adapted(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> AdaptedLoader:
-    """Return the loader of a model with an adapter.
+    """Return the loader of a `ModelReference` with an adapter, from that of its base.
 
-    Args:
-        reference: mergekit's `ModelReference`.
-        base, device, dtype: see `AdaptedLoader`.
-        config: the base's transformers configuration; None for a bare file of weights.
-
-    Raises:
-        ConfigError: the adapter cannot be read, or not applied to this base exactly.
+    Raises `ConfigError` if the adapter cannot be applied to this base exactly.
     """
     stored: dict[str, TensorHeader] = {}
     for shard in base.index.shards:
@@ -134,7 +122,7 @@ def get(stock: Callable[..., Any], self: Any, model: Any) -> Any:
 
 
 def load_tensor(stock: Callable[..., Any], self: Any) -> Any:
-    """Extend ``execute`` of ``LoadTensor`` and ``SimpleLoadTensor``, which cast what they read.
+    """Extend ``LoadTensor.execute``, which casts what it reads.
 
     Adapted tensors are not rounded below the dtype that they are cast to.
     """
@@ -151,57 +139,3 @@ def donor(stock: Callable[..., Any], merge_config: Any, options: Any) -> Any:
     if not applies(model):
         return stock(merge_config, options)
     return model, base_of(model).local_path(cache_dir=options.transformers_cache)
-
-
-def file_loader(stock: Callable[..., Any], self: Any, model: str) -> Any:
-    """Extend ``SimpleLoaderCache.get`` of mergekit-pytorch: ``file.safetensors+adapter``."""
-    reference = file_with_adapter(model)
-    if reference is None:
-        return stock(self, model)
-    if model not in self.loaders:
-        file = reference.model.path
-        self.loaders[model] = open_adapted(
-            reference, stock(self, file), config_beside(file), *self.adapters
-        )
-    return self.loaders[model]
-
-
-def set_up_files(options: Any) -> None:
-    """Set up what ``LoaderCache.setup`` does, for mergekit-pytorch."""
-    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-    cache = SimpleLoaderCache()
-    device = None if options.multi_gpu else options.device
-    cache.adapters = (device, dtype_from_name(options.lora_merge_dtype))
-    for model in [model for model in cache.loaders if file_with_adapter(model) is not None]:
-        del cache.loaders[model]  # opened for an earlier merge
-
-
-def by_model(_: Callable[..., Any], self: Any, **tensors: Any) -> dict[Any, Any]:
-    """Take the place of ``TensorDictWrapper.execute``.
-
-    It makes models of texts again, other ones if they have a plus sign.
-    """
-    return {model: tensors[key] for model, key in zip(self.tensors, self.arguments(), strict=True)}
-
-
-def file_with_adapter(model: str) -> Any:
-    """Return what ``file+adapter`` refers to; None where `model` is a file, or has no adapter."""
-    if os.path.exists(model) or model.count("+") != 1:
-        return None
-    reference = ModelReference.parse(model)
-    return reference if applies(reference) else None
-
-
-def config_beside(file: str) -> Any:
-    """Return the configuration in the folder of a file of weights, or None."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    folder = Path(file).parent
-    if not (folder / "config.json").is_file():
-        return None
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, StrictDataclassError):
-        return None  # not a model's: the file is taken by the names in it alone

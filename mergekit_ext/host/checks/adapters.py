@@ -12,7 +12,6 @@ import torch
 
 from mergekit_ext.errors import ConfigError, FileError, listing, nearest
 from mergekit_ext.host.adapters.fitted import (
-    BEFOREHAND,
     VARIABLE,
     adapted_headers,
     fit,
@@ -51,7 +50,6 @@ def adapted_tensors(
     where: str,
     findings: Findings,
     dtype: torch.dtype | None = None,
-    flat: bool = False,
 ) -> dict[str, TensorHeader] | None:
     """Return the tensors of a base with an adapter; None with problems, or if not known yet.
 
@@ -64,22 +62,20 @@ def adapted_tensors(
         config: the base's configuration; None for a bare file of weights.
         where, findings: what is wrong, and the place that it is reported at.
         dtype: that they are read in; None for that of the file.
-        flat: the base is a file of weights, and the output has whatever tensors it has.
     """
-    otherwise = "" if flat else BEFOREHAND
     if not _is_readable(reference.lora, where, findings):
         return None
     try:
-        adapter = read_adapter(reference.lora, otherwise)
+        adapter = read_adapter(reference.lora)
         if tensors is None:
             return None
         _warn_of_base(adapter, reference.model.path, where, findings)
-        adapted = adapted_headers(fit(adapter, tensors, config, otherwise), tensors, dtype)
+        adapted = adapted_headers(fit(adapter, tensors, config), tensors, dtype)
     except ConfigError as error:
         findings.extend(error.problems, within=where)
         return None
     added = adapted.keys() - tensors.keys()
-    model = empty_model(config) if added and not flat else None
+    model = empty_model(config) if added else None
     if model is not None and (lost := sorted(added - model.state_dict().keys())):
         findings.problem(
             where,

@@ -17,7 +17,6 @@ import torch
 
 from mergekit_ext.core.memory import Need, copies_of, square_of, working
 from mergekit_ext.errors import FileError
-from mergekit_ext.host.adapters.loader import file_with_adapter
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import dtype_of, wants_tokenizer
@@ -247,8 +246,7 @@ def pickled_bytes(models: Iterable[Any], options: Any) -> int:
 def _place(model: Any, options: Any) -> Path | None:
     """The folder or file that a model is read from; None while it is not on this machine."""
     if isinstance(model, str):
-        reference = file_with_adapter(model)
-        return Path(model if reference is None else reference.model.path)
+        return Path(model)
     if os.path.exists(model.model.path):
         return Path(model.model.path)
     return cached_folder(model.model, options)

@@ -16,8 +16,6 @@ from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
 from mergekit_ext.errors import FileError, listing, nearest, shown
-from mergekit_ext.host.adapters.loader import config_beside, file_with_adapter
-from mergekit_ext.host.checks.adapters import adapted_tensors
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at
@@ -125,15 +123,6 @@ def check_flat(
         return findings.report(_check_costs(inventory, True))
 
 
-def check_flat_adapters(config: RawPyTorchMergeConfig) -> CheckReport:
-    """Check the files with adapters of a merge by one of mergekit's own methods."""
-    findings = Findings()
-    for path, where in models_at(config).items():
-        if file_with_adapter(path) is not None:
-            _flat_tensors(path, where, findings)
-    return findings.report()
-
-
 def _inventory(
     config: Any, options: Any, source: str | Mapping[str, Any] | None, **also: Any
 ) -> Inventory:
@@ -181,20 +170,15 @@ def _check_costs(
 
 
 def _flat_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    reference = file_with_adapter(path)
-    file = Path(path if reference is None else reference.model.path)
-    tensors = None
-    if os.path.isfile(file):
-        tensors = read_tensors(file, where, findings)
-    else:
-        what = "is a folder" if os.path.isdir(file) else "does not exist"
-        expected = "a file, .safetensors or a PyTorch pickle"
-        remedy = "Check the path; whole models are merged with mergekit-yaml."
-        findings.problem(where, f"{file}, which {what}", expected, remedy)
-    if reference is None:
-        return tensors
-    config = config_beside(str(file))
-    return adapted_tensors(reference, tensors, config, where, findings, flat=True)
+    if os.path.isfile(path) and "+" not in path:  # which mergekit takes for an adapter
+        return read_tensors(Path(path), where, findings)
+    findings.problem(
+        where,
+        f"{path}, which is no file, or has a plus sign",
+        "a file, .safetensors or a PyTorch pickle, without an adapter",
+        "Check the path; whole models, and adapters, are merged with mergekit-yaml.",
+    )
+    return None
 
 
 def _plan_flat(inventory: Inventory, union: bool, intersection: bool) -> None:
