@@ -12,12 +12,14 @@ One function for each module, which `autoload` calls when that module is loaded,
 ``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
                                 runs the statistics graph before it hands out the merge graph,
                                 and plans optional tensors with aliases (``BertModel`` has one),
-                                at which mergekit's own raises TypeError.
+                                at which mergekit's own raises TypeError. In a merge that can be
+                                continued ``TensorWriterTask.execute`` gives the planned files.
 ``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
                                 project's methods; other merges go to mergekit's own function,
                                 those with adapters checked first. ``_get_donor_model`` takes the
                                 files of a model with an adapter from its base; fields with a
-                                value for each layer follow the slices (``_model_out_config``).
+                                value for each layer follow the slices (``_model_out_config``). The
+                                card does not ask the Hub about a path that exists (``is_hf``).
 ``mergekit.scripts.multimerge`` the command reads its file as text first, as does ``load_config``:
                                 documents are mappings; their names, which become folders, stay in
                                 theirs; unknown keys, which pydantic drops, are found.
@@ -26,8 +28,6 @@ One function for each module, which `autoload` calls when that module is loaded,
                                 command's errors are messages.
 ``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
                                 YAML, an alias bomb, or refused by mergekit's schema is one message.
-``mergekit.card``               ``is_hf`` does not ask the Hub about a path that exists, while a
-                                merge of ours runs (`session.output`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -110,20 +111,25 @@ def _read_size(_: Callable[..., Any], kind: Any, value: Any, param: Any, ctx: An
 
 
 def extend_planner(module: Any) -> None:
-    """Put the planner that runs the statistics graph in the place of mergekit's."""
+    """Put the planner that runs the statistics graph in the place of mergekit's, and its writer."""
+    from mergekit.io.tasks import TensorWriterTask
+
     from mergekit_ext.host import planner
 
+    _replace(TensorWriterTask, "execute", planner.writer)
     if module.MergePlanner.__module__ == module.__name__:
         module.MergePlanner = planner.extended(module.MergePlanner)
 
 
 def extend_merge(module: Any) -> None:
     """Route merges that use the project's methods through `host.run`."""
-    from mergekit import plan
+    from mergekit import card, plan
 
     from mergekit_ext.host import out_config, run
     from mergekit_ext.host.adapters import loader
 
+    # Without a network the question raises, when all the weights are written.
+    _replace(card, "is_hf", lambda stock, path: not Path(path).exists() and stock(path))
     module.MergePlanner = plan.MergePlanner
     _replace(module, "run_merge", run.extended)
     _replace(module, "_get_donor_model", loader.donor)

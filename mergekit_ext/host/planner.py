@@ -1,21 +1,21 @@
 """mergekit's planner, with the statistics graph before the merge graph, and planned files.
 
-The weights of a merge are written into planned files, which become a checkpoint. This takes the
-place of mergekit's `TensorWriter`, which holds a whole shard in memory: each tensor is written when
-it is merged, by the process that merged it, with a line in the journal. A tensor that no header
-predicts gets a file of its own, so that the layout does not depend on the order of the work.
+The weights of a merge are written into planned files, which become a checkpoint; mergekit's
+`TensorWriter` would hold whole shards in memory.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor, TensorWriterTask
+from mergekit.io.tasks import LoaderCache
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_ext import parallel
@@ -42,18 +42,12 @@ _LINE = "tensor"
 def extended(stock: type) -> type:
     """A subclass of mergekit's ``MergePlanner`` that measures before it hands out a plan.
 
-    In a session with a journal the plan leaves out what is finished, and what other processes do.
-
-    The class is made from `stock` because ``mergekit.plan`` is still being imported when this is
-    needed. Plans for mergekit's own methods are left as they are outside of a session.
+    It is made from `stock` because ``mergekit.plan`` is still being imported when this is needed.
+    Plans for mergekit's own methods are left as they are outside of a session.
     """
 
     class MergePlanner(stock):
         _tensors: list[Any]
-
-        def _plan(self) -> None:
-            super()._plan()
-            self._prepare(sessions.current(), ())
 
         def plan_tensor(
             self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
@@ -72,55 +66,28 @@ def extended(stock: type) -> type:
                 task = task.model_copy(update={"output_weight": weight})
                 self._tensors.append((weight, task))
 
-        def plan_to_disk(self, out_path: str) -> list[Any]:
-            """mergekit's tasks, with a writer whose finished tensors are not merged again."""
-            session, processes = sessions.current(), parallel.current()
-            if session is None or session.journal is None or session.staging is None:
-                return super().plan_to_disk(out_path)
+        def _plan(self) -> None:
+            """Plan what this process merges: nothing that is finished, or that others do."""
             super()._plan()
-            # Of two tensors of one name the last counts, as in mergekit.
-            self._tensors = list({item[0].name: item for item in self._tensors}.values())
-            session.order = [weight.name for weight, _ in self._tensors]
-            entries = {name: session.predicted.get(name) for name in session.order}
-            limit = self.options.out_shard_size
-            # All processes write where the main one does, whatever `out_path` is in them.
-            writer = PlannedWriter(session.staging.output, session, entries, limit)
-            if writer.finished:
-                done, count = len(writer.finished), len(entries)
-                session.say(f"Going on with a merge that was stopped: {done} of {count} tensors.")
-            self._prepare(session, writer.finished)
-            left = [item for item in self._tensors if item[0].name not in writer.finished]
-            owners = processes.share([session.size_of(weight.name) for weight, _ in left])
-            task = PlannedWriterTask(out_path=out_path, max_shard_size=limit, writer=writer)
-            saves = [
-                SaveTensor(
-                    tensor_name=weight.name,
-                    tensor_task=merged,
-                    writer_task=task,
-                    clone=False,
-                    optional=weight.optional,
-                    dtype=weight.force_dtype or self.config.out_dtype,
-                )
-                for (weight, merged), owner in zip(left, owners, strict=True)
-                if owner == processes.rank
-            ]
-            last = FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=task)
-            rest = [self._tokenizer_task] if self._tokenizer_task else []
-            return [*saves, last, *rest]
-
-        def _prepare(self, session: Session | None, finished: Collection[str]) -> None:
-            """Make the tasks ours, with what the statistics graph measures."""
-            name = self._method.spec.name
-            method = ext_method(name)
-            if method is None and session is None:
+            method, running = ext_method(self._method.spec.name), sessions.current()
+            if method is None and running is None:
                 return
+            session, processes = running or Session(), parallel.current()
+            # Of two tensors of one name the last counts, as in mergekit.
+            tensors = {weight.name: (weight, task) for weight, task in self._tensors}
+            session.order = list(tensors)
+            if session.journal is not None:
+                entries = {name: session.predicted.get(name) for name in tensors}
+                session.writer = PlannedWriter(session, entries, self.options.out_shard_size)
+            finished = session.writer.finished if session.writer else frozenset()
+            if finished:
+                done = f"{len(finished)} of {len(tensors)} tensors"
+                session.say(f"Going on with a merge that was stopped: {done}.")
             if method is not None:
-                _forewarn(method, (task for _, task in self._tensors), session or Session())
-            if session is not None:
-                models = tuple(map(str, self.config.referenced_models()))
-                left = len(self._tensors) - len(finished)
-                session.emit(MergeBegin(name, session.output, models, left))
-            weights = [weight for weight, _ in self._tensors]
+                _forewarn(method, (task for _, task in tensors.values()), session)
+            models = tuple(map(str, self.config.referenced_models()))
+            left = [name for name in tensors if name not in finished]
+            session.emit(MergeBegin(self._method.spec.name, session.output, models, len(left)))
             # Cast once: a half-precision result would be rounded before a wider out_dtype.
             tasks = [
                 MergeTensorTask.of(
@@ -128,9 +95,15 @@ def extended(stock: type) -> type:
                     self.options.random_seed,
                     out_dtype=weight.force_dtype or self.config.out_dtype,
                 )
-                for weight, task in self._tensors
+                for weight, task in tensors.values()
             ]
-            self._tensors = list(zip(weights, with_statistics(tasks, self.options), strict=True))
+            prepared = dict(zip(tensors, with_statistics(tasks, self.options), strict=True))
+            owners = processes.share([session.size_of(name) for name in left])
+            self._tensors = [
+                (tensors[name][0], prepared[name])
+                for name, owner in zip(left, owners, strict=True)
+                if owner == processes.rank
+            ]
 
     return MergePlanner
 
@@ -152,11 +125,19 @@ def _forewarn(method: ExtMethod, tasks: Iterable[Any], session: Session) -> None
         session.warn(method.forewarnings(dict(task.parameters.items()), inputs))
 
 
+def writer(stock: Callable[..., Any], self: Any, **arguments: Any) -> Any:
+    """Extend ``TensorWriterTask.execute``: the writer of the running merge, if it has one."""
+    session = sessions.current()
+    return (session and session.writer) or stock(self, **arguments)
+
+
 class PlannedWriter:
-    """The weights of one output; every process of the merge has one.
+    """The weights of one output, each written when it is merged; every process has one.
+
+    A tensor that no header predicts has a file of its own, so that the layout does not depend on
+    the order of the work. All processes write into the main one's folder.
 
     Args:
-        folder: of the main process; the others write into it too.
         session: gets the records of tensors that are finished already, and of other processes.
         entries: the tensors of the output in their order; None for what no header predicts.
         limit: bytes of one file; 0 for a single one.
@@ -165,13 +146,11 @@ class PlannedWriter:
         finished: names of tensors that an earlier merge has written, and that are as it left them.
     """
 
-    def __init__(
-        self, folder: Path, session: Session, entries: Mapping[str, TensorHeader | None], limit: int
-    ):
-        assert session.journal is not None
-        self._folder, self._session, self._entries = folder, session, entries
+    def __init__(self, session: Session, entries: Mapping[str, TensorHeader | None], limit: int):
+        assert session.staging is not None
+        self._folder, self._session, self._entries = session.staging.output, session, entries
         self._finished = Finished(session.journal)
-        self._files = PlannedFiles(folder)
+        self._files = PlannedFiles(self._folder)
         self._lock = threading.Lock()
         self._placed: dict[str, tuple[str, TensorHeader]] = {}
         cuts = split([entry for entry in entries.values() if entry is not None], limit)
@@ -186,14 +165,13 @@ class PlannedWriter:
         """Write a merged tensor, and a line. `clone` is for writers that keep what they get."""
         entry = TensorHeader.of(name, tensor.dtype, tensor.shape)
         record = self._session.recorded.get(name)
+        details = None if record is None else dict(record.details)
         with self._lock:
             file = self._file(entry)
             if file is not self._plan.get(name):
                 self._files.create([file])
             crc = self._files.write(file, name, tensor)
-            details = None if record is None else dict(record.details)
-            line = [crc, entry.dtype, entry.shape, entry.nbytes, details]
-            self._finished.add(_LINE, name, line)
+            self._finished.add(_LINE, name, [crc, entry.dtype, entry.shape, entry.nbytes, details])
             self._placed[name] = file.path, entry
 
     def finalize(self) -> None:
@@ -212,17 +190,10 @@ class PlannedWriter:
         processes.wait()
 
     def _complete(self, placed: Mapping[str, tuple[str, TensorHeader]]) -> None:
-        """Make a checkpoint of files that hold all their tensors, or almost.
-
-        A planned tensor that is not in its planned file leaves a hole there, which is taken out;
-        one that is in no planned file has a file of its own.
-
-        Args:
-            placed: the file in which each tensor is, in the order of the output.
-        """
+        """Make a checkpoint of the files, from where each tensor is, in the order of the output."""
+        kept = [_without_holes(self._folder, file, placed) for file in self._planned]
+        files = [file for file in kept if file.entries]
         paths = {file.path for file in self._planned}
-        kept = (_without_holes(self._folder, file, placed) for file in self._planned)
-        files = [file for file in kept if file is not None]
         files += [PlannedFile(path, (e,)) for path, e in placed.values() if path not in paths]
         final = weight_names(len(files))
         if [file.path for file in files] != final:
@@ -245,19 +216,14 @@ class PlannedWriter:
             name: self._file(TensorHeader(name, dtype, tuple(shape), nbytes))
             for name, (_, dtype, shape, nbytes, _) in lines.items()
         }
-        for name, file in list(claimed.items()):
-            path = self._folder / file.path
-            there = path.is_file() and path.stat().st_size == file.length
-            if not there and file is not self._plan.get(name):
-                del claimed[name]
         if processes.is_main:
-            files = [*self._planned, *claimed.values()]
+            files = {file.path: file for file in (*self._planned, *claimed.values())}
             for path in self._folder.glob("*.safetensors"):
-                if path.name not in {file.path for file in files}:
+                if path.name not in files:
                     path.unlink()
-            self._files.create(files)
+            self._files.create(files.values())
         processes.wait()
-        owners = processes.share([lines[name][3] for name in claimed])
+        owners = processes.share([line[3] for line in lines.values()])
         for (name, file), owner in zip(claimed.items(), owners, strict=True):
             if owner == processes.rank and self._files.crc(file, name) == lines[name][0]:
                 self._placed[name] = file.path, file.places[name][1]
@@ -279,28 +245,15 @@ class PlannedWriter:
 
 def _without_holes(
     folder: Path, file: PlannedFile, placed: Mapping[str, tuple[str, TensorHeader]]
-) -> PlannedFile | None:
+) -> PlannedFile:
+    """Take out of a file the planned tensors that were not written into it."""
     kept = tuple(entry for entry in file.entries if placed.get(entry.name) == (file.path, entry))
-    if len(kept) == len(file.entries):
-        return file
-    whole = PlannedFile(f"whole-{file.path}", kept)
-    if kept:
-        opened = PlannedFiles(folder)
-        opened.create([whole])
-        with (folder / file.path).open("rb") as source:
-            for entry in kept:
-                source.seek(file.places[entry.name][0])
-                opened.put(whole, entry.name, memoryview(source.read(entry.nbytes)))
-        opened.close()
-    (folder / file.path).unlink()
-    return whole if kept else None
-
-
-class PlannedWriterTask(TensorWriterTask):
-    """mergekit's task that makes the writer of a merge, for a writer that is made already."""
-
-    writer: Any
-
-    def execute(self, **_arguments: Any) -> Any:
-        """Return the writer."""
-        return self.writer
+    path = folder / file.path
+    if not kept:
+        path.unlink()
+    elif len(kept) < len(file.entries):
+        with safe_open(path, "pt") as stored:
+            tensors = {entry.name: stored.get_tensor(entry.name) for entry in kept}
+        save_file(tensors, path.with_suffix(".whole"), {"format": "pt"})
+        path.with_suffix(".whole").rename(path)
+    return PlannedFile(file.path, kept)

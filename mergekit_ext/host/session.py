@@ -1,12 +1,10 @@
 """One merge while it runs: its listeners, the records of its tensors, and its output.
 
-mergekit's tasks may run in threads and carry only plain values, so listeners cannot travel through
-the graph. One merge runs at a time in a process; `current` returns its session.
+mergekit's tasks carry plain values only, and may run in threads: `current` is their session.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -14,9 +12,8 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit.options import MergeOptions
 
@@ -44,14 +41,13 @@ from mergekit_ext.report.card import append_section, write_report
 
 if TYPE_CHECKING:
     from mergekit_ext.host.method import ExtMethod
+    from mergekit_ext.host.planner import PlannedWriter
 
 EVENTS_VARIABLE = "MERGEKIT_EXT_EVENTS"
 _KEPT = "What is finished is kept: the same command goes on with it, --restart starts over."
-_GONE = "The hidden folder that it was written in is gone: the same command starts over."
 
 
-@dataclass(frozen=True)
-class TensorRecord:
+class TensorRecord(NamedTuple):
     """What a method reports of one output tensor."""
 
     name: str
@@ -60,19 +56,7 @@ class TensorRecord:
 
 
 class Session:
-    """Listeners and records of one merge.
-
-    Attributes:
-        output: the folder that the output becomes.
-        source: the text of the configuration.
-        quiet: whether `say` prints nothing.
-        staging: where the output is written, the same in all processes.
-        journal: what is finished of it; None for merges that cannot be continued.
-        predicted: the output's tensors as far as headers give them; None for the others.
-        order: the names of the output's tensors, in which `records` come.
-        recorded: what was reported, by the tensor's name.
-        afterwards: warnings for when the output stands; one that is an error must not cost it.
-    """
+    """Listeners and records of one merge."""
 
     def __init__(
         self,
@@ -83,10 +67,15 @@ class Session:
     ):
         self.output, self.source, self.quiet = output, source, quiet
         self.staging: Staging | None = None
+        # What is finished of the output; None for merges that cannot be continued.
         self.journal: Journal | None = None
+        self.writer: PlannedWriter | None = None
+        # The output's tensors as far as headers give them; None for the others.
         self.predicted: Mapping[str, TensorHeader | None] = {}
+        # The names of the output's tensors, in which `records` come.
         self.order: Sequence[str] = ()
         self.recorded: dict[str, TensorRecord] = {}
+        # Warnings for when the output stands; one that is an error must not cost it.
         self.afterwards: list[MergeWarning] = []
         self.started = time.perf_counter()
         self._dispatcher = dispatcher or Dispatcher()
@@ -140,7 +129,7 @@ class Session:
         with self._lock:
             before = self.recorded.get(record.name)
             details = {**(before.details if before else {}), **record.details}
-            self.recorded[record.name] = TensorRecord(record.name, record.size, details)
+            self.recorded[record.name] = record._replace(details=details)
 
     @property
     def records(self) -> tuple[TensorRecord, ...]:
@@ -187,8 +176,8 @@ def listening(
         finally:
             session.close()
     except KeyboardInterrupt:
-        if session.journal is not None and _left(session) == _KEPT and parallel.current().is_main:
-            print(_KEPT, file=sys.stderr)  # below the bar, which is closed now
+        if session.journal is not None and parallel.current().is_main:
+            print(_left(session), file=sys.stderr)  # below the bar, which is closed now
         raise
 
 
@@ -204,15 +193,11 @@ def output(
 ) -> Iterator[Path]:
     """Yield the folder to merge into; then write the report, and put the folder in its place.
 
-    Args:
-        options, callbacks, out_path, source: see `listening`; the folder becomes `out_path`.
-        method: the method that reports; None for mergekit's own.
-        identity: whatever decides the output; with it the session has a journal, and what is
-            finished is kept when the merge is stopped.
-        restart: do not continue what an earlier merge has left.
+    `method` reports; None for mergekit's own. With an `identity`, which is whatever decides the
+    output, what is finished is kept when the merge is stopped, for the next one to go on with.
     """
     with listening(options, callbacks, out_path, source) as session:
-        with _local_cards(), _folder(session, out_path, identity, restart) as folder:
+        with _folder(session, out_path, identity, restart) as folder:
             yield folder
             agree(folder)
             if method is not None:
@@ -232,23 +217,6 @@ def output(
         if method is not None:
             session.afterwards += method.warnings(session.records)
         session.warn(session.afterwards)
-
-
-@contextmanager
-def _local_cards() -> Iterator[None]:
-    """Inside, mergekit writes model cards without the Hub.
-
-    Of a local folder called like a repository (``big/base``) it asks whether the Hub has one of
-    that name: without a network that raises when all the weights are written.
-    """
-    from mergekit import card
-
-    stock = card.is_hf
-    card.is_hf = lambda path: not Path(path).exists() and stock(path)
-    try:
-        yield
-    finally:
-        card.is_hf = stock
 
 
 @contextmanager
@@ -281,16 +249,10 @@ def _folder(
     except Exception as error:
         if identity is None or isinstance(error, MergekitExtError) or not by_machine(error):
             raise
-        reason = f"{type(error).__name__}: {error}"
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full and session.staging is not None:
-            disk = session.staging.path.parent
-            reason = f"the disk of {disk} is full ({error}): free some space there"
-        raise StoppedError(f"{reason}. {_left(session)}".rstrip()) from error
+        reason = f"{type(error).__name__}: {error}."
+        raise StoppedError(f"{reason} {_left(session)}".rstrip()) from error
 
 
 def _left(session: Session) -> str:
-    """Return what a stopped merge has left, and how to continue it; "" before it has begun."""
-    if session.staging is None:
-        return ""
-    return _KEPT if session.staging.path.exists() else _GONE
+    """Say how a stopped merge goes on; "" before it has begun, and if what it left is gone."""
+    return _KEPT if session.staging is not None and session.staging.path.exists() else ""

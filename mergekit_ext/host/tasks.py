@@ -33,12 +33,9 @@ from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients
 
-# The kind of line in the journal.
-_LINE = "norms"
-
 
 class MergeTensorTask(ExecuteMergeMethodTask):
-    """mergekit's task, which also emits an event when a tensor is done.
+    """mergekit's task, with an event when a tensor is done.
 
     Random numbers depend on `seed` and the tensor's name alone, not on what was merged before.
     Counters of training are those of the base, or else of the first model.
@@ -55,7 +52,7 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor | None:
-        """See mergekit's; `MergeError` if tensors without a mean, which are copied, differ."""
+        """Merge as mergekit does; `MergeError` if tensors without a mean differ."""
         started, name = time.perf_counter(), self.output_weight.name
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         if is_counter(name) and tensors:
@@ -70,8 +67,7 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         session = sessions.current()
         if session is not None:
             shape = () if merged is None else tuple(merged.shape)
-            record = session.recorded.get(name)
-            details = {} if record is None else record.details
+            details = session.recorded[name].details if name in session.recorded else {}
             session.emit(TensorMerged(name, shape, details, time.perf_counter() - started))
         return merged
 
@@ -96,8 +92,8 @@ def _require_same_copied(name: str, tensors: Mapping[ModelReference, torch.Tenso
 class MeasureTensorTask(Task[dict[str, float]]):
     """The norms of the inputs of one `MergeTensorTask`, by the names of the models.
 
-    The result is a mapping of plain numbers: the executor moves it nowhere, and a statistics
-    graph has no task that joins tensors, so that several GPUs can share it.
+    Plain numbers, which the executor moves nowhere; and no task joins tensors, so that several GPUs
+    can share a statistics graph.
     """
 
     merge: Any
@@ -115,34 +111,29 @@ class MeasureTensorTask(Task[dict[str, float]]):
     def execute(self, tensors: dict[ModelReference, torch.Tensor]) -> dict[str, float]:
         name, base = self.merge.output_weight.name, self.merge.base_model
         method = ext_method(self.merge.method_name)
-        present = {m: tensors[m] for m in self.merge.model_order if tensors.get(m) is not None}
-        norms: dict[str, float] = {}
+        assert isinstance(method, NanMethod)
+        entries = tuple(
+            TensorEntry(id=model, tensor=tensors[model], is_base=model == base)
+            for model in self.merge.model_order
+            if tensors.get(model) is not None
+        )
+        group = TensorGroup(entries=entries, metadata=TensorMetadata(name=name))
+        measured: Mapping[Any, float] = {}
         # Without the base's tensor there is no task vector: the merge passes such a tensor on.
-        floating = all(tensor.is_floating_point() for tensor in present.values())
-        if (
-            isinstance(method, NanMethod)
-            and floating
-            and (base is None or base in present or method.ignores_base)
-        ):
-            entries = tuple(
-                TensorEntry(id=model, tensor=tensor, is_base=model == base)
-                for model, tensor in present.items()
-            )
-            group = TensorGroup(entries=entries, metadata=TensorMetadata(name=name))
+        based = base is None or group.base is not None or method.ignores_base
+        if based and all(tensor.is_floating_point() for tensor in group.tensors):
             group.validate_tensors()
             measured = method.norms(group, dict(self.merge.parameters.items()))
-            norms = {str(model): norm for model, norm in measured.items()}
         session = sessions.current()
         if session is not None:
             session.emit(TensorMeasured(name))
-        return norms
+        return {str(model): norm for model, norm in measured.items()}
 
 
 class _Group(NamedTuple):
     """What tensors have in common that share coefficients.
 
-    Slices may take different models, or measure against different bases: what is measured over
-    other tensors or otherwise cannot be compared.
+    Slices may take different models, or measure against different bases.
     """
 
     granularity: str
@@ -160,10 +151,13 @@ def with_statistics(tasks: Iterable[MergeTensorTask], options: Any) -> list[Merg
     grouped = [(_group_of(task), task) for task in tasks]
     pending = [(group, task) for group, task in grouped if group is not None]
     norms = _measured(pending, options) if pending else {}
-    return [
-        task if group is None else _with_norms(task, norms.get(group, {}))
-        for group, task in grouped
-    ]
+    found = []
+    for group, task in grouped:
+        if group is not None:
+            parameters = {**dict(task.parameters.items()), NORMS: norms.get(group, {})}
+            task = task.model_copy(update={"parameters": ImmutableMap(parameters)})
+        found.append(task)
+    return found
 
 
 def _group_of(task: MergeTensorTask) -> _Group | None:
@@ -178,39 +172,30 @@ def _group_of(task: MergeTensorTask) -> _Group | None:
     return _Group(granularity, name, models, task.base_model, task.parameters["norm_of"])
 
 
-def _with_norms(task: MergeTensorTask, norms: Mapping[ModelReference, float]) -> MergeTensorTask:
-    parameters = {**dict(task.parameters.items()), NORMS: dict(norms)}
-    return task.model_copy(update={"parameters": ImmutableMap(parameters)})
-
-
 def _measured(tasks: Sequence[tuple[_Group, MergeTensorTask]], options: Any) -> _Norms:
-    """Return the norms of all groups: from the journal, or measured by this process or others."""
+    """Return the norms of all groups, from the journal or measured by all processes."""
     session, processes = sessions.current() or Session(), parallel.current()
     started = time.perf_counter()
     # A tied tensor counts once in each group.
     unique = {(group, _stored(task)): (group, task) for group, task in reversed(tasks)}
-    groups = [(task.output_weight.name, group) for group, task in reversed(unique.values())]
-    targets = {
-        task.output_weight.name: MeasureTensorTask(merge=task)
-        for _, task in reversed(unique.values())
-    }
+    groups = {task.output_weight.name: group for group, task in reversed(unique.values())}
     models = {str(model): model for _, task in tasks for model in task.model_order}
     finished = Finished(session.journal)
-    found = {name: finished.found(_LINE, name) for name in targets}
-    missing = [name for name, norms in found.items() if norms is None]
-    session.emit(StatisticsBegin(len(missing)))
-    owners = processes.share([session.size_of(name) for name in missing])
-    mine = [n for n, owner in zip(missing, owners, strict=True) if owner == processes.rank]
-    names = {targets[name]: name for name in mine}
-    measured = {}
-    for target, norms in _run(list(names), options):
-        measured[names[target]] = norms
-        finished.add(_LINE, names[target], norms)
-    for part in processes.gather(measured):
-        found |= part
+    found = finished.found("statistics", "norms")
+    session.emit(StatisticsBegin(0 if found else len(groups)))
+    if not found:
+        owners = processes.share([session.size_of(name) for name in groups])
+        targets = {
+            MeasureTensorTask(merge=task): task.output_weight.name
+            for (_, task), owner in zip(reversed(unique.values()), owners, strict=True)
+            if owner == processes.rank
+        }
+        measured = {targets[target]: norms for target, norms in _run(list(targets), options)}
+        found = {name: norms for part in processes.gather(measured) for name, norms in part.items()}
+        finished.add("statistics", "norms", found)
     totals = combine_norms(
         (group, {models[model]: norm for model, norm in found[name].items()})
-        for name, group in groups
+        for name, group in groups.items()
     )
     session.emit(StatisticsEnd(_coefficients(totals), time.perf_counter() - started))
     return totals

@@ -128,11 +128,11 @@ def test_warnings_are_those_of_an_undisturbed_merge(configs, tmp_path):
     assert merged(configs["lore"], tmp_path)[1] == {"NotConvergedWarning"}
 
 
-def test_norms_are_not_measured_again(configs, undisturbed, tmp_path):
+def test_norms_are_measured_again_unless_all_were(configs, undisturbed, tmp_path):
     stopped(configs["nan_ties"], tmp_path, Stop(measured=9))
     second = Stop()
     found, _ = merged(configs["nan_ties"], tmp_path, second)
-    assert second.seen["measured"] == TENSORS - 8
+    assert second.seen["measured"] == TENSORS
     assert found == undisturbed("nan_ties")
 
 
@@ -181,15 +181,15 @@ def test_what_makes_a_merge_start_over(configs, llamas, tmp_path, how, monkeypat
     assert second.seen == {"merged": TENSORS, "measured": TENSORS}
 
 
-def test_a_hidden_folder_that_went_away_is_not_promised(configs, tmp_path, capsys):
+def test_a_hidden_folder_that_went_away_is_not_promised(configs, tmp_path):
     class Removes(MergeCallback):
         def on_tensor_merged(self, event):
             shutil.rmtree(tmp_path / "above", ignore_errors=True)
 
     out = tmp_path / "above" / "out"
-    with pytest.raises(StoppedError, match="is gone: the same command starts over"):
+    with pytest.raises(StoppedError) as error:
         mergekit_ext.merge(configs["lore"], out, SHARDED, callbacks=[Removes()])
-    assert "is kept" not in capsys.readouterr().err
+    assert "is kept" not in str(error.value)
 
 
 def test_an_input_that_is_written_to_meanwhile_is_no_input(configs, llamas, tmp_path):
