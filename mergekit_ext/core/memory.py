@@ -7,6 +7,7 @@ A method declares how many copies of a tensor it holds (`copies`). Then a merge 
 
 A unit is a tensor; for FlexMerge a block, for adapters a module. Anonymous memory counts: what the
 process would keep if all files were closed. The system drops pages of mapped files as it needs.
+On an accelerator inputs count too, and the one sum holds for its memory and for the CPU's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 from mergekit_ext.errors import ConfigError, Problem
 
 VARIABLE = "MERGEKIT_EXT_MAX_MEMORY"
-EXPECTED = 'a size in bytes, such as "8GB" or "6GiB"'
 # What comes on top of tensors while a merge runs: modules that are loaded late, stacks of threads,
 # and what the allocator keeps (up to 32 MiB a block, which it does not give back).
 MARGIN = 96 << 20
@@ -42,7 +42,6 @@ _LETTERS = {"K": "KB", "M": "MB", "B": "GB"}
 _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # No merge has so many models or adapters, and none is so small.
 FIRST_BYTES = 100_000
-_SHARD_SIZE = 'a size in bytes, such as "5GB", "500MiB" or mergekit\'s "5B" (5,000,000,000)'
 # No disk or memory is so large.
 _MOST = 1 << 80
 
@@ -58,27 +57,17 @@ _cap: ContextVar[int | None] = ContextVar("max_memory", default=None)
 class Need:
     """What a merge holds at its worst moment, beyond what the process holds before.
 
-    Attributes:
-        what: the tensor, block or module that needs the most.
-        parts: bytes by what they are for, in the memory of the CPU.
-        device: the same on an accelerator; empty without one.
-        remedy: what would make it less, as an imperative sentence.
+    `what` is the tensor, block or module that needs the most, `parts` are bytes by what they are
+    for, and `remedy` is what would make it less.
     """
 
     what: str
     parts: Mapping[str, int] = field(default_factory=dict)
-    device: Mapping[str, int] = field(default_factory=dict)
     remedy: str = ""
 
     @property
     def bytes(self) -> int:
-        """The sum on the CPU."""
         return sum(self.parts.values())
-
-    @property
-    def most(self) -> int:
-        """The larger sum of the two, by which needs are compared."""
-        return max(self.bytes, sum(self.device.values()))
 
 
 def unknown_copies(models: int, square: float) -> float:
@@ -117,17 +106,6 @@ def working(copies: float, unit: int, models: int, piece: int, threads: int) -> 
     }
 
 
-def size_in_bytes(value: object, where: str = "--max-memory") -> int:
-    """Read 8000000000, "8GB" or "6GiB".
-
-    Raises:
-        ConfigError: anything else; `where` is the name of the option or variable.
-    """
-    if (count := _bytes(value)) is None:
-        raise ConfigError([Problem(where, repr(value), EXPECTED)])
-    return count
-
-
 @contextmanager
 def limited(cap: object, where: str = "--max-memory") -> Iterator[None]:
     """Refuse merges inside that need more than `cap`; None leaves the cap as it is.
@@ -138,23 +116,11 @@ def limited(cap: object, where: str = "--max-memory") -> Iterator[None]:
     if cap is None:
         yield
         return
-    token = _cap.set(size_in_bytes(cap, where))
+    token = _cap.set(_size(cap, where))
     try:
         yield
     finally:
         _cap.reset(token)
-
-
-def cap() -> int | None:
-    """Return the bytes that a merge may hold; None without a limit.
-
-    Raises:
-        ConfigError: the environment names no size.
-    """
-    if (found := _cap.get()) is not None:
-        return found
-    text = os.environ.get(VARIABLE)
-    return size_in_bytes(text, VARIABLE) if text else None
 
 
 def held() -> int:
@@ -168,28 +134,29 @@ def held() -> int:
 
 
 def problems(need: Need) -> Iterator[Problem]:
-    """Yield what is wrong with a merge under the present cap, here or on its device."""
-    try:
-        limit = cap()
-    except ConfigError as error:
-        yield from error.problems
-        return
+    """Yield what is wrong with a merge under the present cap."""
+    limit, where = _cap.get(), "--max-memory"
     if limit is None:
-        return
+        where, text = VARIABLE, os.environ.get(VARIABLE)
+        if not text:
+            return
+        try:
+            limit = _size(text, where)
+        except ConfigError as error:
+            yield from error.problems
+            return
     # Give back what is free: the merge would take it again, and it would count twice.
     with suppress(OSError, AttributeError):  # another system, or another C library
         ctypes.CDLL(None).malloc_trim(0)
-    fixed = {"what the process holds now": held(), "what comes while it runs": MARGIN}
-    places = (("", {**fixed, **need.parts}, _STARTS_DIFFER), (" on the device", need.device, 0))
-    for where, parts, more in places:
-        if (whole := sum(parts.values())) > limit:
-            listed = ", ".join(f"{what} {size(count)}" for what, count in parts.items() if count)
-            yield Problem(
-                "--max-memory" if _cap.get() is not None else VARIABLE,
-                f"{size(limit)}, while {need.what} needs {size(whole)}{where}: {listed}",
-                f"{size(whole + more)} or more{where}",
-                need.remedy,
-            )
+    parts = {"what the process holds now": held(), "what comes while it runs": MARGIN, **need.parts}
+    if (whole := sum(parts.values())) > limit:
+        listed = ", ".join(f"{what} {size(count)}" for what, count in parts.items() if count)
+        yield Problem(
+            where,
+            f"{size(limit)}, while {need.what} needs {size(whole)}: {listed}",
+            f"{size(whole + _STARTS_DIFFER)} or more",
+            need.remedy,
+        )
 
 
 def size(count: int) -> str:
@@ -204,13 +171,8 @@ def size(count: int) -> str:
 def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | None]:
     """Read 2.25, 12000000000 or "12GB" (powers of 1000; "GiB" for powers of 1024).
 
-    Numbers without a unit are counts below `FIRST_BYTES`, and bytes from there.
-
-    Returns:
-        a count and None, or None and bytes.
-
-    Raises:
-        ValueError: anything else, with `expected` as its message.
+    Numbers without a unit are counts below `FIRST_BYTES`, and bytes from there. Returns a count
+    and None, or None and bytes; raises `ValueError(expected)` for anything else.
     """
     unit = ""
     amount: float | Fraction = 0
@@ -231,10 +193,8 @@ def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | No
 def shard_size(value: str | int) -> int:
     """Read the bytes of a shard: 5000, or with a unit as in `count_or_bytes`.
 
-    One letter is mergekit's: thousands, millions and billions, so that "5B" is "5GB".
-
-    Raises:
-        ValueError: anything else; its message says what was found and expected.
+    One letter is mergekit's: thousands, millions and billions, so that "5B" is "5GB". Raises
+    `ValueError` for anything else.
     """
     text = str(value).strip()
     if text.isdecimal() and int(text) < _MOST:
@@ -243,7 +203,15 @@ def shard_size(value: str | int) -> int:
     if unit and text[-2:-1].isdecimal():
         text = text[:-1] + unit
     if (count := _bytes(text)) is None:
-        raise ValueError(f"found {value!r}; expected {_SHARD_SIZE}.")
+        expected = 'a size in bytes, such as "5GB", "500MiB" or mergekit\'s "5B" (5,000,000,000)'
+        raise ValueError(f"found {value!r}; expected {expected}.")
+    return count
+
+
+def _size(value: object, where: str) -> int:
+    if (count := _bytes(value)) is None:
+        expected = 'a size in bytes, such as "8GB" or "6GiB"'
+        raise ConfigError([Problem(where, repr(value), expected)])
     return count
 
 

@@ -17,7 +17,7 @@ from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.model_files import may_be_hub_name
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model"),
     *("vocab.json", "vocab.txt"),
 )
@@ -122,7 +122,7 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
             if os.path.exists(folder / name)
             and (wrong := json_object(folder / name, "a tokenizer's file", _LARGEST)[1])
         ]
-        is_there = any((folder / name).exists() for name in _TOKENIZER_FILES)
+        is_there = any((folder / name).exists() for name in TOKENIZER_FILES)
         if built and is_there and not wrong:
             own, wrong = _load(model.model, model == first, options)
             tokens |= own if model in joined else set()
@@ -134,7 +134,7 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
             findings.problem(
                 str(at),
                 f"no tokenizer in {folder}",
-                f"one of {', '.join(_TOKENIZER_FILES)} there",
+                f"one of {', '.join(TOKENIZER_FILES)} there",
                 "Copy the model's tokenizer files into the folder.",
             )
     multiple = (config.tokenizer.pad_to_multiple_of if config.tokenizer else None) or 1
