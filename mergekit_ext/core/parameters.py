@@ -143,7 +143,7 @@ def schema_problems(error: ValidationError, document: Any, root: str = "") -> li
     places: dict[tuple[str, str], dict[str, None]] = {}
     problems = []
     for item in error.errors(include_url=False):
-        where, found = _place(item, document, root)
+        where, found = place_of(item, document, root)
         raised = item.get("ctx", {}).get("error")
         if isinstance(raised, ConfigError):
             for problem in raised.problems:
@@ -158,7 +158,7 @@ def schema_problems(error: ValidationError, document: Any, root: str = "") -> li
     return problems
 
 
-def _place(item: Any, document: Any, root: str) -> tuple[str, str]:
+def place_of(item: Any, document: Any, root: str = "") -> tuple[str, str]:
     """Return the path as far as it exists in the document, and what is there."""
     path, value = root, document
     for step in item["loc"]:  # names the branches of unions and keys, too

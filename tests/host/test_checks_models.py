@@ -142,7 +142,7 @@ def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, mo
     assert built.problems == () and built.estimate
     large = sum(math.prod(header.shape) for header in headers.values())
     assert built.estimate.parameters == large
-    assert built.estimate.need.parts["the result"] == 4 * 16 * (64 + 72)
+    assert built.estimate.need.parts["the result"] == 4 * 16 * 72
     monkeypatch.setattr(config, "architectures", None)
     tensors["x.qweight"] = tensors["lm_head.weight"]
     metadata.weight_map["x.qweight"] = "model.safetensors"

@@ -347,7 +347,7 @@ def test_the_base_among_the_models(content):
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few(content, count):
     content["models"] = [*content["models"][:count], {"model": content["base_model"]}]
-    assert only(put(content, target_size=1)).remedy == "Add models."
+    assert only(put(content, target_size=1)).remedy == "Add or take out models."
 
 
 def test_another_architecture(content, bert):

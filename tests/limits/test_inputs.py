@@ -72,9 +72,10 @@ def test_rows_of_a_built_vocabulary(source, more, rows, pair):
     assert built.need.parts["tokenizers"] > 2 * (base / "tokenizer.json").stat().st_size
 
 
-def test_nothing_is_estimated_of_an_unknown_vocabulary(pair):
+def test_the_largest_vocabulary_counts_where_none_is_known(pair):
     report = report_of(pair, tokenizer_source="org/elsewhere")
-    assert report.problems == () and report.estimate is None
+    assert report.problems == ()
+    assert report.estimate.parameters == report_of(pair).estimate.parameters
 
 
 def test_tokenizers_that_cannot_be_read_are_problems(pair, tmp_path):

@@ -51,7 +51,7 @@ def test_a_model_may_be_larger_than_the_cap(found):
 
 
 def test_the_refusal_names_what_needs_how_much(monkeypatch):
-    need = Need("lm_head.weight", memory.working(22.5, 10**9, 3, 10**6, 1), {}, "Use less.")
+    need = Need("lm_head.weight", memory.working(22.5, 10**9, 3, 10**6, 1), "Use less.")
     monkeypatch.setenv(memory.VARIABLE, "2GB")
     (problem,) = memory.problems(need)
     assert problem.where == memory.VARIABLE
@@ -61,12 +61,6 @@ def test_the_refusal_names_what_needs_how_much(monkeypatch):
     assert problem.expected.endswith("GB or more")
     with memory.limited(problem.expected.removesuffix(" or more")):
         assert not list(memory.problems(need))
-
-
-def test_an_accelerator_has_the_same_cap():
-    with memory.limited("2GB"):
-        (problem,) = memory.problems(Need("x", {}, {"inputs": 3 * 10**9}))
-    assert "on the device" in problem.found and "--max-memory" in problem.where
 
 
 @pytest.mark.parametrize("text", ["8", "much", "-1GB", "8 G"])
@@ -107,7 +101,5 @@ def test_what_an_adapter_changes_is_counted(tmp_path):
     content = small.config("flexmerge", models, base, parameters)
     report, prepared = check(MergeConfiguration.model_validate(content), MergeOptions())
     assert prepared.adapted and all("down_proj" in name for name in prepared.adapted)
-    need = report.estimate.need
-    assert "down_proj" in need.what
     # Before and after in float32, and three masks; the base's own tensor is mapped.
-    assert need.parts["a tensor with its adapter"] == 512 * 2048 * 11
+    assert report.estimate.need.parts["a tensor with its adapter"] == 512 * 2048 * 11

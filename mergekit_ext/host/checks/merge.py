@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +16,14 @@ from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import FileError, listing, nearest, shown
+from mergekit_ext.errors import FileError, nearest, shown
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model, read_tensors
 from mergekit_ext.host.checks.parameters import check_parameters
-from mergekit_ext.host.checks.plan import (
-    Inventory,
-    PlannedTensor,
-    locate,
-    plan_models,
-)
-from mergekit_ext.host.checks.report import CheckReport, Estimate, Findings, quiet
+from mergekit_ext.host.checks.plan import Inventory, PlannedTensor, locate, plan_models
+from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import (
     NO_DOCUMENT,
     between_documents,
@@ -41,7 +37,6 @@ from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_modules
 from mergekit_ext.io.documents import read
-from mergekit_ext.io.headers import TensorHeader
 
 if TYPE_CHECKING:
     from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
@@ -57,32 +52,27 @@ def check_merge(
 ) -> tuple[CheckReport, Any]:
     """Check a merge before any weight is read: everything that is wrong, and what it will cost.
 
-    Only configurations and headers are read; nothing large is downloaded. `config` is not changed.
-
-    Args:
-        config: what `run_merge` would get.
-        options: what `run_merge` would get.
-        source: the YAML text (or the parsed document) that `config` was made of. pydantic drops
-            unknown keys, so that they can be found there only.
-        pending: paths of models that other merges will have written by then.
-
-    Returns:
-        The report, and what will be written: the tensors as they are planned, or what
-        `FlexMergeMethod.prepare` gives.
+    `source` is what `config` was made of, and `pending` are models that other merges will write.
+    Returns also what will be written: planned tensors, or what `FlexMergeMethod.prepare` gives.
     """
     method = ext_method(config.merge_method)
     if isinstance(method, FlexMergeMethod):
         return method.prepare(config, options, source, pending)
     with quiet():
         inventory = _inventory(config, options, source)
+        findings = inventory.findings
         _check_models(inventory, pending)
-        tokens = check_tokenizers(config, options, inventory.findings)
-        costs = _check_costs(inventory, not options.safe_serialization, tokens)
-        check_modules(config, options, inventory.models, inventory.findings)
+        tokens = check_tokenizers(config, options, findings)
+        complete, costs = inventory.is_complete, None
+        shared = _check_parameters(inventory)
+        if complete:
+            costs = estimate(inventory, shared, tokens)
+        if costs is not None:
+            findings.extend(memory.problems(costs.need))
+        check_modules(config, options, inventory.models, findings)
         if any(fact.pending for fact in inventory.models.values()):
-            text = "Nothing is estimated: a model is the result of another document."
-            inventory.findings.note(text)
-    return inventory.findings.report(costs), inventory.located
+            findings.note("Nothing is estimated: a model is the result of another document.")
+    return findings.report(costs), inventory.located
 
 
 def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
@@ -102,11 +92,9 @@ def check_flat(
     intersection: bool = False,
     source: str | Mapping[str, Any] | None = None,
 ) -> CheckReport:
-    """Check a merge of single weight files, by mergekit-pytorch. Arguments as in `check_merge`.
+    """Check a merge of single weight files by mergekit-pytorch, with its flags.
 
-    Args:
-        union: `--tensor-union`: tensors may be missing in some files.
-        intersection: `--tensor-intersection`: only tensors that all files have are merged.
+    With `union` tensors may be missing in some files; with `intersection` they are left out then.
     """
     with quiet():
         inventory = _inventory(config, options, source, also=())
@@ -114,13 +102,41 @@ def check_flat(
         if not config.models:
             findings.problem("models", "an empty list", "the files to merge", "Add them.")
             return findings.report()
-        for model, where in models_at(config).items():
-            tensors = _flat_tensors(model, where, findings)
-            inventory.models[model] = ModelFacts(model, where, tensors=tensors)
-        _plan_flat(inventory, union, intersection)
+        for path, where in models_at(config).items():
+            tensors = None
+            if os.path.isfile(path) and "+" not in path:  # which mergekit takes for an adapter
+                tensors = read_tensors(Path(path), where, findings)
+            else:
+                findings.problem(
+                    where,
+                    f"{path}, which is no file, or has a plus sign",
+                    "a file, .safetensors or a PyTorch pickle, without an adapter",
+                    "Check the path; whole models, and adapters, are merged with mergekit-yaml.",
+                )
+            inventory.models[path] = ModelFacts(path, where, tensors=tensors)
+        _plan_flat(inventory, union and not intersection, intersection)
         locate(inventory)
         check_tensors(inventory, policy=OptionalTensorPolicy.ERROR)
-        return findings.report(_check_costs(inventory, True))
+        _check_parameters(inventory)
+    return findings.report()
+
+
+def _plan_flat(inventory: Inventory, optional: bool, intersection: bool) -> None:
+    """Plan what mergekit-pytorch would merge: the tensors of the models, not those of the base."""
+    config, (group,) = inventory.config, inventory.groups
+    own = {item.model: item.parameters for item in config.models}
+    known = {m: fact.tensors for m, fact in inventory.models.items() if fact.tensors is not None}
+    for name in dict.fromkeys(name for model in own for name in known.get(model, ())):
+        if not intersection or all(name in tensors for tensors in known.values()):
+            weight = WeightInfo(name=name, optional=optional)
+            inventory.planned.append(
+                PlannedTensor(
+                    weight,
+                    dict.fromkeys(known, weight),
+                    group,
+                    lambda model: (own.get(model), config.parameters),
+                )
+            )
 
 
 def _inventory(
@@ -141,6 +157,13 @@ def _inventory(
     return Inventory(config, options, methods.get(name), findings)
 
 
+def _check_parameters(inventory: Inventory) -> list[Mapping[str, Any]]:
+    if inventory.method is None:
+        return []
+    planned = inventory.located or inventory.planned
+    return check_parameters(inventory.method, inventory.groups, planned, inventory.findings)
+
+
 def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
     """Check the models with each other and with the output."""
     config, options, findings = inventory.config, inventory.options, inventory.findings
@@ -155,63 +178,13 @@ def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
         check_output(inventory)
 
 
-def _check_costs(
-    inventory: Inventory, collects: bool, tokens: int | None = None
-) -> Estimate | None:
-    """Check the parameters and add up the costs; what exceeds the cap on memory is a problem."""
-    complete, shared = inventory.is_complete, []
-    if inventory.method is not None:
-        planned = inventory.located or inventory.planned
-        shared = check_parameters(inventory.method, inventory.groups, planned, inventory.findings)
-    costs = estimate(inventory, shared, collects, tokens) if complete else None
-    if costs is not None:
-        inventory.findings.extend(memory.problems(costs.need))
-    return costs
-
-
-def _flat_tensors(path: str, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    if os.path.isfile(path) and "+" not in path:  # which mergekit takes for an adapter
-        return read_tensors(Path(path), where, findings)
-    findings.problem(
-        where,
-        f"{path}, which is no file, or has a plus sign",
-        "a file, .safetensors or a PyTorch pickle, without an adapter",
-        "Check the path; whole models, and adapters, are merged with mergekit-yaml.",
-    )
-    return None
-
-
-def _plan_flat(inventory: Inventory, union: bool, intersection: bool) -> None:
-    """Plan what mergekit-pytorch would merge: the tensors of the models, not those of the base."""
-    config, (group,) = inventory.config, inventory.groups
-    own = {item.model: item.parameters for item in config.models}
-    known = {m: fact.tensors for m, fact in inventory.models.items() if fact.tensors is not None}
-    names = list(dict.fromkeys(name for model in own for name in known.get(model, ())))
-    if intersection:
-        kept = [name for name in names if all(name in tensors for tensors in known.values())]
-        if rest := [name for name in names if name not in kept]:
-            inventory.findings.note(f"Tensors that some file lacks are left out: {listing(rest)}.")
-        names = kept
-    for name in names:
-        weight = WeightInfo(name=name, optional=union and not intersection)
-        inputs = dict.fromkeys(known, weight)
-        inventory.planned.append(
-            PlannedTensor(weight, inputs, group, lambda m: (own.get(m), config.parameters))
-        )
-
-
 def check_source(
     text: str, options: MergeOptions, *, union: bool = False, intersection: bool = False
 ) -> list[tuple[str | None, CheckReport]]:
-    """Check YAML text for mergekit-yaml, mergekit-multi or mergekit-pytorch.
+    """Check YAML text for mergekit-yaml, mergekit-multi or mergekit-pytorch (see `check_flat`).
 
     YAML and schema errors are problems like the others. Returns one report for each document,
     with its `name:`. In a text of several documents a model may be the name of another document.
-
-    Args:
-        text: the configuration.
-        options: mergekit's options, for the flags that change what is allowed.
-        union, intersection: mergekit-pytorch's flags, see `check_flat`.
     """
     # Its own extension imports this module.
     from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
@@ -238,7 +211,7 @@ def check_source(
             report, _ = check_merge(config, options, document, pending)
         # Keys that stand twice are located in the text, not in a document.
         problems = [*(repeated if i == 0 else ()), *between.get(i, ()), *report.problems]
-        reports.append((name, CheckReport(tuple(problems), report.notes, report.estimate)))
+        reports.append((name, replace(report, problems=tuple(problems))))
     return reports
 
 

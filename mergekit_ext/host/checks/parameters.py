@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from mergekit.merge_methods.base import BasePolicy, ParameterScope
+from mergekit.merge_methods.base import BasePolicy, InputContract, ParameterScope
 from mergekit.parameter_resolver import resolve_parameter
 from pydantic import ValidationError
 
@@ -32,6 +32,15 @@ def check_parameters(
     return _Check(method, findings).run(groups, planned)
 
 
+def refusal(contract: InputContract, models: Sequence[Any], base: Any) -> str | None:
+    """Return mergekit's reason why a method does not take these inputs; None if it does."""
+    try:
+        contract.validate_ids(models, base)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 class _Check:
     def __init__(self, method: Any, findings: Findings):
         self.method, self.findings = method, findings
@@ -41,12 +50,12 @@ class _Check:
         self.shared: dict[tuple[Any, ...], tuple[Group, dict[str, Any]]] = {}
 
     def run(self, groups: list[Group], planned: Sequence[PlannedTensor]) -> list[Mapping[str, Any]]:
-        written = all_parameters(groups)
+        names = {w.name for t in planned for w in (t.weight, *t.inputs.values())}
         for group in groups:
             self.inputs(group)
-        for where, (group, source, values) in written.items():
+        for where, (group, source, values) in all_parameters(groups).items():
             for name, value in values.items():
-                self.written(group, source, join(where, name), name, value)
+                self.written(group, source, join(where, name), name, value, names)
         for group in groups:
             self.required(group)
         for tensor in planned:
@@ -62,10 +71,6 @@ class _Check:
                 self.findings.extend(self.method.problems(values, inputs))
                 for note in self.method.notes(values, inputs):
                     self.findings.note(note)
-        if names := {w.name for t in planned for w in (t.weight, *t.inputs.values())}:
-            for where, (_, _, values) in written.items():
-                for name, value in values.items():
-                    self.filters(join(where, name), value, names)
         return [values for _, values in self.shared.values()]
 
     def inputs(self, group: Group) -> None:
@@ -79,16 +84,7 @@ class _Check:
                     "Remove one of the two, and give the other the weight of both.",
                 )
             seen.setdefault(source.model, source.where)
-        # A method that ignores the base sees the base as one more ordinary input.
-        base = None if contract.base == BasePolicy.IGNORED else group.base
-        if base is not None and not group.has_base:
-            self.findings.problem(
-                f"{group.where}.sources",
-                f"no source of the base model {base}",
-                "the base among the sources of the slice",
-                "Add a source with that model and the same number of layers.",
-            )
-        elif contract.base == BasePolicy.REQUIRED and base is None:
+        if contract.base == BasePolicy.REQUIRED and group.base is None:
             self.findings.problem(
                 "base_model",
                 "nothing",
@@ -96,26 +92,21 @@ class _Check:
                 "Add `base_model:`, for most methods the model that the others were fine-tuned "
                 "from.",
             )
-        elif contract.base == BasePolicy.FORBIDDEN and base is not None:
-            expected = f"no base model: `{self.name}` does not take one"
-            self.findings.problem("base_model", str(base), expected, "Remove `base_model:`.")
-        based = base is not None and group.has_base
-        for count, aside, least, most in (
-            (len(seen), ", the base among them", contract.min_inputs, contract.max_inputs),
-            (len(seen) - based, " besides the base", contract.min_non_base, contract.max_non_base),
-        ):
-            few = count < (least or 0)
-            if few or (most is not None and count > most):
-                bound = "exactly" if least == most else "at least" if few else "at most"
-                self.findings.problem(
-                    group.where,
-                    f"{count} model{'s' if count != 1 else ''}{aside if based else ''}",
-                    f"{bound} {least if few else most} for `{self.name}`",
-                    "Add models." if few else "Take out models.",
-                )
+            contract = dataclasses.replace(contract, base=BasePolicy.IGNORED)
+        if reason := refusal(contract, list(seen), group.base):
+            base = f"the base {group.base}" if group.base is not None else "no base"
+            found = f"{len(seen)} model{'s' if len(seen) != 1 else ''}, {base}"
+            expected = f"inputs that `{self.name}` takes ({reason})"
+            self.findings.problem(group.where, found, expected, "Add or take out models.")
 
     def written(
-        self, group: Group, source: Source | None, path: str, name: str, value: Any
+        self,
+        group: Group,
+        source: Source | None,
+        path: str,
+        name: str,
+        value: Any,
+        tensors: Collection[str],
     ) -> None:
         """Check one parameter in the mapping of `source`, or of the whole group."""
         before, spec = self.findings.count, {spec.name: spec for spec in self.specs}.get(name)
@@ -137,9 +128,14 @@ class _Check:
         if value == []:
             remedy = "Fill it in, or remove the parameter."
             self.findings.problem(path, "an empty list", "at least one value", remedy)
-        for where, leaf, _ in _leaves(value, path):
+        for where, leaf, text in _leaves(value, path):
             if wrong := unfit(spec.validate, leaf):
                 self.findings.problem(where, shown(leaf), *wrong)
+            if text and text != "*" and tensors and not any(text in tensor for tensor in tensors):
+                self.findings.note(
+                    f"{path}: the filter {text!r} matches no tensor of the merge (names look like "
+                    f"{min(tensors)})."
+                )
         if self.findings.count > before:
             self.wrong.add(path)
 
@@ -149,28 +145,19 @@ class _Check:
             name, about = spec.name, f": {spec.description}" if spec.description else ""
             if not spec.required or any(name in values for values in group.shared.values()):
                 continue
-            if spec.scope == ParameterScope.SHARED:
-                expected = f"a value: `{self.name}` has no default for it{about}"
-                remedy = f"Add `{name}:` under `parameters:`."
-                self.findings.problem(f"parameters.{name}", "nothing", expected, remedy)
-                continue
+            remedy = f"Add `{name}:` there, or for all models to `parameters:` at the top level."
+            places = {}
             for source in group.sources:
                 is_base = source.model == group.base and spec.scope == ParameterScope.NON_BASE
-                if name in source.parameters or is_base:
-                    continue
-                expected = f"a value for {source.model}: `{self.name}` has no default for it{about}"
-                where = f"{source.where}.parameters.{name}"
-                remedy = (
-                    f"Add `{name}:` under the model's `parameters:`, or for all models under the "
-                    "`parameters:` of the top level."
-                )
-                if source.implicit:
-                    where = source.where
-                    remedy = (
-                        f"List the model under `models:` with its `{name}:`, or remove "
-                        f"`base_model:` if `{self.name}` needs none: it would be one more input."
-                    )
-                self.findings.problem(where, "nothing", expected, remedy)
+                if source.implicit and not is_base:  # the base would be one more input
+                    places[source.where] = "List it under `models:`, or remove `base_model:`."
+                elif name not in source.parameters and not is_base:
+                    places[f"{source.where}.parameters.{name}"] = remedy
+            if spec.scope == ParameterScope.SHARED:
+                places = {f"parameters.{name}": f"Add `{name}:`."}
+            expected = f"a value for `{name}`: `{self.name}` has no default for it{about}"
+            for where, what in places.items():
+                self.findings.problem(where, "nothing", expected, what)
 
     def resolve(self, tensor: PlannedTensor) -> None:
         """Find the values that parameters have for one tensor."""
@@ -225,14 +212,6 @@ class _Check:
                 expected = "a value for every tensor"
                 self.findings.tensor(tensor, f"no value in {at}", expected, remedy)
         return _NOTHING
-
-    def filters(self, path: str, value: Any, names: set[str]) -> None:
-        for text in sorted({found for _, _, found in _leaves(value, "") if found}):
-            if text != "*" and not any(text in name for name in names):
-                self.findings.note(
-                    f"{path}: the filter {text!r} matches no tensor of the merge (names look like "
-                    f"{min(names)})."
-                )
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any, str | None]]:

@@ -1,25 +1,23 @@
 """A parsed document and mergekit's schema: errors in the words of the file, and dropped keys.
 
-Keys that a schema does not know are dropped by pydantic: misspelt, misplaced or given twice, they
-would have no effect. The known ones come from the fields of mergekit's own models.
+Keys that a schema does not know are dropped by pydantic: misspelt or misplaced, they would have no
+effect.
 """
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Union
+from typing import Any
 
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
-from mergekit_ext.core.parameters import schema_problems
-from mergekit_ext.errors import MOST_SHOWN, FileError, Problem, did_you_mean, join, nearest, shown
+from mergekit_ext.core.parameters import place_of, schema_problems
+from mergekit_ext.errors import MOST_SHOWN, FileError, Problem, did_you_mean, join, shown
 from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.io.documents import read
 
@@ -27,6 +25,8 @@ from mergekit_ext.io.documents import read
 DOCUMENT_KEYS = frozenset({"name"})
 A_MERGE = "a mapping with `merge_method:` and inputs"
 NO_DOCUMENT = Problem("the file", "no document", A_MERGE)
+# pydantic's types of errors.
+_UNKNOWN = frozenset({"extra_forbidden", "invalid_key"})
 # Between the branches of a union.
 _OR = " or "
 _SETTING = (
@@ -84,12 +84,8 @@ def unknown_keys(
 ) -> list[Problem]:
     """Return the keys that a schema does not know, each with the nearest known key.
 
-    At most as many as an error shows.
-
-    Args:
-        source: YAML text or a parsed document; None where there is none.
-        schema: the pydantic model.
-        also: further keys accepted at the top level.
+    At most as many as an error shows. `source` is YAML text, or a parsed document; `also` are
+    further keys accepted at the top level.
     """
     try:
         documents, problems = read(source) if isinstance(source, str) else ([source], [])
@@ -97,63 +93,51 @@ def unknown_keys(
         return []  # `check_source` reports it; elsewhere the configuration is already parsed
     for document in documents:
         if isinstance(document, Mapping):
-            problems += islice(_in_model(document, schema, "", also), MOST_SHOWN)
+            problems += islice(_unknown(document, schema, also), MOST_SHOWN)
     return problems
 
 
-def _in_model(
-    value: Mapping[str, Any], schema: Any, path: str, also: Collection[str] = ()
-) -> Iterator[Problem]:
-    fields = {field.alias or name: field for name, field in schema.model_fields.items()}
-    known = {*fields, *also}
-    for key, item in value.items():
-        name = str(key)
-        if name in fields:
-            yield from _in_value(item, fields[name].annotation, join(path, name))
-        elif name not in known:
+def _unknown(document: Mapping[str, Any], schema: Any, also: Collection[str]) -> Iterator[Problem]:
+    errors: list[Any] = []
+    try:
+        given = {key: value for key, value in document.items() if key not in also}
+        schema.model_validate(given, extra="forbid")
+    except ValidationError as error:
+        errors = [item for item in error.errors() if item["type"] in _UNKNOWN]
+    except RuntimeError:  # of mergekit's validators: `parse` reports it
+        return
+    # Of the branches of a union, the one that knows most keys was meant.
+    branches: dict[str, dict[Any, list[str]]] = {}
+    for item in errors:
+        *branch, key = item["loc"]
+        at, _ = place_of({**item, "loc": branch}, document)
+        branches.setdefault(at, {}).setdefault(tuple(branch), []).append(str(key))
+    known = _names(schema)
+    for at, unknown in branches.items():
+        for name in min(unknown.values(), key=len):
+            expected = "a key that is read there"
             yield Problem(
-                join(path, name),
+                join(at, name),
                 "an unknown key, which mergekit drops",
-                f"one of {', '.join(sorted(known))}",
+                expected,
                 _remedy(name, known),
             )
 
 
+def _names(schema: Any) -> set[str]:
+    """Return the keys of a schema, of all levels."""
+    described = schema.model_json_schema()
+    levels = (described, *described["$defs"].values())
+    return {name for level in levels for name in level.get("properties", ())}
+
+
 def _remedy(name: str, known: Collection[str]) -> str:
-    if nearest(name, known) is None and "parameters" in known:
-        methods = merge_methods.registered_methods()
-        if any(name == parameter.name for m in methods for parameter in m.spec.parameters):
-            return f"Put `{name}:` under `parameters:`."
+    methods = merge_methods.registered_methods()
+    if name in known:
+        return "Move it to where it belongs."
+    if any(name == parameter.name for m in methods for parameter in m.spec.parameters):
+        return f"Put `{name}:` under `parameters:`."
     return did_you_mean(name, known, listed=True)
-
-
-def _in_value(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
-    branches = _branches(annotation)
-    if isinstance(value, Mapping):
-        models = [b for b in branches if isinstance(b, type) and hasattr(b, "model_fields")]
-        if models:
-            # Of several possible models, the one that shares most keys was meant.
-            best = max(models, key=lambda m: len(set(m.model_fields) & set(value)))
-            yield from _in_model(value, best, path)
-            return
-    elif not isinstance(value, list):
-        return
-    kind, index = (dict, 1) if isinstance(value, Mapping) else (list, 0)
-    arguments = [typing.get_args(b) for b in branches if typing.get_origin(b) is kind]
-    inner = tuple(each[index] for each in arguments if len(each) > index)
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for step, item in items if inner else ():
-        at = join(path, step if isinstance(step, int) and kind is list else str(step))
-        yield from _in_value(item, Union[inner], at)  # noqa: UP007
-
-
-def _branches(annotation: Any) -> list[Any]:
-    origin = typing.get_origin(annotation)
-    if origin is Union or origin is types.UnionType:
-        return [b for arg in typing.get_args(annotation) for b in _branches(arg)]
-    if origin is typing.Annotated:
-        return _branches(typing.get_args(annotation)[0])
-    return [annotation]
 
 
 def between_documents(documents: Sequence[Any]) -> dict[int, list[Problem]]:

@@ -68,7 +68,10 @@ def need_of(prepared: Prepared, scored: float | None = None) -> Need:
     changed = {header.name for header in private if header.dtype in EIGHT_BITS} | prepared.adapted
     largest_changed = max((math.prod(shapes[n]) for n in changed if n in shapes), default=0)
     stored = [
-        *(math.prod(part.shape) * (prepared.forced or part.dtype(tasks)).itemsize for part in parts),
+        *(
+            math.prod(part.shape) * (prepared.forced or part.dtype(tasks)).itemsize
+            for part in parts
+        ),
         *(header.nbytes for header in private),
     ]
     needs = [Need(f"block {b.name}", _merging(b, prepared), _REMEDY) for b in layout.blocks]
