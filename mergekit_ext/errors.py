@@ -1,8 +1,4 @@
-"""Exceptions and warnings of the project.
-
-A configuration is checked as a whole: every problem found is kept as a `Problem`, and one
-`ConfigError` carries them all, so that a user mends a file once and not once per mistake.
-"""
+"""Exceptions and warnings of the project; one `ConfigError` carries every `Problem` found."""
 
 from __future__ import annotations
 
@@ -17,10 +13,7 @@ MOST_SHOWN = 100
 
 
 def printable(text: str, longest: int = _SHORT) -> str:
-    """Return a text of unknown origin as it is shown: cut, and on one line.
-
-    Control characters would move a terminal's cursor, or pass for messages of ours.
-    """
+    """Return a text of unknown origin cut, on one line, and without a terminal's commands."""
     if len(text) > longest:
         text = f"{text[:longest]}... ({len(text):,} characters)"
     if text.isprintable():
@@ -49,7 +42,7 @@ def did_you_mean(name: Any, known: Collection[str], *, listed: bool = False) -> 
 
 
 def shown(value: Any) -> str:
-    """Return a value as an error shows it: its repr, cut when it is long."""
+    """Return the repr of a value, cut when it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
@@ -115,7 +108,7 @@ class _ProblemsError(MergekitExtError, ValueError):
 
 
 def numbered(problems: Sequence[Problem]) -> list[str]:
-    """The lines of a message with several problems: the first `MOST_SHOWN`, and how many more."""
+    """Return the lines of the first `MOST_SHOWN` problems, and how many more there are."""
     lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:MOST_SHOWN], 1)]
     more = len(problems) - MOST_SHOWN
     return [*lines, f"  and {more:,} more"] if more > 0 else lines

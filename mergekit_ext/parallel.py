@@ -31,30 +31,23 @@ class _Mark(Enum):
 
 
 class Ranks:
-    """The processes of a merge, seen from one of them. This class: one process alone.
+    """The processes of a merge, seen from one of them: torch.distributed's default group.
 
     Every process makes the same calls of `gather`, `from_main` and `wait` in the same order. When
     another process has ended, or has called `part`, they raise `RankError`.
     """
 
-    rank = 0
-    size = 1
-
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
         self._posted: list[Any] = []
         self._received: list[Any] = []
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what exists once: index, card, manifest."""
         return self.rank == 0
 
     def share(self, sizes: Sequence[int]) -> list[int]:
-        """Return the rank that each piece of work belongs to.
-
-        The largest piece comes first; each goes to the rank with the least work, the lowest of
-        several. The answer is the same in all processes.
-        """
+        """Return the rank of each piece of work: the largest first, to the least busy rank."""
         loads = [(0, rank) for rank in range(self.size)]
         owners = [0] * len(sizes)
         for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -85,11 +78,7 @@ class Ranks:
         self.gather(None)
 
     def part(self) -> None:
-        """End with an error of this process: whatever the others gather, they get `RankError`.
-
-        Raises:
-            RankError: another process has ended before.
-        """
+        """End with an error of this process: whatever the others gather, they get `RankError`."""
         self.gather(_Mark.PARTED)
 
     def post(self, message: Any) -> None:
@@ -102,17 +91,8 @@ class Ranks:
         return messages
 
     def _exchange(self, value: _T) -> list[_T]:
-        return [value]
-
-
-class Group(Ranks):
-    """The processes of torch.distributed's default group, whose backend is gloo."""
-
-    def __init__(self, rank: int, size: int):
-        super().__init__()
-        self.rank, self.size = rank, size
-
-    def _exchange(self, value: _T) -> list[_T]:
+        if self.size == 1:
+            return [value]
         import torch.distributed as distributed
 
         found: list[Any] = [None] * self.size
@@ -133,7 +113,7 @@ def current() -> Ranks:
 
 @contextmanager
 def joined(ranks: Ranks) -> Iterator[Ranks]:
-    """Inside, `current` returns `ranks`."""
+    """Let `current` return `ranks` inside."""
     _current.append(ranks)
     try:
         yield ranks
@@ -142,11 +122,7 @@ def joined(ranks: Ranks) -> Iterator[Ranks]:
 
 
 def launched_size() -> int:
-    """Return how many processes a launcher has started, this one included; 1 without a launcher.
-
-    Raises:
-        ConfigError: a variable of the launcher is missing, or not what a launcher sets.
-    """
+    """Return how many processes a launcher has started, or raise `ConfigError`; 1 without one."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 1
     problems, last = [], _MOST
@@ -164,13 +140,9 @@ def launched_size() -> int:
 
 
 def require_one(command: str) -> bool:
-    """Refuse several processes for a command that does not share its work out.
+    """Return whether to go on with a command that does not share its work out.
 
-    Returns:
-        whether to go on: in processes beside the first there is nothing to do.
-
-    Raises:
-        ConfigError: in the first process, if there are others.
+    Of several processes the first raises `ConfigError`, and the others have nothing to do.
     """
     size = launched_size()
     if size == 1 or current().size > 1:
@@ -187,14 +159,10 @@ def require_one(command: str) -> bool:
 
 @contextmanager
 def launched() -> Iterator[Ranks]:
-    """Join the processes of one launcher; inside, `current` returns them.
+    """Join the processes of one launcher, if there is one; inside, `current` returns them.
 
-    Without a launcher, or with one process, nothing changes. A process that an error ends leaves
-    the group when it exits, and so after its message: the others get `RankError` then, if the
-    launcher does not end them first.
-
-    Raises:
-        ConfigError: the variables of the launcher are wrong, or the processes do not meet.
+    A process that an error ends leaves the group when it exits, and so after its message: the
+    others get `RankError` then. Processes that do not meet raise `ConfigError`.
     """
     if launched_size() == 1:
         yield current()
@@ -221,17 +189,14 @@ def launched() -> Iterator[Ranks]:
         found, expected = str(error).partition("\n")[0], "all processes to meet there"
         problem = Problem(f"MASTER_ADDR, {place}", found, expected, remedy)
         raise ConfigError([problem]) from None
-    with joined(Group(rank, size)) as processes:
+    with joined(Ranks(rank, size)) as processes:
         yield processes
         processes.wait()
     distributed.destroy_process_group()
 
 
 def own_device(device: str) -> str:
-    """Return the device of this process, for ``cuda`` or another kind of which each takes its own.
-
-    It becomes the kind's current device. A kind that is not here stays as it is.
-    """
+    """Return this process's own device of a kind such as ``cuda``, and make it the current one."""
     import torch
 
     kind = getattr(torch, device, None)

@@ -1,10 +1,8 @@
 """Ctrl-C ends a command within a second, whatever its threads are in the middle of.
 
-Python sees a signal between two of its instructions: not while one call of a library decomposes a
-large matrix, and at its end it waits for every thread of a pool. So a thread waits for the
-signal, too, and ends the process if that still runs a moment later. When the interpreter shuts
-down no such thread runs any more, and taking the libraries down can last seconds: that is left out.
-As after a kill, nothing is left that looks whole, and a later process continues what is finished.
+Python sees a signal between two of its instructions only, and waits at its end for every thread
+of a pool. So a thread waits for the signal too, and ends the process if that still runs a moment
+later. As after a kill, nothing is left that looks whole, and a later process goes on.
 """
 
 from __future__ import annotations
@@ -18,29 +16,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Seconds from the signal. What a command tidies up takes a few hundredths.
-GRACE = 0.7
-# As click has it for its `Aborted!`, and so mergekit's commands.
-EXIT_ABORTED = 1
-
-_watched = threading.Lock()
+GRACE = 0.7  # seconds from the signal; what a command tidies up takes a few hundredths
+EXIT_ABORTED = 1  # as click has it for its `Aborted!`, and so mergekit's commands
 
 
 @contextmanager
 def prompt() -> Iterator[None]:
-    """Inside, and until the process has ended, Ctrl-C is obeyed within `GRACE` seconds.
+    """Obey Ctrl-C within `GRACE` seconds, inside and until the process has ended.
 
     Libraries turn it into errors of their own, which leave as `KeyboardInterrupt` all the same.
-
-    For commands: the process ends. Does nothing beside the main thread, where no signal arrives,
-    and where the signal has another handler.
+    Nothing changes beside the main thread, and where the signal has another handler.
     """
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        and _watched.acquire(blocking=False)
-    )
-    if not ours:
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     reading, writing = os.pipe()
@@ -53,8 +41,7 @@ def prompt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
-    arguments = (reading, unwound)
-    threading.Thread(target=_watch, args=arguments, name="mergekit-ext-ctrl-c", daemon=True).start()
+    threading.Thread(target=_watch, args=(reading, unwound), daemon=True).start()
     try:
         yield
     except BaseException:
@@ -68,7 +55,6 @@ def prompt() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.set_wakeup_fd(before)
             os.close(writing)
-            _watched.release()
 
 
 def _leave() -> None:

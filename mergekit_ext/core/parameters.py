@@ -1,7 +1,4 @@
-"""Describe a parameter once: its name, its type as pydantic reads it, its default.
-
-Every driver reads values, words errors and builds mergekit's `ParameterSpec` from this.
-"""
+"""Describe a method's parameter once, and turn pydantic's errors into problems."""
 
 from __future__ import annotations
 
@@ -70,7 +67,6 @@ class Parameter:
 
     @property
     def required(self) -> bool:
-        """Whether a value must be given."""
         return self.default is REQUIRED
 
     @property
@@ -79,11 +75,7 @@ class Parameter:
         return _is_float(self.kind)
 
     def read(self, value: Any) -> Any:
-        """Return the value as the parameter's type; texts such as ``1e-3`` are numbers.
-
-        Raises:
-            ValueError: it is none of the type's (pydantic's `ValidationError`).
-        """
+        """Return the value as the parameter's type, or raise `ValidationError`."""
         return _adapter(self.kind).validate_python(value)
 
     def problem(self, value: Any) -> tuple[str, str] | None:
@@ -130,15 +122,10 @@ def expectation(item: Any) -> str:
 
 
 def schema_problems(error: ValidationError, document: Any, root: str = "") -> list[Problem]:
-    """Return one problem for each place of an error of pydantic's.
+    """Return one problem for each place in `document`, called `root`, of an error of pydantic's.
 
     The branches of a union are one place. A validator that raises a `ConfigError` says what is
     wrong itself, with places relative to what it validates.
-
-    Args:
-        error: raised by a model of pydantic.
-        document: what was validated.
-        root: its name, for the front of each place.
     """
     places: dict[tuple[str, str], dict[str, None]] = {}
     problems = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from mergekit_ext.io.pieces import (
     Finished,
     PlannedFile,
     PlannedFiles,
+    as_bytes,
     split,
     weight_names,
     write_index,
@@ -170,8 +172,10 @@ class PlannedWriter:
             file = self._file(entry)
             if file is not self._plan.get(name):
                 self._files.create([file])
-            crc = self._files.write(file, name, tensor)
-            self._finished.add(_LINE, name, [crc, entry.dtype, entry.shape, entry.nbytes, details])
+            data = as_bytes(tensor)
+            self._files.put(file, name, data)
+            line = [zlib.crc32(data), entry.dtype, entry.shape, entry.nbytes, details]
+            self._finished.add(_LINE, name, line)
             self._placed[name] = file.path, entry
 
     def finalize(self) -> None:

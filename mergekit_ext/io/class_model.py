@@ -1,13 +1,8 @@
-"""What the transformers class of a model makes of stored tensors; no weight is read.
-
-The class decides what neither names nor shapes show: which tensors it needs and ignores, what it
-calls them, and how its modules use them.
-"""
+"""What the transformers class of a model makes of stored tensors; no weight is read."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +13,7 @@ _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_
 
 
 def class_of(config: Any) -> Any:
-    """Return the transformers class of a configuration; None for a class from elsewhere."""
+    """Return the transformers class of a configuration, or None."""
     import transformers
 
     kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
@@ -36,21 +31,17 @@ class Loading:
     error: str = ""  # why transformers cannot convert the stored tensors
 
 
-# By a digest of all that decides them: the models of a merge are mostly of one kind.
+# By all that decides them: the models of a merge are mostly of one kind.
 _loadings: dict[str, Loading | None] = {}
 
 
 def loading(config: Any, shapes: Mapping[str, Sequence[int]]) -> Loading | None:
-    """Return what transformers' own loader does with tensors of these names and shapes.
-
-    None if the class of `config` is not one of transformers, or cannot be built here.
-    """
+    """Return what transformers' loader does with tensors of these names and shapes, if it can."""
     kind = class_of(config)
     if kind is None:
         return None
     fields = {name: v for name, v in config.to_dict().items() if name not in _VOLATILE}
-    text = json.dumps([kind.__name__, fields, sorted(shapes.items())], default=str, sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()
+    key = json.dumps([kind.__name__, fields, sorted(shapes.items())], default=str, sort_keys=True)
     if key not in _loadings:
         _loadings[key] = _load(kind, config, shapes)
     return _loadings[key]
@@ -96,11 +87,7 @@ _KEPT = 4
 
 
 def empty_model(config: Any) -> Any:
-    """Return the model of a transformers configuration on the meta device.
-
-    None without a configuration, or if transformers has no such class or cannot build it. Models
-    are kept and shared: do not change them.
-    """
+    """Return the model of a configuration on the meta device, shared; None if there is none."""
     import torch
     from transformers.initialization import no_init_weights
 
@@ -137,10 +124,6 @@ def class_names(stored: Iterable[str], config: Any) -> ClassNames:
 
     Tensors that transformers stacks or joins while loading keep their own names, and so do all of
     a class that is not part of transformers, or if two would get one name.
-
-    Args:
-        stored: names in the file.
-        config: the model's transformers configuration, or None.
     """
     plain = {name: name for name in stored}
     model = empty_model(config)

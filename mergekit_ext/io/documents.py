@@ -1,4 +1,4 @@
-"""YAML and JSON of unknown origin, parsed within bounds, with every reason not to as one error.
+"""YAML and JSON of unknown origin, parsed within bounds; what is refused is one kind of error.
 
 PyYAML's safe loader runs no code, but it follows aliases without counting (a few lines stand for
 billions of values), recurses, and lets exceptions of Python's conversions through.
@@ -6,12 +6,10 @@ billions of values), recurses, and lets exceptions of Python's conversions throu
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import stat
 from collections import Counter
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,12 @@ _MOST_CHARACTERS = 2 << 20
 _MOST_VALUES = 50_000
 _MOST_DOCUMENTS = 1_000
 _DEEPEST = 64
+_TOO_DEEP, _FEWER_LEVELS = f"more than {_DEEPEST} levels", "a document with fewer levels"
 _LONGEST_INTEGER = 100  # 64 binary digits, and their signs and underscores
 
 
 def text_of(path: Path) -> str:
-    """Return the text of a configuration file.
-
-    Raises:
-        ConfigError: it cannot be read, or is not UTF-8.
-    """
+    """Return the text of a configuration file, or raise `ConfigError`."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -43,11 +38,7 @@ def text_of(path: Path) -> str:
 
 
 def regular(path: Path) -> os.stat_result:
-    """Return the state of a regular file; opening a pipe would wait for its other end.
-
-    Raises:
-        OSError: it is none.
-    """
+    """Return the state of a regular file, or raise `OSError`: opening a pipe would wait."""
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
         raise OSError("not a regular file")
@@ -55,23 +46,17 @@ def regular(path: Path) -> os.stat_result:
 
 
 def bounded_text(path: Path, largest: int) -> str:
-    """Return the text of a regular file of at most `largest` bytes.
-
-    Raises:
-        OSError: it is none, or cannot be read.
-        ValueError: it is larger, or not UTF-8.
-    """
+    """Return the text of a regular file of at most `largest` bytes, or raise `ValueError`."""
     if (size := regular(path).st_size) > largest:
         raise ValueError(f"{size:,} bytes, more than {largest:,}")
     return path.read_text(encoding="utf-8")
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:
-    """Return what a JSON text stands for.
+    """Return what a JSON text stands for, or raise `ValueError`.
 
-    Raises:
-        ValueError: it is no JSON, or nested too deeply; or, if keys must be `unique`, one is given
-            twice, of which some readers take the first and others the last.
+    Of a key that is given twice some readers take the first value and others the last: `unique`
+    refuses it.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique if unique else None)
@@ -103,17 +88,9 @@ def json_object(
 def read(text: str) -> tuple[list[Any], list[Problem]]:
     """Return the documents of a YAML text, and the keys that stand twice in one mapping.
 
-    The last text is remembered: a command, its checks and its merge all read the same one.
-
     Raises:
-        FileError: it is no YAML, nested too deeply, stands for too many values, or holds one that
-            Python cannot convert.
+        FileError: it is no YAML, nested too deeply, or stands for too many values.
     """
-    return copy.deepcopy(_parsed(text))
-
-
-@lru_cache(maxsize=1)
-def _parsed(text: str) -> tuple[list[Any], list[Problem]]:
     if len(text) > _MOST_CHARACTERS:
         found = f"{len(text):,} characters"
         raise FileError("the file", found, f"{_MOST_CHARACTERS:,} at most")
@@ -133,7 +110,7 @@ def _parsed(text: str) -> tuple[list[Any], list[Problem]]:
         remedy = "Mend the indentation, quotes or colons there."
         raise FileError(where, found.removeprefix("found "), "YAML", remedy) from None
     except RecursionError:
-        raise _too_deep("the file") from None
+        raise FileError("the file", _TOO_DEEP, _FEWER_LEVELS) from None
     except FileError:
         raise
     except (ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -144,17 +121,13 @@ def _parsed(text: str) -> tuple[list[Any], list[Problem]]:
 
 
 class _Bounded(yaml.SafeLoader):
-    """Stops at the first value too many; PyYAML takes a minute to read a million.
-
-    Attributes:
-        repeated: keys that stand twice in a mapping, of which YAML keeps the last.
-    """
+    """Stops at the first value too many; PyYAML takes a minute to read a million."""
 
     def __init__(self, text: str):
         super().__init__(text)
         self._composed = 0
         self._path: list[Any] = []  # of the node: positions in lists, keys as nodes, None
-        self.repeated: list[Problem] = []
+        self.repeated: list[Problem] = []  # keys that stand twice in a mapping
 
     def next_node(self) -> yaml.Node | None:
         return self.get_node() if self.check_node() else None
@@ -199,7 +172,7 @@ _Bounded.add_constructor("tag:yaml.org,2002:int", _Bounded.construct_yaml_int)
 def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
     """Return the values and levels of a node with its aliases followed.
 
-    `sizes` holds those of the nodes before, and None for those that the node stands in.
+    `sizes` holds those of the nodes before, and None for those that contain the node.
     """
     key = id(node)
     if key not in sizes:
@@ -214,7 +187,7 @@ def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int] | None]) -> tuple
             found = f"{values:,} values, with aliases followed"
             raise FileError(_line(node), found, f"{_MOST_VALUES:,} at most")
         if levels > _DEEPEST:
-            raise _too_deep(_line(node))
+            raise FileError(_line(node), _TOO_DEEP, _FEWER_LEVELS)
         sizes[key] = values, levels
     size = sizes[key]
     if size is None:
@@ -225,7 +198,3 @@ def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int] | None]) -> tuple
 
 def _line(node: yaml.Node) -> str:
     return f"line {node.start_mark.line + 1}"
-
-
-def _too_deep(where: str) -> FileError:
-    return FileError(where, f"more than {_DEEPEST} levels", "a document with fewer levels")

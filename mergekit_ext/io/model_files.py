@@ -1,9 +1,7 @@
-"""What makes a folder of weights a usable model.
+"""Which files of a model's folder come along into an output beside its weights.
 
-The rule for every output: all that a model's folder holds comes along, but for its weights, for
-what describes another model or its training, and for what the output has made itself. Generation
-settings, processors, vocabularies, chat templates and custom code are such companions; so is each
-folder that ``modules.json`` names (sentence-transformers), with the weights in it.
+All but what describes another model or its training, and what the output has made itself; so do
+folders that ``modules.json`` names (sentence-transformers), with the weights in them.
 """
 
 from __future__ import annotations
@@ -47,8 +45,7 @@ _PAST = frozenset(["runs", "wandb", "mlruns", "logs", "eval", "__pycache__"])
 def companions(folder: Path) -> list[str]:
     """Return the files that belong to a model beside its weights, relative to its folder.
 
-    A folder that ``modules.json`` names belongs to the model with all that is in it. Any other that
-    holds weights is another model, or this one in another format or at another time.
+    A folder below with weights, if ``modules.json`` does not name it, is another model.
     """
     modules = module_folders(folder)
     found = [path for path in sorted(folder.iterdir()) if path.is_file() and _belongs(path)]
@@ -65,10 +62,7 @@ def companions(folder: Path) -> list[str]:
 
 
 def module_folders(folder: Path) -> tuple[str, ...]:
-    """Return the folders that ``modules.json`` names, each with a slash at its end.
-
-    Names that lead outside of the model's folder are left out.
-    """
+    """Return the folders in `folder` that ``modules.json`` names, each with a slash at its end."""
     try:
         content = parse_json(bounded_text(folder / MODULES, _LARGEST))
         names = [module["path"].rstrip("/") for module in content]
@@ -78,12 +72,12 @@ def module_folders(folder: Path) -> tuple[str, ...]:
 
 
 def module_weights(folder: Path) -> list[str]:
-    """Return the files of weights among the `companions`: those of sentence-transformers."""
+    """Return the files of weights among the `companions`."""
     return [name for name in companions(folder) if is_weights(PurePosixPath(name))]
 
 
 def is_weights(path: Path | PurePosixPath) -> bool:
-    """Whether a file holds weights, or says where they are."""
+    """Return whether a file holds weights, or is an index of them."""
     return path.suffix in WEIGHTS or path.name.endswith(".index.json")
 
 
@@ -111,7 +105,7 @@ def is_inside(name: str) -> bool:
 
 
 def may_be_hub_name(name: Any) -> bool:
-    """Whether a name that is no path may be that of a repository on the Hugging Face Hub."""
+    """Return whether a name may be that of a repository on the Hugging Face Hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

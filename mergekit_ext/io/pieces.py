@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.io.headers import TensorHeader, dtype_name
+from mergekit_ext.io.headers import TensorHeader
 
 INDEX = "model.safetensors.index.json"
 # A FlexMerge may have thousands of files.
@@ -45,7 +46,7 @@ def split(entries: Iterable[TensorHeader], limit: int) -> list[tuple[TensorHeade
 
 
 def weight_names(count: int, *, numbered: bool = False) -> list[str]:
-    """Return what the files of a checkpoint are called; `numbered`: a single one is, too."""
+    """Return the names of the files of a checkpoint; a single one has a number if `numbered`."""
     if count == 1 and not numbered:
         return ["model.safetensors"]
     return [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
@@ -54,13 +55,7 @@ def weight_names(count: int, *, numbered: bool = False) -> list[str]:
 def write_index(
     folder: Path, files: Iterable[tuple[str, Sequence[TensorHeader]]], **metadata: object
 ) -> None:
-    """Write the index of a checkpoint as transformers does: in which file each tensor is.
-
-    Args:
-        folder: of the checkpoint.
-        files: the name of each, and the tensors in it.
-        metadata: beside the size of all tensors.
-    """
+    """Write the index of a checkpoint as transformers does, of named files and their tensors."""
     placed = [(entry, name) for name, entries in files for entry in entries]
     total = sum(entry.nbytes for entry, _ in placed)
     content = {
@@ -79,15 +74,16 @@ class PlannedFile:
     entries: tuple[TensorHeader, ...]
 
     @cached_property
+    def _ends(self) -> list[int]:
+        return [0, *accumulate(entry.nbytes for entry in self.entries)]
+
+    @cached_property
     def header(self) -> bytes:
         """The bytes before the first tensor."""
         content: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for entry in self.entries:
-            end = start + entry.nbytes
-            place = {"shape": list(entry.shape), "data_offsets": [start, end]}
-            content[entry.name] = {"dtype": entry.dtype, **place}
-            start = end
+        for entry, place in zip(self.entries, pairwise(self._ends), strict=True):
+            shape = list(entry.shape)
+            content[entry.name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": place}
         text = json.dumps(content, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
@@ -95,17 +91,14 @@ class PlannedFile:
     @cached_property
     def places(self) -> dict[str, tuple[int, TensorHeader]]:
         """Where in the file the bytes of each tensor start."""
-        found = {}
-        start = len(self.header)
-        for entry in self.entries:
-            found[entry.name] = (start, entry)
-            start += entry.nbytes
-        return found
+        starts = (len(self.header) + end for end in self._ends)
+        return {
+            entry.name: (start, entry) for start, entry in zip(starts, self.entries, strict=False)
+        }
 
     @property
     def length(self) -> int:
-        """Of the whole file, in bytes."""
-        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+        return len(self.header) + self._ends[-1]
 
 
 class PlannedFiles:
@@ -122,20 +115,16 @@ class PlannedFiles:
         """
         for file in files:
             path = self._folder / file.path
-            if not _is_begun(path, file):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as made:
-                    made.write(file.header)
-                    made.truncate(file.length)
-
-    def write(self, file: PlannedFile, name: str, tensor: Tensor) -> int:
-        """Put a tensor in its place; return the CRC-32 of its bytes."""
-        entry = file.places[name][1]
-        if dtype_name(tensor.dtype) != entry.dtype:
-            raise AssertionError(f"{name} ({tensor.dtype}) was planned as {entry}")
-        data = as_bytes(tensor)
-        self.put(file, name, data)
-        return zlib.crc32(data)
+            if path.is_symlink():  # what it leads to is not ours to write
+                path.unlink()
+            if path.exists() and path.stat().st_size == file.length:
+                with path.open("rb") as found:
+                    if found.read(len(file.header)) == file.header:
+                        continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as made:
+                made.write(file.header)
+                made.truncate(file.length)
 
     def put(self, file: PlannedFile, name: str, data: memoryview) -> None:
         """Put the bytes of a tensor in its place."""
@@ -158,7 +147,6 @@ class PlannedFiles:
         return found
 
     def close(self) -> None:
-        """Close all files, whole or not."""
         for handle in self._open.values():
             os.close(handle)
         self._open.clear()
@@ -179,29 +167,16 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def _is_begun(path: Path, file: PlannedFile) -> bool:
-    if path.is_symlink():  # what it leads to is not ours to write
-        path.unlink()
-    if not path.exists() or path.stat().st_size != file.length:
-        return False
-    with path.open("rb") as found:
-        return found.read(len(file.header)) == file.header
-
-
 class Journal:
-    """The finished pieces of one output.
+    """The finished pieces of one output; `finished` has those of earlier runs, by kind and key.
 
     Each process of each run appends lines to a file of its own: for each piece the CRC-32 of what
     follows, in eight hexadecimal digits, a space, and a JSON list, written only when the piece's
     bytes are. A line that a kill has cut short, or that the disk has changed, does not count. All
-    processes of a run open their files before one of them adds a line.
-
-    Attributes:
-        finished: what earlier runs have written, by kind and key. Nothing of this run.
+    processes of a run make their journals before one of them adds a line.
     """
 
     def __init__(self, folder: Path, rank: int = 0):
-        """Read what there is in `folder`; begin the file of `rank` in a new run."""
         names = [(_JOURNAL.fullmatch(path.name), path) for path in folder.iterdir()]
         earlier = sorted((int(m[1]), int(m[2]), path) for m, path in names if m)
         self.finished: dict[tuple[str, str], Any] = {}
@@ -212,13 +187,7 @@ class Journal:
         self._file: int | None = None
 
     def add(self, kind: str, key: str, value: Any) -> None:
-        """Record a finished piece.
-
-        Args:
-            kind: what sort of piece: ``tensor``, ``block``, ``norms``, ...
-            key: which one; a later line of the same kind and key counts, and one of a later run.
-            value: anything that JSON can say; floats come back exactly.
-        """
+        """Record the JSON value of a finished piece: of one kind and key the last line counts."""
         if self._file is None:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         content = json.dumps([kind, key, value], separators=(",", ":")).encode()
@@ -228,7 +197,6 @@ class Journal:
             done += os.write(self._file, data[done:])
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -237,11 +205,7 @@ class Journal:
 class Finished:
     """What earlier runs have finished of one subject, and what this run adds.
 
-    Lines of other subjects in the same journal are passed over.
-
-    Args:
-        journal: None to find and to keep nothing.
-        subject: a digest of everything that the values and their form depend on.
+    The subject is a digest of everything that the values and their form depend on.
     """
 
     def __init__(self, journal: Journal | None = None, subject: str = ""):
@@ -249,13 +213,12 @@ class Finished:
 
     def found(self, kind: str, key: str) -> Any:
         """Return what an earlier run recorded of this subject, or None."""
-        line = self._journal.finished.get((kind, key)) if self._journal is not None else None
-        if isinstance(line, list) and len(line) == 2 and line[0] == self._subject:
-            return line[1]
+        match self._journal and self._journal.finished.get((kind, key)):
+            case [subject, value] if subject == self._subject:
+                return value
         return None
 
     def add(self, kind: str, key: str, value: Any) -> None:
-        """Record a finished piece; see `Journal.add`."""
         if self._journal is not None:
             self._journal.add(kind, key, [self._subject, value])
 
@@ -269,7 +232,6 @@ class Finished:
 
 
 def _lines(path: Path) -> dict[tuple[str, str], Any]:
-    """Return the sound lines of a journal; what is not among them is made again."""
     found = {}
     for line in path.read_bytes().split(b"\n")[:-1]:
         content = line[_SUM:]

@@ -53,8 +53,7 @@ Some = Annotated[tuple[Item, ...], Strict(False), FailFast(), Field(min_length=1
 
 
 class Schema(BaseModel):
-    """An object of a file. Values are of the very types that are annotated; other keys are passed
-    over, so that later releases can add some."""
+    """An object of a file; other keys are passed over, so that later releases can add some."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -63,11 +62,7 @@ class Schema(BaseModel):
         yield from ()
 
     def to_json(self) -> str:
-        """Return the object as JSON: the fields that have been set, in their order.
-
-        Raises:
-            ValueError: a number is not finite.
-        """
+        """Return the object as JSON: the fields that have been set, in their order."""
         content = self.model_dump(exclude_unset=True)
         return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -95,15 +90,9 @@ def is_digest(value: Any) -> bool:
 
 
 def parse(schema: type[T], text: str, where: str) -> T:
-    """Read one object of `schema` from JSON.
+    """Return an object of `schema` from JSON of the file `where`, or raise `CheckpointError`.
 
-    Args:
-        schema: if its fields ``format`` or ``version`` are wrong, nothing else is reported.
-        text: the JSON.
-        where: the file that it is from.
-
-    Raises:
-        CheckpointError: the text is something else.
+    If the fields ``format`` or ``version`` are wrong, nothing else is reported.
     """
     try:
         content = from_json(text, allow_inf_nan=False)
@@ -120,17 +109,7 @@ def parse(schema: type[T], text: str, where: str) -> T:
 
 
 def read(schema: type[T], path: Path, expected: str, remedy: str) -> T:
-    """Read a file of one object, of `LARGEST` bytes at most.
-
-    Args:
-        schema: see `parse`.
-        path: the file.
-        expected: what should be there.
-        remedy: what to do where there is none.
-
-    Raises:
-        CheckpointError: it cannot be read, or is something else.
-    """
+    """Return the object in a file of `LARGEST` bytes at most, or raise `CheckpointError`."""
     try:
         text = bounded_text(path, LARGEST)
     except (OSError, ValueError) as error:

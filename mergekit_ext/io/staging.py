@@ -38,6 +38,7 @@ WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 _INDEX = re.compile(r"(pytorch_)?model\.(safetensors|bin)\.index\.json")
 _LAST = ("adapter_config.json", "flexmerge.json")
 _LOCK, _MARKER, _IDENTITY, _SUFFIX = ".lock", ".locked", "identity.json", "-incomplete"
+_CHOOSE = "Choose another folder."
 _LARGEST_IDENTITY = 1 << 24  # some hundred characters for each input
 # Errors of file systems without locks, and of those that cannot be asked to flush.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP}
@@ -48,18 +49,11 @@ _NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|unable to mm
 
 @dataclass(frozen=True)
 class Staging:
-    """A staging directory in use.
-
-    Attributes:
-        path: the directory.
-        output: the folder in it that becomes the output, whose name it has.
-        changed: the parts of the identity in which what an earlier process left differs; empty if
-            nothing was left, or if it is continued.
-    """
+    """A staging directory in use."""
 
     path: Path
-    output: Path
-    changed: tuple[str, ...] = ()
+    output: Path  # in it; becomes the output, whose name it has
+    changed: tuple[str, ...] = ()  # the parts of the identity by which what was left differs
 
 
 @contextmanager
@@ -84,7 +78,6 @@ def staged(
     Raises:
         ConfigError: another process writes the same output, or something that is no staging
             directory of this user has its name.
-        OSError: the disk is full, or broken.
     """
     target = Path(out_path).resolve()
     staging = _directory(target)
@@ -121,13 +114,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield a folder to fill: it is at `place` afterwards, or nothing is there after an error.
 
-    Args:
-        place: a folder that does not exist or is empty.
-        subject: what is written, for the messages.
-        where: what messages call the place; itself if None.
-
-    Raises:
-        ConfigError: there is something at `place`, or it cannot be written.
+    Messages call what is written `subject`, and the place `where`, or by its path.
     """
     where, place = where or str(place), os.path.expanduser(place)
     if problems := [*place_problems(place, where, empty=True)]:
@@ -160,13 +147,12 @@ def place_problems(
         needed: bytes that the output takes beside what it replaces. What an earlier process has
             left in its staging directory counts as free: it is used, or removed.
     """
-    if empty and str(out_path).startswith("~"):  # which callers have expanded
-        found = "no place: there is no such user"
-        yield Problem(where, found, "a folder's path", "Choose another place.")
     try:
+        if empty and str(out_path).startswith("~"):  # which callers have expanded
+            raise ValueError("no such user")
         target = Path(out_path).resolve()
         if target.exists() and not target.is_dir():
-            yield Problem(where, f"{target}, which is a file", "a folder", "Choose another name.")
+            yield Problem(where, f"{target}, which is a file", "a folder", _CHOOSE)
             return
         existing = next(folder for folder in (target, *target.parents) if folder.exists())
         # Permissions are not enough: no process can make a folder in /proc.
@@ -182,35 +168,24 @@ def place_problems(
     if empty and not all(map(_is_staging, names)):
         found = f"{target}, which is not empty"
         expected = "a folder that does not exist or is empty"
-        yield Problem(where, found, expected, "Choose another folder, or delete this one.")
+        yield Problem(where, found, expected, _CHOOSE)
     # Some file systems do not know their size: they have no bytes at all.
     if disk.total and needed > disk.free + left:
-        yield Problem(
-            where,
-            f"{existing}, which has {disk.free + left:,} bytes left",
-            f"{needed:,} bytes for the output",
-            "Free some space, or choose a place on another disk.",
-        )
+        found = f"{existing}, which has {disk.free + left:,} bytes left"
+        remedy = "Free some space, or choose a place on another disk."
+        yield Problem(where, found, f"{needed:,} bytes for the output", remedy)
     for name in inputs:
-        try:
+        with suppress(OSError, RuntimeError, ValueError):  # no file's name: other checks report it
             source = Path(name).resolve()
-        except (OSError, RuntimeError, ValueError):  # no file's name, which other checks report
-            continue
-        replaced = source == target or (source.parent == target and _is_weights(source.name))
-        if replaced and os.path.exists(source):
-            yield Problem(
-                where,
-                f"{target}, where the input {name} lies",
-                "a folder that no input lies in",
-                "Choose another folder: the output would replace that input.",
-            )
+            inside = source.parent == target and _is_weights(source.name)
+            if not (source == target or inside) or not source.exists():
+                continue
+            found = f"{target}, where the input {name} lies, which the output would replace"
+            yield Problem(where, found, "a folder that no input lies in", _CHOOSE)
 
 
 def is_resumable(error: BaseException) -> bool:
-    """Return whether the work that `error` stopped can be continued.
-
-    It can if the machine or the user stopped it; what is wrong with an input would stop it again.
-    """
+    """Return whether `error` came from the machine or the user: an input's would come again."""
     if isinstance(error, MergekitExtError):
         return bool(getattr(error, "resumable", False))
     return by_machine(error) or not isinstance(error, Exception)
@@ -249,10 +224,10 @@ def _flush_one(path: Path) -> None:
 
 
 def _directory(target: Path) -> Path:
-    """Return the path of the staging directory, on the file system of `target`.
+    """Return the path of the staging directory: beside `target`, and on its file system.
 
-    It lies beside the target, or in it if that is a mount point or its parent is not writable. The
-    machine is part of the name, because other machines may not see its locks.
+    Inside if that is a mount point or its parent is not writable. The name has that of the machine,
+    because other machines may not see its locks.
     """
     mounted = target.exists() and (
         os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK)
@@ -283,14 +258,12 @@ def _is_staging(name: str) -> bool:
 def _locked(staging: Path, target: Path) -> Iterator[None]:
     """Hold the lock of a staging directory, which is made if missing and removed if left empty."""
     try:
-        staging.mkdir(mode=0o700)
-    except FileExistsError:
+        with suppress(FileExistsError):
+            staging.mkdir(mode=0o700)
         _require_own(staging, target)
-    try:
         lock = _acquired(staging)
     except (Timeout, FileNotFoundError):  # the second: another process has just removed it
-        found = f"another process that is writing it, in {staging}"
-        raise ConfigError([_occupied(target, found)]) from None
+        raise _occupied(target, f"another process that is writing it, in {staging}") from None
     try:
         yield
     finally:
@@ -304,18 +277,16 @@ def _locked(staging: Path, target: Path) -> Iterator[None]:
 
 
 def _require_own(staging: Path, target: Path) -> None:
-    """Refuse what is no staging directory that a process of this user has left.
-
-    Some file systems give all files one owner, of any process: a new file shows which.
-    """
+    """Refuse what is no staging directory that a process of this user has left."""
     state = staging.lstat()
+    # Some file systems give all files one owner, of any process.
     with tempfile.TemporaryFile(dir=staging.parent) as probe:
-        owners = {os.getuid(), os.fstat(probe.fileno()).st_uid}
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid not in owners:
-        raise ConfigError([_occupied(target, f"{staging}, which is no folder of this user")])
+        owner = os.fstat(probe.fileno()).st_uid
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != owner:
+        raise _occupied(target, f"{staging}, which is no folder of this user")
     names = {path.name for path in staging.iterdir()}
     if names and not names & {_LOCK, _MARKER, _IDENTITY}:
-        raise ConfigError([_occupied(target, f"{staging}, which is no staging directory")])
+        raise _occupied(target, f"{staging}, which is no staging directory")
 
 
 def _acquired(staging: Path) -> BaseFileLock:
@@ -330,9 +301,10 @@ def _acquired(staging: Path) -> BaseFileLock:
     return lock
 
 
-def _occupied(target: Path, found: str) -> Problem:
+def _occupied(target: Path, found: str) -> ConfigError:
     remedy = "Wait for that process or stop it, remove the folder, or choose another name."
-    return Problem(str(target), found, "a place that nothing else writes to", remedy)
+    problem = Problem(str(target), found, "a place that nothing else writes to", remedy)
+    return ConfigError([problem])
 
 
 def _differences(staging: Path, identity: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -378,7 +350,7 @@ def _put(written: Path, target: Path) -> None:
 
 
 def _turn(path: Path) -> int:
-    """What makes a folder a model comes when the rest is there."""
+    # What makes a folder a model comes when the rest is there.
     if path.name in _LAST or _INDEX.fullmatch(path.name):
         return 2
     return bool(WEIGHTS.fullmatch(path.name))

@@ -110,7 +110,11 @@ def test_what_was_not_declared(tmp_path):
 class Second(Ranks):
     """The first of two processes, both of which have the same values."""
 
-    size = 2
+    def __init__(self):
+        super().__init__(0, 2)
+
+    def _exchange(self, value):
+        return [value, value]
 
 
 @pytest.mark.parametrize("others", [False, True])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_ext
 from mergekit_ext.io.headers import read_safetensors
-from mergekit_ext.parallel import Group
+from mergekit_ext.parallel import Ranks
 from tests import models
 from tests.processes.launching import ROOT, TORCHRUN, python
 
@@ -89,7 +89,7 @@ def test_a_merge_goes_on_after_a_process_was_killed(alone, pairs, capfd):
 def test_a_tensor_that_is_not_finite_stops_all(alone, family, tmp_path):
     base, tuned = family
     written = read_safetensors(alone / "nan_dare_ties" / "out" / "model.safetensors")
-    two = Group(0, 2)
+    two = Ranks(0, 2)
     owners = two.share([header.nbytes for header in written.values()])
     name = next(name for name, owner in zip(written, owners, strict=True) if owner == 1)
     bad = tmp_path / "bad"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError, MergeError, RankError
-from mergekit_ext.parallel import Group, current, launched, launched_size, own_device
+from mergekit_ext.parallel import Ranks, current, launched, launched_size, own_device
 from tests.processes.launching import ROOT, python
 from tests.processes.together import together
 
@@ -28,7 +28,7 @@ def launcher(monkeypatch):
 
 @given(st.lists(st.integers(0, 1000)), st.integers(1, 8))
 def test_shares_are_balanced_within_the_largest_piece(sizes, processes):
-    ranks = Group(0, processes)
+    ranks = Ranks(0, processes)
     owners = ranks.share(sizes)
     loads = [0] * processes
     for owner, size in zip(owners, sizes, strict=True):

@@ -59,8 +59,7 @@ def test_what_several_processes_cannot_do_is_one_list(config, tmp_path):
     own = models.config("linear", tuned, parameters={"weight": 1})
     own = models.write_yaml(tmp_path / "own.yml", own)
     options = MergeOptions(safe_serialization=False, multi_gpu=True, device="cuda:1")
-    pair = Ranks()
-    pair.size = 2
+    pair = Main()
     with parallel.joined(pair), pytest.raises(ConfigError) as found:
         mergekit_ext.merge(own, tmp_path / "out", options)
     said = [str(problem) for problem in found.value.problems]
@@ -68,13 +67,22 @@ def test_what_several_processes_cannot_do_is_one_list(config, tmp_path):
         assert any(re.match(expected, problem) for problem in said)
 
 
+class Main(Ranks):
+    """The main one of two processes, of which the other one has sent what it has, or the same."""
+
+    def __init__(self, other=None):
+        super().__init__(0, 2)
+        self.other = other
+
+    def _exchange(self, value):
+        return [value, self.other.sent if self.other else value]
+
+
 class Other(Ranks):
     """The second of two processes, whose main one has ended or has come to the same call."""
 
-    rank, size = 1, 2
-
     def __init__(self, main_ended):
-        super().__init__()
+        super().__init__(1, 2)
         self.main_ended = main_ended
 
     def _exchange(self, value):
@@ -93,19 +101,6 @@ def test_a_problem_that_the_main_process_has_too_is_said_once(monkeypatch, tmp_p
     done = CliRunner().invoke(main, ["merge", str(tmp_path / "empty.yml"), str(tmp_path / "out")])
     assert done.exit_code == 2
     assert ("1 problem with this configuration" in done.output) is not main_ended
-
-
-class Main(Ranks):
-    """The main one of two processes, which comes to a call as the other one parts."""
-
-    size = 2
-
-    def __init__(self, other):
-        super().__init__()
-        self.other = other
-
-    def _exchange(self, value):
-        return [value, self.other.sent]
 
 
 def test_a_problem_of_another_process_alone_ends_the_main_one(monkeypatch, tmp_path):

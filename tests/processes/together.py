@@ -30,8 +30,7 @@ class ThreadRanks(Ranks):
     """The processes, seen from one thread."""
 
     def __init__(self, rank, size, meeting):
-        super().__init__()
-        self.rank, self.size = rank, size
+        super().__init__(rank, size)
         self._meeting, self._turn = meeting, 0
 
     def _exchange(self, value):
