@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,6 @@ from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.model_files import companions, is_weights
 from mergekit_ext.io.pieces import INDEX, PlannedFile, weight_names, write_index
 
-_SHARD = ".safetensors"
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 _DAMAGED = "Copy or download the file again."
@@ -36,13 +35,7 @@ _GIT_DIGITS = 40
 
 
 class StoredFile:
-    """A shard whose place, length and header are those of the manifest; or `CheckpointError`.
-
-    Args:
-        root: the checkpoint's folder, resolved.
-        file: the manifest's entry.
-        verify: also compare the content with the manifest's digest.
-    """
+    """A shard in `root`, a resolved folder, as the manifest says; raises `CheckpointError`."""
 
     def __init__(self, root: Path, file: ShardFile, verify: bool = False):
         self.file = file
@@ -53,8 +46,7 @@ class StoredFile:
             opened: Any = safe_open(self.path, framework="pt")
             metadata = opened.metadata() or {}
         except FileError as error:
-            wrong = error.problem
-            raise _refused(root, file.path, wrong.found, wrong.expected, wrong.remedy) from None
+            raise CheckpointError([replace(error.problem, where=file.path)], str(root)) from None
         except (SafetensorError, OSError, ValueError) as error:
             raise _refused(root, file.path, str(error), "a safetensors file", _DAMAGED) from None
         self._open = opened
@@ -78,20 +70,14 @@ def regular_file(
     length: int | None = None,
     verify: bool = False,
 ) -> Path:
-    """Return the file that `path` names inside of `root`, links resolved.
+    """Return the file that `path` names inside of `root`, a resolved folder, links resolved.
 
     In the Hub's cache files are links to blobs beside the snapshots. Such a link is followed when
     its content has the digest that the checkpoint gives it, or else the blob is called after.
 
-    Args:
-        root: a folder, resolved.
-        path: relative to it.
-        sha256: the digest of its content, where it is known.
-        length: its bytes, likewise.
-        verify: whether to compare the digest in any case, which reads the file.
-
     Raises:
-        CheckpointError: there is none, it lies elsewhere, or it is not what it should be.
+        CheckpointError: there is none, it lies elsewhere, or it has not the bytes (`length`) or,
+            with `verify`, the digest that it should have.
     """
     try:
         resolved = (root / path).resolve(strict=True)
@@ -110,7 +96,16 @@ def regular_file(
     if length not in (None, status.st_size):
         raise _refused(root, path, f"{status.st_size} bytes", f"{length} bytes", _DAMAGED)
     if blob or verify:
-        _compare(root, resolved, path, sha256 or resolved.name)
+        digest = sha256 or resolved.name
+        git = len(digest) == _GIT_DIGITS
+        try:
+            start = hashlib.sha1(b"blob %d\0" % status.st_size) if git else hashlib.sha256()
+            content = digest_of(resolved, start)
+        except OSError as error:
+            raise _refused(root, path, f"an error ({error})", "a readable file") from None
+        if content != digest:
+            found = f"{'Git digest' if git else 'SHA-256'} {content}"
+            raise _refused(root, path, found, digest, _DAMAGED)
     return resolved
 
 
@@ -136,18 +131,6 @@ def _refused(
     root: Path, where: str, found: str, expected: str, remedy: str = ""
 ) -> CheckpointError:
     return CheckpointError([Problem(where, found, expected, remedy)], str(root))
-
-
-def _compare(root: Path, path: Path, where: str, digest: str) -> None:
-    git = len(digest) == _GIT_DIGITS
-    try:
-        start = b"blob %d\0" % path.stat().st_size
-        found = digest_of(path, hashlib.sha1(start)) if git else digest_of(path)
-    except OSError as error:
-        raise _refused(root, where, f"an error ({error})", "a readable file") from None
-    if found != digest:
-        name = "Git digest" if git else "SHA-256"
-        raise _refused(root, where, f"{name} {found}", digest, _DAMAGED)
 
 
 def digest_of(path: Path, digest: Any = None) -> str:
@@ -187,49 +170,35 @@ def described(root: Path, tasks: Sequence[str]) -> dict[str, str]:
 
 
 def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> Iterator[Problem]:
-    """Yield every file of the folders that is not as it was written; `shards` are verified.
-
-    A manifest of an older version knows nothing but weights.
-    """
+    """Yield every file of the folders that is not as it was written; `shards` are verified."""
     known = manifest.task_files
-    for name, digest in known.items():
-        if ".." in PurePosixPath(name).parts:
-            yield Problem(name, "a path that climbs", "one inside of the checkpoint", _EDITED)
-            continue
-        try:
-            regular_file(root, name, digest, verify=True)
-        except CheckpointError as refused:
-            yield replace(refused.problems[0], remedy=_EDITED)
+    _, refused = attempted(lambda item: regular_file(root, *item, verify=True), known.items())
+    yield from (replace(problem, remedy=_EDITED) for problem in refused)
     ordinary = {"", *(task.name for task in manifest.tasks if task.ordinary)}
     for home in _homes(root, [task.name for task in manifest.tasks]):
-        for name in _files(home, root) if known else ():
+        for name in _files(home, root):
             if name not in known:
                 yield Problem(name, "a file that was added later", "none", _EDITED)
         task = home.relative_to(root).name
-        wanted = [s for s in shards if s.file.kind == DENSE and task in ("", *s.file.tasks)]
-        left = {shard.file.sha256: shard.file.path for shard in wanted}
-        for path in _weights(home, shards=True):
-            # A link to a shard is not read again.
-            linked = (shard.file.sha256 for shard in wanted if path.samefile(shard.path))
-            digest = next(linked, None) or digest_of(path)
-            left.pop(digest, None)
-            if digest not in {shard.file.sha256 for shard in wanted}:
+        dense = [s for s in shards if s.file.kind == DENSE and task in ("", *s.file.tasks)]
+        wanted = {shard.file.sha256: shard.file.path for shard in dense}
+        # A link to a shard is not read again.
+        read = {_inode(shard.path): shard.file.sha256 for shard in dense}
+        found = {path: read.get(_inode(path)) or digest_of(path) for path in _shards(home)}
+        for path, digest in found.items():
+            if digest not in wanted:
                 name = path.relative_to(root).as_posix()
                 yield Problem(name, "weights of other content", "a copy of a shard", _EDITED)
-        for name in left.values() if task in ordinary else ():
-            yield Problem(task or ".", f"no link to {name}", "one, as its index says", _EDITED)
+        for digest, name in wanted.items():
+            if task in ordinary and digest not in found.values():
+                yield Problem(task or ".", f"no link to {name}", "one, as its index says", _EDITED)
 
 
 def warn_of_copies(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> None:
     """Warn of folders whose weights are copies of the shards: how many bytes that takes."""
-    seen = {(state.st_dev, state.st_ino) for state in (shard.path.stat() for shard in shards)}
-    wasted = 0
-    for home in _homes(root, [task.name for task in manifest.tasks]):
-        for path in _weights(home, shards=True):
-            state = path.stat()
-            if (state.st_dev, state.st_ino) not in seen:
-                seen.add((state.st_dev, state.st_ino))
-                wasted += state.st_size
+    homes = _homes(root, [task.name for task in manifest.tasks])
+    sizes = {_inode(path): path.stat().st_size for home in homes for path in _shards(home)}
+    wasted = sum(sizes[inode] for inode in sizes.keys() - {_inode(s.path) for s in shards})
     if wasted:
         warnings.warn(
             MergeWarning(
@@ -237,8 +206,13 @@ def warn_of_copies(root: Path, manifest: Manifest, shards: Sequence[StoredFile])
                 f"links: {wasted:,} bytes more on the disk. Copy checkpoints with `cp -a`, "
                 "`rsync -aH` or tar, which keep links."
             ),
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_dev, state.st_ino
 
 
 def _homes(root: Path, tasks: Sequence[str]) -> list[Path]:
@@ -248,11 +222,10 @@ def _homes(root: Path, tasks: Sequence[str]) -> list[Path]:
 
 def _files(home: Path, root: Path) -> list[str]:
     """Return all that a reader may take for a part of the model, but for links to shards."""
-    others = [path.name for path in _weights(home, shards=False)]
+    weights = {path.name for path in home.iterdir() if path.is_file() and is_weights(path)}
+    others = sorted(weights - {path.name for path in _shards(home)})
     return [(home / name).relative_to(root).as_posix() for name in (*companions(home), *others)]
 
 
-def _weights(home: Path, *, shards: bool) -> list[Path]:
-    """Return safetensors files in a folder, or weights in other formats and indexes."""
-    found = (path for path in sorted(home.iterdir()) if path.is_file() and is_weights(path))
-    return [path for path in found if (path.suffix == _SHARD) == shards]
+def _shards(home: Path) -> list[Path]:
+    return [path for path in sorted(home.glob("*.safetensors")) if path.is_file()]

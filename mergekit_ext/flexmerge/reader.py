@@ -37,12 +37,9 @@ _SHARD_BYTES = 5_000_000_000
 
 
 def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Checkpoint:
-    """Check a checkpoint and open its files.
+    """Check a checkpoint and open its files; warn if its folders hold copies of them.
 
-    Args:
-        folder: where ``flexmerge.json`` lies.
-        verify: also compare every file with its digest, those in the tasks' folders too, which
-            reads all of them.
+    With `verify` every file is compared with its digest, those in the tasks' folders too.
 
     Raises:
         CheckpointError: the manifest or a file is not as the format says; all problems are in it,
@@ -58,6 +55,7 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
             problems += on_disk.problems(root, manifest, files)
     if problems:
         raise CheckpointError(islice(problems, MOST_SHOWN), str(folder))
+    on_disk.warn_of_copies(root, manifest, files)
     return Checkpoint(root, manifest, files)
 
 
@@ -75,15 +73,23 @@ def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterat
     for entry in manifest.private:
         for tensor in entry.tensors:
             expected[Place(DENSE, (entry.task,)), tensor.name] = tensor.shape
+    dtypes = {MASKS: ["U8"], BASE: [*FLOATING], UNIFIED: [*FLOATING]}
     found: dict[tuple[Place, str], str] = {}
     for file in files:
         for name, header in file.headers.items():
             path, key = file.file.path, (_place_of(file.file), name)
+            where = f"{path}, tensor {name}"
+            if key not in expected:
+                other = "a tensor that is not called for"
+                yield Problem(where, other, "tensors of the manifest's blocks")
+                continue
             if key in found:
-                twice = f"{name}, which {found[key]} holds too"
-                yield Problem(path, twice, "each tensor in one file")
+                yield Problem(where, f"one, which {found[key]} holds too", "each in one file")
             found[key] = path
-            yield from _tensor_problems(file.file, header, expected.get(key))
+            if header.shape != expected[key]:
+                yield Problem(where, f"shape {list(header.shape)}", f"{list(expected[key])}")
+            if header.dtype not in (known := dtypes.get(file.file.kind, [header.dtype])):
+                yield Problem(where, f"dtype {header.dtype}", " or ".join(known))
     for place, name in (key for key in expected if key not in found):
         yield Problem(name, f"nothing in {place}", "every tensor of the manifest's blocks")
     total = sum(header.nbytes for file in files for header in file.headers.values())
@@ -92,45 +98,21 @@ def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterat
         yield Problem("size.bytes", f"{manifest.size.bytes}", wanted)
 
 
-def _tensor_problems(
-    file: ShardFile, header: TensorHeader, shape: Shape | None
-) -> Iterator[Problem]:
-    where = f"{file.path}, tensor {header.name}"
-    if shape is None:
-        yield Problem(where, "a tensor that is not called for", "tensors of the manifest's blocks")
-        return
-    if header.shape != shape:
-        yield Problem(where, f"shape {list(header.shape)}", f"{list(shape)}")
-    if file.kind == MASKS and header.dtype != "U8":
-        yield Problem(where, f"dtype {header.dtype}", "U8, as masks have")
-    if file.kind in (BASE, UNIFIED) and header.dtype not in FLOATING:
-        yield Problem(where, f"dtype {header.dtype}", f"one of {', '.join(FLOATING)}")
-
-
 class Checkpoint:
     """A checkpoint that `open_checkpoint` has checked; `files` has the file of each tensor."""
 
     def __init__(self, folder: Path, manifest: Manifest, files: Sequence[StoredFile]):
-        self.folder, self.manifest, self._opened = folder, manifest, files
+        self.folder, self.manifest = folder, manifest
+        self.tasks = tuple(task.name for task in manifest.tasks)
         self.files = {(_place_of(file.file), name): file for file in files for name in file.headers}
-        self._loaded: dict[tuple[Place, str], Tensor] = {}
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks."""
-        return tuple(task.name for task in self.manifest.tasks)
-
-    def warn_of_copies(self) -> None:
-        """Warn where the tasks' folders hold copies of the shards, and no links."""
-        on_disk.warn_of_copies(self.folder, self.manifest, self._opened)
+        self._read: dict[tuple[Place, str], Tensor] = {}
 
     def tensors(self, task: str) -> TaskTensors:
         """Return the tensors of one task by their ordinary names, each made when it is asked for.
 
-        Dense tensors are loaded once and kept as long as the checkpoint is: all tasks that share
-        one get the same object. Its storage is the mapped file, so that what is not used takes no
-        memory, and writing to it changes no file. A tensor of a masked block is reconstructed at
-        every access and is the caller's own.
+        All tasks that share a dense tensor get the same object. Its storage is the mapped file, so
+        that what is not used takes no memory, and writing to it changes no file. A tensor of a
+        masked block is reconstructed at every access and is the caller's own.
 
         Raises:
             CheckpointError: the checkpoint has no such task.
@@ -140,15 +122,11 @@ class Checkpoint:
             raise CheckpointError([problem], str(self.folder))
         return TaskTensors(self, task)
 
-    def load(self, place: Place, name: str) -> Tensor:
-        """Return a tensor as the files hold it, loaded once."""
-        if (place, name) not in self._loaded:
-            self._loaded[place, name] = self.read(place, name)
-        return self._loaded[place, name]
-
     def read(self, place: Place, name: str) -> Tensor:
-        """Return a tensor as the files hold it, on the CPU; it is not kept."""
-        return self.files[place, name].tensor(name)
+        """Return a tensor as the files hold it, on the CPU: always the same object."""
+        if (place, name) not in self._read:
+            self._read[place, name] = self.files[place, name].tensor(name)
+        return self._read[place, name]
 
 
 class TaskTensors(Mapping[str, Tensor]):
@@ -174,21 +152,20 @@ class TaskTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         source = self._sources[name]
         if isinstance(source, Place):
-            return self._checkpoint.load(source, name)
+            return self._checkpoint.read(source, name)
         return source.reconstructed(name, self._checkpoint.read)
 
     @property
     def files(self) -> dict[str, StoredFile]:
         """The files of the tensors that are stored as they are: every access gives the same one."""
-        stored = {name: s for name, s in self._sources.items() if isinstance(s, Place)}
-        return {name: self._checkpoint.files[place, name] for name, place in stored.items()}
+        stored = ((name, s) for name, s in self._sources.items() if isinstance(s, Place))
+        return {name: self._checkpoint.files[place, name] for name, place in stored}
 
     def entry(self, name: str) -> TensorHeader:
         """Return dtype and shape of a tensor without reading it."""
         source = self._sources[name]
         place = source if isinstance(source, Place) else source.unified
-        header = self._checkpoint.files[place, name].headers[name]
-        return TensorHeader(name, header.dtype, tuple(header.shape), header.nbytes)
+        return self._checkpoint.files[place, name].headers[name]
 
 
 def export(
@@ -226,7 +203,6 @@ def export(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / name)
         _write_weights(folder, tensors, shard_bytes)
-    checkpoint.warn_of_copies()
 
 
 def _write_weights(folder: Path, tensors: TaskTensors, shard_bytes: int) -> None:

@@ -13,7 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
 from mergekit_ext.flexmerge.files import regular_file
-from mergekit_ext.flexmerge.placement import DeviceMap, MaxMemory, Sharing, place
+from mergekit_ext.flexmerge.placement import (
+    AUTO,
+    SUBJECT,
+    DeviceMap,
+    MaxMemory,
+    Sharing,
+    place,
+)
 from mergekit_ext.flexmerge.reader import open_checkpoint
 
 
@@ -63,12 +70,16 @@ def load(
         CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, has no such task,
             or does not fit its model's class: a parameter that is missing is never initialised.
     """
-    if device_map is None and (max_memory is not None or offload_folder is not None):
-        problem = Problem("device_map", "None", 'with max_memory or offload_folder: "auto"')
-        raise ConfigError([problem], "placing these models")
+    problems = []
+    if max_memory is not None and device_map != AUTO:
+        remedy = "A mapping says where everything goes."
+        problems.append(Problem("max_memory", "it", f"it with device_map={AUTO!r} only", remedy))
+    if offload_folder is not None and device_map is None:
+        problems.append(Problem("offload_folder", "it", "it with device_map only"))
     if device_map is not None and torch.device(device).type != "cpu":
-        problem = Problem("device", f"{device} beside device_map", "one of the two")
-        raise ConfigError([problem], "placing these models")
+        problems.append(Problem("device", f"{device} beside device_map", "one of the two"))
+    if problems:
+        raise ConfigError(problems, SUBJECT)
     checkpoint = open_checkpoint(path, verify)
     names = checkpoint.tasks if task is None else (task,)
     held = {name: checkpoint.tensors(name) for name in names}
@@ -81,11 +92,10 @@ def load(
                 regular_file(checkpoint.folder, f"{name}/{file}")
         module = build_module(home, dict(tensors), dtype, trust_remote_code=trust_remote_code)
         # Tensors that were reconstructed are the task's own, and so in the module alone.
-        sharing.add(module, {key: tensors[key] for key in tensors.files})
+        sharing.add(module, [tensors[key] for key in tensors.files])
         modules[name] = module
     if device_map is not None:
         place(modules, held, device_map, max_memory, offload_folder)
-    checkpoint.warn_of_copies()
     return modules if task is None else modules[task]
 
 
@@ -141,28 +151,26 @@ def build_module(
 
 def _class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
     """Return the model's class, as ``config.json`` names it, if it is transformers' or trusted."""
-    named = getattr(config, "architectures", None) or []
-    found, expected, remedy = f"{named}", "the name of one class", ""
-    if isinstance(named, list) and [type(name) for name in named] == [str]:
-        kind = getattr(transformers, named[0], None)
+    named = getattr(config, "architectures", None)
+    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    if isinstance(name, str):
+        kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return kind
-        listed = getattr(config, "auto_map", None)
-        own = {
-            reference.rpartition(".")[2]: reference
-            for reference in (listed.values() if isinstance(listed, dict) else ())
-            if isinstance(reference, str)
-        }
-        if named[0] in own and trust_remote_code:
+    listed = getattr(config, "auto_map", None)
+    for reference in listed.values() if isinstance(listed, dict) and trust_remote_code else ():
+        if isinstance(reference, str) and reference.rpartition(".")[2] == name:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-            return get_class_from_dynamic_module(own[named[0]], str(folder))
-        found, expected = named[0], f"a model of transformers {transformers.__version__}"
-        if named[0] in own:
-            found += ", which is the model's own code"
-            remedy = "Read that code, and pass trust_remote_code=True if you trust it."
-    where = f"{folder / 'config.json'}, architectures"
-    raise CheckpointError([Problem(where, found, expected, remedy)], str(folder))
+            return get_class_from_dynamic_module(reference, str(folder))
+    problem = Problem(
+        f"{folder / 'config.json'}, architectures",
+        f"{named}",
+        f"the name of one model of transformers {transformers.__version__}",
+        "If it is the model's own code, read that, and pass trust_remote_code=True if you trust "
+        "it.",
+    )
+    raise CheckpointError([problem], str(folder))
 
 
 def _misfits(task: str, report: Mapping[str, Any]) -> Iterator[Problem]:

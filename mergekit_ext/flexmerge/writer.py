@@ -6,8 +6,9 @@ import hashlib
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mergekit_ext.parallel import current
 
 # By task, the rescaler of its masked group.
 Rescale = dict[int, float]
+_KIND = "piece"  # of the lines in the journal
 
 
 @dataclass
@@ -34,14 +36,13 @@ class Piece:
     """Tensors that are written and recorded together: those of a block, or a private one.
 
     Attributes:
-        kind, key: of its line in the journal.
+        key: of its line in the journal.
         bytes: what is read for it.
         groups: the tasks and the kind of each group, as JSON has them.
         entries, tensors: what is stored, in order; the tensors are made when they are asked for.
         rescale: of the masked groups, known with the tensors.
     """
 
-    kind: str
     key: str
     bytes: int
     groups: list[Any]
@@ -92,12 +93,8 @@ def write_checkpoint(
         for task, headers in enumerate(layout.private)
         for header in headers
     ]
-    declared: dict[Place, list[TensorHeader]] = {}
-    for piece in pieces:
-        for place, entry in piece.entries:
-            declared.setdefault(place, []).append(entry)
-    shards = Shards(folder, declared, shard_size, finished or Finished())
-    try:
+    declared = [entry for piece in pieces for entry in piece.entries]
+    with closing(Shards(folder, declared, shard_size, finished or Finished())) as shards:
         processes.from_main(shards.create)
         owners = processes.share([piece.bytes for piece in pieces])
         for index, (piece, owner) in enumerate(zip(pieces, owners, strict=True)):
@@ -105,12 +102,9 @@ def write_checkpoint(
                 shards.make(piece)
                 if index < len(blocks):
                     merged(*blocks[index])
-        shards.wait()
+        files = shards.finish(layout.tasks)
         own = {piece.key: piece.rescale for piece in pieces if piece.rescale}
         rescale = {key: found for part in processes.gather(own) for key, found in part.items()}
-        files = shards.finish(layout.tasks)
-    finally:
-        shards.close()
 
     def completed() -> Manifest:
         ordinary = _link(folder, layout, plan, shards.files)
@@ -126,7 +120,6 @@ def _of_block(
 ) -> Piece:
     rescale: Rescale = {}
     return Piece(
-        "block",
         block.name,
         # All models that share something, and the base.
         block.bytes(range(len(reader.layout.tasks)), merging.forced),
@@ -143,7 +136,6 @@ def _of_block(
 def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
     """Return the copy of a tensor that no other task has, whose values must be finite."""
     owner, place = reader.layout.tasks[task], Place(DENSE, (task,))
-    entry = TensorHeader(header.name, header.dtype, tuple(header.shape), header.nbytes)
 
     def copied() -> Iterator[tuple[Place, str, Tensor]]:
         tensor = reader.read_stored(task, header.name)
@@ -151,8 +143,7 @@ def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
             require_finite(tensor.view(dtype), header.name, owner)
         yield place, header.name, tensor
 
-    key = f"{owner}/{header.name}"
-    return Piece("private", key, header.nbytes, [], [(place, entry)], copied())
+    return Piece(f"{owner}/{header.name}", header.nbytes, [], [(place, header)], copied())
 
 
 class Shards:
@@ -166,26 +157,27 @@ class Shards:
     def __init__(
         self,
         folder: Path,
-        declared: Mapping[Place, Sequence[TensorHeader]],
+        declared: Iterable[tuple[Place, TensorHeader]],
         limit: int,
         finished: Finished,
     ):
         self._folder, self._finished, self._open = folder, finished, PlannedFiles(folder)
         self.files: dict[Place, list[PlannedFile]] = {}
+        entries: dict[Place, list[TensorHeader]] = {}
+        for place, entry in declared:
+            entries.setdefault(place, []).append(entry)
         numbers: Counter[str] = Counter()
-        for place, entries in declared.items():
-            for part in split(entries, limit):
+        for place, own in entries.items():
+            for part in split(own, limit):
                 numbers[place.kind] += 1
                 path = f"{SHARDS}/{place.kind}-{numbers[place.kind]:05d}.safetensors"
                 self.files.setdefault(place, []).append(PlannedFile(path, part))
         self._all = [(place, file) for place, files in self.files.items() for file in files]
         self._homes = {(place, e.name): file for place, file in self._all for e in file.entries}
-        # SHA-256 of each file as long as its tensors come in its order, and how many have come.
-        # The files need not be read for it, if this process writes all.
-        alone = current().size == 1
-        self._digests = {f.path: (hashlib.sha256(f.header), 0) for _, f in self._all if alone}
+        # SHA-256 of each file as long as its tensors come here in its order, and how many have.
+        self._digests = {file.path: (hashlib.sha256(file.header), 0) for _, file in self._all}
         self._behind = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[Any] | None = None
+        self._last: Future[Any] = self._behind.submit(int)
 
     def create(self) -> None:
         """Leave nothing of an earlier run but its shards, and make all shards."""
@@ -198,8 +190,8 @@ class Shards:
 
     def make(self, piece: Piece) -> None:
         """Write a piece, and record it when its sums are known; or find it written."""
-        found = self._finished.found(piece.kind, piece.key)
-        if found and found.get("groups") == piece.groups and self._holds(piece, found["crcs"]):
+        found = self._finished.found(_KIND, piece.key)
+        if found and found["groups"] == piece.groups and self._holds(piece, found["crcs"]):
             piece.rescale.update(found["rescale"])
             return
         crcs = [self.write(*tensor) for tensor in piece.tensors]
@@ -209,7 +201,7 @@ class Shards:
         def record() -> None:
             value = {"groups": piece.groups, "rescale": [list(r) for r in piece.rescale.items()]}
             sums = [crc.result() for crc in crcs]
-            self._finished.add(piece.kind, piece.key, {**value, "crcs": sums})
+            self._finished.add(_KIND, piece.key, {**value, "crcs": sums})
 
         self._later(record)
 
@@ -224,21 +216,20 @@ class Shards:
 
         Files whose digests are not known are read, each by one process.
         """
-        self.wait()
+        self._last.result()
         self.close()
-        known = {}
-        for _, file in self._all:
-            digest, count = self._digests.get(file.path, (None, 0))
-            if digest is not None and count == len(file.entries):
-                known[file.path] = digest.hexdigest()
+        lengths = {file.path: len(file.entries) for _, file in self._all}
+        whole = {p: d.hexdigest() for p, (d, count) in self._digests.items() if count == lengths[p]}
         processes = current()
+        known = {path: found for own in processes.gather(whole) for path, found in own.items()}
         left = [file for _, file in self._all if file.path not in known]
         owners = processes.share([file.length for file in left])
-        processes.wait()
-        for file, owner in zip(left, owners, strict=True):
-            if owner == processes.rank:
-                known[file.path] = digest_of(self._folder / file.path)
-        for others in processes.gather(known):
+        read = {
+            file.path: digest_of(self._folder / file.path)
+            for file, owner in zip(left, owners, strict=True)
+            if owner == processes.rank
+        }
+        for others in processes.gather(read):
             known.update(others)
         return tuple(
             ShardFile(
@@ -251,11 +242,6 @@ class Shards:
             )
             for place, file in self._all
         )
-
-    def wait(self) -> None:
-        """Wait until all pieces are recorded."""
-        if self._last is not None:
-            self._last.result()
 
     def close(self) -> None:
         """Close all files, whole or not."""
@@ -272,13 +258,12 @@ class Shards:
     def _later(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Have `work` done in the background, when all but one of what was given before is."""
         before, self._last = self._last, self._behind.submit(work, *arguments)
-        if before is not None:
-            before.result()
+        before.result()
         return self._last
 
     def _sum(self, file: PlannedFile, name: str, data: memoryview) -> int:
-        digest, count = self._digests.pop(file.path, (None, 0))
-        if digest is not None and [e.name for e in file.entries[count : count + 1]] == [name]:
+        digest, count = self._digests[file.path]
+        if [entry.name for entry in file.entries[count : count + 1]] == [name]:
             digest.update(data)
             self._digests[file.path] = digest, count + 1
         return zlib.crc32(data)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +21,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from mergekit_ext.core.parameters import schema_problems
-from mergekit_ext.errors import MOST_SHOWN, CheckpointError, ConfigError, Problem, shown
+from mergekit_ext.errors import MOST_SHOWN, CheckpointError, ConfigError, Problem
 from mergekit_ext.io.documents import bounded_text, parse_json
 
 T = TypeVar("T", bound="Schema")
@@ -34,8 +33,7 @@ MOST_64_BITS = 2**63 - 1
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0, le=MOST_64_BITS)]
-_DIGEST = r"^[0-9a-f]{64}$"
-Digest = Annotated[str, Field(pattern=_DIGEST)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _known(version: int) -> int:
@@ -71,22 +69,6 @@ class Schema(BaseModel):
         if problems := [*islice(self.rules(), MOST_SHOWN)]:
             raise ConfigError(problems)
         return self
-
-
-def values(valid: Callable[[Any], bool], expected: str) -> AfterValidator:
-    """Return a validator of a mapping's values, which stops at the first wrong one."""
-
-    def check(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-        for key in (key for key, value in mapping.items() if not valid(value)):
-            raise ConfigError([Problem(key, shown(mapping[key]), expected)])
-        return mapping
-
-    return AfterValidator(check)
-
-
-def is_digest(value: Any) -> bool:
-    """Return whether a value is a SHA-256 in lower-case hexadecimal digits."""
-    return isinstance(value, str) and re.fullmatch(_DIGEST, value) is not None
 
 
 def parse(schema: type[T], text: str, where: str) -> T:

@@ -159,9 +159,15 @@ def write(
         "blocks": entries,
         "private": [{"task": task, "tensors": _shapes(own)} for task, own in heads.items()],
     }
-    (out / "flexmerge.json").write_text(json.dumps(content))
     for task, path in paths.items():
         _folder(out, task, path, files, task not in masked)
+    beside = [path for task in paths for path in (out / task).rglob("*") if path.is_file()]
+    content["task_files"] = {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in beside
+        if path.suffix != ".safetensors"
+    }
+    (out / "flexmerge.json").write_text(json.dumps(content))
     return expected
 
 

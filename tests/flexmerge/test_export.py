@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import CheckpointError, ConfigError, MergeWarning
+from mergekit_ext.errors import CheckpointError, ConfigError
 from mergekit_ext.flexmerge.reader import export
 from mergekit_ext.flexmerge.runtime import load
 from tests.flexmerge.handmade import edited, models, vit, write
+from tests.flexmerge.test_task_folders import linked_copy
 from tests.models import state
 
 TASKS = ["a", "b", "c", "d"]
@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
 @pytest.fixture
 def checkpoint(made: Any, tmp_path: Path) -> Path:
     """A copy to spoil."""
-    return Path(shutil.copytree(made[0], tmp_path / "checkpoint"))
+    return linked_copy(made[0], tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -111,8 +111,7 @@ def test_digests_are_compared_by_default(checkpoint: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="SHA-256"):
         export(checkpoint, "a", tmp_path / "one")
     assert not (tmp_path / "one").exists()
-    with pytest.warns(MergeWarning, match="copies"):
-        export(checkpoint, "a", tmp_path / "one", verify=False)
+    export(checkpoint, "a", tmp_path / "one", verify=False)
     assert (tmp_path / "one").exists()
 
 

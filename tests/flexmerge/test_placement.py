@@ -111,7 +111,7 @@ def test_a_folder_is_asked_for_when_the_checkpoint_has_no_such_tensor(
         ({"device_map": {"": "cuda:77"}}, "a device that is here"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": 1}}, "with device_map='auto' only"),
         ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "sizes such as '20GB'"),
-        ({"max_memory": {"cpu": 1}}, "device_map: found None"),
+        ({"max_memory": {"cpu": 1}}, "device_map='auto' only"),
         ({"device_map": "auto", "device": "meta"}, "one of the two"),
     ],
 )

@@ -20,6 +20,7 @@ from mergekit_ext.flexmerge.manifest import read_manifest
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.io.schema import LARGEST
 from tests.flexmerge.handmade import described, edited, models, redescribe, vit, write
+from tests.flexmerge.test_task_folders import linked_copy
 from tests.models import bert
 
 TASKS = ["one", "two", "three", "four", "five"]
@@ -44,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
 @pytest.fixture
 def out(made: tuple[Path, Any], tmp_path: Path) -> Path:
     """A copy to spoil."""
-    return Path(shutil.copytree(made[0], tmp_path / "out"))
+    return linked_copy(made[0], tmp_path / "out")
 
 
 def test_tensors_are_those_of_the_task(made: Any) -> None:

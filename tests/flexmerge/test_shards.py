@@ -28,7 +28,7 @@ def entries(tensors):
 
 def begun(folder, sets, limit=0, finished=None):
     folder.mkdir(exist_ok=True)
-    declared = {key: entries(tensors) for key, tensors in sets.items()}
+    declared = [(key, entry) for key, tensors in sets.items() for entry in entries(tensors)]
     shards = Shards(folder, declared, limit, finished or Finished())
     shards.create()
     return shards
@@ -143,7 +143,7 @@ def test_a_recorded_piece_is_made_again_if_it_does_not_lie_there(tmp_path):
         shards = begun(tmp_path / "out", {KEY: tensors}, 8, Finished(journal, "subject"))
         for name, tensor in tensors.items():
             piece = [(KEY, entry) for entry in entries({name: tensor})]
-            shards.make(Piece("block", name, 0, [*groups], piece, making(name)))
+            shards.make(Piece(name, 0, [*groups], piece, making(name)))
         shards.finish(TASKS)
         journal.close()
         return list(made)
