@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.analysis import analyse
-from mergekit_ext.flexmerge.manifest import DENSE, MASKED, read_manifest
+from mergekit_ext.flexmerge.files import described
+from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, read_manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms, Plan
 from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
@@ -55,7 +56,10 @@ def write_plan(folder, found, plan, algorithm, forced=None, shard_size=0):
     models = [f"model{i}" for i in range(len(found.layout.tasks))]
     origin = {"generator": "a test", "method": {"algorithm": algorithm.name}, "base_model": "base"}
     merging = Merging(algorithm, forced)
-    return write_checkpoint(folder, found, plan, merging, origin, models, shard_size=shard_size)
+    made = write_checkpoint(folder, found, plan, merging, origin, models, shard_size=shard_size)
+    made = made.model_copy(update={"task_files": described(folder, found.layout.tasks)})
+    (folder / FILE_NAME).write_text(made.to_json(), encoding="utf-8")
+    return made
 
 
 def as_index_says(folder):
@@ -173,6 +177,7 @@ def test_files_are_shared_and_stored_once(tmp_path):
     assert any(len(tasks) > 1 for tasks in seen.values())
 
 
+@pytest.mark.filterwarnings("ignore::mergekit_ext.errors.MergeWarning")
 @pytest.mark.parametrize("kind", ["symbolic", "copies"])
 def test_without_hard_links(kind, tmp_path, monkeypatch):
     def no(*args, **kwargs):
