@@ -23,7 +23,7 @@ in) or (E, in, out) the adapter does not say; in these coordinates it does not m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mergekit_ext.errors import NonFiniteError
+from mergekit_ext.errors import MergeError, NonFiniteError
 
 LayoutName = Literal["linear", "embedding", "convolution", "parameter"]
 Shape = tuple[int, ...]
@@ -39,28 +39,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """What is known of one adapted weight of a LoRA without reading its factors.
-
-    Attributes:
-        layout: how PEFT stores the factors.
-        matrices: n, the independent matrices that the weight is made of: experts of a target
-            parameter, groups of a convolution, 1 otherwise.
-        rows: of each matrix (output features).
-        columns: of each matrix (input features; times the kernel's size for a convolution).
-        rank: r of each matrix.
-        kernel: the kernel of a convolution, () otherwise.
-        bias: whether B has a bias (`lora_bias`).
-        dtype: of the factors.
-    """
+    """What is known of one adapted weight of a LoRA without reading its factors."""
 
     layout: LayoutName
-    matrices: int
-    rows: int
-    columns: int
-    rank: int
-    kernel: Shape = ()
-    bias: bool = False
-    dtype: torch.dtype = torch.float32
+    matrices: int  # n: experts of a target parameter, groups of a convolution, otherwise 1
+    rows: int  # of each matrix: output features
+    columns: int  # of each matrix: input features, times the size of a convolution's kernel
+    rank: int  # r of each matrix
+    kernel: Shape = ()  # of a convolution
+    bias: bool = False  # of B (`lora_bias`)
+    dtype: torch.dtype = torch.float32  # of the factors
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,12 +57,11 @@ class ModuleInfo:
 
     @property
     def groups(self) -> int:
-        """The number of matrices among which the r of PEFT's configuration is divided."""
+        """The matrices among which the r of PEFT's configuration is divided."""
         return self.matrices if self.layout == "convolution" else 1
 
     @property
     def configured_rank(self) -> int:
-        """The r of PEFT's configuration for such factors."""
         return self.rank * self.groups
 
     def stack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,10 +86,9 @@ class ModuleInfo:
 def described(
     layout: LayoutName, a: Shape, b: Shape, r: int, bias: bool, dtype: torch.dtype
 ) -> ModuleInfo | str:
-    """Return the module of factors stored in shapes `a` and `b`; a text, if others would fit.
+    """Return the module of factors stored in shapes `a` and `b`, or what would fit instead.
 
-    Args:
-        r: the rank that the configuration gives.
+    `r` is the rank that the configuration gives.
     """
     empty = 0 in (*a, *b)
     if layout == "convolution":
@@ -137,20 +123,12 @@ def one_rank(infos: Iterable[ModuleInfo]) -> int:
 
 @dataclass(frozen=True)
 class Update:
-    r"""The change of one weight: :math:`\Delta_k = s\, B_k A_k` for each of its n matrices.
+    r"""The change of one weight: :math:`\Delta_k = s\, B_k A_k` for each of its n matrices."""
 
-    Attributes:
-        a: (n, r, columns), any floating dtype.
-        b: (n, rows, r), the same dtype and device.
-        scale: s, PEFT's scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        bias: (n rows,), the bias of B (`lora_bias`), or None. The change of the output's bias is
-            ``s * bias``.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    bias: Tensor | None = None
+    a: Tensor  # (n, r, columns), any floating dtype
+    b: Tensor  # (n, rows, r)
+    scale: float  # s, PEFT's scaling: alpha / r, or alpha / sqrt(r) with rsLoRA
+    bias: Tensor | None = None  # (n rows,), of B (`lora_bias`); that of the output gets s * bias
 
     def dense(self) -> Tensor:
         """Return ``s B A`` in float64: (n, rows, columns)."""
@@ -166,27 +144,22 @@ class Update:
         """Return the same change with a scale of 1, which is in B then."""
         if self.scale == 1:
             return self
+        b = (self.b.double() * self.scale).to(self.b.dtype)
+        bias = None if self.bias is None else (self.bias.double() * self.scale).to(self.bias.dtype)
+        return Update(self.a, b, 1.0, bias)
 
-        def scaled(tensor: Tensor) -> Tensor:
-            return (tensor.double() * self.scale).to(tensor.dtype)
-
-        bias = None if self.bias is None else scaled(self.bias)
-        return Update(self.a, scaled(self.b), 1.0, bias)
+    def cast(self, dtype: torch.dtype, name: str) -> Update:
+        """Return the update with `cast` tensors."""
+        bias = None if self.bias is None else cast(self.bias, dtype, name)
+        return Update(cast(self.a, dtype, name), cast(self.b, dtype, name), self.scale, bias)
 
 
 @dataclass(frozen=True)
 class VectorInfo:
-    """What is known of one (IA)^3 vector without reading it.
+    """What is known of one (IA)^3 vector without reading it."""
 
-    Attributes:
-        shape: as stored: (1, in) for a feedforward module, (out, 1) otherwise; convolutions
-            have more axes of length 1.
-        feedforward: whether it multiplies the module's input, not its output.
-        dtype: of the vector.
-    """
-
-    shape: Shape
-    feedforward: bool
+    shape: Shape  # (1, in), or (out, 1); convolutions have more axes of length 1
+    feedforward: bool  # multiplies the module's input, not its output
     dtype: torch.dtype = torch.float32
 
 
@@ -235,11 +208,7 @@ def modules_of(adapters: Iterable[Adapter]) -> list[str]:
 
 
 def finite(tensor: Tensor, name: str, adapter: str) -> Tensor:
-    """Return the tensor itself.
-
-    Raises:
-        NonFiniteError: it holds NaN or infinity.
-    """
+    """Return the tensor itself; raise `NonFiniteError` if it holds NaN or infinity."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(name, adapter, count, tensor.numel())
@@ -247,13 +216,40 @@ def finite(tensor: Tensor, name: str, adapter: str) -> Tensor:
 
 
 def finite_update(adapter: LoraAdapter, module: str) -> Update:
-    """Read one module of a LoRA.
-
-    Raises:
-        NonFiniteError: a factor or the bias holds NaN or infinity.
-    """
+    """Return one module of a LoRA, all of it `finite`."""
     update = adapter.load(module)
     for part, tensor in (("lora_A", update.a), ("lora_B", update.b), ("lora_B.bias", update.bias)):
         if tensor is not None:
             finite(tensor, f"{module}.{part}", adapter.name)
     return update
+
+
+def finite_updates(adapters: Iterable[LoraAdapter], module: str) -> list[Update | None]:
+    """Return the `finite_update` of each adapter, None for one without the module."""
+    return [finite_update(a, module) if module in a.infos else None for a in adapters]
+
+
+def bias_changes(
+    updates: Sequence[Update | None], device: str | torch.device
+) -> list[Tensor] | None:
+    """Return the changes of the output's bias, (n rows,) in float64; None if all are zero."""
+    biases = [None if update is None else update.bias for update in updates]
+    known = next((bias for bias in biases if bias is not None), None)
+    if known is None:
+        return None
+    nothing = torch.zeros(known.shape, dtype=torch.float64, device=device)
+    return [
+        nothing
+        if update is None or update.bias is None
+        else update.scale * update.bias.to(device, torch.float64)
+        for update in updates
+    ]
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a finite tensor in `dtype`, on the CPU; raise `MergeError` if it leaves the range."""
+    result = tensor.detach().to(dtype)
+    if not bool(torch.isfinite(result).all()):
+        remedy = "Use smaller weights, or a wider dtype."
+        raise MergeError(f"{name}: a value leaves the range of {dtype}. {remedy}")
+    return result.cpu()

@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, TensorMeasured
 from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
 from mergekit_ext.methods import Method
 from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients, uniform_warning
-from peft_merge.adapter import Ia3Adapter, Update, finite_update
+from peft_merge.adapter import Ia3Adapter, Update, finite_updates
 from peft_merge.algebra.core_space import orthonormal
 from peft_merge.config.plan import MergePlan
 from peft_merge.modules import vector_changes
@@ -30,14 +29,7 @@ _CANCELLED = 1e-6
 
 
 def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, list[float]]:
-    """Return the adapters' coefficients for each module; nothing for a rule without NAN.
-
-    Warns:
-        UniformCoefficientsWarning: they came out equal nearly everywhere.
-
-    Raises:
-        NonFiniteError: an adapter holds NaN or infinity.
-    """
+    """Return the adapters' coefficients for each module; nothing for a rule without NAN."""
     if not rule.nan:
         return {}
     started = time.perf_counter()
@@ -71,14 +63,8 @@ def coefficients(
 ) -> dict[str, list[float]]:
     r"""Return :math:`a_i = (1/\|D_i\|_F) / \sum_j (1/\|D_j\|_F)` (NAN, equation 10), by module.
 
-    Args:
-        norms: for each module the `change_norms` of m adapters.
-        whole: one set for all modules, from the norms of whole adapters; otherwise each module
-            has its own.
-
-    Returns:
-        for each module m numbers that sum to 1, or zeros where no adapter changes anything. An
-        adapter whose change is zero gets 0 there.
+    `norms` are the `change_norms` of each module; `whole`: one set for all modules, from the norms
+    of whole adapters.
     """
     combined = combine_norms(
         (None if whole else module, dict(enumerate(values))) for module, values in norms.items()
@@ -90,32 +76,22 @@ def coefficients(
 
 
 def change_norms(adapters: Sequence[Any], module: str, *, space: str) -> list[float]:
-    """Return the norms of the changes of a module that a rule sees; 0 for adapters without it.
-
-    Raises:
-        NonFiniteError: an adapter holds NaN or infinity.
-    """
+    """Return the norms of the changes of a module that a rule sees; 0 for adapters without it."""
     if isinstance(adapters[0], Ia3Adapter):
         return [norm(change) for change in vector_changes(adapters, module, space)]
-    return [update_norm(finite_update(a, module)) if module in a.infos else 0.0 for a in adapters]
+    return [0.0 if u is None else update_norm(u) for u in finite_updates(adapters, module)]
 
 
 @by_one_thread
 def update_norm(update: Update) -> float:
-    r"""Return :math:`\sqrt{\|s B A\|_F^2 + \|s\,\mathrm{bias}\|^2}` of one module, in float64.
-
-    The bias of B belongs to the change: a module may change nothing else.
-    """
+    r"""Return :math:`\sqrt{\|s B A\|_F^2 + \|s\,\mathrm{bias}\|^2}` of one module, in float64."""
     a, b = update.a.to(torch.float64), update.b.to(torch.float64)
     inner, outer = b.mT @ b, a @ a.mT
     square = float((inner * outer).sum())
-    largest = float((_traces(inner) * _traces(outer)).sum())
+    traces = [gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) for gram in (inner, outer)]
+    largest = float((traces[0] * traces[1]).sum())
     if square < _CANCELLED * largest:
         core = orthonormal(b).coordinates @ orthonormal(a.mT).coordinates.mT
         square = float(core.square().sum())
     bias = 0.0 if update.bias is None else float(update.bias.to(torch.float64).square().sum())
     return abs(update.scale) * math.sqrt(square + bias)
-
-
-def _traces(grams: Tensor) -> Tensor:
-    return grams.diagonal(dim1=-2, dim2=-1).sum(dim=-1)

@@ -22,17 +22,17 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, MergeError, Problem, did_you_mean, shown
+from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
 from peft_merge.adapter import Adapter, LoraAdapter
-from peft_merge.config.check import methods
-from peft_merge.flexmerge.method import NAME as FLEXMERGE
 from peft_merge.io.names import PREFIX
 from peft_merge.io.read import adapters_of
 from peft_merge.io.write import state_dict
 from peft_merge.merge import merge_adapters
+from peft_merge.modules import rules
 
-_SUBJECT = "add_merged_adapter"
+BASE = "Load the model that the adapters were trained on, with the class that they were."
 
 
 class Meaning(NamedTuple):
@@ -112,27 +112,29 @@ def add_merged_adapter(
 
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"peft_model: found {type(peft_model).__name__}; expected a PeftModel")
-    meant = Meaning(method or "linear", {} if method not in (None, "linear") else _SUM.parameters)
-    problems = [*_name_problems(peft_model, adapter_name), *_adapter_problems(peft_model, adapters)]
+    meant = Meaning(method) if method not in (None, "linear") else _SUM
+    problems = list(_unfit_names(peft_model, adapter_name, adapters))
     if combination_type is not None:
-        problems += _type_problems(combination_type, density, majority_sign_method)
         meant = COMBINATION_TYPES.get(combination_type, meant)
+        if combination_type not in COMBINATION_TYPES:
+            remedy = did_you_mean(combination_type, list(COMBINATION_TYPES))
+            found, expected = shown(combination_type), "a combination type of PEFT"
+            problems.append(Problem("combination_type", found, expected, remedy))
+        elif meant is not _SUM and density is None:
+            remedy = "Add `density=0.5`, say."
+            problems.append(Problem("density", "nothing", "the share of entries to keep", remedy))
         if method is not None:
             problems.append(Problem("method", "it beside `combination_type`", "one of the two"))
-    if method is not None and method not in methods():
-        remedy = did_you_mean(method, methods())
-        problems.append(Problem("method", shown(method), "a merge method", remedy))
-    if method == FLEXMERGE:
-        problems.append(Problem("method", shown(method), "one that makes one adapter"))
+    if method is not None and method not in rules():
+        expected, remedy = "a method that makes one adapter", did_you_mean(method, list(rules()))
+        problems.append(Problem("method", shown(method), expected, remedy))
     if svd_clamp is not None:
         expected = "nothing: clamped factors are not those of the merged change"
-        problems.append(Problem("svd_clamp", shown(svd_clamp), expected, "Leave it out."))
+        problems.append(Problem("svd_clamp", shown(svd_clamp), expected))
     if rank is not None and svd_rank is not None:
         problems.append(Problem("svd_rank", "it beside `rank`", "one of the two"))
-    if weights is not None and len(weights) != len(adapters):
-        problems.append(Problem("weights", f"{len(weights)}", f"{len(adapters)}, one per adapter"))
     if problems or adapter_name is None:
-        raise ConfigError(problems, _SUBJECT)
+        raise ConfigError(problems, "add_merged_adapter")
     given = {**meant.parameters, **{name.removesuffix("_"): v for name, v in parameters.items()}}
     if density is not None:
         given["density"] = density
@@ -161,52 +163,26 @@ def add_merged_adapter(
     return report
 
 
-def _name_problems(model: Any, name: str | None) -> Iterator[Problem]:
-    if not isinstance(name, str) or not name or "." in name:
-        found = "nothing" if name is None else shown(name)
-        yield Problem("adapter_name", found, "a name without dots", "Give the new adapter one.")
-    elif hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):
-        expected = "a name that is no attribute of torch's modules, which hold adapters by name"
-        yield Problem("adapter_name", shown(name), expected, "Choose another one.")
-    elif name in model.peft_config:
+def _unfit_names(model: Any, name: Any, adapters: Sequence[str]) -> Iterator[Problem]:
+    text = name if isinstance(name, str) else ""
+    holders = (torch.nn.ModuleDict, torch.nn.ParameterDict)
+    if not text or "." in text or any(hasattr(holder, text) for holder in holders):
+        expected = "a name without dots that is no attribute of torch's modules"
+        yield Problem("adapter_name", shown(name), expected, "Give the new adapter one.")
+    elif text in model.peft_config:
         expected = "a name that the model does not have yet"
         remedy = "Choose another one, or call `delete_adapter` first."
-        yield Problem("adapter_name", f"an adapter called {name!r} already", expected, remedy)
-
-
-def _adapter_problems(model: Any, adapters: Sequence[str]) -> Iterator[Problem]:
+        yield Problem("adapter_name", f"an adapter called {text!r} already", expected, remedy)
     if isinstance(adapters, str) or not adapters:
         yield Problem("adapters", shown(adapters), "a list of names of the model's adapters")
         return
-    for name in dict.fromkeys(adapters):
-        if name not in model.peft_config:
-            remedy = did_you_mean(name, list(model.peft_config))
-            yield Problem("adapters", shown(name), "an adapter of the model", remedy)
-        if list(adapters).count(name) > 1:
-            yield Problem(
-                "adapters", f"{name!r} more than once", "each once", "Add its weights up."
-            )
-
-
-def _type_problems(
-    combination_type: str, density: float | None, majority_sign_method: str
-) -> Iterator[Problem]:
-    meant = COMBINATION_TYPES.get(combination_type)
-    if meant is None:
-        remedy = did_you_mean(combination_type, list(COMBINATION_TYPES))
-        expected = "a combination type of PEFT"
-        yield Problem("combination_type", shown(combination_type), expected, remedy)
-        return
-    if meant is not _SUM and density is None:
-        expected = f"the share of entries that `{combination_type}` keeps, above 0 up to 1"
-        yield Problem("density", "nothing", expected, "Add `density=0.5`, say.")
-    if meant is _SUM and density is not None:
-        expected = f"nothing: `{combination_type}` drops no entries"
-        yield Problem("density", shown(density), expected, "Leave it out.")
-    if "ties" not in combination_type and majority_sign_method != "total":
-        expected = f"nothing: `{combination_type}` elects no signs"
-        value = shown(majority_sign_method)
-        yield Problem("majority_sign_method", value, expected, "Leave it out.")
+    for one in dict.fromkeys(adapters):
+        if one not in model.peft_config:
+            remedy = did_you_mean(one, list(model.peft_config))
+            yield Problem("adapters", shown(one), "an adapter of the model", remedy)
+        if list(adapters).count(one) > 1:
+            found = f"{one!r} more than once"
+            yield Problem("adapters", found, "each once", "Add its weights up.")
 
 
 def _without_biases(model: Any, adapter: Adapter) -> Adapter:
@@ -230,9 +206,8 @@ def add_adapter(model: Any, name: str, adapter: Adapter) -> None:
     from peft import PeftConfig
 
     config = PeftConfig.from_peft_type(**_settings(model, adapter))
-    parameters, modules = list(model.parameters()), list(model.modules())
-    trained = {id(parameter): parameter.requires_grad for parameter in parameters}
-    known = {id(module) for module in modules}
+    trained = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    known = {id(module) for module in model.modules()}
     active, tuner_active = model.active_adapter, model.base_model.active_adapter
     try:
         model.add_adapter(name, config)
@@ -271,7 +246,7 @@ def fill(model: Any, name: str, adapter: Adapter) -> None:
     """Give the adapter `name` of a model the tensors of `adapter`, factors in their own dtypes.
 
     Raises:
-        MergeError: the model has no place for some of them.
+        ConfigError: the model lacks some of them, or has them in another shape.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -285,13 +260,7 @@ def fill(model: Any, name: str, adapter: Adapter) -> None:
             parameter.data = parameter.data.to(dtype)
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = state_dict(adapter)
-    unknown = sorted(tensors.keys() - expected.keys())
-    shapes = sorted(k for k in tensors if k in expected and tensors[k].shape != expected[k].shape)
-    if unknown or shapes:
-        raise MergeError(
-            f"{name}: the model has no place for {', '.join([*unknown, *shapes][:5])} "
-            f"({len(unknown) + len(shapes)} tensors in all)."
-        )
+    require_places(name, tensors, expected)
     # PEFT adapts modules whose names end like a merged one's too: there it must change nothing.
     for key in expected.keys() - tensors.keys():
         if f".{factor}" in key:
@@ -300,3 +269,23 @@ def fill(model: Any, name: str, adapter: Adapter) -> None:
         else:
             tensors[key] = expected[key]
     set_peft_model_state_dict(model, tensors, adapter_name=name)
+
+
+def require_places(name: str, tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+    """Raise `ConfigError` for tensors of the adapter `name` that a model has no `places` for."""
+    missing = sorted(key.removeprefix(PREFIX) for key in tensors.keys() - places.keys())
+    others = [
+        f"{key.removeprefix(PREFIX)} ({list(tensor.shape)}, in the model {list(place.shape)})"
+        for key, tensor in sorted(tensors.items())
+        if (place := places.get(key)) is not None and place.shape != tensor.shape
+    ]
+    problems = [
+        Problem(f"adapter {name}", f"{what}: {listing(found)}", "tensors of the model", BASE)
+        for what, found in (
+            ("tensors that the model lacks", missing),
+            ("tensors of another shape", others),
+        )
+        if found
+    ]
+    if problems:
+        raise ConfigError(problems, f"the adapter {name}")

@@ -35,7 +35,7 @@ def need_of(plan: MergePlan) -> Need:
     means = [[_mean(tensors, dtype) for tensors in output] for output in outputs]
     # Both sides of a factor are cut from one in float64 before the cast of the last module.
     copies = 2 * (len(adapters) if plan.rule is None else 1)
-    factors = copies * plan.numbers(patterns=plan.patterns) * plan.dtype.itemsize
+    factors = copies * plan.numbers * plan.dtype.itemsize
     parts = {
         "the merged adapter": factors + max(sum(out for out, _ in output) for output in means),
         "whole tensors": max((work for output in means for _, work in output), default=0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,22 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.core.memory import limited
-from mergekit_ext.errors import Problem
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
-from peft_merge.config.document import Input, Request, Source, inputs_of, read, written
+from peft_merge.config.document import (
+    Source,
+    models_of,
+    read,
+    request_of,
+    written,
+)
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge import method as flexmerge
-from peft_merge.flexmerge.result import FlexMerged
+from peft_merge.flexmerge.manifest import FlexMerged
 from peft_merge.io import save_adapter
 from peft_merge.io.merged import merged_adapter
 from peft_merge.modules import merge_modules
@@ -37,7 +42,7 @@ class MergedAdapter:
     """A merged adapter.
 
     Attributes:
-        adapter: as data; `peft_merge.adapter` says how it is read.
+        adapter: as data.
         report: what `merge_report.json` holds: options, coefficients, and for each module ranks,
             relative truncation error and the rule's details.
         config: the merge as YAML.
@@ -109,26 +114,25 @@ def merge_adapters(
         NonFiniteError: an adapter holds NaN or infinity.
         MergeError: the result leaves the range of its dtype.
     """
-    problems: list[Problem] = []
-    request = Request(
-        method=method,
-        inputs=inputs_of(adapters, weights, each, problems),
-        parameters=dict(parameters or {}),
-        rank=rank,
-        patterns=patterns,
-        space=space,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        modules_to_save=modules_to_save,
-        base_model=os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model,
-        name=name,
-        allow_pickle=allow_pickle,
-    )
+    models, problems = models_of(adapters, weights, each)
+    document = {
+        "merge_method": method,
+        "models": models,
+        "parameters": parameters,
+        "rank": rank,
+        "patterns": patterns,
+        "space": space,
+        "seed": seed,
+        "dtype": dtype,
+        "modules_to_save": modules_to_save,
+        "base_model": os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model,
+    }
+    request, wrong = request_of(document, "adapters")
+    request = replace(request, device=device, name=name, allow_pickle=allow_pickle)
 
     def plan() -> MergePlan:
         with limited(max_memory, "max_memory"):
-            return checked(request, problems)
+            return checked(request, [*problems, *wrong])
 
     return _run(plan, callbacks)
 
@@ -168,43 +172,21 @@ def plan_config(
     device: Any = "cpu",
     allow_pickle: bool = False,
 ) -> MergePlan:
-    """Check what `run_config` would do, from configurations and headers.
-
-    Raises:
-        ConfigError: with everything that is wrong.
-    """
+    """Return what `run_config` would do, checked from configurations and headers."""
     given = {"rank": rank, "patterns": patterns}
     instead = {key: value for key, value in given.items() if value is not None}
     request, problems = read(config, instead)
     name = request.name
     if out is not None:
         problems += place_problems(os.path.expanduser(out), str(out), empty=True)
-        problems += _inside(out, request.inputs)
         name = (Path(out).name if Path(out).name.isprintable() else "") or name
     request = replace(request, device=device, allow_pickle=allow_pickle, name=name)
     return checked(request, problems)
 
 
-def _inside(out: str | os.PathLike[str], inputs: Iterable[Input]) -> Iterator[Problem]:
-    """Yield the inputs in whose folders the output would stand."""
-    for item in inputs:
-        if isinstance(item.source, Adapter):
-            continue
-        try:
-            folder, target = (Path(os.path.expanduser(p)).resolve() for p in (item.source, out))
-            within = folder.is_dir() and target.is_relative_to(folder)
-        except (OSError, RuntimeError, ValueError):  # no path, which other checks report
-            continue
-        if within:
-            found = f"a place in the folder of {item.where}, {item.source}"
-            expected = "a place outside of the inputs"
-            yield Problem(str(out), found, expected, "Choose another place.")
-
-
 def _run(
     make_plan: Callable[[], MergePlan], callbacks: Iterable[object], out: str = ""
 ) -> MergedAdapter | FlexMerged:
-    """Run a plan with callbacks, and write the result into `out` if that is given."""
     events = Dispatcher(callbacks)
     started = time.perf_counter()
     try:
@@ -212,11 +194,8 @@ def _run(
         names = tuple(adapter.name for adapter in plan.adapters)
         units = len(plan.modules) + len(plan.saved)
         events.emit(MergeBegin(plan.request.method, out, names, units, "module"))
-        result: MergedAdapter | FlexMerged
-        if plan.rule is None:
-            result = flexmerge.run(plan, events)
-        else:
-            result = _by_rule(plan, plan.rule, events)
+        rule = plan.rule
+        result = flexmerge.run(plan, events) if rule is None else _by_rule(plan, rule, events)
         if out:
             result.save(out)
         events.emit(MergeEnd(out, time.perf_counter() - started))
@@ -248,21 +227,21 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         seed=plan.seed,
         on_iteration=lambda *values: events.emit(SolverIteration(*values)),
     )
-    values, infos, details = {}, {}, {}
+    pieces = {}
     clock = time.perf_counter()
     for module, piece in merged:
         before, clock = clock, time.perf_counter()
-        values[module], infos[module], details[module] = piece.value, piece.info, piece.details
-        shape = tuple(piece.info.shape)
-        events.emit(TensorMerged(module, shape, piece.details, clock - before))
-    adapter = merged_adapter(
-        plan.request.name, values, infos, plan.adapters, _saved(plan, events), plan.patterns
-    )
+        pieces[module] = piece
+        events.emit(TensorMerged(module, tuple(piece.info.shape), piece.details, clock - before))
+    values = {module: piece.value for module, piece in pieces.items()}
+    infos = {module: piece.info for module, piece in pieces.items()}
+    details = {module: piece.details for module, piece in pieces.items()}
+    saved = _saved(plan, events)
+    adapter = merged_adapter(plan.request.name, values, infos, plan.adapters, saved, plan.patterns)
     for warning in rule.after(rule.name, details):
         warnings.warn(warning, stacklevel=4)
-    return MergedAdapter(
-        adapter, report(plan, details, coefficients), written(plan.request, plan.adapters)
-    )
+    entries = report(plan, details, coefficients)
+    return MergedAdapter(adapter, entries, written(plan.request, plan.adapters))
 
 
 def _saved(plan: MergePlan, events: Dispatcher) -> dict[str, Tensor]:

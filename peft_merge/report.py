@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit_ext.core import memory
 from peft_merge.adapter import Adapter, LoraAdapter, one_rank
+from peft_merge.config.document import plain
 from peft_merge.config.plan import MergePlan
 from peft_merge.saved import saved_names
 
@@ -17,6 +18,36 @@ FORMAT_VERSION = 1
 NEGLIGIBLE = 1e-6
 
 
+def short(dtype: object) -> str:
+    """Return the name of a dtype of torch without the package's."""
+    return str(dtype).removeprefix("torch.")
+
+
+def described(plan: MergePlan) -> dict[str, Any]:
+    """Return method, adapters and options as reports show them."""
+    inputs = plan.request.inputs
+    adapters = [
+        {
+            "name": adapter.name,
+            "source": None if isinstance(item.source, Adapter) else str(item.source),
+            "modules": len(adapter.infos),
+        }
+        for adapter, item in zip(plan.adapters, inputs, strict=True)
+    ]
+    parameters = {"shared": plan.request.parameters, "each": [item.parameters for item in inputs]}
+    return {
+        "method": plan.request.method,
+        "kind": plan.kind,
+        "adapters": adapters,
+        "parameters": plain(parameters),
+        "rank": plan.rank,
+        "patterns": plan.patterns,
+        "space": plan.space,
+        "seed": plan.seed,
+        "dtype": short(plan.dtype),
+    }
+
+
 def report(
     plan: MergePlan,
     modules: Mapping[str, Mapping[str, Any]],
@@ -24,9 +55,7 @@ def report(
 ) -> dict[str, Any]:
     """Return all that is known of a merge, as JSON values; nothing of the run, so that it repeats.
 
-    Args:
-        modules: the report of each: `rank`, `error`, the rule's details.
-        coefficients: NAN's, of each adapter in each module; empty without NAN.
+    `modules` has the details of each piece, `coefficients` those of NAN, if it has a part.
     """
     names = [adapter.name for adapter in plan.adapters]
     entries = {}
@@ -40,7 +69,7 @@ def report(
         entries[module] = {**entry, **details}
     return {
         "format_version": FORMAT_VERSION,
-        **plan.described(),
+        **described(plan),
         "summary": summary(len(modules), modules.items()),
         "modules": entries,
         "whole_tensors": {  # from which adapters; [] when dropped
@@ -52,26 +81,20 @@ def report(
 
 
 def summary(count: int, merged: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Return the ranks and relative truncation errors over merged modules; LoRAs have them.
-
-    Args:
-        count: how many modules there are.
-        merged: the report of each, by its name.
-    """
-    result: dict[str, Any] = {"modules": count}
-    entries = list(merged)
-    ranks = [entry["rank"] for _, entry in entries if "rank" in entry]
-    errors = [(entry["error"], name) for name, entry in entries if "error" in entry]
-    if ranks:
-        result |= {"smallest_rank": min(ranks), "largest_rank": max(ranks)}
-    if errors:
-        largest, worst = max(errors, key=lambda found: found[0])
-        result |= {
-            "largest_error": largest,
-            "largest_error_in": worst,
-            "mean_error": math.fsum(error for error, _ in errors) / len(errors),
-        }
-    return result
+    """Return ranks and relative truncation errors over `count` modules, those of merged LoRAs."""
+    found = [(entry["error"], entry["rank"], name) for name, entry in merged if "error" in entry]
+    if not found:
+        return {"modules": count}
+    errors, ranks, _ = zip(*found, strict=True)
+    largest, _, worst = max(found, key=lambda each: each[0])
+    return {
+        "modules": count,
+        "smallest_rank": min(ranks),
+        "largest_rank": max(ranks),
+        "largest_error": largest,
+        "largest_error_in": worst,
+        "mean_error": math.fsum(errors) / len(errors),
+    }
 
 
 def sentences(report: Mapping[str, Any]) -> Iterator[str]:
@@ -116,7 +139,7 @@ def _table(adapters: Sequence[Adapter]) -> Iterator[str]:
         if isinstance(adapter, LoraAdapter):
             ranks = {info.rank for info in adapter.infos.values()}
             kind, rank = "LoRA", " to ".join(map(str, sorted({min(ranks), max(ranks)})))
-        dtypes = sorted({_short(info.dtype) for info in adapter.infos.values()})
+        dtypes = sorted({short(info.dtype) for info in adapter.infos.values()})
         counts = (str(len(adapter.infos)), str(len(adapter.saved)))
         rows.append((adapter.name, kind, rank, *counts, ", ".join(dtypes)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -124,20 +147,11 @@ def _table(adapters: Sequence[Adapter]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _short(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _output(plan: MergePlan) -> str:
-    def size(patterns: bool) -> str:
-        count = plan.numbers(patterns=patterns)
-        return f"{memory.size(count * plan.dtype.itemsize)} of {_short(plan.dtype)}"
-
+    size = f"{memory.size(plan.numbers * plan.dtype.itemsize)} of {short(plan.dtype)}"
     if plan.kind == "ia3":
-        return f"{plan.numbers(patterns=False):,} numbers, {size(False)}"
+        return f"{plan.numbers:,} numbers, {size}"
     bound = "" if isinstance(plan.rank, int) else "at most "
     if plan.patterns:
-        return f"{bound}rank {max(map(plan.largest_rank, plan.modules))}, {size(True)}"
-    apart = "" if size(True) == size(False) else f" ({bound}{size(True)} with `patterns: true`)"
-    rank = one_rank(plan.merged_infos().values())
-    return f"{bound}rank {rank} in every module, {size(False)}{apart}"
+        return f"{bound}rank {max(map(plan.largest_rank, plan.modules))}, {size}"
+    return f"{bound}rank {one_rank(plan.merged_infos().values())} in every module, {size}"

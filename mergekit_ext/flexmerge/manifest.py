@@ -1,6 +1,6 @@
 """``flexmerge.json``: docs/flexmerge-format.md, "The manifest".
 
-`Manifest` is that of models. That of adapters is in `peft_merge.flexmerge.result`; what both have
+`Manifest` is that of models. That of adapters is in `peft_merge.flexmerge.manifest`; what both have
 in common is here: tasks, and blocks whose groups of tasks share something (`sharing_problems`).
 """
 

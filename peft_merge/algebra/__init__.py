@@ -1,1 +1,1 @@
-"""The exact algebra of low-rank changes: core space, dense changes, truncated decompositions."""
+"""The exact algebra of low-rank changes: core space, dense changes, choice of a rank."""

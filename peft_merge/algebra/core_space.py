@@ -15,32 +15,67 @@ nor a basis is formed: :math:`Qx = X R^{-1} x`, or a product of Householder refl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_ext.kernels.threads import by_one_thread
 from peft_merge.adapter import Update
-from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen, padded
 
+# Of the arithmetic in which singular values of cores are found.
+EPS = torch.finfo(torch.float64).eps
 # Q from a Gram matrix is orthonormal up to eps * ||R^-1||^2 (columns of norm 1): to about 1e-11
 # here. Beyond that Householder reflections, which are orthonormal whatever X is.
 LARGEST_INVERSE = 100.0
 
+# So many leading directions, all that are not rounding, or as many as hold this share of the sum
+# of squares: {"energy": 0.99}.
+Rank = int | Literal["lossless"] | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Balanced factors of a merged module: ``B A`` with the roots of sigma on both sides."""
+
+    a: Tensor  # (n, r, columns), float64
+    b: Tensor  # (n, rows, r)
+    sigma: Tensor  # (n, r) singular values that are kept, zeros where a matrix has fewer
+    error: float  # relative Frobenius error of the truncation, over the whole module
+
+    @property
+    def rank(self) -> int:
+        return int(self.sigma.shape[1])
+
+
+def chosen(sigma: Tensor, rank: Rank, floor: float) -> int:
+    r"""Return one rank for all matrices of a module: from 1, which PEFT needs, to k.
+
+    Args:
+        sigma: (n, k) singular values of each matrix, in descending order.
+        rank: a number; "lossless", the largest numerical rank; or ``{"energy": e}``, the smallest
+            r with :math:`\sum_{j \le r} \sigma_j^2 \ge e \sum_j \sigma_j^2` over all matrices.
+        floor: share of a matrix's largest singular value up to which one is rounding.
+    """
+    numerical = int((sigma > floor * sigma[:, :1]).sum(dim=1).max())
+    if rank == "lossless":
+        return max(1, numerical)
+    if isinstance(rank, Mapping):
+        kept = sigma.square().sum(dim=0).cumsum(dim=0)
+        enough = int((kept < rank["energy"] * kept[-1]).sum()) + 1
+        return max(1, min(enough, numerical))
+    return max(1, min(int(rank), sigma.shape[1]))
+
 
 @dataclass(frozen=True)
 class Basis:
-    """An orthonormal basis Q (n, side, p) of the columns of X (n, side, R), p = min(side, R).
+    """An orthonormal basis Q (n, side, p) of the columns of X (n, side, R), p = min(side, R)."""
 
-    Attributes:
-        coordinates: ``Q^T X``, (n, p, R).
-        expand: ``Q x`` of an (n, p, k) tensor: (n, side, k).
-    """
-
-    coordinates: Tensor
-    expand: Callable[[Tensor], Tensor]
+    coordinates: Tensor  # Q^T X, (n, p, R)
+    expand: Callable[[Tensor], Tensor]  # Q x, (n, side, k), of an (n, p, k) tensor
 
 
 def orthonormal(columns: Tensor) -> Basis:
@@ -83,7 +118,7 @@ def _by_reflections(columns: Tensor) -> Basis:
     side, count = stored.shape[-2:]
 
     def expand(x: Tensor) -> Tensor:
-        return torch.ormqr(stored, factors, padded(x, side, -2))
+        return torch.ormqr(stored, factors, pad(x, (0, 0, 0, side - count)))
 
     return Basis(stored[..., :count, :].triu(), expand)
 
@@ -92,27 +127,18 @@ def _by_reflections(columns: Tensor) -> Basis:
 class CoreSpace:
     """The changes of one module in their common coordinates.
 
-    Attributes:
-        cores: one (n, p, q) float64 tensor for each adapter, ``p = min(rows, R)``,
-            ``q = min(columns, R)``; zeros for an adapter that does not have the module.
-        left: the basis of the outputs, (n, rows, p).
-        right: the basis of the inputs, (n, columns, q).
+    ``p = min(rows, R)``, ``q = min(columns, R)``.
     """
 
-    cores: tuple[Tensor, ...]
-    left: Basis
-    right: Basis
+    cores: tuple[Tensor, ...]  # (n, p, q), float64; zeros for an adapter without the module
+    left: Basis  # of the outputs, (n, rows, p)
+    right: Basis  # of the inputs, (n, columns, q)
 
     # One thread, like the modules that are merged side by side: the same bytes with any number.
     @classmethod
     @by_one_thread
     def of(cls, updates: Sequence[Update | None], device: str | torch.device = "cpu") -> CoreSpace:
-        """Make that of m adapters, None for one that does not have the module.
-
-        Args:
-            updates: factors of any floating dtype, of one shape; one at least is not None.
-            device: where to compute and to leave results.
-        """
+        """Make that of m adapters on a device; None for an adapter without the module."""
 
         def joined(factors: Iterable[Tensor], dim: int) -> Tensor:
             return torch.cat([f.to(device, torch.float64) for f in factors], dim)
@@ -141,26 +167,22 @@ class CoreSpace:
 
     @by_one_thread
     def factor(self, core: Tensor, rank: Rank) -> Factored:
-        """Return the best factors of a merged core.
+        """Return the best factors of a merged core (n, p, q), finite; `rank`: see `chosen`.
 
-        Args:
-            core: (n, p, q), float64, finite.
-            rank: see `truncated.chosen`; one for all n matrices. A number above that of singular
-                values is kept, and zeros fill the factors up to ``min(rows, columns)`` at most.
+        Zeros fill the factors up to a number, min(rows, columns) at most.
         """
         u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
         kept = chosen(sigma, rank, floor=max(core.shape[-2:]) * EPS)
         roots = sigma[:, None, :kept].sqrt()
         b = self.left.expand(u[..., :kept] * roots)
         a = self.right.expand(vh[:, :kept].mT * roots).mT
-        width = kept
-        if isinstance(rank, int):
-            width = max(kept, min(rank, b.shape[-2], a.shape[-1]))
+        side = min(b.shape[-2], a.shape[-1])
+        missing = max(0, min(rank, side) - kept) if isinstance(rank, int) else 0
         whole = float(torch.linalg.vector_norm(sigma))
         dropped = float(torch.linalg.vector_norm(sigma[:, kept:]))
         return Factored(
-            a=padded(a, width, -2).contiguous(),
-            b=padded(b, width, -1).contiguous(),
-            sigma=padded(sigma[:, :kept], width, -1),
+            a=pad(a, (0, 0, 0, missing)).contiguous(),
+            b=pad(b, (0, missing)).contiguous(),
+            sigma=pad(sigma[:, :kept], (0, missing)),
             error=dropped / whole if whole else 0.0,
         )

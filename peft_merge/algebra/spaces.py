@@ -29,11 +29,12 @@ from torch import Tensor
 
 from mergekit_ext.errors import MergeError
 from mergekit_ext.kernels.linear_algebra import matmul
+from mergekit_ext.kernels.numerics import all_finite
+from mergekit_ext.kernels.truncated import leading
 from mergekit_ext.methods import Call, Method
 from mergekit_ext.methods.method import Pieces
 from peft_merge.adapter import Update
-from peft_merge.algebra.core_space import CoreSpace
-from peft_merge.algebra.truncated import EPS, Factored, Rank, chosen, leading
+from peft_merge.algebra.core_space import EPS, CoreSpace, Factored, Rank, chosen
 
 # Entries of a block of rows of a dense change.
 BLOCK = 1 << 16
@@ -47,22 +48,13 @@ Result = tuple[Factored, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Job:
-    """One module to be merged.
+    """One module to be merged."""
 
-    Attributes:
-        updates: of m adapters, None for one that does not have the module; one at least has it.
-        shape: (n, rows, columns).
-        rule: to be applied.
-        call: with weights, options and generators.
-        rank: see `truncated.chosen`. None for no loss, or for a dense change the sum of the ranks.
-        device: where to compute.
-    """
-
-    updates: Sequence[Update | None]
-    shape: tuple[int, int, int]
+    updates: Sequence[Update | None]  # of m adapters; None for one without the module
+    shape: tuple[int, int, int]  # (n, rows, columns)
     rule: Method
     call: Call
-    rank: Rank | None
+    rank: Rank | None  # see `chosen`; None for no loss, or of dense changes the sum of the ranks
     device: str | torch.device
 
     def slots(self, stacks: Sequence[Tensor], call: Call) -> tuple[Tensor, dict[str, Any]]:
@@ -76,12 +68,7 @@ class Job:
             details.update(result.details)
         return _require_finite(torch.stack([result.tensor for result in merged])), details
 
-    def space(self) -> CoreSpace:
-        """Return the common coordinates of the changes."""
-        return CoreSpace.of(self.updates, self.device)
-
     def factor(self, space: CoreSpace, core: Tensor) -> Factored:
-        """Return the factors of a merged core."""
         return space.factor(core, "lossless" if self.rank is None else self.rank)
 
     def refactored(self, a: Tensor, b: Tensor) -> Factored:
@@ -89,24 +76,23 @@ class Job:
         space = CoreSpace.of([Update(a, b, 1.0)], self.device)
         return self.factor(space, space.cores[0])
 
-    def balanced(self) -> Job:
+    def balanced(self) -> list[Update | None]:
         """Return the same changes in float64 with the root of the scaling in both factors."""
-
-        def halved(update: Update) -> Update:
-            root = math.sqrt(abs(update.scale))
-            return Update(
-                update.a.to(self.device, torch.float64) * root,
-                update.b.to(self.device, torch.float64) * math.copysign(root, update.scale),
-                1.0,
-            )
-
-        return replace(self, updates=[None if u is None else halved(u) for u in self.updates])
+        found: list[Update | None] = []
+        for update in self.updates:
+            if update is not None:
+                root = math.sqrt(abs(update.scale))
+                a = update.a.to(self.device, torch.float64) * root
+                b = update.b.to(self.device, torch.float64) * math.copysign(root, update.scale)
+                update = Update(a, b, 1.0)
+            found.append(update)
+        return found
 
 
 def _delta(job: Job) -> Result:
     if not job.rule.invariant(job.call.options):
         return _dense(job)
-    space = job.space()
+    space = CoreSpace.of(job.updates, job.device)
     merged, details = job.slots(space.cores, job.call)
     return job.factor(space, merged), details
 
@@ -115,7 +101,7 @@ def _core(job: Job) -> Result:
     if job.rule.invariant(job.call.options):
         return _delta(job)
     # Balanced, so that no side's axes depend on where the scaling is.
-    space = job.balanced().space()
+    space = CoreSpace.of(job.balanced(), job.device)
     # The left singular vectors of the coordinates are the principal axes of the stacked factors.
     left, right = (
         torch.linalg.svd(basis.coordinates, full_matrices=True)[0]
@@ -126,7 +112,7 @@ def _core(job: Job) -> Result:
 
 
 def _knots(job: Job) -> Result:
-    space = job.space()
+    space = CoreSpace.of(job.updates, job.device)
     u, sigma, vh = torch.linalg.svd(torch.cat(space.cores, dim=-1), full_matrices=False)
     kept = chosen(sigma, "lossless", max(vh.shape[-2:]) * EPS)
     rows = sigma[:, :kept, None] * vh[:, :kept]
@@ -139,7 +125,7 @@ def _knots(job: Job) -> Result:
 def _factors(job: Job) -> Result:
     sides: dict[str, Tensor] = {}
     details: dict[str, Any] = {}
-    updates = job.balanced().updates
+    updates = job.balanced()
     like = next(update for update in updates if update is not None)
     for side in ("a", "b"):
         # The sign of a weight goes to B.
@@ -224,8 +210,7 @@ def _dense(job: Job) -> Result:
 
 def _require_finite(tensor: Tensor) -> Tensor:
     """Return what a rule has made of finite inputs, if it is finite."""
-    # A sum is a cheap proof; a finite tensor's may still overflow.
-    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise MergeError(
             "the merge gives values that are not finite from finite inputs. Use smaller weights."
         )

@@ -40,21 +40,17 @@ _SPACES: dict[Kind, tuple[str, ...]] = {"lora": tuple(SPACES), "ia3": VECTOR_SPA
 
 
 def _rank(value: Any) -> Any:
-    """``energy=0.99`` is what stands on the command line for {energy: 0.99}.
-
-    YAML takes ``1e2`` for a text.
-    """
+    """``energy=0.99`` is what stands on the command line for {energy: 0.99}."""
     if isinstance(value, str):
-        name, equals, share = value.partition("=")
-        if equals and name.strip() == "energy":
+        name, _, share = value.partition("=")
+        if name.strip() == "energy":
             return {"energy": share}
-        with suppress(ValueError):
+        with suppress(ValueError):  # YAML takes 1e2 for a text
             return float(value)
     return value
 
 
 def _name(value: Any) -> Any:
-    """Torch's own objects and names are taken too."""
     return str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else value
 
 
@@ -63,8 +59,7 @@ def _device(value: Any) -> Any:
         device = torch.device(value)
         torch.zeros(1, device=device).item()
     except Exception as error:  # every backend raises errors of its own where it is not there
-        reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
-        why = reason or type(error).__name__
+        why = (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__
         raise ValueError(f"a device that can be used here, such as cpu ({why})") from None
     return device
 
@@ -101,20 +96,11 @@ def methods() -> tuple[str, ...]:
     return (*rules(), flexmerge.NAME)
 
 
-def default_space(kind: Kind) -> str:
-    """Return the space in which every method is what its definition says."""
-    return _SPACES[kind][0]
-
-
 def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     """Check a request as far as configurations and headers go.
 
-    Args:
-        request: the merge.
-        problems: what was found wrong with its form.
-
     Raises:
-        ConfigError: with all problems.
+        ConfigError: with all problems, those of its form (`problems`) among them.
     """
     found = list(problems)
     adapters, renamings, unclear = one_form(_adapters(request, found))
@@ -125,37 +111,39 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         _stop(request, found)
     kind: Kind = "lora" if isinstance(adapters[0], LoraAdapter) else "ia3"
     found += _misfits(request, options.get("rank"), kind, adapters)
-    rule = rules().get(request.method) if isinstance(request.method, str) else None
-    # What is wrong whatever the parameters are.
+    rule = None
+    saved_from: Mapping[str, tuple[int, ...]] = {}
     if request.method == flexmerge.NAME:
-        unfit = list(flexmerge.check_inputs(request, adapters))
+        found += flexmerge.check_inputs(request, adapters)
     else:
+        rule = rules().get(request.method) if isinstance(request.method, str) else None
         unfit = list(saved.problems_of(request.modules_to_save, adapters))
-    taken: Mapping[str, tuple[int, ...]] = {}
+        found += unfit
+        if not unfit:
+            saved_from = saved.carriers(request.modules_to_save or saved.AVERAGE, adapters)
     if resolve is not None:
         absent = list(resolve.missing())
         found += absent
         if rule is not None and not absent:
             found += _value_problems(rule, {name: resolve(name) for name in modules})
-        if rule is not None and not unfit:
-            taken = saved.carriers(request.modules_to_save or saved.AVERAGE, adapters)
-            found += saved.weights_problems(taken, resolve.weights)
-    if resolve is None or found or (rule is not None and unfit):
-        _stop(request, [*found, *unfit])
-    forewarnings = {
-        str(warning): warning  # once, however many modules it is about
+        found += saved.weights_problems(saved_from, resolve.weights)
+    if resolve is None or found:
+        _stop(request, found)
+    count = Inputs(len(adapters), driver=ADAPTERS)
+    forewarnings = [
+        warning
         for module in modules
         if rule is not None
-        for warning in rule.forewarn(
-            resolve(module).options, Inputs(len(adapters), driver=ADAPTERS)
-        )
-    }
+        for warning in rule.forewarn(resolve(module).options, count)
+    ]
     bases = different_bases(adapters)
     if (base := options.pop("base_model")) is not None:
         named = {"base_model_name_or_path": base}
         adapters = [replace(adapter, config={**adapter.config, **named}) for adapter in adapters]
-    options["patterns"] = bool(options["patterns"])
-    options["dtype"] = options["dtype"] or _common_dtype(adapters)
+    # The dtype of all adapters, or the smallest that holds the values of each.
+    dtypes = (info.dtype for adapter in adapters for info in adapter.infos.values())
+    options["dtype"] = options["dtype"] or reduce(torch.promote_types, dtypes)
+    patterns = options["patterns"] = bool(options["patterns"])
     plan = MergePlan(
         request=replace(request, rank=options["rank"]),
         rule=rule,
@@ -163,19 +151,20 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         adapters=tuple(adapters),
         modules=modules,
         resolve=resolve,
-        space=request.space or default_space(kind),
-        saved=taken,
-        notes=(*renamings, *resolve.idle_filters(), *([PATTERNS] if options["patterns"] else [])),
-        forewarnings=tuple(forewarnings.values()),
+        space=request.space or _SPACES[kind][0],
+        saved=saved_from,
+        notes=(*renamings, *resolve.idle_filters(), *([PATTERNS] if patterns else [])),
+        # Each once, however many modules it is about.
+        forewarnings=tuple({str(warning): warning for warning in forewarnings}.values()),
         **options,
     )
-    wrong = [*unfit, *flexmerge.check(plan)] if rule is None else []
+    wrong = list(flexmerge.check(plan)) if rule is None else []
     if wrong := wrong or list(memory.problems(need_of(plan))):
         _stop(request, wrong)
     averaged = saved.averaged(plan.saved, adapters) if request.modules_to_save is None else None
-    for said in (bases, few_shared(adapters), averaged):
-        if said is not None:
-            warnings.warn(said, stacklevel=4)
+    for warning in (bases, few_shared(adapters), averaged):
+        if warning is not None:
+            warnings.warn(warning, stacklevel=4)
     return plan
 
 
@@ -214,7 +203,6 @@ def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
 
 
 def _resolver(request: Request, modules: Collection[str], found: list[Problem]) -> Resolver | None:
-    """Return the values of the method's parameters; None if something is wrong with them."""
     name, known = request.method, methods()
     parameters = flexmerge.parameters(request.parameters)
     if not isinstance(name, str) or name not in known:
@@ -230,7 +218,6 @@ def _resolver(request: Request, modules: Collection[str], found: list[Problem]) 
 
 
 def _options(request: Request, found: list[Problem]) -> dict[str, Any]:
-    """Return the values of the options that are right."""
     options = {}
     for option in _OPTIONS:
         value = getattr(request, option.name)
@@ -246,7 +233,6 @@ def _options(request: Request, found: list[Problem]) -> dict[str, Any]:
 def _misfits(
     request: Request, rank: Any, kind: Kind, adapters: Sequence[Adapter]
 ) -> Iterator[Problem]:
-    """Yield what is wrong with rank and space for these adapters."""
     space, names = request.space, _SPACES[kind]
     if space is not None and space not in names:
         title = "LoRA" if kind == "lora" else "(IA)^3"
@@ -260,28 +246,20 @@ def _misfits(
         if space == "log":
             yield from log_problems([a for a in adapters if isinstance(a, Ia3Adapter)])
         return
-    infos: dict[str, list[Any]] = {}
-    for adapter in adapters:
-        for module, info in adapter.infos.items():
-            infos.setdefault(module, []).append(info)
-    unequal = [module for module, own in infos.items() if len({info.rank for info in own}) > 1]
+    loras = [adapter for adapter in adapters if isinstance(adapter, LoraAdapter)]
+    infos = [(module, info) for adapter in loras for module, info in adapter.infos.items()]
+    first = dict(reversed(infos))
+    unequal = dict.fromkeys(m for m, info in infos if info.rank != first[m].rank)
     if space == "factors" and unequal:
-        what = f"factors, with different ranks in {listing(unequal)}"
+        what = f"factors, with different ranks in {listing([*unequal])}"
         yield Problem("space", what, "equal ranks, to merge factors", "Use `space: delta`.")
-    sides = (min(info.rows, info.columns) for own in infos.values() for info in own)
-    if isinstance(rank, int) and rank > (possible := max(sides, default=rank)):
+    possible = max((min(info.rows, info.columns) for _, info in infos), default=rank)
+    if isinstance(rank, int) and rank > possible:
         expected = f"at most {possible}, the smaller side of the largest module"
         yield Problem("rank", shown(rank), expected)
 
 
-def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
-    """Return the dtype of all adapters, or the smallest that holds the values of each."""
-    dtypes = (info.dtype for adapter in adapters for info in adapter.infos.values())
-    return reduce(torch.promote_types, dtypes)
-
-
 def _value_problems(rule: Method, values: Mapping[str, Settings]) -> Iterator[Problem]:
-    """Yield what a rule finds wrong with its options and weights, as each module gets them."""
     for settings in values.values():
         yield from rule.check(settings.options, Inputs(len(settings.weights), driver=ADAPTERS))
         for own in settings.each:

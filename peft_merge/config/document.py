@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,36 +36,18 @@ _FULL_MODELS = {
 
 @dataclass(frozen=True)
 class Input:
-    """One adapter of a merge.
+    """One adapter of a merge."""
 
-    Attributes:
-        where: in the configuration (``models[0]``, ``adapters[0]``), for messages.
-        source: a folder, a name on the Hub, or the adapter itself.
-        name: what the user calls it; None for the last component of its path.
-        revision: of a name on the Hub.
-        parameters: its own settings, under ``<where>.parameters``.
-    """
-
-    where: str
+    where: str  # in the configuration, for messages: ``models[0]``, ``adapters[0]``
     source: Source
-    name: str | None = None
-    revision: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None  # None: the last component of its path
+    revision: str | None  # of a name on the Hub
+    parameters: Mapping[str, Any]  # its own settings
 
 
 @dataclass(frozen=True)
 class Request:
-    """A merge as the user wrote it: values of any type, to be checked by `check.checked`.
-
-    Attributes:
-        method: the name of a method.
-        inputs: the adapters, in the user's order.
-        parameters: settings of the whole merge, and defaults of per-model ones.
-        name: of the merged adapter.
-        text: the YAML that the user wrote, and that is written beside the result, or None.
-        subject: the merge in an error's first line.
-        others: see docs/adapters.md, "Configuration"; None where the user said nothing.
-    """
+    """A merge as the user wrote it: values of any type, to be checked by `check.checked`."""
 
     method: Any
     inputs: tuple[Input, ...]
@@ -78,22 +60,21 @@ class Request:
     device: Any = "cpu"
     modules_to_save: Any = None
     base_model: Any = None
-    name: str = "merged"
-    text: str | None = None
-    subject: str = "this merge"
+    name: str = "merged"  # of the merged adapter
+    text: str | None = None  # the YAML that the user wrote, which is written beside the result
+    subject: str = "this merge"  # in an error's first line
     allow_pickle: bool = False
 
 
-def inputs_of(
+def models_of(
     adapters: Sequence[Source] | Mapping[str, Source],
     weights: Sequence[float] | None,
     each: Sequence[Mapping[str, Any]] | None,
-    problems: list[Problem],
-) -> tuple[Input, ...]:
-    """Return the adapters that `merge_adapters` is called with; `problems` are added to.
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """Return the entries of `models:` that stand for arguments of `merge_adapters`.
 
     Raises:
-        TypeError: they are no list.
+        TypeError: the adapters are no list.
     """
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         raise TypeError("adapters: found one of them; expected a list, as in [adapter].")
@@ -101,25 +82,21 @@ def inputs_of(
     entries: list[dict[str, Any]] = [
         {"model": source, "name": name, "parameters": {}} for name, source in named
     ]
-    if not entries:
-        problems.append(Problem("adapters", "none", "one adapter at least"))
-    given: dict[str, Any] = {"weights": weights, "each": each}
-    for argument, values in given.items():
-        if isinstance(values, (Mapping, str)):
-            expected = "a list, one for each adapter in their order"
+    problems = []
+    for argument, values in {"weights": weights, "each": each}.items():
+        if values is None:
+            continue
+        if isinstance(values, (Mapping, str)) or len(values) != len(entries):
+            expected = f"a list of {len(entries)}, one for each adapter in their order"
             problems.append(Problem(argument, shown(values), expected))
-        elif values is not None:
-            if len(values) != len(entries):
-                expected = f"{len(entries)}, one for each adapter"
-                problems.append(Problem(argument, str(len(values)), expected))
-            for i, (entry, value) in enumerate(zip(entries, values, strict=False)):
-                own = {"weight": value} if argument == "weights" else dict(value)
-                if entry["parameters"].keys() & own.keys():
-                    found = "a weight in `weights` too"
-                    problems.append(Problem(f"each[{i}].weight", found, "one of the two"))
-                entry["parameters"] |= own
-    inputs = [_input(entry, f"adapters[{i}]", None, problems) for i, entry in enumerate(entries)]
-    return tuple(item for item in inputs if item is not None)
+            continue
+        for i, (entry, value) in enumerate(zip(entries, values, strict=True)):
+            own = {"weight": value} if argument == "weights" else dict(value)  # type: ignore[call-overload]
+            if entry["parameters"].keys() & own.keys():
+                found = "a weight in `weights` too"
+                problems.append(Problem(f"each[{i}].weight", found, "one of the two"))
+            entry["parameters"] |= own
+    return entries, problems
 
 
 def read(
@@ -127,15 +104,13 @@ def read(
 ) -> tuple[Request, list[Problem]]:
     """Return a request from a YAML file or a parsed document, and what is wrong with its form.
 
-    Args:
-        source: the file, or the document.
-        instead: keys of the top level that replace those of the document.
+    Keys of `instead` replace those of the document.
 
     Raises:
         ConfigError: the file cannot be read, or is no mapping, so that there is nothing to check.
     """
     if isinstance(source, Mapping):
-        return _request({**source, **instead}, None, "this merge")
+        return request_of({**source, **instead})
     subject = os.fspath(source)
     text = text_of(Path(source))
     try:
@@ -148,29 +123,31 @@ def read(
         found = f"{len(documents)} documents" if len(documents) != 1 else shown(documents[0])
         expected = "one mapping with `merge_method:` and `models:`"
         raise ConfigError([Problem(subject, found, expected)])
-    document = {**documents[0], **instead}
-    request, problems = _request(document, None if instead else text, subject)
+    request, problems = request_of({**documents[0], **instead})
+    request = replace(request, text=None if instead else text, subject=subject)
     return request, repeated + problems
 
 
-def _request(
-    document: Mapping[str, Any], text: str | None, subject: str
+def request_of(
+    document: Mapping[str, Any], models: str = "models"
 ) -> tuple[Request, list[Problem]]:
-    problems = list(_unknown(document, _KEYS, ""))
-    models = document.get("models")
-    if not isinstance(models, list) or not models:
-        found = "nothing" if models is None else shown(models)
-        expected = "a list of entries with `model:`"
-        problems.append(Problem("models", found, expected, "List the adapters to merge."))
-        models = []
+    """Return the request of a document, and what is wrong with its form.
+
+    Messages call the list of adapters `models`.
+    """
+    problems: list[Problem] = []
+    entries = document.get("models")
+    if not isinstance(entries, list) or not entries:
+        expected = "a list of one adapter at least"
+        problems.append(Problem(models, shown(entries), expected, "List the adapters to merge."))
+        entries = []
+    _check_keys(document, _KEYS, "", problems)
     base = document.get("base_model")
-    inputs = [_input(entry, join("models", i), base, problems) for i, entry in enumerate(models)]
+    inputs = [_input(entry, join(models, i), base, problems) for i, entry in enumerate(entries)]
     request = Request(
         method=document.get("merge_method"),
         inputs=tuple(item for item in inputs if item is not None),
         parameters=_mapping(document.get("parameters"), "parameters", problems),
-        text=text,
-        subject=subject,
         **{key: document[key] for key in _OPTIONS if document.get(key) is not None},
     )
     return request, problems
@@ -181,7 +158,7 @@ def _input(entry: Any, where: str, base_model: Any, problems: list[Problem]) -> 
         remedy = f"Write `- model: {entry}`." if isinstance(entry, str) else ""
         problems.append(Problem(where, shown(entry), "an entry with `model:`", remedy))
         return None
-    problems.extend(_unknown(entry, _MODEL_KEYS, where))
+    _check_keys(entry, _MODEL_KEYS, where, problems)
     source: Any = entry.get("model")
     name, revision = entry.get("name"), None
     if name is not None and (not isinstance(name, str) or not name):
@@ -189,31 +166,20 @@ def _input(entry: Any, where: str, base_model: Any, problems: list[Problem]) -> 
         name = None
     wrong, expected, remedy = "", "an adapter alone", "the base is not needed."
     if not isinstance(source, (str, os.PathLike, Adapter)) or source == "":
-        wrong = "nothing" if source is None else shown(source)
-        expected, remedy = "an adapter's folder, or its name on the Hub", ""
+        wrong, expected, remedy = shown(source), "an adapter's folder, or its name on the Hub", ""
     elif isinstance(source, str):
-        source, revision = _located(source)
+        local = os.path.exists(os.path.expanduser(source))
+        if not local:
+            source, _, revision = source.partition("@")  # as mergekit writes a revision
         if source == base_model:
             wrong, remedy = "the base model", f"Take it out: {remedy}"
-        elif "+" in source and not _exists(source):
+        elif "+" in source and not local:
             wrong, remedy = shown(source), f"Write `model: {source.split('+', 1)[1]}`: {remedy}"
     if wrong:
         problems.append(Problem(f"{where}.model", wrong, expected, remedy))
         return None
     parameters = _mapping(entry.get("parameters"), f"{where}.parameters", problems)
-    return Input(where, source, name, revision, parameters)
-
-
-def _located(model: str) -> tuple[str, str | None]:
-    """Return the folder or name, and the revision of ``name@revision`` as mergekit writes it."""
-    if "@" not in model or _exists(model):
-        return model, None
-    name, _, revision = model.partition("@")
-    return name, revision
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))
+    return Input(where, source, name, revision or None, parameters)
 
 
 def _mapping(value: Any, where: str, problems: list[Problem]) -> Mapping[str, Any]:
@@ -222,14 +188,16 @@ def _mapping(value: Any, where: str, problems: list[Problem]) -> Mapping[str, An
     return value if isinstance(value, Mapping) else {}
 
 
-def _unknown(document: Mapping[Any, Any], known: tuple[str, ...], path: str) -> Iterator[Problem]:
+def _check_keys(
+    document: Mapping[Any, Any], known: tuple[str, ...], path: str, problems: list[Problem]
+) -> None:
     for key in document:
         if key not in known:
             found, remedy = "an unknown key", did_you_mean(key, known, listed=True)
             if not path and key in _FULL_MODELS:
                 found, remedy = "a key for full models", _FULL_MODELS[key]
             expected = f"one of {', '.join(sorted(known))}"
-            yield Problem(join(path, str(key)), found, expected, remedy)
+            problems.append(Problem(join(path, str(key)), found, expected, remedy))
 
 
 def written(request: Request, adapters: Sequence[Adapter]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,14 +19,13 @@ from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
 from mergekit_ext.methods import Method, Settings
 from peft_merge.adapter import Adapter, ModuleInfo, one_rank
-from peft_merge.algebra.truncated import Rank
-from peft_merge.config.document import Request, plain
+from peft_merge.algebra.core_space import Rank
+from peft_merge.config.document import Request
 from peft_merge.io.merged import stored_ranks
 from peft_merge.io.names import LAYER
 
 Kind = Literal["lora", "ia3"]
 
-_KEYS = frozenset({"value", "filter"})
 _FORMS = (
     "a value, a list of values (a gradient over the layers), or entries with `value:` and `filter:`"
 )
@@ -49,24 +49,12 @@ def entries_of(
     entries = []
     for position, item in enumerate(setting if listed else [setting]):
         at, text = join(where, position) if listed else where, None
-        if isinstance(item, Mapping):
-            for key in (key for key in item if key not in _KEYS):
-                remedy = did_you_mean(key, _KEYS, listed=True)
-                expected = "`value` or `filter`"
-                problems.append(Problem(join(at, str(key)), "an unknown key", expected, remedy))
-            text = item.get("filter")
-            if text is not None and not isinstance(text, str):
-                expected = "a text, part of the modules' names"
-                problems.append(Problem(f"{at}.filter", shown(text), expected))
-            at = f"{at}.value"
-            if "value" not in item:
-                problems.append(Problem(at, "nothing", "a value", "Add it."))
+        if listed or isinstance(item, Mapping):
+            known = isinstance(item, Mapping) and {"value"} <= item.keys() <= {"value", "filter"}
+            if not known or not isinstance(text := item.get("filter"), (str, NoneType)):
+                problems.append(Problem(at, shown(item), _FORMS))
                 continue
-            item = item["value"]
-        elif listed:
-            remedy = "Write `- value: ...` for each of them."
-            problems.append(Problem(where, "values and filters mixed", _FORMS, remedy))
-            break
+            at, item = f"{at}.value", item["value"]
         several = isinstance(item, (list, tuple))
         values = []
         for number, value in enumerate(item if several else [item]):
@@ -76,8 +64,7 @@ def entries_of(
                 place = join(at, number) if several else at
                 problems.append(Problem(place, shown(value), *wrong))
         if several and not item:
-            remedy = "Fill it in, or remove the parameter."
-            problems.append(Problem(at, "an empty list", _FORMS, remedy))
+            problems.append(Problem(at, "an empty list", _FORMS))
         entries.append(Entry(values, "" if text in (None, "*") else str(text)))
     return entries
 
@@ -85,8 +72,8 @@ def entries_of(
 def evaluate(parameter: Parameter, entries: Sequence[Entry], module: str, place: float) -> Any:
     """Return the value of a setting for one module, or `UNSET` when no filter matches.
 
-    Gradients of fractions are interpolated at the place of the layer, from 0 to 1; those of other
-    kinds take the value at or below it.
+    Of gradients of fractions it is interpolated at the layer's place; of other kinds it is the one
+    at or below it.
     """
     values = next((entry.values for entry in entries if entry.text in module), None)
     if values is None:
@@ -101,11 +88,10 @@ def evaluate(parameter: Parameter, entries: Sequence[Entry], module: str, place:
 
 
 def places(modules: Collection[str]) -> dict[str, float]:
-    """Return where each module's layer is, from 0 to the last one: 1. Outside layers: 0.
+    """Return where each module's layer is in its stack, from 0 to 1. Outside layers: 0.
 
-    The layer is the first number in the name. What stands before it (`encoder.block`,
-    `decoder.block`) names a stack of layers, and each stack goes from 0 to 1. As in mergekit, a
-    stack of one layer is at 1.
+    The layer is the first number in the name, what stands before it the stack (`encoder.block`).
+    As in mergekit, a stack of one layer is at 1.
     """
     found: dict[str, tuple[str, int]] = {}
     last: dict[str, int] = {}
@@ -123,14 +109,8 @@ def places(modules: Collection[str]) -> dict[str, float]:
 class Resolver:
     """From what the user set to values for each module. One model's own go before those of all.
 
-    Args:
-        method: whose parameters they are; None for those of all methods.
-        parameters: that the method has.
-        request: with the settings.
-        modules: that are merged; gradients run over their layers.
-
-    Attributes:
-        problems: unknown and misplaced parameters, and wrong values.
+    `method` is None where a name was wrong and the parameters are those of all methods; `problems`
+    are unknown and misplaced parameters, and wrong values.
     """
 
     def __init__(
@@ -198,10 +178,11 @@ class Resolver:
     def __call__(self, module: str) -> Settings:
         """Return the values for one module. Needs correct settings."""
         known = self._parameters.values()
+        shared = [p for p in known if not p.per_model]
         own = [p for p in known if p.per_model and p.name != WEIGHT.name]
         return Settings(
             self.weights(module),
-            {p.name: self._value(p, _SHARED, module) for p in known if not p.per_model},
+            {p.name: self._value(p, _SHARED, module) for p in shared},
             [{p.name: self._value(p, where, module) for p in own} for where in self._own],
         )
 
@@ -220,52 +201,33 @@ class Resolver:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A checked request.
-
-    Attributes:
-        request: what the user wrote.
-        rule: that merges each module by itself; None for FlexMerge, which decides over all modules.
-        kind: of all adapters.
-        adapters: in the user's order, their names differ; `base_model` is in their configurations.
-        modules: of all adapters, in the order in which they come.
-        resolve: the values of its parameters for each module.
-        rank: of the output, None for the default of the method and for (IA)^3.
-        patterns: whether ranks of a LoRA's modules may differ, see `peft_merge.io.merged`.
-        space: where it works.
-        seed: of random rules.
-        dtype: of the output.
-        device: where is computed.
-        saved: for each whole tensor of the output the positions of the adapters it is the mean of.
-        notes: what a user may want to know before the merge.
-        forewarnings: what the method says of its result before it is computed.
-    """
+    """A checked request."""
 
     request: Request
-    rule: Method | None
-    kind: Kind
-    adapters: tuple[Adapter, ...]
-    modules: tuple[str, ...]
+    rule: Method | None  # that merges each module by itself; None for FlexMerge
+    kind: Kind  # of all adapters
+    adapters: tuple[Adapter, ...]  # in the user's order; their names differ
+    modules: tuple[str, ...]  # of all adapters, in the order in which they come
     resolve: Resolver
-    rank: Rank | None
-    patterns: bool
+    rank: Rank | None  # of the output; None for the method's default, and for (IA)^3
+    patterns: bool  # whether ranks of a LoRA's modules may differ, see `io.merged`
     space: str
     seed: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the output
     device: torch.device
-    saved: Mapping[str, tuple[int, ...]]
-    notes: tuple[str, ...] = ()
-    forewarnings: tuple[MergeWarning, ...] = ()
+    saved: Mapping[str, tuple[int, ...]]  # of which adapters each whole tensor is the mean
+    notes: tuple[str, ...] = ()  # what a user may want to know before the merge
+    forewarnings: tuple[MergeWarning, ...] = ()  # of the method, about its result
 
     def infos(self, module: str) -> dict[str, Any]:
         """Return what a module is in each adapter that has it, by the adapter's name."""
         return {a.name: a.infos[module] for a in self.adapters if module in a.infos}
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """Return the shape of the module's change."""
         return next(a.infos[module].shape for a in self.adapters if module in a.infos)
 
     def largest_rank(self, module: str) -> int:
-        """Return the rank that a LoRA's module can get: with a number for `rank` what it gets."""
+        """Return the largest rank that a LoRA's module can get: with a number what it gets."""
         _, rows, columns = self.shape(module)
         bound = min(rows, columns)
         if isinstance(self.rank, int):
@@ -284,40 +246,14 @@ class MergePlan:
             for module in self.modules
         }
 
-    def numbers(self, *, patterns: bool) -> int:
-        """Return how many numbers the modules of the output have, at most; `patterns` as above."""
+    @property
+    def numbers(self) -> int:
+        """Return how many numbers the modules of the output have, at most."""
         if self.kind == "ia3":
             return sum(math.prod(self.shape(module)) for module in self.modules)
         infos = self.merged_infos()
-        ranks = stored_ranks(infos, None if patterns else one_rank(infos.values()))
+        ranks = stored_ranks(infos, None if self.patterns else one_rank(infos.values()))
         return sum(
             info.matrices * ranks[module] * (info.rows + info.columns)
             for module, info in infos.items()
         )
-
-    def described(self) -> dict[str, Any]:
-        """Return method, adapters and options as the report shows them."""
-        sources = [item.source for item in self.request.inputs]
-        return {
-            "method": self.request.method,
-            "kind": self.kind,
-            "adapters": [
-                {
-                    "name": adapter.name,
-                    "source": None if isinstance(source, Adapter) else str(source),
-                    "modules": len(adapter.infos),
-                }
-                for adapter, source in zip(self.adapters, sources, strict=True)
-            ],
-            "parameters": plain(
-                {
-                    "shared": self.request.parameters,
-                    "each": [item.parameters for item in self.request.inputs],
-                }
-            ),
-            "rank": self.rank,
-            "patterns": self.patterns,
-            "space": self.space,
-            "seed": self.seed,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
 from mergekit_ext.methods import ADAPTERS, Method
 from mergekit_ext.methods.nan import inverse_norm_coefficients
@@ -20,12 +19,12 @@ from peft_merge.adapter import Adapter
 from peft_merge.coefficients import change_norms
 from peft_merge.config.plan import MergePlan
 from peft_merge.io import names
-from peft_merge.modules import Piece, merge_module, small
+from peft_merge.modules import Piece, merge_module
 from peft_merge.saved import merge_saved
 
 Group = tuple[int, ...]
 # Of modules, by their names.
-Changes = dict[str, Piece[Any, Any]]
+Changes = dict[str, Piece]
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,7 @@ GRANULARITIES: dict[str, Callable[[str, Collection[str]], str]] = {
 def blocks_of(modules: Collection[str], granularity: str) -> tuple[Block, ...]:
     """Return the blocks in natural order of their names (`layers.2` before `layers.10`).
 
-    Args:
-        modules: of all adapters.
-        granularity: `module`, each by itself; or `layer`, up to the first number in the name
-            (``model.layers.3``); modules outside of layers by themselves.
+    By `layer`, those of a name up to its first number; modules outside of layers by themselves.
     """
     key = GRANULARITIES[granularity]
     found: dict[str, list[str]] = {}
@@ -74,15 +70,7 @@ class Family(GroupStorage):
     """The adapters of one kind, and what groups of them store. Tasks are named by their index.
 
     Whole tensors are private, those of the base for all. Inner products and changes may be asked
-    for by several threads.
-
-    Attributes:
-        layout: the blocks.
-
-    Args:
-        plan: of the merge.
-        rule: merges the members of a group.
-        granularity: what a block is.
+    for by several threads. `rule` merges the members of a group.
     """
 
     what = "adapters"
@@ -101,11 +89,6 @@ class Family(GroupStorage):
         )
         super().__init__(len(self.layout), len(self.adapters), private)
 
-    @property
-    def small(self) -> bool:
-        """Whether blocks may be merged side by side, as none of them needs much memory."""
-        return small(self.adapters, self.rule, self.plan.resolve, self.plan.space)
-
     @abstractmethod
     def gram(self, module: str) -> Tensor:
         """Return inner products of the m changes of a module: (m, m), float64, symmetric."""
@@ -115,28 +98,18 @@ class Family(GroupStorage):
         """Return how many numbers a group stores of each module that one of its tasks has."""
 
     @abstractmethod
-    def own(self, module: str, adapter: Any) -> Piece[Any, Any]:
+    def own(self, module: str, adapter: Any) -> Piece:
         """Return an adapter's change in its stored values, in `dtype` if one is asked for."""
 
     @abstractmethod
-    def merged(self, module: str, group: Group) -> Piece[Any, Any]:
+    def merged(self, module: str, group: Group) -> Piece:
         """Return one change for two or more tasks; without the module a task has none."""
-
-    def stored(self, changes: Changes) -> Changes:
-        """Return the changes of a block as they are stored."""
-        return changes
 
     @abstractmethod
     def configuration(
         self, own: Any, infos: Mapping[str, Any], shared: Collection[str]
     ) -> dict[str, Any]:
-        """Return the configuration of a task's adapter.
-
-        Args:
-            own: the task's input.
-            infos: the modules of the output.
-            shared: those whose changes are merged ones.
-        """
+        """Return that of the output of the task `own`; changes of modules `shared` are merged."""
 
     def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
         return sum(self._bytes(self.layout[block], group.tasks) for group in groups)
@@ -169,18 +142,19 @@ class Family(GroupStorage):
         """Return what the tasks of a group have of a block: one's own changes, or merged ones."""
         present = [module for module in modules if self.infos(module, group)]
         if len(group) > 1:
-            return self.stored({module: self.merged(module, group) for module in present})
-        (adapter,) = (self.adapters[task] for task in group)
-        return self.stored({module: self.own(module, adapter) for module in present})
+            return {module: self.merged(module, group) for module in present}
+        return {module: self.own(module, self.adapters[group[0]]) for module in present}
 
     def adapter(self, task: int, changes: Changes, shared: Collection[str]) -> Adapter:
         """Return a task's adapter; the changes of the modules in `shared` are merged ones."""
         own = self.adapters[task]
         infos = {module: piece.info for module, piece in changes.items()}
-        values = {module: piece.value for module, piece in changes.items()}
-        config = self.configuration(own, infos, shared)
         made: Adapter = replace(
-            own, config=config, infos=infos, load=values.__getitem__, saved=self._private(task)
+            own,
+            config=self.configuration(own, infos, shared),
+            infos=infos,
+            load={module: piece.value for module, piece in changes.items()}.__getitem__,
+            saved=self._private(task),
         )
         return made
 
@@ -189,11 +163,8 @@ class Family(GroupStorage):
         adapters = (self.adapters[task] for task in group)
         return [adapter.infos[module] for adapter in adapters if module in adapter.infos]
 
-    def merge(self, module: str, group: Group, **options: Any) -> Piece[Any, Any]:
-        """Return `merge_module` of a group, NAN's coefficients being those of the group.
-
-        `options` are further ones of `merge_module`.
-        """
+    def merge(self, module: str, group: Group, **options: Any) -> Piece:
+        """Return `merge_module` of a group, NAN's coefficients being those of the group."""
         members = [self.adapters[task] for task in group]
         plan, values = self.plan, self.plan.resolve(module)
         shared = {p.name for p in self.rule.for_driver(ADAPTERS) if not p.per_model}
@@ -228,7 +199,6 @@ class Family(GroupStorage):
         return total
 
     def _private(self, task: int) -> dict[str, Callable[[], Tensor]]:
-        """Return the whole tensors of a task's adapter, in the dtype that is asked for."""
         adapter = self.adapters[task]
         return {
             name: partial(merge_saved, name, [adapter], [1.0], self.forced)
@@ -249,15 +219,3 @@ def of_the_base(adapters: Sequence[Adapter]) -> set[str]:
         and all(name in other.saved for other in others)
         and all(torch.equal(first.saved[name](), other.saved[name]()) for other in others)
     }
-
-
-def cast_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return `tensor` in `dtype`, on the CPU.
-
-    Raises:
-        MergeError: a value leaves the dtype's range.
-    """
-    result = tensor.detach().to("cpu", dtype)
-    if not bool(torch.isfinite(result).all()):
-        raise MergeError(f"{name}: a value leaves the range of {dtype}. Use a wider dtype.")
-    return result

@@ -16,14 +16,16 @@ from peft_merge.adapter import (
     Ia3Adapter,
     LoraAdapter,
     ModuleInfo,
-    Update,
     VectorInfo,
+    bias_changes,
+    cast,
     finite_update,
+    finite_updates,
     one_rank,
 )
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.family import Changes, Family, Group, cast_to
+from peft_merge.flexmerge.family import Changes, Family, Group
 from peft_merge.io.merged import ia3_configuration, lora_configuration, stored_ranks
 from peft_merge.modules import Piece, vector_changes
 
@@ -47,12 +49,11 @@ class LoraFamily(Family):
         self._r = None if plan.patterns else one_rank(infos)
 
     def gram(self, module: str) -> Tensor:
-        """In core space, the bias of B belongs to the change."""
-        updates = [finite_update(a, module) if module in a.infos else None for a in self.adapters]
+        """In core space; the bias of B belongs to the change."""
+        updates = finite_updates(self.adapters, module)
         total = CoreSpace.of(updates, self.plan.device).gram().cpu()
-        if any(update is not None and update.bias is not None for update in updates):
-            count, rows, _ = self.infos(module, range(self.tasks))[0].shape
-            biases = torch.stack([_bias(update, count * rows) for update in updates])
+        if (changes := bias_changes(updates, "cpu")) is not None:
+            biases = torch.stack(changes)
             total = total + biases @ biases.T
         return (total + total.T) / 2
 
@@ -65,22 +66,22 @@ class LoraFamily(Family):
             found[module] = n * rank * (rows + columns) + bias
         return found
 
-    def own(self, module: str, adapter: LoraAdapter) -> Piece[Update, ModuleInfo]:
+    def own(self, module: str, adapter: LoraAdapter) -> Piece:
         """Return the factors with the scaling in B."""
         info = adapter.infos[module]
         dtype = self.forced or info.dtype
-        value = _cast(finite_update(adapter, module).unscaled(), dtype, module)
+        value = finite_update(adapter, module).unscaled().cast(dtype, module)
         return Piece(value, replace(info, dtype=dtype))
 
-    def merged(self, module: str, group: Group) -> Piece[Update, ModuleInfo]:
+    def merged(self, module: str, group: Group) -> Piece:
         rank = self.plan.rank
         if rank is None or isinstance(rank, int):
             rank = self._rank(module, group)
-        piece = self.merge(module, group, rank=rank)
-        return replace(piece, value=_cast(piece.value, piece.info.dtype, module))
+        return self.merge(module, group, rank=rank)
 
-    def stored(self, changes: Changes) -> Changes:
+    def changes(self, modules: Sequence[str], group: Group) -> Changes:
         """Fill up with zeros to the rank that is stored."""
+        changes = super().changes(modules, group)
         ranks = stored_ranks({name: piece.info for name, piece in changes.items()}, self._r)
         return {
             name: replace(
@@ -94,7 +95,6 @@ class LoraFamily(Family):
     def configuration(
         self, own: LoraAdapter, infos: Mapping[str, ModuleInfo], shared: Collection[str]
     ) -> dict[str, Any]:
-        """Return a configuration whose scaling is 1 in all modules."""
         config = lora_configuration(infos, [own], own.saved)
         common = lora_configuration(infos, self.adapters, ())
         parameters = any(info.layout == "parameter" for info in infos.values())
@@ -103,7 +103,7 @@ class LoraFamily(Family):
         return config
 
     def _ranks(self, modules: Sequence[str], group: Group) -> dict[str, int]:
-        """Return those of the group's changes, from headers where that is possible."""
+        """From headers where that is possible."""
         if len(group) == 1 or self.plan.rank is None or isinstance(self.plan.rank, int):
             needed = {}
             for module in modules:
@@ -127,22 +127,6 @@ class LoraFamily(Family):
         return min(rank, infos[0].rows, infos[0].columns)
 
 
-def _cast(update: Update, dtype: torch.dtype, module: str) -> Update:
-    return replace(
-        update,
-        a=cast_to(update.a, dtype, module),
-        b=cast_to(update.b, dtype, module),
-        bias=None if update.bias is None else cast_to(update.bias, dtype, module),
-    )
-
-
-def _bias(update: Update | None, length: int) -> Tensor:
-    """Return the change of the output's bias."""
-    if update is None or update.bias is None:
-        return torch.zeros(length, dtype=torch.float64)
-    return update.scale * update.bias.to("cpu", torch.float64)
-
-
 class Ia3Family(Family):
     """(IA)^3 adapters: vectors around 1, or their logarithms."""
 
@@ -157,19 +141,16 @@ class Ia3Family(Family):
         known = {module: self.infos(module, group) for module in modules}
         return {module: math.prod(infos[0].shape) for module, infos in known.items() if infos}
 
-    def own(self, module: str, adapter: Ia3Adapter) -> Piece[Tensor, VectorInfo]:
+    def own(self, module: str, adapter: Ia3Adapter) -> Piece:
         info = adapter.infos[module]
         dtype = self.forced or info.dtype
-        vector = cast_to(adapter.load(module), dtype, module)
-        return Piece(vector, replace(info, dtype=dtype))
+        return Piece(cast(adapter.load(module), dtype, module), replace(info, dtype=dtype))
 
-    def merged(self, module: str, group: Group) -> Piece[Tensor, VectorInfo]:
-        piece = self.merge(module, group)
-        return replace(piece, value=piece.value.cpu())
+    def merged(self, module: str, group: Group) -> Piece:
+        return self.merge(module, group)
 
     def configuration(
         self, own: Ia3Adapter, infos: Mapping[str, VectorInfo], shared: Collection[str]
     ) -> dict[str, Any]:
-        """Return the task's own, but for modules of others."""
         config = dict(own.config)
         return config | ia3_configuration(infos, [own], own.saved) if shared else config

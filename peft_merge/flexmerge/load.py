@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,19 +20,16 @@ from mergekit_ext.errors import (
     listing,
     shown,
 )
-from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo
+from peft_merge.adapter import Adapter, Ia3Adapter
 from peft_merge.flexmerge.family import of_the_base
-from peft_merge.flexmerge.result import Group, Manifest, open_manifest
+from peft_merge.flexmerge.manifest import Group, open_manifest
 from peft_merge.io import load_adapter
-from peft_merge.io.names import Targets, module_to_save, unwrapped
-from peft_merge.live import add_adapter, fill
-from peft_merge.matching import Shape, orientations
+from peft_merge.io.names import PREFIX, module_to_save, stored
+from peft_merge.live import BASE, add_adapter, fill, require_places
 
 # Where PEFT's layers keep what is loaded of one adapter.
 _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "ia3_l")
 _SUBJECT = "loading these tasks"
-_BASE = "Load the model that the adapters were trained on, with the class that they were."
-_DAMAGED = "Copy or download the folder again."
 
 
 def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = True) -> Any:
@@ -63,39 +59,40 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
     folder = Path(path).expanduser()
     manifest = open_manifest(folder, verify=verify)
     adapters = [load_adapter(folder / task.name, name=task.name) for task in manifest.tasks]
-    if problems := [*_other_kinds(manifest, adapters), *_not_shared(manifest, adapters)]:
+    shared = [group for block in manifest.blocks for group in block.groups if len(group.tasks) > 1]
+    if problems := list(_not_shared(shared, adapters)):
         raise CheckpointError(problems, str(folder))
     if problems := list(_inseparable(adapters)):
-        raise ConfigError(problems, "loading these tasks together")
-    if problems := [p for adapter in adapters for p in _misfits(adapter, base_model)]:
         raise ConfigError(problems, _SUBJECT)
     with _restored_on_error(base_model):
-        return _loaded(base_model, manifest, adapters, folder)
+        return _loaded(base_model, shared, adapters)
 
 
-def _loaded(base_model: Any, manifest: Manifest, adapters: Sequence[Adapter], folder: Path) -> Any:
-    from peft import PeftModel
+def _loaded(base_model: Any, shared: Sequence[Group], adapters: Sequence[Adapter]) -> Any:
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
-    first = manifest.tasks[0].name
-    with warnings.catch_warnings():
-        # of layers that the base has and the adapter's file has not
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        model = PeftModel.from_pretrained(
-            base_model, folder / first, adapter_name=first, autocast_adapter_dtype=False
-        )
-    # PEFT has rounded its factors to the dtype of the base.
-    fill(model, first, _apart(adapters[0]))
-    for adapter in adapters[1:]:
+    first, *others = adapters
+    config = PeftConfig.from_peft_type(**first.config)
+    wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    model = wrapped(base_model, config, first.name, autocast_adapter_dtype=False)
+    fill(model, first.name, _apart(first))
+    for adapter in others:
         add_adapter(model, adapter.name, _apart(adapter))
-        for group in _groups(manifest):
-            owner = group.tasks[0]
-            if adapter.name in group.tasks and adapter.name != owner:
+        for group in shared:
+            if adapter.name in group.tasks[1:]:
                 for module in group.modules:
-                    _share(model, module, owner, adapter.name)
-    model.set_adapter(first)
+                    _share(model, module, group.tasks[0], adapter.name)
+    of_base = {
+        f"{PREFIX}{stored(name, first.infos)}": load()
+        for name, load in first.saved.items()
+        if module_to_save(name, first.config) is None
+    }
+    require_places(first.name, of_base, model.state_dict())
+    model.load_state_dict(of_base, strict=False)
+    model.set_adapter(first.name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if manifest.kind == "ia3":
+    if isinstance(first, Ia3Adapter):
         # PEFT would take `adapter_names` without a word, and use the active task for all rows.
         model.base_model._enable_peft_forward_hooks = _one_task_at_a_time
     return model.eval()
@@ -136,25 +133,16 @@ def _apart(adapter: Adapter) -> Adapter:
     return replace(adapter, saved=saved)
 
 
-def _groups(manifest: Manifest) -> Iterator[Group]:
-    return (group for block in manifest.blocks for group in block.groups if len(group.tasks) > 1)
-
-
-def _other_kinds(manifest: Manifest, adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    found = {"lora" if isinstance(adapter, LoraAdapter) else "ia3" for adapter in adapters}
-    if found != {manifest.kind}:
-        yield Problem("kind", f"adapters of {' and '.join(found)}", manifest.kind, _DAMAGED)
-
-
-def _not_shared(manifest: Manifest, adapters: Sequence[Adapter]) -> Iterator[Problem]:
+def _not_shared(groups: Sequence[Group], adapters: Sequence[Adapter]) -> Iterator[Problem]:
     """Yield what the manifest calls shared and is not in all members, with the same values."""
     by_name = {adapter.name: adapter for adapter in adapters}
-    for group in _groups(manifest):
+    for group in groups:
         members = [by_name[task] for task in group.tasks]
         for module in group.modules:
             if not _same(members, module):
                 found = f"changes that differ between {', '.join(group.tasks)}"
-                yield Problem(module, found, "the same in all of them", _DAMAGED)
+                remedy = "Copy or download the folder again."
+                yield Problem(module, found, "the same in all of them", remedy)
 
 
 def _same(adapters: Sequence[Adapter], module: str) -> bool:
@@ -229,78 +217,5 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
             raise
         reason = (str(error).splitlines() or [""])[0]
         found = f"a model that PEFT does not take ({type(error).__name__}: {reason})"
-        problem = Problem("base_model", found, "the base of these adapters", _BASE)
+        problem = Problem("base_model", found, "the base of these adapters", BASE)
         raise ConfigError([problem], _SUBJECT) from error
-
-
-def _misfits(adapter: Adapter, model: nn.Module) -> Iterator[Problem]:
-    """Compare names and shapes of all that an adapter changes or replaces with a model's."""
-    config = adapter.config
-    if config.get("layer_replication") or config.get("ensure_weight_tying"):
-        return  # Replicated and tied layers have names that only PEFT knows.
-    modules = dict(model.named_modules())
-    held: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    held.update(model.named_buffers(remove_duplicate=False))
-    found = (
-        ("adapted modules", "modules", *_adapted(adapter, modules)),
-        ("whole tensors", "tensors", *_replaced(adapter, held)),
-    )
-    where = f"adapter {adapter.name}"
-    for what, kind, missing, others in found:
-        if missing:
-            lacking = f"{what} that the model lacks: {listing(missing)}"
-            yield Problem(where, lacking, f"{kind} of the model", _BASE)
-        if others:
-            unlike = f"{what} of another shape: {listing(others, 2)}"
-            yield Problem(where, unlike, "the shapes of the model", _BASE)
-
-
-def _adapted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
-    """Return adapted modules that the model lacks, and those of another shape."""
-    missing, others = [], []
-    targets = Targets(adapter.config)
-    for name, info in adapter.infos.items():
-        module = modules.get(name, modules.get(unwrapped(name)))
-        if module is None:
-            missing.append(name)
-            continue
-        shapes = _shapes(adapter, targets, unwrapped(name), module)
-        if shapes and not any(_fits(info, shape, module) for shape in shapes):
-            weights = " or ".join(str(list(shape)) for shape in shapes)
-            others.append(f"{name} (a change of {list(info.shape)}, a weight of {weights})")
-    return missing, others
-
-
-def _shapes(adapter: Adapter, targets: Targets, owner: str, module: nn.Module) -> list[Shape]:
-    """Return the shapes that an adapted weight may have; none where packed weights hide them."""
-    info = adapter.infos.get(owner)
-    if isinstance(info, ModuleInfo) and info.layout == "convolution" and info.matrices > 1:
-        return []  # of groups, in factors that are not
-    leaves = targets.parameters(owner) or ["weight", "in_proj_weight"]
-    weights = [getattr(module, leaf, None) for leaf in leaves]
-    found = [
-        tuple(weight.shape)
-        for weight in weights
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() > 1
-    ]
-    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    if found or not all(isinstance(size, int) for size in sizes):
-        return list(found)
-    return [sizes]  # type: ignore[list-item]
-
-
-def _fits(info: Any, shape: Shape, module: nn.Module) -> bool:
-    ways = orientations(info, shape)
-    return False in ways if isinstance(module, nn.Linear) else bool(ways)
-
-
-def _replaced(adapter: Adapter, held: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Return whole tensors (heads, embeddings) that the model lacks, and of another shape."""
-    missing = [name for name in adapter.saved if name not in held]
-    others = []
-    for name in sorted(adapter.saved.keys() & held.keys()):
-        shape, own = list(adapter.saved[name]().shape), list(held[name].shape)
-        packed = len(shape) != len(own)
-        if shape != own and not packed:
-            others.append(f"{name} ({shape}, in the model {own})")
-    return missing, others

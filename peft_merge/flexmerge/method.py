@@ -36,19 +36,20 @@ from mergekit_ext.events import (
     StatisticsEnd,
     TensorMeasured,
 )
+from mergekit_ext.flexmerge.manifest import colliding_names
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, Dendrograms, options
-from mergekit_ext.flexmerge.storage import StoredGroup, Target
+from mergekit_ext.flexmerge.storage import Size, StoredGroup, Target
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.kernels.threads import in_turn
 from mergekit_ext.methods import ADAPTERS, Inputs, Method
-from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.adapter import Adapter
 from peft_merge.config.document import Request, written
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import GRANULARITIES, Block, Changes, Family
 from peft_merge.flexmerge.kinds import Ia3Family, LoraFamily
-from peft_merge.flexmerge.result import FlexMerged, task_name_problem
-from peft_merge.modules import of_any_rule, rules
-from peft_merge.report import FORMAT_VERSION, summary
+from peft_merge.flexmerge.manifest import FlexMerged, task_name_problem
+from peft_merge.modules import of_any_rule, rules, small
+from peft_merge.report import FORMAT_VERSION, described, summary
 
 NAME = "flexmerge"
 EXPECTED = "a number of adapters such as 2.5, or a memory budget such as '40MB'"
@@ -64,7 +65,7 @@ _NAMES = {parameter.name for parameter in OWN}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "task_arithmetic": {"lambda": 1.5, "normalize": True},
 }
-_FAMILIES: Mapping[str, type[Family]] = {"lora": LoraFamily, "ia3": Ia3Family}
+_RENAME = "Rename the adapter with `name:`."
 
 
 def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
@@ -89,12 +90,21 @@ def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
 
 def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
     """Yield what is wrong with the tasks and with what is asked for beside the parameters."""
-    for name in sorted(_varying(request)):
-        found = shown(request.parameters[name])
-        remedy = "Give one value, without filters."
-        yield Problem(f"parameters.{name}", found, "one value for the whole merge", remedy)
-    yield from _tasks(request, adapters)
-    yield from _lora_biases(adapters)
+    for name, value in request.parameters.items():
+        if name in _NAMES and isinstance(value, (list, tuple, Mapping)):
+            expected, remedy = "one value for the whole merge", "Give one value, without filters."
+            yield Problem(f"parameters.{name}", shown(value), expected, remedy)
+    names = [adapter.name for adapter in adapters]
+    for name in names:
+        if (reason := task_name_problem(name)) is not None:
+            yield Problem("models", f"the name {name!r}", f"a task's name: {reason}", _RENAME)
+    for name, other in colliding_names(dict.fromkeys(names)):
+        expected = "names that differ in more than case, which name folders"
+        yield Problem("models", f"{other!r} beside {name!r}", expected, _RENAME)
+    with_bias = [adapter.name for adapter in adapters if adapter.config.get("lora_bias")]
+    if 0 < len(with_bias) < len(adapters):
+        found = f"{listing(with_bias)} with a bias of B, others without"
+        yield Problem("lora_bias", found, "adapters that all have it, or none", "Leave some out.")
     if request.modules_to_save is not None:
         found = shown(request.modules_to_save)
         expected = "nothing: every task keeps its own whole tensors"
@@ -109,69 +119,31 @@ def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Prob
         yield Problem("models", "adapters without adapted modules", "something to share")
 
 
-def _varying(request: Request) -> list[str]:
-    """Return FlexMerge's own parameters that have several values."""
-    given = request.parameters
-    return [name for name in _NAMES if isinstance(given.get(name), (list, tuple, Mapping))]
-
-
-def _tasks(request: Request, adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """Check adapters' names, which become those of folders, and of adapters in one model."""
-    seen: dict[str, str] = {}
-    for adapter, item in zip(adapters, request.inputs, strict=True):
-        if (reason := task_name_problem(adapter.name)) is not None:
-            remedy = "Give the adapter another one with `name:`."
-            expected = f"a task's name: {reason}"
-            yield Problem(f"{item.where}.name", repr(adapter.name), expected, remedy)
-        other = seen.setdefault(adapter.name.casefold(), adapter.name)
-        if other != adapter.name:
-            found = f"{adapter.name!r} beside {other!r}"
-            expected = "names that differ in more than case, which name folders"
-            yield Problem(f"{item.where}.name", found, expected, "Rename one with `name:`.")
-
-
-def _lora_biases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    loras = [adapter for adapter in adapters if isinstance(adapter, LoraAdapter)]
-    having = {adapter.name: bool(adapter.config.get("lora_bias")) for adapter in loras}
-    if len(set(having.values())) > 1:
-        with_bias = [name for name, has in having.items() if has]
-        yield Problem(
-            "lora_bias",
-            f"{listing(with_bias)} with a bias of B, others without",
-            "adapters that all have it, or none: PEFT has one setting for all modules of a task",
-            "Leave one kind out.",
-        )
-
-
 def _chosen(plan: MergePlan) -> dict[str, Any]:
     """Return FlexMerge's own parameters of a checked plan."""
     given = plan.request.parameters
     return {p.name: p.read(given.get(p.name, p.default)) for p in OWN}
 
 
-def _family(plan: MergePlan) -> Family:
-    chosen = _chosen(plan)
-    rule = rules()[chosen["algorithm"]]
-    return _FAMILIES[plan.kind](plan, rule, chosen["granularity"])
+def _family(plan: MergePlan, chosen: Mapping[str, Any]) -> Family:
+    made = LoraFamily if plan.kind == "lora" else Ia3Family
+    return made(plan, rules()[chosen["algorithm"]], chosen["granularity"])
 
 
 def check(plan: MergePlan) -> Iterator[Problem]:
     """Yield what is wrong with the algorithm and the size, from configurations and headers."""
-    if not plan.modules or _varying(plan.request):
-        return
-    rule = rules()[_chosen(plan)["algorithm"]]
+    chosen = _chosen(plan)
+    rule = rules()[chosen["algorithm"]]
+    count = Inputs(len(plan.adapters), driver=ADAPTERS)
     problems: dict[Problem, None] = {}
-    for module in plan.modules:
-        values = plan.resolve(module)
-        for count in range(2, len(plan.adapters) + 1):
-            found = rule.check(values.options, Inputs(count, driver=ADAPTERS))
-            problems.update(dict.fromkeys(found))
+    for values in map(plan.resolve, plan.modules):
+        problems |= dict.fromkeys(rule.check(values.options, count))
         for own in values.each:
-            problems.update(dict.fromkeys(rule.check_each(own)))
+            problems |= dict.fromkeys(rule.check_each(own))
     yield from problems
     # The size, as far as headers show it.
     if not problems and isinstance(plan.rank, (int, NoneType)):
-        problem = _family(plan).problem(_chosen(plan)["target_size"])
+        problem = _family(plan, chosen).problem(chosen["target_size"])
         yield from () if problem is None else (problem,)
 
 
@@ -186,7 +158,8 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
         NonFiniteError: an adapter holds NaN or infinity.
         MergeError: changes, or a merged one, leave the range of their dtype.
     """
-    chosen, family = _chosen(plan), _family(plan)
+    chosen = _chosen(plan)
+    family = _family(plan, chosen)
     similarities = _similarities(family, events)
     planner = Dendrograms(family, similarities, chosen["linkage"], chosen["order"], plan.seed)
     best = planner.plan(chosen["target_size"])
@@ -194,46 +167,59 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
     names = [adapter.name for adapter in plan.adapters]
     changes: list[Changes] = [{} for _ in names]
     shared: list[set[str]] = [set() for _ in names]
-    entries: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
 
     def of_block(work: tuple[Block, Sequence[StoredGroup]]) -> list[Changes]:
         block, groups = work
         return [family.changes(block.modules, group.tasks) for group in groups]
 
     work = list(zip(family.layout, best.groups, strict=True))
-    results = in_turn(of_block, work, plan.device) if family.small else map(of_block, work)
+    beside = small(plan.adapters, family.rule, plan.resolve, plan.space)
+    results = in_turn(of_block, work, plan.device) if beside else map(of_block, work)
     for (block, groups), found, similar in zip(work, results, similarities, strict=True):
-        described: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
         for group, stored in zip(groups, found, strict=True):
             for task in group.tasks:
                 changes[task].update(stored)
                 if len(group.tasks) > 1:
                     shared[task].update(stored)
-            described.append(
+            parts.append(
                 {
                     "tasks": [names[task] for task in group.tasks],
                     "similarity": group.similarity,
                     "modules": {module: dict(piece.details) for module, piece in stored.items()},
                 }
             )
-        entries.append({"name": block.name, "groups": described, "similarities": similar.tolist()})
-        events.emit(BlockMerged(block.name, tuple(tuple(each["tasks"]) for each in described)))
+        blocks.append({"name": block.name, "groups": parts, "similarities": similar.tolist()})
+        events.emit(BlockMerged(block.name, tuple(tuple(each["tasks"]) for each in parts)))
     adapters = tuple(family.adapter(task, own, shared[task]) for task, own in enumerate(changes))
-    size = best.size
-    events.emit(SizeReached(family.rule.name, size.models, size.bytes))
-    count = len(names)
+    events.emit(SizeReached(family.rule.name, best.size.models, best.size.bytes))
+    # Upwards: each is a `target_size` that its adapters fit in.
+    sizes = [math.ceil(each.models * 1e6 - 1e-3) / 1e6 for each in planner.trajectory]
+    report = _report(plan, chosen, best.size, sizes, blocks)
+    return FlexMerged(adapters, report, written(plan.request, plan.adapters))
+
+
+def _report(
+    plan: MergePlan,
+    chosen: Mapping[str, Any],
+    size: Size,
+    sizes: Sequence[float],
+    blocks: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return all that is known of a merge, and nothing of the run."""
+    target = chosen["target_size"]
+    count = len(plan.adapters)
     apart = size.unit_bytes * count + size.private_bytes
     note = (
         f"{count} adapters in the space of {size.models:.4g}: {size.bytes:,} bytes when their "
         f"tensors are shared (peft_merge.load_tasks), instead of {apart:,.0f}. Each folder is a "
         "whole adapter."
     )
-    target = chosen["target_size"]
-    modules = [item for b in entries for group in b["groups"] for item in group["modules"].items()]
-    # All that is known of a merge, and nothing of the run.
-    report = {
+    modules = [item for b in blocks for group in b["groups"] for item in group["modules"].items()]
+    return {
         "format_version": FORMAT_VERSION,
-        **plan.described(),
+        **described(plan),
         "flexmerge": {
             "algorithm": chosen["algorithm"],
             "target_size": str(target) if target.models is None else f"{target} adapters",
@@ -245,17 +231,12 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
             "unit_bytes": size.unit_bytes,
             "private_bytes": size.private_bytes,
         },
-        # Upwards: each is a `target_size` that its adapters fit in.
-        "sizes": [math.ceil(each.models * 1e6 - 1e-3) / 1e6 for each in planner.trajectory],
+        "sizes": sizes,
         # Ranks and truncation errors are those of what is shared.
-        "summary": summary(
-            len({module for module, _ in modules}),
-            [(module, details) for module, details in modules if "error" in details],
-        ),
-        "blocks": entries,
+        "summary": summary(len({module for module, _ in modules}), modules),
+        "blocks": blocks,
         "notes": [*plan.notes, note],
     }
-    return FlexMerged(adapters, report, written(plan.request, plan.adapters))
 
 
 def _similarities(family: Family, events: Dispatcher) -> list[Tensor]:

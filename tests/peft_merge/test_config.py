@@ -351,8 +351,10 @@ def test_arguments_from_python(folders):
             each=[{"weight": 1.0}, {}, {}],
         )
     text = str(caught.value)
-    for said in ("Write `ties`", "weights: found 1; expected 2", "each: found 3", "each[0].weight"):
+    for said in ("Write `ties`", "weights: found [1.0]; expected a list of 2", "each: found"):
         assert said in text
+    with pytest.raises(ConfigError, match=r"each\[0\].weight: found a weight in `weights` too"):
+        merge_adapters([folders["one"]], weights=[1.0], each=[{"weight": 1.0}])
     with pytest.raises(TypeError, match="a list"):
         merge_adapters(str(folders["one"]))
     with pytest.raises(ConfigError, match="one adapter at least"):

@@ -17,11 +17,10 @@ from mergekit_ext.errors import ConfigError
 from mergekit_ext.methods import ADAPTERS
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
-from peft_merge.config.check import default_space
 from peft_merge.io import load_adapter
 from peft_merge.live import COMBINATION_TYPES
 from peft_merge.merge import merge_adapters, plan_config
-from peft_merge.modules import rules
+from peft_merge.modules import VECTOR_SPACES, rules
 from tests.peft_merge.models import KINDS, saved
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -87,8 +86,8 @@ def test_defaults_in_the_table(name):
 
 def test_the_tables_of_spaces_and_combination_types():
     spaces = {name for row in tables()["Space"] for name in quoted(row[0])} - {"space"}
-    assert spaces == set(SPACES) - {default_space("lora")}
-    assert default_space("ia3") == "additive"
+    assert spaces == set(SPACES) - {"delta"}
+    assert VECTOR_SPACES[0] == "additive"
     for names, method in tables()["In a live model"][1:]:
         for name in quoted(names):
             assert COMBINATION_TYPES[name].method == quoted(method)[0]

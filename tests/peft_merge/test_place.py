@@ -54,8 +54,6 @@ def test_what_is_in_the_way_is_reported_before_work(place):
         (outputs / "file" / "deep" / "out", "cannot be made"),
         (outputs, "which is not empty"),
         (outputs / ("x" * 300), "File name too long"),
-        (place / "inputs" / "one" / "out", "a place in the folder of models[0]"),
-        (place / "inputs" / "two" / ".." / "one" / "deep" / "out", "in the folder of models[0]"),
     ]:
         for options in ([], ["--check"]):
             assert said in refused(place, out, "linear", *options)

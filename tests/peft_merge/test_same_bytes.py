@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mergekit_ext.kernels.seeds import generators
+from mergekit_ext.kernels.truncated import leading
 from peft_merge.algebra.core_space import CoreSpace
 from peft_merge.algebra.spaces import SPACES, Job
-from peft_merge.algebra.truncated import leading
 from peft_merge.coefficients import update_norm
 from peft_merge.modules import rules
 from tests.kernels.threads import with_any_number_of_threads

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_ext.errors import CheckpointError
 from peft_merge.flexmerge.load import load_tasks
-from peft_merge.flexmerge.result import described, open_manifest
+from peft_merge.flexmerge.manifest import described, open_manifest
 from peft_merge.merge import merge_adapters
 from tests.flexmerge.test_task_folders import in_cache
 from tests.peft_merge.models import KINDS, base, saved

@@ -1,4 +1,4 @@
-"""The folder of a FlexMerge of adapters: docs/adapters-flexmerge.md."""
+"""``flexmerge.json`` of adapters, and the folder that it describes: docs/adapters-flexmerge.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator
 
 from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
@@ -37,8 +38,6 @@ def task_name_problem(name: str) -> str | None:
         )
     if any(name in prefix for prefix in _PREFIXES):
         return "PEFT takes it for a part of its own names"
-    import torch
-
     if hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):
         return "torch's modules, which hold adapters by name, have an attribute of this name"
     return None
@@ -72,17 +71,11 @@ class Task(Schema):
 
 
 class Group(Schema):
-    """Tasks that share a block.
+    """Tasks that share a block."""
 
-    Attributes:
-        tasks: their names, in the manifest's order.
-        similarity: of the merge that completed the group; None for one task.
-        modules: whose tensors are equal in the folders of all members (or the one task's own).
-    """
-
-    tasks: Tasks
-    similarity: Similarity
-    modules: Items[Name]
+    tasks: Tasks  # in the manifest's order
+    similarity: Similarity  # of the merge that completed the group; None for one task
+    modules: Items[Name]  # whose tensors are equal in the folders of all members
 
 
 class Block(Schema):
@@ -120,12 +113,8 @@ def described(folder: Path, name: str, source: str | None) -> Task:
 def open_manifest(folder: str | os.PathLike[str], *, verify: bool = True) -> Manifest:
     """Read the manifest of a folder and compare its files with it.
 
-    Args:
-        folder: that a merge wrote.
-        verify: also compare digests, which reads every file once.
-
-    Raises:
-        CheckpointError: something is not as docs/adapters-flexmerge.md says; it lists everything.
+    To `verify` their digests reads every file once. Raises `CheckpointError` with all that is not
+    as docs/adapters-flexmerge.md says.
     """
     remedy = "Give the folder that `merge_method: flexmerge` wrote."
     manifest = read(Manifest, Path(folder) / FILE_NAME, "the manifest of a FlexMerge", remedy)
@@ -175,32 +164,31 @@ class FlexMerged:
                 (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
 
     def _manifest(self, folder: Path) -> Manifest:
-        """Return the manifest of the tasks' folders in `folder`."""
         report = self.report
         tasks = tuple(described(folder, a["name"], a["source"]) for a in report["adapters"])
         disk = sum(file.bytes for task in tasks for file in task.files)
-        # Details of the merge of a module are in the report.
-        groups = [
-            [{**group, "modules": list(group["modules"])} for group in block["groups"]]
+        blocks = [
+            # Details of the merge of a module are in the report.
+            Block(
+                name=block["name"],
+                groups=tuple(
+                    Group(**{**group, "modules": tuple(group["modules"])})
+                    for group in block["groups"]
+                ),
+            )
             for block in report["blocks"]
         ]
-        return Manifest.model_validate(
-            {
-                "format": "peft-flexmerge",
-                "version": 1,
-                "kind": report["kind"],
-                "method": report["flexmerge"] | {n: report[n] for n in ("space", "seed", "rank")},
-                "size": {**report["size"], "disk_bytes": disk},
-                "tasks": tasks,
-                "blocks": [
-                    {"name": block["name"], "groups": found}
-                    for block, found in zip(report["blocks"], groups, strict=True)
-                ],
-            }
+        return Manifest(
+            format="peft-flexmerge",
+            version=1,
+            kind=report["kind"],
+            method=report["flexmerge"] | {name: report[name] for name in ("space", "seed", "rank")},
+            size={**report["size"], "disk_bytes": disk},
+            tasks=tasks,
+            blocks=tuple(blocks),
         )
 
     def _card(self) -> str:
-        """Return README.md: what the folder holds, how much it takes, how to load it."""
         size, adapters = self.report["size"], self.adapters
         rows = [[f"`{a.name}`", str(len(a.infos)), str(self._shared(a.name))] for a in adapters]
         apart = size["unit_bytes"] * len(adapters) + size["private_bytes"]
@@ -230,7 +218,6 @@ class FlexMerged:
         )
 
     def _shared(self, task: str) -> int:
-        """Return how many of a task's modules others have, too."""
         return sum(
             len(group["modules"])
             for block in self.report["blocks"]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_merge.algebra import truncated as module
-from peft_merge.algebra.truncated import leading
+from mergekit_ext.kernels import truncated as module
+from mergekit_ext.kernels.truncated import leading
 from tests.reference.adapters import best
 
 

@@ -1,7 +1,6 @@
-r"""Truncation: which rank a merged change gets, and its best approximation of that rank.
+r"""The leading singular triplets of a dense matrix, without its full decomposition.
 
-`leading` finds the leading singular triplets of a dense matrix without its full decomposition, by
-block Lanczos on :math:`X X^T` from random vectors, every block orthogonalised against all others
+Block Lanczos on :math:`X X^T` from random vectors, every block orthogonalised against all others
 (Golub, Luk and Overton 1981, "A Block Lanczos Method for Computing the Singular Values and
 Corresponding Singular Vectors of a Matrix"). The approximation from the space found so far can
 only get better as it grows; it grows until it hardly does.
@@ -10,21 +9,14 @@ only get better as it grows; it grows until it hardly does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, qr, svd, total
-
-# Of the arithmetic in which singular values of cores are found.
-EPS = torch.finfo(torch.float64).eps
-
-# So many leading directions, all that are not rounding, or as many as hold this share of the sum
-# of squares: {"energy": 0.99}.
-Rank = int | Literal["lossless"] | Mapping[str, float]
 
 # Up to this short side a full decomposition is as fast.
 DIRECT_SIDE = 512
@@ -43,92 +35,29 @@ _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 _ROWS = 1 << 17
 
 
-@dataclass(frozen=True)
-class Factored:
-    """Balanced factors of a merged module: ``B A`` with the roots of sigma on both sides.
+class Leading(NamedTuple):
+    """``U diag(sigma) V^T``, the leading singular triplets of X, in float64.
 
-    Attributes:
-        a: (n, r, columns), float64.
-        b: (n, rows, r), float64.
-        sigma: (n, r) singular values that are kept, zeros where a matrix has fewer.
-        error: relative Frobenius error of the truncation over the whole module, exact from the
-            singular values that are dropped.
+    Of u and v the one on the longer side is orthonormal only as far as the space has settled.
     """
 
-    a: Tensor
-    b: Tensor
-    sigma: Tensor
-    error: float
-
-    @property
-    def rank(self) -> int:
-        return int(self.sigma.shape[1])
-
-
-def chosen(sigma: Tensor, rank: Rank, floor: float) -> int:
-    r"""Return one rank for all matrices of a module; at least 1, which PEFT needs.
-
-    Args:
-        sigma: (n, k) singular values of each matrix, in descending order.
-        rank: as asked for. "lossless": the largest numerical rank. ``{"energy": e}``: the
-            smallest r with :math:`\sum_{j \le r} \sigma_j^2 \ge e \sum_j \sigma_j^2`, summed over
-            the matrices.
-        floor: share of a matrix's largest singular value up to which one is rounding.
-
-    Returns:
-        from 1 to k; a number that is asked for as it is, up to k.
-    """
-    numerical = int((sigma > floor * sigma[:, :1]).sum(dim=1).max())
-    if rank == "lossless":
-        return max(1, numerical)
-    if isinstance(rank, Mapping):
-        kept = sigma.square().sum(dim=0).cumsum(dim=0)
-        enough = int((kept < rank["energy"] * kept[-1]).sum()) + 1
-        return max(1, min(enough, numerical))
-    return max(1, min(int(rank), sigma.shape[1]))
-
-
-def padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """Return `factor` with zeros behind it along `dim` up to `rank`."""
-    missing = rank - factor.shape[dim]
-    if missing <= 0:
-        return factor
-    shape = list(factor.shape)
-    shape[dim] = missing
-    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)
-
-
-@dataclass(frozen=True)
-class Leading:
-    """``U diag(sigma) V^T``, the leading singular triplets of X.
-
-    Attributes:
-        u: (rows, k), float64.
-        sigma: (k,), descending.
-        v: (columns, k). Of u and v the one on the longer side is orthonormal only as far as the
-            space has settled.
-        rest: Frobenius norm of what is left of X.
-        whole: of X itself.
-    """
-
-    u: Tensor
-    sigma: Tensor
-    v: Tensor
-    rest: float
-    whole: float
+    u: Tensor  # (rows, k)
+    sigma: Tensor  # (k,), descending
+    v: Tensor  # (columns, k)
+    rest: float  # Frobenius norm of what is left of X
+    whole: float  # of X itself
 
 
 def leading(x: Tensor, rank: int | None) -> Leading:
-    r"""Return the `rank` leading singular triplets; all of them with None.
+    r"""Return the `rank` leading singular triplets, min(rows, columns) at most; all with None.
+
+    Their product is a best approximation: :math:`\|X - U \Sigma V^T\|_F`, which is measured, is
+    above the least possible by at most about 1e-6 of it (or of :math:`\|X\|_F` in float32, where
+    it is small).
 
     Args:
         x: (rows, columns), float32 or float64, finite. Scaled in place, and back.
-        rank: k; at most ``min(rows, columns)`` are returned.
-
-    Returns:
-        triplets whose product is a best approximation: :math:`\|X - U \Sigma V^T\|_F` is above the
-        least possible by at most about 1e-6 of it (or of :math:`\|X\|_F` in float32, where it is
-        small). `rest` is measured.
+        rank: k.
     """
     # A power of two is exact, and keeps squares in range. abs() would make a copy of x.
     peak = max(float(x.max()), -float(x.min())) if x.numel() else 0.0
@@ -145,7 +74,6 @@ def leading(x: Tensor, rank: int | None) -> Leading:
 
 
 def _of_wide(x: Tensor, rank: int) -> Leading:
-    """Of a matrix with no more rows than columns."""
     side = x.shape[0]
     if side <= DIRECT_SIDE:
         u, sigma, vh = svd(x.to(torch.float64))
@@ -176,12 +104,11 @@ def _across(x: Tensor, left: Tensor) -> Tensor:
 
 
 def _squared_norm(x: Tensor) -> float:
-    """In float64, without a copy of x in it."""
     return sum(total(x[part].to(torch.float64).square_()) for part in _parts(x))
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
-    """Slices of rows."""
+    """Slices of rows, so that x is never copied whole in float64."""
     step = max(1, _ROWS // x.shape[1])
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
@@ -228,15 +155,13 @@ class _Space:
     def grow(self, target: int) -> None:
         """Add blocks until the space has at least `target` dimensions."""
         whole = self.size + math.ceil((target - self.size) / BLOCK) * BLOCK
-        self.basis = padded(self.basis, whole, 0)
-        self._across = padded(self._across, whole, 0)
-        self.gram = padded(padded(self.gram, whole, 0), whole, 1)
+        new = whole - self.size
+        self.basis = pad(self.basis, (0, 0, 0, new))
+        self._across = pad(self._across, (0, 0, 0, new))
+        self.gram = pad(self.gram, (0, new, 0, new))
         while self.size < whole:
-            if self.size:
-                last = self._across[self.size - BLOCK : self.size]
-                self._add(self._fresh(matmul(self._x, last.mT)))
-            else:
-                self._add(self._fresh(self._random()))
+            last = self._across[self.size - BLOCK : self.size]
+            self._add(self._fresh(matmul(self._x, last.mT) if self.size else self._random()))
 
     def _random(self) -> Tensor:
         drawn = torch.randn((self._x.shape[0], BLOCK), generator=self._generator)
