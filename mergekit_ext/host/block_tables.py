@@ -1,8 +1,7 @@
 """The naming habits of transformers, as tables of regular expressions.
 
-All patterns are searched, not matched in full, and ignore case. `(?:^|\\.)` and `(?:\\.|$)` stand
-where a whole component of the dotted name is meant. Where a table is ordered, the first line that
-is found wins.
+All are searched, and ignore case. `(?:^|\\.)` and `(?:\\.|$)` stand where a whole component of the
+dotted name is meant. Of a table that is ordered, the first line that is found wins.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """From parameter names to blocks, the parts of a model that are treated as one, in network order.
 
-Names go in and names come out: no tensor, no configuration, no code of the model is needed, so
-the same rule serves every architecture that follows the naming habits of transformers. What those
-habits are is written in `block_tables`; a new one is a line there. For users: docs/blocks.md.
+The naming habits of transformers are in `block_tables`; a new one is a line there.
 """
 
 from __future__ import annotations
@@ -14,28 +12,8 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from mergekit_ext.host.block_tables import (
-    BODY,
-    CODER_EMBEDDING,
-    COMPONENTS,
-    DECODER_BIAS,
-    EMBEDDING,
-    HEAD_SLOTS,
-    INPUT_NORM,
-    MODEL_HEAD,
-    NESTED_STACKS,
-    NORM,
-    NORM_SLOTS,
-    OUTPUT_EMBEDDING,
-    PARTS,
-    SHARED_EMBEDDING,
-    STACKS,
-    TASK_HEAD,
-    TOKEN_EMBEDDING,
-    Component,
-    Kind,
-    Slot,
-)
+from mergekit_ext.host import block_tables as tables
+from mergekit_ext.host.block_tables import Component, Kind, Slot
 
 Granularity = Literal["component", "layer", "tensor", "model"]
 _Natural = tuple[tuple[int, int, str], ...]
@@ -55,10 +33,10 @@ def layer_of(name: str) -> Layer | None:
     """Split a name at its layer; None for a name outside of the layers."""
     parts = name.split(".")
     for at, holder in enumerate(parts[:-2]):
-        if parts[at + 1].isdecimal() and STACKS.search(holder):
+        if parts[at + 1].isdecimal() and tables.STACKS.search(holder):
             while (
                 len(parts) > at + 4
-                and (parts[at], parts[at + 2]) in NESTED_STACKS
+                and (parts[at], parts[at + 2]) in tables.NESTED_STACKS
                 and parts[at + 3].isdecimal()
             ):
                 at += 2
@@ -78,24 +56,22 @@ def _module_of(name: str) -> str:
 
 
 def _is_norm(name: str) -> bool:
-    return NORM.search(_module_of(name).rpartition(".")[2]) is not None
+    return tables.NORM.search(_module_of(name).rpartition(".")[2]) is not None
 
 
 def _component_of(layer: Layer) -> Component | None:
     """Return the part of its layer that a name belongs to; None for norms and what is unknown."""
     inner = _module_of(layer.rest)
-    parts = () if _is_norm(layer.rest) else COMPONENTS
+    parts = () if _is_norm(layer.rest) else tables.COMPONENTS
     return next((part for part in parts if part.pattern.search(inner)), None)
 
 
 def is_task_head(name: str) -> bool:
-    """Whether `name` is of a head that belongs to one task, and so must not be shared.
+    """Return whether `name` is of a head that belongs to one task, and so must not be shared.
 
-    Classification, regression, question answering, multiple choice, reward; with what only they
-    bring along, such as DistilBERT's `pre_classifier` and Whisper's `projector`. Heads from
-    pretraining (language models, `cls.predictions`) are not, and neither are poolers.
+    Heads from pretraining (language models, `cls.predictions`) are not, and neither are poolers.
     """
-    return TASK_HEAD.search(name) is not None
+    return tables.TASK_HEAD.search(name) is not None
 
 
 def kind_of(name: str) -> Kind:
@@ -103,11 +79,11 @@ def kind_of(name: str) -> Kind:
     layer = layer_of(name)
     if layer is not None and (component := _component_of(layer)):
         return component.kind
-    if layer is None and (is_task_head(name) or MODEL_HEAD.search(name)):
+    if layer is None and (is_task_head(name) or tables.MODEL_HEAD.search(name)):
         return "head"
     if _is_norm(name):
         return "norm"
-    return "embedding" if layer is None and EMBEDDING.search(name) else "other"
+    return "embedding" if layer is None and tables.EMBEDDING.search(name) else "other"
 
 
 def _by_component(name: str) -> str:
@@ -130,66 +106,56 @@ GRANULARITIES: Mapping[Granularity, Callable[[str], str]] = {
 
 
 def block_of(name: str, granularity: Granularity = "component") -> str:
-    """Return the block that parameter `name` belongs to.
+    """Return the block that parameter `name` belongs to, whatever it is tied to.
 
     >>> block_of("model.layers.3.self_attn.q_proj.weight")
     'model.layers.3.attention'
 
-    "component" (FlexMerge, section 4: attention, MLP and norms are separate blocks): attention,
-    cross attention and MLP of a layer are one block each, and so is each norm, under its full
-    name. "layer": a whole layer. With both, what is outside of the layers, or has no known name,
-    is the module that it sits in. "tensor": every tensor; "model": one block.
-
-    A name alone does not say what it is tied to: `blocks_of` puts tied names together.
+    Of "component" (FlexMerge, section 4) and "layer", what is outside of the layers, or has no
+    known name, is in the block of its module.
     """
     return GRANULARITIES[granularity](name)
 
 
 def tied_groups(names: Iterable[str], tie_word_embeddings: bool) -> list[set[str]]:
-    """Return the sets of `names` that are one tensor under several names.
+    """Return the sets of `names` that are one tensor under several names, by their first name.
 
-    Files often hold only one of the names; a set has at least two that are there. Always tied
-    are an embedding that encoder and decoder share (T5, BART: `shared`), and an output bias that a
-    head and its decoder both name (`cls.predictions.bias`). `tie_word_embeddings`, the setting of
-    the model's configuration, ties each output embedding to the input embedding nearest to it: of
-    the same submodel, the decoder's. The sets are disjoint, ordered by their first name.
+    Always tied are an embedding that encoder and decoder share, and an output bias that a head and
+    its decoder both name. `tie_word_embeddings`, of the model's configuration, ties each output
+    embedding to the input embedding nearest to it: of the same submodel, the decoder's.
     """
     present = {name for name in names if layer_of(name) is None}
-    pairs = [*_shared_embeddings(present), *_output_biases(present)]
-    if tie_word_embeddings:
-        pairs += [*_coder_embeddings(present), *_output_embeddings(present)]
-    return _united(pairs)
+    pairs = [*_embeddings_of_coders(present, tie_word_embeddings), *_output_biases(present)]
+    return _united([*pairs, *(_output_embeddings(present) if tie_word_embeddings else ())])
 
 
-def _shared_embeddings(present: set[str]) -> Iterator[tuple[str, str]]:
-    for owner in present:
-        if not (found := SHARED_EMBEDDING.search(owner)):
-            continue
-        prefix = owner[: found.start("owner")]
-        for name in present - {owner}:
-            coder = CODER_EMBEDDING.search(name)
-            if coder and name[: coder.start("part")] == prefix:
-                yield owner, name
-
-
-def _coder_embeddings(present: set[str]) -> Iterator[tuple[str, str]]:
-    """Encoder and decoder side by side, in a file that does not name what they share."""
-    coders = {name: found for name in present if (found := CODER_EMBEDDING.search(name))}
+def _embeddings_of_coders(present: set[str], tied: bool) -> Iterator[tuple[str, str]]:
+    """Yield what encoder and decoder share; where the file does not name it, only if `tied`."""
+    owners = {
+        name[: found.start("owner")]: name
+        for name in sorted(present)
+        if (found := tables.SHARED_EMBEDDING.search(name))
+    }
     first_of: dict[str, str] = {}
-    for name, found in sorted(coders.items()):
-        yield first_of.setdefault(name[: found.start("part")], name), name
+    for name in sorted(present):
+        if found := tables.CODER_EMBEDDING.search(name):
+            prefix = name[: found.start("part")]
+            if prefix in owners:
+                yield owners[prefix], name
+            elif tied:
+                yield first_of.setdefault(prefix, name), name
 
 
 def _output_biases(present: set[str]) -> Iterator[tuple[str, str]]:
     for name in present:
         plain = name.removesuffix(".decoder.bias") + ".bias"
-        if DECODER_BIAS.search(name) and plain in present:
+        if tables.DECODER_BIAS.search(name) and plain in present:
             yield plain, name
 
 
 def _output_embeddings(present: set[str]) -> Iterator[tuple[str, str]]:
-    inputs = sorted(name for name in present if TOKEN_EMBEDDING.search(name))
-    for output in sorted(name for name in present if OUTPUT_EMBEDDING.search(name)):
+    inputs = sorted(name for name in present if tables.TOKEN_EMBEDDING.search(name))
+    for output in sorted(name for name in present if tables.OUTPUT_EMBEDDING.search(name)):
         if inputs:
             yield max(inputs, key=lambda name: _nearness(name, output)), output
 
@@ -214,13 +180,8 @@ def blocks_of(
 ) -> dict[str, list[str]]:
     """Return the blocks of a model: block -> its tensor names, both in network order.
 
-    Embeddings, then the parts of the model (vision, text, encoder, decoder), in each of them its
-    own embeddings, its layers ascending, its final norm; then what follows all layers (final
-    norm, pooler), the heads last. In a layer: attention, cross attention, MLP, each norm where
-    its name says. Numbers sort as numbers. The order depends on the set of names only.
-
-    Names that are tied (see `tied_groups`) lie in one block, next to each other: that of the
-    first of them in network order, which is the input embedding where there is one.
+    The order depends on the set of names only (`_place`). Names that are tied lie next to each
+    other in the block of the first of them, which is the input embedding where there is one.
     """
     wanted = set(names)
     leader = {name: name for name in wanted}
@@ -260,13 +221,13 @@ def _place(name: str) -> tuple[Any, ...]:
         path, slot = (*_natural(f"{layer.stack}.{layer.depth}"), _END), _slot(name, layer)
     elif kind == "head":
         zone = _Zone.TASK_HEAD if is_task_head(name) else _Zone.MODEL_HEAD
-        slots = (at for at, pattern in enumerate(HEAD_SLOTS) if pattern.search(name))
-        part, phase, slot = None, _Phase.REST, (next(slots, len(HEAD_SLOTS)), 0)
+        slots = (at for at, pattern in enumerate(tables.HEAD_SLOTS) if pattern.search(name))
+        part, phase, slot = None, _Phase.REST, (next(slots, len(tables.HEAD_SLOTS)), 0)
     else:
         phase = _phase(name, kind)
         if part is None:
             zone = _Zone.INPUTS if phase < _Phase.LAYERS else _Zone.OUTPUTS
-    inside = BODY if part is None else part
+    inside = tables.BODY if part is None else part
     return zone, inside, phase, path, slot, _natural(name), name
 
 
@@ -279,7 +240,7 @@ def _natural(text: str) -> _Natural:
 def _part(name: str) -> int | None:
     """Return the part of the model that the outermost component in `PARTS` names."""
     for component in _module_of(name).split("."):
-        for rank, pattern in PARTS:
+        for rank, pattern in tables.PARTS:
             if pattern.search(component):
                 return rank
     return None
@@ -287,7 +248,7 @@ def _part(name: str) -> int | None:
 
 def _phase(name: str, kind: Kind) -> _Phase:
     if kind == "norm":
-        early = INPUT_NORM.search(_module_of(name)) is not None
+        early = tables.INPUT_NORM.search(_module_of(name)) is not None
         return _Phase.INPUT_NORMS if early else _Phase.FINAL_NORMS
     return _Phase.EMBEDDINGS if kind == "embedding" else _Phase.REST
 
@@ -302,5 +263,5 @@ def _slot(name: str, layer: Layer) -> tuple[int, int]:
     if not _is_norm(name):
         return part, Slot.UNKNOWN
     inner = _module_of(layer.rest)
-    found = (slot for slot, pattern in NORM_SLOTS if pattern.search(inner))
+    found = (slot for slot, pattern in tables.NORM_SLOTS if pattern.search(inner))
     return part, next(found, Slot.BEFORE_ATTENTION)

@@ -32,15 +32,10 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_temp
 
 @contextmanager
 def completed(config: Any, target: Path, options: Any) -> Iterator[None]:
-    """Inside, mergekit writes a model; afterwards its folder has all that belongs to it.
+    """Inside, mergekit writes a model into `target`; afterwards it has all that belongs to it.
 
     What the merge has made stays. A vocabulary and a chat template that it has made are whole
     without the donor's.
-
-    Args:
-        config: mergekit's configuration, in the order of the file.
-        target: where the main process writes.
-        options: mergekit's.
     """
     given = config.model_copy()  # mergekit rewrites what it plans
     # Of a merge that was stopped, the last file may be cut off.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,10 @@ _REMEDY = (
 
 
 def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]:
-    """Return the parts of a merge's identity, by names that a user understands.
+    """Return what decides the output of a merge that reads `models`, by names for messages.
 
     Local models are known by the length and the time of change of their files, those of the Hub by
     their commit.
-
-    Args:
-        source: the text of the configuration.
-        options: mergekit's.
-        models: every model that is read (`models_of`).
     """
     given = {k: v for k, v in options.model_dump().items() if k not in _NO_EFFECT}
     # Several processes have devices of one kind.
@@ -60,10 +55,7 @@ def parts_of(models: Iterable[Any]) -> list[ModelPath]:
 
 
 def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
-    """Return length and time of change of every local file of weights, by its path.
-
-    They are compared at the end of a merge; other files of a model may come and go meanwhile.
-    """
+    """Return length and time of change of every local file of weights, by its path."""
     return {
         str(file): _state(file)
         for folder in map(Path, sorted({part.path for part in parts_of(models)}))
@@ -74,11 +66,7 @@ def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
 
 
 def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an output of inputs that were written to meanwhile.
-
-    Raises:
-        MergeError: naming the files that are not as `weights_of` found them.
-    """
+    """Raise `MergeError` if weights were written to since `weights_of` looked at them."""
     changed = [
         path
         for path, found in before.items()
@@ -121,34 +109,27 @@ def process_problems(name: str, options: Any) -> Iterator[Problem]:
     size = parallel.current().size
     if size == 1:
         return
-    if is_stock(name):  # an unknown name is another problem
-        yield Problem(
+    cuda = "Leave it out, and give --cuda: every process takes a GPU of its own."
+    for is_wrong, where, found, expected, remedy in (
+        (
+            is_stock(name),  # an unknown name is another problem
             "merge_method",
-            f"{name}, which is mergekit's own, in {size} processes",
+            f"{name}, which is mergekit's own,",
             "a method of mergekit-ext",
             "Merge in one process; --multi-gpu shares the work out over its GPUs.",
-        )
-    if not options.safe_serialization:
-        yield Problem(
+        ),
+        (
+            not options.safe_serialization,
             "--no-safe-serialization",
-            f"it, in {size} processes",
+            "it",
             "safetensors, which several processes can write",
             "Leave it out.",
-        )
-    if options.multi_gpu:
-        yield Problem(
-            "--multi-gpu",
-            "it (perhaps as --gpu-rich) together with several processes",
-            "one of the two",
-            "Leave it out, and give --cuda: every process takes a GPU of its own.",
-        )
-    kind, _, number = options.device.partition(":")
-    if number:
-        yield Problem(
-            "--device",
-            f"{options.device} for several processes",
-            f"{kind}, of which every process takes its own",
-        )
+        ),
+        (options.multi_gpu, "--multi-gpu", "it (perhaps as --gpu-rich)", "one GPU each", cuda),
+        (":" in options.device, "--device", options.device, "a GPU of its own each", cuda),
+    ):
+        if is_wrong:
+            yield Problem(where, f"{found} in {size} processes", expected, remedy)
 
 
 def own_options(options: Any) -> Any:
@@ -161,22 +142,15 @@ def own_options(options: Any) -> Any:
 
 
 def require_same(processes: Ranks, given: Mapping[str, str]) -> None:
-    """Compare what `processes` were given, by names that a user understands; each calls this.
+    """Raise in all `processes` what was given to one and not to the first; each calls this.
 
-    Raises:
-        ConfigError: in all of them, naming what differs in which.
+    `given` has names that a user understands.
     """
-    if problems := list(_differences(processes.gather(dict(given)))):
+    first, *others = processes.gather(dict(given))
+    problems = []
+    for rank, found in enumerate(others, 1):
+        if names := [n for n in {**first, **found} if found.get(n) != first.get(n)]:
+            what = f"another {', '.join(names)}"
+            problems.append(Problem(f"rank {rank}", what, "what rank 0 was given", _REMEDY))
+    if problems:
         raise ConfigError(problems)
-
-
-def _differences(everywhere: Sequence[Mapping[str, str]]) -> Iterator[Problem]:
-    first = everywhere[0]
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for rank, found in enumerate(everywhere):
-        names = tuple(name for name in {**first, **found} if found.get(name) != first.get(name))
-        alike.setdefault(names, []).append(str(rank))
-    for names, others in alike.items():
-        if names:
-            where = f"rank{'s' if len(others) > 1 else ''} {', '.join(others)}"
-            yield Problem(where, f"another {', '.join(names)}", "what rank 0 was given", _REMEDY)

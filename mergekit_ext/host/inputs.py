@@ -26,10 +26,7 @@ from mergekit_ext.io.model_files import (
 
 
 def models_of(config: Any) -> list[Any]:
-    """Return every model of a `MergeConfiguration`: those merged, and those of its tokenizer.
-
-    mergekit's own list has neither the tokenizer's nor the bases of slices.
-    """
+    """Return every model that is merged, bases of slices too, or that a tokenizer comes from."""
     sources = [config.tokenizer_source]
     if config.tokenizer is not None:
         tokens = (config.tokenizer.tokens or {}).values()
@@ -46,10 +43,7 @@ def donor_first(config: Any) -> list[Any]:
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """Yield the files of a local model: those beside each other, and in folders that belong to it.
-
-    Other folders are other models, or the past of this one.
-    """
+    """Yield the files of a local model, and those in folders that belong to it."""
     yield from (file for file in sorted(folder.iterdir()) if file.is_file())
     yield from (folder / name for name in companions(folder) if "/" in name)
     weights = headers.weights_of(folder)
@@ -66,13 +60,7 @@ def is_offline() -> bool:
 
 
 def cached_folder(path: Any, options: Any = None, file: str = "config.json") -> Path | None:
-    """Return the cached snapshot of a repository that holds `file`, or None.
-
-    Args:
-        path: mergekit's `ModelPath`.
-        options: mergekit's, for its cache.
-        file: a name in the repository.
-    """
+    """Return the cached snapshot of a repository (a `ModelPath`) that holds `file`, or None."""
     if not may_be_hub_name(path.path):
         return None
     for cache in dict.fromkeys((options and options.transformers_cache, None)):

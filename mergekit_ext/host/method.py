@@ -55,14 +55,11 @@ class ExtMethod(MergeMethod):
         """Merge one group; return the tensor in `out_dtype`, and what to report about it."""
 
     def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
-        """Return what is wrong with the shared parameters that a tensor gets, taken together."""
+        """Return what is wrong with the shared parameters that a tensor gets, together."""
         return self.declared.check(options, inputs)
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
-        """Return what is wrong with parameters of one model, sound by themselves, together.
-
-        A problem's `where` is the name of one.
-        """
+        """Return what is wrong with the parameters of one model, together; `where` names one."""
         return self.declared.check_each(values)
 
     def forewarnings(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
@@ -150,12 +147,7 @@ class DeclaredMethod(ExtMethod):
     def merge_one(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Merge one tensor.
-
-        Raises:
-            NonFiniteError: an input holds NaN or infinity.
-            MergeError: finite inputs leave the range of the dtype.
-        """
+        """Merge one tensor; values that are not finite, or leave the range of the dtype, raise."""
         entries = group.non_base
         if not entries or (self.declared.base and group.base is None):
             return group.entries[0].tensor.to(out_dtype), {}

@@ -1,8 +1,7 @@
 """The folders that ``modules.json`` names (sentence-transformers), and weights in them.
 
-Where all models have the same weights, such as those of a ``2_Dense``, they are copied; others are
-merged like any tensor, by the method and with the parameters of the merge. Gradients over layers
-have their last value.
+Weights that all models have alike are copied; others, such as those of a ``2_Dense``, are merged
+like any tensor. Gradients over layers have their last value.
 """
 
 from __future__ import annotations
@@ -59,29 +58,20 @@ def check_modules(
         return
     with_modules = {model: f for model, f in folders.items() if first_with_modules([f])}
     found = {model: _headers(facts[model], f, findings) for model, f in with_modules.items()}
+    tensorwise = (config.parameters or {}).get("granularity", "tensor") == "tensor"
     for name in _differing(folders):
-        lacking = [str(model) for model, folder in folders.items() if not (folder / name).is_file()]
         shapes = [
-            {key: header.shape for key, header in headers[name].items()}
-            for headers in found.values()
-            if name in headers
+            {key: header.shape for key, header in found.get(model, {}).get(name, {}).items()}
+            for model in folders
         ]
-        where, wanted, remedy = "models", "equal files", _REMEDY
-        if lacking:
-            what = f"no {name} in {listing(lacking)}, which others have"
-            wanted = "equal files, or one in each model"
-        elif not name.endswith((".safetensors", ".bin", ".pt")) or not config.models:
-            what = f"different {name}, which only merges of whole models' single files merge"
-        elif any(other != shapes[0] for other in shapes):
-            what = f"different {name}, whose tensors have other names or shapes"
-            wanted = "the same tensors"
-        elif (config.parameters or {}).get("granularity", "tensor") != "tensor":
-            where, wanted = "parameters.granularity", "`tensor`"
+        mergeable = config.models and name.endswith((".safetensors", ".bin", ".pt"))
+        if not mergeable or any(other != shapes[0] for other in shapes):
+            what = f"different {name}, or none, in {listing([str(model) for model in folders])}"
+            wanted = "equal files, or the same tensors in single files of merges of whole models"
+            findings.problem("models", what, wanted, _REMEDY)
+        elif not tensorwise:
             what = f"not `tensor`, while {name} differs between the models"
-            remedy = f"Write `granularity: tensor`. {_REMEDY}"
-        else:
-            continue
-        findings.problem(where, what, wanted, remedy)
+            findings.problem("parameters.granularity", what, "`tensor`", f"Write it. {_REMEDY}")
     for name in companions(first):  # settings, such as the pooling
         if name.startswith(module_folders(first)) and not is_weights(Path(name)):
             mine = _content(first / name)

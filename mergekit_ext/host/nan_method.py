@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
@@ -26,7 +26,7 @@ from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Prob
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.method import ExtMethod, raise_non_finite, spec_of
 from mergekit_ext.host.session import TensorRecord
-from mergekit_ext.host.weighted import Weighted, in_pieces
+from mergekit_ext.host.weighted import in_pieces, weighted
 from mergekit_ext.kernels.numerics import all_finite, squared_norms
 from mergekit_ext.methods import Inputs
 from mergekit_ext.methods.nan import (
@@ -50,12 +50,11 @@ GRANULARITIES: dict[str, Callable[[str], str]] = {
 }
 _SHARED = tuple(map(spec_of, (NORM_OF, granularity(*GRANULARITIES), SCALE)))
 
-# What these mean in mergekit's sparsifying methods, which take any number: at a density of 0 or
-# less most of them drop the whole task vector, above 1 all keep it.
+# Of mergekit's sparsifying methods, which take any number.
 RANGES = {p.name: p.kind for p in (DENSITY, GAMMA, EPSILON)}
 
-# Bound parameters carry the norms of a group's block or model under this name. It is no
-# ParameterSpec, so a user cannot set it.
+# Bound parameters carry the norms of a group's block or model under this name, which no user can
+# set: it is no ParameterSpec.
 NORMS = "nan:norms"
 
 # A merged task vector below this share of the dtype's range cannot take a base out of it.
@@ -118,19 +117,15 @@ class NanMethod(ExtMethod):
             self.declared = wrapped.declared
 
     def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
-        """`norm_of: task_vector` where there is no base to subtract; those of the wrapped."""
+        """Return those of the wrapped method, and `norm_of: task_vector` without a base."""
         if options.get("norm_of") == "task_vector" and (self.ignores_base or not inputs.based):
-            remedy = (
-                "Add `base_model:`, or leave `norm_of` out."
-                if not self.ignores_base
-                else f"{self.spec.name} averages weights; use `nan` or `nan_task_arithmetic`."
-            )
-            found = "task_vector without a base model"
+            found = "task_vector without a base that is subtracted"
+            remedy = "Leave `norm_of` out, or use `nan` or `nan_task_arithmetic` with a base."
             yield Problem(f"{inputs.where}.norm_of", found, "weights", remedy)
         yield from super().problems(options, inputs)
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
-        """Those of the wrapped method.
+        """Return those of the wrapped method.
 
         mergekit's `della` and `della_linear` stop in the middle of a merge if the shares that they
         keep, ``density - epsilon`` to ``density + epsilon``, are not within (0, 1).
@@ -142,7 +137,7 @@ class NanMethod(ExtMethod):
         return super().input_problems(values)
 
     def notes(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[str]:
-        """Raw weights of fine-tunes of one base have nearly equal norms."""
+        """Return those of the wrapped method, and what norms of raw weights are worth."""
         yield from super().notes(options, inputs)
         if self._norm_of(options, inputs.based) == "weights" and inputs.count > 1:
             yield (
@@ -152,7 +147,7 @@ class NanMethod(ExtMethod):
             )
 
     def passes(self, shared: Mapping[str, Any]) -> int:
-        """`block` and `model` measure everything before the first tensor is merged."""
+        """Return 2 where everything is measured before the first tensor is merged."""
         return 1 if shared.get("granularity", "tensor") == "tensor" else 2
 
     def copies(self, models: int, square: float) -> float:
@@ -187,8 +182,7 @@ class NanMethod(ExtMethod):
             scale = default_scale(len(models), group.base is not None and not self.ignores_base)
         if any(values):
             weights = {key: a * parameters["weight"][key] for key, a in coefficients.items()}
-            weighted = Weighted(group, weights, scale, parameters, out_dtype)
-            merged = weighted.by(self._wrapped)
+            merged = weighted(self._wrapped, group, weights, scale, parameters, out_dtype)
             # Looking costs as much as merging; norms that were measured anyway may show it is safe.
             longest = math.fsum(abs(scale * w) * norms[key] for key, w in weights.items())
             safe = (
@@ -197,7 +191,13 @@ class NanMethod(ExtMethod):
                 and longest < _SAFE_RANGE * torch.finfo(out_dtype).max
             )
             if not safe and not all_finite(merged):
-                self._raise_out_of_range(weighted)
+                rounded = [float(f"{weight:.3g}") for weight in weights.values()]
+                raise MergeError(
+                    f"{group.metadata.name}: {self.spec.name} gives values that are not finite, "
+                    f"with weights times coefficients {rounded} and scale {scale:g}; expected "
+                    "finite ones from finite inputs. Weights that sum to zero have no average, and "
+                    "large ones leave the range of the output's dtype: change `weight` or `scale`."
+                )
         else:
             # Every task vector (or every tensor) is zero: the base, or zero, is the answer.
             merged = (group.base or group.entries[0]).tensor.to(out_dtype, copy=True)
@@ -210,20 +210,10 @@ class NanMethod(ExtMethod):
         }
         return merged, details
 
-    def _raise_out_of_range(self, weighted: Weighted) -> NoReturn:
-        rounded = [float(f"{weight:.3g}") for weight in weighted.weights.values()]
-        raise MergeError(
-            f"{weighted.group.metadata.name}: {self.spec.name} gives values that are not finite, "
-            f"with weights times coefficients {rounded} and scale {weighted.scale:g}; expected "
-            "finite ones from finite inputs. Weights that sum to zero have no average, and large "
-            "ones leave the range of the output's dtype: change `weight` or `scale`."
-        )
-
     def norms(self, group: TensorGroup, parameters: Mapping[str, Any]) -> dict[Hashable, float]:
         """Return Frobenius norms of the task vectors or weights of the models in one group.
 
-        Raises:
-            NonFiniteError: an input, the base included, holds NaN or infinity.
+        Raises `NonFiniteError` if an input, the base included, holds NaN or infinity.
         """
         bases = [] if group.base is None else [group.base.tensor]
         over_base = self._norm_of(parameters, bool(bases)) == "task_vector"
@@ -243,8 +233,7 @@ class NanMethod(ExtMethod):
     def _bind_parameters(
         self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        # Only calls with all groups in memory come here; the graph binds while planning and
-        # measures in a graph of its own (host/tasks.py).
+        # Only calls with all groups in memory come here: graphs measure in `host.tasks`.
         bound = super()._bind_parameters(groups, parameters)
         shared = {}
         for index, (group, values) in enumerate(zip(groups, bound, strict=True)):
@@ -261,7 +250,7 @@ class NanMethod(ExtMethod):
 
     @property
     def ignores_base(self) -> bool:
-        """Whether a base model is one more input, as for `linear`."""
+        """Return whether a base model is one more input, as for `linear`."""
         return self.spec.contract.base == BasePolicy.IGNORED
 
     def _models(self, group: TensorGroup) -> Sequence[Any]:
@@ -272,7 +261,7 @@ class NanMethod(ExtMethod):
         return parameters.get("norm_of") or default
 
     def warnings(self, records: Sequence[TensorRecord]) -> Iterable[MergeWarning]:
-        """One warning if the coefficients of (almost) all parameters came out uniform."""
+        """Return those of the wrapped method, and one if the coefficients came out uniform."""
         yield from super().warnings(records)
         measured = [r for r in records if len(r.details.get("coefficients", ())) > 1]
         sized = [(r.size, list(r.details["coefficients"].values())) for r in measured]
@@ -282,19 +271,15 @@ class NanMethod(ExtMethod):
                 "one model should count for more, give it a larger `weight`."
             )
         else:
-            remedy = (
-                "use `nan` or `nan_task_arithmetic` with `base_model`"
-                if self.ignores_base
-                else "give `base_model` and leave `norm_of` out"
-            )
             why = (
                 "Norms of raw weights, which were measured, always agree for fine-tunes of one "
-                f"base; norms of task vectors differ: {remedy}."
+                "base; norms of task vectors differ: use a method over a base, such as `nan`, give "
+                "`base_model` and leave `norm_of` out."
             )
         if (warning := uniform_warning(self.spec.name, sized, "parameters", why)) is not None:
             yield warning
 
     def summary(self, records: Sequence[TensorRecord]) -> str:
-        """The coefficients, and what the wrapped method reports."""
+        """Return the coefficients, and what the wrapped method reports."""
         own = coefficients_section({r.name: r.details for r in records})
         return f"{own}\n\n{super().summary(records)}".strip()

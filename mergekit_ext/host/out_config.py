@@ -17,15 +17,10 @@ _TIED = "tie_word_embeddings"
 
 
 def agree(folder: Path, dtype: str | None = None) -> None:
-    """Write into the config.json of a folder what its weights are.
+    """Write into the config.json of a folder, if there is one, what its weights are.
 
-    The dtype is that of most bytes. A head that differs from the embedding is not tied to it,
-    whatever the inputs' configurations say: one of them may have had a head of its own, which
-    transformers then does not tie, and other readers would.
-
-    Args:
-        folder: of a model; without config.json nothing is done.
-        dtype: of the weights, where they are not in this folder; None to leave it as it is.
+    The dtype is that of most bytes, or else `dtype`. A head that differs from the embedding is not
+    tied to it, whatever the inputs' configurations say.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -64,10 +59,9 @@ def _has_head_of_its_own(tensors: dict[str, TensorHeader]) -> bool:
 def following_layers(
     stock: Callable[..., Any], config: Any, *arguments: Any, **options: Any
 ) -> Any:
-    """Extend ``_model_out_config``: what each layer has comes from the layer that is taken.
+    """Extend ``_model_out_config``, which sets the number of layers only.
 
-    mergekit sets the number of layers only: after a merge of slices, ``layer_types`` and the like
-    would describe other layers, or contradict that number.
+    Lists with a value for each layer, such as ``layer_types``, follow the slices.
     """
     out = stock(config, *arguments, **options)
     if taken := list(_layers(config, *arguments, **options)):
@@ -80,7 +74,7 @@ def following_layers(
 
 
 def _layers(config: Any, _: Any, trust_remote_code: bool = False) -> Iterator[tuple[Any, int]]:
-    """For each layer of the output the configuration and the number of the first source's."""
+    """Yield for each layer of the output the configuration and the number of the one taken."""
     modules = list((config.modules or {}).values())
     slices = config.slices or (modules[0].slices if len(modules) == 1 else None) or ()
     for piece in slices:

@@ -1,13 +1,12 @@
 """F of NAN: combine the inputs of one group under given weights.
 
-Any mergekit method with a per-model `weight` does. `ties` and `task_arithmetic` are computed from
-pieces of the inputs instead, without sorting them and without a float32 copy of each.
+`ties` and `task_arithmetic` are computed from pieces of the inputs, without sorting them or copying
+each to float32; any other method with a per-model `weight` is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,90 +23,44 @@ from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 
 
-@dataclass(frozen=True)
-class Weighted:
-    """``W_0 + scale * F(weights; t)`` of one group, or without a base ``scale * F(weights; W)``.
+def weighted(
+    method: MergeMethod | None,
+    group: TensorGroup,
+    weights: Mapping[Hashable, float],
+    scale: float,
+    parameters: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``W_0 + scale * F(weights; t)``, or without a base ``scale * F(weights; W)``.
 
-    Attributes:
-        group: the inputs.
-        weights: of each model that counts, by its id.
-        scale: multiplies what F returns.
-        parameters: those of the group, as mergekit binds them.
-        dtype: of the result.
+    F is `method`, called with the group's bound `parameters`; None for weighted sums.
     """
-
-    group: TensorGroup
-    weights: Mapping[Hashable, float]
-    scale: float
-    parameters: Mapping[str, Any]
-    dtype: torch.dtype
-
-    def by(self, method: MergeMethod | None) -> Tensor:
-        """Return the result with `method` for F; None for weighted sums."""
-        if method is None:
-            return self._summed()
-        return self._by_ties(method) if in_pieces(method) else self._called(method)
-
-    def _summed(self) -> Tensor:
-        """Task arithmetic over a base; a weighted average without one."""
-        group = self.group
-        tensors = [entry.tensor for entry in group.non_base]
-        values = [self.weights[entry.id] for entry in group.non_base]
-        if group.base is not None:
-            scaled = [self.scale * value for value in values]
-            return weighted_sum(tensors, scaled, self.dtype, group.base.tensor)
-        total = sum(values)
-        if total == 0:
-            raise MergeError(
-                f"{group.metadata.name}: weights times coefficients sum to zero, so there is no "
-                "average; expected a sum that is not zero. Change `weight`."
-            )
-        return weighted_sum(tensors, [self.scale * value / total for value in values], self.dtype)
-
-    def _by_ties(self, method: MergeMethod) -> Tensor:
-        entries, parameters = self.group.non_base, self.parameters
-        trims = method.sparsification_method is not None
+    if method is None:
+        return _summed(group, weights, scale, dtype)
+    if in_pieces(method):
+        entries, trims = group.non_base, method.sparsification_method is not None
         return merge_ties(
-            self.group.base.tensor,
+            group.base.tensor,
             [entry.tensor for entry in entries],
-            [self.weights[entry.id] for entry in entries],
+            [weights[entry.id] for entry in entries],
             [parameters["density"][entry.id] if trims else 1.0 for entry in entries],
             TiesOptions(
                 elect=method.consensus_method is not None,
                 normalize=parameters["normalize"],
                 rescale=parameters["rescale"],
-                factor=self.scale * parameters["lambda"],
+                factor=scale * parameters["lambda"],
             ),
-            self.dtype,
+            dtype,
         )
-
-    def _called(self, method: MergeMethod) -> Tensor:
-        """Call the method in float32 (float64), whatever the dtype of the files.
-
-        In half precision it would round every task vector and every weighted sum, and elect other
-        signs.
-        """
-        wide = compute_dtype(self.group.tensors)
-        given = {p.name: self.parameters[p.name] for p in method.spec.parameters}
-        given["weight"] = dict(self.weights)
-
-        def call(group: TensorGroup) -> Tensor:
-            (found,) = method((group,), parameters=given, dtype=wide)
-            return found
-
-        if isinstance(method, ExtMethod):
-            merged = call(self.group)
+    given = {p.name: parameters[p.name] for p in method.spec.parameters}
+    merged = _called(method, group, {**given, "weight": dict(weights)})
+    if scale != 1:
+        # Not through the weights: TIES and others divide by their sum.
+        if group.base is None:
+            merged = merged * scale
         else:
-            # By one thread: torch's own split sums, whose rounding then depends on their number.
-            device = self.group.entries[0].tensor.device
-            (merged,) = in_threads(call, [self.group], device)
-        if self.scale != 1:
-            # Not through the weights: TIES and others divide by their sum.
-            if self.group.base is None:
-                merged = merged * self.scale
-            else:
-                merged = torch.lerp(self.group.base.tensor.to(wide), merged, self.scale)
-        return merged.to(self.dtype)
+            merged = torch.lerp(group.base.tensor.to(merged.dtype), merged, scale)
+    return merged.to(dtype)
 
 
 def in_pieces(method: MergeMethod | None) -> bool:
@@ -117,3 +70,38 @@ def in_pieces(method: MergeMethod | None) -> bool:
         and method.consensus_method in (None, ConsensusMethod.sum)
         and method.sparsification_method in (None, SparsificationMethod.magnitude)
     )
+
+
+def _summed(
+    group: TensorGroup, weights: Mapping[Hashable, float], scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Return task arithmetic over a base, or else a weighted average."""
+    tensors = [entry.tensor for entry in group.non_base]
+    values = [weights[entry.id] for entry in group.non_base]
+    if group.base is not None:
+        scaled = [scale * value for value in values]
+        return weighted_sum(tensors, scaled, dtype, group.base.tensor)
+    total = sum(values)
+    if total == 0:
+        raise MergeError(
+            f"{group.metadata.name}: weights times coefficients sum to zero, so there is no "
+            "average; expected a sum that is not zero. Change `weight`."
+        )
+    return weighted_sum(tensors, [scale * value / total for value in values], dtype)
+
+
+def _called(method: MergeMethod, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
+    """Call a method in float32 (float64), whatever the dtype of the files.
+
+    In half precision it would round every task vector and sum, and elect other signs.
+    """
+
+    def call(group: TensorGroup) -> Tensor:
+        (found,) = method((group,), parameters=parameters, dtype=compute_dtype(group.tensors))
+        return found
+
+    if isinstance(method, ExtMethod):
+        return call(group)
+    # By one thread: torch's own split sums, whose rounding then depends on their number.
+    (merged,) = in_threads(call, [group], group.entries[0].tensor.device)
+    return merged

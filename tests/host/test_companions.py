@@ -225,12 +225,12 @@ def test_modules_that_are_the_same_are_copied_also_beside_a_bare_base(tmp_path):
 
 def only_in_one(folders):
     (folders[1] / "2_Dense" / "model.safetensors").unlink()
-    return {}, ["no 2_Dense/model.safetensors in", "flexmerge"]
+    return {}, ["different 2_Dense/model.safetensors, or none", "flexmerge"]
 
 
 def of_another_width(folders):
     sentences.make(folders[1], 2, width=4)
-    return {}, ["different 2_Dense/model.safetensors", "other names or shapes"]
+    return {}, ["different 2_Dense/model.safetensors", "the same tensors"]
 
 
 def a_pickle(folders):
@@ -242,7 +242,7 @@ def a_pickle(folders):
 
 
 def norms_of_the_whole_model(folders):
-    return {"granularity": "model"}, ["parameters.granularity", "Write `granularity: tensor`"]
+    return {"granularity": "model"}, ["parameters.granularity", "expected `tensor`"]
 
 
 @pytest.mark.parametrize(

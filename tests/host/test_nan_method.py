@@ -193,7 +193,7 @@ def test_non_finite_inputs_stop_the_merge(bad, which, norm_of, granularity):
     ("method", "over_base", "remedy"),
     [
         ("nan", False, "give `base_model`"),
-        ("nan_linear", False, "use `nan` or"),
+        ("nan_linear", False, "such as `nan`"),
         ("nan", True, "larger `weight`"),
         ("nan_ties", True, "larger `weight`"),
     ],
