@@ -1,4 +1,4 @@
-"""mergekit's commands: the text of a configuration is checked first, and an error is a message."""
+"""What mergekit's commands and ours do around a merge: read the file first, print errors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,7 @@ class CommandError(click.ClickException):
 
 
 def reading_first(check: Callable[[str], Any]) -> Callable[..., None]:
-    """Return what makes a command look at the text of its file first.
-
-    mergekit parses the file before any function of the project is called. With this the command
-    stops before a folder is made if `check` raises `ConfigError`.
-    """
+    """Return an extension of a command that checks the text of its file first."""
 
     def command(stock: Callable[..., None], config_file: str, **arguments: Any) -> None:
         with for_commands():
@@ -45,19 +41,8 @@ def reading_first(check: Callable[[str], Any]) -> Callable[..., None]:
     return command
 
 
-def load_config(stock: Callable[..., Any], config_source: str, intermediate_dir: str) -> Any:
-    """Extend ``load_config`` of mergekit-multi: `require_merges` first, for calls from Python."""
-    with for_commands():
-        require_merges(config_source)
-        return stock(config_source, intermediate_dir)
-
-
 def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
-    """Return what `schema`, mergekit's for whole models, makes of a YAML text.
-
-    Raises:
-        ConfigError: it is none, with every reason in the words of the text.
-    """
+    """Return what `schema` makes of a YAML text, or raise `ConfigError` with every reason."""
     config = None
     documents, problems = read(source)
     if len(documents) == 1:
@@ -76,15 +61,10 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
 def require_merges(text: str) -> None:
     """Raise `ConfigError` for a text that is no multi-merge.
 
-    Where all methods are mergekit's, only what its schema refuses is.
+    Of one with mergekit's methods alone only what its schema refuses is wrong.
     """
-    if problems := list(_problems(read(text)[0])):
-        raise ConfigError(problems, "these merges")
-
-
-def _problems(documents: list[Any]) -> Iterator[Problem]:
-    if not documents:
-        yield NO_DOCUMENT
+    documents, _ = read(text)
+    problems = [] if documents else [NO_DOCUMENT]
     # An unknown name is probably one of ours, misspelt.
     ours = [isinstance(d, Mapping) and not is_stock(str(d.get("merge_method"))) for d in documents]
     between = between_documents(documents) if any(ours) else {}
@@ -93,8 +73,9 @@ def _problems(documents: list[Any]) -> Iterator[Problem]:
         config, found = parse(document)
         if ours[i] and config is not None:
             found = unknown_keys(document)
-        for p in (*between.get(i, ()), *found):
-            yield replace(p, where=place + p.where)
+        problems += [replace(p, where=place + p.where) for p in (*between.get(i, ()), *found)]
+    if problems:
+        raise ConfigError(problems, "these merges")
 
 
 @contextmanager

@@ -1,33 +1,6 @@
 """Every place where mergekit is changed; imported by `autoload` alone.
 
-One function for each module, which `autoload` calls when that module is loaded, changes this:
-
-``mergekit.merge_methods``      the methods are registered; and models with an adapter are read
-                                with the adapter applied (`host.adapters`):
-                                ``LoaderCache.setup`` and ``get``, ``LoadTensor.execute``, and
-                                ``get_model_tensor_names`` for architectures without a table.
-                                ``MERGEKIT_EXT_ADAPTERS=0`` leaves them to mergekit. In commands
-                                that load it, ``--out-shard-size`` also takes 8MB and 5GiB, and
-                                what is no size is one message (``ShardSizeParamType.convert``).
-``mergekit.plan``               ``MergePlanner`` becomes a subclass of it (`host.planner`) that
-                                runs the statistics graph before it hands out the merge graph,
-                                and plans optional tensors with aliases (``BertModel`` has one),
-                                at which mergekit's own raises TypeError. In a merge that can be
-                                continued ``TensorWriterTask.execute`` gives the planned files.
-``mergekit.merge``              ``run_merge`` checks, stages and reports merges that use one of the
-                                project's methods; other merges go to mergekit's own function,
-                                those with adapters checked first. ``_get_donor_model`` takes the
-                                files of a model with an adapter from its base; fields with a
-                                value for each layer follow the slices (``_model_out_config``). The
-                                card does not ask the Hub about a path that exists (``is_hf``).
-``mergekit.scripts.multimerge`` the command reads its file as text first, as does ``load_config``:
-                                documents are mappings; their names, which become folders, stay in
-                                theirs; unknown keys, which pydantic drops, are found.
-``mergekit.scripts.merge_raw_pytorch``
-                                ``plan_flat_merge`` checks, and runs the statistics graph; the
-                                command's errors are messages.
-``mergekit.scripts.run_yaml``   the command reads its file as text first, so that one that is no
-                                YAML, an alias bomb, or refused by mergekit's schema is one message.
+`autoload` calls one function for each module of mergekit when that module is loaded.
 """
 
 from __future__ import annotations
@@ -70,10 +43,11 @@ def check_version() -> None:
 
 
 def extend_methods(merge_methods: Any) -> None:
-    """Register the methods; and whatever else is there before a model is opened.
+    """``mergekit.merge_methods``: register the methods; apply adapters where models are read.
 
-    ``mergekit.io.tasks`` itself may be loaded in the middle of modules that the host imports.
-    Methods that others have registered since the last call get their `nan_<method>` too.
+    Methods that others have registered since the last call get their `nan_<method>` too. The tensor
+    names of a model, from which an architecture without a table is inferred, are those with the
+    adapter. ``--out-shard-size`` also takes 8MB and 5GiB, and what is no size is one message.
     """
     check_version()
     from mergekit.architecture import auto
@@ -111,7 +85,10 @@ def _read_size(_: Callable[..., Any], kind: Any, value: Any, param: Any, ctx: An
 
 
 def extend_planner(module: Any) -> None:
-    """Put the planner that runs the statistics graph in the place of mergekit's, and its writer."""
+    """``mergekit.plan``: the planner runs the statistics graph, and writes planned files.
+
+    It plans optional tensors with aliases (of ``BertModel``), at which mergekit's raises TypeError.
+    """
     from mergekit.io.tasks import TensorWriterTask
 
     from mergekit_ext.host import planner
@@ -122,7 +99,11 @@ def extend_planner(module: Any) -> None:
 
 
 def extend_merge(module: Any) -> None:
-    """Route merges that use the project's methods through `host.run`."""
+    """``mergekit.merge``: merges with the project's methods are checked, staged and reported.
+
+    Others are left to mergekit, those with adapters checked first. Tokenizers of a model with an
+    adapter are its base's; fields with a value for each layer follow the slices.
+    """
     from mergekit import card, plan
 
     from mergekit_ext.host import out_config, run
@@ -137,16 +118,19 @@ def extend_merge(module: Any) -> None:
 
 
 def extend_multimerge(module: Any) -> None:
-    """Look at the documents of a multi-merge before they are merged."""
+    """``mergekit.scripts.multimerge``: the file is read as text first.
+
+    Documents are mappings with keys that are known, and their names, which become folders, stay in
+    theirs.
+    """
     from mergekit_ext.host import commands, run
 
     _replace(module, "run_merge", run.extended)
-    _replace(module, "load_config", commands.load_config)
     _replace(module.main, "callback", commands.reading_first(commands.require_merges))
 
 
 def extend_raw_pytorch(module: Any) -> None:
-    """Check and measure merges of single files."""
+    """``mergekit.scripts.merge_raw_pytorch``: check and measure; errors are messages."""
     from mergekit_ext.host import flat
 
     _replace(module, "plan_flat_merge", flat.extended_plan)
@@ -154,7 +138,7 @@ def extend_raw_pytorch(module: Any) -> None:
 
 
 def extend_yaml(module: Any) -> None:
-    """Look at the file of ``mergekit-yaml`` before it is parsed."""
+    """``mergekit.scripts.run_yaml``: what is no configuration is one message."""
     from mergekit_ext.host import commands
 
     _replace(module.main, "callback", commands.reading_first(commands.parsed))

@@ -23,7 +23,6 @@ from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.checks.adapters import unused_cache
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import check_merge, models_of_stock
@@ -87,9 +86,8 @@ def merge(
         require_same(processes, {**decides, "output": os.fspath(Path(out_path).resolve())})
         if whole:  # whose lines in the journal say what each finished piece depends on
             del decides["configuration"]
-        merged = config.referenced_models()
-        weights = weights_of(merged)
-        _warn(report.warnings if processes.is_main else (), merged, options)
+        weights = weights_of(config.referenced_models())
+        _warn(report.warnings if processes.is_main else ())
         with sessions.output(
             options,
             out_path,
@@ -137,8 +135,7 @@ def extended(
 def _checked_models(config: MergeConfiguration, options: MergeOptions) -> Iterator[None]:
     """Check the models around a merge by mergekit itself.
 
-    Where the project changes what mergekit reads (an adapter is applied), a problem stops the
-    merge; otherwise mergekit goes on, and each problem is a warning.
+    A problem stops it where an adapter is applied while reading; otherwise it is a warning.
     """
     models = list(models_at(config))
     adapted = any(map(applies, models))
@@ -151,14 +148,13 @@ def _checked_models(config: MergeConfiguration, options: MergeOptions) -> Iterat
             report = models_of_stock(config, options)
             if adapted:
                 require(report.problems)
-            _warn([*map(str, report.problems), *report.warnings], models, options)
+            _warn([*map(str, report.problems), *report.warnings])
         with for_commands() if adapted else nullcontext():
             yield
 
 
-def _warn(texts: Iterable[str], models: Iterable[Any], options: MergeOptions) -> None:
-    unused = options.lora_merge_cache and any(map(applies, models))
-    for text in (*texts, *([unused_cache(options)] if unused else [])):
+def _warn(texts: Iterable[str]) -> None:
+    for text in texts:
         warnings.warn(MergeWarning(text), stacklevel=3)
 
 
@@ -166,9 +162,8 @@ def _warn(texts: Iterable[str], models: Iterable[Any], options: MergeOptions) ->
 def _fresh_loaders() -> Iterator[None]:
     """Forget open files before and after; keep the collector from what is loaded already.
 
-    mergekit's cache outlives merges: a file that was replaced would be read by its old index. The
-    libraries' million objects outlive them too: planning, which makes many small ones, would have
-    the collector go through all of them again and again.
+    mergekit's cache outlives merges: a file that was replaced would be read by its old index. And
+    planning makes many small objects, for which the libraries' would be collected over and over.
     """
     _forget_loaders()
     frozen = gc.get_freeze_count() == 0  # a caller's own freeze is left alone
@@ -190,8 +185,7 @@ def _forget_loaders() -> None:
 class _InOrder(MergeConfiguration):
     """Gives its models in the order of the file.
 
-    mergekit gives them in hash order, and takes configuration and tokenizer of a merge without a
-    base from the first.
+    mergekit's is that of hashes; the first one gives configuration and tokenizer without a base.
     """
 
     def referenced_models(self) -> list[Any]:
@@ -220,10 +214,7 @@ def require(problems: Sequence[Problem]) -> None:
 def snapshot_config(
     method: str, models: Sequence[Path], base: Path | None, parameters: Mapping[str, Any]
 ) -> str:
-    """Return the YAML of a merge of saved models of one training run.
-
-    A `weight` that the method requires is 1 unless it is given.
-    """
+    """Return the YAML of a merge of saved models; a `weight` that is required is 1 by default."""
     spec = _spec(method)
     asked = spec is not None and any(p.name == "weight" and p.required for p in spec.parameters)
     document: dict[str, Any] = {
@@ -252,11 +243,7 @@ def snapshot_options(folder: Path, device: str, seed: int) -> MergeOptions:
 
 
 def snapshot_problems(source: str, options: MergeOptions) -> Sequence[Problem]:
-    """Return what is wrong with a merge, from configurations and headers.
-
-    Raises:
-        ConfigError: `source` is no configuration.
-    """
+    """Return what is wrong with a merge; `ConfigError` if `source` is no configuration."""
     config = parsed(source)
     if isinstance(ext_method(config.merge_method), FlexMergeMethod):
         expected = "a method that makes one model"

@@ -80,7 +80,7 @@ def read_model(
     if not applies(reference):
         return dataclasses.replace(base, tensors=merged or base.tensors)
     if options.lora_merge_cache:
-        findings.note(unused_cache(options))
+        findings.warn(unused_cache(options))
     known = base.tensors if base.config is not None else None
     dtype = dtype_of(options.lora_merge_dtype)
     tensors = adapted_tensors(reference, known, base.config, where, findings, dtype)
