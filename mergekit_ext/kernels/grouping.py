@@ -1,11 +1,9 @@
 """Which groups of tasks to merge in which block, and in which order.
 
 FlexMerge (Algorithm 1) starts from every task alone in every block and merges, again and again,
-the two groups of one block that are most similar, over all blocks. What happens in a block does
-not depend on the other blocks. So each block has its own sequence of merges, its dendrogram, and
-the global order only interleaves the sequences; neither depends on the target size.
-
-Channel Merging, the baseline that FlexMerge compares with, clusters by K-means instead.
+the two most similar groups of one block. A block does not depend on the others: each has its own
+sequence of merges, its dendrogram, and the global order interleaves the sequences; neither depends
+on the target size. Channel Merging, the baseline of FlexMerge, clusters by K-means instead.
 """
 
 from __future__ import annotations
@@ -36,21 +34,14 @@ _MOST_ROUNDS = 100
 
 @dataclass(frozen=True)
 class Merge:
-    """Two groups of tasks of one block become one.
+    """Two groups of tasks, indices in ascending order, of one block become one."""
 
-    Attributes:
-        first: task indices in ascending order; holds the smallest index of both groups.
-        second: task indices in ascending order.
-        similarity: of the two groups, by the linkage that was used.
-    """
-
-    first: Group
+    first: Group  # holds the smallest index of both
     second: Group
     similarity: float
 
     @property
     def union(self) -> Group:
-        """The merged group."""
         return tuple(sorted(self.first + self.second))
 
 
@@ -66,8 +57,7 @@ class MergeOrder:
 
 
 def _mean(values: Collection[float]) -> float:
-    # fsum does not depend on the order of its terms, so neither do ties. Cosines on the grid of
-    # `similarity.cosines` have exact sums: then the mean is rounded once and never rises.
+    # fsum does not depend on the order of its terms, so neither do ties.
     return math.fsum(values) / len(values)
 
 
@@ -84,18 +74,14 @@ def dendrogram(
     r"""Return the m - 1 merges of one block: always of the two most similar groups.
 
     The similarity of groups A and B is the minimum, mean or maximum of :math:`c_{ij}`, i in A,
-    j in B (FlexMerge, equation 1 and the ablation of section 4.3), always over the original task
-    vectors. Of several most similar pairs, the one whose first group holds the smallest task
-    index is taken, then the one whose second group does.
+    j in B (FlexMerge, equation 1 and the ablation of section 4.3), over the original task vectors.
+    Of several most similar pairs, the one whose first group holds the smallest task index is taken,
+    then the one whose second group does.
 
     Args:
-        cosines: (m, m), symmetric, without NaN.
+        cosines: (m, m), symmetric, without NaN; `ValueError` for others.
         linkage: a name in `LINKAGES`.
-        generator: draws the pairs, every pair alike (the paper's ablation); similarities are then
-            reported, not used.
-
-    Raises:
-        ValueError: a matrix that is not as described.
+        generator: draws the pairs (the paper's ablation); similarities are reported, not used.
     """
     matrix: Matrix = cosines.detach().to("cpu", torch.float64).numpy()
     if not np.array_equal(matrix, matrix.T):
@@ -125,10 +111,7 @@ def dendrogram(
 
 
 def partition(merges: Sequence[Merge], count: int) -> tuple[Group, ...]:
-    """Return the groups of `count` tasks after `merges`, sorted by their smallest member.
-
-    Args:
-        merges: the first merges of a block's sequence; none, some or all of them.
+    """Return the groups of `count` tasks after the first `merges` of a block, in order.
 
     Raises:
         ValueError: a merge joins groups that do not exist at that point.
@@ -143,8 +126,7 @@ def partition(merges: Sequence[Merge], count: int) -> tuple[Group, ...]:
 
 
 def _greedy(sequences: Sequences, seed: int) -> tuple[int, ...]:
-    # Only each block's next merge competes: a sequence whose similarities rise somewhere (a mean of
-    # cosines that are not on a grid may, by a rounding) keeps its order.
+    # Only each block's next merge competes.
     waiting = [
         (-merges[0].similarity, block, 0) for block, merges in enumerate(sequences) if merges
     ]
@@ -191,7 +173,7 @@ def merge_order(
     """Return every merge of every block, in order: Algorithm 1 run to the end.
 
     Args:
-        cosines_per_block: for each block a matrix for `dendrogram`; m may differ between blocks.
+        cosines_per_block: for each block a matrix for `dendrogram`.
         linkage: a name in `LINKAGES`.
         order: a name in `ORDERS`; ``random`` also draws the pairs within each block.
         seed: for ``random``; the same seed gives the same order.
@@ -216,16 +198,11 @@ def kmeans_groups(gram: Tensor, clusters: int, seed: int = 0) -> tuple[Group, ..
     \mathrm{mean}_{j, k \in C} \, c_{jk}`, so the cosines are all that is needed. Lloyd's iteration
     from k-means++ centres, the best of thirty starts.
 
-    Args:
-        gram: (m, m) inner products (`similarity.Gram`), finite.
-        clusters: the number K of groups, 1 to m, none of which will be empty.
-        seed: of the starts; the same seed gives the same groups.
+    `gram` holds the (m, m) finite inner products (`similarity.Gram`), `clusters` is the number K of
+    groups, 1 to m. Task indices and groups are in ascending order; none is empty.
 
-    Returns:
-        task indices in ascending order, the groups sorted by their smallest member.
-
-    The papers do not say what happens to a cluster that loses all its members: it takes the vector
-    that is farthest from its own centre. Zero vectors are as in `similarity.cosines`.
+    A cluster that loses all its members takes the vector that is farthest from its own centre (the
+    papers do not say). Zero vectors are as in `similarity.cosines`.
     """
     similarity: Matrix = cosines_of(gram).cpu().numpy()
     generator = random.Random(seed)

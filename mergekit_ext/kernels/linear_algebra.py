@@ -1,9 +1,8 @@
 """Products, sums and decompositions that give the same bytes with any number of threads.
 
 A BLAS or LAPACK library, and torch where it sums to one number, split their work by the number of
-threads, and with it the order of sums and what is left for the ends of vectors. Here work is split
-by its shape alone, and each piece is done by one thread (`threads.in_threads`). What cannot be
-split without giving its speed away, the decompositions of small matrices, is done by one thread.
+threads, and with it the order of sums. Here work is split by its shape alone, and each piece, as
+well as the decomposition of a small matrix, is done by one thread (`threads.in_threads`).
 Elementwise operations and sums to more than one number are torch's: these it does alike.
 """
 
@@ -107,8 +106,7 @@ def _pieces(length: int, work: int) -> list[slice]:
 def matrices_of(tensor: Tensor, layout: str) -> Tensor:
     """Return a tensor of two axes or more as (n, rows, columns).
 
-    `layout` is "flattened" (the first axis against the rest: convolutions), or else each matrix of
-    the last two axes is one (a matrix, stacked experts).
+    One matrix if `layout` is "flattened" (convolutions), else each of the last two axes (experts).
     """
     if layout == "flattened":
         return tensor.reshape(1, tensor.shape[0], math.prod(tensor.shape[1:]))
@@ -136,7 +134,7 @@ def norm(x: Tensor) -> float:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The rows of a matrix; of anything else some of one length, and what is left."""
+    """Return the rows of a matrix; of anything else some of one length, and what is left."""
     if x.ndim == 2 and len(x) > 1:
         return x, None
     flat = x.reshape(-1)

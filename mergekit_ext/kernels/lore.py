@@ -34,15 +34,12 @@ class LoreResult:
         iterations: evaluations of all thresholdings that were kept; 0 for averaged (1-D) tensors,
             1 for an explicit base.
         change: last relative change of theta_0: ``||theta_0 - theta_0'||_F / ||theta_0 - mean||_F``
-            (when a quasi-Newton iteration stops: of the step that it would take next); 0 when
-            theta_0 is the mean of the models.
+            (when a quasi-Newton iteration stops: of the step that it would take next).
         objective: at the returned theta_0 and delta_i; with `rank_ratio` without its second term.
         converged: whether `tolerance` was reached within `max_iterations`.
-        ranks: rank of each delta_i; for stacked experts the largest.
-        spectral_norms: largest singular value of each theta_i - start, start being the mean of the
-            models or the given base; for stacked experts the largest.
-        mu: the absolute threshold, for stacked experts the largest; None with `rank_ratio`, and
-            for averaged tensors unless it was given.
+        ranks: rank of each delta_i. This, the norms and mu are the largest of stacked experts.
+        spectral_norms: largest singular value of each theta_i minus the mean or the given base.
+        mu: the absolute threshold; None with `rank_ratio`, or of averaged tensors if not given.
     """
 
     merged: Tensor
@@ -72,22 +69,20 @@ def lore(
     layout: str = "matrix",
     on_iteration: Callable[[int, float, float], None] | None = None,
 ) -> LoreResult:
-    """LoRE-Merging of one parameter (LoRE-Merging, section 3.2 and Algorithm 1).
+    """Merge one parameter by LoRE-Merging (section 3.2 and Algorithm 1).
 
     ``delta_i = 0``; repeat ``theta_0 = mean_i(theta_i - delta_i)``,
     ``delta_i = SVT(theta_i - theta_0; mu)``; then ``theta* = theta_0 + lam * tau``.
 
     *Objective.* These updates decrease ``sum_i 1/2||theta_0 + delta_i - theta_i||_F^2 +
-    mu||delta_i||_*``; the paper's equation (1) has ``mu||delta_i||_*^2`` and no 1/2, for which
-    they would not be the coordinate minimisers. The updates are what is implemented.
+    mu||delta_i||_*``; the paper's equation (1) has ``mu||delta_i||_*^2`` and no 1/2.
 
     *Departure from the paper.* With three or more models and a threshold, the same (there unique)
     minimiser is approached with quasi-Newton steps, each kept only if the objective does not
     rise. Returned are the thresholded delta_i and ``theta_0 = mean_i(theta_i - delta_i)`` of them.
 
     *Two models* and no base, simultaneous: ``delta_1 = -delta_2`` whatever the parameters, so that
-    with equal weights theta* is the plain mean. At the fixed point ``lam = 1/n`` with "sum" (or
-    ``lam = 1`` with "mean") is the plain mean for any number of models.
+    with equal weights theta* is the plain mean; so it is at the fixed point for ``lam = 1/n``.
 
     Args:
         tensors: theta_i, one per model, of one shape. Half precision is upcast to float32;
@@ -98,8 +93,7 @@ def lore(
         mu_relative: threshold as a share of ``max_i sigma_1(theta_i - start)``, start being the
             mean or the base; for stacked experts each expert's own.
         rank_ratio: instead of a threshold, delta_i = best approximation of rank
-            ``ceil(rank_ratio * min(a, b))``. Not convex: iterated as written, so that the result
-            is that of Algorithm 1, and slow to converge when no gap separates the rank.
+            ``ceil(rank_ratio * min(a, b))``. Not convex: iterated as Algorithm 1 has it.
         lam: factor of the combined task vector.
         combine: tau: "sum" (sum_i w_i delta_i), "mean" (that over sum_i w_i), "ties" (mean over
             the models that agree with the elected sign).
@@ -109,10 +103,10 @@ def lore(
         max_iterations: evaluations of all thresholdings (sweeps for "sequential").
         tolerance: for `LoreResult.change`, with the distance estimated to be left. Changes of less
             than eight units of rounding of the largest ``||theta_i - mean||_F`` count as none.
-        layout: of tensors of two axes or more, see `matrices_of`; each matrix is a problem of its
-            own. One or no axis: the weighted average, whatever the base.
-        on_iteration: called with (iteration, objective, change); for stacked experts the
-            iterations start again with each. Iterations with rejected steps are not reported.
+        layout: see `matrices_of`; each matrix is a problem of its own. One or no axis: the
+            weighted average, whatever the base.
+        on_iteration: called with (iteration, objective, change) for each matrix; iterations with
+            rejected steps are not reported.
 
     Memory in units of one upcast tensor, n models: n differences, 2n for the delta_i of two
     iterates, at most 14 for the quasi-Newton history and scratch, one (short side)^2 matrix per
@@ -174,11 +168,10 @@ def lore(
 class _Coordinates:
     """The differences of models from a start, wide, scaled, and in the span of their rows.
 
-    Thresholding multiplies from the left by a function of ``X X^T``, so that with ``X_i = D_i + S``
-    and S a sum of such, every iterate is ``sum_j C_j D_j``: its rows never leave the span of the
-    rows of the differences D_i. The n differences from the mean sum to zero, so n - 1 of them span
-    it. For ``(n - 1) a < b`` one QR factorisation replaces the long side b by (n - 1) a, an
-    isometry that changes no singular value, norm or inner product.
+    Thresholding multiplies from the left by a function of ``X X^T``: rows of iterates never leave
+    the span of those of the differences D_i from the mean, which sum to zero. For ``(n - 1) a < b``
+    one QR factorisation replaces the long side b by (n - 1) a, an isometry that changes no singular
+    value, norm or inner product.
 
     Attributes:
         start: the given base, or the mean of the models.
@@ -225,10 +218,9 @@ class _Coordinates:
 
 
 def _centred(models: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The mean and the differences from it.
+    """Return the mean and the differences from it, of two models exactly opposite.
 
-    The mean is taken of differences from the first model: exact for identical models, and
-    accurate when the models differ little. With two models the differences are exactly opposite.
+    The mean is taken of differences from the first model: exact for identical models.
     """
     apart = [m - models[0] for m in models]
     shift = torch.zeros_like(apart[0])
@@ -239,11 +231,10 @@ def _centred(models: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Optional 2, TIES without trimming (Yadav et al. 2023), entry by entry.
+    """Return optional 2, TIES without trimming (Yadav et al. 2023), entry by entry.
 
     The sign of ``sum_i w_i delta_i`` is elected; tau is the weighted mean of the delta_i that have
-    it. An entry with no sign, or whose agreeing weights sum to zero, is zero. (The paper writes
-    the mean of tau over the agreeing models; the mean of their delta_i is meant.)
+    it (not of tau, as the paper writes), 0 where there is none.
     """
     elected = weighted_sum(deltas, weights).sign_()
     total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
@@ -256,7 +247,7 @@ def _elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _averaged(models: list[Tensor], weights: list[float], mu: float | None) -> LoreResult:
-    """Vectors, scalars, and what is empty: the weighted mean, exact for identical models."""
+    """Return the weighted mean, exact for identical models: vectors, scalars, and what is empty."""
     shift = weighted_sum([m - models[0] for m in models], weights) / math.fsum(weights)
     mean = models[0] + shift
     apart = [norm((m - mean).double()) for m in models]
@@ -266,7 +257,6 @@ def _averaged(models: list[Tensor], weights: list[float], mu: float | None) -> L
 
 
 def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
-    """One result from those of the matrices of a stack (mostly a stack of one)."""
     used = [r.mu for r in results if r.mu is not None]
     return LoreResult(
         merged=torch.stack([r.merged for r in results]).reshape(shape),

@@ -8,10 +8,9 @@ evaluations. L-BFGS with the identity as its first guess starts as Algorithm 1 a
 from what it saw. Rank truncation is not convex and the sequential update need not have one limit:
 these are iterated as the paper has them.
 
-Singular values that sink below mu on the way raise the curvature, so that early steps, taken from
-the curvature before, are too long. The length of a step over that of the gradient is therefore
-limited: at first to 2, then to twice what was last accepted. Measured: with the limit next to no
-step is rejected, without it up to a third.
+Singular values that sink below mu on the way raise the curvature, so that early steps are too long.
+The length of a step over that of the gradient is therefore limited: at first to 2, then to twice
+what was last accepted. Measured: next to no step is rejected, without the limit up to a third.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a solver found: the delta_i and their mean, in the coordinates it was given."""
+    """The delta_i that a solver found and their mean, in the coordinates that it was given."""
 
     parts: list[Shrunk]
     mean: Tensor
@@ -96,7 +95,6 @@ class Problem:
 
     @property
     def size(self) -> float:
-        """The norm of the largest difference."""
         return max(norm(d) for d in self.differences)
 
     @property
@@ -126,7 +124,7 @@ class Problem:
         return self.point(at, [s.shrink(d + at) for s, d in pairs])
 
     def settle(self, last: Point, accuracy: float) -> Point:
-        """The point that was evaluated last, once more, with settled subspaces."""
+        """Evaluate the last point once more, with settled subspaces."""
         triples = zip(self.shrinkers, self.differences, last.parts, strict=True)
         parts = [s.settle(d + last.at, accuracy, part) for s, d, part in triples]
         return self.point(last.at, parts)
@@ -148,7 +146,7 @@ class Secants:
             self._pairs.append((step, turn, 1.0 / curvature))
 
     def step(self, gradient: Tensor) -> tuple[Tensor, float]:
-        """The step to subtract, and the norm of the one that a limit may have shortened."""
+        """Return the step to subtract, and its norm before a limit has shortened it."""
         step = self._solved(gradient)
         length, unit = norm(step), norm(gradient)
         self._stretch = length / unit if unit > 0.0 else 1.0
@@ -165,7 +163,7 @@ class Secants:
             self._reach = max(1.0, 0.5 * self._stretch)
 
     def _solved(self, gradient: Tensor) -> Tensor:
-        """The two-loop recursion; `gradient` itself while nothing was learned."""
+        # The two-loop recursion; the gradient itself while nothing was learned.
         result = gradient.clone()
         shares = []
         for step, turn, scale in reversed(self._pairs):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,24 +21,13 @@ from mergekit_ext.kernels.threads import in_threads
 # Of TALL masks, as FlexMerge uses them.
 DEFAULT_THRESHOLD = 0.6
 
-# Eight bytes of 0 or 1, read as one little-endian integer, times this: its top byte has byte i in
-# bit i. No two of the partial products meet, so nothing is carried.
-_GATHER_BITS = 0x0102040810204080
-_REPEAT_BYTE = 0x0101010101010101
-# Bit i of byte i, for i from 0 to 7; the sign bit is one of them.
-_ONE_BIT_EACH = 0x8040201008040201 - (1 << 64)
-
 
 def tall_mask(delta: Tensor, unified: Tensor, threshold: float = DEFAULT_THRESHOLD) -> Tensor:
     r"""Return the TALL mask :math:`m_k = 1[\,|\tau_k| \ge \lambda\,|\tau_{uni} - \tau_k|\,]`.
 
-    bool, the shape of the task vector `delta`. The larger the threshold (lambda, at least 0), the
-    less is kept; 0 keeps everything. Differences are float64, so that float32 inputs neither
-    overflow nor round. An entry with NaN is not kept.
-
-    The authors' code has ``>`` where the paper has ``>=``; the paper's is taken. They differ
-    where both sides are equal: the entry is then within the rule, and with two zeros its value is
-    zero either way.
+    bool, the shape of the task vector `delta`; `threshold` is lambda, at least 0. Differences are
+    float64, so that float32 inputs neither overflow nor round. An entry with NaN is not kept.
+    The authors' code has ``>`` where the paper has ``>=``, which is taken.
     """
     flat, flat_unified = delta.reshape(-1), unified.reshape(-1)
     kept = torch.empty(flat.numel(), dtype=torch.bool, device=delta.device)
@@ -54,10 +44,9 @@ def elected(deltas: Sequence[Tensor]) -> Tensor:
     :math:`\gamma_{uni} = \mathrm{sgn}(\sum_k \tau_k)`, and :math:`\epsilon_{uni}` the largest
     magnitude among the :math:`\tau_k` with that sign, entry by entry.
 
-    The m task vectors have one shape and dtype, float32 or float64, which is that of the result.
-    An entry where a task vector has NaN is NaN. Sums are float64. Where the task vectors cancel,
-    sgn is 0 and so is the entry, as the equation says; the authors' code elects the negative sign
-    there.
+    The task vectors have one shape and dtype, float32 or float64, which is that of the result.
+    An entry where one has NaN is NaN. Sums are float64. Where they cancel, sgn is 0 and so is the
+    entry, as the equation says; the authors' code elects the negative sign there.
     """
     out = torch.empty_like(deltas[0], memory_format=torch.contiguous_format)
     flat_out, flat = out.view(-1), [delta.reshape(-1) for delta in deltas]
@@ -68,8 +57,8 @@ def elected(deltas: Sequence[Tensor]) -> Tensor:
         for piece in others:
             total.add_(piece)
             largest, smallest = torch.maximum(largest, piece), torch.minimum(smallest, piece)
-        # A positive sum has a positive largest term: it is the largest magnitude of that sign. The
-        # sum itself is left where it is zero, and where it is NaN.
+        # The largest term of a positive sum is the largest magnitude of that sign. The sum itself
+        # is left where it is zero, and where it is NaN.
         settled = torch.where(total < 0, smallest, total.to(smallest.dtype))
         flat_out[chunk] = torch.where(total > 0, largest, settled)
     return out
@@ -87,20 +76,17 @@ def sign_mask(delta: Tensor, unified: Tensor) -> Tensor:
 def rescaler(delta: Tensor, unified: Tensor) -> float:
     r"""Return EMR's factor :math:`\gamma_k = \sum|\tau_k| \,/\, \sum|m_k \circ \tau_{uni}|`.
 
-    Both sums are float64 and run over the whole block: in the authors' code they are sums of the
+    Both sums are float64 and run over the whole block; in the authors' code they are sums of the
     means of each tensor, so that a bias weighs as much as a matrix. 0.0 for a task vector of
-    zeros. 1.0 for one that agrees with the unified vector nowhere: nothing is then left to
-    rescale.
+    zeros, 1.0 for one that agrees with the unified vector nowhere.
     """
     flat, flat_unified = delta.reshape(-1), unified.reshape(-1)
 
     def sums(chunk: slice) -> tuple[float, float]:
         piece, common = flat[chunk], flat_unified[chunk]
         kept = common.abs() * sign_mask(piece, common)
-        return (
-            float(piece.abs().sum(dtype=torch.float64)),
-            float(kept.sum(dtype=torch.float64)),
-        )
+        own = float(piece.abs().sum(dtype=torch.float64))
+        return own, float(kept.sum(dtype=torch.float64))
 
     whole, left = 0.0, 0.0
     for own, common in in_threads(sums, chunks(flat), flat.device):
@@ -111,26 +97,13 @@ def rescaler(delta: Tensor, unified: Tensor) -> float:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack eight entries of a bool tensor of any shape and n entries into each byte.
+    """Return the n entries of a bool tensor as ``ceil(n / 8)`` bytes, uint8.
 
-    Returns:
-        uint8, ``ceil(n / 8)`` bytes. Entry j is bit ``j % 8`` (from the least significant) of
-        byte ``j // 8``; the bits after the last entry are zero.
+    Entry j is bit ``j % 8`` (from the least significant) of byte ``j // 8``; the bits after the
+    last entry are zero.
     """
-    flat = mask.reshape(-1)
-    packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
-    for part in chunks(flat):
-        piece = flat[part]
-        # The length of a chunk is a multiple of 8, except for the last one.
-        if piece.numel() % 8:
-            piece = torch.nn.functional.pad(piece, (0, -piece.numel() % 8))
-        octets = piece.view(torch.uint8)
-        # A view needs memory that starts at a multiple of eight bytes, which a slice may not.
-        aligned = octets if octets.storage_offset() % 8 == 0 else octets.clone()
-        words = aligned.contiguous().view(torch.int64)
-        first = part.start // 8
-        packed[first : first + words.numel()] = ((words * _GATHER_BITS) >> 56) & 0xFF
-    return packed
+    packed = np.packbits(mask.reshape(-1).cpu().numpy(), bitorder="little")
+    return torch.from_numpy(packed).to(mask.device)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
@@ -144,12 +117,9 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
             f"packed: found {packed.numel()} of {packed.dtype} for {count} entries; expected one "
             "byte for every eight entries"
         )
-    flat = packed.reshape(-1)
-    bits = torch.empty(8 * flat.numel(), dtype=torch.bool, device=packed.device)
-    for part in chunks(flat):
-        words = (flat[part].to(torch.int64) * _REPEAT_BYTE) & _ONE_BIT_EACH
-        bits[8 * part.start : 8 * part.start + 8 * words.numel()] = words.view(torch.uint8) != 0
-    return bits[:count]
+    flat = packed.reshape(-1).cpu().numpy()
+    bits = torch.from_numpy(np.unpackbits(flat, count=count, bitorder="little"))
+    return bits.view(torch.bool).to(packed.device)
 
 
 def reconstruct(
@@ -157,9 +127,9 @@ def reconstruct(
 ) -> Tensor:
     r"""Return one task's weights, :math:`\hat\theta = \theta_{pre} + \gamma\,(m \circ \tau_{uni})`.
 
-    FlexMerge, table 1. `unified` and `mask` (bool) have as many entries as `base`; `rescale` is
-    gamma. The result has the shape of `base`, computed in float32 (float64 if an input is) and cast
-    once. NaN or infinity in `unified` gives NaN even where the mask is off.
+    FlexMerge, table 1. `unified` and `mask` (bool) have as many entries as `base`, whose shape the
+    result has; `rescale` is gamma. Computed in float32 (float64 if an input is) and cast once. NaN
+    or infinity in `unified` gives NaN even where the mask is off.
     """
     flat_base, flat, selected = base.reshape(-1), unified.reshape(-1), mask.reshape(-1)
     dtype = compute_dtype([base, unified])

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mergekit_ext.kernels.threads import in_threads, scratch
 
-# Elements per pass over a CPU tensor: a few chunks of this size stay in the caches, so that
-# converting, subtracting and reducing read main memory once.
+# Entries of which a few chunks stay in the caches of a CPU, so that main memory is read once.
 _CPU_CHUNK = 1 << 19
 # A GPU wants few, large kernels; this bounds scratch at a gigabyte of float64.
 _ACCELERATOR_CHUNK = 1 << 26
@@ -27,7 +26,7 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def chunks(tensor: Tensor) -> Iterator[slice]:
-    """Yield slices that cover the flattened `tensor` in cache-sized pieces, for its device."""
+    """Yield slices that cover the flattened `tensor` in pieces for its device."""
     step, size = chunk_length(tensor.device.type), tensor.numel()
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
@@ -41,14 +40,10 @@ def chunk_length(device: str) -> int:
 def squared_norms(tensors: Sequence[Tensor], base: Tensor | None = None) -> list[float]:
     """Return ``||t - base||_F**2`` of each tensor (``||t||_F**2`` without `base`).
 
-    Args:
-        tensors: of one shape, any floating dtype.
-        base: the same shape and device; read once.
-
-    The difference is formed in float32 (float64 if an input is float64). Squares are summed in
-    the same dtype in cache-sized chunks, and the chunks in float64 (relative error below 1e-6); a
-    chunk whose squares could leave float32's range is done in float64, so that neither 1e19 nor
-    1e-30 is lost. NaN or infinity in an input gives a non-finite result.
+    One shape and device, any floating dtypes. Differences and squares are float32 (float64 if an
+    input is), summed in chunks, and the chunks in float64 (relative error below 1e-6); a chunk
+    whose squares could leave float32's range is done in float64. NaN or infinity in an input gives
+    a non-finite result.
     """
     if not tensors:
         return []
@@ -85,14 +80,9 @@ def weighted_sum(
 
     The latter: Ilharco et al., "Editing Models with Task Arithmetic", section 2.
 
-    Args:
-        tensors: the :math:`W_i`, of one shape and device, any floating dtypes.
-        coefficients: one :math:`c_i` for each tensor.
-        out_dtype: dtype of the result; by default that of the base, or of the first tensor.
-        base: :math:`W_0`, the shape and device of the tensors.
-
-    Differences and sums are float32 (float64 if an input is float64) and are cast once. A model
-    that equals the base adds exactly nothing. Scratch: three cache-sized chunks.
+    One shape and device, any floating dtypes. Differences and sums are float32 (float64 if an input
+    is) and are cast once, to `out_dtype` or else the dtype of the base, or of the first tensor. A
+    model that equals the base adds exactly nothing. Scratch: three cache-sized chunks.
     """
     like = tensors[0] if base is None else base
     dtype = compute_dtype([like, *tensors])
@@ -127,7 +117,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def count_non_finite(tensor: Tensor) -> int:
-    """Return how many entries of `tensor` are NaN or infinite."""
+    """Return how many entries are NaN or infinite."""
     return int(tensor.numel() - torch.isfinite(tensor).sum())
 
 
@@ -142,7 +132,6 @@ def require_alike(name: str, tensors: Sequence[Tensor], base: Tensor | None = No
         if tensor.shape != tensors[0].shape:
             found, expected = tuple(tensor.shape), tuple(tensors[0].shape)
             raise ValueError(f"{label}: found shape {found}; expected {expected}")
-        # A sum is a cheap proof; only float64 sums of finite entries can overflow.
-        proven = math.isfinite(float(tensor.sum(dtype=torch.float64)))
-        if not proven and (count := count_non_finite(tensor)):
+        if not all_finite(tensor):
+            count = count_non_finite(tensor)
             raise ValueError(f"{label}: found {count} non-finite values; expected finite ones")

@@ -42,22 +42,14 @@ def pcb_merge(
 
     * it divides by ``max(sum_i s_i, 1e-12)``; here by the sum;
     * its norm of a constant is NaN. Here constant magnitudes are 0 in a_i, and where the largest
-      scores are all equal, q included, these entries get s_i = 1 and the others 0. So a constant
-      task vector weighs 1 everywhere, and so does one with a single entry;
+      scores are all equal, q included, these entries get s_i = 1 and the others 0;
     * a zero task vector has s_i = 0: it still counts in n, but dilutes nothing. All zero: zeros.
 
-    The result depends on the scale of the task vectors, through tanh. Identical task vectors
-    return their clipped selves where they are kept.
-
-    Args:
-        deltas: n task vectors of one shape and dtype, float32 or float64. Finite.
-        density: share of entries kept, in (0, 1]; at least one, and an entry at q is not.
-        clip: share of magnitudes clipped at either end, in [0, 0.5).
-
-    Returns:
-        the shape and dtype of the inputs. Computed in float64, in cache-sized pieces; beyond the
-        inputs and the result, the sum is held in float64. Each input is read four times, mostly,
-        and up to about ten times.
+    The n task vectors have one shape and dtype, float32 or float64, which the result has, and are
+    finite. `density` is the share of entries kept, in (0, 1]; at least one, and an entry at q is
+    not. `clip` is the share of magnitudes clipped at either end, in [0, 0.5). Computed in float64
+    in cache-sized pieces; the sum is held in float64. The result depends on the scale of the task
+    vectors, through tanh.
     """
     out = torch.empty_like(deltas[0], memory_format=torch.contiguous_format)
     flat, flat_out = [delta.reshape(-1) for delta in deltas], out.view(-1)

@@ -19,11 +19,7 @@ def derived(seed: int, *names: str | int) -> int:
 
 
 def generators(seed: int, module: str, count: int, part: str = "weight") -> list[torch.Generator]:
-    """Return one generator on the CPU for each of `count` adapters, seeded by its index.
-
-    The same seed drops the same entries whatever other modules are merged, in which order, and on
-    which device. `part` distinguishes a module's weight from its bias.
-    """
+    """Return one generator on the CPU for each of `count` adapters, seeded by its index."""
     keys = (f"{seed}\0{module}\0{part}\0{index}" for index in range(count))
     digests = (hashlib.sha256(key.encode()).digest()[:8] for key in keys)
     seeds = (int.from_bytes(digest, "little", signed=True) for digest in digests)
@@ -32,12 +28,7 @@ def generators(seed: int, module: str, count: int, part: str = "weight") -> list
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's global generators start from `seed`; afterwards they are as before.
-
-    Args:
-        seed: for the CPU's generator and that of `device`.
-        device: the one that the work inside is done on.
-    """
+    """Start torch's generators of the CPU and `device` from `seed` inside; restore them after."""
     own = [] if device.type == "cpu" else [device]
     kind = device.type if own else "cuda"
     with torch.random.fork_rng(own, device_type=kind):
@@ -59,10 +50,9 @@ def drop_and_rescale(delta: Tensor, density: float, generator: torch.Generator) 
 
     Args:
         delta: any shape and floating dtype.
-        density: :math:`1 - p` in (0, 1], the probability of keeping an entry (the paper writes
-            the drop rate p). With 1 everything is kept and nothing is drawn.
-        generator: draws on its device, one number for each entry in order, so that a seed drops
-            the same entries wherever `delta` is.
+        density: :math:`1 - p` in (0, 1], the probability of keeping an entry; with 1 nothing is
+            drawn.
+        generator: draws on its own device, one number for each entry in order.
 
     Returns:
         a new tensor in float32 (float64 for float64), expectation `delta`. NaN and infinity come

@@ -36,13 +36,10 @@ def patterns(values: Tensor) -> Tensor:
 
 
 def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtype) -> Cut:
-    """Return the cut that keeps the `keep` entries of largest magnitude.
+    """Return the cut that keeps the `keep` (at least 1) entries of largest magnitude.
 
-    Args:
-        pieces: gives the tensor, piece by piece and in the same order, each time it is called.
-        keep: how many to keep, from 1 to the number of entries; entries of equal magnitude are
-            kept in order.
-        dtype: float32 or float64, that of the pieces. No NaN.
+    `pieces` gives the tensor (`dtype` float32 or float64, no NaN), piece by piece and in the same
+    order, each time it is called. Entries of equal magnitude are kept in order.
     """
     search = CutSearch(keep, dtype)
     while not search.done:
@@ -54,11 +51,7 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
 
 
 class CutSearch:
-    """Incremental `cut_for` for data that is costly to re-read.
-
-    Each pass counts all pieces (`count`, perhaps elsewhere, and `take`) and ends with `advance`,
-    until `done`.
-    """
+    """Incremental `cut_for`: each pass counts all pieces and ends with `advance`, until `done`."""
 
     bins = 1 << _DIGIT  # counters of a pass
 
@@ -69,7 +62,6 @@ class CutSearch:
 
     @property
     def done(self) -> bool:
-        """Whether `cut` is known."""
         return self.shift < 0
 
     @property
@@ -78,7 +70,7 @@ class CutSearch:
         return Cut(self._prefix, self._wanted)
 
     def among(self, pieces: Iterable[Tensor]) -> Cut:
-        """Return the cut in one pass, which gathers what shares the digits that are known."""
+        """Return the cut in one pass, which gathers what shares the known digits."""
         known = self.shift + _DIGIT
         keys = map(patterns, pieces)
         inside = torch.cat([found[(found >> known) == self._prefix] for found in keys])
@@ -101,7 +93,6 @@ class CutSearch:
 
     @property
     def taken(self) -> Tensor:
-        """The sum of what this pass has been given so far."""
         return torch.zeros(self.bins, dtype=torch.int64) if self._counts is None else self._counts
 
     def advance(self) -> int:
@@ -148,13 +139,9 @@ class _SignedSearch(CutSearch):
 def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: int) -> float:
     """Return the number at index `rank` (from 0) of the sorted numbers.
 
-    Args:
-        pieces: gives the same float64 pieces, of any shapes, each time it is called. -0.0 counts
-            as 0.0; NaN sorts to an end.
-        rank: from 0 to ``count - 1``.
-        count: how many numbers there are in all pieces.
-
-    Reads the pieces once if they are few, mostly two or three times otherwise, five at most.
+    `pieces` gives the same float64 pieces, of any shapes and `count` numbers in all, each time it
+    is called: once if they are few, mostly two or three times otherwise, five at most. -0.0 counts
+    as 0.0; NaN sorts to an end.
 
     Raises:
         ValueError: `rank` is out of range.
@@ -173,7 +160,7 @@ def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: in
 
 
 def _ordered(piece: Tensor) -> Tensor:
-    """Signed integers that are ordered as the numbers are."""
+    """Return signed integers that are ordered as the numbers are."""
     bits = piece.reshape(-1).view(torch.int64)
     return bits ^ ((bits >> 63) & torch.iinfo(torch.int64).max)
 

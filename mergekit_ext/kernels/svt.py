@@ -20,8 +20,7 @@ from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul
 # error is below half of it for each of them.
 RESOLUTION = {torch.float32: 1e-5, torch.float64: 1e-10}
 FLOAT32_NOISE = 1e-5
-# Squarings that single out the largest singular value: only those within about 1e-6 of it remain
-# mixed in, which moves a Rayleigh quotient by less than that.
+# Squarings after which only singular values within about 1e-6 of the largest remain mixed in.
 SQUARINGS = 20
 # Squarings for a bound that is too large by at most ``a^(1/32)`` (1.3 for a = 4096).
 BOUND_SQUARINGS = 3
@@ -77,17 +76,12 @@ class Eigen:
     the short side. Squaring costs precision: an eigenvalue is off by about ``eps sigma_1^2``, a
     singular value by ``eps sigma_1^2 / (2 sigma)``; see `gram_dtype`.
 
-    Attributes:
-        matrix: ``(a, b)``, ``a <= b``, not empty.
-        sigma: (a,), float64, ascending.
-        vectors: (a, a), in the dtype of the matrix.
-        floor: below it a singular value may as well be zero.
     """
 
-    matrix: Tensor
-    sigma: Tensor
-    vectors: Tensor
-    floor: float
+    matrix: Tensor  # (a, b), a <= b, not empty
+    sigma: Tensor  # (a,), float64, ascending
+    vectors: Tensor  # (a, a), in the dtype of the matrix
+    floor: float  # below it a singular value may as well be zero
 
     @classmethod
     def of(cls, matrix: Tensor, dtype: torch.dtype) -> Eigen:
@@ -101,7 +95,7 @@ class Eigen:
         return cls(matrix, sigma, vectors.to(matrix.dtype), floor)
 
     def threshold(self, mu: float) -> Shrunk:
-        """Singular value thresholding: ``SVT(X; mu) = U diag((sigma - mu)^+) V^T``.
+        """Return the singular value thresholding ``SVT(X; mu) = U diag((sigma - mu)^+) V^T``.
 
         Cai, Candes, Shen (2010), used by LoRE-Merging section 3.2. It is the proximal map
         ``argmin_D 1/2 ||D - X||_F^2 + mu ||D||_*``; ``mu >= 0``, and 0 returns the matrix.
@@ -117,13 +111,13 @@ class Eigen:
         return Shrunk(self._apply(1.0 - ratio, rank), rank, nuclear)
 
     def truncate(self, rank: int) -> Shrunk:
-        """Best approximation of rank at most `rank` (Eckart and Young, 1936)."""
+        """Return the best approximation of rank at most `rank` (Eckart and Young, 1936)."""
         rank = min(rank, int((self.sigma > self.floor).sum()))
         nuclear = float(self.sigma[len(self.sigma) - rank :].sum())
         return Shrunk(self._apply(torch.ones_like(self.sigma), rank), rank, nuclear)
 
     def _apply(self, factor: Tensor, rank: int) -> Tensor:
-        """``U diag(c) U^T X`` with c = `factor` on the top `rank` triplets and 0 on the rest."""
+        """Return ``U diag(c) U^T X``: c is `factor` on the top `rank` triplets, 0 on the rest."""
         size = len(self.sigma)
         if rank == 0:
             return torch.zeros_like(self.matrix)
@@ -163,7 +157,7 @@ class MatmulShrinker:
 
     @property
     def noise(self) -> float:
-        """Error of `shrink` over the norm of its argument (measured: up to 1.1e-5 in float32)."""
+        """The error of `shrink` over the norm of its argument (measured: up to 1.1e-5)."""
         return 0.0 if self._precise else FLOAT32_NOISE
 
     def start(self, x: Tensor) -> float:
@@ -177,7 +171,6 @@ class MatmulShrinker:
         return self.shrink(x)
 
     def shrink(self, x: Tensor) -> Shrunk:
-        """Shrink `x`, whatever came before."""
         if not self._rule.mu:
             return self._rule.apply(Eigen.of(x, torch.float64))
         with full_precision():

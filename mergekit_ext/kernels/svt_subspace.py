@@ -1,9 +1,8 @@
 """Thresholding of a slowly moving matrix: the subspace above mu is kept from call to call.
 
 Thresholding needs the left subspace of the singular values above mu, and last time's is a good
-start: a Chebyshev polynomial of ``X X^T`` that damps everything below the subspace (degree 1 to 4,
-as the gap needs), then the Rayleigh-Ritz problem in the small space. Thin products instead of an
-eigendecomposition of the short side.
+start: a Chebyshev polynomial of ``X X^T`` that damps everything below the subspace (degree 1 to 4),
+then the Rayleigh-Ritz problem in the small space.
 
 What this can miss is a direction that has grown above mu outside the space. Three things prevent
 it: guard vectors must stay below mu (otherwise the space is rebuilt from an eigendecomposition);
@@ -51,9 +50,9 @@ ROUNDING = 16.0
 class WarmShrinker:
     """Shrinks ``(a, b)`` matrices with ``a <= b``, each one near the one before.
 
-    Holds between calls: the basis, about half an ``(a, a)`` matrix at most; between
-    `start` and `first` the whole eigenvector matrix. Scratch: two tensors, four with float64 Gram
-    matrices of float32 data. Ranks (not thresholds) are cut with an eigendecomposition each time.
+    Holds the basis, about half an ``(a, a)`` matrix at most, between calls. Scratch: two tensors,
+    four with float64 Gram matrices of float32 data. Ranks (not thresholds) are cut with an
+    eigendecomposition each time.
     """
 
     noise = 0.0  # see MatmulShrinker: here errors sink with the steps, no more is needed
@@ -183,7 +182,7 @@ def orthonormal(y: Tensor) -> Tensor:
 
 
 def _pays(rows: int, columns: int, size: int) -> bool:
-    """Whether a step with `size` vectors takes fewer operations than an eigendecomposition.
+    """Return whether a step with `size` vectors takes fewer operations than `Eigen`.
 
     Counted: two filter steps, the small problem and the result, against the Gram matrix, its
     eigenvectors and the result.

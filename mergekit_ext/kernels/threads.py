@@ -1,9 +1,8 @@
 """Work on pieces of tensors in threads of our own, alike whatever their number.
 
 torch splits every operation over its threads and waits for all of them, which costs more than a
-small operation does, and a hundred times more when another process has one of the cores. Pieces
-that fit a core's cache are better done whole by one thread each: torch releases the interpreter's
-lock while it computes.
+small operation does. Pieces that fit a core's cache are better done whole by one thread each:
+torch releases the interpreter's lock while it computes.
 """
 
 from __future__ import annotations
@@ -27,10 +26,7 @@ _Result = TypeVar("_Result")
 def in_threads(
     work: Callable[[_Piece], _Result], pieces: Iterable[_Piece], device: torch.device
 ) -> list[_Result]:
-    """Return ``[work(piece) for piece in pieces]``.
-
-    On a CPU by as many threads as torch uses; a GPU is fed by one, and has its own parallelism.
-    """
+    """Return ``[work(piece) for piece in pieces]``, on a CPU by as many threads as torch uses."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         # A pool of one would cost more than it does for small pieces.
         with torch.no_grad():
@@ -41,11 +37,7 @@ def in_threads(
 def in_turn(
     work: Callable[[_Piece], _Result], pieces: Iterable[_Piece], device: torch.device
 ) -> Iterator[_Result]:
-    """Return an iterator over what `in_threads` returns.
-
-    All pieces may be done before the first result is taken. An exception of one piece is raised
-    in its turn, and those that have not begun are left.
-    """
+    """Return an iterator over what `in_threads` returns; the work may be ahead of it."""
     # A worker that waited for its own pool would wait for ever.
     if device.type != "cpu" or getattr(_local, "worker", False):
         return map(work, pieces)
@@ -72,8 +64,7 @@ def by_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 def scratch(count: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialised ``(count, length)`` memory, this thread's own until its next call.
 
-    Fresh memory for every piece costs more than the sums: the allocator gives it back to the
-    system, and every page of it has to be faulted in again.
+    Fresh memory for every piece, whose pages are faulted in again, costs more than the sums.
     """
     kept: dict[tuple[torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("kept", {})
     key, size = (dtype, device), count * length

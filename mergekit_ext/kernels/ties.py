@@ -23,19 +23,12 @@ RESCALE_FROM = 1e-7
 
 @dataclass(frozen=True)
 class TiesOptions:
-    """mergekit's shared parameters of ``ties`` and ``task_arithmetic``.
+    """mergekit's shared parameters of ``ties`` and ``task_arithmetic``."""
 
-    Attributes:
-        elect: elect a sign for each entry and keep what agrees (TIES); otherwise keep all.
-        normalize: divide by the sum of the weights that were kept.
-        rescale: scale a trimmed task vector to the sum of magnitudes that it had.
-        factor: applied to the merged task vector.
-    """
-
-    elect: bool = True
-    normalize: bool = True
-    rescale: bool = False
-    factor: float = 1.0
+    elect: bool = True  # a sign for each entry, of which what agrees is kept
+    normalize: bool = True  # divide by the sum of the weights that were kept
+    rescale: bool = False  # scale a trimmed task vector to the sum of magnitudes that it had
+    factor: float = 1.0  # of the merged task vector
 
 
 def merge_ties(
@@ -57,13 +50,11 @@ def merge_ties(
         tensors: the shape and device of `base`; finite.
         weights: one for each tensor.
         densities: for each tensor the share of entries that trimming keeps; at least one entry
-            when positive, all from 1 on, none at 0 or below. Or a cut that was found elsewhere,
-            as over a whole model.
+            when positive, all from 1 on, none at 0 or below. Or a cut that was found elsewhere.
         options: see `TiesOptions`.
         out_dtype: dtype of the result; by default that of `base`.
 
-    Arithmetic is float32 (float64 if an input is), cast once. Scratch: a few cache-sized chunks;
-    each input is read once for `density` 1, three times below (five in float64).
+    Arithmetic is float32 (float64 if an input is), cast once. Scratch: a few cache-sized chunks.
     """
     dtype = compute_dtype([base, *tensors])
     out = torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
@@ -83,7 +74,7 @@ def merge_ties(
 
 
 def cut_of(delta: Tensor, density: float) -> Cut:
-    """Return the cut that trims a flat task vector (float32 or float64) to a `density` above 0."""
+    """Return the cut that trims a flat float32 or float64 vector to a `density` above 0."""
     if density >= 1 or not delta.numel():
         return EVERYTHING
     return cut_for(lambda: (delta,), kept(density, delta.numel()), delta.dtype)
@@ -123,7 +114,7 @@ class _Source:
         return (self._delta(part) for part in chunks(self._flat))
 
     def trimmed(self, part: slice) -> Tensor:
-        """The trimmed task vector on `part`; parts must come in order."""
+        """Return the trimmed task vector on `part`; parts must come in order."""
         if self._zero:
             return torch.zeros_like(self._flat[part], dtype=self._dtype)
         piece = self._keeper.drop(self._delta(part))

@@ -44,20 +44,17 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
     singular vectors, which the code lets take part. Here triplets with a singular value below
     `RESOLUTION` of the task vector's largest are left out, and so are singular vectors of U and V
     below `RESOLUTION` of theirs: the polar factor is then the partial isometry, which is unique.
-    Hence m identical task vectors give their best approximation of rank k; the code adds arbitrary
-    directions of the same length. The paper's algorithm does not say what k is for m > r, where
-    the code's is 0; here 1.
+    Hence m identical task vectors give their best approximation of rank k. The paper's algorithm
+    does not say what k is for m > r, where the code's is 0; here 1.
 
     Args:
         deltas: one task vector per model, of one shape; finite. Half precision is upcast.
         layout: see `matrices_of`; each matrix is merged by itself.
-        count: k, at least 1, where the matrices are coordinates in a smaller space; by default
-            the k above.
+        count: k where the matrices are coordinates in a smaller space; by default the k above.
 
     Returns:
         the shape of the inputs, float32 (float64 if one of them is). Tensors of one or no axis
-        are averaged, as in the code; matrices are not divided by m, so that a task vector that
-        disturbs no other keeps its size. Decompositions are float64: of Gram matrices where that
+        are averaged, as in the code. Decompositions are float64: of Gram matrices where that
         loses nothing for float32 data, full singular value decompositions otherwise.
 
     Raises:
@@ -106,7 +103,7 @@ def _leading(matrix: Tensor, count: int, dtype: torch.dtype) -> _Triplets:
 
 
 def _by_gram(matrix: Tensor, count: int) -> _Triplets | None:
-    """The `count` leading triplets from the smaller Gram matrix; None if that is not safe."""
+    """Return the leading triplets from the smaller Gram matrix; None if that is not safe."""
     wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix if wide else matrix.T
     values, vectors = torch.linalg.eigh(short @ short.T)
@@ -119,7 +116,7 @@ def _by_gram(matrix: Tensor, count: int) -> _Triplets | None:
 
 
 def _polar(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """The polar factor of `columns`; without the directions that are numerically zero."""
+    """Return the polar factor of `columns` without directions that are numerically zero."""
     if dtype == torch.float32 and columns.shape[1] <= columns.shape[0]:
         values, vectors = torch.linalg.eigh(columns.T @ columns)
         if float(values[0]) > _GRAM_RANGE**2 * float(values[-1]):

@@ -33,12 +33,10 @@ BOUNDED_LAMBDA = replace(LAMBDA, kind=Factor)
 
 
 def normalize(default: bool) -> Parameter:
-    """Return `normalize` with the default that a method has in mergekit."""
     return Parameter("normalize", Switch, default, "divide by the sum of the weights")
 
 
 def normalized(options: Mapping[str, Any]) -> bool:
-    """Return the value of `normalize`."""
     return bool(options["normalize"])
 
 
@@ -112,8 +110,7 @@ MEAN_TASK_ARITHMETIC = replace(
     parameters=(Parameter("lambda", Factor, 1.5, "scales the mean task vector"),),
     linear=_lambda_of_mean,
 )
-# The baseline of FlexMerge, section 4.2: Zhang et al. cluster the channels of a layer; here, as
-# in FlexMerge's comparison, whole blocks. `target_size` is the number of clusters.
+# The baseline of FlexMerge, section 4.2: Zhang et al. cluster channels; here whole blocks.
 CHANNEL_MERGING = replace(
     MEAN_TASK_ARITHMETIC,
     name="channel_merging",

@@ -79,9 +79,8 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     estimated`: algorithm 1 on the :math:`t_i`, whose common part :math:`\theta_0` is estimated
     and kept.
 
-    A vector is a 1 x n matrix: its one singular value is its length, so that the whole vector is
-    shrunk, ``max(0, 1 - mu/||d||) d``, or dropped (group shrinkage). `rank_ratio` counts singular
-    values of the change itself, also when the tensors are its coordinates in a smaller space.
+    A vector is a 1 x n matrix, which is shrunk as a whole, ``max(0, 1 - mu/||d||) d``. `rank_ratio`
+    counts singular values of the change itself, not of its coordinates in a smaller space.
     """
     shape, weights = tensors[0].shape, call.weights
     matrices = [tensor.reshape(math.prod(shape[:-1]), shape[-1]) for tensor in tensors]
@@ -156,7 +155,6 @@ def _forewarn(options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarni
 
 
 def _two_models(given: Sequence[str] = (), driver: str = MODELS) -> TwoModelsWarning:
-    """Return the warning that no parameter had an effect; `given` are the thresholds."""
     return TwoModelsWarning(
         "lore with two inputs of equal weight and no base returns their plain average, whatever "
         f"{' and '.join(given) or 'mu'} and lambda are: the two task vectors come out opposite "
@@ -166,7 +164,6 @@ def _two_models(given: Sequence[str] = (), driver: str = MODELS) -> TwoModelsWar
 
 
 def _cancels(options: Mapping[str, Any], weights: Sequence[float]) -> bool:
-    """Return whether the task vectors of these inputs cancel when there is no base."""
     if len(weights) != 2 or options.get("update") != "simultaneous":
         return False
     return abs(weights[0] - weights[1]) <= _SAME_WEIGHT * max(map(abs, weights))

@@ -32,7 +32,6 @@ def emr(tensors: Sequence[Tensor], call: Call) -> Merged:
 
 
 def emr_rows(sources: Sequence[Pieces], call: Call) -> Iterator[Tensor]:
-    """Yield the merged rows, some at a time."""
     for pieces in zip(*(source() for source in sources), strict=True):
         weighted = [piece.mul_(w) for piece, w in zip(pieces, call.weights, strict=True)]
         yield emr(weighted, call).tensor
@@ -41,13 +40,11 @@ def emr_rows(sources: Sequence[Pieces], call: Call) -> Iterator[Tensor]:
 def consensus_over_base(
     base: Tensor | None, models: Sequence[Tensor], call: Call, dtype: torch.dtype
 ) -> Merged:
-    """Merge stored tensors by TIES with lambda 1."""
     assert base is not None
     return Merged(merge_ties(base, models, call.weights, call.kept, TiesOptions(), dtype))
 
 
 def consensus(tensors: Sequence[Tensor], call: Call) -> Merged:
-    """Return the unified task vector."""
     return consensus_over_base(torch.zeros_like(tensors[0]), tensors, call, tensors[0].dtype)
 
 

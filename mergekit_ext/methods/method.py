@@ -30,36 +30,22 @@ Pieces = Callable[[], Iterator["Tensor"]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a check knows of the inputs.
+    """What a check knows of the inputs."""
 
-    Attributes:
-        count: how many there are besides the base.
-        based: whether there is a base model.
-        driver: whose users' words messages use.
-        where: the path of the shared parameters in the user's file.
-        weights: those of one tensor, None while they are not known.
-    """
-
-    count: int
-    based: bool = True
-    driver: str = MODELS
-    where: str = "parameters"
-    weights: Sequence[float] | None = None
+    count: int  # besides the base
+    based: bool = True  # whether there is a base model
+    driver: str = MODELS  # whose users' words messages use
+    where: str = "parameters"  # the path of the shared parameters in the user's file
+    weights: Sequence[float] | None = None  # of one tensor, where they are known
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of a method's parameters for one tensor, block or module.
+    """The values of a method's parameters for one tensor, block or module."""
 
-    Attributes:
-        weights: one for each input (NAN's coefficients multiplied in).
-        options: the shared parameters, complete.
-        each: the per-model parameters other than weight, complete, for each input.
-    """
-
-    weights: Sequence[float]
-    options: Mapping[str, Any]
-    each: Sequence[Mapping[str, Any]]
+    weights: Sequence[float]  # NAN's coefficients multiplied in
+    options: Mapping[str, Any]  # the shared parameters, complete
+    each: Sequence[Mapping[str, Any]]  # the per-model parameters besides weight, of each input
 
     def call(self, **known: Any) -> Call:
         """Return what the method's function needs; `known` are the other fields of `Call`."""
@@ -68,21 +54,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Call(Settings):
-    """What a method's function may know beyond the tensors.
+    """What a method's function may know beyond the tensors."""
 
-    Attributes:
-        layout: see `kernels.linear_algebra.matrices_of`.
-        short_side: the shorter side of the change itself, where the tensors are its coordinates
-            in a smaller space.
-        generators: one for each tensor, on the CPU, for methods that draw random numbers.
-        kept: what trimming keeps of each input: a density, or a cut of its whole model.
-        on_iteration: called by an iterative method with iteration, objective and change.
-    """
-
-    layout: str = "matrix"
+    layout: str = "matrix"  # see `kernels.linear_algebra.matrices_of`
+    # Of the change itself, where the tensors are its coordinates in a smaller space.
     short_side: int | None = None
-    generators: Sequence[torch.Generator] = ()
-    kept: Sequence[float | Cut] = ()
+    generators: Sequence[torch.Generator] = ()  # for each tensor, on the CPU
+    kept: Sequence[float | Cut] = ()  # of each input: a density, or a cut of its whole model
+    # Called by an iterative method with iteration, objective and change.
     on_iteration: Callable[[int, float, float], None] | None = None
 
 
@@ -171,7 +150,7 @@ class Method:
     nan: bool = False
 
     def for_driver(self, driver: str) -> tuple[Parameter, ...]:
-        """Return all parameters that a driver's users can give, `WEIGHT` among them."""
+        """Return all parameters that a driver's users can give."""
         found = {p.name: p for p in (*self.parameters, WEIGHT)}
         found |= self.variants.get(driver, {})  # type: ignore[arg-type]
         return tuple(p for p in found.values() if p is not None)
@@ -183,12 +162,10 @@ class Method:
         return self.merge(changes, call)
 
     def without_mean(self, settings: Settings) -> bool:
-        """Return whether these weights sum to 0 where they are divided by.
-
-        Weights that NAN's coefficients multiply are known to do so only when all are 0.
-        """
+        """Return whether these weights sum to 0 where they are divided by."""
         if not self.divides(settings.options):
             return False
+        # NAN's coefficients are not known yet.
         return not any(settings.weights) if self.nan else cancelling(settings.weights)
 
 
@@ -227,21 +204,15 @@ _CANCELLED = 1e-12
 
 
 def cancelling(weights: Sequence[float]) -> bool:
-    """Return whether weights sum to 0 but for rounding, so that nothing is divided by the sum."""
+    """Return whether weights sum to 0 but for rounding."""
     return abs(math.fsum(weights)) <= _CANCELLED * math.fsum(map(abs, weights))
 
 
 def divided_by(weights: Sequence[float], instead: str = "") -> float:
-    """Return the sum of the weights, by which a sum is divided.
+    """Return the sum of the weights, or raise `MergeError`, which names the option `instead`.
 
     Checks refuse weights that sum to 0 before work. Those of a group of FlexMerge's, or with
     NAN's coefficients, are known only here.
-
-    Args:
-        instead: the option that leaves the sum undivided, for the message.
-
-    Raises:
-        MergeError: it is 0.
     """
     if cancelling(weights):
         remedy = f"Use `{instead}`, or change `weight`." if instead else "Change `weight`."
@@ -252,9 +223,8 @@ def divided_by(weights: Sequence[float], instead: str = "") -> float:
 def layout_of(name: str, axes: int) -> str:
     """Return how kernels see a tensor: as a matrix, stacked matrices, or flattened.
 
-    Four axes and more are convolutions, (out, in, height, width). Three axes are matrices stacked
-    along the first (experts, or a batch axis of one), unless the name says convolution: shapes
-    alone do not distinguish a one-dimensional convolution from experts.
+    Four axes and more are convolutions, and three are stacked experts unless the name says
+    convolution: shapes alone do not distinguish a one-dimensional one.
     """
     if axes <= 2:
         return "matrix"

@@ -42,7 +42,6 @@ SCALE = Parameter(
 
 
 def granularity(*names: str) -> Parameter:
-    """Return what shares one set of coefficients: one of `names`, by default the first."""
     return Parameter("granularity", choice(*names), names[0], "what shares one set of coefficients")
 
 
@@ -52,16 +51,9 @@ _OF_ADAPTERS = (SCALE, granularity("tensor", "model"))
 def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
     r"""Return :math:`a_i = \frac{1/\|W_i\|_F}{\sum_j 1/\|W_j\|_F}` (equation 10).
 
-    Args:
-        norms: Frobenius norms of the m models' task vectors or weights; each finite, at least 0.
-
-    Returns:
-        m coefficients that are at least 0 and sum to 1. They depend on the ratios of the norms
-        only.
-
-    The paper does not say what a zero norm means. A task vector that is zero carries no
-    information: its coefficient is 0 and the others are normalised among themselves. If all are
-    zero, all coefficients are 0, and the caller returns the base.
+    The norms are Frobenius norms of the m models' task vectors or weights. A task vector that is
+    zero carries no information (the paper does not say): its coefficient is 0 and the others are
+    normalised among themselves. If all are zero, so are all coefficients.
 
     Raises:
         ValueError: a norm is negative, NaN or infinite.
@@ -82,8 +74,7 @@ def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
 def default_scale(models: int, has_base: bool) -> float:
     """Return the global factor when the user gives none: max(1, m/2) over a base, else 1.
 
-    The paper's factor is m/2, "when merging a large number of models"; below two models it would
-    shrink the only task vector. Raw weights times m/2 are not a model.
+    The paper's factor m/2, "when merging a large number of models", would shrink one task vector.
     """
     return max(1.0, models / 2) if has_base else 1.0
 
@@ -99,12 +90,9 @@ def uniform(coefficients: Sequence[float], tolerance: float = 1e-2) -> bool:
 def uniform_warning(
     method: str, measured: Sequence[tuple[int, Sequence[float]]], what: str, why: str
 ) -> UniformCoefficientsWarning | None:
-    """Return a warning of coefficients that came out equal nearly everywhere.
+    """Return a warning of coefficients that came out equal nearly everywhere, and `why`.
 
-    Args:
-        measured: for each tensor its size, and the models' coefficients.
-        what: the sizes are counted in.
-        why: they came out so, and what helps.
+    `measured` has for each tensor its size, counted in `what`, and the models' coefficients.
     """
     size = sum(size for size, _ in measured)
     even = sum(size for size, coefficients in measured if uniform(coefficients))
@@ -119,11 +107,7 @@ def uniform_warning(
 def combine_norms(
     measured: Iterable[tuple[_Group, Mapping[_Model, float]]],
 ) -> dict[_Group, dict[_Model, float]]:
-    """Return norms of whole groups: the roots of the sums of squares of their tensors' norms.
-
-    Args:
-        measured: for each tensor the key of its group, and the norm of each model.
-    """
+    """Return norms of whole groups from the group of each tensor and its norm in each model."""
     norms: dict[_Group, dict[_Model, list[float]]] = defaultdict(lambda: defaultdict(list))
     for key, values in measured:
         for model, norm in values.items():

@@ -96,32 +96,24 @@ Sparsified = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Change:
-    """One change that is sparsified.
-
-    Attributes:
-        source: gives its pieces, as often as they are looked at.
-        generator: of random numbers.
-        own: the per-model parameters of its adapter.
-        rescale: whether to make up for what is dropped.
-    """
+    """One change that is sparsified."""
 
     source: Pieces
     generator: torch.Generator
-    own: Mapping[str, Any]
-    rescale: bool
+    own: Mapping[str, Any]  # the per-model parameters of its adapter
+    rescale: bool  # whether to make up for what is dropped
 
     @cached_property
     def size(self) -> int:
         return sum(piece.numel() for piece in self.source())
 
     def cut(self, keep: int) -> Cut:
-        """Return where the `keep` largest magnitudes end; of equal ones the first are kept."""
         if not 0 < keep < self.size:
             return EVERYTHING
         return cut_for(lambda: (p.reshape(-1) for p in self.source()), keep, torch.float64)
 
     def rescaled(self, make: Callable[[], Sparsified]) -> Sparsified:
-        """With `rescale`, what is kept is scaled to the sum of magnitudes that there was."""
+        """Return `make()`, with `rescale` scaled to the sum of magnitudes that there was."""
         if not self.rescale:
             return make()
         before, after, sparsified = 0.0, 0.0, make()
@@ -145,7 +137,7 @@ def _magnitude(change: _Change) -> Sparsified:
 
 
 def _magnitude_outliers(change: _Change) -> Sparsified:
-    """Drops the largest entries too; fewer of them where the density would not be reached."""
+    # Drops the largest entries too; fewer of them where the density would not be reached.
     wanted = int(change.own["density"] * change.size)
     largest = min(int(change.own["gamma"] * change.size), change.size - wanted)
     if not wanted:
@@ -167,7 +159,7 @@ def _random(change: _Change) -> Sparsified:
 
 
 def _by_rank(change: _Change) -> Sparsified:
-    """Keeps entry j with probability ``p_j``, which grows with its rank within its row."""
+    # Keeps an entry with a probability that grows with its rank within its row.
     density, epsilon, generator = change.own["density"], change.own["epsilon"], change.generator
 
     def sparsified(piece: Tensor) -> Tensor:
@@ -186,7 +178,6 @@ def _by_rank(change: _Change) -> Sparsified:
 
 
 def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong with an `epsilon`: probabilities of keeping an entry are in (0, 1)."""
     density, epsilon = own["density"], own["epsilon"]
     if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
         yield Problem(
@@ -218,8 +209,6 @@ def _options(call: Call, elect: bool, rescale: bool = False) -> TiesOptions:
 
 
 def _sum(elect: bool) -> Callable[[Sequence[Tensor], Call], Tensor]:
-    """Return the function that adds up sparsified changes."""
-
     def add(deltas: Sequence[Tensor], call: Call) -> Tensor:
         start, everything = torch.zeros_like(deltas[0]), [1.0] * len(deltas)
         return merge_ties(start, deltas, call.weights, everything, _options(call, elect))
@@ -249,11 +238,8 @@ def _rows(
 ) -> Rows:
     """Return the function that merges rows of all changes, some at a time.
 
-    Args:
-        sparsifier: applied to each change whose density is below 1.
-        add: merges sparsified rows.
-        rescale: whether to make up for what is dropped; None where an option says it.
-        sums: whether, with `normalize`, the weights of all changes are divided by.
+    `rescale` is None where an option says it. If `sums`, the weights of all changes are divided by
+    with `normalize`.
     """
 
     def merge(sources: Sequence[Pieces], call: Call) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.kernels import similarity
+from mergekit_ext.kernels import numerics
 from mergekit_ext.kernels.similarity import Gram, cosines
 from tests.reference import grouping as reference
 
@@ -14,8 +14,8 @@ SHAPES = [(5, 7), (), (1,), (0, 3), (2, 3, 4), (101,)]
 
 @pytest.fixture(params=[1 << 19, 40, 1], ids=["one chunk", "many chunks", "an entry a chunk"])
 def buffer(request, monkeypatch):
-    monkeypatch.setattr(similarity, "_CPU_BUFFER", request.param)
-    monkeypatch.setattr(similarity, "_ACCELERATOR_BUFFER", request.param)
+    monkeypatch.setattr(numerics, "_CPU_CHUNK", request.param)
+    monkeypatch.setattr(numerics, "_ACCELERATOR_CHUNK", request.param)
 
 
 def models(count, dtype=torch.float32, scale=1.0, seed=0):
