@@ -1,6 +1,6 @@
 """Merge the groups of blocks: for files, or in memory at one size after the other.
 
-What is made is what `storage.stored` lists, in its order. NaN and infinity stop a merge.
+What is made is what `storage.stored` lists, in its order.
 """
 
 from __future__ import annotations
@@ -72,13 +72,8 @@ def block_tensors(
 ) -> Iterator[tuple[Place, str, Tensor]]:
     """Yield what is stored of some groups of a block: its place, its name, and the tensor.
 
-    Args:
-        reader: reads the block; its memory, which the base's tensors lie in, is used again.
-        block: the block.
-        groups: of its groups those that are wanted.
-        merging: how.
-        own: returns a tensor, or its bytes, as a task's model stores it.
-        rescale: receives the rescaler of each task whose group is masked.
+    The base's tensors lie in the reader's memory. `own` returns a tensor, or its bytes, as a task's
+    model stores it; `rescale` receives the rescaler of each task whose group is masked.
 
     Raises:
         MergeError: a merged or reconstructed tensor is not finite in its dtype.
@@ -169,12 +164,21 @@ class Walk:
     def go(self, plan: Plan) -> int:
         """Change to the groups of `plan`; return how many blocks had to be touched."""
         changed = 0
-        for index, groups in enumerate(plan.groups):
+        for index, block in enumerate(self._reader.layout.blocks):
             # Without similarities, which do not change what is stored.
-            wanted = [StoredGroup(group.tasks, group.kind) for group in groups]
-            if set(wanted) != set(self._groups[index]):
-                changed += 1
-                self._change(index, wanted)
+            wanted = [StoredGroup(group.tasks, group.kind) for group in plan.groups[index]]
+            before, held = self._groups[index], self._tensors[index]
+            if set(wanted) == set(before):
+                continue
+            changed += 1
+            new = [group for group in wanted if group not in before]
+            for place, name, tensor in block_tensors(
+                self._reader, block, new, self._merging, self._reader.tensor, self._rescale[index]
+            ):
+                held[place, name] = tensor.clone() if place.kind == BASE else tensor
+            needed = {(place, name) for place, name, _ in stored(block.name, block.shapes, wanted)}
+            self._tensors[index] = {key: held[key] for key in needed}
+            self._groups[index] = wanted
         return changed
 
     def tensors(self, task: int) -> dict[str, Tensor]:
@@ -182,29 +186,14 @@ class Walk:
 
         On the CPU. Not to be written to: other tasks and later sizes have the same tensors.
         """
-        found = dict(self._private[task])
-        for index in range(len(self._groups)):
-            found.update(self._of_block(index, task))
-        return found
-
-    def _of_block(self, index: int, task: int) -> Iterator[tuple[str, Tensor]]:
-        block, held = self._reader.layout.blocks[index], self._tensors[index]
-        group = next(group for group in self._groups[index] if task in group.tasks)
-        where = sources(block.name, block.shapes, group, task, self._rescale[index])
-        for name, source in where:
-            if isinstance(source, Place):
-                yield name, held[source, name]
-            else:
-                yield name, source.reconstructed(name, lambda *key: held[key])
-
-    def _change(self, index: int, wanted: list[StoredGroup]) -> None:
-        reader, before, held = self._reader, self._groups[index], self._tensors[index]
-        block = reader.layout.blocks[index]
-        new = [group for group in wanted if group not in before]
-        for place, name, tensor in block_tensors(
-            reader, block, new, self._merging, reader.tensor, self._rescale[index]
-        ):
-            held[place, name] = tensor.clone() if place.kind == BASE else tensor
-        needed = {(place, name) for place, name, _ in stored(block.name, block.shapes, wanted)}
-        self._tensors[index] = {key: held[key] for key in needed}
-        self._groups[index] = wanted
+        made = dict(self._private[task])
+        for index, block in enumerate(self._reader.layout.blocks):
+            held = self._tensors[index]
+            group = next(group for group in self._groups[index] if task in group.tasks)
+            where = sources(block.name, block.shapes, group, task, self._rescale[index])
+            for name, source in where:
+                if isinstance(source, Place):
+                    made[name] = held[source, name]
+                else:
+                    made[name] = source.reconstructed(name, lambda *key, held=held: held[key])
+        return made

@@ -108,11 +108,7 @@ def build_module(
 ) -> Any:
     """Return a transformers module in evaluation mode, of `tensors` themselves where it can.
 
-    Args:
-        folder: where its ``config.json`` is.
-        tensors: every tensor of the model under its stored name.
-        dtype: that of the parameters; by default as ``from_pretrained`` decides.
-        trust_remote_code: see `load`.
+    `folder` has the ``config.json``; `tensors` are all of the model, by stored names. See `load`.
 
     Raises:
         CheckpointError: the tensors are not those of the model's class.

@@ -23,12 +23,9 @@ _READ_AHEAD = 128 << 10
 
 
 class Source(ABC):
-    """The stored tensors of one model.
+    """The stored tensors of one model; a header's own name is that of its tensor in the file.
 
-    Attributes:
-        name: for messages.
-        tensors: what is stored; a header may have another name, that of the same tensor there.
-        files: where, so that a change can be noticed.
+    `files` are where they lie, so that a change can be noticed.
     """
 
     def __init__(
@@ -46,7 +43,7 @@ class Source(ABC):
         out.view(torch.uint8).copy_(stored.view(torch.uint8))
 
     def expect(self, name: str) -> None:  # noqa: B027
-        """Prepare for a `read` of a tensor that comes soon."""
+        """Prepare for a `read` that comes soon."""
 
 
 class FileSource(Source):
@@ -66,7 +63,6 @@ class FileSource(Source):
         return mapped
 
     def read(self, name: str, out: Tensor) -> None:
-        """Raise `OSError` if the file is gone, or shorter than it was."""
         header = self.tensors[name]
         if header.nbytes == 0:
             return
@@ -82,7 +78,6 @@ class FileSource(Source):
                 done += count
 
     def expect(self, name: str) -> None:
-        """Have the system read ahead, while what was read before is computed with."""
         header = self.tensors[name]
         if header.file is None or not hasattr(os, "posix_fadvise"):
             return
@@ -129,8 +124,8 @@ class BlockReader:
     """Reads blocks of a base and m models, on one device.
 
     A vector's dtype is the one that holds all its parts (float64 in every block if it is in one:
-    what trimming keeps of a model is one threshold). CPU memory is taken once for the largest
-    block: what was read before is gone with the next `read`.
+    what trimming keeps of a model is one threshold). What was read before is gone with the next
+    `read`, which uses its memory.
     """
 
     def __init__(self, layout: Layout, base: Source, models: Sequence[Source], device: str = "cpu"):
@@ -156,7 +151,7 @@ class BlockReader:
     def _expect(self, place: int, sources: Sequence[Source]) -> None:
         """Announce what will be read after `place`: as much as the largest block holds.
 
-        One block ahead would leave the disk idle before a small block.
+        Announcing one block would leave the disk idle before a small one.
         """
         if not self._last < place < self._expected:
             self._expected = place + 1
@@ -170,11 +165,7 @@ class BlockReader:
             self._expected += 1
 
     def read_stored(self, member: int, name: str) -> Tensor:
-        """Return one tensor of one model as it is stored: its bytes, on the CPU.
-
-        They stay until the call after the next, so that their digest can be computed while the
-        next are read.
-        """
+        """Return the bytes of one stored tensor, on the CPU, until the call after the next."""
         source = self._models[member]
         header = source.tensors[name]
         self._bytes.reverse()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,15 @@ _KIND = "piece"  # of the lines in the journal
 
 @dataclass
 class Piece:
-    """Tensors that are written and recorded together: those of a block, or a private one.
+    """Tensors that are written and recorded together: those of a block, or a private one."""
 
-    Attributes:
-        key: of its line in the journal.
-        bytes: what is read for it.
-        groups: the tasks and the kind of each group, as JSON has them.
-        entries, tensors: what is stored, in order; the tensors are made when they are asked for.
-        rescale: of the masked groups, known with the tensors.
-    """
-
-    key: str
-    bytes: int
-    groups: list[Any]
+    key: str  # of its line in the journal
+    bytes: int  # that are read for it
+    groups: list[Any]  # tasks and kind of each, as JSON has them
     entries: list[tuple[Place, TensorHeader]]
+    # As in `entries`, each made when it is asked for.
     tensors: Iterator[tuple[Place, str, Tensor]]
+    # Of masked groups, known with the tensors.
     rescale: Rescale = field(default_factory=dict)
 
 
@@ -65,20 +59,17 @@ def write_checkpoint(
 ) -> Manifest:
     """Write shards, task folders with their links and indexes, and the manifest.
 
-    The processes of a merge share out the blocks, and all call this.
+    The processes of a merge share out the blocks, and all call this. Nothing in `folder`, which
+    exists, counts before this function has returned.
 
     Args:
-        folder: exists; nothing of it counts before this function has returned. What an earlier
-            run with the same finished has finished there is not made again.
-        reader: reads the blocks of the base and the models.
-        plan: which tasks share what.
-        merging: how groups are merged.
+        folder, reader, plan, merging: where, from what, which tasks share what, and how.
         origin: `generator`, `method` and `base_model` of the manifest.
         models: what the manifest calls each task's model.
         shard_size: the largest size of a file in bytes; 0 for one file a set of tasks.
         merged: called after each block, in the process that did it.
-        finished: which blocks are finished. Their subject is what decides the bytes of a block,
-            but for its groups.
+        finished: what earlier runs in `folder` have written, which is not made again. Its subject
+            is what decides the bytes of a block, but for its groups.
 
     Raises:
         MergeError: a merged tensor is not finite in its dtype.
@@ -107,8 +98,8 @@ def write_checkpoint(
         rescale = {key: found for part in processes.gather(own) for key, found in part.items()}
 
     def completed() -> Manifest:
-        ordinary = _link(folder, layout, plan, shards.files)
-        manifest = _manifest(layout, plan, origin, models, ordinary, files, rescale)
+        manifest = _manifest(layout, plan, origin, models, files, rescale)
+        _link(folder, manifest, shards.files)
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 
@@ -162,7 +153,8 @@ class Shards:
         finished: Finished,
     ):
         self._folder, self._finished, self._open = folder, finished, PlannedFiles(folder)
-        self.files: dict[Place, list[PlannedFile]] = {}
+        self.files: dict[str, PlannedFile] = {}
+        self._places: dict[str, Place] = {}
         entries: dict[Place, list[TensorHeader]] = {}
         for place, entry in declared:
             entries.setdefault(place, []).append(entry)
@@ -171,22 +163,25 @@ class Shards:
             for part in split(own, limit):
                 numbers[place.kind] += 1
                 path = f"{SHARDS}/{place.kind}-{numbers[place.kind]:05d}.safetensors"
-                self.files.setdefault(place, []).append(PlannedFile(path, part))
-        self._all = [(place, file) for place, files in self.files.items() for file in files]
-        self._homes = {(place, e.name): file for place, file in self._all for e in file.entries}
+                self.files[path], self._places[path] = PlannedFile(path, part), place
+        self._homes = {
+            (self._places[path], entry.name): file
+            for path, file in self.files.items()
+            for entry in file.entries
+        }
         # SHA-256 of each file as long as its tensors come here in its order, and how many have.
-        self._digests = {file.path: (hashlib.sha256(file.header), 0) for _, file in self._all}
+        self._digests = {p: (hashlib.sha256(f.header), 0) for p, f in self.files.items()}
         self._behind = ThreadPoolExecutor(max_workers=1)
         self._last: Future[Any] = self._behind.submit(int)
 
     def create(self) -> None:
         """Leave nothing of an earlier run but its shards, and make all shards."""
         (self._folder / SHARDS).mkdir(exist_ok=True)
-        known = {self._folder / file.path for _, file in self._all}
+        known = {self._folder / path for path in self.files}
         for path in (*self._folder.iterdir(), *(self._folder / SHARDS).iterdir()):
             if path.name != SHARDS and path not in known:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._open.create(file for _, file in self._all)
+        self._open.create(self.files.values())
 
     def make(self, piece: Piece) -> None:
         """Write a piece, and record it when its sums are known; or find it written."""
@@ -218,29 +213,27 @@ class Shards:
         """
         self._last.result()
         self.close()
-        lengths = {file.path: len(file.entries) for _, file in self._all}
-        whole = {p: d.hexdigest() for p, (d, count) in self._digests.items() if count == lengths[p]}
+        counted = {path: count for path, (_, count) in self._digests.items()}
+        whole = [path for path, file in self.files.items() if counted[path] == len(file.entries)]
         processes = current()
-        known = {path: found for own in processes.gather(whole) for path, found in own.items()}
-        left = [file for _, file in self._all if file.path not in known]
-        owners = processes.share([file.length for file in left])
-        read = {
-            file.path: digest_of(self._folder / file.path)
-            for file, owner in zip(left, owners, strict=True)
-            if owner == processes.rank
-        }
-        for others in processes.gather(read):
-            known.update(others)
+        known: dict[str, str] = {}
+        for found in processes.gather({path: self._digests[path][0].hexdigest() for path in whole}):
+            known.update(found)
+        left = [path for path in self.files if path not in known]
+        owners = processes.share([self.files[path].length for path in left])
+        own = [path for path, owner in zip(left, owners, strict=True) if owner == processes.rank]
+        for found in processes.gather({path: digest_of(self._folder / path) for path in own}):
+            known.update(found)
         return tuple(
             ShardFile(
-                path=file.path,
+                path=path,
                 kind=place.kind,
                 # Files of the base, which belong to none, are listed with all.
                 tasks=_names(tasks, place.tasks) or tasks,
-                bytes=file.length,
-                sha256=known[file.path],
+                bytes=self.files[path].length,
+                sha256=known[path],
             )
-            for place, file in self._all
+            for path, place in self._places.items()
         )
 
     def close(self) -> None:
@@ -269,26 +262,18 @@ class Shards:
         return zlib.crc32(data)
 
 
-def _link(
-    folder: Path, layout: Layout, plan: Plan, shards: Mapping[Place, Sequence[PlannedFile]]
-) -> set[str]:
-    """Make the task folders; return the tasks that are ordinary checkpoints."""
-    groups = [group for found in plan.groups for group in found]
-    masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
-    by_names = sorted(
-        (_names(layout.tasks, place.tasks), place) for place in shards if place.kind == DENSE
-    )
-    ordinary = set()
-    for task, name in enumerate(layout.tasks):
-        (folder / name).mkdir()
-        if task not in masked:
-            ordinary.add(name)
-            files = [f for names, place in by_names if name in names for f in shards[place]]
-            link_model(folder, folder / name, files)
-    whole = all(len(found) == 1 and found[0].kind == DENSE for found in plan.groups)
-    if whole and not any(layout.private):
-        link_model(folder, folder, [file for files in shards.values() for file in files])
-    return ordinary
+def _link(folder: Path, manifest: Manifest, planned: Mapping[str, PlannedFile]) -> None:
+    """Make the task folders, and `folder` a checkpoint itself if all share everything."""
+    dense = [file for file in manifest.files if file.kind == DENSE]
+    dense.sort(key=lambda file: file.tasks)
+    for task in manifest.tasks:
+        (folder / task.name).mkdir()
+        if task.ordinary:
+            files = [planned[file.path] for file in dense if task.name in file.tasks]
+            link_model(folder, folder / task.name, files)
+    shared = all([group.kind for group in block.groups] == [DENSE] for block in manifest.blocks)
+    if shared and not manifest.private:
+        link_model(folder, folder, list(planned.values()))
 
 
 def _manifest(
@@ -296,33 +281,30 @@ def _manifest(
     plan: Plan,
     origin: Mapping[str, Any],
     models: Sequence[str],
-    ordinary: set[str],
     files: tuple[ShardFile, ...],
     rescale: Mapping[str, Rescale],
 ) -> Manifest:
-    def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
-        names = _names(layout.tasks, group.tasks)
-        found: dict[str, Any] = {"tasks": names, "kind": group.kind}
-        found["similarity"] = group.similarity
-        if group.kind == MASKED:
-            found["rescale"] = {layout.tasks[t]: rescale[block.name][t] for t in group.tasks}
-        return found
+    tasks = layout.tasks
+    groups = [group for found in plan.groups for group in found if group.kind == MASKED]
+    masked = {task for group in groups for task in group.tasks}
 
-    blocks, size = zip(layout.blocks, plan.groups, strict=True), plan.size
+    def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
+        found = {"tasks": _names(tasks, group.tasks), "kind": group.kind}
+        if group.kind == MASKED:
+            factors = {tasks[task]: rescale[block.name][task] for task in group.tasks}
+            return {**found, "similarity": group.similarity, "rescale": factors}
+        return {**found, "similarity": group.similarity}
+
+    size = {**asdict(plan.size), "unit_bytes": round(plan.size.unit_bytes)}
     return Manifest.model_validate(
         {
             "format": "flexmerge",
             "version": 1,
             **origin,
-            "size": {
-                "models": size.models,
-                "bytes": size.bytes,
-                "unit_bytes": round(size.unit_bytes),
-                "private_bytes": size.private_bytes,
-            },
+            "size": {"models": plan.size.models, **size},
             "tasks": [
-                {"name": name, "model": model, "ordinary": name in ordinary}
-                for name, model in zip(layout.tasks, models, strict=True)
+                {"name": name, "model": models[task], "ordinary": task not in masked}
+                for task, name in enumerate(tasks)
             ],
             "files": files,
             "blocks": [
@@ -332,11 +314,11 @@ def _manifest(
                     "tensors": _infos(block.parts),
                     "groups": [group_of(block, group) for group in groups],
                 }
-                for block, groups in blocks
+                for block, groups in zip(layout.blocks, plan.groups, strict=True)
             ],
             "private": [
                 {"task": name, "tensors": _infos(headers)}
-                for name, headers in zip(layout.tasks, layout.private, strict=True)
+                for name, headers in zip(tasks, layout.private, strict=True)
                 if headers
             ],
             "task_files": {},

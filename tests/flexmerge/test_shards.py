@@ -68,7 +68,7 @@ def test_no_file_is_larger_than_asked_unless_one_tensor_is(tmp_path_factory, siz
     tensors = {f"t{i}": torch.full((n,), i, dtype=torch.float32) for i, n in enumerate(sizes)}
     folder = tmp_path_factory.mktemp("s") / "out"
     files, shards = written(folder, {KEY: tensors}, limit)
-    planned = shards.files[KEY]
+    planned = list(shards.files.values())
     assert [each.path for each in planned] == [file.path for file in files]
     contents = [load_file(folder / file.path) for file in files]
     assert sorted(name for content in contents for name in content) == sorted(tensors)
