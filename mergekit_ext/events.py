@@ -1,12 +1,8 @@
 """What callbacks receive from a merge: events, the callback protocol, ready callbacks.
 
-A callback is any object with some of the methods ``on_<event>(event)``; `MergeCallback` has
-them all, doing nothing, to be subclassed, and `Callback` those of a training too. Each method of a
-merge receives one frozen dataclass. An exception raised by a callback stops the merge: that is the
-way to cancel it.
-
-The protocol is modelled on transformers' ``TrainerCallback`` and needs no Trainer, no mergekit
-and no torch.
+A callback is any object with some of the methods of `MergeCallback`, or of `Callback`, which has
+those of a training too; docs/callbacks.md. An exception raised by a callback stops the merge: that
+is the way to cancel it. No Trainer, mergekit or torch is needed.
 """
 
 from __future__ import annotations
@@ -25,8 +21,6 @@ from typing import IO, Any, ClassVar
 
 from mergekit_ext.errors import ConfigError, Problem, printable
 
-_LONGEST_NAME = 200
-
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -34,8 +28,7 @@ class Event:
 
     Attributes:
         handler: the name of the callback's method: `on_merge_begin` for `MergeBegin`.
-        every_process: whether each process has its own, which reach the main one's callbacks; the
-            others are emitted once, by the main process.
+        every_process: whether each process emits its own; the others are the main process's.
     """
 
     handler: ClassVar[str]
@@ -195,7 +188,12 @@ class Callback(MergeCallback):
         """Take over what `state_dict` returned in an earlier run."""
 
 
-TRAINING_HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+# The arguments of each method.
+TRAINING_HOOKS = {
+    name: tuple(inspect.signature(method).parameters)[1:]
+    for name, method in vars(Callback).items()
+    if name.startswith("on_")
+}
 
 
 def takes(function: Any, *arguments: str) -> bool:
@@ -204,8 +202,8 @@ def takes(function: Any, *arguments: str) -> bool:
         inspect.signature(function).bind(*arguments)
     except TypeError:
         return False
-    except ValueError:  # some built-in functions do not say what they take
-        return callable(function)
+    except ValueError:  # some built-in functions have no signature
+        pass
     return True
 
 
@@ -214,17 +212,13 @@ def hook_problem(
 ) -> Problem | None:
     """Return why an object would never be called, or could not be; None if it can.
 
-    Args:
-        callback: any object.
-        hooks: the names of the methods that are called, with their arguments.
-        where: the user gave it, for the message.
+    `hooks` are the methods that are called, with their arguments.
     """
     if isinstance(callback, type):
         name = callback.__name__
         return Problem(where, f"the class {name}", f"an object of it: {name}()")
     if not any(hasattr(callback, hook) for hook in hooks):
-        wanted = f"some of the methods {', '.join(hooks)}"
-        return Problem(where, repr(callback), wanted)
+        return Problem(where, repr(callback), f"some of the methods {', '.join(hooks)}")
     for hook, arguments in hooks.items():
         if hasattr(callback, hook) and not takes(getattr(callback, hook), *arguments):
             found = f"{type(callback).__name__}.{hook} with other arguments"
@@ -233,12 +227,8 @@ def hook_problem(
 
 
 def require_hooks(callback: object, hooks: Mapping[str, Sequence[str]], where: str) -> None:
-    """Refuse what `hook_problem` finds.
-
-    Raises:
-        TypeError: it is a class, has none of the methods, or one that does not take its arguments.
-    """
-    if (problem := hook_problem(callback, hooks, where)) is not None:
+    """Raise `TypeError` for what `hook_problem` finds."""
+    if problem := hook_problem(callback, hooks, where):
         raise TypeError(str(problem))
 
 
@@ -246,8 +236,7 @@ class Dispatcher:
     """Sends each event to every callback that has a method for it, one event at a time.
 
     Raises:
-        TypeError: one of `callbacks` is a class, has no method of the protocol, or one that cannot
-            be called with its event.
+        TypeError: one of `callbacks` is a class, or has no method that takes its event.
     """
 
     def __init__(self, callbacks: Iterable[object] = ()):
@@ -260,14 +249,14 @@ class Dispatcher:
     def emit(self, event: Event) -> None:
         with self._lock:
             for callback in self._callbacks:
-                if (handler := getattr(callback, event.handler, None)) is not None:
+                if handler := getattr(callback, event.handler, None):
                     handler(event)
 
     def close(self) -> None:
         """Close every callback that can be closed, whatever the others do."""
         with ExitStack() as stack:
             for callback in reversed(self._callbacks):
-                if (close := getattr(callback, "close", None)) is not None:
+                if close := getattr(callback, "close", None):
                     stack.callback(close)
 
 
@@ -277,8 +266,7 @@ class ProgressBar(MergeCallback):
     def __init__(self, file: IO[str] | None = None):
         self._file = file
         self._bar: Any = None
-        self._tensors = 0
-        self._method, self._unit = "", "tensor"
+        self._merge = MergeBegin("", "", (), 0)
 
     def _start(self, description: str, total: int, unit: str) -> None:
         import tqdm  # loaded where a bar is shown
@@ -287,7 +275,7 @@ class ProgressBar(MergeCallback):
         self._bar = tqdm.tqdm(total=total, desc=description, unit=unit, file=self._file)
 
     def on_merge_begin(self, event: MergeBegin) -> None:
-        self._method, self._tensors, self._unit = event.method, event.tensors, event.unit
+        self._merge = event
 
     def on_statistics_begin(self, event: StatisticsBegin) -> None:
         if event.tensors:  # none are left of a merge that goes on
@@ -302,19 +290,19 @@ class ProgressBar(MergeCallback):
     def on_solver_iteration(self, event: SolverIteration) -> None:
         # tqdm redraws at its own pace: a solver may report a thousand times a second.
         bar = self._merging()
-        shown = printable(event.tensor, _LONGEST_NAME)
-        bar.set_postfix_str(f"{shown}: iteration {event.iteration}", refresh=False)
+        text = f"{printable(event.tensor, 200)}: iteration {event.iteration}"
+        bar.set_postfix_str(text, refresh=False)
         bar.update(0)
 
-    def on_tensor_merged(self, event: TensorMerged) -> None:
+    def on_tensor_merged(self, event: TensorMerged | BlockMerged) -> None:
         self._merging().update()
 
-    def on_block_merged(self, event: BlockMerged) -> None:
-        self._merging().update()
+    on_block_merged = on_tensor_merged
 
     def _merging(self) -> Any:
         if self._bar is None:
-            self._start(f"Merging ({self._method})", self._tensors, self._unit)
+            begun = self._merge
+            self._start(f"Merging ({begun.method})", begun.tensors, begun.unit)
         return self._bar
 
     def close(self) -> None:
@@ -344,12 +332,8 @@ class JsonLines(MergeCallback):
         self._file: IO[str] = target
 
     def _write(self, event: Event) -> None:
-        record = {
-            "event": event.handler.removeprefix("on_"),
-            "time": time.time(),
-            **dataclasses.asdict(event),
-        }
-        self._file.write(json.dumps(record) + "\n")
+        kind, fields = event.handler.removeprefix("on_"), dataclasses.asdict(event)
+        self._file.write(json.dumps({"event": kind, "time": time.time(), **fields}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

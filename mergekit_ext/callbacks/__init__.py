@@ -10,24 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mergekit_ext.events import TRAINING_HOOKS, Callback
+from mergekit_ext.events import TRAINING_HOOKS as TRAINING_HOOKS
+from mergekit_ext.events import Callback as Callback
 
 if TYPE_CHECKING:
-    from mergekit_ext.callbacks.checkpoints import MergeCheckpoints
-    from mergekit_ext.callbacks.evaluate import Evaluate
-    from mergekit_ext.callbacks.log import LogTo
-    from mergekit_ext.callbacks.snapshots import Merged
-    from mergekit_ext.callbacks.trainer import as_trainer_callback
-
-__all__ = [
-    "TRAINING_HOOKS",
-    "Callback",
-    "Evaluate",
-    "LogTo",
-    "MergeCheckpoints",
-    "Merged",
-    "as_trainer_callback",
-]
+    from mergekit_ext.callbacks.checkpoints import MergeCheckpoints as MergeCheckpoints
+    from mergekit_ext.callbacks.evaluate import Evaluate as Evaluate
+    from mergekit_ext.callbacks.log import LogTo as LogTo
+    from mergekit_ext.callbacks.snapshots import Merged as Merged
+    from mergekit_ext.callbacks.trainer import as_trainer_callback as as_trainer_callback
 
 _HOMES = {
     "Evaluate": "evaluate",
@@ -36,6 +27,7 @@ _HOMES = {
     "Merged": "snapshots",
     "as_trainer_callback": "trainer",
 }
+__all__ = sorted({"TRAINING_HOOKS", "Callback", *_HOMES})
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext.callbacks.settings import Mean, Settings
-from mergekit_ext.errors import NonFiniteError, Problem
+from mergekit_ext.errors import Problem
 
 if TYPE_CHECKING:
     from peft_merge import Adapter
@@ -27,29 +27,27 @@ class AdapterModel:
 
     def problems(self, model: Any) -> Iterable[Problem]:
         """Yield why snapshots cannot be taken; decides which adapter is the trained one."""
-        known, active = ", ".join(model.peft_config), ", ".join(model.active_adapters)
+        known, active = ", ".join(model.peft_config), model.active_adapters
         if self.trained and self.trained not in model.peft_config:
             yield Problem("adapter", repr(self.trained), f"one of {known}")
-        if not self.trained and len(model.active_adapters) != 1:
-            found = f"the active adapters {active or 'none'}"
-            yield Problem("adapter", found, f"the name of one of {known}")
+        if not self.trained and len(active) != 1:
+            yield Problem("adapter", f"the active adapters {active}", f"one of {known}")
         if LOADED in model.peft_config:
             expected = "another name, because the merged adapter is called so"
             yield Problem("model", f"an adapter called {LOADED!r}", expected)
         if self._settings.base is not None:
             expected = "nothing: adapters are merged as changes of the model's frozen weights"
             yield Problem("base", "a base", expected, "Leave it out.")
-        self.trained = self.trained or model.active_adapters[0]
+        self.trained = self.trained or active[0]
 
     def base(self) -> Path | None:
         """Return None: the frozen model is the base."""
         return None
 
-    def save(self, model: Any, folder: Path, step: int) -> None:
+    def save(self, model: Any, folder: Path) -> None:
         from peft_merge import save_adapter
 
-        with _at(step):
-            save_adapter(self._adapter(model), folder)
+        save_adapter(self._adapter(model), folder)
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> list[Problem]:
         from peft_merge.merge import plan_config
@@ -87,7 +85,7 @@ class AdapterModel:
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
 
-    def blend(self, mean: Mean | None, model: Any, weight: float, step: int) -> Mean:
+    def blend(self, mean: Mean | None, model: Any, weight: float) -> Mean:
         """Blend products, in float64 and without loss of rank.
 
         The rank grows with every snapshot, up to that of the adapted matrices.
@@ -97,11 +95,10 @@ class AdapterModel:
         if mean is not None:
             parts["mean"] = (_of_mean(mean), 1 - weight)
         is_ia3 = new.config["peft_type"] == "IA3"
-        with _at(step):
-            return _to_mean(self._linear(parts, **({} if is_ia3 else {"rank": "lossless"})))
+        return _to_mean(self._linear(parts, **({} if is_ia3 else {"rank": "lossless"})))
 
     def save_mean(self, mean: Mean, model: Any, out: Path) -> None:
-        """Write a mean into an empty folder, cut to `rank` if that was asked for."""
+        """Write a mean into an empty folder, cut to `rank` if that is given."""
         from peft_merge import save_adapter
         from peft_merge.io import state_dict
 
@@ -135,23 +132,20 @@ class AdapterModel:
         from peft_merge import merge_adapters
 
         saved = self._settings.adapter_options.get("modules_to_save", "average")
-        merged = merge_adapters(
+        return merge_adapters(
             {name: adapter for name, (adapter, _) in parts.items()},
             weights=[weight for _, weight in parts.values()],
             parameters={"normalize": False},
             device=self._settings.device,
             **{"dtype": "float64", "modules_to_save": saved, **options},
-        )
-        adapter: Adapter = merged.adapter
-        return adapter
+        ).adapter
 
 
 def adapter_folder(checkpoint: Path, adapter: str | None) -> Path:
     """Return where in a checkpoint an adapter is: PEFT makes a folder of each but `default`."""
     place = checkpoint / (adapter or "")
-    return (
-        place if adapter != "default" and (place / "adapter_config.json").exists() else checkpoint
-    )
+    own = adapter != "default" and (place / "adapter_config.json").exists()
+    return place if own else checkpoint
 
 
 def _add(model: Any, folder: Path, name: str) -> None:
@@ -162,16 +156,6 @@ def _add(model: Any, folder: Path, name: str) -> None:
     model.set_adapter(name)
 
 
-@contextmanager
-def _at(step: int) -> Iterator[None]:
-    """Name the step in the error of a tensor that is not finite."""
-    try:
-        yield
-    except NonFiniteError as error:
-        where = f"at step {step}"
-        raise NonFiniteError(error.tensor, where, error.count, error.size) from None
-
-
 def _to_mean(adapter: Adapter) -> Mean:
     from peft_merge.io import state_dict
 
@@ -179,7 +163,6 @@ def _to_mean(adapter: Adapter) -> Mean:
 
 
 def _of_mean(mean: Mean) -> Adapter:
-    """Return a mean, which may come from a state of somebody else, as an adapter."""
     from peft_merge.io.read import of_memory
 
     return of_memory("mean", mean.config or {}, mean.tensors, "state.mean")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, ValidationError
 
 from mergekit_ext.callbacks.adapters import AdapterModel, adapter_folder
 from mergekit_ext.callbacks.evaluate import Evaluate
@@ -21,47 +22,49 @@ from mergekit_ext.callbacks.log import LogTo
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, Mean, Settings, State
 from mergekit_ext.callbacks.snapshots import Merged, Snapshots
 from mergekit_ext.callbacks.trainer import from_main, is_divided, is_main, unwrapped
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.core.parameters import schema_problems
+from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError, Problem
 from mergekit_ext.events import Callback
 from mergekit_ext.io.staging import new_folder
 
 Kind = FullModel | AdapterModel
+_NO_INITIAL = Problem(
+    "base",
+    "no initial weights: training had begun",
+    "the weights of the beginning",
+    "Call on_train_begin(0, model) before the first step, give `base=`, or load the state of the "
+    "run that is resumed.",
+)
 
 
 class MergeCheckpoints(Settings, Callback):
     """Collects snapshots of the model that is trained, and merges them; docs/callbacks.md.
 
     Snapshots are saved folders: of models of transformers, or of the adapter alone when the model
-    is a PeftModel. They are merged as `mergekit_ext.merge` or `peft_merge.run_config` merges them.
-    Merges run when training ends and whenever `merge` is called; the last one is in `result`. In a
-    run of several processes the main one keeps and merges.
+    is a PeftModel. They are merged as `mergekit_ext.merge` or `peft_merge.run_config` merges them,
+    when training ends and whenever `merge` is called; the last merge is in `result`. In a run of
+    several processes the main one keeps and merges.
 
     Args:
-        method: any registered merge method; `average`, the uniform mean of all snapshots, or
-            `ema`, their exponential moving mean (parameters `decay`, 0.999, and
-            `bias_correction`, true). These two keep one float32 mean in memory and no snapshots,
-            and take any module of torch.
+        method: any registered merge method, or `average` or `ema` (parameters `decay`, 0.999, and
+            `bias_correction`, true): running means of all snapshots of any module of torch, in
+            memory.
         keep: how many snapshots are kept; the oldest go first.
         every: a snapshot in each step that is a multiple of it (with `on="save"`: in each save).
         start: no snapshots before this step.
-        on: "step", of the live model; or "save": saved checkpoints are merged from where they are,
-            and must still be there.
-        where: a folder for this run's snapshots and merges; by default a temporary one, which
-            goes when the process ends. A run that is to be resumed needs one.
-        base: the base model of methods that have one: "initial" (the weights at `on_train_begin`),
-            or a folder. None: initial if the method needs a base.
-        parameters: of the method, as in the YAML of a merge; a `weight` that a method asks for is
-            1.
+        on: "step", of the live model; or "save": saved checkpoints, merged from where they are.
+        where: a folder for this run's snapshots and merges; by default a temporary one.
+        base: "initial" (the weights at `on_train_begin`), or a folder. None: initial if the method
+            needs a base.
+        parameters: of the method, as in YAML; a `weight` that it requires is 1.
         adapter: which adapter of a PeftModel; by default the active one.
         adapter_options: `rank`, `patterns`, `space`, `modules_to_save`, `dtype` of
             `peft_merge.merge_adapters`.
-        seed: of random methods; training's own random numbers are not touched.
-        device: where is merged.
+        seed, device: of the merges.
         evaluate: a function ``(model, task) -> {metric: value}`` that scores the merged weights
             and the model's own, in the model itself.
         task: what `evaluate` is called with.
-        metric: by which `keep_better` decides; by default the first.
-        greater_is_better: whether a higher value of it is.
+        metric, greater_is_better: what `keep_better` compares; by default the first, higher.
         load: put the merged weights into the model when training ends. A merged adapter becomes a
             further one, `merged`, and the active one.
         keep_better: only if they score better than the model's own.
@@ -78,7 +81,6 @@ class MergeCheckpoints(Settings, Callback):
     _store: Snapshots = PrivateAttr()
     _temporary: Any = None
     _mean: Mean | None = None
-    _steps: list[int] = PrivateAttr(default_factory=list)  # in the mean
     _step: int = 0
     _saves: int = 0
     _result: Merged | None = None
@@ -98,7 +100,7 @@ class MergeCheckpoints(Settings, Callback):
     @property
     def steps(self) -> tuple[int, ...]:
         """Of the snapshots that a merge would take; for `average` and `ema` of all so far."""
-        return self._store.steps if self.running is None else tuple(self._steps)
+        return tuple(self._mean.steps) if self._mean else self._store.steps
 
     def on_train_begin(self, step: int, model: Any) -> None:
         """Check what depends on the model, and keep the initial weights if they are needed.
@@ -107,30 +109,25 @@ class MergeCheckpoints(Settings, Callback):
         """
         if self._kind is not None and step == 0:
             self._store.clear()
-            self._kind, self._mean, self._steps, self._saves = None, None, [], 0
+            self._kind, self._mean, self._saves = None, None, 0
         self._see(step, model, beginning=step == 0)
 
     def on_step_end(self, step: int, model: Any) -> None:
-        """Take a snapshot if one is due.
-
-        Raises:
-            NonFiniteError: the model holds NaN or infinity; names the tensor and the step.
-            ConfigError: see the class.
-        """
+        """Take a snapshot if one is due; `NonFiniteError` names a tensor of NaN and the step."""
         if self.on == "save":
             self._step = step
             return
         self._see(step, model)
-        kind = self._kind
+        kind, model, mean = self._kind, self._model, self._mean
         if kind is None or step < self.start or step % self.every:
             return
-        model = self._model
-        if self.running is None:
-            self._store.add(step, lambda folder: kind.save(model, folder, step))
-        elif not self._steps or step > self._steps[-1]:
-            weight = self.running.weight(len(self._steps) + 1)
-            self._mean = kind.blend(self._mean, model, weight, step)
-            self._steps.append(step)
+        with _at(step):
+            if self.running is None:
+                self._store.add(step, lambda folder: kind.save(model, folder))
+            elif not self.steps or step > self.steps[-1]:
+                weight = self.running.weight(len(self.steps) + 1)
+                self._mean = kind.blend(mean, model, weight)
+                self._mean.steps = [*(mean.steps if mean else ()), step]
 
     def on_save(self, step: int, path: str | os.PathLike[str]) -> None:
         """Take the saved checkpoint as a snapshot, if they are what is merged."""
@@ -146,8 +143,8 @@ class MergeCheckpoints(Settings, Callback):
         if kind is None:
             adapted = (folder / "adapter_config.json").exists()
             kind = AdapterModel(self) if adapted else FullModel(self)
-            if problems := [*self._initial_problems(kind)]:
-                raise ConfigError(problems, SUBJECT)
+            if self._lacks_initial(kind):
+                raise ConfigError([_NO_INITIAL], SUBJECT)
             self._require_mergeable(kind, folder, self._base(kind))
             self._store.open()
             self._kind = kind
@@ -159,11 +156,8 @@ class MergeCheckpoints(Settings, Callback):
         if from_main(lambda: bool(self.steps)):
             self.merge(model=model)
         elif is_main():
-            text = (
-                f"{self.method}: no snapshot was taken in {step} steps, so nothing was merged. "
-                "Lower `every` or `start`."
-            )
-            warnings.warn(MergeWarning(text), stacklevel=2)
+            text = f"no snapshot was taken in {step} steps. Lower `every` or `start`."
+            warnings.warn(MergeWarning(f"{self.method}: {text}"), stacklevel=2)
 
     def merge(self, step: int | None = None, model: Any = None) -> Merged | None:
         """Merge the snapshots that are kept.
@@ -191,17 +185,18 @@ class MergeCheckpoints(Settings, Callback):
 
     def _merge(self, last: int | None) -> Merged:
         steps = self.steps
-        if self.running is None:
+        if self._mean is None:
             steps = tuple(step for step in steps if last is None or step <= last)
-        elif steps and last is not None and last < steps[-1]:
-            expected = f"{steps[-1]} or later: `{self.method}` keeps no snapshots"
-            raise ConfigError([Problem("step", str(last), expected)], SUBJECT)
         if self._kind is None or not steps:
             until = "" if last is None else f" up to step {last} (there are those of {self.steps})"
             remedy = "Call on_step_end (or on_save) while training; look at `every` and `start`."
             problem = Problem("snapshots", f"none{until}", "one at least", remedy)
             raise ConfigError([problem], SUBJECT)
-        out = self._free(steps[-1])
+        if self._mean is not None and last is not None and last < steps[-1]:
+            expected = f"{steps[-1]} or later: `{self.method}` keeps no snapshots"
+            raise ConfigError([Problem("step", str(last), expected)], SUBJECT)
+        names = (f"merged-{steps[-1]:08d}{f'-{n}' * (n > 1)}" for n in itertools.count(1))
+        out = next(p for p in map(self._store.folder.joinpath, names) if not p.exists())
         if self._mean is not None:
             with new_folder(out, "the running mean") as folder:
                 self._kind.save_mean(self._mean, self._model, folder)
@@ -215,8 +210,7 @@ class MergeCheckpoints(Settings, Callback):
 
     def _merge_into(self, last: int | None, model: Any) -> str | None:
         """Merge, evaluate and load; return the folder if it was loaded."""
-        merged = self._merge(last)
-        kind = self._kind or self._kind_of(model)
+        merged, kind = self._merge(last), self._kind_of(model)
         if self.evaluate is not None:
             merged = self._result = self._scored(merged, model, kind)
         if not self.load or (self.keep_better and not self._is_better(merged)):
@@ -245,14 +239,12 @@ class MergeCheckpoints(Settings, Callback):
         gain = scores[metric] - before[metric]
         return gain > 0 if self.greater_is_better else gain < 0
 
-    def _free(self, step: int) -> Path:
-        """Return where a merge of snapshots up to `step` goes: a name that nothing has."""
-        names = (f"merged-{step:08d}{f'-{n}' * (n > 1)}" for n in range(1, sys.maxsize))
-        return next(p for p in (self._store.folder / name for name in names) if not p.exists())
-
     def _base(self, kind: Kind) -> Path | None:
         base = kind.base()
         return self._store.initial if base == Path(INITIAL) else base
+
+    def _lacks_initial(self, kind: Kind) -> bool:
+        return self._base(kind) == self._store.initial and not self._store.has_initial
 
     def _kind_of(self, model: Any) -> Kind:
         """Return how a model is handled; PEFT is imported by whatever made a PeftModel."""
@@ -261,7 +253,11 @@ class MergeCheckpoints(Settings, Callback):
         return AdapterModel(self) if adapted else FullModel(self)
 
     def _see(self, step: int, model: Any, beginning: bool = False) -> None:
-        """Check what depends on the model when it is first seen, in the main process."""
+        """Check what depends on the model when it is first seen, in the main process.
+
+        The model is saved, as the initial weights if they are needed, and a merge of `keep`
+        snapshots like it is checked.
+        """
         self._step, inner = step, unwrapped(model)
         if inner is self._model and self._kind is not None:
             return
@@ -270,14 +266,20 @@ class MergeCheckpoints(Settings, Callback):
             return
         kind = self._kind_of(inner)
         problems = [*kind.problems(inner)]
-        initial = [*self._initial_problems(kind)]
-        if not beginning:
-            problems += initial
+        if (initial := self._lacks_initial(kind)) and not beginning:
+            problems.append(_NO_INITIAL)
         if problems:
             raise ConfigError(problems, SUBJECT)
         self._store.open()
         if self.running is None or isinstance(kind, AdapterModel):
-            self._try(kind, step, bool(initial))
+            place: AbstractContextManager[Any] = tempfile.TemporaryDirectory(dir=self._store.folder)
+            if initial:
+                place = new_folder(self._store.initial, "the initial weights")
+            with place as name, _at(step):
+                saved = Path(name)
+                kind.save(inner, saved)
+                self._require_mergeable(kind, saved, saved if initial else self._base(kind))
+            self._store.has_initial = initial or self._store.has_initial
         self._kind = kind
 
     def _is_out_of_reach(self, model: Any) -> bool:
@@ -285,37 +287,11 @@ class MergeCheckpoints(Settings, Callback):
         if not is_divided(model):
             return False
         if self.on == "step" or self.load or self.evaluate is not None:
-            problem = Problem(
-                "model",
-                "parameters that are divided among processes (FSDP or ZeRO-3)",
-                "whole parameters in every process",
-                'Save full checkpoints and use `on="save"`, which merges saved folders, without '
-                "`load` and `evaluate`.",
-            )
+            found = "parameters that are divided among processes (FSDP or ZeRO-3)"
+            remedy = 'Save full checkpoints; use `on="save"` without `load` and `evaluate`.'
+            problem = Problem("model", found, "whole parameters in every process", remedy)
             raise ConfigError([problem], SUBJECT)
         return True
-
-    def _initial_problems(self, kind: Kind) -> Iterator[Problem]:
-        if kind.base() == Path(INITIAL) and not self._store.has_initial:
-            remedy = (
-                "Call on_train_begin(0, model) before the first step (of a model that is divided "
-                "among processes nothing is kept then), give `base=`, or load the state of the "
-                "run that is resumed."
-            )
-            found = "no initial weights: training had begun"
-            yield Problem("base", found, "the weights of the beginning", remedy)
-
-    def _try(self, kind: Kind, step: int, initial: bool) -> None:
-        """Save the model and check a merge of `keep` snapshots like it."""
-        folder = self._store.folder
-        place: AbstractContextManager[Any] = tempfile.TemporaryDirectory(dir=folder)
-        if initial:
-            place = new_folder(self._store.initial, "the initial weights")
-        with place as name:
-            saved = Path(name)
-            kind.save(self._model, saved, step)
-            self._require_mergeable(kind, saved, saved if initial else self._base(kind))
-        self._store.has_initial = initial or self._store.has_initial
 
     def _require_mergeable(self, kind: Kind, folder: Path, base: Path | None) -> None:
         with tempfile.TemporaryDirectory() as links:
@@ -327,30 +303,38 @@ class MergeCheckpoints(Settings, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps and folders of the snapshots; or the running mean, as tensors."""
-        folders = {step: os.fspath(p) for step, p in self._store.folders().items()}
-        state = State(
+        return State(
             method=self.method,
             saves=self._saves,
             folder=os.fspath(self._store.folder),
-            snapshots=folders,
+            snapshots={step: os.fspath(p) for step, p in self._store.folders().items()},
             initial=self._store.has_initial,
-            steps=list(self._steps),
             mean=self._mean,
-        )
-        return state.model_dump()
+        ).model_dump()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the snapshots of an earlier run; only the main process does.
+        """Go on with the snapshots of an earlier run, in the main process.
 
         Raises:
-            ConfigError: they were collected for another method, or by another callback; nothing
-                was taken over.
+            ConfigError: it is no state of a run with this method; nothing was taken over.
         """
-        found = State.of(state)
+        try:
+            found = State.model_validate(state)
+        except ValidationError as error:
+            raise ConfigError(schema_problems(error, state, "state"), SUBJECT) from None
         if found.method != self.method:
-            expected = f"that of a run with `{self.method}`"
-            problem = Problem("state", f"one of `{found.method}`", expected)
+            problem = Problem("state", f"one of `{found.method}`", f"one of `{self.method}`")
             raise ConfigError([problem], SUBJECT)
         if is_main():
             self._store.load(found)
-            self._saves, self._steps, self._mean = found.saves, found.steps, found.mean
+            self._saves, self._mean = found.saves, found.mean
+
+
+@contextmanager
+def _at(step: int) -> Iterator[None]:
+    """Name the step in the error of a tensor that is not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        where = f"at step {step}"
+        raise NonFiniteError(error.tensor, where, error.count, error.size) from None

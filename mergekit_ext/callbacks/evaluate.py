@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mergekit_ext import flexmerge
 from mergekit_ext.callbacks.trainer import is_main, unwrapped
 from mergekit_ext.events import LOG_HOOKS, Callback, MergeEnd, require_hooks, takes
 from mergekit_ext.report.tables import CheckedScores
@@ -53,17 +53,12 @@ class Evaluate(Callback):
             raise ValueError("tasks: found none; expected the name of one task at least.")
         if every is not None and every < 1:
             raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
-        self._function, self._every, self._log = function, every, log
-        self._load = load or _load
+        self._function, self._every, self._log, self._load = function, every, log, load or _load
         self._scores = CheckedScores()
         self.found: list[dict[str, Any]] = []
 
     def __call__(self, model: Any, task: str) -> dict[str, float]:
-        """Return the scores of one model.
-
-        Raises:
-            EvaluationError: the function returned no finite scores, or other metrics than before.
-        """
+        """Return the scores of one model; `EvaluationError` if they are no finite numbers."""
         return self._score(model, task, f"task {task}")
 
     def on_merge_end(self, event: MergeEnd) -> None:
@@ -71,9 +66,7 @@ class Evaluate(Callback):
             return
         folder = Path(event.output)
         if (folder / "flexmerge.json").is_file():
-            from mergekit_ext.flexmerge import load
-
-            models: Mapping[str, Any] = load(folder)
+            models: Mapping[str, Any] = flexmerge.load(folder)
         else:
             models = dict.fromkeys(self._tasks, self._load(folder))
         for task, model in models.items():
@@ -84,7 +77,7 @@ class Evaluate(Callback):
             self._train(step, model)
 
     def on_train_end(self, step: int, model: Any) -> None:
-        if self._every is None or step % self._every:  # the last step has not done it
+        if self._every is None or step % self._every:  # not done by `on_step_end`
             self._train(step, model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,9 +89,8 @@ class Evaluate(Callback):
     def _train(self, step: int, model: Any) -> None:
         if not is_main():
             return
-        inner = unwrapped(model)
         for task in self._tasks:
-            found = self._keep(f"step {step}", task, inner)
+            found = self._keep(f"step {step}", task, unwrapped(model))
             if self._log is not None:
                 self._log.log({f"{task}/{metric}": v for metric, v in found.items()}, step)
 
@@ -110,13 +102,8 @@ class Evaluate(Callback):
     def _score(self, model: Any, task: str, what: str) -> dict[str, float]:
         import torch
 
-        try:
-            with torch.no_grad(), evaluating(model):
-                returned = self._function(model, task)
-        except Exception as error:
-            if sys.version_info >= (3, 11):
-                error.add_note(f"This was the evaluation of {what}.")
-            raise
+        with torch.no_grad(), evaluating(model):
+            returned = self._function(model, task)
         return self._scores.of(returned, task, what)
 
 
@@ -137,7 +124,5 @@ def _load(folder: Path) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    for name in config.architectures or ():
-        if (found := getattr(transformers, name, None)) is not None:
-            return found.from_pretrained(folder)
-    return transformers.AutoModel.from_pretrained(folder)
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    return getattr(transformers, (names or ["AutoModel"])[0]).from_pretrained(folder)

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mergekit_ext
 from mergekit_ext.callbacks.settings import INITIAL, Mean, Settings
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.merging import require_finite
 from mergekit_ext.kernels.numerics import compute_dtype
+
+_WEIGHTS = "model.safetensors"
 
 
 class FullModel:
@@ -43,13 +46,9 @@ class FullModel:
             given = INITIAL if needs_base(self._settings.method) else None
         return None if given is None else Path(given)
 
-    def save(self, model: Any, folder: Path, step: int) -> None:
-        """Write the model into an empty folder.
-
-        Raises:
-            NonFiniteError: the model holds NaN or infinity; names the tensor and the step.
-        """
-        _require_finite(_tensors(model), step)
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the model into an empty folder; refuse NaN and infinity."""
+        _finite(model)
         # Names of the live model are merged in more cases than those of checkpoints, which are
         # only checked here.
         model.save_pretrained(folder, save_original_format=self._settings.on == "save")
@@ -62,7 +61,6 @@ class FullModel:
             return snapshot_problems(*self._prepared(folders, base))
 
     def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
-        """Merge folders into the new folder `out`."""
         with _randomness_kept():
             source, options = self._prepared(folders, base)
             mergekit_ext.merge(source, out, options, callbacks=self._settings.callbacks)
@@ -73,11 +71,9 @@ class FullModel:
             with _randomness_kept():
                 model.load_state_dict(type(model).from_pretrained(folder).state_dict())
         else:
-            from safetensors.torch import load_file
-
-            found = load_file(folder / "model.safetensors")
-            tied = {name: kept for name, (kept, _) in _named(model).items() if kept in found}
-            model.load_state_dict(found | {name: found[kept] for name, kept in tied.items()})
+            found = load_file(folder / _WEIGHTS)
+            tied = {name: found[kept] for name, (kept, _) in _named(model).items() if kept in found}
+            model.load_state_dict(found | tied)
 
     @contextmanager
     def loaded(self, model: Any, folder: Path) -> Iterator[None]:
@@ -90,20 +86,15 @@ class FullModel:
         finally:
             model.load_state_dict(before, strict=False)  # tied weights are there once
 
-    def blend(self, mean: Mean | None, model: Any, weight: float, step: int) -> Mean:
+    def blend(self, mean: Mean | None, model: Any, weight: float) -> Mean:
         """Return ``mean + weight * (model - mean)`` in float32 at least.
 
         What is not floating point comes from the model.
-
-        Raises:
-            NonFiniteError: see `save`.
-            ConfigError: the model has other tensors than the mean.
         """
-        found = _tensors(model)
-        _require_finite(found, step)
+        found = _finite(model)
         tensors = {} if mean is None else mean.tensors
-        if mean is not None and (wrong := [*_differences(found, tensors)]):
-            raise ConfigError(wrong, f"the snapshot of step {step}")
+        if mean is not None:
+            _require_alike(found, tensors)
         for name, tensor in found.items():
             if not tensor.is_floating_point():
                 tensors[name] = tensor.to("cpu", copy=True)
@@ -116,15 +107,12 @@ class FullModel:
     def save_mean(self, mean: Mean, model: Any, out: Path) -> None:
         """Write a mean into an empty folder, in the dtypes of the model."""
         found = _tensors(model)
-        if wrong := [*_differences(found, mean.tensors)]:
-            raise ConfigError(wrong, "the running mean")
+        _require_alike(found, mean.tensors)
         tensors = {name: mean.tensors[name].to(found[name].dtype) for name in found}
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(out, state_dict=tensors, save_original_format=False)
-            return
-        from safetensors.torch import save_file
-
-        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        else:
+            save_file(tensors, out / _WEIGHTS, {"format": "pt"})
 
     def _prepared(self, folders: Mapping[int, Path], base: Path | None) -> tuple[str, Any]:
         from mergekit_ext.host.run import snapshot_config, snapshot_options
@@ -140,8 +128,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 def _named(model: Any) -> dict[str, tuple[str, Tensor]]:
-    """Return the tensors of the state dict, which hooks may have renamed, each with the first of
-    its names."""
+    """Return the state dict, whose names hooks may have changed, with the first name of each."""
     first: dict[object, str] = {}
     named: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
@@ -152,21 +139,20 @@ def _named(model: Any) -> dict[str, tuple[str, Tensor]]:
     return named
 
 
-def _require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    for name, tensor in tensors.items():
-        require_finite(tensor, name, f"at step {step}")
+def _finite(model: Any) -> dict[str, Tensor]:
+    found = _tensors(model)
+    for name, tensor in found.items():
+        require_finite(tensor, name, "")
+    return found
 
 
-def _differences(found: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> Iterator[Problem]:
-    expected = "the tensors of the snapshots before"
-    if differ := sorted(found.keys() ^ mean.keys()):
-        more = f", and {len(differ) - 1} more differences" * (len(differ) > 1)
-        text = f"{'a new' if differ[0] in found else 'no'} tensor {differ[0]}{more}"
-        yield Problem("model", text, expected)
-    for name in found.keys() & mean.keys():
-        if found[name].shape != mean[name].shape:
-            shapes = f"{name} of shape {tuple(found[name].shape)}", f"{tuple(mean[name].shape)}"
-            yield Problem("model", shapes[0], f"shape {shapes[1]}, as before")
+def _require_alike(found: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of the mean, by name and shape."""
+    live, kept = ({name: t.shape for name, t in of.items()}.items() for of in (found, mean))
+    if differ := sorted({name for name, _ in live ^ kept}):
+        text = f"{listing(differ)}, which are new, missing or of another shape"
+        expected = "the tensors of the snapshots before"
+        raise ConfigError([Problem("model", text, expected)], "the running mean")
 
 
 @contextmanager

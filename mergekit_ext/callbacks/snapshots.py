@@ -6,59 +6,44 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem, printable
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from mergekit_ext.io.staging import new_folder, place_problems
 
 _STEP = re.compile(r"step-[0-9]{8}")
 
 
 class Snapshots:
-    """At most `keep` folders. The oldest goes before a new one is made.
+    """At most `keep` folders; the oldest goes before a new one is made.
 
-    The run's own are `step-<8 digits>` and `initial` in its folder; nothing else is ever removed,
-    whatever a state names. Checkpoints that a trainer saved are only forgotten.
-
-    Args:
-        keep: how many.
-        folder: of the run.
-        own: whether snapshots are written into it; otherwise a trainer saves them elsewhere.
+    A run's `own` snapshots are `step-<8 digits>` and `initial` in its folder; nothing else is ever
+    removed, whatever a state names. Checkpoints that a trainer saved are only forgotten.
     """
 
     def __init__(self, keep: int, folder: Path, own: bool):
         self._keep, self._own, self.folder = keep, own, folder
         self._kept: dict[int, Path] = {}
+        self.initial = folder / INITIAL
         self.has_initial = False
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Of the snapshots, oldest first."""
         return tuple(sorted(self._kept))
 
-    @property
-    def initial(self) -> Path:
-        """Where the initial weights are, if they are kept."""
-        return self.folder / INITIAL
-
     def open(self) -> None:
-        """Make the folder.
-
-        Raises:
-            ConfigError: it holds what another run has left, or cannot be written.
-        """
-        left = [place for place in self._found() if place not in self._kept.values()]
-        if self.initial.exists() and not self.has_initial:
-            left.append(self.initial)
+        """Make the folder; refuse one that another run has used or that cannot be written."""
+        ours = {*self._kept.values(), *([self.initial] if self.has_initial else [])}
+        found = (*self._found(), *([self.initial] if self.initial.exists() else []))
         where = f"where: {self.folder}"
         problems = [*place_problems(self.folder, where)]
-        if left:
-            found = f"{len(left)} snapshots of another run, such as {left[0].name}"
+        if left := [place.name for place in found if place not in ours]:
+            text = f"{len(left)} snapshots of another run, such as {left[0]}"
             remedy = "Choose another folder, delete them, or load the state of that run."
-            problems.append(Problem(where, found, "a folder for this run", remedy))
+            problems.append(Problem(where, text, "a folder for this run", remedy))
         if problems:
             raise ConfigError(problems, SUBJECT)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,17 +82,17 @@ class Snapshots:
     def load(self, state: State) -> None:
         """Take over the snapshots of an earlier run; those made after its state was saved go."""
         ours = Path(state.folder) == self.folder
-        named = {step: Path(path) for step, path in sorted(state.snapshots.items())}
-        if self._own:
-            named = {step: self._place(step) for step in named}
-        found = {step: place for step, place in named.items() if os.path.isdir(place)}
-        self._kept = found if ours or not self._own else {}
+        named = {
+            step: self._place(step) if self._own else Path(path)
+            for step, path in state.snapshots.items()
+        }
+        usable = named if ours or not self._own else {}
+        self._kept = {step: place for step, place in usable.items() if os.path.isdir(place)}
         self.has_initial = state.initial and ours and os.path.isdir(self.initial)
-        if gone := [str(named[step]) for step in named.keys() - self._kept.keys()]:
+        if gone := len(named) - len(self._kept):
             text = (
-                f"{len(gone)} of {len(named)} snapshots are gone since the state was saved: "
-                f"{printable(', '.join(sorted(gone)))}. Later merges are made of the others. Give "
-                "`where` the folder of the run that is resumed."
+                f"{gone} of {len(named)} snapshots are gone since the state was saved; later "
+                "merges are made of the others. Give `where` the folder of the run that is resumed."
             )
             warnings.warn(MergeWarning(text), stacklevel=3)
         if self._own and ours:
@@ -128,10 +113,9 @@ class Snapshots:
         if (place := self._kept.pop(step, None)) is not None and self._own:
             shutil.rmtree(place, ignore_errors=True)
 
-    def _found(self) -> Iterator[Path]:
-        for place in sorted(self.folder.glob("step-*")):
-            if _STEP.fullmatch(place.name) and place.is_dir():
-                yield place
+    def _found(self) -> list[Path]:
+        places = sorted(self.folder.glob("step-*"))
+        return [place for place in places if _STEP.fullmatch(place.name) and place.is_dir()]
 
 
 @dataclass(frozen=True)
@@ -141,7 +125,7 @@ class Merged:
     Attributes:
         path: the folder of the merged model or adapter, an ordinary one, with its report.
         steps: of the snapshots that were merged; for `average` and `ema` of all that went in.
-        method: as it was asked for.
+        method: of `MergeCheckpoints`.
         scores: of the merged weights, if they were evaluated.
         before: of the model's own weights at that time.
         loaded: whether the merged weights were put into the model.

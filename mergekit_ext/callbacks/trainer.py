@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
 
 from mergekit_ext.errors import MergeError, MergeWarning
-from mergekit_ext.events import TRAINING_HOOKS, Callback, require_hooks
+from mergekit_ext.events import TRAINING_HOOKS, require_hooks
 
 _T = TypeVar("_T")
 # On a Trainer's control object, which its callbacks share: the files of their states.
@@ -37,13 +36,12 @@ def as_trainer_callback(callback: Any) -> Any:
     """
     from transformers import TrainerCallback
 
-    # The arguments of each method, without `self`.
-    hooks = {h: (*inspect.signature(getattr(Callback, h)).parameters,)[1:] for h in TRAINING_HOOKS}
-    require_hooks(callback, hooks, "callback")
+    require_hooks(callback, TRAINING_HOOKS, "callback")
+    stateful = hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
     name = type(callback).__name__
 
-    def call(hook: str, *arguments: Any) -> None:
-        getattr(callback, hook, lambda *_: None)(*arguments)
+    def call(hook: str, state: Any, argument: Any) -> None:
+        getattr(callback, hook, lambda *_: None)(state.global_step, argument)
 
     class Adapter(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Calls the methods of `callback` with what they take."""
@@ -57,25 +55,26 @@ def as_trainer_callback(callback: Any) -> Any:
             files = (f"callback_{name}{f'_{i}' * (i > 1)}.pt" for i in itertools.count(1))
             self.file = self.file or next(file for file in files if file not in taken)
             taken.add(self.file)
-            if state.global_step and hasattr(callback, "load_state_dict"):
+            if state.global_step and stateful:
                 _resume(callback, _checkpoint(args, state) / self.file)
-            call("on_train_begin", state.global_step, others["model"])
+            call("on_train_begin", state, others["model"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            call("on_step_end", state.global_step, others["model"])
+            call("on_step_end", state, others["model"])
 
         def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             if state.is_world_process_zero:
-                call("on_log", state.global_step, others.get("logs") or {})
+                call("on_log", state, others.get("logs") or {})
 
         def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             folder = _checkpoint(args, state)
-            call("on_save", state.global_step, folder)
-            if state.is_world_process_zero and folder.is_dir():
-                _save(callback, folder / self.file)
+            call("on_save", state, folder)
+            keeps = stateful and state.is_world_process_zero and folder.is_dir()
+            if keeps and (saved := callback.state_dict()):
+                torch.save(saved, folder / self.file)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            call("on_train_end", state.global_step, others["model"])
+            call("on_train_end", state, others["model"])
 
     return Adapter()
 
@@ -84,21 +83,13 @@ def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _save(callback: Any, file: Path) -> None:
-    if hasattr(callback, "state_dict") and (state := callback.state_dict()):
-        torch.save(state, file)
-
-
 def _resume(callback: Any, file: Path) -> None:
     if file.is_file():
-        # Numbers, texts and tensors only: a checkpoint may come from somebody else.
+        # Numbers, texts and tensors only: a checkpoint may come from anywhere.
         callback.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    elif hasattr(callback, "state_dict") and callback.state_dict():
-        text = (
-            f"{type(callback).__name__}: there is no {file}, so it goes on without what it had "
-            "before the checkpoint. Resume from a checkpoint in the output folder."
-        )
-        warnings.warn(MergeWarning(text), stacklevel=2)
+    elif callback.state_dict():
+        text = f"there is no {file}: it goes on without what it had before the checkpoint"
+        warnings.warn(MergeWarning(f"{type(callback).__name__}: {text}."), stacklevel=2)
 
 
 def unwrapped(model: Any) -> Any:
@@ -127,8 +118,7 @@ def is_main() -> bool:
 def from_main(make: Callable[[], _T]) -> _T:
     """Return what `make` returns in the main process, in every process of the training.
 
-    Raises:
-        MergeError: in the others, if `make` fails in the main process, which raises its own error.
+    If it fails there, the others raise `MergeError`.
     """
     if not _is_distributed() or distributed.get_world_size() == 1:
         return make()
@@ -143,8 +133,7 @@ def from_main(make: Callable[[], _T]) -> _T:
         distributed.broadcast_object_list(sent, src=0)
     if sent[1] is not None:
         raise MergeError(f"the main process could not merge: {sent[1]}")
-    value: _T = sent[0]
-    return value
+    return cast(_T, sent[0])
 
 
 def _is_distributed() -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -13,17 +12,11 @@ from mergekit_ext.core.memory import limited, shard_size, size
 from mergekit_ext.errors import numbered, printable
 
 if TYPE_CHECKING:
-    from mergekit_ext.host.checks.report import CheckReport, Estimate
-
-# As for click's own usage errors: the input is at fault.
-EXIT_PROBLEMS = 2
+    from mergekit_ext.host.checks.report import CheckReport
 
 
 @click.command("check")
-@click.argument(
-    "config",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-)
+@click.argument("config", type=click.File(encoding="utf-8"))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--allow-crimes", is_flag=True, help="Allow different architectures.")
 @click.option(
@@ -41,7 +34,7 @@ EXIT_PROBLEMS = 2
 @click.option("--tensor-union", "-u", is_flag=True, help="As for mergekit-pytorch.")
 @click.option("--tensor-intersection", "-i", is_flag=True, help="As for mergekit-pytorch.")
 def check(
-    config: Path,
+    config: IO[str],
     as_json: bool,
     out_shard_size: str,
     max_memory: str | None,
@@ -68,13 +61,10 @@ def check(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--out-shard-size") from None
     try:
-        with click.open_file(str(config), encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(
-            f"found {config}, which cannot be read ({error}); expected YAML in UTF-8",
-            param_hint="CONFIG",
-        ) from None
+        text = config.read()
+    except ValueError as error:
+        found = f"found {config.name}, which cannot be read ({error}); expected YAML in UTF-8"
+        raise click.BadParameter(found, param_hint="CONFIG") from None
     with for_commands(), limited(max_memory), allowing_pickles(allow_pickle):
         reports = check_source(
             text,
@@ -83,15 +73,12 @@ def check(
             intersection=tensor_intersection,
         )
     if as_json:
-        click.echo(json.dumps({"documents": [_as_json(name, r) for name, r in reports]}, indent=2))
+        documents = [{"name": name, **dataclasses.asdict(report)} for name, report in reports]
+        click.echo(json.dumps({"documents": documents}, indent=2))
     else:
         click.echo("\n\n".join(_as_text(name, report) for name, report in reports))
     if any(report.problems for _, report in reports):
-        raise click.exceptions.Exit(EXIT_PROBLEMS)
-
-
-def _as_json(name: str | None, report: CheckReport) -> dict[str, Any]:
-    return {"name": name, **dataclasses.asdict(report)}
+        raise click.exceptions.Exit(2)  # as for click's own usage errors
 
 
 def _as_text(name: str | None, report: CheckReport) -> str:
@@ -102,18 +89,14 @@ def _as_text(name: str | None, report: CheckReport) -> str:
         lines += numbered(report.problems)
     else:
         lines.append("No problems.")
-    if report.estimate is not None:
-        lines += _estimate(report.estimate)
+    if cost := report.estimate:
+        lines += [
+            f"Output:        {cost.tensors:,} tensors, {cost.parameters:,} parameters",
+            f"Bytes read:    {size(cost.bytes_read)}",
+            f"Bytes written: {size(cost.bytes_written)}",
+            f"Bytes held:    {size(cost.bytes_held)} at most, estimated",
+        ]
     if report.notes:
         lines.append("Notes:")
         lines += [f"  - {printable(note)}" for note in report.notes]
     return "\n".join(lines)
-
-
-def _estimate(cost: Estimate) -> list[str]:
-    return [
-        f"Output:        {cost.tensors:,} tensors, {cost.parameters:,} parameters",
-        f"Bytes read:    {size(cost.bytes_read)}",
-        f"Bytes written: {size(cost.bytes_written)}",
-        f"Bytes held:    {size(cost.bytes_held)} at most, estimated",
-    ]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-# As for click's own usage errors: the input is at fault.
-EXIT_PROBLEMS = 2
+from mergekit_ext.errors import MergekitExtError
+from mergekit_ext.parallel import require_one
 
 
 @click.command("export")
@@ -15,7 +15,8 @@ EXIT_PROBLEMS = 2
 @click.argument("task")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--no-verify", is_flag=True, help="Do not compare the files with their digests.")
-def export(path: Path, task: str, out: Path, no_verify: bool) -> None:
+@click.pass_context
+def export(context: click.Context, path: Path, task: str, out: Path, no_verify: bool) -> None:
     """Write one TASK of the FlexMerge checkpoint in the folder PATH as an ordinary model.
 
     OUT is a folder that does not exist or is empty. It gets the weights, reconstructed where the
@@ -23,11 +24,11 @@ def export(path: Path, task: str, out: Path, no_verify: bool) -> None:
     something is wrong with the checkpoint or with OUT.
     """
     # Heavy, and only needed here: `--help` stays fast.
-    from mergekit_ext.errors import MergekitExtError
     from mergekit_ext.flexmerge.reader import export as write
 
     try:
-        write(path, task, out, verify=not no_verify)
+        if require_one(context.command_path):
+            write(path, task, out, verify=not no_verify)
     except MergekitExtError as error:
-        click.echo(str(error), err=True)
-        raise click.exceptions.Exit(EXIT_PROBLEMS) from None
+        click.echo(f"Error: {error}", err=True)
+        context.exit(2)

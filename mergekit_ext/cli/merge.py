@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -18,27 +21,48 @@ from mergekit_ext.host.commands import for_commands
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.parallel import Ranks, launched
 
-
-@click.command("merge", cls=PrettyPrintHelp)
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
-@click.argument("out_path", type=click.Path())
-@click.option(
+_IN = click.Path(exists=True, dir_okay=False, path_type=Path)
+_SHARED = (
+    add_merge_options,
+    click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB"),
+    click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust"),
+    click.argument("out_path", type=click.Path(path_type=Path)),
+    click.argument("config_file", type=_IN),
+)
+events_option = click.option(
     "--events",
     type=click.Path(dir_okay=False),
     help="Append what happens to this file, one JSON object a line",
 )
+
+
+def merging(function: Callable[..., None], *, shared: bool = False) -> click.Command:
+    """Return a subcommand with two paths, mergekit's options, and the limits, which are in force.
+
+    Several processes are refused unless the work is `shared` by them.
+    """
+
+    @functools.wraps(function)
+    def run(max_memory: str | None, allow_pickle: bool, **given: Any) -> None:
+        given["merge_options"].apply_global_options()
+        with for_commands(shared=shared), limited(max_memory), allowing_pickles(allow_pickle):
+            function(**given)
+
+    command: Any = run
+    for decorate in _SHARED:
+        command = decorate(command)
+    return click.command(cls=PrettyPrintHelp)(command)
+
+
+@functools.partial(merging, shared=True)
+@events_option
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
-@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust")
-@click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB")
-@add_merge_options  # type: ignore[untyped-decorator]
 def merge(
     merge_options: MergeOptions,
-    config_file: str,
-    out_path: str,
+    config_file: Path,
+    out_path: Path,
     events: str | None,
     restart: bool,
-    max_memory: str | None,
-    allow_pickle: bool,
 ) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
@@ -47,13 +71,11 @@ def merge(
     stopped before, it goes on. Several processes, started with torchrun or accelerate launch,
     share the work.
     """
-    merge_options.apply_global_options()
-    with for_commands(shared=True), launched() as together, _only_main_prints(together):
+    with launched() as together, _only_main_prints(together):
         callbacks = [JsonLines(events, "--events")] if events and together.is_main else []
-        with limited(max_memory), allowing_pickles(allow_pickle):
-            mergekit_ext.merge(
-                config_file, out_path, merge_options, callbacks=callbacks, restart=restart
-            )
+        mergekit_ext.merge(
+            config_file, out_path, merge_options, callbacks=callbacks, restart=restart
+        )
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 REPORT_NAME = "merge_report.json"
@@ -22,34 +22,27 @@ def append_section(card: Path, section: str) -> None:
 def write_report(
     folder: Path, method: str, tensors: Mapping[str, Mapping[str, Any]], seed: int
 ) -> None:
-    """Write the report of a merge into `folder`.
-
-    Args:
-        folder: the output.
-        method: the name of the merge method.
-        tensors: for each tensor what the method reported: coefficients, norms, iterations, ...
-        seed: what random methods drew from; with the same one they draw the same.
-    """
+    """Write the report of a merge into `folder`; `tensors` is what the method says of each."""
     content = {"format_version": 1, "method": method, "seed": seed, "tensors": tensors}
     text = json.dumps(content, indent=1, allow_nan=False)
     (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _short(models: Sequence[str]) -> list[str]:
-    """Names without folders, which say more about the machine; unless two would be the same."""
+    """Return names without folders, unless two would be the same."""
     names = [Path(model).name or model for model in models]
     return names if len(set(names)) == len(names) else list(models)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
-    """NAN's coefficients: one row per group of tensors; mean and range when there are many."""
+    """Return NAN's coefficients: one row per group of tensors; mean and range if many."""
     # A group of tensors has a row for each set of models that its slices take.
     groups: dict[tuple[str, ...], Mapping[str, float]] = {}
     for details in tensors.values():
@@ -60,7 +53,8 @@ def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     models = list(dict.fromkeys(model for values in groups.values() for model in values))
     head = _short(models)
     scales = sorted({details["scale"] for details in tensors.values() if "scale" in details})
-    lines = ["### NAN coefficients", "", f"Global factor (`scale`): {_numbers(scales)}.", ""]
+    found = f"{scales[0]:.4g}" if len(scales) == 1 else _range(scales)
+    lines = ["### NAN coefficients", "", f"Global factor (`scale`): {found}.", ""]
     if len(groups) <= _MOST_ROWS:
         rows: list[list[str]] = [
             [key[0], *(f"{values[m]:.4f}" if m in values else "" for m in models)]
@@ -69,7 +63,7 @@ def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(table(["group", *head], rows))
     else:
         rows = []
-        for label, pick in (("lowest", min), ("mean", _mean), ("highest", max)):
+        for label, pick in (("lowest", min), ("mean", fmean), ("highest", max)):
             columns = [[v[model] for v in groups.values() if model in v] for model in models]
             rows.append([label, *(f"{pick(column):.4f}" for column in columns)])
         lines.append(f"Over {len(groups)} groups of tensors; all are in `merge_report.json`.\n")
@@ -78,7 +72,7 @@ def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
-    """LoRE's solver: convergence, iterations, ranks and singular values."""
+    """Return how LoRE's solver ended: convergence, iterations, ranks and singular values."""
     solved = {name: d for name, d in tensors.items() if d.get("iterations")}
     if not solved:
         return ""
@@ -108,12 +102,10 @@ def flexmerge_section(
     tasks: Sequence[tuple[str, bool]],
     kinds: Mapping[str, tuple[int, int]],
 ) -> str:
-    """Size, tasks, and how many copies of each kind of block are stored.
+    """Return size, tasks, and how many copies of each kind of block are stored.
 
-    Args:
-        size: ``models``, ``bytes`` and ``private_bytes``.
-        tasks: names, and whether each folder is an ordinary checkpoint.
-        kinds: for each kind of block how many blocks there are, and how many stored groups.
+    `size` has ``models``, ``bytes`` and ``private_bytes``; `tasks` their names, and whether each
+    is an ordinary checkpoint; `kinds` how many blocks, and how many stored groups.
     """
     count = len(tasks)
     rows = [
@@ -145,13 +137,5 @@ def flexmerge_section(
     return "\n".join(lines)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _range(values: Sequence[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return f"{values[0]:.4g}" if len(values) == 1 else _range(values)

@@ -1,9 +1,6 @@
 """Scores and similarities of FlexMerge: their tables and plots.
 
-Rows of an analysis are those of its files, by column. Of a block: ``block``, ``kind``, ``depth``
-(None outside of the layers), ``elements``; ``lowest``, ``mean`` and ``highest`` cosine of two
-tasks' vectors, and the norm of each. Of a merge: ``merges`` (0 before the first); ``models`` and
-``bytes`` after it; ``similarity``, ``block``, and ``groups``, the two that became one.
+Rows of an analysis are those of its CSV files, by column.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mergekit_ext.errors import MergekitExtError
+from mergekit_ext.errors import MergekitExtError, shown
 
 Scores = Mapping[str, Mapping[str, float]]
 CURVE_FORMAT = 1
@@ -26,8 +23,6 @@ Rows = Sequence[Mapping[str, Any]]
 # The metric of a function that returns one number.
 SCORE = "score"
 _PACKAGE = Path(__file__).parents[1]
-# What calls the user's function.
-_OURS = {_PACKAGE / "callbacks", _PACKAGE / "host" / "flexmerge"}
 
 
 class EvaluationError(MergekitExtError, ValueError):
@@ -37,7 +32,7 @@ class EvaluationError(MergekitExtError, ValueError):
     def raised(cls, error: Exception, what: str) -> EvaluationError:
         """Return the error of an evaluation of `what` that raised: with its frames, not ours."""
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).parent not in _OURS]
+        own = [frame for frame in frames if _PACKAGE not in Path(frame.filename).parents]
         text = "".join([*traceback.format_list(own), *traceback.format_exception_only(error)])
         return cls(f"the evaluation of {what} raised an exception:\n{text.rstrip()}")
 
@@ -49,24 +44,15 @@ class CheckedScores:
         self._metrics: dict[str, set[str]] = {}
 
     def of(self, returned: Any, task: str, what: str) -> dict[str, float]:
-        """Return the scores of one model by metric.
+        """Return the scores of one model by metric; errors call it `what`.
 
-        Args:
-            returned: by the user's function.
-            task: the name of the model's task.
-            what: was evaluated, as errors call it.
-
-        Raises:
-            EvaluationError: it is neither a finite number nor a mapping to finite numbers, or the
-                metrics are not those of the first model of the task.
+        Refuse what is no finite number and no mapping to finite numbers, and other metrics than
+        those of the task's first model.
         """
-        found = _numbers(returned)
-        if found is None:
-            text = repr(returned)
+        if (found := _numbers(returned)) is None:
             raise EvaluationError(
-                f"the evaluation of {what} returned "
-                f"{text[:77] + '...' if len(text) > 80 else text}; expected a finite number, or a "
-                "mapping from metrics to finite numbers such as {'accuracy': 0.9}."
+                f"the evaluation of {what} returned {shown(returned)}; expected a finite number, "
+                "or a mapping from metrics to finite numbers such as {'accuracy': 0.9}."
             )
         metrics = self._metrics.setdefault(task, set(found))
         if metrics != set(found):
@@ -81,7 +67,7 @@ def _numbers(returned: Any) -> dict[str, float] | None:
     given = returned if isinstance(returned, Mapping) else {SCORE: returned}
     found = {}
     for metric, value in given.items():
-        # Scalars of numpy and torch are numbers too; strings are not.
+        # Scalars of numpy and torch are numbers too; texts are not.
         if not isinstance(metric, str) or not hasattr(value, "__float__"):
             return None
         try:
@@ -91,71 +77,45 @@ def _numbers(returned: Any) -> dict[str, float] | None:
     return found if found and all(map(math.isfinite, found.values())) else None
 
 
-def figure(width: float, height: float) -> Any:
-    """Return an empty figure, without a window.
-
-    Raises:
-        ImportError: matplotlib is not installed, or cannot be loaded.
-    """
+def _figure(width: float, height: float) -> Any:
+    """Return an empty figure, without a window; `ImportError` says what to install."""
     try:
         from matplotlib.figure import Figure
     except Exception as error:  # a broken installation raises anything
-        reason = str(error).partition("\n")[0]
-        raise ImportError(
-            "the plot needs matplotlib; install it with pip install 'mergekit-ext[plots]' "
-            f"({type(error).__name__}: {reason})"
-        ) from error
+        advice = "the plot needs matplotlib; install it with pip install 'mergekit-ext[plots]'"
+        raise ImportError(f"{advice} ({error})") from error
     return Figure(figsize=(width, height), layout="tight")
 
 
 @dataclass(frozen=True)
 class SizePoint:
-    """What one algorithm scored at one size.
-
-    Attributes:
-        algorithm: the name of its line.
-        requested: the target size, in models.
-        size: the size that was reached, in models.
-        bytes: everything that is stored, masks and base included.
-        scores: {task: {metric: value}}; the higher, the better.
-    """
+    """What one algorithm scored at one size."""
 
     algorithm: str
-    requested: float
-    size: float
-    bytes: int
-    scores: Scores
+    requested: float  # the target size, in models
+    size: float  # the size that was reached, in models
+    bytes: int  # everything that is stored, masks and base included
+    scores: Scores  # the higher, the better
 
 
 def mean(scores: Scores, metric: str) -> float:
     """Return the mean of `metric` over the tasks that have it."""
-    values = [of_task[metric] for of_task in scores.values() if metric in of_task]
-    return math.fsum(values) / len(values)
+    return fmean(of_task[metric] for of_task in scores.values() if metric in of_task)
 
 
 def normalised_mean(scores: Scores, reference: Scores, metric: str) -> float | None:
-    r"""Return :math:`\frac1m \sum_k s_k / r_k`: scores relative to the individual models'.
+    """Return the mean of scores divided by the individual models', over the tasks with `metric`.
 
-    Args:
-        scores: of the merged model.
-        reference: of the individual model of each task; 1 means that nothing was lost.
-        metric: the mean is over the tasks that have it.
-
-    None if a task's reference is not above zero: there is no ratio then.
+    None if a task's `reference` is not above zero: there is no ratio then.
     """
     pairs = [(of[metric], reference[task][metric]) for task, of in scores.items() if metric in of]
     if not all(whole > 0 for _, whole in pairs):
         return None
-    return math.fsum(part / whole for part, whole in pairs) / len(pairs)
+    return fmean(part / whole for part, whole in pairs)
 
 
 def write_curve_tables(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:
-    """Write ``sizes.json``: the reference, and each point with its means; and ``sizes.csv``.
-
-    The latter has a row for each point: ``algorithm``, ``requested``, ``size``, ``bytes``, a
-    ``<task>/<metric>`` for each score, and ``mean/<metric>`` and ``normalised/<metric>`` (empty
-    where there is no ratio).
-    """
+    """Write ``sizes.json`` and ``sizes.csv``: each point with its scores and their means."""
     keys = [(task, metric) for task, of_task in reference.items() for metric in of_task]
     metrics = dict.fromkeys(metric for _, metric in keys)
     rows: list[dict[str, Any]] = [
@@ -183,25 +143,16 @@ def write_curve_tables(folder: Path, points: Sequence[SizePoint], reference: Sco
 def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str) -> None:
     """Draw normalised means over sizes, one line for each algorithm (FlexMerge, figures 3 and 5).
 
-    Args:
-        path: the picture; its suffix (``.png``, ``.svg``, ``.pdf``) is its format.
-        points: in any order.
-        reference: scores of the individual models, which are the dashed line at 1.
-        metric: which of the metrics.
-
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: `metric` has no ratio.
     """
-    picture = figure(6.0, 4.2)
+    picture = _figure(6.0, 4.2)
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         height = normalised_mean(point.scores, reference, metric)
         if height is None:
-            raise ValueError(
-                f"{metric} of an individual model is not above zero; expected a score "
-                "that others can be divided by"
-            )
+            raise ValueError(f"{metric} of an individual model is not above zero")
         lines.setdefault(point.algorithm, []).append((point.size, height))
     axes = picture.add_subplot()
     axes.axhline(1.0, linestyle="--", color="0.4", label="individual models")
@@ -244,12 +195,8 @@ def steps_table(steps: Rows, rows: int = 12) -> str:
 
 
 def plot_similarity(path: Path, blocks: Rows, steps: Rows) -> None:
-    """Draw similarity against depth, one line a kind; and the size after each merge.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    picture = figure(11.0, 4.2)
+    """Draw similarity against depth, one line a kind; and the size after each merge."""
+    picture = _figure(11.0, 4.2)
     left, right = picture.subplots(1, 2)
     lines: dict[str, dict[int, list[float]]] = {}
     for block in blocks:

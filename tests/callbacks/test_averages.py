@@ -105,14 +105,12 @@ def test_a_model_whose_tensors_change_is_an_error_in_that_step():
     train(model, [callback], steps=2)
     before = state(callback.merge().path)
     model.scale = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match=r"(?s)step 3;.*scale of shape \(2,\); .*as before"):
-        callback.on_step_end(3, model)
-    model.scale = torch.nn.Parameter(torch.tensor(1.0))
     model.more = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match="a new tensor more"):
+    with pytest.raises(ConfigError, match=r"found more, scale, .*tensors of the snapshots before"):
         callback.on_step_end(3, model)
-    del model.more
     assert callback.steps == (1, 2)
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    del model.more
     same(state(callback.merge().path), before)
 
 

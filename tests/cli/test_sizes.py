@@ -112,8 +112,8 @@ def test_wrong_sizes(configuration: Path, here: Path, sizes: str, message: str) 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("scores_of_a_test", "Write scores_of_a_test:FUNCTION, and run"),
-        ("a/b/scores.py:f", "Write scores:f, and run the command in the folder"),
+        ("scores_of_a_test", "Write scores:evaluate for scores.py"),
+        ("a/b/scores.py:f", "No module named 'a/b/scores'"),
         ("scores_of_a_test:missing", "has no attribute 'missing'"),
         ("no_such_module:evaluate", "No module named 'no_such_module'"),
         (":evaluate", "MODULE:FUNCTION"),

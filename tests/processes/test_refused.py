@@ -41,9 +41,12 @@ def said_once(done, rank, message):
         assert done.exit_code == 0 and not done.output
 
 
-def test_commands_that_do_not_share_their_work(launched_as, tmp_path):
-    done = CliRunner().invoke(main, ["check", str(tmp_path / "any.yml")])
-    said_once(done, launched_as, "2 processes for mergekit-ext check; expected one process")
+@pytest.mark.parametrize("command", [["check"], ["export", "b", "out"]], ids=lambda words: words[0])
+def test_commands_that_do_not_share_their_work(launched_as, tmp_path, command):
+    (tmp_path / "any").touch() if command == ["check"] else (tmp_path / "any").mkdir()
+    name, *rest = command
+    done = CliRunner().invoke(main, [name, str(tmp_path / "any"), *rest], prog_name="mergekit-ext")
+    said_once(done, launched_as, f"2 processes for mergekit-ext {name}; expected one process")
 
 
 def test_stock_commands_with_a_method_of_ours(launched_as, config, tmp_path):
