@@ -21,6 +21,8 @@ LOADED, _CANDIDATE = "merged", "merged_candidate"
 class AdapterModel:
     """One adapter: its factors or vectors, and the whole tensors that it carries."""
 
+    base: Path | None = None  # the frozen model is the base
+
     def __init__(self, settings: Settings):
         self._settings = settings
         self.trained = settings.adapter or ""
@@ -39,10 +41,6 @@ class AdapterModel:
             expected = "nothing: adapters are merged as changes of the model's frozen weights"
             yield Problem("base", "a base", expected, "Leave it out.")
         self.trained = self.trained or active[0]
-
-    def base(self) -> Path | None:
-        """Return None: the frozen model is the base."""
-        return None
 
     def save(self, model: Any, folder: Path) -> None:
         from peft_merge import save_adapter

@@ -47,27 +47,16 @@ class MergeCheckpoints(Settings, Callback):
 
     Args:
         method: any registered merge method, or `average` or `ema` (parameters `decay`, 0.999, and
-            `bias_correction`, true): running means of all snapshots of any module of torch, in
-            memory.
-        keep: how many snapshots are kept; the oldest go first.
-        every: a snapshot in each step that is a multiple of it (with `on="save"`: in each save).
-        start: no snapshots before this step.
+            `bias_correction`, true): running means of all snapshots of any module of torch.
+        keep, every, start: how many of the last snapshots; of which steps; from which step.
         on: "step", of the live model; or "save": saved checkpoints, merged from where they are.
         where: a folder for this run's snapshots and merges; by default a temporary one.
-        base: "initial" (the weights at `on_train_begin`), or a folder. None: initial if the method
-            needs a base.
-        parameters: of the method, as in YAML; a `weight` that it requires is 1.
-        adapter: which adapter of a PeftModel; by default the active one.
-        adapter_options: `rank`, `patterns`, `space`, `modules_to_save`, `dtype` of
-            `peft_merge.merge_adapters`.
-        seed, device: of the merges.
+        base: "initial" (the weights at `on_train_begin`), or a folder.
+        parameters, seed, device: of the merges.
+        adapter, adapter_options: of a PeftModel; options of `peft_merge.merge_adapters`.
         evaluate: a function ``(model, task) -> {metric: value}`` that scores the merged weights
-            and the model's own, in the model itself.
-        task: what `evaluate` is called with.
-        metric, greater_is_better: what `keep_better` compares; by default the first, higher.
-        load: put the merged weights into the model when training ends. A merged adapter becomes a
-            further one, `merged`, and the active one.
-        keep_better: only if they score better than the model's own.
+            and the model's own, in the model itself, for `task`.
+        load: put the merged weights into the model; with `keep_better` only if `metric` is better.
         callbacks: get the events of the merges.
         log: an object with a method ``log(values, step)`` for the scores.
 
@@ -110,7 +99,7 @@ class MergeCheckpoints(Settings, Callback):
         if self._kind is not None and step == 0:
             self._store.clear()
             self._kind, self._mean, self._saves = None, None, 0
-        self._see(step, model, beginning=step == 0)
+        self._see(step, model)
 
     def on_step_end(self, step: int, model: Any) -> None:
         """Take a snapshot if one is due; `NonFiniteError` names a tensor of NaN and the step."""
@@ -210,41 +199,35 @@ class MergeCheckpoints(Settings, Callback):
 
     def _merge_into(self, last: int | None, model: Any) -> str | None:
         """Merge, evaluate and load; return the folder if it was loaded."""
-        merged, kind = self._merge(last), self._kind_of(model)
+        merged, kind, wanted = self._merge(last), self._kind_of(model), self.load
         if self.evaluate is not None:
-            merged = self._result = self._scored(merged, model, kind)
-        if not self.load or (self.keep_better and not self._is_better(merged)):
+            evaluate = self.evaluate
+            score = evaluate if isinstance(evaluate, Evaluate) else Evaluate(evaluate)
+            before = score(model, self.task)
+            metric = self.metric or next(iter(before))
+            if metric not in before:
+                expected = f"one of {', '.join(before)}, which `evaluate` returns"
+                raise ConfigError([Problem("metric", repr(metric), expected)], SUBJECT)
+            with kind.loaded(model, merged.path):
+                scores = score(model, self.task)
+            if self.log is not None:
+                values = {f"merged/{name}": value for name, value in scores.items()}
+                self.log.log(values | {f"last/{k}": v for k, v in before.items()}, self._step)
+            merged = self._result = dataclasses.replace(merged, scores=scores, before=before)
+            gain = scores[metric] - before[metric]
+            better = gain > 0 if self.greater_is_better else gain < 0
+            wanted = self.load and (better or not self.keep_better)
+        if not wanted:
             return None
         kind.load(model, merged.path)
         self._result = dataclasses.replace(merged, loaded=True)
         return os.fspath(merged.path)
 
-    def _scored(self, merged: Merged, model: Any, kind: Kind) -> Merged:
-        given = self.evaluate
-        evaluate = given if isinstance(given, Evaluate) else Evaluate(given)  # type: ignore[arg-type]
-        before = evaluate(model, self.task)
-        if self.metric is not None and self.metric not in before:
-            expected = f"one of {', '.join(before)}, which `evaluate` returns"
-            raise ConfigError([Problem("metric", repr(self.metric), expected)], SUBJECT)
-        with kind.loaded(model, merged.path):
-            scores = evaluate(model, self.task)
-        if self.log is not None:
-            values = {f"merged/{name}": value for name, value in scores.items()}
-            self.log.log(values | {f"last/{k}": v for k, v in before.items()}, self._step)
-        return dataclasses.replace(merged, scores=scores, before=before)
-
-    def _is_better(self, merged: Merged) -> bool:
-        scores, before = merged.scores or {}, merged.before or {}  # both, because of `evaluate`
-        metric = self.metric or next(iter(scores))
-        gain = scores[metric] - before[metric]
-        return gain > 0 if self.greater_is_better else gain < 0
-
     def _base(self, kind: Kind) -> Path | None:
-        base = kind.base()
-        return self._store.initial if base == Path(INITIAL) else base
+        return self._store.initial if kind.base == Path(INITIAL) else kind.base
 
     def _lacks_initial(self, kind: Kind) -> bool:
-        return self._base(kind) == self._store.initial and not self._store.has_initial
+        return kind.base == Path(INITIAL) and not self._store.has_initial
 
     def _kind_of(self, model: Any) -> Kind:
         """Return how a model is handled; PEFT is imported by whatever made a PeftModel."""
@@ -252,7 +235,7 @@ class MergeCheckpoints(Settings, Callback):
         adapted = peft is not None and isinstance(model, peft.PeftModel)
         return AdapterModel(self) if adapted else FullModel(self)
 
-    def _see(self, step: int, model: Any, beginning: bool = False) -> None:
+    def _see(self, step: int, model: Any) -> None:
         """Check what depends on the model when it is first seen, in the main process.
 
         The model is saved, as the initial weights if they are needed, and a merge of `keep`
@@ -266,7 +249,7 @@ class MergeCheckpoints(Settings, Callback):
             return
         kind = self._kind_of(inner)
         problems = [*kind.problems(inner)]
-        if (initial := self._lacks_initial(kind)) and not beginning:
+        if (initial := self._lacks_initial(kind)) and step > 0:
             problems.append(_NO_INITIAL)
         if problems:
             raise ConfigError(problems, SUBJECT)

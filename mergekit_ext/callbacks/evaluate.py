@@ -59,7 +59,7 @@ class Evaluate(Callback):
 
     def __call__(self, model: Any, task: str) -> dict[str, float]:
         """Return the scores of one model; `EvaluationError` if they are no finite numbers."""
-        return self._score(model, task, f"task {task}")
+        return self._score("a model", task, model)
 
     def on_merge_end(self, event: MergeEnd) -> None:
         if not event.output:  # a merge in memory
@@ -95,16 +95,16 @@ class Evaluate(Callback):
                 self._log.log({f"{task}/{metric}": v for metric, v in found.items()}, step)
 
     def _keep(self, where: str, task: str, model: Any) -> dict[str, float]:
-        found = self._score(model, task, f"{where} on task {task}")
+        found = self._score(where, task, model)
         self.found.append({"where": where, "task": task, "scores": found})
         return found
 
-    def _score(self, model: Any, task: str, what: str) -> dict[str, float]:
+    def _score(self, where: str, task: str, model: Any) -> dict[str, float]:
         import torch
 
         with torch.no_grad(), evaluating(model):
             returned = self._function(model, task)
-        return self._scores.of(returned, task, what)
+        return self._scores.of(returned, task, f"{where} on task {task}")
 
 
 @contextmanager

@@ -24,8 +24,16 @@ _WEIGHTS = "model.safetensors"
 class FullModel:
     """A model of transformers; for running means any module of torch."""
 
+    base: Path | None
+
     def __init__(self, settings: Settings):
+        from mergekit_ext.host.run import needs_base
+
         self._settings = settings
+        base = settings.base
+        if base is None and settings.running is None and needs_base(settings.method):
+            base = INITIAL
+        self.base = None if base is None else Path(base)
 
     def problems(self, model: Any) -> Iterable[Problem]:
         """Yield why snapshots of a model cannot be taken, whatever the method is."""
@@ -36,15 +44,6 @@ class FullModel:
         if given.running is None and not hasattr(model, "save_pretrained"):
             remedy = "Use `average` or `ema`, which take any module."
             yield Problem("model", f"a {type(model).__name__}", "a model of transformers", remedy)
-
-    def base(self) -> Path | None:
-        """Return the folder of the base: "initial" stands for the beginning of the training."""
-        from mergekit_ext.host.run import needs_base
-
-        given = self._settings.base
-        if given is None and self._settings.running is None:
-            given = INITIAL if needs_base(self._settings.method) else None
-        return None if given is None else Path(given)
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the model into an empty folder; refuse NaN and infinity."""

@@ -73,20 +73,12 @@ class LogTo(Callback):
         self._training = step
         self.log(values, step)
 
-    def on_train_end(self, step: int, model: Any) -> None:
-        self._training = step
-
     def on_merge_begin(self, event: MergeBegin) -> None:
         self._units, self._gathered = 0, {}
 
     def on_statistics_end(self, event: StatisticsEnd) -> None:
-        self._emit(
-            {
-                f"coefficient/{group}/{model}": value
-                for group, models in event.coefficients.items()
-                for model, value in models.items()
-            }
-        )
+        groups = event.coefficients.items()
+        self._emit({f"coefficient/{g}/{m}": v for g, of in groups for m, v in of.items()})
 
     def on_tensor_merged(self, event: TensorMerged) -> None:
         self._units += 1
@@ -114,9 +106,9 @@ class LogTo(Callback):
     def _emit(self, values: Mapping[str, float]) -> None:
         if self._training is None:
             self._send(values)
-            return
-        for name, value in values.items():
-            self._gathered.setdefault(name, []).append(value)
+        else:
+            for name, value in values.items():
+                self._gathered.setdefault(name, []).append(value)
 
     def _send(self, values: Mapping[str, float]) -> None:
         if values:

@@ -22,7 +22,7 @@ from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.parallel import Ranks, launched
 
 _IN = click.Path(exists=True, dir_okay=False, path_type=Path)
-_SHARED = (
+_SHARED: tuple[Callable[[Any], Any], ...] = (
     add_merge_options,
     click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB"),
     click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust"),
@@ -36,7 +36,7 @@ events_option = click.option(
 )
 
 
-def merging(function: Callable[..., None], *, shared: bool = False) -> click.Command:
+def merging(function: Callable[..., None], *, shared: bool = False) -> Any:
     """Return a subcommand with two paths, mergekit's options, and the limits, which are in force.
 
     Several processes are refused unless the work is `shared` by them.
@@ -49,9 +49,9 @@ def merging(function: Callable[..., None], *, shared: bool = False) -> click.Com
             function(**given)
 
     command: Any = run
-    for decorate in _SHARED:
+    for decorate in (*_SHARED, click.command(cls=PrettyPrintHelp)):
         command = decorate(command)
-    return click.command(cls=PrettyPrintHelp)(command)
+    return command
 
 
 @functools.partial(merging, shared=True)

@@ -132,10 +132,10 @@ def test_a_merge_while_training_is_logged_once_under_the_step_of_training():
         log.on_step_end(step, 7.0)
     log.on_log(3, {"loss": 1.0})
     emit(log)
-    log.on_train_end(4, None)
+    log.on_step_end(4, 7.0)
     emit(log)
-    *training, (step, merge), (last, _) = target.lines
-    assert training == [(2, {"norm": 7.0}), (3, {"loss": 1.0})]
+    *training, (step, merge), fourth, (last, _) = target.lines
+    assert [*training, fourth] == [(2, {"norm": 7.0}), (3, {"loss": 1.0}), (4, {"norm": 7.0})]
     assert (step, last) == (3, 4)
     assert merge["merge/iterations"] == 5.0 and merge["merge/units"] == 2
     assert merge["merge/coefficient/model/a"] == 0.25

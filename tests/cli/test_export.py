@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from mergekit_ext.cli import main
 from tests.cli import assert_refused, subcommand
 from tests.flexmerge.handmade import edited, models, vit, write
 
@@ -63,7 +61,3 @@ def test_the_card_of_a_masked_task_stays(checkpoint: Path, tmp_path: Path) -> No
 
 def test_no_such_folder(tmp_path: Path) -> None:
     assert_refused(run(tmp_path / "nothing", "a", tmp_path / "a"), "does not exist")
-
-
-def test_is_listed() -> None:
-    assert "export" in CliRunner().invoke(main, ["--help"]).output
