@@ -140,7 +140,7 @@ def test_a_trainer_resumes_with_the_callbacks_state(tmp_path):
 
     whole = run(tmp_path / "whole", 6)
     with (
-        pytest.warns(MergeWarning, match=r"there is no .*callback_MergeCheckpoints.*\.pt, so"),
+        pytest.warns(MergeWarning, match=r"there is no .*callback_MergeCheckpoints.*\.pt: it"),
         pytest.raises(ConfigError, match="load the state of the run that is resumed"),
     ):
         run(tmp_path / "elsewhere", 6, resume=str(tmp_path / "whole/checkpoint-4"))
