@@ -47,6 +47,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error of a library as messages quote it: its type, and the first of its text."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:200]}"  # some hold a whole configuration
+
+
 def listing(names: Sequence[str], limit: int = 3) -> str:
     """Return the first few names, and how many there are besides."""
     head = ", ".join(names[:limit])

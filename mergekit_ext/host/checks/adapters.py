@@ -8,16 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mergekit_ext.errors import ConfigError, FileError, listing, nearest
-from mergekit_ext.host.adapters.fitted import (
-    VARIABLE,
-    adapted_headers,
-    fit,
-    read_adapter,
-)
+from mergekit_ext.host.adapters.fitted import VARIABLE, adapted_headers, fit, read_adapter
 from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.inputs import cached_folder, is_offline
 from mergekit_ext.io.class_model import empty_model
 from mergekit_ext.io.documents import json_object
@@ -34,35 +28,25 @@ from peft_merge.adapter import Adapter
 from peft_merge.io.read import CONFIG, PICKLE, SAFETENSORS, open_folder
 
 
-def unused_cache(options: Any) -> str:
-    """Say what becomes of ``--lora-merge-cache`` where adapters are applied while reading."""
-    return (
-        f"--lora-merge-cache {options.lora_merge_cache} is not used: adapters are applied while "
-        f"their base is read, and nothing is written there. {VARIABLE}=0 brings mergekit's own "
-        "way back."
-    )
-
-
 def adapted_tensors(
     reference: Any,
     tensors: Mapping[str, TensorHeader] | None,
     config: Any,
     where: str,
+    options: Any,
     findings: Findings,
-    dtype: torch.dtype | None = None,
 ) -> dict[str, TensorHeader] | None:
     """Return the tensors of a base with an adapter; None with problems, or if not known yet.
 
     Whole tensors of the adapter must be tensors of the architecture, as the output has no others:
     a classifier on a causal language model would be lost.
-
-    Args:
-        reference: mergekit's `ModelReference`.
-        tensors: the base's; None when they are not known.
-        config: the base's configuration; None for a bare file of weights.
-        where, findings: what is wrong, and the place that it is reported at.
-        dtype: that they are read in; None for that of the file.
     """
+    if options.lora_merge_cache:
+        findings.warn(
+            f"--lora-merge-cache {options.lora_merge_cache} is not used: adapters are applied "
+            f"while their base is read, and nothing is written there. {VARIABLE}=0 brings "
+            "mergekit's own way back."
+        )
     if not _is_readable(reference.lora, where, findings):
         return None
     try:
@@ -70,6 +54,7 @@ def adapted_tensors(
         if tensors is None:
             return None
         _warn_of_base(adapter, reference.model.path, where, findings)
+        dtype = dtype_of(options.lora_merge_dtype)
         adapted = adapted_headers(fit(adapter, tensors, config), tensors, dtype)
     except ConfigError as error:
         findings.extend(error.problems, within=where)
@@ -97,7 +82,14 @@ def merged_beforehand(
     """
     adapter = reference.lora
     if _is_readable(adapter, where, findings) and os.path.isdir(adapter.path):
-        _check_files(Path(adapter.path), where, findings)
+        file = Path(adapter.path) / CONFIG
+        if wrong := json_object(file, "the configuration of a PEFT adapter", LARGEST)[1]:
+            remedy = "Give the folder that PeftModel.save_pretrained wrote."
+            findings.problem(where, *wrong, remedy)
+        try:
+            open_folder(Path(adapter.path), allow_pickle=True)
+        except ConfigError as error:
+            findings.extend(error.problems, within=where)
     if not options.lora_merge_cache:
         found = f"{reference}, a model with an adapter, and no folder for the merged copy"
         expected = "a folder that has space for one whole model per adapter"
@@ -109,8 +101,7 @@ def merged_beforehand(
     try:
         return read_folder(folder, allow_pickle=pickles_allowed()) if folder.exists() else None
     except FileError as error:
-        wrong = error.problem
-        found = f"an unfinished merged copy in {folder} ({wrong.where} with {wrong.found})"
+        found = f"an unfinished merged copy in {folder} ({error.problem})"
         expected = "a whole model, because mergekit uses that copy as it is"
         findings.problem(where, found, expected, f"Delete {folder}.")
         return None
@@ -150,38 +141,14 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
     return False
 
 
-def _check_files(folder: Path, where: str, findings: Findings) -> None:
-    from peft import PeftConfig
-
-    expected = "the configuration of a PEFT adapter"
-    _, wrong = json_object(folder / CONFIG, expected, LARGEST)
-    try:
-        if wrong is None and not PeftConfig.from_pretrained(str(folder)).peft_type:
-            raise ValueError("no peft_type")
-    except Exception as error:  # whatever PEFT's classes make of such fields
-        text = " ".join(str(error).split())
-        found = f"an {CONFIG} in {folder} that PEFT cannot read ({type(error).__name__}: {text})"
-        wrong = found, expected
-    if wrong is not None:
-        findings.problem(where, *wrong, "Give the folder that PeftModel.save_pretrained wrote.")
-    try:
-        open_folder(folder, allow_pickle=True)
-    except ConfigError as error:
-        findings.extend(error.problems, within=where)
-
-
 def _warn_of_base(adapter: Adapter, base: str, where: str, findings: Findings) -> None:
+    """Compare names; a folder of the Hub's cache (models--org--name) has the model's in its own."""
     named = str(adapter.config.get("base_model_name_or_path") or "")
-    place = Path(os.path.realpath(base))
-    folder = place.parent if place.is_file() else place
-    ours, theirs = _components(str(folder)), _components(named)
-    if theirs and theirs[-1] not in ours and ours[-1] not in theirs:
+    ours, theirs = (
+        re.split(r"/|\\|--", path.lower().rstrip("/\\")) for path in (os.path.realpath(base), named)
+    )
+    if theirs[-1] and theirs[-1] not in ours and ours[-1] not in theirs:
         findings.warn(
             f"{where}: the adapter {adapter.name} names {named} as its base and is applied to "
             f"{base}. That only makes sense if these are copies of one model."
         )
-
-
-def _components(path: str) -> list[str]:
-    """The parts of a path; of a folder of the Hub's cache (models--org--name) the name."""
-    return [part.rpartition("--")[2] for part in re.split(r"[/\\]", path.lower()) if part]

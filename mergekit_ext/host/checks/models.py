@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.errors import FileError, listing
+from mergekit_ext.errors import FileError, listing, one_line
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.checks.adapters import (
-    adapted_tensors,
-    merged_beforehand,
-    near,
-    unused_cache,
-)
+from mergekit_ext.host.checks.adapters import adapted_tensors, merged_beforehand, near
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.inputs import cached_folder, is_offline
+from mergekit_ext.io.class_model import Loading, loading
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_REMEDY,
@@ -36,10 +31,9 @@ _LARGEST_CONFIG = 64 << 20
 # transformers and mergekit go through layers and experts one by one, some classes already when
 # they are made: a count of 10^12 would fill the memory before anything is compared with it.
 _COUNT = re.compile(r"(^|_)(num|n)(_.*)?(layer|expert|head|block|label|group)|_layers$|^layers$")
-_MOST = 100_000
 # Every tensor of every layer is named: several times what the largest models have.
 _LAYERS, _MOST_LAYERS = re.compile("layer|block"), 1_000
-_EXPERTS, _MOST_OF_BOTH = re.compile("expert"), 100_000
+_MOST, _EXPERTS = 100_000, re.compile("expert")
 
 # Averaged without their scales, codes give a model that loads and answers nonsense.
 _UNQUANTISED = "Give the model as it was before quantisation, or dequantise it and save that."
@@ -63,47 +57,52 @@ class ModelFacts:
     tensors: Mapping[str, TensorHeader] | None = None
     pending: bool = False  # it is the result of another document and does not exist yet
 
+    @property
+    def kind(self) -> str:
+        """The name of its class, where there is a `config`."""
+        return str(self.config.architectures[0])
+
+    @cached_property
+    def loading(self) -> Loading | None:
+        """What transformers does with its tensors; None if that is not known."""
+        if self.config is None or self.tensors is None:
+            return None
+        return loading(self.config, {name: h.shape for name, h in self.tensors.items()})
+
 
 def read_model(
     reference: Any, where: str, options: Any, findings: Findings, pending: Collection[str] = ()
 ) -> ModelFacts:
     """Look at one model, and at its adapter if it has one."""
-    merged = None
+    path, merged = reference.model.path, None
     if reference.lora is not None and not applies(reference):
         merged = merged_beforehand(reference, where, options, findings)
-    if reference.model.path in pending:
-        base = ModelFacts(reference, where, pending=True)
-    elif os.path.exists(reference.model.path):
-        base = _local_model(reference, where, options, findings, merged)
-    else:
-        base = _hub_model(reference, where, options, findings)
-    if not applies(reference):
-        return dataclasses.replace(base, tensors=merged or base.tensors)
-    if options.lora_merge_cache:
-        findings.warn(unused_cache(options))
-    known = base.tensors if base.config is not None else None
-    dtype = dtype_of(options.lora_merge_dtype)
-    tensors = adapted_tensors(reference, known, base.config, where, findings, dtype)
-    return dataclasses.replace(base, tensors=tensors)
+    base = ModelFacts(reference, where, pending=path in pending)
+    if os.path.isdir(path) and not base.pending:
+        base = _local_model(base, merged is not None, options, findings)
+    elif not base.pending and (os.path.exists(path) or not may_be_hub_name(path)):
+        findings.problem(
+            where,
+            f"{path}, which {'is a file' if os.path.exists(path) else 'does not exist'}",
+            "a model's folder, or a name on the Hub",
+            "Check the path. mergekit does not expand `~`; single weight files are merged with "
+            f"mergekit-pytorch.{near(path)}",
+        )
+    elif not base.pending:
+        base = _hub_model(base, options, findings)
+    tensors = merged or base.tensors
+    if applies(reference):
+        known = base.tensors if base.config is not None else None
+        tensors = adapted_tensors(reference, known, base.config, where, options, findings)
+    return replace(base, tensors=tensors)
 
 
-def _local_model(
-    reference: Any,
-    where: str,
-    options: Any,
-    findings: Findings,
-    tensors: Mapping[str, TensorHeader] | None,
-) -> ModelFacts:
-    """Look at a folder; `tensors`, those of a merged copy, are read in the place of its own."""
-    folder = Path(reference.model.path)
-    if not folder.is_dir():
-        expected = "a model's folder, or a name on the Hub"
-        remedy = "Give its folder; single weight files are merged with mergekit-pytorch."
-        findings.problem(where, f"{folder}, which is a file", expected, remedy)
-        return ModelFacts(reference, where)
+def _local_model(fact: ModelFacts, merged: bool, options: Any, findings: Findings) -> ModelFacts:
+    """Look at a folder; its tensors are not read where there is a `merged` copy with an adapter."""
+    reference, where, folder = fact.reference, fact.where, Path(fact.reference.model.path)
     adapter = (folder / "adapter_config.json").is_file()
-    if tensors is None and (not adapter or weights_of(folder) is not None):
-        tensors = read_tensors(folder, where, findings)
+    if not merged and (not adapter or weights_of(folder) is not None):
+        fact = replace(fact, tensors=read_tensors(folder, where, findings))
     if not (folder / "config.json").is_file():
         findings.problem(
             where,
@@ -111,7 +110,7 @@ def _local_model(
             "a model's folder with config.json and weights",
             f"Write `<base model>+{folder}`." if adapter else "Copy the model's config.json there.",
         )
-        return ModelFacts(reference, where, tensors=tensors)
+        return fact
     if adapter and (reference.lora is None or Path(reference.lora.path) != folder):
         findings.problem(
             where,
@@ -120,38 +119,34 @@ def _local_model(
             "a model's folder without an adapter",
             f"Write `{folder}+{folder}` to apply it, or remove it if the weights contain it.",
         )
-    return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
+    return replace(fact, config=_config(reference, where, options, findings))
 
 
-def _hub_model(reference: Any, where: str, options: Any, findings: Findings) -> ModelFacts:
-    path, nothing = reference.model.path, ModelFacts(reference, where)
-    if not may_be_hub_name(path):
-        remedy = "Check the path." + near(path)
-        if path.startswith("~"):
-            remedy = f"Write {os.path.expanduser(path)}: mergekit does not expand `~`."
-        expected = "a model's folder, or a name on the Hub"
-        findings.problem(where, f"{path}, which does not exist", expected, remedy)
-        return nothing
-    folder = cached_folder(reference.model, options)
+def _hub_model(fact: ModelFacts, options: Any, findings: Findings) -> ModelFacts:
+    model, where = fact.reference.model, fact.where
+    folder = cached_folder(model, options)
     if folder is not None and weights_of(folder) is None:
         folder = None
     if is_offline():
         # mergekit asks the Hub for the list of files even when it has them all.
-        remedy = "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(path)
+        remedy = "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(
+            model.path
+        )
         if folder is not None:
             remedy = f"Write the path of the cached copy, {folder}."
-        found = f"{path}, which is no folder here, while HF_HUB_OFFLINE is set"
+        found = f"{model.path}, which is no folder here, while HF_HUB_OFFLINE is set"
         findings.problem(where, found, "a folder that exists, or a network", remedy)
         if folder is None:
-            return nothing
+            return fact
+    before = findings.count
     if folder is not None:
         tensors = read_tensors(folder, where, findings)
     else:
-        before = findings.count
-        tensors = _remote_tensors(reference.model, where, findings)
-        if tensors is None and findings.count > before:
-            return nothing
-    return ModelFacts(reference, where, _config(reference, where, options, findings), tensors)
+        tensors = _remote_tensors(model, where, findings)
+    if tensors is None and findings.count > before:
+        return fact
+    config = _config(fact.reference, where, options, findings)
+    return replace(fact, config=config, tensors=tensors)
 
 
 def read_tensors(path: Path, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
@@ -160,7 +155,9 @@ def read_tensors(path: Path, where: str, findings: Findings) -> dict[str, Tensor
     try:
         tensors = read(path, allow_pickle=pickles_allowed())
     except FileError as error:
-        findings.unreadable(where, error)
+        wrong = error.problem
+        found = f"{wrong.where} with {wrong.found}"
+        findings.problem(where, found, wrong.expected, wrong.remedy)
         return None
     _refuse_codes(tensors, path, where, findings)
     if weights is not None and "safetensors" not in weights.name:
@@ -189,10 +186,9 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
             findings.problem(where, found, "safetensors", PICKLE_REMEDY)
         return None
     except Exception as error:  # network, access, parsing: the client's message is kept
-        first = (str(error).splitlines() or [""])[0]
         findings.problem(
             where,
-            f"{path.path}, which the Hub does not give ({type(error).__name__}: {first})",
+            f"{path.path}, which the Hub does not give ({one_line(error)})",
             "a folder that exists, or a model of the Hub that you may read",
             "Check the name, the revision and your access (`hf auth login`).",
         )
@@ -209,7 +205,6 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
 def _refuse_codes(
     tensors: Mapping[str, TensorHeader], source: str | Path, where: str, findings: Findings
 ) -> None:
-    """Report what a quantised model stores in the place of weights."""
     if codes := stored_codes(tensors):
         found = f"codes of a quantised model in {source}, with their scales ({listing(codes)})"
         findings.problem(where, found, "weights", _UNQUANTISED)
@@ -220,16 +215,15 @@ def stored_codes(names: Collection[str]) -> list[str]:
 
     A scale is one only beside the tensor that it scales: models have parameters of such names.
     """
+
+    def scales(name: str) -> bool:
+        found = _BESIDE.fullmatch(name)
+        of = found["of"] if found else name
+        codes = (f"{of}{end}" for end in ("", ".weight", "_blocks", "._data", ":qdata"))
+        return bool(found) and any(code in stored and code != name for code in codes)
+
     stored = frozenset(names)
-    return [name for name in names if _PACKED.fullmatch(name) or _scales(name, stored)]
-
-
-def _scales(name: str, stored: frozenset[str]) -> bool:
-    found = _BESIDE.fullmatch(name)
-    if found is None:
-        return False
-    codes = (f"{found['of']}{end}" for end in ("", ".weight", "_blocks", "._data", ":qdata"))
-    return any(code in stored and code != name for code in codes)
+    return [name for name in names if _PACKED.fullmatch(name) or scales(name)]
 
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:
@@ -242,10 +236,9 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
     try:
         config = reference.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:  # transformers raises many kinds; its message is kept
-        first = (str(error).splitlines() or [""])[0]
         findings.problem(
             where,
-            f"a config.json that transformers refuses ({type(error).__name__}: {first})",
+            f"a config.json that transformers refuses ({one_line(error)})",
             "the configuration of a model that transformers knows",
             "Mend config.json, or give --trust-remote-code if its model type needs the "
             "repository's own code and you trust it.",
@@ -263,21 +256,7 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
 
 def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:
     """Find a count in a configuration that nothing goes through: it, and what is expected."""
-    most: dict[re.Pattern[str], int] = {_LAYERS: 0, _EXPERTS: 0}
-    for name, value in _counts(content):
-        limit = _MOST_LAYERS if _LAYERS.search(name) else _MOST
-        if not 0 <= value <= limit:
-            shown = str(value) if abs(value) < 2**63 else "more than 64 bits"
-            return f"{name} of {shown} in {path}", f"0 to {limit:,}"
-        most |= {kind: max(value, most[kind]) for kind in most if kind.search(name)}
-    if most[_LAYERS] * most[_EXPERTS] > _MOST_OF_BOTH:
-        found = f"{most[_LAYERS]:,} layers of {most[_EXPERTS]:,} experts in {path}"
-        return found, f"{_MOST_OF_BOTH:,} experts at most"
-    return None
-
-
-def _counts(content: Any) -> Iterator[tuple[str, int]]:
-    """Counts of layers, experts and the like, and the keys that they stand under."""
+    layers = experts = 1
     inner: list[tuple[str, Any]] = [("", content)]
     while inner:  # no recursion, which JSON may be too deep for
         name, item = inner.pop()
@@ -286,7 +265,15 @@ def _counts(content: Any) -> Iterator[tuple[str, int]]:
         elif isinstance(item, list):
             inner += [(name, each) for each in item]
         elif type(item) is int and _COUNT.search(name):
-            yield name, item
+            limit = _MOST_LAYERS if _LAYERS.search(name) else _MOST
+            if not 0 <= item <= limit:
+                shown = str(item) if abs(item) < 2**63 else "more than 64 bits"
+                return f"{name} of {shown} in {path}", f"0 to {limit:,}"
+            layers = max(layers, item) if _LAYERS.search(name) else layers
+            experts = max(experts, item) if _EXPERTS.search(name) else experts
+    if layers * experts > _MOST:
+        return f"{layers:,} layers of {experts:,} experts in {path}", f"{_MOST:,} experts at most"
+    return None
 
 
 def _check_readings(config: Any, where: str, findings: Findings) -> None:

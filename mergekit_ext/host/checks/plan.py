@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from mergekit.architecture.conversion import (
 )
 from mergekit.plan import MergePlanner
 
-from mergekit_ext.errors import did_you_mean, join
+from mergekit_ext.errors import did_you_mean, join, one_line
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.layout import Group, groups_of
 from mergekit_ext.host.checks.models import ModelFacts
@@ -58,7 +57,6 @@ class PlannedTensor:
 
     @property
     def name(self) -> str:
-        """What the output calls it."""
         return str(self.weight.name)
 
     @property
@@ -85,7 +83,6 @@ class Inventory:
 
     @functools.cached_property
     def groups(self) -> list[Group]:
-        """The groups of inputs in the configuration."""
         return groups_of(self.config)
 
     @property
@@ -115,21 +112,20 @@ def plan_models(inventory: Inventory) -> bool:
 
 
 def _architecture(inventory: Inventory) -> tuple[Any, bool]:
-    """What mergekit takes the models for, or None, and whether all of them are that."""
+    """Return what mergekit takes the models for, or None, and whether all of them are that."""
     known = {model: fact for model, fact in inventory.models.items() if fact.config is not None}
     if not known:
         return None, False
     base = inventory.config.base_model
-    names = {model: fact.config.architectures[0] for model, fact in known.items()}
     found = {model: arch_info_for_config(fact.config) for model, fact in known.items()}
-    if unknown := sorted({names[model] for model, info in found.items() if info is None}):
+    if unknown := sorted({known[model].kind for model, info in found.items() if info is None}):
         return _inferred(inventory, ", ".join(unknown)), True
     first = found[base if base in known else next(iter(known))]
     same = all(info == first for info in found.values())
     if not same and not inventory.options.allow_crimes:
-        listed = ", ".join(f"{name} in {model}" for model, name in names.items())
+        listed = ", ".join(f"{fact.kind} in {model}" for model, fact in known.items())
         inventory.findings.problem(
-            known[list(names)[-1]].where,
+            list(known.values())[-1].where,
             f"different architectures: {listed}",
             "one architecture",
             "Take out the models that do not fit, or give --allow-crimes to merge what has one "
@@ -160,8 +156,7 @@ def _inferred(inventory: Inventory, named: str) -> Any:
             tuple(models), inventory.config.base_model, inventory.options
         )
     except Exception as error:  # mergekit and transformers; the message is kept
-        reason = (str(error).splitlines() or [""])[0][:200]  # some hold a whole configuration
-        found = f"an architecture that mergekit cannot infer ({type(error).__name__}: {reason})"
+        found = f"an architecture that mergekit cannot infer ({one_line(error)})"
         expected = "an architecture of which mergekit has a table, or that it can infer"
         findings.problem("models", found, expected, BY_FILES)
         return None
@@ -183,10 +178,9 @@ def _survey(inventory: Inventory, architecture: Any) -> None:
         out_config = _model_out_config(copy, architecture, options.trust_remote_code)
         _Recorder(copy, architecture, options, out_config).record(inventory, places)
         inventory.out_config = out_config
-    except Exception as error:  # mergekit's planner; its message is kept, without the config.json
+    except Exception as error:  # mergekit's planner; its message is kept
         inventory.planned.clear()
-        text = re.sub(r"\{.*\}", "{...}", str(error), flags=re.DOTALL)
-        found = f"an error of mergekit ({type(error).__name__}: {text})"
+        found = f"an error of mergekit ({one_line(error)})"
         expected = "a configuration that mergekit can plan"
         remedy = f"Mend the other problems first. If this is the only one: {BY_FILES}"
         findings.problem("the merge's plan", found, expected, remedy)
@@ -220,15 +214,15 @@ class _Recorder(MergePlanner):
     def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
         """Refuse wrong layer ranges before mergekit stumbles over them."""
         module = self.arch_info.modules[module_name].architecture
-        where, lengths = self._groups[id(definition)].where, dict[str, int]()
-        fits, chosen = True, "slices" in where
+        findings, where = self._inventory.findings, self._groups[id(definition)].where
+        fits, lengths = True, dict[str, int]()
         for i, source in enumerate(definition.sources):
             first, last = source.layer_range
             lengths[str(source.model)] = last - first
             layers = module.num_layers(self._inventory.models[source.model].config)
-            if chosen and not 0 <= first < last <= layers:
+            if "slices" in where and not 0 <= first < last <= layers:
                 fits = False
-                self._inventory.findings.problem(
+                findings.problem(
                     f"{where}.sources[{i}].layer_range",
                     f"[{first}, {last}]",
                     f"a range inside of [0, {layers}], the layers of {source.model}",
@@ -237,7 +231,7 @@ class _Recorder(MergePlanner):
         if fits and len(set(lengths.values())) > 1:
             fits = False
             counts = ", ".join(f"{count} of {model}" for model, count in lengths.items())
-            self._inventory.findings.problem(
+            findings.problem(
                 where,
                 f"different numbers of layers: {counts}",
                 "the same number from every model",
@@ -305,7 +299,6 @@ def locate(inventory: Inventory) -> None:
         ):
             continue
         found: dict[Any, TensorHeader | None] = {}
-        missing = []
         for model, weight in tensor.inputs.items():
             fact = facts[model]
             header = _stored(fact, weight, tied=True)
@@ -313,9 +306,9 @@ def locate(inventory: Inventory) -> None:
             if header or fact.tensors is None or not (hopeless or not _converted(fact, weight)):
                 found[model] = header
             else:
-                missing.append(model)
                 lacking[model] += not optional
-        tensor.found, tensor.missing = found, tuple(missing)
+        tensor.found = found
+        tensor.missing = tuple(model for model in tensor.inputs if model not in found)
         inventory.located.append(tensor)
 
 
@@ -336,7 +329,7 @@ def _has_conversions(model_type: str) -> bool:
 
 
 def _converted(fact: ModelFacts, weight: Any) -> bool:
-    """Whether mergekit makes the tensor from others (transformers' renamed layouts)."""
+    """Return whether mergekit makes the tensor from others (transformers' renamed layouts)."""
     kind = getattr(fact.config, "model_type", None)
     if not kind or not _has_conversions(kind):
         return False

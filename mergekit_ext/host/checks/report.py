@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mergekit_ext.core.memory import Need
-from mergekit_ext.errors import ConfigError, FileError, Problem, tensors_at
+from mergekit_ext.errors import ConfigError, Problem, tensors_at
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class Findings:
     def tensor(self, name: str, found: str, expected: str, remedy: str = "") -> None:
         """Add a problem of one tensor."""
         self._problems.setdefault(Problem("", found, expected, remedy), {})[name] = None
-
-    def unreadable(self, where: str, error: FileError) -> None:
-        """Add what is wrong with a file of weights."""
-        wrong = error.problem
-        self.problem(where, f"{wrong.where} with {wrong.found}", wrong.expected, wrong.remedy)
 
     def extend(self, problems: Iterable[Problem], within: str = "") -> None:
         """Add problems that were made elsewhere; `within` is the place of their places."""

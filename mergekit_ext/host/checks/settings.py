@@ -11,7 +11,7 @@ import torch
 from mergekit._data import chat_templates
 from mergekit.common import dtype_from_name
 
-from mergekit_ext.errors import did_you_mean, shown
+from mergekit_ext.errors import did_you_mean, one_line, shown
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io.documents import json_object
@@ -58,13 +58,10 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # every backend has its own way to say that it is not there
-        reason = (str(error).splitlines() or [""])[0].split(". ")[0]
-        kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
-        devices = ["cpu", *(f"{kind.type}:{index}" for index in range(count))]
         findings.problem(
             "--cuda" if options.cuda and device == "cuda" else "--device",
-            f"{device}, which cannot be used ({type(error).__name__}: {reason.rstrip('.')})",
-            f"one of {', '.join(devices)}",
+            f"{device}, which cannot be used ({one_line(error)})",
+            "a device that torch can use here, such as cpu",
             "Choose another device, or install a build of torch that supports this one.",
         )
     # mergekit looks at the template when all the weights are written, and stops there.
@@ -80,11 +77,8 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
 def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | None:
     """Check the files of tokenizers that are read, or copied when all the weights are written.
 
-    They are JSON of a size that can be read, and wherever a merge loads a tokenizer, what has its
-    files is one: mergekit fails on the first model's only, and takes that in place of any other.
-
-    Returns how many rows the embeddings of a tokenizer that is built will have; None if there is
-    none, or if that is not known.
+    mergekit fails on the first model's only, and takes that in place of any other. Returns how
+    many rows the embeddings of a tokenizer that is built will have; None if that is not known.
     """
     named, built = models_at(config), wants_tokenizer(config)
     first = config.base_model or next(iter(named), None)
@@ -154,7 +148,6 @@ def _load(path: Any, first: bool, options: Any) -> tuple[set[str], list[tuple[st
             made = AutoTokenizer.from_pretrained(path.path, trust_remote_code=trust)
         return set(made.get_vocab()), []
     except Exception as error:  # whatever the classes of tokenizers make of such files
-        text = " ".join(str(error).split())
-        found = f"a tokenizer in {path} that cannot be loaded ({type(error).__name__}: {text})"
+        found = f"a tokenizer in {path} that cannot be loaded ({one_line(error)})"
         expected = "files that `AutoTokenizer` loads, with a row of embeddings for each token"
         return set(), [(found, expected)]

@@ -1,7 +1,6 @@
 """The tensors of a merge, compared with each other and with what their classes need.
 
-Presence, shapes and dtypes of what is read; and that transformers, which fills missing tensors
-with random numbers and ignores unknown ones, does neither with an input or the output.
+transformers fills missing tensors with random numbers and ignores unknown ones.
 """
 
 from __future__ import annotations
@@ -15,12 +14,8 @@ from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit_ext.errors import listing, tensors_at
 from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks.models import ModelFacts
-from mergekit_ext.host.checks.plan import (
-    BY_FILES,
-    Inventory,
-    PlannedTensor,
-    names_of,
-)
+from mergekit_ext.host.checks.parameters import refusal
+from mergekit_ext.host.checks.plan import BY_FILES, Inventory, PlannedTensor, names_of
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io.class_model import Loading, loading
 from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, is_counter, same_bytes
@@ -38,8 +33,7 @@ def check_tensors(
 ) -> None:
     """Report missing tensors, shapes, dtypes and whole numbers that do not fit.
 
-    Models in `besides` are not compared. `policy`, for optional tensors that some inputs lack, is
-    the method's unless it is given.
+    Models in `besides` are not compared; `policy` stands for the method's own.
     """
     config, findings = inventory.config, inventory.findings
     mixed: set[str] = set()
@@ -47,10 +41,7 @@ def check_tensors(
         found = {model: header for model, header in tensor.found.items() if model not in besides}
         missing = tuple(model for model in tensor.missing if model not in besides)
         tensor = replace(tensor, found=found, missing=missing)
-        for problem in (
-            *_missing(tensor, inventory, policy),
-            *_differences(tensor, inventory),
-        ):
+        for problem in (*_missing(tensor, inventory, policy), *_differences(tensor, inventory)):
             findings.tensor(tensor.name, *problem)
         if len(dtypes := {header.dtype for header in tensor.headers}) > 1:
             mixed |= dtypes
@@ -84,28 +75,22 @@ def _missing(
 
 
 def _refusal(tensor: PlannedTensor, method: Any, policy: OptionalTensorPolicy | None) -> str | None:
-    """Why the method stops at an optional tensor that some inputs lack; None if it does not."""
-    policy, base = policy or method.spec.optional_tensor_policy, tensor.group.base
+    """Return why the method stops at an optional tensor that some inputs lack, if it does."""
+    spec, base = method.spec, tensor.group.base
+    policy = policy or spec.optional_tensor_policy
     present = [model for model in tensor.inputs if model in tensor.found]
     if len(present) == 1 and (
         policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
         or (policy == OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON and present == [base])
     ):
         return None
-    few = len(present) < method.spec.contract.min_inputs
+    few = len(present) < spec.contract.min_inputs
     if policy == OptionalTensorPolicy.BASE_OR_SKIP and few:
         return None
-    # What is wrong with all of them is said already, for the whole group.
-    everything = list(tensor.inputs)
-    return None if _complaint(method, everything, base) else _complaint(method, present, base)
-
-
-def _complaint(method: Any, models: Sequence[Any], base: Any) -> str | None:
-    try:
-        method.validate_inputs(models, base)
-    except ValueError as error:
-        return str(error)
-    return None
+    # What is wrong with all of them is reported for the whole group.
+    if refusal(spec.contract, list(tensor.inputs), base):
+        return None
+    return refusal(spec.contract, present, base)
 
 
 def _differences(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
@@ -148,36 +133,36 @@ def _differences(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
 
 
 def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any]:
-    """Report models that transformers would complete with random numbers, and note what it ignores.
+    """Report models that transformers would complete with random numbers, and return them.
 
     Such are weights that ZeRO-3 saved empty, or a shard that is gone. A pooler or a head that no
-    model of its class has is a warning: bodies are often saved without. Returns these models.
+    model of its class has is a warning: bodies are often saved without.
     """
     broken = set()
     for model, fact in facts.items():
-        found = _loading_of(fact)
+        found = fact.loading
         if found is None:
             continue
-        kind = fact.config.architectures[0]
-        without = _lacking(facts, kind) if found.missing else frozenset()
+        without = _lacking(facts, fact.kind) if found.missing else frozenset()
         if without:
             findings.warn(
-                f"{kind} has {tensors_at(sorted(without))}, which no model has: transformers "
+                f"{fact.kind} has {tensors_at(sorted(without))}, which no model has: transformers "
                 "fills that with random numbers in the output, as in the inputs."
             )
         if wrong := _wrong(replace(found, missing=_besides(found.missing, without))):
             broken.add(model)
             findings.problem(
                 fact.where,
-                f"{wrong} in {model}, a {kind}: transformers would fill it with random numbers",
-                f"every tensor of {kind}",
+                f"{wrong} in {model}, a {fact.kind}: transformers would fill it with random "
+                "numbers",
+                f"every tensor of {fact.kind}",
                 "Give a whole checkpoint of that class; one that was saved in parts (DeepSpeed, "
                 "FSDP) is consolidated first.",
             )
         if found.ignored:
             findings.note(
-                f"{model}: {kind} does not have {listing(found.ignored)}; transformers does not "
-                "load them either."
+                f"{model}: {fact.kind} does not have {listing(found.ignored)}; transformers does "
+                "not load them either."
             )
     return broken
 
@@ -187,9 +172,9 @@ def check_output(inventory: Inventory) -> None:
 
     What the inputs' classes lack or do not have, the output may, too.
     """
+    located, config, facts = inventory.located, inventory.out_config, inventory.models
     if inventory.config.models:
         _check_use(inventory)
-    located, config, facts = inventory.located, inventory.out_config, inventory.models
     if config is None or not located or not inventory.is_sound:
         return
     found = loading(config, {t.name: t.headers[0].shape if t.headers else (0,) for t in located})
@@ -207,7 +192,7 @@ def check_output(inventory: Inventory) -> None:
             f"every tensor of {kind}, as transformers loads it",
             BY_FILES,
         )
-    ignored = {n for f in facts.values() if (own := _loading_of(f)) for n in own.ignored}
+    ignored = {name for fact in facts.values() if fact.loading for name in fact.loading.ignored}
     if unfit := [*_besides(found.ignored, ignored), *found.misshapen]:
         inventory.findings.problem(
             "the output",
@@ -220,12 +205,9 @@ def check_output(inventory: Inventory) -> None:
 
 
 def _check_use(inventory: Inventory) -> None:
-    """Report stored tensors that the merge does not use, of models whose class is not known.
-
-    What a class from elsewhere needs, its files alone say.
-    """
+    """Report stored tensors that the merge does not use, of models whose class is not known."""
     for model, fact in inventory.models.items():
-        if not fact.tensors or _loading_of(fact) is not None:
+        if not fact.tensors or fact.loading is not None:
             continue
         weights = [t.inputs[model] for t in inventory.planned if model in t.inputs]
         used = {name for weight in weights for name in names_of(weight, tied=True)}
@@ -238,19 +220,10 @@ def _check_use(inventory: Inventory) -> None:
             )
 
 
-def _loading_of(fact: ModelFacts) -> Loading | None:
-    """What transformers does with the tensors of one input; None if that is not known."""
-    if fact.config is None or fact.tensors is None:
-        return None
-    return loading(fact.config, {name: h.shape for name, h in fact.tensors.items()})
-
-
 def _lacking(facts: Mapping[Any, ModelFacts], kind: str) -> frozenset[str]:
-    """The poolers and heads of a class that all models of that class lack alike."""
+    """Return the poolers and heads of a class that all models of that class lack alike."""
     missing = [
-        set(found.missing)
-        for fact in facts.values()
-        if (found := _loading_of(fact)) and fact.config.architectures[0] == kind
+        set(fact.loading.missing) for fact in facts.values() if fact.loading and fact.kind == kind
     ]
     everywhere = set.intersection(*missing) if missing else set()
     return frozenset(name for name in everywhere if "pooler" in name or is_task_head(name))
