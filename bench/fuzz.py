@@ -43,7 +43,7 @@ from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.io.headers import read_folder, read_safetensors
-from mergekit_ext.io.pieces import Journal
+from mergekit_ext.io.journal import Journal
 from peft_merge.flexmerge.manifest import open_manifest
 from peft_merge.io import load_adapter
 from peft_merge.merge import plan_config

@@ -1,9 +1,9 @@
 """``python -m mergekit_ext``: the command ``mergekit-ext``."""
 
 import os
-import sys
 
 from mergekit_ext.cli import main
+from mergekit_ext.core.interrupts import leave
 
 try:
     main(prog_name="mergekit-ext")
@@ -13,6 +13,4 @@ except SystemExit as end:
         raise
     # Threads of torch that outlive the processes' group can abort the interpreter while it shuts
     # down, and so make a failure of a merge that is finished.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(end.code)
+    leave(end.code)

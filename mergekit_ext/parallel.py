@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from enum import Enum
 from typing import Any, TypeVar
 
 from mergekit_ext.errors import ConfigError, Problem, RankError
@@ -22,12 +21,6 @@ _MOST = 1 << 20
 _MEETING = timedelta(minutes=5)
 # The first process to come to a collective waits there while another one may merge for days.
 _WORK = timedelta(days=365)
-
-
-class _Mark(Enum):
-    """What a process that ends sends in place of a value; pickled by name."""
-
-    PARTED = "parted"
 
 
 class Ranks:
@@ -60,12 +53,11 @@ class Ranks:
         """Return the values of all processes, in order of rank, in every process."""
         posted, self._posted = self._posted, []
         found = self._exchange((value, posted))
+        if any(messages is None for _, messages in found):
+            raise RankError
         if self.is_main:
             self._received += [message for _, messages in found for message in messages]
-        values = [value for value, _ in found]
-        if value is not _Mark.PARTED and any(v is _Mark.PARTED for v in values):
-            raise RankError
-        return values
+        return [value for value, _ in found]
 
     def from_main(self, make: Callable[[], _T]) -> _T:
         """Return in every process what `make` returns in the main one; it runs there only."""
@@ -79,7 +71,7 @@ class Ranks:
 
     def part(self) -> None:
         """End with an error of this process: whatever the others gather, they get `RankError`."""
-        self.gather(_Mark.PARTED)
+        self._exchange((None, None))
 
     def post(self, message: Any) -> None:
         """Send the main process a message with the next `gather`."""

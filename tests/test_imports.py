@@ -26,7 +26,7 @@ ALLOWED = {
     "callbacks": {*BELOW, "flexmerge", "host"},
     "cli": {*BELOW, "flexmerge", "host", "callbacks"},
     "autoload": {"host"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "core"},
     "__init__": {"autoload", "core", "host", "io"},
 }
 # peft_merge sees nothing that knows mergekit, and nothing of processes.

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.io.pieces import Journal
+from mergekit_ext.io.journal import Journal
 
 _PIECES = "pieces"
 

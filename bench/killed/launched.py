@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.killed.cases import Case
 from bench.killed.counting import count_pieces
-from mergekit_ext.io.pieces import Journal
+from mergekit_ext.io.journal import Journal
 
 _SLEEP = 0.005
 _FOLDER = "BENCH_KILLED"

@@ -48,7 +48,7 @@ def prompt() -> Iterator[None]:
         if not pressed.is_set():
             raise
         unwound.set()  # the watch goes on: threads may keep the process from its end
-        atexit.register(_leave)  # the last one to come is the first to be called
+        atexit.register(leave, EXIT_ABORTED)  # the last one to come is the first to be called
         raise KeyboardInterrupt from None
     finally:
         if not unwound.is_set():
@@ -57,11 +57,12 @@ def prompt() -> Iterator[None]:
             os.close(writing)
 
 
-def _leave() -> None:
+def leave(code: int) -> None:
+    """End the process at once, without a shutdown of the interpreter."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the reader is gone
             stream.flush()
-    os._exit(EXIT_ABORTED)
+    os._exit(code)
 
 
 def _watch(reading: int, unwound: threading.Event) -> None:

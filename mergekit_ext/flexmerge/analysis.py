@@ -16,7 +16,7 @@ from mergekit_ext.errors import MergeError, NonFiniteError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, deltas_of, trimmed_deltas
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.io.pieces import Finished
+from mergekit_ext.io.journal import Finished
 from mergekit_ext.kernels.numerics import chunks, count_non_finite
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
 from mergekit_ext.kernels.similarity import Gram

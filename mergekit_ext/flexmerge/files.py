@@ -24,7 +24,7 @@ from mergekit_ext.errors import CheckpointError, FileError, MergeWarning, Proble
 from mergekit_ext.flexmerge.manifest import DENSE, Manifest, ShardFile
 from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.model_files import companions, is_weights
-from mergekit_ext.io.pieces import INDEX, PlannedFile, weight_names, write_index
+from mergekit_ext.io.planned_files import INDEX, PlannedFile, weight_names, write_index
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

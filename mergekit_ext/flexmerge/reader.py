@@ -30,7 +30,7 @@ from mergekit_ext.flexmerge.manifest import (
 from mergekit_ext.flexmerge.storage import MaskedTensor, Place, Shape, sources, stored
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.model_files import companions
-from mergekit_ext.io.pieces import split, weight_names, write_index
+from mergekit_ext.io.planned_files import split, weight_names, write_index
 from mergekit_ext.io.staging import new_folder
 
 _SHARD_BYTES = 5_000_000_000

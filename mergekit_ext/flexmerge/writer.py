@@ -23,7 +23,8 @@ from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.storage import Place, StoredGroup, stored_of
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.io.pieces import Finished, PlannedFile, PlannedFiles, as_bytes, split
+from mergekit_ext.io.journal import Finished
+from mergekit_ext.io.planned_files import PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.parallel import current
 
 # By task, the rescaler of its masked group.

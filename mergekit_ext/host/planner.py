@@ -26,8 +26,8 @@ from mergekit_ext.host.method import ExtMethod, ext_method
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.host.tasks import MergeTensorTask, with_statistics
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.io.pieces import (
-    Finished,
+from mergekit_ext.io.journal import Finished
+from mergekit_ext.io.planned_files import (
     PlannedFile,
     PlannedFiles,
     as_bytes,

@@ -35,7 +35,7 @@ from mergekit_ext.events import (
 from mergekit_ext.flexmerge.manifest import SHARDS
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.io.pieces import Journal
+from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.staging import WEIGHTS, Staging, by_machine, staged
 from mergekit_ext.report.card import append_section, write_report
 

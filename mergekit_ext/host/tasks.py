@@ -28,7 +28,7 @@ from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.nan_method import GRANULARITIES, NORMS, NanMethod
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import is_counter
-from mergekit_ext.io.pieces import Finished
+from mergekit_ext.io.journal import Finished
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients

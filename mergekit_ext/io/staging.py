@@ -4,7 +4,7 @@ The staging directory of an output is hidden and lies beside it. It holds::
 
     .lock           locked while a process writes the output; a process that ends gives it up
     identity.json   what decides the bytes of the output, if a later process may continue
-    journal-*       the finished pieces (`mergekit_ext.io.pieces`)
+    journal-*       the finished pieces (`mergekit_ext.io.journal`)
     <name>/         what becomes the output
 
 A process that is killed leaves it. The next one that writes the same output continues in it if its

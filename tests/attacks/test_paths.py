@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME as ANALYSIS
-from mergekit_ext.io.pieces import Journal
+from mergekit_ext.io.journal import Journal
 from tests.attacks import texts
 from tests.attacks.readers import (
     command,

@@ -17,7 +17,7 @@ from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
-from mergekit_ext.io.pieces import Finished, Journal
+from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.parallel import Ranks, current
 from tests.flexmerge.inputs import algorithm, family, reader

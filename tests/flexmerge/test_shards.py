@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mergekit_ext.flexmerge.storage import Place
 from mergekit_ext.flexmerge.writer import Piece, Shards
 from mergekit_ext.io.headers import TensorHeader, read_safetensors
-from mergekit_ext.io.pieces import Finished, Journal
+from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.parallel import Ranks, joined
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8)

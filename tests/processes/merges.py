@@ -18,7 +18,7 @@ import mergekit_ext
 from mergekit_ext.events import JsonLines
 from mergekit_ext.host.run import merge
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.io.pieces import Journal
+from mergekit_ext.io.journal import Journal
 from mergekit_ext.parallel import current, launched
 from tests.processes.launching import forked
 

@@ -38,8 +38,8 @@ from mergekit_ext.host import session as sessions
 from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
+from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.model_files import companions, copy
-from mergekit_ext.io.pieces import Finished
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.card import flexmerge_section
 
