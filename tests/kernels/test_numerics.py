@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.kernels import numerics
 from mergekit_ext.kernels.numerics import count_non_finite, squared_norms, weighted_sum
 
 TOLERANCE = {
@@ -22,12 +21,6 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def tensors(dtype, device, shape=(37, 11), count=4):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count)]
-
-
-@pytest.fixture(params=[1 << 18, 64], ids=["one chunk", "many chunks"])
-def chunk(request, monkeypatch):
-    monkeypatch.setattr(numerics, "_CPU_CHUNK", request.param)
-    monkeypatch.setattr(numerics, "_ACCELERATOR_CHUNK", request.param)
 
 
 @dtypes

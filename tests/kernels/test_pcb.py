@@ -5,18 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.kernels import numerics, selection
 from mergekit_ext.kernels.pcb import pcb_merge
 from tests.reference.pcb import merge as reference
 
 SHAPES = [(17, 13), (1,), (0, 3), (2, 3, 4)]
-
-
-@pytest.fixture(params=[(1 << 18, 1 << 20), (50, 20)], ids=["one chunk", "many chunks"])
-def chunk(request, monkeypatch):
-    monkeypatch.setattr(numerics, "_CPU_CHUNK", request.param[0])
-    monkeypatch.setattr(numerics, "_ACCELERATOR_CHUNK", request.param[0])
-    monkeypatch.setattr(selection, "GATHER", request.param[1])
 
 
 def vectors_of(shape=(17, 13), device="cpu", dtype=torch.float32, count=4, scale=1.0):

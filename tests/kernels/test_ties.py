@@ -6,18 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.merge_methods import merge_tensors
 
-from mergekit_ext.kernels import numerics
 from mergekit_ext.kernels.selection import Keeper, cut_for
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 from tests.reference.ties import merge as reference
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8}
-
-
-@pytest.fixture(params=[1 << 18, 50], ids=["one chunk", "many chunks"])
-def chunk(request, monkeypatch):
-    monkeypatch.setattr(numerics, "_CPU_CHUNK", request.param)
-    monkeypatch.setattr(numerics, "_ACCELERATOR_CHUNK", request.param)
 
 
 def inputs(dtype, device, shape=(17, 13), count=3):
