@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_ext.core.memory import limited
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.staging import place_problems
-from mergekit_ext.methods import Method, Settings
+from mergekit_ext.methods import Call, Method
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
@@ -209,7 +209,7 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         warnings.warn(warning, stacklevel=4)
     coefficients = measured(plan, rule, events)
 
-    def resolve(module: str) -> Settings:
+    def resolve(module: str) -> Call:
         settings = plan.resolve(module)
         if not coefficients:
             return settings

@@ -28,7 +28,7 @@ from mergekit_ext.core.parameters import WEIGHT, Parameter
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.kernels.threads import in_turn
-from mergekit_ext.methods import ADAPTERS, Method, Settings, methods
+from mergekit_ext.methods import ADAPTERS, Call, Method, methods
 from mergekit_ext.methods.nan import with_nan
 from peft_merge.adapter import (
     Adapter,
@@ -82,7 +82,7 @@ class Piece:
 def merge_modules(
     adapters: Sequence[Any],
     rule: Method,
-    resolve: Callable[[str], Settings],
+    resolve: Callable[[str], Call],
     *,
     space: str,
     device: str | torch.device = "cpu",
@@ -104,7 +104,7 @@ def merge_modules(
 
 
 def small(
-    adapters: Sequence[Adapter], rule: Method, resolve: Callable[[str], Settings], space: str
+    adapters: Sequence[Adapter], rule: Method, resolve: Callable[[str], Call], space: str
 ) -> bool:
     """Return whether no module needs a large dense change, so that modules go side by side.
 
@@ -121,7 +121,7 @@ def merge_module(
     adapters: Sequence[Any],
     module: str,
     rule: Method,
-    settings: Settings,
+    settings: Call,
     *,
     space: str,
     rank: Rank | None = None,
@@ -153,7 +153,8 @@ def merge_module(
     dtype = dtype or reduce(torch.promote_types, (info.dtype for info in own))
     info, count = replace(own[0], dtype=dtype), len(adapters)
     details: dict[str, Any] = {"shape": list(info.shape)}
-    call = settings.call(
+    call = replace(
+        settings,
         short_side=min(info.shape[1:]) if isinstance(info, ModuleInfo) else 1,
         generators=generators(seed, module, count),
         on_iteration=None if on_iteration is None else partial(on_iteration, module),

@@ -12,7 +12,6 @@ from mergekit_ext.methods.method import (
     Inputs,
     Merged,
     Method,
-    Settings,
     methods,
     register,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "Inputs",
     "Merged",
     "Method",
-    "Settings",
     "methods",
     "register",
 ]

@@ -40,22 +40,12 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The values of a method's parameters for one tensor, block or module."""
+class Call:
+    """What a method's function knows beyond the tensors: parameters and circumstances."""
 
     weights: Sequence[float]  # NAN's coefficients multiplied in
     options: Mapping[str, Any]  # the shared parameters, complete
     each: Sequence[Mapping[str, Any]]  # the per-model parameters besides weight, of each input
-
-    def call(self, **known: Any) -> Call:
-        """Return what the method's function needs; `known` are the other fields of `Call`."""
-        return Call(self.weights, self.options, self.each, **known)
-
-
-@dataclass(frozen=True)
-class Call(Settings):
-    """What a method's function may know beyond the tensors."""
-
     layout: str = "matrix"  # see `kernels.linear_algebra.matrices_of`
     # Of the change itself, where the tensors are its coordinates in a smaller space.
     short_side: int | None = None
@@ -161,7 +151,7 @@ class Method:
             changes = [t * weight for t, weight in zip(changes, call.weights, strict=True)]
         return self.merge(changes, call)
 
-    def without_mean(self, settings: Settings) -> bool:
+    def without_mean(self, settings: Call) -> bool:
         """Return whether these weights sum to 0 where they are divided by."""
         if not self.divides(settings.options):
             return False

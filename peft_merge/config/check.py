@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
 from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
-from mergekit_ext.methods import ADAPTERS, Inputs, Method, Settings
+from mergekit_ext.methods import ADAPTERS, Call, Inputs, Method
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
 from peft_merge.algebra.spaces import SPACES
@@ -259,7 +259,7 @@ def _misfits(
         yield Problem("rank", shown(rank), expected)
 
 
-def _value_problems(rule: Method, values: Mapping[str, Settings]) -> Iterator[Problem]:
+def _value_problems(rule: Method, values: Mapping[str, Call]) -> Iterator[Problem]:
     for settings in values.values():
         yield from rule.check(settings.options, Inputs(len(settings.weights), driver=ADAPTERS))
         for own in settings.each:

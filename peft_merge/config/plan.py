@@ -17,7 +17,7 @@ import torch
 
 from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
-from mergekit_ext.methods import Method, Settings
+from mergekit_ext.methods import Call, Method
 from peft_merge.adapter import Adapter, ModuleInfo, one_rank
 from peft_merge.algebra.core_space import Rank
 from peft_merge.config.document import Request
@@ -175,12 +175,12 @@ class Resolver:
                     if text and not any(text in module for module in self.modules):
                         yield f"{join(where, name)}: the filter {text!r} matches no adapted module."
 
-    def __call__(self, module: str) -> Settings:
+    def __call__(self, module: str) -> Call:
         """Return the values for one module. Needs correct settings."""
         known = self._parameters.values()
         shared = [p for p in known if not p.per_model]
         own = [p for p in known if p.per_model and p.name != WEIGHT.name]
-        return Settings(
+        return Call(
             self.weights(module),
             {p.name: self._value(p, _SHARED, module) for p in shared},
             [{p.name: self._value(p, where, module) for p in own} for where in self._own],

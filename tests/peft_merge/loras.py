@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergekit_ext.core.parameters import WEIGHT
-from mergekit_ext.methods import ADAPTERS, Settings
+from mergekit_ext.methods import ADAPTERS, Call
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
 from peft_merge.modules import merge_modules
 
@@ -45,7 +45,7 @@ def defaults(rule, count):
     parameters = rule.for_driver(ADAPTERS)
     shared = {p.name: p.default for p in parameters if not p.per_model}
     own = {p.name: p.default for p in parameters if p.per_model and p is not WEIGHT}
-    return Settings([1.0] * count, shared, [own] * count)
+    return Call([1.0] * count, shared, [own] * count)
 
 
 def settings(rule, count, *, weights=None, each=None, **options):
@@ -53,7 +53,7 @@ def settings(rule, count, *, weights=None, each=None, **options):
     found = defaults(rule, count)
     names = {name.rstrip("_"): value for name, value in options.items()}
     assert names.keys() <= found.options.keys(), names
-    return Settings(
+    return Call(
         weights or found.weights,
         {**found.options, **names},
         [{**found.each[i], **(each[i] if each else {})} for i in range(count)],

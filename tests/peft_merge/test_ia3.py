@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft.utils import ModulesToSaveWrapper
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.methods import Merged, Method, Settings
+from mergekit_ext.methods import Call, Merged, Method
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.coefficients import change_norms
 from peft_merge.merge import merge_adapters
@@ -29,7 +29,7 @@ SUM = Method("sum", "", "", weighted, weighs=True)
 
 
 def call(*weights):
-    return Settings(weights, {}, [{}] * len(weights))
+    return Call(weights, {}, [{}] * len(weights))
 
 
 def adapter(name, vectors, feedforward=frozenset()):
@@ -101,7 +101,7 @@ def unshrunk(rule, count):
     given = loras.defaults(rule, count)
     options = {key: OFF.get(key, value) for key, value in given.options.items()}
     each = [{key: OFF.get(key, value) for key, value in own.items()} for own in given.each]
-    return Settings([1.0] * count, options, each)
+    return Call([1.0] * count, options, each)
 
 
 @pytest.mark.parametrize("space", ["additive", "log"])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def merge(name, of, weights=None, each=None, seed=0, **options):
     options = {**OPTIONS.get(name.removeprefix("nan_"), {}), **options}
     values = settings(rule, len(of), weights=weights, each=each, **options)
     short = min(of[0].shape) if of[0].ndim == 2 else 1
-    call = values.call(short_side=short, generators=generators(seed, "m", len(of)))
+    call = replace(values, short_side=short, generators=generators(seed, "m", len(of)))
     return rule.apply(of, call)
 
 
@@ -47,7 +47,7 @@ def test_every_method_of_the_project_is_there():
 
 def test_names_are_taken_once():
     with pytest.raises(ValueError, match="linear: adapters have a merge method of this name"):
-        register(dataclasses.replace(rules()["linear"]))
+        register(replace(rules()["linear"]))
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (1, 1), (4,), (1,)])
@@ -73,9 +73,9 @@ def test_in_pieces_it_is_the_same(name):
     if name not in ("emr", "nan_emr"):
         each = [{"density": 0.5}, {"density": 0.6}, {"density": 1.0}]
     values = settings(rule, 3, weights=[1.0, -0.5, 2.0], each=each)
-    call = values.call(short_side=6, generators=generators(3, "m", 3))
+    call = replace(values, short_side=6, generators=generators(3, "m", 3))
     whole = rule.apply(of, call).tensor
-    call = values.call(short_side=6, generators=generators(3, "m", 3))
+    call = replace(values, short_side=6, generators=generators(3, "m", 3))
     sources = [lambda t=t: (t[i : i + 2].clone() for i in range(0, 9, 2)) for t in of]
     pieces = list(rule.blockwise(sources, call))
     assert [len(piece) for piece in pieces] == [2, 2, 2, 2, 1]

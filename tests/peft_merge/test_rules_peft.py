@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, ties
 
-from mergekit_ext.methods import Settings
+from mergekit_ext.methods import Call
 from peft_merge.modules import rules
 
 
 def merged(name, tensors, weights, density, method="total"):
     each = [{"density": density}] * len(tensors)
     generators = [torch.Generator().manual_seed(i) for i in range(len(tensors))]
-    given_ = Settings(weights, {"majority_sign_method": method}, each)
-    return rules()[name].merge(tensors, given_.call(generators=generators)).tensor
+    given_ = Call(weights, {"majority_sign_method": method}, each)
+    return rules()[name].merge(tensors, replace(given_, generators=generators)).tensor
 
 
 @settings(max_examples=60, deadline=None)

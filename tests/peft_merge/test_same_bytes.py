@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def test_rules_on_whole_changes(name):
     ]
 
     def work():
-        call = configured(rule).call(short_side=ROWS, generators=generators(0, "m", 3))
+        call = replace(configured(rule), short_side=ROWS, generators=generators(0, "m", 3))
         return rule.apply(changes, call).tensor
 
     with_any_number_of_threads(work)
@@ -72,7 +74,7 @@ def test_dense_changes():
     updates = [update(seed, 20, shape) for seed in range(3)]
 
     def work():
-        call = configured(rule).call(short_side=530, generators=generators(0, "m", 3))
+        call = replace(configured(rule), short_side=530, generators=generators(0, "m", 3))
         found, _ = SPACES["delta"](Job(updates, shape, rule, call, 9, "cpu"))
         return found.a, found.b, found.sigma, found.error
 
