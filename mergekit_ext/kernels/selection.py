@@ -7,7 +7,7 @@ next 16 bits of what lies in that bin narrow it further, a pass for each digit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +41,7 @@ def cut_for(pieces: Callable[[], Iterable[Tensor]], keep: int, dtype: torch.dtyp
     `pieces` gives the tensor (`dtype` float32 or float64, no NaN), piece by piece and in the same
     order, each time it is called. Entries of equal magnitude are kept in order.
     """
-    search = CutSearch(keep, dtype)
-    while not search.done:
-        for piece in pieces():
-            search.take(search.count(piece))
-        if search.advance() <= GATHER and search.shift > 0:  # more than one pass is left
-            return search.among(pieces())
-    return search.cut
+    return _searched(CutSearch(keep, dtype), pieces)
 
 
 class CutSearch:
@@ -55,7 +49,10 @@ class CutSearch:
 
     bins = 1 << _DIGIT  # counters of a pass
 
-    def __init__(self, keep: int, dtype: torch.dtype):
+    def __init__(self, keep: int, dtype: torch.dtype, *, signed: bool = False):
+        self._keys = _ordered if signed else patterns
+        # The leading digit of negative numbers is negative; with this it counts from 0.
+        self._offset = self.bins // 2 if signed else 0
         self._wanted, self._prefix = keep, 0
         self._first = self.shift = torch.iinfo(_BITS[dtype]).bits - _DIGIT
         self._counts: Tensor | None = None
@@ -72,20 +69,19 @@ class CutSearch:
     def among(self, pieces: Iterable[Tensor]) -> Cut:
         """Return the cut in one pass, which gathers what shares the known digits."""
         known = self.shift + _DIGIT
-        keys = map(patterns, pieces)
+        keys = map(self._keys, pieces)
         inside = torch.cat([found[(found >> known) == self._prefix] for found in keys])
         edge = int(inside.kthvalue(len(inside) - self._wanted + 1).values)
         return Cut(edge, self._wanted - int((inside > edge).sum()))
 
     def count(self, piece: Tensor) -> Tensor:
         """Return how many entries of a flat piece fall into each of the pass's `bins`; int64."""
-        return torch.bincount(self._digits(patterns(piece)), minlength=self.bins)
-
-    def _digits(self, keys: Tensor) -> Tensor:
-        leading = keys >> self.shift
-        if self.shift == self._first:
-            return leading
-        return leading[(leading >> _DIGIT) == self._prefix] & (self.bins - 1)
+        digits = self._keys(piece) >> self.shift
+        if self.shift < self._first:
+            digits = digits[(digits >> _DIGIT) == self._prefix] & (self.bins - 1)
+        elif self._offset:
+            digits += self._offset
+        return torch.bincount(digits, minlength=self.bins)
 
     def take(self, counts: Tensor) -> None:
         """Add what `count` found, here or elsewhere; the search's own from then on."""
@@ -104,36 +100,20 @@ class CutSearch:
         digit = int((above >= self._wanted).nonzero().max())
         inside = int(self._counts[digit])
         self._wanted -= int(above[digit]) - inside
-        self._prefix = (self._prefix << _DIGIT) | digit
+        self._prefix = (self._prefix << _DIGIT) + digit - self._offset
+        self._offset = 0
         self.shift -= _DIGIT
         self._counts = None
         return inside
 
 
-class _SignedSearch(CutSearch):
-    """The same search over float64 numbers with their signs, largest first."""
-
-    def __init__(self, wanted: int):
-        super().__init__(wanted, torch.float64)
-        # The leading digit of negative numbers is negative; with this it counts from 0.
-        self._offset = 1 << _DIGIT - 1
-
-    def count(self, piece: Tensor) -> Tensor:
-        digits = self._digits(_ordered(piece)) + self._offset
-        return torch.bincount(digits, minlength=self.bins)
-
-    def advance(self) -> int:
-        inside = super().advance()
-        self._prefix -= self._offset
-        self._offset = 0
-        return inside
-
-    def inside(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the numbers that share all digits that are known."""
-        for piece in pieces:
-            flat, known = piece.reshape(-1), self.shift + _DIGIT
-            whole = self.shift == self._first
-            yield flat if whole else flat[(_ordered(flat) >> known) == self._prefix]
+def _searched(search: CutSearch, pieces: Callable[[], Iterable[Tensor]]) -> Cut:
+    while not search.done:
+        for piece in pieces():
+            search.take(search.count(piece))
+        if search.advance() <= GATHER and search.shift > 0:  # more than one pass is left
+            return search.among(pieces())
+    return search.cut
 
 
 def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: int) -> float:
@@ -148,15 +128,12 @@ def order_statistic(pieces: Callable[[], Iterable[Tensor]], rank: int, count: in
     """
     if not 0 <= rank < count:
         raise ValueError(f"rank: found {rank!r}; expected 0 to {count - 1}")
-    search, inside = _SignedSearch(count - rank), count
-    while inside > GATHER and not search.done:
-        for piece in pieces():
-            search.take(search.count(piece))
-        inside = search.advance()
-    if search.done:  # all 64 bits are known, so that what is left is one number, repeated
-        return next(float(found[0]) for found in search.inside(pieces()) if found.numel())
-    left = torch.cat(list(search.inside(pieces())))
-    return float(left.kthvalue(inside - search.cut.ties + 1).values)
+    if count <= GATHER:
+        numbers = torch.cat([piece.reshape(-1) for piece in pieces()])
+        return float(numbers.kthvalue(rank + 1).values)
+    key = _searched(CutSearch(count - rank, torch.float64, signed=True), pieces).pattern
+    bits = key if key >= 0 else key ^ torch.iinfo(torch.int64).max
+    return float(torch.tensor(bits).view(torch.float64)) + 0.0
 
 
 def _ordered(piece: Tensor) -> Tensor:
