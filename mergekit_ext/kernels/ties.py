@@ -7,7 +7,7 @@ arbitrary there; here the first are kept).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from mergekit_ext.kernels.numerics import chunks, compute_dtype
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
 
 # mergekit rescales only where both sums of magnitudes reach this.
-RESCALE_FROM = 1e-7
+_RESCALE_FROM = 1e-7
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,15 @@ def kept(density: float, size: int) -> int:
     return max(1, int(density * size))
 
 
+def made_up_for(pieces: Iterable[Tensor], drop: Callable[[Tensor], Tensor]) -> float:
+    """Return the sum of magnitudes over that of what `drop` leaves of each piece, or 1."""
+    before, after = 0.0, 0.0
+    for piece in pieces:
+        before += total(piece.abs().double())
+        after += total(drop(piece).abs().double())
+    return 1.0 if min(before, after) < _RESCALE_FROM else before / after
+
+
 class _Source:
     """One task vector: its cut, found when it is made, and its trimmed chunks, in order."""
 
@@ -101,11 +110,7 @@ class _Source:
             cut = EVERYTHING
         self._keeper, self._factor = Keeper(cut), 1.0
         if rescale and cut is not EVERYTHING:
-            keeper, before, after = Keeper(cut), 0.0, 0.0
-            for piece in self._pieces():
-                before += total(piece.abs().double())
-                after += total(keeper.drop(piece).abs().double())
-            self._factor = 1.0 if min(before, after) < RESCALE_FROM else before / after
+            self._factor = made_up_for(self._pieces(), Keeper(cut).drop)
 
     def _delta(self, part: slice) -> Tensor:
         return self._flat[part].to(self._dtype) - self._base[part].to(self._dtype)

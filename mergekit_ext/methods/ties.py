@@ -49,10 +49,9 @@ from torch import Tensor
 
 from mergekit_ext.core.parameters import Number, Parameter, Share, Switch, choice
 from mergekit_ext.errors import Problem
-from mergekit_ext.kernels.linear_algebra import total
 from mergekit_ext.kernels.seeds import drop_and_rescale
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
-from mergekit_ext.kernels.ties import RESCALE_FROM, TiesOptions, kept, merge_ties
+from mergekit_ext.kernels.ties import TiesOptions, kept, made_up_for, merge_ties
 from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA, normalize, normalized
 from mergekit_ext.methods.method import (
     ADAPTERS,
@@ -116,14 +115,8 @@ class _Change:
         """Return `make()`, with `rescale` scaled to the sum of magnitudes that there was."""
         if not self.rescale:
             return make()
-        before, after, sparsified = 0.0, 0.0, make()
-        for piece in self.source():
-            before += total(piece.abs())
-            after += total(sparsified(piece).abs())
-        if min(before, after) < RESCALE_FROM:
-            return make()
-        factor, again = before / after, make()
-        return lambda piece: again(piece).mul_(factor)
+        factor, sparsified = made_up_for(self.source(), make()), make()
+        return lambda piece: sparsified(piece).mul_(factor)
 
 
 def _keeping(cut: Cut) -> Sparsified:
