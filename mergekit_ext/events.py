@@ -24,15 +24,10 @@ from mergekit_ext.errors import ConfigError, Problem, printable
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Base class.
+    """Base class of events."""
 
-    Attributes:
-        handler: the name of the callback's method: `on_merge_begin` for `MergeBegin`.
-        every_process: whether each process emits its own; the others are the main process's.
-    """
-
-    handler: ClassVar[str]
-    every_process: ClassVar[bool] = False
+    handler: ClassVar[str]  # the callback's method: `on_merge_begin` for `MergeBegin`
+    every_process: ClassVar[bool] = False  # whether each process emits its own
 
     def __init_subclass__(cls) -> None:
         words = re.findall("[A-Z][a-z]*", cls.__name__)
@@ -41,11 +36,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class MergeBegin(Event):
-    """The checks have passed and the graph is planned; no weight has been read.
-
-    `tensors` counts the `unit`s that will be merged: tensors, blocks of `flexmerge`, modules of
-    adapters.
-    """
+    """The checks have passed and no weight has been read; `tensors` counts in `unit`s."""
 
     method: str
     output: str
@@ -233,11 +224,7 @@ def require_hooks(callback: object, hooks: Mapping[str, Sequence[str]], where: s
 
 
 class Dispatcher:
-    """Sends each event to every callback that has a method for it, one event at a time.
-
-    Raises:
-        TypeError: one of `callbacks` is a class, or has no method that takes its event.
-    """
+    """Sends each event to every callback that has a method for it, one event at a time."""
 
     def __init__(self, callbacks: Iterable[object] = ()):
         self._callbacks = list(callbacks)
@@ -314,8 +301,7 @@ class ProgressBar(MergeCallback):
 class JsonLines(MergeCallback):
     """One JSON object per event and line: ``{"event": ..., "time": ..., <the event's fields>}``.
 
-    `time` is in seconds since the epoch. `target` is a path, which is appended to, or an open
-    text file, which is left open.
+    `target` is a path, which is appended to, or an open text file, which is left open.
 
     Raises:
         ConfigError: the path cannot be written; `where` names what gave it.

@@ -60,8 +60,7 @@ class AdapterModel:
         from peft_merge import run_config
 
         given = self._settings
-        document = self._document(folders)
-        run_config(document, out, device=given.device, callbacks=given.callbacks)
+        run_config(self._document(folders), out, device=given.device, callbacks=given.callbacks)
 
     def load(self, model: Any, folder: Path) -> None:
         """Add the merged adapter and make it the active one; the trained one stays."""

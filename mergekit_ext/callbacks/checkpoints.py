@@ -19,7 +19,7 @@ from mergekit_ext.callbacks.adapters import AdapterModel, adapter_folder
 from mergekit_ext.callbacks.evaluate import Evaluate
 from mergekit_ext.callbacks.full import FullModel
 from mergekit_ext.callbacks.log import LogTo
-from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, Mean, Settings, State
+from mergekit_ext.callbacks.settings import SUBJECT, Mean, Settings, State
 from mergekit_ext.callbacks.snapshots import Merged, Snapshots
 from mergekit_ext.callbacks.trainer import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.core.parameters import schema_problems
@@ -131,10 +131,10 @@ class MergeCheckpoints(Settings, Callback):
         folder = adapter_folder(Path(path).resolve(), adapter)
         if kind is None:
             adapted = (folder / "adapter_config.json").exists()
-            kind = AdapterModel(self) if adapted else FullModel(self)
+            kind = AdapterModel(self) if adapted else FullModel(self, self._store.initial)
             if self._lacks_initial(kind):
                 raise ConfigError([_NO_INITIAL], SUBJECT)
-            self._require_mergeable(kind, folder, self._base(kind))
+            self._require_mergeable(kind, folder, kind.base)
             self._store.open()
             self._kind = kind
         self._store.add_saved(step, folder)
@@ -193,7 +193,8 @@ class MergeCheckpoints(Settings, Callback):
             for callback in self.callbacks:
                 if isinstance(callback, LogTo):
                     callback.at(self._step)
-            self._kind.merge(self._store.folders(last), self._base(self._kind), out)
+            folders = {s: f for s, f in self._store.folders().items() if s in steps}
+            self._kind.merge(folders, self._kind.base, out)
         self._result = Merged(out, steps, self.method)
         return self._result
 
@@ -223,17 +224,14 @@ class MergeCheckpoints(Settings, Callback):
         self._result = dataclasses.replace(merged, loaded=True)
         return os.fspath(merged.path)
 
-    def _base(self, kind: Kind) -> Path | None:
-        return self._store.initial if kind.base == Path(INITIAL) else kind.base
-
     def _lacks_initial(self, kind: Kind) -> bool:
-        return kind.base == Path(INITIAL) and not self._store.has_initial
+        return kind.base == self._store.initial and not self._store.has_initial
 
     def _kind_of(self, model: Any) -> Kind:
         """Return how a model is handled; PEFT is imported by whatever made a PeftModel."""
         peft = sys.modules.get("peft")
         adapted = peft is not None and isinstance(model, peft.PeftModel)
-        return AdapterModel(self) if adapted else FullModel(self)
+        return AdapterModel(self) if adapted else FullModel(self, self._store.initial)
 
     def _see(self, step: int, model: Any) -> None:
         """Check what depends on the model when it is first seen, in the main process.
@@ -261,20 +259,19 @@ class MergeCheckpoints(Settings, Callback):
             with place as name, _at(step):
                 saved = Path(name)
                 kind.save(inner, saved)
-                self._require_mergeable(kind, saved, saved if initial else self._base(kind))
+                self._require_mergeable(kind, saved, saved if initial else kind.base)
             self._store.has_initial = initial or self._store.has_initial
         self._kind = kind
 
     def _is_out_of_reach(self, model: Any) -> bool:
         """Return whether a model's parameters are not here; refuse it if they are needed."""
-        if not is_divided(model):
-            return False
-        if self.on == "step" or self.load or self.evaluate is not None:
+        divided = is_divided(model)
+        if divided and (self.on == "step" or self.load or self.evaluate is not None):
             found = "parameters that are divided among processes (FSDP or ZeRO-3)"
             remedy = 'Save full checkpoints; use `on="save"` without `load` and `evaluate`.'
             problem = Problem("model", found, "whole parameters in every process", remedy)
             raise ConfigError([problem], SUBJECT)
-        return True
+        return divided
 
     def _require_mergeable(self, kind: Kind, folder: Path, base: Path | None) -> None:
         with tempfile.TemporaryDirectory() as links:

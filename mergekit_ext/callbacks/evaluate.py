@@ -10,7 +10,7 @@ from typing import Any
 from mergekit_ext import flexmerge
 from mergekit_ext.callbacks.trainer import is_main, unwrapped
 from mergekit_ext.events import LOG_HOOKS, Callback, MergeEnd, require_hooks, takes
-from mergekit_ext.report.tables import CheckedScores
+from mergekit_ext.report.tables import checked_scores
 
 
 class Evaluate(Callback):
@@ -22,12 +22,11 @@ class Evaluate(Callback):
     All scores are in `found`: one ``{"where", "task", "scores"}`` for each evaluation.
 
     Args:
-        function: called without gradients, with the model in evaluation mode; the model's mode is
-            restored. In a run of several processes it is called in the main one only.
+        function: called without gradients, with the model in evaluation mode; of several processes
+            in the main one only.
         tasks: the names that `function` is called with; a FlexMerge output has its own.
         every: while training, after each step that is a multiple of it; None for the end only.
-        load: makes a model of the folder of a merge; by default transformers loads it as the class
-            that its ``config.json`` names.
+        load: makes a model of a merge's folder; by default of the class in its ``config.json``.
         log: an object with a method ``log(values, step)`` for the scores of training.
 
     Raises:
@@ -54,7 +53,7 @@ class Evaluate(Callback):
         if every is not None and every < 1:
             raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
         self._function, self._every, self._log, self._load = function, every, log, load or _load
-        self._scores = CheckedScores()
+        self._metrics: dict[str, set[str]] = {}
         self.found: list[dict[str, Any]] = []
 
     def __call__(self, model: Any, task: str) -> dict[str, float]:
@@ -104,7 +103,7 @@ class Evaluate(Callback):
 
         with torch.no_grad(), evaluating(model):
             returned = self._function(model, task)
-        return self._scores.of(returned, task, f"{where} on task {task}")
+        return checked_scores(returned, task, f"{where} on task {task}", self._metrics)
 
 
 @contextmanager
@@ -120,7 +119,6 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def _load(folder: Path) -> Any:
-    """Load a saved model as the class that its configuration names."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)

@@ -26,14 +26,14 @@ class FullModel:
 
     base: Path | None
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, initial: Path):
         from mergekit_ext.host.run import needs_base
 
         self._settings = settings
-        base = settings.base
-        if base is None and settings.running is None and needs_base(settings.method):
-            base = INITIAL
-        self.base = None if base is None else Path(base)
+        self.base = None if settings.base is None else Path(settings.base)
+        required = settings.base is None and not settings.running and needs_base(settings.method)
+        if required or str(settings.base) == INITIAL:
+            self.base = initial
 
     def problems(self, model: Any) -> Iterable[Problem]:
         """Yield why snapshots of a model cannot be taken, whatever the method is."""

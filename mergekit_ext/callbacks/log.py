@@ -22,12 +22,11 @@ class LogTo(Callback):
     """Logs numbers of merges and of training by calling ``target.log(values, step)``.
 
     A merge by itself counts its tensors (or blocks) as steps and logs each of them. A merge during
-    or after training is logged once, when it ends, under the step of the training, because trackers
-    refuse steps that go back; numbers of its tensors are averaged.
+    or after training is logged once, with means, under the step of the training: trackers refuse
+    steps that go back.
 
     Args:
-        target: an Accelerator, one of its trackers, or any object with that method. In a run of
-            several processes an Accelerator logs in the main one only.
+        target: an Accelerator, one of its trackers, or any object with that method.
         values: further numbers to log while training, a function of the step and the model.
         every: `values` is called in each step that is a multiple of it.
         prefix: of the names of merge values.
@@ -96,12 +95,6 @@ class LogTo(Callback):
         values = {k: sum(found) / len(found) for k, found in self._gathered.items()}
         self._gathered = {}
         self._send({**values, "units": self._units, "seconds": event.seconds})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self._training}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._training = state["step"]
 
     def _emit(self, values: Mapping[str, float]) -> None:
         if self._training is None:

@@ -103,28 +103,15 @@ def _together(given: Mapping[str, Any]) -> Iterator[Problem]:
     evaluate, load, better = (given.get(name) for name in ("evaluate", "load", "keep_better"))
     processes = os.environ.get("WORLD_SIZE", "1")
     several_machines = os.environ.get("LOCAL_WORLD_SIZE", processes) != processes
+    apart = load and given.get("where") is None and several_machines
+    called = evaluate is None or takes(evaluate, "model", "task")
     for wrong, *problem in (
         (running and given.get("base") is not None, "base", "a base", f"none with `{method}`"),
         (running and given.get("on") == "save", "on", "'save'", f"'step' with `{method}`"),
-        (
-            better and evaluate is None,
-            "keep_better",
-            "no `evaluate`",
-            "a measure of what is better",
-        ),
+        (better and evaluate is None, "keep_better", "no `evaluate`", "a function that scores"),
         (better and not load, "keep_better", "no `load`", "merged weights to load"),
-        (
-            load and given.get("where") is None and several_machines,
-            "where",
-            "a temporary folder of one of several machines, with `load=True`",
-            "a folder that all machines see",
-        ),
-        (
-            evaluate is not None and not takes(evaluate, "model", "task"),
-            "evaluate",
-            repr(evaluate),
-            "a function (model, task)",
-        ),
+        (apart, "where", "no folder, with `load` on several machines", "one that all of them see"),
+        (not called, "evaluate", repr(evaluate), "a function (model, task)"),
     ):
         if wrong:
             yield Problem(*problem)

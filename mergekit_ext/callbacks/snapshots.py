@@ -62,14 +62,14 @@ class Snapshots:
         self.folders()
         self._kept[step] = folder
 
-    def folders(self, last: int | None = None) -> dict[int, Path]:
-        """Return the snapshots up to step `last`, oldest first; refuse if some were removed."""
+    def folders(self) -> dict[int, Path]:
+        """Return the snapshots, oldest first; refuse if some were removed."""
         remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
         gone = [place for place in self._kept.values() if not os.path.isdir(place)]
         if gone:
             problems = [Problem(str(p), "no such folder", "a snapshot", remedy) for p in gone]
             raise ConfigError(problems, SUBJECT)
-        return {s: self._kept[s] for s in self.steps if last is None or s <= last}
+        return dict(sorted(self._kept.items()))
 
     def clear(self) -> None:
         """Forget all snapshots and the initial weights."""

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import distributed
@@ -15,7 +15,6 @@ from torch import distributed
 from mergekit_ext.errors import MergeError, MergeWarning
 from mergekit_ext.events import TRAINING_HOOKS, require_hooks
 
-_T = TypeVar("_T")
 # On a Trainer's control object, which its callbacks share: the files of their states.
 _FILES = "_callback_state_files"
 
@@ -28,11 +27,8 @@ def as_trainer_callback(callback: Any) -> Any:
     a second one of its class) and taken over when the Trainer resumes from a checkpoint in its
     output folder.
 
-    Args:
-        callback: an object with some of the methods in `TRAINING_HOOKS`.
-
     Raises:
-        TypeError: it is a class, has none of them, or one that does not take its arguments.
+        TypeError: it has none of the methods in `TRAINING_HOOKS`, or with other arguments.
     """
     from transformers import TrainerCallback
 
@@ -115,7 +111,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def from_main(make: Callable[[], _T]) -> _T:
+def from_main(make: Callable[[], Any]) -> Any:
     """Return what `make` returns in the main process, in every process of the training.
 
     If it fails there, the others raise `MergeError`.
@@ -133,7 +129,7 @@ def from_main(make: Callable[[], _T]) -> _T:
         distributed.broadcast_object_list(sent, src=0)
     if sent[1] is not None:
         raise MergeError(f"the main process could not merge: {sent[1]}")
-    return cast(_T, sent[0])
+    return sent[0]
 
 
 def _is_distributed() -> bool:

@@ -37,30 +37,26 @@ class EvaluationError(MergekitExtError, ValueError):
         return cls(f"the evaluation of {what} raised an exception:\n{text.rstrip()}")
 
 
-class CheckedScores:
-    """Checks what a user's function returns for one model after the other."""
+def checked_scores(
+    returned: Any, task: str, what: str, metrics: dict[str, set[str]]
+) -> dict[str, float]:
+    """Return the scores of one model by metric; errors call it `what`.
 
-    def __init__(self) -> None:
-        self._metrics: dict[str, set[str]] = {}
-
-    def of(self, returned: Any, task: str, what: str) -> dict[str, float]:
-        """Return the scores of one model by metric; errors call it `what`.
-
-        Refuse what is no finite number and no mapping to finite numbers, and other metrics than
-        those of the task's first model.
-        """
-        if (found := _numbers(returned)) is None:
-            raise EvaluationError(
-                f"the evaluation of {what} returned {shown(returned)}; expected a finite number, "
-                "or a mapping from metrics to finite numbers such as {'accuracy': 0.9}."
-            )
-        metrics = self._metrics.setdefault(task, set(found))
-        if metrics != set(found):
-            raise EvaluationError(
-                f"the evaluation of {what} returned {', '.join(sorted(found))}; expected "
-                f"{', '.join(sorted(metrics))} as for the first model of this task."
-            )
-        return found
+    Refuse what is no finite number and no mapping to finite numbers, and other metrics than those
+    of the task's first model, which `metrics` keeps from call to call.
+    """
+    if (found := _numbers(returned)) is None:
+        raise EvaluationError(
+            f"the evaluation of {what} returned {shown(returned)}; expected a finite number, or a "
+            "mapping from metrics to finite numbers such as {'accuracy': 0.9}."
+        )
+    expected = metrics.setdefault(task, set(found))
+    if expected != set(found):
+        raise EvaluationError(
+            f"the evaluation of {what} returned {', '.join(sorted(found))}; expected "
+            f"{', '.join(sorted(expected))} as for the first model of this task."
+        )
+    return found
 
 
 def _numbers(returned: Any) -> dict[str, float] | None:
@@ -159,8 +155,7 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
     for algorithm, line in lines.items():
         sizes, heights = zip(*sorted(line), strict=True)
         axes.plot(sizes, heights, marker="o", markersize=4, label=algorithm)
-    axes.set_xlabel("size (models)")
-    axes.set_ylabel(f"normalised {metric}")
+    axes.set(xlabel="size (models)", ylabel=f"normalised {metric}")
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=150)

@@ -115,6 +115,6 @@ def test_accelerate_saves_and_loads_the_state(tmp_path):
         steps(model, callback, (4, 5))
     accelerator.load_state(tmp_path / "state")
     assert (mean.steps, snapshots.steps) == ((1, 2, 3), (2, 3))
-    assert len(scores.found) == 3 and logged.state_dict() == {"step": 3}
+    assert len(scores.found) == 3
     same(weights(mean.merge().path), expected[0])
     same(weights(snapshots.merge().path), expected[1])

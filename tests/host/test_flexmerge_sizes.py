@@ -28,7 +28,7 @@ from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.runtime import load
 from mergekit_ext.host import run
 from mergekit_ext.host.flexmerge.sizes import write_curve
-from mergekit_ext.report.tables import CheckedScores, EvaluationError
+from mergekit_ext.report.tables import EvaluationError, checked_scores
 from tests.models import config, family, write_yaml
 
 OPTIONS = MergeOptions(quiet=True)
@@ -230,7 +230,7 @@ def test_what_is_refused_before_anything(
 )
 def test_what_is_no_score(returned: Any) -> None:
     with pytest.raises(EvaluationError, match=r"evaluation of it returned .*expected"):
-        CheckedScores().of(returned, "task", "it")
+        checked_scores(returned, "task", "it", {})
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_what_is_no_score(returned: Any) -> None:
     ids=repr,
 )
 def test_scalars_of_all_kinds_are_scores(returned: Any) -> None:
-    assert CheckedScores().of(returned, "task", "it") == {"score": 1.0}
+    assert checked_scores(returned, "task", "it", {}) == {"score": 1.0}
 
 
 def failing_at(call: int, then: Callable[[], Any]) -> Recorder:

@@ -28,10 +28,10 @@ from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
 from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
 from mergekit_ext.report.tables import (
-    CheckedScores,
     EvaluationError,
     Scores,
     SizePoint,
+    checked_scores,
     mean,
     normalised_mean,
     plot,
@@ -167,7 +167,7 @@ class _Evaluator:
 
     def __init__(self, function: Evaluate, options: MergeOptions):
         self._function, self._options = function, options
-        self._scores = CheckedScores()
+        self._metrics: dict[str, set[str]] = {}
         self.bar: Any = None
 
     @contextmanager
@@ -203,7 +203,7 @@ class _Evaluator:
             returned = self._function(module, task)
         except Exception as error:
             raise EvaluationError.raised(error, what) from error
-        found = self._scores.of(returned, task, what)
+        found = checked_scores(returned, task, what, self._metrics)
         self.bar.update()
         return found
 
