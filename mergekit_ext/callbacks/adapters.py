@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +87,12 @@ class AdapterModel:
 
         The rank grows with every snapshot, up to that of the adapted matrices.
         """
-        new = self._adapter(model)
-        parts = {"new": (new, weight)}
+        adapters, weights = {"new": self._adapter(model)}, [weight]
         if mean is not None:
-            parts["mean"] = (_of_mean(mean), 1 - weight)
-        is_ia3 = new.config["peft_type"] == "IA3"
-        return _to_mean(self._linear(parts, **({} if is_ia3 else {"rank": "lossless"})))
+            adapters["mean"] = _of_mean(mean)
+            weights.append(1 - weight)
+        is_ia3 = adapters["new"].config["peft_type"] == "IA3"
+        return self._linear(adapters, weights, **({} if is_ia3 else {"rank": "lossless"}))
 
     def save_mean(self, mean: Mean, model: Any, out: Path) -> None:
         """Write a mean into an empty folder, cut to `rank` if that is given."""
@@ -100,7 +100,7 @@ class AdapterModel:
         from peft_merge.io import state_dict
 
         given = self._settings.adapter_options
-        merged = _to_mean(self._linear({"mean": (_of_mean(mean), 1.0)}, **given))
+        merged = self._linear({"mean": _of_mean(mean)}, [1.0], **given)
         if "dtype" not in given:
             live = state_dict(self._adapter(model))
             for name, tensor in merged.tensors.items():
@@ -125,17 +125,21 @@ class AdapterModel:
             **given.adapter_options,
         }
 
-    def _linear(self, parts: Mapping[str, tuple[Adapter, float]], **options: Any) -> Adapter:
+    def _linear(
+        self, adapters: Mapping[str, Adapter], weights: Sequence[float], **options: Any
+    ) -> Mean:
         from peft_merge import merge_adapters
+        from peft_merge.io import state_dict
 
         saved = self._settings.adapter_options.get("modules_to_save", "average")
-        return merge_adapters(
-            {name: adapter for name, (adapter, _) in parts.items()},
-            weights=[weight for _, weight in parts.values()],
+        merged = merge_adapters(
+            adapters,
+            weights=weights,
             parameters={"normalize": False},
             device=self._settings.device,
             **{"dtype": "float64", "modules_to_save": saved, **options},
         ).adapter
+        return Mean(tensors=state_dict(merged), config=dict(merged.config))
 
 
 def adapter_folder(checkpoint: Path, adapter: str | None) -> Path:
@@ -151,12 +155,6 @@ def _add(model: Any, folder: Path, name: str) -> None:
 
     add_adapter(model, name, load_adapter(folder))
     model.set_adapter(name)
-
-
-def _to_mean(adapter: Adapter) -> Mean:
-    from peft_merge.io import state_dict
-
-    return Mean(tensors=state_dict(adapter), config=dict(adapter.config))
 
 
 def _of_mean(mean: Mean) -> Adapter:

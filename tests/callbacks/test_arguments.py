@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, where):
 def test_loading_on_several_machines_needs_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"where: found a temporary folder"):
+    with pytest.raises(ConfigError, match=r"where: found no folder"):
         MergeCheckpoints("average", load=True).on_train_begin(0, Net())
     MergeCheckpoints("average", load=True, where=tmp_path).on_train_begin(0, Net())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
