@@ -85,32 +85,20 @@ class ModuleInfo:
 
 def described(
     layout: LayoutName, a: Shape, b: Shape, r: int, bias: bool, dtype: torch.dtype
-) -> ModuleInfo | str:
-    """Return the module of factors stored in shapes `a` and `b`, or what would fit instead.
-
-    `r` is the rank that the configuration gives.
-    """
-    empty = 0 in (*a, *b)
+) -> ModuleInfo | None:
+    """Return the module of factors stored in these shapes; None if they are not of rank `r`."""
+    if 0 in (*a, *b):
+        return None
     if layout == "convolution":
-        fits = len(a) == len(b) > 2 and not empty and set(b[2:]) == {1} and a[0] == r
+        fits = len(a) == len(b) > 2 and set(b[2:]) == {1} and a[0] == r
         if not fits or r % b[1] or b[0] % (r // b[1]):
-            return (
-                f"a kernel with {r} outputs in A, the rank of the configuration, and a pointwise "
-                f"one in B with {r} inputs or, of g groups, {r} / g"
-            )
-        groups = r // b[1]
-        columns = math.prod(a[1:])
+            return None
+        groups, columns = r // b[1], math.prod(a[1:])
         return ModuleInfo(layout, groups, b[0] // groups, columns, b[1], a[2:], bias, dtype)
-    if len(a) != 2 or len(b) != 2 or empty:
-        return "two matrices that are not empty"
-    if layout == "parameter":
-        if a[0] != b[1] or a[0] % r:
-            return (
-                f"as many rows in A as columns in B, a multiple of {r}, the rank of the "
-                "configuration"
-            )
-    elif a[0] != r or b[1] != r:
-        return f"{r} rows in A and {r} columns in B, the rank of the configuration"
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % r:
+        return None
+    if layout != "parameter" and a[0] != r:
+        return None
     return ModuleInfo(layout, a[0] // r, b[0], a[1], r, bias=bias, dtype=dtype)
 
 

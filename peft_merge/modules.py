@@ -16,7 +16,7 @@ An adapter without a module counts as a change of zero there: :math:`B A = 0`, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial, reduce
 from typing import Any
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.core.parameters import WEIGHT, Parameter
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.kernels.threads import in_turn
@@ -56,18 +55,6 @@ def rules() -> Mapping[str, Method]:
     found = methods(ADAPTERS)
     wrapped = (_with_nan(rule) for rule in found.values() if not rule.nan)
     return {**found, **{rule.name: rule for rule in wrapped}}
-
-
-def of_any_rule(others: Iterable[Parameter] = ()) -> tuple[Parameter, ...]:
-    """Return a parameter for each name in some rule or `others`, of any value where they differ."""
-    every = (p for rule in rules().values() for p in rule.for_driver(ADAPTERS))
-    found: dict[str, Parameter] = {}
-    for parameter in (*others, WEIGHT, *every):
-        known = found.setdefault(parameter.name, parameter)
-        if known != parameter:
-            per_model = known.per_model or parameter.per_model
-            found[known.name] = Parameter(known.name, Any, None, per_model=per_model)
-    return tuple(found.values())
 
 
 @dataclass(frozen=True)

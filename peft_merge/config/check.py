@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
 from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
-from mergekit_ext.methods import ADAPTERS, Call, Inputs, Method
+from mergekit_ext.methods import ADAPTERS, Method
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
 from peft_merge.algebra.spaces import SPACES
@@ -29,7 +29,7 @@ from peft_merge.io import load_adapter
 from peft_merge.io.compatible import compatible, different_bases, few_shared
 from peft_merge.io.forms import one_form
 from peft_merge.memory_estimate import need_of
-from peft_merge.modules import VECTOR_SPACES, log_problems, of_any_rule, rules
+from peft_merge.modules import VECTOR_SPACES, log_problems, rules
 
 PATTERNS = (
     "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "
@@ -125,17 +125,10 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         absent = list(resolve.missing())
         found += absent
         if rule is not None and not absent:
-            found += _value_problems(rule, {name: resolve(name) for name in modules})
+            found += [*resolve.checked(rule), *_whole_problems(rule, resolve)]
         found += saved.weights_problems(saved_from, resolve.weights)
     if resolve is None or found:
         _stop(request, found)
-    count = Inputs(len(adapters), driver=ADAPTERS)
-    forewarnings = [
-        warning
-        for module in modules
-        if rule is not None
-        for warning in rule.forewarn(resolve(module).options, count)
-    ]
     bases = different_bases(adapters)
     if (base := options.pop("base_model")) is not None:
         named = {"base_model_name_or_path": base}
@@ -154,8 +147,7 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         space=request.space or _SPACES[kind][0],
         saved=saved_from,
         notes=(*renamings, *resolve.idle_filters(), *([PATTERNS] if patterns else [])),
-        # Each once, however many modules it is about.
-        forewarnings=tuple({str(warning): warning for warning in forewarnings}.values()),
+        forewarnings=() if rule is None else resolve.forewarnings(rule, [len(adapters)]),
         **options,
     )
     wrong = list(flexmerge.check(plan)) if rule is None else []
@@ -204,17 +196,18 @@ def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
 
 def _resolver(request: Request, modules: Collection[str], found: list[Problem]) -> Resolver | None:
     name, known = request.method, methods()
-    parameters = flexmerge.parameters(request.parameters)
     if not isinstance(name, str) or name not in known:
         what = "nothing" if name is None else shown(name)
         remedy = "Add it." if name is None else did_you_mean(name, known)
         found.append(Problem("merge_method", what, "a merge method", remedy))
-        name, parameters = None, of_any_rule(flexmerge.OWN)
-    elif name != flexmerge.NAME:
+        return None
+    if name == flexmerge.NAME:
+        parameters = flexmerge.parameters(request)
+    else:
         parameters = rules()[name].for_driver(ADAPTERS)
-    resolve = Resolver(name, parameters, request, modules)
+    resolve = Resolver(parameters, request, modules)
     found += resolve.problems
-    return None if resolve.problems or name is None else resolve
+    return None if resolve.problems else resolve
 
 
 def _options(request: Request, found: list[Problem]) -> dict[str, Any]:
@@ -259,11 +252,9 @@ def _misfits(
         yield Problem("rank", shown(rank), expected)
 
 
-def _value_problems(rule: Method, values: Mapping[str, Call]) -> Iterator[Problem]:
-    for settings in values.values():
-        yield from rule.check(settings.options, Inputs(len(settings.weights), driver=ADAPTERS))
-        for own in settings.each:
-            yield from rule.check_each(own)
+def _whole_problems(rule: Method, resolve: Resolver) -> Iterator[Problem]:
+    """Yield what is wrong with the values of all modules together."""
+    values = {module: resolve(module) for module in resolve.modules}
     if rule.nan:
         each = sorted({settings.options["granularity"] for settings in values.values()})
         if len(each) > 1:

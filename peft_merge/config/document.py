@@ -23,15 +23,8 @@ _OPTIONS = ("rank", "patterns", "space", "seed", "dtype", "modules_to_save", "ba
 _KEYS = ("merge_method", "models", "parameters", *_OPTIONS)
 _MODEL_KEYS = ("model", "name", "parameters")
 
-# Keys of mergekit that mean nothing for adapters, and what to do instead.
-_FULL_MODELS = {
-    "slices": "Adapters are merged whole: list them under `models:`.",
-    "modules": "List the adapters under `models:`; `filter:` sets values for some modules only.",
-    "tokenizer": "Take it out: the tokenizer is the base's, or that of one adapter.",
-    "tokenizer_source": "Take it out: the tokenizer is the base's, or that of one adapter.",
-    "chat_template": "Take it out: an adapter has none.",
-    "out_dtype": "Write `dtype`, which is the dtype of the output.",
-}
+# Keys of mergekit that mean nothing for adapters.
+_FULL_MODELS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -195,7 +188,8 @@ def _check_keys(
         if key not in known:
             found, remedy = "an unknown key", did_you_mean(key, known, listed=True)
             if not path and key in _FULL_MODELS:
-                found, remedy = "a key for full models", _FULL_MODELS[key]
+                found = "a key for full models"
+                remedy = "Take it out: adapters are merged whole, and have no tokenizer."
             expected = f"one of {', '.join(sorted(known))}"
             problems.append(Problem(join(path, str(key)), found, expected, remedy))
 

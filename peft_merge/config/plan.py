@@ -8,7 +8,7 @@ is a value, a gradient (a list of values over the layers), an entry with ``value
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ import torch
 
 from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
-from mergekit_ext.methods import Call, Method
+from mergekit_ext.methods import ADAPTERS, Call, Inputs, Method
 from peft_merge.adapter import Adapter, ModuleInfo, one_rank
 from peft_merge.algebra.core_space import Rank
 from peft_merge.config.document import Request
@@ -109,20 +109,13 @@ def places(modules: Collection[str]) -> dict[str, float]:
 class Resolver:
     """From what the user set to values for each module. One model's own go before those of all.
 
-    `method` is None where a name was wrong and the parameters are those of all methods; `problems`
-    are unknown and misplaced parameters, and wrong values.
+    `problems` are unknown and misplaced parameters, and wrong values.
     """
 
-    def __init__(
-        self,
-        method: str | None,
-        parameters: Sequence[Parameter],
-        request: Request,
-        modules: Collection[str],
-    ):
+    def __init__(self, parameters: Sequence[Parameter], request: Request, modules: Collection[str]):
         self.modules = modules
         self.problems: list[Problem] = []
-        self._method = method
+        self._method = request.method
         self._parameters = {parameter.name: parameter for parameter in parameters}
         self._places = places(modules)
         own = {f"{item.where}.parameters": item.parameters for item in request.inputs}
@@ -140,9 +133,7 @@ class Resolver:
             if parameter is None:
                 expected = f"one of {', '.join(sorted(self._parameters))}"
                 remedy = did_you_mean(name, self._parameters, listed=True)
-                what = "a parameter that no method has"
-                if self._method is not None:
-                    what = f"a parameter that `{self._method}` does not have"
+                what = f"a parameter that `{self._method}` does not have"
                 self.problems.append(Problem(at, what, expected, remedy))
             elif where != _SHARED and not parameter.per_model:
                 what = "a parameter of the whole merge under one adapter"
@@ -151,6 +142,26 @@ class Resolver:
             else:
                 found[name] = entries_of(parameter, setting, at, self.problems)
         return found
+
+    def checked(self, rule: Method) -> list[Problem]:
+        """Return what a rule finds wrong with its options, as each module gets them."""
+        count = Inputs(len(self._own), driver=ADAPTERS)
+        found: dict[Problem, None] = {}
+        for values in map(self, self.modules):
+            found |= dict.fromkeys(rule.check(values.options, count))
+            for own in values.each:
+                found |= dict.fromkeys(rule.check_each(own))
+        return [*found]
+
+    def forewarnings(self, rule: Method, counts: Iterable[int]) -> tuple[MergeWarning, ...]:
+        """Return what a rule says before it merges so many adapters, once for all modules."""
+        found = {
+            str(warning): warning
+            for values in map(self, self.modules)
+            for count in counts
+            for warning in rule.forewarn(values.options, Inputs(count, driver=ADAPTERS))
+        }
+        return tuple(found.values())
 
     def missing(self) -> Iterator[Problem]:
         """Yield required parameters that some module does not get. Needs correct values."""

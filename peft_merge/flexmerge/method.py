@@ -41,14 +41,14 @@ from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, Dendrograms, options
 from mergekit_ext.flexmerge.storage import Size, StoredGroup, Target
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.kernels.threads import in_turn
-from mergekit_ext.methods import ADAPTERS, Inputs, Method
+from mergekit_ext.methods import ADAPTERS
 from peft_merge.adapter import Adapter
 from peft_merge.config.document import Request, written
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import GRANULARITIES, Block, Changes, Family
 from peft_merge.flexmerge.kinds import Ia3Family, LoraFamily
 from peft_merge.flexmerge.manifest import FlexMerged, task_name_problem
-from peft_merge.modules import of_any_rule, rules, small
+from peft_merge.modules import rules, small
 from peft_merge.report import FORMAT_VERSION, described, summary
 
 NAME = "flexmerge"
@@ -68,21 +68,23 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _RENAME = "Rename the adapter with `name:`."
 
 
-def parameters(shared: Mapping[str, Any]) -> tuple[Parameter, ...]:
+def parameters(request: Request) -> tuple[Parameter, ...]:
     """Return FlexMerge's own, and those of the algorithm that is chosen.
 
     NAN's `granularity` is FlexMerge's here: its coefficients are those of each module and group.
     """
     known = rules()
-    chosen = shared.get("algorithm", DEFAULT_ALGORITHM)
-    rule = known.get(chosen) if isinstance(chosen, str) else None
+    chosen = request.parameters.get("algorithm", DEFAULT_ALGORITHM)
     own = tuple(replace(p, kind=choice(*known)) if p.name == "algorithm" else p for p in OWN)
-    if rule is None:  # `algorithm` is refused; the others may be meant for the right one
-        return (*own, *(p for p in of_any_rule() if p.name not in _NAMES))
-    defaults = _DEFAULTS.get(rule.name, {})
+    if not isinstance(chosen, str) or chosen not in known:
+        # `algorithm` is refused; the others may be meant for the right one.
+        given = {name for item in request.inputs for name in item.parameters}
+        others = (given | request.parameters.keys()) - _NAMES
+        return (*own, *(Parameter(name, Any, None, per_model=True) for name in others))
+    defaults = _DEFAULTS.get(chosen, {})
     inherited = (
         replace(p, default=defaults.get(p.name, p.default))
-        for p in rule.for_driver(ADAPTERS)
+        for p in known[chosen].for_driver(ADAPTERS)
         if p.name not in _NAMES
     )
     return (*own, *inherited)
@@ -134,12 +136,7 @@ def check(plan: MergePlan) -> Iterator[Problem]:
     """Yield what is wrong with the algorithm and the size, from configurations and headers."""
     chosen = _chosen(plan)
     rule = rules()[chosen["algorithm"]]
-    count = Inputs(len(plan.adapters), driver=ADAPTERS)
-    problems: dict[Problem, None] = {}
-    for values in map(plan.resolve, plan.modules):
-        problems |= dict.fromkeys(rule.check(values.options, count))
-        for own in values.each:
-            problems |= dict.fromkeys(rule.check_each(own))
+    problems = plan.resolve.checked(rule)
     yield from problems
     # The size, as far as headers show it.
     if not problems and isinstance(plan.rank, (int, NoneType)):
@@ -163,7 +160,9 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
     similarities = _similarities(family, events)
     planner = Dendrograms(family, similarities, chosen["linkage"], chosen["order"], plan.seed)
     best = planner.plan(chosen["target_size"])
-    _forewarn(plan, family.rule, best.groups)
+    counts = {len(group.tasks) for block in best.groups for group in block} - {1}
+    for warning in plan.resolve.forewarnings(family.rule, sorted(counts)):
+        warnings.warn(warning, stacklevel=4)
     names = [adapter.name for adapter in plan.adapters]
     changes: list[Changes] = [{} for _ in names]
     shared: list[set[str]] = [set() for _ in names]
@@ -256,16 +255,3 @@ def _similarities(family: Family, events: Dispatcher) -> list[Tensor]:
         events.emit(TensorMeasured(block.name))
     events.emit(StatisticsEnd({}, time.perf_counter() - started))
     return found
-
-
-def _forewarn(plan: MergePlan, rule: Method, groups: Sequence[Sequence[StoredGroup]]) -> None:
-    """Emit each warning of the rule about groups of such sizes once."""
-    counts = {len(group.tasks) for block in groups for group in block} - {1}
-    found = {
-        str(warning): warning
-        for module in plan.modules
-        for count in sorted(counts)
-        for warning in rule.forewarn(plan.resolve(module).options, Inputs(count, driver=ADAPTERS))
-    }
-    for warning in found.values():
-        warnings.warn(warning, stacklevel=5)

@@ -214,9 +214,10 @@ class _Stored:
             dtype = torch.promote_types(_DTYPES[a.dtype], _DTYPES[b.dtype])
             rank, scale = scalings[module]
             info = described(kind, a.shape, b.shape, rank, BIAS in parts, dtype)
-            if isinstance(info, str):
+            if info is None:
                 found = f"A of shape {list(a.shape)} and B of shape {list(b.shape)}"
-                self._wrong(module, found, info, _RESTORE)
+                expected = f"{kind} factors of rank {rank}, that of the configuration"
+                self._wrong(module, found, expected, _RESTORE)
             elif info.bias and parts[BIAS].shape != (outputs := (info.matrices * info.rows,)):
                 found = f"shape {list(parts[BIAS].shape)}"
                 self._wrong(f"{module}.{BIAS}", found, f"shape {list(outputs)}")

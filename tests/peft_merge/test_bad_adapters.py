@@ -77,7 +77,7 @@ def test_tensors_that_peft_would_not_load_are_refused(fields, count, adapter_fol
 
 
 def test_a_rank_that_the_tensors_do_not_have_is_refused(adapter_folder):
-    with pytest.raises(ConfigError, match="8 rows in A") as raised:
+    with pytest.raises(ConfigError, match="linear factors of rank 8") as raised:
         load_adapter(change_config(adapter_folder("plain"), r=8))
     assert len(raised.value.problems) == 4  # each module, all at once
 

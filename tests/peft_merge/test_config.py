@@ -105,9 +105,9 @@ def test_the_default_dtype_holds_all_inputs(folders, tmp_path):
         ({"merge_method": "linaer"}, "merge_method: found 'linaer'.* Write `linear`"),
         ({"merge_method": ["linear"]}, r"merge_method: found \['linear'\]"),
         ({"mergemethod": "ties"}, "mergemethod: found an unknown key.*Write `merge_method`"),
-        ({"slices": []}, "slices: found a key for full models.*list them under `models:`"),
+        ({"slices": []}, "slices: found a key for full models.*adapters are merged whole"),
         ({"out_dtype": "float16"}, "Write `dtype`"),
-        ({"tokenizer_source": "union"}, "tokenizer is the base's"),
+        ({"tokenizer_source": "union"}, "have no tokenizer"),
         ({"dtype": "bfloat"}, "dtype: found 'bfloat'.*Write `bfloat16`"),
         ({"dtype": "int8"}, "dtype: found 'int8'; expected 'float32', "),
         ({"dtype": 16}, "dtype: found 16"),
@@ -271,11 +271,11 @@ def test_nan_may_make_weights_cancel(folders):
 
 def test_an_unknown_method_hides_nothing_else(folders):
     config = document(folders, "heads", "more_heads", merge_method="tise", space="dleta", rank=99)
-    config["parameters"] = {"densty": 0.5, "weight": "much", "density": 0.5, "target_size": 2}
+    config["parameters"] = {"weight": "much", "density": 0.5, "target_size": 2}
     config["modules_to_save"] = "drp"
     found = problems_of(config)
-    starts = ("merge_method:", "parameters.densty:", "parameters.weight:", "rank:", "space:")
-    assert len(found) == 6
+    starts = ("merge_method:", "rank:", "space:")
+    assert len(found) == 4
     for start in (*starts, "modules_to_save:"):
         assert any(problem.startswith(start) for problem in found), start
 
