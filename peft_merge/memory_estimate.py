@@ -26,13 +26,12 @@ def need_of(plan: MergePlan) -> Need:
     The merged adapter is kept until it is written.
     """
     adapters = plan.adapters
-    dtype = plan.dtype if plan.request.dtype is not None else None
     if plan.rule is None:  # each adapter keeps its own, and is written alone
         outputs = [[[load()] for load in adapter.saved.values()] for adapter in adapters]
     else:
         saved = plan.saved.items()
         outputs = [[[adapters[i].saved[name]() for i in positions] for name, positions in saved]]
-    means = [[_mean(tensors, dtype) for tensors in output] for output in outputs]
+    means = [[_mean(tensors, plan.forced) for tensors in output] for output in outputs]
     # Both sides of a factor are cut from one in float64 before the cast of the last module.
     copies = 2 * (len(adapters) if plan.rule is None else 1)
     factors = copies * plan.numbers * plan.dtype.itemsize

@@ -20,13 +20,7 @@ from mergekit_ext.methods import Call, Method
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
-from peft_merge.config.document import (
-    Source,
-    models_of,
-    read,
-    request_of,
-    written,
-)
+from peft_merge.config.document import Source, models_of, read, request_of, written
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge import method as flexmerge
 from peft_merge.flexmerge.manifest import FlexMerged
@@ -129,12 +123,8 @@ def merge_adapters(
     }
     request, wrong = request_of(document, "adapters")
     request = replace(request, device=device, name=name, allow_pickle=allow_pickle)
-
-    def plan() -> MergePlan:
-        with limited(max_memory, "max_memory"):
-            return checked(request, [*problems, *wrong])
-
-    return _run(plan, callbacks)
+    with limited(max_memory, "max_memory"):
+        return _run(partial(checked, request, [*problems, *wrong]), callbacks)
 
 
 def run_config(
@@ -246,13 +236,11 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
 
 def _saved(plan: MergePlan, events: Dispatcher) -> dict[str, Tensor]:
     tensors = {}
-    # Without `dtype` a head keeps its own, which often is wider than the factors'.
-    dtype = plan.dtype if plan.request.dtype is not None else None
     for name, positions in plan.saved.items():
         clock = time.perf_counter()
         weights = plan.resolve.weights(name)
         adapters = [plan.adapters[i] for i in positions]
-        tensors[name] = merge_saved(name, adapters, [weights[i] for i in positions], dtype)
+        tensors[name] = merge_saved(name, adapters, [weights[i] for i in positions], plan.forced)
         details = {"adapters": [adapter.name for adapter in adapters]}
         seconds = time.perf_counter() - clock
         events.emit(TensorMerged(name, tuple(tensors[name].shape), details, seconds))

@@ -6,6 +6,7 @@ Only configurations and headers are read (and whole tensors, when they may be av
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -91,11 +92,6 @@ _EXPECTED = {
 }
 
 
-def methods() -> tuple[str, ...]:
-    """Return the names of all merge methods: the rules and FlexMerge."""
-    return (*rules(), flexmerge.NAME)
-
-
 def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     """Check a request as far as configurations and headers go.
 
@@ -166,7 +162,6 @@ def _stop(request: Request, problems: Iterable[Problem]) -> NoReturn:
 
 def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
     adapters = []
-    places: dict[str, list[str]] = {}
     for item in request.inputs:
         try:
             if isinstance(item.source, Adapter):
@@ -185,17 +180,16 @@ def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
             ]
             continue
         adapters.append(adapter)
-        places.setdefault(adapter.name, []).append(item.where)
-    for name, where in places.items():
-        if len(where) > 1:
+    for name, count in Counter(adapter.name for adapter in adapters).items():
+        if count > 1:
             remedy = "Give each a name of its own with `name:`."
-            called = f"{len(where)} adapters called {name!r}"
-            found.append(Problem(", ".join(where), called, "names that differ", remedy))
+            called = f"{count} adapters called {name!r}"
+            found.append(Problem("models", called, "names that differ", remedy))
     return adapters
 
 
 def _resolver(request: Request, modules: Collection[str], found: list[Problem]) -> Resolver | None:
-    name, known = request.method, methods()
+    name, known = request.method, (*rules(), flexmerge.NAME)
     if not isinstance(name, str) or name not in known:
         what = "nothing" if name is None else shown(name)
         remedy = "Add it." if name is None else did_you_mean(name, known)

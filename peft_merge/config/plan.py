@@ -230,6 +230,11 @@ class MergePlan:
     notes: tuple[str, ...] = ()  # what a user may want to know before the merge
     forewarnings: tuple[MergeWarning, ...] = ()  # of the method, about its result
 
+    @property
+    def forced(self) -> torch.dtype | None:
+        """None without `dtype`: whole tensors, often wider than the factors, keep their own."""
+        return None if self.request.dtype is None else self.dtype
+
     def infos(self, module: str) -> dict[str, Any]:
         """Return what a module is in each adapter that has it, by the adapter's name."""
         return {a.name: a.infos[module] for a in self.adapters if module in a.infos}

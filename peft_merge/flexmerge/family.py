@@ -61,9 +61,8 @@ def blocks_of(modules: Collection[str], granularity: str) -> tuple[Block, ...]:
     return tuple(Block(name, tuple(found[name])) for name in sorted(found, key=_natural))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 class Family(GroupStorage):
@@ -78,7 +77,7 @@ class Family(GroupStorage):
     def __init__(self, plan: MergePlan, rule: Method, granularity: str):
         self.plan, self.rule = plan, rule
         self.adapters: Sequence[Any] = plan.adapters
-        self.forced = plan.dtype if plan.request.dtype is not None else None
+        self.forced = plan.forced
         self.layout = blocks_of(plan.modules, granularity)
         common = of_the_base(self.adapters)
         private = sum(
