@@ -43,15 +43,13 @@ class StoredFile:
         try:
             self.headers: Mapping[str, TensorHeader] = read_safetensors(self.path)
             # Memory-mapped: what is not used is not read.
-            opened: Any = safe_open(self.path, framework="pt")
-            metadata = opened.metadata() or {}
+            self._open: Any = safe_open(self.path, framework="pt")
         except FileError as error:
-            raise CheckpointError([replace(error.problem, where=file.path)], str(root)) from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _refused(root, file.path, str(error), "a safetensors file", _DAMAGED) from None
-        self._open = opened
-        if metadata.get("format") != "pt":
-            raise _refused(root, file.path, f"metadata {metadata}", 'metadata with "format": "pt"')
+            problem = replace(error.problem, where=file.path)
+            raise CheckpointError([problem], str(root)) from None
+        except (SafetensorError, OSError) as error:
+            problem = Problem(file.path, str(error), "a safetensors file", _DAMAGED)
+            raise CheckpointError([problem], str(root)) from None
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, on the CPU; its storage is the mapped file."""
@@ -74,39 +72,30 @@ def regular_file(
 
     In the Hub's cache files are links to blobs beside the snapshots. Such a link is followed when
     its content has the digest that the checkpoint gives it, or else the blob is called after.
-
-    Raises:
-        CheckpointError: there is none, it lies elsewhere, or it has not the bytes (`length`) or,
-            with `verify`, the digest that it should have.
     """
+    expected, remedy = "a file", _DAMAGED
     try:
         resolved = (root / path).resolve(strict=True)
-        status = resolved.stat()
-    except (OSError, RuntimeError, ValueError) as error:
-        # Before Python 3.13 a loop of links is a RuntimeError.
-        raise _refused(root, path, f"no file ({error})", "a file", _DAMAGED) from None
-    in_cache = root.parent.name == "snapshots"
-    blob = in_cache and resolved.parent == root.parent.parent / "blobs"
-    if not blob and not resolved.is_relative_to(root):
-        found = f"a link to {resolved}, outside of the checkpoint"
-        remedy = "Do not use the checkpoint unless you know who made it."
-        raise _refused(root, path, found, "a file inside of it", remedy)
-    if not stat.S_ISREG(status.st_mode):
-        raise _refused(root, path, "something that is not a file", "a regular file")
-    if length not in (None, status.st_size):
-        raise _refused(root, path, f"{status.st_size} bytes", f"{length} bytes", _DAMAGED)
-    if blob or verify:
+        size, mode = resolved.stat().st_size, resolved.stat().st_mode
+        blob = root.parent.name == "snapshots" and resolved.parent == root.parent.parent / "blobs"
         digest = sha256 or resolved.name
         git = len(digest) == _GIT_DIGITS
-        try:
-            start = hashlib.sha1(b"blob %d\0" % status.st_size) if git else hashlib.sha256()
-            content = digest_of(resolved, start)
-        except OSError as error:
-            raise _refused(root, path, f"an error ({error})", "a readable file") from None
-        if content != digest:
-            found = f"{'Git digest' if git else 'SHA-256'} {content}"
-            raise _refused(root, path, found, digest, _DAMAGED)
-    return resolved
+        start = hashlib.sha1(b"blob %d\0" % size) if git else hashlib.sha256()
+        if not blob and not resolved.is_relative_to(root):
+            found, expected = f"a link to {resolved}, outside of the checkpoint", "a file inside"
+            remedy = "Do not use the checkpoint unless you know who made it."
+        elif not stat.S_ISREG(mode):
+            found, expected = "something that is not a file", "a regular file"
+        elif length not in (None, size):
+            found, expected = f"{size} bytes", f"{length} bytes"
+        elif (blob or verify) and (content := digest_of(resolved, start)) != digest:
+            found, expected = f"{'Git digest' if git else 'SHA-256'} {content}", digest
+        else:
+            return resolved
+    except (OSError, RuntimeError, ValueError) as error:
+        # Before Python 3.13 a loop of links is a RuntimeError.
+        found = f"no file ({error})"
+    raise CheckpointError([Problem(path, found, expected, remedy)], str(root))
 
 
 def attempted(
@@ -125,12 +114,6 @@ def attempted(
     for item in items:
         attempt(item)
     return made, problems
-
-
-def _refused(
-    root: Path, where: str, found: str, expected: str, remedy: str = ""
-) -> CheckpointError:
-    return CheckpointError([Problem(where, found, expected, remedy)], str(root))
 
 
 def digest_of(path: Path, digest: Any = None) -> str:

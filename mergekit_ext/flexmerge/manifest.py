@@ -112,18 +112,12 @@ class TensorInfo(Schema):
 
 
 class Group(Schema):
-    """Tasks that share one block.
-
-    Attributes:
-        tasks: their names, in the order of the manifest's tasks.
-        kind: ``dense`` (final values are stored) or ``masked`` (a unified vector and masks are).
-        similarity: that of the merge that completed the group; None for one task.
-        rescale: the rescaler of each member of a masked group; absent from a dense one.
-    """
+    """Tasks that share one block."""
 
     tasks: Tasks
     kind: Literal["dense", "masked"]
-    similarity: Similarity
+    similarity: Similarity  # of the merge that completed the group; None for one task
+    # Of each member of a masked group; absent from a dense one.
     rescale: Annotated[dict[str, float], BeforeValidator(_bounded)] = Field(default={})
 
     def rules(self) -> Iterator[Problem]:
@@ -155,7 +149,7 @@ class Task(Schema):
 
 
 class ShardFile(Schema):
-    """One file of weights. `path` is relative to the manifest's folder.
+    """One file of weights.
 
     That `tasks` are right follows when the reader compares what the file holds with the blocks.
     """
@@ -188,8 +182,7 @@ class Manifest(Schema):
     """What the models of a checkpoint share, and where it is stored.
 
     Attributes:
-        task_files: the digests of the files beside weights in the folders that are Hugging Face
-            checkpoints.
+        task_files: the digests of the files beside weights in the tasks' folders.
     """
 
     format: Literal["flexmerge"]
@@ -212,12 +205,12 @@ class Manifest(Schema):
         yield from _repeats("private", "task", (entry.task for entry in self.private))
         in_blocks = set(shared)
         for index, entry in enumerate(self.private):
-            where, own = f"private[{index}]", [tensor.name for tensor in entry.tensors]
             if entry.task not in names:
-                yield Problem(f"{where}.task", f"unknown task {entry.task}", "one of `tasks`")
-            yield from _repeats(where, "tensor", own)
-            for name in in_blocks.intersection(own):
-                yield Problem(where, f"the tensor {name} of a block", "tensors in no block")
+                where = f"private[{index}].task"
+                yield Problem(where, f"unknown task {entry.task}", "one of `tasks`")
+            own = [tensor.name for tensor in entry.tensors]
+            twice = in_blocks.intersection(own)
+            yield from _repeats(f"private[{index}] and blocks", "tensor", [*own, *twice])
         groups = (group for block in self.blocks for group in block.groups)
         masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
         for index, task in enumerate(self.tasks):

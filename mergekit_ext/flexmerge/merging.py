@@ -74,9 +74,6 @@ def block_tensors(
 
     The base's tensors lie in the reader's memory. `own` returns a tensor, or its bytes, as a task's
     model stores it; `rescale` receives the rescaler of each task whose group is masked.
-
-    Raises:
-        MergeError: a merged or reconstructed tensor is not finite in its dtype.
     """
     forced, algorithm = merging.forced, merging.algorithm
     shared = [task for group in groups if len(group.tasks) > 1 for task in group.tasks]
@@ -141,10 +138,6 @@ class Walk:
     """The models of a FlexMerge in memory, at one size after the other.
 
     Only what changes from size to size is merged; a merged tensor is one for its group.
-
-    Raises:
-        NonFiniteError: a private tensor holds NaN or infinity.
-        MergeError: in `go`: a merged tensor is not finite in its dtype.
     """
 
     def __init__(self, reader: BlockReader, merging: Merging):

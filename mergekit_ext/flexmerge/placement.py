@@ -205,7 +205,8 @@ def _given(device_map: DeviceMap, held: _Held) -> Mapping[str, Device]:
             expected = f"a part of the models, such as {top}, or '' for all"
             problems.append(Problem(where, "no such part", expected))
         if not _is_here(device):
-            problems.append(Problem(where, repr(device), f"{CPU}, {DISK} or a device that is here"))
+            expected = f"{CPU}, {DISK} or a device that is here"
+            problems.append(Problem(where, repr(device), expected))
     if left := sorted(name for name in held if device_map.keys().isdisjoint(_parts(name))):
         found = f"no place for {listing(left)}"
         problems.append(Problem("device_map", found, "one for every tensor", "Add '': 'cpu'."))

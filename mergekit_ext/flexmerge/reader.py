@@ -40,10 +40,6 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
     """Check a checkpoint and open its files; warn if its folders hold copies of them.
 
     With `verify` every file is compared with its digest, those in the tasks' folders too.
-
-    Raises:
-        CheckpointError: the manifest or a file is not as the format says; all problems are in it,
-            up to a hundred.
     """
     manifest = read_manifest(folder)
     root = Path(folder).resolve()
@@ -113,9 +109,6 @@ class Checkpoint:
         All tasks that share a dense tensor get the same object. Its storage is the mapped file, so
         that what is not used takes no memory, and writing to it changes no file. A tensor of a
         masked block is reconstructed at every access and is the caller's own.
-
-        Raises:
-            CheckpointError: the checkpoint has no such task.
         """
         if task not in self.tasks:
             problem = Problem("task", repr(task), f"one of {', '.join(self.tasks)}")

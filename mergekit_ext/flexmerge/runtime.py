@@ -109,9 +109,6 @@ def build_module(
     """Return a transformers module in evaluation mode, of `tensors` themselves where it can.
 
     `folder` has the ``config.json``; `tensors` are all of the model, by stored names. See `load`.
-
-    Raises:
-        CheckpointError: the tensors are not those of the model's class.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(

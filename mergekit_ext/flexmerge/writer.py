@@ -60,22 +60,8 @@ def write_checkpoint(
 ) -> Manifest:
     """Write shards, task folders with their links and indexes, and the manifest.
 
-    The processes of a merge share out the blocks, and all call this. Nothing in `folder`, which
-    exists, counts before this function has returned.
-
-    Args:
-        folder, reader, plan, merging: where, from what, which tasks share what, and how.
-        origin: `generator`, `method` and `base_model` of the manifest.
-        models: what the manifest calls each task's model.
-        shard_size: the largest size of a file in bytes; 0 for one file a set of tasks.
-        merged: called after each block, in the process that did it.
-        finished: what earlier runs in `folder` have written, which is not made again. Its subject
-            is what decides the bytes of a block, but for its groups.
-
-    Raises:
-        MergeError: a merged tensor is not finite in its dtype.
-        NonFiniteError: a private tensor holds NaN or infinity.
-        OSError: a file cannot be read or written.
+    The processes of a merge share out the blocks, and all call this. What `finished` knows is not
+    made again: its subject is what decides the bytes of a block, but for its groups.
     """
     layout, processes = reader.layout, current()
     blocks = list(zip(layout.blocks, plan.groups, strict=True))
@@ -141,9 +127,8 @@ def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
 class Shards:
     """The files under ``shards/``: planned, written tensor by tensor in any order, and digested.
 
-    No tensor is held. Sums are computed in the background: what is given to `write` must stay as
-    it is until the call after the next. What is declared of a place, whose tasks are indices, is
-    cut into files of at most `limit` bytes (0: one file).
+    Sums are computed in the background: what is given to `write` must stay as it is until the call
+    after the next. The tensors of a place are cut into files of at most `limit` bytes (0: one).
     """
 
     def __init__(
@@ -190,9 +175,8 @@ class Shards:
         if found and found["groups"] == piece.groups and self._holds(piece, found["crcs"]):
             piece.rescale.update(found["rescale"])
             return
-        crcs = [self.write(*tensor) for tensor in piece.tensors]
-        if len(crcs) != len(piece.entries):
-            raise AssertionError(f"{piece.key}: {len(crcs)} of {len(piece.entries)} tensors")
+        pairs = zip(piece.entries, piece.tensors, strict=True)
+        crcs = [self.write(*tensor) for _, tensor in pairs]
 
         def record() -> None:
             value = {"groups": piece.groups, "rescale": [list(r) for r in piece.rescale.items()]}

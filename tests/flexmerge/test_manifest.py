@@ -185,7 +185,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "private and in a block": (
         change("private", 0, "tensors", 0, "name", to="q"),
-        "private[0]: found the tensor q of a block",
+        "private[0] and blocks: found tensor q 2 times",
     ),
     "tensor twice": (
         change("blocks", 0, "tensors", 1, "name", to="q"),

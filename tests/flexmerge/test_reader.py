@@ -175,11 +175,6 @@ def wrong_length(out: Path) -> None:
         content["files"][0]["bytes"] += 1
 
 
-def no_metadata(out: Path) -> None:
-    save_file(load_file(out / DENSE), out / DENSE)
-    redescribe(out)
-
-
 def in_two_files(out: Path) -> None:
     with edited(out) as content:
         first, *others = content["files"]
@@ -226,7 +221,6 @@ SPOILED: dict[str, tuple[Any, ...]] = {
     "a folder": (lambda out: instead(out / DENSE, Path.mkdir), DENSE, "regular file"),
     "tensors that overlap": (overlapping, DENSE, "b are not behind those before it"),
     "an empty file": (lambda out: as_described(out, b""), DENSE, "length of the header"),
-    "no metadata": (no_metadata, DENSE, "metadata"),
     "a missing tensor": (
         lambda out: rewrite(out, DENSE, dict.popitem),
         ": found nothing in the dense files of",
