@@ -219,8 +219,8 @@ SPOILED: dict[str, tuple[Any, ...]] = {
     ),
     "a pipe": (lambda out: instead(out / DENSE, os.mkfifo), DENSE, "regular file"),
     "a folder": (lambda out: instead(out / DENSE, Path.mkdir), DENSE, "regular file"),
-    "tensors that overlap": (overlapping, DENSE, "b are not behind those before it"),
-    "an empty file": (lambda out: as_described(out, b""), DENSE, "length of the header"),
+    "tensors that overlap": (overlapping, DENSE, "no safetensors file"),
+    "an empty file": (lambda out: as_described(out, b""), DENSE, "no safetensors file"),
     "a missing tensor": (
         lambda out: rewrite(out, DENSE, dict.popitem),
         ": found nothing in the dense files of",
