@@ -133,6 +133,15 @@ def norm(x: Tensor) -> float:
     return math.hypot(*norms, 0.0 if rest is None else float(torch.linalg.vector_norm(rest)))
 
 
+def power_of_two(x: Tensor) -> float:
+    """Return a power of two within a factor 2 of the largest magnitude (1 for zeros)."""
+    if not x.numel():
+        return 1.0
+    low, high = x.aminmax()
+    peak = max(float(high), -float(low))
+    return 2.0 ** math.floor(math.log2(peak)) if peak > 0.0 else 1.0
+
+
 def _rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the rows of a matrix; of anything else some of one length, and what is left."""
     if x.ndim == 2 and len(x) > 1:

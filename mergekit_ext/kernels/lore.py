@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import matmul, matrices_of, norm, qr
+from mergekit_ext.kernels.linear_algebra import matmul, matrices_of, norm, power_of_two, qr
 from mergekit_ext.kernels.lore_solver import UPDATES, Limits, Problem, over_base, shrinker_for
 from mergekit_ext.kernels.numerics import compute_dtype, require_alike, weighted_sum
-from mergekit_ext.kernels.svt import Rule, power_of_two
+from mergekit_ext.kernels.svt import Rule
 
 DEFAULT_MAX_ITERATIONS = 200
 DEFAULT_TOLERANCE = 1e-5

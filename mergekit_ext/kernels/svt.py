@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul
+from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, power_of_two
 
 # Eigenvalues of H - mu nearer to zero than this share of the largest keep an unsettled sign; the
 # error is below half of it for each of them.
@@ -46,12 +46,6 @@ class Rule:
         if self.mu is not None:
             return eigen.threshold(self.mu)
         return eigen.truncate(self.rank or 0)
-
-
-def power_of_two(matrix: Tensor) -> float:
-    """Return a power of two within a factor 2 of the largest entry (1 for zeros)."""
-    peak = float(matrix.abs().max()) if matrix.numel() else 0.0
-    return 2.0 ** math.floor(math.log2(peak)) if peak > 0.0 else 1.0
 
 
 def gram_dtype(sigma_1: float, smallest: float, dtype: torch.dtype, accuracy: float) -> torch.dtype:

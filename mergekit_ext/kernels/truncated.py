@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, qr, svd, total
+from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, power_of_two, qr, svd, total
 
 # Up to this short side a full decomposition is as fast.
 DIRECT_SIDE = 512
@@ -59,9 +59,7 @@ def leading(x: Tensor, rank: int | None) -> Leading:
         x: (rows, columns), float32 or float64, finite. Scaled in place, and back.
         rank: k.
     """
-    # A power of two is exact, and keeps squares in range. abs() would make a copy of x.
-    peak = max(float(x.max()), -float(x.min())) if x.numel() else 0.0
-    scale = 2.0 ** math.floor(math.log2(peak)) if peak > 0.0 else 1.0
+    scale = power_of_two(x)  # exact, and keeps squares in range
     k = min(x.shape) if rank is None else min(rank, *x.shape)
     tall = x.shape[0] > x.shape[1]
     x.div_(scale)

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import matrices_of
+from mergekit_ext.kernels.linear_algebra import matrices_of, power_of_two
 from mergekit_ext.kernels.numerics import compute_dtype, require_alike
-from mergekit_ext.kernels.svt import power_of_two
 from mergekit_ext.kernels.threads import in_threads
 
 # Directions whose singular value is below this share of the largest are rounding of the data.

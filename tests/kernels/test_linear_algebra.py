@@ -15,6 +15,7 @@ from mergekit_ext.kernels.linear_algebra import (
     inner,
     matmul,
     norm,
+    power_of_two,
     qr,
     solve_triangular,
     svd,
@@ -123,3 +124,8 @@ def test_decompositions(side, dtype):
     factor, failed = cholesky(square)
     assert int(failed) == 0
     assert close(factor @ factor.T / side, square / side, dtype)
+
+
+def test_a_power_of_two_near_the_largest_magnitude():
+    assert power_of_two(torch.tensor([[3.0, -5.0]])) == 4.0
+    assert power_of_two(torch.zeros(2, 2)) == power_of_two(torch.zeros(0, 2)) == 1.0

@@ -15,7 +15,6 @@ from mergekit_ext.kernels.svt import (
     Shrunk,
     gram_dtype,
     norm_bound,
-    power_of_two,
     spectral_norm,
     threshold,
 )
@@ -165,11 +164,6 @@ def test_a_proximal_map_at_any_scale(
     # nothing grows, and what is taken away has spectral norm at most mu
     assert float(value.norm()) <= float(x.norm()) * (1 + 1e-5)
     assert float(torch.linalg.matrix_norm(x - value, 2)) <= mu + 1e-5 * float(x.norm())
-
-
-def test_power_of_two() -> None:
-    assert power_of_two(torch.tensor([[3.0, -5.0]])) == 4.0
-    assert power_of_two(torch.zeros(2, 2)) == 1.0
 
 
 # --- the subspace that is kept from call to call --------------------------------------------
