@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
@@ -92,8 +92,6 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _is_float(kind: Any) -> bool:
-    if get_origin(kind) is Annotated:
-        return _is_float(get_args(kind)[0])
     return kind is float or any(map(_is_float, get_args(kind)))
 
 

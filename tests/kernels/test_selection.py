@@ -30,7 +30,7 @@ def test_it_is_the_kth_of_the_sorted(values, data, size, gather):
     assert found == sorted(values)[rank]
 
 
-def test_duplicates_take_no_room(monkeypatch):
+def test_duplicates_are_not_gathered(monkeypatch):
     monkeypatch.setattr(module, "GATHER", 8)
     x = torch.full((100,), -2.5, dtype=torch.float64)
     x[3] = 7.0
