@@ -26,18 +26,6 @@ def _extend(name: str, module) -> None:  # type: ignore[no-untyped-def]
     getattr(patches, _EXTENSIONS[name])(module)
 
 
-def _run_after(loader, name: str, done) -> None:  # type: ignore[no-untyped-def]
-    execute = loader.exec_module
-
-    def exec_module(module) -> None:  # type: ignore[no-untyped-def]
-        execute(module)
-        # One loader may serve many modules (those of a zip file).
-        if module.__name__ == name and done(name):
-            _extend(name, module)
-
-    loader.exec_module = exec_module
-
-
 class _Finder:
     """Finds nothing itself: lets the other finders find a module, then wraps its execution."""
 
@@ -54,20 +42,26 @@ class _Finder:
                 find = getattr(finder, "find_spec", None)
                 spec = find(name, path, target) if find is not None else None
                 if spec is not None and spec.loader is not None:
-                    # Finding is not importing: a probe must not use up the one extension.
-                    _run_after(spec.loader, name, self._executed)
+                    self._extend_after(spec.loader, name)
                     return spec
         finally:
             self._searching.discard(name)
         return None
 
-    def _executed(self, name: str) -> bool:
-        if name not in self.pending:
-            return False
-        self.pending.discard(name)
-        if not self.pending:
-            sys.meta_path.remove(self)
-        return True
+    def _extend_after(self, loader, name: str) -> None:  # type: ignore[no-untyped-def]
+        execute = loader.exec_module
+
+        def exec_module(module) -> None:  # type: ignore[no-untyped-def]
+            execute(module)
+            # One loader may serve many modules (those of a zip file), and a probe may have found
+            # the module before without importing it.
+            if module.__name__ == name and name in self.pending:
+                self.pending.discard(name)
+                if not self.pending:
+                    sys.meta_path.remove(self)
+                _extend(name, module)
+
+        loader.exec_module = exec_module
 
 
 def install() -> None:

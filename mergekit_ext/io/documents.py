@@ -99,7 +99,7 @@ def read(text: str) -> tuple[list[Any], list[Problem]]:
         nodes = list(islice(iter(loader.next_node, None), _MOST_DOCUMENTS + 1))
         if len(nodes) > _MOST_DOCUMENTS:
             raise FileError("the file", "more documents", f"{_MOST_DOCUMENTS:,} at most")
-        sizes: dict[int, tuple[int, int] | None] = {}
+        sizes: dict[int, tuple[int, int]] = {}
         for node in nodes:
             _measure(node, sizes)
         documents = [loader.construct_document(node) for node in nodes]
@@ -169,14 +169,13 @@ class _Bounded(yaml.SafeLoader):
 _Bounded.add_constructor("tag:yaml.org,2002:int", _Bounded.construct_yaml_int)
 
 
-def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """Return the values and levels of a node with its aliases followed.
+def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the values and levels of a node with its aliases followed, kept in `sizes`.
 
-    `sizes` holds those of the nodes before, and None for those that contain the node.
+    A node that contains itself ends in a `RecursionError`.
     """
     key = id(node)
     if key not in sizes:
-        sizes[key] = None
         children = node.value if isinstance(node, yaml.CollectionNode) else ()
         if isinstance(node, yaml.MappingNode):
             children = chain.from_iterable(children)
@@ -189,11 +188,7 @@ def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int] | None]) -> tuple
         if levels > _DEEPEST:
             raise FileError(_line(node), _TOO_DEEP, _FEWER_LEVELS)
         sizes[key] = values, levels
-    size = sizes[key]
-    if size is None:
-        found = "an alias for what it stands in"
-        raise FileError(_line(node), found, "YAML without circles")
-    return size
+    return sizes[key]
 
 
 def _line(node: yaml.Node) -> str:

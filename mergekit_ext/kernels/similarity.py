@@ -45,14 +45,12 @@ class Gram:
             part = slice(start, min(start + step, size))
             length = part.stop - start
             vectors = scratch(self._count, length, torch.float64, device)
-            if flat_base is None:
-                for row, source in zip(vectors, flat, strict=True):
-                    row.copy_(source[part])
-            else:
+            if flat_base is not None:
                 origin, delta = torch.empty((2, length), dtype=dtype, device=device)
                 origin.copy_(flat_base[part])
-                for row, source in zip(vectors, flat, strict=True):
-                    row.copy_(torch.sub(source[part], origin, out=delta))
+            for row, source in zip(vectors, flat, strict=True):
+                piece = source[part]
+                row.copy_(piece if flat_base is None else torch.sub(piece, origin, out=delta))
             return vectors @ vectors.T
 
         for product in in_threads(products, range(0, size, step), device):

@@ -38,7 +38,7 @@ bias by itself. In FlexMerge only `ties` is one of these; the others are mergeki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -119,6 +119,9 @@ class _Change:
         return lambda piece: sparsified(piece).mul_(factor)
 
 
+_Prepare = Callable[[_Change], Sparsified]
+
+
 def _keeping(cut: Cut) -> Sparsified:
     keeper = Keeper(cut)
     return lambda piece: keeper.drop(piece.reshape(-1)).reshape(piece.shape)
@@ -171,7 +174,7 @@ def _by_rank(change: _Change) -> Sparsified:
 
 
 def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
-    density, epsilon = own["density"], own["epsilon"]
+    density, epsilon = own["density"], own.get("epsilon", 0)
     if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
         yield Problem(
             "epsilon",
@@ -180,21 +183,6 @@ def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
             "density + epsilon between 0 and 1",
             "Set a smaller `epsilon`.",
         )
-
-
-@dataclass(frozen=True)
-class _Sparsifier:
-    """One way to drop entries, the parameters that it reads, and what may be wrong with them."""
-
-    prepare: Callable[[_Change], Sparsified]
-    parameters: tuple[Parameter, ...]
-    check: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda own: ()
-
-
-_MAGNITUDE = _Sparsifier(_magnitude, (DENSITY,))
-_MAGNITUDE_OUTLIERS = _Sparsifier(_magnitude_outliers, (DENSITY, GAMMA))
-_RANDOM = _Sparsifier(_random, (DENSITY,))
-_BY_RANK = _Sparsifier(_by_rank, (DENSITY, EPSILON), spread_problems)
 
 
 def _options(call: Call, elect: bool, rescale: bool = False) -> TiesOptions:
@@ -224,7 +212,7 @@ def _agreeing_mean(tensors: Sequence[Tensor], call: Call) -> Tensor:
 
 
 def _rows(
-    sparsifier: _Sparsifier,
+    prepare: _Prepare,
     add: Callable[[Sequence[Tensor], Call], Tensor],
     rescale: bool | None,
     sums: bool,
@@ -240,7 +228,7 @@ def _rows(
             divided_by(call.weights, "normalize: false")
         scaled = call.options["rescale"] if rescale is None else rescale
         functions = [
-            sparsifier.prepare(_Change(source, generator, own, scaled))
+            prepare(_Change(source, generator, own, scaled))
             if own["density"] < 1
             else lambda piece: piece
             for source, generator, own in zip(sources, call.generators, call.each, strict=True)
@@ -273,20 +261,21 @@ def ties_over_base(
     return Merged(merge_ties(base, models, call.weights, call.kept, options, dtype))
 
 
-# name, paper, what is dropped, whether signs are elected, defaults of `normalize` and `rescale`
+# name, paper, what drops entries, its parameters besides the density, whether signs are elected,
+# defaults of `normalize` and `rescale`
 _FAMILY = (
-    ("ties", "2306.01708", _MAGNITUDE, True, True, False),
-    ("magnitude_prune", "2306.01708", _MAGNITUDE, False, False, False),
-    ("dare_ties", "2311.03099", _RANDOM, True, False, True),
-    ("dare_linear", "2311.03099", _RANDOM, False, False, True),
-    ("della", "2406.11617", _BY_RANK, True, True, True),
-    ("della_linear", "2406.11617", _BY_RANK, False, False, True),
-    ("breadcrumbs", "2312.06795", _MAGNITUDE_OUTLIERS, False, False, False),
-    ("breadcrumbs_ties", "2312.06795", _MAGNITUDE_OUTLIERS, True, False, False),
+    ("ties", "2306.01708", _magnitude, (), True, True, False),
+    ("magnitude_prune", "2306.01708", _magnitude, (), False, False, False),
+    ("dare_ties", "2311.03099", _random, (), True, False, True),
+    ("dare_linear", "2311.03099", _random, (), False, False, True),
+    ("della", "2406.11617", _by_rank, (EPSILON,), True, True, True),
+    ("della_linear", "2406.11617", _by_rank, (EPSILON,), False, False, True),
+    ("breadcrumbs", "2312.06795", _magnitude_outliers, (GAMMA,), False, False, False),
+    ("breadcrumbs_ties", "2312.06795", _magnitude_outliers, (GAMMA,), True, False, False),
 )
 
-for _name, _paper, _sparsifier, _elects, _normal, _rescales in _FAMILY:
-    _merge = _rows(_sparsifier, _sum(_elects), rescale=None, sums=not _elects)
+for _name, _paper, _prepare, _own, _elects, _normal, _rescales in _FAMILY:
+    _merge = _rows(_prepare, _sum(_elects), rescale=None, sums=not _elects)
     _rescale = Parameter("rescale", Switch, _rescales, "make up for what is dropped")
     _in_blocks = _name == "ties"
     register(
@@ -295,30 +284,30 @@ for _name, _paper, _sparsifier, _elects, _normal, _rescales in _FAMILY:
             _name,
             f"https://arxiv.org/abs/{_paper}",
             _whole(_merge),
-            parameters=(*_sparsifier.parameters, normalize(_normal), _rescale, LAMBDA),
+            parameters=(DENSITY, *_own, normalize(_normal), _rescale, LAMBDA),
             drivers=frozenset({ADAPTERS, BLOCKS} if _in_blocks else {ADAPTERS}),
             variants={BLOCKS: {"density": FLEXMERGE_DENSITY, "lambda": BOUNDED_LAMBDA}},
             weighs=True,
             over_base=ties_over_base if _in_blocks else None,
             blockwise=_merge,
             trims=_in_blocks,
-            check_each=_sparsifier.check,
+            check_each=spread_problems,
             divides=(lambda options: False) if _elects else normalized,
         )
     )
 
-for _name, _sparsifier, _rescales in (
-    ("peft_ties", _MAGNITUDE, False),
-    ("peft_dare_ties", _RANDOM, True),
+for _name, _prepare, _rescales in (
+    ("peft_ties", _magnitude, False),
+    ("peft_dare_ties", _random, True),
 ):
-    _merge = _rows(_sparsifier, _agreeing_mean, rescale=_rescales, sums=False)
+    _merge = _rows(_prepare, _agreeing_mean, rescale=_rescales, sums=False)
     register(
         Method(
             _name,
             _name,
             "https://huggingface.co/docs/peft/developer_guides/model_merging",
             _whole(_merge),
-            parameters=(*_sparsifier.parameters, _MAJORITY),
+            parameters=(DENSITY, _MAJORITY),
             drivers=frozenset({ADAPTERS}),
             weighs=True,
             blockwise=_merge,
