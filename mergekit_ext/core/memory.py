@@ -92,12 +92,8 @@ def square_of(shape: Sequence[int]) -> float:
 def working(copies: float, unit: int, models: int, piece: int, threads: int) -> dict[str, int]:
     """Return what merging one unit holds beyond its inputs and its result.
 
-    Args:
-        copies: as the method declares, for these models.
-        unit: bytes of the tensor, block or module in float32 (float64 if an input is).
-        models: how many are merged, the base not counted.
-        piece: bytes of what a kernel that works in pieces takes at once.
-        threads: how many work on pieces at once.
+    `unit` are its bytes in float32 (float64 if an input is), `piece` those that a kernel takes at
+    once which works in pieces; the base is none of the `models`.
     """
     pieces = max(2 * models + 16, 3 * threads)
     return {
@@ -108,11 +104,7 @@ def working(copies: float, unit: int, models: int, piece: int, threads: int) -> 
 
 @contextmanager
 def limited(cap: object, where: str = "--max-memory") -> Iterator[None]:
-    """Refuse merges inside that need more than `cap`; None leaves the cap as it is.
-
-    Raises:
-        ConfigError: it is no size.
-    """
+    """Refuse merges inside that need more than `cap`; None leaves the cap as it is."""
     if cap is None:
         yield
         return

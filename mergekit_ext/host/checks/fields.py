@@ -52,17 +52,10 @@ def check_fields(
     heads: bool,
     outcome: str = "the output has the latter",
 ) -> None:
-    """Compare the configurations of the inputs with that of one of them.
+    """Compare the configurations of the inputs with that of the `donor`, which the output gets.
 
-    A field that changes what weights of one shape mean stops the merge; any other that changes
-    the function is a warning with all values.
-
-    Args:
-        facts: the models.
-        donor: the one to compare with, whose config.json the output gets.
-        crimes: mergekit's ``--allow-crimes``, with which nothing stops the merge.
-        heads: whether classification heads are merged with each other.
-        outcome: which of two values acts in the output.
+    A field that changes what weights of one shape mean stops the merge unless `crimes` are allowed;
+    any other that changes the function is a warning. Labels count where `heads` are merged.
     """
     given = facts[donor].config if donor in facts else None
     for model, fact in facts.items():

@@ -1,8 +1,4 @@
-"""Where everything is in a configuration, before mergekit rewrites it.
-
-mergekit turns ``models:`` and ``slices:`` into ``modules:`` before it plans, so that paths in its
-own errors are not those of the user's file. Here each group of inputs keeps its path.
-"""
+"""Where everything is in the user's file: mergekit turns all inputs into ``modules:``."""
 
 from __future__ import annotations
 
@@ -38,16 +34,8 @@ class Group:
 
     @cached_property
     def by_model(self) -> dict[Any, Source]:
-        """The first source with each model.
-
-        A dictionary finds the same object without comparing fields, which pydantic does slowly.
-        """
+        """The first source with each model."""
         return {source.model: source for source in reversed(self.sources)}
-
-    @property
-    def has_base(self) -> bool:
-        """Whether the base is among the inputs."""
-        return self.base is not None and self.base in self.by_model
 
     @property
     def parameters_at(self) -> str:
@@ -94,10 +82,7 @@ def _sources(where: str, items: Any) -> tuple[Source, ...]:
 
 
 def all_parameters(groups: list[Group]) -> dict[str, tuple[Group, Source | None, Any]]:
-    """Return every ``parameters:`` mapping once, by its path.
-
-    Each with a group that it acts on, and with the input that it belongs to, if only to one.
-    """
+    """Return every ``parameters:`` mapping by its path, with a group, and its only input if so."""
     found: dict[str, tuple[Group, Source | None, Any]] = {}
     for group in groups:
         for where, values in group.shared.items():

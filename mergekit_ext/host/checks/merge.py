@@ -218,10 +218,8 @@ def check_source(
 def _is_flat(document: Any) -> bool:
     """Whether a document is meant for mergekit-pytorch: its models are files of weights."""
     models = document.get("models") if isinstance(document, Mapping) else None
-    given = [
-        item["model"]
-        for item in (models if isinstance(models, list) else ())
-        if isinstance(item, Mapping) and isinstance(item.get("model"), str)
-    ]
-    files = [part for path in given for part in (path, path.partition("+")[0])]
+    items = models if isinstance(models, list) else ()
+    paths = [item.get("model") for item in items if isinstance(item, Mapping)]
+    # A file with an adapter is meant for it too, and refused.
+    files = [part for p in paths if isinstance(p, str) for part in (p, p.partition("+")[0])]
     return any(PurePath(file).suffix in _WEIGHT_SUFFIXES for file in files)

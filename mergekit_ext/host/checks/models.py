@@ -269,8 +269,10 @@ def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:
             if not 0 <= item <= limit:
                 shown = str(item) if abs(item) < 2**63 else "more than 64 bits"
                 return f"{name} of {shown} in {path}", f"0 to {limit:,}"
-            layers = max(layers, item) if _LAYERS.search(name) else layers
-            experts = max(experts, item) if _EXPERTS.search(name) else experts
+            if _LAYERS.search(name):
+                layers = max(layers, item)
+            if _EXPERTS.search(name):
+                experts = max(experts, item)
     if layers * experts > _MOST:
         return f"{layers:,} layers of {experts:,} experts in {path}", f"{_MOST:,} experts at most"
     return None

@@ -67,7 +67,7 @@ class _Check:
         if isinstance(self.method, ExtMethod):
             for group, values in self.shared.values():
                 count = sum(source.model != group.base for source in group.sources)
-                inputs = Inputs(count, group.has_base, where=group.parameters_at)
+                inputs = Inputs(count, group.base in group.by_model, where=group.parameters_at)
                 self.findings.extend(self.method.problems(values, inputs))
                 for note in self.method.notes(values, inputs):
                     self.findings.note(note)

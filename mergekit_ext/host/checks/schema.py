@@ -7,7 +7,6 @@ effect.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -27,12 +26,6 @@ A_MERGE = "a mapping with `merge_method:` and inputs"
 NO_DOCUMENT = Problem("the file", "no document", A_MERGE)
 # pydantic's types of errors.
 _UNKNOWN = frozenset({"extra_forbidden", "invalid_key"})
-# Between the branches of a union.
-_OR = " or "
-_SETTING = (
-    "a number, a text or true/false, a list of them (a gradient over the layers), "
-    "or entries with `value:` and `filter:`"
-)
 _INPUTS = ("models", "slices", "modules")
 
 
@@ -45,21 +38,12 @@ def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Pr
         return None, [Problem("the document", shown(document), A_MERGE)]
     problems, given = [], [key for key in _INPUTS if document.get(key)]
     if "slices" in schema.model_fields and len(given) != 1:
-        problems.append(
-            Problem(
-                "models, slices, modules",
-                " and ".join(given) if given else "none of them",
-                "exactly one of the three",
-                "Keep one of them." if given else "Add `models:` with the models to merge.",
-            )
-        )
+        found = " and ".join(given) or "none of them"
+        problems.append(Problem("models, slices, modules", found, "exactly one of the three"))
     try:
         config = schema.model_validate(dict(document))
     except ValidationError as error:
-        problems += [
-            replace(p, expected=_SETTING) if "parameters." in p.where and _OR in p.expected else p
-            for p in schema_problems(error, document)
-        ]
+        problems += schema_problems(error, document)
     except RuntimeError as error:  # mergekit's validators raise it, past pydantic
         expected = "a configuration that mergekit accepts"
         problems = problems or [Problem("the document", str(error), expected)]
@@ -141,25 +125,21 @@ def _remedy(name: str, known: Collection[str]) -> str:
 
 
 def between_documents(documents: Sequence[Any]) -> dict[int, list[Problem]]:
-    """Check the names of a multi-merge's documents, and references from one to another.
-
-    Returns the problems of each document, by its index.
-    """
+    """Return the problems of a multi-merge's names and references, by the document's index."""
     problems: dict[int, list[Problem]] = {i: [] for i in range(len(documents))}
     names = [name_of(document) for document in documents]
     seen: set[str | None] = set()
     for i, (document, name) in enumerate(zip(documents, names, strict=True)):
         written = document.get("name") if isinstance(document, Mapping) else None
         if name is None and written is not None:
-            expected = "a text that can be the name of one folder"
-            remedy = "Write letters, digits, `-`, `_` and `.`."
-            problems[i].append(Problem("name", shown(written), expected, remedy))
-            continue
-        if name in seen:
+            expected = "a text of letters, digits, `-`, `_` and `.`: the name of one folder"
+            problems[i].append(Problem("name", shown(written), expected))
+        elif name in seen:
             found = "a second document without a name" if name is None else f"{name!r} again"
             expected = "a name of its own for every document but the last"
-            problems[i].append(Problem("name", found, expected, "Give it another `name:`."))
-        seen.add(name)
+            problems[i].append(Problem("name", found, expected))
+        else:
+            seen.add(name)
     used = {name: _models(document) for name, document in zip(names, documents, strict=True)}
     for i, name in enumerate(names):
         reached, new = set[str](), used[name]

@@ -88,12 +88,8 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
         if not source:
             at, source = "tokenizer.source", config.tokenizer.source
         if source == "base" and config.base_model is None:
-            findings.problem(
-                at,
-                "'base' without a base model",
-                "a base model, or the name of the model whose tokenizer to take",
-                "Add `base_model:`, or write `union` or a model here.",
-            )
+            remedy = "Add `base_model:`, or write `union` or a model here."
+            findings.problem(at, "'base' without a base model", "a model", remedy)
         if not isinstance(source, str):
             named.setdefault(source, at)
     elif not options.copy_tokenizer:
@@ -104,11 +100,9 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
     tokens, is_known = set(config.tokenizer.tokens or ()) if config.tokenizer else set(), built
     for model, where in named.items():
         folder = Path(model.model.path)
-        if not os.path.isdir(folder):
+        is_here = os.path.isdir(folder)
+        if not is_here and may_be_hub_name(model.model.path):
             is_known &= model not in joined
-            if model == source and not may_be_hub_name(model.model.path):
-                found = f"{model}, which does not exist"
-                findings.problem(str(at), found, "a model's folder", "Check the path.")
             continue
         wrong = [
             wrong
@@ -124,12 +118,12 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
             findings.problem(where, found, expected, "Mend it, or download it again.")
         # mergekit loads the tokenizer of the base, or of the first model, and the one named here;
         # for the others it makes do with the base's.
-        if built and not is_there and model in (first, source):
+        if built and not is_there and (model == source or (is_here and model == first)):
             findings.problem(
                 str(at),
                 f"no tokenizer in {folder}",
                 f"one of {', '.join(TOKENIZER_FILES)} there",
-                "Copy the model's tokenizer files into the folder.",
+                "Check the path, or copy the model's tokenizer files there.",
             )
     multiple = (config.tokenizer.pad_to_multiple_of if config.tokenizer else None) or 1
     return -(-len(tokens) // multiple) * multiple if is_known else None
@@ -141,11 +135,10 @@ def _load(path: Any, first: bool, options: Any) -> tuple[set[str], list[tuple[st
     from transformers import AutoTokenizer
 
     try:
+        trust = options.trust_remote_code
         if first:
-            made = get_stripped_tokenizer(path, options.trust_remote_code)
-        else:
-            trust = options.trust_remote_code
-            made = AutoTokenizer.from_pretrained(path.path, trust_remote_code=trust)
+            return set(get_stripped_tokenizer(path, trust).get_vocab()), []
+        made = AutoTokenizer.from_pretrained(path.path, trust_remote_code=trust)
         return set(made.get_vocab()), []
     except Exception as error:  # whatever the classes of tokenizers make of such files
         found = f"a tokenizer in {path} that cannot be loaded ({one_line(error)})"

@@ -60,11 +60,10 @@ def _missing(
         return
     method, models = inventory.method, inventory.models
     places = ", ".join(f"{model} ({models[model].where})" for model in tensor.missing)
-    if not tensor.weight.optional and not tensor.found:
-        expected = "the tensors that mergekit's table lists for this architecture"
-        yield "nothing in any model", expected, BY_FILES
-    elif not tensor.weight.optional:
+    if not tensor.weight.optional:
         remedy = "Take the model out, or give the checkpoint that has them."
+        if not tensor.found:  # mergekit's table of the architecture is another
+            places, remedy = "any model", BY_FILES
         yield f"nothing in {places}", "the same tensors in every model", remedy
     elif method is not None and (reason := _refusal(tensor, method, policy)):
         yield (
