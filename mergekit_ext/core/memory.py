@@ -5,9 +5,8 @@ A method declares how many copies of a tensor it holds (`copies`). Then a merge 
     what the process holds now + MARGIN + copies x bytes of the largest unit in float32 + pieces
         + inputs that are not mapped + what is kept until it is written
 
-A unit is a tensor; for FlexMerge a block, for adapters a module. Anonymous memory counts: what the
-process would keep if all files were closed. The system drops pages of mapped files as it needs.
-On an accelerator inputs count too, and the one sum holds for its memory and for the CPU's.
+A unit is a tensor; for FlexMerge a block, for adapters a module. Anonymous memory counts, and on an
+accelerator all inputs: the one sum holds for its memory and for the CPU's.
 """
 
 from __future__ import annotations
@@ -161,10 +160,9 @@ def size(count: int) -> str:
 
 
 def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | None]:
-    """Read 2.25, 12000000000 or "12GB" (powers of 1000; "GiB" for powers of 1024).
+    """Read 2.25, 12000000000 or "12GB": a count and None, or None and bytes; else `ValueError`.
 
-    Numbers without a unit are counts below `FIRST_BYTES`, and bytes from there. Returns a count
-    and None, or None and bytes; raises `ValueError(expected)` for anything else.
+    "GB" is a power of 1000, "GiB" of 1024. Without a unit, bytes start at `FIRST_BYTES`.
     """
     unit = ""
     amount: float | Fraction = 0
@@ -183,10 +181,9 @@ def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | No
 
 
 def shard_size(value: str | int) -> int:
-    """Read the bytes of a shard: 5000, or with a unit as in `count_or_bytes`.
+    """Read the bytes of a shard: 5000, or with a unit as in `count_or_bytes`; else `ValueError`.
 
-    One letter is mergekit's: thousands, millions and billions, so that "5B" is "5GB". Raises
-    `ValueError` for anything else.
+    One letter is mergekit's: thousands, millions and billions, so that "5B" is "5GB".
     """
     text = str(value).strip()
     if text.isdecimal() and int(text) < _MOST:

@@ -129,9 +129,7 @@ def _hub_model(fact: ModelFacts, options: Any, findings: Findings) -> ModelFacts
         folder = None
     if is_offline():
         # mergekit asks the Hub for the list of files even when it has them all.
-        remedy = "Unset HF_HUB_OFFLINE, or download the model and write its path." + near(
-            model.path
-        )
+        remedy = f"Unset HF_HUB_OFFLINE, or give a folder.{near(model.path)}"
         if folder is not None:
             remedy = f"Write the path of the cached copy, {folder}."
         found = f"{model.path}, which is no folder here, while HF_HUB_OFFLINE is set"

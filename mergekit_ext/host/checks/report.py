@@ -21,7 +21,7 @@ class Estimate:
     bytes_held: int  # memory that tensors take at the worst moment, at most (`core.memory`)
     tensors: int
     parameters: int  # elements of all tensors of the output
-    need: Need  # `bytes_held` by what it is for, and what an accelerator holds
+    need: Need  # `bytes_held` by what it is for
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,9 @@ class Findings:
         self._notes: dict[str, bool] = {}  # whether each is a warning too
 
     def problem(self, where: str, found: str, expected: str, remedy: str = "") -> None:
-        """Add one problem."""
         self.extend([Problem(where, found, expected, remedy)])
 
     def tensor(self, name: str, found: str, expected: str, remedy: str = "") -> None:
-        """Add a problem of one tensor."""
         self._problems.setdefault(Problem("", found, expected, remedy), {})[name] = None
 
     def extend(self, problems: Iterable[Problem], within: str = "") -> None:
@@ -65,7 +63,6 @@ class Findings:
             self._problems.setdefault(problem, {})
 
     def note(self, text: str) -> None:
-        """Add one note."""
         self._notes.setdefault(text, False)
 
     def warn(self, text: str) -> None:
@@ -74,11 +71,9 @@ class Findings:
 
     @property
     def count(self) -> int:
-        """How many problems there are by now."""
         return len(self._problems)
 
     def report(self, estimate: Estimate | None = None) -> CheckReport:
-        """Freeze what was found."""
         return CheckReport(
             tuple(
                 replace(problem, where=tensors_at(list(names))) if names else problem

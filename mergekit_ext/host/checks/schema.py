@@ -20,10 +20,8 @@ from mergekit_ext.errors import MOST_SHOWN, FileError, Problem, did_you_mean, jo
 from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.io.documents import read
 
-# mergekit-multi reads `name` and takes it out before mergekit's schema sees the document.
-DOCUMENT_KEYS = frozenset({"name"})
-A_MERGE = "a mapping with `merge_method:` and inputs"
-NO_DOCUMENT = Problem("the file", "no document", A_MERGE)
+_A_MERGE = "a mapping with `merge_method:` and inputs"
+NO_DOCUMENT = Problem("the file", "no document", _A_MERGE)
 # pydantic's types of errors.
 _UNKNOWN = frozenset({"extra_forbidden", "invalid_key"})
 _INPUTS = ("models", "slices", "modules")
@@ -35,7 +33,7 @@ def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Pr
     Of a document that is refused, unknown keys are wrong, too.
     """
     if not isinstance(document, Mapping):
-        return None, [Problem("the document", shown(document), A_MERGE)]
+        return None, [Problem("the document", shown(document), _A_MERGE)]
     problems, given = [], [key for key in _INPUTS if document.get(key)]
     if "slices" in schema.model_fields and len(given) != 1:
         found = " and ".join(given) or "none of them"
@@ -64,12 +62,12 @@ def unknown_keys(
     source: str | Mapping[str, Any] | None,
     *,
     schema: Any = MergeConfiguration,
-    also: Collection[str] = DOCUMENT_KEYS,
+    also: Collection[str] = ("name",),
 ) -> list[Problem]:
     """Return the keys that a schema does not know, each with the nearest known key.
 
-    At most as many as an error shows. `source` is YAML text, or a parsed document; `also` are
-    further keys accepted at the top level.
+    At most as many as an error shows. `source` is YAML text, or a parsed document; `also` are keys
+    that others read: `name` is mergekit-multi's.
     """
     try:
         documents, problems = read(source) if isinstance(source, str) else ([source], [])
