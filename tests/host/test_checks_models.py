@@ -137,7 +137,7 @@ def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, mo
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
     document = {**LINEAR, "models": [{"model": "someone/model"}, *entries(models, "a")]}
     assert "[72, 16] in someone/model" in the(run(document)).found
-    # Which tokens it has is not known: the least is written, the most is held.
+    # Which tokens it has is not known: the largest vocabulary counts.
     built = run({**document, "tokenizer_source": "union"})
     assert built.problems == () and built.estimate
     large = sum(math.prod(header.shape) for header in headers.values())
