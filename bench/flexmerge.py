@@ -30,21 +30,16 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from bench import machine
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.analysis import analyse
-from mergekit_ext.flexmerge.layout import Naming, make_layout
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
-from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
+from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.methods import BLOCKS, methods
-from mergekit_ext.methods.method import layout_of
 
-NAMING = Naming(
-    lambda names: blocks_of(names, "component", False), kind_of, depth_of, is_task_head, layout_of
-)
 WRITTEN_SIZE = 2.0
 
 
@@ -68,7 +63,7 @@ def reader_of(folder: Path, count: int) -> BlockReader:
     homes = [folder / "base", *(folder / f"tuned{i}" for i in range(count))]
     base, *models = (FileSource(home.name, read_folder(home)) for home in homes)
     tasks = [model.name for model in models]
-    layout = make_layout(tasks, base.tensors, [m.tensors for m in models], NAMING)
+    layout = make_layout(tasks, [base.tensors, *(m.tensors for m in models)])
     return BlockReader(layout, base, models)
 
 

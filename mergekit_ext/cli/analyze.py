@@ -13,9 +13,8 @@ from mergekit.options import MergeOptions
 from mergekit_ext.cli.merge import merging
 from mergekit_ext.flexmerge.plan import Dendrograms
 from mergekit_ext.flexmerge.storage import Size, Target
-from mergekit_ext.host.flexmerge.engine import Engine
+from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
-from mergekit_ext.host.flexmerge.sources import open_inputs
 from mergekit_ext.host.session import listening
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.tables import plot_similarity, similarity_table, steps_table, write_rows
@@ -33,7 +32,8 @@ def analyze(merge_options: MergeOptions, config_file: Path, out_path: Path, plot
     ((report, prepared),) = prepare_tables(config_file, out_path, merge_options).values()
     out_path.mkdir(parents=True, exist_ok=True)
     with listening(merge_options, (), os.fspath(out_path)) as session:
-        engine = Engine(prepared, open_inputs(prepared), out_path, session)
+        reader, _ = open_inputs(prepared)
+        engine = Engine(prepared, reader, out_path, session)
         engine.save_analysis(out_path)
         blocks, steps = list(_similarities(engine)), list(_steps(engine))
     write_rows(out_path / "similarity.csv", blocks)
@@ -50,8 +50,8 @@ def analyze(merge_options: MergeOptions, config_file: Path, out_path: Path, plot
 
 
 def _similarities(engine: Engine) -> Iterator[dict[str, Any]]:
-    tasks = engine.inputs.layout.tasks
-    for block, gram in zip(engine.inputs.layout.blocks, engine.grams, strict=True):
+    tasks = engine.layout.tasks
+    for block, gram in zip(engine.layout.blocks, engine.grams, strict=True):
         found = cosines(gram)
         pairs = [float(found[i, j]) for i in range(len(found)) for j in range(i)]
         norms = engine.analysis.grams[block.name].diagonal().sqrt().tolist()
@@ -68,7 +68,7 @@ def _similarities(engine: Engine) -> Iterator[dict[str, Any]]:
 
 
 def _steps(engine: Engine) -> Iterator[dict[str, Any]]:
-    planner, layout = engine.planner, engine.inputs.layout
+    planner, layout = engine.planner, engine.layout
     if not isinstance(planner, Dendrograms):
         for number, clusters in enumerate(planner.sizes):
             yield _step(number, planner.plan(Target(models=clusters)).size)

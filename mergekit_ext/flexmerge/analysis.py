@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -28,24 +26,22 @@ Progress = Callable[[str], None]
 # Inner products as lists: a small tensor for each block would keep the memory of large ones, freed
 # around it, from being used again.
 Rows = list[list[float]]
-# For each model what `_packed` makes of one block's counts; None for a model that is not trimmed.
-Counts = list[str | None]
 # More than any model has: a model's cut keeps every entry at its edge, as in the authors' code.
 # Which of them come first would depend on the order of the blocks.
-ALL_TIES = 1 << 62
+_ALL_TIES = 1 << 62
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known of m models.
+    """What is known of m models."""
 
-    Attributes:
-        grams: for each block the (m, m) float64 inner products of its task vectors.
-        cuts: for each density asked for, the cut that trims each task's whole model.
-    """
+    grams: Mapping[str, Tensor]  # for each block (m, m) inner products of task vectors, float64
+    cuts: Mapping[tuple[float, ...], Cuts]  # by the densities that were asked for
 
-    grams: Mapping[str, Tensor]
-    cuts: Mapping[tuple[float, ...], Cuts]
+
+def cuts_of(patterns: Sequence[int]) -> Cuts:
+    """Return the cuts that trim whole models, made of their patterns."""
+    return [EVERYTHING if p == EVERYTHING.pattern else Cut(p, _ALL_TIES) for p in patterns]
 
 
 def passes(layout: Layout, densities: Sequence[float] | None) -> int:
@@ -64,32 +60,43 @@ def analyse(
 ) -> Analysis:
     """Measure every block; the processes of a merge share them out, and all call this.
 
-    Args:
-        reader: reads blocks of the base and the models.
-        densities: for each task the share of its whole model that trimming keeps; None for no
-            trimming. Exact, which takes one pass more over the inputs (three in float64).
-        progress: called after each block of each pass, in the process that did it.
-        finished: what is measured already. Its subject is what the inputs are.
+    `densities` are the shares of each task's whole model that trimming keeps, exactly. `progress`
+    is called after each block of each pass, in the process that did it. A stopped analysis keeps
+    the products of its blocks, and the cuts when it has all of them.
 
     Raises:
         NonFiniteError: an input holds NaN or infinity.
     """
     finished, layout = finished or Finished(), reader.layout
-    blocks, rows = _own_blocks(layout), {}
-    search = _TrimSearch(layout, densities or ())
+    key = json.dumps(densities)
+    patterns: list[int] | None = finished.found("cuts", key)
+    size = sum(block.size for block in layout.blocks)
+    # Of each model that is trimmed, a digit of its threshold a pass.
+    searches = {
+        task: CutSearch(kept(density, size), layout.dtype)
+        for task, density in enumerate(densities or ())
+        if density < 1 and patterns is None
+    }
+    blocks, rows, processes = _own_blocks(layout), {}, current()
     for number in range(passes(layout, densities)):
+        counts = {task: torch.zeros(CutSearch.bins, dtype=torch.int64) for task in searches}
         for block in blocks:
             read = cache(partial(reader.read, block))
             if number == 0:
                 rows[block.name] = finished.get("gram", block.name, partial(_gram, read, layout))
-            if not search.done:
-                search.add(
-                    finished.get("counts", search.key(block.name), partial(search.count, read))
-                )
+            for task, search in searches.items():
+                counts[task] += _counted(search, read(), task)
             progress(block.name)
-        search.advance()
-    cuts = {} if densities is None else {tuple(densities): search.cuts}
-    return Analysis(_gathered(rows, layout), cuts)
+        for task, search in searches.items():
+            search.take(torch.stack(processes.gather(counts[task])).sum(dim=0))
+            search.advance()
+    if densities is None:
+        return Analysis(_gathered(rows, layout), {})
+    if patterns is None:
+        cuts = [searches[t].cut if t in searches else EVERYTHING for t in range(len(densities))]
+        patterns = [cut.pattern for cut in cuts]
+        finished.add("cuts", key, patterns)
+    return Analysis(_gathered(rows, layout), {tuple(densities): cuts_of(patterns)})
 
 
 def trimmed_grams(
@@ -150,83 +157,10 @@ def _raise_non_finite(data: BlockData, layout: Layout) -> None:
     )
 
 
-class _TrimSearch:
-    """Finds what trimming keeps of each whole model, a digit a pass; see `kernels.selection`."""
-
-    def __init__(self, layout: Layout, densities: Sequence[float]):
-        size = sum(block.size for block in layout.blocks)
-        self._passes, self._densities = 0, list(densities)
-        self._searches = [
-            CutSearch(kept(density, size), layout.dtype) if density < 1 else None
-            for density in densities
-        ]
-
-    @property
-    def done(self) -> bool:
-        return all(search is None or search.done for search in self._searches)
-
-    @property
-    def cuts(self) -> Cuts:
-        return [
-            EVERYTHING if search is None else Cut(search.cut.pattern, ALL_TIES)
-            for search in self._searches
-        ]
-
-    def key(self, block: str) -> str:
-        """Return what names a block's counts: after the first pass they depend on densities."""
-        given = self._densities if self._passes else [density < 1 for density in self._densities]
-        return json.dumps([block, self._passes, given])
-
-    def count(self, read: Callable[[], BlockData]) -> Counts:
-        """Count one block in this pass; it counts when it is given to `add`."""
-        return [
-            None if search is None else _packed(_counted(search, read(), member))
-            for member, search in enumerate(self._searches)
-        ]
-
-    def add(self, counts: Counts) -> None:
-        for search, found in zip(self._searches, counts, strict=True):
-            if search is not None and found is not None:
-                search.take(_unpacked(found, search.bins))
-
-    def advance(self) -> None:
-        """End a pass, in all processes, with what all of them have taken in."""
-        if self.done:
-            return
-        processes = current()
-        own = [None if s is None else _packed(s.taken) for s in self._searches]
-        for rank, counts in enumerate(processes.gather(own)):
-            if rank != processes.rank:
-                self.add(counts)
-        for search in self._searches:
-            if search is not None:
-                search.advance()
-        self._passes += 1
-
-
-def _counted(search: CutSearch, data: BlockData, member: int) -> Tensor:
+def _counted(search: CutSearch, data: BlockData, task: int) -> Tensor:
     """Return what `search` counts of a task vector, which is formed in pieces."""
     total = torch.zeros(search.bins, dtype=torch.int64, device=data.base.device)
     for part in chunks(data.base):
-        models = {member: data.models[member][part]}
-        piece = BlockData(data.layout, data.base[part], models)
-        total.add_(search.count(*deltas_of(piece, [member])))
-    return total
-
-
-def _packed(counts: Tensor) -> str:
-    """Return counts, most of which are 0, as text."""
-    counts = counts.cpu()
-    filled = counts.nonzero().view(-1)
-    steps = filled.diff(prepend=filled.new_zeros(1))  # small numbers, which compress well
-    content = torch.stack((steps, counts[filled])).numpy().tobytes()
-    return base64.b64encode(zlib.compress(content, 1)).decode("ascii")
-
-
-def _unpacked(text: str, size: int) -> Tensor:
-    content = bytearray(zlib.decompress(base64.b64decode(text)))
-    counts = torch.zeros(size, dtype=torch.int64)
-    if content:
-        steps, found = torch.frombuffer(content, dtype=torch.int64).view(2, -1)
-        counts[steps.cumsum(0)] = found
-    return counts
+        piece = BlockData(data.layout, data.base[part], {task: data.models[task][part]})
+        total.add_(search.count(*deltas_of(piece, [task])))
+    return total.cpu()

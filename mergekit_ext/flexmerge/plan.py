@@ -128,7 +128,8 @@ class Dendrograms(Planner):
 
     def plan(self, target: Target) -> Plan:
         least = min(self.trajectory, key=lambda size: size.bytes)
-        self.storage.require_reachable(target, least)
+        if problem := self.storage.problem(target, least):
+            raise ConfigError([problem])
         return self.at(next(i for i, size in enumerate(self.trajectory) if target.holds(size)))
 
 
@@ -144,21 +145,22 @@ class Clusters(Planner):
 
     def plan(self, target: Target) -> Plan:
         """Take the target as the number of clusters."""
-        clusters, storage = whole_models(target, self.storage.tasks), self.storage
+        storage = self.storage
+        if problem := clusters_problem(target, storage.tasks):
+            raise ConfigError([problem])
+        clusters = int(target.models or 0)
         found = (kmeans_groups(gram, clusters, self._seed) for gram in self._grams)
         groups = tuple(storage.groups([(tasks, None) for tasks in each]) for each in found)
         return Plan(groups, storage.size(sum(map(storage.bytes, range(storage.blocks), groups))))
 
 
-def whole_models(target: Target, count: int) -> int:
-    """Return a target as so many clusters; raise `ConfigError` unless it is one of 1 to `count`."""
-    clusters = target.models
-    if clusters is None or clusters != int(clusters) or not 1 <= clusters <= count:
-        problem = Problem(
-            "parameters.target_size",
-            str(target),
-            f"a whole number of models from 1 to {count} for `channel_merging`",
-            "Write a whole number, or use `task_arithmetic` for sizes in between.",
-        )
-        raise ConfigError([problem])
-    return int(clusters)
+def clusters_problem(target: Target, count: int) -> Problem | None:
+    """Return what is wrong with a target that is not a number of clusters of `count` tasks."""
+    if target.models in range(1, count + 1):
+        return None
+    return Problem(
+        "parameters.target_size",
+        str(target),
+        f"a whole number of models from 1 to {count} for `channel_merging`",
+        "Write a whole number, or use `task_arithmetic` for sizes in between.",
+    )

@@ -130,7 +130,7 @@ class BlockReader:
 
     def __init__(self, layout: Layout, base: Source, models: Sequence[Source], device: str = "cpu"):
         self.layout, self._device = layout, torch.device(device)
-        self._base, self._models = base, tuple(models)
+        self.base, self.models = base, tuple(models)
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
         self._bytes = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._largest = max(block.size for block in layout.blocks)
@@ -142,10 +142,10 @@ class BlockReader:
 
     def read(self, block: BlockLayout, members: Sequence[int] | None = None) -> BlockData:
         """Return the block of the base and of the members' models (default: of all)."""
-        chosen = range(len(self._models)) if members is None else members
-        base = self._vector(-1, self._base, block)
-        models = {member: self._vector(member, self._models[member], block) for member in chosen}
-        self._expect(self._place[block.name], [self._base, *(self._models[m] for m in chosen)])
+        chosen = range(len(self.models)) if members is None else members
+        base = self._vector(-1, self.base, block)
+        models = {member: self._vector(member, self.models[member], block) for member in chosen}
+        self._expect(self._place[block.name], [self.base, *(self.models[m] for m in chosen)])
         return BlockData(block, base, models)
 
     def _expect(self, place: int, sources: Sequence[Source]) -> None:
@@ -166,7 +166,7 @@ class BlockReader:
 
     def read_stored(self, member: int, name: str) -> Tensor:
         """Return the bytes of one stored tensor, on the CPU, until the call after the next."""
-        source = self._models[member]
+        source = self.models[member]
         header = source.tensors[name]
         self._bytes.reverse()
         if self._bytes[0].numel() < header.nbytes:
@@ -178,7 +178,7 @@ class BlockReader:
 
     def tensor(self, member: int, name: str) -> Tensor:
         """Return one tensor of one model as it is stored, in memory of its own."""
-        return self._models[member].tensor(name)
+        return self.models[member].tensor(name)
 
     def _vector(self, index: int, source: Source, block: BlockLayout) -> Tensor:
         dtypes = [FLOATING[source.tensors[part.name].dtype] for part in block.parts]

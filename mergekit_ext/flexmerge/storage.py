@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.core.memory import FIRST_BYTES, count_or_bytes
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED, FileKind
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
@@ -243,11 +243,6 @@ class GroupStorage(ABC):
             f"what can be reached: {expected}",
             remedy,
         )
-
-    def require_reachable(self, target: Target, least: Size | None = None) -> None:
-        """Raise `ConfigError` unless `target` lies between `least` and all kept apart."""
-        if problem := self.problem(target, least):
-            raise ConfigError([problem])
 
 
 class Storage(GroupStorage):

@@ -87,10 +87,6 @@ class CutSearch:
         """Add what `count` found, here or elsewhere; the search's own from then on."""
         self._counts = counts if self._counts is None else self._counts.add_(counts)
 
-    @property
-    def taken(self) -> Tensor:
-        return torch.zeros(self.bins, dtype=torch.int64) if self._counts is None else self._counts
-
     def advance(self) -> int:
         """End a pass: one digit more of the cut is known. Return how many entries share it."""
         if self._counts is None:

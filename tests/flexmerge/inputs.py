@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
-from mergekit_ext.flexmerge.layout import FLOATING, Layout, Naming, make_layout
+from mergekit_ext.flexmerge.layout import FLOATING, Layout
 from mergekit_ext.flexmerge.source import BlockReader, LoadedSource
+from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from mergekit_ext.methods import BLOCKS, methods
 
@@ -39,30 +40,17 @@ def headers(state: State) -> dict[str, TensorHeader]:
     }
 
 
-def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
-    blocks: dict[str, list[str]] = {}
-    for name in names:
-        blocks.setdefault(name.partition(".")[0], []).append(name)
-    return blocks
-
-
-NAMING = Naming(
-    blocks=_grouped,  # "mlp.up" is in block "mlp"
-    kind=lambda name: name.partition(".")[0],
-    depth=lambda name: None,
-    private=lambda name: name.startswith("head."),
-    matrices=lambda name, axes: ("matrix", "stacked", "flattened")[max(2, min(axes, 4)) - 2],
-)
-
-
-def layout(base: State, models: Sequence[State], naming: Naming = NAMING) -> Layout:
+def layout(base: State, models: Sequence[State], granularity: str = "component") -> Layout:
+    """Blocks are modules: "mlp.up" is in block "mlp"."""
     tasks = [f"task{index}" for index in range(len(models))]
-    return make_layout(tasks, headers(base), [headers(model) for model in models], naming)
+    return make_layout(tasks, list(map(headers, (base, *models))), granularity)
 
 
-def reader(base: State, models: Sequence[State], device: str = "cpu") -> BlockReader:
+def reader(
+    base: State, models: Sequence[State], device: str = "cpu", granularity: str = "component"
+) -> BlockReader:
     sources = [source(f"model{index}", model) for index, model in enumerate(models)]
-    return BlockReader(layout(base, models), source("base", base), sources, device)
+    return BlockReader(layout(base, models, granularity), source("base", base), sources, device)
 
 
 def source(name: str, state: State) -> LoadedSource:
@@ -78,8 +66,8 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "mlp.down": (6, 9),
     "norm.weight": (6,),
     "gate.scale": (),
-    "conv.weight": (4, 2, 3, 1),
-    "conv.experts": (2, 4, 3),
+    "grid.weight": (4, 2, 3, 1),
+    "grid.experts": (2, 4, 3),
 }
 
 

@@ -18,8 +18,7 @@ from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.flexmerge.parameters import names as algorithm_names
-from mergekit_ext.host.flexmerge.parameters import read_parameters
+from mergekit_ext.host.flexmerge.parameters import algorithms, read_parameters
 from tests.flexmerge.inputs import SHAPES, algorithm, family, reader
 from tests.models import config
 from tests.reference import flexmerge as naive
@@ -57,9 +56,9 @@ def from_yaml(models: Sequence[Mapping[str, Any]] = ({},) * TASKS, **given):
 class Block:
     """One block of a base and its models: as the engine reads it, and as the reference takes it."""
 
-    def __init__(self, name="attention", states=None, **kind):
+    def __init__(self, name="attention", states=None, granularity="component", **kind):
         self.base, self.models = states or family(TASKS, **kind)
-        inputs = reader(self.base, self.models)
+        inputs = reader(self.base, self.models, granularity=granularity)
         self.data = inputs.read(next(b for b in inputs.layout.blocks if b.name == name))
         self.names = [part.name for part in self.data.layout.parts]
         self.parts = [self.base[n] for n in self.names]
@@ -112,7 +111,7 @@ class Block:
 @pytest.mark.parametrize("members", [(0, 1), (1, 3), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_algorithms(name, members):
-    for block in map(Block, ("attention", "mlp", "gate", "conv")):
+    for block in map(Block, ("attention", "mlp", "gate", "grid")):
         found = block.merge(made(name, weight=WEIGHTS), members)
         assert found.dtype == torch.float32
         options = block.options(name, members)
@@ -124,7 +123,7 @@ def test_dense_algorithms(name, members):
 def test_trim_scopes(name, scope):
     trimming, members = made(name, scope=scope, weight=WEIGHTS), (0, 2, 3)
     assert (trimming.densities is None) == (scope != "model")
-    for block in (Block(name, seed=3) for name in ("attention", "mlp", "conv")):
+    for block in (Block(name, seed=3) for name in ("attention", "mlp", "grid")):
         options = block.options(name, members, scope)
         if name == "consensus":
             block.check_masked(trimming, members, options)
@@ -344,7 +343,7 @@ def test_nan_measures_the_whole_block_whatever_its_tensors_are_called():
     base, models = family(TASKS, shapes=shapes)
     for factor, model in enumerate(models):  # norms of the layers differ from task to task
         model[first] = base[first] + (factor + 1) ** 2 * (model[first] - base[first])
-    block = Block("model", (base, models))
+    block = Block("model", (base, models), granularity="model")
     assert len(block.names) == 3
     found = block.merge(from_yaml(algorithm="nan"), (0, 1, 3))
     block.check(found, "nan", (0, 1, 3), naive.Options())
@@ -372,14 +371,14 @@ def test_dare_ties_is_mergekits():
 
 def test_every_registered_method_is_taken_or_refused_with_a_reason():
     refused = "which does not merge 4 models over a base"
-    for name in algorithm_names():
+    for name in algorithms():
         for problem in read({"algorithm": name})[1]:
             assert problem.where != "parameters.algorithm" or refused in problem.found
-    assert "mergekit:ties" in algorithm_names()
-    assert "flexmerge" not in algorithm_names()
+    assert "mergekit:ties" in algorithms()
+    assert "flexmerge" not in algorithms()
     known = {m.spec.name for m in merge_methods.registered_methods()}
     own = methods.methods(methods.BLOCKS).keys()
-    assert {name.removeprefix("mergekit:") for name in algorithm_names()} - own <= known
+    assert {name.removeprefix("mergekit:") for name in algorithms()} - own <= known
 
 
 @pytest.mark.parametrize("name", ["slerp", "arcee_fusion", "nearswap"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 
@@ -13,10 +12,10 @@ from safetensors.torch import save_file
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME, find, save, subject_of
-from mergekit_ext.flexmerge.layout import make_layout
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource
+from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import read_folder
-from tests.flexmerge.inputs import NAMING, family
+from tests.flexmerge.inputs import family
 
 
 class Case:
@@ -34,11 +33,11 @@ class Case:
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         save_file(state, self.folder / name / "model.safetensors")
 
-    def open(self, tasks=("a", "b", "c"), naming=NAMING):
+    def open(self, tasks=("a", "b", "c"), granularity="component"):
         sources = [FileSource(n, read_folder(self.folder / n)) for n in self.names]
-        layout = make_layout(tasks, sources[0].tensors, [s.tensors for s in sources[1:]], naming)
+        layout = make_layout(tasks, [source.tensors for source in sources], granularity)
         self.reader = BlockReader(layout, sources[0], sources[1:])
-        return subject_of(layout, sources[0], sources[1:]), layout
+        return subject_of(self.reader), layout
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def saved(case, out, densities=(0.2, 1.0, 0.3)):
     subject, layout = case.open()
     analysis = analyse(case.reader, densities)
     out.mkdir(parents=True, exist_ok=True)
-    save(out / FILE_NAME, analysis, subject, layout)
+    save(out, analysis, subject, layout)
     return analysis
 
 
@@ -84,7 +83,7 @@ def test_a_changed_input_is_another_subject(case, tmp_path):
 
 
 def test_a_changed_pickle_is_another_subject(tmp_path):
-    base, (state,) = family(1)
+    _, (state,) = family(1)
     path = tmp_path / "pytorch_model.bin"
     digests = []
     for value in (state, {n: t + 1 for n, t in state.items()}):
@@ -92,16 +91,14 @@ def test_a_changed_pickle_is_another_subject(tmp_path):
         os.utime(path, ns=(len(digests) * 10**9,) * 2)
         headers = read_folder(tmp_path, allow_pickle=True)
         source = LoadedSource("m", headers, value.__getitem__, [path])
-        layout = make_layout(("a", "b"), headers, [headers] * 2, NAMING)
-        digests.append(subject_of(layout, source, [source] * 2))
+        layout = make_layout(("a", "b"), [headers] * 3)
+        digests.append(subject_of(BlockReader(layout, source, [source] * 2)))
     assert digests[0] != digests[1]
-    del base
 
 
 def test_blocks_and_tasks_are_part_of_it(case, tmp_path):
     saved(case, tmp_path / "out")
-    whole = dataclasses.replace(NAMING, blocks=lambda names: {"model": list(names)})
-    assert find(tmp_path, *case.open(naming=whole)) is None
+    assert find(tmp_path, *case.open(granularity="model")) is None
     assert find(tmp_path, *case.open(tasks=("a", "b", "d"))) is None
     case.names[1:] = case.names[:0:-1]
     assert find(tmp_path, *case.open()) is None

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from mergekit_ext.flexmerge.layout import Renaming, complete_ties, find_renaming
-from tests.flexmerge.inputs import NAMING, family, headers, layout
+from mergekit_ext.host.flexmerge.shared_tensors import complete_ties, find_prefixes
+from tests.flexmerge.inputs import family, headers, layout
 
 
 def test_blocks_come_in_order_and_their_tensors_follow_each_other():
     base, models = family(3)
     found = layout(base, models)
-    assert [b.name for b in found.blocks] == ["embed", "attention", "mlp", "norm", "gate", "conv"]
-    attention = found.blocks[1]
-    assert [(p.name, p.shape, p.slice) for p in attention.parts] == [
-        ("attention.q", (6, 6), slice(0, 36)),
-        ("attention.k", (4, 6), slice(36, 60)),
-        ("attention.bias", (6,), slice(60, 66)),
+    blocks = {block.name: block for block in found.blocks}
+    assert list(blocks) == ["embed", "norm", "attention", "gate", "grid", "mlp"]
+    assert [(p.name, p.shape, p.slice) for p in blocks["attention"].parts] == [
+        ("attention.bias", (6,), slice(0, 6)),
+        ("attention.k", (4, 6), slice(6, 30)),
+        ("attention.q", (6, 6), slice(30, 66)),
     ]
-    assert attention.size == 66
-    assert attention.kind == "attention"
-    assert found.blocks[4].size == 1  # a scalar
+    assert blocks["attention"].size == 66
+    assert (blocks["norm"].kind, blocks["mlp"].kind) == ("norm", "other")
+    assert blocks["gate"].size == 1  # a scalar
     assert found.private == ((), (), ())
     assert found.private_bytes == 0
 
@@ -68,7 +66,7 @@ def test_a_tensor_that_is_an_integer_in_one_model_only_is_not_merged():
 def test_bytes_count_the_dtype_that_holds_all_members():
     kinds = {-1: torch.float64, 0: torch.bfloat16, 1: torch.float16, 2: torch.float32}
     base, models = family(3, dtype=kinds.__getitem__)
-    attention = layout(base, models).blocks[1]
+    attention = layout(base, models).blocks[2]
     assert attention.bytes((0,)) == attention.bytes((1,)) == 2 * 66
     assert attention.bytes((0, 1)) == 4 * 66  # neither half holds the other
     assert attention.bytes((0, 2)) == attention.bytes((0, 1, 2)) == 4 * 66
@@ -82,37 +80,37 @@ def test_tensors_without_elements_take_part_and_take_nothing():
     base, models = family(2)
     for state in (base, *models):
         state["mlp.none"] = torch.zeros(0, 7)
-    mlp = layout(base, models).blocks[2]
-    assert mlp.parts[-1].slice == slice(mlp.size, mlp.size)
+    mlp = layout(base, models).blocks[-1]
+    assert [p.slice.stop - p.slice.start for p in mlp.parts] == [54, 0, 54]
     assert mlp.bytes((0, 1)) == 4 * (54 + 54)
 
 
-TIED = dataclasses.replace(NAMING, ties=lambda names: [{"embed.weight", "out.weight"} & set(names)])
+TIED = {"embed_tokens.weight": (11, 6), "norm.weight": (6,)}
 
 
 def completed(base, models):
-    return complete_ties([headers(base), *map(headers, models)], TIED)
+    return complete_ties([headers(base), *map(headers, models)], tied=True)
 
 
 def test_a_tied_tensor_has_its_names_in_every_model():
-    base, models = family(3)
-    models[1]["out.weight"] = models[1]["embed.weight"]
+    base, models = family(3, shapes=TIED)
+    models[1]["lm_head.weight"] = models[1]["embed_tokens.weight"]
     for owner, state in zip(completed(base, models), (base, *models), strict=True):
-        assert owner.keys() == {*base, "out.weight"}
-        stored = "out.weight" if state is models[1] else "embed.weight"
-        assert owner["out.weight"].name == stored
+        assert owner.keys() == {*base, "lm_head.weight"}
+        stored = "lm_head.weight" if state is models[1] else "embed_tokens.weight"
+        assert owner["lm_head.weight"].name == stored
 
 
 def test_a_tied_tensor_that_cannot_be_shared_is_left_as_it_is():
-    base, models = family(3)
-    models[1]["out.weight"] = models[1]["embed.weight"] = torch.zeros(12, 6)
+    base, models = family(3, shapes=TIED)
+    models[1]["lm_head.weight"] = models[1]["embed_tokens.weight"] = torch.zeros(12, 6)
     for owner, state in zip(completed(base, models), (base, *models), strict=True):
         assert owner.keys() == state.keys()
 
 
 def test_a_name_that_only_the_base_has_is_not_given_to_the_models():
-    base, models = family(2)
-    base["out.weight"] = base["embed.weight"]
+    base, models = family(2, shapes=TIED)
+    base["lm_head.weight"] = base["embed_tokens.weight"]
     assert [set(owner) for owner in completed(base, models)[1:]] == [set(models[0])] * 2
 
 
@@ -127,12 +125,12 @@ def prefixed(prefix, names):
 
 def test_a_bare_base():
     models = [[*prefixed("vit", BODY), "classifier.weight"], prefixed("vit", BODY)]
-    assert find_renaming([*BODY, "pooler.dense.weight"], models) == Renaming("vit", True)
+    assert find_prefixes([*BODY, "pooler.dense.weight"], models) == ("", "vit.")
 
 
 def test_bare_models():
     base = [*prefixed("bert", BODY), "cls.predictions.bias"]
-    assert find_renaming(base, [BODY, [*BODY, "pooler.weight"]]) == Renaming("bert", False)
+    assert find_prefixes(base, [BODY, [*BODY, "pooler.weight"]]) == ("bert.", "")
 
 
 @pytest.mark.parametrize(
@@ -153,4 +151,4 @@ def test_bare_models():
     ],
 )
 def test_no_prefix(base, models):
-    assert find_renaming(base, models) is None
+    assert find_prefixes(base, models) is None

@@ -203,7 +203,7 @@ def test_the_smallest_size_that_an_error_names_can_be_had(problem, masks):
 
 
 def test_private_tensors_come_on_top_of_models_but_count_as_bytes():
-    states = [{"a.w": torch.zeros(10), "head.w": torch.zeros(5)} for _ in range(3)]
+    states = [{"a.w": torch.zeros(10), "head.weight": torch.zeros(5)} for _ in range(3)]
     kept = Storage(layout(states[0], states[1:]))
     planner = Dendrograms(kept, [torch.eye(2, dtype=torch.float64)])
     plan = planner.plan(Target(models=1.0))

@@ -208,7 +208,7 @@ def test_what_a_later_run_has_made_counts_before_what_earlier_ranks_noted(undist
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_an_analysis_goes_on_in_every_pass(double, tmp_path):
+def test_a_stopped_analysis_keeps_products_and_then_all_cuts(double, tmp_path):
     densities = [0.3, 1.0, 0.5]
     base, models = family(3, dtype=lambda _: torch.float64 if double else torch.float32)
     wanted = analyse(reader(base, models), densities)
@@ -219,11 +219,13 @@ def test_an_analysis_goes_on_in_every_pass(double, tmp_path):
         with pytest.raises(StopError):
             analyse(inputs, densities, After(stop), Finished(journal, "x"))
         journal.close()
-        # Each gets further by what the one before it has noted.
-        assert len(inputs.blocks) <= 5
-    found = analyse(reader(base, models), densities, finished=Finished(Journal(tmp_path), "x"))
-    assert found.cuts == wanted.cuts
-    assert all(torch.equal(found.grams[name], gram) for name, gram in wanted.grams.items())
+    for reads in (passes * BLOCKS, 0):
+        journal, inputs = Journal(tmp_path), Counted(reader(base, models))
+        found = analyse(inputs, densities, finished=Finished(journal, "x"))
+        journal.close()
+        assert found.cuts == wanted.cuts
+        assert all(torch.equal(found.grams[name], gram) for name, gram in wanted.grams.items())
+        assert len(inputs.blocks) == reads
 
 
 def test_other_densities_are_counted_for_themselves(tmp_path):

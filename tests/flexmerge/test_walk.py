@@ -19,8 +19,7 @@ from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.host.flexmerge import prepare
-from mergekit_ext.host.flexmerge.engine import Engine
-from mergekit_ext.host.flexmerge.sources import open_inputs
+from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
 from mergekit_ext.host.session import Session
 from tests.models import bert, config, family, llama, state
 
@@ -60,7 +59,7 @@ def content(
 def engine(document: Mapping[str, Any], folder: Path) -> Engine:
     report, prepared = prepare.check(MergeConfiguration.model_validate(document), OPTIONS)
     assert prepared is not None, report.problems
-    return Engine(prepared, open_inputs(prepared), folder, Session())
+    return Engine(prepared, open_inputs(prepared)[0], folder, Session())
 
 
 def walk_of(made: Engine) -> Walk:

@@ -9,7 +9,7 @@ import torch
 from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_ext.flexmerge.algorithm import Parameters
-from mergekit_ext.host.flexmerge.parameters import make, registered
+from mergekit_ext.host.flexmerge.parameters import algorithms, make
 from mergekit_ext.methods import BLOCKS, methods
 from tests.flexmerge.inputs import algorithm, family, reader
 
@@ -28,7 +28,7 @@ def inputs():
 def algorithm_for(name, seed=0):
     if name in methods(BLOCKS):
         return algorithm(name, 3, {"density": 0.3})
-    specs = {spec.name: spec for spec in registered(name).spec.parameters}
+    specs = {spec.name: spec for spec in algorithms()[name].spec.parameters}
     usual = {"weight": 1.0, "density": 0.5}
     shared, each = (
         {
@@ -38,7 +38,7 @@ def algorithm_for(name, seed=0):
         }
         for is_shared in (True, False)
     )
-    return make(name, Parameters(shared, [each] * 3, seed=seed))
+    return make(algorithms()[name], Parameters(shared, [each] * 3, seed=seed))
 
 
 def digest(name, inputs, members=(0, 1, 2), seed=0):

@@ -107,7 +107,7 @@ PARAMETERS = [
     ({"algorithm": "task_aritmetic"}, "algorithm", "task_arithmetic"),
     ({"algorithm": "ties", "dare_density": 0.5}, "trim_scope", "Write `trim_scope: block`."),
     ({"algorithm": "average", "density": 0.3}, "density", "`flexmerge` with `average` does not"),
-    ({"algorithm": "average", "lambda": 1.0}, "lambda", "belongs to"),
+    ({"algorithm": "average", "gamma": 0.1}, "gamma", "`flexmerge` with `average` does not"),
     *(({"target_size": size}, "target_size", NUMBER) for size in ("abc", -0.5, True, 10**400)),
     ({"target_size": 0.99}, "target_size", "1 to 3"),
     ({"target_size": 3.01}, "target_size", "1 to 3"),
@@ -238,14 +238,11 @@ def test_gradients_and_filters(content, value):
 
 def test_shared_parameters_under_a_model_and_the_other_way_round(content):
     content["models"][1]["parameters"] = {"target_size": 2, "lambda": 1.0}
-    put(content, task="x")
-    remedies = {problem.where: problem.remedy for problem in report_of(content).problems}
-    assert remedies.keys() == {
-        "models[1].parameters.lambda",
+    assert places(put(content, task="x")) == [
         "models[1].parameters.target_size",
-        "parameters.task",
-    }
-    assert remedies["parameters.task"] == "Move it there."
+        "models[1].parameters.lambda",
+        "models",
+    ]
 
 
 def test_trimming_parameters_without_trimming(content):
@@ -397,8 +394,8 @@ def test_private_tensors_are_reported(content, tmp_path):
     notes = " ".join(report.notes)
     assert not report.problems
     assert (
-        "lm_head.weight, model.embed_tokens.weight: differs in shape in larger ([70, 32]) from the "
-        "base ([64, 32]), so private to every task that has it "
+        "lm_head.weight, model.embed_tokens.weight: differs in larger ([70, 32]) from the base "
+        "([64, 32]), so private to every task that has it "
         f"({17920 + 2 * 2 * 64 * 32 * 4:,} bytes in all)" in notes
     )
     assert "come on top of `target_size`" in notes
@@ -477,11 +474,6 @@ def test_a_missing_size_says_what_to_write(content):
     problem = only(content)
     assert problem.where == "parameters.target_size"
     assert "2.25 (models), or a budget such as '12GB'" in problem.expected
-
-
-def test_a_parameter_of_a_registered_method(content):
-    problem = only(put(content, algorithm="average", gamma=0.1))
-    assert problem.remedy.startswith("`gamma` belongs to breadcrumbs")
 
 
 def test_parameters_of_the_base_are_a_warning(content, llamas):

@@ -14,15 +14,14 @@ from mergekit_ext.host.method import ExtMethod
 
 if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
-    from mergekit_ext.host.flexmerge.sources import Prepared
+    from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 
 
 class FlexMergeMethod(ExtMethod):
     """FlexMerge: merged models of any size between one and all m models.
 
-    Algorithm 1 of "Navigating the Accuracy-Size Trade-Off with Flexible Model Merging". Its
-    parameters are in `host.flexmerge.parameters`. What does the work is imported when it is
-    needed: the class is known to every mergekit process.
+    Algorithm 1 of "Navigating the Accuracy-Size Trade-Off with Flexible Model Merging". The class
+    is known to every mergekit process, and so imports what does the work when it is needed.
     """
 
     def __init__(self) -> None:
@@ -36,11 +35,6 @@ class FlexMergeMethod(ExtMethod):
     def merge_one(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> tuple[torch.Tensor, Mapping[str, Any]]:
-        """Refuse: FlexMerge needs whole models.
-
-        Raises:
-            MergeError: always.
-        """
         raise MergeError(
             f"{group.metadata.name}: `flexmerge` merges whole models, not single tensors; merge "
             "with mergekit-yaml or `mergekit_ext.merge`."
@@ -53,21 +47,13 @@ class FlexMergeMethod(ExtMethod):
         source: str | Mapping[str, Any] | None = None,
         pending: Collection[str] = (),
     ) -> tuple[CheckReport, Prepared | None]:
-        """Do what `checks.merge.check_merge` does for other methods; arguments as there.
-
-        Returns the report, and what `write` needs; None if it cannot start.
-        """
+        """Do what `checks.merge.check_merge` does for other methods; arguments as there."""
         from mergekit_ext.host.flexmerge.prepare import check
 
         return check(config, options, source, pending)
 
     def write(self, prepared: Prepared, config: Any, folder: Path, source: str) -> None:
-        """Merge into `folder`, which becomes the output, with its model card; inside of a session.
-
-        `source` is the configuration's text. The folder is empty, or as an earlier merge of the
-        same inputs has left it, perhaps under another configuration: what the session's journal
-        has as finished is continued.
-        """
+        """Merge into `folder`, which becomes the output: `engine.write`."""
         from mergekit_ext.host.flexmerge.engine import write
 
         write(prepared, config, folder, source)

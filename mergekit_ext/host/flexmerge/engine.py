@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from mergekit_ext import parallel
+from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import (
     BlockMerged,
     MergeBegin,
@@ -31,41 +33,50 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
-from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
 from mergekit_ext.flexmerge.storage import StoredGroup, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
+from mergekit_ext.host.adapters.fitted import (
+    AdaptedSource,
+    adapted_headers,
+    applies,
+    base_of,
+    fit,
+    read_adapter,
+)
+from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.host.flexmerge.shared_tensors import Headers, Prepared, laid_out
+from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
+from mergekit_ext.io.headers import read_folder
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.card import flexmerge_section
+from peft_merge.io.read import locate
 
 
 class Engine:
     """Analyses once, then plans and writes any size. All processes make the same calls.
 
-    Args:
-        prepared: a merge that has passed its checks.
-        inputs: its models.
-        analyses_in: the folder in which earlier analyses are looked for.
-        session: gets the events; its journal says what is finished.
+    Earlier analyses are looked for in the folder `analyses_in`; the session gets the events, and
+    its journal holds what is finished.
     """
 
-    def __init__(self, prepared: Prepared, inputs: Inputs, analyses_in: Path, session: Session):
-        self.prepared, self.inputs = prepared, inputs
+    def __init__(
+        self, prepared: Prepared, reader: BlockReader, analyses_in: Path, session: Session
+    ):
+        self.prepared, self.reader, self.layout = prepared, reader, reader.layout
         self._analyses_in, self._session = analyses_in, session
-        device = prepared.options.device
-        self.reader = BlockReader(inputs.layout, inputs.base, inputs.models, device)
-        self._subject = analysis_file.subject_of(inputs.layout, inputs.base, inputs.models)
+        self._subject = analysis_file.subject_of(reader)
         self._seed: int = prepared.options.random_seed or 0
 
     @cached_property
     def analysis(self) -> Analysis:
         """That of an earlier run on the same files, or a new one."""
-        densities, layout = self.prepared.algorithm.densities, self.inputs.layout
+        densities, layout = self.prepared.algorithm.densities, self.layout
         found = parallel.current().from_main(
             lambda: analysis_file.find(self._analyses_in, self._subject, layout)
         )
@@ -74,14 +85,13 @@ class Engine:
         finished = self._finished("statistics")
         with self._measuring(passes(layout, densities) * len(layout.blocks)):
             made = analyse(self.reader, densities, self._measured, finished)
-        if found is None:
-            return made
-        return Analysis(made.grams, {**found.cuts, **made.cuts})
+        known = {} if found is None else found.cuts
+        return Analysis(made.grams, {**known, **made.cuts})
 
     @cached_property
     def grams(self) -> Sequence[Tensor]:
         """For each block the inner products that similarities are made of."""
-        layout, algorithm, found = self.inputs.layout, self.merging.algorithm, self.analysis.grams
+        layout, algorithm, found = self.layout, self.merging.algorithm, self.analysis.grams
         if algorithm.parameters.shared["similarity_on"] == "trimmed":
             finished = self._finished("trimmed", self._acting)
             with self._measuring(len(layout.blocks)):
@@ -90,7 +100,6 @@ class Engine:
 
     @cached_property
     def planner(self) -> Planner:
-        """Finds the groups of each block at a target size."""
         storage, shared = self.prepared.storage, self.prepared.algorithm.parameters.shared
         if self.prepared.algorithm.kmeans:
             return Clusters(storage, self.grams, self._seed)
@@ -134,9 +143,7 @@ class Engine:
         self._session.emit(SizeReached(name, size.models, size.bytes))
 
     def save_analysis(self, folder: Path) -> None:
-        """Write the analysis."""
-        path = folder / analysis_file.FILE_NAME
-        analysis_file.save(path, self.analysis, self._subject, self.inputs.layout)
+        analysis_file.save(folder, self.analysis, self._subject, self.layout)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -147,7 +154,7 @@ class Engine:
             for name, value in parameters.shared.items()
             if value is not None
         }
-        models = dict(zip(self.inputs.layout.tasks, parameters.models, strict=True))
+        models = dict(zip(self.layout.tasks, parameters.models, strict=True))
         return {**shared, "models": models, "seed": self._seed}
 
     @property
@@ -156,7 +163,7 @@ class Engine:
         return {name: value for name, value in self._settings.items() if name != "target_size"}
 
     def _finished(self, *what: Any) -> Finished:
-        """Finished that hold for these inputs on this device, and for whatever else is given."""
+        """Return what holds for these inputs on this device, and for whatever else is given."""
         device = torch.device(self.prepared.options.device).type
         text = json.dumps([self._subject, device, *what], sort_keys=True)
         return Finished(self._session.journal, hashlib.sha256(text.encode()).hexdigest())
@@ -172,38 +179,86 @@ class Engine:
         self._session.emit(TensorMeasured(name))
 
     def _merged(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> None:
-        tasks = self.inputs.layout.tasks
+        tasks = self.layout.tasks
         named = tuple(tuple(tasks[task] for task in group.tasks) for group in groups)
         self._session.emit(BlockMerged(block.name, named))
 
 
-def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
-    """Merge into `folder`, and make it complete but for its name.
+def open_inputs(prepared: Prepared) -> tuple[BlockReader, Sequence[Path]]:
+    """Fetch what is not here yet, and read headers again; return the folders of the models, too.
 
-    Args:
-        prepared: a merge that has passed its checks.
-        config: mergekit's configuration.
-        folder: empty, or with what a run that was stopped has left. That of the main process
-            counts in all of them.
-        source: the text of the configuration.
+    Raises:
+        ConfigError: the files are not what the check saw.
+    """
+    options, references = prepared.options, prepared.references
+    folders = parallel.current().from_main(lambda: [folder_of(r, options) for r in references])
+    stored = [read_folder(folder, allow_pickle=True) for folder in folders]
+    configs = [r.config(trust_remote_code=options.trust_remote_code) for r in references]
+    adapters = [
+        fit(read_adapter(reference.lora), tensors, config) if applies(reference) else None
+        for reference, tensors, config in zip(references, stored, configs, strict=True)
+    ]
+    dtype = dtype_of(options.lora_merge_dtype)
+    read = [
+        tensors if adapter is None else adapted_headers(adapter, tensors, dtype)
+        for adapter, tensors in zip(adapters, stored, strict=True)
+    ]
+    owners, shared = list(zip(read, configs, strict=True)), prepared.algorithm.parameters.shared
+    layout, headers, _ = laid_out(prepared.layout.tasks, owners, shared)
+    if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
+        found = "weights that changed after they were checked"
+        raise ConfigError([Problem("models", found, "files that stay", "Try again.")])
+    LoaderCache().setup(options=options)
+
+    def opened(reference: Any, folder: Path, tensors: Headers) -> Source:
+        if all(header.file is not None for header in tensors.values()):
+            return FileSource(str(reference), tensors)
+        return LoadedSource(
+            str(reference), tensors, LoaderCache().get(reference).get_tensor, _files(folder)
+        )
+
+    sources: list[Source] = []
+    for reference, folder, tensors, own, adapter in zip(
+        references, folders, headers, stored, adapters, strict=True
+    ):
+        if adapter is None:
+            sources.append(opened(reference, folder, tensors))
+            continue
+        kept = {h.name: own[h.name] for h in tensors.values() if h.name in own}
+        base = opened(base_of(reference), folder, kept)
+        place = locate(reference.lora.path, reference.lora.revision, allow_pickle=True)
+        files = [*base.files, *_files(place)]
+        sources.append(AdaptedSource(str(reference), tensors, base, adapter, files, options.device))
+    return BlockReader(layout, sources[0], sources[1:], options.device), folders[1:]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()]
+
+
+def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
+    """Merge into `folder`, which becomes the output, with its model card; inside of a session.
+
+    The folder is empty, or as an earlier merge of the same inputs has left it, perhaps under
+    another configuration (whose text is `source`): what the journal has as finished is continued.
+    That of the main process counts in all of them.
     """
     session = sessions.current() or Session()
     folder = parallel.current().from_main(lambda: folder)
     if session.journal is not None and session.journal.finished:
         session.say("Going on with a merge that was stopped.")
-    inputs = open_inputs(prepared)
-    tasks, models = inputs.layout.tasks, tuple(map(str, prepared.references))
-    session.emit(
-        MergeBegin("flexmerge", session.output, models, len(inputs.layout.blocks), "block")
-    )
-    engine = Engine(prepared, inputs, Path(session.output or folder).resolve().parent, session)
+    reader, folders = open_inputs(prepared)
+    models, blocks = tuple(map(str, prepared.references)), len(reader.layout.blocks)
+    session.emit(MergeBegin("flexmerge", session.output, models, blocks, "block"))
+    engine = Engine(prepared, reader, Path(session.output or folder).resolve().parent, session)
     manifest = engine.write(folder, engine.planner.plan(prepared.target))
     if not parallel.current().is_main:
         return
     engine.save_analysis(folder)
-    homes = {folder / name: home for name, home in zip(tasks, inputs.folders, strict=True)}
+    tasks = engine.layout.tasks
+    homes = {folder / name: home for name, home in zip(tasks, folders, strict=True)}
     if (folder / "model.safetensors.index.json").exists():
-        homes[folder] = inputs.folders[0]
+        homes[folder] = folders[0]
     dtype = None if prepared.forced is None else str(prepared.forced).removeprefix("torch.")
     for place, home in homes.items():
         copy(home, place, companions(home))

@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.merging import EIGHT_BITS
 from mergekit_ext.host.checks.estimate import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
-from mergekit_ext.host.flexmerge.sources import Prepared
+from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.kernels.numerics import chunk_length
 
 _REMEDY = (

@@ -8,17 +8,11 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 from mergekit import merge_methods
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    MergeMethod,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-)
+from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import Parameter, Share, choice
-from mergekit_ext.errors import join, listing, shown
+from mergekit_ext.errors import join, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
@@ -30,7 +24,7 @@ from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.flexmerge.registered import Registered
 from mergekit_ext.host.method import spec_of
 from mergekit_ext.host.nan_method import RANGES
-from mergekit_ext.methods import BLOCKS, methods
+from mergekit_ext.methods import BLOCKS, Method, methods
 
 OWN: tuple[Parameter, ...] = (
     *options(
@@ -55,33 +49,26 @@ OWN: tuple[Parameter, ...] = (
     Parameter("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
     Parameter("task", str, None, "the task's name", per_model=True),
 )
-_SHARED = ParameterScope.SHARED
 # What only algorithms that trim take.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
-_TAKEN_BY_ALL = frozenset(parameter.name for parameter in OWN) - _OF_TRIMMING
 # Names mergekit's method where FlexMerge has an algorithm of the same name.
 _STOCK_PREFIX = "mergekit:"
 
 
-def names() -> list[str]:
+def algorithms() -> dict[str, Method | MergeMethod]:
     """Return what `algorithm:` takes: FlexMerge's own algorithms and every registered method."""
     own = methods(BLOCKS)
-    others = (m.spec.name for m in merge_methods.registered_methods())
-    stock = (_STOCK_PREFIX * (name in own) + name for name in others if name != "flexmerge")
-    return [*own, *stock]
+    others = {method.spec.name: method for method in merge_methods.registered_methods()}
+    del others["flexmerge"]
+    stock = {_STOCK_PREFIX * (name in own) + name: method for name, method in others.items()}
+    return {**own, **stock}
 
 
-def registered(name: str) -> MergeMethod:
-    """Return the registered method that ``algorithm:`` names."""
-    wanted = name.removeprefix(_STOCK_PREFIX)
-    return next(m for m in merge_methods.registered_methods() if m.spec.name == wanted)
-
-
-def make(name: str, parameters: Parameters) -> Algorithm:
-    """Return the algorithm with its parameters."""
-    if name in (own := methods(BLOCKS)):
-        return Declared(own[name], parameters)
-    return Registered(registered(name), parameters)
+def make(method: Method | MergeMethod, parameters: Parameters) -> Algorithm:
+    """Return a method as FlexMerge's F, with its parameters."""
+    if isinstance(method, Method):
+        return Declared(method, parameters)
+    return Registered(method, parameters)
 
 
 def tasks_of(config: Any) -> list[Source]:
@@ -95,33 +82,29 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     """Check inputs and parameters; return the algorithm that they make, None if one is wrong.
 
     Its `parameters` are all that were given, and the defaults of the others; `task` is not there.
-
-    Args:
-        config: mergekit's configuration.
-        seed: for `dare_density`, and for methods that draw random numbers.
-        findings: takes the problems.
+    `seed` is for `dare_density`, and for methods that draw random numbers.
     """
-    before, given = findings.count, config.parameters or {}
-    name = given.get("algorithm", DEFAULT_ALGORITHM)
-    known = name in names()
-    specs = {
-        **_parameters(name),
-        # NAN's `granularity` gives way to FlexMerge's: it measures the block.
-        **{parameter.name: spec_of(parameter) for parameter in OWN},
-    }
-    specs["algorithm"] = replace(specs["algorithm"], value_type=choice(*names()))
-    # Messages have the name between backticks.
-    named = f"flexmerge` with `{name}"
-    spec = replace(FlexMergeMethod().spec, name=named, parameters=tuple(specs.values()))
-    tasks, elsewhere = tasks_of(config), _owners().keys() - specs.keys()
-    if known:
-        _check_contract(name, len(tasks), findings)
-    else:  # neither is known what it takes
+    before, given, known = findings.count, config.parameters or {}, algorithms()
+    tasks, name = tasks_of(config), given.get("algorithm", DEFAULT_ALGORITHM)
+    method = known.get(name) if isinstance(name, str) else None
+    specs = {**_specs_of(method), **{parameter.name: spec_of(parameter) for parameter in OWN}}
+    specs["algorithm"] = replace(specs["algorithm"], value_type=choice(*known))
+    if method is None:  # it is not known either what it takes
         config = _reduced(config, specs.__contains__)
-    _check_written(config, spec, findings)
-    config = _reduced(config, lambda name: name not in elsewhere)
+    elif isinstance(method, MergeMethod):
+        _check_contract(method, len(tasks), findings)
+    for where, (_, _, values) in all_parameters(groups_of(config)).items():
+        for key, value in values.items():
+            if key in specs and (isinstance(value, list) or hasattr(value, "filter")):
+                expected = "one value: `flexmerge` has no gradients and filters"
+                remedy = "Write one value for all tensors."
+                findings.problem(join(where, key), shown(value), expected, remedy)
+    # Messages have the name between backticks.
+    spec = replace(
+        FlexMergeMethod().spec, name=f"flexmerge` with `{name}", parameters=tuple(specs.values())
+    )
     found = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
-    if findings.count > before or not tasks:
+    if method is None or findings.count > before or not tasks:
         return None
     shared, each = found[0], []
     for source in tasks:
@@ -133,68 +116,34 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
                 if one.name != "task"
             }
         )
-    made = make(name, Parameters(shared, each, shared["trim_scope"] or "model", seed))
+    made = make(method, Parameters(shared, each, shared["trim_scope"] or "model", seed))
     _check_fit(made, given, findings)
     return None if findings.count > before else made
 
 
-def _parameters(algorithm: Any) -> dict[str, ParameterSpec]:
-    """Return the parameters of an algorithm; none of an unknown one.
+def _specs_of(method: Method | MergeMethod | None) -> dict[str, ParameterSpec]:
+    """Return the parameters of an algorithm.
 
-    A `density` out of (0, 1] would keep everything or nothing without a message.
+    NAN's `granularity` is left out: it measures the block. A `density` out of (0, 1] would keep
+    everything or nothing without a message.
     """
-    if algorithm not in names():
+    if method is None:
         return {}
-    if algorithm in (own := methods(BLOCKS)):
-        return {p.name: spec_of(p) for p in own[algorithm].for_driver(BLOCKS)}
+    if isinstance(method, Method):
+        return {p.name: spec_of(p) for p in method.for_driver(BLOCKS)}
     return {
         spec.name: replace(
             spec,
             value_type=RANGES["density"] if spec.name == "density" else spec.value_type,
-            scope=_SHARED if spec.scope == _SHARED else ParameterScope.NON_BASE,
+            scope=spec.scope if spec.scope == ParameterScope.SHARED else ParameterScope.NON_BASE,
         )
-        for spec in registered(algorithm).spec.parameters
+        for spec in method.spec.parameters
     }
 
 
-def _owners() -> dict[str, list[str]]:
-    """Return the algorithms that have each parameter, FlexMerge's own first."""
-    found: dict[str, list[str]] = {}
-    for algorithm in names():
-        for name in _parameters(algorithm):
-            found.setdefault(name, []).append(algorithm)
-    return found
-
-
-def _check_written(config: Any, spec: MergeMethodSpec, findings: Findings) -> None:
-    """Report parameters of other algorithms, and values that are not the same for all tensors."""
-    owners, known = _owners(), {one.name for one in spec.parameters}
-    for where, (_, _, values) in all_parameters(groups_of(config)).items():
-        for name, value in values.items():
-            path = join(where, name)
-            if name == "task" and where == "parameters":
-                findings.problem(path, shown(value), "a name for each model", "Move it there.")
-            elif name in known:
-                if isinstance(value, list) or hasattr(value, "filter"):
-                    expected = "one value: `flexmerge` has no gradients and filters"
-                    remedy = "Write one value for all tensors."
-                    findings.problem(path, shown(value), expected, remedy)
-            elif name in owners:
-                findings.problem(
-                    path,
-                    f"a parameter that `{spec.name}` does not have",
-                    f"one of {', '.join(sorted(known))}",
-                    f"`{name}` belongs to {listing(owners[name])}: take it out, or change "
-                    "`algorithm:`.",
-                )
-
-
-def _check_contract(name: str, tasks: int, findings: Findings) -> None:
+def _check_contract(method: MergeMethod, tasks: int, findings: Findings) -> None:
     """Report a registered method that cannot merge groups of all sizes over a base."""
-    if name in methods(BLOCKS):
-        return
-    contract = registered(name).spec.contract
-    most = [tasks]
+    contract, most = method.spec.contract, [tasks]
     if contract.max_inputs is not None:
         most.append(contract.max_inputs - (contract.base != BasePolicy.IGNORED))
     if contract.max_non_base is not None:
@@ -202,7 +151,7 @@ def _check_contract(name: str, tasks: int, findings: Findings) -> None:
     if min(most) < tasks or contract.base == BasePolicy.FORBIDDEN:
         findings.problem(
             "parameters.algorithm",
-            f"`{name}`, which does not merge {tasks} models over a base",
+            f"`{method.spec.name}`, which does not merge {tasks} models over a base",
             f"an algorithm for groups of up to {tasks} models and their base",
             "Use another algorithm.",
         )
@@ -231,26 +180,27 @@ def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Finding
         )
 
 
-def variant(config: Any, algorithm: str, algorithms: Sequence[str]) -> Any:
+def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
     """Return the configuration for one of several algorithms, with a size that all reach.
 
-    What only others of `algorithms` take as a parameter is left out: a `density` for TIES does
-    not keep EMR from being compared with it. A parameter that none takes stays, to be reported.
-    The size that the file asks for is not used.
+    What only others of them take as a parameter is left out: a `density` for TIES does not keep
+    EMR from being compared with it. A parameter that none takes stays, to be reported. The size
+    that the file asks for is not used.
     """
-    left_out = frozenset[str]().union(*map(_taken, algorithms))
-    left_out -= _TAKEN_BY_ALL | _taken(algorithm)
+    known, taken = algorithms(), dict[str, set[str]]()
+    for name in chosen:
+        method = known.get(name)
+        trims = isinstance(method, Method) and method.trims
+        taken[name] = {*_specs_of(method), *(p.name for p in OWN)}
+        taken[name] -= set() if trims else _OF_TRIMMING
+    left_out = set().union(*taken.values()) - taken[algorithm]
     reduced = _reduced(config, lambda name: name not in left_out)
-    method = methods(BLOCKS).get(algorithm)
+    method = known.get(algorithm)
     # K-means has whole numbers only, a masked merge over a wide base no number at all.
-    size = float(max(len(tasks_of(config)), 1)) if method and method.kmeans else ANY_SIZE
+    kmeans = isinstance(method, Method) and method.kmeans
+    size = float(max(len(tasks_of(config)), 1)) if kmeans else ANY_SIZE
     parameters = {**reduced.parameters, "algorithm": algorithm, "target_size": size}
     return reduced.model_copy(update={"parameters": parameters})
-
-
-def _taken(algorithm: str) -> frozenset[str]:
-    method = methods(BLOCKS).get(algorithm)
-    return frozenset(_parameters(algorithm)) | (_OF_TRIMMING if method and method.trims else set())
 
 
 def _reduced(config: Any, keeps: Callable[[str], bool]) -> Any:

@@ -7,17 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mergekit_ext.core import memory
 from mergekit_ext.errors import ConfigError, Problem, listing
-from mergekit_ext.flexmerge.algorithm import Algorithm
-from mergekit_ext.flexmerge.layout import Layout, Naming
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
-from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, whole_models
+from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, clusters_problem
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
-from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
+from mergekit_ext.host.blocks import is_task_head, tied_groups
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import Source, models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model
@@ -28,13 +24,18 @@ from mergekit_ext.host.checks.tensors import check_inputs
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.flexmerge.needs import estimate
 from mergekit_ext.host.flexmerge.parameters import read_parameters, tasks_of, variant
-from mergekit_ext.host.flexmerge.sources import Headers, Prepared, laid_out, named_otherwise
+from mergekit_ext.host.flexmerge.shared_tensors import (
+    Headers,
+    Prepared,
+    is_tied,
+    laid_out,
+    named_otherwise,
+)
 from mergekit_ext.host.modules import check_copied_modules
 from mergekit_ext.host.run import ordered
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import PACKED
 from mergekit_ext.io.staging import place_problems
-from mergekit_ext.methods.method import layout_of
 
 _NOTED_PRIVATE = 0.01
 # What mergekit's configuration can say and FlexMerge cannot do, and what it does instead.
@@ -52,11 +53,7 @@ def prepare_tables(
 ) -> dict[str, tuple[CheckReport, Prepared]]:
     """Check the configuration in a file with each of several algorithms, at no target size.
 
-    Args:
-        path: the configuration.
-        folder: where tables will be written.
-        options: mergekit's.
-        algorithms: by name; that of the configuration if empty.
+    `algorithms` are names; none for that of the configuration. Tables will be written to `folder`.
 
     Raises:
         ConfigError: something is wrong with the configuration, its inputs or `folder`.
@@ -86,16 +83,14 @@ def check(
     pending: Collection[str] = (),
 ) -> tuple[CheckReport, Prepared | None]:
     """Check a FlexMerge; the second value is None if there are problems, or models to come."""
-    findings = Findings()
+    findings, costs = Findings(), None
     with quiet():
         findings.extend(unknown_keys(source))
         prepared = _prepared(config, options, findings, pending)
-    costs = None
-    if prepared and not findings.count:
-        costs = estimate(prepared)
-        findings.extend(memory.problems(costs.need))
-    report = findings.report(costs)
-    return report, None if report.problems else prepared
+        if prepared is not None and not findings.count:
+            costs = estimate(prepared)
+            findings.extend(memory.problems(costs.need))
+    return findings.report(costs), None if findings.count else prepared
 
 
 def _prepared(
@@ -112,7 +107,7 @@ def _prepared(
         findings.note("--no-safe-serialization: `flexmerge` writes safetensors always.")
     algorithm = read_parameters(taken, options.random_seed or 0, findings)
     sources = tasks_of(taken)
-    tasks = _task_names(sources, findings)
+    tasks = _task_names(sources, (taken.parameters or {}).get("task"), findings)
     facts = _read_models(config, sources, options, findings, pending)
     if algorithm is not None:
         check_fields(
@@ -128,31 +123,9 @@ def _prepared(
     if any(fact.pending for fact in facts.values()):
         findings.note("Nothing is estimated: a model is the result of another document.")
         return None
-    chosen = {model: facts[model] for model in (config.base_model, *(s.model for s in sources))}
-    forced = dtype_of(config.out_dtype or config.dtype)
-    return _with_layout(chosen, tasks, algorithm, forced, options, findings)
-
-
-def _with_layout(
-    facts: Mapping[Any, ModelFacts],
-    tasks: Sequence[str],
-    algorithm: Algorithm,
-    forced: torch.dtype | None,
-    options: Any,
-    findings: Findings,
-) -> Prepared | None:
-    """Lay out the base, which comes first, and the models; None if they share nothing."""
-    references = list(facts)
-    stored = [(fact.tensors or {}, fact.config) for fact in facts.values()]
-    naming = _naming([config for _, config in stored], algorithm.parameters.shared)
-    layout, headers, renaming = laid_out(tasks, stored, naming)
-    if renaming is not None:
-        findings.note(f"{renaming} ({references[0]}).")
-    if pairs := named_otherwise(stored[1:]):
-        findings.warn(
-            f"{len(pairs)} tensors have two names, such as {' and '.join(pairs[0])}, and are not "
-            "merged with each other: save all models with one version of transformers."
-        )
+    references = [config.base_model, *(source.model for source in sources)]
+    stored = [(facts[model].tensors or {}, facts[model].config) for model in references]
+    layout, headers, prefixes = laid_out(tasks, stored, algorithm.parameters.shared)
     if not any(block.size for block in layout.blocks):
         findings.problem(
             "models",
@@ -161,7 +134,6 @@ def _with_layout(
             "Check that these are fine-tunes of that base.",
         )
         return None
-    _note_private(headers, layout, naming, findings)
     adapted = frozenset(
         name
         for reference, tensors in zip(references[1:], headers[1:], strict=True)
@@ -169,18 +141,28 @@ def _with_layout(
         for name, header in tensors.items()
         if header.file is None
     )
-    prepared = Prepared(references, naming, layout, algorithm, forced, options, adapted)
-    _note_blocks(prepared, findings)
+    forced = dtype_of(config.out_dtype or config.dtype)
+    prepared = Prepared(references, layout, algorithm, forced, options, adapted)
+    if prefixes is not None:
+        old, new = prefixes
+        findings.note(f"{references[0]}: the base's `{old}<name>` is read as `{new}<name>`.")
+    if pairs := named_otherwise(stored[1:]):
+        findings.warn(
+            f"{len(pairs)} tensors have two names, such as {' and '.join(pairs[0])}, and are not "
+            "merged with each other: save all models with one version of transformers."
+        )
+    _note_private(headers, prepared, findings)
+    _note_blocks(prepared, is_tied([config for _, config in stored]), findings)
     _check_size(prepared, findings)
     return prepared
 
 
-def _task_names(sources: Sequence[Source], findings: Findings) -> list[str]:
-    """Return the tasks' names, as given or from the models' paths."""
+def _task_names(sources: Sequence[Source], shared: Any, findings: Findings) -> list[str]:
+    """Return the tasks' names, as given (one for all is `shared`) or from the models' paths."""
     found = []
     for source in sources:
         part = source.model.lora or source.model.model
-        name = source.parameters.get("task", Path(part.path).name)
+        name = source.parameters.get("task", shared or Path(part.path).name)
         if not isinstance(name, str):  # a problem of the parameter's type
             continue
         found.append(name)
@@ -249,40 +231,31 @@ def _read_models(
     return facts
 
 
-def _naming(configs: Sequence[Any], shared: Mapping[str, Any]) -> Naming:
-    """Return how the names of these models become blocks."""
-    tied = all(getattr(config, "tie_word_embeddings", False) for config in configs)
-    granularity, merges_heads = shared["granularity"], shared["heads"] == "merged"
-
-    def kind(name: str) -> str:
-        """Of whole layers and models the kind is that they are such."""
-        if granularity == "model" or (granularity == "layer" and depth_of(name) is not None):
-            return str(granularity)
-        return kind_of(name)
-
-    return Naming(
-        blocks=lambda names: blocks_of(names, granularity, tied),
-        kind=kind,
-        depth=depth_of,
-        private=lambda name: not merges_heads and is_task_head(name),
-        matrices=layout_of,
-        ties=lambda names: tied_groups(names, tied),
-    )
-
-
-def _note_private(
-    headers: Sequence[Headers], layout: Layout, naming: Naming, findings: Findings
-) -> None:
+def _note_private(headers: Sequence[Headers], prepared: Prepared, findings: Findings) -> None:
     """Note of each tensor that is not merged why, and how large it is in all tasks together."""
     base, *models = headers
+    layout, shared = prepared.layout, prepared.algorithm.parameters.shared
     merged = {part.name for block in layout.blocks for part in block.parts}
     reasons: dict[str, dict[str, int]] = {}
     for name in dict.fromkeys(name for model in models for name in model):
-        if name not in merged:
-            owners = dict(zip(layout.tasks, (model.get(name) for model in models), strict=True))
-            size = sum(header.nbytes for header in owners.values() if header)
-            reason = "a task's head" if naming.private(name) else _reason(base.get(name), owners)
-            reasons.setdefault(reason, {})[name] = size
+        if name in merged:
+            continue
+        owners = dict(zip(layout.tasks, (model.get(name) for model in models), strict=True))
+        others = [
+            f"{task} ({'missing' if header is None else list(header.shape)})"
+            for task, header in owners.items()
+            if name in base and (header is None or header.shape != base[name].shape)
+        ]
+        if shared["heads"] == "private" and is_task_head(name):
+            reason = "a task's head"
+        elif name not in base:
+            reason = "not in the base"
+        elif others:
+            reason = f"differs in {listing(others)} from the base ({list(base[name].shape)})"
+        else:
+            reason = "no floating-point numbers in all models"
+        size = sum(header.nbytes for header in owners.values() if header)
+        reasons.setdefault(reason, {})[name] = size
     for reason, sizes in reasons.items():
         findings.note(
             f"{listing(list(sizes))}: {reason}, so private to every task that has it "
@@ -290,22 +263,7 @@ def _note_private(
         )
 
 
-def _reason(base: Any, owners: Mapping[str, Any]) -> str:
-    if base is None:
-        return "not in the base"
-    if lacking := [task for task, header in owners.items() if header is None]:
-        return f"missing in {listing(lacking)}"
-    other = [
-        f"{task} ({list(header.shape)})"
-        for task, header in owners.items()
-        if header.shape != base.shape
-    ]
-    if not other:
-        return "no floating-point numbers in all models"
-    return f"differs in shape in {listing(other)} from the base ({list(base.shape)})"
-
-
-def _note_blocks(prepared: Prepared, findings: Findings) -> None:
+def _note_blocks(prepared: Prepared, tied: bool, findings: Findings) -> None:
     layout = prepared.layout
     kinds = Counter(block.kind for block in layout.blocks)
     blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -317,25 +275,22 @@ def _note_blocks(prepared: Prepared, findings: Findings) -> None:
             f"{private:.0%} of all bytes are private and come on top of `target_size`: task "
             "heads, integers, and what the base or a model lacks or has in another shape."
         )
-    for group in prepared.naming.ties([p.name for block in layout.blocks for p in block.parts]):
-        if len(group) > 1:
-            findings.note(f"tied, and so in one block: {', '.join(sorted(group))}.")
+    for group in tied_groups((p.name for block in layout.blocks for p in block.parts), tied):
+        findings.note(f"tied, and so in one block: {', '.join(sorted(group))}.")
 
 
 def _check_size(prepared: Prepared, findings: Findings) -> None:
     storage, target = prepared.storage, prepared.target
     least, most = storage.least, storage.size(storage.whole)
-    try:
-        if prepared.algorithm.kmeans:
-            whole_models(target, len(prepared.layout.tasks))
-        else:
-            findings.note(
-                f"sizes from {least.models:.4g} ({least.bytes:,} bytes) to {most.models:.4g} "
-                f"({most.bytes:,} bytes) can be reached."
-            )
-            storage.require_reachable(target, least)
-    except ConfigError as error:
-        findings.extend(error.problems)
-        return
-    if target.holds(most) and target != Target.parse(ANY_SIZE):
+    if prepared.algorithm.kmeans:
+        problem = clusters_problem(target, storage.tasks)
+    else:
+        findings.note(
+            f"sizes from {least.models:.4g} ({least.bytes:,} bytes) to {most.models:.4g} "
+            f"({most.bytes:,} bytes) can be reached."
+        )
+        problem = storage.problem(target)
+    if problem is not None:
+        findings.extend([problem])
+    elif target.holds(most) and target != Target.parse(ANY_SIZE):
         findings.note(f"target_size {target}: nothing is merged, as all models fit.")

@@ -20,11 +20,12 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.merging import Walk
 from mergekit_ext.flexmerge.plan import Planner
 from mergekit_ext.flexmerge.runtime import build_module
+from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.storage import Target
-from mergekit_ext.host.flexmerge.engine import Engine
+from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
 from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
-from mergekit_ext.host.flexmerge.sources import Inputs, Prepared, open_inputs
+from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
 from mergekit_ext.report.tables import (
@@ -72,11 +73,9 @@ def write_curve(
         sizes: numbers of models, or "all" for the size after every merge. By default 1, 1.5, and
             the whole numbers up to that of the models.
         algorithms: the lines, as ``algorithm:`` names them; that of the configuration if empty.
-        evaluate: scores a module, the higher, the better. It gets a transformers module in
-            evaluation mode, on the CPU, whose weights it must not write to (it may move the
-            module), and the name of its task. It returns a number, or a mapping from metrics to
-            numbers, for a task always with the same metrics. None for a table of sizes, for which
-            nothing is merged.
+        evaluate: scores a transformers module in evaluation mode, on the CPU, the higher, the
+            better. It must not write to the weights (it may move the module). None for a table of
+            sizes, for which nothing is merged.
         metric: what is drawn; the first that `evaluate` returns by default.
         callbacks: get the events.
 
@@ -92,22 +91,22 @@ def write_curve(
     points: list[SizePoint] = []
     notes: list[str] = []
     with listening(options, callbacks, os.fspath(folder)) as session:
-        inputs = open_inputs(next(iter(lines.values())))
-        reference = _individual(inputs, evaluator)
-        metrics = _metrics(reference)
+        reader, folders = open_inputs(next(iter(lines.values())))
+        reference = _individual(reader, folders, evaluator)
+        metrics = dict.fromkeys(metric for scores in reference.values() for metric in scores)
         if metric is not None and metric not in metrics:
             require([Problem("--metric", repr(metric), f"one of {', '.join(metrics)}")])
         folder.mkdir(parents=True, exist_ok=True)
         engines = {}
         for name, prepared in lines.items():
-            engines[name] = Engine(prepared, inputs, folder, session)
+            engines[name] = Engine(prepared, reader, folder, session)
             engines[name].save_analysis(folder)
         asked = {name: _asked(name, e.planner, wanted, notes) for name, e in engines.items()}
         total = sum(map(len, asked.values())) * len(reference)
         try:
             with evaluator.counting("Evaluating", total) if evaluator else nullcontext():
                 for name, engine in engines.items():
-                    for point in _line(name, engine, asked[name], evaluator):
+                    for point in _line(name, engine, folders, asked[name], evaluator):
                         points.append(point)
                         if evaluator is not None:
                             write_curve_tables(folder, points, reference)
@@ -116,15 +115,21 @@ def write_curve(
                 click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
             raise
     write_curve_tables(folder, points, reference)
-    for name, tasks in metrics.items():
-        if len(tasks) < len(reference):
-            alone = f"means are over {', '.join(tasks)} alone; no other task has it."
+    for name in metrics:
+        having = [task for task, scores in reference.items() if name in scores]
+        if len(having) < len(reference):
+            alone = f"means are over {', '.join(having)} alone; no other task has it."
             notes.append(f"{name}: {alone}")
     for note in notes:
         click.echo(f"Note: {note}", err=True)
     drawn = metric or next(iter(metrics), None)
     if drawn is not None:
-        _draw(folder / "sizes.png", points, reference, drawn)
+        try:
+            plot(folder / "sizes.png", points, reference, drawn)
+        except (ImportError, ValueError) as error:
+            # One of an earlier run would not belong to the tables.
+            (folder / "sizes.png").unlink(missing_ok=True)
+            click.echo(f"No plot: {error}.", err=True)
     click.echo(_table(points, reference, drawn))
     return Curve(reference, points)
 
@@ -151,15 +156,6 @@ def _prepared(
         needs = [need_of(prepared, scored=max(numbers)) for prepared in lines.values()]
         require(list(dict.fromkeys(p for need in needs for p in memory.problems(need))))
     return lines, sizes
-
-
-def _metrics(reference: Scores) -> dict[str, list[str]]:
-    """Return the tasks that have each metric."""
-    found: dict[str, list[str]] = {}
-    for task, scores in reference.items():
-        for metric in scores:
-            found.setdefault(metric, []).append(task)
-    return found
 
 
 class _Evaluator:
@@ -208,30 +204,30 @@ class _Evaluator:
         return found
 
 
-def _individual(inputs: Inputs, evaluator: _Evaluator | None) -> dict[str, Mapping[str, float]]:
+def _individual(
+    reader: BlockReader, folders: Sequence[Path], evaluator: _Evaluator | None
+) -> dict[str, Mapping[str, float]]:
     """Return the scores of each task's own model; those of a task are empty without evaluator."""
-    found: dict[str, Mapping[str, float]] = {task: {} for task in inputs.layout.tasks}
+    found: dict[str, Mapping[str, float]] = {task: {} for task in reader.layout.tasks}
     if evaluator is None:
         return found
     with evaluator.counting("Individual models", len(found)):
-        for index, task in enumerate(found):
-            model = inputs.models[index]
+        for task, model, folder in zip(found, reader.models, folders, strict=True):
             tensors = {name: model.tensor(name) for name in model.tensors}
-            what = f"{task}'s individual model"
-            found[task] = evaluator.score(inputs.folders[index], tensors, task, what)
+            found[task] = evaluator.score(folder, tensors, task, f"{task}'s individual model")
     return found
 
 
 def _line(
     name: str,
     engine: Engine,
+    folders: Sequence[Path],
     asked: Sequence[tuple[float, float]],
     evaluator: _Evaluator | None,
 ) -> Iterator[SizePoint]:
     """Yield one algorithm at each size; only blocks that change are merged again."""
-    tasks, folders = engine.inputs.layout.tasks, engine.inputs.folders
     walk = Walk(engine.reader, engine.merging)
-    scores: Scores = {task: {} for task in tasks}
+    scores: Scores = {task: {} for task in engine.layout.tasks}
     for number, (requested, target) in enumerate(asked):
         plan = engine.planner.plan(Target(models=target))
         size = plan.size
@@ -239,18 +235,19 @@ def _line(
             changed = walk.go(plan)
             engine.reached(plan)
             if changed or number == 0:
+                what = f"`{name}` at size {size.models:.4g}"
                 scores = {
                     task: evaluator.score(
                         folders[index],
                         walk.tensors(index),
                         task,
-                        f"{task}, `{name}` at size {size.models:.4g}",
+                        f"{task}, {what}",
                         engine.prepared.forced,
                     )
-                    for index, task in enumerate(tasks)
+                    for index, task in enumerate(scores)
                 }
             else:  # no merge in between: the same models
-                evaluator.bar.update(len(tasks))
+                evaluator.bar.update(len(scores))
         yield SizePoint(name, requested, size.models, size.bytes, scores)
 
 
@@ -264,8 +261,7 @@ def _asked(
     Raises:
         ConfigError: the algorithm has none of the sizes.
     """
-    known = dict.fromkeys(planner.sizes)
-    least = min(known)
+    known, least = planner.sizes, min(planner.sizes)
     numbers = {float(size) for size in sizes if size != ALL}
     if ALL in sizes:
         # With a base of a wider dtype a masked merge may exceed all models kept apart.
@@ -274,7 +270,7 @@ def _asked(
     below: list[float] = []
     missing: list[float] = []
     for number in sorted(numbers, reverse=True):
-        if number in known or planner.reaches(Target(models=number)):
+        if planner.reaches(Target(models=number)):
             found.append((number, number))
         else:
             (below if number < least else missing).append(number)
@@ -291,15 +287,6 @@ def _asked(
 
 def _listed(sizes: Iterable[float]) -> str:
     return ", ".join(f"{size:.4g}" for size in sizes)
-
-
-def _draw(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str) -> None:
-    try:
-        plot(path, points, reference, metric)
-    except (ImportError, ValueError) as error:
-        # One of an earlier run would not belong to the tables.
-        path.unlink(missing_ok=True)
-        click.echo(f"No plot: {error}.", err=True)
 
 
 def _table(points: Sequence[SizePoint], reference: Scores, metric: str | None) -> str:
