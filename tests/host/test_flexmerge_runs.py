@@ -183,7 +183,7 @@ def test_after_an_interrupt_another_configuration_takes_what_still_holds(familie
     lines = [json.loads(line[9:]) for text in journals for line in text.splitlines()]
     measured = [key for kind, key, _ in lines if kind == "gram"]
     assert len(measured) == len(set(measured)) > 5
-    blocks = [key for kind, key, _ in lines if kind == "block"]
+    blocks = [key for kind, key, _ in lines if kind == "piece"]
     assert len(blocks) == 10  # five by each algorithm; the third run found those of the second
     merge(family.content(1.3, "task_arithmetic"), tmp_path / "one" / "out")
     merge(family.content(1.3, "task_arithmetic"), tmp_path / "two" / "out")
