@@ -114,11 +114,12 @@ class FullModel:
             save_file(tensors, out / _WEIGHTS, {"format": "pt"})
 
     def _prepared(self, folders: Mapping[int, Path], base: Path | None) -> tuple[str, Any]:
-        from mergekit_ext.host.run import snapshot_config, snapshot_options
+        from mergekit_ext.host.run import snapshot_merge
 
         given, models = self._settings, [*folders.values()]
-        source = snapshot_config(given.method, models, base, given.parameters)
-        return source, snapshot_options(models[-1], given.device, given.seed)
+        return snapshot_merge(
+            given.method, models, base, given.parameters, given.device, given.seed
+        )
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

@@ -51,50 +51,48 @@ class Slot(IntEnum):
 
 
 class Component(NamedTuple):
-    """One part of a layer: its block's name, its kind, what its modules are called, its place."""
+    """One part of a layer: its block's name, its kind, its place, what its modules are called."""
 
     name: str
     kind: Kind
-    pattern: re.Pattern[str]
     slot: Slot
+    pattern: re.Pattern[str]
 
 
-# Searched in the module's path within its layer.
+# Searched in the module's path within its layer. A mixer is of a state space or a convolution, or
+# the attention of the first Phi.
 COMPONENTS: tuple[Component, ...] = (
     Component(
         "cross_attention",
         "cross_attention",
-        _compile(r"cross_?attn|cross_?attention|encdecattention|encoder_attn"),
         Slot.CROSS_ATTENTION,
+        _compile(r"cross_?attn|cross_?attention|encdecattention|encoder_attn"),
     ),
-    # State-space and convolutional mixers, and the attention of the first Phi.
     Component(
         "mixer",
         "other",
-        _compile(_component("mixer", "mamba", "ssm", "conv(_module)?")),
         Slot.ATTENTION,
+        _compile(_component("mixer", "mamba", "ssm", "conv(_module)?")),
     ),
     Component(
         "attention",
         "attention",
+        Slot.ATTENTION,
         _compile(
-            r"attn|attention|relative_position_bias"
-            + "|"
+            r"attn|attention|relative_position_bias|"
             + _component(r"att|[qkvo](_proj)?|(layer_scale_?|lambda_|ls|gamma_)1")
         ),
-        Slot.ATTENTION,
     ),
     Component(
         "mlp",
         "mlp",
+        Slot.MLP,
         _compile(
-            r"mlp|ffn|feed_?forward|densereludense|intermediate|experts?(\.|$)|moe|router"
-            + "|"
+            r"mlp|ffn|feed_?forward|densereludense|intermediate|experts?(\.|$)|moe|router|"
             + _component("ff", r"output(?=\.)", r"(fc|lin|linear)_?\d", r"(gate|up|down)_proj")
             + "|"
             + _component(r"(layer_scale_?|lambda_|ls|gamma_)2")
         ),
-        Slot.MLP,
     ),
 )
 

@@ -54,11 +54,6 @@ def files_of(folder: Path) -> Iterator[Path]:
             yield from sorted(shard for shard in shards if shard.parent != folder)
 
 
-def is_offline() -> bool:
-    """Whether huggingface_hub must not use the network."""
-    return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
-
-
 def cached_folder(path: Any, options: Any = None, file: str = "config.json") -> Path | None:
     """Return the cached snapshot of a repository (a `ModelPath`) that holds `file`, or None."""
     if not may_be_hub_name(path.path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from mergekit import merge_methods
 from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap
@@ -25,7 +26,7 @@ from torch import Tensor
 from mergekit_ext.errors import listing
 from mergekit_ext.host.checks.models import ModelFacts, read_tensors
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.inputs import cached_folder, donor_first, fetch_modules, is_offline
+from mergekit_ext.host.inputs import cached_folder, donor_first, fetch_modules
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.model_files import (
@@ -92,7 +93,7 @@ def _folders(facts: Mapping[Any, ModelFacts], options: Any) -> dict[Any, Path]:
     for model, fact in facts.items():
         path = model.model
         folder = Path(path.path) if os.path.isdir(path.path) else None
-        if folder is None and not fact.pending and not is_offline():
+        if folder is None and not fact.pending and not is_offline_mode():
             folder = cached_folder(path, options)
             if folder is not None:
                 fetch_modules(path, folder, options)

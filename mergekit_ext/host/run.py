@@ -24,7 +24,7 @@ from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Pro
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.estimate import predicted
-from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.host.checks.merge import check_merge, models_of_stock
 from mergekit_ext.host.commands import for_commands, parsed
 from mergekit_ext.host.companions import completed
@@ -189,15 +189,8 @@ class _InOrder(MergeConfiguration):
     """
 
     def referenced_models(self) -> list[Any]:
-        modules = list((self.modules or {}).values())
-        slices = [*(self.slices or []), *(s for m in modules for s in m.slices or [])]
-        models = [
-            *([self.base_model] if self.base_model else []),
-            *(m.model for m in self.models or []),
-            *(m.model for module in modules for m in module.models or []),
-            *(source.model for s in slices for source in s.sources),
-        ]
-        return list(dict.fromkeys(models))
+        models = [source.model for group in groups_of(self) for source in group.sources]
+        return list(dict.fromkeys([self.base_model, *models] if self.base_model else models))
 
 
 def ordered(config: MergeConfiguration) -> MergeConfiguration:
@@ -211,10 +204,15 @@ def require(problems: Sequence[Problem]) -> None:
         raise ConfigError(problems)
 
 
-def snapshot_config(
-    method: str, models: Sequence[Path], base: Path | None, parameters: Mapping[str, Any]
-) -> str:
-    """Return the YAML of a merge of saved models; a `weight` that is required is 1 by default."""
+def snapshot_merge(
+    method: str,
+    models: Sequence[Path],
+    base: Path | None,
+    parameters: Mapping[str, Any],
+    device: str,
+    seed: int,
+) -> tuple[str, MergeOptions]:
+    """Return YAML and options of a merge of saved models; a required `weight` is 1 by default."""
     spec = _spec(method)
     asked = spec is not None and any(p.name == "weight" and p.required for p in spec.parameters)
     document: dict[str, Any] = {
@@ -224,22 +222,18 @@ def snapshot_config(
     }
     if base is not None:
         document["base_model"] = os.fspath(base)
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    source = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    tokenizer = any(models[-1].glob("tokenizer*"))
+    # 0 is the seed without one; MergeOptions sets torch's global seed to any other.
+    return source, MergeOptions(
+        quiet=True, device=device, random_seed=seed or None, copy_tokenizer=tokenizer
+    )
 
 
 def needs_base(method: str) -> bool:
     """Whether a registered method cannot do without a base model."""
     spec = _spec(method)
     return spec is not None and bool(spec.contract.base == BasePolicy.REQUIRED)
-
-
-def snapshot_options(folder: Path, device: str, seed: int) -> MergeOptions:
-    """Return the options of a merge of models like that in `folder`."""
-    tokenizer = any(folder.glob("tokenizer*"))
-    # 0 is the seed without one; MergeOptions sets torch's global seed to any other.
-    return MergeOptions(
-        quiet=True, device=device, random_seed=seed or None, copy_tokenizer=tokenizer
-    )
 
 
 def snapshot_problems(source: str, options: MergeOptions) -> Sequence[Problem]:

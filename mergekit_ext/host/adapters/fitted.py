@@ -70,10 +70,12 @@ def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> A
         stored = found.stored_as({own: name for name, own in names.of.items()})
         weights = AdaptedWeights(adapter, stored)
         changed = {*found.weights, *found.biases, *found.saved, *found.added}
-        problems = [
-            *_not_floating(tensors, weights.touched),
-            *_tied(adapter, sorted(changed), config),
-        ]
+        problems = list(_tied(adapter, sorted(changed), config))
+        codes = [n for n, h in tensors.items() if n in weights.touched and h.dtype not in FLOATING]
+        if codes:
+            found = f"{tensors[codes[0]].dtype} in the base, which looks quantised"
+            remedy = "Give the base as it was before quantisation."
+            problems.append(Problem(tensors_at(codes), found, ", ".join(FLOATING), remedy))
         if problems:
             raise ConfigError(problems, f"adapter {adapter.name} on this base")
     except ConfigError as error:
@@ -162,20 +164,6 @@ def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
         return adapter  # of no version of this class
     infos: Any = {new: adapter.infos[name] for new, name in modules.items()}
     return replace(adapter, infos=infos, load=lambda n: adapter.load(modules[n]), saved=saved)
-
-
-def _not_floating(
-    tensors: Mapping[str, TensorHeader], touched: Collection[str]
-) -> Iterator[Problem]:
-    found: dict[str, list[str]] = {}
-    for name, header in tensors.items():
-        if name in touched and header.dtype not in FLOATING:
-            found.setdefault(header.dtype, []).append(name)
-    for dtype, names in found.items():
-        what = f"{dtype} in the base, which looks quantised"
-        expected = f"one of {', '.join(FLOATING)}, which an adapter can be added to"
-        remedy = "Give the base as it was before quantisation."
-        yield Problem(tensors_at(names), what, expected, remedy)
 
 
 def _tied(adapter: Adapter, changed: list[str], config: Any) -> Iterator[Problem]:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
+
 from mergekit_ext.errors import ConfigError, FileError, listing, nearest
 from mergekit_ext.host.adapters.fitted import VARIABLE, adapted_headers, fit, read_adapter
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
-from mergekit_ext.host.inputs import cached_folder, is_offline
+from mergekit_ext.host.inputs import cached_folder
 from mergekit_ext.io.class_model import empty_model
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
@@ -124,7 +126,7 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
         may_be = may_be_hub_name(path.path)
         if may_be and cached_folder(path, None, CONFIG) is not None:
             return True
-        if may_be and not is_offline():
+        if may_be and not is_offline_mode():
             findings.note(
                 f"{where}: the adapter {path} is checked when it has been downloaded, before "
                 "anything is merged."

@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
+
 from mergekit_ext.errors import FileError, listing, one_line
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.adapters import adapted_tensors, merged_beforehand, near
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.inputs import cached_folder, is_offline
+from mergekit_ext.host.inputs import cached_folder
 from mergekit_ext.io.class_model import Loading, loading
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
@@ -127,7 +129,7 @@ def _hub_model(fact: ModelFacts, options: Any, findings: Findings) -> ModelFacts
     folder = cached_folder(model, options)
     if folder is not None and weights_of(folder) is None:
         folder = None
-    if is_offline():
+    if is_offline_mode():
         # mergekit asks the Hub for the list of files even when it has them all.
         remedy = f"Unset HF_HUB_OFFLINE, or give a folder.{near(model.path)}"
         if folder is not None:
