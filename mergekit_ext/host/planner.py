@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,19 +53,13 @@ def extended(stock: type) -> type:
         def plan_tensor(
             self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
         ) -> None:
-            """Plan an optional tensor that has aliases, which stops mergekit's planner.
-
-            mergekit looks for one in the files by adding its list of a name to the tuple of
-            aliases. Here is that look; mergekit plans the tensor as one that is there.
-            """
-            if not (weight.optional and any(w.aliases for w in weights_in)):
-                super().plan_tensor(weight, weights_in, models, cfg_reader)
-            elif any(map(_is_stored, models, weights_in)):
-                there = weight.model_copy(update={"optional": False})
-                super().plan_tensor(there, weights_in, models, cfg_reader)
-                _, task = self._tensors.pop()
-                task = task.model_copy(update={"output_weight": weight})
-                self._tensors.append((weight, task))
+            """Plan a tensor; mergekit adds a list to the aliases of an optional one, a tuple."""
+            if weight.optional:
+                weights_in = [
+                    w.model_copy(update={"aliases": _Aliases(w.aliases)}) if w.aliases else w
+                    for w in weights_in
+                ]
+            super().plan_tensor(weight, weights_in, models, cfg_reader)
 
         def _plan(self) -> None:
             """Plan what this process merges: nothing that is finished, or that others do."""
@@ -110,9 +103,11 @@ def extended(stock: type) -> type:
     return MergePlanner
 
 
-def _is_stored(model: Any, weight: Any) -> bool:
-    stored = LoaderCache().get(model).index.tensor_paths
-    return any(name in stored for name in (weight.name, *(weight.aliases or ())))
+class _Aliases(tuple[str, ...]):
+    """A tuple that can be added to a list."""
+
+    def __radd__(self, other: list[str]) -> list[str]:
+        return [*other, *self]
 
 
 def _forewarn(method: ExtMethod, tasks: Iterable[Any], session: Session) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -170,11 +170,8 @@ def listening(
             listeners.append(JsonLines(path, EVENTS_VARIABLE))
     session = Session(Dispatcher(listeners), out_path, source, options.quiet)
     try:
-        try:
-            with active(session):
-                yield session
-        finally:
-            session.close()
+        with closing(session), active(session):
+            yield session
     except KeyboardInterrupt:
         if session.journal is not None and parallel.current().is_main:
             print(_left(session), file=sys.stderr)  # below the bar, which is closed now

@@ -1,8 +1,7 @@
 """Graph tasks: one tensor merged, one tensor measured, and the statistics graph of the latter.
 
-NAN with granularity ``block`` or ``model`` needs norms of whole groups of tensors before a tensor
-is merged: a first graph measures them. They become parameters of the tasks of the second graph,
-which has no edges between tensors and so stays as parallel as mergekit made it.
+NAN with granularity ``block`` or ``model`` needs norms of whole groups of tensors before one is
+merged. A first graph measures them; the second, which has no edges between tensors, is given them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 from mergekit_ext import parallel
-from mergekit_ext.errors import MergeError, NonFiniteError, printable
+from mergekit_ext.errors import MergeError, printable
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd, TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ext_method
@@ -29,7 +28,6 @@ from mergekit_ext.host.nan_method import GRANULARITIES, NORMS, NanMethod
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import is_counter
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients
 
@@ -61,32 +59,17 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         with seeded(derived(self.seed, name), device):
             try:
                 merged: torch.Tensor | None = super().execute(tensors)
-            except ValueError:
-                _require_same_copied(name, tensors)
-                raise
+            except ValueError as error:
+                if all(tensor.is_floating_point() for tensor in tensors.values()):
+                    raise
+                remedy = "Save the models with the same values, which are copied."
+                raise MergeError(f"{printable(str(error))}. {remedy}") from None
         session = sessions.current()
         if session is not None:
             shape = () if merged is None else tuple(merged.shape)
             details = session.recorded[name].details if name in session.recorded else {}
             session.emit(TensorMerged(name, shape, details, time.perf_counter() - started))
         return merged
-
-
-def _require_same_copied(name: str, tensors: Mapping[ModelReference, torch.Tensor]) -> None:
-    """Refuse what mergekit stops at with an error of its own, which names no models."""
-    (first, start), *others = tensors.items()
-    if all(tensor.is_floating_point() for tensor in tensors.values()):
-        return
-    for model, tensor in tensors.items():
-        if tensor.is_complex() and (count := count_non_finite(tensor)):
-            raise NonFiniteError(name, str(model), count, tensor.numel())
-    for model, tensor in others:
-        if tensor.dtype != start.dtype or not torch.equal(tensor, start):
-            raise MergeError(
-                f"{printable(name)}: found different values of {start.dtype} in {first} and "
-                f"{model}; expected the same ones, because they have no mean and are copied. Save "
-                "the models with the same values, or take one out of the merge."
-            )
 
 
 class MeasureTensorTask(Task[dict[str, float]]):
