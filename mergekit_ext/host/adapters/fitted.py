@@ -73,9 +73,9 @@ def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> A
         problems = list(_tied(adapter, sorted(changed), config))
         codes = [n for n, h in tensors.items() if n in weights.touched and h.dtype not in FLOATING]
         if codes:
-            found = f"{tensors[codes[0]].dtype} in the base, which looks quantised"
+            what = f"{tensors[codes[0]].dtype} in the base, which looks quantised"
             remedy = "Give the base as it was before quantisation."
-            problems.append(Problem(tensors_at(codes), found, ", ".join(FLOATING), remedy))
+            problems.append(Problem(tensors_at(codes), what, ", ".join(FLOATING), remedy))
         if problems:
             raise ConfigError(problems, f"adapter {adapter.name} on this base")
     except ConfigError as error:
