@@ -121,36 +121,29 @@ def extended(
     options: MergeOptions,
     config_source: str | None = None,
 ) -> None:
-    """Extend ``run_merge``: merges with the project's methods are `merge`."""
+    """Extend ``run_merge``: merges with the project's methods are `merge`.
+
+    Models that mergekit merges itself are checked. A problem stops it where an adapter is applied
+    while reading; otherwise it is a warning.
+    """
     # An unknown name is probably one of ours, misspelt: the checks know the nearest.
-    if is_stock(merge_config.merge_method):
-        with _checked_models(merge_config, options):
-            stock(merge_config, out_path, options, config_source)
-    else:
+    if not is_stock(merge_config.merge_method):
         with for_commands():
             merge(merge_config, out_path, options, config_source=config_source)
-
-
-@contextmanager
-def _checked_models(config: MergeConfiguration, options: MergeOptions) -> Iterator[None]:
-    """Check the models around a merge by mergekit itself.
-
-    A problem stops it where an adapter is applied while reading; otherwise it is a warning.
-    """
-    models = list(models_at(config))
-    adapted = any(map(applies, models))
-    if not adapted and not all(os.path.isdir(model.model.path) for model in models):
-        yield  # what mergekit downloads is looked at by mergekit
         return
+    models = list(models_at(merge_config))
+    adapted = any(map(applies, models))
     # Pickles that mergekit's own methods read are mergekit's to refuse.
     with allowing_pickles(True), _fresh_loaders():
-        with for_commands():
-            report = models_of_stock(config, options)
-            if adapted:
-                require(report.problems)
-            _warn([*map(str, report.problems), *report.warnings])
+        # What mergekit downloads is looked at by mergekit.
+        if adapted or all(os.path.isdir(model.model.path) for model in models):
+            with for_commands():
+                report = models_of_stock(merge_config, options)
+                if adapted:
+                    require(report.problems)
+                _warn([*map(str, report.problems), *report.warnings])
         with for_commands() if adapted else nullcontext():
-            yield
+            stock(merge_config, out_path, options, config_source)
 
 
 def _warn(texts: Iterable[str]) -> None:
