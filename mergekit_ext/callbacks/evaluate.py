@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergekit_ext import flexmerge
 from mergekit_ext.callbacks.trainer import is_main, unwrapped
 from mergekit_ext.events import LOG_HOOKS, Callback, MergeEnd, require_hooks, takes
@@ -58,7 +60,9 @@ class Evaluate(Callback):
 
     def __call__(self, model: Any, task: str) -> dict[str, float]:
         """Return the scores of one model; `EvaluationError` if they are no finite numbers."""
-        return self._score("a model", task, model)
+        with torch.no_grad(), evaluating(model):
+            returned = self._function(model, task)
+        return checked_scores(returned, task, f"task {task}", self._metrics)
 
     def on_merge_end(self, event: MergeEnd) -> None:
         if not event.output:  # a merge in memory
@@ -94,16 +98,9 @@ class Evaluate(Callback):
                 self._log.log({f"{task}/{metric}": v for metric, v in found.items()}, step)
 
     def _keep(self, where: str, task: str, model: Any) -> dict[str, float]:
-        found = self._score(where, task, model)
+        found = self(model, task)
         self.found.append({"where": where, "task": task, "scores": found})
         return found
-
-    def _score(self, where: str, task: str, model: Any) -> dict[str, float]:
-        import torch
-
-        with torch.no_grad(), evaluating(model):
-            returned = self._function(model, task)
-        return checked_scores(returned, task, f"{where} on task {task}", self._metrics)
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+"""Tables, files and plots of an analysis and of an accuracy-size curve."""
+
 from __future__ import annotations
 
 import csv
@@ -11,7 +13,11 @@ from mergekit_ext.report.tables import (
     mean,
     normalised_mean,
     plot,
+    plot_similarity,
+    similarity_table,
+    steps_table,
     write_curve_tables,
+    write_rows,
 )
 
 REFERENCE = {"a": {"accuracy": 0.8, "f1": 0.5}, "b": {"accuracy": 0.4}}
@@ -64,18 +70,83 @@ def test_json_holds_everything(tmp_path):
     assert json.loads(path.read_text())["points"][0]["normalised"]["accuracy"] is None
 
 
-@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
-def test_plot(tmp_path, suffix, magic):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / f"sizes.{suffix}"
-    plot(path, [point(size=3), point(), point("emr", 2)], REFERENCE, "accuracy")
-    assert path.read_bytes().startswith(magic)
+def block(name, kind, depth, *cosines):
+    found = {"block": name, "kind": kind, "depth": depth, "elements": 40}
+    return {**found, **dict(zip(("lowest", "mean", "highest"), cosines, strict=True)), "norm/a": 1}
 
 
-def test_the_lines_of_the_plot(tmp_path, monkeypatch):
+def step(number):
+    found = {"merges": number, "models": 2 - number / 100, "bytes": 2000 - number}
+    if number == 0:
+        return {**found, "similarity": None, "block": "", "groups": ""}
+    similarity = 1 / 3 - number / 100
+    return {**found, "similarity": similarity, "block": f"block{number}", "groups": "a + b"}
+
+
+BLOCKS = [
+    block("embed", "embedding", None, -0.25, 0.0, 0.25),
+    block("layers.0.attention", "attention", 0, 0.1, 0.2, 0.3),
+    block("layers.0.norm1", "norm", 0, 0.4, 0.4, 0.4),
+    block("layers.0.norm2", "norm", 0, 0.6, 0.6, 0.6),
+    block("layers.1.attention", "attention", 1, 0.7, 0.8, 0.9),
+]
+STEPS = [step(number) for number in range(101)]
+
+
+def test_similarity_table():
+    head, *lines = similarity_table(BLOCKS).splitlines()
+    assert head.split() == ["block", "kind", "lowest", "mean", "highest"]
+    assert lines[0].split() == ["embed", "embedding", "-0.250", "0.000", "0.250"]
+    assert len(lines) == len(BLOCKS) and len({len(line) for line in (head, *lines)}) == 1
+
+
+def test_steps_table_shows_the_ends_and_what_lies_between():
+    head, *lines = steps_table(STEPS, rows=5).splitlines()
+    assert head.split()[:4] == ["merges", "size", "bytes", "similarity"]
+    assert [int(line.split()[0]) for line in lines] == [0, 25, 50, 75, 100]
+    assert lines[0].split() == ["0", "2.000", "2,000"]
+    assert lines[-1].split() == ["100", "1.000", "1,900", "-0.667", "block100:", "a", "+", "b"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 11, 12, 13])
+def test_few_steps_are_all_shown(count):
+    lines = steps_table(STEPS[:count]).splitlines()[1:]
+    assert len(lines) == min(count, 12)
+    assert int(lines[-1].split()[0]) == count - 1
+
+
+@pytest.mark.parametrize("rows", [BLOCKS, STEPS])
+def test_rows_as_they_are_read(rows, tmp_path):
+    path = tmp_path / "rows.csv"
+    write_rows(path, rows)
+    assert b"\r" not in path.read_bytes()
+    with path.open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    # Every digit of a number; nothing where there is none.
+    assert found == [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
+    ]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
     figure = pytest.importorskip("matplotlib.figure")
-    drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    pictures = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: pictures.append(self))
+    return pictures
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_the_format_of_a_plot_is_that_of_its_name(tmp_path, suffix, magic):
+    pytest.importorskip("matplotlib")
+    curve, similarity = tmp_path / f"sizes.{suffix}", tmp_path / f"similarity.{suffix}"
+    plot(curve, [point(size=3), point(), point("emr", 2)], REFERENCE, "accuracy")
+    plot_similarity(similarity, BLOCKS, STEPS)
+    assert curve.read_bytes().startswith(magic) and similarity.read_bytes().startswith(magic)
+
+
+def test_the_lines_of_a_curve(tmp_path, drawn):
     points = [point(size=3, a=0.8), point(), point("emr", 2)]
     plot(tmp_path / "x.png", points, REFERENCE, "accuracy")
     (axes,) = drawn[0].axes
@@ -84,6 +155,19 @@ def test_the_lines_of_the_plot(tmp_path, monkeypatch):
     assert ties.get_label() == "ties" and list(ties.get_xdata()) == [1, 3]
     assert list(ties.get_ydata()) == pytest.approx([0.75, 1.0])
     assert emr.get_label() == "emr" and len(emr.get_xdata()) == 1
+
+
+def test_the_lines_of_similarities(tmp_path, drawn):
+    plot_similarity(tmp_path / "x.png", BLOCKS, STEPS)
+    left, right = drawn[0].axes
+    attention, norm = left.get_lines()
+    assert attention.get_label() == "attention" and list(attention.get_xdata()) == [0, 1]
+    assert list(attention.get_ydata()) == [0.2, 0.8]
+    assert norm.get_label() == "norm" and list(norm.get_ydata()) == [0.5]
+    (sizes,) = right.get_lines()
+    assert list(sizes.get_ydata()) == [step["models"] for step in STEPS]
+    plot_similarity(tmp_path / "x.png", BLOCKS[:1], STEPS[:1])  # without layers
+    assert not drawn[1].axes[0].get_lines()
 
 
 def test_plot_says_what_it_cannot_draw(tmp_path):
