@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from mergekit_ext.host.commands import for_commands
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.parallel import Ranks, launched
 
-_IN = click.Path(exists=True, dir_okay=False, path_type=Path)
-_SHARED: tuple[Callable[[Any], Any], ...] = (
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     add_merge_options,
     click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB"),
     click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust"),
+)
+_PATHS = (
     click.argument("out_path", type=click.Path(path_type=Path)),
-    click.argument("config_file", type=_IN),
+    click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
 )
 events_option = click.option(
     "--events",
@@ -36,8 +37,13 @@ events_option = click.option(
 )
 
 
-def merging(function: Callable[..., None], *, shared: bool = False) -> Any:
-    """Return a subcommand with two paths, mergekit's options, and the limits, which are in force.
+def merging(
+    function: Callable[..., None],
+    *,
+    shared: bool = False,
+    paths: Sequence[Callable[[Any], Any]] = _PATHS,
+) -> Any:
+    """Return a subcommand with mergekit's options, and limits that are in force while it runs.
 
     Several processes are refused unless the work is `shared` by them.
     """
@@ -49,7 +55,7 @@ def merging(function: Callable[..., None], *, shared: bool = False) -> Any:
             function(**given)
 
     command: Any = run
-    for decorate in (*_SHARED, click.command(cls=PrettyPrintHelp)):
+    for decorate in (*_OPTIONS, *paths, click.command(cls=PrettyPrintHelp)):
         command = decorate(command)
     return command
 
