@@ -46,24 +46,14 @@ def choice(*names: str) -> Any:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method, as it stands in YAML.
-
-    Attributes:
-        name: in YAML (`lambda`, `density`).
-        kind: its type, as pydantic understands it; ``X | None`` where leaving it out means
-            something.
-        default: `REQUIRED` if there is none.
-        description: one line for documentation and errors.
-        per_model: one value for each input; otherwise one for the merge.
-        remedy: what to write, where the type's own message does not say it.
-    """
+    """One parameter of a method, as it stands in YAML."""
 
     name: str
-    kind: Any
+    kind: Any  # pydantic's; `X | None` where leaving it out means something
     default: Any = REQUIRED
-    description: str = ""
-    per_model: bool = False
-    remedy: str = ""
+    description: str = ""  # one line for documentation and errors
+    per_model: bool = False  # one value for each input; otherwise one for the merge
+    remedy: str = ""  # what to write, where the type's own message does not say it
 
     @property
     def required(self) -> bool:

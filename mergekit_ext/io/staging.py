@@ -7,8 +7,7 @@ The staging directory of an output is hidden and lies beside it. It holds::
     journal-*       the finished pieces (`mergekit_ext.io.journal`)
     <name>/         what becomes the output
 
-A process that is killed leaves it. The next one that writes the same output continues in it if its
-identity is the same, and removes it otherwise.
+A killed process leaves it; the next one continues in it if its identity is the same.
 """
 
 from __future__ import annotations
@@ -66,18 +65,9 @@ def staged(
 
     If `out_path` is a folder already, its weights give way to the new ones, other files of the same
     name are replaced, and the rest stays: it stays loadable, or becomes incomplete, but is never a
-    mixture. After an error nothing is left, unless there is an identity and the machine or the user
-    stopped the work (`is_resumable`).
-
-    Args:
-        out_path: the folder that the output becomes.
-        identity: whatever decides the output, by names that a user understands; None if no later
-            process may continue.
-        restart: remove what is left, whatever its identity.
-
-    Raises:
-        ConfigError: another process writes the same output, or something that is no staging
-            directory of this user has its name.
+    mixture. After an error nothing is left, unless the machine or the user stopped the work
+    (`is_resumable`) and there is an `identity`: whatever decides the output, by names that a user
+    understands. `restart` removes what is left, whatever its identity.
     """
     target = Path(out_path).resolve()
     staging = _directory(target)
@@ -137,15 +127,10 @@ def place_problems(
     empty: bool = False,
     needed: int = 0,
 ) -> Iterator[Problem]:
-    """Yield what keeps an output from being written.
+    """Yield what keeps an output from being written, which messages call `where`.
 
-    Args:
-        out_path: the folder that will be written.
-        where: what messages call it.
-        inputs: local folders or files that the merge reads; other names are passed over.
-        empty: whether the folder has to be new or empty.
-        needed: bytes that the output takes beside what it replaces. What an earlier process has
-            left in its staging directory counts as free: it is used, or removed.
+    Of `inputs` names that are no files are passed over; an `empty` folder may be missing; `needed`
+    are the bytes beside what the output replaces. What an earlier process has left counts as free.
     """
     try:
         if empty and str(out_path).startswith("~"):  # which callers have expanded

@@ -3,15 +3,7 @@ r"""Sparsify each change, then add up what agrees: TIES, DARE, DELLA, Breadcrumb
 One form for all, that of mergekit's generalised task arithmetic: with
 :math:`d_i = w_i\,\mathrm{sparsify}(t_i)`, the sum of the :math:`d_i` (with an election: of those
 that have the sign of :math:`\sum_i d_i` in an entry), divided by the sum of their weights if
-`normalize`, times `lambda`.
-
-| method | drops | elects | normalises |
-|---|---|---|---|
-| `ties` | small magnitudes | yes | yes |
-| `magnitude_prune` | small magnitudes | no | no |
-| `dare_ties`, `dare_linear` | at random | yes, no | no |
-| `della`, `della_linear` | at random, small ones more likely | yes, no | yes, no |
-| `breadcrumbs_ties`, `breadcrumbs` | small and the largest magnitudes | yes, no | no |
+`normalize`, times `lambda`. `_FAMILY` says which method drops, elects and normalises what.
 
 Yadav et al. 2023, "TIES-Merging", section 3; Yu et al. 2024, "Language Models are Super Mario";
 Deep et al. 2024, "DELLA-Merging", section 3; Davari and Belilovsky 2024, "Model Breadcrumbs".
