@@ -134,15 +134,12 @@ class MatmulShrinker:
     P and sign are limits of ``Y <- rho/2 (3 Y - rho^2 Y Y^T Y)``: Newton-Schulz with the scaling
     ``rho^2 = 3 / (1 + l + l^2)`` that is best for singular values in ``[l, 1]`` (Chen and Chow
     2014, "A stable scaling of Newton-Schulz for improving the sign function computation of a
-    Hermitian matrix"). P need only be right for singular values above mu, since the projection
-    takes away the others; and sign may be wrong for eigenvalues within a small distance of zero,
-    where ``M sign(M)`` is small whatever the sign. X itself is iterated on, not its square, so that
-    float32 loses no precision to a squared condition number.
+    Hermitian matrix"). P need only be right for singular values above mu, and sign for eigenvalues
+    not near zero. X itself is iterated on, not its square, so that float32 loses no precision.
 
-    About 2 products per factor 2.6 in ``sigma_1/mu`` and in ``1/RESOLUTION``, and 7 more: some 45
-    in float32 at ``mu = 0.1 sigma_1``. The first calls use the dtype of the data, `settle` and
-    everything after it float64. Scratch: four matrices of that dtype. Ranks (not thresholds) are
-    cut with an eigendecomposition.
+    Some 45 products in float32 at ``mu = 0.1 sigma_1``. The first calls use the dtype of the data,
+    `settle` and everything after it float64. Scratch: four matrices of that dtype. Ranks (not
+    thresholds) are cut with an eigendecomposition.
     """
 
     def __init__(self) -> None:

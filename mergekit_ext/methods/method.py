@@ -85,9 +85,8 @@ class Method:
         variants: for a driver the parameters that differ there, by name; None takes one away.
         weighs: whether `merge` applies `Call.weights`; otherwise it is given ``w_i t_i``.
         base: whether full models need a base.
-        invariant: whether, with these options, rotating all inputs by the same orthogonal
-            matrices rotates the result likewise, so that the small core of a LoRA can stand in
-            for its change.
+        invariant: whether, with these options, rotating all inputs rotates the result likewise, so
+            that the small core of a LoRA can stand in for its change.
         elementwise: whether each entry of the result depends on the same entries of the inputs.
         matrices: whether it acts on each matrix of a block by itself.
         over_base: ``over_base(base, models, call, dtype)``: the merged weight from the tensors as
@@ -103,9 +102,9 @@ class Method:
         check: ``check(options, inputs)``: what is wrong with the shared parameters together.
         check_each: what is wrong with the per-model parameters of one input together.
         forewarn: ``forewarn(options, inputs)``: warnings before anything is read.
-        after: ``after(name, records)``: warnings about a finished merge; records are what was
-            reported of each tensor or module.
-        copies: see `memory.Copies`; of a tensor, which `merge` holds at once.
+        after: ``after(name, records)``: warnings about a finished merge, of which `records` are
+            the reports of each tensor or module.
+        copies: see `memory.Copies`.
         divides: whether the sum is divided by that of the weights with these options.
         nan: whether the weights are multiplied by NAN's coefficients.
     """
