@@ -47,9 +47,6 @@ class StoredFile:
         except FileError as error:
             problem = replace(error.problem, where=file.path)
             raise CheckpointError([problem], str(root)) from None
-        except (SafetensorError, OSError) as error:
-            problem = Problem(file.path, str(error), "a safetensors file", _DAMAGED)
-            raise CheckpointError([problem], str(root)) from None
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, on the CPU; its storage is the mapped file."""

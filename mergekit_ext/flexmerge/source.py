@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,27 +21,33 @@ from mergekit_ext.io.headers import TensorHeader
 _READ_AHEAD = 128 << 10
 
 
-class Source(ABC):
-    """The stored tensors of one model; a header's own name is that of its tensor in the file.
+class Source:
+    """The stored tensors of one model, which `load` returns by their stored names.
 
-    `files` are where they lie, so that a change can be noticed.
+    A header's own name is the stored one. `files` are where they lie, so that a change can be
+    noticed.
     """
 
     def __init__(
-        self, name: str, tensors: Mapping[str, TensorHeader], files: Collection[Path] = ()
+        self,
+        name: str,
+        tensors: Mapping[str, TensorHeader],
+        load: Callable[[str], Tensor],
+        files: Collection[Path] = (),
     ):
         self.name, self.tensors, self.files = name, tensors, files
+        self._load = load
 
-    @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """Return the stored tensor; mapped, where that is possible, so that it costs no memory."""
+        return self._load(self.tensors[name].name)
 
     def read(self, name: str, out: Tensor) -> None:
         """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
         stored = self.tensor(name).contiguous().reshape(-1)
         out.view(torch.uint8).copy_(stored.view(torch.uint8))
 
-    def expect(self, name: str) -> None:  # noqa: B027
+    def expect(self, name: str) -> None:
         """Prepare for a `read` that comes soon."""
 
 
@@ -54,13 +59,14 @@ class FileSource(Source):
     """
 
     def __init__(self, name: str, tensors: Mapping[str, TensorHeader]):
-        found = {header.file for header in tensors.values() if header.file is not None}
-        super().__init__(name, tensors, found)
+        files = {header.name: header.file for header in tensors.values() if header.file is not None}
 
-    def tensor(self, name: str) -> Tensor:
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            mapped: Tensor = file.get_tensor(self.tensors[name].name)
-        return mapped
+        def mapped(stored: str) -> Tensor:
+            with safe_open(files[stored], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(stored)
+            return tensor
+
+        super().__init__(name, tensors, mapped, {*files.values()})
 
     def read(self, name: str, out: Tensor) -> None:
         header = self.tensors[name]
@@ -87,23 +93,6 @@ class FileSource(Source):
                 os.posix_fadvise(descriptor, start, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)
-
-
-class LoadedSource(Source):
-    """Tensors that `load` returns by their stored names: those of pickles."""
-
-    def __init__(
-        self,
-        name: str,
-        tensors: Mapping[str, TensorHeader],
-        load: Callable[[str], Tensor],
-        files: Collection[Path] = (),
-    ):
-        super().__init__(name, tensors, files)
-        self._load = load
-
-    def tensor(self, name: str) -> Tensor:
-        return self._load(self.tensors[name].name)
 
 
 @dataclass(frozen=True)

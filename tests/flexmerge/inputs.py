@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.layout import FLOATING, Layout
-from mergekit_ext.flexmerge.source import BlockReader, LoadedSource
+from mergekit_ext.flexmerge.source import BlockReader, Source
 from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from mergekit_ext.methods import BLOCKS, methods
@@ -53,8 +53,8 @@ def reader(
     return BlockReader(layout(base, models, granularity), source("base", base), sources, device)
 
 
-def source(name: str, state: State) -> LoadedSource:
-    return LoadedSource(name, headers(state), state.__getitem__)
+def source(name: str, state: State) -> Source:
+    return Source(name, headers(state), state.__getitem__)
 
 
 SHAPES: Mapping[str, tuple[int, ...]] = {

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME, find, save, subject_of
-from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource
+from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import read_folder
 from tests.flexmerge.inputs import family
@@ -90,7 +90,7 @@ def test_a_changed_pickle_is_another_subject(tmp_path):
         torch.save(value, path)
         os.utime(path, ns=(len(digests) * 10**9,) * 2)
         headers = read_folder(tmp_path, allow_pickle=True)
-        source = LoadedSource("m", headers, value.__getitem__, [path])
+        source = Source("m", headers, value.__getitem__, [path])
         layout = make_layout(("a", "b"), [headers] * 3)
         digests.append(subject_of(BlockReader(layout, source, [source] * 2)))
     assert digests[0] != digests[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource
+from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.io.headers import read_safetensors
 from tests.flexmerge.inputs import family, headers, layout, reader, source
 
@@ -33,9 +33,7 @@ def test_bytes_come_as_they_are_stored(kind, tmp_path):
         source = file_source(tmp_path / "m.safetensors", state)
     else:
         # Loaders may hand out views of larger tensors.
-        source = LoadedSource(
-            "m", headers(state), lambda n: torch.stack([state[n]] * 2, -1)[..., 0]
-        )
+        source = Source("m", headers(state), lambda n: torch.stack([state[n]] * 2, -1)[..., 0])
     for name, tensor in state.items():
         out = torch.full((tensor.numel(),), 7).to(tensor.dtype)
         source.read(name, out)
@@ -45,7 +43,7 @@ def test_bytes_come_as_they_are_stored(kind, tmp_path):
 
 def test_bit_patterns_survive():
     bits = torch.tensor([0x7FC1, -0x8000, 0x7F80, 1], dtype=torch.int16).view(torch.bfloat16)
-    source = LoadedSource("m", headers({"w": bits}), lambda n: bits)
+    source = Source("m", headers({"w": bits}), lambda n: bits)
     out = torch.zeros(4, dtype=torch.bfloat16)
     source.read("w", out)
     assert torch.equal(out.view(torch.int16), bits.view(torch.int16))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem, listing, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.flexmerge.source import LoadedSource, Source
+from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.io.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from peft_merge.adapter import Adapter
@@ -110,7 +110,7 @@ def adapted_headers(
     }
 
 
-class AdaptedSource(LoadedSource):
+class AdaptedSource(Source):
     """The tensors of a base with an adapter, as FlexMerge reads models.
 
     `tensors` have the dtypes that they are read in; `base` has its own by their stored names. The

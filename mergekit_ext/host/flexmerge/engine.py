@@ -33,7 +33,7 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
-from mergekit_ext.flexmerge.source import BlockReader, FileSource, LoadedSource, Source
+from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.flexmerge.storage import StoredGroup, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host import session as sessions
@@ -213,7 +213,7 @@ def open_inputs(prepared: Prepared) -> tuple[BlockReader, Sequence[Path]]:
     def opened(reference: Any, folder: Path, tensors: Headers) -> Source:
         if all(header.file is not None for header in tensors.values()):
             return FileSource(str(reference), tensors)
-        return LoadedSource(
+        return Source(
             str(reference), tensors, LoaderCache().get(reference).get_tensor, _files(folder)
         )
 
