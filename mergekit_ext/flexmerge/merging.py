@@ -21,15 +21,6 @@ from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.flexmerge.storage import Place, StoredGroup, sources, stored
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
-# Tensors that are only copied may have dtypes without arithmetic.
-EIGHT_BITS = {
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-}
-COPIED = {**EIGHT_BITS, "C64": torch.complex64}
 # Below this share of a dtype's largest value no rounding leads out of its range.
 _SAFE_RANGE = 0.9
 
@@ -38,7 +29,7 @@ def require_finite(tensor: Tensor, name: str, task: str) -> None:
     """Raise `NonFiniteError` if a tensor of a task holds NaN or infinity; integers never do."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return
-    wide = tensor.float() if tensor.dtype in EIGHT_BITS.values() else tensor
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     if not all_finite(torch.view_as_real(wide) if wide.is_complex() else wide):
         raise NonFiniteError(name, task, count_non_finite(wide), wide.numel())
 

@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.files import digest_of, link_model
-from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
+from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, SHARDS, Manifest, ShardFile
-from mergekit_ext.flexmerge.merging import COPIED, Merging, block_tensors, require_finite
+from mergekit_ext.flexmerge.merging import Merging, block_tensors, require_finite
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.storage import Place, StoredGroup, stored_of
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.headers import PACKED, TensorHeader, dtype_name
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.planned_files import PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.parallel import current
@@ -30,6 +31,7 @@ from mergekit_ext.parallel import current
 # By task, the rescaler of its masked group.
 Rescale = dict[int, float]
 _KIND = "piece"  # of the lines in the journal
+_DTYPES = {dtype_name(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 
 @dataclass
@@ -117,8 +119,8 @@ def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
 
     def copied() -> Iterator[tuple[Place, str, Tensor]]:
         tensor = reader.read_stored(task, header.name)
-        if (dtype := (FLOATING | COPIED).get(header.dtype)) is not None:
-            require_finite(tensor.view(dtype), header.name, owner)
+        if header.dtype in _DTYPES and header.dtype not in PACKED:
+            require_finite(tensor.view(_DTYPES[header.dtype]), header.name, owner)
         yield place, header.name, tensor
 
     return Piece(f"{owner}/{header.name}", header.nbytes, [], [(place, header)], copied())

@@ -12,10 +12,10 @@ import torch
 from mergekit_ext.core.memory import Need, square_of, working
 from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import BlockLayout
-from mergekit_ext.flexmerge.merging import EIGHT_BITS
 from mergekit_ext.host.checks.estimate import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
+from mergekit_ext.io.headers import NARROW
 from mergekit_ext.kernels.numerics import chunk_length
 
 _REMEDY = (
@@ -65,7 +65,7 @@ def need_of(prepared: Prepared, scored: float | None = None) -> Need:
     parts = [part for block in layout.blocks for part in block.parts]
     private = list(itertools.chain.from_iterable(layout.private))
     shapes = {part.name: part.shape for part in parts} | {h.name: h.shape for h in private}
-    changed = {header.name for header in private if header.dtype in EIGHT_BITS} | prepared.adapted
+    changed = {header.name for header in private if header.dtype in NARROW} | prepared.adapted
     largest_changed = max((math.prod(shapes[n]) for n in changed if n in shapes), default=0)
     stored = [
         *(
