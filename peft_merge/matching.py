@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import methodcaller
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 
 from mergekit_ext.errors import ConfigError, Problem, listing
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo
-from peft_merge.io.names import one_expert, unwrapped
+from peft_merge.io.names import Targets, one_expert, unwrapped
+from peft_merge.weights import AdaptedWeights
 
 Shape = Sequence[int]
 Rename = Callable[[str], str]
@@ -35,45 +36,19 @@ Choices = Mapping[str, list[str]]
 _ATTENTION = "in_proj_weight"
 _WEIGHT_NAMES = ("weight", _ATTENTION)
 _SHOWN = 6
-_BY_PEFT = "Merge this adapter into its base with PEFT and use the merged model."
+_TRAINED_ON = "Take the model that the adapter was trained on"
+_BY_PEFT = "Merge this adapter into its base with the PEFT that trained it, and use that model."
 _BY_CLASS = (
     "Put the config.json of the base beside its weights: the class in it decides, if it is one of "
     "transformers."
 )
 
 
-@dataclass
-class Match:
-    """Where an adapter's changes go.
-
-    Attributes:
-        weights: tensors of the base -> the modules that adapt them.
-        biases: biases of the base -> the modules that change them.
-        saved: tensors of the base that the adapter replaces -> their names in the adapter.
-        added: tensors that the adapter brings and the base lacks -> their names in the adapter.
-        transposed: modules whose weight the base stores as (columns, rows).
-    """
-
-    weights: dict[str, str] = field(default_factory=dict)
-    biases: dict[str, str] = field(default_factory=dict)
-    saved: dict[str, str] = field(default_factory=dict)
-    added: dict[str, str] = field(default_factory=dict)
-    transposed: dict[str, bool] = field(default_factory=dict)
-
-    def stored_as(self, names: Mapping[str, str]) -> Match:
-        """Return the same with other names of the base's tensors, all of which are in `names`."""
-        weights, biases, saved = (
-            {names[tensor]: own for tensor, own in part.items()}
-            for part in (self.weights, self.biases, self.saved)
-        )
-        return replace(self, weights=weights, biases=biases, saved=saved)
-
-
 def match(
     adapter: Adapter,
     shapes: Mapping[str, Shape],
     transposed: Orientation = lambda name: None,
-) -> Match:
+) -> AdaptedWeights:
     """Match modules and whole tensors of an adapter with the tensors of a base.
 
     Names are taken as they are; if some module then has no tensor, one outer prefix may be missing
@@ -82,8 +57,8 @@ def match(
     Args:
         adapter: LoRA or (IA)^3.
         shapes: every tensor of the base and its shape.
-        transposed: whether the base's class stores a weight transposed, None if it does not say;
-            asked for square weights, see `class_orientation`.
+        transposed: whether the base's class stores a square weight transposed, see
+            `class_orientation`.
 
     Raises:
         ConfigError: modules without a tensor, ambiguous names or orientations, shapes that do not
@@ -100,45 +75,48 @@ class _Matcher:
     def __init__(self, adapter: Adapter, shapes: Mapping[str, Shape]):
         self.problems: list[Problem] = []
         self._adapter, self._shapes, self._infos = adapter, shapes, adapter.infos
-        self._targets = list(adapter.config.get("target_parameters") or ())
+        self._targets = Targets(adapter.config)
 
-    def match(self, transposed: Orientation) -> Match:
+    def match(self, transposed: Orientation) -> AdaptedWeights:
+        adapter = self._adapter
         rename, choices = self._named()
         modules = self._assigned(choices)
-        found = Match(weights={tensor: module for module, tensor in modules.items()})
-        for stored in self._adapter.saved:
-            plain = unwrapped(stored)
-            name = rename(plain) if rename(plain) in self._shapes else plain
-            (found.saved if name in self._shapes else found.added)[name] = stored
-        if self._adapter.config.get("layer_replication"):
+        if adapter.config.get("layer_replication"):
             expected = "an adapter of the base's own layers"
             remedy = "Write the replicated model first, or merge with PEFT."
             self._wrong("layer_replication", expected, remedy)
+        biases = {}
         for module, tensor in modules.items():
             # PEFT 0.21 adds the change of out_proj twice (tuners/lora/layer.py, MultiheadAttention,
             # merge and forward). No file says whether an adapter was trained that way.
             if tensor.endswith(f".{_ATTENTION}"):
                 what = "a LoRA of torch's MultiheadAttention, whose out_proj PEFT changes twice"
                 expected = "a change that is the same in every version of PEFT"
-                remedy = "Merge it into its base with the PEFT that trained it, and use that model."
-                self._wrong(what, expected, remedy, module)
+                self._wrong(what, expected, _BY_PEFT, module)
             info, bias = self._infos[module], tensor.removesuffix("weight") + "bias"
             if not (info.bias if isinstance(info, ModuleInfo) else not info.feedforward):
                 continue
             if bias in self._shapes:
-                found.biases[bias] = module
+                biases[bias] = module
             elif isinstance(info, ModuleInfo):
                 expected = f"a bias in the base to add it to ({bias})"
                 remedy = "Give the base model that bias (zeros), or train without lora_bias."
                 self._wrong("a trained bias of B (lora_bias)", expected, remedy, module)
-        own = {name: tuple(self._adapter.saved[key]().shape) for name, key in found.saved.items()}
-        for name, shape in own.items():
-            if shape != (wanted := tuple(self._shapes[name])):
-                what = f"the whole tensor in the shape {shape}, and {wanted} in the base"
+        saved, added, own = {}, {}, dict[str, Shape]()
+        for stored, read in adapter.saved.items():
+            plain = unwrapped(stored)
+            name = rename(plain) if rename(plain) in self._shapes else plain
+            if name not in self._shapes:
+                added[name] = read
+                continue
+            saved[name], own[name] = stored, tuple(read().shape)
+            if own[name] != (wanted := tuple(self._shapes[name])):
+                what = f"the whole tensor in the shape {own[name]}, and {wanted} in the base"
                 remedy = "Resize the base (its vocabulary, or its head) as it was when the adapter "
                 self._wrong(what, "one shape", f"{remedy}was trained, and save it.", name)
-        found.transposed = self._oriented(modules, {**self._shapes, **own}, transposed)
-        return found
+        ways = self._oriented(modules, {**self._shapes, **own}, transposed)
+        weights = {tensor: module for module, tensor in modules.items()}
+        return AdaptedWeights(adapter, weights, biases, saved, added, ways)
 
     def _wrong(self, found: str, expected: str, remedy: str, module: str = "") -> None:
         where = f"adapter {self._adapter.name}"
@@ -152,12 +130,8 @@ class _Matcher:
     def _candidates(self, module: str) -> list[str]:
         """Names that the module's weight may have in a base, the likeliest first."""
         owner = unwrapped(module)
-        names = [] if self._is_parameter(module) else [f"{owner}.{part}" for part in _WEIGHT_NAMES]
-        for target in self._targets:
-            name = f"{owner}.{target.rpartition('.')[2]}"
-            if f".{name}".endswith(f".{target}"):
-                names.append(name)
-        return list(dict.fromkeys(names))
+        leaves = self._targets.parameters(owner) if self._is_parameter(module) else _WEIGHT_NAMES
+        return [f"{owner}.{leaf}" for leaf in leaves]
 
     def _found(self, module: str, rename: Rename) -> list[str]:
         names = [name for name in map(rename, self._candidates(module)) if name in self._shapes]
@@ -180,44 +154,35 @@ class _Matcher:
         fits: list[tuple[Rename, Choices]] = []
         for rename in self._renames():
             choices = self._choices(rename)
-            if choices is not None and rename is str:
-                return str, choices
             if choices is not None and all(choices != other for _, other in fits):
                 fits.append((rename, choices))
+            if fits and rename is str:
+                break
         if len(fits) == 1:
             return fits[0]
         remedy = (
-            "Take the model that the adapter was trained on, stored under the names of its "
-            "modules. A tied head (lm_head) is not stored: untie and save the base first."
+            f"{_TRAINED_ON}, stored under the names of its modules. A tied head (lm_head) is not "
+            "stored: untie and save the base first."
         )
         lost = [module for module in self._infos if not self._found(module, str)]
-        stacks = filter(self._is_parameter, lost)
+        expected = "tensors of these names in the base model (with or without one outer prefix)"
+        what = f"{len(lost)} adapted modules without a tensor: {listing(lost, _SHOWN)}"
+        stacks = (one_expert(m, self._shapes) for m in lost if self._is_parameter(m))
         if fits:
             ways = ", ".join(sorted(next(iter(found.values()))[0] for _, found in fits))
-            what, expected = (
-                f"several tensors that {next(iter(self._infos))} could be: {ways}",
-                "one",
-            )
-        elif one := next(filter(None, (one_expert(m, self._shapes) for m in stacks)), None):
-            listed = ", ".join(self._targets)
-            what = f"target_parameters ({listed}), which this base stores expert by expert ({one})"
-            expected = "the experts of a module in one tensor, as target_parameters adapt them"
-            remedy = ""
-        else:
-            what = f"{len(lost)} adapted modules without a tensor: {listing(lost, _SHOWN)}"
-            expected = "tensors of these names in the base model (with or without one outer prefix)"
+            what = f"several tensors that {next(iter(self._infos))} could be: {ways}"
+        elif one := next(filter(None, stacks), None):
+            what = f"target_parameters, which this base stores expert by expert ({one})"
+            expected, remedy = "the experts of a module in one tensor", ""
         self._wrong(what, expected, remedy)
         return str, {}
 
     def _renames(self) -> Iterator[Rename]:
         yield str  # names as they are
-        prefixes: dict[str, None] = {}
-        for module in self._infos:
-            parts = unwrapped(module).split(".")
-            prefixes.update((".".join(parts[:end]) + ".", None) for end in range(1, len(parts)))
-        for prefix in prefixes:
-            yield methodcaller("removeprefix", prefix)
-        endings = [f".{name}" for first in [*self._infos][:1] for name in self._candidates(first)]
+        owners = [unwrapped(module).split(".") for module in self._infos]
+        prefixes = (".".join(each[:end]) + "." for each in owners for end in range(1, len(each)))
+        yield from (methodcaller("removeprefix", prefix) for prefix in dict.fromkeys(prefixes))
+        endings = [f".{name}" for name in self._candidates(next(iter(self._infos)))]
         added = {
             name.removesuffix(ending) + "."
             for name in self._shapes
@@ -237,18 +202,16 @@ class _Matcher:
         found: dict[str, str] = {}
         for owner, modules in owners.items():
             options = [choices[module] for module in modules]
+            named = ", ".join(dict.fromkeys(itertools.chain(*options)))
             if sum(map(len, options)) > 1:
-                fitting = [
+                options = [
                     [n for n in choices[m] if orientations(self._infos[m], self._shapes[n])]
                     for m in modules
                 ]
-                ways = [w for w in itertools.product(*fitting) if len(set(w)) == len(w)]
-            else:
-                ways = [tuple(options[0])]
+            ways = [way for way in itertools.product(*options) if len(set(way)) == len(way)]
             if len(ways) == 1:
                 found.update(zip(modules, ways[0], strict=True))
                 continue
-            named = ", ".join(dict.fromkeys(itertools.chain(*options)))
             what = f"{len(ways)} ways to decide by shape which of {named} it adapts"
             expected = "one (PEFT does not store the parameter's name)"
             self._wrong(what, expected, _BY_PEFT, owner)
@@ -272,15 +235,13 @@ class _Matcher:
                 known.setdefault(_alike(info, module), set()).update(ways)
             elif ways:
                 square.append(module)
-            elif isinstance(info, ModuleInfo) and len(info.kernel) > 0 and info.matrices > 1:
-                what = f"a LoRA of a convolution with {info.matrices} groups"
-                expected = "a change that is a convolution of those groups (it mixes all inputs)"
-                remedy = "Leave the adapter unmerged; PEFT cannot merge it either."
-                self._wrong(what, expected, remedy, module)
             else:
                 what = f"a change of shape {tuple(info.shape)} for {tensor} of shape {shape}"
-                remedy = "Take the model that the adapter was trained on."
-                self._wrong(what, "shapes that fit", remedy, module)
+                remedy = f"{_TRAINED_ON}."
+                if isinstance(info, ModuleInfo) and info.kernel and info.matrices > 1:
+                    what = f"a LoRA of a convolution with {info.matrices} groups"
+                    remedy = "Leave the adapter unmerged; PEFT cannot merge it either."
+                self._wrong(what, "a change in the shape of the weight", remedy, module)
         for module in square:
             tensor = modules[module]
             stated = transposed(tensor)
@@ -289,8 +250,7 @@ class _Matcher:
             if len(evidence) == 1:
                 (settled[module],) = evidence
                 continue
-            shape = tuple(shapes[tensor])
-            what = f"{tensor} of shape {shape}, which may be stored (out, in) or (in, out)"
+            what = f"{tensor} of shape {tuple(shapes[tensor])}, which may be transposed or not"
             remedy = _BY_PEFT if self._is_parameter(module) else _BY_CLASS
             self._wrong(what, "a weight whose orientation is known", remedy, module)
         return settled
@@ -306,18 +266,18 @@ def _with_tied_once(adapter: Adapter, shapes: Iterable[str]) -> Adapter:
     infos = adapter.infos
     stored = [f".{name.rpartition('.')[0]}" for name in shapes]
     embeddings = [adapter.load(name) for name in infos if infos[name].layout == "embedding"]
-    tied = set()
-    for module in infos:
-        if any(name.endswith(f".{unwrapped(module)}") for name in stored):
-            continue
+
+    def is_tied(module: str) -> bool:
         head = adapter.load(module)
-        if any(
+        return any(
             torch.equal(head.a.mT, embedding.b)
             and torch.equal(head.b.mT, embedding.a)
             and head.scale == embedding.scale
             for embedding in embeddings
-        ):
-            tied.add(module)
+        )
+
+    absent = (m for m in infos if not any(name.endswith(f".{unwrapped(m)}") for name in stored))
+    tied = set(filter(is_tied, absent))
     start = tuple(f"{unwrapped(module)}." for module in tied)
     return replace(
         adapter,
@@ -327,10 +287,9 @@ def _with_tied_once(adapter: Adapter, shapes: Iterable[str]) -> Adapter:
 
 
 def orientations(info: ModuleInfo | VectorInfo, shape: Shape) -> frozenset[bool]:
-    """Return how a weight of this shape can be what the module adapts.
+    """Return how a weight of this shape can be what the module adapts; empty if it cannot.
 
-    False in it: as the change is written, (rows, columns); True in it: transposed. Both for a
-    square weight, empty for a shape that does not fit.
+    False in it: as the change is written, (rows, columns); True in it: transposed.
     """
     if isinstance(info, ModuleInfo):
         return frozenset(way for way in (False, True) if tuple(shape) in _stored(info, way))
@@ -364,12 +323,7 @@ def _stored(info: ModuleInfo, transposed: bool) -> list[tuple[int, ...]]:
 
 
 def class_orientation(model: Any, name: str) -> bool | None:
-    """Return whether the class of a model stores a weight transposed; None if it does not say.
-
-    Args:
-        model: of transformers, perhaps on the meta device.
-        name: of the weight in the model.
-    """
+    """Return whether the class of a model stores a weight transposed; None if it does not say."""
     from transformers.pytorch_utils import Conv1D
 
     owner, _, leaf = name.rpartition(".")

@@ -1,7 +1,4 @@
-"""Whole tensors that adapters carry: `modules_to_save`, and trained biases of the base.
-
-Which adapter's tensor goes into the merged one, whether they can be merged, and their mean.
-"""
+"""Whole tensors that adapters carry: `modules_to_save`, and trained biases of the base."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ AVERAGE, DROP = "average", "drop"
 
 
 def saved_names(adapters: Sequence[Adapter]) -> list[str]:
-    """Return those of all adapters, in the order in which they come."""
+    """Return the names of the whole tensors of all adapters, in the order in which they come."""
     return list(dict.fromkeys(name for adapter in adapters for name in adapter.saved))
 
 
@@ -80,9 +77,7 @@ def weights_problems(
     for name, positions in taken.items():
         if len(positions) > 1 and cancelling([weights(name)[i] for i in positions]):
             found = "weights that sum to 0, which have no mean"
-            remedy = (
-                "Set `modules_to_save` to `drop` or the name of an adapter, or change `weight`."
-            )
+            remedy = "Set `modules_to_save` to `drop` or an adapter's name, or change `weight`."
             yield Problem(name, found, "a sum other than 0", remedy)
 
 
@@ -115,17 +110,8 @@ def merge_saved(
 ) -> Tensor:
     r"""Return :math:`\sum_i w_i T_i / \sum_i w_i`, in float64; of one adapter its own tensor.
 
-    Whole numbers, which are checked to be the same, are those of the first adapter.
-
-    Args:
-        name: of the tensor; every adapter has it, in one shape.
-        adapters: those that it is the mean of.
-        weights: one for each, whose sum is not 0.
-        dtype: of the result; None for the tensors' own, promoted where they differ.
-
-    Raises:
-        NonFiniteError: a tensor holds NaN or infinity.
-        MergeError: the mean leaves the dtype's range.
+    Every adapter has it, in one shape. Whole numbers are those of the first adapter. Without
+    `dtype` it is the tensors' own, promoted where they differ.
     """
     tensors = [finite(a.saved[name]().cpu(), name, a.name) for a in adapters]
     if not _floating(tensors):

@@ -1,8 +1,7 @@
 r"""An adapter as the exactly equivalent change of the base's own tensors.
 
-For a reader of a base model tensor by tensor: which tensors change is known from names and shapes,
-and each is changed when it is read. The result is that of PEFT's ``merge_and_unload`` (peft 0.21,
-tuners/lora/layer.py, tuners/ia3/layer.py), rounded once:
+The result is that of PEFT's ``merge_and_unload`` (peft 0.21, tuners/lora/layer.py,
+tuners/ia3/layer.py), rounded once:
 
 - LoRA (arXiv:2106.09685, section 4.1): :math:`W + s B A`, and :math:`b + s b_B` with `lora_bias`.
 - (IA)^3 (arXiv:2205.05638, section 3.3): a feedforward module multiplies its input, so
@@ -16,35 +15,51 @@ the base has; there, as in PEFT's own merge, the change of the weight is another
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError
+from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.kernels.linear_algebra import add_products
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, finite, finite_update
-from peft_merge.matching import Match
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@dataclass(frozen=True)
 class AdaptedWeights:
-    """The tensors of a base model with an adapter applied.
-
-    Args:
-        adapter: LoRA or (IA)^3.
-        found: where its changes go.
+    """The tensors of a base model with an adapter applied, each when it is read.
 
     Attributes:
-        touched: the base's tensors that `apply` changes.
+        adapter: LoRA or (IA)^3.
+        weights: tensors of the base -> the modules that adapt them.
+        biases: biases of the base -> the modules that change them.
+        saved: tensors of the base that the adapter replaces -> their names in the adapter.
         added: whole tensors that the adapter brings and the base lacks, by name; read when called.
+        transposed: modules -> whether the base stores their weights as (columns, rows).
     """
 
-    def __init__(self, adapter: Adapter, found: Match):
-        self._adapter, self._match = adapter, found
-        self.touched = found.saved.keys() | found.weights.keys() | found.biases.keys()
-        self.added = {name: adapter.saved[key] for name, key in found.added.items()}
+    adapter: Adapter
+    weights: Mapping[str, str]
+    biases: Mapping[str, str]
+    saved: Mapping[str, str]
+    added: Mapping[str, Callable[[], Tensor]]
+    transposed: Mapping[str, bool]
+
+    @cached_property
+    def touched(self) -> set[str]:
+        """The base's tensors that `apply` changes."""
+        return {*self.weights, *self.biases, *self.saved}
+
+    def stored_as(self, names: Mapping[str, str]) -> AdaptedWeights:
+        """Return the same with other names of the base's tensors, all of which are in `names`."""
+        weights, biases, saved = (
+            {names[tensor]: own for tensor, own in part.items()}
+            for part in (self.weights, self.biases, self.saved)
+        )
+        return replace(self, weights=weights, biases=biases, saved=saved)
 
     def read(
         self,
@@ -55,11 +70,8 @@ class AdaptedWeights:
     ) -> Tensor:
         """Return a tensor of the base with the adapter in it, or one that the adapter adds.
 
-        Args:
-            name: of the tensor.
-            base: reads a tensor of the base.
-            device: where the adapter is applied, and not where the tensor lies.
-            dtype: of floating tensors, instead of the stored one; a changed one is rounded once.
+        The adapter is applied on `device`, and the tensor lies where `base` has it. Floating ones
+        get `dtype`, if it is given; a changed one is rounded once.
         """
         tensor = self.added[name]() if name in self.added else base(name)
         if not tensor.is_floating_point():
@@ -71,41 +83,37 @@ class AdaptedWeights:
         return tensor if dtype is None else tensor.to(dtype)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the base's tensor with the adapter in it.
+        """Return the base's `tensor`, which stays as it is, with the adapter in it.
 
-        Args:
-            name: of the tensor in the base.
-            tensor: as read, on any device; unchanged. Floating, not quantised.
-
-        Returns:
-            Its shape, dtype and device; computed in float32 at least and cast once. `tensor`
-            itself if the adapter does not touch it.
+        It has its shape, dtype and device, is computed in float32 at least and cast once; itself if
+        the adapter does not touch it.
 
         Raises:
-            MergeError: a quantised tensor, one of another shape than the adapter's, or a result
-                outside the range of its dtype.
+            MergeError: a quantised tensor, or a result outside the range of its dtype.
             NonFiniteError: the adapter holds NaN or infinity.
         """
         dtype, given = tensor.dtype, tensor
-        if name in self._match.saved:
-            stored = self._match.saved[name]
-            new = finite(self._adapter.saved[stored](), stored, self._adapter.name)
-            if new.dtype != dtype:
-                _check_dtype(name, dtype)
-            tensor = new.to(tensor.device)
-        module = self._match.weights.get(name) or self._match.biases.get(name)
+        if name in self.saved:
+            stored = self.saved[name]
+            tensor = finite(self.adapter.saved[stored](), stored, self.adapter.name)
+            tensor = tensor.to(given.device)
+        module = self.weights.get(name) or self.biases.get(name)
+        if (module is not None or tensor.dtype != dtype) and dtype not in FLOATING.values():
+            raise MergeError(
+                f"{name}: the base stores it as {dtype}; an adapter is applied to float16, "
+                "bfloat16, float32 or float64. Dequantise the base first."
+            )
         if module is not None:
-            _check_dtype(name, dtype)
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            transposed = self._match.transposed[module] if name in self._match.weights else None
-            if isinstance(self._adapter, LoraAdapter):
-                tensor = _added(self._adapter, module, tensor, transposed)
+            transposed = self.transposed[module] if name in self.weights else None
+            if isinstance(self.adapter, LoraAdapter):
+                tensor = _added(self.adapter, module, tensor, transposed)
             else:
-                tensor = _multiplied(self._adapter, module, tensor, transposed)
+                tensor = _multiplied(self.adapter, module, tensor, transposed)
         result = tensor.to(dtype)
         if result is not given and not _finite(result) and _finite(given):
             raise MergeError(
-                f"{name}: with adapter {self._adapter.name} it leaves the range of {dtype}. Take "
+                f"{name}: with adapter {self.adapter.name} it leaves the range of {dtype}. Take "
                 "the base in bfloat16 or float32."
             )
         return result
@@ -142,11 +150,3 @@ def _multiplied(
 
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in _DTYPES:
-        raise MergeError(
-            f"{name}: the base stores it as {dtype}; an adapter is applied to float16, bfloat16, "
-            "float32 or float64. Dequantise the base first."
-        )

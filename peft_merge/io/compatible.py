@@ -11,6 +11,9 @@ from mergekit_ext.errors import MergeWarning, Problem, printable
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo, modules_of
 from peft_merge.io import names
 from peft_merge.io.forms import of_one_form
+from peft_merge.io.merged import WITHOUT_BIAS
+
+_LEAVE_OUT = "Leave one of these adapters out: PEFT cannot load what their merge gives."
 
 
 class DifferentBasesWarning(MergeWarning):
@@ -24,23 +27,30 @@ class FewSharedModulesWarning(MergeWarning):
 def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     """Return everything that keeps adapters from being merged: [] if nothing does.
 
-    They must be of one kind, change the base's structure in the same way, and agree in the shape
-    and the kind of every module that they share. Names of bases may differ (paths do): that is for
-    `different_bases`.
+    Names of bases may differ (paths do): that is for `different_bases`.
     """
-    if len({type(adapter) for adapter in adapters}) > 1:
-        kinds = {a.name: a.config.get("peft_type") for a in adapters}
-        remedy = "Merge the LoRAs and the (IA)^3s separately."
-        return list(_agree("adapters", kinds, "adapters of one kind", remedy))
+    kinds = {a.name: "LoRA" if isinstance(a, LoraAdapter) else "(IA)^3" for a in adapters}
+    remedy = "Merge the LoRAs and the (IA)^3s separately."
+    if unlike := list(_agree("adapters", kinds, "adapters of one kind", remedy)):
+        return unlike
+    replication = {
+        a.name: [list(pair) for pair in a.config.get("layer_replication") or ()] for a in adapters
+    }
+    # A saved embedding either replaces the tied head as well or does not.
+    tying = {
+        a.name: bool(a.config.get("ensure_weight_tying"))
+        for a in adapters
+        for tensor in a.saved
+        if names.is_tied(tensor) and names.module_to_save(tensor, a.config) is not None
+    }
     # Files do not name target parameters, so only equal lists mean equal parameters.
     parameters = {
         a.name: sorted(entries) for a in adapters if (entries := a.config.get("target_parameters"))
     }
-    remedy = "Merge those that agree in it (PEFT cannot load them side by side either)."
-    expected = "the same parameters in all adapters that have some"
-    unlike = list(_agree("target_parameters", parameters, expected, remedy))
+    unlike = list(_agree("target_parameters", parameters, "the same in all that have some"))
     return [
-        *_structure(adapters),
+        *_agree("layer_replication", replication),
+        *_agree("ensure_weight_tying", tying, "one value in all that save an embedding"),
         *unlike,
         *_shapes(adapters, but_parameters=bool(unlike)),
         *_replaced(adapters),
@@ -75,7 +85,7 @@ def few_shared(adapters: Sequence[Adapter]) -> FewSharedModulesWarning | None:
             few.append((shared / smaller, shared, smaller, left.name, right.name))
     if not few:
         return None
-    _, shared, smaller, one, other = min(few, key=lambda item: item[0])
+    _, shared, smaller, one, other = min(few)
     more = f" ({len(few)} pairs of adapters share less than half)" if len(few) > 1 else ""
     return FewSharedModulesWarning(
         f"{printable(one)} and {printable(other)} share {shared} of the {smaller} modules that "
@@ -94,23 +104,6 @@ def _agree(
     if any(value != next(iter(values.values())) for value in values.values()):
         listed = ", ".join(f"{name}: {value}" for name, value in values.items())
         yield Problem(where, listed, expected, remedy)
-
-
-def _structure(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    replication = {
-        adapter.name: [list(pair) for pair in adapter.config.get("layer_replication") or ()]
-        for adapter in adapters
-    }
-    yield from _agree("layer_replication", replication)
-    # A saved embedding either replaces the tied head as well or does not.
-    tying = {
-        adapter.name: bool(adapter.config.get("ensure_weight_tying"))
-        for adapter in adapters
-        for tensor in adapter.saved
-        if names.is_tied(tensor) and names.module_to_save(tensor, adapter.config) is not None
-    }
-    expected = "one value in all adapters that save an embedding"
-    yield from _agree("ensure_weight_tying", tying, expected)
 
 
 def _shapes(adapters: Sequence[Adapter], *, but_parameters: bool) -> Iterator[Problem]:
@@ -134,35 +127,29 @@ def _kind(info: ModuleInfo | VectorInfo) -> str:
 
 def _replaced(adapters: Sequence[Adapter]) -> Iterator[Problem]:
     """Yield modules that one adapter changes and another one replaces as a whole."""
-    adapted = {
-        names.owner(module, adapter.infos): adapter.name
-        for adapter in adapters
-        for module in adapter.infos
-    }
+    adapted = {names.owner(module, a.infos): a.name for a in adapters for module in a.infos}
     for adapter in adapters:
         for entry in adapter.config.get("modules_to_save") or ():
             inside = re.compile(rf"(^|.*\.){re.escape(entry)}($|\..*)")
             for module in filter(inside.match, adapted):
-                yield Problem(
-                    module,
-                    f"it adapted by {adapted[module]}, and saved whole by {adapter.name} "
-                    f"(modules_to_save: {entry})",
-                    "one of the two in all adapters",
-                    "Leave one of these adapters out: PEFT cannot load both for one module.",
-                )
+                found = f"it adapted by {adapted[module]}, and saved whole by {adapter.name}"
+                expected = "one of the two in all adapters"
+                yield Problem(module, found, expected, _LEAVE_OUT)
 
 
 def _biases(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    loras = [adapter for adapter in adapters if isinstance(adapter, LoraAdapter)]
-    with_bias = [adapter.name for adapter in loras if adapter.config.get("lora_bias")]
-    for adapter in loras if with_bias else ():
-        for module, info in adapter.infos.items():
-            if info.layout in ("embedding", "parameter"):
-                found = f"{info.layout} factors in {adapter.name}, and lora_bias in {with_bias[0]}"
-                expected = "no lora_bias beside adapted embeddings and target parameters"
-                remedy = "Leave one of these adapters out: PEFT cannot load such a merged adapter."
-                yield Problem(module, found, expected, remedy)
-                return
+    """Yield the first module that has no bias of its own beside adapters with `lora_bias`."""
+    with_bias = [adapter.name for adapter in adapters if adapter.config.get("lora_bias")]
+    without = (
+        (module, info.layout, adapter.name)
+        for adapter in adapters
+        for module, info in adapter.infos.items()
+        if isinstance(info, ModuleInfo) and info.layout in WITHOUT_BIAS
+    )
+    for module, layout, name in itertools.islice(without if with_bias else (), 1):
+        found = f"{layout} factors in {name}, and lora_bias in {with_bias[0]}"
+        expected = "no lora_bias beside adapted embeddings and target parameters"
+        yield Problem(module, found, expected, _LEAVE_OUT)
 
 
 def _other_form(one: Adapter, other: Adapter) -> Iterator[Problem]:
@@ -171,21 +158,17 @@ def _other_form(one: Adapter, other: Adapter) -> Iterator[Problem]:
     They have its name below a further prefix, or are a stack of experts that it changes one by one.
     """
     nested = (
-        (name, rest)
+        (name, f"{rest} in {other.name}, which may be the same module of another class")
         for name in one.infos.keys() - other.infos.keys()
         for rest in itertools.islice(names.ends(name), 1, None)
         if rest in other.infos and rest not in one.infos
     )
-    for name, rest in itertools.islice(nested, 1):
-        found = f"{rest} in {other.name}, which may be the same module of another class"
-        expected = "names of one class: PEFT would load one of the two only"
-        yield of_one_form(name, one, found, expected)
     stacks = (
-        (module, single)
-        for module, info in one.infos.items()
+        (name, f"all experts in one tensor there, and one by one in {other.name} ({single})")
+        for name, info in one.infos.items()
         if isinstance(info, ModuleInfo) and info.layout == "parameter"
-        if (single := names.one_expert(module, other.infos)) is not None
+        if (single := names.one_expert(name, other.infos)) is not None
     )
-    for module, single in itertools.islice(stacks, 1):
-        found = f"all experts in one tensor there, and one by one in {other.name} ({single})"
-        yield of_one_form(module, one, found, "experts in one way in all adapters")
+    for name, found in (*itertools.islice(nested, 1), *itertools.islice(stacks, 1)):
+        expected = "names of one class in all adapters: PEFT would load one of the two only"
+        yield of_one_form(name, one, found, expected)

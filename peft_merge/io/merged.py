@@ -29,7 +29,10 @@ from peft_merge.io import names
 # PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # PEFT has no bias for these.
-_WITHOUT_BIAS = ("embedding", "parameter")
+WITHOUT_BIAS = ("embedding", "parameter")
+
+# An input, a whole tensor of it, and the entry of `modules_to_save` that it belongs to.
+_Carried = tuple[Adapter, str, str | None]
 
 
 def merged_adapter(
@@ -40,22 +43,12 @@ def merged_adapter(
     saved: Mapping[str, Tensor] | None = None,
     patterns: bool = False,
 ) -> Adapter:
-    """Make an adapter of merged changes.
+    """Make an adapter of merged changes: an `Update`, or a vector as it is stored, for each module.
 
     A LoRA means the same to every reader: llama.cpp scales by `lora_alpha` over each tensor's
     rank, vLLM, SGLang and LoRAX by one `lora_alpha` over one `r`, PEFT by patterns as well. So all
-    modules have one rank, filled up with zeros, which change nothing, and alpha = r without rsLoRA.
-
-    Args:
-        name: of the adapter.
-        values: the `Update` or the vector (in its stored shape) of each module, in the dtype to be
-            stored.
-        infos: layout, shape and kernel or kind of each; rank, bias and dtype follow from `values`.
-        inputs: the merged adapters, which are `compatible`.
-        saved: whole tensors, by the base's names.
-        patterns: give each module of a LoRA the least rank, which `rank_pattern` and
-            `alpha_pattern` say; only PEFT reads them. Modules that PEFT configures together (both
-            projections of torch's attention, the target parameters of one module) have one rank.
+    modules have one rank, filled up with zeros, and alpha = r without rsLoRA; with `patterns` each
+    has the least, for PEFT alone. Ranks, biases and dtypes in `infos` are ignored.
     """
     tensors = saved or {}
     whole = {key: partial(tensors.__getitem__, key) for key in tensors}
@@ -73,7 +66,7 @@ def merged_adapter(
     for module, update in values.items():
         info, rank = infos[module], ranks[module]
         stored[module] = found = update.unscaled().filled(rank)
-        if with_bias and found.bias is None and info.layout not in _WITHOUT_BIAS:
+        if with_bias and found.bias is None and info.layout not in WITHOUT_BIAS:
             zeros = found.b.new_zeros(info.matrices * info.rows)
             stored[module] = found = replace(found, bias=zeros)
         needed[module] = replace(info, rank=rank, bias=found.bias is not None, dtype=found.a.dtype)
@@ -84,7 +77,8 @@ def merged_adapter(
 def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:
     """Return the rank that each module is stored with, where it needs that of its info.
 
-    `r` is that of the whole configuration; None if patterns name the ranks.
+    `r` is that of the whole configuration; None if patterns name the ranks, which are one for
+    modules that PEFT configures together.
     """
     if r is not None:
         return {module: r // info.groups for module, info in infos.items()}
@@ -103,10 +97,9 @@ def lora_configuration(
     Each has alpha = r; patterns name the ranks that are not the largest.
     """
     carried = _carried(inputs, saved)
-    config = _common("LORA", infos, inputs, carried)
-    parameters = sorted(
-        {entry for adapter in inputs for entry in adapter.config.get("target_parameters") or ()}
-    )
+    config = _common("LORA", infos, inputs, carried, ("target_modules",))
+    entries = (adapter.config.get("target_parameters") or () for adapter in inputs)
+    parameters = sorted(set().union(*entries))
     targets = names.Targets({"target_parameters": parameters})
     # By rank: PEFT tries every key for every module, which is slow for one key a module.
     keys: dict[int, dict[str, None]] = {}
@@ -119,7 +112,6 @@ def lora_configuration(
             modules.add(owner)
     largest = max(keys, default=1)
     pattern = {names.either(keys[rank]): rank for rank in sorted(keys) if rank != largest}
-    config.setdefault("target_modules", sorted(modules))
     dropout = {adapter.config.get("lora_dropout") or 0.0 for adapter in inputs}
     # Trained biases of the base; and saved embeddings that stand in for the layer tied to them.
     biases = {
@@ -132,7 +124,9 @@ def lora_configuration(
         for adapter, tensor, entry in carried
         if entry is not None
     )
-    return config | {
+    return {
+        "target_modules": sorted(modules),
+        **config,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": pattern,
@@ -152,16 +146,14 @@ def ia3_configuration(
     infos: Mapping[str, VectorInfo], inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> dict[str, Any]:
     """Return the configuration of an (IA)^3 with these modules and names of whole tensors."""
-    config = _common("IA3", infos, inputs, _carried(inputs, saved), "feedforward_modules")
+    own = ("target_modules", "feedforward_modules")
+    config = _common("IA3", infos, inputs, _carried(inputs, saved), own)
     if "target_modules" in config:
         return config
     feedforward = sorted(module for module, info in infos.items() if info.feedforward)
     # PEFT asks whether a name ends with an entry, with or without a dot before it.
-    mistaken = any(
-        module.endswith(tuple(feedforward))
-        for module, info in infos.items()
-        if not info.feedforward
-    )
+    others = (module for module, info in infos.items() if not info.feedforward)
+    mistaken = any(module.endswith(tuple(feedforward)) for module in others)
     return config | {
         "target_modules": sorted(infos),
         "feedforward_modules": "|".join(map(re.escape, feedforward)) if mistaken else feedforward,
@@ -169,9 +161,7 @@ def ia3_configuration(
     }
 
 
-def _carried(
-    inputs: Sequence[Adapter], saved: Iterable[str]
-) -> list[tuple[Adapter, str, str | None]]:
+def _carried(inputs: Sequence[Adapter], saved: Iterable[str]) -> list[_Carried]:
     """Return each whole tensor of the output in each input, with its entry in `modules_to_save`."""
     kept = list(saved)
     return [
@@ -186,12 +176,17 @@ def _common(
     kind: str,
     infos: Mapping[str, Any],
     inputs: Sequence[Adapter],
-    carried: Sequence[tuple[Adapter, str, str | None]],
-    *further: str,
+    carried: Sequence[_Carried],
+    required: Sequence[str],
 ) -> dict[str, Any]:
-    """Return fields of both kinds; `target_modules` and `further` where those of the inputs do."""
+    """Return fields of both kinds; `required` ones where the inputs' own select these modules."""
+
+    def shared(field: str) -> Any:
+        first = inputs[0].config.get(field)
+        return first if all(adapter.config.get(field) == first for adapter in inputs) else None
+
     entries = list(dict.fromkeys(entry for _, _, entry in carried if entry is not None))
-    task = _shared(inputs, "task_type")
+    task = shared("task_type")
     if task in _TASKS_WITH_HEADS and not entries:
         heads = (names.module_to_save(name, a.config) for a in inputs for name in a.saved)
         if any(heads):  # which are dropped
@@ -200,13 +195,13 @@ def _common(
     return {
         "peft_type": kind,
         "task_type": task,
-        "auto_mapping": _shared(inputs, "auto_mapping"),
+        "auto_mapping": shared("auto_mapping"),
         "base_model_name_or_path": next((base for base in bases if base), None),
-        "revision": _shared(inputs, "revision"),
+        "revision": shared("revision"),
         "inference_mode": True,
         "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in inputs if _has_layers(a)),
         "modules_to_save": entries or None,
-        **_selection(infos, inputs, entries, ("target_modules", *further)),
+        **_selection(infos, inputs, entries, required),
     }
 
 
@@ -217,34 +212,27 @@ def _has_layers(adapter: Adapter) -> bool:
     return any(len(info.shape) == 2 for info in adapter.infos.values())
 
 
-def _shared(inputs: Sequence[Adapter], field: str) -> Any:
-    """Return the value of a field if all inputs agree in it."""
-    first = inputs[0].config.get(field)
-    return first if all(adapter.config.get(field) == first for adapter in inputs) else None
-
-
 def _selection(
-    infos: Mapping[str, Any],
-    inputs: Sequence[Adapter],
-    modules_to_save: list[str],
-    required: Sequence[str],
+    infos: Mapping[str, Any], inputs: Sequence[Adapter], entries: list[str], required: Sequence[str]
 ) -> dict[str, Any]:
     """Return the inputs' own fields if these select the modules of the output."""
-    first = {field: inputs[0].config.get(field) for field in (*required, *names.SELECTION)}
-    for adapter in inputs:
-        same = all(_equal(adapter.config.get(field), value) for field, value in first.items())
-        # Tied factors become factors of their own, so that the tied layer is to be named, too.
-        same = same and not adapter.config.get("ensure_weight_tying")
-        # What is saved whole is not adapted.
-        saving = _equal(adapter.config.get("modules_to_save") or [], modules_to_save)
-        if not same or not saving or set(adapter.infos) != set(infos):
-            return {}
-    if any(first[field] is None for field in required):
+    fields = (*required, *names.SELECTION)
+    first = {field: inputs[0].config.get(field) for field in fields}
+    wanted = [_unordered(value) for value in (entries, *first.values())]
+
+    def selects(adapter: Adapter) -> bool:
+        # What is saved whole is not adapted. Tied factors become factors of their own, so that the
+        # tied layer is to be named, too.
+        values = [adapter.config.get("modules_to_save") or []]
+        values += [adapter.config.get(field) for field in first]
+        tied = adapter.config.get("ensure_weight_tying")
+        same = [*map(_unordered, values)] == wanted
+        return same and not tied and adapter.infos.keys() == infos.keys()
+
+    if any(first[field] is None for field in required) or not all(map(selects, inputs)):
         return {}
     return {field: value for field, value in first.items() if value is not None}
 
 
-def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, list) and isinstance(right, list):
-        return sorted(map(str, left)) == sorted(map(str, right))
-    return bool(left == right)
+def _unordered(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value

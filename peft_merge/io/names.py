@@ -3,26 +3,17 @@ r"""Names of tensors and modules in PEFT's files, and which of them a configurat
 PEFT wraps an adapted module, and what was in it moves below ``base_layer``: the bias of an adapted
 ``query`` is stored as ``query.base_layer.bias``, the output projection inside an adapted attention
 of torch as ``attention.base_layer.out_proj``, and a second target parameter of ``experts`` as
-``experts.base_layer``. Whether a module is wrapped differs between adapters, so whole tensors are
-kept here under the base's own names and `stored` puts the wrappers back in.
-
-A key of `rank_pattern` or `alpha_pattern` is a regular expression that must match the end of the
-module's name, from its start or after a dot: ``(.*\.)?(key)$`` (PEFT's ``get_pattern_key``); the
-first such key in the file's order wins. PEFT then scales by
-
-.. math:: s = \alpha / r \quad\text{or, with rsLoRA,}\quad s = \alpha / \sqrt r
-
-(Hu et al. 2021, section 4.1; Kalajdzievski 2023, "rsLoRA", equation 8).
+``experts.base_layer``. Whether a module is wrapped differs between adapters, so whole tensors have
+the base's own names here, and `stored` puts the wrappers back in.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 # The number of a module's layer: the first in its name.
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -38,10 +29,10 @@ _EMBEDDINGS = frozenset(
 )
 _WRAPPED = "base_layer"
 # What torch.compile, FSDP and activation checkpointing put into the path of a module, anywhere;
-# DistributedDataParallel wraps whole models only.
+# DistributedDataParallel wraps whole models only, as PEFT does.
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-_PARALLEL = "module."
-# Of characters. What takes a name apart at each of its dots would not end with millions of them.
+_OUTER = re.compile(rf"^(?:module\.|{re.escape(PREFIX)})+")
+# Of characters: what takes a name apart at each of its dots would not end with millions of them.
 _LONGEST = 1 << 10
 _OUT_PROJECTION = f".{_WRAPPED}.out_proj"
 
@@ -60,16 +51,11 @@ def plain(name: str) -> str:
     PEFT's prefix stays if there is one, once: a PeftModel in a PeftModel gives two.
     """
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    start = ""
-    while name.startswith((_PARALLEL, PREFIX)):
-        if name.startswith(PREFIX):
-            start = PREFIX
-        name = name.removeprefix(PREFIX if name.startswith(PREFIX) else _PARALLEL)
-    return start + name
+    return _OUTER.sub(lambda outer: PREFIX if PREFIX in outer[0] else "", name)
 
 
 def unwrapped(name: str) -> str:
-    """Return a module's or tensor's name in the base model, without PEFT's wrappers."""
+    """Return the name of a module or tensor in the base model, without PEFT's wrappers."""
     return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
@@ -103,9 +89,8 @@ def one_expert(stack: str, among: Iterable[str]) -> str | None:
 def is_whole(name: str, config: Mapping[str, Any], adapted: Collection[str]) -> bool:
     """Return whether a stored tensor, by its name without prefix, replaces one of the base.
 
-    Three kinds do when PEFT loads the adapter: those of `modules_to_save`, trained biases of the
-    base (`bias: all | lora_only`), and embeddings, which PEFT adds when they are adapted or were
-    resized. One that is there because it is adapted equals the base's own, which is not read.
+    Those of `modules_to_save` do, trained biases of the base (`bias: all | lora_only`), and
+    embeddings, which PEFT adds when they are adapted or were resized.
     """
     base = unwrapped(name)
     module, _, leaf = base.rpartition(".")
@@ -136,7 +121,7 @@ def is_tied(tensor: str) -> bool:
 
 
 class Targets:
-    """The modules and parameters that a configuration selects. Made once for all of an adapter."""
+    """The modules and parameters that a configuration selects."""
 
     def __init__(self, config: Mapping[str, Any]):
         self._config = config
@@ -150,9 +135,8 @@ class Targets:
     def parameters(self, module: str) -> list[str]:
         """Return the names of the parameters of `module` that `target_parameters` may mean.
 
-        An entry ``experts.up`` means the parameter `up` of every module whose name is ``experts``
-        or ends with ``.experts``; an entry without a dot means any module's. A module that is
-        adapted itself has no parameters that are: PEFT refuses both for one.
+        An entry ``experts.up`` means `up` of every module that is ``experts`` or ends with
+        ``.experts``; one without a dot any module's. PEFT adapts no parameters of adapted modules.
         """
         if not self._leaves:
             return []
@@ -163,9 +147,8 @@ class Targets:
     def adapt(self, module: str) -> bool:
         """Return whether PEFT adapts `module` when it loads an adapter of this configuration.
 
-        As PEFT's ``check_target_module_exists`` decides by names, save for `modules_to_save`. Where
-        names do not decide (no `target_modules`, which PEFT then has from a table; "all-linear";
-        the two layers that are tied), True.
+        As PEFT's ``check_target_module_exists`` decides, save for `modules_to_save`; True where
+        names do not decide: no `target_modules`, "all-linear", tied layers.
         """
         chosen, config = self._chosen, self._config
         if config.get("target_modules") is None or config.get("ensure_weight_tying"):
@@ -206,18 +189,15 @@ def ends(module: str) -> Iterator[str]:
         yield module
 
 
-class Scaling(NamedTuple):
-    """The rank of a module in the configuration, and the factor of its change."""
+def scaling(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    r"""Return the rank of the module (or target parameter) `name`, and the factor of its change.
 
-    rank: int
-    scale: float
-
-
-def scaling(config: Mapping[str, Any], name: str) -> Scaling:
-    """Return the rank and the scaling of the module (or target parameter) `name`."""
+    :math:`\alpha / r`, or :math:`\alpha / \sqrt r` with rsLoRA (Hu et al. 2021, section 4.1;
+    Kalajdzievski 2023, equation 8). Of the patterns' keys the first that matches counts.
+    """
     rank = int(_resolved(config.get("rank_pattern"), name, config.get("r", 8)))
     alpha = float(_resolved(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
-    return Scaling(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _resolved(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -229,7 +209,7 @@ def _resolved(patterns: Mapping[str, Any] | None, name: str, default: Any) -> An
 
 @lru_cache(1 << 14)
 def _compiled(key: str) -> re.Pattern[str]:
-    # `re` forgets them from 512 on, and every key is asked for every module.
+    # `re` forgets them from 512 on, and every key is tried for every module.
     return re.compile(keyed(key))
 
 
@@ -239,10 +219,9 @@ def keyed(key: str) -> str:
 
 
 def qualified(name: str, leaves: Iterable[str] = ()) -> str:
-    r"""Return a pattern key that matches the module `name` and no other.
+    r"""Return a pattern key that matches the module `name`, or its parameters `leaves`, alone.
 
-    Dots are escaped, and ``^`` keeps ``layers.1.x`` from matching ``encoder.layers.1.x``. With
-    `leaves` it matches the parameters of these names in the module instead.
+    ``^`` keeps ``layers.1.x`` from matching ``encoder.layers.1.x``.
     """
     key = f"^{re.escape(name)}"
     choices = sorted(leaves)
@@ -252,38 +231,6 @@ def qualified(name: str, leaves: Iterable[str] = ()) -> str:
 def either(keys: Iterable[str]) -> str:
     """Return one key for what several keys of `qualified` match."""
     first, *others = keys
-    return (
-        f"^(?:{'|'.join(key.removeprefix('^') for key in (first, *others))})" if others else first
-    )
-
-
-def parameter_scalings(
-    config: Mapping[str, Any], module: str, leaves: Sequence[str], stacked: Sequence[int]
-) -> list[Scaling] | None:
-    """Return ranks and scalings of a module's target parameters, from the outermost wrapper.
-
-    PEFT wraps a module once for each parameter and stores the factors by the wrapper's depth, so
-    that a file does not name the parameter. Where the configuration treats parameters differently,
-    their order follows if only one order gives all of them the same number of experts.
-
-    Args:
-        leaves: the parameters that may be meant.
-        stacked: r E of each wrapper, from the outermost.
-
-    Returns:
-        One scaling for each wrapper, or None if the file leaves open which one is meant.
-    """
-    alike: dict[int, list[Scaling]] = {}
-    for leaf in leaves:
-        each = scaling(config, f"{module}.{leaf}")
-        alike.setdefault(each.rank, []).append(each)
-    # The number of experts gives the rank of every wrapper.
-    outermost = stacked[0] if stacked else 0
-    orders = []
-    for experts in {outermost // rank for rank in alike if outermost and outermost % rank == 0}:
-        ranks = [size // experts if size % experts == 0 else 0 for size in stacked]
-        if all(len(alike.get(rank, ())) >= count for rank, count in Counter(ranks).items()):
-            orders.append(ranks)
-    if len(orders) != 1 or any(len(set(alike[rank])) > 1 for rank in orders[0]):
-        return None
-    return [alike[rank][0] for rank in orders[0]]
+    if not others:
+        return first
+    return f"^(?:{'|'.join(key.removeprefix('^') for key in (first, *others))})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import Problem, listing
+from mergekit_ext.errors import ConfigError, Problem, listing
+from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.headers import WHOLE, TensorHeader
 from peft_merge.adapter import (
     Adapter,
@@ -25,7 +27,6 @@ from peft_merge.adapter import (
     finite,
 )
 from peft_merge.io import names
-from peft_merge.io.unsupported import unknown_tensor
 
 # What follows the module's name in the keys of A and of B, of the bias of B, of a vector.
 _FACTORS = ("lora_A.weight", "lora_B.weight")
@@ -33,13 +34,6 @@ _EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
 BIAS = "lora_B.bias"
 VECTOR = "ia3_l"
 _PARTS = (*_FACTORS, BIAS, *_EMBEDDING_FACTORS, VECTOR)
-# What factors and vectors may be stored as, by the names of the safetensors format.
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 # Fields that may list modules.
 _LISTS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 # Kept by training only (VeLoRA's projection of activations).
@@ -49,7 +43,7 @@ _IGNORED = (".lora_velora_embed",)
 _COPIES = (".original_module.", ".modules_to_save.")
 _RESTORE = "Restore the adapter_config.json that was saved with these tensors."
 _SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained."
-_FLOATING = (f"one of {', '.join(_DTYPES)}", "Save the adapter in a floating-point dtype.")
+_FLOATING = f"one of {', '.join(FLOATING)}"
 
 
 @dataclass(frozen=True)
@@ -67,15 +61,10 @@ def factor_keys(layout: LayoutName) -> tuple[str, str]:
 
 def parse(
     name: str, config: Mapping[str, Any], tensors: Tensors, where: str, *, live: bool = False
-) -> tuple[Adapter | None, list[Problem]]:
-    """Make an adapter of a checked configuration and of tensors, or list what is wrong.
+) -> Adapter:
+    """Return the adapter of a checked configuration and of tensors, or raise `ConfigError`.
 
-    Args:
-        name: of the adapter.
-        config: of an accepted kind, every field of its type.
-        tensors: under PEFT's names, ``base_model.model.`` included.
-        where: the file, for the messages.
-        live: the adapter is in a model, so that PEFT has matched its expressions already.
+    With `live` the adapter is in a model, where PEFT has matched its expressions already.
     """
     if not live:
         config = {
@@ -86,20 +75,18 @@ def parse(
         }
     stored = _Stored(name, config, tensors, where, live)
     adapter = stored.adapter()
-    return (None if stored.found else adapter), stored.found
+    if stored.problems:
+        raise ConfigError(stored.problems, where)
+    return adapter
 
 
 class _Stored:
-    """An adapter's headers, sorted by what they are; it reads tensors by the names of modules.
-
-    Attributes:
-        found: the problems so far.
-    """
+    """An adapter's headers, sorted by what they are; it reads tensors by the names of modules."""
 
     def __init__(
         self, name: str, config: Mapping[str, Any], tensors: Tensors, where: str, live: bool
     ):
-        self.found: list[Problem] = []
+        self.problems: list[Problem] = []
         self._name, self._config, self._tensors, self._where = name, config, tensors, where
         self._targets = names.Targets(config)
         self._keys: dict[str, str] = {}  # of the file, by the plain name
@@ -121,14 +108,14 @@ class _Stored:
             load = partial(self._update, factors)
             adapter = LoraAdapter(self._name, self._config, infos, load, saved)
         self._idle()
-        if not self._modules and not self.found:
+        if not self._modules and not self.problems:
             expected = f"tensors named {names.PREFIX}<module>.<part>"
             self._wrong("", "no factors and no vectors", expected, _SAVE_AGAIN)
         return adapter
 
     def _wrong(self, at: str, found: str, expected: str, remedy: str = "") -> None:
         where = f"{self._where}: {at}" if at else self._where
-        self.found.append(Problem(where, found, expected, remedy))
+        self.problems.append(Problem(where, found, expected, remedy))
 
     def _sort(self, live: bool) -> None:
         unsound, foreign = [], []
@@ -149,13 +136,14 @@ class _Stored:
                     self._rest[inner] = header
                 else:
                     self._modules.setdefault(inner.removesuffix(f".{part}"), {})[part] = header
-        if unsound:
-            expected = "dotted names without slashes and control characters, not longer than 1,024"
-            remedy = "Do not use this adapter unless you know its author."
-            self._wrong("", _unknown(unsound), expected, remedy)
-        if foreign:
-            remedy = "Load it with the library that wrote it, and save it with PEFT."
-            self._wrong("", _unknown(foreign), f"names that start with {names.PREFIX}", remedy)
+        expected = "dotted names without slashes and control characters, not longer than 1,024"
+        self._unknown(unsound, expected, "Do not use this adapter unless you know its author.")
+        self._unknown(foreign, f"names that start with {names.PREFIX}", _SAVE_AGAIN)
+
+    def _unknown(self, keys: list[str], expected: str, remedy: str) -> None:
+        if keys:
+            listed = listing([*map(repr, keys)], 2)
+            self._wrong("", f"{listed} among its tensors", expected, remedy)
 
     def _whole_tensors(self) -> dict[str, TensorHeader]:
         """Return the tensors that belong to no adapted module, by the base's names."""
@@ -167,16 +155,14 @@ class _Stored:
             base = names.unwrapped(name)
             if base in saved or not names.is_whole(name, self._config, self._modules):
                 unknown.append(name)
-            elif header.dtype in _DTYPES or header.dtype in WHOLE:
+            elif header.dtype in FLOATING or header.dtype in WHOLE:
                 saved[base] = header
             else:
-                expected, remedy = _FLOATING
-                found, expected = f"dtype {header.dtype}", f"{expected}, or whole numbers"
-                self._wrong(name, found, expected, remedy)
-        if unknown:
-            expected = "factors, vectors, embeddings, and what the configuration says is saved"
-            remedy = f"{_SAVE_AGAIN[:-1]}, or merge it into its base with PEFT."
-            self._wrong("", _unknown(unknown), expected, remedy)
+                expected = f"{_FLOATING}, or whole numbers"
+                self._wrong(name, f"dtype {header.dtype}", expected, _SAVE_AGAIN)
+        expected = "factors, vectors, embeddings, and what the configuration says is saved"
+        remedy = f"{_SAVE_AGAIN[:-1]}, or merge it into its base with PEFT."
+        self._unknown(unknown, expected, remedy)
         return saved
 
     def _complete(self, module: str, wanted: list[str]) -> bool:
@@ -187,17 +173,16 @@ class _Stored:
         if odd:
             expected = f"{', '.join(wanted)}, as its configuration says"
             self._wrong(module, " and ".join(odd), expected, _SAVE_AGAIN)
-        wrong = [part for part, header in parts.items() if header.dtype not in _DTYPES]
+        wrong = [part for part, header in parts.items() if header.dtype not in FLOATING]
         if wrong:
-            self._wrong(module, f"{wrong[0]} of dtype {parts[wrong[0]].dtype}", *_FLOATING)
+            found = f"{wrong[0]} of dtype {parts[wrong[0]].dtype}"
+            self._wrong(module, found, _FLOATING, "Save the adapter in a floating-point dtype.")
         return not odd and not wrong
 
     def _factors(self) -> Iterator[tuple[str, tuple[ModuleInfo, float]]]:
         """Yield the modules of a LoRA and their scalings."""
-        scalings = self._scalings()
+        stacks = Counter(names.owner(module, self._modules) for module in self._modules)
         for module, parts in self._modules.items():
-            if module not in scalings:
-                continue
             embedding = any(part in parts for part in _EMBEDDING_FACTORS)
             kind: LayoutName = "embedding" if embedding else "linear"
             keys = factor_keys(kind)
@@ -206,13 +191,21 @@ class _Stored:
             if not self._complete(module, [*keys, *([BIAS] if with_bias else [])]):
                 continue
             a, b = (parts[part] for part in keys)
-            if not embedding:
-                if self._targets.parameters(names.owner(module, self._modules)):
-                    kind = "parameter"
-                elif len(a.shape) > 2:
-                    kind = "convolution"
-            dtype = torch.promote_types(_DTYPES[a.dtype], _DTYPES[b.dtype])
-            rank, scale = scalings[module]
+            owner = names.owner(module, self._modules)
+            leaves = [] if embedding else self._targets.parameters(owner)
+            governing = [f"{owner}.{leaf}" for leaf in leaves] or [owner]
+            (rank, scale), *others = {names.scaling(self._config, name) for name in governing}
+            if leaves:
+                kind = "parameter"
+            elif not embedding and len(a.shape) > 2:
+                kind = "convolution"
+            if leaves and (others or stacks[owner] > len(leaves)):
+                found = f"{stacks[owner]} stacks of factors for {', '.join(leaves)}, "
+                found += f"with {len(others) + 1} ranks or alphas"
+                expected = "one for each parameter and one rank, as files do not name them"
+                self._wrong(module, found, expected, "Train or convert the adapter again.")
+                continue
+            dtype = torch.promote_types(FLOATING[a.dtype], FLOATING[b.dtype])
             info = described(kind, a.shape, b.shape, rank, BIAS in parts, dtype)
             if info is None:
                 found = f"A of shape {list(a.shape)} and B of shape {list(b.shape)}"
@@ -223,32 +216,6 @@ class _Stored:
                 self._wrong(f"{module}.{BIAS}", found, f"shape {list(outputs)}")
             else:
                 yield module, (info, scale)
-
-    def _scalings(self) -> dict[str, names.Scaling]:
-        """Return rank and scaling of every module of which they can be known."""
-        known: dict[str, names.Scaling] = {}
-        wrappers: dict[str, list[str]] = {}
-        for module, parts in self._modules.items():
-            owner = names.owner(module, self._modules)
-            if _FACTORS[0] in parts and self._targets.parameters(owner):
-                wrappers.setdefault(owner, []).append(module)
-            else:
-                known[module] = names.scaling(self._config, owner)
-        for owner, nested in wrappers.items():
-            nested.sort(key=len)
-            leaves = self._targets.parameters(owner)
-            shapes = [self._modules[module][_FACTORS[0]].shape for module in nested]
-            stacked = [shape[0] for shape in shapes if shape]
-            each = names.parameter_scalings(self._config, owner, leaves, stacked)
-            if each is not None and len(each) == len(nested):
-                known |= dict(zip(nested, each, strict=True))
-                continue
-            found = f"{len(nested)} stacks of factors with {stacked} rows for the parameters "
-            found += f"{', '.join(leaves)}, whose ranks or alphas differ"
-            expected = "factors of which each can be of one parameter only: files do not name them"
-            remedy = "Train or convert the adapter again, with one rank and alpha in each module."
-            self._wrong(owner, found, expected, remedy)
-        return known
 
     def _vectors(self) -> Iterator[tuple[str, VectorInfo]]:
         """Yield the modules of an (IA)^3, in whose kind `feedforward_modules` and shape agree."""
@@ -263,11 +230,12 @@ class _Stored:
             elif chosen is not None:
                 possible &= {module.endswith(tuple(chosen))}
             if len(possible) == 1:
-                yield module, VectorInfo(shape, possible.pop(), _DTYPES[parts[VECTOR].dtype])
+                yield module, VectorInfo(shape, possible.pop(), FLOATING[parts[VECTOR].dtype])
                 continue
             found = f"shape {list(shape)} with feedforward_modules {chosen!r}"
-            expected = "(1, in) for a feedforward module, (out, 1) for another, (1, channels, 1, "
-            expected += "...) for a convolution"
+            expected = (
+                "(1, in) if feedforward, (out, 1) if not, (1, channels, 1, 1) of a convolution"
+            )
             self._wrong(f"{module}.{VECTOR}", found, expected, _RESTORE)
 
     def _idle(self) -> None:
@@ -276,11 +244,8 @@ class _Stored:
         targets = self._targets
         idle = [o for o in owners if not targets.adapt(o) and not targets.parameters(o)]
         if idle:
-            fields = [field for field in names.SELECTION if self._config.get(field)]
-            found = (
-                f"tensors of {listing(idle, 2)}, which {' with '.join(fields)} "
-                f"{'leave' if len(fields) > 1 else 'leaves'} out: PEFT would not load them"
-            )
+            fields = " and ".join(field for field in names.SELECTION if self._config.get(field))
+            found = f"{fields} without {listing(idle, 2)}: PEFT would not load their tensors"
             expected = "tensors of modules that the configuration adapts"
             self._wrong("target_modules", found, expected, _RESTORE)
 
@@ -297,10 +262,6 @@ class _Stored:
 
     def _vector(self, module: str) -> Tensor:
         return self._get(f"{names.PREFIX}{module}.{VECTOR}")
-
-
-def _unknown(keys: list[str]) -> str:
-    return f"{listing([*map(repr, keys)], 2)} among its tensors ({unknown_tensor(keys[0])})"
 
 
 def _is_vector(shape: tuple[int, ...], feedforward: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Reading adapters: folders, names on the Hub, and adapters of a live model."""
+"""Adapters read from folders, names on the Hub, and live models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from mergekit_ext.io.headers import (
     read_safetensors,
 )
 from mergekit_ext.io.model_files import may_be_hub_name
-from mergekit_ext.io.schema import LARGEST
 from peft_merge.adapter import Adapter
 from peft_merge.io import names
 from peft_merge.io.parse import Tensors, parse
@@ -31,6 +30,8 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 _SAVED = "an adapter as PEFT's save_pretrained writes it"
+# Of the configuration, in bytes; one that names 100,000 modules has half of them.
+_LARGEST = 16 << 20
 
 
 def load_adapter(
@@ -61,28 +62,22 @@ def load_adapter(
     if not called or called in (".", "..") or not names.sound(called.replace(".", "_")):
         expected = "a name without slashes and control characters"
         problems.append(Problem("name", repr(called), expected, "Give it a name."))
-    adapter = None
     try:
         folder = locate(source, revision, allow_pickle)
         config = _configuration(folder)
         problems += field_problems(config, str(folder / CONFIG))
         tensors = open_folder(folder, allow_pickle)
         if not problems:
-            adapter, problems = parse(called, config, tensors, str(folder))
+            return parse(called, config, tensors, str(folder))
     except ConfigError as error:
         problems += error.problems
-    if adapter is None:
-        raise ConfigError(problems, f"the adapter {os.fspath(source)}")
-    return adapter
+    raise ConfigError(problems, f"the adapter {os.fspath(source)}")
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: bool) -> Path:
-    """Return the folder of an adapter; from the Hub only the adapter's own files are downloaded.
+    """Return the folder of an adapter; from the Hub only its own files are downloaded.
 
     A folder that exists wins over a name on the Hub. With ``HF_HUB_OFFLINE`` the cache is used.
-
-    Raises:
-        ConfigError: it is nowhere, and cannot be downloaded.
     """
     text = os.fspath(source)
     folder = os.path.expanduser(text)
@@ -98,17 +93,15 @@ def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: b
 
     wanted = [CONFIG, SAFETENSORS, *([PICKLE] if allow_pickle else [])]
     try:
-        found = huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=wanted)
+        return Path(
+            huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=wanted)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        problem = Problem(
-            text,
-            f"no such folder, and no download from the Hub ({first})",
-            "a folder, or a name on the Hub that is cached or can be downloaded",
-            "Check the name; for a private adapter, log in with `hf auth login`.",
-        )
-        raise ConfigError([problem]) from None
-    return Path(found)
+        found = f"no such folder, and no download from the Hub ({first})"
+        expected = "a folder, or a name on the Hub that is cached or can be downloaded"
+        remedy = "Check the name; for a private adapter, log in with `hf auth login`."
+        raise ConfigError([Problem(text, found, expected, remedy)]) from None
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -117,18 +110,14 @@ def _configuration(folder: Path) -> dict[str, Any]:
         inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
         remedy = f"Give one of the folders in it: {', '.join(inner)}." if inner else ""
         raise ConfigError([Problem(str(folder), f"no {CONFIG}", _SAVED, remedy)])
-    config, wrong = json_object(path, "a JSON object", LARGEST)
+    config, wrong = json_object(path, "a JSON object", _LARGEST)
     if wrong is not None:
         raise ConfigError([Problem(CONFIG, *wrong)])
     return config
 
 
 def open_folder(folder: Path, allow_pickle: bool) -> Tensors:
-    """Return the tensors of an adapter's folder, mapped into memory.
-
-    Raises:
-        ConfigError: there is no file of weights, or it cannot be read.
-    """
+    """Return the tensors of an adapter's folder, mapped into memory, or raise `ConfigError`."""
     path, pickle = folder / SAFETENSORS, folder / PICKLE
     if os.path.isfile(path):
         from safetensors import safe_open
@@ -156,22 +145,15 @@ def of_memory(
     *,
     live: bool = False,
 ) -> Adapter:
-    """Return an adapter of tensors under PEFT's names, which are not copied; see `parse`.
-
-    Raises:
-        ConfigError: with everything that is wrong with it, or why it cannot be merged exactly.
-    """
+    """Return an adapter of tensors under PEFT's names, which are not copied; see `parse`."""
+    if problems := field_problems(config, where):
+        raise ConfigError(problems, where)
     headers = {
         key: TensorHeader(key, dtype_name(t.dtype), tuple(t.shape), t.nbytes)
         for key, t in tensors.items()
     }
-    adapter, problems = None, field_problems(config, where)
-    if not problems:
-        stored = Tensors(headers, lambda key: tensors[key].detach())
-        adapter, problems = parse(name, config, stored, where, live=live)
-    if adapter is None:
-        raise ConfigError(problems, where)
-    return adapter
+    stored = Tensors(headers, lambda key: tensors[key].detach())
+    return parse(name, config, stored, where, live=live)
 
 
 def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
@@ -179,9 +161,6 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
 
     Tensors are the model's own (no copies). Embeddings of the base are left out, resized ones too:
     they belong to the model, not to one of its adapters.
-
-    Raises:
-        ConfigError: with everything that is wrong, or why they cannot be merged exactly.
     """
     from peft import get_peft_model_state_dict
 

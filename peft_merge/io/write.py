@@ -1,4 +1,4 @@
-"""Writing an adapter as PEFT's save_pretrained would, with a card, and checking it."""
+"""Adapters written as PEFT's save_pretrained would, with a card, and checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.io.staging import new_folder
-from peft_merge.adapter import Adapter, LoraAdapter
+from peft_merge.adapter import Adapter, LoraAdapter, VectorInfo
 from peft_merge.io import names
 from peft_merge.io.parse import BIAS, VECTOR, factor_keys
 from peft_merge.io.read import CONFIG, SAFETENSORS, load_adapter
@@ -108,17 +108,16 @@ def state_dict(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(adapter, LoraAdapter):
-        for module, info in adapter.infos.items():
-            update = adapter.load(module)
-            factors = info.store(update.a, update.b)
-            for key, factor in zip(factor_keys(info.layout), factors, strict=True):
-                yield f"{module}.{key}", factor
-            if update.bias is not None:
-                yield f"{module}.{BIAS}", update.bias
-    else:
-        for module in adapter.infos:
-            yield f"{module}.{VECTOR}", adapter.load(module)
+    for module, info in adapter.infos.items():
+        value: Any = adapter.load(module)
+        if isinstance(info, VectorInfo):
+            yield f"{module}.{VECTOR}", value
+            continue
+        factors = info.store(value.a, value.b)
+        for key, factor in zip(factor_keys(info.layout), factors, strict=True):
+            yield f"{module}.{key}", factor
+        if value.bias is not None:
+            yield f"{module}.{BIAS}", value.bias
     for name, load in adapter.saved.items():
         yield names.stored(name, adapter.infos), load()
 
@@ -144,11 +143,8 @@ def card_of(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any
     if isinstance(merged := report.get("adapters"), (list, tuple)):
         called = [item.get("name", item) if isinstance(item, Mapping) else item for item in merged]
         paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
-    example = [
-        "from peft import PeftModel",
-        "",
-        f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")',
-    ]
+    load = f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")'
+    example = ["from peft import PeftModel", "", load]
     return page(adapter.name, tags, paragraphs, example, merge_config, metadata)
 
 

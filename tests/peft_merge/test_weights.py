@@ -17,7 +17,6 @@ from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io import adapters_of, load_adapter
 from peft_merge.matching import class_orientation, match
-from peft_merge.weights import AdaptedWeights
 from tests.peft_merge import models
 
 REFUSED = {"transposed_parameters", "convolutions", "attention", "replicated"}
@@ -32,7 +31,7 @@ def shapes(tensors):
 
 def applied(adapter, base, model=None):
     known = [] if model is None else [partial(class_orientation, model)]
-    weights = AdaptedWeights(adapter, match(adapter, shapes(base), *known))
+    weights = match(adapter, shapes(base), *known)
     return {name: weights.apply(name, tensor) for name, tensor in base.items()}
 
 
@@ -47,8 +46,7 @@ def check(kind, folder):
     base = model.state_dict()
     before = {name: tensor.clone() for name, tensor in base.items()}
     adapter = load_adapter(folder)
-    found = match(adapter, shapes(base), partial(class_orientation, model))
-    weights = AdaptedWeights(adapter, found)
+    weights = match(adapter, shapes(base), partial(class_orientation, model))
     ours = {name: weights.apply(name, tensor) for name, tensor in base.items()}
     theirs = merged_by_peft(models.reloaded(kind, folder))
     assert weights.added == {}
@@ -117,7 +115,7 @@ def test_what_is_no_change_of_a_weight_is_refused(name, tmp_path):
     kind = models.KINDS[name]
     adapter = load_adapter(models.saved(kind, tmp_path / "a", 1))
     reason = {
-        "transposed_parameters": "experts.up, experts.down",
+        "transposed_parameters": "experts.down, experts.up",
         "convolutions": "2 groups",
         "attention": "twice",
         "replicated": "layer_replication",
@@ -196,12 +194,9 @@ def test_one_outer_prefix_may_differ(inside, outside):
 def test_saved_tensors_follow_the_prefix_or_are_added():
     saved = {"bert.pooler.bias": torch.ones(3), "classifier.bias": torch.full((2,), 7.0)}
     adapter = several({"bert.q": (1, 4, 6)}, saved=saved)
-    found = match(adapter, {"q.weight": (4, 6), "pooler.bias": (3,)})
-    assert (found.weights, found.saved) == (
-        {"q.weight": "bert.q"},
-        {"pooler.bias": "bert.pooler.bias"},
-    )
-    weights = AdaptedWeights(adapter, found)
+    weights = match(adapter, {"q.weight": (4, 6), "pooler.bias": (3,)})
+    assert weights.weights == {"q.weight": "bert.q"}
+    assert weights.saved == {"pooler.bias": "bert.pooler.bias"}
     assert torch.equal(weights.apply("pooler.bias", torch.zeros(3)), torch.ones(3))
     assert list(weights.added) == ["classifier.bias"]
     assert torch.equal(weights.added["classifier.bias"](), torch.full((2,), 7.0))
@@ -302,7 +297,7 @@ def test_quantised_and_misshapen_tensors_and_nan():
     adapter = several({"q": (1, 4, 6)}, saved={"head.weight": torch.ones(3, 4)})
     with pytest.raises(ConfigError, match=r"\(3, 4\).*\(2, 4\).*Resize the base"):
         match(adapter, {"q.weight": (4, 6), "head.weight": (2, 4)})
-    weights = AdaptedWeights(adapter, match(adapter, {"q.weight": (4, 6), "head.weight": (3, 4)}))
+    weights = match(adapter, {"q.weight": (4, 6), "head.weight": (3, 4)})
     adapter.load("q").a.mul_(100)
     delta = adapter.load("q").dense()[0]
     with pytest.raises(MergeError, match="int8"):

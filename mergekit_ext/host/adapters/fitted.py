@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mergekit_ext.io.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from peft_merge.adapter import Adapter
 from peft_merge.io import load_adapter
+from peft_merge.io.forms import renamed
 from peft_merge.io.read import CONFIG
 from peft_merge.matching import class_orientation, match
 from peft_merge.weights import AdaptedWeights
@@ -63,14 +64,12 @@ def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> A
             return None
         return class_orientation(names.model, name)
 
-    adapter = _renamed(adapter, names.rename)
+    adapter = renamed(adapter, names.rename)
     try:
         shapes = {names.of[name]: header.shape for name, header in tensors.items()}
         found = match(adapter, shapes, transposed)
-        stored = found.stored_as({own: name for name, own in names.of.items()})
-        weights = AdaptedWeights(adapter, stored)
-        changed = {*found.weights, *found.biases, *found.saved, *found.added}
-        problems = list(_tied(adapter, sorted(changed), config))
+        weights = found.stored_as({own: name for name, own in names.of.items()})
+        problems = list(_tied(adapter, sorted({*found.touched, *found.added}), config))
         codes = [n for n, h in tensors.items() if n in weights.touched and h.dtype not in FLOATING]
         if codes:
             what = f"{tensors[codes[0]].dtype} in the base, which looks quantised"
@@ -155,15 +154,6 @@ class AdaptedSource(Source):
 
 def _or_beforehand(problem: Problem) -> Problem:
     return replace(problem, remedy=f"{problem.remedy} {_BEFOREHAND}".strip())
-
-
-def _renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
-    modules = {rename(f"{name}.weight").removesuffix(".weight"): name for name in adapter.infos}
-    saved = {rename(name): load for name, load in adapter.saved.items()}
-    if len(modules) < len(adapter.infos) or len(saved) < len(adapter.saved):
-        return adapter  # of no version of this class
-    infos: Any = {new: adapter.infos[name] for new, name in modules.items()}
-    return replace(adapter, infos=infos, load=lambda n: adapter.load(modules[n]), saved=saved)
 
 
 def _tied(adapter: Adapter, changed: list[str], config: Any) -> Iterator[Problem]:
