@@ -26,19 +26,12 @@ Cuts = Sequence[Cut]
 
 @dataclass(frozen=True)
 class Parameters:
-    """An algorithm's parameters.
-
-    Attributes:
-        shared: by name.
-        models: for each task, by name.
-        trim_scope: what `density` is a share of: ``model``, ``block`` or ``tensor``.
-        seed: of all random numbers.
-    """
+    """An algorithm's parameters by name: the shared ones, and those of each task."""
 
     shared: Mapping[str, Any]
     models: Sequence[Mapping[str, Any]]
-    trim_scope: str = "model"
-    seed: int = 0
+    trim_scope: str = "model"  # what `density` is a share of: "model", "block" or "tensor"
+    seed: int = 0  # of all random numbers
 
     def weights(self, members: Sequence[int]) -> list[float]:
         """Return the members' weights; 1 for a method that has none."""
@@ -56,17 +49,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Masked:
-    """A group that is stored as one vector and one mask for each member.
+    """A group that is stored as one vector and one mask for each member."""
 
-    Attributes:
-        unified: the unified task vector, (n,).
-        masks: for each member ceil(n/8) bytes; see `kernels.masks`.
-        rescale: for each member the factor of its reconstruction.
-    """
-
-    unified: Tensor
-    masks: Mapping[int, Tensor]
-    rescale: Mapping[int, float]
+    unified: Tensor  # the unified task vector, (n,)
+    masks: Mapping[int, Tensor]  # for each member ceil(n/8) bytes; see `kernels.masks`
+    rescale: Mapping[int, float]  # for each member the factor of its reconstruction
 
     def vector(self, base: Tensor, member: int) -> Tensor:
         """Return the block vector of one member, in the dtype of `unified`."""
@@ -80,26 +67,17 @@ class Algorithm(ABC):
     With the shared parameter ``dare_density``, task vectors are thinned and rescaled first (DARE,
     Yu et al. 2024). What is dropped depends on seed, block and task alone: not on the group, and
     not on what was merged before.
-
-    Attributes:
-        name: as in YAML.
-        parameters: those of this merge.
-        cuts: with `densities`, what is kept of each task's model; set when it is measured.
-        trims: whether it trims task vectors to their largest entries.
-        masks: whether groups from three on are stored as `Masked`.
-        kmeans: whether groups are K-means clusters instead of a dendrogram's.
-        by_tensor: whether the tensors of a block are merged one after the other.
     """
 
     name: str
-    trims = False
-    masks = False
-    kmeans = False
-    by_tensor = False
+    trims = False  # task vectors to their largest entries
+    masks = False  # groups from three on are stored as `Masked`
+    kmeans = False  # groups are K-means clusters instead of a dendrogram's
+    by_tensor = False  # the tensors of a block are merged one after the other
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters
-        self.cuts: Cuts | None = None
+        self.cuts: Cuts | None = None  # with `densities`; set when models are measured
         self._thins: Any = parameters.shared.get("dare_density")
 
     @property
@@ -118,12 +96,7 @@ class Algorithm(ABC):
         return self._copies(models, square) + thinned
 
     def merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the merged weights, base included: (n,), in `dtype`.
-
-        Args:
-            block: the original vectors of all tasks.
-            members: two tasks or more.
-            dtype: of the result, rounded to once.
+        """Return the merged weights, base included: (n,), rounded to `dtype` once.
 
         Raises:
             MergeError: the method refuses its parameters or these tensors.
@@ -135,7 +108,7 @@ class Algorithm(ABC):
         return merged.add_(block.base.to(merged.dtype)).to(dtype)
 
     def merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
-        """Return what is stored of a group of an algorithm with `masks`. Arguments as above."""
+        """Return what is stored of a group of an algorithm with `masks`."""
         thinned = block if self._thins is None else self._thinned(block, members)
         return self._merge_masked(thinned, members, dtype)
 

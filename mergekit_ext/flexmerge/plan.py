@@ -76,18 +76,8 @@ class Dendrograms(Planner):
     """Algorithm 1: the merges of all blocks in one order, stopped where the target is met.
 
     FlexMerge section 3.2: from all tasks apart, always the two most similar groups of any block.
-    The order does not depend on the target size, and groups are compared by the cosines of the
-    original task vectors.
-
-    Args:
-        storage: of the groups.
-        similarities: for each block the (m, m) cosines of its task vectors.
-        linkage, order: see `kernels.grouping`.
-        seed: of a random order.
-
-    Attributes:
-        order: the merges.
-        trajectory: the size before the first merge, and after each.
+    The order does not depend on the target size. `similarities` are for each block the (m, m)
+    cosines of the original task vectors; `seed` is of a random order.
     """
 
     def __init__(
@@ -108,6 +98,7 @@ class Dendrograms(Planner):
             before = now[block]
             now[block] = storage.bytes(block, self._groups(block, done[block]))
             totals.append(totals[-1] + now[block] - before)
+        # The size before the first merge, and after each.
         self.trajectory = tuple(map(storage.size, totals))
 
     @property

@@ -108,10 +108,8 @@ def stored(
 ) -> Iterator[tuple[Place, str, Shape]]:
     """Yield every tensor that is stored of a block: its place, name and shape, in order.
 
-    Args:
-        block: its name, which masks have.
-        shapes: of its tensors, in the order in which they are concatenated.
-        groups: that partition the tasks, with `tasks` and `kind` (`StoredGroup`, or a manifest's).
+    The name of the block is that of its masks. The groups, which partition the tasks, are
+    `StoredGroup` or a manifest's; `shapes` are in the order of concatenation.
     """
     bits = 0
     if any(group.kind == MASKED for group in groups):
@@ -201,8 +199,8 @@ class GroupStorage(ABC):
         """A size below which no partition leads, whatever the similarities."""
 
     @abstractmethod
-    def advice(self, target: Target) -> tuple[str, str]:
-        """Return what to add to the range of sizes, and what makes smaller ones possible."""
+    def advice(self, target: Target) -> str:
+        """Return what makes smaller sizes possible."""
 
     def groups(self, found: Partition) -> tuple[StoredGroup, ...]:
         """Return the groups that are stored of a partition."""
@@ -229,18 +227,15 @@ class GroupStorage(ABC):
             return None
         low, high = f"{math.ceil(least.models * 1e4 - 1e-6) / 1e4:.10g}", f"{most.models:.10g}"
         if target.exceeds(most):
-            note, remedy = "", f"Write {high}, at which nothing is merged, or less."
+            remedy = f"Write {high}, at which nothing is merged, or less."
         else:
-            note, remedy = self.advice(target)
             smallest = low if target.bytes is None else f"'{least.bytes}B'"
-            remedy = f"Write {smallest} for the smallest. {remedy}".strip()
+            remedy = f"Write {smallest} for the smallest. {self.advice(target)}".strip()
         unit = "" if target.models is None else f" {self.what}"
-        rule = f"numbers below {FIRST_BYTES} are {self.what}, others bytes"
-        expected = f"{low} to {high} {self.what}, or {least.bytes} bytes and more{note}"
         return Problem(
             "parameters.target_size",
-            f"{target}{unit} ({rule})",
-            f"what can be reached: {expected}",
+            f"{target}{unit} (numbers below {FIRST_BYTES} are {self.what}, others bytes)",
+            f"what can be reached: {low} to {high} {self.what}, or {least.bytes} bytes and more",
             remedy,
         )
 
@@ -279,14 +274,12 @@ class Storage(GroupStorage):
         blocks = range(self.blocks)
         return self.size(sum(min(self.bytes(b, merged), self.bytes(b, self.apart)) for b in blocks))
 
-    def advice(self, target: Target) -> tuple[str, str]:
-        """Name tensors that are larger merged than in some model."""
+    def advice(self, target: Target) -> str:
         parts = [part for block in self.layout.blocks for part in block.parts]
-        mixed = {dtype for part in parts if len(set(part.dtypes)) > 1 for dtype in part.dtypes}
+        mixed = any(len(set(part.dtypes)) > 1 for part in parts)
         if self.masks or self.forced is not None or not mixed:
-            return "", ""
-        dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in mixed))
+            return ""
         return (
-            f" (dtypes differ, {dtypes}, and what is shared takes the widest)",
-            "With `dtype:` all are stored in one dtype, and size 1 can be reached.",
+            "The models' dtypes differ, and what is shared takes the widest: with `dtype:` all are "
+            "stored in one, and size 1 can be reached."
         )

@@ -128,14 +128,13 @@ class Family(GroupStorage):
             )
         )
 
-    def advice(self, target: Target) -> tuple[str, str]:
+    def advice(self, target: Target) -> str:
         if target.models is not None and target.models < 1:
-            return "", (
+            return (
                 "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
                 "than they have (with `patterns: true`)."
             )
-        smaller = "A smaller `rank` for what LoRAs share (with `patterns: true`)"
-        return "", f"{smaller} makes less possible."
+        return "A smaller `rank` for what LoRAs share (with `patterns: true`) makes less possible."
 
     def changes(self, modules: Sequence[str], group: Group) -> Changes:
         """Return what the tasks of a group have of a block: one's own changes, or merged ones."""

@@ -179,8 +179,7 @@ def half(state):
 def test_one_dtype_among_others(content, tmp_path):
     rewrite(copied(content, 1, tmp_path / "half"), half)
     problem = only(put(content, target_size=1))
-    assert "dtypes differ, bfloat16, float32" in problem.expected
-    assert "`dtype:`" in problem.remedy
+    assert "dtypes differ" in problem.remedy and "`dtype:`" in problem.remedy
     assert not places({**content, "dtype": "bfloat16"})
 
 

@@ -18,7 +18,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
-from mergekit_ext.errors import MergeError, MergekitExtError, Problem, tensors_at
+from mergekit_ext.errors import MergeError, MergekitExtError, tensors_at
 from mergekit_ext.flexmerge.algorithm import Algorithm, Parameters
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host import session as sessions
@@ -55,15 +55,14 @@ class Registered(Algorithm):
     def check(self, findings: Findings) -> None:
         """Report what the method refuses of its parameters, or else note what it warns of."""
         inputs = Inputs(len(self.parameters.models), self._based)
-        given, problems = (self.parameters.shared, inputs), list[Problem]()
+        given, before = (self.parameters.shared, inputs), findings.count
         if isinstance(self._method, ExtMethod):
-            problems += self._method.problems(*given)
-        if not problems and (error := self._refusal()) is not None:
+            findings.extend(self._method.problems(*given))
+        if findings.count == before and (error := self._refusal()) is not None:
             found = f"an error of `{self.name}` ({error})"
             expected = f"parameters that `{self.name}` accepts"
-            problems.append(Problem("parameters", found, expected, "Change them."))
-        findings.extend(problems)
-        if isinstance(self._method, ExtMethod) and not problems:
+            findings.problem("parameters", found, expected, "Change them.")
+        if isinstance(self._method, ExtMethod) and findings.count == before:
             for note in self._method.notes(*given):
                 findings.note(note)
 

@@ -66,18 +66,10 @@ def write_curve(
     The tables are written anew after every size that is scored: what is done is kept, whatever
     comes later. An analysis that is in the folder is used again; a new one is kept there.
 
-    Args:
-        config_file: a `flexmerge` configuration; its ``target_size`` is not used.
-        folder: where the files go; made if it does not exist.
-        options: mergekit's.
-        sizes: numbers of models, or "all" for the size after every merge. By default 1, 1.5, and
-            the whole numbers up to that of the models.
-        algorithms: the lines, as ``algorithm:`` names them; that of the configuration if empty.
-        evaluate: scores a transformers module in evaluation mode, on the CPU, the higher, the
-            better. It must not write to the weights (it may move the module). None for a table of
-            sizes, for which nothing is merged.
-        metric: what is drawn; the first that `evaluate` returns by default.
-        callbacks: get the events.
+    The configuration's ``target_size`` is not used. `sizes` are numbers of models, or "all" for the
+    size after every merge; `algorithms` are names, one line each. `evaluate` scores a transformers
+    module in evaluation mode, on the CPU, whose weights it must not write to; without it nothing
+    is merged. `metric` is what is drawn, by default the first that `evaluate` returns.
 
     Raises:
         ConfigError: something is wrong with the configuration, for one of the algorithms, with
