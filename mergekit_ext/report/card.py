@@ -51,24 +51,24 @@ def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     if not groups:
         return ""
     models = list(dict.fromkeys(model for values in groups.values() for model in values))
-    head = _short(models)
     scales = sorted({details["scale"] for details in tensors.values() if "scale" in details})
     found = f"{scales[0]:.4g}" if len(scales) == 1 else _range(scales)
-    lines = ["### NAN coefficients", "", f"Global factor (`scale`): {found}.", ""]
+    parts = ["### NAN coefficients", f"Global factor (`scale`): {found}."]
     if len(groups) <= _MOST_ROWS:
-        rows: list[list[str]] = [
+        label = "group"
+        rows = [
             [key[0], *(f"{values[m]:.4f}" if m in values else "" for m in models)]
             for key, values in groups.items()
         ]
-        lines.append(table(["group", *head], rows))
     else:
-        rows = []
-        for label, pick in (("lowest", min), ("mean", fmean), ("highest", max)):
-            columns = [[v[model] for v in groups.values() if model in v] for model in models]
-            rows.append([label, *(f"{pick(column):.4f}" for column in columns)])
-        lines.append(f"Over {len(groups)} groups of tensors; all are in `merge_report.json`.\n")
-        lines.append(table(["", *head], rows))
-    return "\n".join(lines)
+        parts.append(f"Over {len(groups)} groups of tensors; all are in `{REPORT_NAME}`.")
+        label = ""
+        columns = [[v[model] for v in groups.values() if model in v] for model in models]
+        rows = [
+            [name, *(f"{pick(column):.4f}" for column in columns)]
+            for name, pick in (("lowest", min), ("mean", fmean), ("highest", max))
+        ]
+    return "\n\n".join([*parts, table([label, *_short(models)], rows)])
 
 
 def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
@@ -84,17 +84,13 @@ def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
         ranks = sorted(d["ranks"][model] for d in solved.values() if model in d["ranks"])
         tops = [d["singular_values"].get(model, 0.0) for d in solved.values()]
         rows.append([name, f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}", _range(tops)])
-    return "\n".join(
-        [
-            "### LoRE solver",
-            "",
-            f"{converged} of {len(solved)} tensors converged; iterations from {iterations[0]} to "
-            f"{iterations[-1]}, median {iterations[len(iterations) // 2]}. Each tensor is in "
-            "`merge_report.json`.",
-            "",
-            table(["model", "rank (lowest / median / highest)", "largest singular value"], rows),
-        ]
+    text = (
+        f"{converged} of {len(solved)} tensors converged; iterations from {iterations[0]} to "
+        f"{iterations[-1]}, median {iterations[len(iterations) // 2]}. Each tensor is in "
+        f"`{REPORT_NAME}`."
     )
+    head = ["model", "rank (lowest / median / highest)", "largest singular value"]
+    return "\n\n".join(["### LoRE solver", text, table(head, rows)])
 
 
 def flexmerge_section(
@@ -116,25 +112,21 @@ def flexmerge_section(
     apart = f", and {private:,.0f} bytes that only one task each has" if private else ""
     plain = [name for name, ordinary in tasks if ordinary]
     masked = [name for name, ordinary in tasks if not ordinary]
-    lines = [
+    parts = [
         "### FlexMerge",
-        "",
         f"{count} tasks in the space of {size['models']:.4g} models{apart}: "
         f"{size['bytes']:,.0f} bytes in all.",
-        "",
     ]
     if plain:
-        lines += [f"Ordinary checkpoints, one folder each: {', '.join(plain)}.", ""]
+        parts.append(f"Ordinary checkpoints, one folder each: {', '.join(plain)}.")
     if masked:
-        lines += [
+        parts.append(
             f"Stored as masks: {', '.join(masked)}. Load these with "
             "`mergekit_ext.flexmerge.load(folder, task=...)`, or write an ordinary folder with "
             "`mergekit-ext export folder task out`. The base and the masks come on top of the "
-            "copies below.",
-            "",
-        ]
-    lines.append(table(["blocks", "number", "mean copies"], rows))
-    return "\n".join(lines)
+            "copies below."
+        )
+    return "\n\n".join([*parts, table(["blocks", "number", "mean copies"], rows)])
 
 
 def _range(values: Sequence[float]) -> str:
