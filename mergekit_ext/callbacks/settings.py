@@ -16,28 +16,27 @@ from mergekit_ext.events import LOG_HOOKS, MERGE_HOOKS, hook_problem, takes
 
 INITIAL = "initial"
 SUBJECT = "MergeCheckpoints"
-_STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 AdapterOption = Annotated[str, Field(pattern="^(rank|patterns|space|modules_to_save|dtype)$")]
 # Folders of snapshots are named with eight digits.
 Step = Annotated[int, Field(ge=0, lt=10**8)]
 
 
-class Average(BaseModel):
-    """The uniform mean, in one pass: ``mean += weight(n) * (n-th - mean)``."""
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
-    model_config = _STRICT
+
+class Average(_Strict):
+    """The uniform mean, in one pass: ``mean += weight(n) * (n-th - mean)``."""
 
     def weight(self, n: int) -> float:
         return 1 / n
 
 
-class Ema(BaseModel):
+class Ema(_Strict):
     """The exponential moving mean: of n snapshots the i-th has d^(n-i) (1-d) / (1-d^n), d `decay`.
 
     Without the correction the mean starts at the first snapshot, which keeps the weight d^(n-1).
     """
-
-    model_config = _STRICT
 
     decay: float = Field(0.999, ge=0, lt=1)
     bias_correction: bool = True
@@ -51,9 +50,7 @@ class Ema(BaseModel):
 RUNNING: dict[str, type[Average] | type[Ema]] = {"average": Average, "ema": Ema}
 
 
-class Settings(BaseModel):
-    model_config = _STRICT
-
+class Settings(_Strict):
     method: str = "average"
     keep: int = Field(5, ge=1)
     every: int = Field(1, ge=1)
@@ -124,20 +121,16 @@ def _together(given: Mapping[str, Any]) -> Iterator[Problem]:
         yield found
 
 
-class Mean(BaseModel):
+class Mean(_Strict):
     """A running mean of tensors by name; with the configuration of the adapter if it is one."""
-
-    model_config = _STRICT
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None = None
     steps: list[Step] = []
 
 
-class State(BaseModel):
+class State(_Strict):
     """All that has been collected."""
-
-    model_config = _STRICT
 
     method: str
     saves: Annotated[int, Field(ge=0)]  # how many checkpoints have been saved
