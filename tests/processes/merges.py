@@ -35,7 +35,7 @@ def all_merges():
             kinds.clear()
             events = [JsonLines(config.with_suffix(".jsonl"))] if us.is_main else []
             merge(config, FOLDER / config.stem / "out", OPTIONS, callbacks=events)
-            made = sum(kind in ("tensor", "block") for kind in kinds)
+            made = sum(kind in ("tensor", "piece") for kind in kinds)
             config.with_suffix(f".{us.rank}.count").write_text(str(made))
 
 
