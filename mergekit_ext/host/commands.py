@@ -43,19 +43,18 @@ def reading_first(check: Callable[[str], Any]) -> Callable[..., None]:
 
 def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
     """Return what `schema` makes of a YAML text, or raise `ConfigError` with every reason."""
-    config = None
     documents, problems = read(source)
-    if len(documents) == 1:
-        config, wrong = parse(documents[0], schema)
-        problems = [*problems, *wrong]
-    elif documents:
+    if not documents:
+        problems = [NO_DOCUMENT]
+    elif len(documents) > 1:
         found, remedy = f"{len(documents)} documents", "Use mergekit-multi for several."
         problems = [Problem("the file", found, "one merge", remedy)]
     else:
-        problems = [NO_DOCUMENT]
-    if config is None:
-        raise ConfigError(problems, "this configuration")
-    return config
+        config, wrong = parse(documents[0], schema)
+        if config is not None:
+            return config
+        problems = [*problems, *wrong]
+    raise ConfigError(problems, "this configuration")
 
 
 def require_merges(text: str) -> None:

@@ -93,7 +93,6 @@ def merge(
             out_path,
             None if whole else method,
             callbacks,
-            source,
             decides if whole or options.safe_serialization else None,
             restart or os.environ.get(RESTART_VARIABLE) == "1",
         ) as folder:

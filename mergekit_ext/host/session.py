@@ -62,10 +62,12 @@ class Session:
         self,
         dispatcher: Dispatcher | None = None,
         output: str = "",
-        source: str = "",
         quiet: bool = True,
+        source: str | None = None,
     ):
-        self.output, self.source, self.quiet = output, source, quiet
+        self.output, self.quiet = output, quiet
+        # The text of the configuration, for mergekit-pytorch, whose planner has none.
+        self.source = source
         self.staging: Staging | None = None
         # What is finished of the output; None for merges that cannot be continued.
         self.journal: Journal | None = None
@@ -160,7 +162,7 @@ def active(session: Session) -> Iterator[Session]:
 
 @contextmanager
 def listening(
-    options: MergeOptions, callbacks: Iterable[object], out_path: str = "", source: str = ""
+    options: MergeOptions, callbacks: Iterable[object], out_path: str = ""
 ) -> Iterator[Session]:
     """Yield a session with the progress bar, `callbacks` and what the environment asks for."""
     listeners: list[object] = []
@@ -168,7 +170,7 @@ def listening(
         listeners += [*([] if options.quiet else [ProgressBar()]), *callbacks]
         if path := os.environ.get(EVENTS_VARIABLE):
             listeners.append(JsonLines(path, EVENTS_VARIABLE))
-    session = Session(Dispatcher(listeners), out_path, source, options.quiet)
+    session = Session(Dispatcher(listeners), out_path, options.quiet)
     try:
         with closing(session), active(session):
             yield session
@@ -184,7 +186,6 @@ def output(
     out_path: str,
     method: ExtMethod | None,
     callbacks: Iterable[object],
-    source: str = "",
     identity: Mapping[str, str] | None = None,
     restart: bool = False,
 ) -> Iterator[Path]:
@@ -193,7 +194,7 @@ def output(
     `method` reports; None for mergekit's own. With an `identity`, which is whatever decides the
     output, what is finished is kept when the merge is stopped, for the next one to go on with.
     """
-    with listening(options, callbacks, out_path, source) as session:
+    with listening(options, callbacks, out_path) as session:
         with _folder(session, out_path, identity, restart) as folder:
             yield folder
             agree(folder)
