@@ -50,9 +50,9 @@ class Sharing:
         share them, are moved once. Any other (cast, or converted by transformers) is an earlier
         module's of the same name if the values are equal.
         """
-        storages = {_storage(tensor) for tensor in stored}
+        storages = {tensor.untyped_storage().data_ptr() for tensor in stored}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if _storage(tensor) in storages:
+            if tensor.untyped_storage().data_ptr() in storages:
                 tensor.data = _on(self._device, tensor.data, self._moved)
                 continue
             own, earlier = tensor.data.to(self._device), self._computed[name]
@@ -63,10 +63,6 @@ class Sharing:
             else:
                 earlier.append(own)
             tensor.data = own
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _range(tensor: Tensor) -> _Range:
@@ -106,18 +102,21 @@ def place(
     moved: _Moved = {}
     written: dict[_Range, Path] = {}
     for task, module in modules.items():
-        places = {name: _part(name, plan) for name, _ in _tensors(module)}
-        own = {part: plan[part] for part in places.values()}
+        parts = {
+            name: next(part for part in _parts(name) if part in plan)
+            for name, _ in _tensors(module)
+        }
+        own = {part: plan[part] for part in parts.values()}
         on_disk = {
             # accelerate leaves buffers where the work is done.
             name: tensor.data
             for name, tensor in module.named_parameters(remove_duplicate=False)
-            if plan[places[name]] == DISK
+            if own[parts[name]] == DISK
         }
         index = _offloaded(on_disk, tensors[task], offload_folder, written)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if plan[places[name]] not in (CPU, DISK):
-                tensor.data = _on(plan[places[name]], tensor.data, moved)
+            if own[parts[name]] not in (CPU, DISK):
+                tensor.data = _on(own[parts[name]], tensor.data, moved)
         if len({*own.values()}) == 1 and DISK not in own.values():
             module.hf_device_map = own  # where accelerate keeps it
             continue
@@ -141,10 +140,6 @@ def _parts(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
-
-
-def _part(name: str, plan: Mapping[str, Device]) -> str:
-    return next(part for part in _parts(name) if part in plan)
 
 
 def _inferred(

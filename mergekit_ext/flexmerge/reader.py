@@ -33,8 +33,6 @@ from mergekit_ext.io.model_files import companions
 from mergekit_ext.io.planned_files import split, weight_names, write_index
 from mergekit_ext.io.staging import new_folder
 
-_SHARD_BYTES = 5_000_000_000
-
 
 def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Checkpoint:
     """Check a checkpoint and open its files; warn if its folders hold copies of them.
@@ -167,7 +165,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     verify: bool = True,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write one task as a folder that needs nothing of ours: weights, configuration, tokenizer.
 
