@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
-from mergekit_ext.methods import ADAPTERS, Method
+from mergekit_ext.methods import Method
 from mergekit_ext.methods.nan import inverse_norm_coefficients
 from peft_merge.adapter import Adapter
+from peft_merge.algebra.core_space import Rank
 from peft_merge.coefficients import change_norms
 from peft_merge.config.plan import MergePlan
 from peft_merge.io import names
@@ -77,7 +78,6 @@ class Family(GroupStorage):
     def __init__(self, plan: MergePlan, rule: Method, granularity: str):
         self.plan, self.rule = plan, rule
         self.adapters: Sequence[Any] = plan.adapters
-        self.forced = plan.forced
         self.layout = blocks_of(plan.modules, granularity)
         common = of_the_base(self.adapters)
         private = sum(
@@ -97,12 +97,8 @@ class Family(GroupStorage):
         """Return how many numbers a group stores of each module that one of its tasks has."""
 
     @abstractmethod
-    def own(self, module: str, adapter: Any) -> Piece:
-        """Return an adapter's change in its stored values, in `dtype` if one is asked for."""
-
-    @abstractmethod
-    def merged(self, module: str, group: Group) -> Piece:
-        """Return one change for two or more tasks; without the module a task has none."""
+    def own(self, module: str, adapter: Any, dtype: torch.dtype) -> Any:
+        """Return an adapter's change in its stored values, cast to `dtype`."""
 
     @abstractmethod
     def configuration(
@@ -115,9 +111,8 @@ class Family(GroupStorage):
 
     @property
     def least(self) -> Size:
-        """However tasks share a block, it is as large as the largest of their own changes (cut to
-        the rank of what is shared). Between that bound and what the similarities lead to, the
-        merge decides."""
+        """However tasks share a block, it is as large as the largest of their own changes, cut to
+        the rank of what is shared."""
         return self.size(
             sum(
                 max(
@@ -129,19 +124,19 @@ class Family(GroupStorage):
         )
 
     def advice(self, target: Target) -> str:
-        if target.models is not None and target.models < 1:
-            return (
-                "No size below 1 can ever be reached, unless what LoRAs share has a smaller `rank` "
-                "than they have (with `patterns: true`)."
-            )
         return "A smaller `rank` for what LoRAs share (with `patterns: true`) makes less possible."
 
     def changes(self, modules: Sequence[str], group: Group) -> Changes:
         """Return what the tasks of a group have of a block: one's own changes, or merged ones."""
         present = [module for module in modules if self.infos(module, group)]
         if len(group) > 1:
-            return {module: self.merged(module, group) for module in present}
-        return {module: self.own(module, self.adapters[group[0]]) for module in present}
+            return {module: self.merge(module, group) for module in present}
+        adapter, found = self.adapters[group[0]], {}
+        for module in present:
+            info = adapter.infos[module]
+            info = replace(info, dtype=self.plan.forced or info.dtype)
+            found[module] = Piece(self.own(module, adapter, info.dtype), info)
+        return found
 
     def adapter(self, task: int, changes: Changes, shared: Collection[str]) -> Adapter:
         """Return a task's adapter; the changes of the modules in `shared` are merged ones."""
@@ -161,45 +156,43 @@ class Family(GroupStorage):
         adapters = (self.adapters[task] for task in group)
         return [adapter.infos[module] for adapter in adapters if module in adapter.infos]
 
-    def merge(self, module: str, group: Group, **options: Any) -> Piece:
+    def merge(self, module: str, group: Group) -> Piece:
         """Return `merge_module` of a group, NAN's coefficients being those of the group."""
         members = [self.adapters[task] for task in group]
         plan, values = self.plan, self.plan.resolve(module)
-        shared = {p.name for p in self.rule.for_driver(ADAPTERS) if not p.per_model}
         weights = [values.weights[task] for task in group]
         if self.rule.nan:
             norms = change_norms(members, module, space=plan.space)
             pairs = zip(inverse_norm_coefficients(norms), weights, strict=True)
             weights = [a * weight for a, weight in pairs]
-        settings = replace(
-            values,
-            weights=weights,
-            options={name: value for name, value in values.options.items() if name in shared},
-            each=[values.each[task] for task in group],
-        )
+        settings = replace(values, weights=weights, each=[values.each[task] for task in group])
         return merge_module(
             members,
             module,
             self.rule,
             settings,
             space=plan.space,
-            dtype=self.forced,
+            rank=self.rank(module, group),
+            dtype=plan.forced,
             device=plan.device,
             seed=plan.seed,
-            **options,
         )
+
+    def rank(self, module: str, group: Group) -> Rank | None:
+        """Return that of a merged change; vectors have none."""
+        return None
 
     def _bytes(self, block: Block, group: Group) -> int:
         total = 0
         for module, count in self.elements(block.modules, group).items():
             dtypes = (info.dtype for info in self.infos(module, group))
-            total += count * (self.forced or reduce(torch.promote_types, dtypes)).itemsize
+            total += count * (self.plan.forced or reduce(torch.promote_types, dtypes)).itemsize
         return total
 
     def _private(self, task: int) -> dict[str, Callable[[], Tensor]]:
         adapter = self.adapters[task]
         return {
-            name: partial(merge_saved, name, [adapter], [1.0], self.forced)
+            name: partial(merge_saved, name, [adapter], [1.0], self.plan.forced)
             for name in adapter.saved
         }
 

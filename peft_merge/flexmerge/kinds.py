@@ -16,6 +16,7 @@ from peft_merge.adapter import (
     Ia3Adapter,
     LoraAdapter,
     ModuleInfo,
+    Update,
     VectorInfo,
     bias_changes,
     cast,
@@ -23,11 +24,11 @@ from peft_merge.adapter import (
     finite_updates,
     one_rank,
 )
-from peft_merge.algebra.core_space import CoreSpace
+from peft_merge.algebra.core_space import CoreSpace, Rank
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge.family import Changes, Family, Group
 from peft_merge.io.merged import ia3_configuration, lora_configuration, stored_ranks
-from peft_merge.modules import Piece, vector_changes
+from peft_merge.modules import vector_changes
 
 
 class LoraFamily(Family):
@@ -66,18 +67,9 @@ class LoraFamily(Family):
             found[module] = n * rank * (rows + columns) + bias
         return found
 
-    def own(self, module: str, adapter: LoraAdapter) -> Piece:
+    def own(self, module: str, adapter: LoraAdapter, dtype: torch.dtype) -> Update:
         """Return the factors with the scaling in B."""
-        info = adapter.infos[module]
-        dtype = self.forced or info.dtype
-        value = finite_update(adapter, module).unscaled().cast(dtype, module)
-        return Piece(value, replace(info, dtype=dtype))
-
-    def merged(self, module: str, group: Group) -> Piece:
-        rank = self.plan.rank
-        if rank is None or isinstance(rank, int):
-            rank = self._rank(module, group)
-        return self.merge(module, group, rank=rank)
+        return finite_update(adapter, module).unscaled().cast(dtype, module)
 
     def changes(self, modules: Sequence[str], group: Group) -> Changes:
         """Fill up with zeros to the rank that is stored."""
@@ -104,12 +96,12 @@ class LoraFamily(Family):
 
     def _ranks(self, modules: Sequence[str], group: Group) -> dict[str, int]:
         """From headers where that is possible."""
-        if len(group) == 1 or self.plan.rank is None or isinstance(self.plan.rank, int):
-            needed = {}
-            for module in modules:
-                if infos := self.infos(module, group):
-                    rank = infos[0].rank if len(group) == 1 else self._rank(module, group)
-                    needed[module] = replace(infos[0], rank=rank)
+        needed = {}
+        for module in modules:
+            if infos := self.infos(module, group):
+                rank = infos[0].rank if len(group) == 1 else self.rank(module, group)
+                needed[module] = replace(infos[0], rank=rank)
+        if all(isinstance(info.rank, int) for info in needed.values()):
             return stored_ranks(needed, self._r)
         key = (tuple(modules), group)
         if key not in self._found:
@@ -117,14 +109,14 @@ class LoraFamily(Family):
             self._found[key] = {module: piece.info.rank for module, piece in changes.items()}
         return self._found[key]
 
-    def _rank(self, module: str, group: Group) -> int:
+    def rank(self, module: str, group: Group) -> Rank:
         infos = self.infos(module, group)
         rank = self.plan.rank
         if self._r is not None:
             rank = self._r // infos[0].groups
-        elif not isinstance(rank, int):
+        elif rank is None:
             rank = max(info.rank for info in infos)
-        return min(rank, infos[0].rows, infos[0].columns)
+        return min(rank, infos[0].rows, infos[0].columns) if isinstance(rank, int) else rank
 
 
 class Ia3Family(Family):
@@ -141,13 +133,8 @@ class Ia3Family(Family):
         known = {module: self.infos(module, group) for module in modules}
         return {module: math.prod(infos[0].shape) for module, infos in known.items() if infos}
 
-    def own(self, module: str, adapter: Ia3Adapter) -> Piece:
-        info = adapter.infos[module]
-        dtype = self.forced or info.dtype
-        return Piece(cast(adapter.load(module), dtype, module), replace(info, dtype=dtype))
-
-    def merged(self, module: str, group: Group) -> Piece:
-        return self.merge(module, group)
+    def own(self, module: str, adapter: Ia3Adapter, dtype: torch.dtype) -> Tensor:
+        return cast(adapter.load(module), dtype, module)
 
     def configuration(
         self, own: Ia3Adapter, infos: Mapping[str, VectorInfo], shared: Collection[str]
