@@ -1,18 +1,8 @@
 """Merging adapters of a live PeftModel into a further adapter of it.
 
 PEFT's combination types merge factors, or a dense change that is then truncated. What either
-approximates is a merge of the changes themselves, and that is what each name means here:
-
-| combination_type | method | what it is |
-|---|---|---|
-| `linear`, `cat`, `svd` | `linear`, `normalize: false` | sum of w_i D_i |
-| `ties`, `ties_svd` | `peft_ties` | PEFT's TIES of the D_i |
-| `dare_ties`, `dare_ties_svd` | `peft_dare_ties` | the same, dropping at random |
-| `dare_linear`, `dare_linear_svd` | `dare_linear` | sum of w_i times what DARE keeps of D_i |
-| `magnitude_prune`, `magnitude_prune_svd` | `magnitude_prune` | the same, keeping the largest |
-
-`cat` was exact already; the rank of its result is now the least that holds it. The others lose the
-cross terms of `linear` and of TIES on factors. Random types draw other entries than PEFT does.
+approximates is a merge of the changes themselves: `COMBINATION_TYPES` names it. `cat` was exact
+already; the rank of its result is now the least that holds it. Random types draw other entries.
 """
 
 from __future__ import annotations
@@ -88,7 +78,7 @@ def add_merged_adapter(
         adapters: names of adapters in it.
         weights: one for each; default 1.
         adapter_name: of the new adapter.
-        combination_type: one of PEFT's (see above), taken as the method that it approximates.
+        combination_type: one of PEFT's, taken as the method that it approximates.
         svd_rank: PEFT's name of `rank`.
         svd_clamp: refused: it would change the result.
         svd_full_matrices, svd_driver: taken for PEFT's sake; they change nothing.

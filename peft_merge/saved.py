@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError, MergeWarning, Problem, did_you_mean, listing, shown
+from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, listing, shown
 from mergekit_ext.io.headers import is_counter
 from mergekit_ext.methods.method import cancelling
-from peft_merge.adapter import Adapter, finite
+from peft_merge.adapter import Adapter, cast, finite
 from peft_merge.io.names import module_to_save
 
 AVERAGE, DROP = "average", "drop"
@@ -123,12 +123,7 @@ def merge_saved(
         mean = torch.zeros(tensors[0].shape, dtype=torch.float64)
         for tensor, weight in zip(tensors, weights, strict=True):
             mean.add_(tensor.to(torch.float64), alpha=weight / total)
-    result = mean.to(target)
-    if not bool(torch.isfinite(result).all()):
-        raise MergeError(
-            f"{name}: the merged tensor leaves the range of {target}. Use a wider one."
-        )
-    return result
+    return cast(mean, target, name)
 
 
 def _floating(tensors: Iterable[Tensor]) -> bool:
