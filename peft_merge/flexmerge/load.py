@@ -176,7 +176,7 @@ def _inseparable(adapters: Sequence[Adapter]) -> Iterator[Problem]:
 
 
 def _require_base(base_model: Any) -> None:
-    """Raise `TypeError` for what is no model, `ConfigError` for a model that has adapters."""
+    """Raise `TypeError` for what is no model, `ConfigError` for one that cannot be wrapped."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -189,6 +189,9 @@ def _require_base(base_model: Any) -> None:
     if isinstance(base_model, PeftModel) or any(layers):
         found, remedy = "a model that has adapters already", "Pass the base model."
         raise ConfigError([Problem("base_model", found, "one without", remedy)], _SUBJECT)
+    if any(parameter.is_meta for parameter in base_model.parameters()):
+        found, remedy = "parameters that are offloaded", "Load it without offloading."
+        raise ConfigError([Problem("base_model", found, "all in memory", remedy)], _SUBJECT)
 
 
 @contextmanager

@@ -36,10 +36,9 @@ def task_name_problem(name: str) -> str | None:
             "only A-Z, a-z, 0-9, '_' and '-' are possible, 100 at most, and a letter or digit is "
             "first"
         )
-    if any(name in prefix for prefix in _PREFIXES):
-        return "PEFT takes it for a part of its own names"
-    if hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):
-        return "torch's modules, which hold adapters by name, have an attribute of this name"
+    holders = (torch.nn.ModuleDict, torch.nn.ParameterDict)
+    if any(name in prefix for prefix in _PREFIXES) or any(hasattr(held, name) for held in holders):
+        return "PEFT, or torch's modules that hold adapters, have something else of this name"
     return None
 
 

@@ -89,6 +89,8 @@ def test_what_is_no_base(tmp_path):
     for found in (model, model.base_model.model):
         assert "has adapters already" in refused(found, folder)
     assert answer(KINDS["plain"], load_tasks(model.unload(), folder)).isfinite().all()
+    with pytest.raises(ConfigError, match="parameters that are offloaded"):
+        load_tasks(base(KINDS["plain"]).to("meta"), folder)
 
 
 def test_whatever_else_fails_leaves_the_base(tmp_path, monkeypatch):
