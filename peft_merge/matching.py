@@ -38,10 +38,6 @@ _WEIGHT_NAMES = ("weight", _ATTENTION)
 _SHOWN = 6
 _TRAINED_ON = "Take the model that the adapter was trained on"
 _BY_PEFT = "Merge this adapter into its base with the PEFT that trained it, and use that model."
-_BY_CLASS = (
-    "Put the config.json of the base beside its weights: the class in it decides, if it is one of "
-    "transformers."
-)
 
 
 def match(
@@ -251,8 +247,8 @@ class _Matcher:
                 (settled[module],) = evidence
                 continue
             what = f"{tensor} of shape {tuple(shapes[tensor])}, which may be transposed or not"
-            remedy = _BY_PEFT if self._is_parameter(module) else _BY_CLASS
-            self._wrong(what, "a weight whose orientation is known", remedy, module)
+            expected = "a weight whose orientation its shape or a class of transformers says"
+            self._wrong(what, expected, _BY_PEFT, module)
         return settled
 
 

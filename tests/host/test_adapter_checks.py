@@ -255,7 +255,7 @@ def test_a_configuration_that_is_too_long_is_not_read(base, adapter, tmp_path, m
     for way in ("1", "0"):
         monkeypatch.setenv("MERGEKIT_EXT_ADAPTERS", way)
         found = [problem.found for problem in check(f"{base}+{folder}").problems]
-        assert any("bytes, more than 67,108,864" in text for text in found)
+        assert any("bytes, more than" in text for text in found)
 
 
 @pytest.mark.parametrize("content", ["[1]", "7", "{"])
