@@ -43,20 +43,41 @@ class Source:
         return self._load(self.tensors[name].name)
 
     def read(self, name: str, out: Tensor) -> None:
-        """Fill `out`, a flat CPU tensor as many bytes long as the stored one."""
-        stored = self.tensor(name).contiguous().reshape(-1)
-        out.view(torch.uint8).copy_(stored.view(torch.uint8))
+        """Fill `out`, a flat CPU tensor as many bytes long as the stored one.
+
+        What a header has a file of is read straight. A plain read copies at memory speed; a memory
+        map would pay a page fault every 4 KiB, ten times as much on virtual machines.
+        """
+        header = self.tensors[name]
+        if header.file is None:
+            stored = self.tensor(name).contiguous().reshape(-1)
+            out.view(torch.uint8).copy_(stored.view(torch.uint8))
+        elif header.nbytes:
+            view = memoryview(out.view(torch.uint8).numpy())
+            with header.file.open("rb", buffering=0) as file:
+                file.seek(header.offset)
+                done = 0
+                while done < header.nbytes:
+                    count = file.readinto(view[done : header.nbytes])
+                    if not count:
+                        raise OSError(f"{header.file} ends before {name} does")
+                    done += count
 
     def expect(self, name: str) -> None:
         """Prepare for a `read` that comes soon."""
+        header = self.tensors[name]
+        if header.file is None or not hasattr(os, "posix_fadvise"):
+            return
+        descriptor = os.open(header.file, os.O_RDONLY)
+        try:
+            for start in range(header.offset, header.offset + header.nbytes, _READ_AHEAD):
+                os.posix_fadvise(descriptor, start, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 class FileSource(Source):
-    """Tensors in safetensors files, read straight to where they are needed.
-
-    A plain read copies at memory speed; a memory map would pay a page fault every 4 KiB, which
-    costs ten times as much on virtual machines.
-    """
+    """Tensors in safetensors files."""
 
     def __init__(self, name: str, tensors: Mapping[str, TensorHeader]):
         files = {header.name: header.file for header in tensors.values() if header.file is not None}
@@ -67,32 +88,6 @@ class FileSource(Source):
             return tensor
 
         super().__init__(name, tensors, mapped, {*files.values()})
-
-    def read(self, name: str, out: Tensor) -> None:
-        header = self.tensors[name]
-        if header.nbytes == 0:
-            return
-        assert header.file is not None
-        view = memoryview(out.view(torch.uint8).numpy())
-        with header.file.open("rb", buffering=0) as file:
-            file.seek(header.offset)
-            done = 0
-            while done < header.nbytes:
-                count = file.readinto(view[done : header.nbytes])
-                if not count:
-                    raise OSError(f"{header.file} ends before {name} does")
-                done += count
-
-    def expect(self, name: str) -> None:
-        header = self.tensors[name]
-        if header.file is None or not hasattr(os, "posix_fadvise"):
-            return
-        descriptor = os.open(header.file, os.O_RDONLY)
-        try:
-            for start in range(header.offset, header.offset + header.nbytes, _READ_AHEAD):
-                os.posix_fadvise(descriptor, start, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergekit_ext
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.source import FileSource
+from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.host.checks.report import CheckReport
 from mergekit_ext.methods import BLOCKS, methods
@@ -429,7 +429,7 @@ def test_a_dtype_that_cannot_be_loaded(content, tmp_path):
 
 
 def test_everything_at_once_and_no_weight_is_read(content, bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(FileSource, "read", lambda *a: pytest.fail("a weight was read"))
+    monkeypatch.setattr(Source, "read", lambda *a: pytest.fail("a weight was read"))
     put(content, target_size="abc", algorithm="average", density=2, order="gredy")
     content["models"][0]["parameters"] = {"task": ".."}
     content["models"][1]["parameters"] = {"wight": 1}

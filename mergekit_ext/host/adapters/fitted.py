@@ -109,47 +109,25 @@ def adapted_headers(
     }
 
 
-class AdaptedSource(Source):
-    """The tensors of a base with an adapter, as FlexMerge reads models.
+def adapted_source(
+    name: str,
+    tensors: Mapping[str, TensorHeader],
+    base: Source,
+    weights: AdaptedWeights,
+    files: Collection[Path],
+    device: str,
+) -> Source:
+    """Return the tensors of a base with an adapter, as FlexMerge reads models.
 
-    `tensors` have the dtypes that they are read in; `base` has its own by their stored names. The
-    adapter is applied on `device`, and tensors come on the CPU.
+    `tensors` are those of `adapted_headers`; what the adapter leaves alone is read from its file.
+    The adapter is applied on `device`, and tensors come on the CPU.
     """
+    dtypes = {header.name: FLOATING.get(header.dtype) for header in tensors.values()}
 
-    def __init__(
-        self,
-        name: str,
-        tensors: Mapping[str, TensorHeader],
-        base: Source,
-        weights: AdaptedWeights,
-        files: Collection[Path],
-        device: str = "cpu",
-    ):
-        dtypes = {header.name: FLOATING.get(header.dtype) for header in tensors.values()}
+    def load(stored: str) -> Tensor:
+        return weights.read(stored, base.tensor, device, dtypes[stored]).cpu()
 
-        def load(stored: str) -> Tensor:
-            return weights.read(stored, base.tensor, device, dtypes[stored]).cpu()
-
-        super().__init__(name, tensors, load, files)
-        self._base = base
-        self._as_stored = {
-            header.name
-            for header in tensors.values()
-            if header.name not in weights.touched and header.name not in weights.added
-            if header.dtype == base.tensors[header.name].dtype
-        }
-
-    def read(self, name: str, out: Tensor) -> None:
-        stored = self.tensors[name].name
-        if stored in self._as_stored:
-            self._base.read(stored, out)
-        else:
-            super().read(name, out)
-
-    def expect(self, name: str) -> None:
-        stored = self.tensors[name].name
-        if stored in self._base.tensors:
-            self._base.expect(stored)
+    return Source(name, tensors, load, files)
 
 
 def _or_beforehand(problem: Problem) -> Problem:

@@ -38,8 +38,8 @@ from mergekit_ext.flexmerge.storage import StoredGroup, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import (
-    AdaptedSource,
     adapted_headers,
+    adapted_source,
     applies,
     base_of,
     fit,
@@ -228,7 +228,9 @@ def open_inputs(prepared: Prepared) -> tuple[BlockReader, Sequence[Path]]:
         base = opened(base_of(reference), folder, kept)
         place = locate(reference.lora.path, reference.lora.revision, allow_pickle=True)
         files = [*base.files, *_files(place)]
-        sources.append(AdaptedSource(str(reference), tensors, base, adapter, files, options.device))
+        sources.append(
+            adapted_source(str(reference), tensors, base, adapter, files, options.device)
+        )
     return BlockReader(layout, sources[0], sources[1:], options.device), folders[1:]
 
 
