@@ -270,9 +270,3 @@ def test_a_configuration_that_mergekits_own_way_cannot_read(
     (tmp_path / "broken" / "adapter_config.json").write_text(content)
     (problem,) = check(f"{base}+{tmp_path / 'broken'}", lora_merge_cache=cache).problems
     assert "adapter_config.json" in problem.found
-
-
-@pytest.mark.parametrize("named", ["{}", "{}/merged"])
-def test_a_file_of_the_base_that_an_adapter_names(named, base, adapter, tmp_path):
-    folder = edited(adapter, tmp_path / "a", base_model_name_or_path=named.format(base))
-    assert check(f"{base / 'model.safetensors'}+{folder}").warnings == ()

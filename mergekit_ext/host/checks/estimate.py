@@ -44,13 +44,15 @@ _TOKENIZER = 16
 def estimate(
     inventory: Inventory, shared: Sequence[Mapping[str, Any]], tokens: int | None
 ) -> Estimate | None:
-    """Add everything up; None when the shape of some tensor is known from no input.
+    """Add everything up; None if something is wrong, or a model or a tensor's shape is not known.
 
     `shared` are the distinct sets of shared parameters; `tokens` are the rows of the embeddings
     where a tokenizer is built, None if they are not known: then the largest vocabulary counts.
     """
     config, options, method = inventory.config, inventory.options, inventory.method
-    if not all(tensor.headers for tensor in inventory.located):
+    known = all(fact.tensors is not None for fact in inventory.models.values())
+    known = known and all(tensor.headers for tensor in inventory.located)
+    if not known or not inventory.located or not inventory.is_sound:
         return None
     rows: Callable[[Sequence[int]], int] = min  # vocabularies are cut
     if wants_tokenizer(config):

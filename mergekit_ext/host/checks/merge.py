@@ -63,15 +63,10 @@ def check_merge(
         findings = inventory.findings
         _check_models(inventory, pending)
         tokens = check_tokenizers(config, options, findings)
-        complete, costs = inventory.is_complete, None
-        shared = _check_parameters(inventory)
-        if complete:
-            costs = estimate(inventory, shared, tokens)
+        costs = estimate(inventory, _check_parameters(inventory), tokens)
         if costs is not None:
             findings.extend(memory.problems(costs.need))
         check_modules(config, options, inventory.models, findings)
-        if any(fact.pending for fact in inventory.models.values()):
-            findings.note("Nothing is estimated: a model is the result of another document.")
     return findings.report(costs), inventory.located
 
 

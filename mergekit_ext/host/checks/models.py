@@ -80,9 +80,11 @@ def read_model(
     if reference.lora is not None and not applies(reference):
         merged = merged_beforehand(reference, where, options, findings)
     base = ModelFacts(reference, where, pending=path in pending)
-    if os.path.isdir(path) and not base.pending:
+    if base.pending:
+        findings.note("Nothing is estimated: a model is the result of another document.")
+    elif os.path.isdir(path):
         base = _local_model(base, merged is not None, options, findings)
-    elif not base.pending and (os.path.exists(path) or not may_be_hub_name(path)):
+    elif os.path.exists(path) or not may_be_hub_name(path):
         findings.problem(
             where,
             f"{path}, which {'is a file' if os.path.exists(path) else 'does not exist'}",
@@ -90,7 +92,7 @@ def read_model(
             "Check the path. mergekit does not expand `~`; single weight files are merged with "
             f"mergekit-pytorch.{near(path)}",
         )
-    elif not base.pending:
+    else:
         base = _hub_model(base, options, findings)
     tensors = merged or base.tensors
     if applies(reference):

@@ -44,7 +44,8 @@ def refusal(contract: InputContract, models: Sequence[Any], base: Any) -> str | 
 class _Check:
     def __init__(self, method: Any, findings: Findings):
         self.method, self.findings = method, findings
-        self.name, self.specs = self.method.spec.name, self.method.spec.parameters
+        self.name = method.spec.name
+        self.specs = {spec.name: spec for spec in method.spec.parameters}
         self.wrong: set[str] = set()  # paths of parameters whose values are reported already
         self.combined: set[str] = set()  # inputs whose parameters are reported as a whole
         self.shared: dict[tuple[Any, ...], tuple[Group, dict[str, Any]]] = {}
@@ -109,12 +110,13 @@ class _Check:
         tensors: Collection[str],
     ) -> None:
         """Check one parameter in the mapping of `source`, or of the whole group."""
-        before, spec = self.findings.count, {spec.name: spec for spec in self.specs}.get(name)
+        before, spec = self.findings.count, self.specs.get(name)
         if spec is None:
-            known = [spec.name for spec in self.specs]
             found = f"a parameter that `{self.name}` does not have"
-            expected = f"one of {', '.join(sorted(known))}" if known else "no parameters at all"
-            self.findings.problem(path, found, expected, did_you_mean(name, known, listed=True))
+            known = ", ".join(sorted(self.specs))
+            expected = f"one of {known}" if known else "no parameters at all"
+            remedy = did_you_mean(name, self.specs, listed=True)
+            self.findings.problem(path, found, expected, remedy)
             return
         if source is not None and spec.scope == ParameterScope.SHARED:
             self.findings.problem(
@@ -141,7 +143,7 @@ class _Check:
 
     def required(self, group: Group) -> None:
         """Report required parameters that neither a group nor one of its inputs is given."""
-        for spec in self.specs:
+        for spec in self.specs.values():
             name, about = spec.name, f": {spec.description}" if spec.description else ""
             if not spec.required or any(name in values for values in group.shared.values()):
                 continue

@@ -95,12 +95,6 @@ class Inventory:
         """Whether no problem was found since this inventory was begun."""
         return self.findings.count == self._before
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every model is known, and nothing is wrong with any."""
-        known = all(fact.tensors is not None for fact in self.models.values())
-        return known and bool(self.located) and self.is_sound
-
 
 def plan_models(inventory: Inventory) -> bool:
     """Plan the tensors of whole models and find them; return whether the models are of one kind."""
@@ -182,7 +176,7 @@ def _survey(inventory: Inventory, architecture: Any) -> None:
         inventory.planned.clear()
         found = f"an error of mergekit ({one_line(error)})"
         expected = "a configuration that mergekit can plan"
-        remedy = f"Mend the other problems first. If this is the only one: {BY_FILES}"
+        remedy = f"Mend that, and the other problems first. If nothing else is wrong: {BY_FILES}"
         findings.problem("the merge's plan", found, expected, remedy)
 
 
@@ -251,11 +245,6 @@ class _Recorder(MergePlanner):
 
 def _check_modules(config: Any, known: set[str], findings: Findings) -> None:
     """Compare ``modules:`` with the architecture's, and take what does not fit out of `config`."""
-    if config.slices and len(known) != 1:
-        found = f"`slices:` for an architecture with the modules {', '.join(sorted(known))}"
-        expected = "`modules:`, with slices or models for each of them"
-        findings.problem("slices", found, expected, "Move the slices under `modules:`.")
-        config.slices = None
     for name in sorted((config.modules or {}).keys() - known):
         found = "a module that the architecture does not have"
         expected = f"one of {', '.join(sorted(known))}"

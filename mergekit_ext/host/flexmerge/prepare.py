@@ -118,10 +118,7 @@ def _prepared(
             heads=algorithm.parameters.shared["heads"] == "merged",
             outcome="each task keeps its own",
         )
-    if findings.count or algorithm is None:
-        return None
-    if any(fact.pending for fact in facts.values()):
-        findings.note("Nothing is estimated: a model is the result of another document.")
+    if findings.count or algorithm is None or any(fact.pending for fact in facts.values()):
         return None
     references = [config.base_model, *(source.model for source in sources)]
     stored = [(facts[model].tensors or {}, facts[model].config) for model in references]
