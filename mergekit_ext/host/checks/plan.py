@@ -17,10 +17,7 @@ from typing import Any
 from mergekit.architecture import arch_info_for_config
 from mergekit.architecture.auto import infer_architecture_info
 from mergekit.architecture.base import ConfiguredModelArchitecture
-from mergekit.architecture.conversion import (
-    can_convert_checkpoint_keys,
-    get_checkpoint_conversion_mapping,
-)
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.plan import MergePlanner
 
 from mergekit_ext.errors import did_you_mean, join, one_line
@@ -311,16 +308,8 @@ def _stored(fact: ModelFacts, weight: Any, *, tied: bool) -> TensorHeader | None
     return next((stored[n] for n in names_of(weight, tied=tied) if n in stored), None)
 
 
-@functools.cache
-def _has_conversions(model_type: str) -> bool:
-    """Asked for every tensor; transformers copies the whole mapping each time."""
-    return bool(get_checkpoint_conversion_mapping(model_type))
-
-
 def _converted(fact: ModelFacts, weight: Any) -> bool:
     """Return whether mergekit makes the tensor from others (transformers' renamed layouts)."""
     kind = getattr(fact.config, "model_type", None)
-    if not kind or not _has_conversions(kind):
-        return False
     stored, names = set(fact.tensors or ()), names_of(weight, tied=False)
     return any(can_convert_checkpoint_keys(kind, stored, name) for name in names)

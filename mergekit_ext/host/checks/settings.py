@@ -22,8 +22,8 @@ TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt"),
 )
 _JSON_FILES = (
-    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json"),
+    *(name for name in TOKENIZER_FILES if name.endswith(".json")),
+    *("special_tokens_map.json", "added_tokens.json"),
 )
 # Those of the largest vocabularies have some 40 MB.
 _LARGEST = 256 << 20
