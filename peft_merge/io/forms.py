@@ -49,8 +49,8 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
         for index, adapter in enumerate(adapters):
             changed = renamed(adapter, known.rename)
             if not known.has(adapter) and known.has(changed):
-                pairs = zip(adapter.infos, changed.infos, strict=True)
-                old, new = next((old, new) for old, new in pairs if old != new)
+                both = zip(adapter.infos, changed.infos, strict=True)
+                old, new = next((old, new) for old, new in both if old != new)
                 renamings.append(
                     f"{printable(adapter.name)}: modules are named as in {known.name}, "
                     f"{printable(old)} as {printable(new)}."
@@ -59,8 +59,8 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
         if all(map(known.has, found)):
             return found, renamings, []
         break
-    pairs_of = itertools.permutations(found, 2)
-    return found, renamings, [problem for pair in pairs_of for problem in _unclear(*pair)]
+    pairs = itertools.permutations(found, 2)
+    return found, renamings, [problem for pair in pairs for problem in _unclear(*pair)]
 
 
 def of_one_form(module: str, adapter: Adapter, found: str, expected: str) -> Problem:
@@ -142,8 +142,8 @@ class _Class:
         """
         held = self._held(adapter) | self._held(renamed(adapter, self.rename))
         if not adapter.config.get("task_type") and True not in held:
-            found = f"no module of {self.name}, the class of the base, in this adapter"
-            expected = "names of that class, of which other adapters have modules"
+            found = f"no module of {self.name} in this adapter"
+            expected = "names of that class, as in other adapters"
             yield of_one_form(next(iter(adapter.infos)), adapter, found, expected)
 
 
