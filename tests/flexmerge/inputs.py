@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
-from mergekit_ext.flexmerge.layout import FLOATING, Layout
+from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import BlockReader, Source
 from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import TensorHeader, dtype_name
@@ -91,7 +91,3 @@ def family(
         own = {n: b + scale * (common[n] + drawn(b.shape)) for n, b in base.items()}
         models.append({n: t.to(dtype(task)) for n, t in own.items()})
     return {n: t.to(dtype(-1)) for n, t in base.items()}, models
-
-
-def floating(state: State) -> bool:
-    return all(dtype_name(t.dtype) in FLOATING for t in state.values())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,4 +85,4 @@ def test_what_is_written_down_is_what_was_asked(models):
 
 @given(st.integers(1, 10**15))
 def test_budgets_are_written_down_exactly(count):
-    assert str(SimpleNamespace(b=Target(bytes=count)).b) == f"{count} bytes"
+    assert str(Target(bytes=count)) == f"{count} bytes"

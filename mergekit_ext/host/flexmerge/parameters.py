@@ -187,13 +187,14 @@ def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
     EMR from being compared with it. A parameter that none takes stays, to be reported. The size
     that the file asks for is not used.
     """
-    known, taken = algorithms(), dict[str, set[str]]()
-    for name in chosen:
-        method = known.get(name)
+    known = algorithms()
+
+    def taken(name: str) -> set[str]:
+        method, own = known.get(name), {parameter.name for parameter in OWN}
         trims = isinstance(method, Method) and method.trims
-        taken[name] = {*_specs_of(method), *(p.name for p in OWN)}
-        taken[name] -= set() if trims else _OF_TRIMMING
-    left_out = set().union(*taken.values()) - taken[algorithm]
+        return {*_specs_of(method), *(own if trims else own - _OF_TRIMMING)}
+
+    left_out = set().union(*map(taken, chosen)) - taken(algorithm)
     reduced = _reduced(config, lambda name: name not in left_out)
     method = known.get(algorithm)
     # K-means has whole numbers only, a masked merge over a wide base no number at all.
