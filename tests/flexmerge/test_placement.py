@@ -113,6 +113,7 @@ def test_a_folder_is_asked_for_when_the_checkpoint_has_no_such_tensor(
         ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "sizes such as '20GB'"),
         ({"max_memory": {"cpu": 1}}, "device_map='auto' only"),
         ({"device_map": "auto", "device": "meta"}, "one of the two"),
+        ({"offload_folder": "somewhere"}, "offload_folder: found it; expected it with device_map"),
     ],
 )
 def test_what_cannot_be_is_one_error(
