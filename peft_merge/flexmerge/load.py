@@ -20,7 +20,7 @@ from mergekit_ext.errors import (
     listing,
     shown,
 )
-from peft_merge.adapter import Adapter, Ia3Adapter
+from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.flexmerge.family import of_the_base
 from peft_merge.flexmerge.manifest import Group, open_manifest
 from peft_merge.io import load_adapter
@@ -30,6 +30,7 @@ from peft_merge.live import BASE, add_adapter, fill, require_places
 # Where PEFT's layers keep what is loaded of one adapter.
 _CONTAINERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "ia3_l")
 _SUBJECT = "loading these tasks"
+_DAMAGED = "Copy or download the folder again."
 
 
 def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = True) -> Any:
@@ -60,7 +61,11 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
     manifest = open_manifest(folder, verify=verify)
     adapters = [load_adapter(folder / task.name, name=task.name) for task in manifest.tasks]
     shared = [group for block in manifest.blocks for group in block.groups if len(group.tasks) > 1]
-    if problems := list(_not_shared(shared, adapters)):
+    problems = list(_not_shared(shared, adapters))
+    kinds = {"lora" if isinstance(adapter, LoraAdapter) else "ia3" for adapter in adapters}
+    if kinds != {manifest.kind}:
+        problems.append(Problem("kind", manifest.kind, "that of the adapters", _DAMAGED))
+    if problems:
         raise CheckpointError(problems, str(folder))
     if problems := list(_inseparable(adapters)):
         raise ConfigError(problems, _SUBJECT)
@@ -92,7 +97,7 @@ def _loaded(base_model: Any, shared: Sequence[Group], adapters: Sequence[Adapter
     model.set_adapter(first.name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if isinstance(first, Ia3Adapter):
+    if not isinstance(first, LoraAdapter):
         # PEFT would take `adapter_names` without a word, and use the active task for all rows.
         model.base_model._enable_peft_forward_hooks = _one_task_at_a_time
     return model.eval()
@@ -141,8 +146,7 @@ def _not_shared(groups: Sequence[Group], adapters: Sequence[Adapter]) -> Iterato
         for module in group.modules:
             if not _same(members, module):
                 found = f"changes that differ between {', '.join(group.tasks)}"
-                remedy = "Copy or download the folder again."
-                yield Problem(module, found, "the same in all of them", remedy)
+                yield Problem(module, found, "the same in all of them", _DAMAGED)
 
 
 def _same(adapters: Sequence[Adapter], module: str) -> bool:
