@@ -198,6 +198,7 @@ def log_problems(adapters: Sequence[Ia3Adapter]) -> Iterator[Problem]:
     expected = "positive values, of which logarithms exist"
     for adapter in adapters:
         for module in adapter.infos:
-            if (least := float(adapter.load(module).min())) <= 0:
+            vector = adapter.load(module)
+            if vector.numel() and (least := float(vector.min())) <= 0:
                 where, found = f"{module} of adapter {adapter.name}", f"a value of {least:.6g}"
                 yield Problem(where, found, expected, "Use `space: additive`.")

@@ -323,7 +323,7 @@ def test_heads_that_only_some_have_need_a_word(folders):
         ("- 1", "one mapping"),
         ("a: 1\n---\nb: 2", "2 documents"),
         ("", "one mapping"),
-        ("a: &a [*a]", "expected YAML"),
+        ("a: &a [*a]", "fewer levels"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, text, said):

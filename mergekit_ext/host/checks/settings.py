@@ -110,7 +110,7 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
             if os.path.exists(folder / name)
             and (wrong := json_object(folder / name, "a tokenizer's file", _LARGEST)[1])
         ]
-        is_there = any((folder / name).exists() for name in TOKENIZER_FILES)
+        is_there = any(os.path.exists(folder / name) for name in TOKENIZER_FILES)
         if built and is_there and not wrong:
             own, wrong = _load(model.model, model == first, options)
             tokens |= own if model in joined else set()
