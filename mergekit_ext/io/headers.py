@@ -129,12 +129,15 @@ def read_safetensors(path: Path) -> dict[str, TensorHeader]:
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
-            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _MOST_ELEMENTS:
-                raise ValueError(f"a shape of {name} that no tensor has")
+            # The library takes a list for an entry, too, and {"F32": null} for a dtype.
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            known = dtype in BITS and len(shape) <= _MOST_DIMENSIONS
+            if not known or max(shape, default=0) > _MOST_ELEMENTS:
+                raise ValueError(f"a dtype or a shape of {name} that no tensor has")
             place = (end - begin, path, start + begin)
-            found[name] = TensorHeader(name, entry["dtype"], shape, *place)
-    except (OSError, ValueError, SafetensorError) as error:
+            found[name] = TensorHeader(name, dtype, shape, *place)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         found_there = f"no safetensors file ({str(error)[:_LONGEST]})"
         expected = "a whole one, as its library wrote it"
         raise FileError(str(path), found_there, expected, _COPY_AGAIN) from error

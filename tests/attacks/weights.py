@@ -119,6 +119,9 @@ ATTACKS: dict[str, Attack] = {
     "nested deeply": _deep,
     "entry is a number": _entries(lambda header, names: header.update({names[0]: 3})),
     "entry is null": _entries(lambda header, names: header.update({names[0]: None})),
+    "entry is a list": _entries(
+        lambda header, names: header.update({names[0]: [*header[names[0]].values()]})
+    ),
     "name twice": _twice,
     "overlap": _entries(_overlap),
     "same bytes for two": _entries(
@@ -142,6 +145,7 @@ ATTACKS: dict[str, Attack] = {
     "dtype unknown": _field("dtype", "F31"),
     "dtype a list": _field("dtype", ["F32"]),
     "dtype an object": _field("dtype", {"F32": 1}),
+    "dtype an object of null": _field("dtype", {"F32": None}),
     "dtype null": _field("dtype", None),
     "dtype long": _field("dtype", "F" * 1_000_000),
     "dtype wider than the bytes": _field("dtype", "F64"),
