@@ -63,12 +63,20 @@ _INITIALISATIONS = {
 }
 _HARMLESS_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
+# Expressions, in characters: compiling 16 MB takes two minutes and 4 GB.
+_LONGEST = 1 << 20
+# Different names of target parameters; each is looked up in every module.
+_MOST_PARAMETERS = 64
+
 
 def _compiled(value: Any, template: str = "{}") -> Any:
     """Check texts that PEFT takes for regular expressions, each in a template of PEFT's."""
+    texts = [value] if isinstance(value, str) else list(value)
+    if sum(map(len, texts)) > _LONGEST:
+        raise ValueError(f"{_LONGEST:,} characters at most")
     text = ""
     try:
-        for text in [value] if isinstance(value, str) else value:
+        for text in texts:
             re.compile(template.replace("{}", text))
     except (re.error, RecursionError, OverflowError):
         raise ValueError(f"a regular expression, which {shown(text)} is not") from None
@@ -80,6 +88,12 @@ def _selection(value: Any) -> Any:
     if not named and not isinstance(value, str | None):
         raise ValueError("a list of names, a regular expression, or null")
     return _compiled(value) if isinstance(value, str) else value
+
+
+def _few(value: list[str]) -> list[str]:
+    if len({name.rpartition(".")[2] for name in value}) > _MOST_PARAMETERS:
+        raise ValueError(f"{_MOST_PARAMETERS} different parameters at most")
+    return value
 
 
 def _values(valid: Callable[[Any], bool], expected: str) -> AfterValidator:
@@ -120,7 +134,7 @@ class _Fields(BaseModel):
     layers_to_transform: int | _Items[int] | None = None
     layers_pattern: _Layers | None = None
     modules_to_save: _Names | None = None
-    target_parameters: _Names | None = None
+    target_parameters: Annotated[_Names, AfterValidator(_few)] | None = None
     fan_in_fan_out: bool | None = None
     use_rslora: bool | None = None
     lora_bias: bool | None = None

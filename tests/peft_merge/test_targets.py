@@ -139,6 +139,20 @@ def test_long_expressions_that_name_modules_are_taken(adapter_folder):
     load_adapter(change_config(adapter_folder("plain"), rank_pattern={key: 8}))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "a|" * 600_000 + "q_proj"},
+        {"rank_pattern": {"a|" * 300_000 + "b": 8, "b|" * 300_000 + "a": 8}},
+        {"target_parameters": [f"experts.p{index}" for index in range(65)]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_configurations_that_would_take_minutes_are_refused(fields, adapter_folder):
+    with pytest.raises(ConfigError, match="at most"):
+        load_adapter(change_config(adapter_folder("plain"), **fields))
+
+
 def test_a_pattern_of_layers_is_one_where_peft_puts_it(adapter_folder):
     fields = {"layers_pattern": ["(?P<idx>h)"], "layers_to_transform": [0]}
     with pytest.raises(ConfigError, match=r"layers_pattern.*a regular expression"):
