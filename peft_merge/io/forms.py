@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -23,6 +23,7 @@ from peft_merge.io import names
 
 # The number of a table, and the place in the model, such as "model.vision_tower.", that it is for.
 _Step = tuple[int, str]
+_Forms = dict[tuple[str, ...], tuple[_Step, ...] | None]
 # Tables that are applied one after the other, and parts of a place.
 _DEPTH = 2
 _PLACES = 2
@@ -36,7 +37,8 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
     """Return the adapters under names of one form, what was renamed, and what names leave open.
 
     The class decides that the base's config.json names, if it is at hand, or an adapter itself.
-    Without one, names that may be older ones of another adapter's modules are refused.
+    Without one, names that may be older ones of another adapter's modules are refused, but for
+    adapters of one base if a single renaming leads from all modules of one to those of the other.
     """
     found, renamings = list(adapters), list[str]()
     if not any(_apart(*pair) for pair in itertools.combinations(adapters, 2)):
@@ -49,18 +51,24 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
         for index, adapter in enumerate(adapters):
             changed = renamed(adapter, known.rename)
             if not known.has(adapter) and known.has(changed):
-                both = zip(adapter.infos, changed.infos, strict=True)
-                old, new = next((old, new) for old, new in both if old != new)
-                renamings.append(
-                    f"{printable(adapter.name)}: modules are named as in {known.name}, "
-                    f"{printable(old)} as {printable(new)}."
-                )
+                renamings.append(_note(adapter, changed, known.name))
                 found[index] = changed
         if all(map(known.has, found)):
             return found, renamings, []
         break
+    for old, new in itertools.permutations(range(len(found)), 2):
+        led = _led(found[old], found[new])
+        if led is not found[old]:
+            renamings.append(_note(found[old], led, found[new].name))
+            found[old] = led
     pairs = itertools.permutations(found, 2)
     return found, renamings, [problem for pair in pairs for problem in _unclear(*pair)]
+
+
+def _note(adapter: Adapter, changed: Adapter, model: str) -> str:
+    both = zip(adapter.infos, changed.infos, strict=True)
+    old, new = next((printable(old), printable(new)) for old, new in both if old != new)
+    return f"{printable(adapter.name)}: modules are named as in {printable(model)}, {old} as {new}."
 
 
 def of_one_form(module: str, adapter: Adapter, found: str, expected: str) -> Problem:
@@ -125,9 +133,10 @@ class _Class:
     def __init__(self, config: Any):
         form = class_names((), config)
         self.rename, self.name = form.rename, type(form.model).__name__
-        parts = () if form.model is None else form.model.named_modules()
-        tensors = () if form.model is None else form.model.named_parameters()
-        self._places = {_any_layer(name) for name, _ in itertools.chain(parts, tensors)}
+        named = (
+            () if form.model is None else (form.model.named_modules, form.model.named_parameters)
+        )
+        self._places = {_any_layer(name) for each in named for name, _ in each()}
 
     def _held(self, adapter: Adapter) -> set[bool]:
         return {_any_layer(names.unwrapped(name)) in self._places for name in adapter.infos}
@@ -170,13 +179,32 @@ def _apart(one: Adapter, other: Adapter) -> bool:
     return bool(mine - others and others - mine)
 
 
+def _led(old: Adapter, new: Adapter) -> Adapter:
+    base = old.config.get("base_model_name_or_path")
+    if not base or base != new.config.get("base_model_name_or_path") or not _apart(old, new):
+        return old
+    kept = _forms(new)
+    ways = [steps for form, steps in _renamings(_forms(old), kept).items() if {*form} <= {*kept}]
+    if len(ways) != 1 or (steps := ways[0]) is None:
+        return old
+
+    def rename(tensor: str) -> str:
+        name, _, leaf = tensor.rpartition(".")
+        for step in steps:
+            name = _applied(step, name)
+        return f"{name}.{leaf}"
+
+    return renamed(old, rename)
+
+
 def _unclear(old: Adapter, new: Adapter) -> Iterator[Problem]:
     """Yield the first module that some renaming leads from places of its own to those of `new`."""
     if not _apart(old, new):
         return
-    kept = set(map(_any_layer, new.infos))
+    modules, kept = _forms(old), _forms(new)
     parents, stems = set(map(_parent, kept)), set(map(_stem, kept))
-    for before, after in _renamings(sorted(set(map(_any_layer, old.infos))), kept):
+    forms = _renamings(modules, kept)
+    for before, after in (pair for form in forms for pair in zip(modules, form, strict=True)):
         led = _stem(before) not in stems and _stem(after) in stems
         if _parent(before) not in parents and (led or _parent(after) in parents):
             found = f"a name of an older form, that may mean {after} beside those of {new.name}"
@@ -184,20 +212,25 @@ def _unclear(old: Adapter, new: Adapter) -> Iterator[Problem]:
             return
 
 
-def _renamings(modules: Sequence[str], kept: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield names before and after each renaming that some model may apply to `modules`.
+def _forms(adapter: Adapter) -> tuple[str, ...]:
+    return tuple(sorted(set(map(_any_layer, adapter.infos))))
 
-    It leaves those that are `kept` as they are. A class with a head has the body in `model`.
+
+@lru_cache(16)
+def _renamings(modules: tuple[str, ...], kept: tuple[str, ...]) -> _Forms:
+    """Return `modules` after each renaming that some model may apply to them, and its steps.
+
+    Those that are `kept` stay. A class with a head has the body in `model`, which is no renaming.
     """
-    forms = dict.fromkeys([tuple(modules), tuple(f"model.{name}" for name in modules)])
+    forms: _Forms = {modules: ()}
+    forms.setdefault(tuple(f"model.{name}" for name in modules), None)
     for _ in range(_DEPTH):
-        for form in list(forms):
+        for form, steps in list(forms.items()):
             for step in _steps(form):
                 result = tuple(_applied(step, name) for name in form)
                 if result not in forms and all(_applied(step, name) == name for name in kept):
-                    forms[result] = None
-    for form in forms:
-        yield from zip(modules, form, strict=True)
+                    forms[result] = None if steps is None else (*steps, step)
+    return forms
 
 
 def _steps(modules: Sequence[str]) -> Iterator[_Step]:

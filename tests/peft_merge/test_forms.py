@@ -170,6 +170,25 @@ def test_names_of_an_older_form_are_refused_where_no_class_is_known(name, tmp_pa
         merge_adapters([old, new])
 
 
+@pytest.mark.parametrize("name", VLMS)
+def test_without_a_class_one_renaming_between_adapters_of_one_base_is_taken(name, tmp_path):
+    make, change, options, config = VLMS[name]
+    named = {"auto_mapping": None, "base_model_name_or_path": "an/unknown-model"}
+    old, new = (
+        rename(save(tmp_path / seed, make(), int(seed), **options), str, **named) for seed in "12"
+    )
+    expected = merge_adapters([old, new]).adapter
+    rename(old, change, **config)
+    found = merge_adapters([old, new])
+    require_same(found.adapter, expected)
+    assert "1: modules are named as in 2" in " ".join(found.report["notes"])
+    found.save(tmp_path / "out")
+    require_loaded(make(), tmp_path / "out")
+    rename(new, str, base_model_name_or_path="another/model")
+    with pytest.raises(ConfigError, match="may mean"):
+        merge_adapters([old, new])
+
+
 def test_a_body_and_a_model_with_a_head_are_refused(tmp_path):
     tiny = dict(**ENCODER, vocab_size=32)
     body = save(tmp_path / "body", BertModel(BertConfig(**tiny)), 1, target_modules=["query"])
