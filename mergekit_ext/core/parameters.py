@@ -115,26 +115,33 @@ def schema_problems(error: ValidationError, document: Any, root: str = "") -> li
     The branches of a union are one place. A validator that raises a `ConfigError` says what is
     wrong itself, with places relative to what it validates.
     """
-    places: dict[tuple[str, str], dict[str, None]] = {}
+    found: dict[str, Any] = {}
+    wanted: dict[str, dict[str, None]] = {}
     problems = []
     for item in error.errors(include_url=False):
-        where, found = place_of(item, document, root)
+        where, value = place_of(item, document, root)
         raised = item.get("ctx", {}).get("error")
         if isinstance(raised, ConfigError):
             for problem in raised.problems:
                 inner = ".".join(part for part in (where, problem.where) if part)
                 problems.append(replace(problem, where=inner or "the document"))
         else:
-            places.setdefault((where, found), {})[expectation(item)] = None
+            found[where] = value
+            wanted.setdefault(where, {})[expectation(item)] = None
     problems += [
-        Problem(where or "the document", found, " or ".join(texts))
-        for (where, found), texts in places.items()
+        # Shown once for each place: the repr of a document takes as long as the document is.
+        Problem(
+            where or "the document",
+            "nothing" if value is REQUIRED else shown(value),
+            " or ".join(wanted[where]),
+        )
+        for where, value in found.items()
     ]
     return problems
 
 
-def place_of(item: Any, document: Any, root: str = "") -> tuple[str, str]:
-    """Return the path as far as it exists in the document, and what is there."""
+def place_of(item: Any, document: Any, root: str = "") -> tuple[str, Any]:
+    """Return the path as far as it exists in the document, and what is there or `REQUIRED`."""
     path, value = root, document
     for step in item["loc"]:  # names the branches of unions and keys, too
         inside = (isinstance(value, Mapping) and step in value) or (
@@ -142,7 +149,9 @@ def place_of(item: Any, document: Any, root: str = "") -> tuple[str, str]:
         )
         if not inside:
             if item["type"] == "missing" and step == item["loc"][-1]:
-                return join(path, step), "nothing"
+                return join(path, step), REQUIRED
+            if item["type"] == "extra_forbidden":
+                continue
             break
         path, value = join(path, step), value[step]
-    return path, shown(value)
+    return path, value

@@ -258,7 +258,9 @@ def test_a_configuration_that_is_too_long_is_not_read(base, adapter, tmp_path, m
         assert any("bytes, more than" in text for text in found)
 
 
-@pytest.mark.parametrize("content", ["[1]", "7", "{"])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"peft_type": null}', '{"peft_type": "OWN"}', "[1]", "7", "{"]
+)
 def test_a_configuration_that_mergekits_own_way_cannot_read(
     content, base, adapter, tmp_path, monkeypatch
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.checks.merge import check_merge, check_source
-from mergekit_ext.host.checks.schema import between_documents, unknown_keys
+from mergekit_ext.host.checks.schema import between_documents, parse, unknown_keys
 from tests.host.small import LINEAR, at, entries, run, the
 
 
@@ -30,6 +31,8 @@ modules:
       - sources: [{model: x, layer_range: [0, 1], parametres: {}}]
         residual_wieght: 1
 tokenizer: {source: union, tokens: {a: {source: {kind: zero}, forse: true}}}
+parameters:
+  t: [{value: 1, fliter: a}, {value: 2, fitler: b}]
 """
     found = {problem.where: problem.remedy for problem in unknown_keys(text)}
     assert found == {
@@ -40,7 +43,23 @@ tokenizer: {source: union, tokens: {a: {source: {kind: zero}, forse: true}}}
         "modules.text.slices[0].sources[0].parametres": "Write `parameters`.",
         "modules.text.slices[0].residual_wieght": "Write `residual_weight`.",
         "tokenizer.tokens.a.forse": "Write `force`.",
+        "parameters.t[0].fliter": "Write `filter`.",
+        "parameters.t[1].fitler": "Write `filter`.",
     }
+
+
+def test_a_document_is_not_shown_for_every_key_in_it() -> None:
+    class Document(dict[str, Any]):
+        shown = 0
+
+        def __repr__(self) -> str:
+            Document.shown += 1
+            return super().__repr__()
+
+    content = Document({f"key{i}": i for i in range(200)}, merge_method=[1], models=[1] * 200)
+    config, problems = parse(content)
+    assert config is None and len(problems) > 100
+    assert Document.shown <= 1
 
 
 def test_misplaced_parameter_and_repeated_key() -> None:

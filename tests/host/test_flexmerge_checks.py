@@ -107,6 +107,7 @@ PARAMETERS = [
     ({"algorithm": "task_aritmetic"}, "algorithm", "task_arithmetic"),
     ({"algorithm": "ties", "dare_density": 0.5}, "trim_scope", "Write `trim_scope: block`."),
     ({"algorithm": "average", "density": 0.3}, "density", "`flexmerge` with `average` does not"),
+    ({"algorithm": "average", "density": 0.3}, "density", "`algorithm:`: ties, consensus, pcb and"),
     ({"algorithm": "average", "gamma": 0.1}, "gamma", "`flexmerge` with `average` does not"),
     *(({"target_size": size}, "target_size", NUMBER) for size in ("abc", -0.5, True, 10**400)),
     ({"target_size": 0.99}, "target_size", "1 to 3"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import is_offline_mode
 
-from mergekit_ext.errors import ConfigError, FileError, listing, nearest
+from mergekit_ext.errors import ConfigError, FileError, listing, nearest, shown
 from mergekit_ext.host.adapters.fitted import VARIABLE, adapted_headers, fit, read_adapter
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
@@ -84,10 +84,15 @@ def merged_beforehand(
     """
     adapter = reference.lora
     if _is_readable(adapter, where, findings) and os.path.isdir(adapter.path):
-        file = Path(adapter.path) / CONFIG
-        if wrong := json_object(file, "the configuration of a PEFT adapter", LARGEST)[1]:
-            remedy = "Give the folder that PeftModel.save_pretrained wrote."
-            findings.problem(where, *wrong, remedy)
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        file, expected = Path(adapter.path) / CONFIG, "the configuration of a PEFT adapter"
+        content, wrong = json_object(file, expected, LARGEST)
+        kind = content.get("peft_type")
+        if wrong is None and not (isinstance(kind, str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING):
+            wrong = f"peft_type {shown(kind)} in {file}", expected
+        if wrong is not None:
+            findings.problem(where, *wrong, "Give the folder that PeftModel.save_pretrained wrote.")
         try:
             open_folder(Path(adapter.path), allow_pickle=True)
         except ConfigError as error:

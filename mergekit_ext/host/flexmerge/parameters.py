@@ -12,7 +12,7 @@ from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope,
 from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import Parameter, Share, choice
-from mergekit_ext.errors import join, shown
+from mergekit_ext.errors import join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
@@ -93,20 +93,29 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
         config = _reduced(config, specs.__contains__)
     elif isinstance(method, MergeMethod):
         _check_contract(method, len(tasks), findings)
+    owners: dict[str, list[str]] = {}
+    for other, one in known.items():
+        for key in _specs_of(one).keys() - specs.keys():
+            owners.setdefault(key, []).append(other)
     for where, (_, _, values) in all_parameters(groups_of(config)).items():
         for key, value in values.items():
-            if key in specs and (isinstance(value, list) or hasattr(value, "filter")):
+            if key in owners:  # the nearest name would have another meaning
+                found = f"a parameter that `flexmerge` with `{name}` does not have"
+                remedy = f"Take it out, or change `algorithm:`: {listing(owners[key])} have it."
+                findings.problem(join(where, key), found, "one of this algorithm", remedy)
+            elif key in specs and (isinstance(value, list) or hasattr(value, "filter")):
                 expected = "one value: `flexmerge` has no gradients and filters"
                 remedy = "Write one value for all tensors."
                 findings.problem(join(where, key), shown(value), expected, remedy)
+    config = _reduced(config, lambda key: key not in owners)
     # Messages have the name between backticks.
     spec = replace(
         FlexMergeMethod().spec, name=f"flexmerge` with `{name}", parameters=tuple(specs.values())
     )
-    found = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
+    checked = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
     if method is None or findings.count > before or not tasks:
         return None
-    shared, each = found[0], []
+    shared, each = checked[0], []
     for source in tasks:
         own = {**given, **source.parameters}
         each.append(
