@@ -133,10 +133,9 @@ class _Class:
     def __init__(self, config: Any):
         form = class_names((), config)
         self.rename, self.name = form.rename, type(form.model).__name__
-        named = (
-            () if form.model is None else (form.model.named_modules, form.model.named_parameters)
-        )
-        self._places = {_any_layer(name) for each in named for name, _ in each()}
+        parts = () if form.model is None else form.model.named_modules()
+        tensors = () if form.model is None else form.model.named_parameters()
+        self._places = {_any_layer(name) for name, _ in itertools.chain(parts, tensors)}
 
     def _held(self, adapter: Adapter) -> set[bool]:
         return {_any_layer(names.unwrapped(name)) in self._places for name in adapter.infos}
