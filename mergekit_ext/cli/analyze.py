@@ -33,7 +33,7 @@ def analyze(merge_options: MergeOptions, config_file: Path, out_path: Path, plot
     out_path.mkdir(parents=True, exist_ok=True)
     with listening(merge_options, (), os.fspath(out_path)) as session:
         reader, _ = open_inputs(prepared)
-        engine = Engine(prepared, reader, out_path, session)
+        engine = Engine(prepared, reader, out_path, session, out_path)
         engine.save_analysis(out_path)
         blocks, steps = list(_similarities(engine)), list(_steps(engine))
     write_rows(out_path / "similarity.csv", blocks)

@@ -20,8 +20,8 @@ def export(context: click.Context, path: Path, task: str, out: Path, no_verify: 
     """Write one TASK of the FlexMerge checkpoint in the folder PATH as an ordinary model.
 
     OUT is a folder that does not exist or is empty. It gets the weights, reconstructed where the
-    checkpoint holds masks, and the task's configuration and tokenizer. The exit code is 2 if
-    something is wrong with the checkpoint or with OUT.
+    checkpoint holds masks or residuals, and the task's configuration and tokenizer. The exit code
+    is 2 if something is wrong with the checkpoint or with OUT.
     """
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit_ext.flexmerge.reader import export as write

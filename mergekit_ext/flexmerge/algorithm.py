@@ -18,7 +18,6 @@ from mergekit_ext.kernels.seeds import derived, drop_and_rescale
 from mergekit_ext.kernels.selection import Cut, Keeper
 from mergekit_ext.kernels.ties import cut_of
 from mergekit_ext.methods import Call, Method
-from mergekit_ext.methods.method import layout_of
 
 # For each task the cut that trims its whole model.
 Cuts = Sequence[Cut]
@@ -197,7 +196,7 @@ class Declared(Algorithm):
         out = torch.empty_like(deltas[0])
         for index, part in enumerate(block.layout.parts):
             tensors = [block.part(delta, index) for delta in deltas]
-            layout = layout_of(part.name, len(part.shape))
+            layout = part.layout
             merged = self.method.merge(tensors, replace(call, layout=layout)).tensor
             out[part.slice] = merged.reshape(-1)
         return out

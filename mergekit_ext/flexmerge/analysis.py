@@ -138,22 +138,27 @@ def _gram(read: Callable[[], BlockData], layout: Layout) -> Rows:
     data, gram = read(), Gram(len(layout.tasks))
     gram.add(list(data.models.values()), data.base)
     if not bool(torch.isfinite(gram.value).all()):
-        _raise_non_finite(data, layout)
+        require_finite_block(data, layout)
+        raise out_of_range(data.layout.name)
     rows: Rows = gram.value.tolist()
     return rows
 
 
-def _raise_non_finite(data: BlockData, layout: Layout) -> None:
-    """Raise for the first tensor and model that are not finite, or for products that are not."""
+def require_finite_block(data: BlockData, layout: Layout) -> None:
+    """Raise `NonFiniteError` for the first tensor and model that are not finite."""
     owners = [("the base model", data.base), *zip(layout.tasks, data.models.values(), strict=True)]
     for owner, vector in owners:
         for index, part in enumerate(data.layout.parts):
             tensor = data.part(vector, index)
             if count := count_non_finite(tensor):
                 raise NonFiniteError(part.name, owner, count, tensor.numel())
-    raise MergeError(
-        f"{data.layout.name}: differences from the base model leave the range of the arithmetic, "
-        "although all weights are finite. Take out the model with such large weights."
+
+
+def out_of_range(block: str) -> MergeError:
+    """Return the error for differences that are not finite, of weights that are."""
+    return MergeError(
+        f"{block}: differences from the base leave the range of the arithmetic, although all "
+        "weights are finite. Take out the model with such large weights."
     )
 
 

@@ -10,6 +10,7 @@ from functools import cached_property, reduce
 import torch
 
 from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.methods.method import layout_of
 
 # Dtypes that arithmetic on task vectors makes sense for, by their names in the format.
 FLOATING = {
@@ -18,6 +19,13 @@ FLOATING = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+def matrix_shape(shape: Sequence[int], stacked: bool) -> tuple[int, int, int]:
+    """Return how many matrices a tensor is, and their rows and columns; a vector is one column."""
+    if stacked:
+        return math.prod(shape[:-2]), shape[-2], shape[-1]
+    return 1, math.prod(shape[:1]), math.prod(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,16 @@ class Part:
     start: int
     dtypes: tuple[torch.dtype, ...]  # that of each task's model
     base_dtype: torch.dtype
+
+    @property
+    def layout(self) -> str:
+        """How kernels see it; see `layout_of`."""
+        return layout_of(self.name, len(self.shape))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """How many matrices it is, and their rows and columns."""
+        return matrix_shape(self.shape, self.layout == "stacked")
 
     @property
     def slice(self) -> slice:

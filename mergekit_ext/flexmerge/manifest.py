@@ -21,13 +21,15 @@ from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Ver
 FILE_NAME = "flexmerge.json"
 SHARDS = "shards"
 
-FileKind = Literal["dense", "base", "unified", "masks"]
+FileKind = Literal["dense", "base", "unified", "masks", "factors"]
 DENSE: Final = "dense"
 BASE: Final = "base"
 UNIFIED: Final = "unified"
 MASKS: Final = "masks"
+FACTORS: Final = "factors"
 # Groups are dense or
 MASKED: Final = "masked"
+RESIDUAL: Final = "residual"
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What lies beside the tasks' folders under a fixed name.
@@ -74,6 +76,7 @@ def _bounded(mapping: Any) -> Any:
 
 
 Tasks = Some[Name]
+Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_bounded)]
 Similarity = Annotated[float, Field(ge=-_COSINE, le=_COSINE)] | None
 
 
@@ -112,19 +115,29 @@ class TensorInfo(Schema):
 
 
 class Group(Schema):
-    """Tasks that share one block."""
+    """Tasks that share one block.
+
+    Its kind is ``dense`` (final values are stored), ``masked`` (a unified vector and masks are), or
+    ``residual`` (a base, and factors of what each task adds to it, are).
+    """
 
     tasks: Tasks
-    kind: Literal["dense", "masked"]
+    kind: Literal["dense", "masked", "residual"]
     similarity: Similarity  # of the merge that completed the group; None for one task
-    # Of each member of a masked group; absent from a dense one.
+    # Of each member of a masked group; absent from others.
     rescale: Annotated[dict[str, float], BeforeValidator(_bounded)] = Field(default={})
+    # Of each member of a residual group, by tensor, those above 0; absent from others.
+    ranks: Annotated[dict[str, Ranks], BeforeValidator(_bounded)] = Field(default={})
+    own: Items[Name] = ()  # of a residual group, the tensors that each member stores itself
+    stacked: Items[Name] = ()  # whose last two axes are matrices; of others they are flattened
 
     def rules(self) -> Iterator[Problem]:
-        if set(self.rescale) != set(self.tasks if self.kind == MASKED else ()):
-            found = f"factors of {listing(list(self.rescale)) or 'no task'}"
-            expected = f"one for each of {listing(self.tasks)} if masked, or else none"
-            yield Problem("rescale", found, expected)
+        for name, kind in (("rescale", MASKED), ("ranks", RESIDUAL)):
+            given = getattr(self, name)
+            if set(given) != set(self.tasks if self.kind == kind else ()):
+                found = f"values of {listing(list(given)) or 'no task'}"
+                expected = f"one for each of {listing(self.tasks)} if {kind}, or else none"
+                yield Problem(name, found, expected)
 
 
 class Block(Schema):
@@ -138,6 +151,21 @@ class Block(Schema):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {tensor.name: tensor.shape for tensor in self.tensors}
+
+    def rules(self) -> Iterator[Problem]:
+        """Check that the tensors of residual groups are known, and have the axes of matrices."""
+        shapes = self.shapes
+        for index, group in enumerate(self.groups):
+            where, ranked = f"groups[{index}]", {n for r in group.ranks.values() for n in r}
+            for name in sorted({*group.own, *group.stacked, *ranked} - shapes.keys()):
+                yield Problem(where, f"tensor {name}", "tensors of the block")
+            for names, least in ((ranked, 2), (group.stacked, 3)):
+                for name in names:
+                    if len(shapes.get(name, (0,) * least)) < least:
+                        found = f"{name} of {len(shapes[name])} axes"
+                        yield Problem(where, found, f"{least} axes or more")
+            for name in sorted(ranked.intersection(group.own)):
+                yield Problem(where, f"{name} in `own` and in `ranks`", "it in one of them")
 
 
 class Task(Schema):
@@ -212,11 +240,11 @@ class Manifest(Schema):
             twice = in_blocks.intersection(own)
             yield from _repeats(f"private[{index}] and blocks", "tensor", [*own, *twice])
         groups = (group for block in self.blocks for group in block.groups)
-        masked = {task for group in groups if group.kind == MASKED for task in group.tasks}
+        masked = {task for group in groups if group.kind != DENSE for task in group.tasks}
         for index, task in enumerate(self.tasks):
             if task.ordinary == (task.name in masked):
                 where, found = f"tasks[{index}].ordinary ({task.name})", f"{task.ordinary}".lower()
-                yield Problem(where, found, "true if its blocks are dense, false if some is masked")
+                yield Problem(where, found, "true if all of its blocks are dense, or else false")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.errors import MergeError, NonFiniteError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Masked
-from mergekit_ext.flexmerge.layout import BlockLayout
-from mergekit_ext.flexmerge.manifest import BASE, DENSE, MASKED, MASKS, UNIFIED
+from mergekit_ext.flexmerge.decomposition import Decomposition
+from mergekit_ext.flexmerge.layout import BlockLayout, Part
+from mergekit_ext.flexmerge.manifest import (
+    BASE,
+    DENSE,
+    FACTORS,
+    MASKED,
+    MASKS,
+    RESIDUAL,
+    UNIFIED,
+)
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.flexmerge.storage import Place, StoredGroup, sources, stored
+from mergekit_ext.flexmerge.storage import FACTOR_ENDS, Place, StoredGroup, sources, stored
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 # Below this share of a dtype's largest value no rounding leads out of its range.
@@ -47,10 +56,14 @@ def require_in_range(tensor: Tensor, name: str) -> None:
 
 @dataclass(frozen=True)
 class Merging:
-    """How the members of a group become what is stored, in the dtype `forced` if one is asked."""
+    """How the members of a group become what is stored, in the dtype `forced` if one is asked.
+
+    Groups that store residuals take them from `residuals`.
+    """
 
     algorithm: Algorithm
     forced: torch.dtype | None = None
+    residuals: Decomposition | None = None
 
 
 def block_tensors(
@@ -67,7 +80,8 @@ def block_tensors(
     model stores it; `rescale` receives the rescaler of each task whose group is masked.
     """
     forced, algorithm = merging.forced, merging.algorithm
-    shared = [task for group in groups if len(group.tasks) > 1 for task in group.tasks]
+    merged = [group for group in groups if len(group.tasks) > 1 and group.kind != RESIDUAL]
+    shared = [task for group in merged for task in group.tasks]
     data = reader.read(block, shared) if shared else None
     if data is not None and any(group.kind == MASKED for group in groups):
         for index, part in enumerate(block.parts):
@@ -77,11 +91,10 @@ def block_tensors(
         if len(group.tasks) == 1:
             (task,) = group.tasks
             for part in block.parts:
-                tensor, dtype = own(task, part.name), part.dtypes[task]
-                if forced not in (None, dtype):
-                    tensor = tensor.view(dtype).to(forced)
-                    require_in_range(tensor, part.name)
-                yield Place(DENSE, group.tasks), part.name, tensor
+                yield _own(own, task, part, forced)
+            continue
+        if group.kind == RESIDUAL:
+            yield from _residual(block, group, merging, own)
             continue
         assert data is not None
         members = (data, group.tasks, forced or block.dtype(group.tasks))
@@ -95,6 +108,39 @@ def block_tensors(
         for task in group.tasks:
             yield Place(MASKS, (task,)), block.name, found.masks[task].cpu()
         rescale.update(found.rescale)
+
+
+def _own(
+    own: Callable[[int, str], Tensor], task: int, part: Part, forced: torch.dtype | None
+) -> tuple[Place, str, Tensor]:
+    tensor, dtype = own(task, part.name), part.dtypes[task]
+    if forced not in (None, dtype):
+        tensor = tensor.view(dtype).to(forced)
+        require_in_range(tensor, part.name)
+    return Place(DENSE, (task,)), part.name, tensor
+
+
+def _residual(
+    block: BlockLayout, group: StoredGroup, merging: Merging, own: Callable[[int, str], Tensor]
+) -> Iterator[tuple[Place, str, Tensor]]:
+    found, tasks = merging.residuals, group.tasks
+    assert found is not None
+    for part in block.parts:
+        if part.name in group.own:
+            for task in tasks:
+                yield _own(own, task, part, merging.forced)
+            continue
+        theta_0 = found.theta_0(block.name, part.name)
+        require_in_range(theta_0, part.name)
+        yield Place(UNIFIED, tasks), part.name, theta_0
+        for task in tasks:
+            if rank := group.ranks[task].get(part.name):
+                factors = found.factors(block.name, task, part.name, rank)
+                for end, factor in zip(FACTOR_ENDS, factors, strict=True):
+                    stored = factor.to(theta_0.dtype)
+                    require_in_range(stored, part.name)
+                    stack = stored if part.name in group.stacked else stored[0]
+                    yield Place(FACTORS, (task,)), part.name + end, stack.contiguous()
 
 
 def _parts(
@@ -150,7 +196,7 @@ class Walk:
         changed = 0
         for index, block in enumerate(self._reader.layout.blocks):
             # Without similarities, which do not change what is stored.
-            wanted = [StoredGroup(group.tasks, group.kind) for group in plan.groups[index]]
+            wanted = [replace(group, similarity=None) for group in plan.groups[index]]
             before, held = self._groups[index], self._tensors[index]
             if set(wanted) == set(before):
                 continue

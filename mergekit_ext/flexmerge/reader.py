@@ -21,13 +21,14 @@ from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.manifest import (
     BASE,
     DENSE,
+    FACTORS,
     MASKS,
     UNIFIED,
     Manifest,
     ShardFile,
     read_manifest,
 )
-from mergekit_ext.flexmerge.storage import MaskedTensor, Place, Shape, sources, stored
+from mergekit_ext.flexmerge.storage import Made, Place, Shape, sources, stored
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.model_files import companions
 from mergekit_ext.io.planned_files import split, weight_names, write_index
@@ -67,7 +68,7 @@ def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterat
     for entry in manifest.private:
         for tensor in entry.tensors:
             expected[Place(DENSE, (entry.task,)), tensor.name] = tensor.shape
-    dtypes = {MASKS: ["U8"], BASE: [*FLOATING], UNIFIED: [*FLOATING]}
+    dtypes = {MASKS: ["U8"], **{kind: [*FLOATING] for kind in (BASE, UNIFIED, FACTORS)}}
     found: dict[tuple[Place, str], str] = {}
     for file in files:
         for name, header in file.headers.items():
@@ -125,7 +126,7 @@ class TaskTensors(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: Checkpoint, task: str):
         self._checkpoint = checkpoint
-        self._sources: dict[str, Place | MaskedTensor] = {}
+        self._sources: dict[str, Place | Made] = {}
         for block in checkpoint.manifest.blocks:
             group = next(group for group in block.groups if task in group.tasks)
             self._sources.update(sources(block.name, block.shapes, group, task, group.rescale))

@@ -40,8 +40,8 @@ def load(
 
     What one dense group stores is one storage in all of its modules, on the CPU the mapped file.
     So the modules of m tasks take the memory of the checkpoint, its size times one model, except
-    for masked blocks: those are reconstructed for every task. Training one module in place changes
-    the others; on no account are the files changed.
+    for masked and residual blocks: those are reconstructed for every task. Training one module in
+    place changes the others; on no account are the files changed.
 
     Args:
         path: folder with ``flexmerge.json``.

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from mergekit_ext.flexmerge.files import digest_of, link_model
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
-from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, SHARDS, Manifest, ShardFile
+from mergekit_ext.flexmerge.manifest import (
+    DENSE,
+    FILE_NAME,
+    MASKED,
+    RESIDUAL,
+    SHARDS,
+    Manifest,
+    ShardFile,
+)
 from mergekit_ext.flexmerge.merging import Merging, block_tensors, require_finite
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
@@ -103,7 +111,7 @@ def _of_block(
         block.name,
         # All models that share something, and the base.
         block.bytes(range(len(reader.layout.tasks)), merging.forced),
-        [[list(group.tasks), group.kind] for group in groups],
+        [group.key for group in groups],
         [
             (place, TensorHeader.of(name, dtype, shape))
             for place, name, shape, dtype in stored_of(block, groups, merging.forced)
@@ -272,14 +280,18 @@ def _manifest(
     rescale: Mapping[str, Rescale],
 ) -> Manifest:
     tasks = layout.tasks
-    groups = [group for found in plan.groups for group in found if group.kind == MASKED]
-    masked = {task for group in groups for task in group.tasks}
+    groups = [group for found in plan.groups for group in found if group.kind != DENSE]
+    made = {task for group in groups for task in group.tasks}
 
     def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
         found = {"tasks": _names(tasks, group.tasks), "kind": group.kind}
         if group.kind == MASKED:
             factors = {tasks[task]: rescale[block.name][task] for task in group.tasks}
             return {**found, "similarity": group.similarity, "rescale": factors}
+        if group.kind == RESIDUAL:
+            ranks = {tasks[task]: dict(group.ranks[task]) for task in group.tasks}
+            kept = {"ranks": ranks, "own": group.own, "stacked": group.stacked}
+            return {**found, "similarity": None, **kept}
         return {**found, "similarity": group.similarity}
 
     size = {**asdict(plan.size), "unit_bytes": round(plan.size.unit_bytes)}
@@ -290,7 +302,7 @@ def _manifest(
             **origin,
             "size": {"models": plan.size.models, **size},
             "tasks": [
-                {"name": name, "model": models[task], "ordinary": task not in masked}
+                {"name": name, "model": models[task], "ordinary": task not in made}
                 for task, name in enumerate(tasks)
             ],
             "files": files,

@@ -111,7 +111,7 @@ def flexmerge_section(
     private = size["private_bytes"]
     apart = f", and {private:,.0f} bytes that only one task each has" if private else ""
     plain = [name for name, ordinary in tasks if ordinary]
-    masked = [name for name, ordinary in tasks if not ordinary]
+    made = [name for name, ordinary in tasks if not ordinary]
     parts = [
         "### FlexMerge",
         f"{count} tasks in the space of {size['models']:.4g} models{apart}: "
@@ -119,12 +119,12 @@ def flexmerge_section(
     ]
     if plain:
         parts.append(f"Ordinary checkpoints, one folder each: {', '.join(plain)}.")
-    if masked:
+    if made:
         parts.append(
-            f"Stored as masks: {', '.join(masked)}. Load these with "
+            f"Stored as masks or residuals: {', '.join(made)}. Load these with "
             "`mergekit_ext.flexmerge.load(folder, task=...)`, or write an ordinary folder with "
-            "`mergekit-ext export folder task out`. The base and the masks come on top of the "
-            "copies below."
+            "`mergekit-ext export folder task out`. Masks with their base, factors of residuals, "
+            "and tensors of one task come on top of the copies below."
         )
     return "\n\n".join([*parts, table(["blocks", "number", "mean copies"], rows)])
 

@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "task in two groups": (change(*GROUPS, 0, "tasks", to=["a", "b"]), "task b in 2 groups"),
     "factor is missing": (
         change(*GROUPS, 1, "rescale", to={"b": 1}),
-        "rescale: found factors of b",
+        "rescale: found values of b",
     ),
     "ordinary with masks": (
         change("tasks", 1, "ordinary", to=True),

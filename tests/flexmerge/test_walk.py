@@ -59,7 +59,7 @@ def content(
 def engine(document: Mapping[str, Any], folder: Path) -> Engine:
     report, prepared = prepare.check(MergeConfiguration.model_validate(document), OPTIONS)
     assert prepared is not None, report.problems
-    return Engine(prepared, open_inputs(prepared)[0], folder, Session())
+    return Engine(prepared, open_inputs(prepared)[0], folder, Session(), folder / "scratch")
 
 
 def walk_of(made: Engine) -> Walk:
@@ -103,6 +103,8 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         {"algorithm": "tsv_m"},
         {"algorithm": "emr"},
         {"algorithm": "emr", "out_dtype": "float32"},
+        {"algorithm": "residual"},
+        {"algorithm": "residual", "base": "ties", "out_dtype": "bfloat16"},
         {"algorithm": "consensus"},
         {"algorithm": "average", "dare_density": 0.5},
         {"algorithm": "channel_merging"},

@@ -113,7 +113,11 @@ def test_masked_tasks_are_named_with_what_they_need():
     tasks = [("a", True), ("b", False), ("c", False)]
     section = flexmerge_section(SIZE, tasks, {"mlp": (1, 1)})
     assert "one folder each: a." in section
-    (line,) = [line for line in section.splitlines() if line.startswith("Stored as masks: b, c.")]
+    (line,) = [
+        line
+        for line in section.splitlines()
+        if line.startswith("Stored as masks or residuals: b, c.")
+    ]
     assert "flexmerge.load(" in line and "mergekit-ext export" in line
     assert "Ordinary" not in flexmerge_section(SIZE, tasks[1:], {"mlp": (1, 1)})
 
@@ -136,4 +140,4 @@ def test_the_card_of_a_merge(tmp_path, algorithm):
     assert f"| attention | {len(attention)} | {copies:.2f} of 3 |" in card.text
     masked = [task.name for task in manifest.tasks if not task.ordinary]
     assert bool(masked) == (algorithm == "emr")
-    assert ("Stored as masks: " + ", ".join(masked) in card.text) == bool(masked)
+    assert ("Stored as masks or residuals: " + ", ".join(masked) in card.text) == bool(masked)

@@ -29,10 +29,17 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.flexmerge import analysis_file, files
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
+from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
+from mergekit_ext.flexmerge.residual import (
+    Limit,
+    Residuals,
+    ResidualStorage,
+    Spectrum,
+)
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.flexmerge.storage import StoredGroup, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
@@ -62,14 +69,19 @@ class Engine:
     """Analyses once, then plans and writes any size. All processes make the same calls.
 
     Earlier analyses are looked for in the folder `analyses_in`; the session gets the events, and
-    its journal holds what is finished.
+    its journal holds what is finished. Decompositions lie in `scratch` meanwhile.
     """
 
     def __init__(
-        self, prepared: Prepared, reader: BlockReader, analyses_in: Path, session: Session
+        self,
+        prepared: Prepared,
+        reader: BlockReader,
+        analyses_in: Path,
+        session: Session,
+        scratch: Path,
     ):
         self.prepared, self.reader, self.layout = prepared, reader, reader.layout
-        self._analyses_in, self._session = analyses_in, session
+        self._analyses_in, self._session, self._scratch = analyses_in, session, scratch
         self._subject = analysis_file.subject_of(reader)
         self._seed: int = prepared.options.random_seed or 0
 
@@ -101,6 +113,8 @@ class Engine:
     @cached_property
     def planner(self) -> Planner:
         storage, shared = self.prepared.storage, self.prepared.algorithm.parameters.shared
+        if isinstance(storage, ResidualStorage):
+            return Residuals(storage, self._spectra)
         if self.prepared.algorithm.kmeans:
             return Clusters(storage, self.grams, self._seed)
         similarities = [cosines(gram) for gram in self.grams]
@@ -112,7 +126,21 @@ class Engine:
         algorithm = self.prepared.algorithm
         if algorithm.densities is not None:
             algorithm.cuts = self.analysis.cuts[tuple(algorithm.densities)]
-        return Merging(algorithm, self.prepared.forced)
+        return Merging(algorithm, self.prepared.forced, self._decomposition)
+
+    @cached_property
+    def _decomposition(self) -> Decomposition | None:
+        storage = self.prepared.storage
+        if not isinstance(storage, ResidualStorage):
+            return None
+        finished = self._finished("residuals", self._acting, str(self.prepared.forced))
+        return Decomposition(self.reader, storage, self._scratch, self._measured, finished)
+
+    def _spectra(self, limit: Limit) -> Sequence[Spectrum]:
+        found = self.merging.residuals
+        assert found is not None
+        with self._measuring(len(self.layout.blocks)):
+            return found.spectra(limit)
 
     def write(self, folder: Path, plan: Plan) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
@@ -252,11 +280,13 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     reader, folders = open_inputs(prepared)
     models, blocks = tuple(map(str, prepared.references)), len(reader.layout.blocks)
     session.emit(MergeBegin("flexmerge", session.output, models, blocks, "block"))
-    engine = Engine(prepared, reader, Path(session.output or folder).resolve().parent, session)
+    beside = Path(session.output or folder).resolve().parent
+    engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
     manifest = engine.write(folder, engine.planner.plan(prepared.target))
     if not parallel.current().is_main:
         return
-    engine.save_analysis(folder)
+    if engine.merging.residuals is None:
+        engine.save_analysis(folder)
     tasks = engine.layout.tasks
     homes = {folder / name: home for name, home in zip(tasks, folders, strict=True)}
     if (folder / "model.safetensors.index.json").exists():
@@ -294,8 +324,8 @@ def _write_card(folder: Path, config: Any, source: str, manifest: Manifest) -> N
 # Of a task's folder that holds no weights.
 _MASKED = """# {task}
 
-This folder has no weights: those of `{task}` are stored as masks over a vector that it shares with
-other tasks, in `../shards/`. Load the model with
+This folder has no weights: `../shards/` holds what `{task}` shares with other tasks, and masks or
+factors of what is its own. Load the model with
 
     from mergekit_ext import flexmerge
     model = flexmerge.load("..", task="{task}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -11,10 +11,11 @@ from mergekit import merge_methods
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 from pydantic import BeforeValidator
 
-from mergekit_ext.core.parameters import Parameter, Share, choice
+from mergekit_ext.core.parameters import WEIGHT, Parameter, Share, choice
 from mergekit_ext.errors import join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
+from mergekit_ext.flexmerge.residual import GIVEN, PARAMETERS, Residual
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
@@ -49,23 +50,41 @@ OWN: tuple[Parameter, ...] = (
     Parameter("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
     Parameter("task", str, None, "the task's name", per_model=True),
 )
+_DEFAULT_BASE = "average"
+# Of which residuals are given one.
+_SIZES = ("target_size", "rank", "energy")
+_BASE = Parameter("base", str, _DEFAULT_BASE, "what makes the base of the residuals")
 # What only algorithms that trim take.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
 # Names mergekit's method where FlexMerge has an algorithm of the same name.
 _STOCK_PREFIX = "mergekit:"
 
 
-def algorithms() -> dict[str, Method | MergeMethod]:
-    """Return what `algorithm:` takes: FlexMerge's own algorithms and every registered method."""
+@dataclass(frozen=True)
+class Based:
+    """`residual`, over a base that a method makes; None: the base model itself."""
+
+    method: Method | MergeMethod | None
+
+
+def algorithms(base: Any = _DEFAULT_BASE) -> dict[str, Method | MergeMethod | Based]:
+    """Return what `algorithm:` takes: FlexMerge's own algorithms and every registered method.
+
+    `base` is the name of what makes the base of `residual`.
+    """
     own = methods(BLOCKS)
     others = {method.spec.name: method for method in merge_methods.registered_methods()}
     del others["flexmerge"]
     stock = {_STOCK_PREFIX * (name in own) + name: method for name, method in others.items()}
-    return {**own, **stock}
+    made = {**own, **stock}.get(base) if isinstance(base, str) else None
+    return {**own, **stock, Residual.name: Based(made)}
 
 
-def make(method: Method | MergeMethod, parameters: Parameters) -> Algorithm:
+def make(method: Method | MergeMethod | Based, parameters: Parameters) -> Algorithm:
     """Return a method as FlexMerge's F, with its parameters."""
+    if isinstance(method, Based):
+        inner = None if method.method is None else make(method.method, parameters)
+        return Residual(inner, parameters)
     if isinstance(method, Method):
         return Declared(method, parameters)
     return Registered(method, parameters)
@@ -84,15 +103,24 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     Its `parameters` are all that were given, and the defaults of the others; `task` is not there.
     `seed` is for `dare_density`, and for methods that draw random numbers.
     """
-    before, given, known = findings.count, config.parameters or {}, algorithms()
+    before, given = findings.count, config.parameters or {}
+    known = algorithms(given.get("base", _DEFAULT_BASE))
     tasks, name = tasks_of(config), given.get("algorithm", DEFAULT_ALGORITHM)
     method = known.get(name) if isinstance(name, str) else None
     specs = {**_specs_of(method), **{parameter.name: spec_of(parameter) for parameter in OWN}}
-    specs["algorithm"] = replace(specs["algorithm"], value_type=choice(*known))
+    specs["algorithm"] = replace(specs["algorithm"], value_type=choice(*algorithms()))
+    if isinstance(method, Based):
+        sizes = [name for name in _SIZES if given.get(name) is not None]
+        if len(sizes) != 1:
+            written = " and ".join(f"`{name}`" for name in sizes) or "nothing"
+            findings.problem("parameters", written, f"one of {', '.join(_SIZES)}", "Write one.")
+        specs["target_size"] = replace(specs["target_size"], default=ANY_SIZE)
+        bases = choice(GIVEN, *(name for name in known if name != Residual.name))
+        specs["base"] = replace(specs["base"], value_type=bases)
     if method is None:  # it is not known either what it takes
         config = _reduced(config, specs.__contains__)
-    elif isinstance(method, MergeMethod):
-        _check_contract(method, len(tasks), findings)
+    elif isinstance(_merging(method), MergeMethod):
+        _check_contract(_merging(method), len(tasks), findings)
     owners: dict[str, list[str]] = {}
     for other, one in known.items():
         for key in _specs_of(one).keys() - specs.keys():
@@ -130,7 +158,17 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     return None if findings.count > before else made
 
 
-def _specs_of(method: Method | MergeMethod | None) -> dict[str, ParameterSpec]:
+def _merging(method: Method | MergeMethod | Based | None) -> Any:
+    """Return the method that merges groups, or makes the base of residuals."""
+    return method.method if isinstance(method, Based) else method
+
+
+def _trims(method: Method | MergeMethod | Based | None) -> bool:
+    merging = _merging(method)
+    return isinstance(merging, Method) and merging.trims
+
+
+def _specs_of(method: Method | MergeMethod | Based | None) -> dict[str, ParameterSpec]:
     """Return the parameters of an algorithm.
 
     NAN's `granularity` is left out: it measures the block. A `density` out of (0, 1] would keep
@@ -138,6 +176,9 @@ def _specs_of(method: Method | MergeMethod | None) -> dict[str, ParameterSpec]:
     """
     if method is None:
         return {}
+    if isinstance(method, Based):
+        own = {p.name: spec_of(p) for p in (_BASE, WEIGHT, *PARAMETERS)}
+        return {**own, **_specs_of(method.method)}
     if isinstance(method, Method):
         return {p.name: spec_of(p) for p in method.for_driver(BLOCKS)}
     return {
@@ -169,6 +210,21 @@ def _check_contract(method: MergeMethod, tasks: int, findings: Findings) -> None
 def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Findings) -> None:
     """Report parameters that contradict each other, or that a registered method refuses."""
     shared = algorithm.parameters.shared
+    if isinstance(algorithm, Residual):
+        unused = {"linkage", "order", "similarity_on"}
+        unused |= {"dare_density", "trim_scope"} if algorithm.base is None else set()
+        for name in sorted(unused & given.keys()):
+            findings.problem(
+                f"parameters.{name}",
+                shown(given[name]),
+                "nothing, as it does not act on residuals over this base",
+                f"Remove `{name}:`.",
+            )
+        if algorithm.base is not None:
+            _check_fit(
+                algorithm.base, {n: v for n, v in given.items() if n not in unused}, findings
+            )
+        return
     if isinstance(algorithm, Registered):
         algorithm.check(findings)
     if not algorithm.trims:
@@ -196,12 +252,11 @@ def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
     EMR from being compared with it. A parameter that none takes stays, to be reported. The size
     that the file asks for is not used.
     """
-    known = algorithms()
+    known = algorithms((config.parameters or {}).get("base", _DEFAULT_BASE))
 
     def taken(name: str) -> set[str]:
         method, own = known.get(name), {parameter.name for parameter in OWN}
-        trims = isinstance(method, Method) and method.trims
-        return {*_specs_of(method), *(own if trims else own - _OF_TRIMMING)}
+        return {*_specs_of(method), *(own if _trims(method) else own - _OF_TRIMMING)}
 
     left_out = set().union(*map(taken, chosen)) - taken(algorithm)
     reduced = _reduced(config, lambda name: name not in left_out)
@@ -210,6 +265,8 @@ def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
     kmeans = isinstance(method, Method) and method.kmeans
     size = float(max(len(tasks_of(config)), 1)) if kmeans else ANY_SIZE
     parameters = {**reduced.parameters, "algorithm": algorithm, "target_size": size}
+    for name in _SIZES[1:]:
+        parameters.pop(name, None)
     return reduced.model_copy(update={"parameters": parameters})
 
 

@@ -13,6 +13,7 @@ import torch
 
 from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
+from mergekit_ext.flexmerge.residual import Residual, ResidualStorage
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
 from mergekit_ext.io.class_model import class_names
@@ -36,6 +37,8 @@ class Prepared:
 
     @cached_property
     def storage(self) -> Storage:
+        if isinstance(self.algorithm, Residual):
+            return ResidualStorage(self.layout, self.algorithm, self.forced)
         return Storage(self.layout, self.algorithm.masks, self.forced)
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import click
@@ -82,7 +83,7 @@ def write_curve(
     evaluator = None if evaluate is None else _Evaluator(evaluate, options)
     points: list[SizePoint] = []
     notes: list[str] = []
-    with listening(options, callbacks, os.fspath(folder)) as session:
+    with listening(options, callbacks, os.fspath(folder)) as session, ExitStack() as stack:
         reader, folders = open_inputs(next(iter(lines.values())))
         reference = _individual(reader, folders, evaluator)
         metrics = dict.fromkeys(metric for scores in reference.values() for metric in scores)
@@ -91,8 +92,10 @@ def write_curve(
         folder.mkdir(parents=True, exist_ok=True)
         engines = {}
         for name, prepared in lines.items():
-            engines[name] = Engine(prepared, reader, folder, session)
-            engines[name].save_analysis(folder)
+            scratch = Path(stack.enter_context(TemporaryDirectory(dir=folder)))
+            engines[name] = Engine(prepared, reader, folder, session, scratch)
+            if engines[name].merging.residuals is None:
+                engines[name].save_analysis(folder)
         asked = {name: _asked(name, e.planner, wanted, notes) for name, e in engines.items()}
         total = sum(map(len, asked.values())) * len(reference)
         try:

@@ -1,0 +1,176 @@
+"""Base and residuals of all tasks, computed once for each block and kept in files.
+
+Only triplets that can be kept are computed. The files serve until ranks are known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_ext.flexmerge.analysis import out_of_range, require_finite_block
+from mergekit_ext.flexmerge.layout import BlockLayout
+from mergekit_ext.flexmerge.residual import Limit, ResidualStorage, Spectrum
+from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.io.journal import Finished
+from mergekit_ext.kernels.numerics import all_finite
+from mergekit_ext.kernels.truncated import leading
+from mergekit_ext.parallel import current
+
+# Ranks are computed this far beyond the mean one that the budget allows; where all triplets of a
+# matrix are taken, as far again.
+_DEPTH, _LEAST_DEPTH = 2, 8
+_READ = 1 << 24
+
+
+class Decomposition:
+    """theta_0 and factors of all tasks in files, one for each block, in `folder`."""
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        storage: ResidualStorage,
+        folder: Path,
+        progress: Callable[[str], None] = lambda name: None,
+        finished: Finished | None = None,
+    ):
+        self._reader, self._storage, self._folder = reader, storage, folder
+        self._progress, self._finished = progress, finished or Finished()
+        self._limit, self._spectra = Limit(0.0), list[Spectrum]()
+
+    def spectra(self, limit: Limit) -> Sequence[Spectrum]:
+        """Return leading singular values, at least as many as can be kept within a limit.
+
+        Those of an earlier call serve for smaller budgets. The processes of a merge share out the
+        blocks, and all call this.
+        """
+        if not self._spectra or limit != Limit(min(limit.budget, self._limit.budget)):
+            self._limit, self._spectra = limit, self._deep_enough(limit)
+        return self._spectra
+
+    def _deep_enough(self, limit: Limit) -> list[Spectrum]:
+        storage, processes = self._storage, current()
+        processes.from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        tasks, matrices = range(storage.tasks), storage.matrices
+        most = [storage.algorithm.largest_rank(part) for _, part in matrices]
+        depth = [min(top, self._first_depth(limit)) for top in most]
+        blocks = storage.layout.blocks
+        owners = processes.share([block.bytes(tasks) for block in blocks])
+        found: dict[str, Spectrum] = {}
+        wanted = set(range(len(blocks)))
+        while wanted:
+            own: dict[str, Spectrum] = {}
+            for index in sorted(wanted):
+                if owners[index] == processes.rank:
+                    depths = {
+                        part.name: depth[k] for k, (b, part) in enumerate(matrices) if b == index
+                    }
+                    own |= self._decomposed(index, depths)
+                    self._progress(blocks[index].name)
+            for part_of in processes.gather(own):
+                found |= part_of
+            ranks = storage.ranks([found[part.name] for _, part in matrices], limit)
+            wanted = set()
+            for k, (block, _) in enumerate(matrices):
+                taken = max(ranks[k * len(tasks) : (k + 1) * len(tasks)])
+                if limit.rank is None and taken == depth[k] < most[k]:
+                    depth[k] = min(most[k], _DEPTH * depth[k])
+                    wanted.add(block)
+        return [found[part.name] for _, part in matrices]
+
+    def _first_depth(self, limit: Limit) -> int:
+        """Return how many triplets of each residual are computed at first."""
+        storage = self._storage
+        step: int = storage.algorithm.parameters.shared["rank_multiple"]
+        if limit.rank is not None:
+            return limit.rank
+        mean = 0
+        if limit.budget < math.inf:
+            each = storage.tasks * sum(storage.cost(part) for _, part in storage.matrices)
+            mean = int(limit.budget // max(each, 1))
+        return -(-max(_DEPTH * mean, _LEAST_DEPTH) // step) * step
+
+    def theta_0(self, block: str, name: str) -> Tensor:
+        """Return a tensor of theta_0."""
+        return self._get(block, f"theta_0/{name}")
+
+    def factors(self, block: str, task: int, name: str, rank: int) -> tuple[Tensor, Tensor]:
+        """Return B, (n, rows, rank), and A, (n, rank, columns), of a residual ``B A``.
+
+        In the dtype of the arithmetic; sigma is shared out evenly.
+        """
+        b, a = (self._get(block, f"{kind}/{task}/{name}") for kind in ("b", "a"))
+        return b[..., :rank], a[..., :rank, :]
+
+    def _get(self, block: str, key: str) -> Tensor:
+        with safe_open(self._path(block), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def _path(self, block: str) -> Path:
+        names = [layout.name for layout in self._storage.layout.blocks]
+        return self._folder / f"{names.index(block)}.safetensors"
+
+    def _decomposed(self, index: int, depths: Mapping[str, int]) -> dict[str, Spectrum]:
+        """Decompose one block, if no earlier run has, and return its spectra."""
+        block = self._storage.layout.blocks[index]
+        path, key = self._path(block.name), json.dumps([block.name, depths])
+        crc = self._finished.found("residuals", key)
+        if crc is None or not path.is_file() or _crc(path) != crc:
+            save_file(self._made(block, depths), path)
+            self._finished.add("residuals", key, _crc(path))
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: Spectrum(file.get_tensor(f"squares/{name}"), file.get_tensor(f"whole/{name}"))
+                for name in depths
+            }
+
+    def _made(self, block: BlockLayout, depths: Mapping[str, int]) -> dict[str, Tensor]:
+        data, forced, wide = (
+            self._reader.read(block),
+            self._storage.forced,
+            self._reader.layout.dtype,
+        )
+        require_finite_block(data, self._reader.layout)
+        tasks = list(data.models)
+        merged = self._storage.algorithm.merge(data, tasks, forced or block.dtype(tasks))
+        made: dict[str, Tensor] = {}
+        for index, part in enumerate(block.parts):
+            theta_0 = data.part(merged, index).to(forced or part.dtype(tasks))
+            made[f"theta_0/{part.name}"] = theta_0.cpu()
+            if part.name not in depths:
+                continue
+            squares, whole = [], []
+            for task in tasks:
+                model = data.part(data.models[task], index).to(wide)
+                residual = (model - theta_0).view(part.matrix_shape)
+                if not all_finite(residual):
+                    raise out_of_range(block.name)
+                found = [leading(matrix, depths[part.name], exact=False) for matrix in residual]
+                sigma = torch.stack([each.sigma for each in found])
+                root = sigma.sqrt()[:, None, :]
+                b = torch.stack([each.u for each in found]) * root
+                a = torch.stack([each.v for each in found]) * root
+                made[f"b/{task}/{part.name}"] = b.to(wide).cpu().contiguous()
+                made[f"a/{task}/{part.name}"] = a.mT.to(wide).cpu().contiguous()
+                squares.append(sigma.square().sum(dim=0).cpu())
+                whole.append(sum(each.whole**2 for each in found))
+            made[f"squares/{part.name}"] = torch.stack(squares).cummin(dim=1).values
+            made[f"whole/{part.name}"] = torch.tensor(whole, dtype=torch.float64)
+        return made
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(_READ):
+            value = zlib.crc32(piece, value)
+    return value

@@ -1,0 +1,107 @@
+r"""Which ranks low-rank residuals get, so that their bytes leave the least squared error.
+
+The residual of matrix j is cut to its :math:`r_j` leading singular triplets. That leaves the
+squared error :math:`\sum_j w_j \sum_{k > r_j} \sigma_{jk}^2` (Eckart and Young 1936, "The
+approximation of one matrix by another of lower rank"), and costs :math:`\sum_j c_j r_j` bytes. What
+a triplet gains falls with k; so triplets are taken in the order of :math:`w_j \sigma_{jk}^2 / c_j`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Ranks of matrices under a budget.
+
+    Attributes:
+        ranks: of each matrix.
+        cost: of all triplets that are taken.
+        gain: the squared error that they take away.
+        threshold: gain over cost of the best step that is left out, 0.0 without one. A triplet that
+            was not offered, and is below it, would not have been taken either.
+    """
+
+    ranks: tuple[int, ...]
+    cost: int
+    gain: float
+    threshold: float
+
+
+def allocate(
+    gains: Sequence[Tensor],
+    costs: Sequence[int],
+    *,
+    budget: float = math.inf,
+    goal: float = math.inf,
+    multiple: int = 1,
+) -> Allocation:
+    r"""Return the ranks that leave the least squared error.
+
+    Steps of `multiple` triplets of one matrix are taken in the order of gain over cost (of equal
+    ones that of the earlier matrix first) until the next one does not fit or the goal is reached;
+    what is left of the budget is spent on the best steps that still fit. Steps without gain are
+    not taken. The gain is the largest
+    possible one where all steps cost the same, and elsewhere less than the gain of one step below
+    it.
+
+    Args:
+        gains: for each matrix :math:`w_j \sigma_{jk}^2`, (K_j,), finite, not negative, descending
+            in k, as far as its rank may go.
+        costs: of one triplet of each matrix, positive.
+        budget: the most that is spent.
+        goal: a gain that is enough.
+        multiple: of which ranks are, or K_j.
+
+    Raises:
+        ValueError: gains that are not as described.
+    """
+    each = [_steps(gain, multiple) for gain in gains]
+    counts = np.array([len(gain) for gain, _ in each], dtype=np.int64)
+    owner = np.repeat(np.arange(len(each)), counts)
+    gain, width = (np.concatenate([*parts, np.zeros(0)]) for parts in zip(*each, strict=True))
+    cost = width * np.asarray(costs, dtype=np.float64)[owner]
+    density = gain / cost
+    order = np.argsort(-density, kind="stable")
+    spent, found = np.cumsum(cost[order]), np.cumsum(gain[order])
+    enough = int(np.searchsorted(np.concatenate([[0.0], found]), goal))
+    useful = int(np.count_nonzero(gain))
+    fitting = min(int(np.searchsorted(spent, budget, side="right")), useful)
+    taken = np.bincount(owner[order[: min(enough, fitting)]], minlength=len(each))
+    first = np.cumsum(counts) - counts
+    left = budget - (spent[fitting - 1] if fitting else 0.0)
+    while fitting < min(enough, useful):
+        offered = (first + taken)[taken < counts]
+        fits = offered[(cost[offered] <= left) & (gain[offered] > 0)]
+        if not len(fits):
+            break
+        best = fits[np.argmax(density[fits])]
+        taken[owner[best]] += 1
+        left -= cost[best]
+    chosen = np.arange(len(order)) < (first + taken)[owner]
+    return Allocation(
+        tuple(int(width[owner == j][:count].sum()) for j, count in enumerate(taken)),
+        int(cost[chosen].sum()),
+        math.fsum(gain[chosen]),
+        float(density[~chosen].max(initial=0.0)),
+    )
+
+
+def _steps(gains: Tensor, multiple: int) -> tuple[Floats, Floats]:
+    """Return gains and widths of the steps of one matrix."""
+    values: Any = gains.detach().to("cpu").double().numpy()
+    if not (np.isfinite(values).all() and (values >= 0).all() and (np.diff(values) <= 0).all()):
+        raise ValueError("gains: expected finite values from 0.0, none above the one before")
+    starts = np.arange(0, len(values), multiple)
+    widths = np.minimum(multiple, len(values) - starts)
+    return (np.add.reduceat(values, starts) if len(starts) else values), widths.astype(np.float64)
