@@ -9,6 +9,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -40,10 +41,12 @@ class Decomposition:
         storage: ResidualStorage,
         folder: Path,
         progress: Callable[[str], None] = lambda name: None,
+        measuring: Callable[[], AbstractContextManager[None]] = nullcontext,
         finished: Finished | None = None,
     ):
-        self._reader, self._storage, self._folder = reader, storage, folder
-        self._progress, self._finished = progress, finished or Finished()
+        self._reader, self.storage, self._folder = reader, storage, folder
+        self._progress, self._measuring = progress, measuring
+        self._finished = finished or Finished()
         self._limit, self._spectra = Limit(0.0), list[Spectrum]()
 
     def spectra(self, limit: Limit) -> Sequence[Spectrum]:
@@ -53,11 +56,12 @@ class Decomposition:
         blocks, and all call this.
         """
         if not self._spectra or limit != Limit(min(limit.budget, self._limit.budget)):
-            self._limit, self._spectra = limit, self._deep_enough(limit)
+            with self._measuring():
+                self._limit, self._spectra = limit, self._deep_enough(limit)
         return self._spectra
 
     def _deep_enough(self, limit: Limit) -> list[Spectrum]:
-        storage, processes = self._storage, current()
+        storage, processes = self.storage, current()
         processes.from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
         tasks, matrices = range(storage.tasks), storage.matrices
         most = [storage.algorithm.largest_rank(part) for _, part in matrices]
@@ -88,7 +92,7 @@ class Decomposition:
 
     def _first_depth(self, limit: Limit) -> int:
         """Return how many triplets of each residual are computed at first."""
-        storage = self._storage
+        storage = self.storage
         step: int = storage.algorithm.parameters.shared["rank_multiple"]
         if limit.rank is not None:
             return limit.rank
@@ -116,12 +120,12 @@ class Decomposition:
         return tensor
 
     def _path(self, block: str) -> Path:
-        names = [layout.name for layout in self._storage.layout.blocks]
+        names = [layout.name for layout in self.storage.layout.blocks]
         return self._folder / f"{names.index(block)}.safetensors"
 
     def _decomposed(self, index: int, depths: Mapping[str, int]) -> dict[str, Spectrum]:
         """Decompose one block, if no earlier run has, and return its spectra."""
-        block = self._storage.layout.blocks[index]
+        block = self.storage.layout.blocks[index]
         path, key = self._path(block.name), json.dumps([block.name, depths])
         crc = self._finished.found("residuals", key)
         if crc is None or not path.is_file() or _crc(path) != crc:
@@ -136,12 +140,12 @@ class Decomposition:
     def _made(self, block: BlockLayout, depths: Mapping[str, int]) -> dict[str, Tensor]:
         data, forced, wide = (
             self._reader.read(block),
-            self._storage.forced,
+            self.storage.forced,
             self._reader.layout.dtype,
         )
         require_finite_block(data, self._reader.layout)
         tasks = list(data.models)
-        merged = self._storage.algorithm.merge(data, tasks, forced or block.dtype(tasks))
+        merged = self.storage.algorithm.merge(data, tasks, forced or block.dtype(tasks))
         made: dict[str, Tensor] = {}
         for index, part in enumerate(block.parts):
             theta_0 = data.part(merged, index).to(forced or part.dtype(tasks))

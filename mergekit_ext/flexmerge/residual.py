@@ -152,7 +152,7 @@ class ResidualStorage(Storage):
             budget=limit.budget,
             goal=math.inf if limit.energy is None else limit.energy * math.fsum(whole),
             multiple=parameters.shared["rank_multiple"],
-        ).ranks
+        )
 
     def budget(self, target: Target) -> int:
         """Return the bytes that residuals may take."""

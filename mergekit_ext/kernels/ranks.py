@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,24 +19,6 @@ from torch import Tensor
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """Ranks of matrices under a budget.
-
-    Attributes:
-        ranks: of each matrix.
-        cost: of all triplets that are taken.
-        gain: the squared error that they take away.
-        threshold: gain over cost of the best step that is left out, 0.0 without one. A triplet that
-            was not offered, and is below it, would not have been taken either.
-    """
-
-    ranks: tuple[int, ...]
-    cost: int
-    gain: float
-    threshold: float
-
-
 def allocate(
     gains: Sequence[Tensor],
     costs: Sequence[int],
@@ -45,7 +26,7 @@ def allocate(
     budget: float = math.inf,
     goal: float = math.inf,
     multiple: int = 1,
-) -> Allocation:
+) -> tuple[int, ...]:
     r"""Return the ranks that leave the least squared error.
 
     Steps of `multiple` triplets of one matrix are taken in the order of gain over cost (of equal
@@ -88,13 +69,7 @@ def allocate(
         best = fits[np.argmax(density[fits])]
         taken[owner[best]] += 1
         left -= cost[best]
-    chosen = np.arange(len(order)) < (first + taken)[owner]
-    return Allocation(
-        tuple(int(width[owner == j][:count].sum()) for j, count in enumerate(taken)),
-        int(cost[chosen].sum()),
-        math.fsum(gain[chosen]),
-        float(density[~chosen].max(initial=0.0)),
-    )
+    return tuple(int(width[owner == j][:count].sum()) for j, count in enumerate(taken))
 
 
 def _steps(gains: Tensor, multiple: int) -> tuple[Floats, Floats]:

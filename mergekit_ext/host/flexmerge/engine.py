@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,7 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
-from mergekit_ext.flexmerge.residual import (
-    Limit,
-    Residuals,
-    ResidualStorage,
-    Spectrum,
-)
+from mergekit_ext.flexmerge.residual import Residuals, ResidualStorage
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.flexmerge.storage import StoredGroup, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
@@ -113,8 +108,8 @@ class Engine:
     @cached_property
     def planner(self) -> Planner:
         storage, shared = self.prepared.storage, self.prepared.algorithm.parameters.shared
-        if isinstance(storage, ResidualStorage):
-            return Residuals(storage, self._spectra)
+        if (found := self.merging.residuals) is not None:
+            return Residuals(found.storage, found.spectra)
         if self.prepared.algorithm.kmeans:
             return Clusters(storage, self.grams, self._seed)
         similarities = [cosines(gram) for gram in self.grams]
@@ -134,13 +129,10 @@ class Engine:
         if not isinstance(storage, ResidualStorage):
             return None
         finished = self._finished("residuals", self._acting, str(self.prepared.forced))
-        return Decomposition(self.reader, storage, self._scratch, self._measured, finished)
-
-    def _spectra(self, limit: Limit) -> Sequence[Spectrum]:
-        found = self.merging.residuals
-        assert found is not None
-        with self._measuring(len(self.layout.blocks)):
-            return found.spectra(limit)
+        measuring = partial(self._measuring, len(self.layout.blocks))
+        return Decomposition(
+            self.reader, storage, self._scratch, self._measured, measuring, finished
+        )
 
     def write(self, folder: Path, plan: Plan) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
