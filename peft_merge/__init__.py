@@ -1,4 +1,4 @@
-"""Exact, base-free merging of LoRA and (IA)^3 adapters."""
+"""Exact, base-free merging of LoRA and (IA)^3 adapters, and LoRAs of full fine-tunes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from peft_merge.adapter import Adapter as Adapter
     from peft_merge.adapter import Ia3Adapter as Ia3Adapter
     from peft_merge.adapter import LoraAdapter as LoraAdapter
+    from peft_merge.extraction.run import ExtractedAdapter as ExtractedAdapter
+    from peft_merge.extraction.run import extract as extract
     from peft_merge.flexmerge.load import load_tasks as load_tasks
     from peft_merge.io import load_adapter as load_adapter
     from peft_merge.io import save_adapter as save_adapter
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
 # Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
 _HOMES = {
     "Adapter": "adapter",
+    "ExtractedAdapter": "extraction.run",
     "Ia3Adapter": "adapter",
     "LoraAdapter": "adapter",
     "MergedAdapter": "merge",
     "add_merged_adapter": "live",
+    "extract": "extraction.run",
     "load_adapter": "io",
     "load_tasks": "flexmerge.load",
     "merge_adapters": "merge",

@@ -1,9 +1,11 @@
-"""The command ``peft-merge CONFIG OUT``."""
+"""The commands ``peft-merge CONFIG OUT`` and ``peft-merge extract BASE MODEL OUT``."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +16,48 @@ EXIT_PROBLEMS = 2
 _LONGEST_WARNING = 10_000
 
 
-@click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path), required=False)
-@click.option("--check", is_flag=True, help="Say what would be merged, and merge nothing.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ...")
-@click.option("--rank", metavar="RANK", help="Instead of the file's: 16, lossless, or energy=0.99.")
-@click.option("--patterns", is_flag=True, help="Ranks by module, which PEFT alone reads.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary.")
-@click.option(
+_DEVICE = click.option(
+    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ..."
+)
+_QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary.")
+_JSONL = click.option(
     "--jsonl",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append what happens to this file, one JSON object a line.",
 )
+
+
+class _Commands(click.Group):
+    """A group whose first argument may be that of ``merge``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] and args[0] not in {*self.commands, "--help", "--version"}:
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Commands)
+@click.version_option(package_name="mergekit-ext")
+def main() -> None:
+    """Work with LoRA and (IA)^3 adapters.
+
+    `peft-merge CONFIG OUT` merges: `merge` may be left out. A CONFIG that is called like a command
+    is given as ./CONFIG.
+    """
+
+
+@main.command("merge")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--check", is_flag=True, help="Say what would be merged, and merge nothing.")
+@_DEVICE
+@click.option("--rank", metavar="RANK", help="Instead of the file's: 16, lossless, or energy=0.99.")
+@click.option("--patterns", is_flag=True, help="Ranks by module, which PEFT alone reads.")
+@_QUIET
+@_JSONL
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
 @click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin of people you trust.")
-@click.version_option(package_name="mergekit-ext")
-def main(
+def merge(
     config: Path,
     out: Path | None,
     check: bool,
@@ -51,10 +78,7 @@ def main(
     if out is None and not check:
         raise click.UsageError("Missing argument 'OUT'. Name a folder, or give --check.")
     # Heavy, and only needed here: `--help` stays fast.
-    from mergekit_ext.core.interrupts import prompt
     from mergekit_ext.core.memory import limited
-    from mergekit_ext.errors import MergekitExtError
-    from mergekit_ext.events import JsonLines, ProgressBar
     from peft_merge.merge import plan_config, run_config
     from peft_merge.report import preview, sentences
 
@@ -64,21 +88,68 @@ def main(
         "patterns": patterns or None,
         "allow_pickle": allow_pickle,
     }
+    with _running(), limited(max_memory):
+        if check:
+            click.echo(preview(plan_config(config, out, **options)))
+            return
+        result = run_config(config, out or "", callbacks=_callbacks(quiet, jsonl), **options)
+    if not quiet:
+        click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
+
+
+@main.command("extract")
+@click.argument("base")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, help="Of every matrix.")
+@click.option("--energy", type=float, help="The share of the squared norm that is kept: 0.9.")
+@click.option("--size", metavar="SIZE", help="Of the adapter: 50MB, or 0.05 of MODEL.")
+@click.option("--vectors", default="base", show_default=True, help="Small tensors: own or base.")
+@click.option("--dtype", help="Of the factors; default: that of MODEL.")
+@_DEVICE
+@_QUIET
+@_JSONL
+@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust.")
+def extract(
+    base: str, model: str, out: Path, quiet: bool, jsonl: Path | None, **options: Any
+) -> None:
+    """Make a LoRA of the full fine-tune MODEL of the model BASE, in the folder OUT.
+
+    BASE and MODEL are folders, or names on the Hub. One of --rank, --energy and --size says how
+    much is kept of the difference of each matrix. OUT is an adapter that
+    PeftModel.from_pretrained loads; it must not exist or be empty, and appears when it is complete.
+    The exit code is 2 if something is wrong with the models.
+    """
+    from peft_merge.extraction.report import sentences
+    from peft_merge.extraction.run import extract as run
+
+    with _running():
+        result = run(base, model, out, callbacks=_callbacks(quiet, jsonl), **options)
+    if not quiet:
+        click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
+
+
+def _callbacks(quiet: bool, jsonl: Path | None) -> list[Any]:
+    from mergekit_ext.events import JsonLines, ProgressBar
+
+    lines = [JsonLines(jsonl, "--jsonl")] if jsonl else []
+    return [*([] if quiet else [ProgressBar()]), *lines]
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Show warnings as lines, and end with exit code 2 and a message after an error of ours."""
+    from mergekit_ext.core.interrupts import prompt
+    from mergekit_ext.errors import MergekitExtError
+
     with warnings.catch_warnings():
         warnings.showwarning = _show
         try:
-            with prompt(), limited(max_memory):
-                if check:
-                    click.echo(preview(plan_config(config, out, **options)))
-                    return
-                lines = [JsonLines(jsonl, "--jsonl")] if jsonl else []
-                bars = [] if quiet else [ProgressBar()]
-                result = run_config(config, out or "", callbacks=[*bars, *lines], **options)
+            with prompt():
+                yield
         except MergekitExtError as error:
             click.echo(f"Error: {error}", err=True)
             raise click.exceptions.Exit(EXIT_PROBLEMS) from None
-    if not quiet:
-        click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
 
 
 def _show(message: Any, *_: Any, **__: Any) -> None:

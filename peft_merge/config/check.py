@@ -70,6 +70,8 @@ _Dtype = Annotated[
     BeforeValidator(_name),
     AfterValidator(lambda name: getattr(torch, name)),
 ]
+DTYPE = Parameter("dtype", _Dtype | None, None)
+DEVICE = Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu")
 _Energy = Annotated[dict[Literal["energy"], Share], Field(min_length=1)]
 # Beside the parameters of the method.
 _OPTIONS = (
@@ -80,8 +82,8 @@ _OPTIONS = (
     ),
     Parameter("patterns", Switch | None, None),
     Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)], 0),
-    Parameter("dtype", _Dtype | None, None),
-    Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu"),
+    DTYPE,
+    DEVICE,
     Parameter("base_model", str | None, None),
 )
 # Where the type's own message does not say it.

@@ -74,6 +74,26 @@ def merged_adapter(
     return LoraAdapter(name, config, needed, stored.__getitem__, whole)
 
 
+def adapter_of(
+    name: str,
+    values: Mapping[str, Update],
+    infos: Mapping[str, ModuleInfo],
+    config: Mapping[str, Any],
+    saved: Mapping[str, Tensor] | None = None,
+    patterns: bool = True,
+) -> Adapter:
+    """Make a LoRA of changes that come from no adapter.
+
+    Of `config` those fields count that modules and ranks do not decide: the base's name, the task,
+    `modules_to_save`, `target_parameters`, `bias`, `fan_in_fan_out`.
+    """
+    tensors = saved or {}
+    whole = {key: partial(tensors.__getitem__, key) for key in tensors}
+    given = {"peft_type": "LORA", **config}
+    stated = LoraAdapter(name, given, infos, values.__getitem__, whole)
+    return merged_adapter(name, values, infos, [stated], tensors, patterns)
+
+
 def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:
     """Return the rank that each module is stored with, where it needs that of its info.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,16 @@ def load_adapter(
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: bool) -> Path:
-    """Return the folder of an adapter; from the Hub only its own files are downloaded.
+    """Return the folder of an adapter; see `folder_of`."""
+    wanted = [CONFIG, SAFETENSORS, *([PICKLE] if allow_pickle else [])]
+    return folder_of(source, revision, wanted)
 
-    A folder that exists wins over a name on the Hub. With ``HF_HUB_OFFLINE`` the cache is used.
+
+def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequence[str]) -> Path:
+    """Return the folder of an adapter or a model; from the Hub the files `wanted` are downloaded.
+
+    The first of `wanted` is in every such folder; others may be patterns. A folder that exists wins
+    over a name on the Hub. With ``HF_HUB_OFFLINE`` the cache is used.
     """
     text = os.fspath(source)
     folder = os.path.expanduser(text)
@@ -86,21 +93,20 @@ def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: b
     exists = os.path.exists(folder)
     if not isinstance(source, str) or exists or not may_be_hub_name(text):
         found = "a file" if exists else "no such folder"
-        expected = f"a folder with {CONFIG}, or a name on the Hub"
+        expected = f"a folder with {wanted[0]}, or a name on the Hub"
         raise ConfigError([Problem(text or "an empty name", found, expected)])
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [CONFIG, SAFETENSORS, *([PICKLE] if allow_pickle else [])]
     try:
         return Path(
-            huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=wanted)
+            huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*wanted])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         found = f"no such folder, and no download from the Hub ({first})"
         expected = "a folder, or a name on the Hub that is cached or can be downloaded"
-        remedy = "Check the name; for a private adapter, log in with `hf auth login`."
+        remedy = "Check the name; for a private one, log in with `hf auth login`."
         raise ConfigError([Problem(text, found, expected, remedy)]) from None
 
 

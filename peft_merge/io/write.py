@@ -123,19 +123,10 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 
 def card_of(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any] | None) -> str:
-    """Return README.md: metadata as the Hub wants it, what was merged, and how to load it.
-
-    The Hub refuses folders of one machine as a base.
-    """
+    """Return README.md: metadata as the Hub wants it, what was merged, and how to load it."""
     kind, tag = ("LoRA", "lora") if isinstance(adapter, LoraAdapter) else ("(IA)³", "ia3")
-    base = adapter.config.get("base_model_name_or_path")
-    tags = ["peft", tag, "merge", "mergekit-ext"]
-    metadata: dict[str, Any] = {}
-    shown = "its base model"
-    if may_be_hub_name(base):
-        metadata = {"base_model": base, "base_model_relation": "adapter"}
-        tags.append(f"base_model:adapter:{base}")
-        shown = f"`{base}`"
+    metadata, further, shown = of_base(adapter.config.get("base_model_name_or_path"))
+    tags = ["peft", tag, "merge", "mergekit-ext", *further]
     paragraphs = [f"A merged {kind} adapter of {shown}, made with `peft-merge` from {PROJECT}."]
     report = report or {}
     if "method" in report:
@@ -146,6 +137,17 @@ def card_of(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any
     load = f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")'
     example = ["from peft import PeftModel", "", load]
     return page(adapter.name, tags, paragraphs, example, merge_config, metadata)
+
+
+def of_base(base: Any) -> tuple[dict[str, Any], list[str], str]:
+    """Return fields of a card's metadata and tags for a base, and what its text calls it.
+
+    The Hub refuses folders of one machine as a base.
+    """
+    if not may_be_hub_name(base):
+        return {}, [], "its base model"
+    fields = {"base_model": base, "base_model_relation": "adapter"}
+    return fields, [f"base_model:adapter:{base}"], f"`{base}`"
 
 
 def page(

@@ -93,11 +93,19 @@ def test_the_tables_of_spaces_and_combination_types():
             assert COMBINATION_TYPES[name].method == quoted(method)[0]
 
 
-def test_the_options_of_the_command():
-    usage = re.search(r"peft-merge CONFIG OUT (\[.*)", TEXT)
-    assert usage is not None
-    options = {option for p in main.params for option in p.opts if option.startswith("--")}
-    assert set(re.findall(r"--[\w-]+", usage[1])) == options - {"--version"}
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("merge", r"peft-merge CONFIG OUT (\[.*)"),
+        ("extract", r"peft-merge extract BASE MODEL OUT (.*)"),
+    ],
+)
+def test_the_options_of_a_command(name, usage):
+    found = re.search(usage, TEXT)
+    assert found is not None
+    parameters = main.commands[name].params
+    options = {option for p in parameters for option in p.opts if option.startswith("--")}
+    assert set(re.findall(r"--[\w-]+", found[1])) == options
 
 
 def test_the_yaml_parses():

@@ -1,0 +1,1 @@
+"""A full fine-tune of a known base as an ordinary LoRA."""

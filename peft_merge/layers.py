@@ -1,0 +1,107 @@
+"""The weights of a model's class that PEFT adapts exactly, from its modules on the meta device.
+
+A LoRA acts where a module is called. So what overrides `forward` is none, nor is the projection of
+torch's MultiheadAttention, whose weight is used without calling it; nor are convolutions with
+groups, with dilation (PEFT's have none) or with other padding than zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from peft_merge.adapter import LayoutName, ModuleInfo
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How PEFT adapts one weight.
+
+    Attributes:
+        info: of a change of rank 1.
+        transposed: whether the weight is stored as (columns, rows).
+        bias: whether the module has a bias that `lora_B.bias` may change.
+    """
+
+    info: ModuleInfo
+    transposed: bool = False
+    bias: bool = False
+
+    @property
+    def largest_rank(self) -> int:
+        return min(self.info.rows, self.info.columns)
+
+    @property
+    def numbers(self) -> int:
+        """Of the factors of rank 1."""
+        return self.info.matrices * (self.info.rows + self.info.columns)
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """Return a weight, or a difference of two, as stacked matrices: (n, rows, columns)."""
+        count, rows, columns = self.info.shape
+        if self.transposed:
+            return weight.reshape(count, columns, rows).mT
+        return weight.reshape(count, rows, columns)
+
+
+def layers_of(model: Any) -> dict[str, Layer]:
+    """Return what PEFT adapts exactly in a model, by the names of its parameters."""
+    return {
+        f"{name}.{leaf}" if name else leaf: layer
+        for name, module in model.named_modules()
+        for leaf, layer in _of_module(module, name.rpartition(".")[2])
+    }
+
+
+def _of_module(module: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
+    from transformers.pytorch_utils import Conv1D
+
+    weight: Any = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None) is not None
+    if "expert" in name:
+        transposed = bool(getattr(module, "is_transposed", False))
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1:
+                yield leaf, _layer("parameter", tuple(parameter.shape), transposed)
+    elif _calls(module, nn.Embedding) or (
+        isinstance(module, nn.Embedding)
+        and isinstance(getattr(module, "embed_scale", None), Tensor)
+    ):
+        if module.max_norm is None:
+            yield "weight", _layer("embedding", (1, *weight.shape), True)
+    elif _calls(module, nn.Linear, Conv1D):
+        yield "weight", _layer("linear", (1, *weight.shape), isinstance(module, Conv1D), bias)
+    elif _calls(module, *_CONVOLUTIONS):
+        plain = module.groups == 1 and {*module.dilation} == {1}
+        if plain and module.padding_mode == "zeros":
+            rows, kernel = weight.shape[0], tuple(weight.shape[2:])
+            shape = (1, rows, math.prod(weight.shape[1:]))
+            yield "weight", _layer("convolution", shape, False, bias, kernel)
+
+
+def _calls(module: nn.Module, *kinds: Any) -> bool:
+    """Return whether a module computes what one of `kinds` does."""
+    own = type(module)
+    return own is not NonDynamicallyQuantizableLinear and any(
+        isinstance(module, kind) and own.forward is kind.forward for kind in kinds
+    )
+
+
+def _layer(
+    layout: LayoutName,
+    stored: tuple[int, ...],
+    transposed: bool,
+    bias: bool = False,
+    kernel: tuple[int, ...] = (),
+) -> Layer:
+    count, rows, columns = stored
+    if transposed:
+        rows, columns = columns, rows
+    return Layer(ModuleInfo(layout, count, rows, columns, 1, kernel), transposed, bias)
