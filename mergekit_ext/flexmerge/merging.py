@@ -27,7 +27,7 @@ from mergekit_ext.flexmerge.manifest import (
 )
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.flexmerge.storage import FACTOR_ENDS, Place, StoredGroup, sources, stored
+from mergekit_ext.flexmerge.stored import FACTOR_ENDS, Place, StoredGroup, sources, stored
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 # Below this share of a dtype's largest value no rounding leads out of its range.

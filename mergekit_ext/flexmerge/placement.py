@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.reader import TaskTensors
@@ -26,8 +27,8 @@ DeviceMap: TypeAlias = str | Mapping[str, Device]
 MaxMemory: TypeAlias = Mapping[int | str, int | str]
 # The tensors of all tasks by their names in the modules.
 _Held: TypeAlias = Mapping[str, Sequence[Tensor]]
-# The memory, dtype, shape and strides of a tensor.
-_Range: TypeAlias = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+# A tensor's memory, not used again while the reference is held, and its view of it.
+_Range: TypeAlias = tuple[StorageWeakRef, int, torch.dtype, torch.Size, tuple[int, ...]]
 # What a memory range on the CPU has become on a device.
 _Moved: TypeAlias = dict[tuple[_Range, Device], Tensor]
 
@@ -66,7 +67,8 @@ class Sharing:
 
 
 def _range(tensor: Tensor) -> _Range:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    memory = StorageWeakRef(tensor.untyped_storage())
+    return memory, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _on(device: Device, tensor: Tensor, moved: _Moved) -> Tensor:
@@ -111,7 +113,7 @@ def place(
             # accelerate leaves buffers where the work is done.
             name: tensor.data
             for name, tensor in module.named_parameters(remove_duplicate=False)
-            if own[parts[name]] == DISK
+            if own[parts[name]] == DISK and tensor.numel()
         }
         index = _offloaded(on_disk, tensors[task], offload_folder, written)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -120,10 +122,17 @@ def place(
         if len({*own.values()}) == 1 and DISK not in own.values():
             module.hf_device_map = own  # where accelerate keeps it
             continue
+        # Not the state dictionary, whose weights are formed of bases and factors.
+        on_cpu = {
+            name: tensor.data
+            for name, tensor in _tensors(module)
+            if own[parts[name]] == CPU or not tensor.numel()
+        }
         dispatch_model(
             module,
             own,
             main_device=main,
+            state_dict=on_cpu or None,
             offload_index=index or None,
             skip_keys=getattr(module, "_skip_keys_device_placement", None),
         )
@@ -231,7 +240,7 @@ def _offloaded(
     which is in `written` then.
     """
     index = {}
-    own = {_range(stored[name]): (name, file.path) for name, file in stored.files.items()}
+    own = {_range(tensor): (name, file.path) for tensor, file, name in stored.stored()}
     for name, tensor in wanted.items():
         key = _range(tensor)
         if key not in own and key not in written:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mergekit_ext.core.parameters import Parameter, choice
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
+from mergekit_ext.flexmerge.storage import GroupStorage, Size, Target
+from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.kernels.grouping import (
     LINKAGES,
     ORDERS,

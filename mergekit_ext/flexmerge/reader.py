@@ -28,7 +28,15 @@ from mergekit_ext.flexmerge.manifest import (
     ShardFile,
     read_manifest,
 )
-from mergekit_ext.flexmerge.storage import Made, Place, Shape, sources, stored
+from mergekit_ext.flexmerge.stored import (
+    Made,
+    MaskedTensor,
+    Place,
+    ResidualTensor,
+    Shape,
+    sources,
+    stored,
+)
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.model_files import companions
 from mergekit_ext.io.planned_files import split, weight_names, write_index
@@ -107,7 +115,7 @@ class Checkpoint:
 
         All tasks that share a dense tensor get the same object. Its storage is the mapped file, so
         that what is not used takes no memory, and writing to it changes no file. A tensor of a
-        masked block is reconstructed at every access and is the caller's own.
+        masked or residual block is reconstructed at every access and is the caller's own.
         """
         if task not in self.tasks:
             problem = Problem("task", repr(task), f"one of {', '.join(self.tasks)}")
@@ -147,11 +155,31 @@ class TaskTensors(Mapping[str, Tensor]):
             return self._checkpoint.read(source, name)
         return source.reconstructed(name, self._checkpoint.read)
 
-    @property
-    def files(self) -> dict[str, StoredFile]:
-        """The files of the tensors that are stored as they are: every access gives the same one."""
-        stored = ((name, s) for name, s in self._sources.items() if isinstance(s, Place))
-        return {name: self._checkpoint.files[place, name] for name, place in stored}
+    def parts(self, name: str) -> tuple[Tensor, ...] | None:
+        """Return theta_0, B and A of a tensor with a residual, as they are stored, or None.
+
+        Where others have a residual and this task has not, B and A have rank 0.
+        """
+        source = self._sources[name]
+        if not isinstance(source, ResidualTensor):
+            return None
+        parts = tuple(self._checkpoint.read(*key) for key in source.stored(name))
+        if source.ranked:
+            return parts
+        (theta_0,) = parts
+        return theta_0, theta_0.new_empty(len(theta_0), 0), theta_0.new_empty(0, theta_0[0].numel())
+
+    def stored(self) -> Iterator[tuple[Tensor, StoredFile, str]]:
+        """Yield tensors that are stored as they are, or as parts of a residual, with their places.
+
+        A tensor is always the same object.
+        """
+        for name, source in self._sources.items():
+            if isinstance(source, MaskedTensor):
+                continue
+            keys = [(source, name)] if isinstance(source, Place) else source.stored(name)
+            for key in keys:
+                yield self._checkpoint.read(*key), self._checkpoint.files[key], key[1]
 
     def entry(self, name: str) -> TensorHeader:
         """Return dtype and shape of a tensor without reading it."""

@@ -23,7 +23,8 @@ from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.manifest import RESIDUAL
 from mergekit_ext.flexmerge.plan import Plan, Planner
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.flexmerge.storage import Size, Storage, StoredGroup, Target
+from mergekit_ext.flexmerge.storage import Size, Storage, Target
+from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.kernels.ranks import allocate
 
 GIVEN = "given"  # as the base: the base model itself

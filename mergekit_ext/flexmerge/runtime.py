@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from mergekit_ext.errors import CheckpointError, ConfigError, Problem
+from mergekit_ext.flexmerge.factored import Factored, leave_factors
 from mergekit_ext.flexmerge.files import regular_file
 from mergekit_ext.flexmerge.placement import (
     AUTO,
@@ -21,7 +22,7 @@ from mergekit_ext.flexmerge.placement import (
     Sharing,
     place,
 )
-from mergekit_ext.flexmerge.reader import open_checkpoint
+from mergekit_ext.flexmerge.reader import TaskTensors, open_checkpoint
 
 
 def load(
@@ -35,13 +36,20 @@ def load(
     dtype: torch.dtype | str | None = None,
     verify: bool = False,
     trust_remote_code: bool = False,
+    merged: bool = False,
 ) -> Any:
     """Load one task's model, or all of them with shared tensors.
 
     What one dense group stores is one storage in all of its modules, on the CPU the mapped file.
     So the modules of m tasks take the memory of the checkpoint, its size times one model, except
-    for masked and residual blocks: those are reconstructed for every task. Training one module in
-    place changes the others; on no account are the files changed.
+    for masked blocks: those are reconstructed for every task. Training one module in place changes
+    the others; on no account are the files changed.
+
+    Residual blocks stay a base, which all modules share, and each task's factors: linear,
+    embedding and convolution layers multiply by both. Their parameters are `theta_0`, `lora_B` and
+    `lora_A`; `weight` is formed whenever it is read, also for `state_dict` and `save_pretrained`,
+    and cannot be written to. Parameters of other modules are formed once for each task (those of
+    position tables and stacked experts, for example).
 
     Args:
         path: folder with ``flexmerge.json``.
@@ -60,6 +68,8 @@ def load(
             copies are shared again.
         verify: compare the files with their digests first, which reads all of them.
         trust_remote_code: run a model's own code if its class is not one of transformers'.
+        merged: form the weights of residual blocks once, in the memory of m models. All parameters
+            are ordinary then.
 
     Returns:
         the task's module, of the class that its ``config.json`` names under ``architectures``, in
@@ -90,13 +100,20 @@ def load(
         for file in ("config.json", "generation_config.json"):
             if file == "config.json" or (home / file).exists():
                 regular_file(checkpoint.folder, f"{name}/{file}")
-        module = build_module(home, dict(tensors), dtype, trust_remote_code=trust_remote_code)
+        given = {key: _given(tensors, key, merged) for key in tensors}
+        module = build_module(home, given, dtype, trust_remote_code=trust_remote_code)
+        leave_factors(module)
         # Tensors that were reconstructed are the task's own, and so in the module alone.
-        sharing.add(module, [tensors[key] for key in tensors.files])
+        sharing.add(module, [tensor for tensor, _, _ in tensors.stored()])
         modules[name] = module
     if device_map is not None:
         place(modules, held, device_map, max_memory, offload_folder)
     return modules if task is None else modules[task]
+
+
+def _given(tensors: TaskTensors, name: str, merged: bool) -> torch.Tensor:
+    parts = None if merged else tensors.parts(name)
+    return tensors[name] if parts is None else Factored.of(*parts)
 
 
 def build_module(

@@ -30,7 +30,7 @@ from mergekit_ext.flexmerge.manifest import (
 from mergekit_ext.flexmerge.merging import Merging, block_tensors, require_finite
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
-from mergekit_ext.flexmerge.storage import Place, StoredGroup, stored_of
+from mergekit_ext.flexmerge.stored import Place, StoredGroup, stored_of
 from mergekit_ext.io.headers import PACKED, TensorHeader, dtype_name
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.planned_files import PlannedFile, PlannedFiles, as_bytes, split

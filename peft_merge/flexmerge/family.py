@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.flexmerge.storage import GroupStorage, Size, StoredGroup, Target
+from mergekit_ext.flexmerge.storage import GroupStorage, Size, Target
+from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.methods import Method
 from mergekit_ext.methods.nan import inverse_norm_coefficients
 from peft_merge.adapter import Adapter

@@ -38,7 +38,8 @@ from mergekit_ext.events import (
 )
 from mergekit_ext.flexmerge.manifest import colliding_names
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, Dendrograms, options
-from mergekit_ext.flexmerge.storage import Size, StoredGroup, Target
+from mergekit_ext.flexmerge.storage import Size, Target
+from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.kernels.threads import in_turn
 from mergekit_ext.methods import ADAPTERS

@@ -104,14 +104,38 @@ def write(
             )
             stored = places["dense" if kind == "dense" else "unified", tasks]
             first = inputs[tasks[0]]
-            if kind == "dense":
+            if kind != "masked":
                 for name in members:
                     mean = sum(inputs[task][name].double() for task in tasks) / len(tasks)
                     stored[name] = mean.to(first[name].dtype)
                     for task in tasks:
                         expected[task][name] = stored[name]
+            if kind == "dense":
                 continue
             masked.update(tasks)
+            if kind == "residual":
+                described[-1]["own"] = own = [n for n in members if before[n].dim() < 2]
+                described[-1]["ranks"] = ranks = {task: {} for task in tasks}
+                for name in own:
+                    del stored[name]
+                    for task in tasks:
+                        places["dense", (task,)][name] = inputs[task][name]
+                        expected[task][name] = inputs[task][name]
+                for index, task in enumerate(tasks):
+                    # Ranks 3, 2, 1 and 0.
+                    for name in members if index < 3 else ():
+                        if name in own:
+                            continue
+                        mean, rank = stored[name], 3 - index
+                        columns = mean.numel() // len(mean)
+                        b = torch.randn(len(mean), rank).to(mean.dtype)
+                        a = torch.randn(rank, columns).mul(0.02).to(mean.dtype)
+                        ranks[task][name] = rank
+                        factors = places["factors", (task,)]
+                        factors[f"{name}.lora_B"], factors[f"{name}.lora_A"] = b, a
+                        change = (b.float() @ a.float()).view(mean.shape)
+                        expected[task][name] = (mean.float() + change).to(mean.dtype)
+                continue
             described[-1]["rescale"] = rescale = {t: 0.5 + i / 4 for i, t in enumerate(tasks)}
             for name in members:
                 places["base", ()][name] = before[name]

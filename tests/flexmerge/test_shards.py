@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mergekit_ext.flexmerge.storage import Place
+from mergekit_ext.flexmerge.stored import Place
 from mergekit_ext.flexmerge.writer import Piece, Shards
 from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.journal import Finished, Journal

@@ -18,7 +18,8 @@ from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, read_manif
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms, Plan
 from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
-from mergekit_ext.flexmerge.storage import Storage, StoredGroup, Target
+from mergekit_ext.flexmerge.storage import Storage, Target
+from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.kernels.similarity import cosines
 from tests.flexmerge.inputs import algorithm, family, reader

@@ -17,10 +17,11 @@ from tests import models
 from tests.processes.launching import ROOT, TORCHRUN, python
 
 METHODS = {
-    "nan_ties": {"density": 0.5, "granularity": "model"},
-    "nan_dare_ties": {"density": 0.5},
-    "lore": {"mu_relative": 0.1},
-    "flexmerge": {"target_size": 1.6},
+    "nan_ties": ("nan_ties", {"density": 0.5, "granularity": "model"}),
+    "nan_dare_ties": ("nan_dare_ties", {"density": 0.5}),
+    "lore": ("lore", {"mu_relative": 0.1}),
+    "groups": ("flexmerge", {"target_size": 1.6}),
+    "residuals": ("flexmerge", {"target_size": 1.6, "algorithm": "residual"}),
 }
 OPTIONS = MergeOptions(quiet=True, copy_tokenizer=False)
 
@@ -30,10 +31,10 @@ def family(tmp_path_factory):
     return models.family(tmp_path_factory.mktemp("models"), models.llama)
 
 
-def write(folder: Path, name: str, family, method: str | None = None) -> Path:
+def write(folder: Path, name: str, family, merge: str | None = None) -> Path:
     base, tuned = family
-    method = method or name
-    content = models.config(method, tuned, base, METHODS[method])
+    method, parameters = METHODS[merge or name]
+    content = models.config(method, tuned, base, parameters)
     return models.write_yaml(folder / f"{name}.yml", content)
 
 
@@ -71,7 +72,7 @@ def test_two_processes_give_the_bytes_of_one(alone, pairs, name):
     # Both have done their share, and the main one's listeners got each event once.
     main, other = (int((pairs / f"{name}.{rank}.count").read_text()) for rank in (0, 1))
     assert main > 2 and other > 2
-    merged = "block_merged" if name == "flexmerge" else "tensor_merged"
+    merged = "block_merged" if METHODS[name][0] == "flexmerge" else "tensor_merged"
     lines = map(json.loads, (pairs / f"{name}.jsonl").read_text().splitlines())
     heard = [event["name"] for event in lines if event["event"] == merged]
     assert len(set(heard)) == len(heard) == main + other

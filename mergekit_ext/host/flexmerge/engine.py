@@ -36,7 +36,8 @@ from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
 from mergekit_ext.flexmerge.residual import Residuals, ResidualStorage
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
-from mergekit_ext.flexmerge.storage import StoredGroup, Target
+from mergekit_ext.flexmerge.storage import Target
+from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import (
