@@ -1,0 +1,156 @@
+"""Batches with rows of several tasks: each row is what its task's own module computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from mergekit_ext.errors import ConfigError
+from mergekit_ext.flexmerge import batched, load
+from tests.flexmerge.handmade import models, write
+from tests.flexmerge.test_factored import MAKERS
+from tests.flexmerge.test_runtime import TASKS, dense
+from tests.models import bert
+
+ROWS = ["c", "a", "d", "a", "b", "c", "a"]
+GROUPS = {
+    "dense": dense,
+    "masked": lambda block: [(["a"], "dense"), (["b", "c", "d"], "masked")],
+    "residual": lambda block: [(TASKS, "residual")],
+}
+CASES = [
+    *((kind, groups) for kind in ("vit", "llama", "t5") for groups in ("dense", "residual")),
+    *(("bert", groups) for groups in GROUPS),
+    ("tied llama", "residual"),
+    ("gpt2", "residual"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder, found = tmp_path_factory.mktemp("routing"), {}
+
+    def get(kind: str, groups: str) -> tuple[dict[str, Any], Any]:
+        if (kind, groups) not in found:
+            place, (make, private) = folder / f"{kind} {groups}", MAKERS[kind]
+            base, paths = models(place, make, TASKS)
+            write(place / "out", base, paths, GROUPS[groups], private)
+            alone = load(place / "out")
+            found[kind, groups] = alone, batched(alone)
+        return found[kind, groups]
+
+    return get
+
+
+def inputs_of(kind: str, count: int = len(ROWS)) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(count, 3, 8, 8)}
+    ids, mask = torch.randint(3, 32, (count, 6)), torch.ones(count, 6, dtype=torch.long)
+    for row in range(count):  # padded on the left
+        mask[row, : row % 3] = 0
+    found = {"input_ids": ids, "attention_mask": mask}
+    return {**found, "decoder_input_ids": ids[:, :4]} if kind == "t5" else found
+
+
+def of_task(inputs: dict[str, torch.Tensor], task: str) -> dict[str, torch.Tensor]:
+    rows = [row for row, name in enumerate(ROWS) if name == task]
+    return {name: tensor[rows] for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize(("kind", "groups"), CASES)
+def test_each_row_is_its_own_models(kind: str, groups: str, made: Any) -> None:
+    alone, model = made(kind, groups)
+    inputs = inputs_of(kind)
+    with torch.no_grad():
+        together = model(**inputs, tasks=ROWS).logits
+        for task in TASKS:
+            expected = alone[task](**of_task(inputs, task)).logits
+            rows = [row for row, name in enumerate(ROWS) if name == task]
+            torch.testing.assert_close(together[rows], expected, rtol=1e-4, atol=1e-5)
+        one = model(**of_task(inputs, "a"), tasks=["a"] * 3).logits
+        torch.testing.assert_close(one, together[[1, 3, 6]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "groups"), [case for case in CASES if case[0] not in ("vit", "bert")]
+)
+def test_each_row_is_generated_by_its_own_model(
+    kind: str, groups: str, settings: dict[str, int], made: Any
+) -> None:
+    alone, model = made(kind, groups)
+    inputs = inputs_of(kind)
+    inputs.pop("decoder_input_ids", None)
+    settings = {**settings, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+    if kind == "t5":
+        settings["decoder_start_token_id"] = 0
+    together = model.generate(**inputs, tasks=ROWS, **settings)
+    for task in TASKS:
+        expected = alone[task].generate(**of_task(inputs, task), **settings)
+        rows = [row for row, name in enumerate(ROWS) if name == task]
+        assert torch.equal(together[rows], expected)
+
+
+def test_heads_of_different_shape_give_a_result_for_each_task(tmp_path: Path) -> None:
+    base, paths = models(tmp_path, bert, TASKS)
+    other = transformers.BertForSequenceClassification.from_pretrained(
+        paths["d"], num_labels=5, ignore_mismatched_sizes=True
+    )
+    other.save_pretrained(paths["d"])
+    write(tmp_path / "out", base, paths, dense)
+    alone, inputs = load(tmp_path / "out"), inputs_of("bert")
+    with torch.no_grad():
+        found = batched(alone)(**inputs, tasks=ROWS).logits
+        assert {task: len(logits) for task, logits in found.items()} == {
+            "a": 3,
+            "b": 1,
+            "c": 2,
+            "d": 1,
+        }
+        for task, logits in found.items():
+            expected = alone[task](**of_task(inputs, task)).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_all_tasks_share_stay_as_they_are(made: Any) -> None:
+    alone, _ = made("llama", "dense")
+    same = batched({"a": alone["a"], "b": alone["a"]})
+    assert not any("forward" in vars(module) for module in same.model.modules())
+    a, b = alone["a"], alone["b"]  # which differ in their heads
+    own = {n for n, m in batched({"a": a, "b": b}).model.named_modules() if "forward" in vars(m)}
+    assert own == {"lm_head"}
+
+
+def test_what_cannot_be_mixed_is_refused_when_it_is_reached(tmp_path: Path) -> None:
+    """Experts see tokens, not rows."""
+    make, private = MAKERS["mixtral"]
+    base, paths = models(tmp_path, make, TASKS)
+    write(tmp_path / "out", base, paths, dense, private)
+    model = batched(load(tmp_path / "out"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="one after another"):
+        model(**inputs_of("llama"), tasks=ROWS)
+    with torch.no_grad():
+        model(**inputs_of("llama"), tasks=["d"] * len(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (["a"], "found 1 for 7 rows"),
+        ([*ROWS[:6], "e"], "tasks: found e; expected some of a, b, c"),
+    ],
+)
+def test_tasks_that_do_not_fit_the_rows(tasks: list[str], message: str, made: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        made("llama", "dense")[1](**inputs_of("llama"), tasks=tasks)
+
+
+def test_models_that_compute_different_things(made: Any) -> None:
+    llama, gpt2 = made("llama", "dense")[0]["a"], made("gpt2", "residual")[0]["a"]
+    with pytest.raises(ConfigError, match="found GPT2LMHeadModel; expected LlamaForCausalLM"):
+        batched({"a": llama, "b": gpt2})
