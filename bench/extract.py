@@ -3,9 +3,8 @@
     python -m bench.extract --runs 3
 
 A Llama stored in bfloat16 with matrices of 1024x1024 and 1024x4096, and a fine-tune whose changes
-have singular values k^-0.45. Whole processes in turn, processor time; *arithmetic*: the
-decomposition
-of the same matrices in one process. *Error*: the norm of what is left of all changes, over theirs.
+have singular values k^-0.45. Whole processes in turn, processor time; *arithmetic*: the same
+matrices decomposed in one process. *Error*: the norm of what is left of all changes, over theirs.
 """
 
 from __future__ import annotations

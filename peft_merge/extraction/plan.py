@@ -41,6 +41,11 @@ class Unit:
         return next(iter(self.modules))
 
     @property
+    def tied(self) -> bool:
+        """Whether it is an embedding and a head."""
+        return len({name for name, _ in self.modules.values()}) < len(self.modules)
+
+    @property
     def layers(self) -> dict[str, Layer]:
         return {module: layer for module, (_, layer) in self.modules.items()}
 
@@ -142,7 +147,7 @@ def _sorted(plan: Plan) -> Iterator[Problem]:
     """Fill the plan; yield what no adapter expresses."""
     base, model = plan.base, plan.model
     tied = tied_names(model.config)
-    if tied and not base.config.get_text_config().tie_word_embeddings:
+    if tied and not getattr(base.config.get_text_config(), "tie_word_embeddings", True):
         found = "a head that is tied to its embedding, and an untied one in the base"
         yield Problem("tie_word_embeddings", found, "the same in both", _FITTING)
     class_model = empty_model(model.config)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -178,7 +178,7 @@ class _Extraction:
         saved = [tensor for tensors in plan.whole.values() for tensor in tensors]
         biases = [t for t in changed if t in plan.biases] if self._options["vectors"] == OWN else []
         left = {t: square for t, square in changed.items() if t not in {*saved, *biases}}
-        ranks = self._ranks({plan.biases[tensor].name for tensor in biases}, [*saved, *biases])
+        ranks = self._ranks({plan.biases[tensor].name for tensor in biases}, saved)
         units = [unit for unit in plan.units if ranks[unit.name]]
         if not units:
             raise MergeError(f"{plan.model.name}: every matrix is as in {plan.base.name}.")
@@ -197,6 +197,8 @@ class _Extraction:
         tensors = {t: finite(plan.model.tensor(t), t, plan.model.name) for t in whole}
         config = plan.configuration | {"bias": "none" if lora_bias or not biases else "lora_only"}
         adapter = adapter_of(name, values, infos, config, tensors)
+        if any(unit.tied for unit in units):
+            adapter = replace(adapter, config={**adapter.config, "ensure_weight_tying": True})
         spectra = {u.name: self._factors[u.name] for u in plan.units}
         found = {n: (ranks[n], f.squares, f.whole) for n, f in spectra.items() if f.whole}
         entries = report(plan, self._options, found, left, adapter)
@@ -221,12 +223,16 @@ class _Extraction:
             raise MergeError(f"{name}: the difference leaves the range of {difference.dtype}.")
         return difference
 
-    def _ranks(self, biased: Container[str], kept: Sequence[str]) -> dict[str, int]:
+    def _ranks(self, biased: Collection[str], saved: Sequence[str]) -> dict[str, int]:
         """Decompose what is adapted, and return its ranks; modules of changed biases have one."""
         units, rank = self._plan.units, self._options["rank"]
         costs = [unit.numbers * self._dtype.itemsize for unit in units]
         least = [int(unit.name in biased) for unit in units]
-        budget = self._budget(kept, sum(c for c, n in zip(costs, least, strict=True) if n))
+        forced = sum(c for c, n in zip(costs, least, strict=True) if n)
+        if biased:  # each adapted module has one then
+            biases = [math.prod(self._plan.model.headers[n].shape) for n in self._plan.biases]
+            forced += sum(biases) * self._dtype.itemsize
+        budget = self._budget(saved, forced)
         mean = 0 if budget == math.inf else int(budget // sum(costs))
         first = rank or max(_DEPTH * mean, _LEAST_DEPTH)
         depths = [min(unit.largest_rank, first) for unit in units]
@@ -252,7 +258,7 @@ class _Extraction:
                 depths[k] = min(units[k].largest_rank, _DEPTH * depths[k])
         return dict(zip((unit.name for unit in units), ranks, strict=True))
 
-    def _budget(self, kept: Sequence[str], forced: int) -> float:
+    def _budget(self, saved: Sequence[str], forced: int) -> float:
         """Return the bytes that are left for ranks; `ConfigError` if there are none."""
         size = self._options["size"]
         if size is None:
@@ -261,7 +267,7 @@ class _Extraction:
         models, count = size
         if count is None:
             count = math.floor(models * sum(header.nbytes for header in headers.values()))
-        least = forced + sum(headers[name].nbytes for name in kept)
+        least = forced + sum(headers[name].nbytes for name in saved)
         if count <= least:
             found = f"{count:,} bytes, while what is saved whole takes {least:,}"
             raise ConfigError([Problem("size", found, "more than that")], "this extraction")
