@@ -25,9 +25,9 @@ from .config import write_config
 from .data import TASKS
 from .evaluate import evaluate
 
-ALGORITHMS = ("task_arithmetic", "ties", "emr", "nan")
+ALGORITHMS = ("residual", "task_arithmetic", "ties", "emr", "nan")
 SIZES = "1,1.25,1.5,2,3,4,6,8"
-QUICK_ALGORITHMS = ("task_arithmetic", "emr")
+QUICK_ALGORITHMS = ("residual", "task_arithmetic")
 QUICK_SIZES = "1"
 MERGED_SIZE = 2.0
 
