@@ -70,11 +70,12 @@ def train_all(tasks: tuple[Task, ...], folder: Path, schedule: train.Schedule, s
     began = time.perf_counter()
     model = train.new_model(tasks, seed)
     train.pretrain(model, tasks, schedule, seed)
-    train.save(model, folder / "pretrained")
+    model.save_pretrained(folder / "pretrained")
     say("pre-trained", began)
     for number, task in enumerate(tasks, start=1):
         began = time.perf_counter()
-        train.save(train.finetune(model, task, schedule, seed + number), folder / task.name)
+        tuned = train.finetune(model, task, schedule, seed + number)
+        tuned.save_pretrained(folder / task.name)
         say(f"fine-tuned for {task.name}", began)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -68,15 +67,6 @@ def finetune(
     steps = schedule.finetune_steps[task.name]
     fit(model, parameters, data, steps, schedule.finetune_lr, seed)
     return model
-
-
-def save(model: ViTForImageClassification, folder: Path) -> None:
-    """Write an ordinary checkpoint with the tensor names that the model has in memory.
-
-    For a ViT, transformers 5 would by default write the names of transformers 4, which mergekit
-    0.1.5 does not map back for this architecture: it would leave the layers out of the merge.
-    """
-    model.save_pretrained(folder, save_original_format=False)
 
 
 def fit(

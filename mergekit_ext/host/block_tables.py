@@ -96,6 +96,11 @@ COMPONENTS: tuple[Component, ...] = (
     ),
 )
 
+# What sends a token to its experts, in a layer that has such; and a stack of experts, whose first
+# axis counts them, which one of experts that are stored one by one is not.
+ROUTER = _compile(_component("router", "gate", "gating", "shared_expert_gate"))
+EXPERTS = _compile(r"(?:^|\.)experts\.(?!\d+\.)")
+
 # A norm is known by its own module's name: "post_attention_layernorm", "ln_1", "pre_layrnorm".
 NORM = _compile(r"norm|^ln\d?$|^ln_\w+$|_ln$")
 

@@ -74,6 +74,18 @@ def is_task_head(name: str) -> bool:
     return tables.TASK_HEAD.search(name) is not None
 
 
+def is_router(name: str) -> bool:
+    """Return whether `name` is of what sends tokens to experts, in a layer that has experts."""
+    layer = layer_of(name)
+    return layer is not None and tables.ROUTER.search(_module_of(layer.rest)) is not None
+
+
+def stacks_experts(name: str, axes: int) -> bool:
+    """Return whether the first axis of a tensor with so many `axes` counts experts."""
+    one = 1 if name.endswith("bias") else 2
+    return tables.EXPERTS.search(name) is not None and axes == one + 1
+
+
 def kind_of(name: str) -> Kind:
     """Return what `name` is; a norm inside of a head is of kind "head"."""
     layer = layer_of(name)

@@ -24,6 +24,9 @@ from mergekit_ext.io.model_files import (
     module_folders,
 )
 
+# The parameter of a merge that names the model whose heads the output has.
+HEADS = "heads"
+
 
 def models_of(config: Any) -> list[Any]:
     """Return every model that is merged, bases of slices too, or that a tokenizer comes from."""
@@ -36,10 +39,20 @@ def models_of(config: Any) -> list[Any]:
     return list(dict.fromkeys([*models_at(config), *others]))
 
 
+def named_model(config: Any, parameter: str) -> Any:
+    """Return the model that a parameter of the whole merge names, or None."""
+    name = (config.parameters or {}).get(parameter)
+    return next((model for model in models_at(config) if str(model) == name), None)
+
+
+def donor_of(config: Any) -> Any:
+    """Return the model that gives configuration, tokenizer and heads: `heads`, base, or first."""
+    return named_model(config, HEADS) or config.base_model or next(iter(models_at(config)), None)
+
+
 def donor_first(config: Any) -> list[Any]:
-    """Return all models, first the one that mergekit takes configuration and tokenizer from."""
-    models = config.referenced_models()
-    return list(dict.fromkeys([config.base_model or models[0], *models]))
+    """Return all models, first the one that gives configuration and tokenizer."""
+    return list(dict.fromkeys([donor_of(config), *config.referenced_models()]))
 
 
 def files_of(folder: Path) -> Iterator[Path]:

@@ -23,7 +23,7 @@ from mergekit.sparsify import SparsificationMethod
 from mergekit_ext.core.memory import copies_of
 from mergekit_ext.core.parameters import WEIGHT
 from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
-from mergekit_ext.host.blocks import block_of
+from mergekit_ext.host.blocks import block_of, stacks_experts
 from mergekit_ext.host.method import ExtMethod, raise_non_finite, spec_of
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.host.weighted import in_pieces, weighted
@@ -45,9 +45,12 @@ from mergekit_ext.report.card import coefficients_section
 # Which tensors share one set of coefficients: from the name of a tensor to the name of its group.
 GRANULARITIES: dict[str, Callable[[str], str]] = {
     "tensor": lambda name: name,
+    "expert": lambda name: name,
     "block": block_of,
     "model": lambda name: "model",
 }
+# Those that need no other tensor. "expert" has coefficients for each expert of a stack.
+ALONE = frozenset({"tensor", "expert"})
 _SHARED = tuple(map(spec_of, (NORM_OF, granularity(*GRANULARITIES), SCALE)))
 
 # Of mergekit's sparsifying methods, which take any number.
@@ -81,6 +84,17 @@ def _with_ranges(method: MergeMethod) -> Iterator[ParameterSpec]:
             yield spec_of(WEIGHT, spec.scope)
         else:
             yield replace(spec, value_type=ranges.get(spec.name, spec.value_type))
+
+
+def _of_experts(details: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the report of a stack: means over its experts, and the coefficients of each."""
+    first = details[0]
+    if not first:  # the base alone
+        return first
+    each = [dict(found["coefficients"]) for found in details]
+    means = {model: math.fsum(c[model] for c in each) / len(each) for model in each[0]}
+    norms = {m: math.hypot(*(found["norms"][m] for found in details)) for m in each[0]}
+    return {**first, "norms": norms, "coefficients": means, "experts": each}
 
 
 class NanMethod(ExtMethod):
@@ -148,7 +162,7 @@ class NanMethod(ExtMethod):
 
     def passes(self, shared: Mapping[str, Any]) -> int:
         """Return 2 where everything is measured before the first tensor is merged."""
-        return 1 if shared.get("granularity", "tensor") == "tensor" else 2
+        return 1 if shared.get("granularity", "tensor") in ALONE else 2
 
     def copies(self, models: int, square: float) -> float:
         """Return 0 where inputs are combined in pieces, else those of F, its result, the base."""
@@ -161,11 +175,27 @@ class NanMethod(ExtMethod):
         out_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """Merge one group; report norms, coefficients and scale."""
+        name, first = group.metadata.name or "", group.entries[0].tensor
+        stacked = parameters["granularity"] == "expert" and stacks_experts(name, first.ndim)
+        if not stacked or not first.numel():
+            return self._merge(group, parameters, out_dtype)
+        merged = torch.empty(first.shape, dtype=out_dtype, device=first.device)
+        details: list[Mapping[str, Any]] = []
+        for expert, place in enumerate(merged):
+            own = [replace(entry, tensor=entry.tensor[expert]) for entry in group.entries]
+            found = self._merge(replace(group, entries=tuple(own)), parameters, out_dtype)
+            place.copy_(found[0])
+            details.append(found[1])
+        return merged, _of_experts(details)
+
+    def _merge(
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
         norm_of = self._norm_of(parameters, group.base is not None)
         models = self._models(group)
         if not models:
             return group.entries[0].tensor.to(out_dtype), {}
-        if parameters["granularity"] == "tensor":
+        if parameters["granularity"] in ALONE:
             norms = self.norms(group, parameters)
         elif (measured := parameters.get(NORMS)) is not None:
             norms = {entry.id: measured[entry.id] for entry in models}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.host.blocks import tied_groups
+from mergekit_ext.host.inputs import donor_of
 from mergekit_ext.io.headers import TensorHeader, read_folder, same_bytes, weights_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -61,8 +62,10 @@ def following_layers(
 ) -> Any:
     """Extend ``_model_out_config``, which sets the number of layers only.
 
-    Lists with a value for each layer, such as ``layer_types``, follow the slices.
+    The configuration is that of the donor. Lists with a value for each layer, such as
+    ``layer_types``, follow the slices.
     """
+    config = config.model_copy(update={"base_model": donor_of(config)})
     out = stock(config, *arguments, **options)
     if taken := list(_layers(config, *arguments, **options)):
         first = taken[0][0]

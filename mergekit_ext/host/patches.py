@@ -101,18 +101,20 @@ def extend_planner(module: Any) -> None:
 def extend_merge(module: Any) -> None:
     """``mergekit.merge``: merges with the project's methods are checked, staged and reported.
 
-    Others are left to mergekit, those with adapters checked first. Tokenizers of a model with an
+    Others are left to mergekit, those with adapters checked first. What mergekit has no table for,
+    or one that does not fit, is planned by the names in the files. Tokenizers of a model with an
     adapter are its base's; fields with a value for each layer follow the slices.
     """
     from mergekit import card, plan
 
-    from mergekit_ext.host import out_config, run
+    from mergekit_ext.host import architecture, out_config, run
     from mergekit_ext.host.adapters import loader
 
     # Without a network the question raises, when all the weights are written.
     _replace(card, "is_hf", lambda stock, path: not Path(path).exists() and stock(path))
     module.MergePlanner = plan.MergePlanner
     _replace(module, "run_merge", run.extended)
+    _replace(module, "get_architecture_info", architecture.chosen)
     _replace(module, "_get_donor_model", loader.donor)
     _replace(module, "_model_out_config", out_config.following_layers)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mergekit_ext import parallel
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
+from mergekit_ext.host.architecture import settled
 from mergekit_ext.host.method import ExtMethod, ext_method
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.host.tasks import MergeTensorTask, with_statistics
@@ -53,13 +54,21 @@ def extended(stock: type) -> type:
         def plan_tensor(
             self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
         ) -> None:
-            """Plan a tensor; mergekit adds a list to the aliases of an optional one, a tuple."""
+            """Plan a tensor, or the copy of one.
+
+            mergekit adds a list to the aliases of an optional one, a tuple.
+            """
             if weight.optional:
                 weights_in = [
                     w.model_copy(update={"aliases": _Aliases(w.aliases)}) if w.aliases else w
                     for w in weights_in
                 ]
+            before = len(self._tensors)
             super().plan_tensor(weight, weights_in, models, cfg_reader)
+            giver = settled().copied.get(weight.name)
+            if giver is not None and len(self._tensors) > before:
+                _, task = self._tensors.pop()
+                self._tensors.append((weight, MergeTensorTask.copying(task, giver)))
 
         def _plan(self) -> None:
             """Plan what this process merges: nothing that is finished, or that others do."""
@@ -79,7 +88,8 @@ def extended(stock: type) -> type:
                 done = f"{len(finished)} of {len(tensors)} tensors"
                 session.say(f"Going on with a merge that was stopped: {done}.")
             if method is not None:
-                _forewarn(method, (task for _, task in tensors.values()), session)
+                tasks = [task for _, task in tensors.values()]
+                _forewarn(method, (t for t in tasks if not _copies(t)), session)
             models = tuple(map(str, self.config.referenced_models()))
             left = [name for name in tensors if name not in finished]
             session.emit(MergeBegin(self._method.spec.name, session.output, models, len(left)))
@@ -108,6 +118,10 @@ class _Aliases(tuple[str, ...]):
 
     def __radd__(self, other: list[str]) -> list[str]:
         return [*other, *self]
+
+
+def _copies(task: Any) -> bool:
+    return isinstance(task, MergeTensorTask) and task.copies
 
 
 def _forewarn(method: ExtMethod, tasks: Iterable[Any], session: Session) -> None:

@@ -23,6 +23,7 @@ from mergekit_ext import parallel
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
+from mergekit_ext.host.architecture import Settled, settling
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.host.checks.merge import check_merge, models_of_stock
@@ -100,10 +101,10 @@ def merge(
                 if whole:
                     whole.write(checked, config, folder, source)
                 elif session := sessions.current():
-                    session.predicted = predicted(checked, config)
+                    session.predicted = predicted(checked.located, config)
                     quiet = options.model_copy(update={"quiet": True})
                     stock = getattr(run_merge, "stock", run_merge)
-                    with completed(config, folder, options):
+                    with completed(config, folder, options), settling(checked.settled):
                         stock(config, os.fspath(folder), quiet, source)
             except Exception as error:
                 if not isinstance(error, MergekitExtError):
@@ -131,17 +132,18 @@ def extended(
             merge(merge_config, out_path, options, config_source=config_source)
         return
     models = list(models_at(merge_config))
-    adapted = any(map(applies, models))
+    adapted, found = any(map(applies, models)), Settled()
     # Pickles that mergekit's own methods read are mergekit's to refuse.
     with allowing_pickles(True), _fresh_loaders():
         # What mergekit downloads is looked at by mergekit.
         if adapted or all(os.path.isdir(model.model.path) for model in models):
             with for_commands():
-                report = models_of_stock(merge_config, options)
+                report, checked = models_of_stock(merge_config, options)
+                found = checked.settled
                 if adapted:
                     require(report.problems)
                 _warn([*map(str, report.problems), *report.warnings])
-        with for_commands() if adapted else nullcontext():
+        with for_commands() if adapted else nullcontext(), settling(found):
             stock(merge_config, out_path, options, config_source)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from mergekit.common import ImmutableMap, ModelReference
+from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
@@ -20,14 +20,15 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 from mergekit_ext import parallel
-from mergekit_ext.errors import MergeError, printable
+from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd, TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.method import ext_method
-from mergekit_ext.host.nan_method import GRANULARITIES, NORMS, NanMethod
-from mergekit_ext.host.session import Session
+from mergekit_ext.host.nan_method import ALONE, GRANULARITIES, NORMS, NanMethod
+from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.io.headers import is_counter
 from mergekit_ext.io.journal import Finished
+from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients
 
@@ -36,10 +37,12 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     """mergekit's task, with an event when a tensor is done.
 
     Random numbers depend on `seed` and the tensor's name alone, not on what was merged before.
-    Counters of training are those of the base, or else of the first model.
+    Counters of training are those of the base, or else of the first model. With `copies` the one
+    input is the output.
     """
 
     seed: int = 0
+    copies: bool = False
 
     @classmethod
     def of(cls, task: ExecuteMergeMethodTask, seed: int | None, **changed: Any) -> MergeTensorTask:
@@ -47,11 +50,24 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         fields = {name: getattr(task, name) for name in type(task).model_fields}
         return cls.model_construct(**{**fields, "seed": seed or 0, **changed})
 
+    @classmethod
+    def copying(cls, task: ExecuteMergeMethodTask, model: ModelReference) -> MergeTensorTask:
+        """Return a task that gives the tensor of one `model` where `task` merges."""
+        gather = task.gather_tensors
+        inner = getattr(gather, "gather_tensors", gather)  # of vocabularies that are aligned
+        own = ImmutableMap({model: inner.weight_info[model]})
+        only = inner.model_copy(update={"weight_info": own})
+        if inner is not gather:
+            only = gather.model_copy(update={"gather_tensors": only})
+        return cls.of(task, None, gather_tensors=only, model_order=(model,), copies=True)
+
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
     ) -> torch.Tensor | None:
         """Merge as mergekit does; `MergeError` if tensors without a mean differ."""
         started, name = time.perf_counter(), self.output_weight.name
+        if self.copies:
+            return self._copied(tensors, started)
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         if is_counter(name) and tensors:
             order = (self.base_model, *self.model_order)
@@ -70,6 +86,22 @@ class MergeTensorTask(ExecuteMergeMethodTask):
             details = session.recorded[name].details if name in session.recorded else {}
             session.emit(TensorMerged(name, shape, details, time.perf_counter() - started))
         return merged
+
+    def _copied(
+        self, tensors: Mapping[ModelReference, torch.Tensor], started: float
+    ) -> torch.Tensor | None:
+        name, session = self.output_weight.name, sessions.current()
+        for model, tensor in tensors.items():  # one, or none of an optional tensor
+            if count := count_non_finite(tensor):
+                raise NonFiniteError(name, str(model), count, tensor.numel())
+            if session is not None:
+                details = {"copied_from": str(model)}
+                session.record(TensorRecord(name, tensor.numel(), details))
+                seconds = time.perf_counter() - started
+                session.emit(TensorMerged(name, tuple(tensor.shape), details, seconds))
+            dtype = dtype_from_name(self.out_dtype)
+            return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        return None
 
 
 class MeasureTensorTask(Task[dict[str, float]]):
@@ -145,10 +177,10 @@ def with_statistics(tasks: Iterable[MergeTensorTask], options: Any) -> list[Merg
 
 def _group_of(task: MergeTensorTask) -> _Group | None:
     """Return the group of a task's tensor; None if it needs no other tensor's norms."""
-    if not isinstance(ext_method(task.method_name), NanMethod):
+    if task.copies or not isinstance(ext_method(task.method_name), NanMethod):
         return None
     granularity = task.parameters["granularity"]
-    if granularity == "tensor":
+    if granularity in ALONE:
         return None
     name = GRANULARITIES[granularity](task.output_weight.name)
     models = tuple(sorted(task.model_order, key=str))

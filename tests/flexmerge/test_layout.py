@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_ext.host.flexmerge.shared_tensors import complete_ties, find_prefixes
+from mergekit_ext.host.naming import complete_ties, find_prefixes
 from tests.flexmerge.inputs import family, headers, layout
 
 

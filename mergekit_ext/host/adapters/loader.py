@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.adapters.fitted import applies, base_of, fit, read_adapter
+from mergekit_ext.host.inputs import donor_of
 from mergekit_ext.io.headers import TensorHeader, read_file
 from peft_merge.weights import AdaptedWeights
 
@@ -135,7 +136,7 @@ def load_tensor(stock: Callable[..., Any], self: Any) -> Any:
 
 def donor(stock: Callable[..., Any], merge_config: Any, options: Any) -> Any:
     """Extend ``_get_donor_model``: tokenizer and the like come from the base's folder."""
-    model = merge_config.base_model or merge_config.referenced_models()[0]
+    model = donor_of(merge_config)
     if not applies(model):
-        return stock(merge_config, options)
+        return stock(merge_config.model_copy(update={"base_model": model}), options)
     return model, base_of(model).local_path(cache_dir=options.transformers_cache)

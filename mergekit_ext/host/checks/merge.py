@@ -17,6 +17,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
 from mergekit_ext.errors import FileError, nearest, shown
+from mergekit_ext.host.blocks import is_task_head
+from mergekit_ext.host.checks.copied import note_routers, settle_copies
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at
@@ -34,6 +36,7 @@ from mergekit_ext.host.checks.schema import (
 from mergekit_ext.host.checks.settings import check_settings, check_tokenizers
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
 from mergekit_ext.host.flexmerge import FlexMergeMethod
+from mergekit_ext.host.inputs import donor_of
 from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_modules
 from mergekit_ext.io.documents import read
@@ -53,7 +56,7 @@ def check_merge(
     """Check a merge before any weight is read: everything that is wrong, and what it will cost.
 
     `source` is what `config` was made of, and `pending` are models that other merges will write.
-    Returns also what will be written: planned tensors, or what `FlexMergeMethod.prepare` gives.
+    Returns also what will be written: the inventory, or what `FlexMergeMethod.prepare` gives.
     """
     method = ext_method(config.merge_method)
     if isinstance(method, FlexMergeMethod):
@@ -67,16 +70,18 @@ def check_merge(
         if costs is not None:
             findings.extend(memory.problems(costs.need))
         check_modules(config, options, inventory.models, findings)
-    return findings.report(costs), inventory.located
+    return findings.report(costs), inventory
 
 
-def models_of_stock(config: MergeConfiguration, options: MergeOptions) -> CheckReport:
+def models_of_stock(
+    config: MergeConfiguration, options: MergeOptions
+) -> tuple[CheckReport, Inventory]:
     """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
     with quiet():
         method = merge_methods.get(config.merge_method)
         inventory = Inventory(config, options, method, Findings())
         _check_models(inventory, ())
-    return inventory.findings.report()
+    return inventory.findings.report(), inventory
 
 
 def check_flat(
@@ -167,9 +172,16 @@ def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
     broken = check_inputs(inventory.models, findings)
     # Models of other architectures would only give the same problem again for every tensor.
     if plan_models(inventory) or options.allow_crimes:
+        settle_copies(inventory)
+        note_routers(inventory)
         check_tensors(inventory, broken)
-        donor = config.base_model or next(iter(inventory.models))
-        check_fields(inventory.models, donor, findings, crimes=options.allow_crimes, heads=True)
+        check_fields(
+            inventory.models,
+            donor_of(config),
+            findings,
+            crimes=options.allow_crimes,
+            heads=not any(t.copied and is_task_head(t.name) for t in inventory.located),
+        )
         check_output(inventory)
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mergekit_ext.core.parameters import unfit
 from mergekit_ext.errors import did_you_mean, join, shown
+from mergekit_ext.host.checks.copied import OF_MERGES
 from mergekit_ext.host.checks.layout import Group, Source, all_parameters
 from mergekit_ext.host.checks.plan import PlannedTensor
 from mergekit_ext.host.checks.report import Findings
@@ -111,6 +112,8 @@ class _Check:
     ) -> None:
         """Check one parameter in the mapping of `source`, or of the whole group."""
         before, spec = self.findings.count, self.specs.get(name)
+        if spec is None and source is None and name in OF_MERGES:  # `settle_copies` checks them
+            return
         if spec is None:
             found = f"a parameter that `{self.name}` does not have"
             known = ", ".join(sorted(self.specs))

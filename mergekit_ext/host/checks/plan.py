@@ -7,33 +7,28 @@ are not public API; this is the only file of the checks that builds on them.
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 from mergekit.architecture import arch_info_for_config
-from mergekit.architecture.auto import infer_architecture_info
 from mergekit.architecture.base import ConfiguredModelArchitecture
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.plan import MergePlanner
 
-from mergekit_ext.errors import did_you_mean, join, one_line
-from mergekit_ext.host.adapters.fitted import applies
+from mergekit_ext.errors import did_you_mean, join, listing, one_line
+from mergekit_ext.host.architecture import Settled, from_headers
+from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks.layout import Group, groups_of
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import wants_tokenizer
+from mergekit_ext.host.inputs import HEADS, donor_of, named_model
+from mergekit_ext.io.class_model import Loading, loading
 from mergekit_ext.io.headers import TensorHeader
 
-# What to do where mergekit's plan has other names than the files.
-BY_FILES = (
-    "Use `merge_method: flexmerge` (with `target_size: 1` for one model), or merge the weight "
-    "files with mergekit-pytorch and copy config.json and the tokenizer beside the result: both "
-    "take the names in the files."
-)
 # With so many tensors of a model missing, whether others can be made of what is stored, a
 # question to all of its names, changes nothing any more.
 _ENOUGH_MISSING = 100
@@ -51,6 +46,7 @@ class PlannedTensor:
     # The models that have it, with the header, or None where its shape is not known.
     found: Mapping[Any, TensorHeader | None] = field(default_factory=dict)
     missing: tuple[Any, ...] = ()  # the models that do not have it
+    copied: bool = False  # whether it is the only input's, as it is
 
     @property
     def name(self) -> str:
@@ -60,6 +56,11 @@ class PlannedTensor:
     def headers(self) -> list[TensorHeader]:
         """The known headers."""
         return [header for header in self.found.values() if header is not None]
+
+    def take(self, model: Any) -> None:
+        """Leave `model` as the only input, whose tensor the output has."""
+        self.inputs, self.found = {model: self.inputs[model]}, {model: self.found[model]}
+        self.missing, self.copied = (), True
 
 
 @dataclass
@@ -74,13 +75,18 @@ class Inventory:
     planned: list[PlannedTensor] = field(default_factory=list)  # with optional ones
     located: list[PlannedTensor] = field(default_factory=list)  # those that are written
     out_config: Any = None  # the output's, of transformers; None where there is no plan
+    architecture: Any = None  # what is planned with; None where that is mergekit's choice
+    groups: list[Group] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._before = self.findings.count
+        self.groups = self.groups or groups_of(self.config)
 
-    @functools.cached_property
-    def groups(self) -> list[Group]:
-        return groups_of(self.config)
+    @property
+    def settled(self) -> Settled:
+        """What the planner is to do."""
+        copied = {t.name: next(iter(t.inputs)) for t in self.located if t.copied}
+        return Settled(self.architecture, copied)
 
     @property
     def aligned(self) -> bool:
@@ -94,26 +100,32 @@ class Inventory:
 
 
 def plan_models(inventory: Inventory) -> bool:
-    """Plan the tensors of whole models and find them; return whether the models are of one kind."""
-    architecture, same = _architecture(inventory)
-    if architecture is not None:
-        _survey(inventory, architecture)
-    locate(inventory)
-    return same
+    """Plan the tensors of whole models and find them; return whether the models are of one kind.
 
-
-def _architecture(inventory: Inventory) -> tuple[Any, bool]:
-    """Return what mergekit takes the models for, or None, and whether all of them are that."""
+    Where mergekit has no table of the models' classes, or its plan would lose tensors, the plan has
+    the names in the files.
+    """
     known = {model: fact for model, fact in inventory.models.items() if fact.config is not None}
     if not known:
-        return None, False
-    base = inventory.config.base_model
-    found = {model: arch_info_for_config(fact.config) for model, fact in known.items()}
-    if unknown := sorted({known[model].kind for model, info in found.items() if info is None}):
-        return _inferred(inventory, ", ".join(unknown)), True
-    first = found[base if base in known else next(iter(known))]
-    same = all(info == first for info in found.values())
-    if not same and not inventory.options.allow_crimes:
+        return False
+    infos = {model: arch_info_for_config(fact.config) for model, fact in known.items()}
+    donor = donor_of(inventory.config)
+    table = infos.get(donor, next(iter(infos.values())))
+    crimes = inventory.options.allow_crimes
+    if (alike := None not in infos.values() and all(i == table for i in infos.values())) or (
+        table is not None and crimes
+    ):
+        trial = replace(inventory, findings=Findings(), planned=[], located=[])
+        _survey(trial, table)
+        locate(trial)
+        if _is_whole(trial) or not _has_headers(inventory):
+            inventory.planned, inventory.located = trial.planned, trial.located
+            inventory.out_config, inventory.architecture = trial.out_config, table
+            inventory.findings.absorb(trial.findings)
+            return alike
+    if same := len({fact.config.model_type for fact in known.values()}) == 1:
+        _plan_by_files(inventory, donor)
+    elif not crimes:
         listed = ", ".join(f"{fact.kind} in {model}" for model, fact in known.items())
         inventory.findings.problem(
             list(known.values())[-1].where,
@@ -122,35 +134,51 @@ def _architecture(inventory: Inventory) -> tuple[Any, bool]:
             "Take out the models that do not fit, or give --allow-crimes to merge what has one "
             "name.",
         )
-    return first, same
+    return same
 
 
-def _inferred(inventory: Inventory, named: str) -> Any:
-    models, findings = inventory.models, inventory.findings
-    findings.note(f"mergekit has no table for {named} and takes the tensors' names instead.")
-    # mergekit's own way does not merge them for this.
-    beforehand = [f for f in models.values() if f.reference.lora and not applies(f.reference)]
-    for fact in beforehand:
+def _has_headers(inventory: Inventory) -> bool:
+    facts = inventory.models.values()
+    return all(fact.config is not None and fact.tensors is not None for fact in facts)
+
+
+def _is_whole(trial: Inventory) -> bool:
+    """Return whether a plan has all that its class needs, and nothing that no model has."""
+    if not trial.planned:
+        return False
+    if not trial.is_sound:  # what is wrong is said in the words of the table
+        return True
+    if any(not tensor.found and not tensor.weight.optional for tensor in trial.located):
+        return False
+    if (found := output_loading(trial)) is not None:
+        return not (found.missing or found.error)
+    return not _unused(trial)
+
+
+def _plan_by_files(inventory: Inventory, donor: Any) -> None:
+    findings, kinds = inventory.findings, {f.kind for f in inventory.models.values() if f.config}
+    named = ", ".join(sorted(kinds))
+    if not _has_headers(inventory):
+        findings.note(f"Tensors are not compared: those of all models with {named} are not known.")
+        return
+    findings.note(f"{named}: planned by the names in the files, which mergekit has no table of.")
+    inventory.architecture, besides = from_headers(inventory.models, donor)
+    _survey(inventory, inventory.architecture)
+    locate(inventory)
+    owners = {model: names for model, names in besides.items() if names}
+    if named_model(inventory.config, HEADS) is not None:
+        for model, names in owners.items():
+            findings.note(f"{model}: the output has no {listing(names)}, as {donor} has none.")
+    elif owners:
+        names = list(dict.fromkeys(name for names in owners.values() for name in names))
+        first, *_ = owners
         findings.problem(
-            fact.where,
-            f"{fact.reference}, an adapter on an architecture that mergekit has no table for",
-            "a whole model",
-            "Merge the adapter into its base first (`merge_and_unload`) and give the result.",
+            inventory.models[first].where,
+            f"{listing(names)} in {listing(list(map(str, owners)))}, which {donor} does not have",
+            "the same tensors in every model, or `heads:` with the model whose the output has",
+            f"Under `parameters:` write `heads: {first}` (its tensors and its configuration; or "
+            f"those of another), or `heads: {donor}` (without them).",
         )
-    here = (os.path.isdir(fact.reference.model.path) for fact in models.values())
-    if beforehand or any(fact.tensors is None for fact in models.values()) or not all(here):
-        findings.note(f"Tensors are not compared: not all models with {named} are on this machine.")
-        return None
-    try:
-        # Not through mergekit's cache, which would remember files that are mended after a check.
-        return infer_architecture_info.__wrapped__(
-            tuple(models), inventory.config.base_model, inventory.options
-        )
-    except Exception as error:  # mergekit and transformers; the message is kept
-        found = f"an architecture that mergekit cannot infer ({one_line(error)})"
-        expected = "an architecture of which mergekit has a table, or that it can infer"
-        findings.problem("models", found, expected, BY_FILES)
-        return None
 
 
 def _survey(inventory: Inventory, architecture: Any) -> None:
@@ -173,7 +201,7 @@ def _survey(inventory: Inventory, architecture: Any) -> None:
         inventory.planned.clear()
         found = f"an error of mergekit ({one_line(error)})"
         expected = "a configuration that mergekit can plan"
-        remedy = f"Mend that, and the other problems first. If nothing else is wrong: {BY_FILES}"
+        remedy = "Mend that, and the other problems first."
         findings.problem("the merge's plan", found, expected, remedy)
 
 
@@ -313,3 +341,37 @@ def _converted(fact: ModelFacts, weight: Any) -> bool:
     kind = getattr(fact.config, "model_type", None)
     stored, names = set(fact.tensors or ()), names_of(weight, tied=False)
     return any(can_convert_checkpoint_keys(kind, stored, name) for name in names)
+
+
+def lacking(facts: Mapping[Any, ModelFacts], kind: str) -> frozenset[str]:
+    """Return the poolers and heads of a class that all models of that class lack alike."""
+    missing = [
+        set(fact.loading.missing) for fact in facts.values() if fact.loading and fact.kind == kind
+    ]
+    everywhere = set.intersection(*missing) if missing else set()
+    return frozenset(name for name in everywhere if "pooler" in name or is_task_head(name))
+
+
+def output_loading(inventory: Inventory) -> Loading | None:
+    """Return what transformers makes of the planned output; None if that is not known.
+
+    What the inputs' classes lack is not missing.
+    """
+    config, located = inventory.out_config, inventory.located
+    if config is None or not located:
+        return None
+    found = loading(config, {t.name: t.headers[0].shape if t.headers else (0,) for t in located})
+    if found is None:
+        return None
+    known = lacking(inventory.models, config.architectures[0])
+    return replace(found, missing=tuple(name for name in found.missing if name not in known))
+
+
+def _unused(inventory: Inventory) -> bool:
+    """Return whether a stored tensor has no use, of models whose class is not known."""
+    for model, fact in inventory.models.items():
+        weights = [t.inputs[model] for t in inventory.planned if model in t.inputs]
+        used = {name for weight in weights for name in names_of(weight, tied=True)}
+        if fact.loading is None and (fact.tensors or {}).keys() - used:
+            return True
+    return False

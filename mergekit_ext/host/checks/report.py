@@ -69,6 +69,12 @@ class Findings:
         """Add a note that is issued as a warning before the merge as well."""
         self._notes[text] = True
 
+    def absorb(self, other: Findings) -> None:
+        """Add what another collector has found."""
+        for problem, names in other._problems.items():
+            self._problems.setdefault(problem, {}).update(names)
+        self._notes |= other._notes
+
     @property
     def count(self) -> int:
         return len(self._problems)

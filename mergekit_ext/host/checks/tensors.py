@@ -12,12 +12,12 @@ from typing import Any
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
 from mergekit_ext.errors import listing, tensors_at
-from mergekit_ext.host.blocks import is_task_head
+from mergekit_ext.host.blocks import layer_of
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.checks.parameters import refusal
-from mergekit_ext.host.checks.plan import BY_FILES, Inventory, PlannedTensor, names_of
+from mergekit_ext.host.checks.plan import Inventory, PlannedTensor, lacking, output_loading
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.io.class_model import Loading, loading
+from mergekit_ext.io.class_model import Loading
 from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, is_counter, same_bytes
 
 # The largest tensor whose values are compared before the merge.
@@ -61,10 +61,12 @@ def _missing(
     method, models = inventory.method, inventory.models
     places = ", ".join(f"{model} ({models[model].where})" for model in tensor.missing)
     if not tensor.weight.optional:
-        remedy = "Take the model out, or give the checkpoint that has them."
-        if not tensor.found:  # mergekit's table of the architecture is another
-            places, remedy = "any model", BY_FILES
-        yield f"nothing in {places}", "the same tensors in every model", remedy
+        yield (
+            f"nothing in {places}",
+            "the same tensors in every model",
+            "Take the model out, give the checkpoint that has them, or write `heads:` under "
+            "`parameters:` with the model whose the output has.",
+        )
     elif method is not None and (reason := _refusal(tensor, method, policy)):
         yield (
             f"nothing in {places}, and it is optional ({reason})",
@@ -99,6 +101,8 @@ def _differences(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
     besides = {shape if axis is None else shape[:axis] + shape[axis + 1 :] for shape in shapes}
     if len(besides if inventory.aligned else shapes) > 1:
         remedy = "Take out the models that do not fit."
+        if layer_of(tensor.name) is None:
+            remedy += " Or write `heads:` under `parameters:` with the model whose the output has."
         if len(besides) == 1:
             remedy = (
                 "Add `tokenizer:` with `source: union` or `source: base`, which aligns the "
@@ -142,7 +146,7 @@ def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any
         found = fact.loading
         if found is None:
             continue
-        without = _lacking(facts, fact.kind) if found.missing else frozenset()
+        without = lacking(facts, fact.kind) if found.missing else frozenset()
         if without:
             findings.warn(
                 f"{fact.kind} has {tensors_at(sorted(without))}, which no model has: transformers "
@@ -171,25 +175,20 @@ def check_output(inventory: Inventory) -> None:
 
     What the inputs' classes lack or do not have, the output may, too.
     """
-    located, config, facts = inventory.located, inventory.out_config, inventory.models
-    if inventory.config.models:
-        _check_use(inventory)
-    if config is None or not located or not inventory.is_sound:
-        return
-    found = loading(config, {t.name: t.headers[0].shape if t.headers else (0,) for t in located})
+    facts, config = inventory.models, inventory.out_config
+    found = output_loading(inventory) if inventory.is_sound else None
     if found is None:
         return
     kind = config.architectures[0]
-    if inventory.aligned or not all(tensor.headers for tensor in located):
+    if inventory.aligned or not all(tensor.headers for tensor in inventory.located):
         # What shapes would say is for the comparison of the inputs.
         found = replace(found, misshapen=(), error="")
-    missing = _besides(found.missing, _lacking(facts, kind))
-    if wrong := _wrong(replace(found, missing=missing, misshapen=())):
+    if wrong := _wrong(replace(found, misshapen=())):
         inventory.findings.problem(
             "the output",
-            f"{wrong}: mergekit's plan for {kind} leaves them out",
+            f"{wrong}, by the config.json that mergekit makes for it",
             f"every tensor of {kind}, as transformers loads it",
-            BY_FILES,
+            "Take as many layers as that configuration has.",
         )
     ignored = {name for fact in facts.values() if fact.loading for name in fact.loading.ignored}
     if unfit := [*_besides(found.ignored, ignored), *found.misshapen]:
@@ -201,31 +200,6 @@ def check_output(inventory: Inventory) -> None:
             "Take as many layers as that configuration has, and vocabularies of one size (or add "
             "`tokenizer:`, which aligns them).",
         )
-
-
-def _check_use(inventory: Inventory) -> None:
-    """Report stored tensors that the merge does not use, of models whose class is not known."""
-    for model, fact in inventory.models.items():
-        if not fact.tensors or fact.loading is not None:
-            continue
-        weights = [t.inputs[model] for t in inventory.planned if model in t.inputs]
-        used = {name for weight in weights for name in names_of(weight, tied=True)}
-        if used and (rest := sorted(fact.tensors.keys() - used)):
-            inventory.findings.problem(
-                fact.where,
-                f"{len(rest)} tensors that mergekit's plan leaves out: {listing(rest)}",
-                "a use for every stored tensor, as transformers cannot build this model's class",
-                BY_FILES,
-            )
-
-
-def _lacking(facts: Mapping[Any, ModelFacts], kind: str) -> frozenset[str]:
-    """Return the poolers and heads of a class that all models of that class lack alike."""
-    missing = [
-        set(fact.loading.missing) for fact in facts.values() if fact.loading and fact.kind == kind
-    ]
-    everywhere = set.intersection(*missing) if missing else set()
-    return frozenset(name for name in everywhere if "pooler" in name or is_task_head(name))
 
 
 def _besides(names: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

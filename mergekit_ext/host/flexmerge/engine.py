@@ -49,8 +49,9 @@ from mergekit_ext.host.adapters.fitted import (
     read_adapter,
 )
 from mergekit_ext.host.checks.settings import dtype_of
-from mergekit_ext.host.flexmerge.shared_tensors import Headers, Prepared, laid_out
+from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.inputs import folder_of
+from mergekit_ext.host.naming import Headers
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import read_folder

@@ -24,14 +24,9 @@ from mergekit_ext.host.checks.tensors import check_inputs
 from mergekit_ext.host.commands import parsed
 from mergekit_ext.host.flexmerge.needs import estimate
 from mergekit_ext.host.flexmerge.parameters import read_parameters, tasks_of, variant
-from mergekit_ext.host.flexmerge.shared_tensors import (
-    Headers,
-    Prepared,
-    is_tied,
-    laid_out,
-    named_otherwise,
-)
+from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.modules import check_copied_modules
+from mergekit_ext.host.naming import Headers, is_tied, named_otherwise
 from mergekit_ext.host.run import ordered
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import PACKED

@@ -1,0 +1,120 @@
+"""Tensors of the output that are one model's: heads, other shapes, what `exclude:` takes out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mergekit_ext.errors import Problem, listing, nearest, shown
+from mergekit_ext.host.blocks import is_router, is_task_head, layer_of
+from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
+from mergekit_ext.host.inputs import HEADS, named_model
+
+# Parameters of the whole merge, whatever its method: the models whose heads, and whose tensors that
+# are not merged, the output has; patterns of names that are merged, and that are not.
+OTHERS, INCLUDE, EXCLUDE = "others", "include", "exclude"
+OF_MERGES = (HEADS, OTHERS, INCLUDE, EXCLUDE)
+
+
+def settle_copies(inventory: Inventory) -> None:
+    """Decide which tensors are one model's, and have only that one as their input.
+
+    These are what `include` and `exclude` leave; all heads of tasks, if `heads` names a model; and
+    what other models lack or have in another shape: that of `heads`, or outside of the layers of
+    the base. Elsewhere a difference stays for `check_tensors` to report.
+    """
+    config, findings = inventory.config, inventory.findings
+    findings.extend(_problems(inventory))
+    heads, others = named_model(config, HEADS), named_model(config, OTHERS)
+    reasons: dict[tuple[Any, str], list[str]] = {}
+    for tensor in inventory.located:
+        first = next(iter(tensor.inputs))
+        differs = _differs(tensor, inventory.aligned)
+        if not _is_merged(tensor.name, config):
+            giver, why = others or tensor.group.base or first, "which is not merged"
+        elif heads is not None and (differs or is_task_head(tensor.name)):
+            giver, why = heads, "as `heads:` says"
+        elif differs and tensor.group.base is not None and _may_be_of_base(tensor):
+            giver, why = tensor.group.base, "because others lack it or have another shape"
+        else:
+            continue
+        if giver in tensor.found:
+            tensor.take(giver)
+            reasons.setdefault((giver, why), []).append(tensor.name)
+        elif giver not in tensor.inputs:
+            expected = f"it among the inputs of {tensor.group.where}, for {tensor.name}"
+            remedy = "List it there, or name another model."
+            findings.problem("parameters", f"{giver}, {why}", expected, remedy)
+    for (giver, why), names in reasons.items():
+        if why.startswith("because"):  # not asked for
+            findings.warn(f"The output has {giver}'s {listing(names)}, {why}; `heads:` changes it.")
+        else:
+            findings.note(f"The output has {giver}'s {listing(names)}, {why}.")
+
+
+def note_routers(inventory: Inventory) -> None:
+    """Name the routers of a mixture of experts: what they choose among has changed with them."""
+    located = inventory.located
+    if any("experts." in tensor.name for tensor in located):
+        routers = [t.name for t in located if is_router(t.name) and not t.copied]
+        if routers:
+            inventory.findings.note(
+                f"{listing(routers)}: routers, merged like any tensor. `exclude:` with their names "
+                "keeps those of one model."
+            )
+
+
+def _differs(tensor: PlannedTensor, aligned: bool) -> bool:
+    if tensor.missing and not tensor.weight.optional:
+        return bool(tensor.found)
+    shapes = {header.shape for header in tensor.headers}
+    return len(shapes) > 1 and not (aligned and tensor.weight.vocabulary_axis is not None)
+
+
+def _may_be_of_base(tensor: PlannedTensor) -> bool:
+    return layer_of(tensor.name) is None and tensor.weight.vocabulary_axis is None
+
+
+def _is_merged(name: str, config: Any) -> bool:
+    given = _patterns(config, INCLUDE)
+    wanted = not given or _matches(name, given)
+    return wanted and not _matches(name, _patterns(config, EXCLUDE))
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _patterns(config: Any, parameter: str) -> Sequence[str]:
+    given = (config.parameters or {}).get(parameter) or ()
+    return [given] if isinstance(given, str) else [p for p in given if isinstance(p, str)]
+
+
+def _problems(inventory: Inventory) -> Iterator[Problem]:
+    """Yield what is wrong with the parameters that decide."""
+    config = inventory.config
+    models, given = list(map(str, models_at(config))), config.parameters or {}
+    for parameter in (HEADS, OTHERS):
+        if parameter in given and named_model(config, parameter) is None:
+            value = given[parameter]
+            close = nearest(value, models) if isinstance(value, str) else None
+            remedy = f"Write `{close}`." if close else "Write it as it stands there."
+            expected = f"one of the models: {', '.join(models)}"
+            yield Problem(f"parameters.{parameter}", shown(value), expected, remedy)
+    names = [tensor.name for tensor in inventory.planned]
+    for parameter in (INCLUDE, EXCLUDE):
+        patterns = _patterns(config, parameter)
+        if parameter in given and (not patterns or patterns != [*_as_list(given[parameter])]):
+            found, expected = shown(given[parameter]), "a pattern of names, or a list of them"
+            yield Problem(f"parameters.{parameter}", found, expected, 'Such as "vision_tower.*".')
+        for pattern in patterns if names else ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                expected = f"a pattern that a whole name fits, such as {min(names)}"
+                remedy = "`*` stands for any letters."
+                yield Problem(f"parameters.{parameter}", shown(pattern), expected, remedy)
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
