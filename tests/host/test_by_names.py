@@ -206,7 +206,7 @@ def test_a_stack_is_a_module_by_its_name(llavas, tmp_path):
     _, one, two = llavas
     both = [{"model": str(model)} for model in (one, two)]
     last = {"sources": [{**model, "layer_range": [1, 2]} for model in both]}
-    stacks = ("default", "vision_tower.vision_model.encoder.layers", "language_model.model.layers")
+    stacks = ("default", "vision_tower.encoder.layers", "language_model.model.layers")
     document = {
         "merge_method": "linear",
         "parameters": {"weight": 0.5},
