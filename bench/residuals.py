@@ -227,7 +227,7 @@ def joint(name: str, seeds: Sequence[int], out: Path, quick: bool) -> None:
             for pure in (True, False)
         }
         shown = []
-        for size in JOINT_SIZES:
+        for size in (size for size in JOINT_SIZES if size < len(FAMILIES[name].tasks)):
             pure, both = (
                 max(paid - price * size * whole for paid, price in zip(some, prices, strict=True))
                 for some in least.values()
