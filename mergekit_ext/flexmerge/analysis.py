@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, deltas_of, trimmed
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.kernels.numerics import chunks, count_non_finite
+from mergekit_ext.kernels.numerics import all_finite, chunks, count_non_finite
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
 from mergekit_ext.kernels.similarity import Gram
 from mergekit_ext.kernels.ties import kept
@@ -150,8 +150,8 @@ def require_finite_block(data: BlockData, layout: Layout) -> None:
     for owner, vector in owners:
         for index, part in enumerate(data.layout.parts):
             tensor = data.part(vector, index)
-            if count := count_non_finite(tensor):
-                raise NonFiniteError(part.name, owner, count, tensor.numel())
+            if not all_finite(tensor):
+                raise NonFiniteError(part.name, owner, count_non_finite(tensor), tensor.numel())
 
 
 def out_of_range(block: str) -> MergeError:

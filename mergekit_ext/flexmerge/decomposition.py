@@ -27,8 +27,8 @@ from mergekit_ext.kernels.truncated import leading
 from mergekit_ext.parallel import current
 
 # Ranks are computed this far beyond the mean one that the budget allows; where all triplets of a
-# matrix are taken, as far again.
-_DEPTH, _LEAST_DEPTH = 2, 8
+# matrix are taken, so many times as far.
+_FIRST_DEPTH, _DEPTH, _LEAST_DEPTH = 1.25, 2, 8
 _READ = 1 << 24
 
 
@@ -100,7 +100,7 @@ class Decomposition:
         if limit.budget < math.inf:
             each = storage.tasks * sum(storage.cost(part) for _, part in storage.matrices)
             mean = int(limit.budget // max(each, 1))
-        return -(-max(_DEPTH * mean, _LEAST_DEPTH) // step) * step
+        return -(-max(int(_FIRST_DEPTH * mean), _LEAST_DEPTH) // step) * step
 
     def theta_0(self, block: str, name: str) -> Tensor:
         """Return a tensor of theta_0."""

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, power_of_two, qr, svd, total
+from mergekit_ext.kernels.linear_algebra import (
+    cholesky,
+    eigh,
+    gram,
+    matmul,
+    norm,
+    power_of_two,
+    qr,
+    solve_triangular,
+    svd,
+    total,
+)
 
 # Up to this short side a full decomposition is as fast.
 DIRECT_SIDE = 512
@@ -28,16 +39,30 @@ FIRST, GROWTH = 1.5, 0.25
 # The last growth lowered the squared error by less than this share of it (measured: what is left
 # to gain is then below 1e-8 of it, since each growth gains less than a hundredth of the last), ...
 SETTLED = 3e-5
-_NEARLY_SETTLED = 1e-3
 # ... or by less than this share of the squared norm, which float32 products do not show.
 INVISIBLE = 1e-12
 # A column of a new block that keeps less than this of its length lies in the space already.
 _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 _ROWS = 1 << 17
+# A sketch forms X X^T where X is so much wider than high and the rank so large a share of the short
+# side, and looks at its space when that has so many times the rank.
+_WIDE, _GRAM_RANK, _LOOK = 2, 1 / 24, 3
+# All blocks to come gain at most so many times what the next one does (measured: 1 to 4.5); a
+# sketch ends when that is below the share of the squared error that is promised, ...
+_BLOCKS_TO_COME, _SKETCHED = 4.5, 2e-3
+# so many times less with each block, as a guess of when to look again, ...
+_BLOCK_GAINS = 2.5
+# ... and serves where the squared error is at least this share of the squared norm.
+_COARSE = 1e-3
+# A column that keeps less than this of its length outside the space takes more care.
+_KEPT = 0.02
+# Squares of float32 numbers below this, and above its inverse, are in range.
+_SAFE = 2.0**20
 
 
 class Leading(NamedTuple):
-    """``U diag(sigma) V^T``, the leading singular triplets of X, in float64.
+    """``U diag(sigma) V^T``, the leading singular triplets of X, in float64 (u and v of a sketch in
+    the dtype of X).
 
     Of u and v the one on the longer side is orthonormal only as far as the space has settled.
     """
@@ -59,17 +84,21 @@ def leading(x: Tensor, rank: int | None, exact: bool = True) -> Leading:
     Args:
         x: (rows, columns), float32 or float64, finite. Scaled in place, and back.
         rank: k.
-        exact: False for a third of the time: an error that is above the least possible by up to
-            0.1% of it, and found from norms.
+        exact: False for a sketch: an error that is above the least possible by up to 0.1% of it,
+            also that of fewer triplets, and found from norms.
     """
     scale = power_of_two(x)  # exact, and keeps squares in range
+    if not exact and 1 / _SAFE < scale < _SAFE:
+        scale = 1.0
     k = min(x.shape) if rank is None else min(rank, *x.shape)
     tall = x.shape[0] > x.shape[1]
-    x.div_(scale)
+    if scale != 1.0:
+        x.div_(scale)
     try:
         found = (_of_wide if exact else _sketched)(x.mT if tall else x, k)
     finally:
-        x.mul_(scale)
+        if scale != 1.0:
+            x.mul_(scale)
     u, v = (found.v, found.u) if tall else (found.u, found.v)
     return Leading(u, found.sigma * scale, v, found.rest * scale, found.whole * scale)
 
@@ -97,17 +126,70 @@ def _of_wide(x: Tensor, rank: int) -> Leading:
 
 
 def _sketched(x: Tensor, rank: int) -> Leading:
-    left = None
-    if FIRST * rank + 2 * BLOCK <= LARGEST_SPACE * x.shape[0]:
-        left = _lanczos(x, rank, _NEARLY_SETTLED)
-    u, _ = qr((_by_gram(x, rank) if left is None else left).to(torch.float64))
-    across = matmul(x.mT, u.to(x.dtype)).to(torch.float64)
-    sigma = torch.linalg.vector_norm(across, dim=0)
+    whole = norm(x) ** 2
+    u = _krylov(x, rank, whole) if whole else None
+    if u is None:
+        return _of_wide(x, rank)
+    across = matmul(u.mT, x)
+    sigma = torch.linalg.vector_norm(across.to(torch.float64), dim=1)
+    rest = whole - float(sigma.square().sum())
+    if rest < _COARSE * whole:
+        return _of_wide(x, rank)
+    across /= sigma[:, None]
     sigma, order = sigma.sort(descending=True)
-    v = across[:, order] / sigma.masked_fill(sigma == 0, 1.0)
-    whole = _squared_norm(x)
-    rest = max(whole - float(sigma.square().sum()), 0.0)
-    return Leading(u[:, order], sigma, v, rest**0.5, whole**0.5)
+    return Leading(u[:, order], sigma, across[order].mT, rest**0.5, whole**0.5)
+
+
+def _krylov(x: Tensor, rank: int, whole: float) -> Tensor | None:
+    """The left vectors of a sketch, by block Lanczos in the dtype of x.
+
+    None where more care is needed: little is left of x, or blocks become dependent.
+    """
+    side, last = x.shape[0], int(LARGEST_SPACE * x.shape[0]) // BLOCK * BLOCK
+    look = max(_LOOK * rank, 2 * BLOCK)
+    if look > last:
+        return _by_gram(x, rank).to(x.dtype)
+    squares = None
+    if x.shape[1] >= _WIDE * side and rank >= _GRAM_RANK * side:
+        squares = gram(x).tril_()
+        squares += squares.tril(-1).mT
+    # Q^T, by rows, and Q^T X X^T Q.
+    basis, small = x.new_empty((last, side)), x.new_empty((last, last))
+    generator = torch.Generator().manual_seed(0)
+    block = _orthonormal(torch.randn((BLOCK, side), generator=generator).to(x), 0.0)
+    for size in range(BLOCK, last + 1, BLOCK):
+        if block is None:
+            return None
+        new, known = slice(size - BLOCK, size), basis[:size]
+        basis[new] = block
+        image = matmul(matmul(block, x), x.mT) if squares is None else matmul(block, squares)
+        within = matmul(image, known.mT)
+        small[new, :size], small[:size, new] = within, within.mT
+        rest = image - matmul(within, known)
+        if size >= look:
+            values, vectors = (part[..., -rank:] for part in eigh(small[:size, :size]))
+            error = whole - float(values.sum())
+            if error < _COARSE * whole:
+                return None
+            # What the next block gains, to second order, and so what all may.
+            lost = matmul(vectors[new].mT, rest).square().sum(dim=1)
+            gaps = values - small[new, new].diagonal().mean()
+            gain = float((lost / gaps.clamp(min=0.1 * float(values[-1]))).sum())
+            excess = _BLOCKS_TO_COME * gain / (_SKETCHED * error)
+            if excess <= 1.0:
+                return matmul(known.mT, vectors.flip(1))
+            look = min(size + math.ceil(math.log(excess, _BLOCK_GAINS)) * BLOCK, last)
+        block = _orthonormal(rest, _KEPT * torch.linalg.vector_norm(image, dim=1))
+    return _by_gram(x, rank).to(x.dtype)
+
+
+def _orthonormal(rows: Tensor, least: Tensor | float) -> Tensor | None:
+    """Orthonormal rows of the same span; None if one adds less than `least` to those before it."""
+    wide = rows.to(torch.float64)
+    factor, failed = cholesky(gram(wide))
+    if int(failed) or bool((factor.diagonal() < least).any()):
+        return None
+    return solve_triangular(factor, wide, upper=False).to(rows.dtype)
 
 
 def _across(x: Tensor, left: Tensor) -> Tensor:

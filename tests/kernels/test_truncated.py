@@ -98,3 +98,32 @@ def test_zeros(direct, monkeypatch):
     found = leading(torch.zeros(100, 120), 5)
     assert found.rest == 0.0 and (found.sigma == 0).all() and found.u.shape == (100, 5)
     assert torch.isfinite(found.v).all()
+
+
+SKETCHED = {
+    **MATRICES,
+    "wide": lambda: gaussian(300, 640),
+    "power law": lambda: spectrum(torch.arange(1, 301).double() ** -0.45),
+    "linear": lambda: spectrum(torch.linspace(1, 0.01, 300).double()),
+    "step": lambda: spectrum(torch.cat([torch.full((30,), 1.1), torch.ones(270)]).double()),
+}
+
+
+@pytest.mark.parametrize("name", SKETCHED)
+@pytest.mark.parametrize("rank", [1, 16, 40, 120])
+def test_a_sketch_is_within_a_thousandth_of_the_best_at_every_rank(name, rank):
+    x = SKETCHED[name]()
+    before = x.clone()
+    found = leading(x, rank, exact=False)
+    assert torch.equal(x, before)
+    whole = float(x.double().norm())
+    sigma = torch.linalg.svdvals(x.double())
+    u, v = found.u.double(), found.v.double()
+    for count in sorted({1, rank // 2, rank} - {0}):
+        product = (u[:, :count] * found.sigma[:count]) @ v[:, :count].T
+        least = float(sigma[count:].norm())
+        left = float((x.double() - product).norm())
+        assert left <= least * (1 + 1e-3) + 1e-6 * whole, count
+    assert found.rest == pytest.approx(left, rel=1e-3, abs=1e-6 * whole)
+    assert float((u.T @ u - torch.eye(rank)).abs().max()) < 1e-4
+    assert (found.sigma.diff() <= 1e-6 * found.sigma[0]).all()
