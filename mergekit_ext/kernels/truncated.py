@@ -44,14 +44,16 @@ INVISIBLE = 1e-12
 # A column of a new block that keeps less than this of its length lies in the space already.
 _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 _ROWS = 1 << 17
-# A sketch forms X X^T where X is so much wider than high and the rank so large a share of the short
-# side, and looks at its space when that has so many times the rank.
-_WIDE, _GRAM_RANK, _LOOK = 2, 1 / 24, 3
+# A sketch forms X X^T from this share of the short side on, and looks at its space when that has so
+# many times the rank.
+_GRAM_RANK, _LOOK = 1 / 24, 3
+# One more of `BLOCK` columns a block for each so many triplets: so blocks gain alike at any rank.
+_BLOCK_RANK = 40
 # All blocks to come gain at most so many times what the next one does (measured: 1 to 4.5); a
 # sketch ends when that is below the share of the squared error that is promised, ...
 _BLOCKS_TO_COME, _SKETCHED = 4.5, 2e-3
 # so many times less with each block, as a guess of when to look again, ...
-_BLOCK_GAINS = 2.5
+_BLOCK_GAINS = 1.8
 # ... and serves where the squared error is at least this share of the squared norm.
 _COARSE = 1e-3
 # A column that keeps less than this of its length outside the space takes more care.
@@ -145,22 +147,23 @@ def _krylov(x: Tensor, rank: int, whole: float) -> Tensor | None:
 
     None where more care is needed: little is left of x, or blocks become dependent.
     """
-    side, last = x.shape[0], int(LARGEST_SPACE * x.shape[0]) // BLOCK * BLOCK
-    look = max(_LOOK * rank, 2 * BLOCK)
+    side, width = x.shape[0], BLOCK * math.ceil(rank / _BLOCK_RANK)
+    last = int(LARGEST_SPACE * side) // width * width
+    look = max(_LOOK * rank, 2 * width)
     if look > last:
         return _by_gram(x, rank).to(x.dtype)
     squares = None
-    if x.shape[1] >= _WIDE * side and rank >= _GRAM_RANK * side:
+    if rank >= _GRAM_RANK * side:
         squares = gram(x).tril_()
         squares += squares.tril(-1).mT
     # Q^T, by rows, and Q^T X X^T Q.
     basis, small = x.new_empty((last, side)), x.new_empty((last, last))
     generator = torch.Generator().manual_seed(0)
-    block = _orthonormal(torch.randn((BLOCK, side), generator=generator).to(x), 0.0)
-    for size in range(BLOCK, last + 1, BLOCK):
+    block = _orthonormal(torch.randn((width, side), generator=generator).to(x), 0.0)
+    for size in range(width, last + 1, width):
         if block is None:
             return None
-        new, known = slice(size - BLOCK, size), basis[:size]
+        new, known = slice(size - width, size), basis[:size]
         basis[new] = block
         image = matmul(matmul(block, x), x.mT) if squares is None else matmul(block, squares)
         within = matmul(image, known.mT)
@@ -178,7 +181,7 @@ def _krylov(x: Tensor, rank: int, whole: float) -> Tensor | None:
             excess = _BLOCKS_TO_COME * gain / (_SKETCHED * error)
             if excess <= 1.0:
                 return matmul(known.mT, vectors.flip(1))
-            look = min(size + math.ceil(math.log(excess, _BLOCK_GAINS)) * BLOCK, last)
+            look = min(size + math.ceil(math.log(excess, _BLOCK_GAINS)) * width, last)
         block = _orthonormal(rest, _KEPT * torch.linalg.vector_norm(image, dim=1))
     return _by_gram(x, rank).to(x.dtype)
 
