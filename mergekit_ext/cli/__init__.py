@@ -11,6 +11,7 @@ import click
 _COMMANDS = {
     "analyze": "Measure how alike the models of a FlexMerge are.",
     "check": "Check a merge without reading a weight.",
+    "decompose": "Make one base of fine-tunes, and a LoRA of each.",
     "export": "Write one task of a FlexMerge checkpoint as an ordinary model.",
     "merge": "Merge, as mergekit-yaml does, with the methods known.",
     "sizes": "Merge at many sizes, and score each.",

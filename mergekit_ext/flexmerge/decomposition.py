@@ -85,7 +85,7 @@ class Decomposition:
             wanted = set()
             for k, (block, _) in enumerate(matrices):
                 taken = max(ranks[k * len(tasks) : (k + 1) * len(tasks)])
-                if limit.rank is None and taken == depth[k] < most[k]:
+                if limit.rank is None and taken >= depth[k] < most[k]:
                     depth[k] = min(most[k], _DEPTH * depth[k])
                     wanted.add(block)
         return [found[part.name] for _, part in matrices]
@@ -131,11 +131,15 @@ class Decomposition:
         if crc is None or not path.is_file() or _crc(path) != crc:
             save_file(self._made(block, depths), path)
             self._finished.add("residuals", key, _crc(path))
-        with safe_open(path, framework="pt") as file:
-            return {
-                name: Spectrum(file.get_tensor(f"squares/{name}"), file.get_tensor(f"whole/{name}"))
-                for name in depths
-            }
+        return self.measured(block.name)
+
+    def measured(self, block: str) -> dict[str, Spectrum]:
+        """Return what is measured of each tensor of a block; no squares if it has no factors."""
+        with safe_open(self._path(block), framework="pt") as file:
+            found = {key: file.get_tensor(key) for key in file.keys() if key[0] in "sw"}  # noqa: SIM118
+        names = [key.partition("/")[2] for key in found if key.startswith("whole/")]
+        none = torch.zeros(self.storage.tasks, 0)
+        return {n: Spectrum(found.get(f"squares/{n}", none), found[f"whole/{n}"]) for n in names}
 
     def _made(self, block: BlockLayout, depths: Mapping[str, int]) -> dict[str, Tensor]:
         data, forced, wide = (
@@ -150,14 +154,15 @@ class Decomposition:
         for index, part in enumerate(block.parts):
             theta_0 = data.part(merged, index).to(forced or part.dtype(tasks))
             made[f"theta_0/{part.name}"] = theta_0.cpu()
-            if part.name not in depths:
-                continue
             squares, whole = [], []
             for task in tasks:
                 model = data.part(data.models[task], index).to(wide)
                 residual = (model - theta_0).view(part.matrix_shape)
                 if not all_finite(residual):
                     raise out_of_range(block.name)
+                if part.name not in depths:
+                    whole.append(float(residual.square().sum(dtype=torch.float64)))
+                    continue
                 found = [leading(matrix, depths[part.name], exact=False) for matrix in residual]
                 sigma = torch.stack([each.sigma for each in found])
                 root = sigma.sqrt()[:, None, :]
@@ -167,7 +172,8 @@ class Decomposition:
                 made[f"a/{task}/{part.name}"] = a.mT.to(wide).cpu().contiguous()
                 squares.append(sigma.square().sum(dim=0).cpu())
                 whole.append(sum(each.whole**2 for each in found))
-            made[f"squares/{part.name}"] = torch.stack(squares).cummin(dim=1).values
+            if squares:
+                made[f"squares/{part.name}"] = torch.stack(squares).cummin(dim=1).values
             made[f"whole/{part.name}"] = torch.tensor(whole, dtype=torch.float64)
         return made
 

@@ -22,12 +22,19 @@ from mergekit_ext.flexmerge.manifest import (
     FACTORS,
     MASKED,
     MASKS,
-    RESIDUAL,
     UNIFIED,
 )
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.flexmerge.stored import FACTOR_ENDS, Place, StoredGroup, sources, stored
+from mergekit_ext.flexmerge.stored import (
+    ADAPTED,
+    FACTOR_ENDS,
+    FACTORED,
+    Place,
+    StoredGroup,
+    sources,
+    stored,
+)
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 # Below this share of a dtype's largest value no rounding leads out of its range.
@@ -80,7 +87,7 @@ def block_tensors(
     model stores it; `rescale` receives the rescaler of each task whose group is masked.
     """
     forced, algorithm = merging.forced, merging.algorithm
-    merged = [group for group in groups if len(group.tasks) > 1 and group.kind != RESIDUAL]
+    merged = [group for group in groups if len(group.tasks) > 1 and group.kind not in FACTORED]
     shared = [task for group in merged for task in group.tasks]
     data = reader.read(block, shared) if shared else None
     if data is not None and any(group.kind == MASKED for group in groups):
@@ -93,7 +100,7 @@ def block_tensors(
             for part in block.parts:
                 yield _own(own, task, part, forced)
             continue
-        if group.kind == RESIDUAL:
+        if group.kind in FACTORED:
             yield from _residual(block, group, merging, own)
             continue
         assert data is not None
@@ -126,13 +133,14 @@ def _residual(
     found, tasks = merging.residuals, group.tasks
     assert found is not None
     for part in block.parts:
+        if part.name not in group.own or group.kind == ADAPTED:
+            theta_0 = found.theta_0(block.name, part.name)
+            require_in_range(theta_0, part.name)
+            yield Place(UNIFIED, tasks), part.name, theta_0
         if part.name in group.own:
             for task in tasks:
                 yield _own(own, task, part, merging.forced)
             continue
-        theta_0 = found.theta_0(block.name, part.name)
-        require_in_range(theta_0, part.name)
-        yield Place(UNIFIED, tasks), part.name, theta_0
         for task in tasks:
             if rank := group.ranks[task].get(part.name):
                 factors = found.factors(block.name, task, part.name, rank)

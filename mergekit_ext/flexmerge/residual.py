@@ -9,34 +9,40 @@ computes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Count, Parameter, Share, choice
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.algorithm import Algorithm, Parameters
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.manifest import RESIDUAL
 from mergekit_ext.flexmerge.plan import Plan, Planner
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.flexmerge.storage import Size, Storage, Target
-from mergekit_ext.flexmerge.stored import StoredGroup
+from mergekit_ext.flexmerge.stored import ADAPTED, FACTORED, StoredGroup
 from mergekit_ext.kernels.ranks import allocate
 
+# Of a limit that all matrices keep to.
+_ANY_RANK = 1 << 62
 GIVEN = "given"  # as the base: the base model itself
+CHECKPOINT, ADAPTERS = "checkpoint", "adapters"
+# What becomes of a tensor.
+LOW_RANK, OWN, SHARED = "low_rank", "own", "shared"
 PARAMETERS = (
-    Parameter("vectors", choice("own", "shared"), "own", "what becomes of small tensors"),
-    Parameter(
-        "embeddings", choice("low_rank", "own", "shared"), "low_rank", "what becomes of embeddings"
-    ),
+    Parameter("output", choice(CHECKPOINT, ADAPTERS), CHECKPOINT, "in which form it is written"),
+    Parameter("vectors", choice(OWN, SHARED), OWN, "what becomes of small tensors"),
+    Parameter("embeddings", choice(LOW_RANK, OWN, SHARED), LOW_RANK, "what becomes of embeddings"),
     Parameter("rank", Count | None, None, "the rank of all residuals, in place of a size"),
     Parameter("energy", Share | None, None, "the share of their squared norms that is kept"),
     Parameter("max_rank", Count | None, None, "the largest rank of a residual"),
     Parameter("rank_multiple", Count, 1, "of which ranks are multiples, where a matrix allows it"),
+    Parameter("uniform_rank", bool, False, "one rank in all of an adapter, filled with zeros"),
 )
 
 
@@ -67,7 +73,7 @@ class Residual(Algorithm):
         _, rows, columns = part.matrix_shape
         if rows * columns <= rows + columns:
             return str(options["vectors"])
-        return str(options["embeddings"]) if block.kind == "embedding" else "low_rank"
+        return str(options["embeddings"]) if block.kind == "embedding" else LOW_RANK
 
     def largest_rank(self, part: Part) -> int:
         """Return the largest rank that a residual may have."""
@@ -98,6 +104,8 @@ class Limit:
 class ResidualStorage(Storage):
     """How a base and residuals are stored; a group of it is one of all tasks."""
 
+    kind = RESIDUAL
+
     def __init__(self, layout: Layout, algorithm: Residual, forced: torch.dtype | None = None):
         super().__init__(layout, forced=forced)
         self.algorithm = algorithm
@@ -109,20 +117,20 @@ class ResidualStorage(Storage):
             (index, part)
             for index, block in enumerate(self.layout.blocks)
             for part in block.parts
-            if self.algorithm.treatment(block, part) == "low_rank"
+            if self.treatment(block, part) == LOW_RANK
         ]
+
+    def treatment(self, block: BlockLayout, part: Part) -> str:
+        """Return what becomes of a tensor, as `Residual.treatment` does."""
+        return self.algorithm.treatment(block, part)
 
     def group(self, block: int, ranks: Mapping[int, Mapping[str, int]]) -> StoredGroup:
         """Return what is stored of a block with these ranks, by task and tensor."""
         layout, everyone = self.layout.blocks[block], tuple(range(self.tasks))
         return StoredGroup(
             everyone,
-            RESIDUAL,
-            own=tuple(
-                part.name
-                for part in layout.parts
-                if self.algorithm.treatment(layout, part) == "own"
-            ),
+            self.kind,
+            own=tuple(p.name for p in layout.parts if self.treatment(layout, p) == OWN),
             stacked=tuple(p.name for p in layout.parts if p.layout == "stacked"),
             ranks={task: ranks.get(task, {}) for task in everyone},
         )
@@ -134,10 +142,13 @@ class ResidualStorage(Storage):
         return count * (rows + columns) * dtype.itemsize
 
     @cached_property
+    def bare(self) -> int:
+        """Bytes of the base and of what tasks store themselves, without residuals."""
+        return sum(self.bytes(block, [self.group(block, {})]) for block in range(self.blocks))
+
+    @cached_property
     def least(self) -> Size:
-        """The base and what tasks store themselves, without residuals."""
-        blocks = range(self.blocks)
-        return self.size(sum(self.bytes(block, [self.group(block, {})]) for block in blocks))
+        return self.size(self.bare)
 
     def ranks(self, spectra: Sequence[Spectrum], limit: Limit) -> tuple[int, ...]:
         """Return the ranks of residuals: of each of `matrices` those of all tasks."""
@@ -147,22 +158,117 @@ class ResidualStorage(Storage):
             return tuple(min(limit.rank, top) for top in most for _ in tasks)
         weights = [abs(weight) for weight in parameters.weights(list(tasks))]
         whole = (s.whole[task] * weights[task] for s in spectra for task in tasks)
-        return allocate(
-            [spectrum.squares[task] * weights[task] for spectrum in spectra for task in tasks],
-            [self.cost(part) for _, part in self.matrices for _ in tasks],
+        gains = [spectrum.squares[task] * weights[task] for spectrum in spectra for task in tasks]
+        costs = [self.cost(part) for _, part in self.matrices for _ in tasks]
+        return self._allocated(
+            gains,
+            costs,
             budget=limit.budget,
             goal=math.inf if limit.energy is None else limit.energy * math.fsum(whole),
             multiple=parameters.shared["rank_multiple"],
         )
 
+    def _allocated(
+        self, gains: Sequence[Tensor], costs: Sequence[int], goal: float, **limits: Any
+    ) -> tuple[int, ...]:
+        return allocate(gains, costs, goal=goal, **limits)
+
+    def at_most(self, limit: Limit) -> int:
+        """Return the bytes of all that is stored within a rank, or at most within a share.
+
+        A share of all triplets, the best before others, keeps that share of their squares at least.
+        """
+        largest = Limit(rank=limit.rank or _ANY_RANK)
+        stored, least = (
+            Residuals(self, lambda limit: ()).within(largest).size.bytes,
+            self.least.bytes,
+        )
+        return stored if limit.rank else least + math.ceil((limit.energy or 1) * (stored - least))
+
+    def rank_problems(self) -> Iterator[Problem]:
+        """Yield ranks that no matrix has."""
+        shared = self.algorithm.parameters.shared
+        most = max((min(part.matrix_shape[1:]) for _, part in self.matrices), default=0)
+        for name in ("rank", "max_rank"):
+            if (shared[name] or 0) > most:
+                expected = f"at most {most}, the rank of the largest matrix"
+                yield Problem(f"parameters.{name}", str(shared[name]), expected, "Write less.")
+
     def budget(self, target: Target) -> int:
         """Return the bytes that residuals may take."""
-        least = self.least
         if target.bytes is not None:
-            return target.bytes - least.bytes
-        return math.floor((target.models or 0) * (1 + 1e-9) * least.unit_bytes) - (
-            least.bytes - least.private_bytes
-        )
+            return target.bytes - self.private_bytes - self.bare
+        return math.floor((target.models or 0) * (1 + 1e-9) * self.least.unit_bytes) - self.bare
+
+
+class AdapterStorage(ResidualStorage):
+    """How a base that is a model, and an adapter of each task, are stored.
+
+    `treatments` are those of all tensors, as adapters allow them. Those in `held` have a residual
+    in every task, however small it is. `private_bytes` are those of what no other task has, in base
+    and adapters.
+    """
+
+    kind = ADAPTED
+
+    def __init__(
+        self,
+        layout: Layout,
+        algorithm: Residual,
+        treatments: Mapping[str, str],
+        held: Collection[str],
+        private_bytes: int,
+        forced: torch.dtype | None = None,
+    ):
+        super().__init__(layout, algorithm, forced)
+        self._treatments, self.private_bytes = treatments, private_bytes
+        shared = algorithm.parameters.shared
+        self._uniform: bool = shared["uniform_rank"]
+        self._least_ranks = [
+            min(shared["rank_multiple"], algorithm.largest_rank(part))
+            if self._uniform or part.name in held
+            else 0
+            for _, part in self.matrices
+        ]
+
+    def treatment(self, block: BlockLayout, part: Part) -> str:
+        return self._treatments[part.name]
+
+    @cached_property
+    def least(self) -> Size:
+        pairs = zip(self._least_ranks, self.matrices, strict=True)
+        held = sum(rank * self.cost(part) for rank, (_, part) in pairs)
+        return self.size(self.bare + self.tasks * held)
+
+    @cached_property
+    def most(self) -> Size:
+        """All residuals at the largest rank that they may have."""
+        return self.size(self.at_most(Limit(rank=_ANY_RANK)) - self.private_bytes)
+
+    def ranks(self, spectra: Sequence[Spectrum], limit: Limit) -> tuple[int, ...]:
+        found = super().ranks(spectra, limit)
+        return (max(found, default=0),) * len(found) if self._uniform and limit.rank else found
+
+    def _allocated(
+        self, gains: Sequence[Tensor], costs: Sequence[int], goal: float, **limits: Any
+    ) -> tuple[int, ...]:
+        """Return ranks; with `uniform_rank` the triplets of one task are taken together."""
+        # A gain that nothing else has lets what is held come first.
+        first = (math.fsum(float(gain.sum()) for gain in gains) or 1.0) * max(costs) / min(costs)
+        each = [
+            torch.zeros(max(map(len, gains)), dtype=torch.float64)
+            for _ in range(self.tasks if self._uniform else len(gains))
+        ]
+        for index, gain in enumerate(gains):
+            total = each[index % len(each)]
+            total[: len(gain)] += gain.to(total)
+            total[: self._least_ranks[index // self.tasks]] += first
+        goal += first * sum(self._least_ranks) * self.tasks
+        if not self._uniform:
+            each = [total[: len(gain)] for total, gain in zip(each, gains, strict=True)]
+            return allocate(each, costs, goal=goal, **limits)
+        together = [sum(costs) // self.tasks] * self.tasks
+        return allocate(each, together, goal=goal, **limits) * len(self.matrices)
 
 
 @dataclass(frozen=True)
@@ -173,6 +279,50 @@ class Spectrum:
 
     squares: Tensor
     whole: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a plan keeps of one tensor of one task.
+
+    Attributes:
+        rank: of the residual; None of what has none.
+        bytes: that are stored for this task alone.
+        whole, left: squared norms of theta_i - theta_0, and of what is left of it.
+    """
+
+    rank: int | None
+    bytes: int
+    whole: float
+    left: float
+
+
+def kept(
+    storage: ResidualStorage, plan: Plan, measured: Callable[[str], Mapping[str, Spectrum]]
+) -> dict[str, list[Kept]]:
+    """Return what is kept of each tensor, task by task; `measured` returns spectra of a block.
+
+    From singular values: factors are not rounded yet. Nothing is measured where all tasks are
+    stored apart.
+    """
+    found: dict[str, list[Kept]] = {}
+    for block, groups in zip(storage.layout.blocks, plan.groups, strict=True):
+        apart = groups[0].kind not in FACTORED
+        spectra = {} if apart else measured(block.name)
+        for part in block.parts:
+            own = apart or part.name in groups[0].own
+            found[part.name] = each = []
+            for task in range(storage.tasks):
+                if own:
+                    dtype = storage.forced or part.dtypes[task]
+                    whole = 0.0 if apart else float(spectra[part.name].whole[task])
+                    each.append(Kept(None, math.prod(part.shape) * dtype.itemsize, whole, 0.0))
+                    continue
+                rank, spectrum = groups[0].ranks[task].get(part.name, 0), spectra[part.name]
+                whole = float(spectrum.whole[task])
+                left = max(0.0, whole - float(spectrum.squares[task][:rank].sum()))
+                each.append(Kept(rank, rank * storage.cost(part), whole, left))
+    return found
 
 
 class Residuals(Planner):
@@ -200,7 +350,7 @@ class Residuals(Planner):
             return self.within(Limit(rank=given["rank"], energy=given["energy"]))
         if problem := storage.problem(target):
             raise ConfigError([problem])
-        if target.holds(storage.size(storage.whole)):
+        if storage.kind == RESIDUAL and target.holds(storage.most):
             return Plan((storage.apart,) * storage.blocks, storage.size(storage.whole))
         return self.within(Limit(storage.budget(target)))
 

@@ -109,18 +109,23 @@ class GroupStorage(ABC):
         """Bytes of all shareable tensors of all tasks, kept apart."""
         return sum(self.bytes(block, self.apart) for block in range(self.blocks))
 
+    @property
+    def most(self) -> Size:
+        """The largest size."""
+        return self.size(self.whole)
+
     def size(self, shareable: int) -> Size:
         """Return the size of a merge that stores so many bytes of blocks."""
         return Size(shareable + self.private_bytes, self.whole / self.tasks, self.private_bytes)
 
     def problem(self, target: Target, least: Size | None = None) -> Problem | None:
-        """Return what is wrong with a target that is not between `least` and all kept apart."""
-        least, most = least or self.least, self.size(self.whole)
+        """Return what is wrong with a target that is not between `least` and `most`."""
+        least, most = least or self.least, self.most
         if target.holds(least) and not target.exceeds(most):
             return None
         low, high = f"{math.ceil(least.models * 1e4 - 1e-6) / 1e4:.10g}", f"{most.models:.10g}"
         if target.exceeds(most):
-            remedy = f"Write {high}, at which nothing is merged, or less."
+            remedy = f"Write {high}, at which every task is as it was, or less."
         else:
             smallest = low if target.bytes is None else f"'{least.bytes}B'"
             remedy = f"Write {smallest} for the smallest. {self.advice(target)}".strip()

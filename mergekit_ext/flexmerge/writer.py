@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,8 +38,11 @@ from mergekit_ext.parallel import current
 
 # By task, the rescaler of its masked group.
 Rescale = dict[int, float]
+# Files by their paths: the place of their tensors, and the tensors.
+Files: TypeAlias = dict[str, tuple[Place, Sequence[TensorHeader]]]
+Filed: TypeAlias = Callable[[Mapping[Place, Sequence[TensorHeader]]], Files]
 _KIND = "piece"  # of the lines in the journal
-_DTYPES = {dtype_name(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+DTYPES = {dtype_name(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Piece:
     tensors: Iterator[tuple[Place, str, Tensor]]
     # Of masked groups, known with the tensors.
     rescale: Rescale = field(default_factory=dict)
+    done: Callable[[], None] = lambda: None  # called when it is written
 
 
 def write_checkpoint(
@@ -74,25 +78,11 @@ def write_checkpoint(
     made again: its subject is what decides the bytes of a block, but for its groups.
     """
     layout, processes = reader.layout, current()
-    blocks = list(zip(layout.blocks, plan.groups, strict=True))
-    pieces = [_of_block(reader, block, groups, merging) for block, groups in blocks]
-    pieces += [
-        _of_private(reader, task, header)
-        for task, headers in enumerate(layout.private)
-        for header in headers
-    ]
-    declared = [entry for piece in pieces for entry in piece.entries]
-    with closing(Shards(folder, declared, shard_size, finished or Finished())) as shards:
-        processes.from_main(shards.create)
-        owners = processes.share([piece.bytes for piece in pieces])
-        for index, (piece, owner) in enumerate(zip(pieces, owners, strict=True)):
-            if owner == processes.rank:
-                shards.make(piece)
-                if index < len(blocks):
-                    merged(*blocks[index])
-        files = shards.finish(layout.tasks)
-        own = {piece.key: piece.rescale for piece in pieces if piece.rescale}
-        rescale = {key: found for part in processes.gather(own) for key, found in part.items()}
+    pieces = pieces_of(reader, plan, merging, merged)
+    shards = write_pieces(folder, pieces, partial(sharded, limit=shard_size), finished)
+    files = shards.described(layout.tasks)
+    own = {piece.key: piece.rescale for piece in pieces if piece.rescale}
+    rescale = {key: found for part in processes.gather(own) for key, found in part.items()}
 
     def completed() -> Manifest:
         manifest = _manifest(layout, plan, origin, models, files, rescale)
@@ -103,8 +93,63 @@ def write_checkpoint(
     return processes.from_main(completed)
 
 
+def pieces_of(
+    reader: BlockReader,
+    plan: Plan,
+    merging: Merging,
+    merged: Callable[[BlockLayout, Sequence[StoredGroup]], None],
+) -> list[Piece]:
+    """Return all that is stored of a plan: its blocks, after each of which `merged` is called."""
+    blocks = zip(reader.layout.blocks, plan.groups, strict=True)
+    return [
+        *(_of_block(reader, block, groups, merging, merged) for block, groups in blocks),
+        *(
+            _of_private(reader, task, header)
+            for task, headers in enumerate(reader.layout.private)
+            for header in headers
+        ),
+    ]
+
+
+def write_pieces(
+    folder: Path, pieces: Sequence[Piece], filed: Filed, finished: Finished | None = None
+) -> Shards:
+    """Write pieces into the files that `filed` makes of all their tensors; they are closed then.
+
+    The processes of a merge share out the pieces, and all call this.
+    """
+    processes = current()
+    entries: dict[Place, list[TensorHeader]] = {}
+    for place, entry in (each for piece in pieces for each in piece.entries):
+        entries.setdefault(place, []).append(entry)
+    with closing(Shards(folder, filed(entries), finished or Finished())) as shards:
+        processes.from_main(shards.create)
+        owners = processes.share([piece.bytes for piece in pieces])
+        for piece, owner in zip(pieces, owners, strict=True):
+            if owner == processes.rank:
+                shards.make(piece)
+                piece.done()
+        shards.finish()
+    return shards
+
+
+def sharded(entries: Mapping[Place, Sequence[TensorHeader]], limit: int) -> Files:
+    """Return shards of at most `limit` bytes (0: one for each place)."""
+    files: Files = {}
+    numbers: Counter[str] = Counter()
+    for place, own in entries.items():
+        for part in split(own, limit):
+            numbers[place.kind] += 1
+            files[f"{SHARDS}/{place.kind}-{numbers[place.kind]:05d}.safetensors"] = place, part
+    return files
+
+
 def _of_block(
-    reader: BlockReader, block: BlockLayout, groups: Sequence[StoredGroup], merging: Merging
+    reader: BlockReader,
+    block: BlockLayout,
+    groups: Sequence[StoredGroup],
+    merging: Merging,
+    merged: Callable[[BlockLayout, Sequence[StoredGroup]], None],
 ) -> Piece:
     rescale: Rescale = {}
     return Piece(
@@ -118,6 +163,7 @@ def _of_block(
         ],
         block_tensors(reader, block, groups, merging, reader.read_stored, rescale),
         rescale,
+        partial(merged, block, groups),
     )
 
 
@@ -127,39 +173,24 @@ def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
 
     def copied() -> Iterator[tuple[Place, str, Tensor]]:
         tensor = reader.read_stored(task, header.name)
-        if header.dtype in _DTYPES and header.dtype not in PACKED:
-            require_finite(tensor.view(_DTYPES[header.dtype]), header.name, owner)
+        if header.dtype in DTYPES and header.dtype not in PACKED:
+            require_finite(tensor.view(DTYPES[header.dtype]), header.name, owner)
         yield place, header.name, tensor
 
     return Piece(f"{owner}/{header.name}", header.nbytes, [], [(place, header)], copied())
 
 
 class Shards:
-    """The files under ``shards/``: planned, written tensor by tensor in any order, and digested.
+    """The files of an output: planned, written tensor by tensor in any order, and digested.
 
     Sums are computed in the background: what is given to `write` must stay as it is until the call
-    after the next. The tensors of a place are cut into files of at most `limit` bytes (0: one).
+    after the next.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        declared: Iterable[tuple[Place, TensorHeader]],
-        limit: int,
-        finished: Finished,
-    ):
+    def __init__(self, folder: Path, files: Files, finished: Finished):
         self._folder, self._finished, self._open = folder, finished, PlannedFiles(folder)
-        self.files: dict[str, PlannedFile] = {}
-        self._places: dict[str, Place] = {}
-        entries: dict[Place, list[TensorHeader]] = {}
-        for place, entry in declared:
-            entries.setdefault(place, []).append(entry)
-        numbers: Counter[str] = Counter()
-        for place, own in entries.items():
-            for part in split(own, limit):
-                numbers[place.kind] += 1
-                path = f"{SHARDS}/{place.kind}-{numbers[place.kind]:05d}.safetensors"
-                self.files[path], self._places[path] = PlannedFile(path, part), place
+        self.files = {path: PlannedFile(path, tuple(part)) for path, (_, part) in files.items()}
+        self._places = {path: place for path, (place, _) in files.items()}
         self._homes = {
             (self._places[path], entry.name): file
             for path, file in self.files.items()
@@ -171,12 +202,15 @@ class Shards:
         self._last: Future[Any] = self._behind.submit(int)
 
     def create(self) -> None:
-        """Leave nothing of an earlier run but its shards, and make all shards."""
-        (self._folder / SHARDS).mkdir(exist_ok=True)
+        """Leave nothing of an earlier run but these files, and make all of them."""
         known = {self._folder / path for path in self.files}
-        for path in (*self._folder.iterdir(), *(self._folder / SHARDS).iterdir()):
-            if path.name != SHARDS and path not in known:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # What is in a folder comes before it.
+        for path in sorted(self._folder.rglob("*"), reverse=True):
+            if path.is_symlink() or not path.is_dir():
+                if path not in known:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
         self._open.create(self.files.values())
 
     def make(self, piece: Piece) -> None:
@@ -201,13 +235,16 @@ class Shards:
         self._open.put(file, name, data)
         return self._later(self._sum, file, name, data)
 
-    def finish(self, tasks: tuple[str, ...]) -> tuple[ShardFile, ...]:
-        """Close the files; return their entries in the manifest. All processes call this.
+    def finish(self) -> None:
+        """Return when all is written and recorded, in all processes, which call this."""
+        self._last.result()
+        current().wait()
+
+    def described(self, tasks: tuple[str, ...]) -> tuple[ShardFile, ...]:
+        """Return the entries of the files in the manifest. All processes call this.
 
         Files whose digests are not known are read, each by one process.
         """
-        self._last.result()
-        self.close()
         counted = {path: count for path, (_, count) in self._digests.items()}
         whole = [path for path, file in self.files.items() if counted[path] == len(file.entries)]
         processes = current()

@@ -15,7 +15,9 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_ext.core.interrupts import prompt
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, printable
+from mergekit_ext.flexmerge.residual import Residual
 from mergekit_ext.host.checks.schema import NO_DOCUMENT, between_documents, parse, unknown_keys
+from mergekit_ext.host.flexmerge import DECOMPOSE
 from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.documents import read, text_of
 from mergekit_ext.parallel import require_one
@@ -55,6 +57,17 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
             return config
         problems = [*problems, *wrong]
     raise ConfigError(problems, "this configuration")
+
+
+def require_decomposition(text: str) -> None:
+    """Raise `ConfigError` for a text that is no merge into a base and residuals."""
+    config = parsed(text)
+    method = config.merge_method
+    if method == DECOMPOSE or (config.parameters or {}).get("algorithm") == Residual.name:
+        return
+    expected = f"`{DECOMPOSE}`, or `flexmerge` with `algorithm: {Residual.name}`"
+    remedy = "Use `mergekit-ext merge` for other methods."
+    raise ConfigError([Problem("merge_method", repr(method), expected, remedy)])
 
 
 def require_merges(text: str) -> None:

@@ -55,7 +55,7 @@ def extend_methods(merge_methods: Any) -> None:
     from mergekit.options import ShardSizeParamType
 
     from mergekit_ext.host.adapters import loader
-    from mergekit_ext.host.flexmerge import FlexMergeMethod
+    from mergekit_ext.host.flexmerge import DecomposeMethod, FlexMergeMethod
     from mergekit_ext.host.method import DeclaredMethod
     from mergekit_ext.host.nan_method import NanMethod, takes_nan
     from mergekit_ext.methods import MODELS, methods
@@ -66,7 +66,8 @@ def extend_methods(merge_methods: Any) -> None:
             if method.spec.name not in known:
                 merge_methods.register(method)
 
-    register([NanMethod(), FlexMergeMethod(), *map(DeclaredMethod, methods(MODELS).values())])
+    own = [NanMethod(), FlexMergeMethod(), DecomposeMethod()]
+    register([*own, *map(DeclaredMethod, methods(MODELS).values())])
     register([NanMethod(other) for other in merge_methods.registered_methods() if takes_nan(other)])
     _replace(auto, "get_model_tensor_names", loader.tensor_names)
     _replace(LoaderCache, "setup", loader.setup)

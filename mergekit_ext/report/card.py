@@ -20,10 +20,10 @@ def append_section(card: Path, section: str) -> None:
 
 
 def write_report(
-    folder: Path, method: str, tensors: Mapping[str, Mapping[str, Any]], seed: int
+    folder: Path, method: str, tensors: Mapping[str, Mapping[str, Any]], seed: int, **more: Any
 ) -> None:
     """Write the report of a merge into `folder`; `tensors` is what the method says of each."""
-    content = {"format_version": 1, "method": method, "seed": seed, "tensors": tensors}
+    content = {"format_version": 1, "method": method, "seed": seed, **more, "tensors": tensors}
     text = json.dumps(content, indent=1, allow_nan=False)
     (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -127,6 +127,33 @@ def flexmerge_section(
             "and tensors of one task come on top of the copies below."
         )
     return "\n\n".join([*parts, table(["blocks", "number", "mean copies"], rows)])
+
+
+def residual_section(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what is kept of each task: its ``bytes``, ``ranks`` and relative ``error``."""
+    rows = [
+        [name, " / ".join(map(str, found["ranks"])), f"{found['bytes']:,}", f"{found['error']:.4f}"]
+        for name, found in tasks.items()
+    ]
+    text = (
+        "What each task adds to the base, and the Frobenius norm of what is lost of its difference "
+        f"from the base, relative to that difference. Each tensor is in `{REPORT_NAME}`."
+    )
+    head = ["task", "rank (lowest / median / highest)", "bytes", "relative error"]
+    return "\n\n".join(["### Residuals", text, table(head, rows)])
+
+
+def adapters_section(base: str, tasks: Sequence[str], load: Sequence[str], serve: str) -> str:
+    """Return how to use a base and its adapters: in Python, and with a command if there is one."""
+    parts = [
+        "### Base and adapters",
+        f"`{base}` is an ordinary model, and {', '.join(f'`{task}`' for task in tasks)} are PEFT "
+        "LoRAs on it, with a scaling of 1. Load one with",
+        "\n".join(["```python", *load, "```"]),
+    ]
+    if serve:
+        parts += ["or serve all with", f"```sh\n{serve}\n```"]
+    return "\n\n".join(parts)
 
 
 def _range(values: Sequence[float]) -> str:

@@ -161,7 +161,8 @@ def page(
     """Return a card as Markdown; `metadata` are further fields of `ModelCardData`."""
     from huggingface_hub import ModelCardData
 
-    header = ModelCardData(library_name="peft", tags=list(tags), **(metadata or {})).to_yaml()
+    fields = {"library_name": "peft", "tags": list(tags), **(metadata or {})}
+    header = ModelCardData(**fields).to_yaml()
     parts = [f"---\n{header}\n---", f"# {title}", *paragraphs]
     parts += ["## Use", "\n".join(["```python", *example, "```"])]
     if config is not None:

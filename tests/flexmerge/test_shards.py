@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_ext.flexmerge.stored import Place
-from mergekit_ext.flexmerge.writer import Piece, Shards
+from mergekit_ext.flexmerge.writer import Piece, Shards, sharded
 from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.journal import Finished, Journal
 from mergekit_ext.parallel import Ranks, joined
@@ -28,10 +28,16 @@ def entries(tensors):
 
 def begun(folder, sets, limit=0, finished=None):
     folder.mkdir(exist_ok=True)
-    declared = [(key, entry) for key, tensors in sets.items() for entry in entries(tensors)]
-    shards = Shards(folder, declared, limit, finished or Finished())
+    declared = {key: entries(tensors) for key, tensors in sets.items()}
+    shards = Shards(folder, sharded(declared, limit), finished or Finished())
     shards.create()
     return shards
+
+
+def ended(shards, tasks=TASKS):
+    shards.finish()
+    shards.close()
+    return shards.described(tasks)
 
 
 def written(folder, sets, limit=0, order=None):
@@ -39,7 +45,7 @@ def written(folder, sets, limit=0, order=None):
     for key, tensors in sets.items():
         for name in order or tensors:
             shards.write(key, name, tensors[name])
-    return shards.finish(TASKS), shards
+    return ended(shards), shards
 
 
 def test_any_reader_reads_them(tmp_path):
@@ -91,7 +97,7 @@ def test_many_sets_are_open_at_once(tmp_path):
     for name in ("x", "y"):  # back and forth between all of them
         for key, tensors in sets.items():
             shards.write(key, name, tensors[name])
-    for file in shards.finish(tuple(map(str, range(150)))):
+    for file in ended(shards, tuple(map(str, range(150)))):
         path, expected = tmp_path / "out" / file.path, sets[Place("dense", (int(*file.tasks),))]
         assert all(torch.equal(t, expected[name]) for name, t in load_file(path).items())
         assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -144,7 +150,7 @@ def test_a_recorded_piece_is_made_again_if_it_does_not_lie_there(tmp_path):
         for name, tensor in tensors.items():
             piece = [(KEY, entry) for entry in entries({name: tensor})]
             shards.make(Piece(name, 0, [*groups], piece, making(name)))
-        shards.finish(TASKS)
+        ended(shards)
         journal.close()
         return list(made)
 

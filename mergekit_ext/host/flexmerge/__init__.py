@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mergekit_ext.host.checks.report import CheckReport
     from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 
+DECOMPOSE = "decompose"
+
 
 class FlexMergeMethod(ExtMethod):
     """FlexMerge: merged models of any size between one and all m models.
@@ -24,11 +26,14 @@ class FlexMergeMethod(ExtMethod):
     is known to every mergekit process, and so imports what does the work when it is needed.
     """
 
-    def __init__(self) -> None:
+    title = "FlexMerge"
+    paper: str | None = "https://arxiv.org/abs/2505.23209"
+
+    def __init__(self, name: str = "flexmerge") -> None:
         self.spec = MergeMethodSpec(
-            name="flexmerge",
-            pretty_name="FlexMerge",
-            reference_url="https://arxiv.org/abs/2505.23209",
+            name=name,
+            pretty_name=self.title,
+            reference_url=self.paper,
             contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
         )
 
@@ -36,7 +41,7 @@ class FlexMergeMethod(ExtMethod):
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> tuple[torch.Tensor, Mapping[str, Any]]:
         raise MergeError(
-            f"{group.metadata.name}: `flexmerge` merges whole models, not single tensors; merge "
+            f"{group.metadata.name}: `{self.spec.name}` merges models, not single tensors; merge "
             "with mergekit-yaml or `mergekit_ext.merge`."
         )
 
@@ -57,3 +62,15 @@ class FlexMergeMethod(ExtMethod):
         from mergekit_ext.host.flexmerge.engine import write
 
         write(prepared, config, folder, source)
+
+
+class DecomposeMethod(FlexMergeMethod):
+    """One base and a low-rank residual of each model, as adapters by default.
+
+    `flexmerge` with ``algorithm: residual``, under a name of its own.
+    """
+
+    title, paper = "a base and low-rank residuals", None
+
+    def __init__(self) -> None:
+        super().__init__(DECOMPOSE)

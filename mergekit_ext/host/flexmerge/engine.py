@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib import metadata
@@ -34,11 +34,11 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
-from mergekit_ext.flexmerge.residual import Residuals, ResidualStorage
+from mergekit_ext.flexmerge.residual import Kept, Residuals, ResidualStorage, kept
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.flexmerge.stored import StoredGroup
-from mergekit_ext.flexmerge.writer import write_checkpoint
+from mergekit_ext.flexmerge.writer import pieces_of, write_checkpoint, write_pieces
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import (
     adapted_headers,
@@ -49,6 +49,15 @@ from mergekit_ext.host.adapters.fitted import (
     read_adapter,
 )
 from mergekit_ext.host.checks.settings import dtype_of
+from mergekit_ext.host.flexmerge.adapters import (
+    FOLDER,
+    Forms,
+    adapted_pieces,
+    filed,
+    modules_of,
+    write_configuration,
+)
+from mergekit_ext.host.flexmerge.residual_report import write_adapter_cards, write_residual_report
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.host.naming import Headers
@@ -57,6 +66,7 @@ from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.model_files import companions, copy
+from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.card import flexmerge_section
 from peft_merge.io.read import locate
@@ -138,8 +148,6 @@ class Engine:
 
     def write(self, folder: Path, plan: Plan) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
-        cuts, forced = self.merging.algorithm.cuts, self.prepared.forced
-        patterns = None if cuts is None else [cut.pattern for cut in cuts]
         base, *models = map(str, self.prepared.references)
         manifest = write_checkpoint(
             folder,
@@ -154,10 +162,42 @@ class Engine:
             models,
             shard_size=self.prepared.options.out_shard_size,
             merged=self._merged,
-            finished=self._finished("blocks", self._acting, patterns, str(forced)),
+            finished=self._blocks,
         )
         self.reached(plan)
         return manifest
+
+    def write_adapters(self, folder: Path, plan: Plan, forms: Forms) -> list[PlannedFile]:
+        """Write base and adapters of one size likewise; return the files of the base."""
+        pieces = pieces_of(self.reader, plan, self.merging, self._merged)
+        limit = self.prepared.options.out_shard_size
+        shards = write_pieces(
+            folder,
+            adapted_pieces(pieces, forms, self.layout),
+            partial(filed, tasks=self.layout.tasks, limit=limit),
+            self._blocks,
+        )
+        self.reached(plan)
+        return [file for path, file in shards.files.items() if path.startswith(f"{FOLDER}/")]
+
+    def complete(self, homes: Mapping[Path, Path]) -> None:
+        """Copy what lies beside weights into folders, each from that of a model."""
+        forced = self.prepared.forced
+        dtype = None if forced is None else str(forced).removeprefix("torch.")
+        for place, home in homes.items():
+            copy(home, place, companions(home))
+            agree(place, dtype)
+
+    @property
+    def _blocks(self) -> Finished:
+        cuts = self.merging.algorithm.cuts
+        patterns = None if cuts is None else [cut.pattern for cut in cuts]
+        return self._finished("blocks", self._acting, patterns, str(self.prepared.forced))
+
+    def kept(self, plan: Plan) -> dict[str, list[Kept]]:
+        """Return what a plan keeps of each residual; nothing without residuals."""
+        found = self.merging.residuals
+        return {} if found is None else kept(found.storage, plan, found.measured)
 
     def reached(self, plan: Plan) -> None:
         """Emit that a size is reached."""
@@ -273,22 +313,44 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         session.say("Going on with a merge that was stopped.")
     reader, folders = open_inputs(prepared)
     models, blocks = tuple(map(str, prepared.references)), len(reader.layout.blocks)
-    session.emit(MergeBegin("flexmerge", session.output, models, blocks, "block"))
+    session.emit(MergeBegin(config.merge_method, session.output, models, blocks, "block"))
     beside = Path(session.output or folder).resolve().parent
     engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
-    manifest = engine.write(folder, engine.planner.plan(prepared.target))
+    plan = engine.planner.plan(prepared.target)
+    if prepared.forms is None:
+        manifest = engine.write(folder, plan)
+        finish: Callable[[], str] = partial(_checkpoint, engine, manifest, folder, folders)
+    else:
+        shards = engine.write_adapters(folder, plan, prepared.forms)
+        base = str(Path(session.output or folder).resolve() / FOLDER)
+        given = (folder, folders, prepared.forms, base, source)
+        finish = partial(_adapters, engine, plan, shards, *given)
     if not parallel.current().is_main:
         return
+    section = finish()
+    if kept := engine.kept(plan):
+        seed = prepared.options.random_seed or 0
+        about = (kept, engine.layout.tasks, plan.size, seed)
+        line, errors = write_residual_report(folder, config.merge_method, *about)
+        session.say(line)
+        section = f"{section}\n\n{errors}"
+    if prepared.options.write_model_card:
+        from mergekit.card import generate_card
+
+        card = generate_card(config=config, config_yaml=source, name=folder.name)
+        (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
+        (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
+
+
+def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Sequence[Path]) -> str:
+    """Complete a checkpoint but for its card, of which its section is returned."""
     if engine.merging.residuals is None:
         engine.save_analysis(folder)
     tasks = engine.layout.tasks
     homes = {folder / name: home for name, home in zip(tasks, folders, strict=True)}
-    if (folder / "model.safetensors.index.json").exists():
+    if (folder / INDEX).exists():
         homes[folder] = folders[0]
-    dtype = None if prepared.forced is None else str(prepared.forced).removeprefix("torch.")
-    for place, home in homes.items():
-        copy(home, place, companions(home))
-        agree(place, dtype)
+    engine.complete(homes)
     for task in manifest.tasks:
         if not task.ordinary:
             text = _MASKED.format(task=task.name)
@@ -296,23 +358,37 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     digests = files.described(folder, tasks)
     manifest = manifest.model_copy(update={"task_files": digests})
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    if prepared.options.write_model_card:
-        _write_card(folder, config, source, manifest)
-
-
-def _write_card(folder: Path, config: Any, source: str, manifest: Manifest) -> None:
-    from mergekit.card import generate_card
-
-    card = generate_card(config=config, config_yaml=source, name=folder.name)
     blocks = Counter(block.kind for block in manifest.blocks)
     groups = Counter(block.kind for block in manifest.blocks for _ in block.groups)
-    section = flexmerge_section(
+    return flexmerge_section(
         manifest.size.model_dump(),
         [(task.name, task.ordinary) for task in manifest.tasks],
         {kind: (blocks[kind], groups[kind]) for kind in blocks},
     )
-    (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
-    (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
+
+
+def _adapters(
+    engine: Engine,
+    plan: Plan,
+    shards: Sequence[PlannedFile],
+    folder: Path,
+    folders: Sequence[Path],
+    forms: Forms,
+    base: str,
+    source: str,
+) -> str:
+    """Complete a base and adapters likewise; `base` is where the base will lie."""
+    tasks, prepared = engine.layout.tasks, engine.prepared
+    if len(shards) > 1:
+        named = [(Path(file.path).name, file.entries) for file in shards]
+        write_index(folder / FOLDER, named)
+    homes = {folder / name: home for name, home in zip(tasks, folders, strict=True)}
+    engine.complete({**homes, folder / FOLDER: folders[0]})
+    infos = []
+    for index, task in enumerate(tasks):
+        infos.append(modules_of(plan, forms, engine.layout, index, prepared.forced))
+        write_configuration(folder / task, infos[-1], forms, index, base)
+    return write_adapter_cards(folder, tasks, infos, forms, str(prepared.references[0]), source)
 
 
 # Of a task's folder that holds no weights.

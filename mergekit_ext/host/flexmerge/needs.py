@@ -12,6 +12,7 @@ import torch
 from mergekit_ext.core.memory import Need, square_of, working
 from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.layout import BlockLayout
+from mergekit_ext.flexmerge.residual import Limit, ResidualStorage
 from mergekit_ext.host.checks.estimate import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
@@ -38,8 +39,12 @@ def estimate(prepared: Prepared) -> Estimate:
     reads = passes(layout, algorithm.densities) + 1
     reads += algorithm.parameters.shared["similarity_on"] == "trimmed"
     base = sum(block.base_bytes for block in layout.blocks)
-    if target.bytes is not None:
-        stored = min(target.bytes, whole + layout.private_bytes)
+    shared = algorithm.parameters.shared
+    limit = Limit(rank=shared.get("rank"), energy=shared.get("energy"))
+    if isinstance(prepared.storage, ResidualStorage) and limit != Limit():
+        stored = prepared.storage.at_most(limit)
+    elif target.bytes is not None:
+        stored = min(target.bytes, prepared.storage.most.bytes)
     else:
         stored = int((target.models or 1) * whole / tasks) + layout.private_bytes
     # A model's worth of bytes is one model.

@@ -15,13 +15,13 @@ from mergekit_ext.core.parameters import WEIGHT, Parameter, Share, choice
 from mergekit_ext.errors import join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
-from mergekit_ext.flexmerge.residual import GIVEN, PARAMETERS, Residual
+from mergekit_ext.flexmerge.residual import ADAPTERS, GIVEN, PARAMETERS, SHARED, Residual
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.flexmerge import FlexMergeMethod
+from mergekit_ext.host.flexmerge import DECOMPOSE, FlexMergeMethod
 from mergekit_ext.host.flexmerge.registered import Registered
 from mergekit_ext.host.method import spec_of
 from mergekit_ext.host.nan_method import RANGES
@@ -73,8 +73,11 @@ def algorithms(base: Any = _DEFAULT_BASE) -> dict[str, Method | MergeMethod | Ba
     `base` is the name of what makes the base of `residual`.
     """
     own = methods(BLOCKS)
-    others = {method.spec.name: method for method in merge_methods.registered_methods()}
-    del others["flexmerge"]
+    others = {
+        method.spec.name: method
+        for method in merge_methods.registered_methods()
+        if not isinstance(method, FlexMergeMethod)
+    }
     stock = {_STOCK_PREFIX * (name in own) + name: method for name, method in others.items()}
     made = {**own, **stock}.get(base) if isinstance(base, str) else None
     return {**own, **stock, Residual.name: Based(made)}
@@ -97,10 +100,19 @@ def tasks_of(config: Any) -> list[Source]:
     return [source for source in reversed(found.values()) if source.model != config.base_model]
 
 
+def named(config: Any) -> Any:
+    """Return the configuration with the parameters that the name `decompose` stands for."""
+    given = {"algorithm": Residual.name, **(config.parameters or {})}
+    if config.merge_method != DECOMPOSE or given["algorithm"] != Residual.name:
+        return config
+    return config.model_copy(update={"parameters": {"output": ADAPTERS, **given}})
+
+
 def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | None:
     """Check inputs and parameters; return the algorithm that they make, None if one is wrong.
 
-    Its `parameters` are all that were given, and the defaults of the others; `task` is not there.
+    `config` is `named`. The algorithm's `parameters` are all that were given, and the defaults of
+    the others; `task` is not there.
     `seed` is for `dare_density`, and for methods that draw random numbers.
     """
     before, given = findings.count, config.parameters or {}
@@ -108,7 +120,8 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     tasks, name = tasks_of(config), given.get("algorithm", DEFAULT_ALGORITHM)
     method = known.get(name) if isinstance(name, str) else None
     specs = {**_specs_of(method), **{parameter.name: spec_of(parameter) for parameter in OWN}}
-    specs["algorithm"] = replace(specs["algorithm"], value_type=choice(*algorithms()))
+    chosen = algorithms() if config.merge_method != DECOMPOSE else (Residual.name,)
+    specs["algorithm"] = replace(specs["algorithm"], value_type=choice(*chosen))
     if isinstance(method, Based):
         sizes = [name for name in _SIZES if given.get(name) is not None]
         if len(sizes) != 1:
@@ -117,6 +130,8 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
         specs["target_size"] = replace(specs["target_size"], default=ANY_SIZE)
         bases = choice(GIVEN, *(name for name in known if name != Residual.name))
         specs["base"] = replace(specs["base"], value_type=bases)
+        if given.get("output") == ADAPTERS:
+            specs["vectors"] = replace(specs["vectors"], default=SHARED)
     if method is None:  # it is not known either what it takes
         config = _reduced(config, specs.__contains__)
     elif isinstance(_merging(method), MergeMethod):
@@ -128,7 +143,7 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     for where, (_, _, values) in all_parameters(groups_of(config)).items():
         for key, value in values.items():
             if key in owners:  # the nearest name would have another meaning
-                found = f"a parameter that `flexmerge` with `{name}` does not have"
+                found = f"a parameter that `{config.merge_method}` with `{name}` does not have"
                 remedy = f"Take it out, or change `algorithm:`: {listing(owners[key])} have it."
                 findings.problem(join(where, key), found, "one of this algorithm", remedy)
             elif key in specs and (isinstance(value, list) or hasattr(value, "filter")):
@@ -138,7 +153,9 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     config = _reduced(config, lambda key: key not in owners)
     # Messages have the name between backticks.
     spec = replace(
-        FlexMergeMethod().spec, name=f"flexmerge` with `{name}", parameters=tuple(specs.values())
+        FlexMergeMethod().spec,
+        name=f"{config.merge_method}` with `{name}",
+        parameters=tuple(specs.values()),
     )
     checked = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
     if method is None or findings.count > before or not tasks:
@@ -213,11 +230,14 @@ def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Finding
     if isinstance(algorithm, Residual):
         unused = {"linkage", "order", "similarity_on"}
         unused |= {"dare_density", "trim_scope"} if algorithm.base is None else set()
+        unused |= {"uniform_rank"} if shared["output"] != ADAPTERS else set()
         for name in sorted(unused & given.keys()):
             findings.problem(
                 f"parameters.{name}",
                 shown(given[name]),
-                "nothing, as it does not act on residuals over this base",
+                "`output: adapters` beside it"
+                if name == "uniform_rank"
+                else "nothing, as it does not act on residuals over this base",
                 f"Remove `{name}:`.",
             )
         if algorithm.base is not None:

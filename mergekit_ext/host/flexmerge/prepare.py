@@ -11,6 +11,7 @@ from mergekit_ext.core import memory
 from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, clusters_problem
+from mergekit_ext.flexmerge.residual import ADAPTERS, Residual, ResidualStorage
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import is_task_head, tied_groups
@@ -22,9 +23,12 @@ from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.checks.tensors import check_inputs
 from mergekit_ext.host.commands import parsed
+from mergekit_ext.host.flexmerge import FlexMergeMethod
+from mergekit_ext.host.flexmerge.adapters import FOLDER, forms_of
 from mergekit_ext.host.flexmerge.needs import estimate
-from mergekit_ext.host.flexmerge.parameters import read_parameters, tasks_of, variant
+from mergekit_ext.host.flexmerge.parameters import named, read_parameters, tasks_of, variant
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
+from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_copied_modules
 from mergekit_ext.host.naming import Headers, is_tied, named_otherwise
 from mergekit_ext.host.run import ordered
@@ -54,10 +58,10 @@ def prepare_tables(
         ConfigError: something is wrong with the configuration, its inputs or `folder`.
     """
     source = text_of(path)
-    config = ordered(parsed(source))
-    if config.merge_method != "flexmerge":
+    config = named(ordered(parsed(source)))
+    if not isinstance(ext_method(config.merge_method), FlexMergeMethod):
         other, remedy = repr(config.merge_method), "Use mergekit-yaml for other methods."
-        raise ConfigError([Problem("merge_method", other, "'flexmerge'", remedy)])
+        raise ConfigError([Problem("merge_method", other, "'flexmerge' or 'decompose'", remedy)])
     chosen = algorithms or [str((config.parameters or {}).get("algorithm", DEFAULT_ALGORITHM))]
     found = {}
     for name in dict.fromkeys(chosen):
@@ -91,7 +95,7 @@ def check(
 def _prepared(
     config: Any, options: Any, findings: Findings, pending: Collection[str]
 ) -> Prepared | None:
-    taken = config.model_copy(update=dict.fromkeys(_REFUSED))
+    taken = named(config).model_copy(update=dict.fromkeys(_REFUSED))
     check_settings(taken, options, findings)
     for key, instead in _REFUSED.items():
         if getattr(config, key, None):
@@ -102,7 +106,9 @@ def _prepared(
         findings.note("--no-safe-serialization: `flexmerge` writes safetensors always.")
     algorithm = read_parameters(taken, options.random_seed or 0, findings)
     sources = tasks_of(taken)
-    tasks = _task_names(sources, (taken.parameters or {}).get("task"), findings)
+    given = taken.parameters or {}
+    also = [FOLDER] if given.get("output") == ADAPTERS else []
+    tasks = _task_names(sources, given.get("task"), also, findings)
     facts = _read_models(config, sources, options, findings, pending)
     if algorithm is not None:
         check_fields(
@@ -134,7 +140,13 @@ def _prepared(
         if header.file is None
     )
     forced = dtype_of(config.out_dtype or config.dtype)
-    prepared = Prepared(references, layout, algorithm, forced, options, adapted)
+    forms = None
+    if isinstance(algorithm, Residual) and algorithm.parameters.shared["output"] == ADAPTERS:
+        configs = [config for _, config in stored[1:]]
+        models = list(zip(headers[1:], configs, strict=True))
+        if (forms := forms_of(layout, models, algorithm, findings)) is None:
+            return None
+    prepared = Prepared(references, layout, algorithm, forced, options, adapted, forms)
     if prefixes is not None:
         old, new = prefixes
         findings.note(f"{references[0]}: the base's `{old}<name>` is read as `{new}<name>`.")
@@ -149,8 +161,13 @@ def _prepared(
     return prepared
 
 
-def _task_names(sources: Sequence[Source], shared: Any, findings: Findings) -> list[str]:
-    """Return the tasks' names, as given (one for all is `shared`) or from the models' paths."""
+def _task_names(
+    sources: Sequence[Source], shared: Any, taken: Sequence[str], findings: Findings
+) -> list[str]:
+    """Return the tasks' names, as given (one for all is `shared`) or from the models' paths.
+
+    Other folders beside the tasks' have the names `taken`.
+    """
     found = []
     for source in sources:
         part = source.model.lora or source.model.model
@@ -165,10 +182,12 @@ def _task_names(sources: Sequence[Source], shared: Any, findings: Findings) -> l
                 f"a name for the task's folder: {problem}",
                 "Write another `task:`.",
             )
-    for one, other in colliding_names(found):
+    for one, other in colliding_names([*taken, *found]):
         findings.problem(
             "models",
-            f"two tasks called {one!r} and {other!r}",
+            f"two tasks called {one!r} and {other!r}"
+            if one not in taken
+            else f"a task called {other!r}, as the folder of the base is",
             "a name of its own for each task (upper and lower case are the same)",
             "Give one of them another `task:` under its `parameters:`.",
         )
@@ -273,7 +292,9 @@ def _note_blocks(prepared: Prepared, tied: bool, findings: Findings) -> None:
 
 def _check_size(prepared: Prepared, findings: Findings) -> None:
     storage, target = prepared.storage, prepared.target
-    least, most = storage.least, storage.size(storage.whole)
+    least, most = storage.least, storage.most
+    if isinstance(storage, ResidualStorage):
+        findings.extend(storage.rank_problems())
     if prepared.algorithm.kmeans:
         problem = clusters_problem(target, storage.tasks)
     else:
@@ -284,5 +305,5 @@ def _check_size(prepared: Prepared, findings: Findings) -> None:
         problem = storage.problem(target)
     if problem is not None:
         findings.extend([problem])
-    elif target.holds(most) and target != Target.parse(ANY_SIZE):
+    elif prepared.forms is None and target.holds(most) and target != Target.parse(ANY_SIZE):
         findings.note(f"target_size {target}: nothing is merged, as all models fit.")

@@ -6,16 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
-from mergekit_ext.flexmerge.residual import Residual, ResidualStorage
+from mergekit_ext.flexmerge.residual import AdapterStorage, Residual, ResidualStorage
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.host.naming import Headers, Stored, as_in, complete_ties, is_tied, shareable
+
+if TYPE_CHECKING:
+    from mergekit_ext.host.flexmerge.adapters import Forms
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,14 @@ class Prepared:
     forced: torch.dtype | None  # of all shareable tensors, if one is asked for
     options: Any  # mergekit's
     adapted: frozenset[str] = frozenset()  # tensors that an adapter changes, or brings
+    forms: Forms | None = None  # of the adapters that are written, if there are any
 
     @cached_property
     def storage(self) -> Storage:
         if isinstance(self.algorithm, Residual):
+            if (forms := self.forms) is not None:
+                own = (forms.treatments, forms.held, forms.private_bytes)
+                return AdapterStorage(self.layout, self.algorithm, *own, self.forced)
             return ResidualStorage(self.layout, self.algorithm, self.forced)
         return Storage(self.layout, self.algorithm.masks, self.forced)
 

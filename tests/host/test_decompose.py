@@ -1,0 +1,282 @@
+"""`decompose`: a base and LoRAs of it, as PEFT reads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+import torch
+import transformers
+import yaml
+from click.testing import CliRunner
+from mergekit.options import MergeOptions
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import mergekit_ext
+from mergekit_ext import flexmerge
+from mergekit_ext.cli import main
+from mergekit_ext.errors import MergeWarning
+from mergekit_ext.flexmerge import writer
+from mergekit_ext.report.card import REPORT_NAME
+from tests import models as small
+from tests.host.flexmerge_models import TASKS, digests, tied_family
+from tests.host.test_flexmerge_checks import report_of
+from tests.reference import residual as naive
+
+CLASSES = {
+    "llama": transformers.LlamaForCausalLM,
+    "vit": transformers.ViTForImageClassification,
+    "bert": transformers.BertForSequenceClassification,
+    "gpt2": transformers.GPT2LMHeadModel,
+}
+
+
+def content(family, method="decompose", **parameters):
+    return small.config(method, family.tuned, family.base, parameters)
+
+
+def merge(given, out):
+    mergekit_ext.merge(yaml.safe_dump(dict(given)), out, MergeOptions(quiet=True))
+    return json.loads((out / REPORT_NAME).read_text())
+
+
+def inputs(name):
+    if name == "vit":
+        return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)}
+    return {"input_ids": torch.arange(2, 14).view(2, 6)}
+
+
+def logits(model, name):
+    with torch.no_grad():
+        return model.eval()(**inputs(name)).logits
+
+
+def loaded(out, task, name):
+    config = transformers.AutoConfig.from_pretrained(out / task)
+    base = CLASSES[name].from_pretrained(out / "base", config=config, ignore_mismatched_sizes=True)
+    return PeftModel.from_pretrained(base, out / task)
+
+
+@pytest.mark.filterwarnings("error:::peft")
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("llama", {"target_size": 1.7}),
+        ("bert", {"vectors": "own", "embeddings": "own", "rank": 3}),
+        ("bert", {"rank": 2}),
+        ("gpt2", {"vectors": "own", "embeddings": "shared", "rank": 5}),
+        ("vit", {"embeddings": "shared", "rank": 4}),
+    ],
+)
+def test_peft_gives_the_logits_of_the_checkpoint(name, given, families, tmp_path):
+    family, given = families(name), {"vectors": "shared", **given}
+    report = merge(content(family, **given), tmp_path / "out")
+    if "rank" in given:
+        stored = report_of(content(family, **given)).estimate.bytes_written
+        files = (tmp_path / "out").rglob("*.safetensors")
+        assert stored == sum(t.nbytes for file in files for t in load_file(file).values())
+    other = {"algorithm": "residual", **given}
+    again = merge(content(family, "flexmerge", **other), tmp_path / "checkpoint")
+    assert report["tasks"] == again["tasks"]
+    for task in TASKS:
+        expected = logits(flexmerge.load(tmp_path / "checkpoint", task), name)
+        found = logits(loaded(tmp_path / "out", task, name), name)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("output", ["adapters", "checkpoint"])
+def test_full_ranks_bring_every_task_back(name, output, families, tmp_path):
+    family, out = families(name), tmp_path / "out"
+    given = {"vectors": "own", "embeddings": "own" if name == "bert" else "low_rank"}
+    report = merge(content(family, rank=32, output=output, **given), out)
+    assert max(found["error"] for found in report["tasks"].values()) < 1e-3
+    for task, path in zip(TASKS, family.tuned, strict=True):
+        found = loaded(out, task, name) if output == "adapters" else flexmerge.load(out, task)
+        expected = CLASSES[name].from_pretrained(path)
+        torch.testing.assert_close(
+            logits(found, name), logits(expected, name), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_uniform_ranks_are_one_rank_for_every_reader(families, tmp_path):
+    family, out = families("llama"), tmp_path / "out"
+    report = merge(content(family, target_size=1.8, uniform_rank=True), out)
+    assert 1.6 < report["size"]["models"] <= 1.8
+    _, states = family.states
+    base = load_file(out / "base" / "model.safetensors")
+    for task, state in zip(TASKS, states, strict=True):
+        config = json.loads((out / task / "adapter_config.json").read_text())
+        assert config["rank_pattern"] == config["alpha_pattern"] == {}
+        rank = config["r"]
+        assert config["lora_alpha"] == rank > 1
+        tensors = load_file(out / task / "adapter_model.safetensors")
+        for key, a in tensors.items():
+            assert a.shape[1 if key.endswith(("lora_B.weight", "embedding_B")) else 0] == rank
+        merged = loaded(out, task, "llama").merge_and_unload().state_dict()
+        for name, theta_0 in base.items():
+            if theta_0.dim() < 2:
+                continue
+            expected = naive.restored(state[name], theta_0.double(), rank, False)
+            torch.testing.assert_close(merged[name].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_peft_loads_them_without_this_project(families, tmp_path):
+    cases = {"llama": {"target_size": 1.6}, "vit": {"rank": 3, "vectors": "own"}}
+    for name, given in cases.items():
+        family = families(name)
+        pair = small.config("decompose", family.tuned[:2], family.base, given)
+        if name == "vit":
+            with pytest.warns(MergeWarning, match="No LoRA can hold 2 of .*cls_token"):
+                merge(pair, tmp_path / name)
+        else:
+            merge(pair, tmp_path / name)
+        expected = {t: logits(loaded(tmp_path / name, t, name), name) for t in TASKS[:2]}
+        save_file({**expected, **inputs(name)}, tmp_path / f"{name}.safetensors")
+        assert not torch.allclose(expected[TASKS[0]], expected[TASKS[1]])
+    program = f"""
+import sys
+sys.path[:] = [p for p in sys.path if p] + {[sysconfig.get_path("purelib")]!r}
+import torch, transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+for name, kind in [("llama", "LlamaForCausalLM"), ("vit", "ViTForImageClassification")]:
+    stored = load_file(f"{{sys.argv[1]}}/{{name}}.safetensors")
+    out = f"{{sys.argv[1]}}/{{name}}"
+    given = {{k: stored.pop(k) for k in [*stored] if k not in {TASKS!r}}}
+    model = getattr(transformers, kind).from_pretrained(f"{{out}}/base")
+    first, second = stored
+    model = PeftModel.from_pretrained(model, f"{{out}}/{{first}}", adapter_name=first)
+    model.load_adapter(f"{{out}}/{{second}}", adapter_name=second)
+    for task, expected in stored.items():
+        model.set_adapter(task)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(**given).logits, expected)
+assert "mergekit_ext" not in sys.modules and "peft_merge" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_names_and_commands_give_the_same_bytes(families, tmp_path):
+    family, out = families("llama"), tmp_path / "out"
+    (tmp_path / "d.yml").write_text(yaml.safe_dump(content(family, target_size=1.5)))
+    done = CliRunner().invoke(main, ["decompose", str(tmp_path / "d.yml"), str(out), "--quiet"])
+    assert done.exit_code == 0, done.output
+    expected = digests(out)
+    shutil.rmtree(out)
+    given = {"algorithm": "residual", "output": "adapters", "target_size": 1.5}
+    merge(content(family, "flexmerge", **given), out)
+    found = digests(out)
+    assert {n for n in expected if found.pop(n) != expected[n]} == {
+        "merge_report.json",  # which has the method's name
+        "mergekit_config.yml",
+    }
+    assert not found or not {*found} - {*expected}
+
+
+def test_the_command_takes_decompositions_only(families, tmp_path):
+    path = tmp_path / "c.yml"
+    path.write_text(yaml.safe_dump(content(families("llama"), "flexmerge", target_size=2.0)))
+    done = CliRunner().invoke(main, ["decompose", str(path), str(tmp_path / "out")])
+    assert done.exit_code == 2 and "`algorithm: residual`" in done.output
+
+
+def test_the_same_bytes_after_a_stop(families, tmp_path, monkeypatch):
+    given = content(families("bert"), rank=2)
+    merge(given, tmp_path / "out")
+    expected = digests(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    stock, made = writer.Shards.make, []
+
+    def stopping(shards, piece):
+        made.append(piece.key)
+        if len(made) == 6:
+            raise OSError("no space")
+        stock(shards, piece)
+
+    monkeypatch.setattr(writer.Shards, "make", stopping)
+    with pytest.raises(Exception, match="no space"):
+        merge(given, tmp_path / "out")
+    written = []
+    put = writer.Shards.write
+    monkeypatch.setattr(writer.Shards, "write", lambda s, *a: written.append(a[1]) or put(s, *a))
+    merge(given, tmp_path / "out")
+    assert digests(tmp_path / "out") == expected
+    tensors = [load_file(file) for file in (tmp_path / "out").rglob("*.safetensors")]
+    assert 0 < len(written) < sum(map(len, tensors))
+
+
+def test_the_report_is_what_was_lost(families, tmp_path):
+    family, out = families("llama"), tmp_path / "out"
+    report = merge(content(family, target_size=1.4), out)
+    _, states = family.states
+    base = load_file(out / "base" / "model.safetensors")
+    for task, state in zip(TASKS, states, strict=True):
+        made = loaded(out, task, "llama").merge_and_unload().state_dict()
+        whole = left = 0.0
+        for name, theta_0 in base.items():
+            before = float((state[name].double() - theta_0.double()).square().sum())
+            after = float((state[name].double() - made[name].double()).square().sum())
+            whole, left = whole + before, left + after
+            entry = report["tensors"][name][task]
+            assert entry["error"] == pytest.approx((after / before) ** 0.5, abs=2e-3)
+        assert report["tasks"][task]["error"] == pytest.approx((left / whole) ** 0.5, abs=2e-3)
+        held = load_file(out / task / "adapter_model.safetensors")
+        assert report["tasks"][task]["bytes"] == sum(t.nbytes for t in held.values())
+
+
+def test_a_tied_embedding_is_the_bases(tmp_path):
+    family = tied_family(tmp_path / "models", ())
+    with pytest.warns(MergeWarning, match="No LoRA can hold 1 of .*embed_tokens"):
+        merge(content(family, target_size=1.5), tmp_path / "out")
+    one, other = (loaded(tmp_path / "out", task, "llama") for task in TASKS[:2])
+    name = "base_model.model.model.embed_tokens.weight"
+    assert torch.equal(one.state_dict()[name], other.state_dict()[name])
+
+
+def test_a_task_that_is_the_base_has_an_adapter(families, tmp_path):
+    family, start = families("llama"), tmp_path / "start"
+    shutil.copytree(family.base, start)
+    given = {"rank": 2, "base": "given"}
+    merge(small.config("decompose", [start, family.tuned[0]], family.base, given), tmp_path / "out")
+    expected = CLASSES["llama"].from_pretrained(family.base)
+    found = logits(loaded(tmp_path / "out", "start", "llama"), "llama")
+    torch.testing.assert_close(found, logits(expected, "llama"))
+
+
+@pytest.mark.parametrize(
+    ("given", "where", "words"),
+    [
+        ({"target_size": 0.9}, "parameters.target_size", "what can be reached: 1."),
+        ({"target_size": 9.0}, "parameters.target_size", "what can be reached: 1."),
+        ({"rank": 33}, "parameters.rank", "at most 32"),
+        ({"rank": 4, "max_rank": 40}, "parameters.max_rank", "at most 32"),
+        ({}, "parameters", "one of target_size, rank, energy"),
+        ({"algorithm": "ties", "target_size": 2.0}, "parameters.algorithm", "'residual'"),
+        (
+            {"rank": 4, "output": "checkpoint", "uniform_rank": True},
+            "parameters.uniform_rank",
+            "`output: adapters`",
+        ),
+        ({"rank": 4, "output": "folders"}, "parameters.output", "'checkpoint' or 'adapters'"),
+    ],
+)
+def test_what_cannot_be_is_refused_beforehand(given, where, words, families):
+    (problem,) = report_of(content(families("llama"), **given)).problems
+    assert problem.where == where and words in problem.expected
+
+
+def test_a_task_has_another_name_than_the_base(families):
+    family = families("llama")
+    given = content(family, rank=2)
+    given["models"][0]["parameters"] = {"task": "Base"}
+    (problem,) = report_of(given).problems
+    assert "a task called 'Base'" in problem.found
