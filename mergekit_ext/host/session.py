@@ -77,7 +77,8 @@ class Session:
         # The names of the output's tensors, in which `records` come.
         self.order: Sequence[str] = ()
         self.recorded: dict[str, TensorRecord] = {}
-        # Warnings for when the output stands; one that is an error must not cost it.
+        # Lines and warnings for when the output stands; one that is an error must not cost it.
+        self.summary = ""
         self.afterwards: list[MergeWarning] = []
         self.started = time.perf_counter()
         self._dispatcher = dispatcher or Dispatcher()
@@ -214,6 +215,8 @@ def output(
         for shard in sorted(shards):
             session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
         session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
+        if session.summary:
+            session.say(session.summary)
         if method is not None:
             session.afterwards += method.warnings(session.records)
         session.warn(session.afterwards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ METHODS = {
     "lore": ("lore", {"mu_relative": 0.1}),
     "groups": ("flexmerge", {"target_size": 1.6}),
     "residuals": ("flexmerge", {"target_size": 1.6, "algorithm": "residual"}),
+    "adapters": ("decompose", {"target_size": 1.6, "vectors": "own"}),
 }
 OPTIONS = MergeOptions(quiet=True, copy_tokenizer=False)
 
@@ -61,7 +63,9 @@ def pairs(family, tmp_path_factory):
 
 def files(folder: Path) -> dict[str, bytes]:
     found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    # Adapters name the folder of their base.
+    texts = {path: path.read_bytes().replace(os.fsencode(folder), b"") for path in found}
+    return {str(path.relative_to(folder)): text for path, text in texts.items()}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,7 +76,8 @@ def test_two_processes_give_the_bytes_of_one(alone, pairs, name):
     # Both have done their share, and the main one's listeners got each event once.
     main, other = (int((pairs / f"{name}.{rank}.count").read_text()) for rank in (0, 1))
     assert main > 2 and other > 2
-    merged = "block_merged" if METHODS[name][0] == "flexmerge" else "tensor_merged"
+    blocks = METHODS[name][0] in ("flexmerge", "decompose")
+    merged = "block_merged" if blocks else "tensor_merged"
     lines = map(json.loads, (pairs / f"{name}.jsonl").read_text().splitlines())
     heard = [event["name"] for event in lines if event["event"] == merged]
     assert len(set(heard)) == len(heard) == main + other

@@ -331,8 +331,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     if kept := engine.kept(plan):
         seed = prepared.options.random_seed or 0
         about = (kept, engine.layout.tasks, plan.size, seed)
-        line, errors = write_residual_report(folder, config.merge_method, *about)
-        session.say(line)
+        session.summary, errors = write_residual_report(folder, config.merge_method, *about)
         section = f"{section}\n\n{errors}"
     if prepared.options.write_model_card:
         from mergekit.card import generate_card

@@ -124,5 +124,6 @@ def _write(
     library: str,
 ) -> None:
     given = {**metadata, "library_name": library}
-    text = page(folder.name, ["merge", "mergekit-ext"], paragraphs, [*example], source, given)
+    tags = ["merge", "mergekit-ext", *(["lora"] if library == "peft" else [])]
+    text = page(folder.name, tags, paragraphs, [*example], source, given)
     (folder / CARD).write_text(text, encoding="utf-8")
