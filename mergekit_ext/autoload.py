@@ -3,7 +3,8 @@
 mergekit 0.1.5 has no plug-in discovery. A `.pth` file in site-packages calls `install` when an
 interpreter starts; that puts one object on ``sys.meta_path`` and loads nothing else. When one of
 the modules in `_EXTENSIONS` is imported for the first time, its extension runs right after the
-module's own code. ``MERGEKIT_EXT_AUTOLOAD=0`` switches this off; so does uninstalling the package.
+module's own code; those in `_LATE` import some things when they are used (`mergekit_ext.late`).
+``MERGEKIT_EXT_AUTOLOAD=0`` switches this off; so does uninstalling the package.
 """
 
 # `sys` is loaded already. Nothing else is imported here: every Python process of the environment
@@ -11,6 +12,7 @@ module's own code. ``MERGEKIT_EXT_AUTOLOAD=0`` switches this off; so does uninst
 import sys
 
 _EXTENSIONS = {
+    "mergekit.architecture.auto": "extend_inference",
     "mergekit.merge_methods": "extend_methods",
     "mergekit.plan": "extend_planner",
     "mergekit.merge": "extend_merge",
@@ -18,12 +20,30 @@ _EXTENSIONS = {
     "mergekit.scripts.merge_raw_pytorch": "extend_raw_pytorch",
     "mergekit.scripts.run_yaml": "extend_yaml",
 }
+# Module -> what it imports late: modules, and their objects ("" is the module itself).
+_LATE: dict[str, dict[str, tuple[str, ...]]] = {
+    "mergekit.architecture": {"mergekit.architecture.auto": ("infer_architecture_info",)},
+    # The class is named by annotations only.
+    "mergekit.common": {"peft": ("",), "transformers": ("", "PreTrainedModel")},
+    "mergekit.io.lazy_unpickle": {"accelerate": ("",)},
+    "mergekit.io.tasks": {"mergekit.architecture.conversion": ("convert_checkpoint_tensors",)},
+}
 
 
 def _extend(name: str, module) -> None:  # type: ignore[no-untyped-def]
     from mergekit_ext.host import patches
 
     getattr(patches, _EXTENSIONS[name])(module)
+
+
+def _execute(name: str, module, execute) -> None:  # type: ignore[no-untyped-def]
+    if name not in _LATE:
+        execute(module)
+        return
+    from mergekit_ext.late import late_imports
+
+    with late_imports(module, _LATE[name]):
+        execute(module)
 
 
 class _Finder:
@@ -52,13 +72,16 @@ class _Finder:
         execute = loader.exec_module
 
         def exec_module(module) -> None:  # type: ignore[no-untyped-def]
-            execute(module)
             # One loader may serve many modules (those of a zip file), and a probe may have found
             # the module before without importing it.
-            if module.__name__ == name and name in self.pending:
-                self.pending.discard(name)
-                if not self.pending:
-                    sys.meta_path.remove(self)
+            if module.__name__ != name or name not in self.pending:
+                execute(module)
+                return
+            _execute(name, module, execute)
+            self.pending.discard(name)
+            if not self.pending:
+                sys.meta_path.remove(self)
+            if name in _EXTENSIONS:
                 _extend(name, module)
 
         loader.exec_module = exec_module
@@ -74,6 +97,7 @@ def install() -> None:
         and not getattr(module.__spec__, "_initializing", False)
     }
     if not waiting and len(loaded) < len(_EXTENSIONS):
-        sys.meta_path.insert(0, _Finder(_EXTENSIONS.keys() - loaded.keys()))
+        names = _EXTENSIONS.keys() | _LATE.keys()
+        sys.meta_path.insert(0, _Finder(name for name in names if name not in sys.modules))
     for name, module in loaded.items():
         _extend(name, module)

@@ -35,6 +35,7 @@ from mergekit import merge_methods
 import sys, torch, mergekit.merge, mergekit.plan
 print(mergekit.plan.MergePlanner.__module__)
 import mergekit.scripts.multimerge, mergekit.scripts.merge_raw_pytorch, mergekit.scripts.run_yaml
+import mergekit.architecture.auto
 print([type(f).__module__ for f in sys.meta_path if "mergekit" in type(f).__module__])
 from mergekit.merge_methods import PerInput, TensorGroup, merge_method
 import mergekit_ext

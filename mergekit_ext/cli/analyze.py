@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from mergekit.options import MergeOptions
 
-from mergekit_ext.cli.merge import merging
-from mergekit_ext.flexmerge.plan import Dendrograms
-from mergekit_ext.flexmerge.storage import Size, Target
-from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
-from mergekit_ext.host.flexmerge.prepare import prepare_tables
-from mergekit_ext.host.session import listening
-from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.tables import plot_similarity, similarity_table, steps_table, write_rows
+from mergekit_ext.cli.options import merging
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_ext.flexmerge.storage import Size
+    from mergekit_ext.host.flexmerge.engine import Engine
 
 
 @merging
@@ -29,6 +27,16 @@ def analyze(merge_options: MergeOptions, config_file: Path, out_path: Path, plot
     the analysis (which merges into this folder or beside it use again), similarity.csv, steps.csv
     and similarity.png into the folder OUT_PATH. The `target_size` in CONFIG_FILE is not used.
     """
+    from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
+    from mergekit_ext.host.flexmerge.prepare import prepare_tables
+    from mergekit_ext.host.session import listening
+    from mergekit_ext.report.tables import (
+        plot_similarity,
+        similarity_table,
+        steps_table,
+        write_rows,
+    )
+
     ((report, prepared),) = prepare_tables(config_file, out_path, merge_options).values()
     out_path.mkdir(parents=True, exist_ok=True)
     with listening(merge_options, (), os.fspath(out_path)) as session:
@@ -50,6 +58,8 @@ def analyze(merge_options: MergeOptions, config_file: Path, out_path: Path, plot
 
 
 def _similarities(engine: Engine) -> Iterator[dict[str, Any]]:
+    from mergekit_ext.kernels.similarity import cosines
+
     tasks = engine.layout.tasks
     for block, gram in zip(engine.layout.blocks, engine.grams, strict=True):
         found = cosines(gram)
@@ -68,6 +78,9 @@ def _similarities(engine: Engine) -> Iterator[dict[str, Any]]:
 
 
 def _steps(engine: Engine) -> Iterator[dict[str, Any]]:
+    from mergekit_ext.flexmerge.plan import Dendrograms
+    from mergekit_ext.flexmerge.storage import Target
+
     planner, layout = engine.planner, engine.layout
     if not isinstance(planner, Dendrograms):
         for number, clusters in enumerate(planner.sizes):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
-from mergekit.options import MergeOptions
 
-from mergekit_ext.cli.merge import merging
+from mergekit_ext.cli.options import merging
 from mergekit_ext.core.memory import size
 from mergekit_ext.errors import numbered, printable
-from mergekit_ext.host.checks.merge import check_source
-from mergekit_ext.host.checks.report import CheckReport
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_ext.host.checks.report import CheckReport
 
 _CONFIG = click.argument("config", type=click.File(encoding="utf-8"))
 
@@ -36,6 +38,8 @@ def check(
     input. Give the flags that the merge will be given. The exit code is 0 if the merge can start
     and 2 if something is wrong.
     """
+    from mergekit_ext.host.checks.merge import check_source
+
     try:
         text = config.read()
     except ValueError as error:

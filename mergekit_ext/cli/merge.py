@@ -5,59 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ext
-from mergekit_ext.core.memory import limited
+from mergekit_ext.cli.options import events_option, merging
 from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.events import JsonLines
-from mergekit_ext.host.commands import for_commands
-from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.parallel import Ranks, launched
 
-_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    add_merge_options,
-    click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB"),
-    click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust"),
-)
-_PATHS = (
-    click.argument("out_path", type=click.Path(path_type=Path)),
-    click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-)
-events_option = click.option(
-    "--events",
-    type=click.Path(dir_okay=False),
-    help="Append what happens to this file, one JSON object a line",
-)
-
-
-def merging(
-    function: Callable[..., None],
-    *,
-    shared: bool = False,
-    paths: Sequence[Callable[[Any], Any]] = _PATHS,
-) -> Any:
-    """Return a subcommand with mergekit's options, and limits that are in force while it runs.
-
-    Several processes are refused unless the work is `shared` by them.
-    """
-
-    @functools.wraps(function)
-    def run(max_memory: str | None, allow_pickle: bool, **given: Any) -> None:
-        given["merge_options"].apply_global_options()
-        with for_commands(shared=shared), limited(max_memory), allowing_pickles(allow_pickle):
-            function(**given)
-
-    command: Any = run
-    for decorate in (*_OPTIONS, *paths, click.command(cls=PrettyPrintHelp)):
-        command = decorate(command)
-    return command
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
 
 
 @functools.partial(merging, shared=True)

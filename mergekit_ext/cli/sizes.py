@@ -7,15 +7,16 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from mergekit.options import MergeOptions
 
-from mergekit_ext.cli.merge import events_option, merging
+from mergekit_ext.cli.options import events_option, merging
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines, takes
-from mergekit_ext.host.flexmerge.sizes import ALL, write_curve
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
 
 
 @merging
@@ -57,6 +58,8 @@ def sizes(
     and once for each task at each size. It returns a number, or a mapping from metrics to numbers
     such as {'accuracy': 0.9}; the higher, the better.
     """
+    from mergekit_ext.host.flexmerge.sizes import write_curve
+
     write_curve(
         config_file,
         out_path,
@@ -70,6 +73,8 @@ def sizes(
 
 
 def _size(text: str) -> float | str:
+    from mergekit_ext.host.flexmerge.sizes import ALL
+
     with suppress(ValueError):
         if text.strip() == ALL or 1 <= float(text) < float("inf"):
             return ALL if text.strip() == ALL else float(text)

@@ -20,8 +20,6 @@ from mergekit.architecture import (
     ModuleDefinition,
     WeightInfo,
 )
-from mergekit.architecture.auto import infer_vocabulary_axes
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import get_config_value
 
 from mergekit_ext.host.blocks import Layer, blocks_of, layer_of
@@ -173,6 +171,8 @@ def _stored(fact: ModelFacts) -> _Stored:
     joined = {name for name in unknown if names.of[name] in names.converted}
     made: Sequence[str] = ()
     if joined:
+        from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
         kind, lacking = fact.config.model_type, [n for n in state if n not in {*names.of.values()}]
         # Of the layers of a stack one stands for all.
         sample = {_kind(name): name for name in lacking}
@@ -206,6 +206,8 @@ def _vocabulary_axes(stored: _Stored) -> dict[str, int]:
     """Return the axis of tokens of stored embeddings, as far as the class says which those are."""
     if stored.names.model is None:
         return {}
+    from mergekit.architecture.auto import infer_vocabulary_axes
+
     try:
         axes = infer_vocabulary_axes(stored.names.model)
     except (NotImplementedError, AttributeError):  # of a class without, or with two

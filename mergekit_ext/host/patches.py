@@ -42,15 +42,20 @@ def check_version() -> None:
         )
 
 
+def extend_inference(auto: Any) -> None:
+    """``mergekit.architecture.auto``: an architecture is inferred from names with the adapter."""
+    from mergekit_ext.host.adapters import loader
+
+    _replace(auto, "get_model_tensor_names", loader.tensor_names)
+
+
 def extend_methods(merge_methods: Any) -> None:
     """``mergekit.merge_methods``: register the methods; apply adapters where models are read.
 
-    Methods that others have registered since the last call get their `nan_<method>` too. The tensor
-    names of a model, from which an architecture without a table is inferred, are those with the
-    adapter. ``--out-shard-size`` also takes 8MB and 5GiB, and what is no size is one message.
+    Methods that others have registered since the last call get their `nan_<method>` too.
+    ``--out-shard-size`` also takes 8MB and 5GiB, and what is no size is one message.
     """
     check_version()
-    from mergekit.architecture import auto
     from mergekit.io.tasks import LoaderCache, LoadTensor
     from mergekit.options import ShardSizeParamType
 
@@ -69,7 +74,6 @@ def extend_methods(merge_methods: Any) -> None:
     own = [NanMethod(), FlexMergeMethod(), DecomposeMethod()]
     register([*own, *map(DeclaredMethod, methods(MODELS).values())])
     register([NanMethod(other) for other in merge_methods.registered_methods() if takes_nan(other)])
-    _replace(auto, "get_model_tensor_names", loader.tensor_names)
     _replace(LoaderCache, "setup", loader.setup)
     _replace(LoaderCache, "get", loader.get)
     _replace(LoadTensor, "execute", loader.load_tensor)

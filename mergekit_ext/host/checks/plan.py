@@ -15,7 +15,6 @@ from typing import Any
 
 from mergekit.architecture import arch_info_for_config
 from mergekit.architecture.base import ConfiguredModelArchitecture
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.plan import MergePlanner
 
 from mergekit_ext.errors import did_you_mean, join, listing, one_line
@@ -338,6 +337,8 @@ def _stored(fact: ModelFacts, weight: Any, *, tied: bool) -> TensorHeader | None
 
 def _converted(fact: ModelFacts, weight: Any) -> bool:
     """Return whether mergekit makes the tensor from others (transformers' renamed layouts)."""
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
     kind = getattr(fact.config, "model_type", None)
     stored, names = set(fact.tensors or ()), names_of(weight, tied=False)
     return any(can_convert_checkpoint_keys(kind, stored, name) for name in names)
