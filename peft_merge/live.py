@@ -62,7 +62,7 @@ def add_merged_adapter(
     space: str | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     modules_to_save: str | None = None,
     callbacks: Iterable[object] = (),
     **parameters: Any,
@@ -87,7 +87,8 @@ def add_merged_adapter(
         method: any method of `merge_adapters` that makes one adapter, instead of a combination
             type; default `linear`.
         rank: of the new LoRA; default as in `merge_adapters`: nothing is cut off by `linear`.
-        space, seed, dtype, device, modules_to_save, callbacks: as in `merge_adapters`.
+        device: where is computed; by default where the model is.
+        space, seed, dtype, modules_to_save, callbacks: as in `merge_adapters`.
         **parameters: of the method. A trailing underscore is left out: `lambda_=0.5`.
 
     Returns:
@@ -143,7 +144,7 @@ def add_merged_adapter(
         space=space,
         seed=seed,
         dtype=dtype,
-        device=device,
+        device=_device_of(peft_model) if device is None else device,
         modules_to_save=modules_to_save,
         name=adapter_name,
         callbacks=callbacks,
@@ -151,6 +152,12 @@ def add_merged_adapter(
     add_adapter(peft_model, adapter_name, merged.adapter)
     report: dict[str, Any] = merged.report
     return report
+
+
+def _device_of(model: Any) -> torch.device:
+    """Return the device of the first weight that is in memory; the CPU without one."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def _unfit_names(model: Any, name: Any, adapters: Sequence[str]) -> Iterator[Problem]:

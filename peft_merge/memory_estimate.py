@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.core.memory import Need, square_of, working
-from peft_merge.algebra.spaces import BLOCK, SMALL
+from peft_merge.algebra.spaces import SMALL, block_length
 from peft_merge.config.plan import MergePlan
 
 _DOUBLE = 8
@@ -45,7 +45,8 @@ def need_of(plan: MergePlan) -> Need:
 
 def _merging(plan: MergePlan, name: str) -> dict[str, int]:
     """Return what merging a module holds; small modules are merged side by side, one a thread."""
-    count, threads, rule = len(plan.adapters), torch.get_num_threads(), plan.rule
+    count, rule = len(plan.adapters), plan.rule
+    threads = torch.get_num_threads() if plan.device.type == "cpu" else 1
     if plan.kind == "ia3":
         return working(count + 4, _DOUBLE * math.prod(plan.shape(name)) * threads, count, 0, 1)
     matrices, rows, columns = plan.shape(name)
@@ -58,7 +59,8 @@ def _merging(plan: MergePlan, name: str) -> dict[str, int]:
     entries = rows * columns
     dense = entries * (4 if entries > SMALL else _DOUBLE)
     whole = 0 if rule.blockwise else rule.copies(count, square_of((rows, columns)))
-    needed = working(whole + 3, dense, count, _DOUBLE * max(BLOCK, columns), 1)
+    piece = _DOUBLE * max(block_length(plan.device.type), columns)
+    needed = working(whole + 3, dense, count, piece, 1)
     beside = 1 if matrices * entries > SMALL else threads
     needed["factors in float64"] = 4 * factors
     return {what: beside * size for what, size in needed.items()}

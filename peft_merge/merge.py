@@ -16,6 +16,7 @@ from torch import Tensor
 from mergekit_ext.core.memory import limited
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.staging import place_problems
+from mergekit_ext.kernels.precision import full_precision
 from mergekit_ext.methods import Call, Method
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
@@ -174,6 +175,7 @@ def plan_config(
     return checked(request, problems)
 
 
+@full_precision()
 def _run(
     make_plan: Callable[[], MergePlan], callbacks: Iterable[object], out: str = ""
 ) -> MergedAdapter | FlexMerged:

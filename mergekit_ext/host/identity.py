@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.common import ModelPath
 
 from mergekit_ext import parallel
@@ -39,7 +40,7 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
     """
     given = {k: v for k, v in options.model_dump().items() if k not in _NO_EFFECT}
     # Several processes have devices of one kind.
-    given["device"] = str(options.device).partition(":")[0]
+    given["device"] = _kind(str(options.device).partition(":")[0])
     inputs = sorted({(part.path, part.revision or "") for part in parts_of(models)})
     return {
         "configuration": _digest(source),
@@ -47,6 +48,12 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES),
         **{f"input {path}": _input(path, at, options) for path, at in inputs},
     }
+
+
+def _kind(device: str) -> str:
+    """Return a kind of device with its model, whose rounding a resumed merge must share."""
+    named = getattr(getattr(torch, device, None), "get_device_name", None)
+    return f"{device} {named()}" if named and torch.accelerator.is_available() else device
 
 
 def parts_of(models: Iterable[Any]) -> list[ModelPath]:

@@ -44,6 +44,7 @@ from mergekit_ext.host.method import ext_method, is_stock
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
+from mergekit_ext.kernels.precision import full_precision
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 
@@ -69,7 +70,7 @@ def merge(
     whole = method if isinstance(method, FlexMergeMethod) else None
     unshared = list(process_problems(config.merge_method, options))
     processes, options = parallel.current(), own_options(options)
-    with _fresh_loaders():
+    with _fresh_loaders(), full_precision():
         report, checked = check_merge(config, options, config_source)
         config = ordered(config)
         source = config_source or config.to_yaml()

@@ -7,14 +7,13 @@ and `MatmulShrinker`, from matrix products alone. `svt_subspace` follows a matri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, power_of_two
+from mergekit_ext.kernels.precision import full_precision
 
 # Eigenvalues of H - mu nearer to zero than this share of the largest keep an unsettled sign; the
 # error is below half of it for each of them.
@@ -246,14 +245,3 @@ def _orthogonalised(y: Tensor, lower: float) -> Tensor:
         lower = min(0.5 * rho * lower * (3.0 - squared * lower * lower), 1.0)
         settling += 1.0 - lower < math.sqrt(eps)
     return y
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: TF32 keeps ten bits, too few to converge."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -64,8 +64,11 @@ def by_one_thread(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 def scratch(count: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialised ``(count, length)`` memory, this thread's own until its next call.
 
-    Fresh memory for every piece, whose pages are faulted in again, costs more than the sums.
+    Fresh memory for every piece, whose pages are faulted in again, costs more than the sums. That
+    of an accelerator is its allocator's to keep.
     """
+    if device.type != "cpu":
+        return torch.empty((count, length), dtype=dtype, device=device)
     kept: dict[tuple[torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("kept", {})
     key, size = (dtype, device), count * length
     if key not in kept or kept[key].numel() < size:

@@ -36,14 +36,20 @@ from mergekit_ext.methods.method import Pieces
 from peft_merge.adapter import Update
 from peft_merge.algebra.core_space import EPS, CoreSpace, Factored, Rank, chosen
 
-# Entries of a block of rows of a dense change.
+# Entries of a block of rows of a dense change: for the caches of a CPU, for few large kernels.
 BLOCK = 1 << 16
+_ACCELERATOR_BLOCK = 1 << 22
 # A merged change up to this size is held in float64, a larger one in float32.
 SMALL = 1 << 20
 # Singular values below this share of the largest are rounding of the merged change.
 _FLOOR = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 Result = tuple[Factored, dict[str, Any]]
+
+
+def block_length(device: str) -> int:
+    """Return how many entries of a dense change are made at once on a kind of device."""
+    return BLOCK if device == "cpu" else _ACCELERATOR_BLOCK
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def _dense(job: Job) -> Result:
         rank = min(sum(u.a.shape[-2] for u in job.updates if u is not None), rows, columns)
     wanted = min(rank, rows, columns) if isinstance(rank, int) else None
     dtype = torch.float64 if rows * columns <= SMALL else torch.float32
-    step = max(1, BLOCK // columns)
+    step = max(1, block_length(torch.device(job.device).type) // columns)
     starts = range(0, rows, step)
     details: dict[str, Any] = {}
 

@@ -94,7 +94,7 @@ def _inputs(tensor: PlannedTensor) -> list[tuple[Any, TensorHeader]]:
 
 
 def _need(inventory: Inventory, tensor: PlannedTensor, entry: TensorHeader) -> Need:
-    config, device = inventory.config, str(inventory.options.device).partition(":")[0]
+    config, device = inventory.config, kind_of_device(inventory.options)
     size, dtype = math.prod(entry.shape), _loaded(tensor, config)
     bits = BITS.get(dtype, 32)
     width = max(bits // 8, _LEAST_BYTES)
@@ -116,6 +116,12 @@ def _need(inventory: Inventory, tensor: PlannedTensor, entry: TensorHeader) -> N
     )
     parts = {"inputs that are not mapped": inputs, "the result": entry.nbytes, **merging}
     return Need(tensor.name, parts, _REMEDY)
+
+
+def kind_of_device(options: Any) -> str:
+    """Return the kind of device that computes: that of mergekit's options, or its GPUs."""
+    found = torch.accelerator.current_accelerator() if options.multi_gpu else None
+    return found.type if found else str(options.device).partition(":")[0]
 
 
 def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, TensorHeader | None]:

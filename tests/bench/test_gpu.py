@@ -1,0 +1,23 @@
+"""The script for a GPU runs in its small form: every section, one that fails, one without end."""
+
+from __future__ import annotations
+
+import json
+
+from bench import gpu
+
+
+def test_the_small_form(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.gpu", "--small"])
+    gpu.main()
+    output = capsys.readouterr().out
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    found = {name: [r for r in rows if r["section"] == name] for name in gpu.SECTIONS | gpu.TRIALS}
+    problems = {row["section"]: row["problem"] for row in rows if "problem" in row}
+    assert problems == {"failing": "ValueError: as it should", "endless": "deadline of 0.5 s"}
+    assert [row["name"] for row in found["failing"]] == ["before", "failed"]
+    assert all(found.values())
+    assert all(row["error"] < 1e-4 for row in found["methods"])
+    assert all(row["same"] for row in found["bytes"])
+    assert sum("against" in row["name"] for row in found["lore"]) == len(gpu.SPECTRA)
+    assert "| endless | stopped | problem deadline of 0.5 s |" in output
