@@ -97,7 +97,7 @@ def install() -> None:
         and not getattr(module.__spec__, "_initializing", False)
     }
     if not waiting and len(loaded) < len(_EXTENSIONS):
-        names = _EXTENSIONS.keys() | _LATE.keys()
-        sys.meta_path.insert(0, _Finder(name for name in names if name not in sys.modules))
+        late = _LATE.keys() - sys.modules.keys()
+        sys.meta_path.insert(0, _Finder((_EXTENSIONS.keys() - loaded.keys()) | late))
     for name, module in loaded.items():
         _extend(name, module)

@@ -130,3 +130,14 @@ def test_a_merge_with_another_tokenizer_starts_over(family, tmp_path, capsys):
         mergekit_ext.merge(content, tmp_path / "merged" / "out")
     said = f"Starting over: not what was merged before (input {other})"
     assert said in capsys.readouterr().err
+
+
+def test_the_model_of_a_gpu_decides(monkeypatch):
+    """Whose products are rounded otherwise: a merge is not gone on with on another one."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    found = []
+    for name in ("H100", "H200"):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda name=name: name)
+        found.append(identity("", MergeOptions(device="cuda:0"), []))
+    assert found[0]["options"] != found[1]["options"]
+    assert identity("", MergeOptions(device="cpu"), []) == identity("", MergeOptions(), [])
