@@ -323,7 +323,10 @@ TRIALS = {"failing": (run_failing, 50), "endless": (run_endless, 0.5)}
 def _child(name: str, sizes: Sizes, rows: Connection) -> None:
     torch.manual_seed(0)
     try:
-        for row in (SECTIONS | TRIALS)[name][0](sizes, device_of()):
+        device = device_of()
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
+        for row in (SECTIONS | TRIALS)[name][0](sizes, device):
             rows.send(row)
     except Exception as error:  # of any kind: the other sections run
         rows.send({"name": "failed", "problem": f"{type(error).__name__}: {error}"[:500]})

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from bench import gpu
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_the_small_form(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench.gpu", "--small"])
     gpu.main()
