@@ -121,7 +121,7 @@ def _need(inventory: Inventory, tensor: PlannedTensor, entry: TensorHeader) -> N
 def kind_of_device(options: Any) -> str:
     """Return the kind of device that computes: that of mergekit's options, or its GPUs."""
     found = torch.accelerator.current_accelerator() if options.multi_gpu else None
-    return found.type if found else str(options.device).partition(":")[0]
+    return str(found.type if found else options.device).partition(":")[0]
 
 
 def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, TensorHeader | None]:
