@@ -177,13 +177,14 @@ class PlannedWriter:
         entry = TensorHeader.of(name, tensor.dtype, tensor.shape)
         record = self._session.recorded.get(name)
         details = None if record is None else dict(record.details)
+        # Threads of several GPUs come here: each copies and sums up by itself.
+        data = as_bytes(tensor)
+        line = [zlib.crc32(data), entry.dtype, entry.shape, entry.nbytes, details]
         with self._lock:
             file = self._file(entry)
             if file is not self._plan.get(name):
                 self._files.create([file])
-            data = as_bytes(tensor)
             self._files.put(file, name, data)
-            line = [zlib.crc32(data), entry.dtype, entry.shape, entry.nbytes, details]
             self._finished.add(_LINE, name, line)
             self._placed[name] = file.path, entry
 
