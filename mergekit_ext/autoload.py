@@ -36,6 +36,10 @@ def _extend(name: str, module) -> None:  # type: ignore[no-untyped-def]
     getattr(patches, _EXTENSIONS[name])(module)
 
 
+def _is_executing(name: str) -> bool:
+    return getattr(sys.modules[name].__spec__, "_initializing", False)
+
+
 def _execute(name: str, module, execute) -> None:  # type: ignore[no-untyped-def]
     if name not in _LATE:
         execute(module)
@@ -81,7 +85,8 @@ class _Finder:
             self.pending.discard(name)
             if not self.pending:
                 sys.meta_path.remove(self)
-            if name in _EXTENSIONS:
+            # What its package imports is extended with `mergekit.merge_methods`: ours needs both.
+            if name in _EXTENSIONS and not _is_executing(name.rpartition(".")[0]):
                 _extend(name, module)
 
         loader.exec_module = exec_module
@@ -93,8 +98,7 @@ def install() -> None:
     loaded = {
         name: module
         for name in _EXTENSIONS
-        if (module := sys.modules.get(name)) is not None
-        and not getattr(module.__spec__, "_initializing", False)
+        if (module := sys.modules.get(name)) is not None and not _is_executing(name)
     }
     if not waiting and len(loaded) < len(_EXTENSIONS):
         late = _LATE.keys() - sys.modules.keys()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -78,6 +79,8 @@ def extend_methods(merge_methods: Any) -> None:
     _replace(LoaderCache, "get", loader.get)
     _replace(LoadTensor, "execute", loader.load_tensor)
     _replace(ShardSizeParamType, "convert", _read_size)
+    if (auto := sys.modules.get("mergekit.architecture.auto")) is not None:
+        extend_inference(auto)
 
 
 def _read_size(_: Callable[..., Any], kind: Any, value: Any, param: Any, ctx: Any) -> Any:
