@@ -17,7 +17,6 @@ _EXTENSIONS = {
     "mergekit.plan": "extend_planner",
     "mergekit.merge": "extend_merge",
     "mergekit.scripts.multimerge": "extend_multimerge",
-    "mergekit.scripts.merge_raw_pytorch": "extend_raw_pytorch",
     "mergekit.scripts.run_yaml": "extend_yaml",
 }
 # Module -> what it imports late: modules, and their objects ("" is the module itself).

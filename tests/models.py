@@ -159,7 +159,6 @@ def command_here(name: str, *arguments: object) -> subprocess.CompletedProcess[s
 
     An exception that it lets through is this test's failure.
     """
-    import mergekit.scripts.merge_raw_pytorch
     import mergekit.scripts.multimerge
     import mergekit.scripts.run_yaml
 
@@ -169,7 +168,6 @@ def command_here(name: str, *arguments: object) -> subprocess.CompletedProcess[s
     commands: Mapping[str, Any] = {
         "mergekit-ext": mergekit_ext.cli.main,
         "mergekit-multi": mergekit.scripts.multimerge.main,
-        "mergekit-pytorch": mergekit.scripts.merge_raw_pytorch.main,
         "mergekit-yaml": mergekit.scripts.run_yaml.main,
         "peft-merge": peft_merge.cli.main,
     }

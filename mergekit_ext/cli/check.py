@@ -23,20 +23,12 @@ _CONFIG = click.argument("config", type=click.File(encoding="utf-8"))
 
 @functools.partial(merging, paths=[_CONFIG])
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
-@click.option("--tensor-union", "-u", is_flag=True, help="As for mergekit-pytorch")
-@click.option("--tensor-intersection", "-i", is_flag=True, help="As for mergekit-pytorch")
-def check(
-    merge_options: MergeOptions,
-    config: IO[str],
-    as_json: bool,
-    tensor_union: bool,
-    tensor_intersection: bool,
-) -> None:
+def check(merge_options: MergeOptions, config: IO[str], as_json: bool) -> None:
     """Check the merge that CONFIG describes without reading any weight.
 
-    CONFIG is a YAML file for mergekit-yaml, mergekit-multi or mergekit-pytorch, or - for standard
-    input. Give the flags that the merge will be given. The exit code is 0 if the merge can start
-    and 2 if something is wrong.
+    CONFIG is a YAML file for mergekit-yaml or mergekit-multi, or - for standard input. Give the
+    flags that the merge will be given. The exit code is 0 if the merge can start and 2 if
+    something is wrong.
     """
     from mergekit_ext.host.checks.merge import check_source
 
@@ -45,9 +37,7 @@ def check(
     except ValueError as error:
         found = f"found {config.name}, which cannot be read ({error}); expected YAML in UTF-8"
         raise click.BadParameter(found, param_hint="CONFIG") from None
-    reports = check_source(
-        text, merge_options, union=tensor_union, intersection=tensor_intersection
-    )
+    reports = check_source(text, merge_options)
     if as_json:
         documents = [{"name": name, **dataclasses.asdict(report)} for name, report in reports]
         click.echo(json.dumps({"documents": documents}, indent=2))

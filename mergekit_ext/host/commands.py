@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mergekit.config import MergeConfiguration
 
 from mergekit_ext.core.interrupts import prompt
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, printable
@@ -43,8 +42,8 @@ def reading_first(check: Callable[[str], Any]) -> Callable[..., None]:
     return command
 
 
-def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
-    """Return what `schema` makes of a YAML text, or raise `ConfigError` with every reason."""
+def parsed(source: str) -> Any:
+    """Return what mergekit makes of a YAML text, or raise `ConfigError` with every reason."""
     documents, problems = read(source)
     if not documents:
         problems = [NO_DOCUMENT]
@@ -52,7 +51,7 @@ def parsed(source: str, schema: Any = MergeConfiguration) -> Any:
         found, remedy = f"{len(documents)} documents", "Use mergekit-multi for several."
         problems = [Problem("the file", found, "one merge", remedy)]
     else:
-        config, wrong = parse(documents[0], schema)
+        config, wrong = parse(documents[0])
         if config is not None:
             return config
         problems = [*problems, *wrong]

@@ -139,14 +139,6 @@ def extend_multimerge(module: Any) -> None:
     _replace(module.main, "callback", commands.reading_first(commands.require_merges))
 
 
-def extend_raw_pytorch(module: Any) -> None:
-    """``mergekit.scripts.merge_raw_pytorch``: check and measure; errors are messages."""
-    from mergekit_ext.host import flat
-
-    _replace(module, "plan_flat_merge", flat.extended_plan)
-    _replace(module.main, "callback", flat.extended_command)
-
-
 def extend_yaml(module: Any) -> None:
     """``mergekit.scripts.run_yaml``: what is no configuration is one message."""
     from mergekit_ext.host import commands

@@ -63,11 +63,8 @@ class Session:
         dispatcher: Dispatcher | None = None,
         output: str = "",
         quiet: bool = True,
-        source: str | None = None,
     ):
         self.output, self.quiet = output, quiet
-        # The text of the configuration, for mergekit-pytorch, whose planner has none.
-        self.source = source
         self.staging: Staging | None = None
         # What is finished of the output; None for merges that cannot be continued.
         self.journal: Journal | None = None

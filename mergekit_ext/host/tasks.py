@@ -247,8 +247,6 @@ def _stored(task: MergeTensorTask) -> tuple[tuple[str, str], ...]:
         if isinstance(part, LoadTensor):
             name = part._resolve_name(LoaderCache().get(part.model))
             loads.append((str(part.model), name or part.tensor))
-        elif hasattr(part, "tensor_name"):  # mergekit-pytorch's
-            loads.append((part.model, part.tensor_name))
     return tuple(sorted(loads))
 
 

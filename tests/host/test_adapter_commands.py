@@ -104,12 +104,3 @@ def test_a_refused_adapter(models, tmp_path):
         for part in ("models[0]", "DoRA", "MERGEKIT_EXT_ADAPTERS=0"):
             assert part in done.text
     assert not (tmp_path / "out").exists()
-
-
-def test_single_files_take_no_adapters(models, tmp_path):
-    model = f"{models / 'base' / 'model.safetensors'}+{models / 'lora'}"
-    yml = small.write_yaml(tmp_path / "merge.yml", small.config("nan", [model]))
-    for arguments in (("mergekit-ext", "check", yml), ("mergekit-pytorch", yml, tmp_path / "out")):
-        done = command(*arguments)
-        assert done.code == 2, done.text
-        assert "models[0].model" in done.text and "without an adapter" in done.text

@@ -35,7 +35,7 @@ def test_paths_that_lead_nowhere(models: Path, tmp_path: Path) -> None:
     assert any("no weights" in text for text in found)
     assert any("no config.json" in text for text in found)
     assert "<base model>+" in at(report, "models[2].model").remedy
-    assert "mergekit-pytorch" in at(report, "models[3].model").remedy
+    assert "config.json" in at(report, "models[3].model").remedy
 
 
 def test_home_is_not_expanded() -> None:

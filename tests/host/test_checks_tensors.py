@@ -12,11 +12,9 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mergekit_ext.host.checks.merge import check_flat, check_merge
-from mergekit_ext.io.headers import allowing_pickles
+from mergekit_ext.host.checks.merge import check_merge
 from tests.host.small import LINEAR, at, entries, run, the
 
 
@@ -181,51 +179,6 @@ def test_unknown_module(models: Path) -> None:
     report = run({**LINEAR, "modules": {"encoder": inner, "decodr": inner}})
     assert at(report, "modules.decodr").remedy == "Write `decoder`."
     assert any("no weights of decoder" in note for note in report.notes)
-
-
-def test_weight_files(models: Path, tmp_path: Path) -> None:
-    files = {name: models / name / "model.safetensors" for name in ("a", "b", "large_vocab")}
-    document = {**LINEAR, "models": [{"model": str(files["a"])}, {"model": str(files["b"])}]}
-    assert run(document).problems == ()
-    report = run(
-        {
-            "merge_method": "lineer",
-            "models": [
-                {"model": str(files["a"]), "slices": []},
-                {"model": str(files["large_vocab"])},
-                {"model": str(tmp_path / "nowhere.safetensors")},
-            ],
-        }
-    )
-    assert at(report, "merge_method").remedy == "Write `linear`."
-    assert "unknown key" in at(report, "models[0].slices").found
-    assert "[72, 16]" in at(report, "2 tensors (lm_head.weight, model.embed_tokens.weight)").found
-    assert "is no file" in at(report, "models[2].model").found
-
-
-def test_weight_files_with_different_tensors(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(2), "y": torch.zeros(2)}, tmp_path / "a.safetensors")
-    torch.save({"x": torch.zeros(2)}, tmp_path / "b.bin")
-    config = RawPyTorchMergeConfig.model_validate(
-        {
-            "merge_method": "ties",
-            "base_model": str(tmp_path / "b.bin"),
-            "models": [{"model": str(tmp_path / "a.safetensors")}],
-            "parameters": {"weight": 1},
-        }
-    )
-    options = MergeOptions()
-    refused = check_flat(config, options)
-    assert "b.bin with a pickle" in at(refused, "base_model").found
-    with allowing_pickles(True):
-        report = check_flat(config, options)
-        common = check_flat(config, options, intersection=True)
-        everything = check_flat(config, options, union=True)
-    assert the(report).where == "y" and "b.bin" in the(report).found
-    assert any("pickle" in note for note in report.notes)
-    assert common.problems == ()
-    # Without its base, ties cannot merge y.
-    assert "Base input is not present" in the(everything).found
 
 
 @pytest.mark.only_checked("transformers cannot build the class")

@@ -7,8 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from mergekit_ext.host.blocks import block_of
 from tests import models as small
@@ -251,20 +250,15 @@ def test_a_tied_head_counts_once(tmp_path):
     compare({n: found[n] for n in wanted}, wanted, EPS[torch.float32])
 
 
-@pytest.mark.parametrize("command", ["mergekit-yaml", "mergekit-pytorch"])
-def test_an_output_never_replaces_an_input(llamas, tmp_path, command):
+def test_an_output_never_replaces_an_input(llamas, tmp_path):
     base, tuned = llamas
-    inputs = [folder / "model.safetensors" for folder in tuned]
-    config = {
-        "mergekit-yaml": small.config("nan", tuned, base),
-        "mergekit-pytorch": small.config("nan", inputs, base / "model.safetensors"),
-    }[command]
-    before = inputs[0].read_bytes()
-    yml = small.write_yaml(tmp_path / "merge.yml", config)
-    done = small.command_here(command, yml, tuned[0])
+    weights = tuned[0] / "model.safetensors"
+    before = weights.read_bytes()
+    yml = small.write_yaml(tmp_path / "merge.yml", small.config("nan", tuned, base))
+    done = small.command_here("mergekit-yaml", yml, tuned[0])
     assert done.returncode == 2
     assert "where the input" in done.stderr
-    assert inputs[0].read_bytes() == before
+    assert weights.read_bytes() == before
 
 
 def test_multi_merge_feeds_one_merge_to_the_next(llamas, tmp_path):
@@ -282,71 +276,3 @@ def test_multi_merge_feeds_one_merge_to_the_next(llamas, tmp_path):
     merged = reference.merge([small.state(t) for t in tuned[:2]], small.state(base))
     compare(small.state(tmp_path / "parts" / "first"), merged, EPS[torch.float32])
     assert small.state(tmp_path / "out").keys() == small.state(base).keys()
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "model"])
-def test_mergekit_pytorch(llamas, tmp_path, granularity):
-    base, tuned = llamas
-    files = [folder / "model.safetensors" for folder in tuned]
-    config = small.config("nan", files, base / "model.safetensors", {"granularity": granularity})
-    done = run(tmp_path, config, command="mergekit-pytorch")
-    assert done.returncode == 0, done.stderr
-    group_of = {"tensor": lambda name: name, "model": lambda name: "all"}[granularity]
-    wanted = reference.merge([load_file(f) for f in files], small.state(base), group_of=group_of)
-    found = small.state(tmp_path / "out")
-    assert found.keys() == wanted.keys()
-    compare(found, wanted, EPS[torch.float32])
-
-
-def test_two_models_without_a_base_are_reported(llamas, tmp_path):
-    _, tuned = llamas
-    done = run(tmp_path, small.config("lore", tuned[:2], None, {"mu": 0.1}))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("lore with two inputs of equal weight and no base") == 1
-    first, second = map(small.state, tuned[:2])
-    wanted = {n: (first[n].double() + second[n].double()) / 2 for n in first}
-    compare(small.state(tmp_path / "out"), wanted, EPS[torch.float32])
-
-
-def test_uniform_coefficients_are_reported_once(tmp_path):
-    _, tuned = small.family(tmp_path / "close", small.llama, amounts=(1e-4, 2e-4, 4e-4))
-    done = run(tmp_path, small.config("nan", tuned))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("came out uniform") == 1
-
-
-def test_non_finite_weights_leave_no_output(llamas, tmp_path):
-    base, tuned = llamas
-    bad = tmp_path / "bad"
-    LlamaForCausalLM.from_pretrained(tuned[0]).save_pretrained(bad)
-    tensors = load_file(bad / "model.safetensors")
-    tensors["model.norm.weight"][3] = torch.nan
-    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
-    done = run(tmp_path, small.config("nan_ties", [bad, *tuned[1:]], base))
-    assert done.returncode == 2
-    assert "model.norm.weight of model" in done.stderr
-    assert "bad" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "merge.yml"]
-
-
-def test_classifier_loads_and_runs(family, tmp_path):
-    base, tuned = family("bert")
-    done = run(tmp_path, small.config("lore", tuned, base, {"mu_relative": 0.1}))
-    assert done.returncode == 0, done.stderr
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
-
-
-def test_stock_methods_are_left_alone(llamas, tmp_path):
-    base, tuned = llamas
-    config = small.config("task_arithmetic", tuned, base, {"weight": 0.3})
-    with_us = run(tmp_path, config)
-    assert with_us.returncode == 0, with_us.stderr
-    found = small.state(tmp_path / "out")
-    assert not (tmp_path / "out" / "merge_report.json").exists()
-    (tmp_path / "plain").mkdir()
-    without = run_installed(tmp_path / "plain", config, MERGEKIT_EXT_AUTOLOAD="0")
-    assert without.returncode == 0, without.stderr
-    for name, tensor in small.state(tmp_path / "plain" / "out").items():
-        assert torch.equal(tensor, found[name])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from click.testing import CliRunner
-from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 
 from tests.attacks.readers import command
 from tests.models import write_yaml
@@ -82,16 +80,3 @@ def test_no_document(name, tmp_path):
     file, out = tmp_path / "merge.yml", tmp_path / "out"
     file.write_text("# nothing but a comment\n")
     assert "the file: found no document" in command(*name.split(), file, out).text
-
-
-@pytest.mark.parametrize("method", ["linear", "nan"])
-@pytest.mark.parametrize(
-    ("content", "place"),
-    [({"model": MODELS}, "models"), ({"models": [{"model": 3}]}, "models[0].model")],
-)
-def test_files(content, place, method, tmp_path):
-    file = write_yaml(tmp_path / "merge.yml", {"merge_method": method, **content})
-    result = CliRunner().invoke(mergekit_pytorch, [str(file), str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert place in result.output
-    assert not (tmp_path / "out").exists()

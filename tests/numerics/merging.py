@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.graph import Executor
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
-from mergekit.scripts import merge_raw_pytorch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import mergekit_ext
@@ -23,7 +21,7 @@ from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.methods import BLOCKS, Method, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.modules import log_problems, rules
-from tests.models import config, write_yaml
+from tests.models import config, state, write_yaml
 from tests.peft_merge import loras
 
 State = Mapping[str, Tensor]
@@ -56,33 +54,33 @@ def host(name: str, models: Sequence[State], base: State | None = None, **more: 
 
 
 def host_files(folder: Path, name: str, models: Sequence[State], base: State | None) -> State:
-    """The same of files, as mergekit-pytorch merges them."""
-    folder.mkdir()
-    paths = [folder / f"m{index}.safetensors" for index in range(len(models) + 1)]
-    for path, state in zip(paths, [base or {}, *models], strict=True):
-        save_file(dict(state), path, {"format": "pt"})
-    content = config(name, paths[1:], paths[0] if base else None, HOST[name])
-    asked = merge_raw_pytorch.RawPyTorchMergeConfig.model_validate(content)
-    out, options = folder / "out", MergeOptions(quiet=True)
-    plan = merge_raw_pytorch.plan_flat_merge(asked, str(out), False, False, options)
-    Executor(plan).execute()
-    (file,) = out.glob("*.safetensors")
-    return load_file(file)
+    """The same of files, by the names in them."""
+    first, *paths = _saved(folder, [base or {}, *models])
+    content, out = config(name, paths, first if base else None, HOST[name]), folder / "out"
+    options = MergeOptions(quiet=True, copy_tokenizer=False)
+    mergekit_ext.merge(write_yaml(folder / "m.yml", content), out, options)
+    return state(out)
+
+
+def _saved(folder: Path, states: Sequence[State]) -> list[Path]:
+    """Save tensors as models of a class that transformers does not have."""
+    paths = []
+    for index, tensors in enumerate(states):
+        place = folder / f"m{index}"
+        place.mkdir(parents=True)
+        save_file(dict(tensors), place / "model.safetensors", {"format": "pt"})
+        (place / "config.json").write_text(
+            json.dumps({"architectures": ["OwnModel"], "model_type": "llama"})
+        )
+        paths.append(place)
+    return paths
 
 
 def flexmerge(
     folder: Path, name: str, models: Sequence[State], base: State, **more: Any
 ) -> list[State]:
     """Each task's tensors of a FlexMerge in one group."""
-    paths = []
-    for index, state in enumerate([base, *models]):
-        place = folder / f"m{index}"
-        place.mkdir(parents=True)
-        save_file(dict(state), place / "model.safetensors", {"format": "pt"})
-        (place / "config.json").write_text(
-            json.dumps({"architectures": ["OwnModel"], "model_type": "llama"})
-        )
-        paths.append(place)
+    paths = _saved(folder, [base, *models])
     # One block of everything: of three models one group, with masks or without.
     size = 2.9 if methods(BLOCKS)[name].mask else 1.0
     parameters = {"target_size": size, "algorithm": name, "granularity": "model", **more}

@@ -50,10 +50,10 @@ class Group:
 
 
 def groups_of(config: Any) -> list[Group]:
-    """Return the groups of a `MergeConfiguration`, or of mergekit-pytorch's configuration."""
+    """Return the groups of a `MergeConfiguration`."""
     top, base = _shared("parameters", config.parameters), config.base_model
     parts = [("", config, top)]
-    for name, module in (getattr(config, "modules", None) or {}).items():
+    for name, module in (config.modules or {}).items():
         where = f"modules.{name}."
         parts.append((where, module, {**_shared(f"{where}parameters", module.parameters), **top}))
     found: list[Group] = []

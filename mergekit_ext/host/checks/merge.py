@@ -1,18 +1,14 @@
-"""The checks of one merge, in order: of whole models, of files of weights, and of YAML text."""
+"""The checks of one merge, in order, and those of YAML text."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mergekit import merge_methods
-from mergekit.architecture import WeightInfo
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
@@ -22,9 +18,9 @@ from mergekit_ext.host.checks.copied import note_routers, settle_copies
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import models_at
-from mergekit_ext.host.checks.models import ModelFacts, read_model, read_tensors
+from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
-from mergekit_ext.host.checks.plan import Inventory, PlannedTensor, locate, plan_models
+from mergekit_ext.host.checks.plan import Inventory, plan_models
 from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import (
     NO_DOCUMENT,
@@ -40,11 +36,6 @@ from mergekit_ext.host.inputs import donor_of
 from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_modules
 from mergekit_ext.io.documents import read
-
-if TYPE_CHECKING:
-    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
-
-_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 
 
 def check_merge(
@@ -84,67 +75,12 @@ def models_of_stock(
     return inventory.findings.report(), inventory
 
 
-def check_flat(
-    config: RawPyTorchMergeConfig,
-    options: MergeOptions,
-    *,
-    union: bool = False,
-    intersection: bool = False,
-    source: str | Mapping[str, Any] | None = None,
-) -> CheckReport:
-    """Check a merge of single weight files by mergekit-pytorch, with its flags.
-
-    With `union` tensors may be missing in some files; with `intersection` they are left out then.
-    """
-    with quiet():
-        inventory = _inventory(config, options, source, also=())
-        findings = inventory.findings
-        if not config.models:
-            findings.problem("models", "an empty list", "the files to merge", "Add them.")
-            return findings.report()
-        for path, where in models_at(config).items():
-            tensors = None
-            if os.path.isfile(path) and "+" not in path:  # which mergekit takes for an adapter
-                tensors = read_tensors(Path(path), where, findings)
-            else:
-                findings.problem(
-                    where,
-                    f"{path}, which is no file, or has a plus sign",
-                    "a file, .safetensors or a PyTorch pickle, without an adapter",
-                    "Check the path; whole models, and adapters, are merged with mergekit-yaml.",
-                )
-            inventory.models[path] = ModelFacts(path, where, tensors=tensors)
-        _plan_flat(inventory, union and not intersection, intersection)
-        locate(inventory)
-        check_tensors(inventory, policy=OptionalTensorPolicy.ERROR)
-        _check_parameters(inventory)
-    return findings.report()
-
-
-def _plan_flat(inventory: Inventory, optional: bool, intersection: bool) -> None:
-    """Plan what mergekit-pytorch would merge: the tensors of the models, not those of the base."""
-    config, (group,) = inventory.config, inventory.groups
-    own = {item.model: item.parameters for item in config.models}
-    known = {m: fact.tensors for m, fact in inventory.models.items() if fact.tensors is not None}
-    for name in dict.fromkeys(name for model in own for name in known.get(model, ())):
-        if not intersection or all(name in tensors for tensors in known.values()):
-            weight = WeightInfo(name=name, optional=optional)
-            inventory.planned.append(
-                PlannedTensor(
-                    weight,
-                    dict.fromkeys(known, weight),
-                    group,
-                    lambda model: (own.get(model), config.parameters),
-                )
-            )
-
-
 def _inventory(
-    config: Any, options: Any, source: str | Mapping[str, Any] | None, **also: Any
+    config: MergeConfiguration, options: MergeOptions, source: str | Mapping[str, Any] | None
 ) -> Inventory:
     """Check what comes before any model; return an inventory without any."""
     findings = Findings()
-    findings.extend(unknown_keys(source, schema=type(config), **also))
+    findings.extend(unknown_keys(source))
     check_settings(config, options, findings)
     if options.multi_gpu and not torch.accelerator.device_count():
         findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
@@ -185,17 +121,12 @@ def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
         check_output(inventory)
 
 
-def check_source(
-    text: str, options: MergeOptions, *, union: bool = False, intersection: bool = False
-) -> list[tuple[str | None, CheckReport]]:
-    """Check YAML text for mergekit-yaml, mergekit-multi or mergekit-pytorch (see `check_flat`).
+def check_source(text: str, options: MergeOptions) -> list[tuple[str | None, CheckReport]]:
+    """Check YAML text for mergekit-yaml or mergekit-multi.
 
     YAML and schema errors are problems like the others. Returns one report for each document,
     with its `name:`. In a text of several documents a model may be the name of another document.
     """
-    # Its own extension imports this module.
-    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
-
     try:
         documents, repeated = read(text)
     except FileError as error:
@@ -206,13 +137,9 @@ def check_source(
     between = between_documents(documents)
     reports = []
     for i, (name, document) in enumerate(zip(names, documents, strict=True)):
-        schema = RawPyTorchMergeConfig if _is_flat(document) else MergeConfiguration
-        config, problems = parse(document, schema)
+        config, problems = parse(document)
         if config is None:
             report = CheckReport(tuple(problems))
-        elif isinstance(config, RawPyTorchMergeConfig):
-            flags = {"union": union, "intersection": intersection}
-            report = check_flat(config, options, **flags, source=document)
         else:
             pending = {other for other in names if other is not None and other != name}
             report, _ = check_merge(config, options, document, pending)
@@ -220,13 +147,3 @@ def check_source(
         problems = [*(repeated if i == 0 else ()), *between.get(i, ()), *report.problems]
         reports.append((name, replace(report, problems=tuple(problems))))
     return reports
-
-
-def _is_flat(document: Any) -> bool:
-    """Whether a document is meant for mergekit-pytorch: its models are files of weights."""
-    models = document.get("models") if isinstance(document, Mapping) else None
-    items = models if isinstance(models, list) else ()
-    paths = [item.get("model") for item in items if isinstance(item, Mapping)]
-    # A file with an adapter is meant for it too, and refused.
-    files = [part for p in paths if isinstance(p, str) for part in (p, p.partition("+")[0])]
-    return any(PurePath(file).suffix in _WEIGHT_SUFFIXES for file in files)

@@ -89,8 +89,8 @@ def read_model(
             where,
             f"{path}, which {'is a file' if os.path.exists(path) else 'does not exist'}",
             "a model's folder, or a name on the Hub",
-            "Check the path. mergekit does not expand `~`; single weight files are merged with "
-            f"mergekit-pytorch.{near(path)}",
+            "Check the path. mergekit does not expand `~`; a file of weights is in a folder with "
+            f"its config.json.{near(path)}",
         )
     else:
         base = _hub_model(base, options, findings)

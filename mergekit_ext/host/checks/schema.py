@@ -27,7 +27,7 @@ _UNKNOWN = frozenset({"extra_forbidden", "invalid_key"})
 _INPUTS = ("models", "slices", "modules")
 
 
-def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Problem]]:
+def parse(document: Any) -> tuple[Any, list[Problem]]:
     """Build a configuration from a parsed document: it, or None and what is wrong.
 
     Of a document that is refused, unknown keys are wrong, too.
@@ -35,11 +35,11 @@ def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Pr
     if not isinstance(document, Mapping):
         return None, [Problem("the document", shown(document), _A_MERGE)]
     problems, given = [], [key for key in _INPUTS if document.get(key)]
-    if "slices" in schema.model_fields and len(given) != 1:
+    if len(given) != 1:
         found = " and ".join(given) or "none of them"
         problems.append(Problem("models, slices, modules", found, "exactly one of the three"))
     try:
-        config = schema.model_validate(dict(document))
+        config = MergeConfiguration.model_validate(dict(document))
     except ValidationError as error:
         problems += schema_problems(error, document)
     except RuntimeError as error:  # mergekit's validators raise it, past pydantic
@@ -55,19 +55,13 @@ def parse(document: Any, schema: Any = MergeConfiguration) -> tuple[Any, list[Pr
         ]
         if not problems:
             return config, []
-    return None, [*problems, *unknown_keys(document, schema=schema)]
+    return None, [*problems, *unknown_keys(document)]
 
 
-def unknown_keys(
-    source: str | Mapping[str, Any] | None,
-    *,
-    schema: Any = MergeConfiguration,
-    also: Collection[str] = ("name",),
-) -> list[Problem]:
-    """Return the keys that a schema does not know, each with the nearest known key.
+def unknown_keys(source: str | Mapping[str, Any] | None) -> list[Problem]:
+    """Return the keys that mergekit does not know, each with the nearest known key.
 
-    At most as many as an error shows. `source` is YAML text, or a parsed document; `also` are keys
-    that others read: `name` is mergekit-multi's.
+    At most as many as an error shows. `source` is YAML text, or a parsed document.
     """
     try:
         documents, problems = read(source) if isinstance(source, str) else ([source], [])
@@ -75,15 +69,16 @@ def unknown_keys(
         return []  # `check_source` reports it; elsewhere the configuration is already parsed
     for document in documents:
         if isinstance(document, Mapping):
-            problems += islice(_unknown(document, schema, also), MOST_SHOWN)
+            problems += islice(_unknown(document), MOST_SHOWN)
     return problems
 
 
-def _unknown(document: Mapping[str, Any], schema: Any, also: Collection[str]) -> Iterator[Problem]:
+def _unknown(document: Mapping[str, Any]) -> Iterator[Problem]:
     errors: list[Any] = []
     try:
-        given = {key: value for key, value in document.items() if key not in also}
-        schema.model_validate(given, extra="forbid")
+        # `name` is mergekit-multi's.
+        given = {key: value for key, value in document.items() if key != "name"}
+        MergeConfiguration.model_validate(given, extra="forbid")
     except ValidationError as error:
         errors = [item for item in error.errors() if item["type"] in _UNKNOWN]
     except RuntimeError:  # of mergekit's validators: `parse` reports it
@@ -94,7 +89,7 @@ def _unknown(document: Mapping[str, Any], schema: Any, also: Collection[str]) ->
         *branch, key = item["loc"]
         at, _ = place_of({**item, "loc": branch}, document)
         branches.setdefault(at, {}).setdefault(tuple(branch), []).append(str(key))
-    known = _names(schema)
+    known = _names(MergeConfiguration)
     for at, unknown in branches.items():
         for name in min(unknown.values(), key=len):
             expected = "a key that is read there"

@@ -26,14 +26,10 @@ _LARGEST_READ = 1 << 20
 _Wrong = Iterator[tuple[str, str, str]]
 
 
-def check_tensors(
-    inventory: Inventory,
-    besides: Collection[Any] = (),
-    policy: OptionalTensorPolicy | None = None,
-) -> None:
+def check_tensors(inventory: Inventory, besides: Collection[Any]) -> None:
     """Report missing tensors, shapes, dtypes and whole numbers that do not fit.
 
-    Models in `besides` are not compared; `policy` stands for the method's own.
+    Models in `besides` are not compared.
     """
     config, findings = inventory.config, inventory.findings
     mixed: set[str] = set()
@@ -41,7 +37,7 @@ def check_tensors(
         found = {model: header for model, header in tensor.found.items() if model not in besides}
         missing = tuple(model for model in tensor.missing if model not in besides)
         tensor = replace(tensor, found=found, missing=missing)
-        for problem in (*_missing(tensor, inventory, policy), *_differences(tensor, inventory)):
+        for problem in (*_missing(tensor, inventory), *_differences(tensor, inventory)):
             findings.tensor(tensor.name, *problem)
         if len(dtypes := {header.dtype for header in tensor.headers}) > 1:
             mixed |= dtypes
@@ -53,9 +49,7 @@ def check_tensors(
         )
 
 
-def _missing(
-    tensor: PlannedTensor, inventory: Inventory, policy: OptionalTensorPolicy | None
-) -> _Wrong:
+def _missing(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
     if not tensor.missing:
         return
     method, models = inventory.method, inventory.models
@@ -67,7 +61,7 @@ def _missing(
             "Take the model out, give the checkpoint that has them, or write `heads:` under "
             "`parameters:` with the model whose the output has.",
         )
-    elif method is not None and (reason := _refusal(tensor, method, policy)):
+    elif method is not None and (reason := _refusal(tensor, method)):
         yield (
             f"nothing in {places}, and it is optional ({reason})",
             "it in all models, or in none",
@@ -75,10 +69,10 @@ def _missing(
         )
 
 
-def _refusal(tensor: PlannedTensor, method: Any, policy: OptionalTensorPolicy | None) -> str | None:
+def _refusal(tensor: PlannedTensor, method: Any) -> str | None:
     """Return why the method stops at an optional tensor that some inputs lack, if it does."""
     spec, base = method.spec, tensor.group.base
-    policy = policy or spec.optional_tensor_policy
+    policy = spec.optional_tensor_policy
     present = [model for model in tensor.inputs if model in tensor.found]
     if len(present) == 1 and (
         policy == OptionalTensorPolicy.PASSTHROUGH_SINGLETON
