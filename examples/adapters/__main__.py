@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import jobs, report
+from . import decomposition, jobs, report
 from .studies import STUDIES
 
 
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         name: (study.measure, [row for row in rows if row.study == name])
         for name, study in STUDIES.items()
     }
+    decomposed = decomposition.run(out, options.quick, options.seed)
     seconds = time.perf_counter() - began
     details = {
         "seed": options.seed,
@@ -39,8 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         "seconds": round(seconds, 1),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    report.write_json(out / "results.json", rows, details)
+    report.write_json(out / "results.json", [*rows, *decomposed], details)
     report.write_plot(out / "results.png", groups)
+    groups[decomposition.NAME] = "perplexity", decomposed
     for name, (measure, some) in groups.items():
         print(f"\n{name}, {measure} on test data:\n\n{report.table(some)}")
     print(f"\n{seconds:.0f} s in all. Written: {out / 'results.json'}, results.png")

@@ -114,11 +114,14 @@ def train(model: Any, text: Tensor, steps: int, lr: float, seed: int) -> None:
 @torch.no_grad()
 def perplexity(model: Any, text: Tensor, count: int) -> float:
     """Of the bytes of `count` windows, the same ones in every call."""
+    parts = scored_windows(text, count).split(2 * BATCH)
+    return math.exp(sum(float(_loss(model, part)) * len(part) for part in parts) / count)
+
+
+def scored_windows(text: Tensor, count: int) -> Tensor:
+    """(count, LENGTH) of the text."""
     rng = random.Random(0)
-    starts = [rng.randrange(len(text) - LENGTH) for _ in range(count)]
-    parts = [starts[i : i + 2 * BATCH] for i in range(0, count, 2 * BATCH)]
-    total = sum(float(_loss(model, _windows(text, part))) * len(part) for part in parts)
-    return math.exp(total / count)
+    return _windows(text, [rng.randrange(len(text) - LENGTH) for _ in range(count)])
 
 
 def load_base(folder: Path) -> Any:

