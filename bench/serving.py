@@ -1,7 +1,8 @@
 """Batches with rows of several tasks, against one model on all rows, and one model after another.
 
-    python -m bench.serving            # ViT-B/32's shape, 8 tasks, 32 to 1 rows each; a decoder
-    python -m bench.serving --quick    # tiny models, to see that it runs
+    python -m bench.serving              # ViT-B/32's shape, 8 tasks, 32 to 1 rows each; a decoder
+    python -m bench.serving --layers 3 --rows 8 2 1 --kinds 2 residual
+    python -m bench.serving --quick      # tiny models, to see that it runs
 
 Modules share what a checkpoint of that size would. In every layer the tasks are in groups of equal
 size, drawn at random: not neighbours, where real groups repeat from layer to layer. Runs are
@@ -21,26 +22,26 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from bench import machine
-from mergekit_ext.flexmerge import batched
+from mergekit_ext.flexmerge import Batched
 from mergekit_ext.flexmerge.factored import Factored, leave_factors
 
 TASKS = [f"task{number}" for number in range(8)]
 RANK = 16
 
 
-def vit(quick: bool) -> Any:
-    small = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96}
-    config = ViTConfig(patch_size=32, num_labels=10, **(small if quick else {}))
+def vit(quick: bool, layers: int) -> Any:
+    small = {"hidden_size": 48, "intermediate_size": 96} if quick else {}
+    config = ViTConfig(patch_size=32, num_labels=10, num_hidden_layers=layers, **small)
     return ViTForImageClassification(config).eval()
 
 
-def decoder(quick: bool) -> Any:
+def decoder(quick: bool, layers: int) -> Any:
     width = 64 if quick else 512
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=2 if quick else 8,
+        num_hidden_layers=min(layers, 8),
         num_attention_heads=8,
     )
     return LlamaForCausalLM(config).eval()
@@ -81,7 +82,7 @@ def ratios(
     first: Any, models: dict[str, Any], call: Callable[..., Any], rows: int, runs: int
 ) -> str:
     """The times of one batch, and of one task after another, over that of one model."""
-    together, tasks = batched(models), [task for task in TASKS for _ in range(rows)]
+    together, tasks = Batched(models), [task for task in TASKS for _ in range(rows)]
 
     def views() -> None:
         for number, model in enumerate(models.values()):
@@ -108,19 +109,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 8, 2, 1])
+    parser.add_argument("--kinds", nargs="+", default=["1", "2", "4", "8", "residual"])
     given = parser.parse_args()
     print(machine.describe())
     print(f"{'':<28} mixed one by one")
     torch.manual_seed(0)
     with torch.inference_mode():
         for make in (vit, decoder):
-            first = make(given.quick)
-            for kind in (1, 2, 4, 8, "residual"):
-                models = residual(first) if kind == "residual" else grouped(first, kind)
-                for rows in (32, 8, 2, 1) if make is vit else (1,):
+            first = make(given.quick, 2 if given.quick else given.layers)
+            for kind in given.kinds:
+                models = residual(first) if kind == "residual" else grouped(first, int(kind))
+                for rows in given.rows if make is vit else (1,):
                     call = images(8 * rows) if make is vit else prompts(8 * rows, given.quick)
                     print(
-                        f"{make.__name__:<8} size {kind!s:<8} {rows:>2} rows",
+                        f"{make.__name__:<8} size {kind:<8} {rows:>2} rows",
                         ratios(first, models, call, rows, given.runs),
                         flush=True,
                     )

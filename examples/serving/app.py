@@ -17,7 +17,7 @@ from mergekit_ext import flexmerge
 
 checkpoint = Path(os.environ["CHECKPOINT"])
 models = flexmerge.load(checkpoint)
-mixed = flexmerge.batched(models)
+mixed = flexmerge.Batched(models)
 tokenizer = AutoTokenizer.from_pretrained(checkpoint / mixed.tasks[0])
 longest = mixed.config.max_position_embeddings
 

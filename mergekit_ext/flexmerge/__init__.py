@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_ext.flexmerge.manifest import Manifest, read_manifest
-    from mergekit_ext.flexmerge.routing import batched
+    from mergekit_ext.flexmerge.routing import Batched
     from mergekit_ext.flexmerge.runtime import load
 
-__all__ = ["Manifest", "batched", "load", "read_manifest"]
+__all__ = ["Batched", "Manifest", "load", "read_manifest"]
 
 _HOMES = {
+    "Batched": "routing",
     "Manifest": "manifest",
-    "batched": "routing",
     "load": "runtime",
     "read_manifest": "manifest",
 }

@@ -115,16 +115,16 @@ class _Routed:
         numbers: dict[tuple[Any, ...], int] = {}
         chosen = []
         for other in map(_own, modules):
-            tensors = {
-                n: first[n] if _is_equal_buffer(first[n], t) else t for n, t in other.items()
-            }
+            # Equal buffers, which every module has its own copies of, are one.
+            same = {n for n in module._buffers if n in other and torch.equal(first[n], other[n])}
+            tensors = {name: first[name] if name in same else t for name, t in other.items()}
             key = tuple(map(_identity, tensors.values()))
             if key not in numbers:
                 numbers[key] = len(numbers)
                 self.sets.append(tensors)
             chosen.append(numbers[key])
         self.chosen = tuple(chosen)
-        self._stacked: dict[str, Tensor] = {}
+        self.stacked: dict[str, Tensor] = {}
         widths = {tuple(tensors["weight"].shape) for tensors in self.sets if "weight" in tensors}
         self.apart = len(widths) > 1 and isinstance(module, torch.nn.Linear)
 
@@ -173,49 +173,66 @@ class _Routed:
             start = stop if scale else 0
         return parts if self.apart else _joined([*parts.values()], self.where)
 
-    def each(self, name: str, scale: int, x: Tensor, axis: int = -1) -> Tensor:
+
+class _OfRows(_Routed):
+    """A layer of one input, whose rows it computes in a faster way where it is `able`."""
+
+    @property
+    def able(self) -> bool:
+        return True
+
+    def mixed(self, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        scale = self.routing.scale(x, self.where)
+        if not scale or x.dim() < 2 or not self.able:
+            return super().mixed(runs, x)
+        return self.computed(x, runs, scale)
+
+    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
+        raise NotImplementedError
+
+    def each(self, name: str, x: Tensor, scale: int, axis: int = -1) -> Tensor:
         """Return a vector for each row of `x`, along one of its axes."""
-        if name not in self._stacked:
-            self._stacked[name] = torch.stack([tensors[name] for tensors in self.sets])
-        chosen = self._stacked[name][self.rows(scale)]
+        if name not in self.stacked:
+            self.stacked[name] = torch.stack([tensors[name] for tensors in self.sets])
         shape = [len(x), *[1] * (x.dim() - 1)]
         shape[axis] = -1
-        return chosen.view(shape)
+        return self.stacked[name][self.rows(scale)].view(shape)
 
     def rows(self, scale: int) -> Tensor:
         """Return the set of each row of a tensor."""
         _, sets = self.routing.by(self.chosen)
         return sets if scale == 1 else sets.repeat_interleave(scale)
 
+    def slices(self, runs: Sequence[Run], scale: int) -> Iterator[tuple[dict[str, Tensor], slice]]:
+        """Yield each run's parameters and rows."""
+        start = 0
+        for number, rows in runs:
+            yield self.sets[number], slice(start, start + rows * scale)
+            start += rows * scale
 
-class _Linear(_Routed):
-    def mixed(self, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        scale = self.routing.scale(x, self.where)
-        if self.apart or not scale or torch.is_grad_enabled():
-            return super().mixed(runs, x)
-        out, start = x.new_empty(*x.shape[:-1], self.module.out_features), 0
-        for index, rows in runs:
-            part = slice(start, start + rows * scale)
+
+class _Linear(_OfRows):
+    @property
+    def able(self) -> bool:
+        return not self.apart and not torch.is_grad_enabled()
+
+    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.module.out_features)
+        for tensors, part in self.slices(runs, scale):
             given, made = x[part].reshape(-1, x.shape[-1]), out[part].view(-1, out.shape[-1])
-            weight, bias = self.sets[index]["weight"], self.sets[index].get("bias")
-            if bias is None:
-                torch.mm(given, weight.T, out=made)
+            if "bias" in tensors:
+                torch.addmm(tensors["bias"], given, tensors["weight"].T, out=made)
             else:
-                torch.addmm(bias, given, weight.T, out=made)
-            start = part.stop
+                torch.mm(given, tensors["weight"].T, out=made)
         return out
 
 
-class _Norm(_Routed):
+class _Norm(_OfRows):
     """A norm whose weights are multiplied after it: those of each row."""
 
-    def mixed(self, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        scale = self.routing.scale(x, self.where)
-        if not scale or x.dim() < 2:
-            return super().mixed(runs, x)
-        rows = {name: self.each(name, scale, x) for name in self.sets[0]}
+    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
+        rows = {name: self.each(name, x, scale) for name in self.sets[0]}
         if not isinstance(self.module, torch.nn.LayerNorm):
             with self.using(rows):
                 return self.plain(x)
@@ -224,37 +241,26 @@ class _Norm(_Routed):
         return out + rows["bias"] if "bias" in rows else out
 
 
-class _Residual(_Routed):
+class _Residual(_OfRows):
     """A base for all rows, factors and biases by task."""
 
     @cached_property
-    def one_base(self) -> bool:
+    def able(self) -> bool:
         return len({_identity(tensors["theta_0"]) for tensors in self.sets}) == 1
 
-    def mixed(self, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        scale = self.routing.scale(x, self.where)
-        if not self.one_base:
-            return super().mixed(runs, x)
-        if not scale:
-            x, scale = x.expand(sum(run.rows for run in runs), *x.shape[1:]), 1
-        leaf: Leaf = self.module
+    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
         with self.using({**self.sets[0], "bias": None}):
-            out = leaf.base(x)
+            out = self.module.base(x)
             self.change(out, x, runs, scale)
         if "bias" in self.sets[0]:
-            out += self.each("bias", scale, out, leaf.axis)
+            out += self.each("bias", out, scale, self.module.axis)
         return out
 
     def change(self, out: Tensor, x: Tensor, runs: Sequence[Run], scale: int) -> None:
         """Add to `out` what the factors of each task make of its rows."""
-        start = 0
-        for index, rows in runs:
-            part, tensors = slice(start, start + rows * scale), self.sets[index]
+        for tensors, part in self.slices(runs, scale):
             if tensors["lora_A"].numel():
-                piece = out[part]
-                piece += self.module.change(x[part], tensors["lora_B"], tensors["lora_A"])
-            start = part.stop
+                out[part].add_(self.module.change(x[part], tensors["lora_B"], tensors["lora_A"]))
 
 
 class _LinearResidual(_Residual):
@@ -263,19 +269,17 @@ class _LinearResidual(_Residual):
     def install(self) -> None:
         super().install()
         ranks = [len(tensors["lora_A"]) for tensors in self.sets]
-        self.factors = [
-            torch.cat([tensors[name] for tensors in self.sets], axis).detach()
-            for name, axis in (("lora_B", 1), ("lora_A", 0))
-        ]
-        # The tasks' own become parts of these, so that nothing is held twice.
-        for name, whole, axis in zip(("lora_B", "lora_A"), self.factors, (1, 0), strict=True):
+        self.owners = torch.repeat_interleave(torch.tensor(ranks)).to(self.routing.device)
+        self.factors = []
+        for name, axis in (("lora_B", 1), ("lora_A", 0)):
+            whole = torch.cat([tensors[name].detach() for tensors in self.sets], axis)
+            self.factors.append(whole)
+            # The tasks' own become parts of it, so that nothing is held twice.
             for tensors, part in zip(self.sets, whole.split(ranks, axis), strict=True):
                 tensors[name].data = part
-        self.owners = torch.repeat_interleave(torch.tensor(ranks)).to(self.routing.device)
 
     def change(self, out: Tensor, x: Tensor, runs: Sequence[Run], scale: int) -> None:
-        tokens = x[..., 0].numel()
-        if tokens > _FEW * len(runs) or torch.is_grad_enabled():
+        if x[..., 0].numel() > _FEW * len(runs) or torch.is_grad_enabled():
             super().change(out, x, runs, scale)
             return
         b, a = self.factors
@@ -316,7 +320,18 @@ def _kind(module: Any) -> type[_Routed]:
 
 
 class Batched(torch.nn.Module):
-    """One module for the rows of several tasks; see `mergekit_ext.flexmerge.batched`."""
+    """One module that computes rows of several tasks in one forward pass.
+
+        model = Batched(load("out"))
+        model(**inputs, tasks=["digit", "scene", "digit"]).logits
+        model.generate(**inputs, tasks=["digit", "scene", "digit"])
+
+    Args:
+        models: what `load` returns for all tasks, on one device. Their tensors are used.
+
+    Raises:
+        ConfigError: the models differ in class or configuration, or are spread over devices.
+    """
 
     def __init__(self, models: Mapping[str, Any]):
         super().__init__()
@@ -376,7 +391,7 @@ class Batched(torch.nn.Module):
             raise ConfigError(problems, SUBJECT)
         indices = [self.tasks.index(task) for task in tasks]
         order = sorted(range(count), key=lambda row: self._rank[indices[row]])
-        runs = _runs([indices[row] for row in order])
+        runs = [Run(n, indices.count(n)) for n in dict.fromkeys(indices[row] for row in order)]
         if order == sorted(order):
             with self.routing.over(runs, copies):
                 return call(*args, **kwargs)
@@ -393,22 +408,6 @@ class Batched(torch.nn.Module):
         moved = _mapped((args, kwargs), lambda t: t[there.to(t.device)] if _has(t, count) else t)
         with self.routing.over(runs, copies):
             return _mapped(call(*moved[0], **moved[1]), restored)
-
-
-def batched(models: Mapping[str, Any]) -> Batched:
-    """Return one module that computes rows of several tasks in one forward pass.
-
-        model = batched(load("out"))
-        model(**inputs, tasks=["digit", "scene", "digit"]).logits
-        model.generate(**inputs, tasks=["digit", "scene", "digit"])
-
-    Args:
-        models: what `load` returns for all tasks, on one device. The module uses their tensors.
-
-    Raises:
-        ConfigError: the models differ in class or configuration, or are spread over devices.
-    """
-    return Batched(models)
 
 
 def _check(models: Mapping[str, Any]) -> None:
@@ -440,10 +439,6 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _is_equal_buffer(first: Tensor, other: Tensor) -> bool:
-    return not isinstance(other, torch.nn.Parameter) and torch.equal(first, other)
-
-
 def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
     """Return the tasks in an order in which those that share many parameters are neighbours."""
     shared = torch.zeros(count, count)
@@ -456,10 +451,6 @@ def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
         _, task, end = max((float(shared[chain[end], t]), -t, end) for end in (0, -1) for t in left)
         chain.insert(0 if end == 0 else len(chain), -task)
     return chain
-
-
-def _runs(indices: Sequence[int]) -> list[Run]:
-    return [Run(index, indices.count(index)) for index in dict.fromkeys(indices)]
 
 
 def _has(tensor: Tensor, rows: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.flexmerge import batched, load
+from mergekit_ext.flexmerge import Batched, load
 from tests.flexmerge.handmade import models, write
 from tests.flexmerge.test_factored import MAKERS
 from tests.flexmerge.test_runtime import TASKS, dense
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
             base, paths = models(place, make, TASKS)
             write(place / "out", base, paths, GROUPS[groups], private)
             alone = load(place / "out")
-            found[kind, groups] = alone, batched(alone)
+            found[kind, groups] = alone, Batched(alone)
         return found[kind, groups]
 
     return get
@@ -105,7 +105,7 @@ def test_heads_of_different_shape_give_a_result_for_each_task(tmp_path: Path) ->
     write(tmp_path / "out", base, paths, dense)
     alone, inputs = load(tmp_path / "out"), inputs_of("bert")
     with torch.no_grad():
-        found = batched(alone)(**inputs, tasks=ROWS).logits
+        found = Batched(alone)(**inputs, tasks=ROWS).logits
         assert {task: len(logits) for task, logits in found.items()} == {
             "a": 3,
             "b": 1,
@@ -119,10 +119,10 @@ def test_heads_of_different_shape_give_a_result_for_each_task(tmp_path: Path) ->
 
 def test_layers_that_all_tasks_share_stay_as_they_are(made: Any) -> None:
     alone, _ = made("llama", "dense")
-    same = batched({"a": alone["a"], "b": alone["a"]})
+    same = Batched({"a": alone["a"], "b": alone["a"]})
     assert not any("forward" in vars(module) for module in same.model.modules())
     a, b = alone["a"], alone["b"]  # which differ in their heads
-    own = {n for n, m in batched({"a": a, "b": b}).model.named_modules() if "forward" in vars(m)}
+    own = {n for n, m in Batched({"a": a, "b": b}).model.named_modules() if "forward" in vars(m)}
     assert own == {"lm_head"}
 
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_mixed_is_refused_when_it_is_reached(tmp_path: Path) -> N
     make, private = MAKERS["mixtral"]
     base, paths = models(tmp_path, make, TASKS)
     write(tmp_path / "out", base, paths, dense, private)
-    model = batched(load(tmp_path / "out"))
+    model = Batched(load(tmp_path / "out"))
     with torch.no_grad(), pytest.raises(RuntimeError, match="one after another"):
         model(**inputs_of("llama"), tasks=ROWS)
     with torch.no_grad():
@@ -153,4 +153,4 @@ def test_tasks_that_do_not_fit_the_rows(tasks: list[str], message: str, made: An
 def test_models_that_compute_different_things(made: Any) -> None:
     llama, gpt2 = made("llama", "dense")[0]["a"], made("gpt2", "residual")[0]["a"]
     with pytest.raises(ConfigError, match="found GPT2LMHeadModel; expected LlamaForCausalLM"):
-        batched({"a": llama, "b": gpt2})
+        Batched({"a": llama, "b": gpt2})
