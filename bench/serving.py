@@ -30,7 +30,7 @@ RANK = 16
 
 
 def vit(quick: bool, layers: int) -> Any:
-    small = {"hidden_size": 48, "intermediate_size": 96} if quick else {}
+    small = {"hidden_size": 48, "intermediate_size": 96, "image_size": 64} if quick else {}
     config = ViTConfig(patch_size=32, num_labels=10, num_hidden_layers=layers, **small)
     return ViTForImageClassification(config).eval()
 
@@ -122,7 +122,11 @@ def main() -> None:
             for kind in given.kinds:
                 models = residual(first) if kind == "residual" else grouped(first, int(kind))
                 for rows in given.rows if make is vit else (1,):
-                    call = images(8 * rows) if make is vit else prompts(8 * rows, given.quick)
+                    call = (
+                        images(8 * rows, first.config)
+                        if make is vit
+                        else prompts(8 * rows, given.quick)
+                    )
                     print(
                         f"{make.__name__:<8} size {kind:<8} {rows:>2} rows",
                         ratios(first, models, call, rows, given.runs),
@@ -130,8 +134,8 @@ def main() -> None:
                     )
 
 
-def images(count: int) -> Callable[..., Any]:
-    inputs = torch.randn(count, 3, 224, 224)
+def images(count: int, config: Any) -> Callable[..., Any]:
+    inputs = torch.randn(count, 3, config.image_size, config.image_size)
     return lambda model, rows, **tasks: model(pixel_values=inputs[rows], **tasks)
 
 

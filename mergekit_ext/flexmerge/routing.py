@@ -355,7 +355,9 @@ class Batched(torch.nn.Module):
             if name in _TABLES:
                 above, method = self.model.get_submodule(parent), _TABLES[name]
                 setattr(above, method, _Table(self.routing, above, method))
-        self._rank = {task: rank for rank, task in enumerate(_neighbours(len(models), routed))}
+        # Rows stay where they are in a batch that no layer divides.
+        order = _neighbours(len(models), routed)
+        self._rank = {task: rank if routed else 0 for rank, task in enumerate(order)}
 
     @property
     def config(self) -> Any:
@@ -440,7 +442,10 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
-    """Return the tasks in an order in which those that share many parameters are neighbours."""
+    """Return the tasks in an order in which those that share many parameters are neighbours.
+
+    Of equal ones the first comes first.
+    """
     shared = torch.zeros(count, count)
     for made in routed:
         chosen = torch.tensor(made.chosen)
@@ -448,8 +453,8 @@ def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
         shared += size * (chosen[:, None] == chosen[None])
     chain = [0]
     while left := {*range(count)} - {*chain}:
-        _, task, end = max((float(shared[chain[end], t]), -t, end) for end in (0, -1) for t in left)
-        chain.insert(0 if end == 0 else len(chain), -task)
+        _, task, end = max((float(shared[chain[-e], t]), -t, e) for e in (0, 1) for t in left)
+        chain.insert(end * len(chain), -task)
     return chain
 
 
