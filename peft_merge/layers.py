@@ -8,7 +8,7 @@ groups, with dilation (PEFT's have none) or with other padding than zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peft_merge.adapter import LayoutName, ModuleInfo
 
+# By the end of a class's name. PEFT expects a classifier that is saved whole with other tasks.
+_LANGUAGE = ("ForCausalLM", "LMHeadModel")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -57,6 +59,26 @@ def layers_of(model: Any) -> dict[str, Layer]:
         f"{name}.{leaf}" if name else leaf: layer
         for name, module in model.named_modules()
         for leaf, layer in _of_module(module, name.rpartition(".")[2])
+    }
+
+
+def configuration(
+    model: Any, layers: Mapping[str, Layer], base: str, saved: Sequence[str]
+) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that modules and ranks do not decide.
+
+    Of layers of `model` by the names of their parameters, and of modules that are `saved` whole.
+    """
+    layouts = {name: layer.info.layout for name, layer in layers.items()}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith(_LANGUAGE) else None,
+        "modules_to_save": [*saved] or None,
+        "target_parameters": [name for name, kind in layouts.items() if kind == "parameter"],
+        "fan_in_fan_out": any(
+            layer.transposed and layer.info.layout == "linear" for layer in layers.values()
+        ),
     }
 
 

@@ -15,10 +15,8 @@ from mergekit_ext.io.class_model import empty_model
 from mergekit_ext.io.headers import TensorHeader, is_counter, same_bytes
 from peft_merge.extraction.inputs import FullModel
 from peft_merge.io.names import LAYER
-from peft_merge.layers import Layer, layers_of
+from peft_merge.layers import Layer, configuration, layers_of
 
-# PEFT expects a classifier that is saved whole with the tasks of classifiers.
-_LANGUAGE = ("ForCausalLM", "LMHeadModel")
 _FITTING = "Give the base that it was fine-tuned from, with a vocabulary of the same size."
 
 
@@ -84,18 +82,9 @@ class Plan:
     @property
     def configuration(self) -> dict[str, Any]:
         """Fields of adapter_config.json that ranks do not decide."""
-        kind = type(empty_model(self.model.config)).__name__
         layers = {name: layer for unit in self.units for name, layer in unit.modules.values()}
-        return {
-            "base_model_name_or_path": self.base.name,
-            "revision": self.base.revision,
-            "task_type": "CAUSAL_LM" if kind.endswith(_LANGUAGE) else None,
-            "modules_to_save": [*self.whole],
-            "target_parameters": [n for n, la in layers.items() if la.info.layout == "parameter"],
-            "fan_in_fan_out": any(
-                la.transposed and la.info.layout == "linear" for la in layers.values()
-            ),
-        }
+        model, base = empty_model(self.model.config), self.base
+        return {**configuration(model, layers, base.name, [*self.whole]), "revision": base.revision}
 
     def may_save(self, module: str) -> bool:
         """Return whether a module can be saved whole without matrices of layers in it."""

@@ -6,40 +6,34 @@ task is in its adapter if it is the whole of some modules, and else the base's.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError, listing
+from mergekit_ext.errors import listing
+from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.layout import Layout
-from mergekit_ext.flexmerge.manifest import FACTORS, UNIFIED
-from mergekit_ext.flexmerge.merging import require_in_range
+from mergekit_ext.flexmerge.manifest import RESIDUAL, UNIFIED
+from mergekit_ext.flexmerge.merging import require_finite
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.residual import LOW_RANK, OWN, SHARED, Residual
-from mergekit_ext.flexmerge.stored import FACTOR_ENDS, Place
-from mergekit_ext.flexmerge.writer import DTYPES, Files, Piece
+from mergekit_ext.flexmerge.source import BlockReader
+from mergekit_ext.flexmerge.stored import Place
+from mergekit_ext.flexmerge.writer import Files, Piece
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.naming import Stored
 from mergekit_ext.io.class_model import class_names
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.planned_files import split, weight_names
-from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
-from peft_merge.io import load_adapter, names
+from peft_merge.adapter import LoraAdapter, Update, cast
 from peft_merge.io.merged import WITHOUT_BIAS, lora_configuration
-from peft_merge.io.parse import BIAS, factor_keys
-from peft_merge.io.read import CONFIG, SAFETENSORS
-from peft_merge.layers import Layer, layers_of
+from peft_merge.layers import Layer, configuration, layers_of
 
 FOLDER = "base"  # of the base
-_B, _A = FACTOR_ENDS
-# By the end of a class's name; PEFT adds a head to `modules_to_save` for other tasks.
-_TASK_TYPES = {"ForCausalLM": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Forms:
         names: in the class, of what is in some adapter.
         private: for each task the same of what no other task has.
         private_bytes: of all these, and of those of the first task, which the base has.
-        kind: the name of the class.
+        model: of the class, on the meta device.
     """
 
     treatments: Mapping[str, str]
@@ -62,27 +56,24 @@ class Forms:
     names: Mapping[str, str]
     private: Sequence[Mapping[str, str]]
     private_bytes: int
-    kind: str
+    model: Any
+
+    @property
+    def kind(self) -> str:
+        return type(self.model).__name__
 
     @property
     def held(self) -> set[str]:
         """What has a residual in every task: the layers with a bias, or else the smallest one."""
-        return {*self.layers} if self.biases else {min(self.layers, key=self._numbers)}
+        if self.biases:
+            return {*self.layers}
+        return {min(self.layers, key=lambda name: self.layers[name].numbers)}
 
-    def _numbers(self, name: str) -> int:
-        return self.layers[name].numbers
-
-    def module(self, name: str) -> str:
-        return _owner(self.names[name])
-
-    def saved(self, task: int) -> list[str]:
-        """Return the class's names of what a task's adapter holds whole."""
+    def saved(self, task: int) -> dict[str, str]:
+        """Return what a task's adapter holds whole, by the class's names."""
         own = [n for n, kept in self.treatments.items() if kept == OWN and n not in self.biases]
-        return [*(self.names[name] for name in own), *self.private[task].values()]
-
-    def stored(self, name: str) -> str:
-        """Return the name of a whole tensor in the file of an adapter."""
-        return names.PREFIX + names.stored(name, {self.module(layer) for layer in self.layers})
+        private = {called: name for name, called in self.private[task].items()}
+        return {**{self.names[name]: name for name in own}, **private}
 
 
 def forms_of(
@@ -128,8 +119,7 @@ def forms_of(
     sizes = [h.nbytes for h in layout.private[0]]  # in the base
     for names_of, headers in zip(private, layout.private, strict=True):
         sizes += [header.nbytes for header in headers if header.name in names_of]
-    kind = type(model).__name__
-    return Forms(treatments, layers, frozenset(biases), first.of, private, sum(sizes), kind)
+    return Forms(treatments, layers, frozenset(biases), first.of, private, sum(sizes), model)
 
 
 def _owner(name: str) -> str:
@@ -189,144 +179,80 @@ def _warn_of_losses(
     )
 
 
-def adapted_pieces(pieces: Iterable[Piece], forms: Forms, layout: Layout) -> list[Piece]:
-    """Return the pieces of a plan under the names and in the shapes of the base and of adapters."""
-    blocks = len(layout.blocks)
-    return [
-        found
-        for index, piece in enumerate(pieces)
-        if (found := _adapted(piece, forms) if index < blocks else _private(piece, forms)).entries
-    ]
-
-
-def _adapted(piece: Piece, forms: Forms) -> Piece:
-    headers = [header for _, header in piece.entries]
-    shapes = (torch.empty(h.shape, dtype=DTYPES[h.dtype], device="meta") for h in headers)
-    entries = [
-        (place, TensorHeader.of(name, tensor.dtype, tensor.shape))
-        for place, name, tensor in _converted(piece, forms, shapes)
-    ]
-    tensors = (tensor for _, _, tensor in piece.tensors)
-    return replace(piece, entries=entries, tensors=_converted(piece, forms, tensors))
-
-
-def _converted(
-    piece: Piece, forms: Forms, tensors: Iterable[Tensor]
-) -> Iterator[tuple[Place, str, Tensor]]:
-    base = b = torch.empty(0)  # what comes before a task's own, and before A
-    for (place, header), tensor in zip(piece.entries, tensors, strict=True):
-        name = header.name
-        if place.kind == FACTORS and name.endswith(_B):
-            b = tensor
-        elif place.kind == FACTORS:
-            name, rank = name.removesuffix(_A), header.shape[0]
-            for key, factor in zip(*_stored(forms.layers[name], b, tensor, rank), strict=True):
-                yield place, f"{names.PREFIX}{forms.module(name)}.{key}", factor
-        elif place.kind == UNIFIED:
-            base = tensor
-            yield place, name, tensor
-        else:
-            own, home = (
-                tensor.view(DTYPES[header.dtype]).view(header.shape),
-                Place(FACTORS, place.tasks),
-            )
-            if name not in forms.biases:
-                yield home, forms.stored(forms.names[name]), own
-                continue
-            wide = torch.promote_types(torch.float32, base.dtype)
-            change = (own.to(wide) - base.to(wide)).to(base.dtype)
-            if not change.is_meta:
-                require_in_range(change, name)
-            yield home, f"{names.PREFIX}{forms.module(name)}.{BIAS}", change
-
-
-def _stored(
-    layer: Layer, b: Tensor, a: Tensor, rank: int
-) -> tuple[tuple[str, str], tuple[Tensor, Tensor]]:
-    """Return the names and tensors of B A, filled with zeros up to a rank, as PEFT stores them."""
-    if layer.transposed:
-        b, a = a.mT, b.mT
-    update = Update(a[None], b[None], 1.0).filled(rank)
-    return factor_keys(layer.info.layout), layer.info.store(update.a, update.b)
-
-
-def _private(piece: Piece, forms: Forms) -> Piece:
-    """Return what one task alone has, for its adapter; the base has that of the first task."""
-    ((place, header),) = piece.entries
-    (task,) = place.tasks
-    entries: list[tuple[Place, TensorHeader]] = []
-    if task == 0:
-        entries.append((Place(UNIFIED, tuple(range(len(forms.private)))), header))
-    if (own := forms.private[task].get(header.name)) is not None:
-        entries.append((Place(FACTORS, (task,)), replace(header, name=forms.stored(own))))
-
-    def copied() -> Iterator[tuple[Place, str, Tensor]]:
-        for _, _, tensor in piece.tensors:
-            for home, entry in entries:
-                yield home, entry.name, tensor
-
-    return replace(piece, entries=entries, tensors=copied())
-
-
-def filed(
-    entries: Mapping[Place, Sequence[TensorHeader]], tasks: Sequence[str], limit: int
-) -> Files:
-    """Return the files of the base, of at most `limit` bytes (0: one), and those of adapters."""
-    files: Files = {}
-    for place, own in entries.items():
-        if place.kind == FACTORS:
-            (task,) = place.tasks
-            files[f"{tasks[task]}/{SAFETENSORS}"] = place, own
-            continue
-        shards = split(own, limit)
-        for name, shard in zip(weight_names(len(shards)), shards, strict=True):
-            files[f"{FOLDER}/{name}"] = place, shard
-    return files
-
-
-def modules_of(
-    plan: Plan, forms: Forms, layout: Layout, task: int, forced: torch.dtype | None
-) -> dict[str, ModuleInfo]:
-    """Return the modules that a task's adapter changes."""
-    everyone = range(len(layout.tasks))
-    dtypes = {p.name: forced or p.dtype(everyone) for b in layout.blocks for p in b.parts}
-    ranks = {n: r for (group,) in plan.groups for n, r in group.ranks[task].items()}
-    bias = bool(forms.biases)
-    return {
-        forms.module(name): replace(
-            forms.layers[name].info, rank=rank, bias=bias, dtype=dtypes[name]
-        )
-        for name, rank in ranks.items()
-    }
-
-
-def write_configuration(
-    folder: Path, infos: Mapping[str, ModuleInfo], forms: Forms, task: int, base: str
-) -> None:
-    """Write a task's adapter_config.json beside its tensors, and read both again.
-
-    Raises:
-        MergeError: the configuration does not describe the tensors.
-    """
-    saved = forms.saved(task)
-    kinds = (kind for end, kind in _TASK_TYPES.items() if forms.kind.endswith(end))
-    entries = list(dict.fromkeys(map(_owner, saved)))
-    stated = {
-        "base_model_name_or_path": base,
-        "modules_to_save": entries or None,
-        "task_type": next(kinds, None),
-    }
-    whole = dict.fromkeys(saved, lambda: torch.empty(0))
-    updates: dict[str, Update] = {}
-    given = LoraAdapter(folder.name, stated, {}, updates.__getitem__, whole)
-    config = lora_configuration(infos, [given], saved)
-    config["fan_in_fan_out"] = any(
-        layer.transposed and layer.info.layout == "linear" for layer in forms.layers.values()
+def bare(plan: Plan) -> Plan:
+    """Return a plan of the base alone."""
+    groups = (
+        replace(group, kind=RESIDUAL, own=(), ranks={task: {} for task in group.tasks})
+        for (group,) in plan.groups
     )
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    again = load_adapter(folder, name=folder.name)
-    if again.infos != infos or {*again.saved} != {*saved}:
-        wrong = [m for m in {*infos, *again.infos} if infos.get(m) != again.infos.get(m)]
-        wrong += sorted({*again.saved} ^ {*saved})
-        raise MergeError(f"{os.fspath(folder)}: {listing(wrong)} read differently from the plan.")
+    return Plan(tuple((group,) for group in groups), plan.size)
+
+
+def base_pieces(pieces: Sequence[Piece], layout: Layout) -> list[Piece]:
+    """Return what the base holds of the pieces of a bare plan: private tensors of the first task.
+
+    All get one place.
+    """
+    home = Place(UNIFIED, tuple(range(len(layout.tasks))))
+    return [
+        replace(
+            piece,
+            entries=[(home, header) for _, header in piece.entries],
+            tensors=((home, name, tensor) for _, name, tensor in piece.tensors),
+        )
+        for piece in pieces
+        if all(place.tasks in (home.tasks, (0,)) for place, _ in piece.entries)
+    ]
+
+
+def base_files(entries: Mapping[Place, Sequence[TensorHeader]], limit: int) -> Files:
+    """Return the files of the base, of at most `limit` bytes (0: one)."""
+    ((place, own),) = entries.items()
+    shards = split(own, limit)
+    names = weight_names(len(shards))
+    return {f"{FOLDER}/{n}": (place, shard) for n, shard in zip(names, shards, strict=True)}
+
+
+def adapter_of_task(
+    forms: Forms, plan: Plan, reader: BlockReader, residuals: Decomposition, task: int, base: str
+) -> LoraAdapter:
+    """Return what a plan keeps of a task, on the base in the folder `base`.
+
+    Tensors are made when they are asked for.
+    """
+    layout, forced = reader.layout, residuals.storage.forced
+    everyone, name_of = range(len(layout.tasks)), layout.tasks[task]
+    blocks = {part.name: block.name for block in layout.blocks for part in block.parts}
+    biases = {_owner(forms.names[name]): name for name in forms.biases}
+    infos, weights = {}, {}
+    for block, (group,) in zip(layout.blocks, plan.groups, strict=True):
+        for part in block.parts:
+            if rank := group.ranks[task].get(part.name):
+                module, info = _owner(forms.names[part.name]), forms.layers[part.name].info
+                dtype = forced or part.dtype(everyone)
+                infos[module] = replace(info, rank=rank, bias=module in biases, dtype=dtype)
+                weights[module] = part.name
+
+    def whole(name: str) -> Tensor:
+        tensor = reader.tensor(task, name)
+        require_finite(tensor, name, name_of)
+        return cast(tensor, forced, name) if forced and name in blocks else tensor
+
+    def change(name: str) -> Tensor:
+        theta_0 = residuals.theta_0(blocks[name], name)
+        wide = torch.promote_types(torch.float32, theta_0.dtype)
+        return (whole(name).to(wide) - theta_0.to(wide)).to(theta_0.dtype)
+
+    def update(module: str) -> Update:
+        name, info = weights[module], infos[module]
+        b, a = residuals.factors(blocks[name], task, name, info.rank)
+        if forms.layers[name].transposed:
+            b, a = a.mT, b.mT
+        bias = change(biases[module]) if info.bias else None
+        return Update(a, b, 1.0, bias).filled(info.rank).cast(info.dtype, name)
+
+    saved = {called: partial(whole, name) for called, name in forms.saved(task).items()}
+    layers = {forms.names[name]: layer for name, layer in forms.layers.items()}
+    stated = configuration(forms.model, layers, base, [*dict.fromkeys(map(_owner, saved))])
+    given = LoraAdapter(name_of, stated, infos, update, saved)
+    return replace(given, config=lora_configuration(infos, [given], saved))

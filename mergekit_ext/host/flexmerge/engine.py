@@ -52,12 +52,17 @@ from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge.adapters import (
     FOLDER,
     Forms,
-    adapted_pieces,
-    filed,
-    modules_of,
-    write_configuration,
+    adapter_of_task,
+    bare,
+    base_files,
+    base_pieces,
 )
-from mergekit_ext.host.flexmerge.residual_report import write_adapter_cards, write_residual_report
+from mergekit_ext.host.flexmerge.residual_report import (
+    adapter_card,
+    base_card,
+    section_of,
+    write_residual_report,
+)
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.host.naming import Headers
@@ -69,7 +74,9 @@ from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.card import flexmerge_section
+from peft_merge.adapter import LoraAdapter
 from peft_merge.io.read import locate
+from peft_merge.io.write import CARD, fill_folder
 
 
 class Engine:
@@ -167,18 +174,24 @@ class Engine:
         self.reached(plan)
         return manifest
 
-    def write_adapters(self, folder: Path, plan: Plan, forms: Forms) -> list[PlannedFile]:
-        """Write base and adapters of one size likewise; return the files of the base."""
-        pieces = pieces_of(self.reader, plan, self.merging, self._merged)
+    def write_base(self, folder: Path, plan: Plan) -> list[PlannedFile]:
+        """Write the weights of the base of one size likewise; return their files."""
+        pieces = pieces_of(self.reader, bare(plan), self.merging, self._merged)
         limit = self.prepared.options.out_shard_size
         shards = write_pieces(
             folder,
-            adapted_pieces(pieces, forms, self.layout),
-            partial(filed, tasks=self.layout.tasks, limit=limit),
+            base_pieces(pieces, self.layout),
+            partial(base_files, limit=limit),
             self._blocks,
         )
         self.reached(plan)
-        return [file for path, file in shards.files.items() if path.startswith(f"{FOLDER}/")]
+        return list(shards.files.values())
+
+    def adapter(self, plan: Plan, forms: Forms, task: int, base: str) -> LoraAdapter:
+        """Return a task's adapter on the base in the folder `base`."""
+        residuals = self.merging.residuals
+        assert residuals is not None
+        return adapter_of_task(forms, plan, self.reader, residuals, task, base)
 
     def complete(self, homes: Mapping[Path, Path]) -> None:
         """Copy what lies beside weights into folders, each from that of a model."""
@@ -321,7 +334,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         manifest = engine.write(folder, plan)
         finish: Callable[[], str] = partial(_checkpoint, engine, manifest, folder, folders)
     else:
-        shards = engine.write_adapters(folder, plan, prepared.forms)
+        shards = engine.write_base(folder, plan)
         base = str(Path(session.output or folder).resolve() / FOLDER)
         given = (folder, folders, prepared.forms, base, source)
         finish = partial(_adapters, engine, plan, shards, *given)
@@ -376,18 +389,21 @@ def _adapters(
     base: str,
     source: str,
 ) -> str:
-    """Complete a base and adapters likewise; `base` is where the base will lie."""
-    tasks, prepared = engine.layout.tasks, engine.prepared
+    """Complete a base likewise, and write adapters; `base` is where the base will lie."""
+    tasks = engine.layout.tasks
     if len(shards) > 1:
         named = [(Path(file.path).name, file.entries) for file in shards]
         write_index(folder / FOLDER, named)
     homes = {folder / name: home for name, home in zip(tasks, folders, strict=True)}
+    for place in homes:
+        place.mkdir()
     engine.complete({**homes, folder / FOLDER: folders[0]})
-    infos = []
-    for index, task in enumerate(tasks):
-        infos.append(modules_of(plan, forms, engine.layout, index, prepared.forced))
-        write_configuration(folder / task, infos[-1], forms, index, base)
-    return write_adapter_cards(folder, tasks, infos, forms, str(prepared.references[0]), source)
+    card = base_card(tasks, forms, str(engine.prepared.references[0]), source)
+    (folder / FOLDER / CARD).write_text(card, encoding="utf-8")
+    adapters = [engine.adapter(plan, forms, task, base) for task in range(len(tasks))]
+    for adapter in adapters:
+        fill_folder(adapter, folder / adapter.name, {CARD: adapter_card(adapter, forms)})
+    return section_of(adapters, forms)
 
 
 # Of a task's folder that holds no weights.

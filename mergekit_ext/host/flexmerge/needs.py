@@ -32,21 +32,14 @@ _ADAPTED = 2.75
 
 def estimate(prepared: Prepared) -> Estimate:
     """Return what a merge will cost; which tensors are shared is known only when it is planned."""
-    layout, algorithm, target = prepared.layout, prepared.algorithm, prepared.target
+    layout, algorithm = prepared.layout, prepared.algorithm
     whole, tasks = prepared.storage.whole, len(layout.tasks)
     private = list(itertools.chain.from_iterable(layout.private))
     # The analysis, similarities of trimmed vectors, and the merge.
     reads = passes(layout, algorithm.densities) + 1
     reads += algorithm.parameters.shared["similarity_on"] == "trimmed"
     base = sum(block.base_bytes for block in layout.blocks)
-    shared = algorithm.parameters.shared
-    limit = Limit(rank=shared.get("rank"), energy=shared.get("energy"))
-    if isinstance(prepared.storage, ResidualStorage) and limit != Limit():
-        stored = prepared.storage.at_most(limit)
-    elif target.bytes is not None:
-        stored = min(target.bytes, prepared.storage.most.bytes)
-    else:
-        stored = int((target.models or 1) * whole / tasks) + layout.private_bytes
+    stored = _stored(prepared)
     # A model's worth of bytes is one model.
     models = max(0, stored - layout.private_bytes) * tasks / whole
     need = need_of(prepared)
@@ -59,6 +52,18 @@ def estimate(prepared: Prepared) -> Estimate:
         + sum(math.prod(header.shape) for header in private),
         need=need,
     )
+
+
+def _stored(prepared: Prepared) -> int:
+    """Return the bytes that are written, at most."""
+    layout, target, storage = prepared.layout, prepared.target, prepared.storage
+    shared = prepared.algorithm.parameters.shared
+    limit = Limit(rank=shared.get("rank"), energy=shared.get("energy"))
+    if isinstance(storage, ResidualStorage) and limit != Limit():
+        return storage.at_most(limit)
+    if target.bytes is not None:
+        return min(target.bytes, storage.most.bytes)
+    return int((target.models or 1) * storage.whole / len(layout.tasks)) + layout.private_bytes
 
 
 def need_of(prepared: Prepared, scored: float | None = None) -> Need:
@@ -87,6 +92,9 @@ def need_of(prepared: Prepared, scored: float | None = None) -> Need:
         "a tensor with its adapter": math.ceil(_ADAPTED * largest_changed * layout.dtype.itemsize),
         "whole pickles": pickled_bytes(prepared.references, prepared.options),
     }
+    if prepared.forms is not None:  # tensors, and bytes of all of them, of one at a time
+        beside_base = _stored(prepared) - prepared.storage.whole // len(tasks)
+        besides["an adapter"] = 2 * max(0, beside_base) // len(tasks)
     if scored is None:
         return replace(need, parts={**besides, **need.parts})
     model = sum(block.bytes(tasks, prepared.forced) for block in layout.blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -14,8 +14,8 @@ from mergekit_ext.flexmerge.storage import Size
 from mergekit_ext.host.flexmerge.adapters import FOLDER, Forms
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.report.card import adapters_section, residual_section, write_report
-from peft_merge.adapter import ModuleInfo
-from peft_merge.io.write import CARD, page
+from peft_merge.adapter import LoraAdapter
+from peft_merge.io.write import page
 
 # What vLLM's --max-lora-rank may be.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -62,48 +62,53 @@ def _relative(left: float, whole: float) -> float:
     return math.sqrt(left / whole) if whole else 0.0
 
 
-def write_adapter_cards(
-    folder: Path,
-    tasks: Sequence[str],
-    infos: Sequence[Mapping[str, ModuleInfo]],
-    forms: Forms,
-    base: str,
-    source: str,
-) -> str:
-    """Write the cards of the base and of each adapter; return the section of the output's own.
+def base_card(tasks: Sequence[str], forms: Forms, base: str, source: str) -> str:
+    """Return the card of the base of tasks that were trained from the model `base`.
 
-    `base` is the model that the tasks were trained from, `source` the text of the configuration.
+    `source` is the text of the configuration.
     """
-    own = any(forms.private)
     known = {"base_model": base} if may_be_hub_name(base) and not os.path.isdir(base) else {}
-    made = (
+    text = (
         f"The base of {len(tasks)} tasks, made of their fine-tunes by `decompose` of mergekit-ext. "
         "Each task is an adapter on it. Configuration, tokenizer"
-        f"{' and head' if own else ''} are those of `{tasks[0]}`."
+        f"{' and head' if any(forms.private) else ''} are those of `{tasks[0]}`."
     )
-    load = [f"from transformers import {forms.kind}", ""]
-    opened = f'model = {forms.kind}.from_pretrained("{FOLDER}")'
-    _write(folder / FOLDER, [made], [*load, opened], source, known, "transformers")
-    for task, modules in zip(tasks, infos, strict=True):
-        text = (
-            f"A LoRA of {len(modules)} modules on `../{FOLDER}`: what `{task}` adds to the base of "
-            f"{len(tasks)} tasks. `base_model_name_or_path` is where that lay at first; change it "
-            "when you move both."
-        )
-        _write(folder / task, [text], _loading(task, forms.kind, own), source, {}, "peft")
-    ranks = {info.configured_rank for modules in infos for info in modules.values()}
+    load = [
+        f"from transformers import {forms.kind}",
+        "",
+        f'model = {forms.kind}.from_pretrained("base")',
+    ]
+    given = {**known, "library_name": "transformers"}
+    return page(FOLDER, ["merge", "mergekit-ext"], [text], load, source, given)
+
+
+def adapter_card(adapter: LoraAdapter, forms: Forms) -> str:
+    """Return the card of a task's adapter."""
+    task = adapter.name
+    text = (
+        f"A LoRA of {len(adapter.infos)} modules on `../{FOLDER}`: what `{task}` adds to it. "
+        "`base_model_name_or_path` is where that lay at first; change it when you move both."
+    )
+    return page(task, ["lora", "merge", "mergekit-ext"], [text], _loading(task, forms), None)
+
+
+def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
+    """Return the section of the output's card about base and adapters."""
+    tasks = [adapter.name for adapter in adapters]
+    ranks = [info.configured_rank for adapter in adapters for info in adapter.infos.values()]
     fits = [rank for rank in _VLLM_RANKS if rank >= max(ranks)]
-    whole = any(forms.saved(index) for index in range(len(tasks))) or bool(forms.biases)
     serve = ""
+    whole = bool(forms.biases) or any(adapter.saved for adapter in adapters)
     if forms.kind.endswith("ForCausalLM") and fits and not whole:
         named = " ".join(f"{task}={task}" for task in tasks)
         options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
         serve = f"vllm serve {FOLDER} {options}"
-    return adapters_section(FOLDER, tasks, _loading(tasks[0], forms.kind, own), serve)
+    return adapters_section(FOLDER, tasks, _loading(tasks[0], forms), serve)
 
 
-def _loading(task: str, kind: str, private: bool) -> list[str]:
+def _loading(task: str, forms: Forms) -> list[str]:
     """Return Python that loads a task from the folder above; its head may have another shape."""
+    kind, private = forms.kind, any(forms.private)
     head = f'config=AutoConfig.from_pretrained("{task}"), ignore_mismatched_sizes=True'
     given = f'"{FOLDER}", {head}' if private else f'"{FOLDER}"'
     return [
@@ -113,17 +118,3 @@ def _loading(task: str, kind: str, private: bool) -> list[str]:
         f"model = {kind}.from_pretrained({given})",
         f'model = PeftModel.from_pretrained(model, "{task}")',
     ]
-
-
-def _write(
-    folder: Path,
-    paragraphs: Sequence[str],
-    example: Iterable[str],
-    source: str,
-    metadata: Mapping[str, Any],
-    library: str,
-) -> None:
-    given = {**metadata, "library_name": library}
-    tags = ["merge", "mergekit-ext", *(["lora"] if library == "peft" else [])]
-    text = page(folder.name, tags, paragraphs, [*example], source, given)
-    (folder / CARD).write_text(text, encoding="utf-8")
