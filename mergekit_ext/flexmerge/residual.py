@@ -37,7 +37,9 @@ LOW_RANK, OWN, SHARED = "low_rank", "own", "shared"
 PARAMETERS = (
     Parameter("output", choice(CHECKPOINT, ADAPTERS), CHECKPOINT, "in which form it is written"),
     Parameter("vectors", choice(OWN, SHARED), OWN, "what becomes of small tensors"),
-    Parameter("embeddings", choice(LOW_RANK, OWN, SHARED), LOW_RANK, "what becomes of embeddings"),
+    Parameter(
+        "embeddings", choice(LOW_RANK, OWN, SHARED), LOW_RANK, "that of embeddings and heads"
+    ),
     Parameter("rank", Count | None, None, "the rank of all residuals, in place of a size"),
     Parameter("energy", Share | None, None, "the share of their squared norms that is kept"),
     Parameter("max_rank", Count | None, None, "the largest rank of a residual"),
@@ -49,10 +51,10 @@ PARAMETERS = (
 class Residual(Algorithm):
     """One base for all tasks, with low-rank residuals.
 
-    Shared parameters: `vectors` and `embeddings`, what becomes of small tensors and of embeddings
-    (``own``, ``shared``, or of embeddings ``low_rank``), `max_rank` and `rank_multiple`. A task's
-    `weight` (its size) is also that of its squared error. `base` makes theta_0; None takes the base
-    model.
+    Shared parameters: `vectors`, what becomes of small tensors (``own`` or ``shared``),
+    `embeddings`, what of embeddings and of a head that no task has for itself (or ``low_rank``),
+    `max_rank` and `rank_multiple`. A task's `weight` (its size) is also that of its squared error.
+    `base` makes theta_0; None takes the base model.
     """
 
     name = "residual"
@@ -73,7 +75,7 @@ class Residual(Algorithm):
         _, rows, columns = part.matrix_shape
         if rows * columns <= rows + columns:
             return str(options["vectors"])
-        return str(options["embeddings"]) if block.kind == "embedding" else LOW_RANK
+        return str(options["embeddings"]) if block.kind in ("embedding", "head") else LOW_RANK
 
     def largest_rank(self, part: Part) -> int:
         """Return the largest rank that a residual may have."""

@@ -104,6 +104,15 @@ def test_full_ranks_bring_every_task_back(name, output, families, tmp_path):
         )
 
 
+def test_servers_without_adapted_vocabularies_get_none(families, tmp_path):
+    out = tmp_path / "out"
+    merge(content(families("llama"), rank=2, embeddings="shared"), out)
+    for task in TASKS:
+        names = load_file(out / task / "adapter_model.safetensors")
+        assert names
+        assert not any("embed" in name or "lm_head" in name for name in names)
+
+
 def test_uniform_ranks_are_one_rank_for_every_reader(families, tmp_path):
     family, out = families("llama"), tmp_path / "out"
     report = merge(content(family, target_size=1.8, uniform_rank=True), out)
