@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from peft_merge.adapter import Adapter as Adapter
     from peft_merge.adapter import Ia3Adapter as Ia3Adapter
     from peft_merge.adapter import LoraAdapter as LoraAdapter
-    from peft_merge.extraction.run import ExtractedAdapter as ExtractedAdapter
     from peft_merge.extraction.run import extract as extract
     from peft_merge.flexmerge.load import load_tasks as load_tasks
     from peft_merge.io import load_adapter as load_adapter
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 # Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
 _HOMES = {
     "Adapter": "adapter",
-    "ExtractedAdapter": "extraction.run",
     "Ia3Adapter": "adapter",
     "LoraAdapter": "adapter",
     "MergedAdapter": "merge",

@@ -105,11 +105,9 @@ def merge(
 @click.option("--energy", type=float, help="The share of the squared norm that is kept: 0.9.")
 @click.option("--size", metavar="SIZE", help="Of the adapter: 50MB, or 0.05 of MODEL.")
 @click.option("--vectors", default="base", show_default=True, help="Small tensors: own or base.")
-@click.option("--dtype", help="Of the factors; default: that of MODEL.")
 @_DEVICE
 @_QUIET
 @_JSONL
-@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust.")
 def extract(
     base: str, model: str, out: Path, quiet: bool, jsonl: Path | None, **options: Any
 ) -> None:
@@ -120,8 +118,8 @@ def extract(
     PeftModel.from_pretrained loads; it must not exist or be empty, and appears when it is complete.
     The exit code is 2 if something is wrong with the models.
     """
-    from peft_merge.extraction.report import sentences
     from peft_merge.extraction.run import extract as run
+    from peft_merge.report import sentences
 
     with _running():
         result = run(base, model, out, callbacks=_callbacks(quiet, jsonl), **options)

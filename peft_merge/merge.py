@@ -40,12 +40,12 @@ class MergedAdapter:
         adapter: as data.
         report: what `merge_report.json` holds: options, coefficients, and for each module ranks,
             relative truncation error and the rule's details.
-        config: the merge as YAML.
+        config: the merge as YAML; None of an extraction.
     """
 
     adapter: Adapter
     report: dict[str, Any]
-    config: str
+    config: str | None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a PEFT folder, which must not exist or be empty. It appears when it is complete.

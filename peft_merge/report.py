@@ -98,9 +98,10 @@ def summary(count: int, merged: Iterable[tuple[str, Mapping[str, Any]]]) -> dict
 
 
 def sentences(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a user should know of a finished merge."""
+    """Yield what a user should know of a finished merge or extraction."""
     summary = report["summary"]
-    line = f"{report['method']}: {len(report['adapters'])} adapters, {summary['modules']} modules"
+    inputs = f"{len(report['adapters'])} adapters, " if "adapters" in report else ""
+    line = f"{report['method']}: {inputs}{summary['modules']} modules"
     if "largest_rank" in summary:
         low, high = summary["smallest_rank"], summary["largest_rank"]
         line += f", rank {high}" if low == high else f", ranks {low} to {high}"

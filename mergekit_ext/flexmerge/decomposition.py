@@ -23,12 +23,12 @@ from mergekit_ext.flexmerge.residual import Limit, ResidualStorage, Spectrum
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.kernels.numerics import all_finite
-from mergekit_ext.kernels.truncated import leading
+from mergekit_ext.kernels.ranks import deepened
+from mergekit_ext.kernels.truncated import factors
 from mergekit_ext.parallel import current
 
-# Ranks are computed this far beyond the mean one that the budget allows; where all triplets of a
-# matrix are taken, so many times as far.
-_FIRST_DEPTH, _DEPTH, _LEAST_DEPTH = 1.25, 2, 8
+# Ranks are computed this far beyond the mean one that the budget allows.
+_FIRST_DEPTH, _LEAST_DEPTH = 1.25, 8
 _READ = 1 << 24
 
 
@@ -64,30 +64,27 @@ class Decomposition:
         storage, processes = self.storage, current()
         processes.from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
         tasks, matrices = range(storage.tasks), storage.matrices
-        most = [storage.algorithm.largest_rank(part) for _, part in matrices]
-        depth = [min(top, self._first_depth(limit)) for top in most]
         blocks = storage.layout.blocks
         owners = processes.share([block.bytes(tasks) for block in blocks])
         found: dict[str, Spectrum] = {}
-        wanted = set(range(len(blocks)))
-        while wanted:
+
+        def decompose(wanted: Sequence[int], depths: Sequence[int]) -> None:
             own: dict[str, Spectrum] = {}
-            for index in sorted(wanted):
+            for index in sorted({matrices[k][0] for k in wanted}) if found else range(len(blocks)):
                 if owners[index] == processes.rank:
-                    depths = {
-                        part.name: depth[k] for k, (b, part) in enumerate(matrices) if b == index
-                    }
-                    own |= self._decomposed(index, depths)
+                    deep = {p.name: depths[k] for k, (b, p) in enumerate(matrices) if b == index}
+                    own |= self._decomposed(index, deep)
                     self._progress(blocks[index].name)
             for part_of in processes.gather(own):
-                found |= part_of
+                found.update(part_of)
+
+        def chosen() -> Sequence[int]:
             ranks = storage.ranks([found[part.name] for _, part in matrices], limit)
-            wanted = set()
-            for k, (block, _) in enumerate(matrices):
-                taken = max(ranks[k * len(tasks) : (k + 1) * len(tasks)])
-                if limit.rank is None and taken >= depth[k] < most[k]:
-                    depth[k] = min(most[k], _DEPTH * depth[k])
-                    wanted.add(block)
+            return [max(ranks[k : k + len(tasks)]) for k in range(0, len(ranks), len(tasks))]
+
+        most = [storage.algorithm.largest_rank(part) for _, part in matrices]
+        limited = [min(top, limit.rank or top) for top in most]
+        deepened(limited, self._first_depth(limit), decompose, chosen)
         return [found[part.name] for _, part in matrices]
 
     def _first_depth(self, limit: Limit) -> int:
@@ -163,17 +160,13 @@ class Decomposition:
                 if part.name not in depths:
                     whole.append(float(residual.square().sum(dtype=torch.float64)))
                     continue
-                found = [leading(matrix, depths[part.name], exact=False) for matrix in residual]
-                sigma = torch.stack([each.sigma for each in found])
-                root = sigma.sqrt()[:, None, :]
-                b = torch.stack([each.u for each in found]) * root
-                a = torch.stack([each.v for each in found]) * root
+                b, a, own, norm = factors(residual, depths[part.name])
                 made[f"b/{task}/{part.name}"] = b.to(wide).cpu().contiguous()
-                made[f"a/{task}/{part.name}"] = a.mT.to(wide).cpu().contiguous()
-                squares.append(sigma.square().sum(dim=0).cpu())
-                whole.append(sum(each.whole**2 for each in found))
+                made[f"a/{task}/{part.name}"] = a.to(wide).cpu().contiguous()
+                squares.append(own)
+                whole.append(norm)
             if squares:
-                made[f"squares/{part.name}"] = torch.stack(squares).cummin(dim=1).values
+                made[f"squares/{part.name}"] = torch.stack(squares)
             made[f"whole/{part.name}"] = torch.tensor(whole, dtype=torch.float64)
         return made
 

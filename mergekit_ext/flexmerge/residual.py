@@ -255,22 +255,16 @@ class AdapterStorage(ResidualStorage):
         self, gains: Sequence[Tensor], costs: Sequence[int], goal: float, **limits: Any
     ) -> tuple[int, ...]:
         """Return ranks; with `uniform_rank` the triplets of one task are taken together."""
-        # A gain that nothing else has lets what is held come first.
-        first = (math.fsum(float(gain.sum()) for gain in gains) or 1.0) * max(costs) / min(costs)
-        each = [
-            torch.zeros(max(map(len, gains)), dtype=torch.float64)
-            for _ in range(self.tasks if self._uniform else len(gains))
-        ]
-        for index, gain in enumerate(gains):
-            total = each[index % len(each)]
-            total[: len(gain)] += gain.to(total)
-            total[: self._least_ranks[index // self.tasks]] += first
-        goal += first * sum(self._least_ranks) * self.tasks
+        least, tasks = self._least_ranks, range(self.tasks)
         if not self._uniform:
-            each = [total[: len(gain)] for total, gain in zip(each, gains, strict=True)]
-            return allocate(each, costs, goal=goal, **limits)
-        together = [sum(costs) // self.tasks] * self.tasks
-        return allocate(each, together, goal=goal, **limits) * len(self.matrices)
+            held = [rank for rank in least for _ in tasks]
+            return allocate(gains, costs, goal=goal, least=held, **limits)
+        each = [torch.zeros(max(map(len, gains)), dtype=torch.float64) for _ in tasks]
+        for index, gain in enumerate(gains):
+            each[index % self.tasks][: len(gain)] += gain.to(each[0])
+        together = [sum(costs) // self.tasks for _ in tasks]
+        held = [max(least, default=0) for _ in tasks]
+        return allocate(each, together, goal=goal, least=held, **limits) * len(self.matrices)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ a triplet gains falls with k; so triplets are taken in the order of :math:`w_j \
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
@@ -26,6 +27,7 @@ def allocate(
     budget: float = math.inf,
     goal: float = math.inf,
     multiple: int = 1,
+    least: Sequence[int] = (),
 ) -> tuple[int, ...]:
     r"""Return the ranks that leave the least squared error.
 
@@ -43,10 +45,16 @@ def allocate(
         budget: the most that is spent.
         goal: a gain that is enough.
         multiple: of which ranks are, or K_j.
+        least: ranks that are taken first, whatever they gain; the budget holds them.
 
     Raises:
         ValueError: gains that are not as described.
     """
+    if any(least):
+        above = (math.fsum(float(gain.sum()) for gain in gains) or 1.0) * max(costs) / min(costs)
+        ahead = (torch.arange(len(g)) < n for g, n in zip(gains, least, strict=True))
+        gains = [g.double() + above * held for g, held in zip(gains, ahead, strict=True)]
+        goal += above * sum(least)
     each = [_steps(gain, multiple) for gain in gains]
     counts = np.array([len(gain) for gain, _ in each], dtype=np.int64)
     owner = np.repeat(np.arange(len(each)), counts)
@@ -70,6 +78,31 @@ def allocate(
         taken[owner[best]] += 1
         left -= cost[best]
     return tuple(int(width[owner == j][:count].sum()) for j, count in enumerate(taken))
+
+
+def deepened(
+    most: Sequence[int],
+    first: int,
+    decompose: Callable[[Sequence[int], Sequence[int]], None],
+    chosen: Callable[[], Sequence[int]],
+) -> Sequence[int]:
+    """Return the ranks that `chosen` takes of matrices that are decomposed as deep as it needs.
+
+    Args:
+        most: the largest rank of each matrix.
+        first: the depth of all to begin with; where a matrix gives all its triplets, it doubles.
+        decompose: finds leading triplets of some of the matrices, given how many of each.
+        chosen: returns the rank of each matrix of the triplets that are known.
+    """
+    depths, wanted = [min(top, first) for top in most], [*range(len(most))]
+    while True:
+        decompose(wanted, depths)
+        ranks = chosen()
+        wanted = [k for k, top in enumerate(most) if ranks[k] >= depths[k] < top]
+        if not wanted:
+            return ranks
+        for k in wanted:
+            depths[k] = min(most[k], 2 * depths[k])
 
 
 def _steps(gains: Tensor, multiple: int) -> tuple[Floats, Floats]:

@@ -105,6 +105,20 @@ def leading(x: Tensor, rank: int | None, exact: bool = True) -> Leading:
     return Leading(u, found.sigma * scale, v, found.rest * scale, found.whole * scale)
 
 
+def factors(stack: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return sketches of stacked matrices: B, (n, rows, k), and A, (n, k, columns).
+
+    Sigma is shared out evenly. Third are the squared singular values, summed over the matrices, on
+    the CPU, (k,), and fourth the squared norm of all.
+    """
+    found = [leading(matrix, rank, exact=False) for matrix in stack]
+    sigma = torch.stack([each.sigma for each in found])
+    root = sigma.sqrt()[:, None, :]
+    b, v = (torch.stack(each) * root for each in zip(*((f.u, f.v) for f in found), strict=True))
+    squares = sigma.square().sum(dim=0).cpu().cummin(dim=0).values
+    return b, v.mT, squares, sum(each.whole**2 for each in found)
+
+
 def _of_wide(x: Tensor, rank: int) -> Leading:
     side = x.shape[0]
     if side <= DIRECT_SIDE:

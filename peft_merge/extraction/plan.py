@@ -1,23 +1,76 @@
-"""What becomes of each tensor of a fine-tune, from names and shapes.
+"""Two models as stored, and what becomes of each tensor of the fine-tune, from names and shapes.
 
-Names are those of the fine-tune's class, which an adapter uses.
+Names are those of the fine-tune's class, which an adapter uses. Tensors are read one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from mergekit_ext.errors import ConfigError, Problem, tensors_at
+from torch import Tensor
+
+from mergekit_ext.errors import ConfigError, FileError, Problem, one_line, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.io.class_model import empty_model
-from mergekit_ext.io.headers import TensorHeader, is_counter, same_bytes
-from peft_merge.extraction.inputs import FullModel
+from mergekit_ext.flexmerge.source import FileSource
+from mergekit_ext.io.class_model import class_names, empty_model
+from mergekit_ext.io.headers import TensorHeader, is_counter, read_folder, same_bytes
 from peft_merge.io.names import LAYER
+from peft_merge.io.read import folder_of
 from peft_merge.layers import Layer, configuration, layers_of
 
+_WANTED = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _FITTING = "Give the base that it was fine-tuned from, with a vocabulary of the same size."
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """A model's stored tensors: headers by stored name, or by that of a class (`named`)."""
+
+    name: str
+    revision: str | None  # on the Hub
+    config: Any  # of transformers
+    headers: Mapping[str, TensorHeader]
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str]) -> FullModel:
+        """Find a folder, or a name on the Hub, and read configuration and headers.
+
+        Raises:
+            ConfigError: there is none, or its files cannot be used.
+        """
+        text, revision = os.fspath(source), ""
+        if not os.path.exists(os.path.expanduser(text)):
+            text, _, revision = text.partition("@")  # as mergekit writes a revision
+        given = text if isinstance(source, str) else Path(text)
+        folder = folder_of(given, revision or None, _WANTED)
+        return cls(text, revision or None, _configuration(folder), read_folder(folder))
+
+    def named(self, config: Any) -> FullModel:
+        """Return the same with the names of the class of a configuration."""
+        names = class_names(self.headers, config)
+        headers = {names.of[stored]: header for stored, header in self.headers.items()}
+        return FullModel(self.name, self.revision, self.config, headers)
+
+    def tensor(self, name: str) -> Tensor:
+        return FileSource(self.name, {name: self.headers[name]}).tensor(name)
+
+
+def _configuration(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        found = f"architectures: {getattr(config, 'architectures', None)}"
+    except Exception as error:  # of any kind: whatever a class says to values that it cannot use
+        config, found = None, f"what transformers does not read ({one_line(error)})"
+    if config is None or empty_model(config) is None:
+        expected = "a class of transformers, which says what PEFT can adapt"
+        raise FileError(str(folder / "config.json"), found, expected)
+    return config
 
 
 @dataclass(frozen=True)
@@ -44,17 +97,17 @@ class Unit:
         return len({name for name, _ in self.modules.values()}) < len(self.modules)
 
     @property
-    def layers(self) -> dict[str, Layer]:
-        return {module: layer for module, (_, layer) in self.modules.items()}
+    def layers(self) -> list[Layer]:
+        return [layer for _, layer in self.modules.values()]
 
     @property
     def numbers(self) -> int:
         """Of all factors, for each rank."""
-        return sum(layer.numbers for layer in self.layers.values())
+        return sum(layer.numbers for layer in self.layers)
 
     @property
     def largest_rank(self) -> int:
-        return max(layer.largest_rank for layer in self.layers.values())
+        return max(layer.largest_rank for layer in self.layers)
 
 
 @dataclass
@@ -82,14 +135,14 @@ class Plan:
     @property
     def configuration(self) -> dict[str, Any]:
         """Fields of adapter_config.json that ranks do not decide."""
-        layers = {name: layer for unit in self.units for name, layer in unit.modules.values()}
+        layers = dict(pair for unit in self.units for pair in unit.modules.values())
         model, base = empty_model(self.model.config), self.base
         return {**configuration(model, layers, base.name, [*self.whole]), "revision": base.revision}
 
     def may_save(self, module: str) -> bool:
         """Return whether a module can be saved whole without matrices of layers in it."""
         inside = [unit for unit in self.units if _is_in(unit.name, module)]
-        heavy = {layer.info.layout for unit in inside for layer in unit.layers.values()}
+        heavy = {layer.info.layout for unit in inside for layer in unit.layers}
         saved = any(_is_in(module, other) for other in self.whole)
         return bool(module) and not saved and not heavy & {"linear", "parameter"}
 
@@ -105,11 +158,6 @@ def _is_in(name: str, module: str) -> bool:
     return f"{name}.".startswith(f"{module}.")
 
 
-def tied_names(config: Any) -> Mapping[str, str]:
-    """Return the tensors of a class that are others, which are stored."""
-    return getattr(empty_model(config), "all_tied_weights_keys", None) or {}
-
-
 def planned(base: FullModel, model: FullModel) -> Plan:
     """Compare two models, and say what becomes of each tensor of the second.
 
@@ -117,44 +165,33 @@ def planned(base: FullModel, model: FullModel) -> Plan:
         ConfigError: with everything that an adapter of the base cannot express.
     """
     found = Plan(base.named(model.config), model.named(model.config))
-    if problems := [*_unfit(found.model)] or [*_sorted(found)]:
+    if problems := [*_sorted(found)]:
         raise ConfigError(problems, f"an adapter of {base.name} for {model.name}")
     return found
 
 
-def _unfit(model: FullModel) -> Iterator[Problem]:
-    """Yield why a model is not what its own class loads tensor by tensor."""
-    kind, tied = empty_model(model.config), tied_names(model.config)
-    shapes = {name: header.shape for name, header in model.headers.items()}
-    other = [n for n, t in kind.state_dict().items() if n not in tied and shapes.get(n) != t.shape]
-    if other:
-        found = "missing, in another shape, or in another form (experts one by one)"
-        yield Problem(tensors_at(other), found, f"each as in {type(kind).__name__}")
-
-
 def _sorted(plan: Plan) -> Iterator[Problem]:
     """Fill the plan; yield what no adapter expresses."""
-    base, model = plan.base, plan.model
-    tied = tied_names(model.config)
+    base, model, kind = plan.base, plan.model, empty_model(plan.model.config)
+    layers, tied = layers_of(kind), getattr(kind, "all_tied_weights_keys", None) or {}
     if tied and not getattr(base.config.get_text_config(), "tie_word_embeddings", True):
         found = "a head that is tied to its embedding, and an untied one in the base"
         yield Problem("tie_word_embeddings", found, "the same in both", _FITTING)
-    class_model = empty_model(model.config)
-    layers = layers_of(class_model)
-    heads: dict[str, list[str]] = {}
-    for name, source in tied.items():
-        heads.setdefault(source, []).append(name)
     experts: dict[str, dict[str, Layer]] = {}
-    codes, shapes, absent = list[str](), list[str](), dict[str, None]()
-    for name in class_model.state_dict():
-        header, owner = model.headers.get(name), name.rpartition(".")[0]
-        if header is None or name in tied or is_counter(name):
+    other, codes, shapes, absent = list[str](), list[str](), list[str](), dict[str, None]()
+    for name, own in kind.state_dict().items():
+        header, known, owner = model.headers.get(name), base.headers.get(name), _owner(name)
+        if name in tied:
             continue
-        known = base.headers.get(name)
-        if known is None or known.shape != header.shape:
+        if header is None or header.shape != own.shape:
+            other.append(name)
+        elif is_counter(name):
+            continue
+        elif known is None or known.shape != header.shape:
             grown = known is None or known.shape[1:] == header.shape[1:]
-            if LAYER.search(name) or not owner or not grown or name in heads:
-                shapes.append(f"{name} ({list(header.shape)}, {_shape(known)} in the base)")
+            if LAYER.search(name) or not owner or not grown or name in tied.values():
+                there = "none" if known is None else list(known.shape)
+                shapes.append(f"{name} ({list(header.shape)}, {there} in the base)")
             elif known is not None:
                 plan.reshaped.append(name)
             absent[owner] = None
@@ -164,47 +201,39 @@ def _sorted(plan: Plan) -> Iterator[Problem]:
             codes.append(name)
         elif layer.info.layout == "parameter":
             experts.setdefault(owner, {})[name] = layer
-        elif name in heads:
-            yield from _tie(plan, name, layer, heads[name], layers)
         else:
-            bias = f"{owner}.bias" if layer.bias else None
-            plan.units.append(Unit({owner: (name, layer)}, bias))
+            heads = [head for head, source in tied.items() if source == name]
+            head = heads[0] if len(heads) == 1 and layer.info.layout == "embedding" else ""
+            if not heads:
+                bias = f"{owner}.bias" if layer.bias else None
+                plan.units.append(Unit({owner: (name, layer)}, bias))
+            elif head in layers:
+                modules = {owner: (name, layer), _owner(head): (name, layers[head])}
+                plan.units.append(Unit(modules))
+            elif not same_bytes(known, header):
+                found = f"a change of what the class ties to {', '.join(heads)}"
+                expected = "an embedding that is tied to a head alone"
+                remedy = "Save both models with untied embeddings, and give those."
+                yield Problem(name, found, expected, remedy)
     for owner, parameters in experts.items():
         # PEFT wraps a module once for each parameter, in the order in which it has them.
-        wrapped = owner + ".base_layer" * len(parameters)
-        modules = {}
-        for name in parameters:
-            wrapped = wrapped.removesuffix(".base_layer")
-            modules[wrapped] = (name, parameters[name])
-        plan.units.append(Unit(modules))
+        wraps = reversed(range(len(parameters)))
+        names = [owner + ".base_layer" * count for count in wraps]
+        plan.units.append(Unit(dict(zip(names, parameters.items(), strict=True))))
     plan.small = [name for name in plan.small if name not in plan.biases]
     for owner in absent:
         plan.save(owner)
+    if other:
+        found = "missing, in another shape, or in another form (experts one by one)"
+        yield Problem(tensors_at(other), found, f"each as in {type(kind).__name__}")
     if shapes:
         yield Problem(tensors_at(shapes), "other shapes than in the base", "the same", _FITTING)
     if codes:
         remedy = "Give both models as they were before quantisation."
         yield Problem(tensors_at(codes), "what looks quantised", ", ".join(FLOATING), remedy)
-    if not plan.units:
+    if not plan.units and not other:
         yield Problem(model.name, "no matrix that PEFT adapts in both", "some", _FITTING)
 
 
-def _tie(
-    plan: Plan, name: str, layer: Layer, heads: Sequence[str], layers: Mapping[str, Layer]
-) -> Iterator[Problem]:
-    """Add an embedding that is other layers, too: one head is adapted with it."""
-    head = layers.get(heads[0])
-    embedding = (name.rpartition(".")[0], (name, layer))
-    if layer.info.layout == "embedding" and len(heads) == 1 and head is not None:
-        plan.units.append(Unit(dict([embedding, (heads[0].rpartition(".")[0], (name, head))])))
-    elif not same_bytes(plan.base.headers[name], plan.model.headers[name]):
-        yield Problem(
-            name,
-            f"a change of what the class ties to {', '.join(heads)}",
-            "an embedding that is tied to a head alone, which PEFT adapts with it",
-            "Save both models with untied embeddings, and give those.",
-        )
-
-
-def _shape(header: TensorHeader | None) -> str:
-    return "none" if header is None else str(list(header.shape))
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]

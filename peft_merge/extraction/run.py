@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,63 +15,35 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from mergekit_ext.core.memory import count_or_bytes
+from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, choice
-from mergekit_ext.errors import ConfigError, MergeError, Problem, shown
+from mergekit_ext.errors import ConfigError, MergeError, Problem, listing, shown
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.numerics import all_finite, compute_dtype
-from mergekit_ext.kernels.ranks import allocate
-from mergekit_ext.kernels.truncated import leading
-from peft_merge.adapter import Adapter, Update, cast, finite
-from peft_merge.config.check import DEVICE, DTYPE
-from peft_merge.extraction.inputs import FullModel
-from peft_merge.extraction.plan import Plan, Unit, planned
-from peft_merge.extraction.report import card, report
+from mergekit_ext.kernels.ranks import allocate, deepened
+from mergekit_ext.kernels.truncated import factors
+from peft_merge.adapter import Update, cast, finite
+from peft_merge.config.check import DEVICE
+from peft_merge.extraction.plan import FullModel, Plan, Unit, planned
 from peft_merge.io.merged import adapter_of
-from peft_merge.io.write import save_adapter
+from peft_merge.io.write import state_dict
+from peft_merge.merge import MergedAdapter
+from peft_merge.report import FORMAT_VERSION, summary
 
 OWN, BASE = "own", "base"
 _SIZE = 'a number of models above 0 (0.05), or bytes ("50MB")'
+_BYTES = Annotated[Any, BeforeValidator(partial(memory.count_or_bytes, expected=_SIZE))]
 _OPTIONS = (
     Parameter("rank", Count | None, None),
     Parameter("energy", Share | None, None),
-    Parameter(
-        "size",
-        Annotated[Any, BeforeValidator(partial(count_or_bytes, expected=_SIZE))] | None,
-        None,
-    ),
+    Parameter("size", _BYTES | None, None),
     Parameter("vectors", choice(OWN, BASE), BASE),
-    DTYPE,
     DEVICE,
 )
-# Ranks are computed this far beyond the mean one that the size allows; where all triplets of a
-# matrix are taken, as far again.
+# Ranks are computed this far beyond the mean one that the size allows.
 _DEPTH, _LEAST_DEPTH = 2, 8
-
-
-@dataclass(frozen=True)
-class ExtractedAdapter:
-    """A fine-tune as an adapter of its base.
-
-    Attributes:
-        adapter: as data.
-        report: what `merge_report.json` holds: ranks and errors by module, and what is left out.
-        card: the text of README.md.
-    """
-
-    adapter: Adapter
-    report: dict[str, Any]
-    card: str
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a PEFT folder, which must not exist or be empty. It appears when it is complete.
-
-        Raises:
-            ConfigError: there is something at `path`, or it cannot be written.
-        """
-        save_adapter(self.adapter, path, report=self.report, card=self.card)
 
 
 def extract(
@@ -83,15 +55,14 @@ def extract(
     energy: float | None = None,
     size: float | str | None = None,
     vectors: str = BASE,
-    dtype: Any = None,
     device: Any = "cpu",
     callbacks: Iterable[object] = (),
-    allow_pickle: bool = False,
-) -> ExtractedAdapter:
+) -> MergedAdapter:
     r"""Make a LoRA of a full fine-tune: the truncated SVD of :math:`W - W_0` of each matrix.
 
     Exactly one of `rank`, `energy` and `size` is given. Ranks by energy and size leave the least
     squared error (`mergekit_ext.kernels.ranks`); `rank_pattern` and `alpha_pattern` name them.
+    Factors have the dtype of the model's matrices.
 
     Args:
         base, model: folders, or names on the Hub (``name@revision``).
@@ -101,15 +72,16 @@ def extract(
         size: of the adapter's tensors: models (0.05 is a twentieth of `model`) or bytes.
         vectors: "own": norms, biases and other small tensors that changed are kept, as
             `modules_to_save`, `lora_bias`, or trained biases; "base": those of the base.
-        dtype: of the factors; default: that of the model's matrices.
         device: where is computed.
         callbacks: see `mergekit_ext.events`.
-        allow_pickle: read pytorch_model.bin (tensors only, by torch's restricted unpickler).
+
+    Returns:
+        The adapter; its report has ranks and errors by module, and what is left out.
 
     Raises:
         ConfigError: something is wrong with arguments or models; it lists everything.
         NonFiniteError: a model holds NaN or infinity.
-        MergeError: the models are the same, or a value leaves the range of `dtype`.
+        MergeError: the models are the same, or a value leaves the range of the factors' dtype.
     """
     given: dict[str, Any] = {"rank": rank, "energy": energy, "size": size}
     chosen = [name for name, value in given.items() if value is not None]
@@ -117,7 +89,7 @@ def extract(
     if len(chosen) != 1:
         found = " and ".join(chosen) or "none of them"
         problems.append(Problem(", ".join(given), found, "one: how much of the change is kept"))
-    given |= {"vectors": vectors, "dtype": dtype, "device": device}
+    given |= {"vectors": vectors, "device": device}
     for option in _OPTIONS:
         value = given[option.name]
         if (wrong := option.problem(value)) is None:
@@ -126,9 +98,7 @@ def extract(
             problems.append(Problem(option.name, shown(value), *wrong))
     if out is not None:
         problems += place_problems(os.path.expanduser(out), str(out), empty=True)
-    models = [
-        opened for source in (base, model) if (opened := _opened(source, allow_pickle, problems))
-    ]
+    models = [opened for source in (base, model) if (opened := _opened(source, problems))]
     if problems:
         raise ConfigError(problems, "this extraction")
     plan, events, started = planned(*models), Dispatcher(callbacks), time.perf_counter()
@@ -144,9 +114,9 @@ def extract(
     return result
 
 
-def _opened(source: Any, allow_pickle: bool, problems: list[Problem]) -> FullModel | None:
+def _opened(source: Any, problems: list[Problem]) -> FullModel | None:
     try:
-        return FullModel.open(source, allow_pickle)
+        return FullModel.open(source)
     except ConfigError as error:
         problems += error.problems
         return None
@@ -164,53 +134,53 @@ class _Extraction:
     def __init__(self, plan: Plan, options: Mapping[str, Any], events: Dispatcher):
         self._plan, self._options, self._events = plan, options, events
         headers = [plan.model.headers[name] for u in plan.units for name, _ in u.modules.values()]
-        found = reduce(torch.promote_types, (FLOATING[header.dtype] for header in headers))
-        self._dtype: torch.dtype = options["dtype"] or found
+        self._dtype = reduce(torch.promote_types, (FLOATING[header.dtype] for header in headers))
         self._factors: dict[str, _Factors] = {}
 
-    def run(self, name: str) -> ExtractedAdapter:
-        plan, changed = self._plan, self._changed()
+    def run(self, name: str) -> MergedAdapter:
+        plan, model, left = self._plan, self._plan.model, self._changed()
+        biases = list[str]()
         if self._options["vectors"] == OWN:
-            small = [tensor for tensor in changed if tensor not in plan.biases]
+            biases = [tensor for tensor in left if tensor in plan.biases]
+            small = [tensor for tensor in left if tensor not in plan.biases]
             for owner in dict.fromkeys(tensor.rpartition(".")[0] for tensor in small):
                 if plan.may_save(owner):
                     plan.save(owner)
         saved = [tensor for tensors in plan.whole.values() for tensor in tensors]
-        biases = [t for t in changed if t in plan.biases] if self._options["vectors"] == OWN else []
-        left = {t: square for t, square in changed.items() if t not in {*saved, *biases}}
+        biases = [tensor for tensor in biases if tensor in plan.biases]
+        left = {t: square for t, square in left.items() if t not in {*saved, *biases}}
         ranks = self._ranks({plan.biases[tensor].name for tensor in biases}, saved)
         units = [unit for unit in plan.units if ranks[unit.name]]
         if not units:
-            raise MergeError(f"{plan.model.name}: every matrix is as in {plan.base.name}.")
-        infos = {module: layer.info for unit in units for module, layer in unit.layers.items()}
+            raise MergeError(f"{model.name}: every matrix is as in {plan.base.name}.")
+        layers = {m: layer for unit in units for m, (_, layer) in unit.modules.items()}
         # One choice for all modules; merging into the base needs a bias in each.
-        lora_bias = all(layer.bias for unit in units for layer in unit.layers.values())
+        lora_bias = all(layer.bias for layer in layers.values())
         values: dict[str, Update] = {}
         for unit in units:
             bias = None
-            if lora_bias and unit.bias is not None and unit.bias in biases:
-                bias = cast(self._difference(unit.bias), self._dtype, unit.bias)
+            if lora_bias and unit.bias in biases:
+                bias = cast(self._difference(str(unit.bias)), self._dtype, str(unit.bias))
+            k = ranks[unit.name]
             for module, update in self._factors[unit.name].updates.items():
-                k = ranks[unit.name]
                 values[module] = Update(update.a[:, :k], update.b[..., :k], 1.0, bias)
         whole = [*saved, *([] if lora_bias else biases)]
-        tensors = {t: finite(plan.model.tensor(t), t, plan.model.name) for t in whole}
+        tensors = {t: finite(model.tensor(t), t, model.name) for t in whole}
         config = plan.configuration | {"bias": "none" if lora_bias or not biases else "lora_only"}
+        infos = {module: layer.info for module, layer in layers.items()}
         adapter = adapter_of(name, values, infos, config, tensors)
         if any(unit.tied for unit in units):
             adapter = replace(adapter, config={**adapter.config, "ensure_weight_tying": True})
-        spectra = {u.name: self._factors[u.name] for u in plan.units}
-        found = {n: (ranks[n], f.squares, f.whole) for n, f in spectra.items() if f.whole}
-        entries = report(plan, self._options, found, left, adapter)
-        return ExtractedAdapter(adapter, entries, card(adapter, entries))
+        found = self._found(ranks, left)
+        found["summary"]["bytes"] = sum(tensor.nbytes for tensor in state_dict(adapter).values())
+        found["whole_tensors"] = sorted(adapter.saved)
+        return MergedAdapter(adapter, found | {"notes": [*_notes(found)]}, None)
 
     def _changed(self) -> dict[str, float]:
         """Return the squared norms of the changes of small tensors and biases."""
-        found = {}
-        for name in (*self._plan.small, *self._plan.biases):
-            if square := float(self._difference(name).square().sum()):
-                found[name] = square
-        return found
+        names = (*self._plan.small, *self._plan.biases)
+        found = {name: float(self._difference(name).square().sum()) for name in names}
+        return {name: square for name, square in found.items() if square}
 
     def _difference(self, name: str) -> Tensor:
         """Return model - base, in float32 at least."""
@@ -225,53 +195,44 @@ class _Extraction:
 
     def _ranks(self, biased: Collection[str], saved: Sequence[str]) -> dict[str, int]:
         """Decompose what is adapted, and return its ranks; modules of changed biases have one."""
-        units, rank = self._plan.units, self._options["rank"]
+        units, headers = self._plan.units, self._plan.model.headers
+        rank, share = self._options["rank"], self._options["energy"]
         costs = [unit.numbers * self._dtype.itemsize for unit in units]
         least = [int(unit.name in biased) for unit in units]
-        forced = sum(c for c, n in zip(costs, least, strict=True) if n)
+        forced = sum(headers[name].nbytes for name in saved)
         if biased:  # each adapted module has one then
-            biases = [math.prod(self._plan.model.headers[n].shape) for n in self._plan.biases]
+            biases = [math.prod(headers[name].shape) for name in self._plan.biases]
             forced += sum(biases) * self._dtype.itemsize
-        budget = self._budget(saved, forced)
+        budget = self._budget(forced, sum(c for c, n in zip(costs, least, strict=True) if n))
         mean = 0 if budget == math.inf else int(budget // sum(costs))
-        first = rank or max(_DEPTH * mean, _LEAST_DEPTH)
-        depths = [min(unit.largest_rank, first) for unit in units]
-        wanted = [*range(len(units))]
-        while wanted:
+        most = [min(unit.largest_rank, rank or unit.largest_rank) for unit in units]
+
+        def chosen() -> Sequence[int]:
+            found = [self._factors[unit.name] for unit in units]
+            goal = share * math.fsum(f.whole for f in found) if share else math.inf
+            return allocate(
+                [f.squares for f in found], costs, budget=budget, goal=goal, least=least
+            )
+
+        def decompose(wanted: Iterable[int], depths: Sequence[int]) -> None:
             for k in wanted:
                 self._decompose(units[k], depths[k])
-            found = [self._factors[unit.name] for unit in units]
-            if rank:
-                ranks = [d if f.whole else n for d, f, n in zip(depths, found, least, strict=True)]
-                break
-            gains = [f.squares[n:] for f, n in zip(found, least, strict=True)]
-            goal = math.inf
-            if self._options["energy"]:
-                goal = self._options["energy"] * math.fsum(f.whole for f in found)
-                goal -= sum(float(f.squares[:n].sum()) for f, n in zip(found, least, strict=True))
-            taken = allocate(gains, costs, budget=budget, goal=goal)
-            ranks = [n + k for n, k in zip(least, taken, strict=True)]
-            wanted = [
-                k for k, unit in enumerate(units) if ranks[k] == depths[k] < unit.largest_rank
-            ]
-            for k in wanted:
-                depths[k] = min(units[k].largest_rank, _DEPTH * depths[k])
+
+        ranks = deepened(most, rank or max(_DEPTH * mean, _LEAST_DEPTH), decompose, chosen)
         return dict(zip((unit.name for unit in units), ranks, strict=True))
 
-    def _budget(self, saved: Sequence[str], forced: int) -> float:
+    def _budget(self, forced: int, held: int) -> float:
         """Return the bytes that are left for ranks; `ConfigError` if there are none."""
-        size = self._options["size"]
-        if size is None:
+        if self._options["size"] is None:
             return math.inf
-        headers = self._plan.model.headers
-        models, count = size
+        models, count = self._options["size"]
         if count is None:
-            count = math.floor(models * sum(header.nbytes for header in headers.values()))
-        least = forced + sum(headers[name].nbytes for name in saved)
-        if count <= least:
-            found = f"{count:,} bytes, while what is saved whole takes {least:,}"
+            stored = sum(header.nbytes for header in self._plan.model.headers.values())
+            count = math.floor(models * stored)
+        if count <= forced + held:
+            found = f"{count:,} bytes, while what is saved whole takes {forced + held:,}"
             raise ConfigError([Problem("size", found, "more than that")], "this extraction")
-        return count - least
+        return float(count - forced)
 
     def _decompose(self, unit: Unit, depth: int) -> None:
         """Find `depth` leading triplets of each matrix of a unit."""
@@ -282,16 +243,60 @@ class _Extraction:
                 updates[module] = Update(known[name].b.mT, known[name].a.mT, 1.0)
                 continue
             stack = layer.matrices(self._difference(name))
-            parts = [leading(matrix, depth, exact=False) for matrix in stack]
-            sigma = torch.stack([part.sigma for part in parts])
-            root = sigma.sqrt()[:, None, :]
-            b = torch.stack([part.u for part in parts]) * root
-            a = (torch.stack([part.v for part in parts]) * root).mT
+            b, a, own, norm = factors(stack, depth)
             known[name] = updates[module] = Update(a, b, 1.0).cast(self._dtype, name)
-            squares[: sigma.shape[1]] += sigma.square().sum(dim=0).cpu()
-            whole += math.fsum(part.whole**2 for part in parts)
+            squares[: len(own)] += own
+            whole += norm
         first = unit.name not in self._factors
-        self._factors[unit.name] = _Factors(updates, squares.cummin(dim=0).values, whole)
+        self._factors[unit.name] = _Factors(updates, squares, whole)
         if first:  # a deeper one is the same module to a bar
             seconds = time.perf_counter() - clock
             self._events.emit(TensorMerged(unit.name, tuple(stack.shape), {}, seconds))
+
+    def _found(self, ranks: Mapping[str, int], left: Mapping[str, float]) -> dict[str, Any]:
+        """Return what was kept and what was not, as JSON values; `left` are squared norms."""
+        modules, plan, rest, whole = {}, self._plan, 0.0, 0.0
+        for name, (_, squares, norm) in self._factors.items():
+            if norm:
+                lost = max(norm - float(squares[: ranks[name]].sum()), 0.0)
+                rest, whole = rest + lost, whole + norm
+                error = math.sqrt(lost / norm)
+                modules[name] = {"rank": ranks[name], "norm": math.sqrt(norm), "error": error}
+        count = sum(len(unit.modules) for unit in plan.units if ranks[unit.name])
+        missing = math.fsum(left.values())
+        errors = {
+            "error": math.sqrt(rest / whole) if whole else 0.0,
+            "left": missing / (whole + missing) if missing else 0.0,
+        }
+        return {
+            "format_version": FORMAT_VERSION,
+            "method": "extract",
+            "base": plan.base.name,
+            "model": plan.model.name,
+            **{name: self._options[name] for name in ("rank", "energy", "vectors")},
+            "summary": summary(count, modules.items()) | errors,
+            "modules": modules,
+            "reshaped": plan.reshaped,
+            "left": {name: math.sqrt(square) for name, square in left.items()},
+        }
+
+
+def _notes(report: Mapping[str, Any]) -> Iterator[str]:
+    found, left = report["summary"], report["left"]
+    yield (
+        f"The relative error of the changes of all matrices is {found['error']:.3g}; the adapter "
+        f"takes {memory.size(found['bytes'])}."
+    )
+    if report["whole_tensors"]:
+        yield f"Saved whole: {listing(report['whole_tensors'])}."
+    if report["reshaped"]:
+        yield (
+            f"Before loading, give the base the shape of {listing(report['reshaped'])} "
+            "(`resize_token_embeddings`, `num_labels`)."
+        )
+    if left:
+        way = "" if report["vectors"] == OWN else " (`vectors: own` keeps what PEFT can)"
+        yield (
+            f"Left as in the base{way}: {listing(sorted(left))}, {found['left']:.2%} of the "
+            "squared norm of all changes."
+        )

@@ -126,14 +126,17 @@ def card_of(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any
     """Return README.md: metadata as the Hub wants it, what was merged, and how to load it."""
     kind, tag = ("LoRA", "lora") if isinstance(adapter, LoraAdapter) else ("(IA)³", "ia3")
     metadata, further, shown = of_base(adapter.config.get("base_model_name_or_path"))
-    tags = ["peft", tag, "merge", "mergekit-ext", *further]
-    paragraphs = [f"A merged {kind} adapter of {shown}, made with `peft-merge` from {PROJECT}."]
     report = report or {}
+    merged = "model" not in report
+    made = "merged" if merged else f"extracted from its fine-tune `{report['model']}`"
+    tags = ["peft", tag, *(["merge"] if merged else []), "mergekit-ext", *further]
+    paragraphs = [f"A {kind} adapter of {shown}, {made}, made with `peft-merge` from {PROJECT}."]
     if "method" in report:
         paragraphs.append(f"Method: `{report['method']}`.")
-    if isinstance(merged := report.get("adapters"), (list, tuple)):
-        called = [item.get("name", item) if isinstance(item, Mapping) else item for item in merged]
+    if isinstance(inputs := report.get("adapters"), (list, tuple)):
+        called = [item.get("name", item) if isinstance(item, Mapping) else item for item in inputs]
         paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
+    paragraphs += map(str, report.get("notes") or ())
     load = f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")'
     example = ["from peft import PeftModel", "", load]
     return page(adapter.name, tags, paragraphs, example, merge_config, metadata)

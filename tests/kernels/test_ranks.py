@@ -45,6 +45,18 @@ def test_the_gain_is_within_one_step_of_the_best(
         assert gain == best
 
 
+@given(spectra, st.integers(0, 20), st.data())
+def test_ranks_that_are_held_are_taken_whatever_they_gain(
+    gains: list[list[float]], budget: int, data: st.DataObject
+) -> None:
+    costs, least = costs_of(data, gains), [data.draw(st.integers(0, len(g))) for g in gains]
+    held = sum(c * r for c, r in zip(costs, least, strict=True))
+    ranks = allocate(tensors(gains), costs, budget=held + budget, least=least)
+    rest = [values[n:] for values, n in zip(gains, least, strict=True)]
+    further = allocate(tensors(rest), costs, budget=budget)
+    assert ranks == tuple(n + k for n, k in zip(least, further, strict=True))
+
+
 @given(spectra, st.floats(0.0, 1.0))
 def test_a_goal_is_reached_with_the_fewest_triplets(gains: list[list[float]], share: float) -> None:
     goal = share * sum(map(sum, gains))
