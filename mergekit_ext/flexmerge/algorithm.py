@@ -178,7 +178,7 @@ class Declared(Algorithm):
         if self.method.over_base is not None:
             zeros = torch.zeros_like(deltas[0])
             return self._over_base(block.layout, zeros, deltas, members, zeros.dtype)
-        call = self._call(members)
+        call = self.call(members)
         if self.cuts is not None:
             for member, delta in zip(members, deltas, strict=True):
                 Keeper(self.cuts[member]).drop(delta)
@@ -213,13 +213,14 @@ class Declared(Algorithm):
         out = torch.empty_like(base, dtype=dtype)
         cuts = self.cuts
         kept = self.parameters.densities(members) if cuts is None else [cuts[m] for m in members]
-        call = replace(self._call(members), kept=kept)
+        call = replace(self.call(members), kept=kept)
         for part in self.parameters.scopes(block):
             tensors = [model[part] for model in models]
             out[part] = self.method.over_base(base[part], tensors, call, dtype).tensor
         return out
 
-    def _call(self, members: Sequence[int]) -> Call:
+    def call(self, members: Sequence[int]) -> Call:
+        """Return what a merge of these members is done with."""
         each = [self.parameters.models[member] for member in members]
         return Call(self.parameters.weights(members), self.parameters.shared, each)
 

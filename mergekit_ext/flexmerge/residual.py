@@ -188,13 +188,21 @@ class ResidualStorage(Storage):
         return stored if limit.rank else least + math.ceil((limit.energy or 1) * (stored - least))
 
     def rank_problems(self) -> Iterator[Problem]:
-        """Yield ranks that no matrix has."""
+        """Yield ranks that no matrix has, and those that contradict each other."""
         shared = self.algorithm.parameters.shared
+        multiple, largest = shared["rank_multiple"], shared["max_rank"]
         most = max((min(part.matrix_shape[1:]) for _, part in self.matrices), default=0)
-        for name in ("rank", "max_rank"):
-            if (shared[name] or 0) > most:
-                expected = f"at most {most}, the rank of the largest matrix"
-                yield Problem(f"parameters.{name}", str(shared[name]), expected, "Write less.")
+        for name in ("rank", "max_rank", "rank_multiple"):
+            given = shared[name] or 0
+            if given > most:
+                expected, remedy = f"at most {most}, the rank of the largest matrix", "Write less."
+            elif given % multiple:
+                expected, remedy = f"a multiple of `rank_multiple`, {multiple}", "Change one."
+            elif name == "rank" and given > (largest or most):
+                expected, remedy = f"at most `max_rank`, {largest}", "Change one."
+            else:
+                continue
+            yield Problem(f"parameters.{name}", str(given), expected, remedy)
 
     def budget(self, target: Target) -> int:
         """Return the bytes that residuals may take."""

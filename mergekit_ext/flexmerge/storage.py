@@ -125,7 +125,7 @@ class GroupStorage(ABC):
             return None
         low, high = f"{math.ceil(least.models * 1e4 - 1e-6) / 1e4:.10g}", f"{most.models:.10g}"
         if target.exceeds(most):
-            remedy = f"Write {high}, at which every task is as it was, or less."
+            remedy = f"Write {high}, the largest size, or less."
         else:
             smallest = low if target.bytes is None else f"'{least.bytes}B'"
             remedy = f"Write {smallest} for the smallest. {self.advice(target)}".strip()

@@ -98,6 +98,7 @@ AVERAGE = Method(
     _sum_times(_mean_factor),
     drivers=frozenset({BLOCKS}),
     weighs=True,
+    divides=lambda options: True,
     linear=_mean_factor,
 )
 # lambda times the mean: FlexMerge, footnote 1, with the 1.5 of its section 4.
@@ -108,6 +109,7 @@ MEAN_TASK_ARITHMETIC = replace(
     paper=TASK_VECTORS,
     merge=_sum_times(_lambda_of_mean),
     parameters=(Parameter("lambda", Factor, 1.5, "scales the mean task vector"),),
+    divides=lambda options: False,
     linear=_lambda_of_mean,
 )
 # The baseline of FlexMerge, section 4.2: Zhang et al. cluster channels; here whole blocks.

@@ -251,6 +251,20 @@ def test_a_tied_embedding_is_the_bases(tmp_path):
     assert torch.equal(one.state_dict()[name], other.state_dict()[name])
 
 
+def test_tasks_have_classes_of_their_own(tmp_path):
+    family, own = tied_family(tmp_path / "models", ()), tmp_path / "own"
+    kind, out = transformers.LlamaForSequenceClassification, tmp_path / "out"
+    kind.from_pretrained(family.tuned[0], num_labels=4, pad_token_id=0).save_pretrained(own)
+    # Tied by the second class alone.
+    with pytest.warns(MergeWarning, match="No LoRA can hold 1 of .*embed_tokens"):
+        merge(small.config("decompose", [own, family.tuned[1]], family.base, {"rank": 8}), out)
+    for task, name, head in (("own", kind, None), (TASKS[1], CLASSES["llama"], "CAUSAL_LM")):
+        config = json.loads((out / task / "adapter_config.json").read_text())
+        assert config["task_type"] == head
+        assert "model.embed_tokens" not in config["target_modules"]
+        assert f"{name.__name__}.from_pretrained" in (out / task / "README.md").read_text()
+
+
 def test_a_task_that_is_the_base_has_an_adapter(families, tmp_path):
     family, start = families("llama"), tmp_path / "start"
     shutil.copytree(family.base, start)
@@ -268,6 +282,8 @@ def test_a_task_that_is_the_base_has_an_adapter(families, tmp_path):
         ({"target_size": 9.0}, "parameters.target_size", "what can be reached: 1."),
         ({"rank": 33}, "parameters.rank", "at most 32"),
         ({"rank": 4, "max_rank": 40}, "parameters.max_rank", "at most 32"),
+        ({"rank": 4, "max_rank": 3}, "parameters.rank", "at most `max_rank`, 3"),
+        ({"rank": 4, "rank_multiple": 8}, "parameters.rank", "a multiple of `rank_multiple`, 8"),
         ({}, "parameters", "one of target_size, rank, energy"),
         ({"algorithm": "ties", "target_size": 2.0}, "parameters.algorithm", "'residual'"),
         (

@@ -119,6 +119,11 @@ def test_ranks_keep_to_their_bounds(families, tmp_path):
         ({"base": "given", "dare_density": 0.5}, "parameters.dare_density", "nothing"),
         ({"rank": 4}, "parameters", "one of target_size, rank, energy"),
         ({"target_size": None}, "parameters", "one of target_size, rank, energy"),
+        ({"base": "slerp", "t": 0.5}, "parameters.base", "groups of up to 3 models"),
+        ({"weight": 0.0}, "parameters.weight", "a sum other than 0"),
+        ({"granularity": "model", "embeddings": "own"}, "parameters.embeddings", "`low_rank`"),
+        ({"max_rank": 12, "rank_multiple": 8}, "parameters.max_rank", "a multiple"),
+        ({"rank_multiple": 64}, "parameters.rank_multiple", "at most 32"),
     ],
 )
 def test_what_cannot_be_is_refused_beforehand(given, where, words, families):

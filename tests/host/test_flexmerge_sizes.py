@@ -201,6 +201,13 @@ def test_parameters_of_one_algorithm_do_not_keep_another_out(llamas: Any, tmp_pa
         write_curve(path, tmp_path / "other", OPTIONS, [1.0], ("average", "tsv_m"))
 
 
+def test_parameters_of_groups_do_not_keep_residuals_out(llamas: Any, tmp_path: Path) -> None:
+    given = {"linkage": "average", "order": "random", "vectors": "shared", "dare_density": 0.5}
+    path = written(tmp_path, llamas, {**given, "base": "given"})
+    curve = write_curve(path, tmp_path / "out", OPTIONS, [2.0], ("average", "residual"))
+    assert [point.algorithm for point in curve.points] == ["average", "residual"]
+
+
 @pytest.mark.parametrize(
     ("changes", "sizes", "message"),
     [

@@ -70,7 +70,7 @@ class DecomposeMethod(FlexMergeMethod):
     `flexmerge` with ``algorithm: residual``, under a name of its own.
     """
 
-    title, paper = "a base and low-rank residuals", None
+    title, paper = "base and low-rank residuals", None
 
     def __init__(self) -> None:
         super().__init__(DECOMPOSE)

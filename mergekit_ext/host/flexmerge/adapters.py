@@ -47,7 +47,7 @@ class Forms:
         names: in the class, of what is in some adapter.
         private: for each task the same of what no other task has.
         private_bytes: of all these, and of those of the first task, which the base has.
-        model: of the class, on the meta device.
+        models: of each task's class, on the meta device.
     """
 
     treatments: Mapping[str, str]
@@ -56,11 +56,12 @@ class Forms:
     names: Mapping[str, str]
     private: Sequence[Mapping[str, str]]
     private_bytes: int
-    model: Any
+    models: Sequence[Any]
 
     @property
-    def kind(self) -> str:
-        return type(self.model).__name__
+    def kinds(self) -> list[str]:
+        """The name of each task's class."""
+        return [type(model).__name__ for model in self.models]
 
     @property
     def held(self) -> set[str]:
@@ -85,8 +86,10 @@ def forms_of(
     if any(each.model is None for each in classes):
         _problem(findings, "models whose class is not one of transformers", "those of its classes")
         return None
+    models_of = [each.model for each in classes]
     # PEFT would change a tied tensor in one of its places only.
-    without = first.converted.union(*model.all_tied_weights_keys.items())
+    ties = (pair for each in models_of for pair in each.all_tied_weights_keys.items())
+    without = set().union(*(each.converted for each in classes), *ties)
     parts = [(block, part) for block in layout.blocks for part in block.parts]
     wanted = {part.name: algorithm.treatment(block, part) for block, part in parts}
     found = layers_of(model)
@@ -119,7 +122,7 @@ def forms_of(
     sizes = [h.nbytes for h in layout.private[0]]  # in the base
     for names_of, headers in zip(private, layout.private, strict=True):
         sizes += [header.nbytes for header in headers if header.name in names_of]
-    return Forms(treatments, layers, frozenset(biases), first.of, private, sum(sizes), model)
+    return Forms(treatments, layers, frozenset(biases), first.of, private, sum(sizes), models_of)
 
 
 def _owner(name: str) -> str:
@@ -253,6 +256,6 @@ def adapter_of_task(
 
     saved = {called: partial(whole, name) for called, name in forms.saved(task).items()}
     layers = {forms.names[name]: layer for name, layer in forms.layers.items()}
-    stated = configuration(forms.model, layers, base, [*dict.fromkeys(map(_owner, saved))])
+    stated = configuration(forms.models[task], layers, base, [*dict.fromkeys(map(_owner, saved))])
     given = LoraAdapter(name_of, stated, infos, update, saved)
     return replace(given, config=lora_configuration(infos, [given], saved))

@@ -401,8 +401,8 @@ def _adapters(
     card = base_card(tasks, forms, str(engine.prepared.references[0]), source)
     (folder / FOLDER / CARD).write_text(card, encoding="utf-8")
     adapters = [engine.adapter(plan, forms, task, base) for task in range(len(tasks))]
-    for adapter in adapters:
-        fill_folder(adapter, folder / adapter.name, {CARD: adapter_card(adapter, forms)})
+    for adapter, kind in zip(adapters, forms.kinds, strict=True):
+        fill_folder(adapter, folder / adapter.name, {CARD: adapter_card(adapter, kind, forms)})
     return section_of(adapters, forms)
 
 

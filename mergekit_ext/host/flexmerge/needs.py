@@ -37,6 +37,8 @@ def estimate(prepared: Prepared) -> Estimate:
     private = list(itertools.chain.from_iterable(layout.private))
     # The analysis, similarities of trimmed vectors, and the merge.
     reads = passes(layout, algorithm.densities) + 1
+    if isinstance(prepared.storage, ResidualStorage) and algorithm.densities is None:
+        reads -= 1  # nothing is analysed
     reads += algorithm.parameters.shared["similarity_on"] == "trimmed"
     base = sum(block.base_bytes for block in layout.blocks)
     stored = _stored(prepared)
@@ -63,7 +65,7 @@ def _stored(prepared: Prepared) -> int:
         return storage.at_most(limit)
     if target.bytes is not None:
         return min(target.bytes, storage.most.bytes)
-    return int((target.models or 1) * storage.whole / len(layout.tasks)) + layout.private_bytes
+    return int((target.models or 1) * storage.whole / len(layout.tasks)) + storage.private_bytes
 
 
 def need_of(prepared: Prepared, scored: float | None = None) -> Need:

@@ -15,7 +15,14 @@ from mergekit_ext.core.parameters import WEIGHT, Parameter, Share, choice
 from mergekit_ext.errors import join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
-from mergekit_ext.flexmerge.residual import ADAPTERS, GIVEN, PARAMETERS, SHARED, Residual
+from mergekit_ext.flexmerge.residual import (
+    ADAPTERS,
+    GIVEN,
+    LOW_RANK,
+    PARAMETERS,
+    SHARED,
+    Residual,
+)
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
@@ -54,8 +61,10 @@ _DEFAULT_BASE = "average"
 # Of which residuals are given one.
 _SIZES = ("target_size", "rank", "energy")
 _BASE = Parameter("base", str, _DEFAULT_BASE, "what makes the base of the residuals")
-# What only algorithms that trim take.
+# What only algorithms that trim take, what only groups do, and what changes task vectors.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
+_OF_GROUPS = frozenset({"linkage", "order", "similarity_on"})
+_OF_VECTORS = frozenset({"trim_scope", "dare_density"})
 # Names mergekit's method where FlexMerge has an algorithm of the same name.
 _STOCK_PREFIX = "mergekit:"
 
@@ -135,7 +144,8 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     if method is None:  # it is not known either what it takes
         config = _reduced(config, specs.__contains__)
     elif isinstance(_merging(method), MergeMethod):
-        _check_contract(_merging(method), len(tasks), findings)
+        where = "base" if isinstance(method, Based) else "algorithm"
+        _check_contract(_merging(method), where, len(tasks), findings)
     owners: dict[str, list[str]] = {}
     for other, one in known.items():
         for key in _specs_of(one).keys() - specs.keys():
@@ -185,6 +195,17 @@ def _trims(method: Method | MergeMethod | Based | None) -> bool:
     return isinstance(merging, Method) and merging.trims
 
 
+def _idle(method: Method | MergeMethod | Based | None) -> frozenset[str]:
+    """Return which of `OWN` do not act with a method."""
+    idle = frozenset() if _trims(method) else _OF_TRIMMING
+    return idle | _idle_over(method.method) if isinstance(method, Based) else idle
+
+
+def _idle_over(base: object) -> frozenset[str]:
+    """Return which of `OWN` do not act on residuals over any base, or over the base model, None."""
+    return _OF_GROUPS if base is not None else _OF_GROUPS | _OF_VECTORS
+
+
 def _specs_of(method: Method | MergeMethod | Based | None) -> dict[str, ParameterSpec]:
     """Return the parameters of an algorithm.
 
@@ -208,8 +229,11 @@ def _specs_of(method: Method | MergeMethod | Based | None) -> dict[str, Paramete
     }
 
 
-def _check_contract(method: MergeMethod, tasks: int, findings: Findings) -> None:
-    """Report a registered method that cannot merge groups of all sizes over a base."""
+def _check_contract(method: MergeMethod, where: str, tasks: int, findings: Findings) -> None:
+    """Report a registered method that cannot merge groups of all sizes over a base.
+
+    `where` is the parameter that names it.
+    """
     contract, most = method.spec.contract, [tasks]
     if contract.max_inputs is not None:
         most.append(contract.max_inputs - (contract.base != BasePolicy.IGNORED))
@@ -217,10 +241,10 @@ def _check_contract(method: MergeMethod, tasks: int, findings: Findings) -> None
         most.append(contract.max_non_base)
     if min(most) < tasks or contract.base == BasePolicy.FORBIDDEN:
         findings.problem(
-            "parameters.algorithm",
+            f"parameters.{where}",
             f"`{method.spec.name}`, which does not merge {tasks} models over a base",
-            f"an algorithm for groups of up to {tasks} models and their base",
-            "Use another algorithm.",
+            f"a method for groups of up to {tasks} models and their base",
+            "Use another one.",
         )
 
 
@@ -228,22 +252,20 @@ def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Finding
     """Report parameters that contradict each other, or that a registered method refuses."""
     shared = algorithm.parameters.shared
     if isinstance(algorithm, Residual):
-        unused = {"linkage", "order", "similarity_on"}
-        unused |= {"dare_density", "trim_scope"} if algorithm.base is None else set()
-        unused |= {"uniform_rank"} if shared["output"] != ADAPTERS else set()
-        for name in sorted(unused & given.keys()):
+        idle = _idle_over(algorithm.base)
+        beside = dict.fromkeys(idle, "nothing, as it does not act on residuals over this base")
+        if shared["output"] != ADAPTERS:
+            beside["uniform_rank"] = "`output: adapters` beside it"
+        if shared["granularity"] == "model" and shared["embeddings"] != LOW_RANK:
+            beside["embeddings"] = "`low_rank` beside `granularity: model`, one block of everything"
+        for name in sorted(beside.keys() & given.keys()):
             findings.problem(
-                f"parameters.{name}",
-                shown(given[name]),
-                "`output: adapters` beside it"
-                if name == "uniform_rank"
-                else "nothing, as it does not act on residuals over this base",
-                f"Remove `{name}:`.",
+                f"parameters.{name}", shown(given[name]), beside[name], f"Remove `{name}:`."
             )
-        if algorithm.base is not None:
-            _check_fit(
-                algorithm.base, {n: v for n, v in given.items() if n not in unused}, findings
-            )
+        if (base := algorithm.base) is not None:
+            if isinstance(base, Declared):
+                _check_mean(base, findings)
+            _check_fit(base, {n: v for n, v in given.items() if n not in idle}, findings)
         return
     if isinstance(algorithm, Registered):
         algorithm.check(findings)
@@ -265,6 +287,14 @@ def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Finding
         )
 
 
+def _check_mean(base: Declared, findings: Findings) -> None:
+    """Report weights that sum to 0 where the base of residuals is divided by their sum."""
+    call = base.call(range(len(base.parameters.models)))
+    if base.method.without_mean(call):
+        found = f"weights that sum to 0, which have no mean: {shown([*call.weights])}"
+        findings.problem("parameters.weight", found, "a sum other than 0", "Change `weight`.")
+
+
 def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
     """Return the configuration for one of several algorithms, with a size that all reach.
 
@@ -275,8 +305,8 @@ def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
     known = algorithms((config.parameters or {}).get("base", _DEFAULT_BASE))
 
     def taken(name: str) -> set[str]:
-        method, own = known.get(name), {parameter.name for parameter in OWN}
-        return {*_specs_of(method), *(own if _trims(method) else own - _OF_TRIMMING)}
+        method = known.get(name)
+        return {*_specs_of(method), *({parameter.name for parameter in OWN} - _idle(method))}
 
     left_out = set().union(*map(taken, chosen)) - taken(algorithm)
     reduced = _reduced(config, lambda name: name not in left_out)

@@ -74,22 +74,22 @@ def base_card(tasks: Sequence[str], forms: Forms, base: str, source: str) -> str
         f"{' and head' if any(forms.private) else ''} are those of `{tasks[0]}`."
     )
     load = [
-        f"from transformers import {forms.kind}",
+        f"from transformers import {forms.kinds[0]}",
         "",
-        f'model = {forms.kind}.from_pretrained("base")',
+        f'model = {forms.kinds[0]}.from_pretrained("base")',
     ]
     given = {**known, "library_name": "transformers"}
     return page(FOLDER, ["merge", "mergekit-ext"], [text], load, source, given)
 
 
-def adapter_card(adapter: LoraAdapter, forms: Forms) -> str:
-    """Return the card of a task's adapter."""
+def adapter_card(adapter: LoraAdapter, kind: str, forms: Forms) -> str:
+    """Return the card of the adapter of a task, a model of the class `kind`."""
     task = adapter.name
     text = (
         f"A LoRA of {len(adapter.infos)} modules on `../{FOLDER}`: what `{task}` adds to it. "
         "`base_model_name_or_path` is where that lay at first; change it when you move both."
     )
-    return page(task, ["lora", "merge", "mergekit-ext"], [text], _loading(task, forms), None)
+    return page(task, ["lora", "merge", "mergekit-ext"], [text], _loading(task, kind, forms), None)
 
 
 def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
@@ -99,16 +99,16 @@ def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
     fits = [rank for rank in _VLLM_RANKS if rank >= max(ranks)]
     serve = ""
     whole = bool(forms.biases) or any(adapter.saved for adapter in adapters)
-    if forms.kind.endswith("ForCausalLM") and fits and not whole:
+    if all(kind.endswith("ForCausalLM") for kind in forms.kinds) and fits and not whole:
         named = " ".join(f"{task}={task}" for task in tasks)
         options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
         serve = f"vllm serve {FOLDER} {options}"
-    return adapters_section(FOLDER, tasks, _loading(tasks[0], forms), serve)
+    return adapters_section(FOLDER, tasks, _loading(tasks[0], forms.kinds[0], forms), serve)
 
 
-def _loading(task: str, forms: Forms) -> list[str]:
+def _loading(task: str, kind: str, forms: Forms) -> list[str]:
     """Return Python that loads a task from the folder above; its head may have another shape."""
-    kind, private = forms.kind, any(forms.private)
+    private = any(forms.private)
     head = f'config=AutoConfig.from_pretrained("{task}"), ignore_mismatched_sizes=True'
     given = f'"{FOLDER}", {head}' if private else f'"{FOLDER}"'
     return [
