@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -300,6 +301,32 @@ class Kept:
     whole: float
     left: float
 
+    @classmethod
+    def of(cls, squares: Tensor, whole: float, rank: int, count: int) -> Kept:
+        """Return it of a residual with these squared singular values; `count` are its bytes."""
+        return cls(rank, count, whole, max(0.0, whole - float(squares[:rank].sum())))
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a report says of it."""
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {**rank, "bytes": self.bytes, "error": _relative(self.left, self.whole)}
+
+
+def total(kept: Sequence[Kept]) -> dict[str, Any]:
+    """Return what a report says of all of a task."""
+    ranks = sorted(each.rank for each in kept if each.rank)
+    left, whole = math.fsum(each.left for each in kept), math.fsum(each.whole for each in kept)
+    return {
+        "bytes": sum(each.bytes for each in kept),
+        "ranks": [ranks[0], median_low(ranks), ranks[-1]] if ranks else [],
+        "error": _relative(left, whole),
+    }
+
+
+def _relative(left: float, whole: float) -> float:
+    return math.sqrt(left / whole) if whole else 0.0
+
 
 def kept(
     storage: ResidualStorage, plan: Plan, measured: Callable[[str], Mapping[str, Spectrum]]
@@ -323,9 +350,8 @@ def kept(
                     each.append(Kept(None, math.prod(part.shape) * dtype.itemsize, whole, 0.0))
                     continue
                 rank, spectrum = groups[0].ranks[task].get(part.name, 0), spectra[part.name]
-                whole = float(spectrum.whole[task])
-                left = max(0.0, whole - float(spectrum.squares[task][:rank].sum()))
-                each.append(Kept(rank, rank * storage.cost(part), whole, left))
+                squares, whole = spectrum.squares[task], float(spectrum.whole[task])
+                each.append(Kept.of(squares, whole, rank, rank * storage.cost(part)))
     return found
 
 

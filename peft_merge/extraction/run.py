@@ -20,11 +20,12 @@ from mergekit_ext.core.parameters import Count, Parameter, Share, choice
 from mergekit_ext.errors import ConfigError, MergeError, Problem, listing, shown
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
 from mergekit_ext.flexmerge.layout import FLOATING
+from mergekit_ext.flexmerge.residual import Kept, total
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.numerics import all_finite, compute_dtype
 from mergekit_ext.kernels.ranks import allocate, deepened
 from mergekit_ext.kernels.truncated import factors
-from peft_merge.adapter import Update, cast, finite
+from peft_merge.adapter import Adapter, Update, cast, finite
 from peft_merge.config.check import DEVICE
 from peft_merge.extraction.plan import FullModel, Plan, Unit, planned
 from peft_merge.io.merged import adapter_of
@@ -153,28 +154,26 @@ class _Extraction:
         units = [unit for unit in plan.units if ranks[unit.name]]
         if not units:
             raise MergeError(f"{model.name}: every matrix is as in {plan.base.name}.")
-        layers = {m: layer for unit in units for m, (_, layer) in unit.modules.items()}
         # One choice for all modules; merging into the base needs a bias in each.
-        lora_bias = all(layer.bias for layer in layers.values())
-        values: dict[str, Update] = {}
+        lora_bias = bool(biases) and all(layer.bias for unit in units for layer in unit.layers)
+        infos, values = {}, dict[str, Update]()
         for unit in units:
-            bias = None
-            if lora_bias and unit.bias in biases:
+            k, bias = ranks[unit.name], None
+            if lora_bias:
                 bias = cast(self._difference(str(unit.bias)), self._dtype, str(unit.bias))
-            k = ranks[unit.name]
-            for module, update in self._factors[unit.name].updates.items():
-                values[module] = Update(update.a[:, :k], update.b[..., :k], 1.0, bias)
+            for module, (_, layer) in unit.modules.items():
+                found = self._factors[unit.name].updates[module]
+                values[module] = Update(found.a[:, :k], found.b[..., :k], 1.0, bias).filled(k)
+                infos[module] = replace(layer.info, rank=k, bias=lora_bias, dtype=self._dtype)
         whole = [*saved, *([] if lora_bias else biases)]
         tensors = {t: finite(model.tensor(t), t, model.name) for t in whole}
         config = plan.configuration | {"bias": "none" if lora_bias or not biases else "lora_only"}
-        infos = {module: layer.info for module, layer in layers.items()}
-        adapter = adapter_of(name, values, infos, config, tensors)
+        loads = {t: partial(tensors.__getitem__, t) for t in tensors}
+        adapter = adapter_of(name, infos, values.__getitem__, config, loads)
         if any(unit.tied for unit in units):
             adapter = replace(adapter, config={**adapter.config, "ensure_weight_tying": True})
-        found = self._found(ranks, left)
-        found["summary"]["bytes"] = sum(tensor.nbytes for tensor in state_dict(adapter).values())
-        found["whole_tensors"] = sorted(adapter.saved)
-        return MergedAdapter(adapter, found | {"notes": [*_notes(found)]}, None)
+        report = self._report(adapter, ranks, left)
+        return MergedAdapter(adapter, report | {"notes": [*_notes(report)]}, None)
 
     def _changed(self) -> dict[str, float]:
         """Return the squared norms of the changes of small tensors and biases."""
@@ -197,7 +196,7 @@ class _Extraction:
         """Decompose what is adapted, and return its ranks; modules of changed biases have one."""
         units, headers = self._plan.units, self._plan.model.headers
         rank, share = self._options["rank"], self._options["energy"]
-        costs = [unit.numbers * self._dtype.itemsize for unit in units]
+        costs = [self._bytes(unit) for unit in units]
         least = [int(unit.name in biased) for unit in units]
         forced = sum(headers[name].nbytes for name in saved)
         if biased:  # each adapted module has one then
@@ -253,32 +252,39 @@ class _Extraction:
             seconds = time.perf_counter() - clock
             self._events.emit(TensorMerged(unit.name, tuple(stack.shape), {}, seconds))
 
-    def _found(self, ranks: Mapping[str, int], left: Mapping[str, float]) -> dict[str, Any]:
+    def _report(
+        self, adapter: Adapter, ranks: Mapping[str, int], left: Mapping[str, float]
+    ) -> dict[str, Any]:
         """Return what was kept and what was not, as JSON values; `left` are squared norms."""
-        modules, plan, rest, whole = {}, self._plan, 0.0, 0.0
-        for name, (_, squares, norm) in self._factors.items():
-            if norm:
-                lost = max(norm - float(squares[: ranks[name]].sum()), 0.0)
-                rest, whole = rest + lost, whole + norm
-                error = math.sqrt(lost / norm)
-                modules[name] = {"rank": ranks[name], "norm": math.sqrt(norm), "error": error}
-        count = sum(len(unit.modules) for unit in plan.units if ranks[unit.name])
-        missing = math.fsum(left.values())
-        errors = {
-            "error": math.sqrt(rest / whole) if whole else 0.0,
-            "left": missing / (whole + missing) if missing else 0.0,
+        plan, bytes_of = self._plan, {unit.name: self._bytes(unit) for unit in self._plan.units}
+        kept = {
+            name: Kept.of(found.squares, found.whole, rank, rank * bytes_of[name])
+            for name, rank in ranks.items()
+            if (found := self._factors[name]).whole
         }
+        modules = {name: each.entry for name, each in kept.items()}
+        missing, whole = math.fsum(left.values()), math.fsum(each.whole for each in kept.values())
         return {
             "format_version": FORMAT_VERSION,
             "method": "extract",
             "base": plan.base.name,
             "model": plan.model.name,
             **{name: self._options[name] for name in ("rank", "energy", "vectors")},
-            "summary": summary(count, modules.items()) | errors,
+            "summary": {
+                **summary(len(adapter.infos), modules.items()),
+                "bytes": sum(tensor.nbytes for tensor in state_dict(adapter).values()),
+                "error": total([*kept.values()])["error"],
+                "left": missing / (whole + missing) if missing else 0.0,
+            },
             "modules": modules,
+            "whole_tensors": sorted(adapter.saved),
             "reshaped": plan.reshaped,
             "left": {name: math.sqrt(square) for name, square in left.items()},
         }
+
+    def _bytes(self, unit: Unit) -> int:
+        """Return the bytes of one rank of a unit."""
+        return unit.numbers * self._dtype.itemsize
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:

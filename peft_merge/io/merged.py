@@ -8,7 +8,7 @@ that has both ``proj`` and ``deep.proj`` gets a further module, initialised as n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -76,22 +76,18 @@ def merged_adapter(
 
 def adapter_of(
     name: str,
-    values: Mapping[str, Update],
     infos: Mapping[str, ModuleInfo],
-    config: Mapping[str, Any],
-    saved: Mapping[str, Tensor] | None = None,
-    patterns: bool = True,
-) -> Adapter:
-    """Make a LoRA of changes that come from no adapter.
+    load: Callable[[str], Update],
+    stated: Mapping[str, Any],
+    saved: Mapping[str, Callable[[], Tensor]],
+) -> LoraAdapter:
+    """Make a LoRA of changes that come from no adapter: of those in `infos`, as they are stored.
 
-    Of `config` those fields count that modules and ranks do not decide: the base's name, the task,
-    `modules_to_save`, `target_parameters`, `bias`, `fan_in_fan_out`.
+    `stated` are the fields of its configuration that modules and ranks do not decide
+    (`peft_merge.layers.configuration`).
     """
-    tensors = saved or {}
-    whole = {key: partial(tensors.__getitem__, key) for key in tensors}
-    given = {"peft_type": "LORA", **config}
-    stated = LoraAdapter(name, given, infos, values.__getitem__, whole)
-    return merged_adapter(name, values, infos, [stated], tensors, patterns)
+    given = LoraAdapter(name, stated, infos, load, saved)
+    return replace(given, config=lora_configuration(infos, [given], saved))
 
 
 def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:

@@ -30,7 +30,7 @@ from mergekit_ext.io.class_model import class_names
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.planned_files import split, weight_names
 from peft_merge.adapter import LoraAdapter, Update, cast
-from peft_merge.io.merged import WITHOUT_BIAS, lora_configuration
+from peft_merge.io.merged import WITHOUT_BIAS, adapter_of
 from peft_merge.layers import Layer, configuration, layers_of
 
 FOLDER = "base"  # of the base
@@ -257,5 +257,4 @@ def adapter_of_task(
     saved = {called: partial(whole, name) for called, name in forms.saved(task).items()}
     layers = {forms.names[name]: layer for name, layer in forms.layers.items()}
     stated = configuration(forms.models[task], layers, base, [*dict.fromkeys(map(_owner, saved))])
-    given = LoraAdapter(name_of, stated, infos, update, saved)
-    return replace(given, config=lora_configuration(infos, [given], saved))
+    return adapter_of(name_of, infos, update, stated, saved)

@@ -58,7 +58,7 @@ from mergekit_ext.host.flexmerge.adapters import (
     base_pieces,
 )
 from mergekit_ext.host.flexmerge.residual_report import (
-    adapter_card,
+    MOVED,
     base_card,
     section_of,
     write_residual_report,
@@ -76,7 +76,7 @@ from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.card import flexmerge_section
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.read import locate
-from peft_merge.io.write import CARD, fill_folder
+from peft_merge.io.write import CARD, card_of, fill_folder
 
 
 class Engine:
@@ -177,21 +177,10 @@ class Engine:
     def write_base(self, folder: Path, plan: Plan) -> list[PlannedFile]:
         """Write the weights of the base of one size likewise; return their files."""
         pieces = pieces_of(self.reader, bare(plan), self.merging, self._merged)
-        limit = self.prepared.options.out_shard_size
-        shards = write_pieces(
-            folder,
-            base_pieces(pieces, self.layout),
-            partial(base_files, limit=limit),
-            self._blocks,
-        )
+        filed = partial(base_files, limit=self.prepared.options.out_shard_size)
+        shards = write_pieces(folder, base_pieces(pieces, self.layout), filed, self._blocks)
         self.reached(plan)
         return list(shards.files.values())
-
-    def adapter(self, plan: Plan, forms: Forms, task: int, base: str) -> LoraAdapter:
-        """Return a task's adapter on the base in the folder `base`."""
-        residuals = self.merging.residuals
-        assert residuals is not None
-        return adapter_of_task(forms, plan, self.reader, residuals, task, base)
 
     def complete(self, homes: Mapping[Path, Path]) -> None:
         """Copy what lies beside weights into folders, each from that of a model."""
@@ -398,11 +387,15 @@ def _adapters(
     for place in homes:
         place.mkdir()
     engine.complete({**homes, folder / FOLDER: folders[0]})
-    card = base_card(tasks, forms, str(engine.prepared.references[0]), source)
+    card = base_card(tasks, forms, source)
     (folder / FOLDER / CARD).write_text(card, encoding="utf-8")
-    adapters = [engine.adapter(plan, forms, task, base) for task in range(len(tasks))]
-    for adapter, kind in zip(adapters, forms.kinds, strict=True):
-        fill_folder(adapter, folder / adapter.name, {CARD: adapter_card(adapter, kind, forms)})
+    residuals, adapters = engine.merging.residuals, list[LoraAdapter]()
+    assert residuals is not None
+    for index, model in enumerate(engine.prepared.references[1:]):
+        adapter = adapter_of_task(forms, plan, engine.reader, residuals, index, base)
+        card = card_of(adapter, None, {"model": str(model), "notes": [MOVED]})
+        fill_folder(adapter, folder / adapter.name, {CARD: card})
+        adapters.append(adapter)
     return section_of(adapters, forms)
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median_low
-from typing import Any
 
-from mergekit_ext.flexmerge.residual import Kept
+from mergekit_ext.flexmerge.residual import Kept, total
 from mergekit_ext.flexmerge.storage import Size
 from mergekit_ext.host.flexmerge.adapters import FOLDER, Forms
-from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.report.card import adapters_section, residual_section, write_report
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.write import page
 
+# Of each adapter.
+MOVED = (
+    f"Its base is `../{FOLDER}`. `base_model_name_or_path` is where that lay at first; change it "
+    "when you move both."
+)
 # What vLLM's --max-lora-rank may be.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -32,9 +32,10 @@ def write_residual_report(
     """Write ``merge_report.json``; return what is said to the user, and the section of a card."""
     each = {task: [found[index] for found in kept.values()] for index, task in enumerate(tasks)}
     tensors = {
-        name: dict(zip(tasks, map(_entry, found), strict=True)) for name, found in kept.items()
+        name: dict(zip(tasks, (each.entry for each in found), strict=True))
+        for name, found in kept.items()
     }
-    totals = {task: _total(found) for task, found in each.items()}
+    totals = {task: total(found) for task, found in each.items()}
     models = {"models": size.models, "bytes": size.bytes}
     write_report(folder, method, tensors, seed, size=models, tasks=totals)
     errors = ", ".join(f"{task} {found['error']:.3g}" for task, found in totals.items())
@@ -42,54 +43,16 @@ def write_residual_report(
     return line, residual_section(totals)
 
 
-def _entry(kept: Kept) -> dict[str, Any]:
-    rank = {} if kept.rank is None else {"rank": kept.rank}
-    return {**rank, "bytes": kept.bytes, "error": _relative(kept.left, kept.whole)}
-
-
-def _total(kept: Sequence[Kept]) -> dict[str, Any]:
-    ranks = sorted(each.rank for each in kept if each.rank)
-    return {
-        "bytes": sum(each.bytes for each in kept),
-        "ranks": [ranks[0], median_low(ranks), ranks[-1]] if ranks else [],
-        "error": _relative(
-            math.fsum(each.left for each in kept), math.fsum(each.whole for each in kept)
-        ),
-    }
-
-
-def _relative(left: float, whole: float) -> float:
-    return math.sqrt(left / whole) if whole else 0.0
-
-
-def base_card(tasks: Sequence[str], forms: Forms, base: str, source: str) -> str:
-    """Return the card of the base of tasks that were trained from the model `base`.
-
-    `source` is the text of the configuration.
-    """
-    known = {"base_model": base} if may_be_hub_name(base) and not os.path.isdir(base) else {}
+def base_card(tasks: Sequence[str], forms: Forms, source: str) -> str:
+    """Return the card of the base of tasks; `source` is the text of the configuration."""
     text = (
         f"The base of {len(tasks)} tasks, made of their fine-tunes by `decompose` of mergekit-ext. "
         "Each task is an adapter on it. Configuration, tokenizer"
         f"{' and head' if any(forms.private) else ''} are those of `{tasks[0]}`."
     )
-    load = [
-        f"from transformers import {forms.kinds[0]}",
-        "",
-        f'model = {forms.kinds[0]}.from_pretrained("base")',
-    ]
-    given = {**known, "library_name": "transformers"}
-    return page(FOLDER, ["merge", "mergekit-ext"], [text], load, source, given)
-
-
-def adapter_card(adapter: LoraAdapter, kind: str, forms: Forms) -> str:
-    """Return the card of the adapter of a task, a model of the class `kind`."""
-    task = adapter.name
-    text = (
-        f"A LoRA of {len(adapter.infos)} modules on `../{FOLDER}`: what `{task}` adds to it. "
-        "`base_model_name_or_path` is where that lay at first; change it when you move both."
-    )
-    return page(task, ["lora", "merge", "mergekit-ext"], [text], _loading(task, kind, forms), None)
+    given, tags = {"library_name": "transformers"}, ["merge", "mergekit-ext"]
+    load = _loading(tasks[0], forms)[1:-1]
+    return page(FOLDER, tags, [text], load, source, given)
 
 
 def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
@@ -103,12 +66,12 @@ def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
         named = " ".join(f"{task}={task}" for task in tasks)
         options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
         serve = f"vllm serve {FOLDER} {options}"
-    return adapters_section(FOLDER, tasks, _loading(tasks[0], forms.kinds[0], forms), serve)
+    return adapters_section(FOLDER, tasks, _loading(tasks[0], forms), serve)
 
 
-def _loading(task: str, kind: str, forms: Forms) -> list[str]:
+def _loading(task: str, forms: Forms) -> list[str]:
     """Return Python that loads a task from the folder above; its head may have another shape."""
-    private = any(forms.private)
+    kind, private = forms.kinds[0], any(forms.private)
     head = f'config=AutoConfig.from_pretrained("{task}"), ignore_mismatched_sizes=True'
     given = f'"{FOLDER}", {head}' if private else f'"{FOLDER}"'
     return [
