@@ -105,13 +105,28 @@ class Limit:
 
 
 class ResidualStorage(Storage):
-    """How a base and residuals are stored; a group of it is one of all tasks."""
+    """How a base and residuals are stored; a group of it is one of all tasks.
 
-    kind = RESIDUAL
+    With `treatments`, those of all tensors as adapters allow them, the base is a model, and what a
+    task has is an adapter. Those in `held` have a residual in every task then, however small it is,
+    and `private_bytes` are those of what no other task has, in base and adapters.
+    """
 
-    def __init__(self, layout: Layout, algorithm: Residual, forced: torch.dtype | None = None):
+    def __init__(
+        self,
+        layout: Layout,
+        algorithm: Residual,
+        forced: torch.dtype | None = None,
+        treatments: Mapping[str, str] | None = None,
+        held: Collection[str] = (),
+        private_bytes: int | None = None,
+    ):
         super().__init__(layout, forced=forced)
-        self.algorithm = algorithm
+        self.algorithm, self._treatments, self._held = algorithm, treatments, held
+        self.kind = RESIDUAL if treatments is None else ADAPTED
+        self._uniform: bool = algorithm.parameters.shared["uniform_rank"]
+        if private_bytes is not None:
+            self.private_bytes = private_bytes
 
     @cached_property
     def matrices(self) -> list[tuple[int, Part]]:
@@ -123,9 +138,22 @@ class ResidualStorage(Storage):
             if self.treatment(block, part) == LOW_RANK
         ]
 
+    @cached_property
+    def _least_ranks(self) -> list[int]:
+        step, largest = (
+            self.algorithm.parameters.shared["rank_multiple"],
+            self.algorithm.largest_rank,
+        )
+        return [
+            min(step, largest(part)) if self._uniform or part.name in self._held else 0
+            for _, part in self.matrices
+        ]
+
     def treatment(self, block: BlockLayout, part: Part) -> str:
-        """Return what becomes of a tensor, as `Residual.treatment` does."""
-        return self.algorithm.treatment(block, part)
+        """Return what becomes of a tensor."""
+        if self._treatments is None:
+            return self.algorithm.treatment(block, part)
+        return self._treatments[part.name]
 
     def group(self, block: int, ranks: Mapping[int, Mapping[str, int]]) -> StoredGroup:
         """Return what is stored of a block with these ranks, by task and tensor."""
@@ -151,30 +179,48 @@ class ResidualStorage(Storage):
 
     @cached_property
     def least(self) -> Size:
-        return self.size(self.bare)
+        pairs = zip(self._least_ranks, self.matrices, strict=True)
+        held = sum(rank * self.cost(part) for rank, (_, part) in pairs)
+        return self.size(self.bare + self.tasks * held)
+
+    @cached_property
+    def most(self) -> Size:
+        """All tasks apart, or of adapters all residuals at the largest rank that they may have."""
+        if self.kind == RESIDUAL:
+            return super().most
+        return self.size(self.at_most(Limit(rank=_ANY_RANK)) - self.private_bytes)
 
     def ranks(self, spectra: Sequence[Spectrum], limit: Limit) -> tuple[int, ...]:
-        """Return the ranks of residuals: of each of `matrices` those of all tasks."""
+        """Return the ranks of residuals: of each of `matrices` those of all tasks.
+
+        With `uniform_rank` the triplets of one task are taken together.
+        """
         tasks, parameters = range(self.tasks), self.algorithm.parameters
         if limit.rank is not None:
-            most = (self.algorithm.largest_rank(part) for _, part in self.matrices)
-            return tuple(min(limit.rank, top) for top in most for _ in tasks)
+            most = [self.algorithm.largest_rank(part) for _, part in self.matrices]
+            tops = [max(most, default=0)] * len(most) if self._uniform else most
+            return tuple(min(limit.rank, top) for top in tops for _ in tasks)
         weights = [abs(weight) for weight in parameters.weights(list(tasks))]
         whole = (s.whole[task] * weights[task] for s in spectra for task in tasks)
         gains = [spectrum.squares[task] * weights[task] for spectrum in spectra for task in tasks]
         costs = [self.cost(part) for _, part in self.matrices for _ in tasks]
-        return self._allocated(
+        least = [rank for rank in self._least_ranks for _ in tasks]
+        count = 1
+        if self._uniform:
+            each = [torch.zeros(max(map(len, gains)), dtype=torch.float64) for _ in tasks]
+            for index, gain in enumerate(gains):
+                each[index % self.tasks][: len(gain)] += gain.to(each[0])
+            gains, costs, count = each, [sum(costs) // self.tasks for _ in tasks], len(spectra)
+            least = [max(least) for _ in tasks]
+        found = allocate(
             gains,
             costs,
             budget=limit.budget,
             goal=math.inf if limit.energy is None else limit.energy * math.fsum(whole),
             multiple=parameters.shared["rank_multiple"],
+            least=least,
         )
-
-    def _allocated(
-        self, gains: Sequence[Tensor], costs: Sequence[int], goal: float, **limits: Any
-    ) -> tuple[int, ...]:
-        return allocate(gains, costs, goal=goal, **limits)
+        return found * count
 
     def at_most(self, limit: Limit) -> int:
         """Return the bytes of all that is stored within a rank, or at most within a share.
@@ -210,70 +256,6 @@ class ResidualStorage(Storage):
         if target.bytes is not None:
             return target.bytes - self.private_bytes - self.bare
         return math.floor((target.models or 0) * (1 + 1e-9) * self.least.unit_bytes) - self.bare
-
-
-class AdapterStorage(ResidualStorage):
-    """How a base that is a model, and an adapter of each task, are stored.
-
-    `treatments` are those of all tensors, as adapters allow them. Those in `held` have a residual
-    in every task, however small it is. `private_bytes` are those of what no other task has, in base
-    and adapters.
-    """
-
-    kind = ADAPTED
-
-    def __init__(
-        self,
-        layout: Layout,
-        algorithm: Residual,
-        treatments: Mapping[str, str],
-        held: Collection[str],
-        private_bytes: int,
-        forced: torch.dtype | None = None,
-    ):
-        super().__init__(layout, algorithm, forced)
-        self._treatments, self.private_bytes = treatments, private_bytes
-        shared = algorithm.parameters.shared
-        self._uniform: bool = shared["uniform_rank"]
-        self._least_ranks = [
-            min(shared["rank_multiple"], algorithm.largest_rank(part))
-            if self._uniform or part.name in held
-            else 0
-            for _, part in self.matrices
-        ]
-
-    def treatment(self, block: BlockLayout, part: Part) -> str:
-        return self._treatments[part.name]
-
-    @cached_property
-    def least(self) -> Size:
-        pairs = zip(self._least_ranks, self.matrices, strict=True)
-        held = sum(rank * self.cost(part) for rank, (_, part) in pairs)
-        return self.size(self.bare + self.tasks * held)
-
-    @cached_property
-    def most(self) -> Size:
-        """All residuals at the largest rank that they may have."""
-        return self.size(self.at_most(Limit(rank=_ANY_RANK)) - self.private_bytes)
-
-    def ranks(self, spectra: Sequence[Spectrum], limit: Limit) -> tuple[int, ...]:
-        found = super().ranks(spectra, limit)
-        return (max(found, default=0),) * len(found) if self._uniform and limit.rank else found
-
-    def _allocated(
-        self, gains: Sequence[Tensor], costs: Sequence[int], goal: float, **limits: Any
-    ) -> tuple[int, ...]:
-        """Return ranks; with `uniform_rank` the triplets of one task are taken together."""
-        least, tasks = self._least_ranks, range(self.tasks)
-        if not self._uniform:
-            held = [rank for rank in least for _ in tasks]
-            return allocate(gains, costs, goal=goal, least=held, **limits)
-        each = [torch.zeros(max(map(len, gains)), dtype=torch.float64) for _ in tasks]
-        for index, gain in enumerate(gains):
-            each[index % self.tasks][: len(gain)] += gain.to(each[0])
-        together = [sum(costs) // self.tasks for _ in tasks]
-        held = [max(least, default=0) for _ in tasks]
-        return allocate(each, together, goal=goal, least=held, **limits) * len(self.matrices)
 
 
 @dataclass(frozen=True)

@@ -143,18 +143,5 @@ def residual_section(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(["### Residuals", text, table(head, rows)])
 
 
-def adapters_section(base: str, tasks: Sequence[str], load: Sequence[str], serve: str) -> str:
-    """Return how to use a base and its adapters: in Python, and with a command if there is one."""
-    parts = [
-        "### Base and adapters",
-        f"`{base}` is an ordinary model, and {', '.join(f'`{task}`' for task in tasks)} are PEFT "
-        "LoRAs on it, with a scaling of 1. Load one with",
-        "\n".join(["```python", *load, "```"]),
-    ]
-    if serve:
-        parts += ["or serve all with", f"```sh\n{serve}\n```"]
-    return "\n\n".join(parts)
-
-
 def _range(values: Sequence[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"

@@ -122,7 +122,12 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield names.stored(name, adapter.infos), load()
 
 
-def card_of(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any] | None) -> str:
+def card_of(
+    adapter: Adapter,
+    merge_config: str | None,
+    report: Mapping[str, Any] | None,
+    example: Sequence[str] = (),
+) -> str:
     """Return README.md: metadata as the Hub wants it, what was merged, and how to load it."""
     kind, tag = ("LoRA", "lora") if isinstance(adapter, LoraAdapter) else ("(IA)³", "ia3")
     metadata, further, shown = of_base(adapter.config.get("base_model_name_or_path"))
@@ -138,7 +143,7 @@ def card_of(adapter: Adapter, merge_config: str | None, report: Mapping[str, Any
         paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
     paragraphs += map(str, report.get("notes") or ())
     load = f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")'
-    example = ["from peft import PeftModel", "", load]
+    example = example or ["from peft import PeftModel", "", load]
     return page(adapter.name, tags, paragraphs, example, merge_config, metadata)
 
 

@@ -31,6 +31,7 @@ DEFAULTS = {
     "rank": None,
     "energy": None,
     "rank_multiple": 1,
+    "uniform_rank": False,
 }
 
 

@@ -60,6 +60,7 @@ from mergekit_ext.host.flexmerge.adapters import (
 from mergekit_ext.host.flexmerge.residual_report import (
     MOVED,
     base_card,
+    loading,
     section_of,
     write_residual_report,
 )
@@ -391,9 +392,12 @@ def _adapters(
     (folder / FOLDER / CARD).write_text(card, encoding="utf-8")
     residuals, adapters = engine.merging.residuals, list[LoraAdapter]()
     assert residuals is not None
-    for index, model in enumerate(engine.prepared.references[1:]):
+    for index, (model, kind) in enumerate(
+        zip(engine.prepared.references[1:], forms.kinds, strict=True)
+    ):
         adapter = adapter_of_task(forms, plan, engine.reader, residuals, index, base)
-        card = card_of(adapter, None, {"model": str(model), "notes": [MOVED]})
+        about = {"model": str(model), "notes": [MOVED]}
+        card = card_of(adapter, None, about, loading(adapter.name, kind, forms))
         fill_folder(adapter, folder / adapter.name, {CARD: card})
         adapters.append(adapter)
     return section_of(adapters, forms)

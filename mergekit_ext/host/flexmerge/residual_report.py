@@ -8,7 +8,7 @@ from pathlib import Path
 from mergekit_ext.flexmerge.residual import Kept, total
 from mergekit_ext.flexmerge.storage import Size
 from mergekit_ext.host.flexmerge.adapters import FOLDER, Forms
-from mergekit_ext.report.card import adapters_section, residual_section, write_report
+from mergekit_ext.report.card import residual_section, write_report
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.write import page
 
@@ -51,27 +51,35 @@ def base_card(tasks: Sequence[str], forms: Forms, source: str) -> str:
         f"{' and head' if any(forms.private) else ''} are those of `{tasks[0]}`."
     )
     given, tags = {"library_name": "transformers"}, ["merge", "mergekit-ext"]
-    load = _loading(tasks[0], forms)[1:-1]
+    load = loading(tasks[0], forms.kinds[0], forms)[1:-1]
     return page(FOLDER, tags, [text], load, source, given)
 
 
 def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
-    """Return the section of the output's card about base and adapters."""
+    """Return how to use a base and its adapters: in Python, and with a server if one takes them."""
     tasks = [adapter.name for adapter in adapters]
-    ranks = [info.configured_rank for adapter in adapters for info in adapter.infos.values()]
-    fits = [rank for rank in _VLLM_RANKS if rank >= max(ranks)]
-    serve = ""
+    parts = [
+        "### Base and adapters",
+        f"`{FOLDER}` is an ordinary model, and {', '.join(f'`{task}`' for task in tasks)} are PEFT "
+        "LoRAs on it, with a scaling of 1. Load one with",
+        "\n".join(["```python", *loading(tasks[0], forms.kinds[0], forms), "```"]),
+    ]
+    largest = max(info.configured_rank for each in adapters for info in each.infos.values())
+    fits = [rank for rank in _VLLM_RANKS if rank >= largest]
     whole = bool(forms.biases) or any(adapter.saved for adapter in adapters)
     if all(kind.endswith("ForCausalLM") for kind in forms.kinds) and fits and not whole:
         named = " ".join(f"{task}={task}" for task in tasks)
         options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
-        serve = f"vllm serve {FOLDER} {options}"
-    return adapters_section(FOLDER, tasks, _loading(tasks[0], forms), serve)
+        parts += ["or serve all with", f"```sh\nvllm serve {FOLDER} {options}\n```"]
+    return "\n\n".join(parts)
 
 
-def _loading(task: str, forms: Forms) -> list[str]:
-    """Return Python that loads a task from the folder above; its head may have another shape."""
-    kind, private = forms.kinds[0], any(forms.private)
+def loading(task: str, kind: str, forms: Forms) -> list[str]:
+    """Return Python that loads a task, a model of the class `kind`, from the folder above.
+
+    Its head may have another shape.
+    """
+    private = any(forms.private)
     head = f'config=AutoConfig.from_pretrained("{task}"), ignore_mismatched_sizes=True'
     given = f'"{FOLDER}", {head}' if private else f'"{FOLDER}"'
     return [

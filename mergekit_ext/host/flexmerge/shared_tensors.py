@@ -12,7 +12,7 @@ import torch
 
 from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
-from mergekit_ext.flexmerge.residual import AdapterStorage, Residual, ResidualStorage
+from mergekit_ext.flexmerge.residual import Residual, ResidualStorage
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
 from mergekit_ext.host.naming import Headers, Stored, as_in, complete_ties, is_tied, shareable
@@ -36,10 +36,9 @@ class Prepared:
     @cached_property
     def storage(self) -> Storage:
         if isinstance(self.algorithm, Residual):
-            if (forms := self.forms) is not None:
-                own = (forms.treatments, forms.held, forms.private_bytes)
-                return AdapterStorage(self.layout, self.algorithm, *own, self.forced)
-            return ResidualStorage(self.layout, self.algorithm, self.forced)
+            forms, given = self.forms, (self.layout, self.algorithm, self.forced)
+            own = (forms.treatments, forms.held, forms.private_bytes) if forms else ()
+            return ResidualStorage(*given, *own)
         return Storage(self.layout, self.algorithm.masks, self.forced)
 
     @property
