@@ -259,7 +259,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     # Not `resolve`, which a loop of links stops.
     parent = Path(os.path.realpath(folder))
-    remedy = "Give the folder that a `flexmerge` merge wrote; load other models with transformers."
+    remedy = (
+        "Give the folder that a `flexmerge` merge wrote; load other models with transformers, "
+        "adapters with PEFT."
+    )
     if (parent.parent / FILE_NAME).is_file():
         remedy = f"Give the folder above, {parent.parent}, and the task {parent.name!r}."
     expected = "the manifest of a FlexMerge checkpoint"

@@ -352,8 +352,10 @@ class Residuals(Planner):
 
     @property
     def sizes(self) -> list[float]:
-        least, most = self.storage.least.models, float(self.storage.tasks)
-        return [*(float(n) for n in range(self.storage.tasks, 0, -1) if least < n <= most), least]
+        least, most = self.storage.least.models, self.storage.most.models
+        whole = [float(n) for n in range(self.storage.tasks, 0, -1) if least < n]
+        reached = [n for n in whole if self.reaches(Target(models=n))]
+        return [*([] if reached == whole else [most]), *reached, least]
 
     def plan(self, target: Target) -> Plan:
         storage = self.storage

@@ -208,6 +208,13 @@ def test_parameters_of_groups_do_not_keep_residuals_out(llamas: Any, tmp_path: P
     assert [point.algorithm for point in curve.points] == ["average", "residual"]
 
 
+def test_all_sizes_are_those_that_bounded_ranks_allow(llamas: Any, tmp_path: Path) -> None:
+    path = written(tmp_path, llamas, {"output": "adapters", "max_rank": 2})
+    curve = write_curve(path, tmp_path / "out", OPTIONS, ["all"], ["residual"])
+    sizes = [point.size for point in curve.points]
+    assert 1 < sizes[-1] < sizes[0] < 3 and sizes[0] == curve.points[0].requested
+
+
 @pytest.mark.parametrize(
     ("changes", "sizes", "message"),
     [
