@@ -22,19 +22,12 @@ from mergekit_ext.flexmerge.manifest import (
     FACTORS,
     MASKED,
     MASKS,
+    RESIDUAL,
     UNIFIED,
 )
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
-from mergekit_ext.flexmerge.stored import (
-    ADAPTED,
-    FACTOR_ENDS,
-    FACTORED,
-    Place,
-    StoredGroup,
-    sources,
-    stored,
-)
+from mergekit_ext.flexmerge.stored import FACTOR_ENDS, Place, StoredGroup, sources, stored
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
 
 # Below this share of a dtype's largest value no rounding leads out of its range.
@@ -87,7 +80,7 @@ def block_tensors(
     model stores it; `rescale` receives the rescaler of each task whose group is masked.
     """
     forced, algorithm = merging.forced, merging.algorithm
-    merged = [group for group in groups if len(group.tasks) > 1 and group.kind not in FACTORED]
+    merged = [group for group in groups if len(group.tasks) > 1 and group.kind != RESIDUAL]
     shared = [task for group in merged for task in group.tasks]
     data = reader.read(block, shared) if shared else None
     if data is not None and any(group.kind == MASKED for group in groups):
@@ -100,7 +93,7 @@ def block_tensors(
             for part in block.parts:
                 yield _own(own, task, part, forced)
             continue
-        if group.kind in FACTORED:
+        if group.kind == RESIDUAL:
             yield from _residual(block, group, merging, own)
             continue
         assert data is not None
@@ -133,7 +126,7 @@ def _residual(
     found, tasks = merging.residuals, group.tasks
     assert found is not None
     for part in block.parts:
-        if part.name not in group.own or group.kind == ADAPTED:
+        if part.name not in group.own:
             theta_0 = found.theta_0(block.name, part.name)
             require_in_range(theta_0, part.name)
             yield Place(UNIFIED, tasks), part.name, theta_0

@@ -26,7 +26,7 @@ from mergekit_ext.flexmerge.manifest import RESIDUAL
 from mergekit_ext.flexmerge.plan import Plan, Planner
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.flexmerge.storage import Size, Storage, Target
-from mergekit_ext.flexmerge.stored import ADAPTED, FACTORED, StoredGroup
+from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.kernels.ranks import allocate
 
 # Of a limit that all matrices keep to.
@@ -107,9 +107,10 @@ class Limit:
 class ResidualStorage(Storage):
     """How a base and residuals are stored; a group of it is one of all tasks.
 
-    With `treatments`, those of all tensors as adapters allow them, the base is a model, and what a
-    task has is an adapter. Those in `held` have a residual in every task then, however small it is,
-    and `private_bytes` are those of what no other task has, in base and adapters.
+    With `treatments`, those of all tensors as adapters allow them, what a task has is an adapter,
+    and the base is a model that also has what tasks store themselves. Those in `held` have a
+    residual in every task then, however small it is, and `private_bytes` are those of what no other
+    task has, in base and adapters.
     """
 
     def __init__(
@@ -123,8 +124,8 @@ class ResidualStorage(Storage):
     ):
         super().__init__(layout, forced=forced)
         self.algorithm, self._treatments, self._held = algorithm, treatments, held
-        self.kind = RESIDUAL if treatments is None else ADAPTED
         self._uniform: bool = algorithm.parameters.shared["uniform_rank"]
+        self.adapted = treatments is not None
         if private_bytes is not None:
             self.private_bytes = private_bytes
 
@@ -140,14 +141,10 @@ class ResidualStorage(Storage):
 
     @cached_property
     def _least_ranks(self) -> list[int]:
-        step, largest = (
-            self.algorithm.parameters.shared["rank_multiple"],
-            self.algorithm.largest_rank,
-        )
-        return [
-            min(step, largest(part)) if self._uniform or part.name in self._held else 0
-            for _, part in self.matrices
-        ]
+        step: int = self.algorithm.parameters.shared["rank_multiple"]
+        least = (min(step, self.algorithm.largest_rank(part)) for _, part in self.matrices)
+        held = (self._uniform or part.name in self._held for _, part in self.matrices)
+        return [rank if must else 0 for rank, must in zip(least, held, strict=True)]
 
     def treatment(self, block: BlockLayout, part: Part) -> str:
         """Return what becomes of a tensor."""
@@ -160,11 +157,18 @@ class ResidualStorage(Storage):
         layout, everyone = self.layout.blocks[block], tuple(range(self.tasks))
         return StoredGroup(
             everyone,
-            self.kind,
+            RESIDUAL,
             own=tuple(p.name for p in layout.parts if self.treatment(layout, p) == OWN),
             stacked=tuple(p.name for p in layout.parts if p.layout == "stacked"),
             ranks={task: ranks.get(task, {}) for task in everyone},
         )
+
+    def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
+        own = groups[0].own if self.adapted else ()
+        parts = [part for part in self.layout.blocks[block].parts if part.name in own]
+        dtypes = [self.forced or part.dtype(range(self.tasks)) for part in parts]
+        counts = zip((math.prod(part.shape) for part in parts), dtypes, strict=True)
+        return super().bytes(block, groups) + sum(n * dtype.itemsize for n, dtype in counts)
 
     def cost(self, part: Part) -> int:
         """Return the bytes of one triplet."""
@@ -186,7 +190,7 @@ class ResidualStorage(Storage):
     @cached_property
     def most(self) -> Size:
         """All tasks apart, or of adapters all residuals at the largest rank that they may have."""
-        if self.kind == RESIDUAL:
+        if not self.adapted:
             return super().most
         return self.size(self.at_most(Limit(rank=_ANY_RANK)) - self.private_bytes)
 
@@ -228,10 +232,8 @@ class ResidualStorage(Storage):
         A share of all triplets, the best before others, keeps that share of their squares at least.
         """
         largest = Limit(rank=limit.rank or _ANY_RANK)
-        stored, least = (
-            Residuals(self, lambda limit: ()).within(largest).size.bytes,
-            self.least.bytes,
-        )
+        stored = Residuals(self, lambda limit: ()).within(largest).size.bytes
+        least = self.least.bytes
         return stored if limit.rank else least + math.ceil((limit.energy or 1) * (stored - least))
 
     def rank_problems(self) -> Iterator[Problem]:
@@ -320,7 +322,7 @@ def kept(
     """
     found: dict[str, list[Kept]] = {}
     for block, groups in zip(storage.layout.blocks, plan.groups, strict=True):
-        apart = groups[0].kind not in FACTORED
+        apart = groups[0].kind != RESIDUAL
         spectra = {} if apart else measured(block.name)
         for part in block.parts:
             own = apart or part.name in groups[0].own
@@ -364,7 +366,7 @@ class Residuals(Planner):
             return self.within(Limit(rank=given["rank"], energy=given["energy"]))
         if problem := storage.problem(target):
             raise ConfigError([problem])
-        if storage.kind == RESIDUAL and target.holds(storage.most):
+        if not storage.adapted and target.holds(storage.most):
             return Plan((storage.apart,) * storage.blocks, storage.size(storage.whole))
         return self.within(Limit(storage.budget(target)))
 

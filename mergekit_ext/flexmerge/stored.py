@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,10 +31,6 @@ from mergekit_ext.kernels.masks import reconstruct, unpack_bits
 # What the names of factors end in: B, and A.
 FACTOR_ENDS = (".lora_B", ".lora_A")
 _B, _A = FACTOR_ENDS
-# Of a group as residual ones, whose base has the `own` tensors too and is a model by itself. What
-# is stored so is no checkpoint, so no manifest has it.
-ADAPTED: Final = "adapted"
-FACTORED = (RESIDUAL, ADAPTED)
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -87,7 +83,7 @@ def stored(
         for name, shape in shapes.items():
             yield _BASE, name, shape
     for group in groups:
-        if group.kind in FACTORED:
+        if group.kind == RESIDUAL:
             yield from _stored_residual(shapes, group)
             continue
         masked = group.kind == MASKED
@@ -100,7 +96,7 @@ def stored(
 
 def _stored_residual(shapes: Mapping[str, Shape], group: Any) -> Iterator[tuple[Place, str, Shape]]:
     for name, shape in shapes.items():
-        if name not in group.own or group.kind == ADAPTED:
+        if name not in group.own:
             yield Place(UNIFIED, group.tasks), name, shape
         if name in group.own:
             for task in group.tasks:
@@ -201,11 +197,11 @@ def sources(
         if group.kind == MASKED:
             unified, masks = Place(UNIFIED, group.tasks), Place(MASKS, (task,))
             yield name, MaskedTensor(block, unified, masks, rescale[task], start, count)
-        elif group.kind in FACTORED and name not in group.own:
+        elif group.kind == RESIDUAL and name not in group.own:
             unified, ranked = Place(UNIFIED, group.tasks), name in group.ranks[task]
             made = ResidualTensor(unified, Place(FACTORS, (task,)), ranked)
             yield name, made if any(name in r for r in group.ranks.values()) else unified
-        elif group.kind in FACTORED:
+        elif group.kind == RESIDUAL:
             yield name, Place(DENSE, (task,))
         else:
             yield name, Place(DENSE, group.tasks)

@@ -6,6 +6,7 @@ task is in its adapter if it is the whole of some modules, and else the base's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 from mergekit_ext.errors import listing
 from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.layout import Layout
-from mergekit_ext.flexmerge.manifest import RESIDUAL, UNIFIED
+from mergekit_ext.flexmerge.manifest import UNIFIED
 from mergekit_ext.flexmerge.merging import require_finite
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.residual import LOW_RANK, OWN, SHARED, Residual
@@ -30,7 +31,7 @@ from mergekit_ext.io.class_model import class_names
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.planned_files import split, weight_names
 from peft_merge.adapter import LoraAdapter, Update, cast
-from peft_merge.io.merged import WITHOUT_BIAS, adapter_of
+from peft_merge.io.merged import adapter_of
 from peft_merge.layers import Layer, configuration, layers_of
 
 FOLDER = "base"  # of the base
@@ -99,7 +100,11 @@ def forms_of(
     if not layers:
         _problem(findings, "models without a matrix that PEFT adapts", "one at least")
         return None
-    biases = _biases(layers, wanted, first.of)
+    # PEFT has a place for the biases of all layers, or for none.
+    stored = {first.of[name]: name for name in wanted}
+    biases = {stored.get(f"{_owner(first.of[name])}.bias", "") for name in layers}
+    if not all(layer.bias for layer in layers.values()) or {*map(wanted.get, biases)} != {OWN}:
+        biases = set()
     own = {n for n, kept in wanted.items() if kept == OWN and first.of[n] not in without} - biases
     private: list[dict[str, str]] = []
     for task, each, headers in zip(layout.tasks, classes, layout.private, strict=True):
@@ -118,7 +123,14 @@ def forms_of(
         **dict.fromkeys(own | biases, OWN),
         **dict.fromkeys(layers, LOW_RANK),
     }
-    _warn_of_losses(layout, wanted, treatments, layers, findings)
+    if lost := [name for name, kept in treatments.items() if kept != wanted[name]]:
+        counts = {part.name: math.prod(part.shape) for _, part in parts}
+        share = sum(map(counts.__getitem__, lost)) / sum(counts.values())
+        findings.warn(
+            f"No LoRA can hold {len(lost)} of {len(counts)} tensors ({share:.2%} of the "
+            f"parameters), of which every task has the base's: {listing(lost)}. "
+            "`output: checkpoint` keeps them."
+        )
     sizes = [h.nbytes for h in layout.private[0]]  # in the base
     for names_of, headers in zip(private, layout.private, strict=True):
         sizes += [header.nbytes for header in headers if header.name in names_of]
@@ -127,16 +139,6 @@ def forms_of(
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _biases(
-    layers: Mapping[str, Layer], wanted: Mapping[str, str], called: Mapping[str, str]
-) -> set[str]:
-    """Return the biases of all layers, if PEFT has a place for those of all and all are own."""
-    stored = {called[name]: name for name in wanted}
-    biases = {stored.get(f"{_owner(called[name])}.bias", "") for name in layers}
-    can = all(layer.bias and layer.info.layout not in WITHOUT_BIAS for layer in layers.values())
-    return biases if can and all(wanted.get(name) == OWN for name in biases) else set()
 
 
 def _problem(findings: Findings, found: str, expected: str) -> None:
@@ -161,32 +163,10 @@ def _whole(model: Any, tensors: set[str]) -> set[str]:
     return found
 
 
-def _warn_of_losses(
-    layout: Layout,
-    wanted: Mapping[str, str],
-    treatments: Mapping[str, str],
-    layers: Mapping[str, Layer],
-    findings: Findings,
-) -> None:
-    lost = [name for name, kept in treatments.items() if kept != wanted[name]]
-    if not lost:
-        return
-    sizes = {p.name: p.slice.stop - p.slice.start for b in layout.blocks for p in b.parts}
-    share = sum(map(sizes.__getitem__, lost)) / sum(sizes.values())
-    embedded = any(layer.info.layout in WITHOUT_BIAS for layer in layers.values())
-    biased = any(name.endswith("bias") for name in lost) and embedded
-    hint = " Biases of adapted layers have one with `embeddings: shared` or `own`." * biased
-    findings.warn(
-        f"No LoRA can hold {len(lost)} of {len(sizes)} tensors ({share:.2%} of the parameters), of "
-        f"which every task has the base's: {listing(lost)}. `output: checkpoint` keeps them.{hint}"
-    )
-
-
 def bare(plan: Plan) -> Plan:
     """Return a plan of the base alone."""
     groups = (
-        replace(group, kind=RESIDUAL, own=(), ranks={task: {} for task in group.tasks})
-        for (group,) in plan.groups
+        replace(group, own=(), ranks={task: {} for task in group.tasks}) for (group,) in plan.groups
     )
     return Plan(tuple((group,) for group in groups), plan.size)
 
