@@ -142,9 +142,11 @@ class ResidualStorage(Storage):
     @cached_property
     def _least_ranks(self) -> list[int]:
         step: int = self.algorithm.parameters.shared["rank_multiple"]
-        least = (min(step, self.algorithm.largest_rank(part)) for _, part in self.matrices)
-        held = (self._uniform or part.name in self._held for _, part in self.matrices)
-        return [rank if must else 0 for rank, must in zip(least, held, strict=True)]
+        steps = [min(step, self.algorithm.largest_rank(part)) for _, part in self.matrices]
+        if self._uniform:
+            return [max(steps, default=0)] * len(steps)
+        pairs = zip(steps, self.matrices, strict=True)
+        return [rank if part.name in self._held else 0 for rank, (_, part) in pairs]
 
     def treatment(self, block: BlockLayout, part: Part) -> str:
         """Return what becomes of a tensor."""
@@ -215,7 +217,7 @@ class ResidualStorage(Storage):
             for index, gain in enumerate(gains):
                 each[index % self.tasks][: len(gain)] += gain.to(each[0])
             gains, costs, count = each, [sum(costs) // self.tasks for _ in tasks], len(spectra)
-            least = [max(least) for _ in tasks]
+            least = least[: self.tasks]
         found = allocate(
             gains,
             costs,

@@ -123,7 +123,8 @@ class GroupStorage(ABC):
         least, most = least or self.least, self.most
         if target.holds(least) and not target.exceeds(most):
             return None
-        low, high = f"{math.ceil(least.models * 1e4 - 1e-6) / 1e4:.10g}", f"{most.models:.10g}"
+        above = math.ceil(least.models * 1e4 - 1e-6) / 1e4
+        low, high = f"{min(above, most.models):.10g}", f"{most.models:.10g}"
         if target.exceeds(most):
             remedy = f"Write {high}, the largest size, or less."
         else:

@@ -135,6 +135,14 @@ def test_uniform_ranks_are_one_rank_for_every_reader(families, tmp_path):
             torch.testing.assert_close(merged[name].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_smallest_uniform_size_has_every_matrix_at_the_multiple(families, tmp_path):
+    family, given = families("llama"), {"uniform_rank": True, "rank_multiple": 20}
+    (problem,) = report_of(content(family, target_size=1.0, **given)).problems
+    least = float(problem.remedy.split()[1])
+    report = merge(content(family, target_size=least, **given), tmp_path / "out")
+    assert least - 1e-4 < report["size"]["models"] <= least
+
+
 def test_plain_peft_loads_them_without_this_project(families, tmp_path):
     cases = {"llama": {"target_size": 1.6}, "vit": {"rank": 3, "vectors": "own"}}
     for name, given in cases.items():
