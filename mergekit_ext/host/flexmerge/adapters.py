@@ -94,9 +94,9 @@ def forms_of(
     parts = [(block, part) for block in layout.blocks for part in block.parts]
     wanted = {part.name: algorithm.treatment(block, part) for block, part in parts}
     found = layers_of(model)
-    adapted = {n for n, kept in wanted.items() if kept == LOW_RANK and first.of[n] in found}
-    layers = {name: found[first.of[name]] for name in adapted if first.of[name] not in without}
-    layers = {name: each for name, each in layers.items() if each.info.layout != "parameter"}
+    found = {called: each for called, each in found.items() if each.info.layout != "parameter"}
+    adapted = [n for n, kept in wanted.items() if kept == LOW_RANK and first.of[n] not in without]
+    layers = {name: found[first.of[name]] for name in adapted if first.of[name] in found}
     if not layers:
         _problem(findings, "models without a matrix that PEFT adapts", "one at least")
         return None
