@@ -16,14 +16,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import uvicorn
 
 from mergekit_ext.flexmerge import load
 from tests.flexmerge.handmade import models, write
 from tests.flexmerge.test_runtime import TASKS, dense
 from tests.models import bert, tokenizer
-
-pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")
