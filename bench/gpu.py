@@ -341,7 +341,7 @@ def measured(name: str, sizes: Sizes) -> Iterator[Row]:
     process = context.Process(target=_child, args=(name, sizes, sender), daemon=True)
     _, limit = (SECTIONS | TRIALS)[name]
     if sizes is SMALL and name in SECTIONS:
-        limit *= 20  # which machine that is, and what else it does, is not known
+        limit *= 5  # which machine that is, and what else it does, is not known
     end = time.monotonic() + limit
     process.start()
     sender.close()
