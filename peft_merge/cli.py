@@ -52,7 +52,7 @@ def main() -> None:
 @click.option("--check", is_flag=True, help="Say what would be merged, and merge nothing.")
 @_DEVICE
 @click.option("--rank", metavar="RANK", help="Instead of the file's: 16, lossless, or energy=0.99.")
-@click.option("--patterns", is_flag=True, help="Ranks by module, which PEFT alone reads.")
+@click.option("--patterns", is_flag=True, help="Ranks by module, for PEFT and vLLM.")
 @_QUIET
 @_JSONL
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")

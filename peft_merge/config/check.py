@@ -29,13 +29,10 @@ from peft_merge.flexmerge import method as flexmerge
 from peft_merge.io import load_adapter
 from peft_merge.io.compatible import compatible, different_bases, few_shared
 from peft_merge.io.forms import one_form
+from peft_merge.io.write import PATTERNS
 from peft_merge.memory_estimate import need_of
 from peft_merge.modules import VECTOR_SPACES, log_problems, rules
 
-PATTERNS = (
-    "Ranks may differ between modules (`patterns`), which PEFT alone reads from rank_pattern and "
-    "alpha_pattern: llama.cpp, vLLM, SGLang and LoRAX scale such modules wrongly."
-)
 # The first is the default: every method is there what its definition says.
 _SPACES: dict[Kind, tuple[str, ...]] = {"lora": tuple(SPACES), "ia3": VECTOR_SPACES}
 

@@ -29,7 +29,7 @@ from peft_merge.adapter import Adapter, Update, cast, finite
 from peft_merge.config.check import DEVICE
 from peft_merge.extraction.plan import FullModel, Plan, Unit, planned
 from peft_merge.io.merged import adapter_of
-from peft_merge.io.write import state_dict
+from peft_merge.io.write import PATTERNS, state_dict
 from peft_merge.merge import MergedAdapter
 from peft_merge.report import FORMAT_VERSION, summary
 
@@ -173,7 +173,8 @@ class _Extraction:
         if any(unit.tied for unit in units):
             adapter = replace(adapter, config={**adapter.config, "ensure_weight_tying": True})
         report = self._report(adapter, ranks, left)
-        return MergedAdapter(adapter, report | {"notes": [*_notes(report)]}, None)
+        by_module = [PATTERNS] if adapter.config["rank_pattern"] else []
+        return MergedAdapter(adapter, report | {"notes": [*_notes(report), *by_module]}, None)
 
     def _changed(self) -> dict[str, float]:
         """Return the squared norms of the changes of small tensors and biases."""

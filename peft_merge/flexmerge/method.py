@@ -115,7 +115,7 @@ def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Prob
     if request.rank is not None and not request.patterns:
         expected = "the one rank that all adapters of a FlexMerge have, the largest of the inputs"
         remedy = (
-            "Take it out, or set `patterns: true` for ranks that differ (PEFT alone reads them)."
+            "Take it out, or set `patterns: true` for ranks that differ (PEFT and vLLM read them)."
         )
         yield Problem("rank", shown(request.rank), expected, remedy)
     if not any(adapter.infos for adapter in adapters):

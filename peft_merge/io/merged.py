@@ -46,9 +46,9 @@ def merged_adapter(
     """Make an adapter of merged changes: an `Update`, or a vector as it is stored, for each module.
 
     A LoRA means the same to every reader: llama.cpp scales by `lora_alpha` over each tensor's
-    rank, vLLM, SGLang and LoRAX by one `lora_alpha` over one `r`, PEFT by patterns as well. So all
-    modules have one rank, filled up with zeros, and alpha = r without rsLoRA; with `patterns` each
-    has the least, for PEFT alone. Ranks, biases and dtypes in `infos` are ignored.
+    rank, SGLang and LoRAX by one `lora_alpha` over one `r`, PEFT and vLLM by patterns as well. So
+    all modules have one rank, filled up with zeros, and alpha = r without rsLoRA; with `patterns`
+    each has the least. Ranks, biases and dtypes in `infos` are ignored.
     """
     tensors = saved or {}
     whole = {key: partial(tensors.__getitem__, key) for key in tensors}

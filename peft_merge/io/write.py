@@ -122,6 +122,13 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield names.stored(name, adapter.infos), load()
 
 
+# Of adapters whose ranks differ (docs/serving.md).
+PATTERNS = (
+    "Ranks may differ between modules (`rank_pattern`, `alpha_pattern`), which PEFT and vLLM read: "
+    "llama.cpp scales such modules wrongly, and SGLang refuses them."
+)
+
+
 def card_of(
     adapter: Adapter,
     merge_config: str | None,
@@ -141,7 +148,8 @@ def card_of(
     if isinstance(inputs := report.get("adapters"), (list, tuple)):
         called = [item.get("name", item) if isinstance(item, Mapping) else item for item in inputs]
         paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
-    paragraphs += map(str, report.get("notes") or ())
+    by_module = [PATTERNS] if adapter.config.get("rank_pattern") else []
+    paragraphs += dict.fromkeys([*map(str, report.get("notes") or ()), *by_module])
     load = f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")'
     example = example or ["from peft import PeftModel", "", load]
     return page(adapter.name, tags, paragraphs, example, merge_config, metadata)

@@ -83,7 +83,12 @@ def test_peft_gives_the_logits_of_the_checkpoint(name, given, families, tmp_path
     other = {"algorithm": "residual", **given}
     again = merge(content(family, "flexmerge", **other), tmp_path / "checkpoint")
     assert report["tasks"] == again["tasks"]
+    by_module = "target_size" in given
+    assert ("llama.cpp scales" in (tmp_path / "out" / "README.md").read_text()) == by_module
     for task in TASKS:
+        assert (
+            "llama.cpp scales" in (tmp_path / "out" / task / "README.md").read_text()
+        ) == by_module
         expected = logits(flexmerge.load(tmp_path / "checkpoint", task), name)
         found = logits(loaded(tmp_path / "out", task, name), name)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -125,6 +125,7 @@ def test_a_size_is_spent(tmp_path, size):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
     assert config["r"] == config["lora_alpha"]
+    assert "llama.cpp scales" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_is_left_is_said(tmp_path):
@@ -136,7 +137,9 @@ def test_what_is_left_is_said(tmp_path):
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert {*report["left"]} == {n for n, _ in model.named_parameters() if "norm" in n}
     assert f"{report['summary']['left']:.2%} of the squared norm" in done.output
-    assert "Left as in the base" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Left as in the base" in card
+    assert "llama.cpp scales" not in card
     assert load_adapter(tmp_path / "out").infos["lm_head"].rank == 2
 
 

@@ -95,7 +95,8 @@ def test_patterns_are_written_when_they_are_asked_for(tmp_path):
     check = CliRunner().invoke(main, ["--check", str(tmp_path / "m.yml")]).output
     assert "rank 8 in every module" in check
     assert (
-        "PEFT alone reads" in CliRunner().invoke(main, ["--check", str(tmp_path / "p.yml")]).output
+        "PEFT and vLLM read"
+        in CliRunner().invoke(main, ["--check", str(tmp_path / "p.yml")]).output
     )
 
 

@@ -10,7 +10,7 @@ from mergekit_ext.flexmerge.storage import Size
 from mergekit_ext.host.flexmerge.adapters import FOLDER, Forms
 from mergekit_ext.report.card import residual_section, write_report
 from peft_merge.adapter import LoraAdapter
-from peft_merge.io.write import page
+from peft_merge.io.write import PATTERNS, page
 
 # Of each adapter.
 MOVED = (
@@ -71,6 +71,8 @@ def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
         named = " ".join(f"{task}={task}" for task in tasks)
         options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
         parts += ["or serve all with", f"```sh\nvllm serve {FOLDER} {options}\n```"]
+    if any(adapter.config["rank_pattern"] for adapter in adapters):
+        parts.append(f"{PATTERNS} `uniform_rank: true` writes one rank for all of an adapter.")
     return "\n\n".join(parts)
 
 
