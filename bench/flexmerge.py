@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bench import machine
+from mergekit_ext.declared import BLOCKS, methods
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.decomposition import Decomposition
@@ -44,7 +45,6 @@ from mergekit_ext.flexmerge.writer import write_checkpoint
 from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.methods import BLOCKS, methods
 
 WRITTEN_SIZE, RESIDUAL_SIZE = 2.0, 1.5
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench import machine, peft
 from mergekit_ext.core.memory import square_of, working
+from mergekit_ext.declared import BLOCKS, methods
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.merging import Merging, Walk
 from mergekit_ext.flexmerge.plan import Dendrograms
@@ -32,7 +33,6 @@ from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.kernels.lore import lore
 from mergekit_ext.kernels.numerics import chunk_length
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.methods import BLOCKS, methods
 from tests.flexmerge.inputs import algorithm, reader
 
 Row = dict[str, Any]

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from mergekit_ext.declared import Method
+from mergekit_ext.declared.nan import combine_norms, inverse_norm_coefficients, uniform_warning
 from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, TensorMeasured
 from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
-from mergekit_ext.methods import Method
-from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients, uniform_warning
 from peft_merge.adapter import Ia3Adapter, Update, finite_updates
 from peft_merge.algebra.core_space import orthonormal
 from peft_merge.config.plan import MergePlan

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.core.memory import limited
+from mergekit_ext.declared import Call, Method
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
-from mergekit_ext.methods import Call, Method
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared import ADAPTERS, Call, Method, methods
+from mergekit_ext.declared.nan import with_nan
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.kernels.threads import in_turn
-from mergekit_ext.methods import ADAPTERS, Call, Method, methods
-from mergekit_ext.methods.nan import with_nan
 from peft_merge.adapter import (
     Adapter,
     Ia3Adapter,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared.method import cancelling
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, listing, shown
 from mergekit_ext.io.headers import is_counter
-from mergekit_ext.methods.method import cancelling
 from peft_merge.adapter import Adapter, cast, finite
 from peft_merge.io.names import module_to_save
 

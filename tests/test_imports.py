@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW = {"core", "errors", "events", "io", "kernels", "methods", "parallel", "report"}
+BELOW = {"core", "declared", "errors", "events", "io", "kernels", "parallel", "report"}
 # What each package of mergekit_ext may import of it, besides itself.
 ALLOWED = {
     "errors": set(),
     "core": {"errors"},
     "events": {"core", "errors"},
     "kernels": {"errors"},
-    "methods": {"core", "errors", "kernels"},
+    "declared": {"core", "errors", "kernels"},
     "io": {"core", "errors"},
     "parallel": {"core", "errors"},
     "report": {"core", "errors", "events", "kernels"},

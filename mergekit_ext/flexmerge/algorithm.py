@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared import Call, Method
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
@@ -17,7 +18,6 @@ from mergekit_ext.kernels.numerics import compute_dtype, weighted_sum
 from mergekit_ext.kernels.seeds import derived, drop_and_rescale
 from mergekit_ext.kernels.selection import Cut, Keeper
 from mergekit_ext.kernels.ties import cut_of
-from mergekit_ext.methods import Call, Method
 
 # For each task the cut that trims its whole model.
 Cuts = Sequence[Cut]
@@ -132,7 +132,7 @@ class Algorithm(ABC):
 
 
 class Declared(Algorithm):
-    """A method of `mergekit_ext.methods`: over tensors, the scopes of trimming, or whole blocks."""
+    """A declared method: over tensors, the scopes of trimming, or whole blocks."""
 
     def __init__(self, method: Method, parameters: Parameters):
         super().__init__(parameters)

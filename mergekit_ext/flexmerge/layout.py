@@ -9,8 +9,8 @@ from functools import cached_property, reduce
 
 import torch
 
+from mergekit_ext.declared.method import layout_of
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.methods.method import layout_of
 
 # Dtypes that arithmetic on task vectors makes sense for, by their names in the format.
 FLOATING = {

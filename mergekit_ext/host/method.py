@@ -22,13 +22,13 @@ from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Parameter
+from mergekit_ext.declared import MODELS, Call, Inputs, Merged, Method
+from mergekit_ext.declared.method import layout_of
 from mergekit_ext.errors import MergeError, MergeWarning, NonFiniteError, Problem
 from mergekit_ext.events import SolverIteration
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype, count_non_finite
-from mergekit_ext.methods import MODELS, Call, Inputs, Merged, Method
-from mergekit_ext.methods.method import layout_of
 from mergekit_ext.report.card import solver_section
 
 # Declares no check, no warning and no memory.

@@ -22,14 +22,8 @@ from mergekit.sparsify import SparsificationMethod
 
 from mergekit_ext.core.memory import copies_of
 from mergekit_ext.core.parameters import WEIGHT
-from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
-from mergekit_ext.host.blocks import block_of, stacks_experts
-from mergekit_ext.host.method import ExtMethod, raise_non_finite, spec_of
-from mergekit_ext.host.session import TensorRecord
-from mergekit_ext.host.weighted import in_pieces, weighted
-from mergekit_ext.kernels.numerics import all_finite, squared_norms
-from mergekit_ext.methods import Inputs
-from mergekit_ext.methods.nan import (
+from mergekit_ext.declared import Inputs
+from mergekit_ext.declared.nan import (
     NORM_OF,
     PAPER,
     SCALE,
@@ -39,7 +33,13 @@ from mergekit_ext.methods.nan import (
     inverse_norm_coefficients,
     uniform_warning,
 )
-from mergekit_ext.methods.ties import DENSITY, EPSILON, GAMMA, spread_problems
+from mergekit_ext.declared.ties import DENSITY, EPSILON, GAMMA, spread_problems
+from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
+from mergekit_ext.host.blocks import block_of, stacks_experts
+from mergekit_ext.host.method import ExtMethod, raise_non_finite, spec_of
+from mergekit_ext.host.session import TensorRecord
+from mergekit_ext.host.weighted import in_pieces, weighted
+from mergekit_ext.kernels.numerics import all_finite, squared_norms
 from mergekit_ext.report.card import coefficients_section
 
 # Which tensors share one set of coefficients: from the name of a tensor to the name of its group.
@@ -102,7 +102,7 @@ class NanMethod(ExtMethod):
 
     :math:`a_i = (1/\|x_i\|_F) / \sum_j (1/\|x_j\|_F)`, x the task vectors (`norm_of:
     task_vector`, the default over a base) or the raw weights. A weight that the user gives
-    multiplies the coefficient. See `mergekit_ext.methods.nan`.
+    multiplies the coefficient. See `mergekit_ext.declared.nan`.
 
     Args:
         wrapped: F; without it task arithmetic over a base, a weighted average without one.

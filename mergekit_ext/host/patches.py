@@ -60,11 +60,11 @@ def extend_methods(merge_methods: Any) -> None:
     from mergekit.io.tasks import LoaderCache, LoadTensor
     from mergekit.options import ShardSizeParamType
 
+    from mergekit_ext.declared import MODELS, methods
     from mergekit_ext.host.adapters import loader
     from mergekit_ext.host.flexmerge import DecomposeMethod, FlexMergeMethod
     from mergekit_ext.host.method import DeclaredMethod
     from mergekit_ext.host.nan_method import NanMethod, takes_nan
-    from mergekit_ext.methods import MODELS, methods
 
     def register(methods: Iterable[Any]) -> None:
         known = {method.spec.name for method in merge_methods.registered_methods()}

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_ext import parallel
+from mergekit_ext.declared import Inputs
 from mergekit_ext.events import MergeBegin
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.architecture import settled
@@ -35,7 +36,6 @@ from mergekit_ext.io.planned_files import (
     weight_names,
     write_index,
 )
-from mergekit_ext.methods import Inputs
 
 # The kind of line in the journal.
 _LINE = "tensor"

@@ -20,6 +20,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 from mergekit_ext import parallel
+from mergekit_ext.declared.nan import combine_norms, inverse_norm_coefficients
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd, TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
@@ -30,7 +31,6 @@ from mergekit_ext.io.headers import is_counter
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
-from mergekit_ext.methods.nan import combine_norms, inverse_norm_coefficients
 
 
 class MergeTensorTask(ExecuteMergeMethodTask):

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared import Call, Method
+from mergekit_ext.declared.method import Pieces
 from mergekit_ext.errors import MergeError
 from mergekit_ext.kernels.linear_algebra import matmul
 from mergekit_ext.kernels.numerics import all_finite
 from mergekit_ext.kernels.truncated import leading
-from mergekit_ext.methods import Call, Method
-from mergekit_ext.methods.method import Pieces
 from peft_merge.adapter import Update
 from peft_merge.algebra.core_space import EPS, CoreSpace, Factored, Rank, chosen
 

@@ -18,8 +18,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
+from mergekit_ext.declared import ADAPTERS, Method
 from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
-from mergekit_ext.methods import ADAPTERS, Method
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
 from peft_merge.algebra.spaces import SPACES

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
+from mergekit_ext.declared import ADAPTERS, Call, Inputs, Method
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
-from mergekit_ext.methods import ADAPTERS, Call, Inputs, Method
 from peft_merge.adapter import Adapter, ModuleInfo, one_rank
 from peft_merge.algebra.core_space import Rank
 from peft_merge.config.document import Request

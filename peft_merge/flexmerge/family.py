@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared import Method
+from mergekit_ext.declared.nan import inverse_norm_coefficients
 from mergekit_ext.flexmerge.storage import GroupStorage, Size, Target
 from mergekit_ext.flexmerge.stored import StoredGroup
-from mergekit_ext.methods import Method
-from mergekit_ext.methods.nan import inverse_norm_coefficients
 from peft_merge.adapter import Adapter
 from peft_merge.algebra.core_space import Rank
 from peft_merge.coefficients import change_norms

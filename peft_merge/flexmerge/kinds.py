@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared import Method
 from mergekit_ext.kernels.similarity import Gram
-from mergekit_ext.methods import Method
 from peft_merge.adapter import (
     Ia3Adapter,
     LoraAdapter,

@@ -7,7 +7,7 @@ LoRA, :math:`\ell - 1` or :math:`\log \ell` of an (IA)^3. An adapter without a m
 of zero there.
 
 A group of two or more tasks shares F of its members' original changes, F being any method of
-`mergekit_ext.methods` for adapters. The default is the paper's: task arithmetic with
+`mergekit_ext.declared` for adapters. The default is the paper's: task arithmetic with
 :math:`\lambda` = 1.5 times the mean (footnote 1, section 4).
 """
 
@@ -27,6 +27,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Parameter, choice
+from mergekit_ext.declared import ADAPTERS
 from mergekit_ext.errors import MergeError, Problem, listing, shown
 from mergekit_ext.events import (
     BlockMerged,
@@ -42,7 +43,6 @@ from mergekit_ext.flexmerge.storage import Size, Target
 from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.kernels.threads import in_turn
-from mergekit_ext.methods import ADAPTERS
 from peft_merge.adapter import Adapter
 from peft_merge.config.document import Request, written
 from peft_merge.config.plan import MergePlan

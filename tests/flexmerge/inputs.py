@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared import BLOCKS, methods
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import BlockReader, Source
 from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import TensorHeader, dtype_name
-from mergekit_ext.methods import BLOCKS, methods
 
 State = Mapping[str, Tensor]
 

@@ -17,9 +17,9 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
 )
 
+from mergekit_ext.declared import Inputs
 from mergekit_ext.errors import Problem
 from mergekit_ext.host.method import ExtMethod
-from mergekit_ext.methods import Inputs
 from tests.host.small import LINEAR, at, entries, run, the
 
 

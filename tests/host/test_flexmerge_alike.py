@@ -8,9 +8,9 @@ import pytest
 import torch
 from mergekit.merge_methods.base import ParameterScope
 
+from mergekit_ext.declared import BLOCKS, methods
 from mergekit_ext.flexmerge.algorithm import Parameters
 from mergekit_ext.host.flexmerge.parameters import algorithms, make
-from mergekit_ext.methods import BLOCKS, methods
 from tests.flexmerge.inputs import algorithm, family, reader
 
 # torch splits a sum over its threads from 32768 terms on, and products of matrices as it likes.

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mergekit_ext
+from mergekit_ext.declared import BLOCKS, methods
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.host.checks.report import CheckReport
-from mergekit_ext.methods import BLOCKS, methods
 from tests import models as small
 from tests.host.flexmerge_models import QUIET, rewrite
 

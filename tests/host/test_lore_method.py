@@ -8,14 +8,14 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from pydantic import ValidationError
 
 import mergekit_ext
+from mergekit_ext.declared import Inputs
+from mergekit_ext.declared.method import layout_of
 from mergekit_ext.errors import (
     NotConvergedWarning,
     TwoModelsWarning,
     UniformCoefficientsWarning,
 )
 from mergekit_ext.host.method import ext_method
-from mergekit_ext.methods import Inputs
-from mergekit_ext.methods.method import layout_of
 from tests.reference.lore import lore as reference
 
 mergekit_ext.register()

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mergekit_ext
+from mergekit_ext.declared import BLOCKS, Method, methods
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.kernels.numerics import compute_dtype
-from mergekit_ext.methods import BLOCKS, Method, methods
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.modules import log_problems, rules
 from tests.models import config, state, write_yaml

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergekit_ext.core.parameters import WEIGHT
-from mergekit_ext.methods import ADAPTERS, Call
+from mergekit_ext.declared import ADAPTERS, Call
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
 from peft_merge.modules import merge_modules
 

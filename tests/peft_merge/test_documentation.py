@@ -13,8 +13,8 @@ from mergekit.config import MergeConfiguration
 import peft_merge.io
 from mergekit_ext import callbacks, flexmerge
 from mergekit_ext.core.parameters import REQUIRED
+from mergekit_ext.declared import ADAPTERS
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.methods import ADAPTERS
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
 from peft_merge.io import load_adapter

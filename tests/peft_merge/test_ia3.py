@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import ModulesToSaveWrapper
 
+from mergekit_ext.declared import Call, Merged, Method
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.methods import Call, Merged, Method
 from peft_merge.adapter import Ia3Adapter, VectorInfo
 from peft_merge.coefficients import change_norms
 from peft_merge.merge import merge_adapters

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from mergekit_ext.declared import Merged, Method
 from mergekit_ext.errors import MergeError
-from mergekit_ext.methods import Merged, Method
 from peft_merge import modules
 from peft_merge.adapter import Update
 from peft_merge.coefficients import change_norms, coefficients

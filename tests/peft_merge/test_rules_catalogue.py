@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mergekit_ext.declared import ADAPTERS, Inputs, Merged, register
 from mergekit_ext.errors import MergeError, TwoModelsWarning
 from mergekit_ext.kernels.seeds import generators
-from mergekit_ext.methods import ADAPTERS, Inputs, Merged, register
 from peft_merge.modules import rules
 from tests.peft_merge.loras import defaults, settings
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, ties
 
-from mergekit_ext.methods import Call
+from mergekit_ext.declared import Call
 from peft_merge.modules import rules
 
 

@@ -11,13 +11,13 @@ from mergekit.parameter_resolver import resolve_parameter
 from pydantic import ValidationError
 
 from mergekit_ext.core.parameters import unfit
+from mergekit_ext.declared import Inputs
 from mergekit_ext.errors import did_you_mean, join, shown
 from mergekit_ext.host.checks.copied import OF_MERGES
 from mergekit_ext.host.checks.layout import Group, Source, all_parameters
 from mergekit_ext.host.checks.plan import PlannedTensor
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.method import ExtMethod
-from mergekit_ext.methods import Inputs
 
 # An object that no parameter has as its value: the parameter has none here.
 _NOTHING = object()

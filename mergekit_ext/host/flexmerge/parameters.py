@@ -12,6 +12,7 @@ from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope,
 from pydantic import BeforeValidator
 
 from mergekit_ext.core.parameters import WEIGHT, Parameter, Share, choice
+from mergekit_ext.declared import BLOCKS, Method, methods
 from mergekit_ext.errors import join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
@@ -32,7 +33,6 @@ from mergekit_ext.host.flexmerge import DECOMPOSE, FlexMergeMethod
 from mergekit_ext.host.flexmerge.registered import Registered
 from mergekit_ext.host.method import spec_of
 from mergekit_ext.host.nan_method import RANGES
-from mergekit_ext.methods import BLOCKS, Method, methods
 
 OWN: tuple[Parameter, ...] = (
     *options(

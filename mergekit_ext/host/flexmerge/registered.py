@@ -18,6 +18,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
+from mergekit_ext.declared import Inputs
 from mergekit_ext.errors import MergeError, MergekitExtError, tensors_at
 from mergekit_ext.flexmerge.algorithm import Algorithm, Parameters
 from mergekit_ext.flexmerge.source import BlockData
@@ -29,7 +30,6 @@ from mergekit_ext.host.session import Session
 from mergekit_ext.kernels.numerics import compute_dtype
 from mergekit_ext.kernels.seeds import derived, seeded
 from mergekit_ext.kernels.threads import in_threads
-from mergekit_ext.methods import Inputs
 
 # The shape of a tensor that a method is tried on.
 _TRIAL = (8, 8)

@@ -40,12 +40,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Number, Parameter, Share, Switch, choice
-from mergekit_ext.errors import Problem
-from mergekit_ext.kernels.seeds import drop_and_rescale
-from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
-from mergekit_ext.kernels.ties import TiesOptions, kept, made_up_for, merge_ties
-from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA, normalize, normalized
-from mergekit_ext.methods.method import (
+from mergekit_ext.declared.linear import BOUNDED_LAMBDA, LAMBDA, normalize, normalized
+from mergekit_ext.declared.method import (
     ADAPTERS,
     BLOCKS,
     Call,
@@ -56,6 +52,10 @@ from mergekit_ext.methods.method import (
     divided_by,
     register,
 )
+from mergekit_ext.errors import Problem
+from mergekit_ext.kernels.seeds import drop_and_rescale
+from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for
+from mergekit_ext.kernels.ties import TiesOptions, kept, made_up_for, merge_ties
 
 DENSITY = Parameter("density", Share, 1.0, "share of the entries that is kept", per_model=True)
 # The share that TIES keeps in FlexMerge (section 4).

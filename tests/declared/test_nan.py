@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.methods.nan import default_scale, inverse_norm_coefficients, uniform
+from mergekit_ext.declared.nan import default_scale, inverse_norm_coefficients, uniform
 from tests.reference.nan import coefficients as reference
 
 norms = st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=8)

@@ -16,9 +16,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Parameter, choice
+from mergekit_ext.declared.method import ADAPTERS, Call, Merged, Method, Pieces, register
 from mergekit_ext.errors import UniformCoefficientsWarning
 from mergekit_ext.kernels.numerics import weighted_sum
-from mergekit_ext.methods.method import ADAPTERS, Call, Merged, Method, Pieces, register
 
 _Group = TypeVar("_Group", bound=Hashable)
 _Model = TypeVar("_Model", bound=Hashable)

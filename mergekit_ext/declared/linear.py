@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Factor, Finite, Parameter, Switch
-from mergekit_ext.kernels.numerics import weighted_sum
-from mergekit_ext.methods.method import (
+from mergekit_ext.declared.method import (
     ADAPTERS,
     BLOCKS,
     Call,
@@ -23,6 +22,7 @@ from mergekit_ext.methods.method import (
     divided_by,
     register,
 )
+from mergekit_ext.kernels.numerics import weighted_sum
 
 SOUPS = "https://arxiv.org/abs/2203.05482"
 TASK_VECTORS = "https://arxiv.org/abs/2212.04089"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared.linear import BOUNDED_LAMBDA, LAMBDA
+from mergekit_ext.declared.method import BLOCKS, Call, Merged, Method, register
 from mergekit_ext.kernels.tsv import tsv_merge
-from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA
-from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method, register
 
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:

@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Number, Parameter
+from mergekit_ext.declared.linear import LAMBDA
+from mergekit_ext.declared.method import BLOCKS, Call, Merged, Method, Pieces, register
+from mergekit_ext.declared.ties import FLEXMERGE_DENSITY
 from mergekit_ext.kernels import masks
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
-from mergekit_ext.methods.linear import LAMBDA
-from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method, Pieces, register
-from mergekit_ext.methods.ties import FLEXMERGE_DENSITY
 
 
 def emr(tensors: Sequence[Tensor], call: Call) -> Merged:

@@ -183,7 +183,7 @@ def methods(driver: str) -> Mapping[str, Method]:
 
 @cache
 def _load() -> None:
-    package = importlib.import_module("mergekit_ext.methods")
+    package = importlib.import_module("mergekit_ext.declared")
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 

@@ -1,10 +1,10 @@
 """Declare each merge method once; mergekit's methods, FlexMerge's F and the adapters' rules follow.
 
 One file holds the methods of one paper, or of papers with one form, and registers them when it is
-imported; `methods` imports all of them.
+imported; `methods()` imports all of them.
 """
 
-from mergekit_ext.methods.method import (
+from mergekit_ext.declared.method import (
     ADAPTERS,
     BLOCKS,
     MODELS,

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Count, NonNegative, Parameter, Positive, Share, choice
-from mergekit_ext.errors import MergeWarning, NotConvergedWarning, Problem, TwoModelsWarning
-from mergekit_ext.kernels import lore as kernel
-from mergekit_ext.methods.linear import LAMBDA
-from mergekit_ext.methods.method import (
+from mergekit_ext.declared.linear import LAMBDA
+from mergekit_ext.declared.method import (
     ADAPTERS,
     MODELS,
     Call,
@@ -27,6 +25,8 @@ from mergekit_ext.methods.method import (
     divided_by,
     register,
 )
+from mergekit_ext.errors import MergeWarning, NotConvergedWarning, Problem, TwoModelsWarning
+from mergekit_ext.kernels import lore as kernel
 
 _THRESHOLDS = ("mu", "mu_relative", "rank_ratio")
 _PASSED = ("combine", "update", "max_iterations", "tolerance")

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Number, Parameter, Share
+from mergekit_ext.declared.linear import BOUNDED_LAMBDA, LAMBDA
+from mergekit_ext.declared.method import BLOCKS, Call, Merged, Method, register
 from mergekit_ext.kernels.pcb import DEFAULT_CLIP, DEFAULT_DENSITY, pcb_merge
-from mergekit_ext.methods.linear import BOUNDED_LAMBDA, LAMBDA
-from mergekit_ext.methods.method import BLOCKS, Call, Merged, Method, register
 
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
