@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-REPORT_NAME = "merge_report.json"
+CARD, REPORT_NAME = "README.md", "merge_report.json"
 _MOST_ROWS = 40
 
 
@@ -91,6 +92,42 @@ def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     )
     head = ["model", "rank (lowest / median / highest)", "largest singular value"]
     return "\n\n".join(["### LoRE solver", text, table(head, rows)])
+
+
+def copies_section(names: Collection[str], copied: Mapping[str, str]) -> str:
+    """Return which of the output's tensors are one model's: a row for each module.
+
+    A module is the outermost one whose tensors in the output (`names`) are all copied from the
+    model; modules that differ in the numbers of layers or experts alone have one row.
+    """
+    inside: dict[str, set[str | None]] = {}
+    for name in names:
+        for prefix in _prefixes(name):
+            inside.setdefault(prefix, set()).add(copied.get(name))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, giver in copied.items():
+        module = next((p + "*" for p in _prefixes(name) if inside[p] == {giver}), name)
+        rows.setdefault((re.sub(r"\d+", "#", module), giver), []).append(module)
+    if not rows:
+        return ""
+    shorter = dict(zip(givers := list(dict.fromkeys(copied.values())), _short(givers), strict=True))
+    lines = [
+        [f"`{_numbered(found)}`", str(len(found)), shorter[giver]]
+        for (_, giver), found in rows.items()
+    ]
+    return "\n\n".join(["### Tensors of one model", table(["tensors", "number", "model"], lines)])
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the names of the modules around a tensor, the outermost first, each with a dot."""
+    return [name[: dot.end()] for dot in re.finditer(r"\.", name)]
+
+
+def _numbered(names: Sequence[str]) -> str:
+    """Return one name for several that differ in numbers: lowest and highest of each."""
+    numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)
+    ranges = (str(min(n)) if min(n) == max(n) else f"[{min(n)}-{max(n)}]" for n in numbers)
+    return re.sub(r"\d+", lambda _: next(ranges), names[0])
 
 
 def flexmerge_section(

@@ -18,10 +18,10 @@ from mergekit_ext.flexmerge.files import attempted, digest_of, regular_file
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
 from mergekit_ext.io.staging import new_folder
-from mergekit_ext.report.card import table
+from mergekit_ext.report.card import CARD, REPORT_NAME, table
 from peft_merge.adapter import Adapter
 from peft_merge.io.read import CONFIG, SAFETENSORS
-from peft_merge.io.write import CARD, MERGE_CONFIG, PROJECT, REPORT, card_of, fill_folder, page
+from peft_merge.io.write import MERGE_CONFIG, PROJECT, card_of, fill_folder, page
 
 # A task's name is the name of its folder, and of its adapter in a PeftModel, where a dot would
 # separate modules.
@@ -155,7 +155,7 @@ class FlexMerged:
                 fill_folder(adapter, folder / adapter.name, {CARD: text})
             texts = {
                 FILE_NAME: self._manifest(folder).to_json(),
-                REPORT: json.dumps(self.report, indent=1),
+                REPORT_NAME: json.dumps(self.report, indent=1),
                 MERGE_CONFIG: self.config,
                 CARD: self._card(),
             }

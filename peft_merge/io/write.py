@@ -14,14 +14,13 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.io.staging import new_folder
+from mergekit_ext.report.card import CARD, REPORT_NAME
 from peft_merge.adapter import Adapter, LoraAdapter, VectorInfo
 from peft_merge.io import names
 from peft_merge.io.parse import BIAS, VECTOR, factor_keys
 from peft_merge.io.read import CONFIG, SAFETENSORS, load_adapter
 
 MERGE_CONFIG = "merge_config.yml"
-REPORT = "merge_report.json"
-CARD = "README.md"
 PROJECT = "[mergekit-ext](https://pypi.org/project/mergekit-ext)"
 
 
@@ -53,7 +52,7 @@ def save_adapter(
     if merge_config is not None:
         texts[MERGE_CONFIG] = merge_config
     if report is not None:
-        texts[REPORT] = json.dumps(report, indent=2)
+        texts[REPORT_NAME] = json.dumps(report, indent=2)
     with new_folder(path, f"writing the adapter {adapter.name}") as folder:
         fill_folder(adapter, folder, texts)
 

@@ -135,6 +135,7 @@ def test_heads_that_differ_are_the_bases_and_the_report_says_so(vits, tmp_path):
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     copied = report["tensors"]["classifier.weight"]
     assert copied == {"copied_from": str(vits / "base")}
+    assert "| `classifier.*` | 2 | base |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["five", "body"])

@@ -14,6 +14,7 @@ from mergekit_ext.report.card import (
     REPORT_NAME,
     append_section,
     coefficients_section,
+    copies_section,
     flexmerge_section,
     solver_section,
     write_report,
@@ -51,6 +52,24 @@ def test_slices_of_different_models_have_a_row_each():
     assert "| group | a | b | c |" in section
     assert "| model | 0.2500 | 0.7500 |  |" in section
     assert "| model | 0.5000 |  | 0.5000 |" in section
+
+
+def test_copied_tensors_have_a_row_for_each_outermost_module():
+    layer = ("attn.q.weight", "attn.k.weight", "mlp.weight", "norm.weight")
+    tower = [f"vision.{name}" for name in ("conv.weight", "layers.0.fc1.weight", "norm.bias")]
+    names = [*tower, *(f"text.layers.{i}.{end}" for i in range(12) for end in layer)]
+    copied = dict.fromkeys(tower, "/models/base")
+    copied |= {n: "/models/base" for n in names if "text" in n and ("attn" in n or ".3." in n)}
+    copied |= {n: "/models/chat" for n in names if n.endswith("5.norm.weight")}
+    section = copies_section([*names, "lm_head.weight"], {**copied, "lm_head.weight": "org/chat"})
+    assert section.splitlines()[4:] == [
+        "| `vision.*` | 3 | /models/base |",
+        "| `text.layers.[0-11].attn.*` | 22 | /models/base |",
+        "| `text.layers.3.*` | 4 | /models/base |",
+        "| `text.layers.5.norm.*` | 1 | /models/chat |",
+        "| `lm_head.*` | 1 | org/chat |",
+    ]
+    assert copies_section(names, {}) == ""
 
 
 def test_names_that_would_be_the_same_stay_long():

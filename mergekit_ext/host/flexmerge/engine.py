@@ -74,10 +74,10 @@ from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.model_files import companions, copy
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.card import flexmerge_section
+from mergekit_ext.report.card import CARD, flexmerge_section
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.read import locate
-from peft_merge.io.write import CARD, card_of, fill_folder
+from peft_merge.io.write import card_of, fill_folder
 
 
 class Engine:
@@ -340,7 +340,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         from mergekit.card import generate_card
 
         card = generate_card(config=config, config_yaml=source, name=folder.name)
-        (folder / "README.md").write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
+        (folder / CARD).write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 
 
@@ -356,7 +356,7 @@ def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Seque
     for task in manifest.tasks:
         if not task.ordinary:
             text = _MASKED.format(task=task.name)
-            (folder / task.name / "README.md").write_text(text, encoding="utf-8")
+            (folder / task.name / CARD).write_text(text, encoding="utf-8")
     digests = files.described(folder, tasks)
     manifest = manifest.model_copy(update={"task_files": digests})
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
