@@ -92,11 +92,16 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """Blocks in network order, and what each task keeps for itself."""
+    """Blocks in network order, what each task keeps for itself, and what is one model's in all.
+
+    `given` are the tensors of the model `giver`, -1 for the base, that every task has.
+    """
 
     tasks: tuple[str, ...]
     blocks: tuple[BlockLayout, ...]
     private: tuple[tuple[TensorHeader, ...], ...]
+    given: tuple[TensorHeader, ...] = ()
+    giver: int = -1
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -106,5 +111,11 @@ class Layout:
         return torch.float64 if torch.float64 in stored else torch.float32
 
     @cached_property
+    def copied(self) -> tuple[TensorHeader, ...]:
+        """What is not merged, once for each copy that is stored."""
+        return (*self.given, *(header for headers in self.private for header in headers))
+
+    @cached_property
     def private_bytes(self) -> int:
-        return sum(header.nbytes for headers in self.private for header in headers)
+        """Bytes of what is not merged."""
+        return sum(header.nbytes for header in self.copied)

@@ -27,6 +27,8 @@ BASE: Final = "base"
 UNIFIED: Final = "unified"
 MASKS: Final = "masks"
 FACTORS: Final = "factors"
+# The block of what is not merged, and one model's in all tasks.
+GIVEN: Final = "given"
 # Groups are dense or
 MASKED: Final = "masked"
 RESIDUAL: Final = "residual"
@@ -126,7 +128,7 @@ class Group(Schema):
 
     tasks: Tasks
     kind: Literal["dense", "masked", "residual"]
-    similarity: Similarity  # of the merge that completed the group; None for one task
+    similarity: Similarity  # of the merge that completed the group; None without one
     # Of each member of a masked group; absent from others.
     rescale: Annotated[dict[str, float], BeforeValidator(_bounded)] = Field(default={})
     # Of each member of a residual group, by tensor, those above 0; absent from others.

@@ -184,11 +184,13 @@ class Walk:
         self._groups: list[list[StoredGroup]] = [[] for _ in blocks]
         self._tensors: list[dict[tuple[Place, str], Tensor]] = [{} for _ in blocks]
         self._rescale: list[dict[int, float]] = [{} for _ in blocks]
+        layout = reader.layout
+        given = {header.name: reader.tensor(layout.giver, header.name) for header in layout.given}
         self._private = [
-            {header.name: reader.tensor(task, header.name) for header in headers}
-            for task, headers in enumerate(reader.layout.private)
+            given | {header.name: reader.tensor(task, header.name) for header in headers}
+            for task, headers in enumerate(layout.private)
         ]
-        for task, tensors in zip(reader.layout.tasks, self._private, strict=True):
+        for task, tensors in zip(layout.tasks, self._private, strict=True):
             for name, tensor in tensors.items():
                 require_finite(tensor, name, task)
 

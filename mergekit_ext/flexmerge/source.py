@@ -149,8 +149,11 @@ class BlockReader:
             self._expected += 1
 
     def read_stored(self, member: int, name: str) -> Tensor:
-        """Return the bytes of one stored tensor, on the CPU, until the call after the next."""
-        source = self.models[member]
+        """Return the bytes of one stored tensor, on the CPU, until the call after the next.
+
+        The member -1 is the base, here and in `tensor`.
+        """
+        source = self._source(member)
         header = source.tensors[name]
         self._bytes.reverse()
         if self._bytes[0].numel() < header.nbytes:
@@ -162,7 +165,10 @@ class BlockReader:
 
     def tensor(self, member: int, name: str) -> Tensor:
         """Return one tensor of one model as it is stored, in memory of its own."""
-        return self.models[member].tensor(name)
+        return self._source(member).tensor(name)
+
+    def _source(self, member: int) -> Source:
+        return self.base if member < 0 else self.models[member]
 
     def _vector(self, index: int, source: Source, block: BlockLayout) -> Tensor:
         dtypes = [FLOATING[source.tensors[part.name].dtype] for part in block.parts]

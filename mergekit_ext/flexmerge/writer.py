@@ -21,6 +21,7 @@ from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.manifest import (
     DENSE,
     FILE_NAME,
+    GIVEN,
     MASKED,
     RESIDUAL,
     SHARDS,
@@ -100,12 +101,14 @@ def pieces_of(
     merged: Callable[[BlockLayout, Sequence[StoredGroup]], None],
 ) -> list[Piece]:
     """Return all that is stored of a plan: its blocks, after each of which `merged` is called."""
-    blocks = zip(reader.layout.blocks, plan.groups, strict=True)
+    layout = reader.layout
+    blocks = zip(layout.blocks, plan.groups, strict=True)
     return [
         *(_of_block(reader, block, groups, merging, merged) for block, groups in blocks),
+        *(_copied(reader, range(len(layout.tasks)), layout.giver, h) for h in layout.given),
         *(
-            _of_private(reader, task, header)
-            for task, headers in enumerate(reader.layout.private)
+            _copied(reader, (task,), task, header)
+            for task, headers in enumerate(layout.private)
             for header in headers
         ),
     ]
@@ -167,12 +170,13 @@ def _of_block(
     )
 
 
-def _of_private(reader: BlockReader, task: int, header: TensorHeader) -> Piece:
-    """Return the copy of a tensor that no other task has, whose values must be finite."""
-    owner, place = reader.layout.tasks[task], Place(DENSE, (task,))
+def _copied(reader: BlockReader, tasks: Sequence[int], giver: int, header: TensorHeader) -> Piece:
+    """Return the copy of a model's tensor for `tasks`, whose values must be finite."""
+    owner = reader.base.name if giver < 0 else reader.layout.tasks[giver]
+    place = Place(DENSE, tuple(tasks))
 
     def copied() -> Iterator[tuple[Place, str, Tensor]]:
-        tensor = reader.read_stored(task, header.name)
+        tensor = reader.read_stored(giver, header.name)
         if header.dtype in DTYPES and header.dtype not in PACKED:
             require_finite(tensor.view(DTYPES[header.dtype]), header.name, owner)
         yield place, header.name, tensor
@@ -331,6 +335,9 @@ def _manifest(
             return {**found, "similarity": None, **kept}
         return {**found, "similarity": group.similarity}
 
+    alone = {"tasks": tasks, "kind": DENSE, "similarity": None}
+    tensors = _infos(layout.given)
+    given = {"name": GIVEN, "kind": GIVEN, "tensors": tensors, "groups": [alone]}
     size = {**asdict(plan.size), "unit_bytes": round(plan.size.unit_bytes)}
     return Manifest.model_validate(
         {
@@ -351,7 +358,8 @@ def _manifest(
                     "groups": [group_of(block, group) for group in groups],
                 }
                 for block, groups in zip(layout.blocks, plan.groups, strict=True)
-            ],
+            ]
+            + ([given] if layout.given else []),
             "private": [
                 {"task": name, "tensors": _infos(headers)}
                 for name, headers in zip(tasks, layout.private, strict=True)

@@ -146,7 +146,7 @@ def flexmerge_section(
         for kind, (blocks, groups) in kinds.items()
     ]
     private = size["private_bytes"]
-    apart = f", and {private:,.0f} bytes that only one task each has" if private else ""
+    apart = f", and {private:,.0f} bytes of what is not merged" if private else ""
     plain = [name for name, ordinary in tasks if ordinary]
     made = [name for name, ordinary in tasks if not ordinary]
     parts = [

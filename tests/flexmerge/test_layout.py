@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.host.naming import complete_ties, find_prefixes
 from tests.flexmerge.inputs import family, headers, layout
 
@@ -53,6 +54,15 @@ def test_what_is_not_alike_is_private_to_each_that_has_it():
         for model, private in zip(models, names, strict=True)
         for name in private
     )
+
+
+def test_what_is_left_out_in_another_shape_is_private():
+    base, models = family(2)
+    models[1]["embed.weight"] = torch.zeros(12, 6)
+    tensors = list(map(headers, (base, *models)))
+    found = make_layout(("a", "b"), tensors, left={"embed.weight", "norm.weight"}, giver=1)
+    assert ([header.name for header in found.given], found.giver) == (["norm.weight"], 0)
+    assert [[header.name for header in own] for own in found.private] == [["embed.weight"]] * 2
 
 
 def test_a_tensor_that_is_an_integer_in_one_model_only_is_not_merged():

@@ -193,6 +193,21 @@ def test_masks_over_a_wider_base_do_not_forbid_keeping_everything(content, tmp_p
 # Parameters
 
 
+def test_what_is_not_merged_is_named(content):
+    base = content["base_model"]
+    notes = report_of(put(content, exclude=["*layers.1*", "lm_head.*"])).notes
+    (note,) = [note for note in notes if "which is not merged" in note]
+    assert note.startswith(f"Every task has {base}'s lm_head.weight, model.layers.1.")
+
+
+def test_patterns_and_names_of_what_is_not_merged(content):
+    found = {p.where: p for p in report_of(put(content, include="layrs*", others="bsae")).problems}
+    assert "`*` stands for any letters" in found["parameters.include"].remedy
+    assert found.keys() == {"parameters.include", "parameters.others"}
+    content["models"][0]["parameters"] = {"exclude": "*"}
+    assert "models[0].parameters.exclude" in places(content)
+
+
 def test_the_nearest_names(content):
     put(content, algorithm="ties", desnity=0.2)
     content["models"][1]["parameters"] = {"wieght": 2}

@@ -39,6 +39,29 @@ def test_a_head_that_is_not_finite_leaves_nothing(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"base", *TASKS}
 
 
+@pytest.mark.parametrize("others", [None, 1])
+def test_what_is_not_merged_is_one_models_in_every_task(families, tmp_path, others):
+    family, out = families("vit"), tmp_path / "out"
+    base, models = family.states
+    given = {} if others is None else {"others": str(family.tuned[others])}
+    manifest = merge(family.content(1, include="*.layer.*", exclude="*norm*", **given), out)
+    left = {n for n in base if "classifier" not in n and (".layer." not in n or "norm" in n)}
+    heads = base.keys() - left - {n for n in base if ".layer." in n}
+    assert {tensor.name for tensor in manifest.blocks[-1].tensors} == left
+    given_bytes = sum(base[name].nbytes for name in left)
+    head_bytes = sum(base[name].nbytes for name in heads) * len(models)
+    assert manifest.size.private_bytes == given_bytes + head_bytes
+    wanted = {n: torch.stack([m[n].double() for m in models]).mean(0) for n in base.keys() - left}
+    wanted |= {name: (base if others is None else models[others])[name] for name in left}
+    for task, model in zip(TASKS, models, strict=True):
+        expected = wanted | {name: model[name] for name in heads}
+        found = dict(open_checkpoint(out, verify=True).tensors(task))
+        assert same(as_index_says(out / task), found)
+        for name, tensor in found.items():
+            exact = {"rtol": 0, "atol": 0} if name in left | heads else {"rtol": 1e-6, "atol": 1e-7}
+            torch.testing.assert_close(tensor.double(), expected[name].double(), **exact)
+
+
 def test_two_models(families, tmp_path):
     family = families("llama")
     two = Family(family.base, family.tuned[:2])

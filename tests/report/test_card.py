@@ -125,7 +125,7 @@ def test_size_tasks_and_copies():
 
 def test_private_bytes():
     section = flexmerge_section({**SIZE, "private_bytes": 4096}, [("a", True)], {"mlp": (1, 1)})
-    assert "2.25 models, and 4,096 bytes that only one task each has: 1,234,567" in section
+    assert "2.25 models, and 4,096 bytes of what is not merged: 1,234,567" in section
 
 
 def test_masked_tasks_are_named_with_what_they_need():
@@ -153,7 +153,7 @@ def test_the_card_of_a_merge(tmp_path, algorithm):
     manifest = read_manifest(out)
     assert f"3 tasks in the space of {manifest.size.models:.4g} models" in card.text
     assert f"{manifest.size.bytes:,} bytes in all" in card.text
-    assert f"{manifest.size.private_bytes:,} bytes that only one task" in card.text
+    assert f"{manifest.size.private_bytes:,} bytes of what is not merged" in card.text
     attention = [len(block.groups) for block in manifest.blocks if block.kind == "attention"]
     copies = sum(attention) / len(attention)
     assert f"| attention | {len(attention)} | {copies:.2f} of 3 |" in card.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,13 +26,14 @@ def settle_copies(inventory: Inventory) -> None:
     the base. Elsewhere a difference stays for `check_tensors` to report.
     """
     config, findings = inventory.config, inventory.findings
-    findings.extend(_problems(inventory))
+    names = [tensor.name for tensor in inventory.planned]
+    findings.extend(selection_problems(config, names, (HEADS, OTHERS)))
     heads, others = named_model(config, HEADS), named_model(config, OTHERS)
     reasons: dict[tuple[Any, str], list[str]] = {}
     for tensor in inventory.located:
         first = next(iter(tensor.inputs))
         differs = _differs(tensor, inventory.aligned)
-        if not _is_merged(tensor.name, config):
+        if not is_merged(tensor.name, config.parameters or {}):
             giver, why = others or tensor.group.base or first, "which is not merged"
         elif heads is not None and (differs or is_task_head(tensor.name)):
             giver, why = heads, "as `heads:` says"
@@ -77,35 +78,39 @@ def _may_be_of_base(tensor: PlannedTensor) -> bool:
     return layer_of(tensor.name) is None and tensor.weight.vocabulary_axis is None
 
 
-def _is_merged(name: str, config: Any) -> bool:
-    given = _patterns(config, INCLUDE)
+def is_merged(name: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether `include` and `exclude` of the whole merge leave a tensor to be merged."""
+    given = _patterns(parameters, INCLUDE)
     wanted = not given or _matches(name, given)
-    return wanted and not _matches(name, _patterns(config, EXCLUDE))
+    return wanted and not _matches(name, _patterns(parameters, EXCLUDE))
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _patterns(config: Any, parameter: str) -> Sequence[str]:
-    given = (config.parameters or {}).get(parameter) or ()
+def _patterns(parameters: Mapping[str, Any], parameter: str) -> Sequence[str]:
+    given = parameters.get(parameter) or ()
     return [given] if isinstance(given, str) else [p for p in given if isinstance(p, str)]
 
 
-def _problems(inventory: Inventory) -> Iterator[Problem]:
-    """Yield what is wrong with the parameters that decide."""
-    config = inventory.config
+def selection_problems(
+    config: Any, names: Collection[str], naming: Sequence[str]
+) -> Iterator[Problem]:
+    """Yield what is wrong with `include`, `exclude`, and the parameters `naming` a model.
+
+    `names` are those of the tensors; none while they are not known.
+    """
     models, given = list(map(str, models_at(config))), config.parameters or {}
-    for parameter in (HEADS, OTHERS):
+    for parameter in naming:
         if parameter in given and named_model(config, parameter) is None:
             value = given[parameter]
             close = nearest(value, models) if isinstance(value, str) else None
             remedy = f"Write `{close}`." if close else "Write it as it stands there."
             expected = f"one of the models: {', '.join(models)}"
             yield Problem(f"parameters.{parameter}", shown(value), expected, remedy)
-    names = [tensor.name for tensor in inventory.planned]
     for parameter in (INCLUDE, EXCLUDE):
-        patterns = _patterns(config, parameter)
+        patterns = _patterns(given, parameter)
         if parameter in given and (not patterns or patterns != [*_as_list(given[parameter])]):
             found, expected = shown(given[parameter]), "a pattern of names, or a list of them"
             yield Problem(f"parameters.{parameter}", found, expected, 'Such as "vision_tower.*".')

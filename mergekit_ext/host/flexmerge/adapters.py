@@ -47,7 +47,7 @@ class Forms:
         biases: those of their modules that are a task's own; each is what `lora_B.bias` adds to.
         names: in the class, of what is in some adapter.
         private: for each task the same of what no other task has.
-        private_bytes: of all these, and of those of the first task, which the base has.
+        private_bytes: of all these, and of what the base has that is not merged.
         models: of each task's class, on the meta device.
     """
 
@@ -131,7 +131,7 @@ def forms_of(
             f"parameters), of which every task has the base's: {listing(lost)}. "
             "`output: checkpoint` keeps them."
         )
-    sizes = [h.nbytes for h in layout.private[0]]  # in the base
+    sizes = [h.nbytes for h in (*layout.given, *layout.private[0])]  # in the base
     for names_of, headers in zip(private, layout.private, strict=True):
         sizes += [header.nbytes for header in headers if header.name in names_of]
     return Forms(treatments, layers, frozenset(biases), first.of, private, sum(sizes), models_of)

@@ -269,7 +269,7 @@ def open_inputs(prepared: Prepared) -> tuple[BlockReader, Sequence[Path]]:
         for adapter, tensors in zip(adapters, stored, strict=True)
     ]
     owners, shared = list(zip(read, configs, strict=True)), prepared.algorithm.parameters.shared
-    layout, headers, _ = laid_out(prepared.layout.tasks, owners, shared)
+    layout, headers, _ = laid_out(prepared.layout.tasks, references, owners, shared)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
         found = "weights that changed after they were checked"
         raise ConfigError([Problem("models", found, "files that stay", "Try again.")])

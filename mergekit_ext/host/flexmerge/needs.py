@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from functools import reduce
@@ -34,7 +33,6 @@ def estimate(prepared: Prepared) -> Estimate:
     """Return what a merge will cost; which tensors are shared is known only when it is planned."""
     layout, algorithm = prepared.layout, prepared.algorithm
     whole, tasks = prepared.storage.whole, len(layout.tasks)
-    private = list(itertools.chain.from_iterable(layout.private))
     # The analysis, similarities of trimmed vectors, and the merge.
     reads = passes(layout, algorithm.densities) + 1
     if isinstance(prepared.storage, ResidualStorage) and algorithm.densities is None:
@@ -49,9 +47,10 @@ def estimate(prepared: Prepared) -> Estimate:
         bytes_read=reads * (whole + base) + layout.private_bytes,
         bytes_written=stored,
         bytes_held=need.bytes,
-        tensors=round(models * sum(len(block.parts) for block in layout.blocks)) + len(private),
+        tensors=round(models * sum(len(block.parts) for block in layout.blocks))
+        + len(layout.copied),
         parameters=round(models * sum(block.size for block in layout.blocks))
-        + sum(math.prod(header.shape) for header in private),
+        + sum(math.prod(header.shape) for header in layout.copied),
         need=need,
     )
 
@@ -75,16 +74,16 @@ def need_of(prepared: Prepared, scored: float | None = None) -> Need:
     """
     layout, tasks = prepared.layout, range(len(prepared.layout.tasks))
     parts = [part for block in layout.blocks for part in block.parts]
-    private = list(itertools.chain.from_iterable(layout.private))
-    shapes = {part.name: part.shape for part in parts} | {h.name: h.shape for h in private}
-    changed = {header.name for header in private if header.dtype in NARROW} | prepared.adapted
+    copied = layout.copied
+    shapes = {part.name: part.shape for part in parts} | {h.name: h.shape for h in copied}
+    changed = {header.name for header in copied if header.dtype in NARROW} | prepared.adapted
     largest_changed = max((math.prod(shapes[n]) for n in changed if n in shapes), default=0)
     stored = [
         *(
             math.prod(part.shape) * (prepared.forced or part.dtype(tasks)).itemsize
             for part in parts
         ),
-        *(header.nbytes for header in private),
+        *(header.nbytes for header in copied),
     ]
     needs = [Need(f"block {b.name}", _merging(b, prepared), _REMEDY) for b in layout.blocks]
     need = max(needs, key=lambda need: need.bytes)

@@ -26,6 +26,7 @@ from mergekit_ext.flexmerge.residual import (
 )
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
+from mergekit_ext.host.checks.copied import EXCLUDE, INCLUDE, OTHERS
 from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import Findings
@@ -180,7 +181,9 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
                 if one.name != "task"
             }
         )
-    made = make(method, Parameters(shared, each, shared["trim_scope"] or "model", seed))
+    selection = {name: given[name] for name in (OTHERS, INCLUDE, EXCLUDE) if name in given}
+    every = {**selection, **shared}
+    made = make(method, Parameters(every, each, shared["trim_scope"] or "model", seed))
     _check_fit(made, given, findings)
     return None if findings.count > before else made
 

@@ -15,6 +15,7 @@ from mergekit_ext.flexmerge.residual import ADAPTERS, Residual, ResidualStorage
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import is_task_head, tied_groups
+from mergekit_ext.host.checks.copied import OTHERS, is_merged, selection_problems
 from mergekit_ext.host.checks.fields import check_fields
 from mergekit_ext.host.checks.layout import Source, models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model
@@ -119,11 +120,13 @@ def _prepared(
             heads=algorithm.parameters.shared["heads"] == "merged",
             outcome="each task keeps its own",
         )
+    names = {name for fact in facts.values() for name in fact.tensors or {}}
+    findings.extend(selection_problems(taken, names, [OTHERS]))
     if findings.count or algorithm is None or any(fact.pending for fact in facts.values()):
         return None
     references = [config.base_model, *(source.model for source in sources)]
     stored = [(facts[model].tensors or {}, facts[model].config) for model in references]
-    layout, headers, prefixes = laid_out(tasks, stored, algorithm.parameters.shared)
+    layout, headers, prefixes = laid_out(tasks, references, stored, algorithm.parameters.shared)
     if not any(block.size for block in layout.blocks):
         findings.problem(
             "models",
@@ -247,6 +250,10 @@ def _note_private(headers: Sequence[Headers], prepared: Prepared, findings: Find
     base, *models = headers
     layout, shared = prepared.layout, prepared.algorithm.parameters.shared
     merged = {part.name for block in layout.blocks for part in block.parts}
+    giver = prepared.references[layout.giver + 1]
+    if given := [header.name for header in layout.given]:
+        merged.update(given)
+        findings.note(f"Every task has {giver}'s {listing(given)}, which is not merged.")
     reasons: dict[str, dict[str, int]] = {}
     for name in dict.fromkeys(name for model in models for name in model):
         if name in merged:
@@ -259,6 +266,8 @@ def _note_private(headers: Sequence[Headers], prepared: Prepared, findings: Find
         ]
         if shared["heads"] == "private" and is_task_head(name):
             reason = "a task's head"
+        elif not is_merged(name, shared):
+            reason = f"not merged, and not in {giver} in the shape that every task has"
         elif name not in base:
             reason = "not in the base"
         elif others:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.residual import Residual, ResidualStorage
 from mergekit_ext.flexmerge.storage import Storage, Target
-from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of
+from mergekit_ext.host.blocks import blocks_of, depth_of, is_task_head, kind_of, tied_groups
+from mergekit_ext.host.checks.copied import OTHERS, is_merged
 from mergekit_ext.host.naming import Headers, Stored, as_in, complete_ties, is_tied, shareable
 
 if TYPE_CHECKING:
@@ -48,18 +49,32 @@ class Prepared:
 
 
 def laid_out(
-    tasks: Sequence[str], stored: Sequence[Stored], parameters: Mapping[str, Any]
+    tasks: Sequence[str],
+    references: Sequence[Any],
+    stored: Sequence[Stored],
+    parameters: Mapping[str, Any],
 ) -> tuple[Layout, list[Headers], tuple[str, str] | None]:
     """Return the blocks and private tensors of a base, which comes first, and of the models.
 
     And the headers of all by the models' names, and what `find_prefixes` returns of the base.
-    `parameters` are those of the merge.
+    `parameters` are those of the merge; task heads that are private are not selected by them. Of
+    tensors that are tied all are left out, or none.
     """
     base, prefixes = as_in(stored[0], stored[1:])
     tied = is_tied([config for _, config in stored])
     owners = complete_ties([base, *(headers for headers, _ in stored[1:])], tied)
     merges_heads = parameters["heads"] == "merged"
-    layout = make_layout(tasks, owners, parameters["granularity"], tied, merges_heads)
+    names = {name for owner in owners for name in owner}
+    left = {
+        name
+        for name in names
+        if not is_merged(name, parameters) and (merges_heads or not is_task_head(name))
+    }
+    left.update(*(group for group in tied_groups(names, tied) if group & left))
+    others = parameters.get(OTHERS, str(references[0]))
+    giver = [str(reference) for reference in references].index(others)
+    given = (parameters["granularity"], tied, merges_heads, left, giver)
+    layout = make_layout(tasks, owners, *given)
     return layout, owners, prefixes
 
 
@@ -69,16 +84,25 @@ def make_layout(
     granularity: Any = "component",
     tied: bool = False,
     merges_heads: bool = False,
+    left: Collection[str] = (),
+    giver: int = 0,
 ) -> Layout:
     """Sort the tensors of a base, which comes first, and of its models into blocks.
 
     A tensor is merged if the base and every model have it in one shape and a floating dtype, and
-    it is not a task's head. Everything else is private to each task that has it.
+    it is not a task's head, nor `left` out. What is left out is that of ``owners[giver]`` in all
+    tasks, if it has the shape that they have. Everything else is private to each task that has it.
     """
     merged = [
         name
         for name in owners[1]
-        if (merges_heads or not is_task_head(name)) and shareable(owners, name)
+        if (merges_heads or not is_task_head(name)) and name not in left and shareable(owners, name)
+    ]
+    given = [
+        replace(header, name=name)
+        for name, header in owners[giver].items()
+        if name in left
+        and all(name in owner and owner[name].shape == header.shape for owner in owners[1:])
     ]
     blocks = []
     for block, names in blocks_of(merged, granularity, tied).items():
@@ -92,8 +116,8 @@ def make_layout(
         whole = granularity == "model" or (granularity == "layer" and depth is not None)
         kind = granularity if whole else kind_of(names[0])
         blocks.append(BlockLayout(block, kind, depth, tuple(parts)))
-    kept = set(merged)
+    kept = {*merged, *(header.name for header in given)}
     private = [
         tuple(header for name, header in model.items() if name not in kept) for model in owners[1:]
     ]
-    return Layout(tuple(tasks), tuple(blocks), tuple(private))
+    return Layout(tuple(tasks), tuple(blocks), tuple(private), tuple(given), giver - 1)
