@@ -8,12 +8,35 @@ torch nor mergekit.
 # nothing, not even `typing` or `__future__`, and its annotations are strings.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
     from typing import Any
 
+    from mergekit_ext import callbacks as callbacks
+    from mergekit_ext import flexmerge as flexmerge
+    from mergekit_ext.flexmerge.reader import export as export
+    from mergekit_ext.flexmerge.runtime import load as load
+    from mergekit_ext.host.flexmerge.analyze import analyze as analyze
+    from mergekit_ext.host.flexmerge.sizes import sizes as sizes
+    from mergekit_ext.host.interface import check as check
+    from mergekit_ext.host.interface import decompose as decompose
+    from mergekit_ext.host.interface import merge as merge
+    from mergekit_ext.host.models import merge_models as merge_models
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "merge", "register"]
+
+# The module of each name; `callbacks` and `flexmerge` are modules themselves.
+_HOMES = {
+    "analyze": "host.flexmerge.analyze",
+    "callbacks": "callbacks",
+    "check": "host.interface",
+    "decompose": "host.interface",
+    "export": "flexmerge.reader",
+    "flexmerge": "flexmerge",
+    "load": "flexmerge.runtime",
+    "merge": "host.interface",
+    "merge_models": "host.models",
+    "sizes": "host.flexmerge.sizes",
+}
+__all__ = ["__version__", "register", *_HOMES]
 
 
 def register() -> None:
@@ -31,43 +54,14 @@ def register() -> None:
     install()
 
 
-def merge(
-    config: "Any",
-    out_path: "str | Path",
-    options: "Any" = None,
-    *,
-    callbacks: "Iterable[object]" = (),
-    restart: bool = False,
-    max_memory: "int | str | None" = None,
-    allow_pickle: bool = False,
-) -> None:
-    """Merge as ``mergekit-yaml`` does, checked first and with callbacks.
+def __getattr__(name: str) -> "Any":
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-    Args:
-        config: path of a YAML file, YAML text with more than one line, or a
-            ``mergekit.config.MergeConfiguration``; any merge method.
-        out_path: folder of the result; it appears when the result is complete.
-        options: a ``mergekit.options.MergeOptions``; by default mergekit's defaults.
-        callbacks: objects with methods of `mergekit_ext.events.MergeCallback`, beside the
-            progress bar, which `options.quiet` switches off.
-        restart: start over where an earlier merge into `out_path` was stopped, instead of going
-            on with what it had finished.
-        max_memory: bytes, or text such as "8GB", that the process and each GPU may hold; a merge
-            that needs more is refused. See docs/limits.md.
-        allow_pickle: also read pickles (pytorch_model.bin, adapter_model.bin), which can run
-            code, from people you trust: by torch's unpickler of tensors only.
+    module = import_module(f"{__name__}.{_HOMES[name]}")
+    return getattr(module, name, module)
 
-    Raises:
-        ConfigError: something is wrong with the configuration or the inputs; nothing was read
-            but configurations and headers, nothing was written.
-        NonFiniteError: an input holds NaN or infinity; nothing was written.
-        StoppedError: a full disk, an input that is gone, no memory; what is finished is kept.
-        TypeError: a callback is a class, or has none of those methods; nothing was written.
-    """
-    from mergekit_ext.core.memory import limited
-    from mergekit_ext.host.run import merge as run
-    from mergekit_ext.io.headers import allowing_pickles
 
-    register()
-    with limited(max_memory, "max_memory"), allowing_pickles(allow_pickle):
-        run(config, out_path, options, callbacks=callbacks, restart=restart)
+def __dir__() -> "list[str]":
+    return sorted(__all__)

@@ -28,7 +28,7 @@ ALLOWED = {
     "late": set(),
     "autoload": {"host", "late"},
     "__main__": {"cli", "core"},
-    "__init__": {"autoload", "core", "host", "io"},
+    "__init__": {"autoload"},
 }
 # peft_merge sees nothing that knows mergekit, and nothing of processes.
 OF_ADAPTERS = {*BELOW, "flexmerge"} - {"parallel"}

@@ -16,6 +16,7 @@ import mergekit_ext
 from mergekit_ext.callbacks.settings import INITIAL, Mean, Settings
 from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.merging import require_finite
+from mergekit_ext.io.state import named
 from mergekit_ext.kernels.numerics import compute_dtype
 
 _WEIGHTS = "model.safetensors"
@@ -71,7 +72,7 @@ class FullModel:
                 model.load_state_dict(type(model).from_pretrained(folder).state_dict())
         else:
             found = load_file(folder / _WEIGHTS)
-            tied = {name: found[kept] for name, (kept, _) in _named(model).items() if kept in found}
+            tied = {name: found[kept] for name, (kept, _) in named(model).items() if kept in found}
             model.load_state_dict(found | tied)
 
     @contextmanager
@@ -124,19 +125,7 @@ class FullModel:
 
 def _tensors(model: Any) -> dict[str, Tensor]:
     """Return all that the model would save, tied weights once, under their first name."""
-    return {name: tensor for name, (kept, tensor) in _named(model).items() if kept == name}
-
-
-def _named(model: Any) -> dict[str, tuple[str, Tensor]]:
-    """Return the state dict, whose names hooks may have changed, with the first name of each."""
-    first: dict[object, str] = {}
-    named: dict[str, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            key = place if tensor.data_ptr() else name  # an empty one has no place
-            named[name] = first.setdefault(key, name), tensor.detach()
-    return named
+    return {name: tensor for name, (kept, tensor) in named(model).items() if kept == name}
 
 
 def _finite(model: Any) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +31,7 @@ def merge(
     out_path: Path,
     events: str | None,
     restart: bool,
+    function: Any = None,
 ) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
@@ -41,9 +42,8 @@ def merge(
     """
     with launched() as together, _only_main_prints(together):
         callbacks = [JsonLines(events, "--events")] if events and together.is_main else []
-        mergekit_ext.merge(
-            config_file, out_path, merge_options, callbacks=callbacks, restart=restart
-        )
+        run = function or mergekit_ext.merge
+        run(config_file, out_path, merge_options, callbacks=callbacks, restart=restart)
 
 
 @contextmanager

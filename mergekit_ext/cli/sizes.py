@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import mergekit_ext
 from mergekit_ext.cli.options import events_option, merging
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines, takes
@@ -58,9 +59,7 @@ def sizes(
     and once for each task at each size. It returns a number, or a mapping from metrics to numbers
     such as {'accuracy': 0.9}; the higher, the better.
     """
-    from mergekit_ext.host.flexmerge.sizes import write_curve
-
-    write_curve(
+    curve = mergekit_ext.sizes(
         config_file,
         out_path,
         merge_options,
@@ -70,6 +69,9 @@ def sizes(
         metric,
         [JsonLines(events, "--events")] if events else (),
     )
+    for note in curve.notes:
+        click.echo(f"Note: {note}", err=True)
+    click.echo(str(curve))
 
 
 def _size(text: str) -> float | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
+from mergekit.config import MergeConfiguration
 
 from mergekit_ext.core.interrupts import prompt
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, printable
@@ -20,6 +23,7 @@ from mergekit_ext.host.flexmerge import DECOMPOSE
 from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.documents import read, text_of
 from mergekit_ext.parallel import require_one
+from peft_merge.config.document import plain
 
 _LONGEST_WARNING = 10_000
 
@@ -40,6 +44,19 @@ def reading_first(check: Callable[[str], Any]) -> Callable[..., None]:
             stock(config_file=config_file, **arguments)
 
     return command
+
+
+def source_of(config: Any) -> str:
+    """Return the YAML text of a path, a text of more than one line, or a configuration."""
+    if isinstance(config, MergeConfiguration):
+        return str(config.to_yaml())
+    if isinstance(config, Mapping):
+        return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    if isinstance(config, (str, os.PathLike)):
+        text = os.fspath(config)
+        return text if "\n" in text else text_of(Path(text).expanduser())
+    expected = "a path, YAML text of more than one line, a mapping, or a MergeConfiguration"
+    raise ConfigError([Problem("config", f"{type(config).__name__}", expected)])
 
 
 def parsed(source: str) -> Any:

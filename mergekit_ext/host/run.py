@@ -27,7 +27,7 @@ from mergekit_ext.host.architecture import Settled, settling
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.host.checks.merge import check_merge, models_of_stock
-from mergekit_ext.host.commands import for_commands, parsed
+from mergekit_ext.host.commands import for_commands, parsed, source_of
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.identity import (
@@ -41,7 +41,6 @@ from mergekit_ext.host.identity import (
 )
 from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import ext_method, is_stock
-from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
@@ -50,7 +49,7 @@ RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 
 
 def merge(
-    config: MergeConfiguration | str | os.PathLike[str],
+    config: Any,
     out_path: str | os.PathLike[str],
     options: MergeOptions | None = None,
     *,
@@ -58,12 +57,11 @@ def merge(
     restart: bool = False,
     config_source: str | None = None,
 ) -> None:
-    """Merge; see `mergekit_ext.merge`."""
+    """Merge; see `interface.merge`."""
     from mergekit.merge import run_merge  # which `patches` extends by this module
 
     if not isinstance(config, MergeConfiguration):
-        text = str(config)
-        config_source = text if "\n" in text else text_of(Path(text))
+        config_source = source_of(config)
         config = parsed(config_source)
     out_path, options = os.path.expanduser(out_path), options or MergeOptions()
     method = ext_method(config.merge_method)

@@ -48,14 +48,13 @@ def test_each_task_of_a_flexmerge_is_scored_with_its_own_model(tmp_path):
 
 
 def test_sizes_take_it(tmp_path):
-    from mergekit_ext.host.flexmerge.sizes import write_curve
 
     base, tuned = models.family(tmp_path, llama, amounts=(0.1, 0.2))
     content = models.config("flexmerge", tuned, base, {"algorithm": "average"})
     config = models.write_yaml(tmp_path / "flex.yml", content)
     seen = []
     evaluate = Evaluate(lambda model, task: seen.append(task) or {"accuracy": 0.5})
-    write_curve(config, tmp_path / "curve", OPTIONS, [1.0], (), evaluate, None, [])
+    mergekit_ext.sizes(config, tmp_path / "curve", OPTIONS, [1.0], (), evaluate, None, [])
     assert set(seen) == {"tuned0", "tuned1"}
     assert "accuracy" in (tmp_path / "curve/sizes.csv").read_text()
 

@@ -27,7 +27,7 @@ from mergekit_ext.events import MergeCallback, SizeReached, StatisticsBegin
 from mergekit_ext.flexmerge.algorithm import Declared
 from mergekit_ext.flexmerge.runtime import load
 from mergekit_ext.host import run
-from mergekit_ext.host.flexmerge.sizes import write_curve
+from mergekit_ext.host.flexmerge.sizes import sizes as sizes_of
 from mergekit_ext.report.tables import EvaluationError, checked_scores
 from tests.models import config, family, write_yaml
 
@@ -94,7 +94,7 @@ def points(folder: Path) -> list[dict[str, Any]]:
 
 def test_each_model_and_each_task_at_each_size_once(llamas: Any, tmp_path: Path) -> None:
     path, seen = written(tmp_path, llamas), Recorder()
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 2.0, 3.0], (), seen)
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [1.0, 2.0, 3.0], (), seen)
     assert [task for task, _, _ in seen.calls] == [*TASKS] * 4
     assert not any(training for _, training, _ in seen.calls)
     assert curve.reference == {t: {"score": 0.5 + i / 1000} for i, t in enumerate(TASKS)}
@@ -114,7 +114,7 @@ def test_what_is_evaluated_is_what_a_merge_writes(tmp_path: Path, algorithm: str
     base, models = inputs = family(tmp_path, llama, torch.bfloat16)
     keys = {"out_dtype": "float32"}  # not the dtype in the models' configurations
     path, seen = written(tmp_path, inputs, {"algorithm": algorithm}, **keys), Recorder()
-    write_curve(path, tmp_path / "out", OPTIONS, [2.5], (), seen)
+    sizes_of(path, tmp_path / "out", OPTIONS, [2.5], (), seen)
     sized = config("flexmerge", models, base, {"target_size": 2.5, "algorithm": algorithm}, **keys)
     run.merge(str(write_yaml(tmp_path / "sized.yml", sized)), tmp_path / "merge", OPTIONS)
     for task, module in load(tmp_path / "merge").items():
@@ -128,7 +128,7 @@ def test_tables(llamas: Any, tmp_path: Path) -> None:
     path, out = written(tmp_path, llamas), tmp_path / "out"
     seen = Recorder(lambda call: {"accuracy": 0.5 if call < 3 else 0.25, "f1": 1})
     algorithms = ("average", "emr")
-    write_curve(path, out, OPTIONS, [1.0, 2.0, "all"], algorithms, seen)
+    sizes_of(path, out, OPTIONS, [1.0, 2.0, "all"], algorithms, seen)
     table = rows(out)
     assert len(table) == len(points(out))
     lines = {name: [row for row in table if row["algorithm"] == name] for name in algorithms}
@@ -149,15 +149,15 @@ def test_out_of_reach_is_the_smallest_once(
     llamas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, seen = written(tmp_path, llamas, {"algorithm": "emr"}), Recorder()
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 1.5], (), seen)
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [1.0, 1.5], (), seen)
     (point,) = curve.points
     assert point.requested == 1.5 and 2 < point.size < 2.2 and len(seen.calls) == 6
-    assert "emr: 1.5, 1 cannot be reached; the least is 2.09" in capsys.readouterr().err
+    assert "emr: 1.5, 1 cannot be reached; the least is 2.09" in curve.notes[0]
 
 
 def test_sizes_between_two_merges_are_evaluated_once(llamas: Any, tmp_path: Path) -> None:
     path, seen = written(tmp_path, llamas, {"granularity": "model"}), Recorder()
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [2.0, 2.25, 2.75], (), seen)
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [2.0, 2.25, 2.75], (), seen)
     assert [point.requested for point in curve.points] == [2.75, 2.25, 2.0]
     assert {point.size for point in curve.points} == {2.0}
     assert len(seen.calls) == 3 + 3
@@ -169,16 +169,16 @@ def test_whole_numbers_only(
 ) -> None:
     path = written(tmp_path, llamas)
     chosen = ("channel_merging",)
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 1.5, 2.0], chosen)
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [1.0, 1.5, 2.0], chosen)
     assert [point.size for point in curve.points] == [2.0, 1.0]
-    assert "channel_merging: 1.5 left out; it has 3, 2, 1." in capsys.readouterr().err
+    assert "channel_merging: 1.5 left out; it has 3, 2, 1." in curve.notes
     with pytest.raises(ConfigError, match="a whole number of models"):
-        write_curve(path, tmp_path / "none", OPTIONS, [1.5], chosen)
+        sizes_of(path, tmp_path / "none", OPTIONS, [1.5], chosen)
 
 
 @pytest.mark.parametrize("target", [{}, {"target_size": 0.1}])
 def test_the_target_size_is_not_used(llamas: Any, tmp_path: Path, target: dict[str, float]) -> None:
-    curve = write_curve(written(tmp_path, llamas, target), tmp_path / "out", OPTIONS)
+    curve = sizes_of(written(tmp_path, llamas, target), tmp_path / "out", OPTIONS)
     assert [point.requested for point in curve.points] == [3.0, 2.0, 1.5, 1.0]
 
 
@@ -187,7 +187,7 @@ def test_without_an_evaluation_nothing_is_merged(
 ) -> None:
     monkeypatch.setattr(Declared, "merge", lambda *arguments: pytest.fail("merged"))
     out = tmp_path / "out"
-    curve = write_curve(written(tmp_path, llamas), out, OPTIONS, ["all"])
+    curve = sizes_of(written(tmp_path, llamas), out, OPTIONS, ["all"])
     assert len(curve.points) > 10 and not (out / "sizes.png").exists()
     assert list(rows(out)[0]) == ["algorithm", "requested", "size", "bytes"]
     assert points(out)[0]["scores"] == {task: {} for task in TASKS}
@@ -195,22 +195,22 @@ def test_without_an_evaluation_nothing_is_merged(
 
 def test_parameters_of_one_algorithm_do_not_keep_another_out(llamas: Any, tmp_path: Path) -> None:
     path = written(tmp_path, llamas, {"density": 0.3, "trim_scope": "block"})
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 3.0], ("ties", "average", "ties"))
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [1.0, 3.0], ("ties", "average", "ties"))
     assert [point.algorithm for point in curve.points] == ["ties", "ties", "average", "average"]
     with pytest.raises(ConfigError, match=r"parameters\.density"):
-        write_curve(path, tmp_path / "other", OPTIONS, [1.0], ("average", "tsv_m"))
+        sizes_of(path, tmp_path / "other", OPTIONS, [1.0], ("average", "tsv_m"))
 
 
 def test_parameters_of_groups_do_not_keep_residuals_out(llamas: Any, tmp_path: Path) -> None:
     given = {"linkage": "average", "order": "random", "vectors": "shared", "dare_density": 0.5}
     path = written(tmp_path, llamas, {**given, "base": "given"})
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [2.0], ("average", "residual"))
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [2.0], ("average", "residual"))
     assert [point.algorithm for point in curve.points] == ["average", "residual"]
 
 
 def test_all_sizes_are_those_that_bounded_ranks_allow(llamas: Any, tmp_path: Path) -> None:
     path = written(tmp_path, llamas, {"output": "adapters", "max_rank": 2})
-    curve = write_curve(path, tmp_path / "out", OPTIONS, ["all"], ["residual"])
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, ["all"], ["residual"])
     sizes = [point.size for point in curve.points]
     assert 1 < sizes[-1] < sizes[0] < 3 and sizes[0] == curve.points[0].requested
 
@@ -233,7 +233,7 @@ def test_what_is_refused_before_anything(
     document = {**config("flexmerge", models, base, {}), **changes}
     path, seen = write_yaml(tmp_path / "merge.yml", document), Recorder()
     with pytest.raises(ConfigError, match=message):
-        write_curve(path, tmp_path / "out", OPTIONS, sizes, (), seen)
+        sizes_of(path, tmp_path / "out", OPTIONS, sizes, (), seen)
     assert not seen.calls and not (tmp_path / "out").exists()
 
 
@@ -263,7 +263,7 @@ def failing_at(call: int, then: Callable[[], Any]) -> Recorder:
 def test_no_score_of_an_input_leaves_nothing(llamas: Any, tmp_path: Path) -> None:
     seen = Recorder(lambda call: math.nan)
     with pytest.raises(EvaluationError, match=r"tuned0's individual model returned .*expected"):
-        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), seen)
+        sizes_of(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), seen)
     assert len(seen.calls) == 1 and not (tmp_path / "out").exists()
 
 
@@ -276,7 +276,7 @@ def test_an_exception_keeps_what_is_done(
     path, out, sizes = written(tmp_path, llamas), tmp_path / "out", [1.0, 2.0, 3.0]
     what = r"tuned1, `task_arithmetic` at size [12]\.?\d* raised"
     with pytest.raises(EvaluationError, match=what) as raised:
-        write_curve(path, out, OPTIONS, sizes, (), failing_at(7, explode))
+        sizes_of(path, out, OPTIONS, sizes, (), failing_at(7, explode))
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
     assert "ZeroDivisionError: my own mistake" in str(raised.value)
     assert "in explode" in str(raised.value)
@@ -284,7 +284,7 @@ def test_an_exception_keeps_what_is_done(
     assert [row["requested"] for row in rows(out)] == ["3.0"] and len(points(out)) == 1
     assert "the first 1 sizes are in" in capsys.readouterr().err
     with pytest.raises(EvaluationError, match="returned f1; expected score as for the first"):
-        write_curve(path, out, OPTIONS, sizes, (), failing_at(9, lambda: {"f1": 1.0}))
+        sizes_of(path, out, OPTIONS, sizes, (), failing_at(9, lambda: {"f1": 1.0}))
     assert [row["requested"] for row in rows(out)] == ["3.0", "2.0"]
 
 
@@ -295,9 +295,9 @@ def test_tasks_may_have_metrics_of_their_own(
         return {"f1": 0.5} if task == "tuned1" else {"accuracy": 0.5, "f1": 0.25}
 
     out = tmp_path / "out"
-    write_curve(written(tmp_path, llamas), out, OPTIONS, [1.0], (), evaluate, "f1")
+    curve = sizes_of(written(tmp_path, llamas), out, OPTIONS, [1.0], (), evaluate, "f1")
     (row,) = rows(out)
-    said = capsys.readouterr().err
+    said = "".join(curve.notes)
     assert "accuracy: means are over tuned0, tuned2 alone" in said and "f1:" not in said
     assert "tuned1/accuracy" not in row and float(row["mean/f1"]) == pytest.approx(1 / 3)
     assert (out / "sizes.png").exists()
@@ -306,10 +306,10 @@ def test_tasks_may_have_metrics_of_their_own(
 def test_an_unknown_metric_is_refused_before_the_sizes(llamas: Any, tmp_path: Path) -> None:
     seen = Recorder()
     with pytest.raises(ConfigError, match="found 'bleu'; expected one of score"):
-        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), seen, "bleu")
+        sizes_of(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], (), seen, "bleu")
     assert len(seen.calls) == 3 and not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="--evaluate"):
-        write_curve(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], metric="score")
+        sizes_of(written(tmp_path, llamas), tmp_path / "out", OPTIONS, [1.0], metric="score")
 
 
 def test_without_a_ratio_there_are_tables_and_no_plot(
@@ -318,20 +318,20 @@ def test_without_a_ratio_there_are_tables_and_no_plot(
     out = tmp_path / "out"
     out.mkdir()
     (out / "sizes.png").write_text("of an earlier run")
-    write_curve(written(tmp_path, llamas), out, OPTIONS, [1.0], (), Recorder(lambda call: 0.0))
+    zero = Recorder(lambda call: 0.0)
+    curve = sizes_of(written(tmp_path, llamas), out, OPTIONS, [1.0], (), zero)
     assert rows(out)[0]["normalised/score"] == "" and not (out / "sizes.png").exists()
-    shown = capsys.readouterr()
-    assert "No plot: score of an individual model is not above zero" in shown.err
-    assert "mean score" in shown.out
+    assert "no plot: score of an individual model is not above zero" in curve.notes[-1]
+    assert "mean score" in str(curve)
 
 
 def test_a_folder_that_cannot_be_written(llamas: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     seen = Recorder()
     with pytest.raises(ConfigError, match="OUT_PATH"):
-        write_curve(written(tmp_path, llamas), tmp_path / "file" / "out", OPTIONS, [1.0], (), seen)
+        sizes_of(written(tmp_path, llamas), tmp_path / "file" / "out", OPTIONS, [1.0], (), seen)
     with pytest.raises(ConfigError, match="where the input"):
-        write_curve(written(tmp_path, llamas), llamas[1][0], OPTIONS, [1.0], (), seen)
+        sizes_of(written(tmp_path, llamas), llamas[1][0], OPTIONS, [1.0], (), seen)
     assert not seen.calls
 
 
@@ -352,15 +352,15 @@ def test_events_and_progress_and_one_analysis_for_all(
 ) -> None:
     path, out, watch = written(tmp_path, llamas), tmp_path / "out", Watch()
     options, algorithms = MergeOptions(), ("average", "emr")
-    curve = write_curve(path, out, options, [1.0, 2.0], algorithms, Recorder(), None, [watch])
+    curve = sizes_of(path, out, options, [1.0, 2.0], algorithms, Recorder(), None, [watch])
     assert watch.passes == 1
     assert watch.sizes == [SizeReached(p.algorithm, p.size, p.bytes) for p in curve.points]
     shown = capsys.readouterr().err
     assert "Individual models: 100%" in shown and "3/3" in shown
     assert "Evaluating: 100%" in shown and "9/9" in shown  # EMR has one size only
-    write_curve(path, out, OPTIONS, [1.0, 3.0], algorithms, callbacks=[watch])
-    assert watch.passes == 1
-    assert capsys.readouterr().err.startswith("Note: emr: 1 cannot")
+    curve = sizes_of(path, out, OPTIONS, [1.0, 3.0], algorithms, callbacks=[watch])
+    assert watch.passes == 1 and curve.notes[0].startswith("emr: 1 cannot")
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("algorithm", ["ties", "emr"])
@@ -381,7 +381,7 @@ def test_private_heads(tmp_path: Path, algorithm: str) -> None:
         return 1.0
 
     path = written(tmp_path, (base, tuned))
-    curve = write_curve(path, tmp_path / "out", OPTIONS, None, (algorithm,), evaluate)
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, None, (algorithm,), evaluate)
     assert len(curve.points) >= 2
     # Heads lie outside of the number of models.
     assert curve.points[0].size == 3.0
@@ -389,7 +389,7 @@ def test_private_heads(tmp_path: Path, algorithm: str) -> None:
 
 def test_masks_over_a_base_of_a_wider_dtype_save_nothing(llamas: Any, tmp_path: Path) -> None:
     path = written(tmp_path, llamas, out_dtype="bfloat16")
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 3.0, "all"], ("emr",))
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [1.0, 3.0, "all"], ("emr",))
     assert [(point.requested, point.size) for point in curve.points] == [(3.0, 3.0)]
 
 
@@ -399,7 +399,7 @@ def test_few_and_many_models(tmp_path: Path, count: int, algorithm: str) -> None
     inputs = family(tmp_path, llama, amounts=[0.01 * (i + 1) for i in range(count)])
     seen = Recorder()
     path = written(tmp_path, inputs)
-    curve = write_curve(path, tmp_path / "out", OPTIONS, [1.0, 2.0], (algorithm,), seen)
+    curve = sizes_of(path, tmp_path / "out", OPTIONS, [1.0, 2.0], (algorithm,), seen)
     sizes = [point.size for point in curve.points]
     if algorithm == "emr":
         # Masks do not save anything for two models; each of twelve costs a 32nd of a model.
@@ -411,7 +411,5 @@ def test_few_and_many_models(tmp_path: Path, count: int, algorithm: str) -> None
 
 def test_a_stock_method_is_reached_under_its_name_in_yaml(llamas: Any, tmp_path: Path) -> None:
     path, watch = written(tmp_path, llamas, {"weight": 1}), Watch()
-    write_curve(
-        path, tmp_path / "out", OPTIONS, [1.0], ["mergekit:ties"], Recorder(), None, [watch]
-    )
+    sizes_of(path, tmp_path / "out", OPTIONS, [1.0], ["mergekit:ties"], Recorder(), None, [watch])
     assert [size.algorithm for size in watch.sizes] == ["mergekit:ties"]

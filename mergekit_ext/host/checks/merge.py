@@ -84,13 +84,19 @@ def _inventory(
     check_settings(config, options, findings)
     if options.multi_gpu and not torch.accelerator.device_count():
         findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
+    method = method_named(config.merge_method, "merge_method", findings)
+    return Inventory(config, options, method, findings)
+
+
+def method_named(name: Any, where: str, findings: Findings) -> Any:
+    """Return the registered method, or None and a problem."""
     methods = {method.spec.name: method for method in merge_methods.registered_methods()}
-    name = config.merge_method
-    if name not in methods:
-        expected, close = f"one of {', '.join(sorted(methods))}", nearest(name, methods)
-        remedy = f"Write `{close}`." if close else "Choose one of them."
-        findings.problem("merge_method", shown(name), expected, remedy)
-    return Inventory(config, options, methods.get(name), findings)
+    if name in methods:
+        return methods[name]
+    expected, close = f"one of {', '.join(sorted(methods))}", nearest(name, methods)
+    remedy = f"Write `{close}`." if close else "Choose one of them."
+    findings.problem(where, shown(name), expected, remedy)
+    return None
 
 
 def _check_parameters(inventory: Inventory) -> list[Mapping[str, Any]]:

@@ -23,7 +23,7 @@ from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
 from mergekit_ext.host.checks.settings import check_settings, dtype_of
 from mergekit_ext.host.checks.tensors import check_inputs
-from mergekit_ext.host.commands import parsed
+from mergekit_ext.host.commands import parsed, source_of
 from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.flexmerge.adapters import FOLDER, forms_of
 from mergekit_ext.host.flexmerge.needs import estimate
@@ -33,7 +33,6 @@ from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_copied_modules
 from mergekit_ext.host.naming import Headers, is_tied, named_otherwise
 from mergekit_ext.host.run import ordered
-from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.headers import PACKED
 from mergekit_ext.io.staging import place_problems
 
@@ -49,16 +48,16 @@ _REFUSED = {
 
 
 def prepare_tables(
-    path: Path, folder: Path, options: Any, algorithms: Sequence[str] = ()
+    config: Any, folder: Path, options: Any, algorithms: Sequence[str] = ()
 ) -> dict[str, tuple[CheckReport, Prepared]]:
-    """Check the configuration in a file with each of several algorithms, at no target size.
+    """Check a configuration with each of several algorithms, at no target size.
 
     `algorithms` are names; none for that of the configuration. Tables will be written to `folder`.
 
     Raises:
         ConfigError: something is wrong with the configuration, its inputs or `folder`.
     """
-    source = text_of(path)
+    source = source_of(config)
     config = named(ordered(parsed(source)))
     if not isinstance(ext_method(config.merge_method), FlexMergeMethod):
         other, remedy = repr(config.merge_method), "Use mergekit-yaml for other methods."

@@ -27,6 +27,7 @@ from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
 from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
+from mergekit_ext.host.interface import interface
 from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
 from mergekit_ext.report.tables import (
@@ -46,40 +47,60 @@ Evaluate = Callable[[Any, str], Mapping[str, float] | float]
 
 
 class Curve(NamedTuple):
-    """The scores of each task's own model, and those of each algorithm from large to small."""
+    """The scores of each task's own model, and those of each algorithm from large to small.
+
+    As text, a table of the means of `metric`.
+    """
 
     reference: Scores
     points: Sequence[SizePoint]
+    metric: str | None
+    notes: Sequence[str]
+
+    def __str__(self) -> str:
+        return _table(self.points, self.reference, self.metric)
 
 
-def write_curve(
-    config_file: Path,
-    folder: Path,
-    options: MergeOptions,
+@interface
+def sizes(
+    config: Any,
+    out: str | os.PathLike[str],
+    options: MergeOptions | None = None,
     sizes: Sequence[float | str] | None = None,
     algorithms: Sequence[str] = (),
     evaluate: Evaluate | None = None,
     metric: str | None = None,
     callbacks: Iterable[object] = (),
+    *,
+    max_memory: int | str | None = None,
+    allow_pickle: bool = False,
 ) -> Curve:
-    """Trace the curve and write ``sizes.csv``, ``sizes.json`` and ``sizes.png`` into `folder`.
+    """Merge a `flexmerge` configuration at many sizes, in memory, and score each.
 
-    The tables are written anew after every size that is scored: what is done is kept, whatever
-    comes later. An analysis that is in the folder is used again; a new one is kept there.
-
-    The configuration's ``target_size`` is not used. `sizes` are numbers of models, or "all" for the
-    size after every merge; `algorithms` are names, one line each. `evaluate` scores a transformers
-    module in evaluation mode, on the CPU, whose weights it must not write to; without it nothing
-    is merged. `metric` is what is drawn, by default the first that `evaluate` returns.
+    Args:
+        config: as for `merge`; its `target_size` is not used.
+        out: a folder that gets sizes.csv, sizes.json, sizes.png and the analysis. Tables are
+            written after every size: what is done is kept.
+        options, callbacks, max_memory, allow_pickle: as for `merge`.
+        sizes: numbers of models, or "all" for the size after every merge; by default 1, 1.5, 2, ...
+        algorithms: names, one line of the curve each; by default that of the configuration.
+        evaluate: ``evaluate(model, task)`` scores a transformers module in evaluation mode, on the
+            CPU, whose weights it must not write to: a number, or a mapping from metrics to numbers.
+            Without it nothing is merged.
+        metric: what is drawn; by default the first that `evaluate` returns.
 
     Raises:
-        ConfigError: something is wrong with the configuration, for one of the algorithms, with
-            `folder`, `metric`, or a size, which is larger than all models together.
+        ConfigError: with all that is wrong with the configuration, for one of the algorithms, with
+            `out`, `metric`, or a size, which is larger than all models together.
         EvaluationError: `evaluate` raised, or did not return scores.
+
+    Example:
+        >>> print(mergekit_ext.sizes("flex.yml", "curve", sizes=[1, 1.5, 2], evaluate=score))
     """
+    options, folder = options or MergeOptions(), Path(os.path.expanduser(out))
     if metric is not None and evaluate is None:
         require([Problem("--metric", repr(metric), "`--evaluate` as well", "Say what scores.")])
-    lines, wanted = _prepared(config_file, folder, options, algorithms, sizes, evaluate is not None)
+    lines, wanted = _prepared(config, folder, options, algorithms, sizes, evaluate is not None)
     evaluator = None if evaluate is None else _Evaluator(evaluate, options)
     points: list[SizePoint] = []
     notes: list[str] = []
@@ -115,8 +136,6 @@ def write_curve(
         if len(having) < len(reference):
             alone = f"means are over {', '.join(having)} alone; no other task has it."
             notes.append(f"{name}: {alone}")
-    for note in notes:
-        click.echo(f"Note: {note}", err=True)
     drawn = metric or next(iter(metrics), None)
     if drawn is not None:
         try:
@@ -124,13 +143,12 @@ def write_curve(
         except (ImportError, ValueError) as error:
             # One of an earlier run would not belong to the tables.
             (folder / "sizes.png").unlink(missing_ok=True)
-            click.echo(f"No plot: {error}.", err=True)
-    click.echo(_table(points, reference, drawn))
-    return Curve(reference, points)
+            notes.append(f"no plot: {error}.")
+    return Curve(reference, points, drawn, notes)
 
 
 def _prepared(
-    config_file: Path,
+    config: Any,
     folder: Path,
     options: MergeOptions,
     algorithms: Sequence[str],
@@ -138,7 +156,7 @@ def _prepared(
     scored: bool,
 ) -> tuple[dict[str, Prepared], Sequence[float | str]]:
     """Return a prepared merge for each algorithm, and the sizes, which all of them may have."""
-    found = prepare_tables(config_file, folder, options, algorithms).items()
+    found = prepare_tables(config, folder, options, algorithms).items()
     lines = {name: prepared for name, (_, prepared) in found}
     count = len(next(iter(lines.values())).layout.tasks)
     if sizes is None:
@@ -154,7 +172,7 @@ def _prepared(
 
 
 class _Evaluator:
-    """Calls the user's function (see `write_curve`) with one model after the other."""
+    """Calls the user's function (see `sizes`) with one model after the other."""
 
     def __init__(self, function: Evaluate, options: MergeOptions):
         self._function, self._options = function, options

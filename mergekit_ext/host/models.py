@@ -1,0 +1,234 @@
+"""`merge_models`: modules and state dicts in memory, merged as mergekit merges saved models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import ParameterScope, TensorEntry, TensorGroup, TensorMetadata
+from torch import Tensor
+
+import mergekit_ext
+from mergekit_ext.declared import Inputs
+from mergekit_ext.errors import shown
+from mergekit_ext.host.checks.copied import OF_MERGES
+from mergekit_ext.host.checks.layout import Group, Source
+from mergekit_ext.host.checks.merge import method_named
+from mergekit_ext.host.checks.parameters import check_parameters
+from mergekit_ext.host.checks.plan import PlannedTensor
+from mergekit_ext.host.checks.report import Findings
+from mergekit_ext.host.flexmerge import FlexMergeMethod
+from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.session import Session, active
+from mergekit_ext.io.headers import is_counter
+from mergekit_ext.io.state import named
+from mergekit_ext.kernels.precision import full_precision
+from mergekit_ext.kernels.seeds import derived, seeded
+
+_BASE = "base"
+_CONFIGURED = "Take it out, or save the models and use `mergekit_ext.merge`."
+# Tensors, each with the first of its names.
+_State = Mapping[str, tuple[str, Tensor]]
+
+
+def merge_models(
+    models: Sequence[Any] | Mapping[str, Any],
+    method: str,
+    *,
+    base: Any = None,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    **parameters: Any,
+) -> Any:
+    """Merge torch modules or state dicts in memory, as the YAML merges the same models saved.
+
+    Args:
+        models: modules or state dicts with the same tensors; a mapping gives them names. They are
+            not changed.
+        method: any merge method but `flexmerge` and `decompose`; ``print(mergekit_ext.methods())``.
+        base: the base model, likewise.
+        weights: one for each model; the same as the parameter `weight`.
+        seed: of random methods, as ``--random-seed``.
+        **parameters: of the method: one value, or a list with one for each model if models can
+            have their own. A trailing underscore is left out: ``lambda_=0.5``.
+
+    Returns:
+        A module of the first one's class; of state dicts a state dict. Tensors are computed on the
+        device that they are on, in float32 at least, and tied ones stay tied.
+
+    Raises:
+        ConfigError: with all that is wrong with arguments and models.
+        NonFiniteError, MergeError: an input holds NaN or infinity, or the result would.
+
+    Example:
+        >>> merged = mergekit_ext.merge_models([code, maths], "ties", base=base, density=0.5)
+        >>> merged = mergekit_ext.merge_models([code, maths], "linear", weights=[0.7, 0.3])
+    """
+    mergekit_ext.register()
+    findings = Findings()
+    found = method_named(method, "method", findings)
+    if isinstance(found, FlexMergeMethod):
+        remedy = "Save the models, and use `mergekit_ext.merge`."
+        findings.problem("method", repr(method), "a method that makes one model", remedy)
+        found = None
+    inputs = _inputs(models, base, findings)
+    if weights is not None:
+        parameters["weight"] = weights
+    group = _group(found, inputs, base, parameters, findings)
+    if found is not None and inputs:
+        _check_parameters(found, group, findings)
+    states = {key: named(model) for key, model in inputs.items()}
+    _check_tensors(states, findings)
+    findings.report().raise_for_problems("these models")
+    first, *others = states.values()
+    # Tensors that all models tie are one.
+    tied = {
+        name: kept if all(state[name][0] == kept for state in others) else name
+        for name, (kept, _) in first.items()
+    }
+    merged = _merge(found, group, states, set(tied.values()), seed)
+    model = next(iter(inputs.values()))
+    if isinstance(model, Mapping):
+        return {name: merged[kept] for name, kept in tied.items()}
+    model = copy.deepcopy(model)
+    for name, (_, tensor) in named(model).items():
+        tensor.copy_(merged[tied[name]])
+    return model
+
+
+def _inputs(models: Any, base: Any, findings: Findings) -> dict[str, Any]:
+    """Return the models and the base by name; report what is none."""
+    listed = isinstance(models, (list, tuple))
+    if not models or not (listed or isinstance(models, Mapping)):
+        expected = "a list of one model at least, or a mapping from names to models"
+        findings.problem("models", shown(models), expected)
+        return {}
+    pairs = (
+        ((f"models[{i}]", model) for i, model in enumerate(models)) if listed else models.items()
+    )
+    found = {str(name): model for name, model in pairs}
+    if base is not None and all(model is not base for model in found.values()):
+        found[_BASE] = base
+    for name, model in list(found.items()):
+        tensors = model.values() if isinstance(model, Mapping) else ()
+        if not isinstance(model, torch.nn.Module) and not (
+            tensors and all(isinstance(tensor, Tensor) for tensor in tensors)
+        ):
+            expected = "a torch module, or a state dict of tensors"
+            findings.problem(name, f"a {type(model).__name__}", expected)
+            del found[name]
+    return found
+
+
+def _group(
+    method: Any, inputs: Mapping[str, Any], base: Any, given: Mapping[str, Any], findings: Findings
+) -> Group:
+    """Return inputs and parameters as a configuration has them; report what it cannot."""
+    specs = {} if method is None else {spec.name: spec for spec in method.spec.parameters}
+    based = next((key for key, model in inputs.items() if model is base), None)
+    sources = [Source(key, key, {}, implicit=key == _BASE == based) for key in inputs]
+    models = [source for source in sources if not source.implicit]
+    shared: dict[str, Any] = {}
+    for key, value in given.items():
+        name, own = key.removesuffix("_"), None
+        if hasattr(value, "tolist"):  # of torch and NumPy
+            value = value.tolist()
+        if (spec := specs.get(name)) is not None and spec.scope != ParameterScope.SHARED:
+            own = f", or a list of {len(models)}, one for each model"
+        if name in OF_MERGES:
+            findings.problem(name, "it", "nothing: it is for saved models", _CONFIGURED)
+        elif spec is None or not isinstance(value, (list, tuple, Mapping)):
+            shared[name] = value
+        elif own and not isinstance(value, Mapping) and len(value) == len(models):
+            for source, one in zip(models, value, strict=True):
+                source.parameters[name] = one.item() if hasattr(one, "item") else one  # type: ignore[index]
+        else:
+            findings.problem(name, shown(value), f"one value{own or ''}", _CONFIGURED)
+    return Group("models", tuple(sources), based, {"parameters": shared})
+
+
+def _check_parameters(method: Any, group: Group, findings: Findings) -> None:
+    """Check inputs and parameters as those of a configuration."""
+    (shared,) = group.shared.values()
+    weight = SimpleNamespace(name="")
+    one = PlannedTensor(
+        weight,
+        dict.fromkeys(group.by_model, weight),
+        group,
+        lambda key: [shared] if key is None else [group.by_model[key].parameters, shared],
+    )
+    own = Findings()
+    check_parameters(method, [group], [one], own)
+    for problem in own.report().problems:
+        remedy = problem.remedy.replace("Add `base_model:`", f"Give `{_BASE}`")
+        where = problem.where.replace("base_model", _BASE)
+        findings.extend([replace(problem, where=where, remedy=remedy)])
+
+
+def _check_tensors(states: Mapping[str, _State], findings: Findings) -> None:
+    """Report tensors that the models do not have alike."""
+    (first, known), *others = [*states.items()] or [("", {})]
+    remedy = "Give state dicts of what all have, or save the models and use `mergekit_ext.merge`."
+    for key, state in others:
+        for name in dict.fromkeys((*known, *state)):
+            one, other = _shown(known, name), _shown(state, name)
+            if one != other:
+                findings.tensor(name, f"{other} in {key}", f"{one}, as in {first}", remedy)
+
+
+def _shown(state: _State, name: str) -> str:
+    """Return shape and device of a tensor, and whole numbers, which are copied, too."""
+    if name not in state:
+        return "nothing"
+    tensor = state[name][1]
+    copied = not tensor.is_floating_point() and not is_counter(name)
+    return f"{[*tensor.shape]} on {tensor.device}" + copied * f" ({shown(tensor.tolist())})"
+
+
+def _merge(
+    method: Any,
+    group: Group,
+    states: Mapping[str, _State],
+    names: Container[str],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Return the merged tensors called `names`; none is an input's."""
+    (shared,) = group.shared.values()
+    given = dict(shared) | {
+        spec.name: {
+            source.model: {**shared, **source.parameters}.get(spec.name, spec.default)
+            for source in group.sources
+        }
+        for spec in method.spec.input_parameters
+    }
+    inputs = {
+        name: [TensorEntry(key, state[name][1], key == group.base) for key, state in states.items()]
+        for name in next(iter(states.values()))
+        if name in names
+    }
+    copied = states[group.base] if group.base else next(iter(states.values()))
+    groups, merged = [], {}
+    for name, entries in inputs.items():
+        if (tensor := copied[name][1]).is_floating_point():
+            groups.append(TensorGroup(tuple(entries), TensorMetadata(name)))
+        else:
+            merged[name] = tensor.clone()
+    with active(Session()) as session, full_precision(), torch.no_grad():
+        bound = method._bind_parameters(groups, given)
+        if isinstance(method, ExtMethod) and bound:
+            weights = [bound[0]["weight"][entry.id] for entry in groups[0].non_base]
+            about = Inputs(len(weights), group.base is not None, weights=weights)
+            session.warn(method.forewarnings(bound[0], about))
+        for one, values in zip(groups, bound, strict=True):
+            name = str(one.metadata.name)
+            with seeded(derived(seed, name), one.tensors[0].device):
+                (found,) = method._execute_resolved((one,), [values])
+            is_input = found.data_ptr() in map(Tensor.data_ptr, one.tensors)
+            merged[name] = found.clone() if is_input else found
+        if isinstance(method, ExtMethod):
+            session.warn(method.warnings(session.records))
+    return merged
