@@ -1,14 +1,13 @@
-"""Base and residuals of all tasks, computed once for each block and kept in files.
+"""Base and residuals of all tasks, computed once for each tensor and kept in files.
 
 Only triplets that can be kept are computed. The files serve until ranks are known.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -23,17 +22,18 @@ from mergekit_ext.flexmerge.residual import Limit, ResidualStorage, Spectrum
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.kernels.numerics import all_finite
-from mergekit_ext.kernels.ranks import deepened
+from mergekit_ext.kernels.ranks import deepened, kind_of, mean_rank
+from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.truncated import factors
 from mergekit_ext.parallel import current
 
-# Ranks are computed this far beyond the mean one that the budget allows.
-_FIRST_DEPTH, _LEAST_DEPTH = 1.25, 8
+# Numbers of a matrix up to which one thread decomposes it, beside those of other tasks.
+_SMALL = 1 << 22
 _READ = 1 << 24
 
 
 class Decomposition:
-    """theta_0 and factors of all tasks in files, one for each block, in `folder`."""
+    """theta_0 and factors of all tasks in files, one for each tensor, in `folder`."""
 
     def __init__(
         self,
@@ -48,6 +48,10 @@ class Decomposition:
         self._progress, self._measuring = progress, measuring
         self._finished = finished or Finished()
         self._limit, self._spectra = Limit(0.0), list[Spectrum]()
+        parts = [part.name for block in storage.layout.blocks for part in block.parts]
+        self._numbers = {name: number for number, name in enumerate(parts)}
+        self._depths: dict[str, int] = {}
+        self.measured: dict[str, Spectrum] = {}  # of all tensors; no squares without factors
 
     def spectra(self, limit: Limit) -> Sequence[Spectrum]:
         """Return leading singular values, at least as many as can be kept within a limit.
@@ -61,114 +65,114 @@ class Decomposition:
         return self._spectra
 
     def _deep_enough(self, limit: Limit) -> list[Spectrum]:
-        storage, processes = self.storage, current()
-        processes.from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
-        tasks, matrices = range(storage.tasks), storage.matrices
-        blocks = storage.layout.blocks
-        owners = processes.share([block.bytes(tasks) for block in blocks])
-        found: dict[str, Spectrum] = {}
+        storage, tasks = self.storage, self.storage.tasks
+        current().from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        parts = [part for _, part in storage.matrices]
 
         def decompose(wanted: Sequence[int], depths: Sequence[int]) -> None:
-            own: dict[str, Spectrum] = {}
-            for index in sorted({matrices[k][0] for k in wanted}) if found else range(len(blocks)):
-                if owners[index] == processes.rank:
-                    deep = {p.name: depths[k] for k, (b, p) in enumerate(matrices) if b == index}
-                    own |= self._decomposed(index, deep)
-                    self._progress(blocks[index].name)
-            for part_of in processes.gather(own):
-                found.update(part_of)
+            self._decompose({parts[k].name: depths[k] for k in wanted})
 
-        def chosen() -> Sequence[int]:
-            ranks = storage.ranks([found[part.name] for _, part in matrices], limit)
-            return [max(ranks[k : k + len(tasks)]) for k in range(0, len(ranks), len(tasks))]
+        def chosen(like: Sequence[int]) -> Sequence[int]:
+            ranks = storage.ranks([self.measured[parts[k].name] for k in like], limit)
+            return [max(ranks[k : k + tasks]) for k in range(0, len(ranks), tasks)]
 
-        most = [storage.algorithm.largest_rank(part) for _, part in matrices]
-        limited = [min(top, limit.rank or top) for top in most]
-        deepened(limited, self._first_depth(limit), decompose, chosen)
-        return [found[part.name] for _, part in matrices]
+        most = [storage.algorithm.largest_rank(part) for part in parts]
+        deepened(
+            [min(top, limit.rank or top) for top in most],
+            limit.rank or mean_rank(limit.budget, [tasks * storage.cost(part) for part in parts]),
+            [kind_of(part.name, part.shape) for part in parts],
+            decompose,
+            chosen,
+            storage.algorithm.parameters.shared["rank_multiple"],
+        )
+        return [self.measured[part.name] for part in parts]
 
-    def _first_depth(self, limit: Limit) -> int:
-        """Return how many triplets of each residual are computed at first."""
-        storage = self.storage
-        step: int = storage.algorithm.parameters.shared["rank_multiple"]
-        if limit.rank is not None:
-            return limit.rank
-        mean = 0
-        if limit.budget < math.inf:
-            each = storage.tasks * sum(storage.cost(part) for _, part in storage.matrices)
-            mean = int(limit.budget // max(each, 1))
-        return -(-max(int(_FIRST_DEPTH * mean), _LEAST_DEPTH) // step) * step
+    def _decompose(self, depths: Mapping[str, int]) -> None:
+        """Decompose some tensors, and write what has no residual of their blocks, and of others."""
+        processes, blocks, own = current(), self.storage.layout.blocks, dict[str, Spectrum]()
+        low = {part.name for _, part in self.storage.matrices}
+        owners = processes.share([block.bytes(range(self.storage.tasks)) for block in blocks])
+        for block, owner in zip(blocks, owners, strict=True):
+            names = {part.name for part in block.parts}
+            if names & low and names.isdisjoint(depths):
+                continue
+            wanted = {name: depths.get(name, 0) for name in names & {*depths} | names - low}
+            deeper = {n: depth for n, depth in wanted.items() if depth > self._depths.get(n, -1)}
+            if deeper and owner == processes.rank:
+                own |= self._spectra_of(block, deeper)
+                if names.isdisjoint(self._depths):
+                    self._progress(block.name)
+            self._depths |= deeper
+        for part_of in processes.gather(own):
+            self.measured |= part_of
 
-    def theta_0(self, block: str, name: str) -> Tensor:
+    def theta_0(self, name: str) -> Tensor:
         """Return a tensor of theta_0."""
-        return self._get(block, f"theta_0/{name}")
+        return self._get(name, "theta_0")[0]
 
-    def factors(self, block: str, task: int, name: str, rank: int) -> tuple[Tensor, Tensor]:
+    def factors(self, task: int, name: str, rank: int) -> tuple[Tensor, Tensor]:
         """Return B, (n, rows, rank), and A, (n, rank, columns), of a residual ``B A``.
 
         In the dtype of the arithmetic; sigma is shared out evenly.
         """
-        b, a = (self._get(block, f"{kind}/{task}/{name}") for kind in ("b", "a"))
+        b, a = self._get(name, f"b/{task}", f"a/{task}")
         return b[..., :rank], a[..., :rank, :]
 
-    def _get(self, block: str, key: str) -> Tensor:
-        with safe_open(self._path(block), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-        return tensor
+    def _get(self, name: str, *keys: str) -> list[Tensor]:
+        with safe_open(self._path(name, self._depths[name]), framework="pt") as file:
+            return [file.get_tensor(key) for key in keys]
 
-    def _path(self, block: str) -> Path:
-        names = [layout.name for layout in self.storage.layout.blocks]
-        return self._folder / f"{names.index(block)}.safetensors"
+    def _path(self, name: str, depth: int) -> Path:
+        return self._folder / f"{self._numbers[name]}-{depth}.safetensors"
 
-    def _decomposed(self, index: int, depths: Mapping[str, int]) -> dict[str, Spectrum]:
-        """Decompose one block, if no earlier run has, and return its spectra."""
-        block = self.storage.layout.blocks[index]
-        path, key = self._path(block.name), json.dumps([block.name, depths])
-        crc = self._finished.found("residuals", key)
-        if crc is None or not path.is_file() or _crc(path) != crc:
-            save_file(self._made(block, depths), path)
-            self._finished.add("residuals", key, _crc(path))
-        return self.measured(block.name)
+    def _spectra_of(self, block: BlockLayout, depths: Mapping[str, int]) -> dict[str, Spectrum]:
+        """Decompose tensors of one block, if no earlier run has, and return their spectra."""
 
-    def measured(self, block: str) -> dict[str, Spectrum]:
-        """Return what is measured of each tensor of a block; no squares if it has no factors."""
-        with safe_open(self._path(block), framework="pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys() if key[0] in "sw"}  # noqa: SIM118
-        names = [key.partition("/")[2] for key in found if key.startswith("whole/")]
-        none = torch.zeros(self.storage.tasks, 0)
-        return {n: Spectrum(found.get(f"squares/{n}", none), found[f"whole/{n}"]) for n in names}
+        def is_done(name: str) -> bool:
+            path = self._path(name, depths[name])
+            crc = self._finished.found("residuals", path.name)
+            return crc is not None and path.is_file() and _crc(path) == crc
 
-    def _made(self, block: BlockLayout, depths: Mapping[str, int]) -> dict[str, Tensor]:
-        data, forced, wide = (
-            self._reader.read(block),
-            self.storage.forced,
-            self._reader.layout.dtype,
-        )
+        found = dict[str, Spectrum]()
+        missing = {name: depth for name, depth in depths.items() if not is_done(name)}
+        for name, tensors in self._made(block, missing) if missing else ():
+            path = self._path(name, depths[name])
+            save_file(tensors, path)
+            self._finished.add("residuals", path.name, _crc(path))
+        for name, depth in depths.items():
+            with safe_open(self._path(name, depth), framework="pt") as file:
+                found[name] = Spectrum(file.get_tensor("squares"), file.get_tensor("whole"))
+        return found
+
+    def _made(
+        self, block: BlockLayout, depths: Mapping[str, int]
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        data, storage, wide = self._reader.read(block), self.storage, self._reader.layout.dtype
         require_finite_block(data, self._reader.layout)
-        tasks = list(data.models)
-        merged = self.storage.algorithm.merge(data, tasks, forced or block.dtype(tasks))
-        made: dict[str, Tensor] = {}
+        tasks, forced = list(data.models), storage.forced
+        merged = storage.algorithm.merge(data, tasks, forced or block.dtype(tasks))
+
+        def of_task(task: int) -> tuple[dict[str, Tensor], Tensor, float]:
+            model = data.part(data.models[task], index).to(wide)
+            residual = (model - theta_0).view(part.matrix_shape)
+            if not all_finite(residual):
+                raise out_of_range(block.name)
+            if not depths[part.name]:
+                return {}, torch.zeros(0), float(residual.square().sum(dtype=torch.float64))
+            b, a, own, norm = factors(residual, depths[part.name])
+            pair = {f"b/{task}": b, f"a/{task}": a}
+            return {key: each.to(wide).cpu().contiguous() for key, each in pair.items()}, own, norm
+
         for index, part in enumerate(block.parts):
+            if part.name not in depths:
+                continue
             theta_0 = data.part(merged, index).to(forced or part.dtype(tasks))
-            made[f"theta_0/{part.name}"] = theta_0.cpu()
-            squares, whole = [], []
-            for task in tasks:
-                model = data.part(data.models[task], index).to(wide)
-                residual = (model - theta_0).view(part.matrix_shape)
-                if not all_finite(residual):
-                    raise out_of_range(block.name)
-                if part.name not in depths:
-                    whole.append(float(residual.square().sum(dtype=torch.float64)))
-                    continue
-                b, a, own, norm = factors(residual, depths[part.name])
-                made[f"b/{task}/{part.name}"] = b.to(wide).cpu().contiguous()
-                made[f"a/{task}/{part.name}"] = a.to(wide).cpu().contiguous()
-                squares.append(own)
-                whole.append(norm)
-            if squares:
-                made[f"squares/{part.name}"] = torch.stack(squares)
-            made[f"whole/{part.name}"] = torch.tensor(whole, dtype=torch.float64)
-        return made
+            small = math.prod(part.shape) <= _SMALL
+            each = in_threads(of_task, tasks, theta_0.device) if small else map(of_task, tasks)
+            pairs, squares, whole = zip(*each, strict=True)
+            made = {key: tensor for pair in pairs for key, tensor in pair.items()}
+            made |= {"theta_0": theta_0.cpu(), "squares": torch.stack(squares)}
+            yield part.name, {**made, "whole": torch.tensor(whole, dtype=torch.float64)}
 
 
 def _crc(path: Path) -> int:

@@ -127,7 +127,7 @@ def _residual(
     assert found is not None
     for part in block.parts:
         if part.name not in group.own:
-            theta_0 = found.theta_0(block.name, part.name)
+            theta_0 = found.theta_0(part.name)
             require_in_range(theta_0, part.name)
             yield Place(UNIFIED, tasks), part.name, theta_0
         if part.name in group.own:
@@ -136,7 +136,7 @@ def _residual(
             continue
         for task in tasks:
             if rank := group.ranks[task].get(part.name):
-                factors = found.factors(block.name, task, part.name, rank)
+                factors = found.factors(task, part.name, rank)
                 for end, factor in zip(FACTOR_ENDS, factors, strict=True):
                     stored = factor.to(theta_0.dtype)
                     require_in_range(stored, part.name)

@@ -315,9 +315,9 @@ def _relative(left: float, whole: float) -> float:
 
 
 def kept(
-    storage: ResidualStorage, plan: Plan, measured: Callable[[str], Mapping[str, Spectrum]]
+    storage: ResidualStorage, plan: Plan, measured: Mapping[str, Spectrum]
 ) -> dict[str, list[Kept]]:
-    """Return what is kept of each tensor, task by task; `measured` returns spectra of a block.
+    """Return what is kept of each tensor, task by task; `measured` are the spectra of all.
 
     From singular values: factors are not rounded yet. Nothing is measured where all tasks are
     stored apart.
@@ -325,17 +325,16 @@ def kept(
     found: dict[str, list[Kept]] = {}
     for block, groups in zip(storage.layout.blocks, plan.groups, strict=True):
         apart = groups[0].kind != RESIDUAL
-        spectra = {} if apart else measured(block.name)
         for part in block.parts:
             own = apart or part.name in groups[0].own
             found[part.name] = each = []
             for task in range(storage.tasks):
                 if own:
                     dtype = storage.forced or part.dtypes[task]
-                    whole = 0.0 if apart else float(spectra[part.name].whole[task])
+                    whole = 0.0 if apart else float(measured[part.name].whole[task])
                     each.append(Kept(None, math.prod(part.shape) * dtype.itemsize, whole, 0.0))
                     continue
-                rank, spectrum = groups[0].ranks[task].get(part.name, 0), spectra[part.name]
+                rank, spectrum = groups[0].ranks[task].get(part.name, 0), measured[part.name]
                 squares, whole = spectrum.squares[task], float(spectrum.whole[task])
                 each.append(Kept.of(squares, whole, rank, rank * storage.cost(part)))
     return found

@@ -9,7 +9,8 @@ a triplet gains falls with k; so triplets are taken in the order of :math:`w_j \
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
+# Triplets are computed this far beyond a guess of the rank, and so many at least.
+_MARGIN, _LEAST_DEPTH = 1.25, 8
 
 
 def allocate(
@@ -80,29 +83,57 @@ def allocate(
     return tuple(int(width[owner == j][:count].sum()) for j, count in enumerate(taken))
 
 
+def mean_rank(budget: float, costs: Sequence[int]) -> int:
+    """Return the rank of all matrices that a budget pays for; 0 without one."""
+    return 0 if budget == math.inf else int(budget // max(sum(costs), 1))
+
+
+def kind_of(name: str, shape: Sequence[int]) -> tuple[str, Sequence[int]]:
+    """Return what a matrix has in common with those at its place in other layers."""
+    return re.sub("[0-9]+", "", name), shape
+
+
 def deepened(
     most: Sequence[int],
     first: int,
+    kinds: Sequence[Hashable],
     decompose: Callable[[Sequence[int], Sequence[int]], None],
-    chosen: Callable[[], Sequence[int]],
+    chosen: Callable[[Sequence[int]], Sequence[int]],
+    multiple: int = 1,
 ) -> Sequence[int]:
     """Return the ranks that `chosen` takes of matrices that are decomposed as deep as it needs.
 
+    One of each kind is decomposed first: what `chosen` would take if all others were like it says
+    how deep these are decomposed.
+
     Args:
         most: the largest rank of each matrix.
-        first: the depth of all to begin with; where a matrix gives all its triplets, it doubles.
+        first: a guess of all ranks.
+        kinds: what matrices that are alike have in common.
         decompose: finds leading triplets of some of the matrices, given how many of each.
-        chosen: returns the rank of each matrix of the triplets that are known.
+        chosen: returns the rank of each matrix, given those whose triplets count as its own.
+        multiple: of which depths are; where a matrix gives all its triplets, its depth doubles.
     """
-    depths, wanted = [min(top, first) for top in most], [*range(len(most))]
+
+    def deep(rank: int) -> int:
+        return -(-max(int(_MARGIN * rank), _LEAST_DEPTH) // multiple) * multiple
+
+    middle = {kind: [k for k, own in enumerate(kinds) if own == kind] for kind in {*kinds}}
+    like: Sequence[int] = [middle[kind][len(middle[kind]) // 2] for kind in kinds]
+    wanted, depths = sorted({*like}), [min(top, deep(first)) for top in most]
     while True:
         decompose(wanted, depths)
-        ranks = chosen()
-        wanted = [k for k, top in enumerate(most) if ranks[k] >= depths[k] < top]
-        if not wanted:
-            return ranks
+        ranks = chosen(like)
+        wanted = [k for k in sorted({*like}) if ranks[k] >= depths[k] < most[k]]
         for k in wanted:
             depths[k] = min(most[k], 2 * depths[k])
+        if not wanted:
+            known, like = {*like}, range(len(most))
+            wanted = [k for k in like if k not in known]
+            for k in wanted:
+                depths[k] = min(most[k], deep(ranks[k]))
+        if not wanted:
+            return ranks
 
 
 def _steps(gains: Tensor, multiple: int) -> tuple[Floats, Floats]:

@@ -23,7 +23,7 @@ from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.residual import Kept, total
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.numerics import all_finite, compute_dtype
-from mergekit_ext.kernels.ranks import allocate, deepened
+from mergekit_ext.kernels.ranks import allocate, deepened, kind_of, mean_rank
 from mergekit_ext.kernels.truncated import factors
 from peft_merge.adapter import Adapter, Update, cast, finite
 from peft_merge.config.check import DEVICE
@@ -43,8 +43,6 @@ _OPTIONS = (
     Parameter("vectors", choice(OWN, BASE), BASE),
     DEVICE,
 )
-# Ranks are computed this far beyond the mean one that the size allows.
-_DEPTH, _LEAST_DEPTH = 2, 8
 
 
 def extract(
@@ -204,11 +202,10 @@ class _Extraction:
             biases = [math.prod(headers[name].shape) for name in self._plan.biases]
             forced += sum(biases) * self._dtype.itemsize
         budget = self._budget(forced, sum(c for c, n in zip(costs, least, strict=True) if n))
-        mean = 0 if budget == math.inf else int(budget // sum(costs))
         most = [min(unit.largest_rank, rank or unit.largest_rank) for unit in units]
 
-        def chosen() -> Sequence[int]:
-            found = [self._factors[unit.name] for unit in units]
+        def chosen(like: Sequence[int]) -> Sequence[int]:
+            found = [self._factors[units[k].name] for k in like]
             goal = share * math.fsum(f.whole for f in found) if share else math.inf
             return allocate(
                 [f.squares for f in found], costs, budget=budget, goal=goal, least=least
@@ -218,7 +215,12 @@ class _Extraction:
             for k in wanted:
                 self._decompose(units[k], depths[k])
 
-        ranks = deepened(most, rank or max(_DEPTH * mean, _LEAST_DEPTH), decompose, chosen)
+        first, shapes = (
+            rank or mean_rank(budget, costs),
+            [unit.layers[0].info.shape for unit in units],
+        )
+        kinds = [kind_of(unit.name, shape) for unit, shape in zip(units, shapes, strict=True)]
+        ranks = deepened(most, first, kinds, decompose, chosen)
         return dict(zip((unit.name for unit in units), ranks, strict=True))
 
     def _budget(self, forced: int, held: int) -> float:

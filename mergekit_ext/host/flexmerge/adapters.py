@@ -205,7 +205,7 @@ def adapter_of_task(
     """
     layout, forced = reader.layout, residuals.storage.forced
     everyone, name_of = range(len(layout.tasks)), layout.tasks[task]
-    blocks = {part.name: block.name for block in layout.blocks for part in block.parts}
+    shared = {part.name for block in layout.blocks for part in block.parts}
     biases = {_owner(forms.names[name]): name for name in forms.biases}
     infos, weights = {}, {}
     for block, (group,) in zip(layout.blocks, plan.groups, strict=True):
@@ -219,16 +219,16 @@ def adapter_of_task(
     def whole(name: str) -> Tensor:
         tensor = reader.tensor(task, name)
         require_finite(tensor, name, name_of)
-        return cast(tensor, forced, name) if forced and name in blocks else tensor
+        return cast(tensor, forced, name) if forced and name in shared else tensor
 
     def change(name: str) -> Tensor:
-        theta_0 = residuals.theta_0(blocks[name], name)
+        theta_0 = residuals.theta_0(name)
         wide = torch.promote_types(torch.float32, theta_0.dtype)
         return (whole(name).to(wide) - theta_0.to(wide)).to(theta_0.dtype)
 
     def update(module: str) -> Update:
         name, info = weights[module], infos[module]
-        b, a = residuals.factors(blocks[name], task, name, info.rank)
+        b, a = residuals.factors(task, name, info.rank)
         if forms.layers[name].transposed:
             b, a = a.mT, b.mT
         bias = change(biases[module]) if info.bias else None
