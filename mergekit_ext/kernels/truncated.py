@@ -44,9 +44,9 @@ INVISIBLE = 1e-12
 # A column of a new block that keeps less than this of its length lies in the space already.
 _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 _ROWS = 1 << 17
-# A sketch forms X X^T from this share of the short side on, and looks at its space when that has so
-# many times the rank.
-_GRAM_RANK, _LOOK = 1 / 24, 3
+# A sketch forms X X^T from this ratio of rank times columns to the squared short side on, and looks
+# at its space when that has so many times the rank.
+_GRAM_SHARE, _LOOK = 1 / 8, 3
 # One more of `BLOCK` columns a block for each so many triplets: so blocks gain alike at any rank.
 _BLOCK_RANK = 40
 # All blocks to come gain at most so many times what the next one does (measured: 1 to 4.5); a
@@ -167,7 +167,7 @@ def _krylov(x: Tensor, rank: int, whole: float) -> Tensor | None:
     if look > last:
         return _by_gram(x, rank).to(x.dtype)
     squares = None
-    if rank >= _GRAM_RANK * side:
+    if rank * x.shape[1] >= _GRAM_SHARE * side**2:
         squares = gram(x).tril_()
         squares += squares.tril(-1).mT
     # Q^T, by rows, and Q^T X X^T Q.
