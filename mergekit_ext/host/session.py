@@ -36,8 +36,15 @@ from mergekit_ext.flexmerge.manifest import SHARDS
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Journal
+from mergekit_ext.io.model_files import sentence_class
 from mergekit_ext.io.staging import WEIGHTS, Staging, by_machine, staged
-from mergekit_ext.report.card import CARD, append_section, copies_section, write_report
+from mergekit_ext.report.card import (
+    CARD,
+    append_section,
+    copies_section,
+    sentence_card,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from mergekit_ext.host.method import ExtMethod
@@ -196,12 +203,17 @@ def output(
         with _folder(session, out_path, identity, restart) as folder:
             yield folder
             agree(folder)
+            card = folder / CARD
+            if card.exists():
+                written = card.read_text(encoding="utf-8")
+                text = sentence_card(sentence_class(folder), folder.name, written)
+                card.write_text(text, encoding="utf-8")
             details = {record.name: record.details for record in session.records}
             if method is not None:
                 write_report(folder, method.spec.name, details, options.random_seed or 0)
-                append_section(folder / CARD, method.summary(session.records))
+                append_section(card, method.summary(session.records))
             copied = {n: d["copied_from"] for n, d in details.items() if "copied_from" in d}
-            append_section(folder / CARD, copies_section(session.order, copied))
+            append_section(card, copies_section(session.order, copied))
         if not parallel.current().is_main:
             return
         place = Path(out_path)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mergekit_ext.io.documents import bounded_text, parse_json
+from mergekit_ext.io.documents import bounded_text, json_object, parse_json
 
 MODULES = "modules.json"
 _LARGEST = 1 << 20
@@ -69,6 +69,14 @@ def module_folders(folder: Path) -> tuple[str, ...]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return ()
     return tuple(f"{name}/" for name in names if name and is_inside(name))
+
+
+def sentence_class(folder: Path) -> str | None:
+    """Return the name of a model's class in sentence-transformers, or None."""
+    if not (folder / MODULES).is_file():
+        return None
+    settings, _ = json_object(folder / "config_sentence_transformers.json", "", _LARGEST)
+    return str(settings.get("model_type", "SentenceTransformer"))
 
 
 def module_weights(folder: Path) -> list[str]:

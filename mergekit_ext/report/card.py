@@ -9,8 +9,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 CARD, REPORT_NAME = "README.md", "merge_report.json"
 _MOST_ROWS = 40
+# The task that the Hub knows a class of sentence-transformers by, and what to call.
+_SENTENCES = {
+    "SentenceTransformer": ("sentence-similarity", 'encode(["One text.", "Another one."])'),
+    "SparseEncoder": ("feature-extraction", 'encode(["One text.", "Another one."])'),
+    "CrossEncoder": ("text-ranking", 'predict([("One text.", "Another one.")])'),
+}
 
 
 def append_section(card: Path, section: str) -> None:
@@ -18,6 +26,31 @@ def append_section(card: Path, section: str) -> None:
     if section and card.exists():
         text = card.read_text(encoding="utf-8")
         card.write_text(f"{text.rstrip()}\n\n{section.strip()}\n", encoding="utf-8")
+
+
+def sentence_card(kind: str | None, called: str, card: str = "") -> str:
+    """Return a card with what the Hub and sentence-transformers read of a model of theirs.
+
+    `kind` is the model's class there; the card stays as it is for others. `called` is where the
+    model is loaded from, and the title of a card that is made.
+    """
+    if kind not in _SENTENCES:
+        return card
+    task, method = _SENTENCES[kind]
+    _, header, text = (card or f"---\ntags: [merge]\n---\n# {called}\n").split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    tags = ["sentence-transformers", task, "feature-extraction", *metadata["tags"]]
+    metadata |= {"library_name": tags[0], "pipeline_tag": task, "tags": [*dict.fromkeys(tags)]}
+    use = f'''## Use
+
+```python
+from sentence_transformers import {kind}
+
+model = {kind}("{called}")
+model.{method}
+```
+'''
+    return f"---\n{yaml.safe_dump(metadata)}---\n{text.rstrip()}\n\n{use}"
 
 
 def write_report(

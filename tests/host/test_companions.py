@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
@@ -174,6 +175,16 @@ def merged(tmp_path, method, models, base, *, parameters=None, **keys):
     return tmp_path / "out"
 
 
+def is_of_sentences(folder, loading):
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == (
+        "sentence-transformers",
+        "sentence-similarity",
+    )
+    assert {"merge", "sentence-similarity", "feature-extraction"} < {*card.data.tags}
+    assert loading in card.text
+
+
 def expected_by_hand(tmp_path, folders, combine):
     """A sentence-transformer whose every tensor is `combine` of those of the inputs."""
     inputs = [sentences.load(folder) for folder in folders]
@@ -206,6 +217,7 @@ def test_nan_of_modules_that_differ(tmp_path):
     )
     report = json.loads((out / "merge_report.json").read_text())
     assert "2_Dense.linear.weight" in json.dumps(report)
+    is_of_sentences(out, 'SentenceTransformer("out")')
 
 
 def test_modules_that_are_the_same_are_copied_also_beside_a_bare_base(tmp_path):
@@ -285,8 +297,10 @@ def test_a_flexmerge_keeps_each_tasks_own_modules(tmp_path):
         for place in (out / task, tmp_path / f"exported-{task}"):
             model = sentences.load(place)
             torch.testing.assert_close(sentences.embeddings(model), expected)
+            is_of_sentences(place, f'SentenceTransformer("{place.name}")')
         body, loaded = sentences.load(out / task)[0].auto_model, load(out, task, verify=True)
         assert all(torch.equal(body.state_dict()[n], t) for n, t in loaded.state_dict().items())
+    is_of_sentences(out, 'SentenceTransformer("out/x")')
 
 
 def test_a_flexmerge_copies_no_pickle_unasked(tmp_path):

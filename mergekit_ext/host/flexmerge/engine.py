@@ -71,10 +71,10 @@ from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.io.model_files import companions, copy
+from mergekit_ext.io.model_files import companions, copy, sentence_class
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.card import CARD, flexmerge_section
+from mergekit_ext.report.card import CARD, flexmerge_section, sentence_card
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.read import locate
 from peft_merge.io.write import card_of, fill_folder
@@ -340,6 +340,8 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         from mergekit.card import generate_card
 
         card = generate_card(config=config, config_yaml=source, name=folder.name)
+        task = engine.layout.tasks[0]
+        card = sentence_card(sentence_class(folder / task), f"{folder.name}/{task}", card)
         (folder / CARD).write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 
@@ -354,9 +356,10 @@ def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Seque
         homes[folder] = folders[0]
     engine.complete(homes)
     for task in manifest.tasks:
-        if not task.ordinary:
-            text = _MASKED.format(task=task.name)
-            (folder / task.name / CARD).write_text(text, encoding="utf-8")
+        place = folder / task.name
+        made = sentence_card(sentence_class(place), task.name)
+        if text := made if task.ordinary else _MASKED.format(task=task.name):
+            (place / CARD).write_text(text, encoding="utf-8")
     digests = files.described(folder, tasks)
     manifest = manifest.model_copy(update={"task_files": digests})
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
