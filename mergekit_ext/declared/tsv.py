@@ -24,7 +24,7 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     return Merged(merged.mul_(call.options["lambda"]))
 
 
-def _copies(models: int, square: float) -> float:
+def copies(models: int, square: float) -> float:
     """Task vectors, and decompositions in float64, one for each thread."""
     at_once = min(models, torch.get_num_threads())
     return models + 10 + 12 * square + at_once * (6 + 12 * square)
@@ -40,6 +40,6 @@ register(
         invariant=lambda options: True,
         variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
         matrices=True,
-        copies=_copies,
+        copies=copies,
     )
 )

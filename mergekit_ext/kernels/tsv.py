@@ -5,7 +5,7 @@ Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ RESOLUTION = {torch.float32: 1e-5, torch.float64: 1e-12}
 _GRAM_RANGE = 1e-4
 
 
-class _Triplets(NamedTuple):
+class Triplets(NamedTuple):
     """``U diag(sigma) V^T``; float64, the columns of `u` and `v` are orthonormal."""
 
     u: Tensor
@@ -59,6 +59,19 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
     Raises:
         ValueError: shapes that differ, or non-finite entries.
     """
+    return by_matrix(deltas, layout, lambda matrices, dtype: _merge(matrices, dtype, count))
+
+
+def by_matrix(
+    deltas: Sequence[Tensor],
+    layout: str,
+    merge: Callable[[Sequence[Tensor], torch.dtype], Tensor],
+) -> Tensor:
+    """Merge each matrix of the task vectors by itself; average tensors of one or no axis.
+
+    Raises:
+        ValueError: shapes that differ, or non-finite entries.
+    """
     require_alike("deltas", deltas)
     dtype = compute_dtype(deltas)
     shape = deltas[0].shape
@@ -70,7 +83,7 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
     stacks = [matrices_of(delta, layout) for delta in deltas]
     out = torch.empty(stacks[0].shape, dtype=dtype, device=deltas[0].device)
     for slot in range(len(out)):
-        out[slot] = _merge([stack[slot] for stack in stacks], dtype, count)
+        out[slot] = merge([stack[slot] for stack in stacks], dtype)
     return out.reshape(shape)
 
 
@@ -78,30 +91,39 @@ def _merge(matrices: Sequence[Tensor], dtype: torch.dtype, count: int | None) ->
     count = count or max(1, min(matrices[0].shape) // len(matrices))
     # By threads of our own: torch's would round differently with another number of them.
     device, most = matrices[0].device, count
-    found = in_threads(lambda matrix: _leading(matrix, most, dtype), matrices, device)
+    found = in_threads(lambda matrix: leading(matrix, most, dtype), matrices, device)
     sigma = torch.cat([task.sigma for task in found])
     if not len(sigma):
         return torch.zeros_like(matrices[0], dtype=dtype)
-    sides = [torch.cat([task.u for task in found], 1), torch.cat([task.v for task in found], 1)]
-    u, v = in_threads(lambda columns: _polar(columns, dtype), sides, device)
+    u, v = nearest(found, dtype)
     (merged,) = in_threads(lambda left: left @ v.T, [u * sigma], device)
     return merged.to(dtype)
 
 
-def _leading(matrix: Tensor, count: int, dtype: torch.dtype) -> _Triplets:
-    """At most `count` singular triplets, largest first; fewer if the rank is lower."""
+def nearest(triplets: Sequence[Triplets], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\hat U` and :math:`\hat V` of all triplets side by side."""
+    sides = [
+        torch.cat([each.u for each in triplets], 1),
+        torch.cat([each.v for each in triplets], 1),
+    ]
+    u, v = in_threads(lambda columns: polar(columns, dtype)[0], sides, sides[0].device)
+    return u, v
+
+
+def leading(matrix: Tensor, count: int, dtype: torch.dtype) -> Triplets:
+    """Return at most `count` singular triplets, largest first; fewer if the rank is lower."""
     scale = power_of_two(matrix)
     scaled = matrix.to(torch.float64) / scale
     triplets = _by_gram(scaled, count) if dtype == torch.float32 else None
     if triplets is None:
         u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
-        triplets = _Triplets(u[:, :count], sigma[:count], vh[:count].T)
+        triplets = Triplets(u[:, :count], sigma[:count], vh[:count].T)
     sigma = triplets.sigma
     rank = int(((sigma > RESOLUTION[dtype] * sigma[0]) & (sigma > 0)).sum())
-    return _Triplets(triplets.u[:, :rank], sigma[:rank] * scale, triplets.v[:, :rank])
+    return Triplets(triplets.u[:, :rank], sigma[:rank] * scale, triplets.v[:, :rank])
 
 
-def _by_gram(matrix: Tensor, count: int) -> _Triplets | None:
+def _by_gram(matrix: Tensor, count: int) -> Triplets | None:
     """Return the leading triplets from the smaller Gram matrix; None if that is not safe."""
     wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix if wide else matrix.T
@@ -111,15 +133,16 @@ def _by_gram(matrix: Tensor, count: int) -> _Triplets | None:
         return None
     left = vectors[:, -count:].flip(1)
     right = (short.T @ left) / sigma
-    return _Triplets(left, sigma, right) if wide else _Triplets(right, sigma, left)
+    return Triplets(left, sigma, right) if wide else Triplets(right, sigma, left)
 
 
-def _polar(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the polar factor of `columns` without directions that are numerically zero."""
+def polar(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the polar factor and the singular values, without those that are numerically zero."""
     if dtype == torch.float32 and columns.shape[1] <= columns.shape[0]:
         values, vectors = torch.linalg.eigh(columns.T @ columns)
         if float(values[0]) > _GRAM_RANGE**2 * float(values[-1]):
-            return columns @ ((vectors / values.sqrt()) @ vectors.T)
+            sigma = values.sqrt()
+            return columns @ ((vectors / sigma) @ vectors.T), sigma
     p, d, qh = torch.linalg.svd(columns, full_matrices=False)
     rank = int((d > RESOLUTION[dtype] * d[0]).sum())
-    return p[:, :rank] @ qh[:rank]
+    return p[:, :rank] @ qh[:rank], d[:rank]

@@ -13,7 +13,7 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from torch import Tensor
 
-from mergekit_ext import methods
+from mergekit_ext import declared
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.source import BlockData
@@ -26,7 +26,8 @@ from tests.reference import lore as naive_lore
 from tests.reference import nan as naive_nan
 
 TASKS = 4
-DENSE = ["average", "task_arithmetic", "ties", "pcb", "tsv_m", "channel_merging"]
+SPECTRAL = ("tsv_m", "iso_c", "iso_cts")
+DENSE = ["average", "task_arithmetic", "ties", "pcb", *SPECTRAL, "channel_merging"]
 MASKS = ["emr", "consensus"]
 SHARED = {"lambda": 1.3, "density": 0.3, "threshold": 0.6}
 WEIGHTS = [1.0, 0.5, 2.0, 1.5]
@@ -115,7 +116,7 @@ def test_dense_algorithms(name, members):
         found = block.merge(made(name, weight=WEIGHTS), members)
         assert found.dtype == torch.float32
         options = block.options(name, members)
-        block.check(found, name, members, options, 2e-5 if name == "tsv_m" else 2e-6)
+        block.check(found, name, members, options, 2e-5 if name in SPECTRAL else 2e-6)
 
 
 @pytest.mark.parametrize("scope", ["model", "block", "tensor"])
@@ -377,7 +378,7 @@ def test_every_registered_method_is_taken_or_refused_with_a_reason():
     assert "mergekit:ties" in algorithms()
     assert "flexmerge" not in algorithms()
     known = {m.spec.name for m in merge_methods.registered_methods()}
-    own = {*methods.methods(methods.BLOCKS), "residual"}
+    own = {*declared.methods(declared.BLOCKS), "residual"}
     assert {name.removeprefix("mergekit:") for name in algorithms()} - own <= known
 
 

@@ -91,6 +91,7 @@ ALGORITHMS = {
         naive.Options(0.8, None, [0.3] * 3, "tensor"),
     ),
     "tsv_m": ({}, naive.Options()),
+    "iso_cts": ({}, naive.Options()),
     "nan": ({}, naive.Options()),
     "consensus": ({"trim_scope": "block"}, naive.Options(1.0, None, [0.1] * 3)),
     "emr": ({}, naive.Options()),
@@ -106,7 +107,7 @@ def test_algorithms(algorithm, families, tmp_path):
     target = 2.5 if masks else 2
     manifest = merge(family.content(target, algorithm, **parameters), tmp_path / "out")
     assert manifest.size.models <= target
-    tolerance = 3e-5 if algorithm == "tsv_m" else 5e-6
+    tolerance = 3e-5 if algorithm in ("tsv_m", "iso_cts") else 5e-6
     kinds = check_blocks(tmp_path / "out", family, algorithm, given, tolerance)
     assert (MASKED if masks else "dense") in kinds
 

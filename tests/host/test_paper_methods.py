@@ -11,6 +11,7 @@ import mergekit_ext
 from mergekit_ext.errors import MergeError
 from tests import models as small
 from tests.reference import emr as reference_emr
+from tests.reference import isotropic
 from tests.reference import pcb as reference_pcb
 from tests.reference import tsv as reference_tsv
 
@@ -21,7 +22,13 @@ def pcb(deltas, density=0.1):
     return reference_pcb.merge(deltas, density, 1e-4).reshape(deltas[0].shape)
 
 
-REFERENCES = {"tsv_m": reference_tsv.merge, "pcb": pcb, "emr": reference_emr.unified}
+REFERENCES = {
+    "tsv_m": reference_tsv.merge,
+    "iso_c": isotropic.iso_c,
+    "iso_cts": isotropic.iso_cts,
+    "pcb": pcb,
+    "emr": reference_emr.unified,
+}
 METHODS = pytest.mark.parametrize("method", REFERENCES)
 
 

@@ -32,6 +32,8 @@ HOST: dict[str, dict[str, Any]] = {
     "nan_ties": {"density": 0.5},
     "lore": {"mu_relative": 0.1, "lambda": 1.0, "combine": "mean"},
     "tsv_m": {},
+    "iso_c": {},
+    "iso_cts": {},
     "pcb": {"density": 0.5},
     "emr": {},
 }

@@ -16,6 +16,7 @@ from peft_merge.coefficients import change_norms, coefficients
 from peft_merge.modules import rules
 from tests.peft_merge.loras import adapter, always, merge, settings, update
 from tests.reference import adapters as reference
+from tests.reference import isotropic
 
 SHAPE = (1, 24, 18)
 WEIGHTS = [0.5, 1.5, 1.0]
@@ -56,8 +57,10 @@ INVARIANT = {
     "task_arithmetic": lambda d, w: 0.7 * reference.linear(d, w, normalize=False),
     "lore": lambda d, w: 0.7 * reference.lore_known(d, w, 2.0),
     "tsv_m": lambda d, w: 0.7 * reference.tsv_m(d, w),
+    "iso_c": lambda d, w: 0.7 * isotropic.iso_c(reference.weighted(d, w)),
+    "iso_cts": lambda d, w: 0.7 * isotropic.iso_cts(reference.weighted(d, w)),
 }
-GIVEN = {"linear": {}, "task_arithmetic": {"lambda_": 0.7}, "tsv_m": {"lambda_": 0.7}}
+GIVEN = {name: {} if name == "linear" else {"lambda_": 0.7} for name in INVARIANT}
 GIVEN["lore"] = {"mu": 2.0, "lambda_": 0.7}
 
 
@@ -395,6 +398,8 @@ HARD = {
 NAIVE = {
     "linear": lambda d, w: reference.linear(d, w, normalize=True),
     "tsv_m": reference.tsv_m,
+    "iso_c": lambda d, w: isotropic.iso_c(reference.weighted(d, w)),
+    "iso_cts": lambda d, w: isotropic.iso_cts(reference.weighted(d, w)),
     "ties": lambda d, w: reference.ties_family(d, w, [0.5] * len(d)),
     "magnitude_prune": lambda d, w: reference.ties_family(
         d, w, [0.5] * len(d), elect=False, normalize=False

@@ -33,6 +33,7 @@ def merge(name, of, weights=None, each=None, seed=0, **options):
 def test_every_method_of_the_project_is_there():
     wanted = [
         *("linear", "task_arithmetic", "lore", "tsv_m", "pcb", "emr", "magnitude_prune"),
+        *("iso_c", "iso_cts"),
         *("ties", "dare_linear", "dare_ties", "della", "della_linear"),
         *("breadcrumbs", "breadcrumbs_ties"),
     ]
@@ -40,7 +41,7 @@ def test_every_method_of_the_project_is_there():
     invariant = {
         name for name, rule in rules().items() if rule.invariant(defaults(rule, 2).options)
     }
-    exact = {"linear", "task_arithmetic", "lore", "tsv_m"}
+    exact = {"linear", "task_arithmetic", "lore", "tsv_m", "iso_c", "iso_cts"}
     assert invariant == exact | {f"nan_{name}" for name in exact} | {"nan"}
     assert all(rule.nan == name.startswith("nan") for name, rule in rules().items())
 

@@ -57,7 +57,11 @@ def lore_estimated(tensors: Sequence[Tensor], mu: float, iterations: int = 3000)
 
 
 def tsv_m(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return tsv.merge([w * t for w, t in zip(weights, tensors, strict=True)])
+    return tsv.merge(weighted(tensors, weights))
+
+
+def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    return [w * t for w, t in zip(weights, tensors, strict=True)]
 
 
 def ties_family(

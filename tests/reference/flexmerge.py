@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.reference import consensus, emr, nan, pcb, ties, tsv
+from tests.reference import consensus, emr, isotropic, nan, pcb, ties, tsv
 from tests.reference.grouping import similarity
 
 Parts = Sequence[Tensor]  # the tensors of a block
@@ -32,6 +32,9 @@ class Options:
 
     def weight(self, index: int) -> float:
         return self.weights[index] if self.weights else 1.0
+
+
+Merge = Callable[[Sequence[Parts], Options], list[Tensor]]
 
 
 def delta(weight: Tensor, base: Tensor) -> Tensor:
@@ -109,18 +112,23 @@ def pcb_merge(deltas: Sequence[Parts], options: Options) -> list[Tensor]:
     return [options.lam * piece for piece in cut_apart(vector, deltas[0])]
 
 
-def tsv_m(deltas: Sequence[Parts], options: Options) -> list[Tensor]:
-    merged = []
-    for j in range(len(deltas[0])):
-        # `tsv.merge` takes the resolution of its inputs' dtype: those of the files are float32.
-        scaled = [(options.weight(i) * parts[j]).float() for i, parts in enumerate(deltas)]
-        if scaled[0].ndim == 3:  # stacked matrices
-            found = torch.stack([tsv.merge(slot) for slot in zip(*scaled, strict=True)])
-        elif scaled[0].ndim > 3:  # a convolution
-            found = tsv.merge([piece.flatten(1) for piece in scaled])
-        else:
-            found = tsv.merge(scaled)
-        merged.append(options.lam * found.reshape(deltas[0][j].shape))
+def by_matrix(merge: Callable[[Sequence[Tensor]], Tensor]) -> Merge:
+    """Each matrix, stacked or flattened, by itself."""
+
+    def merged(deltas: Sequence[Parts], options: Options) -> list[Tensor]:
+        found = []
+        for j in range(len(deltas[0])):
+            # References take the resolution of their inputs' dtype: that of files is float32.
+            scaled = [(options.weight(i) * parts[j]).float() for i, parts in enumerate(deltas)]
+            if scaled[0].ndim == 3:  # stacked matrices
+                piece = torch.stack([merge(slot) for slot in zip(*scaled, strict=True)])
+            elif scaled[0].ndim > 3:  # a convolution
+                piece = merge([each.flatten(1) for each in scaled])
+            else:
+                piece = merge(scaled)
+            found.append(options.lam * piece.reshape(deltas[0][j].shape))
+        return found
+
     return merged
 
 
@@ -133,13 +141,15 @@ def nan_merge(deltas: Sequence[Parts], options: Options) -> list[Tensor]:
     ]
 
 
-F: Mapping[str, Callable[[Sequence[Parts], Options], list[Tensor]]] = {
+F: Mapping[str, Merge] = {
     "average": average,
     "task_arithmetic": task_arithmetic,
     "channel_merging": task_arithmetic,
     "ties": ties_merge,
     "pcb": pcb_merge,
-    "tsv_m": tsv_m,
+    "tsv_m": by_matrix(tsv.merge),
+    "iso_c": by_matrix(isotropic.iso_c),
+    "iso_cts": by_matrix(isotropic.iso_cts),
     "nan": nan_merge,
 }
 

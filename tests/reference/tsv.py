@@ -26,10 +26,10 @@ def merge(deltas: Sequence[Tensor]) -> Tensor:
                 right.append(vh[j])
     if not values:
         return torch.zeros(deltas[0].shape, dtype=torch.float64)
-    u, v = _nearest(torch.stack(left, 1), share), _nearest(torch.stack(right, 1), share)
+    u, v = nearest(torch.stack(left, 1), share), nearest(torch.stack(right, 1), share)
     return u @ torch.diag(torch.stack(values)) @ v.T
 
 
-def _nearest(columns: Tensor, share: float) -> Tensor:
+def nearest(columns: Tensor, share: float) -> Tensor:
     p, d, qh = torch.linalg.svd(columns, full_matrices=False)
     return sum(torch.outer(p[:, j], qh[j]) for j in range(len(d)) if d[j] > share * d[0])
