@@ -7,11 +7,12 @@ Subspaces" (https://arxiv.org/abs/2502.04959).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import power_of_two
+from mergekit_ext.kernels.linear_algebra import norm, power_of_two
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.tsv import RESOLUTION, Triplets, by_matrix, leading, nearest, polar
 
@@ -20,10 +21,11 @@ def isotropic(deltas: Sequence[Tensor], layout: str = "matrix") -> Tensor:
     r"""Return the sum of the task vectors with equal singular values (Iso-C).
 
     Of :math:`\sum_i t_i = U\,\mathrm{diag}(\sigma)\,V^T` it is :math:`\bar\sigma\, U V^T`, where
-    :math:`\bar\sigma` is the mean of the singular values. *Departure from the authors' code*, which
+    :math:`\bar\sigma` is the mean of the singular values. *Departures from the authors' code.* It
     lets numerically zero directions take part, whose singular vectors are arbitrary: here singular
-    values below `tsv.RESOLUTION` of the largest are left out, of the mean too. So the coordinates
-    of LoRAs in their common space give what their changes give.
+    values below `tsv.RESOLUTION` of the largest norm of a task vector are left out, of the mean
+    too. So the coordinates of LoRAs in their common space give what their changes give. And one
+    task vector alone comes back as it is.
 
     Args:
         deltas: one task vector per model, of one shape; finite. Half precision is upcast.
@@ -62,43 +64,59 @@ def common_and_specific(
 
 
 def _isotropic(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    total, scale = _sum(matrices)
-    wide = total.shape[0] < total.shape[1]
-    tall = total.T if wide else total
-    ((factor, sigma),) = in_threads(lambda each: polar(each, dtype), [tall], total.device)
-    mean = float(sigma.mean()) * scale if len(sigma) else 0.0
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    summed = _Sum.of(matrices, dtype)
+    wide = summed.total.shape[0] < summed.total.shape[1]
+    tall = summed.total.T if wide else summed.total
+    ((factor, sigma),) = in_threads(
+        lambda each: polar(each, dtype, summed.least), [tall], tall.device
+    )
+    mean = float(sigma.mean()) * summed.scale if len(sigma) else 0.0
     return (factor.T if wide else factor).mul(mean).to(dtype)
 
 
 def _subspaces(matrices: Sequence[Tensor], dtype: torch.dtype, fraction: float) -> Tensor:
-    total, scale = _sum(matrices)
-    most = min(total.shape)
-    (found,) = in_threads(lambda each: leading(each, most, dtype), [total], total.device)
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    summed = _Sum.of(matrices, dtype)
+    total, scale, device = summed.total, summed.scale, summed.total.device
+
+    def above(matrix: Tensor, most: int) -> Triplets:
+        found = leading(matrix, most, dtype)
+        return Triplets(*(part[..., : int((found.sigma > summed.least).sum())] for part in found))
+
+    (found,) = in_threads(lambda each: above(each, min(each.shape)), [total], device)
     rank, tasks = len(found.sigma), len(matrices)
     if not rank:
         return torch.zeros_like(total, dtype=dtype)
     each = min(rank // tasks, round((rank - int(fraction * rank)) / tasks))
     common = Triplets(*(part[..., : rank - tasks * each] for part in found))
-    least = RESOLUTION[dtype] * float(found.sigma[0])
 
     def specific(matrix: Tensor) -> Triplets:
         inside = matrix.to(torch.float64) / scale
-        rest = inside - common.u @ (common.u.T @ inside)
-        own = leading(rest, each, dtype)
-        # What the common space leaves of a task may be rounding alone.
-        return Triplets(*(part[..., : int((own.sigma > least).sum())] for part in own))
+        return above(inside - common.u @ (common.u.T @ inside), each)
 
-    parts = [common, *(in_threads(specific, matrices, total.device) if each else ())]
+    parts = [common, *(in_threads(specific, matrices, device) if each else ())]
     u, v = nearest(parts, dtype)
     mean = float(torch.cat([part.sigma for part in parts]).mean()) * scale
-    (merged,) = in_threads(lambda left: left @ v.T, [u * mean], total.device)
+    (merged,) = in_threads(lambda left: left @ v.T, [u * mean], device)
     return merged.to(dtype)
 
 
-def _sum(matrices: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """Return the sum in float64, over a power of two near the largest entry of all, and that."""
-    scale = max(map(power_of_two, matrices))
-    total = torch.zeros_like(matrices[0], dtype=torch.float64)
-    for matrix in matrices:
-        total.add_(matrix.to(torch.float64), alpha=1.0 / scale)
-    return total, scale
+class _Sum(NamedTuple):
+    """The sum in float64 over `scale`, a power of two near the largest entry of all."""
+
+    total: Tensor
+    scale: float
+    least: float  # singular values up to it are rounding of the inputs
+
+    @classmethod
+    def of(cls, matrices: Sequence[Tensor], dtype: torch.dtype) -> _Sum:
+        scale = max(map(power_of_two, matrices))
+        total, largest = torch.zeros_like(matrices[0], dtype=torch.float64), 0.0
+        for matrix in matrices:
+            scaled = matrix.to(torch.float64) / scale
+            total.add_(scaled)
+            largest = max(largest, norm(scaled))
+        return cls(total, scale, RESOLUTION[dtype] * largest)

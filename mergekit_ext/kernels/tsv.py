@@ -136,13 +136,16 @@ def _by_gram(matrix: Tensor, count: int) -> Triplets | None:
     return Triplets(left, sigma, right) if wide else Triplets(right, sigma, left)
 
 
-def polar(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the polar factor and the singular values, without those that are numerically zero."""
+def polar(columns: Tensor, dtype: torch.dtype, least: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the polar factor and the singular values, without those that are numerically zero.
+
+    Those up to `least` are, too.
+    """
     if dtype == torch.float32 and columns.shape[1] <= columns.shape[0]:
         values, vectors = torch.linalg.eigh(columns.T @ columns)
-        if float(values[0]) > _GRAM_RANGE**2 * float(values[-1]):
+        if float(values[0]) > max(_GRAM_RANGE**2 * float(values[-1]), least**2):
             sigma = values.sqrt()
             return columns @ ((vectors / sigma) @ vectors.T), sigma
     p, d, qh = torch.linalg.svd(columns, full_matrices=False)
-    rank = int((d > RESOLUTION[dtype] * d[0]).sum())
+    rank = int((d > max(RESOLUTION[dtype] * float(d[0]), least)).sum())
     return p[:, :rank] @ qh[:rank], d[:rank]

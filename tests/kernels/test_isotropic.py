@@ -74,6 +74,12 @@ def test_zeros_and_changes_that_cancel(name):
 
 
 @BOTH
+def test_one_task_returns_itself(name):
+    (delta,) = models(count=1)
+    assert torch.equal(PAIRS[name][0]([delta]), delta)
+
+
+@BOTH
 def test_layouts(name):
     function, reference = PAIRS[name]
     deltas = models((2, 6, 5), dtype=torch.float64)
@@ -86,7 +92,7 @@ def test_layouts(name):
 
 @given(st.integers(0, 50), st.integers(1, 4), st.integers(2, 7), st.integers(2, 7))
 def test_one_singular_value_whatever_the_order(seed, count, rows, columns):
-    deltas = models((rows, columns), count, torch.float64, seed=seed)
+    deltas = models((rows, columns), count + 1, torch.float64, seed=seed)
     found = isotropic(deltas)
     sigma = torch.linalg.svdvals(found)
     torch.testing.assert_close(sigma, sigma.mean().expand_as(sigma), rtol=1e-6, atol=0.0)

@@ -96,7 +96,9 @@ def test_products_beyond_float16(name):
     base = filled(59_000.0, dtype=torch.float16)[0]
     result = merged(name, models, base)
     assert bool(torch.isfinite(result).all())
-    assert 59_000 <= float(result.min()) <= float(result.max()) <= 61_500
+    # The isotropic ones sum the task vectors.
+    most = 62_100 if name.startswith("iso") else 61_500
+    assert 59_000 <= float(result.min()) <= float(result.max()) <= most
 
 
 @each
