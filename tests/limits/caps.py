@@ -182,6 +182,7 @@ CASES: dict[str, Callable[[Path, str], None]] = {
     ),
     "lore": partial(_methods, method="lore", based=False, **LORE),
     "tsv_m": partial(_methods, method="tsv_m"),
+    "iso_cts": partial(_methods, method="iso_cts"),
     "mergekit's": partial(_methods, method="dare_ties", density=0.5, weight=0.3),
     "block of masks": partial(_methods, method="flexmerge", **FLEX),
     "module in its core": partial(_loras, shape=(512, 4096), merge_method="linear"),
