@@ -53,6 +53,73 @@ class Layer:
         return weight.reshape(count, rows, columns)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Weights that PEFT adapts with one rank.
+
+    A matrix; an embedding and the head tied to it; or all parameters of a module of experts.
+
+    Attributes:
+        modules: by the names of PEFT's file, the weight of each and how it is adapted.
+        bias: the tensor that `lora_B.bias` changes.
+    """
+
+    modules: Mapping[str, tuple[str, Layer]]
+    bias: str | None = None
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.modules))
+
+    @property
+    def weights(self) -> list[str]:
+        return [*dict.fromkeys(name for name, _ in self.modules.values())]
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is an embedding and a head."""
+        return len(self.weights) < len(self.modules)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for _, layer in self.modules.values()]
+
+    @property
+    def numbers(self) -> int:
+        """Of all factors, for each rank."""
+        return sum(layer.numbers for layer in self.layers)
+
+    @property
+    def largest_rank(self) -> int:
+        return max(layer.largest_rank for layer in self.layers)
+
+
+def owner_of(name: str) -> str:
+    """Return the module of a parameter."""
+    return name.rpartition(".")[0]
+
+
+def units_of(model: Any) -> list[Unit]:
+    """Return what PEFT adapts exactly in a model; of tied weights an embedding with one head."""
+    layers, tied = layers_of(model), getattr(model, "all_tied_weights_keys", None) or {}
+    units, experts = list[Unit](), dict[str, dict[str, Layer]]()
+    for name, layer in layers.items():
+        owner, heads = owner_of(name), [head for head, source in tied.items() if source == name]
+        if layer.info.layout == "parameter":
+            experts.setdefault(owner, {})[name] = layer
+        elif not heads and name not in tied:
+            units.append(Unit({owner: (name, layer)}, f"{owner}.bias" if layer.bias else None))
+        elif len(heads) == 1 and layer.info.layout == "embedding" and heads[0] in layers:
+            (head,) = heads
+            units.append(Unit({owner: (name, layer), owner_of(head): (name, layers[head])}))
+    for owner, parameters in experts.items():
+        # PEFT wraps a module once for each parameter, in the order in which it has them.
+        wraps = reversed(range(len(parameters)))
+        names = [owner + ".base_layer" * count for count in wraps]
+        units.append(Unit(dict(zip(names, parameters.items(), strict=True))))
+    return units
+
+
 def layers_of(model: Any) -> dict[str, Layer]:
     """Return what PEFT adapts exactly in a model, by the names of its parameters."""
     return {
@@ -63,12 +130,13 @@ def layers_of(model: Any) -> dict[str, Layer]:
 
 
 def configuration(
-    model: Any, layers: Mapping[str, Layer], base: str, saved: Sequence[str]
+    model: Any, units: Sequence[Unit], base: str, saved: Sequence[str]
 ) -> dict[str, Any]:
     """Return the fields of adapter_config.json that modules and ranks do not decide.
 
-    Of layers of `model` by the names of their parameters, and of modules that are `saved` whole.
+    Of units of `model`, and of modules that are `saved` whole.
     """
+    layers = dict(pair for unit in units for pair in unit.modules.values())
     layouts = {name: layer.info.layout for name, layer in layers.items()}
     return {
         "peft_type": "LORA",
@@ -79,6 +147,7 @@ def configuration(
         "fan_in_fan_out": any(
             layer.transposed and layer.info.layout == "linear" for layer in layers.values()
         ),
+        "ensure_weight_tying": any(unit.tied for unit in units),
     }
 
 

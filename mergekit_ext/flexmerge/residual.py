@@ -9,6 +9,7 @@ computes them.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,9 +109,10 @@ class ResidualStorage(Storage):
     """How a base and residuals are stored; a group of it is one of all tasks.
 
     With `treatments`, those of all tensors as adapters allow them, what a task has is an adapter,
-    and the base is a model that also has what tasks store themselves. Those in `held` have a
-    residual in every task then, however small it is, and `private_bytes` are those of what no other
-    task has, in base and adapters.
+    and the base is a model that also has what tasks store themselves. Then `units` say which
+    tensors with residuals have one rank, and how often an adapter holds the factors of each; those
+    in `held` have a residual in every task, however small it is; and `private_bytes` are those of
+    what no other task has, in base and adapters.
     """
 
     def __init__(
@@ -119,11 +121,14 @@ class ResidualStorage(Storage):
         algorithm: Residual,
         forced: torch.dtype | None = None,
         treatments: Mapping[str, str] | None = None,
+        units: Sequence[Mapping[str, int]] = (),
         held: Collection[str] = (),
         private_bytes: int | None = None,
     ):
         super().__init__(layout, forced=forced)
         self.algorithm, self._treatments, self._held = algorithm, treatments, held
+        self._counts = {name: count for unit in units for name, count in unit.items()}
+        self._together = {name: number for number, unit in enumerate(units) for name in unit}
         self._uniform: bool = algorithm.parameters.shared["uniform_rank"]
         self.adapted = treatments is not None
         if private_bytes is not None:
@@ -140,13 +145,27 @@ class ResidualStorage(Storage):
         ]
 
     @cached_property
+    def _units(self) -> list[list[int]]:
+        """Indices into `matrices` of those that have one rank."""
+        units: dict[Any, list[int]] = {}
+        for index, (_, part) in enumerate(self.matrices):
+            key = "" if self._uniform else self._together.get(part.name, part.name)
+            units.setdefault(key, []).append(index)
+        return [*units.values()]
+
+    @cached_property
+    def _largest(self) -> list[int]:
+        """The largest rank of each of `_units`."""
+        parts = [part for _, part in self.matrices]
+        return [max(self.algorithm.largest_rank(parts[k]) for k in unit) for unit in self._units]
+
+    @cached_property
     def _least_ranks(self) -> list[int]:
+        """Ranks that each of `_units` has in every task."""
         step: int = self.algorithm.parameters.shared["rank_multiple"]
-        steps = [min(step, self.algorithm.largest_rank(part)) for _, part in self.matrices]
-        if self._uniform:
-            return [max(steps, default=0)] * len(steps)
-        pairs = zip(steps, self.matrices, strict=True)
-        return [rank if part.name in self._held else 0 for rank, (_, part) in pairs]
+        held = [self._uniform or part.name in self._held for _, part in self.matrices]
+        pairs = zip(self._units, self._largest, strict=True)
+        return [min(step, top) if any(held[k] for k in unit) else 0 for unit, top in pairs]
 
     def treatment(self, block: BlockLayout, part: Part) -> str:
         """Return what becomes of a tensor."""
@@ -176,7 +195,12 @@ class ResidualStorage(Storage):
         """Return the bytes of one triplet."""
         count, rows, columns = part.matrix_shape
         dtype = self.forced or part.dtype(range(self.tasks))
-        return count * (rows + columns) * dtype.itemsize
+        return count * (rows + columns) * dtype.itemsize * self._counts.get(part.name, 1)
+
+    @cached_property
+    def _costs(self) -> list[int]:
+        """Bytes of one triplet of each of `_units`."""
+        return [sum(self.cost(self.matrices[k][1]) for k in unit) for unit in self._units]
 
     @cached_property
     def bare(self) -> int:
@@ -185,8 +209,7 @@ class ResidualStorage(Storage):
 
     @cached_property
     def least(self) -> Size:
-        pairs = zip(self._least_ranks, self.matrices, strict=True)
-        held = sum(rank * self.cost(part) for rank, (_, part) in pairs)
+        held = sum(map(operator.mul, self._least_ranks, self._costs))
         return self.size(self.bare + self.tasks * held)
 
     @cached_property
@@ -199,34 +222,32 @@ class ResidualStorage(Storage):
     def ranks(self, spectra: Sequence[Spectrum], limit: Limit) -> tuple[int, ...]:
         """Return the ranks of residuals: of each of `matrices` those of all tasks.
 
-        With `uniform_rank` the triplets of one task are taken together.
+        Triplets of what has one rank are taken together.
         """
         tasks, parameters = range(self.tasks), self.algorithm.parameters
-        if limit.rank is not None:
-            most = [self.algorithm.largest_rank(part) for _, part in self.matrices]
-            tops = [max(most, default=0)] * len(most) if self._uniform else most
-            return tuple(min(limit.rank, top) for top in tops for _ in tasks)
         weights = [abs(weight) for weight in parameters.weights(list(tasks))]
-        whole = (s.whole[task] * weights[task] for s in spectra for task in tasks)
-        gains = [spectrum.squares[task] * weights[task] for spectrum in spectra for task in tasks]
-        costs = [self.cost(part) for _, part in self.matrices for _ in tasks]
-        least = [rank for rank in self._least_ranks for _ in tasks]
-        count = 1
-        if self._uniform:
-            each = [torch.zeros(max(map(len, gains)), dtype=torch.float64) for _ in tasks]
-            for index, gain in enumerate(gains):
-                each[index % self.tasks][: len(gain)] += gain.to(each[0])
-            gains, costs, count = each, [sum(costs) // self.tasks for _ in tasks], len(spectra)
-            least = least[: self.tasks]
-        found = allocate(
-            gains,
-            costs,
-            budget=limit.budget,
-            goal=math.inf if limit.energy is None else limit.energy * math.fsum(whole),
-            multiple=parameters.shared["rank_multiple"],
-            least=least,
-        )
-        return found * count
+
+        def gain(unit: Sequence[int], task: int) -> Tensor:
+            each = [spectra[k].squares[task] * weights[task] for k in unit]
+            together = torch.zeros(max(map(len, each)), dtype=torch.float64)
+            for own in each:
+                together[: len(own)] += own
+            return together
+
+        if limit.rank is not None:
+            found = tuple(min(limit.rank, top) for top in self._largest for _ in tasks)
+        else:
+            whole = (s.whole[task] * weights[task] for s in spectra for task in tasks)
+            found = allocate(
+                [gain(unit, task) for unit in self._units for task in tasks],
+                [cost for cost in self._costs for _ in tasks],
+                budget=limit.budget,
+                goal=math.inf if limit.energy is None else limit.energy * math.fsum(whole),
+                multiple=parameters.shared["rank_multiple"],
+                least=[rank for rank in self._least_ranks for _ in tasks],
+            )
+        of = {k: number for number, unit in enumerate(self._units) for k in unit}
+        return tuple(found[of[k] * self.tasks + task] for k in range(len(of)) for task in tasks)
 
     def at_most(self, limit: Limit) -> int:
         """Return the bytes of all that is stored within a rank, or at most within a share.

@@ -20,7 +20,7 @@ from mergekit_ext.io.class_model import class_names, empty_model
 from mergekit_ext.io.headers import TensorHeader, is_counter, read_folder, same_bytes
 from peft_merge.io.names import LAYER
 from peft_merge.io.read import folder_of
-from peft_merge.layers import Layer, configuration, layers_of
+from peft_merge.layers import Unit, configuration, layers_of, owner_of, units_of
 
 _WANTED = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _FITTING = "Give the base that it was fine-tuned from, with a vocabulary of the same size."
@@ -73,43 +73,6 @@ def _configuration(folder: Path) -> Any:
     return config
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Weights that PEFT adapts with one rank.
-
-    A matrix; an embedding and the head tied to it; or all parameters of a module of experts.
-
-    Attributes:
-        modules: by the names of PEFT's file, the weight of each and how it is adapted.
-        bias: the tensor that `lora_B.bias` changes.
-    """
-
-    modules: Mapping[str, tuple[str, Layer]]
-    bias: str | None = None
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.modules))
-
-    @property
-    def tied(self) -> bool:
-        """Whether it is an embedding and a head."""
-        return len({name for name, _ in self.modules.values()}) < len(self.modules)
-
-    @property
-    def layers(self) -> list[Layer]:
-        return [layer for _, layer in self.modules.values()]
-
-    @property
-    def numbers(self) -> int:
-        """Of all factors, for each rank."""
-        return sum(layer.numbers for layer in self.layers)
-
-    @property
-    def largest_rank(self) -> int:
-        return max(layer.largest_rank for layer in self.layers)
-
-
 @dataclass
 class Plan:
     """What an extraction does.
@@ -135,9 +98,9 @@ class Plan:
     @property
     def configuration(self) -> dict[str, Any]:
         """Fields of adapter_config.json that ranks do not decide."""
-        layers = dict(pair for unit in self.units for pair in unit.modules.values())
         model, base = empty_model(self.model.config), self.base
-        return {**configuration(model, layers, base.name, [*self.whole]), "revision": base.revision}
+        stated = configuration(model, self.units, base.name, [*self.whole])
+        return {**stated, "revision": base.revision}
 
     def may_save(self, module: str) -> bool:
         """Return whether a module can be saved whole without matrices of layers in it."""
@@ -177,10 +140,11 @@ def _sorted(plan: Plan) -> Iterator[Problem]:
     if tied and not getattr(base.config.get_text_config(), "tie_word_embeddings", True):
         found = "a head that is tied to its embedding, and an untied one in the base"
         yield Problem("tie_word_embeddings", found, "the same in both", _FITTING)
-    experts: dict[str, dict[str, Layer]] = {}
+    units, both = units_of(kind), set[str]()
+    alone = {weight for unit in units for weight in unit.weights}
     other, codes, shapes, absent = list[str](), list[str](), list[str](), dict[str, None]()
     for name, own in kind.state_dict().items():
-        header, known, owner = model.headers.get(name), base.headers.get(name), _owner(name)
+        header, known, owner = model.headers.get(name), base.headers.get(name), owner_of(name)
         if name in tied:
             continue
         if header is None or header.shape != own.shape:
@@ -195,31 +159,19 @@ def _sorted(plan: Plan) -> Iterator[Problem]:
             elif known is not None:
                 plan.reshaped.append(name)
             absent[owner] = None
-        elif not (layer := layers.get(name)):
+        elif name not in layers:
             plan.small.append(name)
         elif {header.dtype, known.dtype} - FLOATING.keys():
             codes.append(name)
-        elif layer.info.layout == "parameter":
-            experts.setdefault(owner, {})[name] = layer
-        else:
+        elif name in alone:
+            both.add(name)
+        elif not same_bytes(known, header):
             heads = [head for head, source in tied.items() if source == name]
-            head = heads[0] if len(heads) == 1 and layer.info.layout == "embedding" else ""
-            if not heads:
-                bias = f"{owner}.bias" if layer.bias else None
-                plan.units.append(Unit({owner: (name, layer)}, bias))
-            elif head in layers:
-                modules = {owner: (name, layer), _owner(head): (name, layers[head])}
-                plan.units.append(Unit(modules))
-            elif not same_bytes(known, header):
-                found = f"a change of what the class ties to {', '.join(heads)}"
-                expected = "an embedding that is tied to a head alone"
-                remedy = "Save both models with untied embeddings, and give those."
-                yield Problem(name, found, expected, remedy)
-    for owner, parameters in experts.items():
-        # PEFT wraps a module once for each parameter, in the order in which it has them.
-        wraps = reversed(range(len(parameters)))
-        names = [owner + ".base_layer" * count for count in wraps]
-        plan.units.append(Unit(dict(zip(names, parameters.items(), strict=True))))
+            found = f"a change of what the class ties to {', '.join(heads)}"
+            expected = "an embedding that is tied to a head alone"
+            remedy = "Save both models with untied embeddings, and give those."
+            yield Problem(name, found, expected, remedy)
+    plan.units = [unit for unit in units if both.issuperset(unit.weights)]
     plan.small = [name for name in plan.small if name not in plan.biases]
     for owner in absent:
         plan.save(owner)
@@ -233,7 +185,3 @@ def _sorted(plan: Plan) -> Iterator[Problem]:
         yield Problem(tensors_at(codes), "what looks quantised", ", ".join(FLOATING), remedy)
     if not plan.units and not other:
         yield Problem(model.name, "no matrix that PEFT adapts in both", "some", _FITTING)
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -27,9 +27,10 @@ from mergekit_ext.kernels.ranks import allocate, deepened, kind_of, mean_rank
 from mergekit_ext.kernels.truncated import factors
 from peft_merge.adapter import Adapter, Update, cast, finite
 from peft_merge.config.check import DEVICE
-from peft_merge.extraction.plan import FullModel, Plan, Unit, planned
+from peft_merge.extraction.plan import FullModel, Plan, planned
 from peft_merge.io.merged import adapter_of
 from peft_merge.io.write import PATTERNS, state_dict
+from peft_merge.layers import Unit
 from peft_merge.merge import MergedAdapter
 from peft_merge.report import FORMAT_VERSION, summary
 
@@ -168,8 +169,6 @@ class _Extraction:
         config = plan.configuration | {"bias": "none" if lora_bias or not biases else "lora_only"}
         loads = {t: partial(tensors.__getitem__, t) for t in tensors}
         adapter = adapter_of(name, infos, values.__getitem__, config, loads)
-        if any(unit.tied for unit in units):
-            adapter = replace(adapter, config={**adapter.config, "ensure_weight_tying": True})
         report = self._report(adapter, ranks, left)
         by_module = [PATTERNS] if adapter.config["rank_pattern"] else []
         return MergedAdapter(adapter, report | {"notes": [*_notes(report), *by_module]}, None)

@@ -86,8 +86,8 @@ def adapter_of(
     `stated` are the fields of its configuration that modules and ranks do not decide
     (`peft_merge.layers.configuration`).
     """
-    given = LoraAdapter(name, stated, infos, load, saved)
-    return replace(given, config=lora_configuration(infos, [given], saved))
+    given, tied = LoraAdapter(name, stated, infos, load, saved), "ensure_weight_tying"
+    return replace(given, config=lora_configuration(infos, [given], saved) | {tied: stated[tied]})
 
 
 def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, int]:

@@ -255,13 +255,45 @@ def test_the_report_is_what_was_lost(families, tmp_path):
         assert report["tasks"][task]["bytes"] == sum(t.nbytes for t in held.values())
 
 
-def test_a_tied_embedding_is_the_bases(tmp_path):
-    family = tied_family(tmp_path / "models", ())
-    with pytest.warns(MergeWarning, match="No LoRA can hold 1 of .*embed_tokens"):
-        merge(content(family, target_size=1.5), tmp_path / "out")
-    one, other = (loaded(tmp_path / "out", task, "llama") for task in TASKS[:2])
-    name = "base_model.model.model.embed_tokens.weight"
-    assert torch.equal(one.state_dict()[name], other.state_dict()[name])
+def gpt_oss():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "initializer_range": 0.4}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **heads, **experts))
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("name", ["tied embeddings", "experts"])
+def test_tied_and_stacked_weights_are_adapted(name, uniform, tmp_path):
+    if name == "tied embeddings":
+        family = tied_family(tmp_path / "models", ())
+        kind, tuned, base, rank = CLASSES["llama"], family.tuned, family.base, 32
+    else:
+        rank, kind, (base, tuned) = (
+            16,
+            transformers.GptOssForCausalLM,
+            small.family(tmp_path / "m", gpt_oss),
+        )
+    given = small.config("decompose", tuned, base, {"rank": rank, "uniform_rank": uniform})
+    if name == "experts":
+        with pytest.warns(MergeWarning, match="No LoRA can hold 3 of .*_bias"):
+            report = merge(given, tmp_path / "out")
+    else:
+        report = merge(given, tmp_path / "out")
+    for folder in tuned[:2]:
+        plain, expected = (kind.from_pretrained(tmp_path / "out" / "base") for _ in range(2))
+        states = kind.from_pretrained(folder).state_dict()
+        with torch.no_grad():
+            for weight, parameter in expected.named_parameters():
+                if parameter.dim() > 1 and not weight.endswith(("_bias", "router.weight")):
+                    parameter.copy_(states[weight])
+        found = PeftModel.from_pretrained(plain, tmp_path / "out" / folder.name)
+        torch.testing.assert_close(
+            logits(found, "llama"), logits(expected, "llama"), rtol=1e-4, atol=1e-5
+        )
+        held = load_file(tmp_path / "out" / folder.name / "adapter_model.safetensors")
+        spent = report["tasks"][folder.name]["bytes"]
+        assert spent == sum(tensor.nbytes for tensor in held.values())
 
 
 def test_tasks_have_classes_of_their_own(tmp_path):

@@ -7,9 +7,10 @@ task is in its adapter if it is the whole of some modules, and else the base's.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.planned_files import split, weight_names
 from peft_merge.adapter import LoraAdapter, Update, cast
 from peft_merge.io.merged import adapter_of
-from peft_merge.layers import Layer, configuration, layers_of
+from peft_merge.layers import Unit, configuration, owner_of, units_of
 
 FOLDER = "base"  # of the base
 
@@ -43,7 +44,7 @@ class Forms:
 
     Attributes:
         treatments: of all that the tasks could share.
-        layers: what has a residual.
+        units: what has a residual, by the class's names.
         biases: those of their modules that are a task's own; each is what `lora_B.bias` adds to.
         names: in the class, of what is in some adapter.
         private: for each task the same of what no other task has.
@@ -52,7 +53,7 @@ class Forms:
     """
 
     treatments: Mapping[str, str]
-    layers: Mapping[str, Layer]
+    units: Sequence[Unit]
     biases: frozenset[str]
     names: Mapping[str, str]
     private: Sequence[Mapping[str, str]]
@@ -64,12 +65,22 @@ class Forms:
         """The name of each task's class."""
         return [type(model).__name__ for model in self.models]
 
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Names in files by those in the class."""
+        return {called: name for name, called in self.names.items()}
+
+    @property
+    def counts(self) -> list[dict[str, int]]:
+        """Of each unit how many modules have factors of each tensor."""
+        weights = ([self.files[name] for name, _ in unit.modules.values()] for unit in self.units)
+        return [Counter(names) for names in weights]
+
     @property
     def held(self) -> set[str]:
-        """What has a residual in every task: the layers with a bias, or else the smallest one."""
-        if self.biases:
-            return {*self.layers}
-        return {min(self.layers, key=lambda name: self.layers[name].numbers)}
+        """What has a residual in every task: all units with a bias, or else the smallest one."""
+        units = self.units if self.biases else [min(self.units, key=lambda unit: unit.numbers)]
+        return {self.files[weight] for unit in units for weight in unit.weights}
 
     def saved(self, task: int) -> dict[str, str]:
         """Return what a task's adapter holds whole, by the class's names."""
@@ -83,27 +94,30 @@ def forms_of(
 ) -> Forms | None:
     """Return what adapters of these models hold; report what they cannot, and what that loses."""
     classes = [class_names(headers, config) for headers, config in models]
-    first, model = classes[0], classes[0].model
+    first = classes[0]
     if any(each.model is None for each in classes):
         _problem(findings, "models whose class is not one of transformers", "those of its classes")
         return None
     models_of = [each.model for each in classes]
-    # PEFT would change a tied tensor in one of its places only.
+    converted = set().union(*(each.converted for each in classes))
     ties = (pair for each in models_of for pair in each.all_tied_weights_keys.items())
-    without = set().union(*(each.converted for each in classes), *ties)
+    without = converted.union(*ties)
     parts = [(block, part) for block in layout.blocks for part in block.parts]
     wanted = {part.name: algorithm.treatment(block, part) for block, part in parts}
-    found = layers_of(model)
-    found = {called: each for called, each in found.items() if each.info.layout != "parameter"}
-    adapted = [n for n, kept in wanted.items() if kept == LOW_RANK and first.of[n] not in without]
-    layers = {name: found[first.of[name]] for name in adapted if first.of[name] in found}
-    if not layers:
+    stored = {first.of[name]: name for name in wanted}
+    low = {called for called, name in stored.items() if wanted[name] == LOW_RANK} - converted
+    alike = [{unit.name: unit for unit in units_of(each)} for each in models_of]
+    units = [
+        unit
+        for name, unit in alike[0].items()
+        if low.issuperset(unit.weights) and all(each.get(name) == unit for each in alike)
+    ]
+    if not units:
         _problem(findings, "models without a matrix that PEFT adapts", "one at least")
         return None
     # PEFT has a place for the biases of all layers, or for none.
-    stored = {first.of[name]: name for name in wanted}
-    biases = {stored.get(f"{_owner(first.of[name])}.bias", "") for name in layers}
-    if not all(layer.bias for layer in layers.values()) or {*map(wanted.get, biases)} != {OWN}:
+    biases = {stored.get(unit.bias or "", "") for unit in units}
+    if {*map(wanted.get, biases)} != {OWN}:
         biases = set()
     own = {n for n, kept in wanted.items() if kept == OWN and first.of[n] not in without} - biases
     private: list[dict[str, str]] = []
@@ -111,8 +125,8 @@ def forms_of(
         has = each.model.state_dict()
         named = {h.name: each.of[h.name] for h in headers if each.of[h.name] in has}
         whole = _whole(each.model, {*map(first.of.__getitem__, own), *named.values()})
-        own = {name for name in own if _owner(first.of[name]) in whole}
-        private.append({n: called for n, called in named.items() if _owner(called) in whole})
+        own = {name for name in own if owner_of(first.of[name]) in whole}
+        private.append({n: called for n, called in named.items() if owner_of(called) in whole})
         alone = [h.name for h in headers if h.floating and h.name in named.keys() - private[-1]]
         if alone:
             what = f"{listing(alone)} of {task}, which only a whole module could replace"
@@ -121,7 +135,7 @@ def forms_of(
     treatments = {
         **dict.fromkeys(wanted, SHARED),
         **dict.fromkeys(own | biases, OWN),
-        **dict.fromkeys(layers, LOW_RANK),
+        **{stored[weight]: LOW_RANK for unit in units for weight in unit.weights},
     }
     if lost := [name for name, kept in treatments.items() if kept != wanted[name]]:
         counts = {part.name: math.prod(part.shape) for _, part in parts}
@@ -134,11 +148,7 @@ def forms_of(
     sizes = [h.nbytes for h in (*layout.given, *layout.private[0])]  # in the base
     for names_of, headers in zip(private, layout.private, strict=True):
         sizes += [header.nbytes for header in headers if header.name in names_of]
-    return Forms(treatments, layers, frozenset(biases), first.of, private, sum(sizes), models_of)
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
+    return Forms(treatments, units, frozenset(biases), first.of, private, sum(sizes), models_of)
 
 
 def _problem(findings: Findings, found: str, expected: str) -> None:
@@ -152,7 +162,7 @@ def _whole(model: Any, tensors: set[str]) -> set[str]:
     PEFT saves every module whose name ends with an entry of `modules_to_save`.
     """
     modules = dict(model.named_modules())
-    owners = {*map(_owner, tensors)} - {""}
+    owners = {*map(owner_of, tensors)} - {""}
     found = {
         owner
         for owner in owners & modules.keys()
@@ -205,21 +215,21 @@ def adapter_of_task(
     """
     layout, forced = reader.layout, residuals.storage.forced
     everyone, name_of = range(len(layout.tasks)), layout.tasks[task]
-    shared = {part.name for block in layout.blocks for part in block.parts}
-    biases = {_owner(forms.names[name]): name for name in forms.biases}
-    infos, weights = {}, {}
-    for block, (group,) in zip(layout.blocks, plan.groups, strict=True):
-        for part in block.parts:
-            if rank := group.ranks[task].get(part.name):
-                module, info = _owner(forms.names[part.name]), forms.layers[part.name].info
-                dtype = forced or part.dtype(everyone)
-                infos[module] = replace(info, rank=rank, bias=module in biases, dtype=dtype)
-                weights[module] = part.name
+    parts = {part.name: part for block in layout.blocks for part in block.parts}
+    ranks = {name: r for (group,) in plan.groups for name, r in group.ranks[task].items()}
+    units = [unit for unit in forms.units if forms.files[unit.weights[0]] in ranks]
+    infos, made_of = {}, {}
+    for unit in units:
+        for module, (weight, layer) in unit.modules.items():
+            name, bias = forms.files[weight], bool(forms.biases)
+            dtype = forced or parts[name].dtype(everyone)
+            infos[module] = replace(layer.info, rank=ranks[name], bias=bias, dtype=dtype)
+            made_of[module] = (name, layer.transposed, forms.files.get(unit.bias or ""))
 
     def whole(name: str) -> Tensor:
         tensor = reader.tensor(task, name)
         require_finite(tensor, name, name_of)
-        return cast(tensor, forced, name) if forced and name in shared else tensor
+        return cast(tensor, forced, name) if forced and name in parts else tensor
 
     def change(name: str) -> Tensor:
         theta_0 = residuals.theta_0(name)
@@ -227,14 +237,13 @@ def adapter_of_task(
         return (whole(name).to(wide) - theta_0.to(wide)).to(theta_0.dtype)
 
     def update(module: str) -> Update:
-        name, info = weights[module], infos[module]
+        (name, transposed, trained), info = made_of[module], infos[module]
         b, a = residuals.factors(task, name, info.rank)
-        if forms.layers[name].transposed:
+        if transposed:
             b, a = a.mT, b.mT
-        bias = change(biases[module]) if info.bias else None
+        bias = change(trained) if info.bias and trained else None
         return Update(a, b, 1.0, bias).filled(info.rank).cast(info.dtype, name)
 
     saved = {called: partial(whole, name) for called, name in forms.saved(task).items()}
-    layers = {forms.names[name]: layer for name, layer in forms.layers.items()}
-    stated = configuration(forms.models[task], layers, base, [*dict.fromkeys(map(_owner, saved))])
+    stated = configuration(forms.models[task], units, base, [*dict.fromkeys(map(owner_of, saved))])
     return adapter_of(name_of, infos, update, stated, saved)

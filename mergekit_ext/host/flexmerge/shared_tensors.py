@@ -38,7 +38,7 @@ class Prepared:
     def storage(self) -> Storage:
         if isinstance(self.algorithm, Residual):
             forms, given = self.forms, (self.layout, self.algorithm, self.forced)
-            own = (forms.treatments, forms.held, forms.private_bytes) if forms else ()
+            own = (forms.treatments, forms.counts, forms.held, forms.private_bytes) if forms else ()
             return ResidualStorage(*given, *own)
         return Storage(self.layout, self.algorithm.masks, self.forced)
 
