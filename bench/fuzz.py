@@ -46,7 +46,7 @@ from mergekit_ext.io.headers import read_folder, read_safetensors
 from mergekit_ext.io.journal import Journal
 from peft_merge.flexmerge.manifest import open_manifest
 from peft_merge.io import load_adapter
-from peft_merge.merge import plan_config
+from peft_merge.merge import check
 from tests.attacks.readers import make_inputs
 from tests.attacks.weights import joined, split
 from tests.models import config
@@ -121,7 +121,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "YAML, check": _yaml(inputs / "nan.yml", nan, lambda path: _check(path.read_text())),
         "YAML, merge": _yaml(inputs / "merge.yml", nan, lambda path: parsed(path.read_text())),
         "YAML, flexmerge": _yaml(inputs / "flex.yml", flex, lambda path: _check(path.read_text())),
-        "YAML, peft-merge": _yaml(inputs / "peft.yml", peft, lambda path: plan_config(path, None)),
+        "YAML, peft-merge": _yaml(inputs / "peft.yml", peft, lambda path: check(path, None)),
         "analysis": _json(made, lambda path: analysis_file.find(path.parent, _SUBJECT, layout)),
         "journal": Reader(
             journal,

@@ -38,7 +38,7 @@ from examples.adapters import encoder, texts
 from examples.flexmerge import train as vits
 from examples.flexmerge.data import TASKS
 from examples.flexmerge.evaluate import evaluate as score_vit
-from mergekit_ext.host.flexmerge.sizes import Evaluate, write_curve
+from mergekit_ext.host.flexmerge.sizes import Evaluate, sizes
 from mergekit_ext.kernels.grouping import dendrogram, partition
 from mergekit_ext.kernels.similarity import cosines
 
@@ -168,7 +168,7 @@ def curve(home: Path, name: str, family: Family, line: Line) -> list[dict[str, A
         config = made / "merge.yml"
         config.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
         options = MergeOptions(quiet=True)
-        write_curve(config, made, options, line.sizes, line.algorithms, family.evaluate(home))
+        sizes(config, made, options, line.sizes, line.algorithms, family.evaluate(home))
         made.rename(folder)
     points: list[dict[str, Any]] = json.loads((folder / "sizes.json").read_text())["points"]
     return points

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergekit_ext import flexmerge as flexmerge
     from mergekit_ext.flexmerge.reader import export as export
     from mergekit_ext.flexmerge.runtime import load as load
+    from mergekit_ext.host.catalogue import methods as methods
     from mergekit_ext.host.flexmerge.analyze import analyze as analyze
     from mergekit_ext.host.flexmerge.sizes import sizes as sizes
     from mergekit_ext.host.interface import check as check
@@ -34,6 +35,7 @@ _HOMES = {
     "load": "flexmerge.runtime",
     "merge": "host.interface",
     "merge_models": "host.models",
+    "methods": "host.catalogue",
     "sizes": "host.flexmerge.sizes",
 }
 __all__ = ["__version__", "register", *_HOMES]

@@ -79,8 +79,9 @@ def merge(
         raise click.UsageError("Missing argument 'OUT'. Name a folder, or give --check.")
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit_ext.core.memory import limited
-    from peft_merge.merge import plan_config, run_config
-    from peft_merge.report import preview, sentences
+    from peft_merge.merge import check as checked
+    from peft_merge.merge import run_config
+    from peft_merge.report import sentences
 
     options: dict[str, Any] = {
         "device": device,
@@ -90,7 +91,7 @@ def merge(
     }
     with _running(), limited(max_memory):
         if check:
-            click.echo(preview(plan_config(config, out, **options)))
+            click.echo(str(checked(config, out, **options)))
             return
         result = run_config(config, out or "", callbacks=_callbacks(quiet, jsonl), **options)
     if not quiet:
@@ -125,6 +126,16 @@ def extract(
         result = run(base, model, out, callbacks=_callbacks(quiet, jsonl), **options)
     if not quiet:
         click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
+
+
+@main.command("methods")
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """Show all merge methods, or of one NAME its parameters and a YAML that runs."""
+    from peft_merge.catalogue import methods as found
+
+    with _running():
+        click.echo(str(found(name)))
 
 
 def _callbacks(quiet: bool, jsonl: Path | None) -> list[Any]:

@@ -69,9 +69,8 @@ def add_merged_adapter(
 ) -> dict[str, Any]:
     """Merge adapters of a model into a new one, as `add_weighted_adapter` of PEFT is called.
 
-    ``model.add_weighted_adapter(a, w, name, ...)`` becomes ``add_merged_adapter(model, a, w, name,
-    ...)``. Weights are not normalised unless `normalize` says so. The new adapter is not active
-    and not trained; nothing else of the model changes.
+    Weights are not normalised unless `normalize` says so. The new adapter is not active and not
+    trained; nothing else of the model changes.
 
     Args:
         peft_model: a PeftModel with LoRA or (IA)^3 adapters.
@@ -86,9 +85,8 @@ def add_merged_adapter(
         majority_sign_method: of PEFT's TIES types.
         method: any method of `merge_adapters` that makes one adapter, instead of a combination
             type; default `linear`.
-        rank: of the new LoRA; default as in `merge_adapters`: nothing is cut off by `linear`.
         device: where is computed; by default where the model is.
-        space, seed, dtype, modules_to_save, callbacks: as in `merge_adapters`.
+        rank, space, seed, dtype, modules_to_save, callbacks: as in `merge_adapters`.
         **parameters: of the method. A trailing underscore is left out: `lambda_=0.5`.
 
     Returns:
@@ -96,8 +94,10 @@ def add_merged_adapter(
 
     Raises:
         ConfigError: wrong arguments, or adapters that cannot be merged exactly.
-        NonFiniteError: an adapter holds NaN or infinity.
-        The model is as it was after any error.
+        NonFiniteError: an adapter holds NaN or infinity. After any error the model is as it was.
+
+    Example:
+        >>> peft_merge.add_merged_adapter(model, ["a", "b"], adapter_name="ab", method="nan")
     """
     from peft import PeftModel
 

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from peft_merge.flexmerge import method as flexmerge
 from peft_merge.flexmerge.manifest import FlexMerged
 from peft_merge.io import save_adapter
 from peft_merge.io.merged import merged_adapter
+from peft_merge.io.read import with_live
 from peft_merge.modules import merge_modules
-from peft_merge.report import report
+from peft_merge.report import preview, report
 from peft_merge.saved import merge_saved
 
 
@@ -56,6 +57,13 @@ class MergedAdapter:
         save_adapter(self.adapter, path, merge_config=self.config, report=self.report)
 
 
+class CheckedPlan(MergePlan):
+    """What a merge will do; as text, what ``peft-merge --check`` prints."""
+
+    def __str__(self) -> str:
+        return preview(self)
+
+
 def merge_adapters(
     adapters: Sequence[Source] | Mapping[str, Source],
     method: str = "linear",
@@ -72,6 +80,7 @@ def merge_adapters(
     modules_to_save: str | None = None,
     base_model: str | os.PathLike[str] | None = None,
     name: str = "merged",
+    model: Any = None,
     callbacks: Iterable[object] = (),
     allow_pickle: bool = False,
     max_memory: int | str | None = None,
@@ -80,35 +89,37 @@ def merge_adapters(
 
     Args:
         adapters: folders, names on the Hub, or adapters; a mapping gives them names.
-        method: as `merge_method` in YAML (docs/adapters.md).
+        method: as `merge_method` in YAML: ``print(peft_merge.methods())``.
         weights: one for each adapter; default 1.
-        parameters: of the method, for all adapters. Values may be gradients and filters, as in
-            YAML.
+        parameters: of the method, for all adapters; values, gradients and filters, as in YAML.
         each: of the method, one mapping for each adapter.
         rank: of a merged LoRA: a number, "lossless", or {"energy": 0.99}; default: lossless for
             rules that are exact in the small, else the sum of the ranks.
-        patterns: let ranks differ between modules, named by rank_pattern and alpha_pattern, which
-            only PEFT reads; default: one rank and one alpha, filled up with zeros.
+        patterns: let ranks differ between modules, which only PEFT and vLLM read.
         space: where the method works; default: the changes themselves.
         seed: of random methods.
-        dtype: of the result; default: that of the adapters.
+        dtype, base_model: of the result; default: those of the adapters.
         device: where is computed.
         modules_to_save: "average", "drop", or the name of an adapter.
-        base_model: written into adapter_config.json; default: that of the first adapter.
         name: of the merged adapter.
+        model: a PeftModel; names of its adapters may stand in `adapters`.
         callbacks: see `mergekit_ext.events`.
         allow_pickle: read adapter_model.bin, which can run code: trust its author.
-        max_memory: bytes, or text such as "8GB", that the process and a GPU may hold; a merge
-            that needs more is refused.
+        max_memory: bytes, or text such as "8GB"; a merge that needs more is refused.
 
     Returns:
-        A `MergedAdapter`; for methods that make several adapters what they say.
+        A `MergedAdapter`: `adapter`, `report`, `save(path)`; of `flexmerge` several adapters.
 
     Raises:
         ConfigError: something is wrong with arguments or adapters; it lists everything.
-        NonFiniteError: an adapter holds NaN or infinity.
-        MergeError: the result leaves the range of its dtype.
+        NonFiniteError, MergeError: an adapter holds NaN or infinity, or the result would.
+
+    Example:
+        >>> merged = peft_merge.merge_adapters(["./code", "./maths"], "nan")
+        >>> merged.save("merged")
     """
+    if model is not None:
+        adapters = with_live(model, adapters)
     models, problems = models_of(adapters, weights, each)
     document = {
         "merge_method": method,
@@ -148,13 +159,16 @@ def run_config(
 
     Raises:
         ConfigError, NonFiniteError, MergeError: as `merge_adapters`; nothing is written.
+
+    Example:
+        >>> peft_merge.run_config("adapters.yml", "merged").report["summary"]
     """
     options = {"device": device, "allow_pickle": allow_pickle}
-    plan = partial(plan_config, config, out, rank=rank, patterns=patterns, **options)
+    plan = partial(check, config, out, rank=rank, patterns=patterns, **options)
     return _run(plan, callbacks, os.fspath(out))
 
 
-def plan_config(
+def check(
     config: str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str] | None = None,
     *,
@@ -162,8 +176,24 @@ def plan_config(
     patterns: bool | None = None,
     device: Any = "cpu",
     allow_pickle: bool = False,
-) -> MergePlan:
-    """Return what `run_config` would do, checked from configurations and headers."""
+) -> CheckedPlan:
+    """Check a merge of adapters without reading any factor: return what it would do.
+
+    Args:
+        config: the path of a YAML file, or its content as a mapping; see docs/adapters.md.
+        out: the folder that would be written.
+        rank, patterns, device, allow_pickle: as for `run_config`.
+
+    Returns:
+        The plan: `kind`, `adapters`, `modules`, `rank`, `space`, `dtype`, `notes`; as text, what
+        ``peft-merge --check`` prints.
+
+    Raises:
+        ConfigError: with all that is wrong.
+
+    Example:
+        >>> print(peft_merge.check("merge.yml"))
+    """
     given = {"rank": rank, "patterns": patterns}
     instead = {key: value for key, value in given.items() if value is not None}
     request, problems = read(config, instead)
@@ -172,7 +202,8 @@ def plan_config(
         problems += place_problems(os.path.expanduser(out), str(out), empty=True)
         name = (Path(out).name if Path(out).name.isprintable() else "") or name
     request = replace(request, device=device, allow_pickle=allow_pickle, name=name)
-    return checked(request, problems)
+    plan = checked(request, problems)
+    return CheckedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
 
 
 @full_precision()

@@ -48,10 +48,10 @@ class AdapterModel:
         save_adapter(self._adapter(model), folder)
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> list[Problem]:
-        from peft_merge.merge import plan_config
+        from peft_merge.merge import check
 
         given = self._settings
-        plan = plan_config(self._document(folders), device=given.device)
+        plan = check(self._document(folders), device=given.device)
         if plan.rule is None:
             return [Problem("method", repr(given.method), "a method that makes one adapter")]
         return []

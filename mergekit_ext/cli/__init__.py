@@ -14,6 +14,7 @@ _COMMANDS = {
     "decompose": "Make one base of fine-tunes, and a LoRA of each.",
     "export": "Write one task of a FlexMerge checkpoint as an ordinary model.",
     "merge": "Merge, as mergekit-yaml does, with the methods known.",
+    "methods": "Show the merge methods, and when to use which.",
     "sizes": "Merge at many sizes, and score each.",
 }
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
@@ -79,6 +80,28 @@ WEIGHT = Parameter("weight", Factor, 1.0, "factor of the input", per_model=True)
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+_WORDS = {float: "number", int: "whole number", bool: "true or false", str: "text"}
+_BOUNDS = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
+
+
+def in_words(kind: Any) -> str:
+    """Return which values a parameter's type takes: "number above 0 to 1"."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return ", ".join(parts)
+    if hasattr(kind, "__metadata__"):
+        rules = [rule for item in kind.__metadata__ for rule in getattr(item, "metadata", ())]
+        bounds = [
+            f"{word} {getattr(rule, key):g}"
+            for rule in rules
+            for key, word in _BOUNDS.items()
+            if hasattr(rule, key)
+        ]
+        return " ".join([in_words(parts[0]), *bounds])
+    words = (in_words(part) for part in parts if part is not NoneType)
+    return " or ".join(words) if parts else _WORDS.get(kind, "size")
 
 
 def _is_float(kind: Any) -> bool:

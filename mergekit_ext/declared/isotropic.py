@@ -45,5 +45,6 @@ for name, title, merge, own in (
             variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
             matrices=True,
             copies=copies,
+            use="Tasks with little in common: all directions of their sum count the same.",
         )
     )

@@ -82,6 +82,7 @@ LINEAR = Method(
     weighs=True,
     invariant=lambda options: True,
     divides=normalized,
+    use="The mean of what inputs do: the start for inputs that are alike.",
 )
 TASK_ARITHMETIC = replace(
     LINEAR,
@@ -90,6 +91,7 @@ TASK_ARITHMETIC = replace(
     paper=TASK_VECTORS,
     merge=task_arithmetic,
     parameters=(normalize(False), LAMBDA),
+    use="Tasks with little in common, which add up; lambda says how far.",
 )
 AVERAGE = Method(
     "average",
@@ -100,6 +102,7 @@ AVERAGE = Method(
     weighs=True,
     divides=lambda options: True,
     linear=_mean_factor,
+    use=LINEAR.use,
 )
 # lambda times the mean: FlexMerge, footnote 1, with the 1.5 of its section 4.
 MEAN_TASK_ARITHMETIC = replace(
@@ -111,6 +114,7 @@ MEAN_TASK_ARITHMETIC = replace(
     parameters=(Parameter("lambda", Factor, 1.5, "scales the mean task vector"),),
     divides=lambda options: False,
     linear=_lambda_of_mean,
+    use=TASK_ARITHMETIC.use,
 )
 # The baseline of FlexMerge, section 4.2: Zhang et al. cluster channels; here whole blocks.
 CHANNEL_MERGING = replace(
@@ -119,6 +123,8 @@ CHANNEL_MERGING = replace(
     title="Channel Merging",
     paper="https://arxiv.org/abs/2412.15283",
     kmeans=True,
+    use="A baseline of whole sizes, to compare with.",
+    example={"target_size": 2},
 )
 
 for _method in (LINEAR, TASK_ARITHMETIC, AVERAGE, MEAN_TASK_ARITHMETIC, CHANNEL_MERGING):

@@ -208,5 +208,7 @@ register(
         after=_after,
         copies=_copies,
         divides=lambda options: options["combine"] == "mean",
+        use="Three fine-tunes or more, by their main directions; the base need not be at hand.",
+        example={"mu_relative": 0.1},
     )
 )

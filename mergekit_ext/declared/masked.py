@@ -63,6 +63,7 @@ register(
         blockwise=emr_rows,
         mask=lambda delta, unified, options: masks.sign_mask(delta, unified),
         rescale=masks.rescaler,
+        use="Tasks that differ, kept apart by FlexMerge's masks from size 2 on; alone one vector.",
     )
 )
 register(
@@ -85,5 +86,6 @@ register(
         over_base=consensus_over_base,
         trims=True,
         mask=lambda delta, unified, options: masks.tall_mask(delta, unified, options["threshold"]),
+        use="Masks over a TIES merge, which leave out what a task does not need.",
     )
 )

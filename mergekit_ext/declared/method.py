@@ -78,6 +78,8 @@ class Method:
         name: in YAML.
         title: in cards.
         paper: its address.
+        use: when to use it, in a sentence.
+        example: parameters to start with, where some are required.
         merge: ``merge(changes, call)``: from m task vectors of one shape, float32 or float64, to
             one; ``W_0 + merge(t)`` is the merged weight. Does not change its inputs.
         parameters: without `WEIGHT`, which every method has.
@@ -137,6 +139,8 @@ class Method:
     copies: Copies = unknown_copies
     divides: Callable[[Mapping[str, Any]], bool] = lambda options: False
     nan: bool = False
+    use: str = ""
+    example: Mapping[str, Any] = field(default_factory=dict)
 
     def for_driver(self, driver: str) -> tuple[Parameter, ...]:
         """Return all parameters that a driver's users can give."""

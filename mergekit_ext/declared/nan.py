@@ -164,5 +164,6 @@ register(
         weighs=True,
         invariant=lambda options: True,
         nan=True,
+        use="Inputs of unlike sizes without weights to choose: the larger, the less it counts.",
     )
 )

@@ -55,6 +55,7 @@ register(
         ),
         variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
         trims=True,
+        use="Tasks that compete for the same entries.",
         # Task vectors, their sum in float64, and scores in float64 that are ranked.
         copies=lambda models, square: models + 12,
     )

@@ -266,6 +266,14 @@ _FAMILY = (
     ("breadcrumbs_ties", "2312.06795", _magnitude_outliers, (GAMMA,), True, False, False),
 )
 
+_AGREEMENT = {True: "Inputs whose signs conflict; ", False: "Inputs that add up; "}
+_DROPPED = {
+    _magnitude: "small entries are noise.",
+    _random: "most entries are redundant.",
+    _by_rank: "most entries are redundant, small ones first.",
+    _magnitude_outliers: "small entries are noise and the largest are outliers.",
+}
+
 for _name, _paper, _prepare, _own, _elects, _normal, _rescales in _FAMILY:
     _merge = _rows(_prepare, _sum(_elects), rescale=None, sums=not _elects)
     _rescale = Parameter("rescale", Switch, _rescales, "make up for what is dropped")
@@ -285,6 +293,7 @@ for _name, _paper, _prepare, _own, _elects, _normal, _rescales in _FAMILY:
             trims=_in_blocks,
             check_each=spread_problems,
             divides=(lambda options: False) if _elects else normalized,
+            use=_AGREEMENT[_elects] + _DROPPED[_prepare],
         )
     )
 
@@ -303,5 +312,6 @@ for _name, _prepare, _rescales in (
             drivers=frozenset({ADAPTERS}),
             weighs=True,
             blockwise=_merge,
+            use=f"What `{_name[5:]}` of PEFT's add_weighted_adapter is meant to give, exactly.",
         )
     )

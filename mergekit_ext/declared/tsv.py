@@ -41,5 +41,6 @@ register(
         variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
         matrices=True,
         copies=copies,
+        use="Tasks with little in common: the directions of each are kept apart.",
     )
 )

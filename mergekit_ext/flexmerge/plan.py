@@ -24,6 +24,8 @@ from mergekit_ext.kernels.grouping import (
 )
 
 DEFAULT_ALGORITHM = "task_arithmetic"
+TITLE, PAPER = "FlexMerge", "https://arxiv.org/abs/2505.23209"
+USE = "Several tasks served in the space of any number of inputs between one and all."
 
 
 def options(target: Any, blocks: Sequence[str], example: str) -> tuple[Parameter, ...]:

@@ -212,6 +212,9 @@ def export(
         CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, or has no such
             task.
         ConfigError: `out` cannot be written.
+
+    Example:
+        >>> mergekit_ext.export("out", "code", "code-alone")
     """
     checkpoint = open_checkpoint(path, verify)
     root, tensors = checkpoint.folder, checkpoint.tensors(task)

@@ -60,6 +60,7 @@ class Residual(Algorithm):
     """
 
     name = "residual"
+    use = "Tasks that stay close to their own models in the space of one or two."
 
     def __init__(self, base: Algorithm | None, parameters: Parameters):
         super().__init__(parameters)

@@ -40,45 +40,37 @@ def load(
 ) -> Any:
     """Load one task's model, or all of them with shared tensors.
 
-    What one dense group stores is one storage in all of its modules, on the CPU the mapped file.
-    So the modules of m tasks take the memory of the checkpoint, its size times one model, except
-    for masked blocks: those are reconstructed for every task. Training one module in place changes
-    the others; on no account are the files changed.
-
-    Residual blocks stay a base, which all modules share, and each task's factors: linear,
-    embedding and convolution layers multiply by both. Their parameters are `theta_0`, `lora_B` and
-    `lora_A`; `weight` is formed whenever it is read, also for `state_dict` and `save_pretrained`,
-    and cannot be written to. Parameters of other modules are formed once for each task (those of
-    position tables and stacked experts, for example).
+    What one dense group stores is one storage in all of its modules, on the CPU the mapped file, so
+    that m tasks take the memory of the checkpoint; masked blocks are reconstructed for every task.
+    Training one module in place changes the others, never the files. Residual blocks stay a base
+    and factors (`theta_0`, `lora_B`, `lora_A`); `weight` is formed whenever it is read, and cannot
+    be written to.
 
     Args:
         path: folder with ``flexmerge.json``.
         task: name of one task; None for all.
         device: where the modules go.
-        device_map: spread them over several devices instead, with accelerate: ``"auto"``, or a
-            mapping from parts of the modules, the same for all tasks, to devices, ``"cpu"`` and
-            ``"disk"``. What tasks share lies in one place, once.
-        max_memory: with ``"auto"``, what each device may hold, as accelerate takes it:
-            ``{0: "20GB", "cpu": "60GB"}``. What tasks share counts once. What does not fit is on
-            disk. By default what is free.
-        offload_folder: for tensors on disk that no file of the checkpoint holds as they are
-            (cast, stacked by transformers, or reconstructed from masks).
-        dtype: that of the parameters; by default as ``from_pretrained`` decides for an ordinary
-            checkpoint (the configuration's, or else the stored one). A cast copies, after which the
-            copies are shared again.
+        device_map: spread them with accelerate instead: ``"auto"``, or a mapping from parts of the
+            modules to devices, ``"cpu"`` and ``"disk"``. What tasks share lies in one place.
+        max_memory: with ``"auto"``: ``{0: "20GB", "cpu": "60GB"}``; by default what is free.
+        offload_folder: for tensors on disk that no file holds as they are.
+        dtype: by default as ``from_pretrained`` decides.
         verify: compare the files with their digests first, which reads all of them.
         trust_remote_code: run a model's own code if its class is not one of transformers'.
-        merged: form the weights of residual blocks once, in the memory of m models. All parameters
-            are ordinary then.
+        merged: form residual weights once, in the memory of m models, as ordinary parameters.
 
     Returns:
-        the task's module, of the class that its ``config.json`` names under ``architectures``, in
-        evaluation mode; without `task`, a dictionary of all of them in the manifest's order.
+        The task's module, of the class that ``config.json`` names, in evaluation mode; without
+        `task`, a dictionary of all in the manifest's order.
 
     Raises:
         ConfigError: the modules cannot be placed so.
         CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, has no such task,
             or does not fit its model's class: a parameter that is missing is never initialised.
+
+    Example:
+        >>> models = mergekit_ext.load("out")
+        >>> model = mergekit_ext.load("out", "code", device="cuda")
     """
     problems = []
     if max_memory is not None and device_map != AUTO:

@@ -32,7 +32,7 @@ from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype, cou
 from mergekit_ext.report.card import solver_section
 
 # Declares no check, no warning and no memory.
-_PLAIN = Method("", "", "", lambda tensors, call: Merged(tensors[0]))
+PLAIN = Method("", "", "", lambda tensors, call: Merged(tensors[0]))
 
 
 class ExtMethod(MergeMethod):
@@ -43,7 +43,7 @@ class ExtMethod(MergeMethod):
     Results carry no gradient.
     """
 
-    declared: Method = _PLAIN
+    declared: Method = PLAIN
 
     @abstractmethod
     def merge_one(

@@ -51,7 +51,8 @@ GRANULARITIES: dict[str, Callable[[str], str]] = {
 }
 # Those that need no other tensor. "expert" has coefficients for each expert of a stack.
 ALONE = frozenset({"tensor", "expert"})
-_SHARED = tuple(map(spec_of, (NORM_OF, granularity(*GRANULARITIES), SCALE)))
+PARAMETERS = (NORM_OF, granularity(*GRANULARITIES), SCALE)
+_SHARED = tuple(map(spec_of, PARAMETERS))
 
 # Of mergekit's sparsifying methods, which take any number.
 RANGES = {p.name: p.kind for p in (DENSITY, GAMMA, EPSILON)}

@@ -82,6 +82,9 @@ def extract(
         ConfigError: something is wrong with arguments or models; it lists everything.
         NonFiniteError: a model holds NaN or infinity.
         MergeError: the models are the same, or a value leaves the range of the factors' dtype.
+
+    Example:
+        >>> peft_merge.extract("base", "tuned", "lora", rank=64)
     """
     given: dict[str, Any] = {"rank": rank, "energy": energy, "size": size}
     chosen = [name for name, value in given.items() if value is not None]

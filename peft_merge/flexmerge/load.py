@@ -55,6 +55,10 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
         ConfigError: adapters that PEFT cannot hold side by side (each folder loads by itself), or
             a base that they do not fit or that has adapters. The base is as it was.
         TypeError: `base_model` is no model.
+
+    Example:
+        >>> model = peft_merge.load_tasks(base_model, "out")
+        >>> model.set_adapter("maths")
     """
     _require_base(base_model)
     folder = Path(path).expanduser()

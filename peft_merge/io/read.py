@@ -54,6 +54,9 @@ def load_adapter(
 
     Raises:
         ConfigError: with everything that is wrong with it, or why it cannot be merged exactly.
+
+    Example:
+        >>> peft_merge.load_adapter("lora").infos
     """
     path = Path(os.fspath(source))
     last = path.resolve().name if path.name in ("", "..") else path.name
@@ -187,6 +190,16 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
     if problems:
         raise ConfigError(problems, "the adapters of this model")
     return adapters
+
+
+def with_live(model: Any, adapters: Any) -> Any:
+    """Return a list or mapping of adapters, those of the PeftModel in place of their names."""
+    live = getattr(model, "peft_config", {})
+    listed = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
+    names = [one for one in listed if isinstance(one, str) and one in live]
+    held = dict(zip(names, adapters_of(model, names), strict=True))
+    found = [held.get(one, one) if isinstance(one, str) else one for one in listed]
+    return dict(zip(adapters, found, strict=True)) if isinstance(adapters, Mapping) else found
 
 
 def _as_json(value: Any) -> Any:

@@ -47,6 +47,9 @@ def save_adapter(
     Raises:
         ConfigError: there is something at `path`, or it cannot be written.
         NonFiniteError: a tensor overflowed in the dtype in which it is to be stored.
+
+    Example:
+        >>> peft_merge.save_adapter(peft_merge.load_adapter("lora"), "copy")
     """
     texts = {CARD: card_of(adapter, merge_config, report) if card is None else card}
     if merge_config is not None:

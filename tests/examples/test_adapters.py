@@ -20,7 +20,7 @@ from examples.adapters.__main__ import main
 from examples.adapters.jobs import QUICK_CONFIGS
 from examples.adapters.studies import STUDIES, mean
 from peft_merge.io import load_adapter
-from peft_merge.merge import plan_config, run_config
+from peft_merge.merge import check, run_config
 
 CONFIGS = [(study, config) for study in STUDIES for config in merging.available(study)]
 
@@ -96,7 +96,7 @@ def test_every_configuration_fits_the_adapters(output: Path, study: str, config:
     document = in_adapters(merging.CONFIGS / study / f"{config}.yml", output, study)
     names = [Path(entry["model"]).name for entry in document["models"]]
     assert tuple(names) == STUDIES[study].members
-    plan = plan_config(document)
+    plan = check(document)
     assert len(plan.adapters) == len(names) and plan.modules
 
 

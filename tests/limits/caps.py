@@ -28,7 +28,7 @@ from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.io.headers import allowing_pickles
 from peft_merge.cli import main as adapters
 from peft_merge.memory_estimate import need_of
-from peft_merge.merge import plan_config
+from peft_merge.merge import check
 from tests.models import config, family, write_yaml
 
 # What the process holds may change by some pages between two looks at it.
@@ -123,7 +123,7 @@ def _loras(
         (place / "adapter_config.json").write_text(json.dumps(fields))
         content["models"].append({"model": str(place)})
     file = write_yaml(folder / "merge.yml", content)
-    _report(name, need_of(plan_config(file)), adapters, [str(file), "--quiet"], folder)
+    _report(name, need_of(check(file)), adapters, [str(file), "--quiet"], folder)
 
 
 def _llama(hidden: int, inner: int, rows: int = 64, layers: int = 1) -> Callable[[], Any]:

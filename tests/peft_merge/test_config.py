@@ -17,7 +17,7 @@ from mergekit_ext.errors import (
     UniformCoefficientsWarning,
 )
 from peft_merge.io.compatible import DifferentBasesWarning
-from peft_merge.merge import merge_adapters, plan_config
+from peft_merge.merge import check, merge_adapters
 from tests.peft_merge.edit import change_config
 from tests.peft_merge.models import KINDS, saved
 
@@ -46,7 +46,7 @@ def document(folders, *names, **others):
 
 def problems_of(config, **options):
     with pytest.raises(ConfigError) as caught:
-        plan_config(config, **options)
+        check(config, **options)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -56,7 +56,7 @@ def the_problem(config, **options):
 
 
 def test_a_plan_of_a_plain_merge(folders):
-    plan = plan_config(document(folders, "one", "two"))
+    plan = check(document(folders, "one", "two"))
     assert plan.kind == "lora"
     assert [adapter.name for adapter in plan.adapters] == ["one", "two"]
     assert plan.dtype == torch.float32
@@ -73,7 +73,7 @@ def test_values_by_model_layer_and_filter(folders):
         "density": [{"filter": "q_proj", "value": 0.9}],
         "weight": {"filter": "layers.1", "value": "2e0"},
     }
-    plan = plan_config(config)
+    plan = check(config)
     seen = {module: plan.resolve(module) for module in plan.modules}
     for module, values in seen.items():
         last = "layers.1" in module
@@ -86,7 +86,7 @@ def test_values_by_model_layer_and_filter(folders):
 def test_names_and_dtype_and_base(folders):
     config = document(folders, "one", dtype="bfloat16", rank={"energy": 0.9}, seed=7)
     config["models"].append({"model": str(folders["one"]), "name": "again"})
-    plan = plan_config(config)
+    plan = check(config)
     assert [adapter.name for adapter in plan.adapters] == ["one", "again"]
     assert (plan.dtype, plan.seed) == (torch.bfloat16, 7)
 
@@ -96,7 +96,7 @@ def test_the_default_dtype_holds_all_inputs(folders, tmp_path):
     other = saved(KINDS["plain"], tmp_path / "other", 1, torch.float16)
     for chosen, dtype in (([half], torch.bfloat16), ([half, other], torch.float32)):
         config = {"merge_method": "linear", "models": [{"model": str(f)} for f in chosen]}
-        assert plan_config(config).dtype == dtype
+        assert check(config).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_all_mistakes_at_once(folders, tmp_path):
 
 
 def test_ia3_has_no_rank_and_its_own_spaces(folders):
-    assert plan_config(document(folders, "ia3")).space == "additive"
-    assert plan_config(document(folders, "ia3", space="log")).space == "log"
+    assert check(document(folders, "ia3")).space == "additive"
+    assert check(document(folders, "ia3", space="log")).space == "log"
     assert "no rank" in the_problem(document(folders, "ia3", rank=4))
     assert "(IA)^3 one of additive, log" in the_problem(document(folders, "ia3", space="delta"))
 
@@ -214,7 +214,7 @@ def test_the_base_is_no_adapter(folders):
 def test_filters_that_match_nothing_are_noted(folders):
     config = document(folders, "one")
     config["parameters"] = {"weight": [{"filter": "mpl", "value": 2}, {"value": 1}]}
-    (note,) = plan_config(config).notes
+    (note,) = check(config).notes
     assert note == "parameters.weight: the filter 'mpl' matches no adapted module."
 
 
@@ -222,10 +222,10 @@ def test_heads_are_averaged_dropped_or_taken(folders):
     both = document(folders, "heads", "more_heads")
     name = "classifier.weight"
     with pytest.warns(MergeWarning, match="no head of any of their tasks"):
-        assert plan_config(both).saved[name] == (0, 1)
-    assert plan_config({**both, "modules_to_save": "average"}).saved[name] == (0, 1)
-    assert plan_config({**both, "modules_to_save": "more_heads"}).saved[name] == (1,)
-    assert plan_config({**both, "modules_to_save": "drop"}).saved == {}
+        assert check(both).saved[name] == (0, 1)
+    assert check({**both, "modules_to_save": "average"}).saved[name] == (0, 1)
+    assert check({**both, "modules_to_save": "more_heads"}).saved[name] == (1,)
+    assert check({**both, "modules_to_save": "drop"}).saved == {}
     both["parameters"] = {"weight": [{"filter": "classifier", "value": 0}, {"value": 1}]}
     assert all("weights that sum to 0" in problem for problem in problems_of(both))
 
@@ -253,11 +253,11 @@ def test_weights_of_opposite_signs(folders):
         entry["parameters"] = {"weight": weight}
     problem = the_problem(config)
     assert "sum to 0 for" in problem and "layers.1" in problem and "layers.0" not in problem
-    assert plan_config({**config, "parameters": {"normalize": False}}).kind == "lora"
+    assert check({**config, "parameters": {"normalize": False}}).kind == "lora"
     # NAN's coefficients come in between
-    assert plan_config({**config, "merge_method": "nan_linear"}).kind == "lora"
+    assert check({**config, "merge_method": "nan_linear"}).kind == "lora"
     config["models"][1]["parameters"] = {"weight": -0.5}
-    assert plan_config(config).kind == "lora"
+    assert check(config).kind == "lora"
 
 
 def test_nan_may_make_weights_cancel(folders):
@@ -294,7 +294,7 @@ def test_different_bases_are_a_warning_of_merges_that_go_ahead(folders, tmp_path
     other = {name: tmp_path / name for name in ("one", "two")}
     assert len(problems_of(document(other, "one", "two", rank=0))) == 1
     with pytest.warns(DifferentBasesWarning, match="base-of-one"):
-        plan_config(document(other, "one", "two"))
+        check(document(other, "one", "two"))
 
 
 def test_weights_of_heads_may_not_cancel_but_for_rounding(folders):
@@ -312,8 +312,8 @@ def test_heads_that_only_some_have_need_a_word(folders):
         "classifier.bias, classifier.weight: found whole tensors that no_head"
     )
     assert "Say which to take with `modules_to_save`" in problem
-    assert plan_config({**mixed, "modules_to_save": "average"}).saved["classifier.weight"] == (0,)
-    assert plan_config({**mixed, "modules_to_save": "no_head"}).saved == {}
+    assert check({**mixed, "modules_to_save": "average"}).saved["classifier.weight"] == (0,)
+    assert check({**mixed, "modules_to_save": "no_head"}).saved == {}
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_nothing_but_one_error_whatever_is_written(folders, changes, parameters,
     config["models"][0] |= {"parameters": own}
     config |= {"parameters": parameters, **changes}
     try:
-        plan = plan_config(config)
+        plan = check(config)
     except ConfigError as error:
         assert all(problem.where and problem.found for problem in error.problems)
     else:

@@ -19,7 +19,7 @@ from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
 from peft_merge.io import load_adapter
 from peft_merge.live import COMBINATION_TYPES
-from peft_merge.merge import merge_adapters, plan_config
+from peft_merge.merge import check, merge_adapters
 from peft_merge.modules import VECTOR_SPACES, rules
 from tests.peft_merge.models import KINDS, saved
 
@@ -119,10 +119,10 @@ def test_a_size_that_mixed_ranks_reach_with_a_rank(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = [yaml.safe_load(block) for block in re.findall(YAML, FLEXMERGE, re.DOTALL)]
     (document,) = [found for found in documents if "rank" in found]
-    assert plan_config(document).rank == 8
+    assert check(document).rank == 8
     del document["rank"]
     with pytest.raises(ConfigError, match=r"1\.6 to 2 adapters"):
-        plan_config(document)
+        check(document)
 
 
 def test_pcb_gives_one_adapter_back_without_density_and_clip(tmp_path):
@@ -144,11 +144,11 @@ def test_paths_in_a_file_are_those_of_the_current_directory(tmp_path, monkeypatc
         (tmp_path / "else" / "merge.yml").write_text(text)
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.chdir(tmp_path)
-        assert plan_config("else/merge.yml").adapters[0].name == "one"
+        assert check("else/merge.yml").adapters[0].name == "one"
     monkeypatch.chdir(tmp_path / "else")
     (tmp_path / "else" / "merge.yml").write_text(text.replace("~", "."))
     with pytest.raises(ConfigError, match="no such folder"):
-        plan_config("merge.yml")
+        check("merge.yml")
 
 
 def test_models_with_adapters_are_read_as_mergekit_reads_them():
@@ -170,5 +170,5 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "merged" / "adapter_model.safetensors").exists()
     document = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[0])
     document["models"][1]["model"] = "./lora-maths"
-    plan = plan_config(document)
+    plan = check(document)
     assert (plan.request.method, plan.rank) == ("ties", 16)

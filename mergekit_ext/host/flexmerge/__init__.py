@@ -10,6 +10,7 @@ import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 
 from mergekit_ext.errors import MergeError
+from mergekit_ext.flexmerge.plan import PAPER, TITLE, USE
 from mergekit_ext.host.method import ExtMethod
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class FlexMergeMethod(ExtMethod):
     is known to every mergekit process, and so imports what does the work when it is needed.
     """
 
-    title = "FlexMerge"
-    paper: str | None = "https://arxiv.org/abs/2505.23209"
+    title, use = TITLE, USE
+    paper: str | None = PAPER
 
     def __init__(self, name: str = "flexmerge") -> None:
         self.spec = MergeMethodSpec(
@@ -71,6 +72,7 @@ class DecomposeMethod(FlexMergeMethod):
     """
 
     title, paper = "base and low-rank residuals", None
+    use = "Several fine-tunes for servers of LoRAs: one base, and a LoRA of each."
 
     def __init__(self) -> None:
         super().__init__(DECOMPOSE)

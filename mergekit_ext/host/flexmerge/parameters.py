@@ -61,7 +61,9 @@ OWN: tuple[Parameter, ...] = (
 _DEFAULT_BASE = "average"
 # Of which residuals are given one.
 _SIZES = ("target_size", "rank", "energy")
-_BASE = Parameter("base", str, _DEFAULT_BASE, "what makes the base of the residuals")
+BASE = Parameter("base", str, _DEFAULT_BASE, "what makes the base of the residuals")
+# Defaults of residuals that become adapters, where others are those of a checkpoint.
+AS_ADAPTERS = {"output": ADAPTERS, "vectors": SHARED}
 # What only algorithms that trim take, what only groups do, and what changes task vectors.
 _OF_TRIMMING = frozenset({"trim_scope", "similarity_on"})
 _OF_GROUPS = frozenset({"linkage", "order", "similarity_on"})
@@ -141,7 +143,7 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
         bases = choice(GIVEN, *(name for name in known if name != Residual.name))
         specs["base"] = replace(specs["base"], value_type=bases)
         if given.get("output") == ADAPTERS:
-            specs["vectors"] = replace(specs["vectors"], default=SHARED)
+            specs["vectors"] = replace(specs["vectors"], default=AS_ADAPTERS["vectors"])
     if method is None:  # it is not known either what it takes
         config = _reduced(config, specs.__contains__)
     elif isinstance(_merging(method), MergeMethod):
@@ -218,7 +220,7 @@ def _specs_of(method: Method | MergeMethod | Based | None) -> dict[str, Paramete
     if method is None:
         return {}
     if isinstance(method, Based):
-        own = {p.name: spec_of(p) for p in (_BASE, WEIGHT, *PARAMETERS)}
+        own = {p.name: spec_of(p) for p in (BASE, WEIGHT, *PARAMETERS)}
         return {**own, **_specs_of(method.method)}
     if isinstance(method, Method):
         return {p.name: spec_of(p) for p in method.for_driver(BLOCKS)}

@@ -8,7 +8,7 @@ import pytest
 
 from mergekit_ext.errors import ConfigError, MergeError, TwoModelsWarning
 from peft_merge.flexmerge.family import blocks_of
-from peft_merge.merge import merge_adapters, plan_config
+from peft_merge.merge import check, merge_adapters
 from tests.peft_merge.loras import adapter, update
 from tests.peft_merge.models import KINDS, saved
 
@@ -104,10 +104,10 @@ def test_checked_without_reading_factors(tmp_path):
         "models": [{"model": str(tmp_path / name)} for name in ("t0", "t1")],
         "parameters": {"target_size": 1.5, "lambda": 0.9},
     }
-    assert plan_config(document).request.method == "flexmerge"
+    assert check(document).request.method == "flexmerge"
     document["parameters"]["target_size"] = 0.9
     with pytest.raises(ConfigError, match=re.escape("1 to 2 adapters")):
-        plan_config(document)
+        check(document)
 
 
 def test_blocks():

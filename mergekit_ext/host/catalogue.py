@@ -1,0 +1,56 @@
+"""`mergekit_ext.methods`: the methods of mergekit's YAML, from their declarations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mergekit import merge_methods
+
+import mergekit_ext
+from mergekit_ext.declared import ADAPTERS, BLOCKS, MODELS
+from mergekit_ext.declared import methods as declared
+from mergekit_ext.declared.catalogue import described, with_family
+from mergekit_ext.flexmerge.residual import PARAMETERS, Residual
+from mergekit_ext.host.flexmerge import DecomposeMethod, FlexMergeMethod
+from mergekit_ext.host.flexmerge.parameters import AS_ADAPTERS, BASE, OWN
+from mergekit_ext.host.method import PLAIN
+from mergekit_ext.host.nan_method import PARAMETERS as OF_NAN
+from mergekit_ext.host.nan_method import NanMethod
+
+
+def methods(name: str | None = None) -> Any:
+    """Return what is known of a merge method, or of all that the package adds to mergekit.
+
+    Args:
+        name: as in YAML; of an algorithm of FlexMerge ``"flexmerge:ties"``; None for all.
+
+    Returns:
+        A `Description`: `name`, `title`, `paper`, `use` (when to use it), `parameters` and `yaml`,
+        a merge that runs; as text, a page. Of all methods a mapping from names to these; as text, a
+        line for each. mergekit's own methods are not in it.
+
+    Raises:
+        ConfigError: there is no method of this name.
+
+    Example:
+        >>> print(mergekit_ext.methods())
+        >>> mergekit_ext.methods("lore").yaml
+    """
+    mergekit_ext.register()
+    nan = replace(declared(ADAPTERS)["nan"], parameters=OF_NAN)
+    wrapped = [one for one in merge_methods.registered_methods() if isinstance(one, NanMethod)]
+    flexmerge, decompose = (
+        replace(PLAIN, name=one.spec.name, title=one.title, paper=one.paper or "", use=one.use)
+        for one in (FlexMergeMethod(), DecomposeMethod())
+    )
+    flexmerge = replace(flexmerge, parameters=OWN, example={"target_size": 2.25})
+    own, defaults = (BASE, *PARAMETERS), {**AS_ADAPTERS, "target_size": None}
+    residual = replace(decompose, name=Residual.name, use=Residual.use, parameters=own)
+    shared = [p for p in OWN if p.name in ("target_size", "granularity", "heads", "task")]
+    changed = (replace(p, default=defaults.get(p.name, p.default)) for p in (*shared, *own))
+    decompose = replace(decompose, parameters=tuple(changed), example={"target_size": 1.5})
+    found = described([nan, *declared(MODELS).values(), flexmerge, decompose], MODELS)
+    with_family(found, [one.spec.name for one in wrapped if one.spec.name != "nan"])
+    found |= described([*declared(BLOCKS).values(), residual], BLOCKS, flexmerge.name)
+    return found.named(name)
