@@ -16,16 +16,7 @@ from peft_merge.modules import rules
 def methods(name: str | None = None) -> Any:
     """Return what is known of a merge method for adapters, or of all.
 
-    Args:
-        name: as in YAML; None for all.
-
-    Returns:
-        A `Description`: `name`, `title`, `paper`, `use` (when to use it), `parameters` and `yaml`,
-        a merge that runs; as text, a page. Of all methods a mapping from names to these; as text, a
-        line for each.
-
-    Raises:
-        ConfigError: there is no method of this name.
+    Arguments, result and errors are those of `mergekit_ext.methods`.
 
     Example:
         >>> print(peft_merge.methods())

@@ -16,6 +16,7 @@ from mergekit import merge_methods
 import mergekit_ext
 import peft_merge
 from mergekit_ext.core.parameters import Count, Share, choice, in_words
+from mergekit_ext.declared.catalogue import default_of
 from mergekit_ext.errors import ConfigError
 from peft_merge.modules import rules
 from tests.host.test_merge_models import make
@@ -27,10 +28,21 @@ CATALOGUES = {"models": mergekit_ext.methods(), "adapters": peft_merge.methods()
 MARKED = re.compile(r"(<!-- methods.* -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def table() -> str:
+    rows = ["| method | when to use it | parameters |", "| --- | --- | --- |"]
+    for name, found in CATALOGUES["models"].items():
+        given = "; ".join(
+            f"`{p.name}`{' (per model)' * p.per_model}: {in_words(p.kind)}, {default_of(p)}"
+            for p in found.parameters
+        )
+        linked = f"[`{name}`]({found.paper})" if found.paper else f"`{name}`"
+        rows.append(f"| {linked} | {found.use} | {given} |")
+    return "\n".join(rows)
+
+
 def current() -> str:
-    table = CATALOGUES["models"].markdown()
     text = PAGE.read_text(encoding="utf-8")
-    return MARKED.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
+    return MARKED.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text)
 
 
 def test_the_docs_are_not_stale() -> None:

@@ -115,7 +115,7 @@ def test_no_imports_run_in_a_circle():
         ("mergekit_ext.host.run, mergekit.merge", {"accelerate", "peft", "torch._dynamo"}),
         *(
             (f"mergekit_ext.cli.{name}", {"torch", "transformers"})
-            for name in ("analyze", "check", "export", "merge", "sizes")
+            for name in ("analyze", "check", "export", "merge", "methods", "sizes")
         ),
         ("mergekit_ext.kernels.lore", {"mergekit"}),
         ("mergekit_ext.report.tables", {"matplotlib"}),

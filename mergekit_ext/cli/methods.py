@@ -1,7 +1,5 @@
 """``mergekit-ext methods [NAME]``: what each method takes, and when to use it."""
 
-from __future__ import annotations
-
 import click
 
 import mergekit_ext
@@ -14,8 +12,7 @@ def methods(name: str | None) -> None:
 
     Algorithms of FlexMerge are called flexmerge:ties, and so on.
     """
-    # Heavy, and only needed here: `--help` stays fast.
-    from mergekit_ext.host.commands import for_commands
+    from mergekit_ext.host.commands import for_commands  # heavy: `--help` stays fast
 
     with for_commands():
         click.echo(str(mergekit_ext.methods(name)))

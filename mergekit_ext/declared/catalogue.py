@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class Description:
         head = f"{self.name}: {self.title}" + (f", {self.paper}" if self.paper else "")
         lines = [head, self.use, "", "Parameters:"]
         for p in self.parameters:
-            of, default = "per model" if p.per_model else "shared", _default(p)
+            of, default = "per model" if p.per_model else "shared", default_of(p)
             lines.append(f"  {p.name} ({of}; {in_words(p.kind)}; {default}): {p.description}")
         return "\n".join([*lines, "", self.yaml.rstrip()])
 
@@ -53,48 +53,29 @@ class Catalogue(dict[str, Description]):
         remedy = did_you_mean(name, self)
         raise ConfigError([Problem("the method", repr(name), "one of these methods", remedy)])
 
-    def markdown(self) -> str:
-        """Return a table for documentation."""
-        rows = ["| method | when to use it | parameters |", "| --- | --- | --- |"]
-        for name, found in self.items():
-            given = "; ".join(
-                f"`{p.name}`{' (per model)' * p.per_model}: {in_words(p.kind)}, {_default(p)}"
-                for p in found.parameters
-            )
-            linked = f"[`{name}`]({found.paper})" if found.paper else f"`{name}`"
-            rows.append(f"| {linked} | {found.use} | {given} |")
-        return "\n".join(rows)
 
-
-def _default(parameter: Parameter) -> str:
+def default_of(parameter: Parameter) -> str:
+    """Return the default of a parameter in words."""
     if parameter.required:
         return "required"
     return "no default" if parameter.default is None else f"default {parameter.default}"
 
 
-def document(name: str, driver: str, example: Mapping[str, Any], base: bool) -> str:
-    """Return a merge in YAML."""
-    kind = "lora-" if driver == ADAPTERS else ""
-    models = [{"model": f"./{kind}{task}"} for task in ("code", "maths", "chat")]
-    content: dict[str, Any] = {"merge_method": name, "models": models}
-    if base:
-        content["base_model"] = "./base"
-    if example:
-        content["parameters"] = dict(example)
-    return str(yaml.safe_dump(content, sort_keys=False))
-
-
 def described(methods: Iterable[Method], driver: str, algorithm_of: str = "") -> Catalogue:
     """Return what a driver's users read about methods, or about the algorithms of one."""
-    found = Catalogue()
+    found, kind = Catalogue(), "lora-" if driver == ADAPTERS else ""
     for method in methods:
-        example, written, name = method.example, method.name, method.name
+        example, name = dict(method.example), method.name
         if algorithm_of:
             example = {"target_size": 2.25, "algorithm": name, **example}
-            name, written = f"{algorithm_of}:{name}", algorithm_of
-        based = driver != ADAPTERS and (method.base or bool(algorithm_of))
-        text = document(written, driver, example, based)
-        parameters = method.for_driver(driver)
+            name = f"{algorithm_of}:{name}"
+        merge: dict[str, Any] = {"merge_method": algorithm_of or name}
+        merge["models"] = [{"model": f"./{kind}{task}"} for task in ("code", "maths", "chat")]
+        if driver != ADAPTERS and (method.base or algorithm_of):
+            merge["base_model"] = "./base"
+        if example:
+            merge["parameters"] = example
+        text, parameters = yaml.safe_dump(merge, sort_keys=False), method.for_driver(driver)
         found[name] = Description(name, method.title, method.paper, method.use, parameters, text)
     return found
 

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,9 @@ def source_of(config: Any) -> str:
     if isinstance(config, MergeConfiguration):
         return str(config.to_yaml())
     if isinstance(config, Mapping):
-        return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    if isinstance(config, (str, os.PathLike)):
+        with suppress(TypeError):  # of values that YAML does not have
+            return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    elif isinstance(config, (str, os.PathLike)):
         text = os.fspath(config)
         return text if "\n" in text else text_of(Path(text).expanduser())
     expected = "a path, YAML text of more than one line, a mapping, or a MergeConfiguration"

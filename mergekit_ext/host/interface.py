@@ -70,12 +70,9 @@ class MergeResult:
 
         `options` are those of `mergekit_ext.load`; of one model `dtype` and `trust_remote_code`.
         """
-        shared = (self.path / SHARDS).is_dir()
-        return (
-            load(self.path, **options)
-            if shared
-            else build_module(self.path, self.tensors, **options)
-        )
+        if (self.path / SHARDS).is_dir():
+            return load(self.path, **options)
+        return build_module(self.path, self.tensors, **options)
 
 
 class Checked(NamedTuple):

@@ -31,6 +31,7 @@ from mergekit_ext.kernels.seeds import derived, seeded
 
 _BASE = "base"
 _CONFIGURED = "Take it out, or save the models and use `mergekit_ext.merge`."
+_TENSORS = {Tensor, torch.nn.Parameter}
 # Tensors, each with the first of its names.
 _State = Mapping[str, tuple[str, Tensor]]
 
@@ -102,22 +103,19 @@ def merge_models(
 
 def _inputs(models: Any, base: Any, findings: Findings) -> dict[str, Any]:
     """Return the models and the base by name; report what is none."""
-    listed = isinstance(models, (list, tuple))
-    if not models or not (listed or isinstance(models, Mapping)):
+    found = models
+    if isinstance(models, (list, tuple)):
+        found = {f"models[{i}]": model for i, model in enumerate(models)}
+    if not isinstance(found, Mapping) or not found:
         expected = "a list of one model at least, or a mapping from names to models"
         findings.problem("models", shown(models), expected)
         return {}
-    pairs = (
-        ((f"models[{i}]", model) for i, model in enumerate(models)) if listed else models.items()
-    )
-    found = {str(name): model for name, model in pairs}
+    found = {str(name): model for name, model in found.items()}
     if base is not None and all(model is not base for model in found.values()):
         found[_BASE] = base
     for name, model in list(found.items()):
-        tensors = model.values() if isinstance(model, Mapping) else ()
-        if not isinstance(model, torch.nn.Module) and not (
-            tensors and all(isinstance(tensor, Tensor) for tensor in tensors)
-        ):
+        state = isinstance(model, Mapping) and {type(tensor) for tensor in model.values()}
+        if not isinstance(model, torch.nn.Module) and not (state and state <= _TENSORS):
             expected = "a torch module, or a state dict of tensors"
             findings.problem(name, f"a {type(model).__name__}", expected)
             del found[name]
@@ -190,11 +188,7 @@ def _shown(state: _State, name: str) -> str:
 
 
 def _merge(
-    method: Any,
-    group: Group,
-    states: Mapping[str, _State],
-    names: Container[str],
-    seed: int,
+    method: Any, group: Group, states: Mapping[str, _State], names: Container[str], seed: int
 ) -> dict[str, Tensor]:
     """Return the merged tensors called `names`; none is an input's."""
     (shared,) = group.shared.values()

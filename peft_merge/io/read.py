@@ -194,7 +194,9 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
 
 def with_live(model: Any, adapters: Any) -> Any:
     """Return a list or mapping of adapters, those of the PeftModel in place of their names."""
-    live = getattr(model, "peft_config", {})
+    live = getattr(model, "peft_config", None)
+    if not isinstance(live, Mapping):
+        raise ConfigError([Problem("model", type(model).__name__, "a PeftModel")])
     listed = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
     names = [one for one in listed if isinstance(one, str) and one in live]
     held = dict(zip(names, adapters_of(model, names), strict=True))
