@@ -195,5 +195,9 @@ class TwoModelsWarning(MergeWarning):
     """LoRE with two models and no base returns the plain average whatever its parameters."""
 
 
+class OvershootWarning(MergeWarning):
+    """The merged task vector is longer than those of its inputs."""
+
+
 class NotConvergedWarning(MergeWarning):
     """LoRE's solver stopped at `max_iterations` before reaching `tolerance`."""

@@ -18,6 +18,7 @@ from mergekit_ext.declared import Call, Method
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
+from mergekit_ext.report.rho import rho_of
 from peft_merge.adapter import Adapter
 from peft_merge.coefficients import measured
 from peft_merge.config.check import checked
@@ -263,6 +264,8 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
     adapter = merged_adapter(plan.request.name, values, infos, plan.adapters, saved, plan.patterns)
     for warning in rule.after(rule.name, details):
         warnings.warn(warning, stacklevel=4)
+    for overshoot in rho_of(details, str).warnings(rule.name):
+        warnings.warn(overshoot, stacklevel=4)
     entries = report(plan, details, coefficients)
     return MergedAdapter(adapter, entries, written(plan.request, plan.adapters))
 

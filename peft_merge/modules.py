@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.declared import ADAPTERS, Call, Method, methods
+from mergekit_ext.declared.method import factor_in
 from mergekit_ext.declared.nan import with_nan
 from mergekit_ext.errors import MergeError, Problem
+from mergekit_ext.kernels.calibration import auto_factor, distance
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.kernels.threads import in_turn
 from peft_merge.adapter import (
@@ -140,8 +143,11 @@ def merge_module(
     dtype = dtype or reduce(torch.promote_types, (info.dtype for info in own))
     info, count = replace(own[0], dtype=dtype), len(adapters)
     details: dict[str, Any] = {"shape": list(info.shape)}
+    name, inputs = factor_in(settings.options), [adapter.name for adapter in adapters]
+    factor = name, settings.options.get(name)
     call = replace(
         settings,
+        options={**settings.options, name: 1.0} if factor[1] == AUTO else settings.options,
         short_side=min(info.shape[1:]) if isinstance(info, ModuleInfo) else 1,
         generators=generators(seed, module, count),
         on_iteration=None if on_iteration is None else partial(on_iteration, module),
@@ -151,19 +157,29 @@ def merge_module(
             job = Job(finite_updates(adapters, module), info.shape, rule, call, rank, device)
             factored, said = SPACES[space](job)
             bias = _bias(job, generators(seed, module, count, "bias"))
+            gram = job.space.gram().cpu()
         else:
-            changes = vector_changes(adapters, module, space)
-            merged = rule.apply([change.to(device).flatten() for change in changes], call)
+            changes = [c.to(device).flatten() for c in vector_changes(adapters, module, space)]
+            merged, flat = rule.apply(changes, call), torch.stack(changes).cpu()
+            gram = flat @ flat.T
     except MergeError as error:
         raise MergeError(f"{module}: {error}") from error
     if not isinstance(info, ModuleInfo):
         change = merged.tensor.to(torch.float64)
+        by, far = _far(inputs, gram, factor, rule, float(change.norm()))
+        change, details = change * by, {**details, **far}
         vector = cast(torch.exp(change) if space == "log" else 1 + change, dtype, module)
         details |= {"feedforward": info.feedforward, "adapters": len(own), **merged.details}
         return Piece(vector.reshape(info.shape), info, details)
+    by, far = _far(inputs, gram, factor, rule, float(factored.sigma.norm()))
+    if factor[1] == AUTO:
+        root, bias = math.sqrt(abs(by)), None if bias is None else bias * by
+        a, b, sigma = factored.a * root, factored.b * root, factored.sigma * abs(by)
+        factored = replace(factored, a=a, b=b, sigma=sigma)
     update = Update(factored.a, factored.b, 1.0, bias).cast(dtype, module)
     sigma = factored.sigma
     details |= {
+        **far,
         "rank": factored.rank,
         "error": factored.error,
         "adapters": len(own),
@@ -171,6 +187,21 @@ def merge_module(
         **said,
     }
     return Piece(update, replace(info, rank=factored.rank, bias=bias is not None), details)
+
+
+def _far(
+    inputs: Sequence[str], gram: Tensor, factor: tuple[str, Any], rule: Method, merged: float
+) -> tuple[float, dict[str, Any]]:
+    """Return by what a merged change of norm `merged` is multiplied, and how far it goes then.
+
+    `gram` are inner products of the `inputs`' changes; `factor` is what a user multiplies it by.
+    """
+    norms, root = gram.diagonal().sqrt().tolist(), math.sqrt(max(0.0, float(gram.sum())))
+    (name, value), by = factor, 1.0
+    if value == AUTO:
+        by = value = auto_factor(merged, norms, root, rule.orthogonal)
+    named = dict(zip(inputs, norms, strict=True))
+    return by, distance(abs(by) * merged, named, {name: value}, rule.orthogonal)
 
 
 def _bias(job: Job, drawn: Sequence[torch.Generator]) -> Tensor | None:

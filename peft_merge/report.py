@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.core import memory
+from mergekit_ext.report.rho import Rho, rho_of
 from peft_merge.adapter import Adapter, LoraAdapter, one_rank
 from peft_merge.config.document import plain
 from peft_merge.config.plan import MergePlan
@@ -16,6 +17,8 @@ FORMAT_VERSION = 1
 
 # Relative errors that are rounding.
 NEGLIGIBLE = 1e-6
+# Those that a user should do something about.
+_LARGE = 0.05
 
 
 def short(dtype: object) -> str:
@@ -71,6 +74,7 @@ def report(
         "format_version": FORMAT_VERSION,
         **described(plan),
         "summary": summary(len(modules), modules.items()),
+        "rho": rho_of(modules, str).found,
         "modules": entries,
         "whole_tensors": {  # from which adapters; [] when dropped
             name: [names[position] for position in plan.saved.get(name, ())]
@@ -106,10 +110,14 @@ def sentences(report: Mapping[str, Any]) -> Iterator[str]:
         low, high = summary["smallest_rank"], summary["largest_rank"]
         line += f", rank {high}" if low == high else f", ranks {low} to {high}"
     yield f"{line}."
-    if summary.get("largest_error", 0) > NEGLIGIBLE:
+    if line := Rho(report.get("rho", {})).line:
+        yield line
+    if (error := summary.get("largest_error", 0)) > NEGLIGIBLE:
+        remedy = " `rank: lossless` keeps everything, `rank: {energy: 0.99}` nearly everything."
         yield (
             f"Cutting off the rank changed the merged weights by {summary['mean_error']:.2%} on "
-            f"average, at most {summary['largest_error']:.2%} ({summary['largest_error_in']})."
+            f"average, at most {error:.2%} ({summary['largest_error_in']})."
+            f"{remedy if inputs and error > _LARGE else ''}"
         )
     yield from report["notes"]
 

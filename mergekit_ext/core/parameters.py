@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
@@ -33,6 +33,8 @@ Number = Annotated[float, BeforeValidator(_number)]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
 # Wide enough for every use, and no product of it leaves float32.
 Factor = Annotated[Number, Field(ge=-1e6, le=1e6)]
+AUTO: Final = "auto"  # a factor that norms decide: `kernels.calibration`
+Auto = Literal["auto"]
 Share = Annotated[Number, Field(gt=0, le=1)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Factor, Finite, Parameter, Switch
+from mergekit_ext.core.parameters import Auto, Factor, Finite, Parameter, Switch
 from mergekit_ext.declared.method import (
     ADAPTERS,
     BLOCKS,
@@ -27,9 +27,9 @@ from mergekit_ext.kernels.numerics import weighted_sum
 SOUPS = "https://arxiv.org/abs/2203.05482"
 TASK_VECTORS = "https://arxiv.org/abs/2212.04089"
 
-LAMBDA = Parameter("lambda", Finite, 1.0, "factor of the merged task vector")
+LAMBDA = Parameter("lambda", Finite | Auto, 1.0, "factor of the merged task vector")
 # In FlexMerge, which does not look at every value that it makes.
-BOUNDED_LAMBDA = replace(LAMBDA, kind=Factor)
+BOUNDED_LAMBDA = replace(LAMBDA, kind=Factor | Auto)
 
 
 def normalize(default: bool) -> Parameter:
@@ -111,7 +111,7 @@ MEAN_TASK_ARITHMETIC = replace(
     title="Task arithmetic",
     paper=TASK_VECTORS,
     merge=_sum_times(_lambda_of_mean),
-    parameters=(Parameter("lambda", Factor, 1.5, "scales the mean task vector"),),
+    parameters=(Parameter("lambda", Factor | Auto, 1.5, "scales the mean task vector"),),
     divides=lambda options: False,
     linear=_lambda_of_mean,
     use=TASK_ARITHMETIC.use,

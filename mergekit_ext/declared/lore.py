@@ -68,7 +68,8 @@ def over_base(
     r"""Return :math:`\theta_0 + \lambda\tau`, :math:`\theta_0` being `base` or estimated."""
     result = _solved(models, base, call, call.weights)
     cancelled = base is None and models[0].ndim > 1 and _cancels(call.options, call.weights)
-    return Merged(result.merged.to(dtype), {**_details(result), "averaged": cancelled})
+    details = {**_details(result), "averaged": cancelled}
+    return Merged(result.merged.to(dtype), details, result.base if base is None else None)
 
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:

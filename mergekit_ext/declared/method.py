@@ -64,6 +64,9 @@ class Merged:
 
     tensor: Tensor
     details: Mapping[str, Any] = field(default_factory=dict)
+    start: Tensor | None = None  # theta_0, where it is estimated
+    # Of the inputs' differences from the base, where they are known already.
+    norms: Sequence[float] | None = None
 
 
 OverBase = Callable[["Tensor | None", Sequence["Tensor"], Call, "torch.dtype"], Merged]
@@ -108,6 +111,8 @@ class Method:
             the reports of each tensor or module.
         copies: see `memory.Copies`.
         divides: whether the sum is divided by that of the weights with these options.
+        orthogonal: whether the parts of its inputs are made orthogonal to each other, so that their
+            squared norms add up.
         nan: whether the weights are multiplied by NAN's coefficients.
     """
 
@@ -138,6 +143,7 @@ class Method:
     )
     copies: Copies = unknown_copies
     divides: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    orthogonal: bool = False
     nan: bool = False
     use: str = ""
     example: Mapping[str, Any] = field(default_factory=dict)
@@ -190,6 +196,11 @@ def _load() -> None:
     package = importlib.import_module("mergekit_ext.declared")
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
+
+
+def factor_in(options: Iterable[str]) -> str:
+    """Return which shared parameter the whole merged task vector is multiplied by; "" for none."""
+    return next((name for name in ("scale", "lambda") if name in options), "")
 
 
 # What is left of 0.1 + 0.2 - 0.3 in floats is none.

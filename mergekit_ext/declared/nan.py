@@ -11,11 +11,11 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Factor, Parameter, choice
+from mergekit_ext.core.parameters import Auto, Factor, Parameter, choice
 from mergekit_ext.declared.method import ADAPTERS, Call, Merged, Method, Pieces, register
 from mergekit_ext.errors import UniformCoefficientsWarning
 from mergekit_ext.kernels.numerics import weighted_sum
@@ -35,9 +35,9 @@ NORM_OF = Parameter(
 )
 SCALE = Parameter(
     "scale",
-    Factor | None,
+    Factor | Auto | Literal["paper"] | None,
     None,
-    "global factor; default max(1, m/2) over a base for m inputs, 1 without",
+    "global factor; default (paper) max(1, m/2) over a base for m inputs, 1 without",
 )
 
 
@@ -71,12 +71,14 @@ def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
     return [value / total for value in inverse]
 
 
-def default_scale(models: int, has_base: bool) -> float:
-    """Return the global factor when the user gives none: max(1, m/2) over a base, else 1.
+def scale_of(given: Any, models: int, has_base: bool = True) -> float:
+    """Return the global factor, by default (``paper``) max(1, m/2) over a base, else 1.
 
     The paper's factor m/2, "when merging a large number of models", would shrink one task vector.
     """
-    return max(1.0, models / 2) if has_base else 1.0
+    if given is None or given == "paper":
+        return max(1.0, models / 2) if has_base else 1.0
+    return float(given)
 
 
 def uniform(coefficients: Sequence[float], tolerance: float = 1e-2) -> bool:
@@ -119,8 +121,7 @@ def combine_norms(
 
 
 def _scale(call: Call) -> float:
-    given = call.options["scale"]
-    return default_scale(len(call.weights), has_base=True) if given is None else float(given)
+    return scale_of(call.options["scale"], len(call.weights))
 
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:

@@ -40,6 +40,7 @@ register(
         invariant=lambda options: True,
         variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
         matrices=True,
+        orthogonal=True,
         copies=copies,
         use="Tasks with little in common: the directions of each are kept apart.",
     )

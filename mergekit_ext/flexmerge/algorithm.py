@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.declared import Call, Method
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.source import BlockData
+from mergekit_ext.kernels.calibration import calibrated
 from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype, weighted_sum
 from mergekit_ext.kernels.seeds import derived, drop_and_rescale
@@ -31,6 +33,11 @@ class Parameters:
     models: Sequence[Mapping[str, Any]]
     trim_scope: str = "model"  # what `density` is a share of: "model", "block" or "tensor"
     seed: int = 0  # of all random numbers
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Return the shared parameters with which a method is called: 1 for a factor `auto`."""
+        return {n: 1.0 if value == AUTO else value for n, value in self.shared.items()}
 
     def weights(self, members: Sequence[int]) -> list[float]:
         """Return the members' weights; 1 for a method that has none."""
@@ -73,6 +80,7 @@ class Algorithm(ABC):
     masks = False  # groups from three on are stored as `Masked`
     kmeans = False  # groups are K-means clusters instead of a dendrogram's
     by_tensor = False  # the tensors of a block are merged one after the other
+    orthogonal = False  # the parts of its inputs are made orthogonal to each other
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters
@@ -92,7 +100,7 @@ class Algorithm(ABC):
         Of a tensor if it merges `by_tensor`; arguments as for `memory.working`.
         """
         thinned = 0 if self._thins is None else 2 * models + 4
-        return self._copies(models, square) + thinned
+        return self._copies(models, square) + thinned + (AUTO in self.parameters.shared.values())
 
     def merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return the merged weights, base included: (n,), rounded to `dtype` once.
@@ -100,6 +108,15 @@ class Algorithm(ABC):
         Raises:
             MergeError: the method refuses its parameters or these tensors.
         """
+        if AUTO not in self.parameters.shared.values():
+            return self._thinned_merge(block, members, dtype)
+        models = [block.models[member] for member in members]
+        wide = self._thinned_merge(block, members, compute_dtype([block.base, *models]))
+        return calibrated(wide, models, block.base, dtype, self.orthogonal)[0]
+
+    def _thinned_merge(
+        self, block: BlockData, members: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
         if self._thins is None:
             return self._merge(block, members, dtype)
         relative = self._thinned(block, members)
@@ -138,7 +155,7 @@ class Declared(Algorithm):
         super().__init__(parameters)
         self.method, self.name = method, method.name
         self.trims, self.kmeans, self.by_tensor = method.trims, method.kmeans, method.matrices
-        self.masks = method.mask is not None
+        self.masks, self.orthogonal = method.mask is not None, method.orthogonal
 
     def _copies(self, models: int, square: float) -> float:
         if self.masks:  # task vectors, the unified one and the masks
@@ -150,7 +167,7 @@ class Declared(Algorithm):
     def _merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         models = [block.models[member] for member in members]
         if self.method.linear is not None:
-            scale = self.method.linear(self.parameters.weights(members), self.parameters.shared)
+            scale = self.method.linear(self.parameters.weights(members), self.parameters.options)
             coefficients = [scale * weight for weight in self.parameters.weights(members)]
             return weighted_sum(models, coefficients, dtype, block.base)
         if self.method.over_base is not None and not self.masks:
@@ -166,7 +183,7 @@ class Declared(Algorithm):
         deltas = deltas_of(block, members)
         unified = self._change(block, deltas, members)
         pairs = list(zip(members, deltas, strict=True))
-        options = self.parameters.shared
+        options = self.parameters.options
         return Masked(
             unified.to(dtype),
             {member: pack_bits(mask(delta, unified, options)) for member, delta in pairs},
@@ -222,7 +239,7 @@ class Declared(Algorithm):
     def call(self, members: Sequence[int]) -> Call:
         """Return what a merge of these members is done with."""
         each = [self.parameters.models[member] for member in members]
-        return Call(self.parameters.weights(members), self.parameters.shared, each)
+        return Call(self.parameters.weights(members), self.parameters.options, each)
 
 
 def deltas_of(block: BlockData, members: Sequence[int]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mergekit_ext.declared.method import factor_in
 from mergekit_ext.errors import MergeError, NonFiniteError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Masked
 from mergekit_ext.flexmerge.decomposition import Decomposition
@@ -28,7 +29,9 @@ from mergekit_ext.flexmerge.manifest import (
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.flexmerge.stored import FACTOR_ENDS, Place, StoredGroup, sources, stored
+from mergekit_ext.kernels.calibration import distance, norms_of
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite
+from mergekit_ext.report.rho import Distance
 
 # Below this share of a dtype's largest value no rounding leads out of its range.
 _SAFE_RANGE = 0.9
@@ -73,11 +76,13 @@ def block_tensors(
     merging: Merging,
     own: Callable[[int, str], Tensor],
     rescale: dict[int, float],
+    distances: list[Distance] | None = None,
 ) -> Iterator[tuple[Place, str, Tensor]]:
     """Yield what is stored of some groups of a block: its place, its name, and the tensor.
 
     The base's tensors lie in the reader's memory. `own` returns a tensor, or its bytes, as a task's
-    model stores it; `rescale` receives the rescaler of each task whose group is masked.
+    model stores it; `rescale` receives the rescaler of each task whose group is masked, and
+    `distances` how far each dense group of several tasks went.
     """
     forced, algorithm = merging.forced, merging.algorithm
     merged = [group for group in groups if len(group.tasks) > 1 and group.kind != RESIDUAL]
@@ -100,6 +105,13 @@ def block_tensors(
         members = (data, group.tasks, forced or block.dtype(group.tasks))
         if group.kind == DENSE:
             vector = algorithm.merge(*members)
+            if distances is not None:
+                names = [reader.layout.tasks[task] for task in group.tasks]
+                models = [data.models[task] for task in group.tasks]
+                length, *norms = norms_of([vector, *models], data.base)
+                inputs, options = dict(zip(names, norms, strict=True)), algorithm.parameters.shared
+                factor = {name: options.get(name) for name in (factor_in(options),)}
+                distances += distance(length, inputs, factor, algorithm.orthogonal).values()
             yield from _parts(Place(DENSE, group.tasks), block, vector, forced)
             continue
         found = algorithm.merge_masked(*members)

@@ -36,7 +36,10 @@ from mergekit_ext.io.headers import PACKED, TensorHeader, dtype_name
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.planned_files import PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.parallel import current
+from mergekit_ext.report.rho import Distance
 
+# Is called with a block that is written, its groups, and how far those that were merged went.
+BlockDone = Callable[[BlockLayout, Sequence[StoredGroup], Sequence[Distance]], None]
 # By task, the rescaler of its masked group.
 Rescale = dict[int, float]
 # Files by their paths: the place of their tensors, and the tensors.
@@ -58,6 +61,7 @@ class Piece:
     tensors: Iterator[tuple[Place, str, Tensor]]
     # Of masked groups, known with the tensors.
     rescale: Rescale = field(default_factory=dict)
+    distances: list[Distance] = field(default_factory=list)  # of dense groups, likewise
     done: Callable[[], None] = lambda: None  # called when it is written
 
 
@@ -70,7 +74,7 @@ def write_checkpoint(
     models: Sequence[str],
     *,
     shard_size: int = 0,
-    merged: Callable[[BlockLayout, Sequence[StoredGroup]], None] = lambda block, groups: None,
+    merged: BlockDone = lambda block, groups, distances: None,
     finished: Finished | None = None,
 ) -> Manifest:
     """Write shards, task folders with their links and indexes, and the manifest.
@@ -98,7 +102,7 @@ def pieces_of(
     reader: BlockReader,
     plan: Plan,
     merging: Merging,
-    merged: Callable[[BlockLayout, Sequence[StoredGroup]], None],
+    merged: BlockDone,
 ) -> list[Piece]:
     """Return all that is stored of a plan: its blocks, after each of which `merged` is called."""
     layout = reader.layout
@@ -152,9 +156,10 @@ def _of_block(
     block: BlockLayout,
     groups: Sequence[StoredGroup],
     merging: Merging,
-    merged: Callable[[BlockLayout, Sequence[StoredGroup]], None],
+    merged: BlockDone,
 ) -> Piece:
     rescale: Rescale = {}
+    distances: list[Distance] = []
     return Piece(
         block.name,
         # All models that share something, and the base.
@@ -164,9 +169,10 @@ def _of_block(
             (place, TensorHeader.of(name, dtype, shape))
             for place, name, shape, dtype in stored_of(block, groups, merging.forced)
         ],
-        block_tensors(reader, block, groups, merging, reader.read_stored, rescale),
+        block_tensors(reader, block, groups, merging, reader.read_stored, rescale, distances),
         rescale,
-        partial(merged, block, groups),
+        distances,
+        partial(merged, block, groups, distances),
     )
 
 
@@ -222,12 +228,14 @@ class Shards:
         found = self._finished.found(_KIND, piece.key)
         if found and found["groups"] == piece.groups and self._holds(piece, found["crcs"]):
             piece.rescale.update(found["rescale"])
+            piece.distances.extend(found["distances"])
             return
         pairs = zip(piece.entries, piece.tensors, strict=True)
         crcs = [self.write(*tensor) for _, tensor in pairs]
 
         def record() -> None:
-            value = {"groups": piece.groups, "rescale": [list(r) for r in piece.rescale.items()]}
+            rescale = [list(pair) for pair in piece.rescale.items()]
+            value = {"groups": piece.groups, "rescale": rescale, "distances": piece.distances}
             sums = [crc.result() for crc in crcs]
             self._finished.add(_KIND, piece.key, {**value, "crcs": sums})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -21,13 +22,14 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Parameter
+from mergekit_ext.core.parameters import AUTO, Parameter
 from mergekit_ext.declared import MODELS, Call, Inputs, Merged, Method
-from mergekit_ext.declared.method import layout_of
+from mergekit_ext.declared.method import factor_in, layout_of
 from mergekit_ext.errors import MergeError, MergeWarning, NonFiniteError, Problem
 from mergekit_ext.events import SolverIteration
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.session import Session, TensorRecord
+from mergekit_ext.kernels.calibration import calibrated, distance, norms_of
 from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype, count_non_finite
 from mergekit_ext.report.card import solver_section
 
@@ -51,12 +53,17 @@ class ExtMethod(MergeMethod):
         group: TensorGroup,
         parameters: Mapping[str, Any],
         out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Merge one group; return the tensor in `out_dtype`, and what to report about it."""
+    ) -> Merged:
+        """Merge one group into a tensor in `out_dtype`, and say what to report about it."""
 
     def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
         """Return what is wrong with the shared parameters that a tensor gets, together."""
         return self.declared.check(options, inputs)
+
+    @property
+    def ignores_base(self) -> bool:
+        """Return whether a base model is one more input, as for `linear`."""
+        return self.spec.contract.base == BasePolicy.IGNORED
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
         """Return what is wrong with the parameters of one model, together; `where` names one."""
@@ -106,13 +113,39 @@ class ExtMethod(MergeMethod):
                 group = align_dtype(group, dtype)
             device = group.entries[0].tensor.device.type
             with torch.no_grad(), torch.autocast(device, enabled=False):
-                merged, details = self.merge_one(group, values, out_dtype or dtype)
+                found = self._calibrated(group, values, out_dtype or dtype)
             name = group.metadata.name or f"group {index}"
-            session.record(TensorRecord(name, merged.numel(), details))
-            results.append(merged)
+            session.record(TensorRecord(name, found.tensor.numel(), found.details))
+            results.append(found.tensor)
         if running is None:
             session.warn(self.warnings(session.records))
         return tuple(results)
+
+    def _calibrated(
+        self, group: TensorGroup, parameters: Mapping[str, Any], dtype: torch.dtype
+    ) -> Merged:
+        """Merge one group, as far as norms suggest with a factor `auto`; report its distance."""
+        name = factor_in(parameters)
+        auto = parameters.get(name) == AUTO
+        given = {**parameters, name: 1.0} if auto else parameters
+        found = self.merge_one(group, given, compute_dtype(group.tensors) if auto else dtype)
+        models, start = [entry.tensor for entry in group.non_base], found.start
+        if start is None and group.base is not None and not self.ignores_base:
+            start = group.base.tensor
+        if start is None and auto:
+            raise MergeError(f"{self.spec.name}: `{name}: {AUTO}` needs a base. Give a number.")
+        if start is None or not models:
+            return replace(found, tensor=found.tensor.to(dtype))
+        orthogonal = self.declared.orthogonal and start.ndim > 1
+        norms, tensor = found.norms or norms_of(models, start), found.tensor
+        details, factor = {**found.details}, found.details.get(name, parameters.get(name))
+        if auto:
+            tensor, factor = calibrated(tensor, models, start, dtype, orthogonal)
+            details[name] = factor
+        inputs = {str(e.id): norm for e, norm in zip(group.non_base, norms, strict=True)}
+        (length,) = norms_of([tensor], start)
+        details |= distance(length, inputs, {name: factor}, orthogonal)
+        return replace(found, tensor=tensor, details=details)
 
 
 def spec_of(parameter: Parameter, scope: ParameterScope | None = None) -> ParameterSpec:
@@ -146,11 +179,11 @@ class DeclaredMethod(ExtMethod):
 
     def merge_one(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> tuple[Tensor, Mapping[str, Any]]:
+    ) -> Merged:
         """Merge one tensor; values that are not finite, or leave the range of the dtype, raise."""
         entries = group.non_base
         if not entries or (self.declared.base and group.base is None):
-            return group.entries[0].tensor.to(out_dtype), {}
+            return Merged(group.entries[0].tensor.to(out_dtype))
         name, session = group.metadata.name or "", sessions.current()
 
         def report(iteration: int, objective: float, change: float) -> None:
@@ -178,7 +211,7 @@ class DeclaredMethod(ExtMethod):
             key: dict(zip(ids, value, strict=False)) if isinstance(value, list) else value
             for key, value in merged.details.items()
         }
-        return merged.tensor, details
+        return replace(merged, details=details)
 
     def _merged(self, group: TensorGroup, call: Call, dtype: torch.dtype) -> Merged:
         base = None if group.base is None else group.base.tensor

@@ -21,16 +21,16 @@ from mergekit.merge_methods.base import (
 from mergekit.sparsify import SparsificationMethod
 
 from mergekit_ext.core.memory import copies_of
-from mergekit_ext.core.parameters import WEIGHT
-from mergekit_ext.declared import Inputs
+from mergekit_ext.core.parameters import AUTO, WEIGHT
+from mergekit_ext.declared import Inputs, Merged
 from mergekit_ext.declared.nan import (
     NORM_OF,
     PAPER,
     SCALE,
     combine_norms,
-    default_scale,
     granularity,
     inverse_norm_coefficients,
+    scale_of,
     uniform_warning,
 )
 from mergekit_ext.declared.ties import DENSITY, EPSILON, GAMMA, spread_problems
@@ -137,6 +137,9 @@ class NanMethod(ExtMethod):
             found = "task_vector without a base that is subtracted"
             remedy = "Leave `norm_of` out, or use `nan` or `nan_task_arithmetic` with a base."
             yield Problem(f"{inputs.where}.norm_of", found, "weights", remedy)
+        if options.get("scale") == AUTO and (self.ignores_base or not inputs.based):
+            found = f"{AUTO} without a base that is subtracted"
+            yield Problem(f"{inputs.where}.scale", found, "a number", "Leave `scale` out.")
         yield from super().problems(options, inputs)
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
@@ -174,7 +177,7 @@ class NanMethod(ExtMethod):
         group: TensorGroup,
         parameters: Mapping[str, Any],
         out_dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    ) -> Merged:
         """Merge one group; report norms, coefficients and scale."""
         name, first = group.metadata.name or "", group.entries[0].tensor
         stacked = parameters["granularity"] == "expert" and stacks_experts(name, first.ndim)
@@ -185,17 +188,17 @@ class NanMethod(ExtMethod):
         for expert, place in enumerate(merged):
             own = [replace(entry, tensor=entry.tensor[expert]) for entry in group.entries]
             found = self._merge(replace(group, entries=tuple(own)), parameters, out_dtype)
-            place.copy_(found[0])
-            details.append(found[1])
-        return merged, _of_experts(details)
+            place.copy_(found.tensor)
+            details.append(found.details)
+        return Merged(merged, _of_experts(details))
 
     def _merge(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    ) -> Merged:
         norm_of = self._norm_of(parameters, group.base is not None)
         models = self._models(group)
         if not models:
-            return group.entries[0].tensor.to(out_dtype), {}
+            return Merged(group.entries[0].tensor.to(out_dtype))
         if parameters["granularity"] in ALONE:
             norms = self.norms(group, parameters)
         elif (measured := parameters.get(NORMS)) is not None:
@@ -208,9 +211,8 @@ class NanMethod(ExtMethod):
             )
         values = inverse_norm_coefficients(list(norms.values()))
         coefficients = dict(zip(norms, values, strict=True))
-        scale = parameters["scale"]
-        if scale is None:
-            scale = default_scale(len(models), group.base is not None and not self.ignores_base)
+        based = group.base is not None and not self.ignores_base
+        scale = scale_of(parameters["scale"], len(models), based)
         if any(values):
             weights = {key: a * parameters["weight"][key] for key, a in coefficients.items()}
             merged = weighted(self._wrapped, group, weights, scale, parameters, out_dtype)
@@ -239,7 +241,8 @@ class NanMethod(ExtMethod):
             "coefficients": {str(key): value for key, value in coefficients.items()},
             "scale": scale,
         }
-        return merged, details
+        own = parameters["granularity"] in ALONE and norm_of == "task_vector"
+        return Merged(merged, details, norms=list(norms.values()) if own else None)
 
     def norms(self, group: TensorGroup, parameters: Mapping[str, Any]) -> dict[Hashable, float]:
         """Return Frobenius norms of the task vectors or weights of the models in one group.
@@ -278,11 +281,6 @@ class NanMethod(ExtMethod):
         for index, key in shared.items():
             bound[index][NORMS] = norms.get(key, {})
         return bound
-
-    @property
-    def ignores_base(self) -> bool:
-        """Return whether a base model is one more input, as for `linear`."""
-        return self.spec.contract.base == BasePolicy.IGNORED
 
     def _models(self, group: TensorGroup) -> Sequence[Any]:
         return group.entries if self.ignores_base else group.non_base

@@ -95,6 +95,7 @@ def merge(
             callbacks,
             decides if whole or options.safe_serialization else None,
             restart or os.environ.get(RESTART_VARIABLE) == "1",
+            "" if whole or method else config.merge_method,
         ) as folder:
             try:
                 if whole:

@@ -33,6 +33,7 @@ from mergekit_ext.events import (
     ShardWritten,
 )
 from mergekit_ext.flexmerge.manifest import SHARDS
+from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Journal
@@ -45,6 +46,7 @@ from mergekit_ext.report.card import (
     sentence_card,
     write_report,
 )
+from mergekit_ext.report.rho import rho_of
 
 if TYPE_CHECKING:
     from mergekit_ext.host.method import ExtMethod
@@ -193,11 +195,13 @@ def output(
     callbacks: Iterable[object],
     identity: Mapping[str, str] | None = None,
     restart: bool = False,
+    stock: str = "",
 ) -> Iterator[Path]:
     """Yield the folder to merge into; then write the report, and put the folder in its place.
 
-    `method` reports; None for mergekit's own. With an `identity`, which is whatever decides the
-    output, what is finished is kept when the merge is stopped, for the next one to go on with.
+    `method` reports; None for mergekit's own, called `stock`, and for what reports itself. With an
+    `identity`, which is whatever decides the output, what is finished is kept when the merge is
+    stopped, for the next one to go on with.
     """
     with listening(options, callbacks, out_path) as session:
         with _folder(session, out_path, identity, restart) as folder:
@@ -209,8 +213,13 @@ def output(
                 text = sentence_card(sentence_class(folder), folder.name, written)
                 card.write_text(text, encoding="utf-8")
             details = {record.name: record.details for record in session.records}
+            if name := stock if method is None else method.spec.name:
+                far = rho_of(details, block_of)
+                write_report(folder, name, details, options.random_seed or 0, rho=far.found)
+                append_section(card, far.line)
+                session.summary = far.line
+                session.afterwards += far.warnings(name)
             if method is not None:
-                write_report(folder, method.spec.name, details, options.random_seed or 0)
                 append_section(card, method.summary(session.records))
             copied = {n: d["copied_from"] for n, d in details.items() if "copied_from" in d}
             append_section(card, copies_section(session.order, copied))

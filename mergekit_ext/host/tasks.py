@@ -12,14 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from mergekit import merge_methods
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, LoadTensor
-from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods.base import BasePolicy, TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 from mergekit_ext import parallel
+from mergekit_ext.declared.method import factor_in
 from mergekit_ext.declared.nan import combine_norms, inverse_norm_coefficients
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd, TensorMeasured, TensorMerged
@@ -29,6 +31,7 @@ from mergekit_ext.host.nan_method import ALONE, GRANULARITIES, NORMS, NanMethod
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.io.headers import is_counter
 from mergekit_ext.io.journal import Finished
+from mergekit_ext.kernels.calibration import distance, norms_of
 from mergekit_ext.kernels.numerics import count_non_finite
 from mergekit_ext.kernels.seeds import derived, seeded
 
@@ -82,10 +85,26 @@ class MergeTensorTask(ExecuteMergeMethodTask):
                 raise MergeError(f"{printable(str(error))}. {remedy}") from None
         session = sessions.current()
         if session is not None:
+            if merged is not None and ext_method(self.method_name) is None:
+                session.record(TensorRecord(name, merged.numel(), self._distance(tensors, merged)))
             shape = () if merged is None else tuple(merged.shape)
             details = session.recorded[name].details if name in session.recorded else {}
             session.emit(TensorMerged(name, shape, details, time.perf_counter() - started))
         return merged
+
+    def _distance(
+        self, tensors: Mapping[ModelReference, torch.Tensor], merged: torch.Tensor
+    ) -> Mapping[str, Any]:
+        """Return how far a method of mergekit's went from the base; nothing without one."""
+        base, order = tensors.get(self.base_model), self.model_order
+        if merge_methods.get(self.method_name).spec.contract.base == BasePolicy.IGNORED:
+            base = None
+        inputs = {str(m): tensors[m] for m in order if m != self.base_model and m in tensors}
+        if base is None or any(t.shape != merged.shape for t in (base, *inputs.values())):
+            return {}
+        length, *norms = norms_of([merged, *inputs.values()], base)
+        factor = {name: self.parameters[name] for name in (factor_in(self.parameters),) if name}
+        return distance(length, dict(zip(inputs, norms, strict=True)), factor)
 
     def _copied(
         self, tensors: Mapping[ModelReference, torch.Tensor], started: float

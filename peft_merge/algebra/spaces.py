@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,6 +64,11 @@ class Job:
     rank: Rank | None  # see `chosen`; None for no loss, or of dense changes the sum of the ranks
     device: str | torch.device
 
+    @cached_property
+    def space(self) -> CoreSpace:
+        """The changes in their common coordinates."""
+        return CoreSpace.of(self.updates, self.device)
+
     def slots(self, stacks: Sequence[Tensor], call: Call) -> tuple[Tensor, dict[str, Any]]:
         """Return the rule's result on each matrix of m stacks of n, by itself, and its details."""
         merged = [
@@ -98,9 +104,8 @@ class Job:
 def _delta(job: Job) -> Result:
     if not job.rule.invariant(job.call.options):
         return _dense(job)
-    space = CoreSpace.of(job.updates, job.device)
-    merged, details = job.slots(space.cores, job.call)
-    return job.factor(space, merged), details
+    merged, details = job.slots(job.space.cores, job.call)
+    return job.factor(job.space, merged), details
 
 
 def _core(job: Job) -> Result:
@@ -118,7 +123,7 @@ def _core(job: Job) -> Result:
 
 
 def _knots(job: Job) -> Result:
-    space = CoreSpace.of(job.updates, job.device)
+    space = job.space
     u, sigma, vh = torch.linalg.svd(torch.cat(space.cores, dim=-1), full_matrices=False)
     kept = chosen(sigma, "lossless", max(vh.shape[-2:]) * EPS)
     rows = sigma[:, :kept, None] * vh[:, :kept]

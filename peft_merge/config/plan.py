@@ -80,7 +80,8 @@ def evaluate(parameter: Parameter, entries: Sequence[Entry], module: str, place:
         return UNSET
     at = place * (len(values) - 1)
     below = int(at)
-    if len(values) == 1 or not parameter.interpolates or None in values:
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    if len(values) == 1 or not parameter.interpolates or not numbers:
         return values[below]
     above = min(below + 1, len(values) - 1)
     share = at - below

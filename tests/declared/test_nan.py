@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_ext.declared.nan import default_scale, inverse_norm_coefficients, uniform
+from mergekit_ext.declared.nan import inverse_norm_coefficients, scale_of, uniform
 from tests.reference.nan import coefficients as reference
 
 norms = st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=8)
@@ -59,8 +59,10 @@ def test_refuses_what_is_no_norm(bad):
 
 
 def test_default_scale():
-    assert [default_scale(m, True) for m in (1, 2, 3, 8)] == [1, 1, 1.5, 4]
-    assert default_scale(8, False) == 1
+    for default in (None, "paper"):
+        assert [scale_of(default, m) for m in (1, 2, 3, 8)] == [1, 1, 1.5, 4]
+        assert scale_of(default, 8, has_base=False) == 1
+    assert scale_of(0, 8) == 0
 
 
 def test_uniform():

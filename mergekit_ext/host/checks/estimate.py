@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.core.memory import Need, copies_of, square_of, working
+from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import TOKENIZER_FILES, dtype_of, wants_tokenizer
@@ -63,7 +64,8 @@ def estimate(
         for model, stored in _inputs(tensor)
     }
     entries = [_entry(tensor, config, rows) for tensor in inventory.located]
-    needs = map(functools.partial(_need, inventory), inventory.located, entries)
+    scaled = any(AUTO in values.values() for values in shared)
+    needs = map(functools.partial(_need, inventory, scaled), inventory.located, entries)
     passes = [method.passes(s) for s in shared] if isinstance(method, ExtMethod) else []
     written = sum(entry.nbytes for entry in entries)
     need = max(needs, key=lambda need: need.bytes, default=Need("nothing"))
@@ -93,7 +95,7 @@ def _inputs(tensor: PlannedTensor) -> list[tuple[Any, TensorHeader]]:
     return [(model, header or tensor.headers[0]) for model, header in tensor.found.items()]
 
 
-def _need(inventory: Inventory, tensor: PlannedTensor, entry: TensorHeader) -> Need:
+def _need(inventory: Inventory, scaled: bool, tensor: PlannedTensor, entry: TensorHeader) -> Need:
     config, device = inventory.config, kind_of_device(inventory.options)
     size, dtype = math.prod(entry.shape), _loaded(tensor, config)
     bits = BITS.get(dtype, 32)
@@ -108,7 +110,7 @@ def _need(inventory: Inventory, tensor: PlannedTensor, entry: TensorHeader) -> N
         elif not as_stored or moved or device != "cpu":
             inputs += header.nbytes + size * bits // 8
     merging = working(
-        copies_of(inventory.method)(models, square_of(entry.shape)),
+        copies_of(inventory.method)(models, square_of(entry.shape)) + scaled,
         size * width,
         models,
         piece=chunk_length(device) * width,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 
+from mergekit_ext.declared import Merged
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.plan import PAPER, TITLE, USE
 from mergekit_ext.host.method import ExtMethod
@@ -40,7 +41,7 @@ class FlexMergeMethod(ExtMethod):
 
     def merge_one(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    ) -> Merged:
         raise MergeError(
             f"{group.metadata.name}: `{self.spec.name}` merges models, not single tensors; merge "
             "with mergekit-yaml or `mergekit_ext.merge`."

@@ -74,7 +74,8 @@ from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.model_files import companions, copy, sentence_class
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.card import CARD, flexmerge_section, sentence_card
+from mergekit_ext.report.card import CARD, flexmerge_section, sentence_card, write_report
+from mergekit_ext.report.rho import Distance, Rho, rho_of
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.read import locate
 from peft_merge.io.write import card_of, fill_folder
@@ -99,6 +100,7 @@ class Engine:
         self._analyses_in, self._session, self._scratch = analyses_in, session, scratch
         self._subject = analysis_file.subject_of(reader)
         self._seed: int = prepared.options.random_seed or 0
+        self._distances: dict[str, Sequence[Distance]] = {}
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -243,7 +245,20 @@ class Engine:
     def _measured(self, name: str) -> None:
         self._session.emit(TensorMeasured(name))
 
-    def _merged(self, block: BlockLayout, groups: Sequence[StoredGroup]) -> None:
+    def far(self) -> Rho:
+        """Return how far the groups that were written went. All processes call this."""
+        written = {
+            f"{block} of {', '.join(each['inputs'])}": {"distance": each}
+            for part in parallel.current().gather(self._distances)
+            for block, found in part.items()
+            for each in found
+        }
+        return rho_of(written, lambda name: name.rpartition(" of ")[0])
+
+    def _merged(
+        self, block: BlockLayout, groups: Sequence[StoredGroup], far: Sequence[Distance]
+    ) -> None:
+        self._distances[block.name] = far
         tasks = self.layout.tasks
         named = tuple(tuple(tasks[task] for task in group.tasks) for group in groups)
         self._session.emit(BlockMerged(block.name, named))
@@ -328,14 +343,20 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         base = str(Path(session.output or folder).resolve() / FOLDER)
         given = (folder, folders, prepared.forms, base, source)
         finish = partial(_adapters, engine, plan, shards, *given)
+    far = engine.far()
     if not parallel.current().is_main:
         return
-    section = finish()
+    section = f"{finish()}\n\n{far.line}".rstrip()
     if kept := engine.kept(plan):
         seed = prepared.options.random_seed or 0
         about = (kept, engine.layout.tasks, plan.size, seed)
         session.summary, errors = write_residual_report(folder, config.merge_method, *about)
         section = f"{section}\n\n{errors}"
+    elif far.found:
+        seed = prepared.options.random_seed or 0
+        write_report(folder, config.merge_method, {}, seed, rho=far.found)
+        session.summary = far.line
+        session.afterwards += far.warnings(prepared.algorithm.name)
     if prepared.options.write_model_card:
         from mergekit.card import generate_card
 

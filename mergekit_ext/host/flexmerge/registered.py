@@ -48,6 +48,7 @@ class Registered(Algorithm):
         self._based = method.spec.contract.base != BasePolicy.IGNORED
         self.name = method.spec.name
         self.by_tensor = isinstance(method, ExtMethod)
+        self.orthogonal = isinstance(method, ExtMethod) and method.declared.orthogonal
 
     def _copies(self, models: int, square: float) -> float:
         return copies_of(self._method)(models, square) + 2  # and its result in float32
@@ -138,7 +139,7 @@ class Registered(Algorithm):
         models, found = self.parameters.models, {}
         for spec in self._method.spec.parameters:
             if spec.scope == ParameterScope.SHARED:
-                found[spec.name] = self.parameters.shared[spec.name]
+                found[spec.name] = self.parameters.options[spec.name]
                 continue
             found[spec.name] = {member: models[member][spec.name] for member in members}
             if spec.scope != ParameterScope.NON_BASE and self._based:
