@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import torch
@@ -22,14 +23,13 @@ from mergekit_ext.flexmerge.residual import Limit, ResidualStorage, Spectrum
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.kernels.numerics import all_finite
-from mergekit_ext.kernels.ranks import deepened, kind_of, mean_rank
+from mergekit_ext.kernels.ranks import deepened, mean_rank
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.truncated import factors
 from mergekit_ext.parallel import current
 
 # Numbers of a matrix up to which one thread decomposes it, beside those of other tasks.
 _SMALL = 1 << 22
-_READ = 1 << 24
 
 
 class Decomposition:
@@ -47,7 +47,7 @@ class Decomposition:
         self._reader, self.storage, self._folder = reader, storage, folder
         self._progress, self._measuring = progress, measuring
         self._finished = finished or Finished()
-        self._limit, self._spectra = Limit(0.0), list[Spectrum]()
+        self._limit = Limit(0.0)
         parts = [part.name for block in storage.layout.blocks for part in block.parts]
         self._numbers = {name: number for number, name in enumerate(parts)}
         self._depths: dict[str, int] = {}
@@ -59,15 +59,8 @@ class Decomposition:
         Those of an earlier call serve for smaller budgets. The processes of a merge share out the
         blocks, and all call this.
         """
-        if not self._spectra or limit != Limit(min(limit.budget, self._limit.budget)):
-            with self._measuring():
-                self._limit, self._spectra = limit, self._deep_enough(limit)
-        return self._spectra
-
-    def _deep_enough(self, limit: Limit) -> list[Spectrum]:
-        storage, tasks = self.storage, self.storage.tasks
-        current().from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
-        parts = [part for _, part in storage.matrices]
+        storage, parts = self.storage, [part for _, part in self.storage.matrices]
+        tasks, shared = storage.tasks, storage.algorithm.parameters.shared
 
         def decompose(wanted: Sequence[int], depths: Sequence[int]) -> None:
             self._decompose({parts[k].name: depths[k] for k in wanted})
@@ -76,15 +69,15 @@ class Decomposition:
             ranks = storage.ranks([self.measured[parts[k].name] for k in like], limit)
             return [max(ranks[k : k + tasks]) for k in range(0, len(ranks), tasks)]
 
-        most = [storage.algorithm.largest_rank(part) for part in parts]
-        deepened(
-            [min(top, limit.rank or top) for top in most],
-            limit.rank or mean_rank(limit.budget, [tasks * storage.cost(part) for part in parts]),
-            [kind_of(part.name, part.shape) for part in parts],
-            decompose,
-            chosen,
-            storage.algorithm.parameters.shared["rank_multiple"],
-        )
+        if not self.measured or limit != Limit(min(limit.budget, self._limit.budget)):
+            current().from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+            most = [storage.algorithm.largest_rank(part) for part in parts]
+            each = mean_rank(limit.budget, [tasks * storage.cost(part) for part in parts])
+            first, names = limit.rank or each, [part.name for part in parts]
+            with self._measuring():
+                most = [min(top, limit.rank or top) for top in most]
+                deepened(most, first, names, decompose, chosen, shared["rank_multiple"])
+            self._limit = limit
         return [self.measured[part.name] for part in parts]
 
     def _decompose(self, depths: Mapping[str, int]) -> None:
@@ -176,8 +169,5 @@ class Decomposition:
 
 
 def _crc(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(_READ):
-            value = zlib.crc32(piece, value)
-    return value
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return zlib.crc32(content)

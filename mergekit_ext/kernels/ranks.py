@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,28 +88,22 @@ def mean_rank(budget: float, costs: Sequence[int]) -> int:
     return 0 if budget == math.inf else int(budget // max(sum(costs), 1))
 
 
-def kind_of(name: str, shape: Sequence[int]) -> tuple[str, Sequence[int]]:
-    """Return what a matrix has in common with those at its place in other layers."""
-    return re.sub("[0-9]+", "", name), shape
-
-
 def deepened(
     most: Sequence[int],
     first: int,
-    kinds: Sequence[Hashable],
+    names: Sequence[str],
     decompose: Callable[[Sequence[int], Sequence[int]], None],
     chosen: Callable[[Sequence[int]], Sequence[int]],
     multiple: int = 1,
 ) -> Sequence[int]:
     """Return the ranks that `chosen` takes of matrices that are decomposed as deep as it needs.
 
-    One of each kind is decomposed first: what `chosen` would take if all others were like it says
-    how deep these are decomposed.
+    Of those whose names differ in numbers alone, and which have as many triplets, one is decomposed
+    first. What `chosen` would take if the others were like it says how deep these are decomposed.
 
     Args:
         most: the largest rank of each matrix.
         first: a guess of all ranks.
-        kinds: what matrices that are alike have in common.
         decompose: finds leading triplets of some of the matrices, given how many of each.
         chosen: returns the rank of each matrix, given those whose triplets count as its own.
         multiple: of which depths are; where a matrix gives all its triplets, its depth doubles.
@@ -118,8 +112,9 @@ def deepened(
     def deep(rank: int) -> int:
         return -(-max(int(_MARGIN * rank), _LEAST_DEPTH) // multiple) * multiple
 
-    middle = {kind: [k for k, own in enumerate(kinds) if own == kind] for kind in {*kinds}}
-    like: Sequence[int] = [middle[kind][len(middle[kind]) // 2] for kind in kinds]
+    kinds = [(re.sub("[0-9]+", "", name), top) for name, top in zip(names, most, strict=True)]
+    alike = {kind: [k for k, own in enumerate(kinds) if own == kind] for kind in {*kinds}}
+    like: Sequence[int] = [alike[kind][len(alike[kind]) // 2] for kind in kinds]
     wanted, depths = sorted({*like}), [min(top, deep(first)) for top in most]
     while True:
         decompose(wanted, depths)

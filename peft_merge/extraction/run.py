@@ -23,7 +23,7 @@ from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.residual import Kept, total
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.numerics import all_finite, compute_dtype
-from mergekit_ext.kernels.ranks import allocate, deepened, kind_of, mean_rank
+from mergekit_ext.kernels.ranks import allocate, deepened, mean_rank
 from mergekit_ext.kernels.truncated import factors
 from peft_merge.adapter import Adapter, Update, cast, finite
 from peft_merge.config.check import DEVICE
@@ -138,6 +138,8 @@ class _Extraction:
         self._plan, self._options, self._events = plan, options, events
         headers = [plan.model.headers[name] for u in plan.units for name, _ in u.modules.values()]
         self._dtype = reduce(torch.promote_types, (FLOATING[header.dtype] for header in headers))
+        # Bytes of one rank.
+        self._costs = {unit.name: unit.numbers * self._dtype.itemsize for unit in plan.units}
         self._factors: dict[str, _Factors] = {}
 
     def run(self, name: str) -> MergedAdapter:
@@ -197,7 +199,7 @@ class _Extraction:
         """Decompose what is adapted, and return its ranks; modules of changed biases have one."""
         units, headers = self._plan.units, self._plan.model.headers
         rank, share = self._options["rank"], self._options["energy"]
-        costs = [self._bytes(unit) for unit in units]
+        costs = [self._costs[unit.name] for unit in units]
         least = [int(unit.name in biased) for unit in units]
         forced = sum(headers[name].nbytes for name in saved)
         if biased:  # each adapted module has one then
@@ -209,21 +211,16 @@ class _Extraction:
         def chosen(like: Sequence[int]) -> Sequence[int]:
             found = [self._factors[units[k].name] for k in like]
             goal = share * math.fsum(f.whole for f in found) if share else math.inf
-            return allocate(
-                [f.squares for f in found], costs, budget=budget, goal=goal, least=least
-            )
+            gains = [f.squares for f in found]
+            return allocate(gains, costs, budget=budget, goal=goal, least=least)
 
         def decompose(wanted: Iterable[int], depths: Sequence[int]) -> None:
             for k in wanted:
                 self._decompose(units[k], depths[k])
 
-        first, shapes = (
-            rank or mean_rank(budget, costs),
-            [unit.layers[0].info.shape for unit in units],
-        )
-        kinds = [kind_of(unit.name, shape) for unit, shape in zip(units, shapes, strict=True)]
-        ranks = deepened(most, first, kinds, decompose, chosen)
-        return dict(zip((unit.name for unit in units), ranks, strict=True))
+        names, first = [unit.name for unit in units], rank or mean_rank(budget, costs)
+        ranks = deepened(most, first, names, decompose, chosen)
+        return dict(zip(names, ranks, strict=True))
 
     def _budget(self, forced: int, held: int) -> float:
         """Return the bytes that are left for ranks; `ConfigError` if there are none."""
@@ -261,9 +258,9 @@ class _Extraction:
         self, adapter: Adapter, ranks: Mapping[str, int], left: Mapping[str, float]
     ) -> dict[str, Any]:
         """Return what was kept and what was not, as JSON values; `left` are squared norms."""
-        plan, bytes_of = self._plan, {unit.name: self._bytes(unit) for unit in self._plan.units}
+        plan = self._plan
         kept = {
-            name: Kept.of(found.squares, found.whole, rank, rank * bytes_of[name])
+            name: Kept.of(found.squares, found.whole, rank, rank * self._costs[name])
             for name, rank in ranks.items()
             if (found := self._factors[name]).whole
         }
@@ -286,10 +283,6 @@ class _Extraction:
             "reshaped": plan.reshaped,
             "left": {name: math.sqrt(square) for name, square in left.items()},
         }
-
-    def _bytes(self, unit: Unit) -> int:
-        """Return the bytes of one rank of a unit."""
-        return unit.numbers * self._dtype.itemsize
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:
