@@ -29,7 +29,7 @@ from mergekit_ext.kernels.truncated import factors
 from mergekit_ext.parallel import current
 
 # Numbers of a matrix up to which one thread decomposes it, beside those of other tasks.
-_SMALL = 1 << 22
+SMALL = 1 << 22
 
 
 class Decomposition:
@@ -160,7 +160,7 @@ class Decomposition:
             if part.name not in depths:
                 continue
             theta_0 = data.part(merged, index).to(forced or part.dtype(tasks))
-            small = math.prod(part.shape) <= _SMALL
+            small = math.prod(part.shape) <= SMALL
             each = in_threads(of_task, tasks, theta_0.device) if small else map(of_task, tasks)
             pairs, squares, whole = zip(*each, strict=True)
             made = {key: tensor for pair in pairs for key, tensor in pair.items()}

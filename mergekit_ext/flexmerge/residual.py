@@ -32,6 +32,7 @@ from mergekit_ext.kernels.ranks import allocate
 
 # Of a limit that all matrices keep to.
 _ANY_RANK = 1 << 62
+DECOMPOSING = 10  # copies of a matrix
 GIVEN = "given"  # as the base: the base model itself
 CHECKPOINT, ADAPTERS = "checkpoint", "adapters"
 # What becomes of a tensor.
@@ -86,9 +87,8 @@ class Residual(Algorithm):
         return min(rows, columns, self.parameters.shared["max_rank"] or rows)
 
     def _copies(self, models: int, square: float) -> float:
-        # Beside what makes theta_0, factors of all tasks up to half of the block, and one SVD.
-        base = 0.0 if self.base is None else self.base.copies(models, square)
-        return max(base, models / 2 + 8)
+        # What makes theta_0, or one decomposition; its factors are `ResidualStorage.factors`.
+        return max(0.0 if self.base is None else self.base.copies(models, square), DECOMPOSING)
 
     def _merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self.base is None:
@@ -197,6 +197,14 @@ class ResidualStorage(Storage):
         count, rows, columns = part.matrix_shape
         dtype = self.forced or part.dtype(range(self.tasks))
         return count * (rows + columns) * dtype.itemsize * self._counts.get(part.name, 1)
+
+    def factors(self, block: BlockLayout) -> int:
+        """Return how many numbers all tasks' factors of one tensor of a block have at most."""
+        rank = self.algorithm.parameters.shared["rank"] or _ANY_RANK
+        parts = [part for part in block.parts if self.treatment(block, part) == LOW_RANK]
+        each = (sum(p.matrix_shape[1:]) * min(rank, self.algorithm.largest_rank(p)) for p in parts)
+        stacks = (part.matrix_shape[0] for part in parts)
+        return self.tasks * max(map(operator.mul, stacks, each), default=0)
 
     @cached_property
     def _costs(self) -> list[int]:

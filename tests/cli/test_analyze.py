@@ -167,6 +167,12 @@ def test_wrong_configurations(
     assert not (tmp_path / "out").exists()
 
 
+def test_residuals_have_no_groups(inputs: Any, tmp_path: Path) -> None:
+    file = written(tmp_path, inputs, {"algorithm": "residual", "rank": 2})
+    assert_refused(run(file, tmp_path / "out"), "`mergekit-ext check` names the sizes")
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_that_cannot_be_written(inputs: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(run(written(tmp_path, inputs), tmp_path / "file" / "out"), "OUT_PATH")

@@ -185,6 +185,7 @@ CASES: dict[str, Callable[[Path, str], None]] = {
     "iso_cts": partial(_methods, method="iso_cts"),
     "mergekit's": partial(_methods, method="dare_ties", density=0.5, weight=0.3),
     "block of masks": partial(_methods, method="flexmerge", **FLEX),
+    "residuals": partial(_methods, method="flexmerge", algorithm="residual", rank=64),
     "module in its core": partial(_loras, shape=(512, 4096), merge_method="linear"),
     "dense module": partial(
         _loras, shape=(512, 4096), merge_method="ties", parameters={"density": 0.3}, rank=8

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from mergekit.options import MergeOptions
 
+from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.plan import Dendrograms
+from mergekit_ext.flexmerge.residual import ResidualStorage
 from mergekit_ext.flexmerge.storage import Size, Target
 from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
@@ -73,6 +75,10 @@ def analyze(
     with TemporaryDirectory() as scratch:
         folder = Path(os.path.expanduser(out or scratch))
         ((report, prepared),) = prepare_tables(config, folder, options).values()
+        if isinstance(prepared.storage, ResidualStorage):
+            remedy = "`mergekit-ext check` names the sizes that can be reached."
+            found, expected = "one base and residuals", "an algorithm that merges groups"
+            raise ConfigError([Problem("parameters.algorithm", found, expected, remedy)])
         folder.mkdir(parents=True, exist_ok=True)
         with listening(options, (), os.fspath(folder)) as session:
             reader, _ = open_inputs(prepared)

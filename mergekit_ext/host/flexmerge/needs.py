@@ -10,8 +10,9 @@ import torch
 
 from mergekit_ext.core.memory import Need, square_of, working
 from mergekit_ext.flexmerge.analysis import passes
+from mergekit_ext.flexmerge.decomposition import SMALL
 from mergekit_ext.flexmerge.layout import BlockLayout
-from mergekit_ext.flexmerge.residual import Limit, ResidualStorage
+from mergekit_ext.flexmerge.residual import DECOMPOSING, Limit, ResidualStorage
 from mergekit_ext.host.checks.estimate import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
@@ -115,6 +116,11 @@ def _merging(block: BlockLayout, prepared: Prepared) -> dict[str, int]:
         unit, square, beside = math.prod(largest), square_of(largest), count + 3
     if algorithm.parameters.shared["similarity_on"] == "trimmed":
         beside += count + 5
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    residuals = 0
+    if isinstance(prepared.storage, ResidualStorage):  # held, and as they are written
+        largest = min(SMALL, max(math.prod(part.shape) for part in block.parts))
+        residuals = 2 * prepared.storage.factors(block) + (threads - 1) * DECOMPOSING * largest
     return {
         "the result": block.bytes(range(count), prepared.forced),
         **working(
@@ -122,8 +128,9 @@ def _merging(block: BlockLayout, prepared: Prepared) -> dict[str, int]:
             unit * width,
             count,
             piece=chunk_length(device) * width,
-            threads=torch.get_num_threads() if device == "cpu" else 1,
+            threads=threads,
         ),
+        "factors of all tasks, and decompositions in other threads": residuals * width,
         "task vectors of the block": beside * block.size * width,
     }
 
