@@ -119,8 +119,8 @@ def _merging(block: BlockLayout, prepared: Prepared) -> dict[str, int]:
     threads = torch.get_num_threads() if device == "cpu" else 1
     residuals = 0
     if isinstance(prepared.storage, ResidualStorage):  # held, and as they are written
-        largest = min(SMALL, max(math.prod(part.shape) for part in block.parts))
-        residuals = 2 * prepared.storage.factors(block) + (threads - 1) * DECOMPOSING * largest
+        other = (threads - 1) * DECOMPOSING * min(SMALL, block.size)
+        residuals = 2 * prepared.storage.factors(block) + other
     return {
         "the result": block.bytes(range(count), prepared.forced),
         **working(
