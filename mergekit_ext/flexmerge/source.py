@@ -11,7 +11,6 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout
@@ -80,14 +79,10 @@ class FileSource(Source):
     """Tensors in safetensors files."""
 
     def __init__(self, name: str, tensors: Mapping[str, TensorHeader]):
-        files = {header.name: header.file for header in tensors.values() if header.file is not None}
-
-        def mapped(stored: str) -> Tensor:
-            with safe_open(files[stored], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(stored)
-            return tensor
-
-        super().__init__(name, tensors, mapped, {*files.values()})
+        own = {header.name: header for header in tensors.values()}
+        stored = (part.file for header in own.values() for part in header.stored)
+        files = {file for file in stored if file is not None}
+        super().__init__(name, tensors, lambda stored: own[stored].load(), files)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from mergekit_ext.host.blocks import tied_groups
 from mergekit_ext.host.inputs import donor_of
 from mergekit_ext.io.headers import TensorHeader, read_folder, same_bytes, weights_of
+from mergekit_ext.io.quantised import detach
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -21,7 +22,7 @@ def agree(folder: Path, dtype: str | None = None) -> None:
     """Write into the config.json of a folder, if there is one, what its weights are.
 
     The dtype is that of most bytes, or else `dtype`. A head that differs from the embedding is not
-    tied to it, whatever the inputs' configurations say.
+    tied to it, and nothing is quantised, whatever the inputs' configurations say.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -29,6 +30,7 @@ def agree(folder: Path, dtype: str | None = None) -> None:
     tensors = read_folder(folder, allow_pickle=True) if weights_of(folder) is not None else {}
     content = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(content)
+    detach(content)
     parts = {name: part for name, part in content.items() if isinstance(part, dict)}
     sizes: Counter[str] = Counter()
     for header in tensors.values():
@@ -62,11 +64,12 @@ def following_layers(
 ) -> Any:
     """Extend ``_model_out_config``, which sets the number of layers only.
 
-    The configuration is that of the donor. Lists with a value for each layer, such as
-    ``layer_types``, follow the slices.
+    The configuration is that of the donor, without quantisation. Lists with a value for each
+    layer, such as ``layer_types``, follow the slices.
     """
     config = config.model_copy(update={"base_model": donor_of(config)})
     out = stock(config, *arguments, **options)
+    detach(out)
     if taken := list(_layers(config, *arguments, **options)):
         first = taken[0][0]
         for name, value in first.to_dict().items():

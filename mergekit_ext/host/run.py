@@ -97,10 +97,13 @@ def merge(
             restart or os.environ.get(RESTART_VARIABLE) == "1",
             "" if whole or method else config.merge_method,
         ) as folder:
+            session = sessions.current()
+            assert session is not None
+            session.dequantised = report.dequantised
             try:
                 if whole:
                     whole.write(checked, config, folder, source)
-                elif session := sessions.current():
+                else:
                     session.predicted = predicted(checked.located, config)
                     quiet = options.model_copy(update={"quiet": True})
                     stock = getattr(run_merge, "stock", run_merge)

@@ -85,6 +85,7 @@ class Session:
         self.recorded: dict[str, TensorRecord] = {}
         # Lines and warnings for when the output stands; one that is an error must not cost it.
         self.summary = ""
+        self.dequantised: Mapping[str, str] = {}  # inputs, by what they are stored in
         self.afterwards: list[MergeWarning] = []
         self.started = time.perf_counter()
         self._dispatcher = dispatcher or Dispatcher()
@@ -215,7 +216,9 @@ def output(
             details = {record.name: record.details for record in session.records}
             if name := stock if method is None else method.spec.name:
                 far = rho_of(details, block_of)
-                write_report(folder, name, details, options.random_seed or 0, rho=far.found)
+                more = {"dequantised": session.dequantised} if session.dequantised else {}
+                seed = options.random_seed or 0
+                write_report(folder, name, details, seed, rho=far.found, **more)
                 append_section(card, far.line)
                 session.summary = far.line
                 session.afterwards += far.warnings(name)

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from mergekit_ext.errors import FileError, listing
 from mergekit_ext.io.documents import bounded_text, parse_json, regular
 from mergekit_ext.io.model_files import is_inside
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LONGEST = 200  # of a library's message
 _LARGEST_INDEX = 64 << 20  # some 10 MB are 100,000 tensors
@@ -114,6 +117,17 @@ class TensorHeader:
     @property
     def floating(self) -> bool:
         return self.dtype.startswith(("F", "BF"))
+
+    @property
+    def stored(self) -> tuple[TensorHeader, ...]:
+        """The tensor, or what it is made of."""
+        return (self,)
+
+    def load(self) -> Tensor:
+        """Return the tensor, mapped; its file is a safetensors file."""
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
 
 
 def read_safetensors(path: Path) -> dict[str, TensorHeader]:

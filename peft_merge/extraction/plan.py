@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, FileError, Problem, one_line, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.flexmerge.source import FileSource
 from mergekit_ext.io.class_model import class_names, empty_model
 from mergekit_ext.io.headers import TensorHeader, is_counter, read_folder, same_bytes
+from mergekit_ext.io.quantised import dequantised, detach
 from peft_merge.io.names import LAYER
 from peft_merge.io.read import folder_of
 from peft_merge.layers import Unit, configuration, layers_of, owner_of, units_of
@@ -47,7 +47,9 @@ class FullModel:
             text, _, revision = text.partition("@")  # as mergekit writes a revision
         given = text if isinstance(source, str) else Path(text)
         folder = folder_of(given, revision or None, _WANTED)
-        return cls(text, revision or None, _configuration(folder), read_folder(folder))
+        config = _configuration(folder)
+        headers = dequantised(read_folder(folder), detach(config), folder)
+        return cls(text, revision or None, config, headers)
 
     def named(self, config: Any) -> FullModel:
         """Return the same with the names of the class of a configuration."""
@@ -56,7 +58,7 @@ class FullModel:
         return FullModel(self.name, self.revision, self.config, headers)
 
     def tensor(self, name: str) -> Tensor:
-        return FileSource(self.name, {name: self.headers[name]}).tensor(name)
+        return self.headers[name].load()
 
 
 def _configuration(folder: Path) -> Any:

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from mergekit_ext.host.adapters.loader import AdaptedLoader, open_adapted
+from mergekit_ext.host.adapters.loader import ModelLoader, open_model
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.checks.report import CheckReport
 from tests import models as small
@@ -44,11 +44,11 @@ def merged_with_peft(base: Path, adapter: Path, folder: Path, kind: type) -> Pat
     return folder
 
 
-def opened(model: str) -> AdaptedLoader:
+def opened(model: str) -> ModelLoader:
     """The loader of ``base+adapter``."""
     reference = ModelReference.parse(model)
     base = ModelReference(model=reference.model)
-    return open_adapted(reference, base.lazy_loader(), base.config())
+    return open_model(reference, base.lazy_loader(), base.config())
 
 
 def check(*models: str, method: str = "linear", **options) -> CheckReport:

@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig
 from transformers import LlamaForCausalLM
 
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
-from mergekit_ext.host.adapters.loader import open_adapted
+from mergekit_ext.host.adapters.loader import open_model
 from tests import models as small
 from tests.host.adapters import merged_with_peft, opened, saved_adapter, saved_base
 from tests.host.flexmerge_models import as_index_says
@@ -128,7 +128,7 @@ def test_many_adapters_open_their_base_once(exact):
     name = "model.layers.0.self_attn.v_proj.weight"
     tensors = [loader.get_tensor(name) for loader in (one, two)]
     assert not torch.equal(*tensors)
-    assert one._base is two._base
+    assert one.base is two.base
     assert cache.get(references[0]) is one
     cache.loaders.clear()
 
@@ -257,11 +257,11 @@ def test_adapters_are_applied_on_the_device(exact, device):
     name = "model.layers.0.self_attn.q_proj.weight"
     base = ModelReference.parse(str(exact.base)).lazy_loader()
     config = reference.config()
-    found = open_adapted(reference, base, config, str(device)).get_tensor(name)
+    found = open_model(reference, base, config, str(device)).get_tensor(name)
     assert found.device.type == "cpu"
     wanted = small.state(exact.wholes["lora"])[name]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    there = open_adapted(reference, base, config).get_tensor(name, device=str(device))
+    there = open_model(reference, base, config).get_tensor(name, device=str(device))
     assert there.device.type == device.type
 
 

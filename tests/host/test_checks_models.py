@@ -141,7 +141,7 @@ def test_hub_name_online_reads_metadata_only(monkeypatch: pytest.MonkeyPatch, mo
     tensors["x.qweight"] = tensors["lm_head.weight"]
     metadata.weight_map["x.qweight"] = "model.safetensors"
     found = [problem.found for problem in run(document).problems]
-    assert len(found) == 2 and "codes" in found[0] and "`architectures`" in found[1]
+    assert len(found) == 2 and "`architectures`" in found[0] and "codes" in found[1]
 
     def gone(*_: Any, **__: Any) -> None:
         raise RuntimeError("404 Client Error")

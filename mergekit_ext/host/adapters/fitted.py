@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem, listing, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.flexmerge.source import Source
 from mergekit_ext.io.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 from peft_merge.adapter import Adapter
@@ -107,27 +104,6 @@ def adapted_headers(
         else h
         for name, h in found.items()
     }
-
-
-def adapted_source(
-    name: str,
-    tensors: Mapping[str, TensorHeader],
-    base: Source,
-    weights: AdaptedWeights,
-    files: Collection[Path],
-    device: str,
-) -> Source:
-    """Return the tensors of a base with an adapter, as FlexMerge reads models.
-
-    `tensors` are those of `adapted_headers`; what the adapter leaves alone is read from its file.
-    The adapter is applied on `device`, and tensors come on the CPU.
-    """
-    dtypes = {header.name: FLOATING.get(header.dtype) for header in tensors.values()}
-
-    def load(stored: str) -> Tensor:
-        return weights.read(stored, base.tensor, device, dtypes[stored]).cpu()
-
-    return Source(name, tensors, load, files)
 
 
 def _or_beforehand(problem: Problem) -> Problem:

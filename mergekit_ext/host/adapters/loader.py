@@ -1,11 +1,11 @@
-"""mergekit's tensor loader with an adapter applied, and what `host.patches` opens it with.
+"""mergekit's tensor loader with weights dequantised and an adapter applied, as they are read.
 
 ``stock`` is mergekit's own function, which opens models without an adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -19,26 +19,34 @@ from torch import Tensor
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.host.adapters.fitted import applies, base_of, fit, read_adapter
 from mergekit_ext.host.inputs import donor_of
-from mergekit_ext.io.headers import TensorHeader, read_file
+from mergekit_ext.io.headers import TensorHeader, read_folder
+from mergekit_ext.io.quantised import QuantisedHeader, dequantised, detach
 from peft_merge.weights import AdaptedWeights
 
 # The dtype that the tensor that is being read will be cast to next.
 _wanted: ContextVar[torch.dtype | None] = ContextVar("wanted", default=None)
 
 
-class AdaptedLoader:
-    """Has the interface of mergekit's `LazyTensorLoader`, and the tensors of base + adapter.
+class ModelLoader:
+    """Has the interface of mergekit's `LazyTensorLoader`, and the weights of a model.
 
-    The adapter is applied on `device`, or where a tensor is read; floating tensors come in `dtype`
-    (mergekit's ``--lora-merge-dtype``) if it is given.
+    Those of `headers` are dequantised, and get the adapter (`weights`) on `device`, or where a
+    tensor is read; floating tensors come in `dtype` (``--lora-merge-dtype``) if it is given.
     """
 
     def __init__(
-        self, base: Any, weights: AdaptedWeights, device: str | None, dtype: torch.dtype | None
+        self,
+        base: Any,
+        headers: Mapping[str, TensorHeader],
+        weights: AdaptedWeights | None,
+        device: str | None,
+        dtype: torch.dtype | None,
     ):
-        self._base, self._weights, self._device, self._dtype = base, weights, device, dtype
-        added = dict.fromkeys(weights.added, "adapter_model.safetensors")
-        self.index = replace(base.index, tensor_paths={**base.index.tensor_paths, **added})
+        self.base, self._headers, self._weights = base, headers, weights
+        self._device, self._dtype = device, dtype
+        paths = {n: base.index.tensor_paths[h.stored[0].name] for n, h in headers.items()}
+        added = dict.fromkeys(weights.added if weights else (), "adapter_model.safetensors")
+        self.index = replace(base.index, tensor_paths={**paths, **added})
 
     def get_tensor(
         self,
@@ -53,35 +61,46 @@ class AdaptedLoader:
             if raise_on_missing:
                 raise KeyError(key)
             return None
-        base = partial(self._base.get_tensor, device=device)
+        read = partial(self._plain, device=device)
+        if self._weights is None:
+            return read(name)
         dtype = self._dtype or _wanted.get()
-        return self._weights.read(name, base, self._device, dtype).to(device)
+        return self._weights.read(name, read, self._device, dtype).to(device)
+
+    def _plain(self, name: str, device: str) -> Tensor:
+        header, stored = self._headers[name], partial(self.base.get_tensor, device=device)
+        if isinstance(header, QuantisedHeader):
+            return header.read(stored, _wanted.get())
+        return stored(name)
 
     def flush(self) -> None:
         """Close what the base has open."""
-        self._base.flush()
+        self.base.flush()
 
 
-def open_adapted(
+def open_model(
     reference: Any,
     base: Any,
     config: Any,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-) -> AdaptedLoader:
-    """Return the loader of a `ModelReference` with an adapter, from that of its base.
+) -> Any:
+    """Return the loader of a `ModelReference`, from that of its base: itself if nothing changes.
 
-    Raises `ConfigError` if the adapter cannot be applied to this base exactly.
+    Raises `ConfigError` if the model cannot be dequantised, or the adapter not applied exactly.
     """
-    stored: dict[str, TensorHeader] = {}
-    for shard in base.index.shards:
-        headers = read_file(Path(base.index.base_path) / shard.filename, allow_pickle=True)
-        stored.update((name, headers[name]) for name in shard.contained_keys if name in headers)
+    quantisation = detach(config)
+    if quantisation is None and not applies(reference):
+        return base
+    base = getattr(base, "base", base)  # which may be an input by itself
+    folder = Path(base.index.base_path)
     try:
-        weights = fit(read_adapter(reference.lora), stored, config)
+        headers = dequantised(read_folder(folder, allow_pickle=True), quantisation, folder)
+        adapted = applies(reference)
+        weights = fit(read_adapter(reference.lora), headers, config) if adapted else None
     except ConfigError as error:
         raise ConfigError(error.problems, str(reference)) from None
-    return AdaptedLoader(base, weights, device, dtype)
+    return ModelLoader(base, headers, weights, device, dtype)
 
 
 def tensor_names(stock: Callable[..., Any], model: Any, options: Any) -> list[str]:
@@ -90,14 +109,14 @@ def tensor_names(stock: Callable[..., Any], model: Any, options: Any) -> list[st
     ``ModelReference.lazy_loader``, which it calls, goes on to refuse models with an adapter:
     mergekit-moe, which calls it too, takes hidden states from the base alone.
     """
-    if not applies(model):
+    if model.lora is not None and not applies(model):
         names: list[str] = stock(model, options)
         return names
     base = base_of(model).lazy_loader(
         cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
     )
     config = model.config(trust_remote_code=options.trust_remote_code)
-    return list(open_adapted(model, base, config).index.tensor_paths)
+    return list(open_model(model, base, config).index.tensor_paths)
 
 
 def setup(stock: Callable[..., Any], self: Any, options: Any) -> None:
@@ -109,12 +128,10 @@ def setup(stock: Callable[..., Any], self: Any, options: Any) -> None:
 
 def get(stock: Callable[..., Any], self: Any, model: Any) -> Any:
     """Extend ``LoaderCache.get``: one loader of the base for all models that are adapters on it."""
-    if not applies(model):
-        return stock(self, model)
     if model not in self.loaders:
-        self.loaders[model] = open_adapted(
+        self.loaders[model] = open_model(
             model,
-            stock(self, base_of(model)),
+            stock(self, base_of(model) if applies(model) else model),
             model.config(trust_remote_code=self.trust_remote_code),
             getattr(self, "math_device", None),
             dtype_from_name(self.lora_merge_dtype),

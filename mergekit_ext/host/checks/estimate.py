@@ -20,6 +20,7 @@ from mergekit_ext.host.checks.settings import TOKENIZER_FILES, dtype_of, wants_t
 from mergekit_ext.host.inputs import cached_folder, models_of
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.io.headers import BITS, TensorHeader, dtype_name, weights_of
+from mergekit_ext.io.quantised import QuantisedHeader
 from mergekit_ext.kernels.numerics import chunk_length
 
 _DTYPES = {
@@ -33,6 +34,8 @@ _DTYPES = {
 _LEAST_BYTES = 4
 # The tensor, an adapter's change of it, their sum, and that in the dtype that it is read in.
 _ADAPTED = 4
+# Bytes for each number while a weight is made of codes.
+_DEQUANTISED = 12
 _REMEDY = (
     "Merge fewer models at a time, or take a method that works in pieces: `nan`, `nan_ties`, "
     "`nan_task_arithmetic`, `emr`."
@@ -102,8 +105,10 @@ def _need(inventory: Inventory, scaled: bool, tensor: PlannedTensor, entry: Tens
     width = max(bits // 8, _LEAST_BYTES)
     moved = wants_tokenizer(config) and tensor.weight.vocabulary_axis is not None
     models = max(1, sum(model != tensor.group.base for model in tensor.found))
-    inputs = 0
+    inputs = dequantising = 0
     for model, header in _inputs(tensor):
+        if isinstance(header, QuantisedHeader):  # one at a time
+            dequantising = _DEQUANTISED * size
         as_stored = header.file is not None and (header.dtype, header.shape) == (dtype, entry.shape)
         if header.file is None and model.lora is not None:
             inputs += _ADAPTED * size * width
@@ -117,6 +122,7 @@ def _need(inventory: Inventory, scaled: bool, tensor: PlannedTensor, entry: Tens
         threads=torch.get_num_threads() if device == "cpu" else 1,
     )
     parts = {"inputs that are not mapped": inputs, "the result": entry.nbytes, **merging}
+    parts |= {"a tensor that is dequantised": dequantising} if dequantising else {}
     return Need(tensor.name, parts, _REMEDY)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import is_offline_mode
 
-from mergekit_ext.errors import FileError, listing, one_line
+from mergekit_ext.errors import ConfigError, FileError, one_line
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.checks.adapters import adapted_tensors, merged_beforehand, near
 from mergekit_ext.host.checks.report import Findings
@@ -28,6 +28,7 @@ from mergekit_ext.io.headers import (
     weights_of,
 )
 from mergekit_ext.io.model_files import may_be_hub_name
+from mergekit_ext.io.quantised import QuantisedHeader, dequantised, detach
 
 _LARGEST_CONFIG = 64 << 20
 # transformers and mergekit go through layers and experts one by one, some classes already when
@@ -36,17 +37,6 @@ _COUNT = re.compile(r"(^|_)(num|n)(_.*)?(layer|expert|head|block|label|group)|_l
 # Every tensor of every layer is named: several times what the largest models have.
 _LAYERS, _MOST_LAYERS = re.compile("layer|block"), 1_000
 _MOST, _EXPERTS = 100_000, re.compile("expert")
-
-# Averaged without their scales, codes give a model that loads and answers nonsense.
-_UNQUANTISED = "Give the model as it was before quantisation, or dequantise it and save that."
-# Scales, zero points and tables as their writers name them: compressed-tensors, fine-grained fp8,
-# bitsandbytes, MXFP4, torchao, quanto. `of` is what they belong to.
-_BESIDE = re.compile(
-    r"(?P<of>.+?)(?:_(?:scale|scale_inv|scales|zero_point|global_scale|blocks)"
-    r"|\.(?:absmax|quant_map|quant_state\..+|SCB|_scale|_zero_point)|:_?(?:scale|qdata))"
-)
-# GPTQ, AWQ, HQQ, compressed-tensors: packed codes have names of their own.
-_PACKED = re.compile(r".*\.(?:qweight|qzeros|W_q|weight_packed)")
 
 
 @dataclass(frozen=True)
@@ -94,11 +84,32 @@ def read_model(
         )
     else:
         base = _hub_model(base, options, findings)
+    base = _dequantised(base, findings)
     tensors = merged or base.tensors
     if applies(reference):
         known = base.tensors if base.config is not None else None
         tensors = adapted_tensors(reference, known, base.config, where, options, findings)
     return replace(base, tensors=tensors)
+
+
+def _dequantised(fact: ModelFacts, findings: Findings) -> ModelFacts:
+    """Return a model's facts as those of the plain model that a quantised one stands for."""
+    quantisation = detach(fact.config) if fact.config else None
+    if fact.tensors is None:
+        return fact
+    name = fact.reference.model.path
+    try:
+        if quantisation and not any(header.file for header in fact.tensors.values()):
+            findings.note(f"{fact.where}: {name} is quantised, and checked when it is read.")
+            return replace(fact, tensors=None)
+        tensors = dequantised(fact.tensors, quantisation, name)
+    except ConfigError as error:
+        findings.extend(error.problems, within=fact.where)
+        return replace(fact, tensors=None)
+    for stored in {h.format.precision for h in tensors.values() if isinstance(h, QuantisedHeader)}:
+        findings.dequantised[str(fact.reference)] = stored
+        findings.note(f"{fact.where}: {name} is dequantised from {stored} when it is read.")
+    return replace(fact, tensors=tensors)
 
 
 def _local_model(fact: ModelFacts, merged: bool, options: Any, findings: Findings) -> ModelFacts:
@@ -161,7 +172,6 @@ def read_tensors(path: Path, where: str, findings: Findings) -> dict[str, Tensor
         found = f"{wrong.where} with {wrong.found}"
         findings.problem(where, found, wrong.expected, wrong.remedy)
         return None
-    _refuse_codes(tensors, path, where, findings)
     if weights is not None and "safetensors" not in weights.name:
         findings.note(f"{where}: {weights} is a pickle, as allowed; only tensors are read from it.")
     return tensors
@@ -200,32 +210,7 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
         if entry := metadata.files_metadata[file].tensors.get(name):
             begin, end = entry.data_offsets
             tensors[name] = TensorHeader(name, str(entry.dtype), tuple(entry.shape), end - begin)
-    _refuse_codes(tensors, path.path, where, findings)
     return tensors
-
-
-def _refuse_codes(
-    tensors: Mapping[str, TensorHeader], source: str | Path, where: str, findings: Findings
-) -> None:
-    if codes := stored_codes(tensors):
-        found = f"codes of a quantised model in {source}, with their scales ({listing(codes)})"
-        findings.problem(where, found, "weights", _UNQUANTISED)
-
-
-def stored_codes(names: Collection[str]) -> list[str]:
-    """Return those of `names` that hold scales or packed codes.
-
-    A scale is one only beside the tensor that it scales: models have parameters of such names.
-    """
-
-    def scales(name: str) -> bool:
-        found = _BESIDE.fullmatch(name)
-        of = found["of"] if found else name
-        codes = (f"{of}{end}" for end in ("", ".weight", "_blocks", "._data", ":qdata"))
-        return bool(found) and any(code in stored and code != name for code in codes)
-
-    stored = frozenset(names)
-    return [name for name in names if _PACKED.fullmatch(name) or scales(name)]
 
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:
@@ -282,18 +267,7 @@ def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:
 
 def _check_readings(config: Any, where: str, findings: Findings) -> None:
     """Report fields with which transformers reads other weights than those that mergekit reads."""
-    content = config.to_dict()
-    parts = {"": content, **{f"{k}.": v for k, v in content.items() if isinstance(v, dict)}}
-    for prefix, part in parts.items():
-        if quantised := part.get("quantization_config"):
-            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            findings.problem(
-                f"{where} (config.json: {prefix}quantization_config)",
-                f"a model quantised by {kind}, whose codes are no weights without their scales",
-                "weights",
-                f"{_UNQUANTISED} If its files hold plain weights, remove that field.",
-            )
-    if file := content.get("transformers_weights"):
+    if file := getattr(config, "transformers_weights", None):
         found = f"{file}, which transformers loads and mergekit does not look at"
         expected = "the weights in a file of the usual name"
         remedy = "Save the model again with `save_pretrained` into an empty folder."

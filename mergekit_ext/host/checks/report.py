@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from mergekit_ext.core.memory import Need
 from mergekit_ext.errors import ConfigError, Problem, tensors_at
@@ -32,6 +32,7 @@ class CheckReport:
     notes: tuple[str, ...] = ()  # what is worth knowing and stops nothing
     estimate: Estimate | None = None  # None when some input is not known well enough
     warnings: tuple[str, ...] = ()  # those of `notes` that are also issued before the merge
+    dequantised: Mapping[str, str] = field(default_factory=dict)  # models, and from what
 
     def raise_for_problems(self, subject: str) -> None:
         """Raise one `ConfigError` with every problem, if there is any."""
@@ -48,6 +49,7 @@ class Findings:
     def __init__(self) -> None:
         self._problems: dict[Problem, dict[str, None]] = {}  # with the tensors that share it
         self._notes: dict[str, bool] = {}  # whether each is a warning too
+        self.dequantised: dict[str, str] = {}
 
     def problem(self, where: str, found: str, expected: str, remedy: str = "") -> None:
         self.extend([Problem(where, found, expected, remedy)])
@@ -88,6 +90,7 @@ class Findings:
             tuple(self._notes),
             estimate,
             tuple(text for text, warns in self._notes.items() if warns),
+            self.dequantised,
         )
 
 

@@ -42,9 +42,7 @@ from mergekit_ext.flexmerge.writer import pieces_of, write_checkpoint, write_pie
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import (
     adapted_headers,
-    adapted_source,
     applies,
-    base_of,
     fit,
     read_adapter,
 )
@@ -66,13 +64,13 @@ from mergekit_ext.host.flexmerge.residual_report import (
 )
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.inputs import folder_of
-from mergekit_ext.host.naming import Headers
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.io.model_files import companions, copy, sentence_class
+from mergekit_ext.io.model_files import companions, copy, is_weights, sentence_class
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
+from mergekit_ext.io.quantised import dequantised, detach
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.card import CARD, flexmerge_section, sentence_card, write_report
 from mergekit_ext.report.rho import Distance, Rho, rho_of
@@ -272,17 +270,14 @@ def open_inputs(prepared: Prepared) -> tuple[BlockReader, Sequence[Path]]:
     """
     options, references = prepared.options, prepared.references
     folders = parallel.current().from_main(lambda: [folder_of(r, options) for r in references])
-    stored = [read_folder(folder, allow_pickle=True) for folder in folders]
     configs = [r.config(trust_remote_code=options.trust_remote_code) for r in references]
-    adapters = [
-        fit(read_adapter(reference.lora), tensors, config) if applies(reference) else None
-        for reference, tensors, config in zip(references, stored, configs, strict=True)
-    ]
-    dtype = dtype_of(options.lora_merge_dtype)
-    read = [
-        tensors if adapter is None else adapted_headers(adapter, tensors, dtype)
-        for adapter, tensors in zip(adapters, stored, strict=True)
-    ]
+    read = []
+    for reference, folder, config in zip(references, folders, configs, strict=True):
+        stored = dequantised(read_folder(folder, allow_pickle=True), detach(config), folder)
+        if applies(reference):
+            adapter = fit(read_adapter(reference.lora), stored, config)
+            stored = adapted_headers(adapter, stored, dtype_of(options.lora_merge_dtype))
+        read.append(stored)
     owners, shared = list(zip(read, configs, strict=True)), prepared.algorithm.parameters.shared
     layout, headers, _ = laid_out(prepared.layout.tasks, references, owners, shared)
     if [b.name for b in layout.blocks] != [b.name for b in prepared.layout.blocks]:
@@ -290,27 +285,16 @@ def open_inputs(prepared: Prepared) -> tuple[BlockReader, Sequence[Path]]:
         raise ConfigError([Problem("models", found, "files that stay", "Try again.")])
     LoaderCache().setup(options=options)
 
-    def opened(reference: Any, folder: Path, tensors: Headers) -> Source:
-        if all(header.file is not None for header in tensors.values()):
-            return FileSource(str(reference), tensors)
-        return Source(
-            str(reference), tensors, LoaderCache().get(reference).get_tensor, _files(folder)
-        )
-
     sources: list[Source] = []
-    for reference, folder, tensors, own, adapter in zip(
-        references, folders, headers, stored, adapters, strict=True
-    ):
-        if adapter is None:
-            sources.append(opened(reference, folder, tensors))
+    for reference, folder, tensors in zip(references, folders, headers, strict=True):
+        name, adapted = str(reference), applies(reference)
+        if not adapted and all(part.file for h in tensors.values() for part in h.stored):
+            sources.append(FileSource(name, tensors))
             continue
-        kept = {h.name: own[h.name] for h in tensors.values() if h.name in own}
-        base = opened(base_of(reference), folder, kept)
-        place = locate(reference.lora.path, reference.lora.revision, allow_pickle=True)
-        files = [*base.files, *_files(place)]
-        sources.append(
-            adapted_source(str(reference), tensors, base, adapter, files, options.device)
-        )
+        files = [*filter(is_weights, _files(folder))]
+        if adapted:
+            files += _files(locate(reference.lora.path, reference.lora.revision, allow_pickle=True))
+        sources.append(Source(name, tensors, LoaderCache().get(reference).get_tensor, files))
     return BlockReader(layout, sources[0], sources[1:], options.device), folders[1:]
 
 

@@ -34,6 +34,7 @@ from mergekit_ext.host.modules import check_copied_modules
 from mergekit_ext.host.naming import Headers, is_tied, named_otherwise
 from mergekit_ext.host.run import ordered
 from mergekit_ext.io.headers import PACKED
+from mergekit_ext.io.quantised import QuantisedHeader
 from mergekit_ext.io.staging import place_problems
 
 _NOTED_PRIVATE = 0.01
@@ -134,12 +135,11 @@ def _prepared(
             "Check that these are fine-tunes of that base.",
         )
         return None
-    adapted = frozenset(
+    adapted = frozenset(  # or dequantised, which takes no more
         name
-        for reference, tensors in zip(references[1:], headers[1:], strict=True)
-        if applies(reference)
+        for reference, tensors in zip(references, headers, strict=True)
         for name, header in tensors.items()
-        if header.file is None
+        if header.file is None and (applies(reference) or isinstance(header, QuantisedHeader))
     )
     forced = dtype_of(config.out_dtype or config.dtype)
     forms = None
