@@ -61,6 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     models = [Path("code"), Path("maths")]
     documents = {
         "merge": config("nan", models, Path("base")),
+        "linear": config("linear", models, parameters={"weight": 1}),
         "flex": config("flexmerge", models, Path("base"), {"target_size": 1.5}),
         "decompose": config("decompose", models, Path("base"), {"rank": 4}),
         "adapters": config("linear", [Path("lora-code"), Path("lora-maths")]),
@@ -70,6 +71,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore::mergekit_ext.errors.MergeWarning")
 def test_the_page_runs(folder: Path) -> None:
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
@@ -97,7 +99,7 @@ def test_a_configuration_in_every_form_gives_the_same(form: str, folder: Path) -
     assert torch.equal(model.lm_head.weight, expected["lm_head.weight"])
 
 
-@pytest.mark.parametrize("name", ["merge", "flex", "decompose"])
+@pytest.mark.parametrize("name", ["linear", "decompose", "flex"])
 def test_without_a_folder_nothing_is_left(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +108,8 @@ def test_without_a_folder_nothing_is_left(
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     result = mergekit_ext.merge(f"{name}.yml", options=QUIET)
     tensors = result.tensors
-    if name != "merge":
+    assert result.report["method"]
+    if name != "linear":
         assert set(tensors) == {"code", "maths"} | ({"base"} if name == "decompose" else set())
         tensors = tensors["code"]
     norms = {key: float(tensors[key].norm()) for key in tensors}

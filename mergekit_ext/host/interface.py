@@ -38,7 +38,7 @@ class MergeResult:
     """The folder `path` of a merge, read when asked for; one without a name goes with the result.
 
     Attributes:
-        report: merge_report.json; None of mergekit's own methods, which report nothing.
+        report: merge_report.json.
         card: the model card, README.md.
         tensors: by name, mapped into memory, where they stay when the folder goes; of several
             models by task (or folder), then by name.
@@ -47,9 +47,8 @@ class MergeResult:
     path: Path
 
     @cached_property
-    def report(self) -> dict[str, Any] | None:
-        file = self.path / REPORT_NAME
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    def report(self) -> Any:
+        return json.loads((self.path / REPORT_NAME).read_text(encoding="utf-8"))
 
     @cached_property
     def card(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 import mergekit_ext
 from mergekit_ext.declared import Inputs
 from mergekit_ext.errors import shown
+from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.checks.copied import OF_MERGES
 from mergekit_ext.host.checks.layout import Group, Source
 from mergekit_ext.host.checks.merge import method_named
@@ -28,6 +29,7 @@ from mergekit_ext.io.headers import is_counter
 from mergekit_ext.io.state import named
 from mergekit_ext.kernels.precision import full_precision
 from mergekit_ext.kernels.seeds import derived, seeded
+from mergekit_ext.report.rho import rho_of
 
 _BASE = "base"
 _CONFIGURED = "Take it out, or save the models and use `mergekit_ext.merge`."
@@ -224,5 +226,6 @@ def _merge(
             is_input = found.data_ptr() in map(Tensor.data_ptr, one.tensors)
             merged[name] = found.clone() if is_input else found
         if isinstance(method, ExtMethod):
-            session.warn(method.warnings(session.records))
+            far = rho_of({one.name: one.details for one in session.records}, block_of)
+            session.warn([*far.warnings(method.spec.name), *method.warnings(session.records)])
     return merged

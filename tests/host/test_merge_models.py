@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mergekit_ext
-from mergekit_ext.errors import ConfigError, NonFiniteError, TwoModelsWarning
+from mergekit_ext.errors import ConfigError, NonFiniteError, OvershootWarning, TwoModelsWarning
 from tests.models import config, family, state
 
 mergekit_ext.register()
@@ -30,6 +30,8 @@ ALSO: dict[str, dict[str, Any]] = {
     "nan_lore": {"mu_relative": 0.1},
     "nan": {"granularity": "block", "scale": 0.7},
     "nan_ties": {"granularity": "model"},
+    "nan_task_arithmetic": {"scale": "auto"},
+    "tsv_m": {"lambda": "auto"},
 }
 QUIET = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=7)
 
@@ -181,6 +183,9 @@ def test_an_input_that_is_not_finite_is_named(live: Any) -> None:
 
 
 def test_warnings_come_once(live: Any) -> None:
+    with pytest.warns(OvershootWarning, match="in place of 5") as found:
+        mergekit_ext.merge_models(live[1:], "nan", base=live[0], scale=5)
+    assert len(found) == 1
     with pytest.warns(TwoModelsWarning) as found:
         mergekit_ext.merge_models(live[1:3], "lore", mu_relative=0.1)
     assert len(found) == 1
