@@ -13,12 +13,6 @@ import yaml
 
 CARD, REPORT_NAME = "README.md", "merge_report.json"
 _MOST_ROWS = 40
-# The task that the Hub knows a class of sentence-transformers by, and what to call.
-_SENTENCES = {
-    "SentenceTransformer": ("sentence-similarity", 'encode(["One text.", "Another one."])'),
-    "SparseEncoder": ("feature-extraction", 'encode(["One text.", "Another one."])'),
-    "CrossEncoder": ("text-ranking", 'predict([("One text.", "Another one.")])'),
-}
 
 
 def append_section(card: Path, section: str) -> None:
@@ -29,25 +23,24 @@ def append_section(card: Path, section: str) -> None:
 
 
 def sentence_card(kind: str | None, called: str, card: str = "") -> str:
-    """Return a card with what the Hub and sentence-transformers read of a model of theirs.
+    """Return a card with what the Hub and sentence-transformers read of a SentenceTransformer.
 
-    `kind` is the model's class there; the card stays as it is for others. `called` is where the
-    model is loaded from, and the title of a card that is made.
+    It stays as it is for other kinds. `called` is the model's folder, and the title of a new card.
     """
-    if kind not in _SENTENCES:
+    if kind != "SentenceTransformer":
         return card
-    task, method = _SENTENCES[kind]
     _, header, text = (card or f"---\ntags: [merge]\n---\n# {called}\n").split("---\n", 2)
     metadata = yaml.safe_load(header)
-    tags = ["sentence-transformers", task, "feature-extraction", *metadata["tags"]]
-    metadata |= {"library_name": tags[0], "pipeline_tag": task, "tags": [*dict.fromkeys(tags)]}
+    library, task = "sentence-transformers", "sentence-similarity"
+    tags = [library, task, "feature-extraction", *metadata["tags"]]
+    metadata |= {"library_name": library, "pipeline_tag": task, "tags": tags}
     use = f'''## Use
 
 ```python
 from sentence_transformers import {kind}
 
 model = {kind}("{called}")
-model.{method}
+model.encode(["One text.", "Another one."])
 ```
 '''
     return f"---\n{yaml.safe_dump(metadata)}---\n{text.rstrip()}\n\n{use}"

@@ -28,6 +28,7 @@ from peft_merge.config.plan import Kind, MergePlan, Resolver
 from peft_merge.flexmerge import method as flexmerge
 from peft_merge.io import load_adapter
 from peft_merge.io.compatible import compatible, different_bases, few_shared
+from peft_merge.io.diffusers_lora import is_of_diffusers
 from peft_merge.io.forms import one_form
 from peft_merge.io.write import PATTERNS
 from peft_merge.memory_estimate import need_of
@@ -110,6 +111,9 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     saved_from: Mapping[str, tuple[int, ...]] = {}
     if request.method == flexmerge.NAME:
         found += flexmerge.check_inputs(request, adapters)
+        if any(map(is_of_diffusers, adapters)):
+            what, expected = "LoRAs of diffusers", "adapters of PEFT, for `flexmerge`"
+            found.append(Problem("models", what, expected, "Use another method."))
     else:
         rule = rules().get(request.method) if isinstance(request.method, str) else None
         unfit = list(saved.problems_of(request.modules_to_save, adapters))

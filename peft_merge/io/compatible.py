@@ -10,6 +10,7 @@ from typing import Any
 from mergekit_ext.errors import MergeWarning, Problem, printable
 from peft_merge.adapter import Adapter, LoraAdapter, ModuleInfo, VectorInfo, modules_of
 from peft_merge.io import names
+from peft_merge.io.diffusers_lora import is_of_diffusers
 from peft_merge.io.forms import of_one_form
 from peft_merge.io.merged import WITHOUT_BIAS
 
@@ -30,7 +31,8 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     Names of bases may differ (paths do): that is for `different_bases`.
     """
     kinds = {a.name: "LoRA" if isinstance(a, LoraAdapter) else "(IA)^3" for a in adapters}
-    remedy = "Merge the LoRAs and the (IA)^3s separately."
+    kinds |= {a.name: "LoRA of diffusers" for a in adapters if is_of_diffusers(a)}
+    remedy = f"Merge the {'s and the '.join(sorted({*kinds.values()}, reverse=True))}s separately."
     if unlike := list(_agree("adapters", kinds, "adapters of one kind", remedy)):
         return unlike
     replication = {

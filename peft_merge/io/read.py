@@ -22,7 +22,7 @@ from mergekit_ext.io.headers import (
 )
 from mergekit_ext.io.model_files import may_be_hub_name
 from peft_merge.adapter import Adapter
-from peft_merge.io import names
+from peft_merge.io import diffusers_lora, names
 from peft_merge.io.parse import Tensors, parse
 from peft_merge.io.unsupported import field_problems
 
@@ -41,13 +41,13 @@ def load_adapter(
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Adapter:
-    """Read a LoRA or (IA)^3 adapter as PEFT saves it.
+    """Read a LoRA or (IA)^3 adapter as PEFT saves it, or a LoRA of diffusers.
 
     Only its configuration and the header of its tensors are read; factors and vectors come one
     module at a time when `load` is called, and stop with `NonFiniteError` at NaN or infinity.
 
     Args:
-        source: a folder, or a name on the Hub.
+        source: a folder, or a name on the Hub; of a LoRA of diffusers or kohya also its file.
         name: of the adapter; the last component of `source` by default.
         revision: branch, tag or commit on the Hub.
         allow_pickle: also read adapter_model.bin (tensors only, by torch's restricted unpickler).
@@ -67,6 +67,11 @@ def load_adapter(
         problems.append(Problem("name", repr(called), expected, "Give it a name."))
     try:
         folder = locate(source, revision, allow_pickle)
+        lora = folder / diffusers_lora.FILE if folder.is_dir() else folder
+        if not os.path.exists(folder / CONFIG) and lora.is_file():
+            config, stored = diffusers_lora.content(lora)
+            if not problems:
+                return of_memory(called, config, stored, str(lora))
         config = _configuration(folder)
         problems += field_problems(config, str(folder / CONFIG))
         tensors = open_folder(folder, allow_pickle)
@@ -78,8 +83,11 @@ def load_adapter(
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: bool) -> Path:
-    """Return the folder of an adapter; see `folder_of`."""
-    wanted = [CONFIG, SAFETENSORS, *([PICKLE] if allow_pickle else [])]
+    """Return the folder of an adapter, see `folder_of`; or a safetensors file, of diffusers."""
+    path = Path(os.path.expanduser(os.fspath(source)))
+    if path.suffix == ".safetensors" and os.path.isfile(path):
+        return path
+    wanted = [CONFIG, SAFETENSORS, diffusers_lora.FILE, *([PICKLE] if allow_pickle else [])]
     return folder_of(source, revision, wanted)
 
 

@@ -17,6 +17,7 @@ from mergekit_ext.io.staging import new_folder
 from mergekit_ext.report.card import CARD, REPORT_NAME
 from peft_merge.adapter import Adapter, LoraAdapter, VectorInfo
 from peft_merge.io import names
+from peft_merge.io.diffusers_lora import FILE, is_of_diffusers
 from peft_merge.io.parse import BIAS, VECTOR, factor_keys
 from peft_merge.io.read import CONFIG, SAFETENSORS, load_adapter
 
@@ -65,12 +66,16 @@ def fill_folder(adapter: Adapter, folder: Path, texts: Mapping[str, str]) -> Non
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    stored, name, configs = state_dict(adapter), SAFETENSORS, {CONFIG: adapter.config}
+    if is_of_diffusers(adapter):
+        stored = {key.removeprefix(names.PREFIX): tensor for key, tensor in stored.items()}
+        name, configs = FILE, {}
     try:
-        save_file(state_dict(adapter), folder / SAFETENSORS, {"format": "pt"})
+        save_file(stored, folder / name, {"format": "pt"})
     except SafetensorError as error:  # raised for a full disk
         raise OSError(str(error)) from error
-    config = json.dumps(adapter.config, indent=2, sort_keys=True)
-    for name, text in {CONFIG: config, **texts}.items():
+    made = {name: json.dumps(each, indent=2, sort_keys=True) for name, each in configs.items()}
+    for name, text in {**made, **texts}.items():
         (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
     again = load_adapter(folder, name=adapter.name)
     different = sorted(
@@ -150,8 +155,12 @@ def card_of(
     if isinstance(inputs := report.get("adapters"), (list, tuple)):
         called = [item.get("name", item) if isinstance(item, Mapping) else item for item in inputs]
         paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
-    by_module = [PATTERNS] if adapter.config.get("rank_pattern") else []
+    apart = adapter.config.get("rank_pattern") and not is_of_diffusers(adapter)
+    by_module = [PATTERNS] if apart else []
     paragraphs += dict.fromkeys([*map(str, report.get("notes") or ()), *by_module])
+    if is_of_diffusers(adapter):
+        tags[0] = metadata["library_name"] = "diffusers"
+        example = [f'pipeline.load_lora_weights("{adapter.name}")']
     load = f'model = PeftModel.from_pretrained(base_model, "{adapter.name}")'
     example = example or ["from peft import PeftModel", "", load]
     return page(adapter.name, tags, paragraphs, example, merge_config, metadata)
