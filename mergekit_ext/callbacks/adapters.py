@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_ext.callbacks.settings import Mean, Settings
+from mergekit_ext.core.parameters import AUTO
+from mergekit_ext.declared.method import factor_in
 from mergekit_ext.errors import Problem
 
 if TYPE_CHECKING:
@@ -114,11 +116,21 @@ class AdapterModel:
 
     def _document(self, folders: Mapping[int, Path]) -> dict[str, Any]:
         """Return the configuration of a merge, as `peft-merge` reads it."""
+        from peft_merge.modules import rules
+
         given = self._settings
+        rule = rules().get(given.method)
+        defaults = {p.name: p.default for p in rule.parameters} if rule else {}
+        # Others divide by weights, or keep what adapters have in common apart.
+        adds = rule and not rule.orthogonal and defaults.get("normalize") is not True
+        factor = factor_in(defaults) if adds else ""
         return {
             "merge_method": "linear" if given.running else given.method,
             "models": [{"model": str(f), "name": f"step-{step}"} for step, f in folders.items()],
-            "parameters": {} if given.running else given.parameters,
+            "parameters": {
+                **({factor: AUTO} if factor else {}),
+                **({} if given.running else given.parameters),
+            },
             "seed": given.seed,
             # Heads at different times of one training are heads of one task.
             "modules_to_save": "average",

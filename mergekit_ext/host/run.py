@@ -20,6 +20,8 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext import parallel
+from mergekit_ext.core.parameters import AUTO
+from mergekit_ext.declared.method import factor_in
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
@@ -209,13 +211,24 @@ def snapshot_merge(
     device: str,
     seed: int,
 ) -> tuple[str, MergeOptions]:
-    """Return YAML and options of a merge of saved models; a required `weight` is 1 by default."""
-    spec = _spec(method)
+    """Return YAML and options of a merge of saved models; a required `weight` is 1 by default.
+
+    So is a factor `auto`, where there is something to measure from: defaults of methods add up task
+    vectors, and the snapshots of one run are nearly the same one.
+    """
+    spec, own = _spec(method), ext_method(method)
+    factor = factor_in([p.name for p in spec.shared_parameters]) if spec and own else ""
+    factor = "" if own is not None and own.declared.orthogonal else factor
+    based = base is not None or (own is not None and factor == "lambda" and not own.declared.base)
     asked = spec is not None and any(p.name == "weight" and p.required for p in spec.parameters)
     document: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": os.fspath(model)} for model in models],
-        "parameters": {**({"weight": 1.0} if asked else {}), **parameters},
+        "parameters": {
+            **({"weight": 1.0} if asked else {}),
+            **({factor: AUTO} if factor and based else {}),
+            **parameters,
+        },
     }
     if base is not None:
         document["base_model"] = os.fspath(base)

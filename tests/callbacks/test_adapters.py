@@ -28,6 +28,8 @@ def test_a_merge_is_that_of_the_saved_adapters(tmp_path, method, on):
         callback.on_save(step, tmp_path / f"s{step}")
     assert callback.steps == (2, 3)
     models = [{"model": str(tmp_path / f"s{step}")} for step in (2, 3)]
+    own = {"nan": {"scale": "auto"}, "lore": {"lambda": "auto"}, "pcb": {"lambda": "auto"}}
+    parameters = {**own.get(method, {}), **parameters}
     content = {"merge_method": method, "models": models, "parameters": parameters, "rank": 4}
     run_config(content, tmp_path / "out")
     merged = callback.merge()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import re
 
@@ -16,7 +17,7 @@ from transformers import LlamaForCausalLM
 import mergekit_ext
 from mergekit_ext.callbacks import MergeCheckpoints
 from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError
-from tests.callbacks.small import Net, llama, mean, same, spread, train
+from tests.callbacks.small import Net, llama, lora_model, mean, same, spread, train
 from tests.models import state
 
 OPTIONS = MergeOptions(quiet=True, copy_tokenizer=False)
@@ -44,9 +45,8 @@ def test_a_merge_is_that_of_the_saved_folders(tmp_path, method, parameters):
     assert drawn == (torch.rand(1).item(), random.random(), np.random.rand())
     assert merged.steps == callback.steps == (4, 6, 8)
 
-    content = {"merge_method": method, "parameters": {"weight": 1.0, **parameters}}
-    if method == "lore":
-        del content["parameters"]["weight"]
+    own = {"lore": {"lambda": "auto"}, "nan_ties": {"scale": "auto"}}.get(method, {"weight": 1.0})
+    content = {"merge_method": method, "parameters": {**own, **parameters}}
     initial.save_pretrained(tmp_path / "base")
     content["models"] = []
     for step in range(1, 9):
@@ -239,3 +239,32 @@ def test_saved_checkpoints_are_merged_from_where_they_are(tmp_path):
     (tmp_path / "c1").rename(tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"c1: found no such folder.*save_total_limit"):
         callback.on_save(5, tmp_path / "c3")  # and not when training ends
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("nan", {"base": "initial"}),
+        ("nan_ties", {"parameters": {"density": 0.5}}),
+        ("lore", {"parameters": {"mu_relative": 0.1}}),
+        ("lore", {"base": "initial", "parameters": {"mu_relative": 0.1}}),
+        ("pcb", {"parameters": {"density": 0.5}}),
+    ],
+)
+def test_snapshots_of_one_run_do_not_add_up(method, options):
+    """Methods whose own factor adds task vectors up go no further than the snapshots did."""
+    model, callback = llama(), MergeCheckpoints(method, keep=4, **options)
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    states = train(model, [callback], steps=4, amount=0.05)
+    lengths = [
+        torch.cat([(found[n] - start[n]).flatten() for n in start if n in found]).norm()
+        for found in (*states, state(callback.merge().path))
+    ]
+    assert lengths[-1] < 1.05 * max(lengths[:-1])
+
+
+def test_snapshots_of_an_adapter_do_not_add_up():
+    model, callback = lora_model(), MergeCheckpoints("task_arithmetic", keep=4)
+    train(model, [callback], steps=4, amount=0.05)
+    report = json.loads((callback.merge().path / "merge_report.json").read_text())
+    assert report["rho"]["model"]["mean"] <= 1
