@@ -1,0 +1,1 @@
+"""Classes beside decoders of text: so far vision and language."""
