@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 _SHOWN, _SHORT, _LONG = 80, 1_000, 10_000
 # Of several problems.
 MOST_SHOWN = 100
@@ -141,6 +143,23 @@ class CheckpointError(_ProblemsError):
     """A FlexMerge checkpoint cannot be used. `problems` lists what is wrong; none of it is used."""
 
     _consequence = "nothing of it was used"
+
+
+def attempted(
+    make: Callable[[_Item], _Made], items: Iterable[_Item]
+) -> tuple[list[_Made], list[Problem]]:
+    """Return what `make` returns of each item, and the problems of those that it refuses."""
+    made, problems = list[_Made](), list[Problem]()
+
+    def attempt(item: _Item) -> None:
+        try:
+            made.append(make(item))
+        except _ProblemsError as refused:
+            problems.extend(refused.problems)
+
+    for item in items:
+        attempt(item)
+    return made, problems
 
 
 class NonFiniteError(MergekitExtError, ValueError):

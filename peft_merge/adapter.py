@@ -56,6 +56,15 @@ class ModuleInfo:
         return (self.matrices, self.rows, self.columns)
 
     @property
+    def numbers(self) -> int:
+        """Of factors, for each rank."""
+        return self.matrices * (self.rows + self.columns)
+
+    @property
+    def largest_rank(self) -> int:
+        return min(self.rows, self.columns)
+
+    @property
     def groups(self) -> int:
         """The matrices among which the r of PEFT's configuration is divided."""
         return self.matrices if self.layout == "convolution" else 1

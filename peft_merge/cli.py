@@ -52,7 +52,7 @@ def main() -> None:
 @click.option("--check", is_flag=True, help="Say what would be merged, and merge nothing.")
 @_DEVICE
 @click.option("--rank", metavar="RANK", help="Instead of the file's: 16, lossless, or energy=0.99.")
-@click.option("--patterns", is_flag=True, help="Ranks by module, for PEFT and vLLM.")
+@click.option("--patterns", is_flag=True, default=None, help="Ranks by module, for PEFT and vLLM.")
 @_QUIET
 @_JSONL
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
@@ -61,13 +61,10 @@ def merge(
     config: Path,
     out: Path | None,
     check: bool,
-    device: str,
-    rank: str | None,
-    patterns: bool,
     quiet: bool,
     jsonl: Path | None,
-    allow_pickle: bool,
     max_memory: str | None,
+    **options: Any,
 ) -> None:
     """Merge LoRA or (IA)^3 adapters as the YAML file CONFIG says, into the folder OUT.
 
@@ -83,12 +80,6 @@ def merge(
     from peft_merge.merge import run_config
     from peft_merge.report import sentences
 
-    options: dict[str, Any] = {
-        "device": device,
-        "rank": rank,
-        "patterns": patterns or None,
-        "allow_pickle": allow_pickle,
-    }
     with _running(), limited(max_memory):
         if check:
             click.echo(str(checked(config, out, **options)))

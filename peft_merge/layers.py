@@ -36,15 +36,6 @@ class Layer:
     transposed: bool = False
     bias: bool = False
 
-    @property
-    def largest_rank(self) -> int:
-        return min(self.info.rows, self.info.columns)
-
-    @property
-    def numbers(self) -> int:
-        """Of the factors of rank 1."""
-        return self.info.matrices * (self.info.rows + self.info.columns)
-
     def matrices(self, weight: Tensor) -> Tensor:
         """Return a weight, or a difference of two, as stacked matrices: (n, rows, columns)."""
         count, rows, columns = self.info.shape
@@ -87,11 +78,11 @@ class Unit:
     @property
     def numbers(self) -> int:
         """Of all factors, for each rank."""
-        return sum(layer.numbers for layer in self.layers)
+        return sum(layer.info.numbers for layer in self.layers)
 
     @property
     def largest_rank(self) -> int:
-        return max(layer.largest_rank for layer in self.layers)
+        return max(layer.info.largest_rank for layer in self.layers)
 
 
 def owner_of(name: str) -> str:

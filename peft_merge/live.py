@@ -131,9 +131,14 @@ def add_merged_adapter(
         given["density"] = density
     if majority_sign_method != "total":
         given["majority_sign_method"] = majority_sign_method
-    inputs = [_without_biases(peft_model, a) for a in adapters_of(peft_model, adapters)]
+    inputs = [
+        # Trained biases of the base act with every adapter of a live model.
+        replace(a, saved={name: a.saved[name] for name in a.saved if _owner(peft_model, name)})
+        for a in adapters_of(peft_model, adapters)
+    ]
     if weights is not None:  # which may be computed: one-element tensors and NumPy's numbers
         weights = [each.item() if hasattr(each, "item") else each for each in weights]
+    in_memory = (weight.device for weight in peft_model.parameters() if not weight.is_meta)
     merged = merge_adapters(
         inputs,
         meant.method,
@@ -144,7 +149,7 @@ def add_merged_adapter(
         space=space,
         seed=seed,
         dtype=dtype,
-        device=_device_of(peft_model) if device is None else device,
+        device=next(in_memory, "cpu") if device is None else device,
         modules_to_save=modules_to_save,
         name=adapter_name,
         callbacks=callbacks,
@@ -152,12 +157,6 @@ def add_merged_adapter(
     add_adapter(peft_model, adapter_name, merged.adapter)
     report: dict[str, Any] = merged.report
     return report
-
-
-def _device_of(model: Any) -> torch.device:
-    """Return the device of the first weight that is in memory; the CPU without one."""
-    devices = (parameter.device for parameter in model.parameters())
-    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def _unfit_names(model: Any, name: Any, adapters: Sequence[str]) -> Iterator[Problem]:
@@ -180,12 +179,6 @@ def _unfit_names(model: Any, name: Any, adapters: Sequence[str]) -> Iterator[Pro
         if list(adapters).count(one) > 1:
             found = f"{one!r} more than once"
             yield Problem("adapters", found, "each once", "Add its weights up.")
-
-
-def _without_biases(model: Any, adapter: Adapter) -> Adapter:
-    """Without trained biases of the base: in a live model they act with every adapter."""
-    saved = {name: load for name, load in adapter.saved.items() if _owner(model, name)}
-    return replace(adapter, saved=saved)
 
 
 def _owner(model: Any, tensor: str) -> str | None:

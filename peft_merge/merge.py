@@ -235,10 +235,7 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
 
     def resolve(module: str) -> Call:
         settings = plan.resolve(module)
-        if not coefficients:
-            return settings
-        pairs = zip(coefficients[module], settings.weights, strict=True)
-        return replace(settings, weights=[a * weight for a, weight in pairs])
+        return settings.scaled(coefficients[module]) if coefficients else settings
 
     merged = merge_modules(
         plan.adapters,
@@ -262,10 +259,8 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
     details = {module: piece.details for module, piece in pieces.items()}
     saved = _saved(plan, events)
     adapter = merged_adapter(plan.request.name, values, infos, plan.adapters, saved, plan.patterns)
-    for warning in rule.after(rule.name, details):
-        warnings.warn(warning, stacklevel=4)
-    for overshoot in rho_of(details, str).warnings(rule.name):
-        warnings.warn(overshoot, stacklevel=4)
+    for found in (*rule.after(rule.name, details), *rho_of(details, str).warnings(rule.name)):
+        warnings.warn(found, stacklevel=4)
     entries = report(plan, details, coefficients)
     return MergedAdapter(adapter, entries, written(plan.request, plan.adapters))
 

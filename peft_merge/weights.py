@@ -25,6 +25,7 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.kernels.linear_algebra import add_products
+from mergekit_ext.kernels.numerics import all_finite
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, finite, finite_update
 
 
@@ -111,7 +112,7 @@ class AdaptedWeights:
             else:
                 tensor = _multiplied(self.adapter, module, tensor, transposed)
         result = tensor.to(dtype)
-        if result is not given and not _finite(result) and _finite(given):
+        if result is not given and not all_finite(result) and all_finite(given):
             raise MergeError(
                 f"{name}: with adapter {self.adapter.name} it leaves the range of {dtype}. Take "
                 "the base in bfloat16 or float32."
@@ -146,7 +147,3 @@ def _multiplied(
     grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
     factors = vector.reshape(groups, 1, tensor.shape[1], *(1,) * (tensor.dim() - 2))
     return (grouped * factors).reshape(tensor.shape)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from types import NoneType
@@ -74,6 +74,20 @@ class Parameter:
     def problem(self, value: Any) -> tuple[str, str] | None:
         """Return what was expected instead of `value`, and a remedy; None when it is fine."""
         return unfit(self.read, value, self.remedy)
+
+
+def read_all(
+    parameters: Iterable[Parameter], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the values of parameters, by name, that fit, and a problem for each other one."""
+    values, problems = dict[str, Any](), list[Problem]()
+    for parameter in parameters:
+        value = given[parameter.name]
+        if (wrong := parameter.problem(value)) is None:
+            values[parameter.name] = parameter.read(value)
+        else:
+            problems.append(Problem(parameter.name, shown(value), *wrong))
+    return values, problems
 
 
 WEIGHT = Parameter("weight", Factor, 1.0, "factor of the input", per_model=True)

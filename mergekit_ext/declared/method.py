@@ -6,7 +6,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,11 @@ class Call:
     kept: Sequence[float | Cut] = ()  # of each input: a density, or a cut of its whole model
     # Called by an iterative method with iteration, objective and change.
     on_iteration: Callable[[int, float, float], None] | None = None
+
+    def scaled(self, coefficients: Sequence[float]) -> Call:
+        """Return the same with the weights multiplied by the inputs' coefficients."""
+        pairs = zip(coefficients, self.weights, strict=True)
+        return replace(self, weights=[a * weight for a, weight in pairs])
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,21 @@ import os
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import CheckpointError, FileError, MergeWarning, Problem
+from mergekit_ext.errors import CheckpointError, FileError, MergeWarning, Problem, attempted
 from mergekit_ext.flexmerge.manifest import DENSE, Manifest, ShardFile
 from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.model_files import companions, is_weights
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, weight_names, write_index
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 _DAMAGED = "Copy or download the file again."
 _EDITED = "If you changed it yourself, load without `verify` (--no-verify)."
 _CHUNK = 1 << 22
@@ -93,24 +91,6 @@ def regular_file(
         # Before Python 3.13 a loop of links is a RuntimeError.
         found = f"no file ({error})"
     raise CheckpointError([Problem(path, found, expected, remedy)], str(root))
-
-
-def attempted(
-    make: Callable[[Item], Made], items: Iterable[Item]
-) -> tuple[list[Made], list[Problem]]:
-    """Return what `make` returns of each item, and the problems of those that it refuses."""
-    made: list[Made] = []
-    problems: list[Problem] = []
-
-    def attempt(item: Item) -> None:
-        try:
-            made.append(make(item))
-        except CheckpointError as refused:
-            problems.extend(refused.problems)
-
-    for item in items:
-        attempt(item)
-    return made, problems
 
 
 def digest_of(path: Path, digest: Any = None) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
+from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted
 from mergekit_ext.flexmerge import files as on_disk
-from mergekit_ext.flexmerge.files import StoredFile, attempted, regular_file
+from mergekit_ext.flexmerge.files import StoredFile, regular_file
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.manifest import (
     BASE,

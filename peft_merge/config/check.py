@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from mergekit_ext.core import memory
-from mergekit_ext.core.parameters import Count, Parameter, Share, Switch
+from mergekit_ext.core.parameters import Count, Parameter, Share, Switch, read_all
 from mergekit_ext.declared import ADAPTERS, Method
 from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
 from peft_merge import saved
@@ -102,7 +102,9 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     adapters, renamings, unclear = one_form(_adapters(request, found))
     found += [*unclear, *compatible(adapters)] if adapters else []
     modules = tuple(modules_of(adapters))
-    resolve, options = _resolver(request, modules, found), _options(request, found)
+    resolve = _resolver(request, modules, found)
+    options, wrong = read_all(_OPTIONS, vars(request))
+    found += [replace(each, expected=_EXPECTED.get(each.where, each.expected)) for each in wrong]
     if not 0 < len(adapters) == len(request.inputs) or len({type(a) for a in adapters}) > 1:
         _stop(request, found)
     kind: Kind = "lora" if isinstance(adapters[0], LoraAdapter) else "ia3"
@@ -205,19 +207,6 @@ def _resolver(request: Request, modules: Collection[str], found: list[Problem]) 
     resolve = Resolver(parameters, request, modules)
     found += resolve.problems
     return None if resolve.problems else resolve
-
-
-def _options(request: Request, found: list[Problem]) -> dict[str, Any]:
-    options = {}
-    for option in _OPTIONS:
-        value = getattr(request, option.name)
-        if (wrong := option.problem(value)) is not None:
-            expected, remedy = wrong
-            expected = _EXPECTED.get(option.name, expected)
-            found.append(Problem(option.name, shown(value), expected, remedy))
-        else:
-            options[option.name] = option.read(value)
-    return options
 
 
 def _misfits(

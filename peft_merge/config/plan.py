@@ -94,17 +94,11 @@ def places(modules: Collection[str]) -> dict[str, float]:
     The layer is the first number in the name, what stands before it the stack (`encoder.block`).
     As in mergekit, a stack of one layer is at 1.
     """
-    found: dict[str, tuple[str, int]] = {}
-    last: dict[str, int] = {}
-    for module in modules:
-        if (match := LAYER.search(module)) is not None:
-            stack, layer = module[: match.start()], int(match[1])
-            found[module] = (stack, layer)
-            last[stack] = max(last.get(stack, 0), layer)
-    result = dict.fromkeys(modules, 0.0)
-    for module, (stack, layer) in found.items():
-        result[module] = layer / last[stack] if last[stack] else 1.0
-    return result
+    matches = {module: match for module in modules if (match := LAYER.search(module))}
+    found = {m: (m[: match.start()], int(match[1])) for m, match in matches.items()}
+    last = dict(sorted(found.values()))
+    own = {m: layer / last[stack] if last[stack] else 1.0 for m, (stack, layer) in found.items()}
+    return dict.fromkeys(modules, 0.0) | own
 
 
 class Resolver:
@@ -270,7 +264,4 @@ class MergePlan:
             return sum(math.prod(self.shape(module)) for module in self.modules)
         infos = self.merged_infos()
         ranks = stored_ranks(infos, None if self.patterns else one_rank(infos.values()))
-        return sum(
-            info.matrices * ranks[module] * (info.rows + info.columns)
-            for module, info in infos.items()
-        )
+        return sum(ranks[module] * info.numbers for module, info in infos.items())

@@ -16,8 +16,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from mergekit_ext.core import memory
-from mergekit_ext.core.parameters import Count, Parameter, Share, choice
-from mergekit_ext.errors import ConfigError, MergeError, Problem, listing, shown
+from mergekit_ext.core.parameters import Count, Parameter, Share, choice, read_all
+from mergekit_ext.errors import ConfigError, MergeError, Problem, attempted, listing
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.residual import Kept, total
@@ -86,23 +86,16 @@ def extract(
     Example:
         >>> peft_merge.extract("base", "tuned", "lora", rank=64)
     """
-    given: dict[str, Any] = {"rank": rank, "energy": energy, "size": size}
+    given = {"rank": rank, "energy": energy, "size": size}
+    options, problems = read_all(_OPTIONS, given | {"vectors": vectors, "device": device})
     chosen = [name for name, value in given.items() if value is not None]
-    problems, options = list[Problem](), dict[str, Any]()
     if len(chosen) != 1:
         found = " and ".join(chosen) or "none of them"
         problems.append(Problem(", ".join(given), found, "one: how much of the change is kept"))
-    given |= {"vectors": vectors, "device": device}
-    for option in _OPTIONS:
-        value = given[option.name]
-        if (wrong := option.problem(value)) is None:
-            options[option.name] = option.read(value)
-        else:
-            problems.append(Problem(option.name, shown(value), *wrong))
     if out is not None:
         problems += place_problems(os.path.expanduser(out), str(out), empty=True)
-    models = [opened for source in (base, model) if (opened := _opened(source, problems))]
-    if problems:
+    models, wrong = attempted(FullModel.open, (base, model))
+    if problems := [*problems, *wrong]:
         raise ConfigError(problems, "this extraction")
     plan, events, started = planned(*models), Dispatcher(callbacks), time.perf_counter()
     place = "" if out is None else os.fspath(out)
@@ -115,14 +108,6 @@ def extract(
     finally:
         events.close()
     return result
-
-
-def _opened(source: Any, problems: list[Problem]) -> FullModel | None:
-    try:
-        return FullModel.open(source)
-    except ConfigError as error:
-        problems += error.problems
-        return None
 
 
 class _Factors(NamedTuple):

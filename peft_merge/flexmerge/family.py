@@ -162,11 +162,10 @@ class Family(GroupStorage):
         members = [self.adapters[task] for task in group]
         plan, values = self.plan, self.plan.resolve(module)
         weights = [values.weights[task] for task in group]
+        settings = replace(values, weights=weights, each=[values.each[task] for task in group])
         if self.rule.nan:
             norms = change_norms(members, module, space=plan.space)
-            pairs = zip(inverse_norm_coefficients(norms), weights, strict=True)
-            weights = [a * weight for a, weight in pairs]
-        settings = replace(values, weights=weights, each=[values.each[task] for task in group])
+            settings = settings.scaled(inverse_norm_coefficients(norms))
         return merge_module(
             members,
             module,

@@ -62,9 +62,9 @@ class LoraFamily(Family):
         found = {}
         for module, rank in self._ranks(modules, group).items():
             infos = self.infos(module, group)
-            n, rows, columns = infos[0].shape
+            n, rows, _ = infos[0].shape
             bias = n * rows if any(info.bias for info in infos) else 0
-            found[module] = n * rank * (rows + columns) + bias
+            found[module] = rank * infos[0].numbers + bias
         return found
 
     def own(self, module: str, adapter: LoraAdapter, dtype: torch.dtype) -> Update:
@@ -116,7 +116,7 @@ class LoraFamily(Family):
             rank = self._r // infos[0].groups
         elif rank is None:
             rank = max(info.rank for info in infos)
-        return min(rank, infos[0].rows, infos[0].columns) if isinstance(rank, int) else rank
+        return min(rank, infos[0].largest_rank) if isinstance(rank, int) else rank
 
 
 class Ia3Family(Family):

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator
 
-from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem
-from mergekit_ext.flexmerge.files import attempted, digest_of, regular_file
+from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted
+from mergekit_ext.flexmerge.files import digest_of, regular_file
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
 from mergekit_ext.io.staging import new_folder
@@ -99,16 +99,6 @@ class Manifest(Schema):
         yield from sharing_problems([task.name for task in self.tasks], self.blocks)
 
 
-def described(folder: Path, name: str, source: str | None) -> Task:
-    """Return the manifest's entry of a task whose files lie in ``folder/name``."""
-    paths = [folder / name / file for file in (CONFIG, SAFETENSORS)]
-    files = [
-        {"name": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}
-        for path in paths
-    ]
-    return Task(name=name, source=source, files=tuple(map(AdapterFile.model_validate, files)))
-
-
 def open_manifest(folder: str | os.PathLike[str], *, verify: bool = True) -> Manifest:
     """Read the manifest of a folder and compare its files with it.
 
@@ -164,28 +154,28 @@ class FlexMerged:
 
     def _manifest(self, folder: Path) -> Manifest:
         report = self.report
-        tasks = tuple(described(folder, a["name"], a["source"]) for a in report["adapters"])
-        disk = sum(file.bytes for task in tasks for file in task.files)
-        blocks = [
-            # Details of the merge of a module are in the report.
-            Block(
-                name=block["name"],
-                groups=tuple(
-                    Group(**{**group, "modules": tuple(group["modules"])})
-                    for group in block["groups"]
-                ),
-            )
-            for block in report["blocks"]
-        ]
-        return Manifest(
-            format="peft-flexmerge",
-            version=1,
-            kind=report["kind"],
-            method=report["flexmerge"] | {name: report[name] for name in ("space", "seed", "rank")},
-            size={**report["size"], "disk_bytes": disk},
-            tasks=tasks,
-            blocks=tuple(blocks),
-        )
+        tasks = [{"name": a["name"], "source": a["source"]} for a in report["adapters"]]
+        for task in tasks:
+            paths = [folder / task["name"] / file for file in (CONFIG, SAFETENSORS)]
+            task["files"] = [
+                {"name": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}
+                for path in paths
+            ]
+        disk = sum(file["bytes"] for task in tasks for file in task["files"])
+        content = {
+            "format": "peft-flexmerge",
+            "version": 1,
+            "kind": report["kind"],
+            "method": report["flexmerge"] | {key: report[key] for key in ("space", "seed", "rank")},
+            "size": {**report["size"], "disk_bytes": disk},
+            "tasks": tasks,
+            # Of modules the names: details of their merges are in the report.
+            "blocks": [
+                b | {"groups": [g | {"modules": [*g["modules"]]} for g in b["groups"]]}
+                for b in report["blocks"]
+            ],
+        }
+        return Manifest.model_validate(content)
 
     def _card(self) -> str:
         size, adapters = self.report["size"], self.adapters

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import ConfigError, Problem, attempted
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_FOUND,
@@ -181,20 +181,16 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
     """
     from peft import get_peft_model_state_dict
 
-    adapters: list[Adapter] = []
-    problems: list[Problem] = []
-    for name in names:
+    def held(name: str) -> Adapter:
         if name not in model.peft_config:
             known = ", ".join(model.peft_config)
-            problems.append(Problem("adapters", repr(name), f"adapters of the model: {known}"))
-            continue
+            raise ConfigError([Problem("adapters", repr(name), f"adapters of the model: {known}")])
         fields = model.peft_config[name].to_dict()
         config = json.loads(json.dumps(fields, default=_as_json))
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        try:
-            adapters.append(of_memory(name, config, state, f"the adapter {name}", live=True))
-        except ConfigError as error:
-            problems += error.problems
+        return of_memory(name, config, state, f"the adapter {name}", live=True)
+
+    adapters, problems = attempted(held, names)
     if problems:
         raise ConfigError(problems, "the adapters of this model")
     return adapters

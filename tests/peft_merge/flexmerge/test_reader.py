@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_ext.errors import CheckpointError
 from peft_merge.flexmerge.load import load_tasks
-from peft_merge.flexmerge.manifest import described, open_manifest
+from peft_merge.flexmerge.manifest import open_manifest
 from peft_merge.merge import merge_adapters
 from tests.flexmerge.test_task_folders import in_cache
 from tests.peft_merge.models import KINDS, base, saved
@@ -127,8 +127,5 @@ def test_what_is_called_shared_must_be_the_same(folder):
     key = next(key for key in tensors if module in key)
     tensors[key] = torch.randn_like(tensors[key])
     save_file(tensors, file, {"format": "pt"})
-    position = [task.name for task in manifest.tasks].index(tasks[1])
-    true = described(folder, tasks[1], None).model_dump(mode="json")
-    edit(folder, lambda content: content["tasks"][position].update(files=true["files"]))
     with pytest.raises(CheckpointError, match="differ between"):
-        load_tasks(base(KINDS["plain"]), folder)
+        load_tasks(base(KINDS["plain"]), folder, verify=False)
