@@ -8,13 +8,14 @@ from __future__ import annotations
 import heapq
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from mergekit_ext.errors import ConfigError, Problem, RankError
 
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 _REMEDY = "Start the processes with torchrun or accelerate launch, or unset WORLD_SIZE."
 _MOST = 1 << 20
@@ -58,6 +59,10 @@ class Ranks:
         if self.is_main:
             self._received += [message for _, messages in found for message in messages]
         return [value for value, _ in found]
+
+    def gather_items(self, own: Mapping[_K, _T]) -> dict[_K, _T]:
+        """Return the items of all processes' mappings, in every process."""
+        return {key: value for part in self.gather(own) for key, value in part.items()}
 
     def from_main(self, make: Callable[[], _T]) -> _T:
         """Return in every process what `make` returns in the main one; it runs there only."""

@@ -129,7 +129,7 @@ def _own_blocks(layout: Layout) -> list[BlockLayout]:
 
 def _gathered(rows: Mapping[str, Rows], layout: Layout) -> dict[str, Tensor]:
     """Return those of all processes, in the order of the blocks."""
-    found = {name: gram for part in current().gather(rows) for name, gram in part.items()}
+    found = current().gather_items(rows)
     names = [block.name for block in layout.blocks]
     return {name: torch.tensor(found[name], dtype=torch.float64) for name in names}
 

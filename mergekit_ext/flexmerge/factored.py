@@ -22,22 +22,12 @@ from mergekit_ext.flexmerge.stored import restored
 
 _PARTS = ("theta_0", "lora_B", "lora_A")
 _ADVICE = "flexmerge.load(..., merged=True) gives ordinary parameters."
+_FIELDS = "dtype device shape ndim is_meta requires_grad is_leaf grad grad_fn"
 # What can be asked about a matrix without its elements.
 _ASKING: frozenset[Callable[..., Any]] = frozenset(
     {
-        *(
-            getattr(Tensor, name).__get__
-            for name in ("dtype", "device", "shape", "ndim", "is_meta")
-        ),
-        *(
-            getattr(Tensor, name).__get__
-            for name in ("requires_grad", "is_leaf", "grad", "grad_fn")
-        ),
-        Tensor.size,
-        Tensor.dim,
-        Tensor.numel,
-        Tensor.is_floating_point,
-        Tensor.is_complex,
+        *(getattr(Tensor, name).__get__ for name in _FIELDS.split()),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
         Tensor.requires_grad_,
     }
 )
@@ -110,11 +100,6 @@ class Leaf(torch.nn.Module):
     lora_B: torch.nn.Parameter  # noqa: N815
     axis = -1  # of the result, along which its features lie
 
-    @classmethod
-    def fits(cls, module: Any) -> bool:
-        """Return whether `module`, an instance of the class that this one extends, is supported."""
-        return True
-
     def base(self, x: Tensor) -> Tensor:
         """Return what the module with theta_0 as its weight does, bias included."""
         raise NotImplementedError
@@ -165,10 +150,6 @@ class _Conv1D(Leaf, Conv1D):
 
 
 class _Embedding(Leaf, torch.nn.Embedding):
-    @classmethod
-    def fits(cls, module: Any) -> bool:
-        return module.max_norm is None
-
     def base(self, x: Tensor) -> Tensor:
         return F.embedding(x, self.theta_0, self.padding_idx)
 
@@ -177,10 +158,6 @@ class _Embedding(Leaf, torch.nn.Embedding):
 
 
 class _Convolution(Leaf):
-    @classmethod
-    def fits(cls, module: Any) -> bool:
-        return module.groups == 1
-
     def base(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.theta_0, self.bias)
 
@@ -212,14 +189,20 @@ def _leaf(kind: type) -> type[Leaf] | None:
     return None
 
 
+def _fits(module: Any) -> bool:
+    """Return whether a module with a weight can multiply by a base and factors."""
+    one_group = getattr(module, "groups", 1) == 1
+    return one_group and getattr(module, "max_norm", None) is None
+
+
 def leave_factors(model: torch.nn.Module) -> None:
     """Leave matrices that are `Factored` in parts where a leaf module can; form the others."""
     # Tied parameters stay tied.
     formed: dict[int, Tensor] = {}
     parts: dict[int, list[torch.nn.Parameter]] = {}
     for module, table, name, tensor in [*_factored(model)]:
-        key, leaf = id(tensor), _leaf(module.__class__) if name == "weight" else None
-        if leaf is None or not leaf.fits(module):
+        key, leaf = id(tensor), _leaf(type(module)) if name == "weight" and _fits(module) else None
+        if leaf is None:
             if key not in formed:
                 whole, is_parameter = tensor.formed(), isinstance(tensor, torch.nn.Parameter)
                 formed[key] = torch.nn.Parameter(whole) if is_parameter else whole

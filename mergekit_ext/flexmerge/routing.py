@@ -1,23 +1,22 @@
 """Rows of several tasks in one forward pass, layer by layer.
 
 `Batched` makes one module of those of all tasks. A layer whose parameters all tasks share stays as
-it is; any other one computes the rows of each set of parameters together. Rows are sorted by task,
-in an order in which tasks that share much are neighbours, so that layers take slices of the batch.
+it is; any other one has the rows of each set of parameters computed by the module of a task that
+has them. Rows are sorted by task, in an order in which tasks that share much are neighbours, so
+that layers take slices of the batch.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.utils import ModelOutput
+from torch.utils._pytree import tree_map, tree_map_only
 
 from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.factored import Factored, Leaf
@@ -52,19 +51,12 @@ class Routing:
 
     def __init__(self, tasks: Sequence[str], device: torch.device):
         self.tasks, self.device = tasks, device
-        self.runs: list[Run] = []
-        self.copies = 1
-        self._found: dict[tuple[int, ...], tuple[list[Run], Tensor]] = {}
+        self.compute((), 1)
 
-    @contextmanager
-    def over(self, runs: Sequence[Run], copies: int) -> Iterator[None]:
-        """Compute these rows for a while."""
-        before = self.runs, self.copies, self._found
-        self.runs, self.copies, self._found = list(runs), copies, {}
-        try:
-            yield
-        finally:
-            self.runs, self.copies, self._found = before
+    def compute(self, runs: Sequence[Run], copies: int) -> None:
+        """Take these rows for those of the batch."""
+        self.runs, self.copies = runs, copies
+        self._found: dict[tuple[int, ...], tuple[list[Run], Tensor]] = {}
 
     def by(self, chosen: tuple[int, ...]) -> tuple[list[Run], Tensor]:
         """Return the runs of sets of parameters, and the set of each row.
@@ -84,7 +76,9 @@ class Routing:
     def scale(self, x: Tensor, where: str) -> int:
         """Return how many rows `x` has for each of the batch; 0 for one that is for all of them."""
         rows = sum(run.rows for run in self.runs)
-        if len(x) in (rows, rows * self.copies):
+        # A parameter is a table, whatever its length is.
+        parameter = isinstance(x, (torch.nn.Parameter, Factored))
+        if len(x) in (rows, rows * self.copies) and not parameter:
             return len(x) // rows
         if len(x) == 1:
             return 0
@@ -105,96 +99,106 @@ class _Several(Factored):
 
 
 class _Routed:
-    """The forward of a module with several sets of its own tensors, of which each task has one."""
+    """A method of a module that gives the rows of each task to its own `modules`.
 
-    def __init__(self, routing: Routing, where: str, module: Any, modules: Sequence[Any]):
-        self.routing, self.where, self.module = routing, where, module
-        self.plain: Callable[..., Any] = module.forward
-        first = _own(module)
-        self.sets: list[dict[str, Tensor]] = []
-        numbers: dict[tuple[Any, ...], int] = {}
-        chosen = []
-        for other in map(_own, modules):
-            # Equal buffers, which every module has its own copies of, are one.
-            same = {n for n in module._buffers if n in other and torch.equal(first[n], other[n])}
-            tensors = {name: first[name] if name in same else t for name, t in other.items()}
-            key = tuple(map(_identity, tensors.values()))
-            if key not in numbers:
-                numbers[key] = len(numbers)
-                self.sets.append(tensors)
-            chosen.append(numbers[key])
-        self.chosen = tuple(chosen)
+    Those with the same tensors are one set, of which `modules` has the first.
+    """
+
+    def __init__(
+        self,
+        routing: Routing,
+        where: str,
+        module: Any,
+        modules: Sequence[Any],
+        method: str = "forward",
+    ):
+        self.routing, self.where, self.module, self.method = routing, where, module, method
+        linear = isinstance(module, torch.nn.Linear)
+        self.apart = linear and len({other.weight.shape for other in modules}) > 1
+        keys: list[Any] = [*range(len(modules))]
+        if not self.apart:
+            keys = [_identity(module, other) for other in modules]
+        self.modules = [modules[keys.index(key)] for key in dict.fromkeys(keys)]
+        self.chosen = tuple(map([*dict.fromkeys(keys)].index, keys))
         self.stacked: dict[str, Tensor] = {}
-        widths = {tuple(tensors["weight"].shape) for tensors in self.sets if "weight" in tensors}
-        self.apart = len(widths) > 1 and isinstance(module, torch.nn.Linear)
 
     def install(self) -> None:
-        """Take the place of the module's forward, and of its parameters."""
+        """Take the place of the method, and of the module's parameters."""
         for name, tensor in self.module._parameters.items():
             if tensor is not None:
                 self.module._parameters[name] = torch.nn.Parameter(_Several.of(tensor.data), False)
-        self.module.forward = self
-
-    @contextmanager
-    def using(self, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
-        tables = self.module._parameters, self.module._buffers
-        before = [dict(table) for table in tables]
-        for table in tables:
-            table.update({name: tensor for name, tensor in tensors.items() if name in table})
-        try:
-            yield
-        finally:
-            for table, values in zip(tables, before, strict=True):
-                table.update(values)
+        setattr(self.module, self.method, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runs, _ = self.routing.by(self.chosen)
         if len(runs) > 1 or self.apart:
             return self.mixed(runs, *args, **kwargs)
-        with self.using(self.sets[runs[0].number]):
-            return self.plain(*args, **kwargs)
+        return getattr(self.modules[runs[0].number], self.method)(*args, **kwargs)
 
     def mixed(self, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Any:
         """Compute the rows of one set of parameters after those of another."""
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        scale, copies = self.routing.scale(first, self.where), self.routing.copies
-        parts, start = {}, 0
-        by_set = groupby(self.routing.runs, lambda run: self.chosen[run.number])
-        by_task = ((self.chosen[run.number], [run]) for run in self.routing.runs)
-        for index, own in by_task if self.apart else by_set:
-            within = list(own)
-            rows = sum(run.rows for run in within)
-            stop = start + rows * scale if scale else 1
-            given = _mapped((args, kwargs), _sliced(len(first), start, stop))
-            with self.using(self.sets[index]), self.routing.over(within, copies):
-                made = self.plain(*given[0], **given[1])
-            key = self.routing.tasks[within[0].number]
-            parts[key] = made if scale else _mapped(made, _repeated(rows))
-            start = stop if scale else 0
-        return parts if self.apart else _joined([*parts.values()], self.where)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        first = next(tensors, None)
+        scale = 0 if first is None else self.routing.scale(first, self.where)
+
+        def made(module: Any, part: slice) -> Any:
+            method = getattr(module, self.method)
+            if first is None or not scale:
+                # Made once, for each row that there is here.
+                times = self.routing.copies if getattr(module, "is_decoder", False) else 1
+                count = (part.stop - part.start) * times
+                return _mapped(lambda t: t.expand(count, *t.shape[1:]), method(*args, **kwargs))
+            own = _mapped(lambda t: t[part] if _has(t, len(first)) else t, (args, kwargs))
+            return method(*own[0], **own[1])
+
+        parts = [made(module, part) for module, part in self.slices(runs, scale or 1)]
+        if self.apart:
+            return {
+                self.routing.tasks[run.number]: part for run, part in zip(runs, parts, strict=True)
+            }
+        return tree_map(self.joined, *parts)
+
+    def joined(self, *parts: Any) -> Any:
+        """Return the rows of all parts."""
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        if parts[0] is None:
+            return None
+        found = f"{self.where} returns {type(parts[0]).__name__}"
+        raise RuntimeError(f"{found}. Run the tasks one after another.")
+
+    def slices(self, runs: Sequence[Run], scale: int) -> Iterator[tuple[Any, slice]]:
+        """Yield each run's module and rows."""
+        start = 0
+        for number, rows in runs:
+            yield self.modules[number], slice(start, start + rows * scale)
+            start += rows * scale
 
 
 class _OfRows(_Routed):
-    """A layer of one input, whose rows it computes in a faster way where it is `able`."""
+    """A layer of one input, whose rows it computes in a faster way."""
 
-    @property
-    def able(self) -> bool:
-        return True
+    @cached_property
+    def bare(self) -> Any:
+        """A module of the first set, in which other parameters can be put."""
+        module = copy.copy(self.modules[0])
+        module._parameters = dict(module._parameters)
+        return module
 
     def mixed(self, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         scale = self.routing.scale(x, self.where)
-        if not scale or x.dim() < 2 or not self.able:
+        if not scale or x.dim() < 2:
             return super().mixed(runs, x)
         return self.computed(x, runs, scale)
 
-    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
+    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Any:
         raise NotImplementedError
 
     def each(self, name: str, x: Tensor, scale: int, axis: int = -1) -> Tensor:
         """Return a vector for each row of `x`, along one of its axes."""
         if name not in self.stacked:
-            self.stacked[name] = torch.stack([tensors[name] for tensors in self.sets])
+            self.stacked[name] = torch.stack([getattr(module, name) for module in self.modules])
         shape = [len(x), *[1] * (x.dim() - 1)]
         shape[axis] = -1
         return self.stacked[name][self.rows(scale)].view(shape)
@@ -204,27 +208,18 @@ class _OfRows(_Routed):
         _, sets = self.routing.by(self.chosen)
         return sets if scale == 1 else sets.repeat_interleave(scale)
 
-    def slices(self, runs: Sequence[Run], scale: int) -> Iterator[tuple[dict[str, Tensor], slice]]:
-        """Yield each run's parameters and rows."""
-        start = 0
-        for number, rows in runs:
-            yield self.sets[number], slice(start, start + rows * scale)
-            start += rows * scale
-
 
 class _Linear(_OfRows):
-    @property
-    def able(self) -> bool:
-        return not self.apart and not torch.is_grad_enabled()
-
-    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
+    def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Any:
+        if torch.is_grad_enabled():
+            return _Routed.mixed(self, runs, x)
         out = x.new_empty(*x.shape[:-1], self.module.out_features)
-        for tensors, part in self.slices(runs, scale):
+        for module, part in self.slices(runs, scale):
             given, made = x[part].reshape(-1, x.shape[-1]), out[part].view(-1, out.shape[-1])
-            if "bias" in tensors:
-                torch.addmm(tensors["bias"], given, tensors["weight"].T, out=made)
+            if module.bias is None:
+                torch.mm(given, module.weight.T, out=made)
             else:
-                torch.mm(given, tensors["weight"].T, out=made)
+                torch.addmm(module.bias, given, module.weight.T, out=made)
         return out
 
 
@@ -232,35 +227,30 @@ class _Norm(_OfRows):
     """A norm whose weights are multiplied after it: those of each row."""
 
     def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
-        rows = {name: self.each(name, x, scale) for name in self.sets[0]}
+        weight = self.each("weight", x, scale)
         if not isinstance(self.module, torch.nn.LayerNorm):
-            with self.using(rows):
-                return self.plain(x)
-        out = F.layer_norm(x, self.module.normalized_shape, None, None, self.module.eps)
-        out = out * rows["weight"]
-        return out + rows["bias"] if "bias" in rows else out
+            self.bare._parameters["weight"] = weight
+            return self.bare(x)
+        out = F.layer_norm(x, self.module.normalized_shape, None, None, self.module.eps) * weight
+        return out if self.module.bias is None else out + self.each("bias", x, scale)
 
 
 class _Residual(_OfRows):
     """A base for all rows, factors and biases by task."""
 
-    @cached_property
-    def able(self) -> bool:
-        return len({_identity(tensors["theta_0"]) for tensors in self.sets}) == 1
-
     def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
-        with self.using({**self.sets[0], "bias": None}):
-            out = self.module.base(x)
-            self.change(out, x, runs, scale)
-        if "bias" in self.sets[0]:
+        self.bare._parameters["bias"] = None
+        out: Tensor = self.bare.base(x)
+        self.change(out, x, runs, scale)
+        if getattr(self.module, "bias", None) is not None:
             out += self.each("bias", out, scale, self.module.axis)
         return out
 
     def change(self, out: Tensor, x: Tensor, runs: Sequence[Run], scale: int) -> None:
         """Add to `out` what the factors of each task make of its rows."""
-        for tensors, part in self.slices(runs, scale):
-            if tensors["lora_A"].numel():
-                out[part].add_(self.module.change(x[part], tensors["lora_B"], tensors["lora_A"]))
+        for module, part in self.slices(runs, scale):
+            if module.lora_A.numel():
+                out[part].add_(module.change(x[part], module.lora_B, module.lora_A))
 
 
 class _LinearResidual(_Residual):
@@ -268,15 +258,16 @@ class _LinearResidual(_Residual):
 
     def install(self) -> None:
         super().install()
-        ranks = [len(tensors["lora_A"]) for tensors in self.sets]
+        ranks = [len(module.lora_A) for module in self.modules]
         self.owners = torch.repeat_interleave(torch.tensor(ranks)).to(self.routing.device)
         self.factors = []
         for name, axis in (("lora_B", 1), ("lora_A", 0)):
-            whole = torch.cat([tensors[name].detach() for tensors in self.sets], axis)
+            own = [getattr(module, name) for module in self.modules]
+            whole = torch.cat([factor.detach() for factor in own], axis)
             self.factors.append(whole)
             # The tasks' own become parts of it, so that nothing is held twice.
-            for tensors, part in zip(self.sets, whole.split(ranks, axis), strict=True):
-                tensors[name].data = part
+            for factor, part in zip(own, whole.split(ranks, axis), strict=True):
+                factor.data = part
 
     def change(self, out: Tensor, x: Tensor, runs: Sequence[Run], scale: int) -> None:
         if x[..., 0].numel() > _FEW * len(runs) or torch.is_grad_enabled():
@@ -288,33 +279,17 @@ class _LinearResidual(_Residual):
         out.view(-1, len(b)).addmm_(inner.view(-1, len(a)), b.T)
 
 
-class _Table:
-    """A method that makes something for all rows of a table."""
-
-    def __init__(self, routing: Routing, module: Any, method: str):
-        self.routing, self.module, self.plain = routing, module, getattr(module, method)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parts, copies = [], self.routing.copies
-        rows = copies if self.module.is_decoder else 1
-        for run in self.routing.runs:
-            with self.routing.over([run], copies):
-                made = self.plain(*args, **kwargs)
-            parts.append(made.expand(run.rows * rows, *made.shape[1:]))
-        return torch.cat(parts)
-
-
-def _kind(module: Any) -> type[_Routed]:
-    """Return the fastest way for a module; one with a forward of its own is only called."""
-    forward = type(module).forward
-    if isinstance(module, Leaf):
-        if forward is not Leaf.forward:
-            return _Routed
+def _kind(modules: Sequence[Any]) -> type[_Routed]:
+    """Return the fastest way for modules; those with a forward of their own are only called."""
+    module, forward = modules[0], type(modules[0]).forward
+    if len({*map(type, modules)}) > 1:
+        return _Routed
+    if forward is Leaf.forward and len({other.theta_0.data_ptr() for other in modules}) == 1:
         return _LinearResidual if isinstance(module, torch.nn.Linear) else _Residual
-    if forward is torch.nn.Linear.forward:
+    if forward is torch.nn.Linear.forward and len({other.weight.shape for other in modules}) == 1:
         return _Linear
     multiplies = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
-    if forward is torch.nn.LayerNorm.forward or (multiplies and [*_own(module)] == ["weight"]):
+    if forward is torch.nn.LayerNorm.forward or (multiplies and [*_tensors(module)] == ["weight"]):
         return _Routed if isinstance(module, torch.nn.RMSNorm) else _Norm
     return _Routed
 
@@ -344,17 +319,15 @@ class Batched(torch.nn.Module):
         modules = [dict(model.named_modules()) for model in models.values()]
         routed = []
         for path, module in self.model.named_modules():
-            if not _own(module):
-                continue
-            made = _kind(module)(self.routing, path, module, [parts[path] for parts in modules])
-            if len(made.sets) > 1:
-                routed.append(made)
+            others = [parts[path] for parts in modules]
+            if len({_identity(module, other, recurse=False) for other in others}) > 1:
+                routed.append(_kind(others)(self.routing, path, module, others))
         for made in routed:
             made.install()
-            parent, _, name = made.where.rpartition(".")
-            if name in _TABLES:
-                above, method = self.model.get_submodule(parent), _TABLES[name]
-                setattr(above, method, _Table(self.routing, above, method))
+            path, _, name = made.where.rpartition(".")
+            if method := _TABLES.get(name):
+                above, others = self.model.get_submodule(path), [parts[path] for parts in modules]
+                _Routed(self.routing, path, above, others, method).install()
         # Rows stay where they are in a batch that no layer divides.
         order = _neighbours(len(models), routed)
         self._rank = {task: rank if routed else 0 for rank, task in enumerate(order)}
@@ -394,11 +367,11 @@ class Batched(torch.nn.Module):
         indices = [self.tasks.index(task) for task in tasks]
         order = sorted(range(count), key=lambda row: self._rank[indices[row]])
         runs = [Run(n, indices.count(n)) for n in dict.fromkeys(indices[row] for row in order)]
-        if order == sorted(order):
-            with self.routing.over(runs, copies):
-                return call(*args, **kwargs)
         there = torch.tensor(order)
-        back = there.argsort()
+        back, moves = there.argsort(), order != sorted(order)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor[there.to(tensor.device)] if _has(tensor, count) else tensor
 
         def restored(tensor: Tensor) -> Tensor:
             times, left = divmod(len(tensor), count) if tensor.dim() else (0, 0)
@@ -407,9 +380,14 @@ class Batched(torch.nn.Module):
             rows = tensor.view(count, times, *tensor.shape[1:])
             return rows[back.to(tensor.device)].flatten(0, 1)
 
-        moved = _mapped((args, kwargs), lambda t: t[there.to(t.device)] if _has(t, count) else t)
-        with self.routing.over(runs, copies):
-            return _mapped(call(*moved[0], **moved[1]), restored)
+        self.routing.compute(runs, copies)
+        try:
+            if moves:
+                args, kwargs = _mapped(moved, (args, kwargs))
+            found = call(*args, **kwargs)
+            return _mapped(restored, found) if moves else found
+        finally:
+            self.routing.compute((), 1)
 
 
 def _check(models: Mapping[str, Any]) -> None:
@@ -432,13 +410,22 @@ def _check(models: Mapping[str, Any]) -> None:
         raise ConfigError(problems, SUBJECT)
 
 
-def _own(module: Any) -> dict[str, Tensor]:
-    tensors = {**module._parameters, **module._buffers}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def _tensors(module: Any, recurse: bool = False) -> dict[str, Tensor]:
+    parameters = module.named_parameters(recurse=recurse, remove_duplicate=False)
+    return dict((*parameters, *module.named_buffers(recurse=recurse, remove_duplicate=False)))
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _identity(module: Any, other: Any, recurse: bool = True) -> tuple[Any, ...]:
+    """Return what is the same of modules that hold the same tensors.
+
+    Equal buffers, which every module has its own copies of, are that of `module`.
+    """
+    buffers, found = dict(module.named_buffers(recurse=recurse)), []
+    for name, own in _tensors(other, recurse).items():
+        same = name in buffers and torch.equal(buffers[name], own)
+        tensor = buffers[name] if same else own
+        found.append((name, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
+    return tuple(found)
 
 
 def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
@@ -449,7 +436,7 @@ def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
     shared = torch.zeros(count, count)
     for made in routed:
         chosen = torch.tensor(made.chosen)
-        size = sum(tensor.nbytes for tensor in made.sets[0].values())
+        size = sum(tensor.nbytes for tensor in _tensors(made.modules[0]).values())
         shared += size * (chosen[:, None] == chosen[None])
     chain = [0]
     while left := {*range(count)} - {*chain}:
@@ -462,34 +449,6 @@ def _has(tensor: Tensor, rows: int) -> bool:
     return tensor.dim() > 0 and len(tensor) == rows
 
 
-def _sliced(rows: int, start: int, stop: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor[start:stop] if _has(tensor, rows) else tensor
-
-
-def _repeated(rows: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.expand(rows, *tensor.shape[1:])
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return tensors, and tuples and dictionaries of them, changed; anything else as it is."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, ModelOutput):
-        return type(value)(**{name: _mapped(own, change) for name, own in value.items()})
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(own, change) for own in value)
-    if type(value) is dict:
-        return {name: _mapped(own, change) for name, own in value.items()}
-    return value
-
-
-def _joined(parts: Sequence[Any], where: str) -> Any:
-    """Return the rows of all parts, which are tensors or tuples of them."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))
-    if type(first) is tuple:
-        return tuple(_joined(part, where) for part in zip(*parts, strict=True))
-    if first is None:
-        return None
-    raise RuntimeError(f"{where} returns {type(first).__name__}. Run the tasks one after another.")
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return tensors, and containers of them, changed; anything else as it is."""
+    return tree_map_only(Tensor, change, value)

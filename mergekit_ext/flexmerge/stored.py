@@ -83,31 +83,20 @@ def stored(
         for name, shape in shapes.items():
             yield _BASE, name, shape
     for group in groups:
-        if group.kind == RESIDUAL:
-            yield from _stored_residual(shapes, group)
-            continue
-        masked = group.kind == MASKED
-        place = Place(UNIFIED if masked else DENSE, group.tasks)
         for name, shape in shapes.items():
-            yield place, name, shape
-        for task in group.tasks if masked else ():
+            if group.kind == RESIDUAL and name in group.own:
+                for task in group.tasks:
+                    yield Place(DENSE, (task,)), name, shape
+                continue
+            yield Place(DENSE if group.kind == DENSE else UNIFIED, group.tasks), name, shape
+            for task, ranks in group.ranks.items():
+                if rank := ranks.get(name):
+                    count, rows, columns = matrix_shape(shape, name in group.stacked)
+                    stack = (count,) if name in group.stacked else ()
+                    yield Place(FACTORS, (task,)), name + _B, (*stack, rows, rank)
+                    yield Place(FACTORS, (task,)), name + _A, (*stack, rank, columns)
+        for task in group.tasks if group.kind == MASKED else ():
             yield Place(MASKS, (task,)), block, (-(-bits // 8),)
-
-
-def _stored_residual(shapes: Mapping[str, Shape], group: Any) -> Iterator[tuple[Place, str, Shape]]:
-    for name, shape in shapes.items():
-        if name not in group.own:
-            yield Place(UNIFIED, group.tasks), name, shape
-        if name in group.own:
-            for task in group.tasks:
-                yield Place(DENSE, (task,)), name, shape
-            continue
-        count, rows, columns = matrix_shape(shape, name in group.stacked)
-        stack = (count,) if name in group.stacked else ()
-        for task in group.tasks:
-            if rank := group.ranks[task].get(name):
-                yield Place(FACTORS, (task,)), name + _B, (*stack, rows, rank)
-                yield Place(FACTORS, (task,)), name + _A, (*stack, rank, columns)
 
 
 def stored_of(
@@ -197,12 +186,12 @@ def sources(
         if group.kind == MASKED:
             unified, masks = Place(UNIFIED, group.tasks), Place(MASKS, (task,))
             yield name, MaskedTensor(block, unified, masks, rescale[task], start, count)
-        elif group.kind == RESIDUAL and name not in group.own:
+        elif group.kind == RESIDUAL and name in group.own:
+            yield name, Place(DENSE, (task,))
+        elif group.kind == RESIDUAL:
             unified, ranked = Place(UNIFIED, group.tasks), name in group.ranks[task]
             made = ResidualTensor(unified, Place(FACTORS, (task,)), ranked)
             yield name, made if any(name in r for r in group.ranks.values()) else unified
-        elif group.kind == RESIDUAL:
-            yield name, Place(DENSE, (task,))
         else:
             yield name, Place(DENSE, group.tasks)
         start += count

@@ -86,8 +86,7 @@ def write_checkpoint(
     pieces = pieces_of(reader, plan, merging, merged)
     shards = write_pieces(folder, pieces, partial(sharded, limit=shard_size), finished)
     files = shards.described(layout.tasks)
-    own = {piece.key: piece.rescale for piece in pieces if piece.rescale}
-    rescale = {key: found for part in processes.gather(own) for key, found in part.items()}
+    rescale = processes.gather_items({p.key: p.rescale for p in pieces if p.rescale})
 
     def completed() -> Manifest:
         manifest = _manifest(layout, plan, origin, models, files, rescale)
@@ -98,12 +97,7 @@ def write_checkpoint(
     return processes.from_main(completed)
 
 
-def pieces_of(
-    reader: BlockReader,
-    plan: Plan,
-    merging: Merging,
-    merged: BlockDone,
-) -> list[Piece]:
+def pieces_of(reader: BlockReader, plan: Plan, merging: Merging, merged: BlockDone) -> list[Piece]:
     """Return all that is stored of a plan: its blocks, after each of which `merged` is called."""
     layout = reader.layout
     blocks = zip(layout.blocks, plan.groups, strict=True)
@@ -257,17 +251,17 @@ class Shards:
 
         Files whose digests are not known are read, each by one process.
         """
-        counted = {path: count for path, (_, count) in self._digests.items()}
-        whole = [path for path, file in self.files.items() if counted[path] == len(file.entries)]
         processes = current()
-        known: dict[str, str] = {}
-        for found in processes.gather({path: self._digests[path][0].hexdigest() for path in whole}):
-            known.update(found)
+        whole = {
+            path: digest.hexdigest()
+            for path, (digest, count) in self._digests.items()
+            if count == len(self.files[path].entries)
+        }
+        known = processes.gather_items(whole)
         left = [path for path in self.files if path not in known]
         owners = processes.share([self.files[path].length for path in left])
         own = [path for path, owner in zip(left, owners, strict=True) if owner == processes.rank]
-        for found in processes.gather({path: digest_of(self._folder / path) for path in own}):
-            known.update(found)
+        known |= processes.gather_items({path: digest_of(self._folder / path) for path in own})
         return tuple(
             ShardFile(
                 path=path,
@@ -333,15 +327,14 @@ def _manifest(
     made = {task for group in groups for task in group.tasks}
 
     def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
-        found = {"tasks": _names(tasks, group.tasks), "kind": group.kind}
+        names = _names(tasks, group.tasks)
+        found = {"tasks": names, "kind": group.kind, "similarity": group.similarity}
         if group.kind == MASKED:
-            factors = {tasks[task]: rescale[block.name][task] for task in group.tasks}
-            return {**found, "similarity": group.similarity, "rescale": factors}
-        if group.kind == RESIDUAL:
-            ranks = {tasks[task]: dict(group.ranks[task]) for task in group.tasks}
-            kept = {"ranks": ranks, "own": group.own, "stacked": group.stacked}
-            return {**found, "similarity": None, **kept}
-        return {**found, "similarity": group.similarity}
+            found["rescale"] = {tasks[task]: rescale[block.name][task] for task in group.tasks}
+        elif group.kind == RESIDUAL:
+            ranks = {tasks[task]: dict(own) for task, own in group.ranks.items()}
+            found |= {"ranks": ranks, "own": group.own, "stacked": group.stacked}
+        return found
 
     alone = {"tasks": tasks, "kind": DENSE, "similarity": None}
     tensors = _infos(layout.given)

@@ -225,7 +225,7 @@ def _measured(tasks: Sequence[tuple[_Group, MergeTensorTask]], options: Any) -> 
             if owner == processes.rank
         }
         measured = {targets[target]: norms for target, norms in _run(list(targets), options)}
-        found = {name: norms for part in processes.gather(measured) for name, norms in part.items()}
+        found = processes.gather_items(measured)
         finished.add("statistics", "norms", found)
     totals = combine_norms(
         (group, {models[model]: norm for model, norm in found[name].items()})
