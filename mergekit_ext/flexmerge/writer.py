@@ -328,7 +328,8 @@ def _manifest(
 
     def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
         names = _names(tasks, group.tasks)
-        found = {"tasks": names, "kind": group.kind, "similarity": group.similarity}
+        found: dict[str, Any] = {"tasks": names, "kind": group.kind}
+        found["similarity"] = group.similarity
         if group.kind == MASKED:
             found["rescale"] = {tasks[task]: rescale[block.name][task] for task in group.tasks}
         elif group.kind == RESIDUAL:
