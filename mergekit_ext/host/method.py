@@ -49,10 +49,7 @@ class ExtMethod(MergeMethod):
 
     @abstractmethod
     def merge_one(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> Merged:
         """Merge one group into a tensor in `out_dtype`, and say what to report about it."""
 

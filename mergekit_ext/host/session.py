@@ -18,20 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit.options import MergeOptions
 
 from mergekit_ext import parallel
-from mergekit_ext.errors import (
-    MergekitExtError,
-    MergeWarning,
-    RankError,
-    StoppedError,
-)
-from mergekit_ext.events import (
-    Dispatcher,
-    Event,
-    JsonLines,
-    MergeEnd,
-    ProgressBar,
-    ShardWritten,
-)
+from mergekit_ext.errors import MergekitExtError, MergeWarning, RankError, StoppedError
+from mergekit_ext.events import Dispatcher, Event, JsonLines, MergeEnd, ProgressBar, ShardWritten
 from mergekit_ext.flexmerge.manifest import SHARDS
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.out_config import agree
@@ -67,12 +55,7 @@ class TensorRecord(NamedTuple):
 class Session:
     """Listeners and records of one merge."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher | None = None,
-        output: str = "",
-        quiet: bool = True,
-    ):
+    def __init__(self, dispatcher: Dispatcher | None = None, output: str = "", quiet: bool = True):
         self.output, self.quiet = output, quiet
         self.staging: Staging | None = None
         # What is finished of the output; None for merges that cannot be continued.

@@ -80,9 +80,7 @@ def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> A
 
 
 def adapted_headers(
-    weights: AdaptedWeights,
-    base: Mapping[str, TensorHeader],
-    dtype: torch.dtype | None = None,
+    weights: AdaptedWeights, base: Mapping[str, TensorHeader], dtype: torch.dtype | None = None
 ) -> dict[str, TensorHeader]:
     """Return the headers of the base and of what the adapter adds; what it changes has no file.
 

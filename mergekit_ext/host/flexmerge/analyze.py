@@ -19,12 +19,7 @@ from mergekit_ext.host.flexmerge.prepare import prepare_tables
 from mergekit_ext.host.interface import interface
 from mergekit_ext.host.session import listening
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.tables import (
-    plot_similarity,
-    similarity_table,
-    steps_table,
-    write_rows,
-)
+from mergekit_ext.report.tables import plot_similarity, similarity_table, steps_table, write_rows
 
 
 class Similarities(NamedTuple):

@@ -40,12 +40,7 @@ from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.flexmerge.writer import pieces_of, write_checkpoint, write_pieces
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.adapters.fitted import (
-    adapted_headers,
-    applies,
-    fit,
-    read_adapter,
-)
+from mergekit_ext.host.adapters.fitted import adapted_headers, applies, fit, read_adapter
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge.adapters import (
     FOLDER,

@@ -16,14 +16,7 @@ from mergekit_ext.declared import BLOCKS, Method, methods
 from mergekit_ext.errors import join, listing, shown
 from mergekit_ext.flexmerge.algorithm import Algorithm, Declared, Parameters
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, options
-from mergekit_ext.flexmerge.residual import (
-    ADAPTERS,
-    GIVEN,
-    LOW_RANK,
-    PARAMETERS,
-    SHARED,
-    Residual,
-)
+from mergekit_ext.flexmerge.residual import ADAPTERS, GIVEN, LOW_RANK, PARAMETERS, SHARED, Residual
 from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.host.blocks import GRANULARITIES
 from mergekit_ext.host.checks.copied import EXCLUDE, INCLUDE, OTHERS
