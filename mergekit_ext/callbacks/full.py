@@ -55,15 +55,13 @@ class FullModel:
 
     def merge_problems(self, folders: Mapping[int, Path], base: Path | None) -> Sequence[Problem]:
         """Return what is wrong with a merge of folders, from configurations and headers."""
-        from mergekit_ext.host.run import snapshot_problems
-
         with _randomness_kept():
-            return snapshot_problems(*self._prepared(folders, base))
+            return mergekit_ext.check(*self._prepared(folders, base)).problems
 
     def merge(self, folders: Mapping[int, Path], base: Path | None, out: Path) -> None:
         with _randomness_kept():
-            source, options = self._prepared(folders, base)
-            mergekit_ext.merge(source, out, options, callbacks=self._settings.callbacks)
+            config, options = self._prepared(folders, base)
+            mergekit_ext.merge(config, out, options, callbacks=self._settings.callbacks)
 
     def load(self, model: Any, folder: Path) -> None:
         """Put the weights in a folder into the model."""
@@ -114,7 +112,7 @@ class FullModel:
         else:
             save_file(tensors, out / _WEIGHTS, {"format": "pt"})
 
-    def _prepared(self, folders: Mapping[int, Path], base: Path | None) -> tuple[str, Any]:
+    def _prepared(self, folders: Mapping[int, Path], base: Path | None) -> tuple[Any, Any]:
         from mergekit_ext.host.run import snapshot_merge
 
         given, models = self._settings, [*folders.values()]

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -210,13 +209,17 @@ def snapshot_merge(
     parameters: Mapping[str, Any],
     device: str,
     seed: int,
-) -> tuple[str, MergeOptions]:
-    """Return YAML and options of a merge of saved models; a required `weight` is 1 by default.
+) -> tuple[dict[str, Any], MergeOptions]:
+    """Return configuration and options of a merge of saved models.
 
-    So is a factor `auto`, where there is something to measure from: defaults of methods add up task
-    vectors, and the snapshots of one run are nearly the same one.
+    A required `weight` is 1 by default, and a factor is `auto`, where there is something to measure
+    from: defaults of methods add up task vectors, and the snapshots of one run are nearly the same
+    one. `ConfigError` for a method that makes several models.
     """
     spec, own = _spec(method), ext_method(method)
+    if isinstance(own, FlexMergeMethod):
+        expected = "a method that makes one model"
+        raise ConfigError([Problem("method", repr(method), expected)])
     factor = factor_in([p.name for p in spec.shared_parameters]) if spec and own else ""
     factor = "" if own is not None and own.declared.orthogonal else factor
     based = base is not None or (own is not None and factor == "lambda" and not own.declared.base)
@@ -232,10 +235,9 @@ def snapshot_merge(
     }
     if base is not None:
         document["base_model"] = os.fspath(base)
-    source = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     tokenizer = any(models[-1].glob("tokenizer*"))
     # 0 is the seed without one; MergeOptions sets torch's global seed to any other.
-    return source, MergeOptions(
+    return document, MergeOptions(
         quiet=True, device=device, random_seed=seed or None, copy_tokenizer=tokenizer
     )
 
@@ -244,15 +246,6 @@ def needs_base(method: str) -> bool:
     """Whether a registered method cannot do without a base model."""
     spec = _spec(method)
     return spec is not None and bool(spec.contract.base == BasePolicy.REQUIRED)
-
-
-def snapshot_problems(source: str, options: MergeOptions) -> Sequence[Problem]:
-    """Return what is wrong with a merge; `ConfigError` if `source` is no configuration."""
-    config = parsed(source)
-    if isinstance(ext_method(config.merge_method), FlexMergeMethod):
-        expected = "a method that makes one model"
-        return [Problem("method", repr(config.merge_method), expected)]
-    return check_merge(config, options, source)[0].problems
 
 
 def _spec(method: str) -> MergeMethodSpec | None:

@@ -18,7 +18,7 @@ from mergekit_ext.host.checks.parameters import refusal
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor, lacking, output_loading
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io.class_model import Loading
-from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, is_counter, same_bytes
+from mergekit_ext.io.headers import NARROW, WHOLE, is_counter, same_bytes
 
 # The largest tensor whose values are compared before the merge.
 _LARGEST_READ = 1 << 20
@@ -111,10 +111,8 @@ def _differences(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
         each = ", ".join(f"{header.dtype} in {model}" for model, header in known.items())
         expected = "one dtype: whole numbers are copied, not merged"
         yield each, expected, "Save the models with the same dtype for it."
-    for dtype in sorted(dtypes & (PACKED if converted else NARROW)):
-        remedy = "Give the models before quantisation."
-        if dtype not in PACKED:
-            remedy = "Add `dtype: bfloat16`, or give the models before quantisation."
+    for dtype in () if converted else sorted(dtypes & NARROW):
+        remedy = "Add `dtype: bfloat16`, or give the models before quantisation."
         yield f"{dtype}, in which there is no arithmetic", "a dtype to merge in", remedy
     # Whole numbers that differ have no mean. Larger tensors are not read here.
     stored = [(model, header) for model, header in known.items() if header.file]

@@ -33,7 +33,6 @@ from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_copied_modules
 from mergekit_ext.host.naming import Headers, is_tied, named_otherwise
 from mergekit_ext.host.run import ordered
-from mergekit_ext.io.headers import PACKED
 from mergekit_ext.io.quantised import QuantisedHeader
 from mergekit_ext.io.staging import place_problems
 
@@ -229,16 +228,6 @@ def _read_models(
                 f"{fact.reference}, whose tensors are not known",
                 "a folder with weights",
                 "Download the model first.",
-            )
-        # They could be copied, but not loaded from the output.
-        packed = {n: h.dtype for n, h in (fact.tensors or {}).items() if h.dtype in PACKED}
-        if packed and fact is not base:
-            dtypes = ", ".join(sorted(set(packed.values())))
-            findings.problem(
-                fact.where,
-                f"{fact.reference} with {listing(list(packed))} in {dtypes}",
-                "dtypes of 8 bits at least",
-                "Give the model before quantisation.",
             )
     check_copied_modules({s.model: facts[s.model] for s in sources}, options, findings)
     return facts
