@@ -26,7 +26,6 @@ from mergekit_ext.host.blocks import Layer, blocks_of, layer_of
 from mergekit_ext.host.checks.models import ModelFacts
 from mergekit_ext.host.naming import Headers, as_in, complete_ties, is_tied
 from mergekit_ext.io.class_model import ClassNames, class_names, loading
-from mergekit_ext.io.headers import TensorHeader
 
 # Where a configuration counts the layers of a stack, by a part of the stack's name.
 _COUNTS: Sequence[tuple[re.Pattern[str], Sequence[str]]] = (
@@ -129,7 +128,11 @@ def from_headers(
     named: list[Headers] = [headers, headers]
     named += [as_in((o.fact.tensors or {}, o.fact.config), [(headers, config)])[0] for o in others]
     _, *owners = complete_ties(named, is_tied([fact.config for fact in facts.values()]))
-    alike = {n for n in mine.unknown if all(_alike(o.get(n), headers[n]) for o in owners)}
+    alike = {
+        name
+        for name in mine.unknown
+        if all(name in o and o[name].shape == headers[name].shape for o in owners)
+    }
     dropped = {*mine.joined, *mine.unknown} - alike
     names = list(blocks_of({*owners[0], *mine.made} - dropped, "tensor", False))
     axes = _vocabulary_axes(mine)
@@ -145,6 +148,7 @@ def from_headers(
     ]
     modules = _modules(weights, mine.made, counted)
     planned = {(m.stack, inner) for m in modules.values() for inner in m.inner}
+    has_text = getattr(config, "text_config", None) is not None
     besides: dict[Any, Sequence[str]] = {}
     for model, owner in zip(others, owners[1:], strict=True):
         ignored = {*model.unknown, *model.joined}
@@ -155,7 +159,7 @@ def from_headers(
             modules={n: ModuleDefinition(architecture=m) for n, m in modules.items()},
             architectures=[],
             model_type="",
-            vocab_size_config_key="text_config.vocab_size" if _has_text(config) else None,
+            vocab_size_config_key="text_config.vocab_size" if has_text else None,
         ),
         besides,
     )
@@ -185,10 +189,6 @@ def _stored(fact: ModelFacts) -> _Stored:
     return _Stored(fact, names, unknown - joined, joined if made else (), made)
 
 
-def _alike(found: TensorHeader | None, header: TensorHeader) -> bool:
-    return found is not None and found.shape == header.shape
-
-
 def _layer(name: str) -> Layer | None:
     """Return where a tensor sits; None outside of layers, and for a number such as 01."""
     layer = layer_of(name)
@@ -213,10 +213,6 @@ def _vocabulary_axes(stored: _Stored) -> dict[str, int]:
     except (NotImplementedError, AttributeError):  # of a class without, or with two
         return {}
     return {name: axes[own] for name, own in stored.names.of.items() if own in axes}
-
-
-def _has_text(config: Any) -> bool:
-    return getattr(config, "text_config", None) is not None
 
 
 def _modules(

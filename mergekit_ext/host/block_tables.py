@@ -7,6 +7,7 @@ dotted name is meant. Of a table that is ordered, the first line that is found w
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
@@ -59,41 +60,26 @@ class Component(NamedTuple):
     pattern: re.Pattern[str]
 
 
-# Searched in the module's path within its layer. A mixer is of a state space or a convolution, or
-# the attention of the first Phi.
+_CROSS_ATTENTION = _compile(r"cross_?attn|cross_?attention|encdecattention|encoder_attn")
+# Of a state space or a convolution, or the attention of the first Phi.
+_MIXER = _compile(_component("mixer", "mamba", "ssm", "conv(_module)?"))
+_ATTENTION = _compile(
+    r"attn|attention|relative_position_bias|"
+    + _component(r"att|[qkvo](_proj)?|(layer_scale_?|lambda_|ls|gamma_)1")
+)
+_MLP = _compile(
+    r"mlp|ffn|feed_?forward|densereludense|intermediate|experts?(\.|$)|moe|router|"
+    + _component("ff", r"output(?=\.)", r"(fc|lin|linear)_?\d", r"(gate|up|down)_proj")
+    + "|"
+    + _component(r"(layer_scale_?|lambda_|ls|gamma_)2")
+)
+
+# Searched in the module's path within its layer.
 COMPONENTS: tuple[Component, ...] = (
-    Component(
-        "cross_attention",
-        "cross_attention",
-        Slot.CROSS_ATTENTION,
-        _compile(r"cross_?attn|cross_?attention|encdecattention|encoder_attn"),
-    ),
-    Component(
-        "mixer",
-        "other",
-        Slot.ATTENTION,
-        _compile(_component("mixer", "mamba", "ssm", "conv(_module)?")),
-    ),
-    Component(
-        "attention",
-        "attention",
-        Slot.ATTENTION,
-        _compile(
-            r"attn|attention|relative_position_bias|"
-            + _component(r"att|[qkvo](_proj)?|(layer_scale_?|lambda_|ls|gamma_)1")
-        ),
-    ),
-    Component(
-        "mlp",
-        "mlp",
-        Slot.MLP,
-        _compile(
-            r"mlp|ffn|feed_?forward|densereludense|intermediate|experts?(\.|$)|moe|router|"
-            + _component("ff", r"output(?=\.)", r"(fc|lin|linear)_?\d", r"(gate|up|down)_proj")
-            + "|"
-            + _component(r"(layer_scale_?|lambda_|ls|gamma_)2")
-        ),
-    ),
+    Component("cross_attention", "cross_attention", Slot.CROSS_ATTENTION, _CROSS_ATTENTION),
+    Component("mixer", "other", Slot.ATTENTION, _MIXER),
+    Component("attention", "attention", Slot.ATTENTION, _ATTENTION),
+    Component("mlp", "mlp", Slot.MLP, _MLP),
 )
 
 # What sends a token to its experts, in a layer that has such; and a stack of experts, whose first
@@ -106,26 +92,19 @@ NORM = _compile(r"norm|^ln\d?$|^ln_\w+$|_ln$")
 
 # Where in its layer a norm sits; one that no line knows comes first. BART and Whisper call their
 # norms alike and put them after (BART) and before (Whisper): both count as before.
-NORM_SLOTS: tuple[tuple[Slot, re.Pattern[str]], ...] = (
-    (Slot.AFTER_CROSS_ATTENTION, _compile(r"cross_?attention\.")),
-    (Slot.BEFORE_CROSS_ATTENTION, _compile(r"encoder_attn_layer_norm|cross_?attn")),
-    (
-        Slot.AFTER_MLP,
-        _compile(r"post_(feed_?forward|mlp)|^output\.|output_layer_norm|full_layer|^ff\."),
+NORM_SLOTS: Mapping[Slot, re.Pattern[str]] = {
+    Slot.AFTER_CROSS_ATTENTION: _compile(r"cross_?attention\."),
+    Slot.BEFORE_CROSS_ATTENTION: _compile(r"encoder_attn_layer_norm|cross_?attn"),
+    Slot.AFTER_MLP: _compile(
+        r"post_(feed_?forward|mlp)|^output\.|output_layer_norm|full_layer|^ff\."
     ),
-    (
-        Slot.BEFORE_MLP,
-        _compile(
-            r"layernorm_after|norm_?2$|ln_?2$|final_layer_?norm|ln_mlp"
-            r"|^(pre_)?(mlp|ffn|feed_?forward)_?(\w*norm|ln)"
-        ),
+    Slot.BEFORE_MLP: _compile(
+        r"layernorm_after|norm_?2$|ln_?2$|final_layer_?norm|ln_mlp"
+        r"|^(pre_)?(mlp|ffn|feed_?forward)_?(\w*norm|ln)"
     ),
-    (
-        Slot.AFTER_ATTENTION,
-        _compile(r"post_(self_)?att|sa_layer_norm|^att\w*\.(output\.)?LayerNorm"),
-    ),
-    (Slot.WITHIN_ATTENTION, _compile(r"att\w*\.")),
-)
+    Slot.AFTER_ATTENTION: _compile(r"post_(self_)?att|sa_layer_norm|^att\w*\.(output\.)?LayerNorm"),
+    Slot.WITHIN_ATTENTION: _compile(r"att\w*\."),
+}
 
 # Heads that belong to one task, by the top level of the name in transformers'
 # For...Classification, ForQuestionAnswering, ForMultipleChoice and the like, timm and trl.

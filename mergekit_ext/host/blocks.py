@@ -275,5 +275,5 @@ def _slot(name: str, layer: Layer) -> tuple[int, int]:
     if not _is_norm(name):
         return part, Slot.UNKNOWN
     inner = _module_of(layer.rest)
-    found = (slot for slot, pattern in tables.NORM_SLOTS if pattern.search(inner))
+    found = (slot for slot, pattern in tables.NORM_SLOTS.items() if pattern.search(inner))
     return part, next(found, Slot.BEFORE_ATTENTION)

@@ -116,27 +116,19 @@ def process_problems(name: str, options: Any) -> Iterator[Problem]:
     size = parallel.current().size
     if size == 1:
         return
+    beside, own = f"in {size} processes", "a GPU of its own each"
     cuda = "Leave it out, and give --cuda: every process takes a GPU of its own."
-    for is_wrong, where, found, expected, remedy in (
-        (
-            is_stock(name),  # an unknown name is another problem
-            "merge_method",
-            f"{name}, which is mergekit's own,",
-            "a method of mergekit-ext",
-            "Merge in one process; --multi-gpu shares the work out over its GPUs.",
-        ),
-        (
-            not options.safe_serialization,
-            "--no-safe-serialization",
-            "it",
-            "safetensors, which several processes can write",
-            "Leave it out.",
-        ),
-        (options.multi_gpu, "--multi-gpu", "it (perhaps as --gpu-rich)", "one GPU each", cuda),
-        (":" in options.device, "--device", options.device, "a GPU of its own each", cuda),
-    ):
-        if is_wrong:
-            yield Problem(where, f"{found} in {size} processes", expected, remedy)
+    if is_stock(name):  # an unknown name is another problem
+        found, expected = f"{name}, which is mergekit's own, {beside}", "a method of mergekit-ext"
+        remedy = "Merge in one process; --multi-gpu shares the work out over its GPUs."
+        yield Problem("merge_method", found, expected, remedy)
+    if not options.safe_serialization:
+        expected = "safetensors, which several processes can write"
+        yield Problem("--no-safe-serialization", f"it {beside}", expected, "Leave it out.")
+    if options.multi_gpu:
+        yield Problem("--multi-gpu", f"it (perhaps as --gpu-rich) {beside}", "one GPU each", cuda)
+    if ":" in options.device:
+        yield Problem("--device", f"{options.device} {beside}", own, cuda)
 
 
 def own_options(options: Any) -> Any:

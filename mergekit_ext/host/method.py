@@ -66,13 +66,9 @@ class ExtMethod(MergeMethod):
         """Return what is wrong with the parameters of one model, together; `where` names one."""
         return self.declared.check_each(values)
 
-    def forewarnings(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
-        """Return what is worth a warning before the merge starts."""
-        return self.declared.forewarn(options, inputs)
-
     def notes(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[str]:
         """Return what `mergekit-ext check` reports of a merge that can be done."""
-        return map(str, self.forewarnings(options, inputs))
+        return map(str, self.declared.forewarn(options, inputs))
 
     def passes(self, shared: Mapping[str, Any]) -> int:
         """Return how many times the merge reads each input tensor."""

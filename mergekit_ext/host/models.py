@@ -218,7 +218,7 @@ def _merge(
         if isinstance(method, ExtMethod) and bound:
             weights = [bound[0]["weight"][entry.id] for entry in groups[0].non_base]
             about = Inputs(len(weights), group.base is not None, weights=weights)
-            session.warn(method.forewarnings(bound[0], about))
+            session.warn(method.declared.forewarn(bound[0], about))
         for one, values in zip(groups, bound, strict=True):
             name = str(one.metadata.name)
             with seeded(derived(seed, name), one.tensors[0].device):

@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.host.blocks import tied_groups
 from mergekit_ext.host.inputs import donor_of
 from mergekit_ext.io.headers import TensorHeader, read_folder, same_bytes, weights_of
 from mergekit_ext.io.quantised import detach
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _TIED = "tie_word_embeddings"
 
 
-def agree(folder: Path, dtype: str | None = None) -> None:
+def agree(folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write into the config.json of a folder, if there is one, what its weights are.
 
     The dtype is that of most bytes, or else `dtype`. A head that differs from the embedding is not
@@ -32,15 +34,16 @@ def agree(folder: Path, dtype: str | None = None) -> None:
     before = json.dumps(content)
     detach(content)
     parts = {name: part for name, part in content.items() if isinstance(part, dict)}
-    sizes: Counter[str] = Counter()
+    sizes: Counter[torch.dtype] = Counter()
     for header in tensors.values():
-        if header.dtype in _DTYPES:
-            sizes[_DTYPES[header.dtype]] += header.nbytes
+        if header.dtype in FLOATING:
+            sizes[FLOATING[header.dtype]] += header.nbytes
     if dtype := next((most for most, _ in sizes.most_common(1)), dtype):
+        called = str(dtype).removeprefix("torch.")
         present = [key for key in _DTYPE_KEYS if key in content] or [_DTYPE_KEYS[0]]
-        content.update(dict.fromkeys(present, dtype))
+        content.update(dict.fromkeys(present, called))
         for part in parts.values():
-            part.update({key: dtype for key in _DTYPE_KEYS if part.get(key) is not None})
+            part.update({key: called for key in _DTYPE_KEYS if part.get(key) is not None})
     if _has_head_of_its_own(tensors):
         content[_TIED] = False
         for name, part in parts.items():

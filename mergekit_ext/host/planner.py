@@ -133,7 +133,7 @@ def _forewarn(method: ExtMethod, tasks: Iterable[Any], session: Session) -> None
             if model != task.base_model and model in task.input_parameters
         ]
         inputs = Inputs(len(weights), task.base_model is not None, weights=weights)
-        session.warn(method.forewarnings(dict(task.parameters.items()), inputs))
+        session.warn(method.declared.forewarn(dict(task.parameters.items()), inputs))
 
 
 def writer(stock: Callable[..., Any], self: Any, **arguments: Any) -> Any:

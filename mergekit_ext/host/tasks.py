@@ -69,8 +69,18 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     ) -> torch.Tensor | None:
         """Merge as mergekit does; `MergeError` if tensors without a mean differ."""
         started, name = time.perf_counter(), self.output_weight.name
-        if self.copies:
-            return self._copied(tensors, started)
+        merged = self._copied(tensors) if self.copies else self._merged(tensors)
+        if (session := sessions.current()) is None:
+            return merged
+        if merged is not None and (self.copies or ext_method(self.method_name) is None):
+            session.record(TensorRecord(name, merged.numel(), self._reported(tensors, merged)))
+        details = session.recorded[name].details if name in session.recorded else {}
+        shape = () if merged is None else tuple(merged.shape)
+        session.emit(TensorMerged(name, shape, details, time.perf_counter() - started))
+        return merged
+
+    def _merged(self, tensors: dict[ModelReference, torch.Tensor]) -> torch.Tensor | None:
+        name = self.output_weight.name
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         if is_counter(name) and tensors:
             order = (self.base_model, *self.model_order)
@@ -83,19 +93,22 @@ class MergeTensorTask(ExecuteMergeMethodTask):
                     raise
                 remedy = "Save the models with the same values, which are copied."
                 raise MergeError(f"{printable(str(error))}. {remedy}") from None
-        session = sessions.current()
-        if session is not None:
-            if merged is not None and ext_method(self.method_name) is None:
-                session.record(TensorRecord(name, merged.numel(), self._distance(tensors, merged)))
-            shape = () if merged is None else tuple(merged.shape)
-            details = session.recorded[name].details if name in session.recorded else {}
-            session.emit(TensorMerged(name, shape, details, time.perf_counter() - started))
         return merged
 
-    def _distance(
+    def _copied(self, tensors: Mapping[ModelReference, torch.Tensor]) -> torch.Tensor | None:
+        for model, tensor in tensors.items():  # one, or none of an optional tensor
+            if count := count_non_finite(tensor):
+                raise NonFiniteError(self.output_weight.name, str(model), count, tensor.numel())
+            dtype = dtype_from_name(self.out_dtype)
+            return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        return None
+
+    def _reported(
         self, tensors: Mapping[ModelReference, torch.Tensor], merged: torch.Tensor
     ) -> Mapping[str, Any]:
-        """Return how far a method of mergekit's went from the base; nothing without one."""
+        """Return whose copy it is, or how far mergekit's method went from the base, if it has one."""
+        if self.copies:
+            return {"copied_from": ", ".join(map(str, tensors))}
         base, order = tensors.get(self.base_model), self.model_order
         if merge_methods.get(self.method_name).spec.contract.base == BasePolicy.IGNORED:
             base = None
@@ -105,22 +118,6 @@ class MergeTensorTask(ExecuteMergeMethodTask):
         length, *norms = norms_of([merged, *inputs.values()], base)
         factor = {name: self.parameters[name] for name in (factor_in(self.parameters),) if name}
         return distance(length, dict(zip(inputs, norms, strict=True)), factor)
-
-    def _copied(
-        self, tensors: Mapping[ModelReference, torch.Tensor], started: float
-    ) -> torch.Tensor | None:
-        name, session = self.output_weight.name, sessions.current()
-        for model, tensor in tensors.items():  # one, or none of an optional tensor
-            if count := count_non_finite(tensor):
-                raise NonFiniteError(name, str(model), count, tensor.numel())
-            if session is not None:
-                details = {"copied_from": str(model)}
-                session.record(TensorRecord(name, tensor.numel(), details))
-                seconds = time.perf_counter() - started
-                session.emit(TensorMerged(name, tuple(tensor.shape), details, seconds))
-            dtype = dtype_from_name(self.out_dtype)
-            return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        return None
 
 
 class MeasureTensorTask(Task[dict[str, float]]):

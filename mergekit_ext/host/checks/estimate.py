@@ -14,6 +14,7 @@ import torch
 
 from mergekit_ext.core.memory import Need, copies_of, square_of, working
 from mergekit_ext.core.parameters import AUTO
+from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import TOKENIZER_FILES, dtype_of, wants_tokenizer
@@ -23,13 +24,8 @@ from mergekit_ext.io.headers import BITS, TensorHeader, dtype_name, weights_of
 from mergekit_ext.io.quantised import QuantisedHeader
 from mergekit_ext.kernels.numerics import chunk_length
 
-_DTYPES = {
-    dtype_name(dtype): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_DTYPES = {**FLOATING, **{dtype_name(dtype): dtype for dtype in _WHOLE}}
 # Methods compute in float32 at least, whatever the dtype of the files.
 _LEAST_BYTES = 4
 # The tensor, an adapter's change of it, their sum, and that in the dtype that it is read in.

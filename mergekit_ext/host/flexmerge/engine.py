@@ -180,11 +180,9 @@ class Engine:
 
     def complete(self, homes: Mapping[Path, Path]) -> None:
         """Copy what lies beside weights into folders, each from that of a model."""
-        forced = self.prepared.forced
-        dtype = None if forced is None else str(forced).removeprefix("torch.")
         for place, home in homes.items():
             copy(home, place, companions(home))
-            agree(place, dtype)
+            agree(place, self.prepared.forced)
 
     @property
     def _blocks(self) -> Finished:
