@@ -66,7 +66,7 @@ def merge(
         config = parsed(config_source)
     out_path, options = os.path.expanduser(out_path), options or MergeOptions()
     method = ext_method(config.merge_method)
-    whole = method if isinstance(method, FlexMergeMethod) else None
+    whole = isinstance(method, FlexMergeMethod)  # which reports itself
     unshared = list(process_problems(config.merge_method, options))
     processes, options = parallel.current(), own_options(options)
     with _fresh_loaders(), full_precision():
@@ -79,7 +79,7 @@ def merge(
             out_path,
             "OUT_PATH",
             [part.path for part in parts_of(inputs)],
-            empty=whole is not None,
+            empty=whole,
             needed=report.estimate.bytes_written if report.estimate else 0,
         )
         require([*report.problems, *processes.from_main(lambda: list(place())), *unshared])
@@ -103,7 +103,9 @@ def merge(
             session.dequantised = report.dequantised
             try:
                 if whole:
-                    whole.write(checked, config, folder, source)
+                    from mergekit_ext.host.flexmerge.engine import write
+
+                    write(checked, config, folder, source)
                 else:
                     session.predicted = predicted(checked.located, config)
                     quiet = options.model_copy(update={"quiet": True})

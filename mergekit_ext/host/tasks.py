@@ -106,7 +106,7 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     def _reported(
         self, tensors: Mapping[ModelReference, torch.Tensor], merged: torch.Tensor
     ) -> Mapping[str, Any]:
-        """Return whose copy it is, or how far mergekit's method went from the base, if it has one."""
+        """Return whose copy it is, or how far mergekit's method went from a base."""
         if self.copies:
             return {"copied_from": ", ".join(map(str, tensors))}
         base, order = tensors.get(self.base_model), self.model_order

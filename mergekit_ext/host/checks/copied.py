@@ -31,14 +31,14 @@ def settle_copies(inventory: Inventory) -> None:
     heads, others = named_model(config, HEADS), named_model(config, OTHERS)
     reasons: dict[tuple[Any, str], list[str]] = {}
     for tensor in inventory.located:
-        first = next(iter(tensor.inputs))
-        differs = _differs(tensor, inventory.aligned)
+        first, is_token = next(iter(tensor.inputs)), tensor.weight.vocabulary_axis is not None
+        differs, base = _differs(tensor, inventory.aligned), tensor.group.base
         if not is_merged(tensor.name, config.parameters or {}):
-            giver, why = others or tensor.group.base or first, "which is not merged"
+            giver, why = others or base or first, "which is not merged"
         elif heads is not None and (differs or is_task_head(tensor.name)):
             giver, why = heads, "as `heads:` says"
-        elif differs and tensor.group.base is not None and _may_be_of_base(tensor):
-            giver, why = tensor.group.base, "because others lack it or have another shape"
+        elif differs and base is not None and layer_of(tensor.name) is None and not is_token:
+            giver, why = base, "because others lack it or have another shape"
         else:
             continue
         if giver in tensor.found:
@@ -74,10 +74,6 @@ def _differs(tensor: PlannedTensor, aligned: bool) -> bool:
     return len(shapes) > 1 and not (aligned and tensor.weight.vocabulary_axis is not None)
 
 
-def _may_be_of_base(tensor: PlannedTensor) -> bool:
-    return layer_of(tensor.name) is None and tensor.weight.vocabulary_axis is None
-
-
 def is_merged(name: str, parameters: Mapping[str, Any]) -> bool:
     """Return whether `include` and `exclude` of the whole merge leave a tensor to be merged."""
     given = _patterns(parameters, INCLUDE)
@@ -90,8 +86,12 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
 
 
 def _patterns(parameters: Mapping[str, Any], parameter: str) -> Sequence[str]:
-    given = parameters.get(parameter) or ()
-    return [given] if isinstance(given, str) else [p for p in given if isinstance(p, str)]
+    return [pattern for pattern in _listed(parameters, parameter) if isinstance(pattern, str)]
+
+
+def _listed(parameters: Mapping[str, Any], parameter: str) -> Sequence[Any]:
+    given = parameters.get(parameter, [])
+    return given if isinstance(given, list) else [given]
 
 
 def selection_problems(
@@ -111,7 +111,7 @@ def selection_problems(
             yield Problem(f"parameters.{parameter}", shown(value), expected, remedy)
     for parameter in (INCLUDE, EXCLUDE):
         patterns = _patterns(given, parameter)
-        if parameter in given and (not patterns or patterns != [*_as_list(given[parameter])]):
+        if parameter in given and (not patterns or patterns != _listed(given, parameter)):
             found, expected = shown(given[parameter]), "a pattern of names, or a list of them"
             yield Problem(f"parameters.{parameter}", found, expected, 'Such as "vision_tower.*".')
         for pattern in patterns if names else ():
@@ -119,7 +119,3 @@ def selection_problems(
                 expected = f"a pattern that a whole name fits, such as {min(names)}"
                 remedy = "`*` stands for any letters."
                 yield Problem(f"parameters.{parameter}", shown(pattern), expected, remedy)
-
-
-def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else [value]

@@ -49,15 +49,22 @@ def check_merge(
     `source` is what `config` was made of, and `pending` are models that other merges will write.
     Returns also what will be written: the inventory, or what `FlexMergeMethod.prepare` gives.
     """
-    method = ext_method(config.merge_method)
-    if isinstance(method, FlexMergeMethod):
-        return method.prepare(config, options, source, pending)
+    own, findings = ext_method(config.merge_method), Findings()
+    if isinstance(own, FlexMergeMethod):
+        return own.prepare(config, options, source, pending)
     with quiet():
-        inventory = _inventory(config, options, source)
-        findings = inventory.findings
+        findings.extend(unknown_keys(source))
+        check_settings(config, options, findings)
+        if options.multi_gpu and not torch.accelerator.device_count():
+            findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
+        method = method_named(config.merge_method, "merge_method", findings)
+        inventory = Inventory(config, options, method, findings)
         _check_models(inventory, pending)
         tokens = check_tokenizers(config, options, findings)
-        costs = estimate(inventory, _check_parameters(inventory), tokens)
+        planned, shared = inventory.located or inventory.planned, []
+        if method is not None:
+            shared = check_parameters(method, inventory.groups, planned, findings)
+        costs = estimate(inventory, shared, tokens)
         if costs is not None:
             findings.extend(memory.problems(costs.need))
         check_modules(config, options, inventory.models, findings)
@@ -75,19 +82,6 @@ def models_of_stock(
     return inventory.findings.report(), inventory
 
 
-def _inventory(
-    config: MergeConfiguration, options: MergeOptions, source: str | Mapping[str, Any] | None
-) -> Inventory:
-    """Check what comes before any model; return an inventory without any."""
-    findings = Findings()
-    findings.extend(unknown_keys(source))
-    check_settings(config, options, findings)
-    if options.multi_gpu and not torch.accelerator.device_count():
-        findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
-    method = method_named(config.merge_method, "merge_method", findings)
-    return Inventory(config, options, method, findings)
-
-
 def method_named(name: Any, where: str, findings: Findings) -> Any:
     """Return the registered method, or None and a problem."""
     methods = {method.spec.name: method for method in merge_methods.registered_methods()}
@@ -97,13 +91,6 @@ def method_named(name: Any, where: str, findings: Findings) -> Any:
     remedy = f"Write `{close}`." if close else "Choose one of them."
     findings.problem(where, shown(name), expected, remedy)
     return None
-
-
-def _check_parameters(inventory: Inventory) -> list[Mapping[str, Any]]:
-    if inventory.method is None:
-        return []
-    planned = inventory.located or inventory.planned
-    return check_parameters(inventory.method, inventory.groups, planned, inventory.findings)
 
 
 def _check_models(inventory: Inventory, pending: Collection[str]) -> None:

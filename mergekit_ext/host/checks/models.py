@@ -237,7 +237,11 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
         remedy = "Add it to config.json, or give the model with `override_architecture:`."
         findings.problem(where, found, "the name of one architecture", remedy)
         return None
-    _check_readings(config, where, findings)
+    if file := getattr(config, "transformers_weights", None):
+        found = f"{file}, which transformers loads and mergekit does not look at"
+        expected = "the weights in a file of the usual name"
+        remedy = "Save the model again with `save_pretrained` into an empty folder."
+        findings.problem(f"{where} (config.json: transformers_weights)", found, expected, remedy)
     return config
 
 
@@ -263,12 +267,3 @@ def _too_many(content: dict[str, Any], path: Path) -> tuple[str, str] | None:
     if layers * experts > _MOST:
         return f"{layers:,} layers of {experts:,} experts in {path}", f"{_MOST:,} experts at most"
     return None
-
-
-def _check_readings(config: Any, where: str, findings: Findings) -> None:
-    """Report fields with which transformers reads other weights than those that mergekit reads."""
-    if file := getattr(config, "transformers_weights", None):
-        found = f"{file}, which transformers loads and mergekit does not look at"
-        expected = "the weights in a file of the usual name"
-        remedy = "Save the model again with `save_pretrained` into an empty folder."
-        findings.problem(f"{where} (config.json: transformers_weights)", found, expected, remedy)

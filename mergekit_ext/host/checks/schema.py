@@ -89,23 +89,13 @@ def _unknown(document: Mapping[str, Any]) -> Iterator[Problem]:
         *branch, key = item["loc"]
         at, _ = place_of({**item, "loc": branch}, document)
         branches.setdefault(at, {}).setdefault(tuple(branch), []).append(str(key))
-    known = _names(MergeConfiguration)
+    described = MergeConfiguration.model_json_schema()
+    levels = (described, *described["$defs"].values())
+    known = {name for level in levels for name in level.get("properties", ())}
     for at, unknown in branches.items():
         for name in min(unknown.values(), key=len):
-            expected = "a key that is read there"
-            yield Problem(
-                join(at, name),
-                "an unknown key, which mergekit drops",
-                expected,
-                _remedy(name, known),
-            )
-
-
-def _names(schema: Any) -> set[str]:
-    """Return the keys of a schema, of all levels."""
-    described = schema.model_json_schema()
-    levels = (described, *described["$defs"].values())
-    return {name for level in levels for name in level.get("properties", ())}
+            found, expected = "an unknown key, which mergekit drops", "a key that is read there"
+            yield Problem(join(at, name), found, expected, _remedy(name, known))
 
 
 def _remedy(name: str, known: Collection[str]) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
@@ -14,10 +13,6 @@ from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.plan import PAPER, TITLE, USE
 from mergekit_ext.host.method import ExtMethod
 
-if TYPE_CHECKING:
-    from mergekit_ext.host.checks.report import CheckReport
-    from mergekit_ext.host.flexmerge.shared_tensors import Prepared
-
 DECOMPOSE = "decompose"
 
 
@@ -25,7 +20,7 @@ class FlexMergeMethod(ExtMethod):
     """FlexMerge: merged models of any size between one and all m models.
 
     Algorithm 1 of "Navigating the Accuracy-Size Trade-Off with Flexible Model Merging". The class
-    is known to every mergekit process, and so imports what does the work when it is needed.
+    is known to every mergekit process; what does the work is imported when it is needed.
     """
 
     title, use = TITLE, USE
@@ -53,17 +48,11 @@ class FlexMergeMethod(ExtMethod):
         options: Any,
         source: str | Mapping[str, Any] | None = None,
         pending: Collection[str] = (),
-    ) -> tuple[CheckReport, Prepared | None]:
+    ) -> Any:
         """Do what `checks.merge.check_merge` does for other methods; arguments as there."""
         from mergekit_ext.host.flexmerge.prepare import check
 
         return check(config, options, source, pending)
-
-    def write(self, prepared: Prepared, config: Any, folder: Path, source: str) -> None:
-        """Merge into `folder`, which becomes the output: `engine.write`."""
-        from mergekit_ext.host.flexmerge.engine import write
-
-        write(prepared, config, folder, source)
 
 
 class DecomposeMethod(FlexMergeMethod):

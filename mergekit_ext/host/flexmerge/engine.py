@@ -324,14 +324,13 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     if not parallel.current().is_main:
         return
     section = f"{finish()}\n\n{far.line}".rstrip()
+    method, seed = config.merge_method, prepared.options.random_seed or 0
     if kept := engine.kept(plan):
-        seed = prepared.options.random_seed or 0
         about = (kept, engine.layout.tasks, plan.size, seed)
-        session.summary, errors = write_residual_report(folder, config.merge_method, *about)
+        session.summary, errors = write_residual_report(folder, method, *about)
         section = f"{section}\n\n{errors}"
     elif far.found:
-        seed = prepared.options.random_seed or 0
-        write_report(folder, config.merge_method, {}, seed, rho=far.found)
+        write_report(folder, method, {}, seed, rho=far.found)
         session.summary = far.line
         session.afterwards += far.warnings(prepared.algorithm.name)
     if prepared.options.write_model_card:

@@ -188,14 +188,10 @@ def _merging(method: Method | MergeMethod | Based | None) -> Any:
     return method.method if isinstance(method, Based) else method
 
 
-def _trims(method: Method | MergeMethod | Based | None) -> bool:
-    merging = _merging(method)
-    return isinstance(merging, Method) and merging.trims
-
-
 def _idle(method: Method | MergeMethod | Based | None) -> frozenset[str]:
     """Return which of `OWN` do not act with a method."""
-    idle = frozenset() if _trims(method) else _OF_TRIMMING
+    merging = _merging(method)
+    idle = frozenset() if isinstance(merging, Method) and merging.trims else _OF_TRIMMING
     return idle | _idle_over(method.method) if isinstance(method, Based) else idle
 
 
