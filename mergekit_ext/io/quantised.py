@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergekit_ext.errors import ConfigError, MergeError, Problem, listing, one_line, tensors_at
-from mergekit_ext.io.headers import NARROW, PACKED, WHOLE, TensorHeader
+from mergekit_ext.io.headers import NARROW, PACKED, TensorHeader
 
 if TYPE_CHECKING:
     import torch
@@ -238,9 +238,8 @@ def dequantised(
         return ConfigError([Problem(where, found, expected, remedy)], str(source))
 
     if quantisation is None:
-        whole = (n for n, h in headers.items() if h.dtype in WHOLE and n.endswith("weight"))
         packed = (name for name, header in headers.items() if header.dtype in PACKED)
-        if codes := [*dict.fromkeys([*stored_codes(headers), *whole, *packed])]:
+        if codes := [*dict.fromkeys([*stored_codes(headers), *packed])]:
             dtypes = ", ".join(sorted({headers[name].dtype for name in codes}))
             where, what = "weights", f"{listing(codes)} in {dtypes}"
             found = f"codes of a quantised model in {source} ({what})"

@@ -171,7 +171,7 @@ def test_a_quantised_base(base, adapter, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, file, {"format": "pt"})
     problems = check(f"{tmp_path / 'int8'}+{adapter}").problems
-    assert any(f"{name} in I8" in problem.found for problem in problems)
+    assert any(problem.where.startswith(f"models[0].model ({name})") for problem in problems)
 
 
 def test_a_head_that_the_architecture_does_not_have(base, tmp_path):

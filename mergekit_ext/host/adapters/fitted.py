@@ -67,6 +67,11 @@ def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> A
         found = match(adapter, shapes, transposed)
         weights = found.stored_as({own: name for name, own in names.of.items()})
         problems = list(_tied(adapter, sorted({*found.touched, *found.added}), config))
+        codes = [n for n, h in tensors.items() if n in weights.touched and h.dtype not in FLOATING]
+        if codes:
+            what = f"{tensors[codes[0]].dtype} in the base, which looks quantised"
+            remedy = "Give the base as it was before quantisation."
+            problems.append(Problem(tensors_at(codes), what, ", ".join(FLOATING), remedy))
         if problems:
             raise ConfigError(problems, f"adapter {adapter.name} on this base")
     except ConfigError as error:
