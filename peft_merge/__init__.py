@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mergekit_ext.late import exported
 
 if TYPE_CHECKING:
     from peft_merge.adapter import Adapter as Adapter
@@ -21,29 +22,16 @@ if TYPE_CHECKING:
     from peft_merge.merge import run_config as run_config
 
 # Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
-_HOMES = {
-    "Adapter": "adapter",
-    "Ia3Adapter": "adapter",
-    "LoraAdapter": "adapter",
-    "MergedAdapter": "merge",
-    "add_merged_adapter": "live",
-    "check": "merge",
-    "extract": "extraction.run",
-    "load_adapter": "io",
-    "load_tasks": "flexmerge.load",
-    "merge_adapters": "merge",
-    "methods": "catalogue",
-    "run_config": "merge",
-    "save_adapter": "io",
-}
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = exported(
+    __name__,
+    {
+        "adapter": ("Adapter", "Ia3Adapter", "LoraAdapter"),
+        "catalogue": ("methods",),
+        "extraction.run": ("extract",),
+        "flexmerge.load": ("load_tasks",),
+        "io": ("load_adapter", "save_adapter"),
+        "live": ("add_merged_adapter",),
+        "merge": ("MergedAdapter", "check", "merge_adapters", "run_config"),
+    },
+)
+__all__ = __dir__()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW = {"core", "declared", "errors", "events", "io", "kernels", "parallel", "report"}
+BELOW = {"core", "declared", "errors", "events", "io", "kernels", "late", "parallel", "report"}
 # What each package of mergekit_ext may import of it, besides itself.
 ALLOWED = {
     "errors": set(),

@@ -7,11 +7,11 @@ peft. docs/callbacks.md lists every event.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_ext.events import TRAINING_HOOKS as TRAINING_HOOKS
 from mergekit_ext.events import Callback as Callback
+from mergekit_ext.late import exported
 
 if TYPE_CHECKING:
     from mergekit_ext.callbacks.checkpoints import MergeCheckpoints as MergeCheckpoints
@@ -20,21 +20,14 @@ if TYPE_CHECKING:
     from mergekit_ext.callbacks.snapshots import Merged as Merged
     from mergekit_ext.callbacks.trainer import as_trainer_callback as as_trainer_callback
 
-_HOMES = {
-    "Evaluate": "evaluate",
-    "LogTo": "log",
-    "MergeCheckpoints": "checkpoints",
-    "Merged": "snapshots",
-    "as_trainer_callback": "trainer",
-}
-__all__ = sorted({"TRAINING_HOOKS", "Callback", *_HOMES})
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = exported(
+    __name__,
+    {
+        "checkpoints": ("MergeCheckpoints",),
+        "evaluate": ("Evaluate",),
+        "log": ("LogTo",),
+        "snapshots": ("Merged",),
+        "trainer": ("as_trainer_callback",),
+    },
+)
+__all__ = ["TRAINING_HOOKS", "Callback", *__dir__()]

@@ -68,21 +68,17 @@ _Dtype = Annotated[
     BeforeValidator(_name),
     AfterValidator(lambda name: getattr(torch, name)),
 ]
-DTYPE = Parameter("dtype", _Dtype | None, None)
-DEVICE = Parameter("device", Annotated[Any, BeforeValidator(_device)], "cpu")
+DEVICE = Parameter("device", Annotated[Any, BeforeValidator(_device)])
 _Energy = Annotated[dict[Literal["energy"], Share], Field(min_length=1)]
+_Rank = Annotated[Count | Literal["lossless"] | _Energy, BeforeValidator(_rank)]
 # Beside the parameters of the method.
 _OPTIONS = (
-    Parameter(
-        "rank",
-        Annotated[Count | Literal["lossless"] | _Energy, BeforeValidator(_rank)] | None,
-        None,
-    ),
-    Parameter("patterns", Switch | None, None),
-    Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)], 0),
-    DTYPE,
+    Parameter("rank", _Rank | None),
+    Parameter("patterns", Switch | None),
+    Parameter("seed", Annotated[int, Strict(), Field(ge=0, lt=2**63)]),
+    Parameter("dtype", _Dtype | None),
     DEVICE,
-    Parameter("base_model", str | None, None),
+    Parameter("base_model", str | None),
 )
 # Where the type's own message does not say it.
 _EXPECTED = {

@@ -6,12 +6,10 @@ Names are those of the fine-tune's class, which an adapter uses. Tensors are rea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, FileError, Problem, one_line, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
@@ -20,7 +18,7 @@ from mergekit_ext.io.headers import TensorHeader, is_counter, read_folder, same_
 from mergekit_ext.io.quantised import dequantised, detach
 from peft_merge.io.names import LAYER
 from peft_merge.io.read import folder_of
-from peft_merge.layers import Unit, configuration, layers_of, owner_of, units_of
+from peft_merge.layers import Unit, layers_of, owner_of, units_of
 
 _WANTED = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _FITTING = "Give the base that it was fine-tuned from, with a vocabulary of the same size."
@@ -56,9 +54,6 @@ class FullModel:
         names = class_names(self.headers, config)
         headers = {names.of[stored]: header for stored, header in self.headers.items()}
         return FullModel(self.name, self.revision, self.config, headers)
-
-    def tensor(self, name: str) -> Tensor:
-        return self.headers[name].load()
 
 
 def _configuration(folder: Path) -> Any:
@@ -97,19 +92,16 @@ class Plan:
     def biases(self) -> dict[str, Unit]:
         return {unit.bias: unit for unit in self.units if unit.bias is not None}
 
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """Fields of adapter_config.json that ranks do not decide."""
-        model, base = empty_model(self.model.config), self.base
-        stated = configuration(model, self.units, base.name, [*self.whole])
-        return {**stated, "revision": base.revision}
-
-    def may_save(self, module: str) -> bool:
-        """Return whether a module can be saved whole without matrices of layers in it."""
-        inside = [unit for unit in self.units if _is_in(unit.name, module)]
-        heavy = {layer.info.layout for unit in inside for layer in unit.layers}
-        saved = any(_is_in(module, other) for other in self.whole)
-        return bool(module) and not saved and not heavy & {"linear", "parameter"}
+    def keep(self, tensors: Iterable[str]) -> list[str]:
+        """Save whole what has no matrices of layers beside one of these; return those of biases."""
+        biases = {name: name in self.biases for name in tensors}
+        for module in dict.fromkeys(owner_of(name) for name, own in biases.items() if not own):
+            inside = [unit for unit in self.units if _is_in(unit.name, module)]
+            heavy = {layer.info.layout for unit in inside for layer in unit.layers}
+            saved = any(_is_in(module, other) for other in self.whole)
+            if module and not saved and not heavy & {"linear", "parameter"}:
+                self.save(module)
+        return [name for name in biases if name in self.biases]
 
     def save(self, module: str) -> None:
         """Save a module whole, with all that is in it."""

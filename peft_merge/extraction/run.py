@@ -21,6 +21,7 @@ from mergekit_ext.errors import ConfigError, MergeError, Problem, attempted, lis
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.residual import Kept, total
+from mergekit_ext.io.class_model import empty_model
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.numerics import all_finite, compute_dtype
 from mergekit_ext.kernels.ranks import allocate, deepened, mean_rank
@@ -30,7 +31,7 @@ from peft_merge.config.check import DEVICE
 from peft_merge.extraction.plan import FullModel, Plan, planned
 from peft_merge.io.merged import adapter_of
 from peft_merge.io.write import PATTERNS, state_dict
-from peft_merge.layers import Unit
+from peft_merge.layers import Unit, configuration
 from peft_merge.merge import MergedAdapter
 from peft_merge.report import FORMAT_VERSION, summary
 
@@ -38,10 +39,10 @@ OWN, BASE = "own", "base"
 _SIZE = 'a number of models above 0 (0.05), or bytes ("50MB")'
 _BYTES = Annotated[Any, BeforeValidator(partial(memory.count_or_bytes, expected=_SIZE))]
 _OPTIONS = (
-    Parameter("rank", Count | None, None),
-    Parameter("energy", Share | None, None),
-    Parameter("size", _BYTES | None, None),
-    Parameter("vectors", choice(OWN, BASE), BASE),
+    Parameter("rank", Count | None),
+    Parameter("energy", Share | None),
+    Parameter("size", _BYTES | None),
+    Parameter("vectors", choice(OWN, BASE)),
     DEVICE,
 )
 
@@ -129,15 +130,8 @@ class _Extraction:
 
     def run(self, name: str) -> MergedAdapter:
         plan, model, left = self._plan, self._plan.model, self._changed()
-        biases = list[str]()
-        if self._options["vectors"] == OWN:
-            biases = [tensor for tensor in left if tensor in plan.biases]
-            small = [tensor for tensor in left if tensor not in plan.biases]
-            for owner in dict.fromkeys(tensor.rpartition(".")[0] for tensor in small):
-                if plan.may_save(owner):
-                    plan.save(owner)
+        biases = plan.keep(left) if self._options["vectors"] == OWN else []
         saved = [tensor for tensors in plan.whole.values() for tensor in tensors]
-        biases = [tensor for tensor in biases if tensor in plan.biases]
         left = {t: square for t, square in left.items() if t not in {*saved, *biases}}
         ranks = self._ranks({plan.biases[tensor].name for tensor in biases}, saved)
         units = [unit for unit in plan.units if ranks[unit.name]]
@@ -154,9 +148,11 @@ class _Extraction:
                 found = self._factors[unit.name].updates[module]
                 values[module] = Update(found.a[:, :k], found.b[..., :k], 1.0, bias).filled(k)
                 infos[module] = replace(layer.info, rank=k, bias=lora_bias, dtype=self._dtype)
-        whole = [*saved, *([] if lora_bias else biases)]
-        tensors = {t: finite(model.tensor(t), t, model.name) for t in whole}
-        config = plan.configuration | {"bias": "none" if lora_bias or not biases else "lora_only"}
+        trained = [] if lora_bias else biases  # biases of the base
+        tensors = {t: finite(model.headers[t].load(), t, model.name) for t in (*saved, *trained)}
+        kind = empty_model(model.config)
+        config = configuration(kind, plan.units, plan.base.name, [*plan.whole])
+        config |= {"revision": plan.base.revision, "bias": "lora_only" if trained else "none"}
         loads = {t: partial(tensors.__getitem__, t) for t in tensors}
         adapter = adapter_of(name, infos, values.__getitem__, config, loads)
         report = self._report(adapter, ranks, left)
@@ -172,7 +168,7 @@ class _Extraction:
     def _difference(self, name: str) -> Tensor:
         """Return model - base, in float32 at least."""
         models = (self._plan.model, self._plan.base)
-        one, other = (model.tensor(name).to(self._options["device"]) for model in models)
+        one, other = (each.headers[name].load().to(self._options["device"]) for each in models)
         difference = one.to(compute_dtype([one, other])) - other
         if not all_finite(difference):
             for model, tensor in zip(models, (one, other), strict=True):

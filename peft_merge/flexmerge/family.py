@@ -102,10 +102,8 @@ class Family(GroupStorage):
         """Return an adapter's change in its stored values, cast to `dtype`."""
 
     @abstractmethod
-    def configuration(
-        self, own: Any, infos: Mapping[str, Any], shared: Collection[str]
-    ) -> dict[str, Any]:
-        """Return that of the output of the task `own`; changes of modules `shared` are merged."""
+    def configuration(self, own: Any, infos: Mapping[str, Any]) -> dict[str, Any]:
+        """Return that of the output of the task `own`."""
 
     def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:
         return sum(self._bytes(self.layout[block], group.tasks) for group in groups)
@@ -139,13 +137,13 @@ class Family(GroupStorage):
             found[module] = Piece(self.own(module, adapter, info.dtype), info)
         return found
 
-    def adapter(self, task: int, changes: Changes, shared: Collection[str]) -> Adapter:
-        """Return a task's adapter; the changes of the modules in `shared` are merged ones."""
+    def adapter(self, task: int, changes: Changes) -> Adapter:
+        """Return a task's adapter with these changes."""
         own = self.adapters[task]
         infos = {module: piece.info for module, piece in changes.items()}
         made: Adapter = replace(
             own,
-            config=self.configuration(own, infos, shared),
+            config=self.configuration(own, infos),
             infos=infos,
             load={module: piece.value for module, piece in changes.items()}.__getitem__,
             saved=self._private(task),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,9 +84,7 @@ class LoraFamily(Family):
             for name, piece in changes.items()
         }
 
-    def configuration(
-        self, own: LoraAdapter, infos: Mapping[str, ModuleInfo], shared: Collection[str]
-    ) -> dict[str, Any]:
+    def configuration(self, own: LoraAdapter, infos: Mapping[str, ModuleInfo]) -> dict[str, Any]:
         config = lora_configuration(infos, [own], own.saved)
         common = lora_configuration(infos, self.adapters, ())
         parameters = any(info.layout == "parameter" for info in infos.values())
@@ -136,8 +134,5 @@ class Ia3Family(Family):
     def own(self, module: str, adapter: Ia3Adapter, dtype: torch.dtype) -> Tensor:
         return cast(adapter.load(module), dtype, module)
 
-    def configuration(
-        self, own: Ia3Adapter, infos: Mapping[str, VectorInfo], shared: Collection[str]
-    ) -> dict[str, Any]:
-        config = dict(own.config)
-        return config | ia3_configuration(infos, [own], own.saved) if shared else config
+    def configuration(self, own: Ia3Adapter, infos: Mapping[str, VectorInfo]) -> dict[str, Any]:
+        return {**own.config, **ia3_configuration(infos, [own], own.saved)}

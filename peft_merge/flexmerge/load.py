@@ -18,6 +18,7 @@ from mergekit_ext.errors import (
     MergekitExtError,
     Problem,
     listing,
+    one_line,
     shown,
 )
 from peft_merge.adapter import Adapter, LoraAdapter
@@ -226,7 +227,6 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         vars(model).update(own)
         if isinstance(error, MergekitExtError) or not isinstance(error, Exception):
             raise
-        reason = (str(error).splitlines() or [""])[0]
-        found = f"a model that PEFT does not take ({type(error).__name__}: {reason})"
+        found = f"a model that PEFT does not take ({one_line(error)})"
         problem = Problem("base_model", found, "the base of these adapters", BASE)
         raise ConfigError([problem], _SUBJECT) from error

@@ -166,7 +166,6 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
         warnings.warn(warning, stacklevel=4)
     names = [adapter.name for adapter in plan.adapters]
     changes: list[Changes] = [{} for _ in names]
-    shared: list[set[str]] = [set() for _ in names]
     blocks: list[dict[str, Any]] = []
 
     def of_block(work: tuple[Block, Sequence[StoredGroup]]) -> list[Changes]:
@@ -181,8 +180,6 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
         for group, stored in zip(groups, found, strict=True):
             for task in group.tasks:
                 changes[task].update(stored)
-                if len(group.tasks) > 1:
-                    shared[task].update(stored)
             parts.append(
                 {
                     "tasks": [names[task] for task in group.tasks],
@@ -192,7 +189,7 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
             )
         blocks.append({"name": block.name, "groups": parts, "similarities": similar.tolist()})
         events.emit(BlockMerged(block.name, tuple(tuple(each["tasks"]) for each in parts)))
-    adapters = tuple(family.adapter(task, own, shared[task]) for task, own in enumerate(changes))
+    adapters = tuple(family.adapter(task, own) for task, own in enumerate(changes))
     events.emit(SizeReached(family.rule.name, best.size.models, best.size.bytes))
     # Upwards: each is a `target_size` that its adapters fit in.
     sizes = [math.ceil(each.models * 1e6 - 1e-3) / 1e6 for each in planner.trajectory]
