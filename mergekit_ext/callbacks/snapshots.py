@@ -14,7 +14,7 @@ from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from mergekit_ext.io.staging import new_folder, place_problems
 
-_STEP = re.compile(r"step-[0-9]{8}")
+_OWN = re.compile(rf"step-[0-9]{{8}}|{INITIAL}")
 
 
 class Snapshots:
@@ -37,10 +37,9 @@ class Snapshots:
     def open(self) -> None:
         """Make the folder; refuse one that another run has used or that cannot be written."""
         ours = {*self._kept.values(), *([self.initial] if self.has_initial else [])}
-        found = (*self._found(), *([self.initial] if self.initial.exists() else []))
         where = f"where: {self.folder}"
         problems = [*place_problems(self.folder, where)]
-        if left := [place.name for place in found if place not in ours]:
+        if left := [place.name for place in self._found() if place not in ours]:
             text = f"{len(left)} snapshots of another run, such as {left[0]}"
             remedy = "Choose another folder, delete them, or load the state of that run."
             problems.append(Problem(where, text, "a folder for this run", remedy))
@@ -96,7 +95,7 @@ class Snapshots:
             )
             warnings.warn(MergeWarning(text), stacklevel=3)
         if self._own and ours:
-            newest = self._place(max(named, default=0)).name
+            newest = self._place(max(named, default=0)).name  # `initial` comes before all
             for place in self._found():
                 if place.name > newest and not place.is_symlink():
                     shutil.rmtree(place)
@@ -114,8 +113,8 @@ class Snapshots:
             shutil.rmtree(place, ignore_errors=True)
 
     def _found(self) -> list[Path]:
-        places = sorted(self.folder.glob("step-*"))
-        return [place for place in places if _STEP.fullmatch(place.name) and place.is_dir()]
+        places = sorted(self.folder.glob("*"), reverse=True)
+        return [place for place in places if _OWN.fullmatch(place.name) and place.is_dir()]
 
 
 @dataclass(frozen=True)

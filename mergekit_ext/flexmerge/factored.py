@@ -201,10 +201,8 @@ def leave_factors(model: torch.nn.Module) -> None:
     formed: dict[int, Tensor] = {}
     parts: dict[int, list[torch.nn.Parameter]] = {}
     for module, table, name, tensor in [*_factored(model)]:
-        key, leaf = (
-            id(tensor),
-            _leaf(module.__class__) if name == "weight" and _fits(module) else None,
-        )
+        key = id(tensor)
+        leaf = _leaf(module.__class__) if name == "weight" and _fits(module) else None
         if leaf is None:
             if key not in formed:
                 whole, is_parameter = tensor.formed(), isinstance(tensor, torch.nn.Parameter)

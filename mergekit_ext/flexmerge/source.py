@@ -52,15 +52,12 @@ class Source:
             stored = self.tensor(name).contiguous().reshape(-1)
             out.view(torch.uint8).copy_(stored.view(torch.uint8))
         elif header.nbytes:
-            view = memoryview(out.view(torch.uint8).numpy())
-            with header.file.open("rb", buffering=0) as file:
+            view = memoryview(out.view(torch.uint8).numpy())[: header.nbytes]
+            with header.file.open("rb") as file:
                 file.seek(header.offset)
-                done = 0
-                while done < header.nbytes:
-                    count = file.readinto(view[done : header.nbytes])
-                    if not count:
-                        raise OSError(f"{header.file} ends before {name} does")
-                    done += count
+                # Straight into its place, but for what is less than a buffer.
+                if file.readinto(view) < header.nbytes:
+                    raise OSError(f"{header.file} ends before {name} does")
 
     def expect(self, name: str) -> None:
         """Prepare for a `read` that comes soon."""

@@ -327,8 +327,7 @@ def _manifest(
     made = {task for group in groups for task in group.tasks}
 
     def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
-        names = _names(tasks, group.tasks)
-        found: dict[str, Any] = {"tasks": names, "kind": group.kind}
+        found: dict[str, Any] = {"tasks": _names(tasks, group.tasks), "kind": group.kind}
         found["similarity"] = group.similarity
         if group.kind == MASKED:
             found["rescale"] = {tasks[task]: rescale[block.name][task] for task in group.tasks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,21 @@ def test_what_cannot_be_mixed_is_refused_when_it_is_reached(tmp_path: Path) -> N
         model(**inputs_of("llama"), tasks=ROWS)
     with torch.no_grad():
         model(**inputs_of("llama"), tasks=["d"] * len(ROWS))
+
+
+def test_a_table_of_as_many_rows_as_the_batch_is_refused() -> None:
+    """DeBERTa's norm of relative positions sees a parameter."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 8}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "position_buckets": 2}
+    relative = {"relative_attention": True, "pos_att_type": ["c2p"], "norm_rel_ebd": "layer_norm"}
+    config = transformers.DebertaV2Config(vocab_size=32, **sizes, **layers, **relative)
+    a = transformers.DebertaV2ForSequenceClassification(config).eval()
+    encoder = a.deberta.encoder
+    b = copy.deepcopy(a, {id(t): t for t in a.parameters() if t is not encoder.LayerNorm.weight})
+    with torch.no_grad():
+        encoder.LayerNorm.weight.mul_(2)
+        with pytest.raises(RuntimeError, match=r"encoder\.LayerNorm gets 4 rows of a batch of 4"):
+            Batched({"a": a, "b": b})(torch.randint(3, 32, (4, 6)), tasks=["a", "a", "b", "b"])
 
 
 @pytest.mark.parametrize(
