@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -93,7 +93,7 @@ def merge_models(
         name: kept if all(state[name][0] == kept for state in others) else name
         for name, (kept, _) in first.items()
     }
-    merged = _merge(found, group, states, set(tied.values()), seed)
+    merged = _merge(found, group, states, dict.fromkeys(tied.values()), seed)
     model = next(iter(inputs.values()))
     if isinstance(model, Mapping):
         return {name: merged[kept] for name, kept in tied.items()}
@@ -190,7 +190,7 @@ def _shown(state: _State, name: str) -> str:
 
 
 def _merge(
-    method: Any, group: Group, states: Mapping[str, _State], names: Container[str], seed: int
+    method: Any, group: Group, states: Mapping[str, _State], names: Iterable[str], seed: int
 ) -> dict[str, Tensor]:
     """Return the merged tensors called `names`; none is an input's."""
     (shared,) = group.shared.values()
@@ -201,18 +201,16 @@ def _merge(
         }
         for spec in method.spec.input_parameters
     }
-    inputs = {
-        name: [TensorEntry(key, state[name][1], key == group.base) for key, state in states.items()]
-        for name in next(iter(states.values()))
-        if name in names
-    }
     copied = states[group.base] if group.base else next(iter(states.values()))
-    groups, merged = [], {}
-    for name, entries in inputs.items():
-        if (tensor := copied[name][1]).is_floating_point():
-            groups.append(TensorGroup(tuple(entries), TensorMetadata(name)))
-        else:
-            merged[name] = tensor.clone()
+    merged = {n: copied[n][1].clone() for n in names if not copied[n][1].is_floating_point()}
+    groups = [
+        TensorGroup(
+            tuple(TensorEntry(key, of[name][1], key == group.base) for key, of in states.items()),
+            TensorMetadata(name),
+        )
+        for name in names
+        if name not in merged
+    ]
     with active(Session()) as session, full_precision(), torch.no_grad():
         bound = method._bind_parameters(groups, given)
         if isinstance(method, ExtMethod) and bound:

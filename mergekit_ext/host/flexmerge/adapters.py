@@ -33,9 +33,17 @@ from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.planned_files import split, weight_names
 from peft_merge.adapter import LoraAdapter, Update, cast
 from peft_merge.io.merged import adapter_of
+from peft_merge.io.write import PATTERNS, page
 from peft_merge.layers import Unit, configuration, owner_of, units_of
 
 FOLDER = "base"  # of the base
+# Of each adapter.
+MOVED = (
+    f"Its base is `../{FOLDER}`. `base_model_name_or_path` is where that lay at first; change it "
+    "when you move both."
+)
+# What vLLM's --max-lora-rank may be.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -247,3 +255,53 @@ def adapter_of_task(
     saved = {called: partial(whole, name) for called, name in forms.saved(task).items()}
     stated = configuration(forms.models[task], units, base, [*dict.fromkeys(map(owner_of, saved))])
     return adapter_of(name_of, infos, update, stated, saved)
+
+
+def base_card(tasks: Sequence[str], forms: Forms, source: str) -> str:
+    """Return the card of the base of tasks; `source` is the text of the configuration."""
+    text = (
+        f"The base of {len(tasks)} tasks, made of their fine-tunes by `decompose` of mergekit-ext. "
+        "Each task is an adapter on it. Configuration, tokenizer"
+        f"{' and head' if any(forms.private) else ''} are those of `{tasks[0]}`."
+    )
+    given, tags = {"library_name": "transformers"}, ["merge", "mergekit-ext"]
+    load = loading(tasks[0], forms.kinds[0], forms)[1:-1]
+    return page(FOLDER, tags, [text], load, source, given)
+
+
+def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
+    """Return how to use a base and its adapters: in Python, and with a server if one takes them."""
+    tasks = [adapter.name for adapter in adapters]
+    parts = [
+        "### Base and adapters",
+        f"`{FOLDER}` is an ordinary model, and {', '.join(f'`{task}`' for task in tasks)} are PEFT "
+        "LoRAs on it, with a scaling of 1. Load one with",
+        "\n".join(["```python", *loading(tasks[0], forms.kinds[0], forms), "```"]),
+    ]
+    largest = max(info.configured_rank for each in adapters for info in each.infos.values())
+    fits = [rank for rank in _VLLM_RANKS if rank >= largest]
+    whole = bool(forms.biases) or any(adapter.saved for adapter in adapters)
+    if all(kind.endswith("ForCausalLM") for kind in forms.kinds) and fits and not whole:
+        named = " ".join(f"{task}={task}" for task in tasks)
+        options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
+        parts += ["or serve all with", f"```sh\nvllm serve {FOLDER} {options}\n```"]
+    if any(adapter.config["rank_pattern"] for adapter in adapters):
+        parts.append(f"{PATTERNS} `uniform_rank: true` writes one rank for all of an adapter.")
+    return "\n\n".join(parts)
+
+
+def loading(task: str, kind: str, forms: Forms) -> list[str]:
+    """Return Python that loads a task, a model of the class `kind`, from the folder above.
+
+    Its head may have another shape.
+    """
+    private = any(forms.private)
+    head = f'config=AutoConfig.from_pretrained("{task}"), ignore_mismatched_sizes=True'
+    given = f'"{FOLDER}", {head}' if private else f'"{FOLDER}"'
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {'AutoConfig, ' if private else ''}{kind}",
+        "",
+        f"model = {kind}.from_pretrained({given})",
+        f'model = PeftModel.from_pretrained(model, "{task}")',
+    ]

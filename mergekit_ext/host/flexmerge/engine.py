@@ -34,7 +34,7 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
-from mergekit_ext.flexmerge.residual import Kept, Residuals, ResidualStorage, kept
+from mergekit_ext.flexmerge.residual import Kept, Residuals, ResidualStorage, kept, total
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.flexmerge.stored import StoredGroup
@@ -44,18 +44,15 @@ from mergekit_ext.host.adapters.fitted import adapted_headers, applies, fit, rea
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge.adapters import (
     FOLDER,
+    MOVED,
     Forms,
     adapter_of_task,
     bare,
+    base_card,
     base_files,
     base_pieces,
-)
-from mergekit_ext.host.flexmerge.residual_report import (
-    MOVED,
-    base_card,
     loading,
     section_of,
-    write_residual_report,
 )
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.inputs import folder_of
@@ -67,7 +64,13 @@ from mergekit_ext.io.model_files import companions, copy, is_weights, sentence_c
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.io.quantised import dequantised, detach
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.card import CARD, flexmerge_section, sentence_card, write_report
+from mergekit_ext.report.card import (
+    CARD,
+    flexmerge_section,
+    residual_section,
+    sentence_card,
+    write_report,
+)
 from mergekit_ext.report.rho import Distance, Rho, rho_of
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.read import locate
@@ -92,8 +95,8 @@ class Engine:
         self.prepared, self.reader, self.layout = prepared, reader, reader.layout
         self._analyses_in, self._session, self._scratch = analyses_in, session, scratch
         self._subject = analysis_file.subject_of(reader)
-        self._seed: int = prepared.options.random_seed or 0
-        self._distances: dict[str, Sequence[Distance]] = {}
+        self.seed: int = prepared.options.random_seed or 0
+        self._distances: dict[str, Mapping[str, Distance]] = {}
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -126,9 +129,9 @@ class Engine:
         if (found := self.merging.residuals) is not None:
             return Residuals(found.storage, found.spectra)
         if self.prepared.algorithm.kmeans:
-            return Clusters(storage, self.grams, self._seed)
+            return Clusters(storage, self.grams, self.seed)
         similarities = [cosines(gram) for gram in self.grams]
-        return Dendrograms(storage, similarities, shared["linkage"], shared["order"], self._seed)
+        return Dendrograms(storage, similarities, shared["linkage"], shared["order"], self.seed)
 
     @cached_property
     def merging(self) -> Merging:
@@ -213,7 +216,7 @@ class Engine:
             if value is not None
         }
         models = dict(zip(self.layout.tasks, parameters.models, strict=True))
-        return {**shared, "models": models, "seed": self._seed}
+        return {**shared, "models": models, "seed": self.seed}
 
     @property
     def _acting(self) -> dict[str, Any]:
@@ -238,18 +241,16 @@ class Engine:
 
     def far(self) -> Rho:
         """Return how far the groups that were written went. All processes call this."""
-        written = {
-            f"{block} of {', '.join(each['inputs'])}": {"distance": each}
-            for part in parallel.current().gather(self._distances)
-            for block, found in part.items()
-            for each in found
-        }
+        written: dict[str, Mapping[str, Distance]] = {}
+        for part in parallel.current().gather(self._distances):
+            written |= part
         return rho_of(written, lambda name: name.rpartition(" of ")[0])
 
     def _merged(
         self, block: BlockLayout, groups: Sequence[StoredGroup], far: Sequence[Distance]
     ) -> None:
-        self._distances[block.name] = far
+        for each in far:
+            self._distances[f"{block.name} of {', '.join(each['inputs'])}"] = {"distance": each}
         tasks = self.layout.tasks
         named = tuple(tuple(tasks[task] for task in group.tasks) for group in groups)
         self._session.emit(BlockMerged(block.name, named))
@@ -324,13 +325,12 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     if not parallel.current().is_main:
         return
     section = f"{finish()}\n\n{far.line}".rstrip()
-    method, seed = config.merge_method, prepared.options.random_seed or 0
+    method = config.merge_method
     if kept := engine.kept(plan):
-        about = (kept, engine.layout.tasks, plan.size, seed)
-        session.summary, errors = write_residual_report(folder, method, *about)
+        session.summary, errors = _residual_report(engine, plan, kept, method, folder)
         section = f"{section}\n\n{errors}"
     elif far.found:
-        write_report(folder, method, {}, seed, rho=far.found)
+        write_report(folder, method, {}, engine.seed, rho=far.found)
         session.summary = far.line
         session.afterwards += far.warnings(prepared.algorithm.name)
     if prepared.options.write_model_card:
@@ -341,6 +341,24 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         card = sentence_card(sentence_class(folder / task), f"{folder.name}/{task}", card)
         (folder / CARD).write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
+
+
+def _residual_report(
+    engine: Engine, plan: Plan, kept: Mapping[str, Sequence[Kept]], method: str, folder: Path
+) -> tuple[str, str]:
+    """Write ``merge_report.json``; return what is said to the user, and the section of a card."""
+    tasks, size = engine.layout.tasks, plan.size
+    each = {task: [found[index] for found in kept.values()] for index, task in enumerate(tasks)}
+    tensors = {
+        name: dict(zip(tasks, (each.entry for each in found), strict=True))
+        for name, found in kept.items()
+    }
+    totals = {task: total(found) for task, found in each.items()}
+    models = {"models": size.models, "bytes": size.bytes}
+    write_report(folder, method, tensors, engine.seed, size=models, tasks=totals)
+    errors = ", ".join(f"{task} {found['error']:.3g}" for task, found in totals.items())
+    line = f"{size.models:.4g} models, {size.bytes:,} bytes. Relative errors: {errors}."
+    return line, residual_section(totals)
 
 
 def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Sequence[Path]) -> str:
