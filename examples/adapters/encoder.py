@@ -9,7 +9,7 @@ tasks can be merged.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from .texts import CLASSES, Example
 BATCH = 24
 TOKENS = 20
 SHARPNESS = 20.0  # of the softmax over cosines
+
+
+# A model and texts to unit vectors.
+Embed = Callable[[Any, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Embedder:
 
 @torch.no_grad()
 def prototypes(
-    model: Any, embed: Embedder, tasks: Mapping[str, Mapping[str, Sequence[Example]]], count: int
+    model: Any, embed: Embed, tasks: Mapping[str, Mapping[str, Sequence[Example]]], count: int
 ) -> dict[str, Tensor]:
     """By task: (classes, hidden), of the first `count` training texts."""
     found = {}
@@ -100,7 +104,7 @@ def prototypes(
 
 def train(
     model: Any,
-    embed: Embedder,
+    embed: Embed,
     classes: Tensor,
     examples: Sequence[Example],
     steps: int,
@@ -123,7 +127,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: Any, embed: Embedder, classes: Tensor, examples: Sequence[Example]) -> float:
+def accuracy(model: Any, embed: Embed, classes: Tensor, examples: Sequence[Example]) -> float:
     texts, labels = zip(*examples, strict=True)
     right = 0
     for part, expected in zip(_batches(texts), _batches(labels), strict=True):

@@ -1,1 +1,1 @@
-"""Classes beside decoders of text: so far vision and language."""
+"""Classes beside decoders of text: speech, vision and language, embeddings."""

@@ -18,15 +18,16 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 
-KINDS = ("vision_language",)
+KINDS = ("speech", "vision_language", "embedding")
 
 
-def train(kind: Any, model: Any, tasks: list[str], steps: int, seed: int) -> Any:
-    """Train on batches of the tasks in turn, and return the model."""
+def train(kind: Any, model: Any, tasks: list[str], how: tuple[int, float], seed: int) -> Any:
+    """Train on batches of the tasks in turn, so many steps at a rate, and return the model."""
+    steps, rate = how
     torch.manual_seed(seed)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=kind.LEARNING_RATE)
+    optimizer = torch.optim.AdamW(parameters, lr=rate)
     for step in range(steps):
         kind.loss(model, tasks[step % len(tasks)]).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -44,13 +45,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     given = parser.parse_args(arguments)
     started = time.perf_counter()
     kind: Any = importlib.import_module(f"examples.architectures.{given.kind}")
-    first, steps = (4, 4) if given.quick else kind.STEPS
+    first, second = ((4, 1e-3), (4, 1e-3)) if given.quick else (kind.BASE, kind.TUNING)
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary)
         tasks = list(kind.TASKS)
         train(kind, kind.base(), tasks, first, seed=0).save_pretrained(out / "base")
         for seed, task in enumerate(tasks, 1):
-            tuned = train(kind, kind.load(out / "base"), [task], steps, seed)
+            tuned = train(kind, kind.load(out / "base"), [task], second, seed)
             tuned.save_pretrained(out / task)
         document = {
             "merge_method": "nan",
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             "models": [{"model": str(out / task)} for task in tasks],
             **kind.SETTINGS,
         }
-        options = MergeOptions(quiet=True, copy_tokenizer=False)
+        options = MergeOptions(quiet=True)
         mergekit_ext.merge(yaml.safe_dump(document), out / "merged", options)
         scores = {}
         for name in ("base", *tasks, "merged"):

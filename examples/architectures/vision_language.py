@@ -13,7 +13,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 TASKS = {"colour": 0, "place": 1}
 SETTINGS = {"parameters": {"include": "language_model.*"}, "dtype": "float32"}
-STEPS, LEARNING_RATE = (200, 80), 2e-3
+BASE, TUNING = (200, 2e-3), (80, 2e-3)  # steps and learning rates
 _COLOURS, _PLACES, _BATCH = 3, 4, 32
 # Tokens: the picture, the two questions, and the answers.
 _IMAGE, _QUESTION, _COLOUR, _PLACE, _COUNT = 0, 1, 3, 6, 10
