@@ -14,5 +14,4 @@ def test_a_few_steps(kind, tmp_path, monkeypatch):
     scores = main([kind, "--quick", "--out", str(tmp_path)])
     first, *_, last = scores
     assert (first, last, len(scores)) == ("base", "merged", 4)
-    assert len({tuple(found) for found in scores.values()}) == 1
     assert (tmp_path / "merged" / "merge_report.json").exists()
