@@ -28,17 +28,7 @@ from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
 from mergekit_ext.core.parameters import AUTO, WEIGHT
-from mergekit_ext.declared import Inputs, Merged
-from mergekit_ext.declared.nan import (
-    NORM_OF,
-    PAPER,
-    SCALE,
-    combine_norms,
-    granularity,
-    inverse_norm_coefficients,
-    scale_of,
-    uniform_warning,
-)
+from mergekit_ext.declared import Inputs, Merged, nan
 from mergekit_ext.declared.ties import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
 from mergekit_ext.host.blocks import block_of, stacks_experts
@@ -58,7 +48,7 @@ GRANULARITIES: dict[str, Callable[[str], str]] = {
 }
 # Those that need no other tensor. "expert" has coefficients for each expert of a stack.
 ALONE = frozenset({"tensor", "expert"})
-PARAMETERS = (NORM_OF, granularity(*GRANULARITIES), SCALE)
+PARAMETERS = (nan.NORM_OF, nan.granularity(*GRANULARITIES), nan.SCALE)
 _SHARED = tuple(map(spec_of, PARAMETERS))
 
 # Of mergekit's sparsifying methods, which take any number.
@@ -123,7 +113,7 @@ class NanMethod(ExtMethod):
                 (*_SHARED, spec_of(WEIGHT)),
                 InputContract(base=BasePolicy.OPTIONAL, min_non_base=1),
                 "NAN",
-                PAPER,
+                nan.PAPER,
             )
         else:
             inner = wrapped.spec
@@ -131,7 +121,7 @@ class NanMethod(ExtMethod):
                 inner,
                 name=f"nan_{inner.name}",
                 pretty_name=f"{inner.pretty_name or inner.name} with NAN coefficients",
-                reference_url=PAPER,
+                reference_url=nan.PAPER,
                 parameters=(*_SHARED, *_with_ranges(wrapped)),
             )
         self._wrapped = wrapped
@@ -213,10 +203,10 @@ class NanMethod(ExtMethod):
                 "not measured, because mergekit's own planner ran. Call mergekit_ext.register() "
                 "before mergekit.merge is imported, or run `mergekit-ext merge`."
             )
-        values = inverse_norm_coefficients(list(norms.values()))
+        values = nan.inverse_norm_coefficients(list(norms.values()))
         coefficients = dict(zip(norms, values, strict=True))
         based = group.base is not None and not self.ignores_base
-        scale = scale_of(parameters["scale"], len(models), based)
+        scale = nan.scale_of(parameters["scale"], len(models), based)
         if any(values):
             weights = {key: a * parameters["weight"][key] for key, a in coefficients.items()}
             merged = _weighted(self._wrapped, group, weights, scale, parameters, out_dtype)
@@ -279,7 +269,7 @@ class NanMethod(ExtMethod):
                 name = group.metadata.name or str(index)
                 shared[index] = granularity, GRANULARITIES[granularity](name)
         with torch.no_grad():
-            norms = combine_norms(
+            norms = nan.combine_norms(
                 (key, self.norms(groups[i], bound[i])) for i, key in shared.items()
             )
         for index, key in shared.items():
@@ -309,7 +299,7 @@ class NanMethod(ExtMethod):
                 "base; norms of task vectors differ: use a method over a base, such as `nan`, give "
                 "`base_model` and leave `norm_of` out."
             )
-        if (warning := uniform_warning(self.spec.name, sized, "parameters", why)) is not None:
+        if (warning := nan.uniform_warning(self.spec.name, sized, "parameters", why)) is not None:
             yield warning
 
     def summary(self, records: Sequence[TensorRecord]) -> str:

@@ -89,7 +89,7 @@ def extended(stock: type) -> type:
                 session.say(f"Going on with a merge that was stopped: {done}.")
             if method is not None:
                 tasks = [task for _, task in tensors.values()]
-                _forewarn(method, (t for t in tasks if not _copies(t)), session)
+                _forewarn(method, (t for t in tasks if not getattr(t, "copies", False)), session)
             models = tuple(map(str, self.config.referenced_models()))
             left = [name for name in tensors if name not in finished]
             session.emit(MergeBegin(self._method.spec.name, session.output, models, len(left)))
@@ -118,10 +118,6 @@ class _Aliases(tuple[str, ...]):
 
     def __radd__(self, other: list[str]) -> list[str]:
         return [*other, *self]
-
-
-def _copies(task: Any) -> bool:
-    return isinstance(task, MergeTensorTask) and task.copies
 
 
 def _forewarn(method: ExtMethod, tasks: Iterable[Any], session: Session) -> None:

@@ -22,6 +22,7 @@ from mergekit_ext import parallel
 from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.declared.method import factor_in
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
+from mergekit_ext.host import identity
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.architecture import Settled, settling
@@ -31,15 +32,6 @@ from mergekit_ext.host.checks.merge import check_merge, models_of_stock
 from mergekit_ext.host.commands import for_commands, parsed, source_of
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.flexmerge import FlexMergeMethod
-from mergekit_ext.host.identity import (
-    identity,
-    own_options,
-    parts_of,
-    process_problems,
-    require_same,
-    require_unchanged,
-    weights_of,
-)
 from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import ext_method, is_stock
 from mergekit_ext.io.headers import allowing_pickles
@@ -67,8 +59,8 @@ def merge(
     out_path, options = os.path.expanduser(out_path), options or MergeOptions()
     method = ext_method(config.merge_method)
     whole = isinstance(method, FlexMergeMethod)  # which reports itself
-    unshared = list(process_problems(config.merge_method, options))
-    processes, options = parallel.current(), own_options(options)
+    unshared = list(identity.process_problems(config.merge_method, options))
+    processes, options = parallel.current(), identity.own_options(options)
     with _fresh_loaders(), full_precision():
         report, checked = check_merge(config, options, config_source)
         config = ordered(config)
@@ -78,16 +70,16 @@ def merge(
             place_problems,
             out_path,
             "OUT_PATH",
-            [part.path for part in parts_of(inputs)],
+            [part.path for part in identity.parts_of(inputs)],
             empty=whole,
             needed=report.estimate.bytes_written if report.estimate else 0,
         )
         require([*report.problems, *processes.from_main(lambda: list(place())), *unshared])
-        decides = identity(source, options, inputs)
-        require_same(processes, {**decides, "output": os.fspath(Path(out_path).resolve())})
+        decides = identity.identity(source, options, inputs)
+        identity.require_same(processes, {**decides, "output": os.fspath(Path(out_path).resolve())})
         if whole:  # whose lines in the journal say what each finished piece depends on
             del decides["configuration"]
-        weights = weights_of(config.referenced_models())
+        weights = identity.weights_of(config.referenced_models())
         _warn(report.warnings if processes.is_main else ())
         with sessions.output(
             options,
@@ -115,9 +107,9 @@ def merge(
             except Exception as error:
                 if not isinstance(error, MergekitExtError):
                     # Whatever a library reports of files that were written to meanwhile.
-                    require_unchanged(weights)
+                    identity.require_unchanged(weights)
                 raise
-            processes.from_main(lambda: require_unchanged(weights))
+            processes.from_main(lambda: identity.require_unchanged(weights))
 
 
 def extended(

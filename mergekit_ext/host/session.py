@@ -214,7 +214,7 @@ def output(
         place = Path(out_path)
         if (place / SHARDS).is_dir():  # which the tasks of a FlexMerge share
             shards = list((place / SHARDS).iterdir())
-        elif method is None:  # a base and adapters
+        elif method is None and not stock:  # a base and adapters
             shards = list(place.glob("*/*.safetensors"))
         else:
             shards = [path for path in place.iterdir() if WEIGHTS.fullmatch(path.name)]

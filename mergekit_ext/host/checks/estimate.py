@@ -95,7 +95,9 @@ def _inputs(tensor: PlannedTensor) -> list[tuple[Any, TensorHeader]]:
 
 
 def _need(inventory: Inventory, scaled: bool, tensor: PlannedTensor, entry: TensorHeader) -> Need:
-    config, device = inventory.config, kind_of_device(inventory.options)
+    config, options = inventory.config, inventory.options
+    gpus = torch.accelerator.current_accelerator() if options.multi_gpu else None
+    device = str(gpus.type if gpus else options.device).partition(":")[0]
     size, dtype = math.prod(entry.shape), _loaded(tensor, config)
     bits = BITS.get(dtype, 32)
     width = max(bits // 8, _LEAST_BYTES)
@@ -120,12 +122,6 @@ def _need(inventory: Inventory, scaled: bool, tensor: PlannedTensor, entry: Tens
     parts = {"inputs that are not mapped": inputs, "the result": entry.nbytes, **merging}
     parts |= {"a tensor that is dequantised": dequantising} if dequantising else {}
     return Need(tensor.name, parts, _REMEDY)
-
-
-def kind_of_device(options: Any) -> str:
-    """Return the kind of device that computes: that of mergekit's options, or its GPUs."""
-    found = torch.accelerator.current_accelerator() if options.multi_gpu else None
-    return str(found.type if found else options.device).partition(":")[0]
 
 
 def predicted(located: Iterable[PlannedTensor], config: Any) -> dict[str, TensorHeader | None]:

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit_ext.core import memory
 from mergekit_ext.errors import FileError, nearest, shown
 from mergekit_ext.host.blocks import is_task_head
+from mergekit_ext.host.checks import schema
 from mergekit_ext.host.checks.copied import note_routers, settle_copies
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
@@ -22,13 +23,6 @@ from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.plan import Inventory, plan_models
 from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
-from mergekit_ext.host.checks.schema import (
-    NO_DOCUMENT,
-    between_documents,
-    name_of,
-    parse,
-    unknown_keys,
-)
 from mergekit_ext.host.checks.settings import check_settings, check_tokenizers
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
 from mergekit_ext.host.flexmerge import FlexMergeMethod
@@ -53,7 +47,7 @@ def check_merge(
     if isinstance(own, FlexMergeMethod):
         return own.prepare(config, options, source, pending)
     with quiet():
-        findings.extend(unknown_keys(source))
+        findings.extend(schema.unknown_keys(source))
         check_settings(config, options, findings)
         if options.multi_gpu and not torch.accelerator.device_count():
             findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
@@ -125,12 +119,12 @@ def check_source(text: str, options: MergeOptions) -> list[tuple[str | None, Che
     except FileError as error:
         return [(None, CheckReport((error.problem,)))]
     if not documents:
-        return [(None, CheckReport((NO_DOCUMENT,)))]
-    names = [name_of(document) for document in documents]
-    between = between_documents(documents)
+        return [(None, CheckReport((schema.NO_DOCUMENT,)))]
+    names = [schema.name_of(document) for document in documents]
+    between = schema.between_documents(documents)
     reports = []
     for i, (name, document) in enumerate(zip(names, documents, strict=True)):
-        config, problems = parse(document)
+        config, problems = schema.parse(document)
         if config is None:
             report = CheckReport(tuple(problems))
         else:

@@ -17,16 +17,8 @@ import torch
 from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
-from mergekit_ext import parallel
+from mergekit_ext import events, parallel
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.events import (
-    BlockMerged,
-    MergeBegin,
-    SizeReached,
-    StatisticsBegin,
-    StatisticsEnd,
-    TensorMeasured,
-)
 from mergekit_ext.flexmerge import analysis_file, files
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
 from mergekit_ext.flexmerge.decomposition import Decomposition
@@ -42,18 +34,7 @@ from mergekit_ext.flexmerge.writer import pieces_of, write_checkpoint, write_pie
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import adapted_headers, applies, fit, read_adapter
 from mergekit_ext.host.checks.settings import dtype_of
-from mergekit_ext.host.flexmerge.adapters import (
-    FOLDER,
-    MOVED,
-    Forms,
-    adapter_of_task,
-    bare,
-    base_card,
-    base_files,
-    base_pieces,
-    loading,
-    section_of,
-)
+from mergekit_ext.host.flexmerge import adapters
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.host.out_config import agree
@@ -175,9 +156,11 @@ class Engine:
 
     def write_base(self, folder: Path, plan: Plan) -> list[PlannedFile]:
         """Write the weights of the base of one size likewise; return their files."""
-        pieces = pieces_of(self.reader, bare(plan), self.merging, self._merged)
-        filed = partial(base_files, limit=self.prepared.options.out_shard_size)
-        shards = write_pieces(folder, base_pieces(pieces, self.layout), filed, self._blocks)
+        pieces = pieces_of(self.reader, adapters.bare(plan), self.merging, self._merged)
+        filed = partial(adapters.base_files, limit=self.prepared.options.out_shard_size)
+        shards = write_pieces(
+            folder, adapters.base_pieces(pieces, self.layout), filed, self._blocks
+        )
         self.reached(plan)
         return list(shards.files.values())
 
@@ -193,15 +176,10 @@ class Engine:
         patterns = None if cuts is None else [cut.pattern for cut in cuts]
         return self._finished("blocks", self._acting, patterns, str(self.prepared.forced))
 
-    def kept(self, plan: Plan) -> dict[str, list[Kept]]:
-        """Return what a plan keeps of each residual; nothing without residuals."""
-        found = self.merging.residuals
-        return {} if found is None else kept(found.storage, plan, found.measured)
-
     def reached(self, plan: Plan) -> None:
         """Emit that a size is reached."""
         name, size = self.prepared.algorithm.parameters.shared["algorithm"], plan.size
-        self._session.emit(SizeReached(name, size.models, size.bytes))
+        self._session.emit(events.SizeReached(name, size.models, size.bytes))
 
     def save_analysis(self, folder: Path) -> None:
         analysis_file.save(folder, self.analysis, self._subject, self.layout)
@@ -231,13 +209,13 @@ class Engine:
 
     @contextmanager
     def _measuring(self, blocks: int) -> Iterator[None]:
-        self._session.emit(StatisticsBegin(blocks, "block"))
+        self._session.emit(events.StatisticsBegin(blocks, "block"))
         started = time.perf_counter()
         yield
-        self._session.emit(StatisticsEnd({}, time.perf_counter() - started))
+        self._session.emit(events.StatisticsEnd({}, time.perf_counter() - started))
 
     def _measured(self, name: str) -> None:
-        self._session.emit(TensorMeasured(name))
+        self._session.emit(events.TensorMeasured(name))
 
     def far(self) -> Rho:
         """Return how far the groups that were written went. All processes call this."""
@@ -253,7 +231,7 @@ class Engine:
             self._distances[f"{block.name} of {', '.join(each['inputs'])}"] = {"distance": each}
         tasks = self.layout.tasks
         named = tuple(tuple(tasks[task] for task in group.tasks) for group in groups)
-        self._session.emit(BlockMerged(block.name, named))
+        self._session.emit(events.BlockMerged(block.name, named))
 
 
 def open_inputs(prepared: Prepared) -> tuple[BlockReader, Sequence[Path]]:
@@ -309,7 +287,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         session.say("Going on with a merge that was stopped.")
     reader, folders = open_inputs(prepared)
     models, blocks = tuple(map(str, prepared.references)), len(reader.layout.blocks)
-    session.emit(MergeBegin(config.merge_method, session.output, models, blocks, "block"))
+    session.emit(events.MergeBegin(config.merge_method, session.output, models, blocks, "block"))
     beside = Path(session.output or folder).resolve().parent
     engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
     plan = engine.planner.plan(prepared.target)
@@ -318,16 +296,16 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         finish: Callable[[], str] = partial(_checkpoint, engine, manifest, folder, folders)
     else:
         shards = engine.write_base(folder, plan)
-        base = str(Path(session.output or folder).resolve() / FOLDER)
+        base = str(Path(session.output or folder).resolve() / adapters.FOLDER)
         given = (folder, folders, prepared.forms, base, source)
         finish = partial(_adapters, engine, plan, shards, *given)
     far = engine.far()
     if not parallel.current().is_main:
         return
     section = f"{finish()}\n\n{far.line}".rstrip()
-    method = config.merge_method
-    if kept := engine.kept(plan):
-        session.summary, errors = _residual_report(engine, plan, kept, method, folder)
+    method, residuals = config.merge_method, engine.merging.residuals
+    if residuals and (found := kept(residuals.storage, plan, residuals.measured)):
+        session.summary, errors = _residual_report(engine, plan, found, method, folder)
         section = f"{section}\n\n{errors}"
     elif far.found:
         write_report(folder, method, {}, engine.seed, rho=far.found)
@@ -393,7 +371,7 @@ def _adapters(
     shards: Sequence[PlannedFile],
     folder: Path,
     folders: Sequence[Path],
-    forms: Forms,
+    forms: adapters.Forms,
     base: str,
     source: str,
 ) -> str:
@@ -401,24 +379,24 @@ def _adapters(
     tasks = engine.layout.tasks
     if len(shards) > 1:
         named = [(Path(file.path).name, file.entries) for file in shards]
-        write_index(folder / FOLDER, named)
+        write_index(folder / adapters.FOLDER, named)
     homes = {folder / name: home for name, home in zip(tasks, folders, strict=True)}
     for place in homes:
         place.mkdir()
-    engine.complete({**homes, folder / FOLDER: folders[0]})
-    card = base_card(tasks, forms, source)
-    (folder / FOLDER / CARD).write_text(card, encoding="utf-8")
-    residuals, adapters = engine.merging.residuals, list[LoraAdapter]()
+    engine.complete({**homes, folder / adapters.FOLDER: folders[0]})
+    card = adapters.base_card(tasks, forms, source)
+    (folder / adapters.FOLDER / CARD).write_text(card, encoding="utf-8")
+    residuals, made = engine.merging.residuals, list[LoraAdapter]()
     assert residuals is not None
     for index, (model, kind) in enumerate(
         zip(engine.prepared.references[1:], forms.kinds, strict=True)
     ):
-        adapter = adapter_of_task(forms, plan, engine.reader, residuals, index, base)
-        about = {"model": str(model), "notes": [MOVED]}
-        card = card_of(adapter, None, about, loading(adapter.name, kind, forms))
+        adapter = adapters.adapter_of_task(forms, plan, engine.reader, residuals, index, base)
+        about = {"model": str(model), "notes": [adapters.MOVED]}
+        card = card_of(adapter, None, about, adapters.loading(adapter.name, kind, forms))
         fill_folder(adapter, folder / adapter.name, {CARD: card})
-        adapters.append(adapter)
-    return section_of(adapters, forms)
+        made.append(adapter)
+    return adapters.section_of(made, forms)
 
 
 # Of a task's folder that holds no weights.
