@@ -96,8 +96,7 @@ class Decomposition:
                 if names.isdisjoint(self._depths):
                     self._progress(block.name)
             self._depths |= deeper
-        for part_of in processes.gather(own):
-            self.measured |= part_of
+        self.measured |= processes.gather_items(own)
 
     def theta_0(self, name: str) -> Tensor:
         """Return a tensor of theta_0."""

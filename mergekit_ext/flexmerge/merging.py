@@ -138,14 +138,13 @@ def _residual(
     found, tasks = merging.residuals, group.tasks
     assert found is not None
     for part in block.parts:
-        if part.name not in group.own:
-            theta_0 = found.theta_0(part.name)
-            require_in_range(theta_0, part.name)
-            yield Place(UNIFIED, tasks), part.name, theta_0
         if part.name in group.own:
             for task in tasks:
                 yield _own(own, task, part, merging.forced)
             continue
+        theta_0 = found.theta_0(part.name)
+        require_in_range(theta_0, part.name)
+        yield Place(UNIFIED, tasks), part.name, theta_0
         for task in tasks:
             if rank := group.ranks[task].get(part.name):
                 factors = found.factors(task, part.name, rank)
