@@ -230,17 +230,15 @@ def bias_changes(
     updates: Sequence[Update | None], device: str | torch.device
 ) -> list[Tensor] | None:
     """Return the changes of the output's bias, (n rows,) in float64; None if all are zero."""
-    biases = [None if update is None else update.bias for update in updates]
-    known = next((bias for bias in biases if bias is not None), None)
-    if known is None:
+    known = {
+        position: update.scale * update.bias.to(device, torch.float64)
+        for position, update in enumerate(updates)
+        if update is not None and update.bias is not None
+    }
+    if not known:
         return None
-    nothing = torch.zeros(known.shape, dtype=torch.float64, device=device)
-    return [
-        nothing
-        if update is None or update.bias is None
-        else update.scale * update.bias.to(device, torch.float64)
-        for update in updates
-    ]
+    nothing = torch.zeros_like(next(iter(known.values())))
+    return [known.get(position, nothing) for position in range(len(updates))]
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

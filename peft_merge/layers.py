@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from mergekit_ext.errors import join
 from peft_merge.adapter import LayoutName, ModuleInfo
 
 # By the end of a class's name. PEFT expects a classifier that is saved whole with other tasks.
@@ -114,7 +115,7 @@ def units_of(model: Any) -> list[Unit]:
 def layers_of(model: Any) -> dict[str, Layer]:
     """Return what PEFT adapts exactly in a model, by the names of its parameters."""
     return {
-        f"{name}.{leaf}" if name else leaf: layer
+        join(name, leaf): layer
         for name, module in model.named_modules()
         for leaf, layer in _of_module(module, name.rpartition(".")[2])
     }
@@ -128,13 +129,12 @@ def configuration(
     Of units of `model`, and of modules that are `saved` whole.
     """
     layers = dict(pair for unit in units for pair in unit.modules.values())
-    layouts = {name: layer.info.layout for name, layer in layers.items()}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith(_LANGUAGE) else None,
         "modules_to_save": [*saved] or None,
-        "target_parameters": [name for name, kind in layouts.items() if kind == "parameter"],
+        "target_parameters": [n for n, of in layers.items() if of.info.layout == "parameter"],
         "fan_in_fan_out": any(
             layer.transposed and layer.info.layout == "linear" for layer in layers.values()
         ),

@@ -269,13 +269,10 @@ def require_places(name: str, tensors: Mapping[str, Tensor], places: Mapping[str
         for key, tensor in sorted(tensors.items())
         if (place := places.get(key)) is not None and place.shape != tensor.shape
     ]
-    problems = [
+    unfit = {"tensors that the model lacks": missing, "tensors of another shape": others}
+    if problems := [
         Problem(f"adapter {name}", f"{what}: {listing(found)}", "tensors of the model", BASE)
-        for what, found in (
-            ("tensors that the model lacks", missing),
-            ("tensors of another shape", others),
-        )
+        for what, found in unfit.items()
         if found
-    ]
-    if problems:
+    ]:
         raise ConfigError(problems, f"the adapter {name}")

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def check(
         name = (Path(out).name if Path(out).name.isprintable() else "") or name
     request = replace(request, device=device, allow_pickle=allow_pickle, name=name)
     plan = checked(request, problems)
-    return CheckedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
+    return CheckedPlan(**vars(plan))
 
 
 @full_precision()

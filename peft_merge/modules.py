@@ -214,14 +214,12 @@ def _bias(job: Job, drawn: Sequence[torch.Generator]) -> Tensor | None:
 def vector_changes(adapters: Sequence[Ia3Adapter], module: str, space: str) -> list[Tensor]:
     """Return the changes of a module that some adapter has, in float64, as stored."""
     shape = next(adapter.infos[module].shape for adapter in adapters if module in adapter.infos)
-    found = []
-    for adapter in adapters:
-        vector = torch.ones(shape)
-        if module in adapter.infos:
-            vector = finite(adapter.load(module), module, adapter.name)
-        wide = vector.to(torch.float64)
-        found.append(torch.log(wide) if space == "log" else wide - 1)
-    return found
+    vectors = (
+        finite(a.load(module), module, a.name) if module in a.infos else torch.ones(shape)
+        for a in adapters
+    )
+    wide = (vector.to(torch.float64) for vector in vectors)
+    return [torch.log(vector) if space == "log" else vector - 1 for vector in wide]
 
 
 def log_problems(adapters: Sequence[Ia3Adapter]) -> Iterator[Problem]:

@@ -71,13 +71,8 @@ class Job:
 
     def slots(self, stacks: Sequence[Tensor], call: Call) -> tuple[Tensor, dict[str, Any]]:
         """Return the rule's result on each matrix of m stacks of n, by itself, and its details."""
-        merged = [
-            self.rule.apply([stack[index] for stack in stacks], call)
-            for index in range(self.shape[0])
-        ]
-        details: dict[str, Any] = {}
-        for result in merged:
-            details.update(result.details)
+        merged = [self.rule.apply([*each], call) for each in zip(*stacks, strict=True)]
+        details = {name: said for result in merged for name, said in result.details.items()}
         return _require_finite(torch.stack([result.tensor for result in merged])), details
 
     def factor(self, space: CoreSpace, core: Tensor) -> Factored:

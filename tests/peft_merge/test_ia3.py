@@ -185,6 +185,7 @@ def test_rules_see_vectors_and_their_length():
         [adapter("a", vectors, {"m"})], replace(SUM, merge=spy), lambda module: call(1.0)
     )
     assert seen == [([(5,)], {torch.float64}, 1), ([(4,)], {torch.float64}, 1)]
+    assert report["m"].pop("distance")["merged"] == pytest.approx(5**0.5 / 2)
     assert report["m"] == {"shape": [1, 5], "feedforward": True, "adapters": 1, "seen": 1}
 
 
