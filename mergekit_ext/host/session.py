@@ -27,13 +27,7 @@ from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.model_files import sentence_class
 from mergekit_ext.io.staging import WEIGHTS, Staging, by_machine, staged
-from mergekit_ext.report.card import (
-    CARD,
-    append_section,
-    copies_section,
-    sentence_card,
-    write_report,
-)
+from mergekit_ext.report import card
 from mergekit_ext.report.rho import rho_of
 
 if TYPE_CHECKING:
@@ -191,24 +185,24 @@ def output(
         with _folder(session, out_path, identity, restart) as folder:
             yield folder
             agree(folder)
-            card = folder / CARD
-            if card.exists():
-                written = card.read_text(encoding="utf-8")
-                text = sentence_card(sentence_class(folder), folder.name, written)
-                card.write_text(text, encoding="utf-8")
+            page = folder / card.CARD
+            if page.exists():
+                written = page.read_text(encoding="utf-8")
+                text = card.sentence_card(sentence_class(folder), folder.name, written)
+                page.write_text(text, encoding="utf-8")
             details = {record.name: record.details for record in session.records}
             if name := stock if method is None else method.spec.name:
                 far = rho_of(details, block_of)
                 more = {"dequantised": session.dequantised} if session.dequantised else {}
                 seed = options.random_seed or 0
-                write_report(folder, name, details, seed, rho=far.found, **more)
-                append_section(card, far.line)
+                card.write_report(folder, name, details, seed, rho=far.found, **more)
+                card.append_section(page, far.line)
                 session.summary = far.line
                 session.afterwards += far.warnings(name)
             if method is not None:
-                append_section(card, method.summary(session.records))
+                card.append_section(page, method.summary(session.records))
             copied = {n: d["copied_from"] for n, d in details.items() if "copied_from" in d}
-            append_section(card, copies_section(session.order, copied))
+            card.append_section(page, card.copies_section(session.order, copied))
         if not parallel.current().is_main:
             return
         place = Path(out_path)

@@ -89,6 +89,7 @@ def test_merges_with_stock_methods_too(llamas, tmp_path):
     content = small.config("task_arithmetic", tuned, base, {"weight": 0.5})
     mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET, callbacks=[listener])
     assert len(listener.names) == len(small.state(tmp_path / "out"))
+    assert [shard.path for shard in listener.shards] == [str(tmp_path / "out/model.safetensors")]
 
 
 def test_solver_iterations_are_heard(llamas, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from mergekit_ext.errors import ConfigError, Problem, listing, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.class_model import class_names, class_of
-from mergekit_ext.io.headers import TensorHeader, dtype_name
+from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import Adapter
 from peft_merge.io import load_adapter
 from peft_merge.io.forms import renamed
@@ -92,16 +91,11 @@ def adapted_headers(
     }
     for name, read in weights.added.items():
         tensor = read()
-        shape = tuple(tensor.shape)
-        found[name] = TensorHeader(name, dtype_name(tensor.dtype), shape, tensor.nbytes)
-    if dtype is None:
-        return found
-    return {
-        name: TensorHeader(h.name, dtype_name(dtype), h.shape, math.prod(h.shape) * dtype.itemsize)
-        if h.dtype in FLOATING
-        else h
-        for name, h in found.items()
-    }
+        found[name] = TensorHeader.of(name, tensor.dtype, tensor.shape)
+    for name, header in found.items():
+        if dtype is not None and header.dtype in FLOATING:
+            found[name] = TensorHeader.of(header.name, dtype, header.shape)
+    return found
 
 
 def _or_beforehand(problem: Problem) -> Problem:
