@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergekit_ext.host.interface import decompose as decompose
     from mergekit_ext.host.interface import merge as merge
     from mergekit_ext.host.models import merge_models as merge_models
+    from mergekit_ext.host.tune import tune as tune
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "merge_models": "host.models",
     "methods": "host.catalogue",
     "sizes": "host.flexmerge.sizes",
+    "tune": "host.tune",
 }
 __all__ = ["__version__", "register", *_HOMES]
 

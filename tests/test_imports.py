@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW = {"core", "declared", "errors", "events", "io", "kernels", "late", "parallel", "report"}
+BELOW = {
+    *("core", "declared", "errors", "events", "io", "kernels", "late", "parallel", "report"),
+    "search",
+}
 # What each package of mergekit_ext may import of it, besides itself.
 ALLOWED = {
     "errors": set(),
@@ -21,6 +24,7 @@ ALLOWED = {
     "io": {"core", "errors"},
     "parallel": {"core", "errors"},
     "report": {"core", "errors", "events", "kernels"},
+    "search": {"core", "errors", "events", "io", "report"},
     "flexmerge": BELOW,
     "host": {*BELOW, "flexmerge"},
     "callbacks": {*BELOW, "flexmerge", "host"},
@@ -115,7 +119,7 @@ def test_no_imports_run_in_a_circle():
         ("mergekit_ext.host.run, mergekit.merge", {"accelerate", "peft", "torch._dynamo"}),
         *(
             (f"mergekit_ext.cli.{name}", {"torch", "transformers"})
-            for name in ("analyze", "check", "export", "merge", "methods", "sizes")
+            for name in ("analyze", "check", "export", "merge", "methods", "sizes", "tune")
         ),
         ("mergekit_ext.kernels.lore", {"mergekit"}),
         ("mergekit_ext.report.tables", {"matplotlib"}),

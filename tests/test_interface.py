@@ -62,6 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     documents = {
         "merge": config("nan", models, Path("base")),
         "linear": config("linear", models, parameters={"weight": 1}),
+        "open": config("nan", models, Path("base"), {"scale": {"from": 0.1, "to": 2}}),
         "flex": config("flexmerge", models, Path("base"), {"target_size": 1.5}),
         "decompose": config("decompose", models, Path("base"), {"rank": 4}),
         "adapters": config("linear", [Path("lora-code"), Path("lora-maths")]),

@@ -16,6 +16,7 @@ _COMMANDS = {
     "merge": "Merge, as mergekit-yaml does, with the methods known.",
     "methods": "Show the merge methods, and when to use which.",
     "sizes": "Merge at many sizes, and score each.",
+    "tune": "Search for the best values of a configuration.",
 }
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import events_option, merging
 from mergekit_ext.errors import ConfigError, Problem
-from mergekit_ext.events import JsonLines, takes
+from mergekit_ext.events import JsonLines
+from mergekit_ext.search import function_named
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -65,7 +63,7 @@ def sizes(
         merge_options,
         None if sizes is None else list(map(_size, sizes.split(","))),
         algorithms,
-        None if evaluate is None else _function(evaluate),
+        function_named(evaluate, "--evaluate", "a module", "a task") if evaluate else None,
         metric,
         [JsonLines(events, "--events")] if events else (),
     )
@@ -82,20 +80,3 @@ def _size(text: str) -> float | str:
             return ALL if text.strip() == ALL else float(text)
     expected = "numbers from 1 and `all`, separated by commas"
     raise ConfigError([Problem("--sizes", repr(text), expected, "Write 1,1.5,2.")])
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    remedy = "Write scores:evaluate for scores.py, and run the command in its folder."
-    # As for `python -m`: the user's module lies where the command is run.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # the module is the user's: anything may come
-        name = f"{name} ({type(error).__name__}: {error})"
-        expected = "MODULE:FUNCTION, which can be imported from here"
-        raise ConfigError([Problem("--evaluate", name, expected, remedy)]) from None
-    if not takes(function, "model", "task"):
-        raise ConfigError([Problem("--evaluate", name, "a function of a module and a task")])
-    return function

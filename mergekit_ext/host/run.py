@@ -61,7 +61,7 @@ def merge(
     whole = isinstance(method, FlexMergeMethod)  # which reports itself
     unshared = list(identity.process_problems(config.merge_method, options))
     processes, options = parallel.current(), identity.own_options(options)
-    with _fresh_loaders(), full_precision():
+    with fresh_loaders(), full_precision():
         report, checked = check_merge(config, options, config_source)
         config = ordered(config)
         source = config_source or config.to_yaml()
@@ -132,7 +132,7 @@ def extended(
     models = list(models_at(merge_config))
     adapted, found = any(map(applies, models)), Settled()
     # Pickles that mergekit's own methods read are mergekit's to refuse.
-    with allowing_pickles(True), _fresh_loaders():
+    with allowing_pickles(True), fresh_loaders():
         # What mergekit downloads is looked at by mergekit.
         if adapted or all(os.path.isdir(model.model.path) for model in models):
             with for_commands():
@@ -151,7 +151,7 @@ def _warn(texts: Iterable[str]) -> None:
 
 
 @contextmanager
-def _fresh_loaders() -> Iterator[None]:
+def fresh_loaders() -> Iterator[None]:
     """Forget open files before and after; keep the collector from what is loaded already.
 
     mergekit's cache outlives merges: a file that was replaced would be read by its old index. And

@@ -11,6 +11,7 @@ import math
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -156,6 +157,19 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
         sizes, heights = zip(*sorted(line), strict=True)
         axes.plot(sizes, heights, marker="o", markersize=4, label=algorithm)
     axes.set(xlabel="size (models)", ylabel=f"normalised {metric}")
+    axes.legend(fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path, dpi=150)
+
+
+def plot_trials(path: Path, scores: Sequence[float | None]) -> None:
+    """Draw the score of each trial that has one, and the best so far."""
+    picture = _figure(6.0, 4.2)
+    numbers, heights = zip(*((i, s) for i, s in enumerate(scores, 1) if s is not None), strict=True)
+    axes = picture.add_subplot()
+    axes.plot(numbers, heights, "o", markersize=4, label="trial")
+    axes.step(numbers, list(accumulate(heights, max)), where="post", label="best so far")
+    axes.set(xlabel="trial", ylabel="mean score")
     axes.legend(fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=150)

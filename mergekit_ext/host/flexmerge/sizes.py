@@ -101,7 +101,7 @@ def sizes(
     if metric is not None and evaluate is None:
         require([Problem("--metric", repr(metric), "`--evaluate` as well", "Say what scores.")])
     lines, wanted = _prepared(config, folder, options, algorithms, sizes, evaluate is not None)
-    evaluator = None if evaluate is None else _Evaluator(evaluate, options)
+    evaluator = None if evaluate is None else Evaluator(evaluate, options)
     points: list[SizePoint] = []
     notes: list[str] = []
     with listening(options, callbacks, os.fspath(folder)) as session, ExitStack() as stack:
@@ -171,11 +171,11 @@ def _prepared(
     return lines, sizes
 
 
-class _Evaluator:
+class Evaluator:
     """Calls the user's function (see `sizes`) with one model after the other."""
 
     def __init__(self, function: Evaluate, options: MergeOptions):
-        self._function, self._options = function, options
+        self._function, self.options = function, options
         self._metrics: dict[str, set[str]] = {}
         self.bar: Any = None
 
@@ -185,7 +185,7 @@ class _Evaluator:
         # Loading a model is fast and happens for each evaluation: its bars would hide this one.
         shown_before = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()
-        quiet = self._options.quiet
+        quiet = self.options.quiet
         try:
             with tqdm(total=total, desc=description, unit="model", disable=quiet) as self.bar:
                 yield
@@ -206,7 +206,7 @@ class _Evaluator:
         Errors call it `what`. A `dtype` is that of its parameters, if its configuration says
         another.
         """
-        trust = self._options.trust_remote_code
+        trust = self.options.trust_remote_code
         module = build_module(folder, dict(tensors), dtype, trust_remote_code=trust)
         try:
             returned = self._function(module, task)
@@ -218,7 +218,7 @@ class _Evaluator:
 
 
 def _individual(
-    reader: BlockReader, folders: Sequence[Path], evaluator: _Evaluator | None
+    reader: BlockReader, folders: Sequence[Path], evaluator: Evaluator | None
 ) -> dict[str, Mapping[str, float]]:
     """Return the scores of each task's own model; those of a task are empty without evaluator."""
     found: dict[str, Mapping[str, float]] = {task: {} for task in reader.layout.tasks}
@@ -236,7 +236,7 @@ def _line(
     engine: Engine,
     folders: Sequence[Path],
     asked: Sequence[tuple[float, float]],
-    evaluator: _Evaluator | None,
+    evaluator: Evaluator | None,
 ) -> Iterator[SizePoint]:
     """Yield one algorithm at each size; only blocks that change are merged again."""
     walk = Walk(engine.reader, engine.merging)
