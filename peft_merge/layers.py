@@ -1,15 +1,21 @@
 """The weights of a model's class that PEFT adapts exactly, from its modules on the meta device.
 
-A LoRA acts where a module is called. So what overrides `forward` is none, nor is the projection of
-torch's MultiheadAttention, whose weight is used without calling it; nor are convolutions with
-groups, with dilation (PEFT's have none) or with other padding than zeros.
+A LoRA acts where a module is called. So what overrides `forward` is none, nor is what the class's
+code uses without calling it (the projection of torch's MultiheadAttention, relative positions of
+DeBERTa, dt_proj of Mamba) or in ways that PEFT's layers lack (the stride of Whisper's
+convolutions); nor are convolutions with groups, with dilation (PEFT's have none) or with other
+padding than zeros.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from inspect import getsource, isfunction
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +27,13 @@ from peft_merge.adapter import LayoutName, ModuleInfo
 # By the end of a class's name. PEFT expects a classifier that is saved whole with other tasks.
 _LANGUAGE = ("ForCausalLM", "LMHeadModel")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TIED = ["embedding", "linear"]
+# Uses of a module beside calling it: what makes it no layer, and what is no use of a tensor.
+_BESIDE = (
+    "bias|stride|kernel_size|padding|padding_idx|dilation|num_embeddings|embedding_dim"
+    "|in_channels|out_channels"
+)
+_ASKED = r"\b(?!\.(?:dtype|device|shape)\b| = )"
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ def units_of(model: Any) -> list[Unit]:
             experts.setdefault(owner, {})[name] = layer
         elif not heads and name not in tied:
             units.append(Unit({owner: (name, layer)}, f"{owner}.bias" if layer.bias else None))
-        elif len(heads) == 1 and layer.info.layout == "embedding" and heads[0] in layers:
+        elif [n in layers and layers[n].info.layout for n in (name, *heads)] == _TIED:
             (head,) = heads
             units.append(Unit({owner: (name, layer), owner_of(head): (name, layers[head])}))
     for owner, parameters in experts.items():
@@ -114,9 +127,11 @@ def units_of(model: Any) -> list[Unit]:
 
 def layers_of(model: Any) -> dict[str, Layer]:
     """Return what PEFT adapts exactly in a model, by the names of its parameters."""
+    modules = dict(model.named_modules())
     return {
         join(name, leaf): layer
-        for name, module in model.named_modules()
+        for name, module in modules.items()
+        if _only_called(type(modules[owner_of(name)]), name.rpartition(".")[2])
         for leaf, layer in _of_module(module, name.rpartition(".")[2])
     }
 
@@ -166,6 +181,26 @@ def _of_module(module: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
             rows, kernel = weight.shape[0], tuple(weight.shape[2:])
             shape = (1, rows, math.prod(weight.shape[1:]))
             yield "weight", _layer("convolution", shape, False, bias, kernel)
+
+
+def _only_called(owner: type, name: str) -> bool:
+    """Return whether the code of a class uses its module `name` as PEFT's layers can be used."""
+    code, module = _code(owner), rf"\bself\.{name}"
+    if re.search(rf"{module}\.(?:{_BESIDE}){_ASKED}", code):
+        return False
+    return f"self.{name}(" in code or not re.search(rf"{module}\.weight{_ASKED}", code)
+
+
+@cache
+def _code(kind: type) -> str:
+    """Return the source of the methods of a class, but for those that make it."""
+    found = list[str]()
+    for owner in kind.__mro__:
+        for name, function in vars(owner).items() if owner.__module__ == kind.__module__ else ():
+            if isfunction(function) and "init" not in name:
+                with suppress(OSError):
+                    found.append(getsource(function))
+    return "".join(found)
 
 
 def _calls(module: nn.Module, *kinds: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
     BertConfig,
@@ -13,7 +15,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from peft_merge.layers import layers_of
+import peft_merge
+from peft_merge.layers import layers_of, units_of
+from tests.matrix.classes import ROWS
+from tests.matrix.family import Family
+
+TOKENS = torch.arange(2, 14).view(2, 6)
+SOUND = torch.linspace(-1, 1, 2 * 8 * 40).view(2, 8, 40)
 
 
 def test_layers_of_real_classes():
@@ -59,3 +67,30 @@ def test_what_has_another_forward_or_form_is_no_layer():
     assert [*found] == ["point.weight"]
     weight = torch.arange(60.0).view(5, 3, 2, 2)
     assert torch.equal(found["point.weight"].matrices(weight), weight.view(1, 5, 12))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("MambaForCausalLM", {"input_ids": TOKENS}),
+        ("WhisperForConditionalGeneration", {"input_features": SOUND, "decoder_input_ids": TOKENS}),
+        ("DebertaV2ForSequenceClassification", {"input_ids": TOKENS}),
+    ],
+)
+def test_what_a_class_uses_without_calling_it_is_no_layer(name, given, tmp_path):
+    """What PEFT adds while it calls modules is what it adds to their weights."""
+    family = Family(next(row for row in ROWS if row.name == name), tmp_path)
+    peft_merge.extract(tmp_path / "base", tmp_path / "one", tmp_path / "lora", rank=2)
+    base = type(family.base).from_pretrained(tmp_path / "base")
+    if head := base.get_output_embeddings():  # to whose weight PEFT would add both changes
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    with torch.no_grad():
+        found = model(**given).logits
+        expected = model.merge_and_unload().eval()(**given).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_that_are_tied_to_no_head_have_no_unit():
+    row = next(row for row in ROWS if row.name == "T5EncoderModel")
+    assert not any("shared.weight" in unit.weights for unit in units_of(row.make()))
