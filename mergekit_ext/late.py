@@ -1,4 +1,4 @@
-"""Import late what modules of mergekit name when they are imported, and seldom use.
+"""Import late what packages export, and what modules of mergekit name and seldom use.
 
 While a module of `autoload._LATE` is executed, its own import statements bind a stand-in
 for each object listed; the object is imported when the stand-in is called or asked for an
