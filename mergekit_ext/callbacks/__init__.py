@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mergekit_ext.callbacks.snapshots import Merged as Merged
     from mergekit_ext.callbacks.trainer import as_trainer_callback as as_trainer_callback
 
-__getattr__, __dir__ = exported(
+__getattr__, _late_names = exported(
     __name__,
     {
         "checkpoints": ("MergeCheckpoints",),
@@ -30,4 +30,8 @@ __getattr__, __dir__ = exported(
         "trainer": ("as_trainer_callback",),
     },
 )
-__all__ = ["TRAINING_HOOKS", "Callback", *__dir__()]
+__all__ = ["TRAINING_HOOKS", "Callback", *_late_names()]
+
+
+def __dir__() -> list[str]:
+    return __all__
