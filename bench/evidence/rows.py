@@ -1,0 +1,87 @@
+"""The methods that are compared, and what is given to each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Parameters = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a method with what it is given at its default.
+
+    Attributes:
+        method: in YAML.
+        given: shared parameters that have no default.
+        based: whether the common start is given as the base; adapters have none.
+        each: parameters of every model.
+        factor: the parameter that multiplies the merged change; its value "auto" is tried.
+        auto: whether the method has that value.
+        anchor: the value of `factor` that leaves the change out, where it is not the start.
+        variants: other shared parameters that tuning tries.
+    """
+
+    method: str
+    given: Parameters = field(default_factory=dict)
+    based: bool = True
+    each: Parameters = field(default_factory=dict)
+    factor: str | None = None
+    auto: bool = False
+    anchor: float | None = None
+    variants: Sequence[Parameters] = ()
+
+
+AUTO = False
+_WEIGHT = {"weight": 1.0}
+_DENSITIES = ({"density": 0.1}, {"density": 0.3})
+_MUS = ({"mu_relative": 0.03}, {"mu_relative": 0.3})
+_SIZE_1 = {"target_size": 1, "heads": "merged"}
+
+AVERAGE = "linear"
+MODELS: Mapping[str, Row] = {
+    AVERAGE: Row("linear", based=False, each=_WEIGHT),
+    "task_arithmetic": Row("task_arithmetic", each=_WEIGHT, factor="lambda"),
+    "ties": Row("ties", each=_WEIGHT, factor="lambda", variants=_DENSITIES),
+    "dare_ties": Row("dare_ties", each=_WEIGHT, factor="lambda", variants=_DENSITIES),
+    "model_stock": Row("model_stock"),
+    "sce": Row("sce", variants=({"select_topk": 0.1}, {"select_topk": 0.3})),
+    "karcher": Row("karcher", based=False),
+    "nan": Row("nan", factor="scale", auto=AUTO),
+    "nan, no base": Row("nan", based=False),
+    "nan_ties": Row("nan_ties", factor="scale", auto=AUTO, variants=_DENSITIES),
+    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=AUTO, variants=_MUS),
+    "lore, no base": Row(
+        "lore", {"mu_relative": 0.1}, False, factor="lambda", auto=AUTO, anchor=0.0, variants=_MUS
+    ),
+    "tsv_m": Row("tsv_m", factor="lambda", auto=AUTO),
+    "pcb": Row("pcb", factor="lambda", auto=AUTO, variants=({"density": 0.3},)),
+    "emr": Row("emr", factor="lambda", auto=AUTO),
+    **{
+        f"flexmerge {name}": Row(
+            "flexmerge", {**_SIZE_1, "algorithm": name}, factor="lambda", auto=AUTO
+        )
+        for name in ("task_arithmetic", "ties")
+    },
+}
+_SHARES = ({"density": 0.3}, {"density": 0.6})
+ADAPTERS: Mapping[str, Row] = {
+    AVERAGE: Row("linear"),
+    "task_arithmetic": Row("task_arithmetic", factor="lambda", auto=AUTO),
+    "ties": Row("ties", factor="lambda", auto=AUTO, variants=_SHARES),
+    "dare_ties": Row("dare_ties", factor="lambda", auto=AUTO, variants=_SHARES),
+    "nan": Row("nan", factor="scale", auto=AUTO),
+    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=AUTO, variants=_MUS),
+    "tsv_m": Row("tsv_m", factor="lambda", auto=AUTO),
+    "pcb": Row("pcb", factor="lambda", auto=AUTO),
+    "emr": Row("emr", factor="lambda", auto=AUTO),
+}
+# Merged norms, over the mean norm of the inputs, that tuning tries.
+NORMS = (0.3, 0.45, 0.6, 0.75, 0.9, 1.1, 1.4)
+
+
+def rows(adapters: bool) -> Mapping[str, Row]:
+    """Return the lines of a family's table."""
+    return ADAPTERS if adapters else MODELS
