@@ -11,7 +11,6 @@ from typing import Any
 
 import peft
 import torch
-import yaml
 from mergekit.options import MergeOptions
 
 import mergekit_ext
@@ -41,7 +40,7 @@ def merged(family: Family, home: Path, row: Row, parameters: Parameters) -> Stat
         if row.based:
             document["base_model"] = str(home / BASE)
         options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
-        mergekit_ext.merge(yaml.safe_dump(document), out, options)
+        mergekit_ext.merge(document, out, options)
         return dict(family.load(out).state_dict())
 
 

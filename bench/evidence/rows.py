@@ -57,6 +57,8 @@ MODELS: Mapping[str, Row] = {
         "lore", {"mu_relative": 0.1}, False, factor="lambda", auto=AUTO, anchor=0.0, variants=_MUS
     ),
     "tsv_m": Row("tsv_m", factor="lambda", auto=AUTO),
+    "iso_c": Row("iso_c", factor="lambda", auto=AUTO),
+    "iso_cts": Row("iso_cts", factor="lambda", auto=AUTO),
     "pcb": Row("pcb", factor="lambda", auto=AUTO, variants=({"density": 0.3},)),
     "emr": Row("emr", factor="lambda", auto=AUTO),
     **{
@@ -75,6 +77,8 @@ ADAPTERS: Mapping[str, Row] = {
     "nan": Row("nan", factor="scale", auto=AUTO),
     "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=AUTO, variants=_MUS),
     "tsv_m": Row("tsv_m", factor="lambda", auto=AUTO),
+    "iso_c": Row("iso_c", factor="lambda", auto=AUTO),
+    "iso_cts": Row("iso_cts", factor="lambda", auto=AUTO),
     "pcb": Row("pcb", factor="lambda", auto=AUTO),
     "emr": Row("emr", factor="lambda", auto=AUTO),
 }
