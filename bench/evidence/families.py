@@ -58,7 +58,7 @@ class Images:
 
     @property
     def own(self) -> Mapping[str, str]:
-        return {task.name: task.name for task in self.tasks(0)}
+        return {task.name: task.name for task in _tasks(self.tasks, 0)}
 
     @property
     def members(self) -> Sequence[str]:
@@ -249,7 +249,7 @@ def _seed(home: Path) -> int:
     return int((home / "seed").read_text())
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def _tasks(make: Callable[[int], Sequence[Task]], seed: int) -> Sequence[Task]:
     return make(seed)
 

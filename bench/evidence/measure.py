@@ -57,17 +57,23 @@ def _row(
         line = merging.line(family, home, row, variant, inputs)
         points = {1.0: line.rho(1.0)}
         if row.factor is not None:
-            points |= {line.reaching(rho): rho for rho in NORMS}
+            # Variants are tried at their own length, and at the norm that was best so far.
+            norms = (max(tried, key=_score)[1]["rho"],) if variant else NORMS
+            points |= {line.reaching(rho): rho for rho in norms}
         for t, rho in points.items():
             state = line.at(t)
             point = {**variant, "t": t, "rho": rho, "validation": score(state, VALIDATION)}
             tried.append((point["validation"], point, state))
         if not variant:
             found["default"] = {"rho": points[1.0], "test": score(line.at(1.0), TEST)}
-    _, point, state = max(tried, key=lambda each: each[0])
+    _, point, state = max(tried, key=_score)
     found["tuned"] = {**point, "test": score(state, TEST)}
     found["tried"] = [point for _, point, _ in tried]
     if row.auto and row.factor is not None:
         line = merging.line(family, home, row, {row.factor: "auto"}, inputs)
         found["auto"] = {"rho": line.rho(1.0), "test": score(line.at(1.0), TEST)}
     return found
+
+
+def _score(tried: tuple[float, dict[str, Any], State]) -> float:
+    return tried[0]
