@@ -23,6 +23,8 @@ BASE = "base"
 VALIDATION, TEST = "validation", "test"
 Scores = Mapping[str, float]
 State = dict[str, Tensor]
+# Enough steps to guess some bytes of each style.
+QUICK_BYTES = language_model.Schedule(pretrain_steps=60, finetune_steps=20, test=0)
 
 
 class Family(Protocol):
@@ -180,7 +182,7 @@ class Bytes:
         return language_model.STYLES
 
     def make(self, home: Path, seed: int, quick: bool) -> None:
-        how = language_model.QUICK if quick else language_model.FULL
+        how = QUICK_BYTES if quick else language_model.FULL
         styles, model = _styles(), language_model.new_model(seed)
         text = language_model.split(styles[language_model.START], "train")
         language_model.train(model, text, how.pretrain_steps, how.pretrain_lr, seed)
