@@ -34,7 +34,6 @@ class Row:
     variants: Sequence[Parameters] = ()
 
 
-AUTO = False
 _WEIGHT = {"weight": 1.0}
 _DENSITIES = ({"density": 0.1}, {"density": 0.3})
 _MUS = ({"mu_relative": 0.03}, {"mu_relative": 0.3})
@@ -49,21 +48,21 @@ MODELS: Mapping[str, Row] = {
     "model_stock": Row("model_stock"),
     "sce": Row("sce", variants=({"select_topk": 0.1}, {"select_topk": 0.3})),
     "karcher": Row("karcher", based=False),
-    "nan": Row("nan", factor="scale", auto=AUTO),
+    "nan": Row("nan", factor="scale", auto=True),
     "nan, no base": Row("nan", based=False),
-    "nan_ties": Row("nan_ties", factor="scale", auto=AUTO, variants=_DENSITIES),
-    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=AUTO, variants=_MUS),
+    "nan_ties": Row("nan_ties", factor="scale", auto=True, variants=_DENSITIES),
+    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=True, variants=_MUS),
     "lore, no base": Row(
-        "lore", {"mu_relative": 0.1}, False, factor="lambda", auto=AUTO, anchor=0.0, variants=_MUS
+        "lore", {"mu_relative": 0.1}, False, factor="lambda", auto=True, anchor=0.0, variants=_MUS
     ),
-    "tsv_m": Row("tsv_m", factor="lambda", auto=AUTO),
-    "iso_c": Row("iso_c", factor="lambda", auto=AUTO),
-    "iso_cts": Row("iso_cts", factor="lambda", auto=AUTO),
-    "pcb": Row("pcb", factor="lambda", auto=AUTO, variants=({"density": 0.3},)),
-    "emr": Row("emr", factor="lambda", auto=AUTO),
+    "tsv_m": Row("tsv_m", factor="lambda", auto=True),
+    "iso_c": Row("iso_c", factor="lambda", auto=True),
+    "iso_cts": Row("iso_cts", factor="lambda", auto=True),
+    "pcb": Row("pcb", factor="lambda", auto=True, variants=({"density": 0.3},)),
+    "emr": Row("emr", factor="lambda", auto=True),
     **{
         f"flexmerge {name}": Row(
-            "flexmerge", {**_SIZE_1, "algorithm": name}, factor="lambda", auto=AUTO
+            "flexmerge", {**_SIZE_1, "algorithm": name}, factor="lambda", auto=True
         )
         for name in ("task_arithmetic", "ties")
     },
@@ -71,16 +70,16 @@ MODELS: Mapping[str, Row] = {
 _SHARES = ({"density": 0.3}, {"density": 0.6})
 ADAPTERS: Mapping[str, Row] = {
     AVERAGE: Row("linear"),
-    "task_arithmetic": Row("task_arithmetic", factor="lambda", auto=AUTO),
-    "ties": Row("ties", factor="lambda", auto=AUTO, variants=_SHARES),
-    "dare_ties": Row("dare_ties", factor="lambda", auto=AUTO, variants=_SHARES),
-    "nan": Row("nan", factor="scale", auto=AUTO),
-    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=AUTO, variants=_MUS),
-    "tsv_m": Row("tsv_m", factor="lambda", auto=AUTO),
-    "iso_c": Row("iso_c", factor="lambda", auto=AUTO),
-    "iso_cts": Row("iso_cts", factor="lambda", auto=AUTO),
-    "pcb": Row("pcb", factor="lambda", auto=AUTO),
-    "emr": Row("emr", factor="lambda", auto=AUTO),
+    "task_arithmetic": Row("task_arithmetic", factor="lambda", auto=True),
+    "ties": Row("ties", factor="lambda", auto=True, variants=_SHARES),
+    "dare_ties": Row("dare_ties", factor="lambda", auto=True, variants=_SHARES),
+    "nan": Row("nan", factor="scale", auto=True),
+    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=True, variants=_MUS),
+    "tsv_m": Row("tsv_m", factor="lambda", auto=True),
+    "iso_c": Row("iso_c", factor="lambda", auto=True),
+    "iso_cts": Row("iso_cts", factor="lambda", auto=True),
+    "pcb": Row("pcb", factor="lambda", auto=True),
+    "emr": Row("emr", factor="lambda", auto=True),
 }
 # Merged norms, over the mean norm of the inputs, that tuning tries.
 NORMS = (0.3, 0.45, 0.6, 0.75, 0.9, 1.1, 1.4)
