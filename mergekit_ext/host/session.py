@@ -69,6 +69,11 @@ class Session:
         self._lock = threading.Lock()
         self._warned: set[type[MergeWarning]] = set()
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What a report says of inputs that are dequantised."""
+        return {"dequantised": self.dequantised} if self.dequantised else {}
+
     def close(self) -> None:
         """Close the journal, and the files and bars of the listeners."""
         if self.journal is not None:
@@ -193,9 +198,8 @@ def output(
             details = {record.name: record.details for record in session.records}
             if name := stock if method is None else method.spec.name:
                 far = rho_of(details, block_of)
-                more = {"dequantised": session.dequantised} if session.dequantised else {}
                 seed = options.random_seed or 0
-                card.write_report(folder, name, details, seed, rho=far.found, **more)
+                card.write_report(folder, name, details, seed, rho=far.found, **session.stored)
                 card.append_section(page, far.line)
                 session.summary = far.line
                 session.afterwards += far.warnings(name)

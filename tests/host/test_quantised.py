@@ -130,6 +130,8 @@ def test_a_quantised_base_of_a_flexmerge(models: dict, tmp_path: Path) -> None:
         merged(document, tmp_path / str(at))
         folder = tmp_path / str(at) / kinds[1]
         found.append(state(folder))
+        report = json.loads((tmp_path / str(at) / "merge_report.json").read_text())
+        assert [*report.get("dequantised", {}).values()] == ["nf4", "int4", "fp8"][: 3 - 3 * at]
         assert "quantization_config" not in (folder / "config.json").read_text()
     assert equal(*found)
 

@@ -222,7 +222,14 @@ class Engine:
         written: dict[str, Mapping[str, Distance]] = {}
         for part in parallel.current().gather(self._distances):
             written |= part
-        return rho_of(written, lambda name: name.rpartition(" of ")[0])
+
+        def block(name: str) -> str:
+            return name.rpartition(" of ")[0]
+
+        order = {own.name: at for at, own in enumerate(self.layout.blocks)}
+        return rho_of(
+            {n: written[n] for n in sorted(written, key=lambda n: order[block(n)])}, block
+        )
 
     def _merged(
         self, block: BlockLayout, groups: Sequence[StoredGroup], far: Sequence[Distance]
@@ -305,10 +312,11 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     section = f"{finish()}\n\n{far.line}".rstrip()
     method, residuals = config.merge_method, engine.merging.residuals
     if residuals and (found := kept(residuals.storage, plan, residuals.measured)):
-        session.summary, errors = _residual_report(engine, plan, found, method, folder)
+        about = (found, method, folder, session.stored)
+        session.summary, errors = _residual_report(engine, plan, *about)
         section = f"{section}\n\n{errors}"
-    elif far.found:
-        write_report(folder, method, {}, engine.seed, rho=far.found)
+    elif far.found or session.stored:
+        write_report(folder, method, {}, engine.seed, rho=far.found, **session.stored)
         session.summary = far.line
         session.afterwards += far.warnings(prepared.algorithm.name)
     if prepared.options.write_model_card:
@@ -322,7 +330,12 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
 
 
 def _residual_report(
-    engine: Engine, plan: Plan, kept: Mapping[str, Sequence[Kept]], method: str, folder: Path
+    engine: Engine,
+    plan: Plan,
+    kept: Mapping[str, Sequence[Kept]],
+    method: str,
+    folder: Path,
+    more: Mapping[str, Any],
 ) -> tuple[str, str]:
     """Write ``merge_report.json``; return what is said to the user, and the section of a card."""
     tasks, size = engine.layout.tasks, plan.size
@@ -333,7 +346,7 @@ def _residual_report(
     }
     totals = {task: total(found) for task, found in each.items()}
     models = {"models": size.models, "bytes": size.bytes}
-    write_report(folder, method, tensors, engine.seed, size=models, tasks=totals)
+    write_report(folder, method, tensors, engine.seed, size=models, tasks=totals, **more)
     errors = ", ".join(f"{task} {found['error']:.3g}" for task, found in totals.items())
     line = f"{size.models:.4g} models, {size.bytes:,} bytes. Relative errors: {errors}."
     return line, residual_section(totals)
