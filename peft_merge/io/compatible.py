@@ -32,7 +32,7 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     """
     kinds = {a.name: "LoRA" if isinstance(a, LoraAdapter) else "(IA)^3" for a in adapters}
     kinds |= {a.name: "LoRA of diffusers" for a in adapters if is_of_diffusers(a)}
-    remedy = f"Merge the {'s and the '.join(sorted({*kinds.values()}, reverse=True))}s separately."
+    remedy = "Merge those of each kind separately."
     if unlike := list(_agree("adapters", kinds, "adapters of one kind", remedy)):
         return unlike
     replication = {
