@@ -114,6 +114,8 @@ def _inputs(models: Any, base: Any, findings: Findings) -> dict[str, Any]:
         return {}
     found = {str(name): model for name, model in found.items()}
     if base is not None and all(model is not base for model in found.values()):
+        if _BASE in found:
+            findings.problem("models", f"a model called {_BASE!r} beside `base`", "another name")
         found[_BASE] = base
     for name, model in list(found.items()):
         state = isinstance(model, Mapping) and {type(tensor) for tensor in model.values()}

@@ -175,6 +175,11 @@ def test_what_is_refused(models: str, method: str, given: Any, messages: list[st
         assert message in str(raised.value), str(raised.value)
 
 
+def test_a_model_may_not_take_the_name_of_the_base() -> None:
+    with pytest.raises(ConfigError, match="a model called 'base' beside `base`"):
+        mergekit_ext.merge_models({"base": Counted(), "a": Counted()}, "nan", base=Counted())
+
+
 def test_an_input_that_is_not_finite_is_named(live: Any) -> None:
     broken = {name: tensor.clone() for name, tensor in live[1].state_dict().items()}
     broken["model.norm.weight"][0] = torch.nan

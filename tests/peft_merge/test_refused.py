@@ -12,6 +12,7 @@ from peft import (
     AdaLoraConfig,
     IA3Config,
     LoraConfig,
+    PeftType,
     PromptTuningConfig,
     get_peft_model,
 )
@@ -42,7 +43,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("init_lora_weights", "lora_ga", "subtracted"),
     ("init_lora_weights", "brand_new", "not known"),
     ("a_field_of_tomorrow", {"on": True}, "newer PEFT"),
-    ("peft_type", "PROMPT_TUNING", "LORA or IA3"),
+    *(("peft_type", kind.value, "LORA or IA3") for kind in PeftType if kind.value not in KNOWN),
     ("peft_type", "LORAA", "LORA or IA3"),
     ("peft_type", ["LORA"], "LORA or IA3"),
     ("peft_type", None, "LORA or IA3"),
