@@ -85,7 +85,7 @@ def test_all_of_the_donors_folder_but_weights_and_what_describes_it(family, tmp_
     config = small.config(method, models, given, parameters)
     mergekit_ext.merge(yaml.safe_dump(config), tmp_path / "out", QUIET)
     made = {"config.json", "README.md", "mergekit_config.yml", "model.safetensors"}
-    made |= {"merge_report.json"} if method != "linear" else set()
+    made |= {"merge_report.json"}
     expected = {*USED, *made, "tokenizer.json", "tokenizer_config.json"}
     assert found_in(tmp_path / "out") == expected
     for name, text in USED.items():

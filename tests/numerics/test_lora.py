@@ -55,7 +55,9 @@ def test_duplicates(name):
     (a, b), *_ = factors()
     result, change = lora(RULES[name], [(a, b)] * 3), b.double() @ a.double()
     cosine = torch.cosine_similarity(result.reshape(-1), change.reshape(-1), dim=0)
-    assert cosine > 0.3 if name.startswith(RANDOM) or "pcb" in name else cosine > 0.95
+    # Isotropic merging evens out what is one spectrum here.
+    loose = name.startswith(RANDOM) or "pcb" in name or "iso" in name
+    assert cosine > (0.3 if loose else 0.95)
 
 
 @each

@@ -60,9 +60,8 @@ def test_a_name_on_the_hub_is_downloaded_without_the_rest(adapter_folder, monkey
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     adapter = load_adapter("someone/an-adapter", revision="v1")
     assert adapter.name == "an-adapter"
-    assert calls == [
-        ("someone/an-adapter", "v1", ["adapter_config.json", "adapter_model.safetensors"])
-    ]
+    files = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    assert calls == [("someone/an-adapter", "v1", files)]
     load_adapter("someone/an-adapter", allow_pickle=True)
     assert "adapter_model.bin" in calls[1][2]
 
