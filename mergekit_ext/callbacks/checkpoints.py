@@ -38,12 +38,28 @@ _NO_INITIAL = Problem(
 
 
 class MergeCheckpoints(Settings, Callback):
-    """Collects snapshots of the model that is trained, and merges them.
+    """Collects snapshots of the model that is trained, and merges them; docs/callbacks.md.
 
-    docs/callbacks.md has the arguments. Snapshots are saved folders: of models of transformers, or
-    of the adapter alone when the model is a PeftModel. They are merged as `mergekit_ext.merge` or
-    `peft_merge.run_config` merges them, when training ends and whenever `merge` is called; the last
-    merge is in `result`. In a run of several processes the main one keeps and merges.
+    Snapshots are saved folders: of models of transformers, or of the adapter alone when the model
+    is a PeftModel. They are merged as `mergekit_ext.merge` or `peft_merge.run_config` merges them,
+    when training ends and whenever `merge` is called; the last merge is in `result`. In a run of
+    several processes the main one keeps and merges.
+
+    Args:
+        method: any registered merge method, or `average` or `ema` (parameters `decay`, 0.999, and
+            `bias_correction`, true): running means of all snapshots of any module of torch.
+        keep, every, start: how many of the last snapshots; of which steps; from which step.
+        on: "step", of the live model; or "save": saved checkpoints, merged from where they are.
+        where: a folder for this run's snapshots and merges; by default a temporary one.
+        base: "initial" (the weights at `on_train_begin`), or a folder.
+        parameters, seed, device: of the merges; a factor of added task vectors is `auto` unless it
+            is given.
+        adapter, adapter_options: of a PeftModel; options of `peft_merge.merge_adapters`.
+        evaluate: a function ``(model, task) -> {metric: value}`` that scores the merged weights
+            and the model's own, in the model itself, for `task`.
+        load: put the merged weights into the model; with `keep_better` only if `metric` is better.
+        callbacks: get the events of the merges.
+        log: an object with a method ``log(values, step)`` for the scores.
 
     Raises:
         ConfigError: the arguments are wrong, all at once. What depends on the model is checked

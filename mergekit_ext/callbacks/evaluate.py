@@ -20,9 +20,16 @@ class Evaluate(Callback):
 
     An object of it is such a function too, which checks what the user's returns: give it to
     ``mergekit-ext sizes --evaluate MODULE:NAME`` or to `MergeCheckpoints`. As a callback it scores
-    the output of each merge that is written to a folder, and models while (`every` so many steps)
-    and after they train, in the main process. All scores are in `found`: one
-    ``{"where", "task", "scores"}`` for each evaluation. docs/callbacks.md has the arguments.
+    the output of each merge that is written to a folder, and models while and after they train.
+    All scores are in `found`: one ``{"where", "task", "scores"}`` for each evaluation.
+
+    Args:
+        function: called without gradients, with the model in evaluation mode; of several processes
+            in the main one only.
+        tasks: the names that `function` is called with; a FlexMerge output has its own.
+        every: while training, after each step that is a multiple of it; None for the end only.
+        load: makes a model of a merge's folder; by default of the class in its ``config.json``.
+        log: an object with a method ``log(values, step)`` for the scores of training.
 
     Raises:
         TypeError: `function` cannot be called, or `log` cannot log.

@@ -23,7 +23,13 @@ class LogTo(Callback):
 
     A merge by itself counts its tensors (or blocks) as steps and logs each of them. A merge during
     or after training is logged once, with means, under the step of the training: trackers refuse
-    steps that go back. docs/callbacks.md has the arguments.
+    steps that go back.
+
+    Args:
+        target: an Accelerator, one of its trackers, or any object with that method.
+        values: further numbers to log while training, a function of the step and the model.
+        every: `values` is called in each step that is a multiple of it.
+        prefix: of the names of merge values.
 
     Raises:
         TypeError: `target` cannot log.

@@ -166,6 +166,7 @@ def _by_rank(change: _Change) -> Sparsified:
 
 
 def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the problem of a `density` that `epsilon` leads to 0 or 1."""
     density, epsilon = own["density"], own.get("epsilon", 0)
     if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
         yield Problem(
