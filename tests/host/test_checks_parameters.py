@@ -191,7 +191,9 @@ class Fake(ExtMethod):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     method = Fake()
-    monkeypatch.setitem(merge_methods.registry._METHODS, "fake", method)
+    # The whole table, since its `nan_fake` is registered with it.
+    there = merge_methods.registry._METHODS
+    monkeypatch.setattr(merge_methods.registry, "_METHODS", {**there, "fake": method})
     return method
 
 

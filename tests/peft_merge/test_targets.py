@@ -116,13 +116,13 @@ def test_factors_of_parameters_that_files_do_not_tell_apart(fields, adapter_fold
 
 def test_many_parameters_and_modules_take_no_time():
     names = [f"layers.{index}.experts" for index in range(4_000)]
-    started = time.perf_counter()
+    started = time.process_time()
     targets = Targets(
         {"target_modules": names, "target_parameters": [f"{name}.up" for name in names]}
     )
     assert all(map(targets.adapt, names))
     assert not any(map(targets.parameters, names))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 10  # a minute when each looks at all others
 
 
 def test_a_key_for_parameters_matches_these_only():
