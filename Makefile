@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= out
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: quickstart flexmerge training adapters test check format clean
+.PHONY: quickstart flexmerge training adapters test check docs format clean
 
 quickstart: $(VENV)/examples.stamp
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.quickstart --out $(OUT)/quickstart
@@ -26,6 +26,9 @@ check: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 format: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check --fix .

@@ -59,7 +59,7 @@ def extract(
     device: Any = "cpu",
     callbacks: Iterable[object] = (),
 ) -> MergedAdapter:
-    r"""Make a LoRA of a full fine-tune: the truncated SVD of :math:`W - W_0` of each matrix.
+    """Make a LoRA of a full fine-tune: the truncated SVD of W - W_0 of each matrix.
 
     Exactly one of `rank`, `energy` and `size` is given. Ranks by energy and size leave the least
     squared error (`mergekit_ext.kernels.ranks`); `rank_pattern` and `alpha_pattern` name them.

@@ -22,7 +22,7 @@ from peft_merge.io.parse import BIAS, VECTOR, factor_keys
 from peft_merge.io.read import CONFIG, SAFETENSORS, load_adapter
 
 MERGE_CONFIG = "merge_config.yml"
-PROJECT = "[mergekit-ext](https://pypi.org/project/mergekit-ext)"
+PROJECT = "`mergekit-ext`"
 
 
 def save_adapter(
