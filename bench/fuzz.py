@@ -45,7 +45,7 @@ from mergekit_ext.host.commands import parsed
 from mergekit_ext.io.headers import read_folder, read_safetensors
 from mergekit_ext.io.journal import Journal
 from peft_merge.flexmerge.manifest import open_manifest
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.merge import check
 from tests.attacks.readers import make_inputs
 from tests.attacks.weights import joined, split

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from peft_merge.catalogue import methods as methods
     from peft_merge.extraction.run import extract as extract
     from peft_merge.flexmerge.load import load_tasks as load_tasks
-    from peft_merge.io import load_adapter as load_adapter
-    from peft_merge.io import save_adapter as save_adapter
+    from peft_merge.io.read import load_adapter as load_adapter
+    from peft_merge.io.write import save_adapter as save_adapter
     from peft_merge.live import add_merged_adapter as add_merged_adapter
     from peft_merge.merge import MergedAdapter as MergedAdapter
     from peft_merge.merge import check as check
@@ -29,7 +29,8 @@ __getattr__, __dir__ = exported(
         "catalogue": ("methods",),
         "extraction.run": ("extract",),
         "flexmerge.load": ("load_tasks",),
-        "io": ("load_adapter", "save_adapter"),
+        "io.read": ("load_adapter",),
+        "io.write": ("save_adapter",),
         "live": ("add_merged_adapter",),
         "merge": ("MergedAdapter", "check", "merge_adapters", "run_config"),
     },

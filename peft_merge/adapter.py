@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mergekit_ext.errors import MergeError, NonFiniteError
+from mergekit_ext.errors import MergeError
+from mergekit_ext.kernels.numerics import finite
 
 LayoutName = Literal["linear", "embedding", "convolution", "parameter"]
 Shape = tuple[int, ...]
@@ -202,14 +203,6 @@ Adapter = LoraAdapter | Ia3Adapter
 def modules_of(adapters: Iterable[Adapter]) -> list[str]:
     """Return the modules that some adapter has, in the order in which they first occur."""
     return list(dict.fromkeys(module for adapter in adapters for module in adapter.infos))
-
-
-def finite(tensor: Tensor, name: str, adapter: str) -> Tensor:
-    """Return the tensor itself; raise `NonFiniteError` if it holds NaN or infinity."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(name, adapter, count, tensor.numel())
-    return tensor
 
 
 def finite_update(adapter: LoraAdapter, module: str) -> Update:

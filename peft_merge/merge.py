@@ -26,9 +26,9 @@ from peft_merge.config.document import Source, models_of, read, request_of, writ
 from peft_merge.config.plan import MergePlan
 from peft_merge.flexmerge import method as flexmerge
 from peft_merge.flexmerge.manifest import FlexMerged
-from peft_merge.io import save_adapter
 from peft_merge.io.merged import merged_adapter
 from peft_merge.io.read import with_live
+from peft_merge.io.write import save_adapter
 from peft_merge.modules import merge_modules
 from peft_merge.report import preview, report
 from peft_merge.saved import merge_saved

@@ -30,6 +30,7 @@ from mergekit_ext.declared.method import factor_in
 from mergekit_ext.declared.nan import with_nan
 from mergekit_ext.errors import MergeError, Problem
 from mergekit_ext.kernels.calibration import auto_factor, distance
+from mergekit_ext.kernels.numerics import finite
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.kernels.threads import in_turn
 from peft_merge.adapter import (
@@ -39,7 +40,6 @@ from peft_merge.adapter import (
     Update,
     bias_changes,
     cast,
-    finite,
     finite_updates,
     modules_of,
 )

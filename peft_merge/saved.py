@@ -13,7 +13,8 @@ from torch import Tensor
 from mergekit_ext.declared.method import cancelling
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, listing, shown
 from mergekit_ext.io.headers import is_counter
-from peft_merge.adapter import Adapter, cast, finite
+from mergekit_ext.kernels.numerics import finite
+from peft_merge.adapter import Adapter, cast
 from peft_merge.io.names import module_to_save
 
 AVERAGE, DROP = "average", "drop"

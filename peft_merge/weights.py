@@ -25,8 +25,8 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.kernels.linear_algebra import add_products
-from mergekit_ext.kernels.numerics import all_finite
-from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, finite, finite_update
+from mergekit_ext.kernels.numerics import all_finite, finite
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, finite_update
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class AdapterModel:
     def save_mean(self, mean: Mean, model: Any, out: Path) -> None:
         """Write a mean into an empty folder, cut to `rank` if that is given."""
         from peft_merge import save_adapter
-        from peft_merge.io import state_dict
+        from peft_merge.io.write import state_dict
 
         given = self._settings.adapter_options
         merged = self._linear({"mean": _of_mean(mean)}, [1.0], **given)
@@ -110,7 +110,7 @@ class AdapterModel:
         save_adapter(_of_mean(merged), out)
 
     def _adapter(self, model: Any) -> Adapter:
-        from peft_merge.io import adapters_of
+        from peft_merge.io.read import adapters_of
 
         return adapters_of(model, [self.trained])[0]
 
@@ -141,7 +141,7 @@ class AdapterModel:
         self, adapters: Mapping[str, Adapter], weights: Sequence[float], **options: Any
     ) -> Mean:
         from peft_merge import merge_adapters
-        from peft_merge.io import state_dict
+        from peft_merge.io.write import state_dict
 
         saved = self._settings.adapter_options.get("modules_to_save", "average")
         merged = merge_adapters(

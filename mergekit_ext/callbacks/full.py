@@ -15,9 +15,8 @@ from torch import Tensor
 import mergekit_ext
 from mergekit_ext.callbacks.settings import INITIAL, Mean, Settings
 from mergekit_ext.errors import ConfigError, Problem, listing
-from mergekit_ext.flexmerge.merging import require_finite
 from mergekit_ext.io.state import named
-from mergekit_ext.kernels.numerics import compute_dtype
+from mergekit_ext.kernels.numerics import compute_dtype, finite
 
 _WEIGHTS = "model.safetensors"
 
@@ -129,7 +128,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 def _finite(model: Any) -> dict[str, Tensor]:
     found = _tensors(model)
     for name, tensor in found.items():
-        require_finite(tensor, name, "")
+        finite(tensor, name, "")
     return found
 
 

@@ -124,18 +124,17 @@ class Algorithm(ABC):
         return merged.add_(block.base.to(merged.dtype)).to(dtype)
 
     def merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
-        """Return what is stored of a group of an algorithm with `masks`."""
-        thinned = block if self._thins is None else self._thinned(block, members)
-        return self._merge_masked(thinned, members, dtype)
+        """Return what is stored of a group of an algorithm with `masks`.
+
+        Masks and factors are those of the vector before it is rounded.
+        """
+        raise NotImplementedError(f"{self.name} stores no masks")
 
     @abstractmethod
     def _copies(self, models: int, square: float) -> float: ...
 
     @abstractmethod
     def _merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor: ...
-
-    def _merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
-        raise NotImplementedError(f"{self.name} stores no masks")
 
     def _thinned(self, block: BlockData, members: Sequence[int]) -> BlockData:
         """Return the members' thinned task vectors, over a base of zeros."""
@@ -176,10 +175,10 @@ class Declared(Algorithm):
         change = self._change(block, deltas, members)
         return change.add_(block.base.to(change.dtype)).to(dtype)
 
-    def _merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
-        """Return masks and factors of the vector before it is rounded."""
+    def merge_masked(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Masked:
         mask, rescale = self.method.mask, self.method.rescale
         assert mask is not None
+        block = block if self._thins is None else self._thinned(block, members)
         deltas = deltas_of(block, members)
         unified = self._change(block, deltas, members)
         pairs = list(zip(members, deltas, strict=True))

@@ -10,12 +10,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import MergeError, NonFiniteError
+from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, deltas_of, trimmed_deltas
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.kernels.numerics import all_finite, chunks, count_non_finite
+from mergekit_ext.kernels.numerics import chunks, finite
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
 from mergekit_ext.kernels.similarity import Gram
 from mergekit_ext.kernels.ties import kept
@@ -149,9 +149,7 @@ def require_finite_block(data: BlockData, layout: Layout) -> None:
     owners = [("the base model", data.base), *zip(layout.tasks, data.models.values(), strict=True)]
     for owner, vector in owners:
         for index, part in enumerate(data.layout.parts):
-            tensor = data.part(vector, index)
-            if not all_finite(tensor):
-                raise NonFiniteError(part.name, owner, count_non_finite(tensor), tensor.numel())
+            finite(data.part(vector, index), part.name, owner)
 
 
 def out_of_range(block: str) -> MergeError:

@@ -43,12 +43,6 @@ def subject_of(reader: BlockReader) -> str:
     return digest.hexdigest()
 
 
-class _Rows(Schema):
-    """Inner products of one block."""
-
-    rows: Items[Items[float]]
-
-
 class _Cuts(Schema):
     """The cuts of all tasks for some densities."""
 
@@ -62,7 +56,7 @@ class _Stored(Schema):
     format: Literal["flexmerge-analysis"]
     version: Version
     subject: str
-    grams: dict[str, Any]  # rows as of `_Rows`; a hostile file may have millions of them
+    grams: dict[str, Any]  # rows of numbers; a hostile file may have millions of them
     cuts: Items[_Cuts]
 
 
@@ -95,7 +89,7 @@ def find(folder: Path, subject: str, layout: Layout) -> Analysis | None:
             times[path] = regular(path).st_mtime_ns
     for path in sorted(times, key=times.__getitem__, reverse=True)[:_MOST_CANDIDATES]:
         # It may be of something else, or broken.
-        with suppress(OSError, ValueError, KeyError, ArithmeticError):
+        with suppress(OSError, ValueError, KeyError, ArithmeticError, TypeError, RuntimeError):
             content = parse(_Stored, bounded_text(path, _LARGEST), str(path))
             if content.subject == subject:
                 return _analysis(content, layout)
@@ -105,8 +99,7 @@ def find(folder: Path, subject: str, layout: Layout) -> Analysis | None:
 def _analysis(content: _Stored, layout: Layout) -> Analysis:
     count, grams = len(layout.tasks), dict[str, Tensor]()
     for block in layout.blocks:
-        rows = _Rows(rows=content.grams[block.name]).rows
-        gram = grams[block.name] = torch.tensor(rows, dtype=torch.float64)
+        gram = grams[block.name] = torch.tensor(content.grams[block.name], dtype=torch.float64)
         symmetric = gram.shape == (count, count) and torch.equal(gram, gram.T)
         if not symmetric or bool((gram.diagonal() < 0).any()):
             raise ValueError("no matrix of inner products")

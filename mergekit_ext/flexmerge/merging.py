@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.declared.method import factor_in
-from mergekit_ext.errors import MergeError, NonFiniteError
+from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Masked
 from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.layout import BlockLayout, Part
@@ -30,20 +30,11 @@ from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.flexmerge.stored import FACTOR_ENDS, Place, StoredGroup, sources, stored
 from mergekit_ext.kernels.calibration import distance, norms_of
-from mergekit_ext.kernels.numerics import all_finite, count_non_finite
+from mergekit_ext.kernels.numerics import all_finite, count_non_finite, finite
 from mergekit_ext.report.rho import Distance
 
 # Below this share of a dtype's largest value no rounding leads out of its range.
 _SAFE_RANGE = 0.9
-
-
-def require_finite(tensor: Tensor, name: str, task: str) -> None:
-    """Raise `NonFiniteError` if a tensor of a task holds NaN or infinity; integers never do."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    if not all_finite(torch.view_as_real(wide) if wide.is_complex() else wide):
-        raise NonFiniteError(name, task, count_non_finite(wide), wide.numel())
 
 
 def require_in_range(tensor: Tensor, name: str) -> None:
@@ -203,7 +194,7 @@ class Walk:
         ]
         for task, tensors in zip(layout.tasks, self._private, strict=True):
             for name, tensor in tensors.items():
-                require_finite(tensor, name, task)
+                finite(tensor, name, task)
 
     def go(self, plan: Plan) -> int:
         """Change to the groups of `plan`; return how many blocks had to be touched."""

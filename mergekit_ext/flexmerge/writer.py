@@ -28,13 +28,14 @@ from mergekit_ext.flexmerge.manifest import (
     Manifest,
     ShardFile,
 )
-from mergekit_ext.flexmerge.merging import Merging, block_tensors, require_finite
+from mergekit_ext.flexmerge.merging import Merging, block_tensors
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
 from mergekit_ext.flexmerge.stored import Place, StoredGroup, stored_of
 from mergekit_ext.io.headers import PACKED, TensorHeader, dtype_name
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.planned_files import PlannedFile, PlannedFiles, as_bytes, split
+from mergekit_ext.kernels.numerics import finite
 from mergekit_ext.parallel import current
 from mergekit_ext.report.rho import Distance
 
@@ -178,7 +179,7 @@ def _copied(reader: BlockReader, tasks: Sequence[int], giver: int, header: Tenso
     def copied() -> Iterator[tuple[Place, str, Tensor]]:
         tensor = reader.read_stored(giver, header.name)
         if header.dtype in DTYPES and header.dtype not in PACKED:
-            require_finite(tensor.view(DTYPES[header.dtype]), header.name, owner)
+            finite(tensor.view(DTYPES[header.dtype]), header.name, owner)
         yield place, header.name, tensor
 
     return Piece(f"{owner}/{header.name}", header.nbytes, [], [(place, header)], copied())

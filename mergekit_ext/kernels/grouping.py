@@ -126,19 +126,9 @@ def partition(merges: Sequence[Merge], count: int) -> tuple[Group, ...]:
 
 
 def _greedy(sequences: Sequences, seed: int) -> tuple[int, ...]:
-    # Only each block's next merge competes.
-    waiting = [
-        (-merges[0].similarity, block, 0) for block, merges in enumerate(sequences) if merges
-    ]
-    heapq.heapify(waiting)
-    steps = []
-    while waiting:
-        _, block, position = heapq.heappop(waiting)
-        steps.append(block)
-        if position + 1 < len(sequences[block]):
-            following = sequences[block][position + 1]
-            heapq.heappush(waiting, (-following.similarity, block, position + 1))
-    return tuple(steps)
+    # Only each block's next merge competes: similarities within a block may rise.
+    heads = ([(-m.similarity, block) for m in merges] for block, merges in enumerate(sequences))
+    return tuple(block for _, block in heapq.merge(*heads))
 
 
 def _left_to_right(sequences: Sequences, seed: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.kernels.linear_algebra import norm, power_of_two
-from mergekit_ext.kernels.threads import in_threads
+from mergekit_ext.kernels.threads import by_one_thread, in_threads
 from mergekit_ext.kernels.tsv import RESOLUTION, Triplets, by_matrix, leading, nearest, polar
 
 
@@ -69,9 +69,7 @@ def _isotropic(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     summed = _Sum.of(matrices, dtype)
     wide = summed.total.shape[0] < summed.total.shape[1]
     tall = summed.total.T if wide else summed.total
-    ((factor, sigma),) = in_threads(
-        lambda each: polar(each, dtype, summed.least), [tall], tall.device
-    )
+    factor, sigma = by_one_thread(polar)(tall, dtype, summed.least)
     mean = float(sigma.mean()) * summed.scale if len(sigma) else 0.0
     return (factor.T if wide else factor).mul(mean).to(dtype)
 
@@ -86,7 +84,7 @@ def _subspaces(matrices: Sequence[Tensor], dtype: torch.dtype, fraction: float) 
         found = leading(matrix, most, dtype)
         return Triplets(*(part[..., : int((found.sigma > summed.least).sum())] for part in found))
 
-    (found,) = in_threads(lambda each: above(each, min(each.shape)), [total], device)
+    found = by_one_thread(above)(total, min(total.shape))
     rank, tasks = len(found.sigma), len(matrices)
     if not rank:
         return torch.zeros_like(total, dtype=dtype)
@@ -100,8 +98,7 @@ def _subspaces(matrices: Sequence[Tensor], dtype: torch.dtype, fraction: float) 
     parts = [common, *(in_threads(specific, matrices, device) if each else ())]
     u, v = nearest(parts, dtype)
     mean = float(torch.cat([part.sigma for part in parts]).mean()) * scale
-    (merged,) = in_threads(lambda left: left @ v.T, [u * mean], device)
-    return merged.to(dtype)
+    return by_one_thread(torch.matmul)(u * mean, v.T).to(dtype)
 
 
 class _Sum(NamedTuple):

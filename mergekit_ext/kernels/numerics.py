@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_ext.errors import NonFiniteError
 from mergekit_ext.kernels.threads import in_threads, scratch
 
 # Entries of which a few chunks stay in the caches of a CPU, so that main memory is read once.
@@ -119,6 +120,16 @@ def all_finite(tensor: Tensor) -> bool:
 def count_non_finite(tensor: Tensor) -> int:
     """Return how many entries are NaN or infinite."""
     return int(tensor.numel() - torch.isfinite(tensor).sum())
+
+
+def finite(tensor: Tensor, name: str, owner: str) -> Tensor:
+    """Return a tensor itself; raise `NonFiniteError` if it holds NaN or infinity."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    if not all_finite(torch.view_as_real(wide) if wide.is_complex() else wide):
+        raise NonFiniteError(name, owner, count_non_finite(wide), wide.numel())
+    return tensor
 
 
 def require_alike(name: str, tensors: Sequence[Tensor], base: Tensor | None = None) -> None:

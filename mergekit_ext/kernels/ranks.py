@@ -37,9 +37,8 @@ def allocate(
     Steps of `multiple` triplets of one matrix are taken in the order of gain over cost (of equal
     ones that of the earlier matrix first) until the next one does not fit or the goal is reached;
     what is left of the budget is spent on the best steps that still fit. Steps without gain are
-    not taken. The gain is the largest
-    possible one where all steps cost the same, and elsewhere less than the gain of one step below
-    it.
+    not taken. The gain is the largest possible one where all steps cost the same, and elsewhere
+    less than the gain of one step below it.
 
     Args:
         gains: for each matrix :math:`w_j \sigma_{jk}^2`, (K_j,), finite, not negative, descending

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mergekit_ext.kernels.linear_algebra import (
     cholesky,
@@ -238,69 +237,42 @@ def _by_gram(x: Tensor, rank: int) -> Tensor:
 
 def _lanczos(x: Tensor, rank: int, settled: float) -> Tensor | None:
     """The left vectors; None if the space that it takes grows too large."""
-    norm = _squared_norm(x)
+    norm, side = _squared_norm(x), x.shape[0]
     if norm == 0.0:
-        return torch.eye(x.shape[0], rank, dtype=x.dtype, device=x.device)
-    space = _Space(x)
-    target, before = int(FIRST * rank) + 2 * BLOCK, 0.0
-    while target <= LARGEST_SPACE * x.shape[0]:
-        space.grow(target)
-        values, vectors = eigh(space.gram)
+        return torch.eye(side, rank, dtype=x.dtype, device=x.device)
+    last = int(LARGEST_SPACE * side) + BLOCK
+    # Q^T, by rows, Q^T X, and Q^T X X^T Q in float64.
+    basis, across = x.new_empty((last, side)), x.new_empty((last, x.shape[1]))
+    small = x.new_empty((last, last), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> Tensor:
+        return torch.randn((side, BLOCK), generator=generator).to(x)
+
+    def outside(block: Tensor) -> Tensor:
+        return block - matmul(basis[:size].mT, matmul(basis[:size], block))
+
+    size, target, before = 0, int(FIRST * rank) + 2 * BLOCK, 0.0
+    while target <= LARGEST_SPACE * side:
+        while size < target:
+            # The part of a block outside the space, orthonormal; random where there is none.
+            block = matmul(x, across[size - BLOCK : size].mT) if size else random()
+            lengths = torch.linalg.vector_norm(block, dim=0)
+            block, triangle = qr(outside(block))
+            lost = triangle.diagonal().abs() <= _DEPENDENT[x.dtype] * lengths
+            if bool(lost.any()):
+                block = torch.where(lost, random(), block)
+            for _ in range(2):
+                block, _ = qr(outside(block))
+            new = slice(size, size + BLOCK)
+            size = new.stop
+            basis[new], across[new] = block.mT, matmul(block.mT, x)
+            known = across[:size].to(torch.float64)
+            products = matmul(across[new].to(torch.float64), known.mT)
+            small[new, :size], small[:size, new] = products, products.mT
+        values, vectors = eigh(small[:size, :size])
         kept = float(values[-rank:].clamp(min=0.0).sum())
-        error = max(norm - kept, 0.0)
-        if kept - before <= max(settled * error, INVISIBLE * norm):
-            return matmul(space.basis.mT, vectors[:, -rank:].flip(1).to(x.dtype))
-        before = kept
-        target = space.size + max(2 * BLOCK, int(GROWTH * space.size))
+        if kept - before <= max(settled * max(norm - kept, 0.0), INVISIBLE * norm):
+            return matmul(basis[:size].mT, vectors[:, -rank:].flip(1).to(x.dtype))
+        before, target = kept, size + max(2 * BLOCK, int(GROWTH * size))
     return None
-
-
-class _Space:
-    """An orthonormal basis Q^T of the Krylov space, ``Q^T X``, and ``Q^T X X^T Q`` in float64."""
-
-    def __init__(self, x: Tensor):
-        self._x = x
-        self.basis = x.new_empty((0, x.shape[0]))
-        self._across = x.new_empty((0, x.shape[1]))
-        self.gram = x.new_empty((0, 0), dtype=torch.float64)
-        self._generator = torch.Generator().manual_seed(0)
-        self.size = 0
-
-    def grow(self, target: int) -> None:
-        """Add blocks until the space has at least `target` dimensions."""
-        whole = self.size + math.ceil((target - self.size) / BLOCK) * BLOCK
-        new = whole - self.size
-        self.basis = pad(self.basis, (0, 0, 0, new))
-        self._across = pad(self._across, (0, 0, 0, new))
-        self.gram = pad(self.gram, (0, new, 0, new))
-        while self.size < whole:
-            last = self._across[self.size - BLOCK : self.size]
-            self._add(self._fresh(matmul(self._x, last.mT) if self.size else self._random()))
-
-    def _random(self) -> Tensor:
-        drawn = torch.randn((self._x.shape[0], BLOCK), generator=self._generator)
-        return drawn.to(self._x)
-
-    def _fresh(self, block: Tensor) -> Tensor:
-        """The part of a block outside the space, orthonormal; random where there is none."""
-        lengths = torch.linalg.vector_norm(block, dim=0)
-        block, triangle = qr(self._outside(block))
-        lost = triangle.diagonal().abs() <= _DEPENDENT[block.dtype] * lengths
-        if bool(lost.any()):
-            block = torch.where(lost, self._random(), block)
-        block, _ = qr(self._outside(block))
-        return qr(self._outside(block))[0]
-
-    def _outside(self, block: Tensor) -> Tensor:
-        basis = self.basis[: self.size]
-        return block - matmul(basis.mT, matmul(basis, block))
-
-    def _add(self, block: Tensor) -> None:
-        new = slice(self.size, self.size + BLOCK)
-        self.size = new.stop
-        self.basis[new] = block.mT
-        self._across[new] = matmul(block.mT, self._x)
-        known = self._across[: self.size].to(torch.float64)
-        products = matmul(self._across[new].to(torch.float64), known.mT)
-        self.gram[new, : self.size] = products
-        self.gram[: self.size, new] = products.mT

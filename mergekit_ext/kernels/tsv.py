@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_ext.kernels.linear_algebra import matrices_of, power_of_two
 from mergekit_ext.kernels.numerics import compute_dtype, require_alike
-from mergekit_ext.kernels.threads import in_threads
+from mergekit_ext.kernels.threads import by_one_thread, in_threads
 
 # Directions whose singular value is below this share of the largest are rounding of the data.
 RESOLUTION = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -96,8 +96,7 @@ def _merge(matrices: Sequence[Tensor], dtype: torch.dtype, count: int | None) ->
     if not len(sigma):
         return torch.zeros_like(matrices[0], dtype=dtype)
     u, v = nearest(found, dtype)
-    (merged,) = in_threads(lambda left: left @ v.T, [u * sigma], device)
-    return merged.to(dtype)
+    return by_one_thread(torch.matmul)(u * sigma, v.T).to(dtype)
 
 
 def nearest(triplets: Sequence[Triplets], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

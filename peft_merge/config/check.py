@@ -26,10 +26,10 @@ from peft_merge.algebra.spaces import SPACES
 from peft_merge.config.document import Request
 from peft_merge.config.plan import Kind, MergePlan, Resolver
 from peft_merge.flexmerge import method as flexmerge
-from peft_merge.io import load_adapter
 from peft_merge.io.compatible import compatible, different_bases, few_shared
 from peft_merge.io.diffusers_lora import is_of_diffusers
 from peft_merge.io.forms import one_form
+from peft_merge.io.read import load_adapter
 from peft_merge.io.write import PATTERNS
 from peft_merge.memory_estimate import need_of
 from peft_merge.modules import VECTOR_SPACES, log_problems, rules

@@ -23,10 +23,10 @@ from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.residual import Kept, total
 from mergekit_ext.io.class_model import empty_model
 from mergekit_ext.io.staging import place_problems
-from mergekit_ext.kernels.numerics import all_finite, compute_dtype
+from mergekit_ext.kernels.numerics import all_finite, compute_dtype, finite
 from mergekit_ext.kernels.ranks import allocate, deepened, mean_rank
 from mergekit_ext.kernels.truncated import factors
-from peft_merge.adapter import Adapter, Update, cast, finite
+from peft_merge.adapter import Adapter, Update, cast
 from peft_merge.config.check import DEVICE
 from peft_merge.extraction.plan import FullModel, Plan, planned
 from peft_merge.io.merged import adapter_of

@@ -24,8 +24,8 @@ from mergekit_ext.errors import (
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.flexmerge.family import of_the_base
 from peft_merge.flexmerge.manifest import Group, open_manifest
-from peft_merge.io import load_adapter
 from peft_merge.io.names import PREFIX, module_to_save, stored
+from peft_merge.io.read import load_adapter
 from peft_merge.live import BASE, add_adapter, fill, require_places
 
 # Where PEFT's layers keep what is loaded of one adapter.

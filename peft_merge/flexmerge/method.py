@@ -46,8 +46,7 @@ from mergekit_ext.kernels.threads import in_turn
 from peft_merge.adapter import Adapter
 from peft_merge.config.document import Request, written
 from peft_merge.config.plan import MergePlan
-from peft_merge.flexmerge.family import GRANULARITIES, Block, Changes, Family
-from peft_merge.flexmerge.kinds import Ia3Family, LoraFamily
+from peft_merge.flexmerge.family import GRANULARITIES, Block, Changes, Family, Ia3Family, LoraFamily
 from peft_merge.flexmerge.manifest import FlexMerged, task_name_problem
 from peft_merge.modules import rules, small
 from peft_merge.report import FORMAT_VERSION, described, summary

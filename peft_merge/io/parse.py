@@ -15,6 +15,7 @@ from torch import Tensor
 from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.headers import WHOLE, TensorHeader
+from mergekit_ext.kernels.numerics import finite
 from peft_merge.adapter import (
     Adapter,
     Ia3Adapter,
@@ -24,7 +25,6 @@ from peft_merge.adapter import (
     Update,
     VectorInfo,
     described,
-    finite,
 )
 from peft_merge.io import names
 

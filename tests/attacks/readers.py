@@ -109,7 +109,7 @@ def merge_adapters(inputs: Path, out: Path) -> Outcome:
 
 
 def load_adapter(inputs: Path, out: Path) -> Outcome:
-    from peft_merge.io import load_adapter as load
+    from peft_merge.io.read import load_adapter as load
 
     return function(lambda: load(inputs / "adapter0"))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.io.headers import PICKLES_VARIABLE
-from peft_merge.io import load_adapter as load
+from peft_merge.io.read import load_adapter as load
 from tests.attacks.readers import (
     command,
     export,

@@ -19,7 +19,7 @@ from examples.adapters import decomposition, language_model, merging, report, so
 from examples.adapters.__main__ import main
 from examples.adapters.jobs import QUICK_CONFIGS
 from examples.adapters.studies import STUDIES, mean
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.merge import check, run_config
 
 CONFIGS = [(study, config) for study in STUDIES for config in merging.available(study)]

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError, NonFiniteError
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.io.unsupported import KNOWN
 from tests.peft_merge.edit import Q, change_config, change_tensors
 from tests.peft_merge.models import KINDS, reloaded, saved

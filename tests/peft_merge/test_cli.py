@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from peft_merge.cli import main
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.merge import run_config
 from tests.peft_merge.models import KINDS, answer, base, reloaded, saved
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from peft_merge.adapter import Adapter
-from peft_merge.io import load_adapter
 from peft_merge.io.compatible import DifferentBasesWarning, compatible, different_bases
 from peft_merge.io.merged import lora_configuration
+from peft_merge.io.read import load_adapter
 
 Load = Callable[..., Adapter]
 

@@ -17,7 +17,7 @@ from mergekit_ext.declared import ADAPTERS
 from mergekit_ext.errors import ConfigError
 from peft_merge.algebra.spaces import SPACES
 from peft_merge.cli import main
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.live import COMBINATION_TYPES
 from peft_merge.merge import check, merge_adapters
 from peft_merge.modules import VECTOR_SPACES, rules

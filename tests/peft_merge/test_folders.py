@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_ext.errors import MergeError, NonFiniteError
-from peft_merge.io import load_adapter, save_adapter
+from peft_merge.io.read import load_adapter
+from peft_merge.io.write import save_adapter
 from tests.peft_merge.models import cast
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peft_merge.adapter import ModuleInfo, described
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from tests.peft_merge.models import KINDS, adapted, saved
 
 SIZES = st.integers(1, 4)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mergekit_ext.errors import ConfigError, MergeWarning
 from peft_merge import live
-from peft_merge.io import adapters_of, load_adapter
+from peft_merge.io.read import adapters_of, load_adapter
 from peft_merge.live import COMBINATION_TYPES, add_merged_adapter
 from peft_merge.modules import rules
 from tests.peft_merge import models

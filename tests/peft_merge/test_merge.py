@@ -22,7 +22,7 @@ from mergekit_ext.errors import (
     UniformCoefficientsWarning,
 )
 from mergekit_ext.events import MergeCallback
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.merge import merge_adapters, run_config
 from peft_merge.modules import rules
 from tests.peft_merge.models import KINDS, answer, reloaded, saved

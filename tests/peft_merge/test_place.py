@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from mergekit_ext.errors import ConfigError
 from peft_merge.cli import main
-from peft_merge.io import load_adapter, save_adapter
+from peft_merge.io.read import load_adapter
+from peft_merge.io.write import save_adapter
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.models import KINDS, saved
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from tests.peft_merge.edit import Q, change_tensors
 from tests.peft_merge.models import KINDS, adapted, cast, reloaded, saved
 

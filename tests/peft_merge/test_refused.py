@@ -18,7 +18,7 @@ from peft import (
 )
 
 from mergekit_ext.errors import ConfigError
-from peft_merge.io import adapters_of, load_adapter
+from peft_merge.io.read import adapters_of, load_adapter
 from peft_merge.io.unsupported import KNOWN, REFUSALS, field_problems
 from tests.peft_merge.edit import change_config
 from tests.peft_merge.models import KINDS, base, reloaded

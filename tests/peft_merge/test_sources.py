@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mergekit_ext.errors import ConfigError
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.edit import change_config
 

@@ -13,13 +13,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from mergekit_ext.errors import ConfigError
-from peft_merge.io import load_adapter
 from peft_merge.io.names import (
     Targets,
     either,
     qualified,
     scaling,
 )
+from peft_merge.io.read import load_adapter
 from tests.peft_merge.edit import change_config
 
 PARTS = st.sampled_from(["layers", "1", "11", "q", "qq", "x.q"])

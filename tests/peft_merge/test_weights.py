@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from peft_merge.adapter import Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
-from peft_merge.io import adapters_of, load_adapter
+from peft_merge.io.read import adapters_of, load_adapter
 from peft_merge.matching import class_orientation, match
 from tests.peft_merge import models
 

@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from peft_merge.adapter import Ia3Adapter, VectorInfo
-from peft_merge.io import load_adapter, save_adapter
 from peft_merge.io.merged import merged_adapter
+from peft_merge.io.read import load_adapter
+from peft_merge.io.write import save_adapter
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.models import KINDS, Kind, answer, numbers, reloaded, saved
 

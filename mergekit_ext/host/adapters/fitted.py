@@ -15,9 +15,8 @@ from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader
 from peft_merge.adapter import Adapter
-from peft_merge.io import load_adapter
 from peft_merge.io.forms import renamed
-from peft_merge.io.read import CONFIG
+from peft_merge.io.read import CONFIG, load_adapter
 from peft_merge.matching import class_orientation, match
 from peft_merge.weights import AdaptedWeights
 

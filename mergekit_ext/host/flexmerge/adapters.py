@@ -20,7 +20,6 @@ from mergekit_ext.errors import listing
 from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.manifest import UNIFIED
-from mergekit_ext.flexmerge.merging import require_finite
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.residual import LOW_RANK, OWN, SHARED, Residual
 from mergekit_ext.flexmerge.source import BlockReader
@@ -31,6 +30,7 @@ from mergekit_ext.host.naming import Stored
 from mergekit_ext.io.class_model import class_names
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.planned_files import split, weight_names
+from mergekit_ext.kernels.numerics import finite
 from peft_merge.adapter import LoraAdapter, Update, cast
 from peft_merge.io.merged import adapter_of
 from peft_merge.io.write import PATTERNS, page
@@ -235,8 +235,7 @@ def adapter_of_task(
             made_of[module] = (name, layer.transposed, forms.files.get(unit.bias or ""))
 
     def whole(name: str) -> Tensor:
-        tensor = reader.tensor(task, name)
-        require_finite(tensor, name, name_of)
+        tensor = finite(reader.tensor(task, name), name, name_of)
         return cast(tensor, forced, name) if forced and name in parts else tensor
 
     def change(name: str) -> Tensor:

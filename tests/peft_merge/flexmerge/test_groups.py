@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
 from mergekit_ext.events import MergeCallback
 from peft_merge.flexmerge import method
-from peft_merge.io import load_adapter, state_dict
+from peft_merge.io.read import load_adapter
+from peft_merge.io.write import state_dict
 from peft_merge.merge import merge_adapters
 from tests.peft_merge.loras import adapter, update
 from tests.peft_merge.models import KINDS, cast, saved

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from mergekit_ext.errors import ConfigError
 from peft_merge import load_tasks
-from peft_merge.io import load_adapter
+from peft_merge.io.read import load_adapter
 from peft_merge.merge import merge_adapters, run_config
 from tests.peft_merge.models import KINDS, answer, base, reloaded, saved
 
