@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_ext.callbacks.settings import Mean, Settings
 from mergekit_ext.core.parameters import AUTO
-from mergekit_ext.declared.method import factor_in
+from mergekit_ext.declared.method import factor_of_snapshots
 from mergekit_ext.errors import Problem
 
 if TYPE_CHECKING:
@@ -121,9 +121,7 @@ class AdapterModel:
         given = self._settings
         rule = rules().get(given.method)
         defaults = {p.name: p.default for p in rule.parameters} if rule else {}
-        # Others divide by weights, or keep what adapters have in common apart.
-        adds = rule and not rule.orthogonal and defaults.get("normalize") is not True
-        factor = factor_in(defaults) if adds else ""
+        factor = factor_of_snapshots(defaults, rule.orthogonal) if rule else ""
         return {
             "merge_method": "linear" if given.running else given.method,
             "models": [{"model": str(f), "name": f"step-{step}"} for step, f in folders.items()],

@@ -123,7 +123,7 @@ class Method:
 
     name: str
     title: str
-    paper: str
+    paper: str | None
     merge: Callable[[Sequence[Tensor], Call], Merged]
     parameters: tuple[Parameter, ...] = ()
     drivers: frozenset[str] = frozenset({MODELS, BLOCKS, ADAPTERS})
@@ -206,6 +206,17 @@ def _load() -> None:
 def factor_in(options: Iterable[str]) -> str:
     """Return which shared parameter the whole merged task vector is multiplied by; "" for none."""
     return next((name for name in ("scale", "lambda") if name in options), "")
+
+
+def factor_of_snapshots(defaults: Mapping[str, Any], orthogonal: bool) -> str:
+    """Return which factor is `auto` in merges of snapshots of one run; "" for none.
+
+    By their `defaults` methods add up task vectors, but those of snapshots are nearly the same one.
+    Others divide by the weights, or keep apart what inputs have in common (`orthogonal`).
+    """
+    name = factor_in(defaults)
+    means = name == "lambda" and defaults.get("normalize") is True
+    return "" if orthogonal or means else name
 
 
 # What is left of 0.1 + 0.2 - 0.3 in floats is none.

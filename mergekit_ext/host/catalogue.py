@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mergekit import merge_methods
-
 import mergekit_ext
 from mergekit_ext.declared import ADAPTERS, BLOCKS, MODELS
 from mergekit_ext.declared import methods as declared
 from mergekit_ext.declared.catalogue import described, with_family
 from mergekit_ext.flexmerge.residual import PARAMETERS, Residual
-from mergekit_ext.host.flexmerge import DecomposeMethod, FlexMergeMethod
+from mergekit_ext.host.flexmerge import DECOMPOSITION, FLEXMERGE
 from mergekit_ext.host.flexmerge.parameters import AS_ADAPTERS, BASE, OWN
-from mergekit_ext.host.method import PLAIN
+from mergekit_ext.host.method import registered
 from mergekit_ext.host.nan_method import PARAMETERS as OF_NAN
 from mergekit_ext.host.nan_method import NanMethod
 
@@ -39,18 +37,14 @@ def methods(name: str | None = None) -> Any:
     """
     mergekit_ext.register()
     nan = replace(declared(ADAPTERS)["nan"], parameters=OF_NAN)
-    wrapped = [one for one in merge_methods.registered_methods() if isinstance(one, NanMethod)]
-    flexmerge, decompose = (
-        replace(PLAIN, name=one.spec.name, title=one.title, paper=one.paper or "", use=one.use)
-        for one in (FlexMergeMethod(), DecomposeMethod())
-    )
-    flexmerge = replace(flexmerge, parameters=OWN, example={"target_size": 2.25})
+    wrapped = [name for name, one in registered().items() if isinstance(one, NanMethod)]
+    flexmerge = replace(FLEXMERGE, parameters=OWN, example={"target_size": 2.25})
     own, defaults = (BASE, *PARAMETERS), {**AS_ADAPTERS, "target_size": None}
-    residual = replace(decompose, name=Residual.name, use=Residual.use, parameters=own)
+    residual = replace(DECOMPOSITION, name=Residual.name, use=Residual.use, parameters=own)
     shared = [p for p in OWN if p.name in ("target_size", "granularity", "heads", "task")]
     changed = (replace(p, default=defaults.get(p.name, p.default)) for p in (*shared, *own))
-    decompose = replace(decompose, parameters=tuple(changed), example={"target_size": 1.5})
+    decompose = replace(DECOMPOSITION, parameters=tuple(changed), example={"target_size": 1.5})
     found = described([nan, *declared(MODELS).values(), flexmerge, decompose], MODELS)
-    with_family(found, [one.spec.name for one in wrapped if one.spec.name != "nan"])
+    with_family(found, [name for name in wrapped if name != "nan"])
     found |= described([*declared(BLOCKS).values(), residual], BLOCKS, flexmerge.name)
     return found.named(name)

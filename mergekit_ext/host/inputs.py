@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from mergekit_ext.errors import FileError
 from mergekit_ext.host.adapters.fitted import applies, base_of
-from mergekit_ext.host.checks.layout import models_at
+from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.io import headers
 from mergekit_ext.io.model_files import (
     MODULES,
@@ -48,6 +48,12 @@ def named_model(config: Any, parameter: str) -> Any:
 def donor_of(config: Any) -> Any:
     """Return the model that gives configuration, tokenizer and heads: `heads`, base, or first."""
     return named_model(config, HEADS) or config.base_model or next(iter(models_at(config)), None)
+
+
+def in_order(stock: Callable[..., Any], config: Any) -> list[Any]:
+    """Extend ``referenced_models``: the base, and the others in the order of the file."""
+    models = [source.model for group in groups_of(config) for source in group.sources]
+    return list(dict.fromkeys([config.base_model, *models] if config.base_model else models))
 
 
 def donor_first(config: Any) -> list[Any]:

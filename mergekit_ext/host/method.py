@@ -34,7 +34,7 @@ from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype, cou
 from mergekit_ext.report.card import solver_section
 
 # Declares no check, no warning and no memory.
-PLAIN = Method("", "", "", lambda tensors, call: Merged(tensors[0]))
+PLAIN = Method("", "", None, lambda tensors, call: Merged(tensors[0]))
 
 
 class ExtMethod(MergeMethod):
@@ -255,16 +255,17 @@ def raise_non_finite(group: TensorGroup) -> None:
             raise NonFiniteError(name, str(entry.id), count, entry.tensor.numel())
 
 
+def registered() -> dict[str, MergeMethod]:
+    """Return all methods that mergekit knows, by name."""
+    return {method.spec.name: method for method in merge_methods.registered_methods()}
+
+
 def is_stock(name: str) -> bool:
     """Return whether mergekit itself, or another plug-in, has registered a method called `name`."""
-    return ext_method(name) is None and any(
-        known.spec.name == name for known in merge_methods.registered_methods()
-    )
+    return name in registered() and ext_method(name) is None
 
 
 def ext_method(name: str) -> ExtMethod | None:
     """Return the project's method called `name`; None for mergekit's own and for unknown names."""
-    for method in merge_methods.registered_methods():
-        if method.spec.name == name and isinstance(method, ExtMethod):
-            return method
-    return None
+    method = registered().get(name)
+    return method if isinstance(method, ExtMethod) else None

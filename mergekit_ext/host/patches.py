@@ -62,7 +62,7 @@ def extend_methods(merge_methods: Any) -> None:
 
     from mergekit_ext.declared import MODELS, methods
     from mergekit_ext.host.adapters import loader
-    from mergekit_ext.host.flexmerge import DecomposeMethod, FlexMergeMethod
+    from mergekit_ext.host.flexmerge import DECOMPOSITION, FLEXMERGE, FlexMergeMethod
     from mergekit_ext.host.method import DeclaredMethod
     from mergekit_ext.host.nan_method import NanMethod, takes_nan
 
@@ -72,8 +72,8 @@ def extend_methods(merge_methods: Any) -> None:
             if method.spec.name not in known:
                 merge_methods.register(method)
 
-    own = [NanMethod(), FlexMergeMethod(), DecomposeMethod()]
-    register([*own, *map(DeclaredMethod, methods(MODELS).values())])
+    register([NanMethod(), *map(FlexMergeMethod, (FLEXMERGE, DECOMPOSITION))])
+    register(map(DeclaredMethod, methods(MODELS).values()))
     register([NanMethod(other) for other in merge_methods.registered_methods() if takes_nan(other)])
     _replace(LoaderCache, "setup", loader.setup)
     _replace(LoaderCache, "get", loader.get)
@@ -96,11 +96,14 @@ def extend_planner(module: Any) -> None:
     """``mergekit.plan``: the planner runs the statistics graph, and writes planned files.
 
     It plans optional tensors with aliases (of ``BertModel``), at which mergekit's raises TypeError.
+    Configurations name their models in the order of the file; in mergekit it is that of hashes.
     """
+    from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import TensorWriterTask
 
-    from mergekit_ext.host import planner
+    from mergekit_ext.host import inputs, planner
 
+    _replace(MergeConfiguration, "referenced_models", inputs.in_order)
     _replace(TensorWriterTask, "execute", planner.writer)
     if module.MergePlanner.__module__ == module.__name__:
         module.MergePlanner = planner.extended(module.MergePlanner)

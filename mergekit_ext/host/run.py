@@ -11,29 +11,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge_methods.base import BasePolicy, MergeMethodSpec
+from mergekit.merge_methods.base import BasePolicy, MergeMethod
 from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext import parallel
 from mergekit_ext.core.parameters import AUTO
-from mergekit_ext.declared.method import factor_in
+from mergekit_ext.declared.method import factor_of_snapshots
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
 from mergekit_ext.host import identity
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.architecture import Settled, settling
 from mergekit_ext.host.checks.estimate import predicted
-from mergekit_ext.host.checks.layout import groups_of, models_at
+from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import check_merge, models_of_stock
 from mergekit_ext.host.commands import for_commands, parsed, source_of
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.inputs import models_of
-from mergekit_ext.host.method import ext_method, is_stock
+from mergekit_ext.host.method import ExtMethod, ext_method, is_stock, registered
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
@@ -63,7 +62,6 @@ def merge(
     processes, options = parallel.current(), identity.own_options(options)
     with fresh_loaders(), full_precision():
         report, checked = check_merge(config, options, config_source)
-        config = ordered(config)
         source = config_source or config.to_yaml()
         inputs = models_of(config)
         place = partial(
@@ -174,22 +172,6 @@ def _forget_loaders() -> None:
     LoaderCache.loaders.clear()
 
 
-class _InOrder(MergeConfiguration):
-    """Gives its models in the order of the file.
-
-    mergekit's is that of hashes; the first one gives configuration and tokenizer without a base.
-    """
-
-    def referenced_models(self) -> list[Any]:
-        models = [source.model for group in groups_of(self) for source in group.sources]
-        return list(dict.fromkeys([self.base_model, *models] if self.base_model else models))
-
-
-def ordered(config: MergeConfiguration) -> MergeConfiguration:
-    """Return the same configuration, with ``referenced_models`` in the order of the file."""
-    return _InOrder.model_construct(_fields_set=config.model_fields_set, **dict(config))
-
-
 def require(problems: Sequence[Problem]) -> None:
     """Raise one error with all `problems`, if there are any."""
     if problems:
@@ -206,26 +188,24 @@ def snapshot_merge(
 ) -> tuple[dict[str, Any], MergeOptions]:
     """Return configuration and options of a merge of saved models.
 
-    A required `weight` is 1 by default, and a factor is `auto`, where there is something to measure
-    from: defaults of methods add up task vectors, and the snapshots of one run are nearly the same
-    one. `ConfigError` for a method that makes several models.
+    A required `weight` is 1 by default, and a factor `auto` (`factor_of_snapshots`), where there is
+    something to measure from. `ConfigError` for a method that makes several models.
     """
-    spec, own = _spec(method), ext_method(method)
-    if isinstance(own, FlexMergeMethod):
+    known, defaults = _known(method), dict[str, Any]()
+    if isinstance(known, FlexMergeMethod):
         expected = "a method that makes one model"
         raise ConfigError([Problem("method", repr(method), expected)])
-    factor = factor_in([p.name for p in spec.shared_parameters]) if spec and own else ""
-    factor = "" if own is not None and own.declared.orthogonal else factor
-    based = base is not None or (own is not None and factor == "lambda" and not own.declared.base)
-    asked = spec is not None and any(p.name == "weight" and p.required for p in spec.parameters)
+    if known and any(p.name == "weight" and p.required for p in known.spec.parameters):
+        defaults["weight"] = 1.0
+    if isinstance(known, ExtMethod):
+        shared = {p.name: p.default for p in known.spec.shared_parameters}
+        factor = factor_of_snapshots(shared, known.declared.orthogonal)
+        if factor and (base is not None or (factor == "lambda" and not known.declared.base)):
+            defaults[factor] = AUTO
     document: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": os.fspath(model)} for model in models],
-        "parameters": {
-            **({"weight": 1.0} if asked else {}),
-            **({factor: AUTO} if factor and based else {}),
-            **parameters,
-        },
+        "parameters": {**defaults, **parameters},
     }
     if base is not None:
         document["base_model"] = os.fspath(base)
@@ -238,11 +218,10 @@ def snapshot_merge(
 
 def needs_base(method: str) -> bool:
     """Whether a registered method cannot do without a base model."""
-    spec = _spec(method)
-    return spec is not None and bool(spec.contract.base == BasePolicy.REQUIRED)
+    known = _known(method)
+    return known is not None and bool(known.spec.contract.base == BasePolicy.REQUIRED)
 
 
-def _spec(method: str) -> MergeMethodSpec | None:
+def _known(method: str) -> MergeMethod | None:
     mergekit_ext.register()
-    specs = (known.spec for known in merge_methods.registered_methods())
-    return next((spec for spec in specs if spec.name == method), None)
+    return registered().get(method)

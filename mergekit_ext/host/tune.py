@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mergekit import merge_methods
 from mergekit.options import MergeOptions
 from torch import Tensor
 
@@ -30,8 +29,8 @@ from mergekit_ext.host.commands import source_of
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.host.flexmerge.sizes import Evaluate, Evaluator
 from mergekit_ext.host.interface import interface, merge
-from mergekit_ext.host.method import ext_method
-from mergekit_ext.host.run import fresh_loaders, ordered
+from mergekit_ext.host.method import ext_method, registered
+from mergekit_ext.host.run import fresh_loaders
 from mergekit_ext.host.session import Session, active
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
@@ -89,8 +88,8 @@ class _Merges(Search):
         super().__init__(text, place_problems(folder, "OUT_PATH"))
 
     def parameters(self, method: Any) -> Collection[str]:
-        specs = (known.spec for known in merge_methods.registered_methods())
-        return {p.name for spec in specs if spec.name == method for p in spec.parameters}
+        known = registered().get(method)
+        return {p.name for p in known.spec.parameters} if known else ()
 
     def check(self, document: Document) -> Iterable[Problem]:
         config, problems = parse(document)
@@ -117,7 +116,7 @@ class _Merges(Search):
             result = merge(document, None, self._options)
             models = {task: (result.path / task, result.tensors[task]) for task in self.tasks}
         else:
-            tensors = self._merged(ordered(config), document, checked)
+            tensors = self._merged(config, document, checked)
             models = dict.fromkeys(self.tasks, (self._place, tensors))
             dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
         for task, (folder, found) in models.items():

@@ -27,7 +27,7 @@ from mergekit_ext.host.checks.settings import check_settings, check_tokenizers
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
 from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.inputs import donor_of
-from mergekit_ext.host.method import ext_method
+from mergekit_ext.host.method import ext_method, registered
 from mergekit_ext.host.modules import check_modules
 from mergekit_ext.io.documents import read
 
@@ -78,7 +78,7 @@ def models_of_stock(
 
 def method_named(name: Any, where: str, findings: Findings) -> Any:
     """Return the registered method, or None and a problem."""
-    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
+    methods = registered()
     if name in methods:
         return methods[name]
     expected, close = f"one of {', '.join(sorted(methods))}", nearest(name, methods)

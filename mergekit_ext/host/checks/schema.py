@@ -11,13 +11,13 @@ from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_ext.core.parameters import place_of, schema_problems
 from mergekit_ext.errors import MOST_SHOWN, FileError, Problem, did_you_mean, join, shown
 from mergekit_ext.host.checks.layout import groups_of, models_at
+from mergekit_ext.host.method import registered
 from mergekit_ext.io.documents import read
 
 _A_MERGE = "a mapping with `merge_method:` and inputs"
@@ -99,7 +99,7 @@ def _unknown(document: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _remedy(name: str, known: Collection[str]) -> str:
-    methods = merge_methods.registered_methods()
+    methods = registered().values()
     if name in known:
         return "Move it to where it belongs."
     if any(name == parameter.name for m in methods for parameter in m.spec.parameters):

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 
-from mergekit_ext.declared import Merged
+from mergekit_ext.declared import Merged, Method
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.plan import PAPER, TITLE, USE
-from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.method import PLAIN, ExtMethod
 
 DECOMPOSE = "decompose"
+FLEXMERGE = replace(PLAIN, name="flexmerge", title=TITLE, paper=PAPER, use=USE)
+# `flexmerge` with ``algorithm: residual`` under a name of its own, and adapters by default.
+DECOMPOSITION = replace(
+    PLAIN,
+    name=DECOMPOSE,
+    title="base and low-rank residuals",
+    use="Several fine-tunes for servers of LoRAs: one base, and a LoRA of each.",
+)
 
 
 class FlexMergeMethod(ExtMethod):
@@ -23,14 +32,12 @@ class FlexMergeMethod(ExtMethod):
     is known to every mergekit process; what does the work is imported when it is needed.
     """
 
-    title, use = TITLE, USE
-    paper: str | None = PAPER
-
-    def __init__(self, name: str = "flexmerge") -> None:
+    def __init__(self, method: Method) -> None:
+        self.declared = method
         self.spec = MergeMethodSpec(
-            name=name,
-            pretty_name=self.title,
-            reference_url=self.paper,
+            name=method.name,
+            pretty_name=method.title,
+            reference_url=method.paper,
             contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
         )
 
@@ -53,16 +60,3 @@ class FlexMergeMethod(ExtMethod):
         from mergekit_ext.host.flexmerge.prepare import check
 
         return check(config, options, source, pending)
-
-
-class DecomposeMethod(FlexMergeMethod):
-    """One base and a low-rank residual of each model, as adapters by default.
-
-    `flexmerge` with ``algorithm: residual``, under a name of its own.
-    """
-
-    title, paper = "base and low-rank residuals", None
-    use = "Several fine-tunes for servers of LoRAs: one base, and a LoRA of each."
-
-    def __init__(self) -> None:
-        super().__init__(DECOMPOSE)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-from mergekit import merge_methods
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 from pydantic import BeforeValidator
 
@@ -23,9 +22,9 @@ from mergekit_ext.host.checks.copied import EXCLUDE, INCLUDE, OTHERS
 from mergekit_ext.host.checks.layout import Source, all_parameters, groups_of
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.flexmerge import DECOMPOSE, FlexMergeMethod
+from mergekit_ext.host.flexmerge import DECOMPOSE, FLEXMERGE, FlexMergeMethod
 from mergekit_ext.host.flexmerge.registered import Registered
-from mergekit_ext.host.method import spec_of
+from mergekit_ext.host.method import registered, spec_of
 from mergekit_ext.host.nan_method import RANGES
 
 OWN: tuple[Parameter, ...] = (
@@ -78,12 +77,11 @@ def algorithms(base: Any = _DEFAULT_BASE) -> dict[str, Method | MergeMethod | Ba
     `base` is the name of what makes the base of `residual`.
     """
     own = methods(BLOCKS)
-    others = {
-        method.spec.name: method
-        for method in merge_methods.registered_methods()
+    stock = {
+        _STOCK_PREFIX * (name in own) + name: method
+        for name, method in registered().items()
         if not isinstance(method, FlexMergeMethod)
     }
-    stock = {_STOCK_PREFIX * (name in own) + name: method for name, method in others.items()}
     made = {**own, **stock}.get(base) if isinstance(base, str) else None
     return {**own, **stock, Residual.name: Based(made)}
 
@@ -159,7 +157,7 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     config = _reduced(config, lambda key: key not in owners)
     # Messages have the name between backticks.
     spec = replace(
-        FlexMergeMethod().spec,
+        FlexMergeMethod(FLEXMERGE).spec,
         name=f"{config.merge_method}` with `{name}",
         parameters=tuple(specs.values()),
     )

@@ -32,7 +32,6 @@ from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.method import ext_method
 from mergekit_ext.host.modules import check_copied_modules
 from mergekit_ext.host.naming import Headers, is_tied, named_otherwise
-from mergekit_ext.host.run import ordered
 from mergekit_ext.io.quantised import QuantisedHeader
 from mergekit_ext.io.staging import place_problems
 
@@ -58,7 +57,7 @@ def prepare_tables(
         ConfigError: something is wrong with the configuration, its inputs or `folder`.
     """
     source = source_of(config)
-    config = named(ordered(parsed(source)))
+    config = named(parsed(source))
     if not isinstance(ext_method(config.merge_method), FlexMergeMethod):
         other, remedy = repr(config.merge_method), "Use mergekit-yaml for other methods."
         raise ConfigError([Problem("merge_method", other, "'flexmerge' or 'decompose'", remedy)])
