@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import sysconfig
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
@@ -12,6 +16,10 @@ _Made = TypeVar("_Made")
 _SHOWN, _SHORT, _LONG = 80, 1_000, 10_000
 # Of several problems.
 MOST_SHOWN = 100
+_LIBRARIES = (
+    *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+    *(str(Path(__file__).parents[1] / package) for package in ("mergekit_ext", "peft_merge")),
+)
 
 
 def printable(text: str, longest: int = _SHORT) -> str:
@@ -33,13 +41,15 @@ def nearest(name: Any, known: Iterable[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
-def did_you_mean(name: Any, known: Collection[str], *, listed: bool = False) -> str:
+def did_you_mean(
+    name: Any, known: Collection[str], *, listed: bool = False, otherwise: str = "Take it out."
+) -> str:
     """Return a remedy: the nearest name; without one all of them, unless `listed` before."""
     close = nearest(name, known)
     if close is not None:
         return f"Write `{close}`."
     if listed or not known:
-        return "Take it out."
+        return otherwise
     return f"Take it out, or use one of: {', '.join(sorted(known))}."
 
 
@@ -204,6 +214,21 @@ class HostVersionError(MergekitExtError, RuntimeError):
 
 class MergeWarning(UserWarning):
     """Base class of the project's warnings: the merge goes on, but may not mean what you think."""
+
+
+def warn(warning: MergeWarning) -> None:
+    """Issue a warning at the line of the user's code that all this was called from.
+
+    That is the innermost one in no library; the outermost one where there is none.
+    """
+    frame = sys._getframe()
+    while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
+        frame = frame.f_back
+    names, file = frame.f_globals, frame.f_code.co_filename
+    seen = names.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        warning, type(warning), file, frame.f_lineno, names.get("__name__"), seen
+    )
 
 
 class UniformCoefficientsWarning(MergeWarning):

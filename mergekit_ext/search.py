@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -48,9 +49,7 @@ class Search:
     evaluated: Callable[[Document], Iterator[tuple[str, Mapping[str, float]]]]
 
     def __init__(self, text: str, problems: Iterable[Problem]):
-        if importlib.util.find_spec("optuna") is None:
-            remedy = "Run: pip install 'mergekit-ext[tune]'"
-            raise ConfigError([Problem("optuna", "no such package", "the extra `tune`", remedy)])
+        installed = importlib.util.find_spec("optuna") is not None
         documents, repeated = read(text)
         wrong, document = [*repeated, *problems], documents[0] if documents else None
         self.document: Document = document if isinstance(document, dict) else {}
@@ -63,7 +62,8 @@ class Search:
             wrong.append(Problem("the configuration", "nothing open", _FORMS))
         for where, node in nodes.items():
             try:
-                self.open[where], samples[where] = _distribution(node)
+                make, samples[where] = _distribution(node)
+                self.open[where] = make() if installed else None
             except (KeyError, TypeError, ValueError) as error:  # noqa: PERF203
                 wrong.append(Problem(where, shown(node), _FORMS, f"({one_line(error)})"))
         self._methods = samples.get("merge_method", [self.document.get("merge_method")])
@@ -74,6 +74,9 @@ class Search:
         for filled in [] if found else map(self.filled, tried):
             for problem in self.check(filled):
                 found.setdefault((problem.where, problem.expected), problem)
+        if not installed:
+            remedy = "Run: pip install 'mergekit-ext[tune]'"
+            found["optuna", ""] = Problem("optuna", "no such package", "the extra `tune`", remedy)
         if found:
             raise ConfigError(found.values(), "this search")
 
@@ -183,17 +186,22 @@ def _walk(
     return node
 
 
-def _distribution(node: Document) -> tuple[Any, Sequence[Any]]:
-    """Return Optuna's, and all values of a choice; of a range its ends and what lies between."""
-    from optuna import distributions as kinds
+def _distribution(node: Document) -> tuple[Callable[[], Any], Sequence[Any]]:
+    """Return what makes Optuna's, and all values of a choice; of a range ends and one between."""
+
+    def make(kind: str, *values: Any) -> Any:
+        from optuna import distributions
+
+        return getattr(distributions, f"{kind}Distribution")(*values, **rest)
 
     rest = {key: value for key, value in node.items() if key not in ("from", "to", "choose")}
     if "choose" in node:
-        return kinds.CategoricalDistribution(node["choose"], **rest), node["choose"]
+        values = [*node["choose"]]
+        return partial(make, "Categorical", values), values or [None]
     low, high = float(node["from"]), float(node["to"])
     if isinstance(rest.get("step"), int) and low % 1 == high % 1 == 0:
-        return kinds.IntDistribution(int(low), int(high), **rest), [int(low), int(high)]
-    return kinds.FloatDistribution(low, high, **rest), [low, high, low / 3 + high * 2 / 3]
+        return partial(make, "Int", int(low), int(high)), [int(low), int(high)]
+    return partial(make, "Float", low, high), [low, high, low / 3 + high * 2 / 3]
 
 
 def function_named(name: str, where: str, *arguments: str) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from mergekit_ext.declared import Method
 from mergekit_ext.declared.nan import combine_norms, inverse_norm_coefficients, uniform_warning
+from mergekit_ext.errors import warn
 from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, TensorMeasured
 from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
@@ -54,7 +54,7 @@ def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, lis
         "should count for more, give it a larger `weight`."
     )
     if (warning := uniform_warning(rule.name, sized, "adapted weights", why)) is not None:
-        warnings.warn(warning, stacklevel=4)
+        warn(warning)
     return values
 
 

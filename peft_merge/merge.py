@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mergekit_ext.core.memory import limited
 from mergekit_ext.declared import Call, Method
+from mergekit_ext.errors import warn
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
@@ -230,7 +230,7 @@ def _run(
 
 def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter:
     for warning in plan.forewarnings:
-        warnings.warn(warning, stacklevel=4)
+        warn(warning)
     coefficients = measured(plan, rule, events)
 
     def resolve(module: str) -> Call:
@@ -260,7 +260,7 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
     saved = _saved(plan, events)
     adapter = merged_adapter(plan.request.name, values, infos, plan.adapters, saved, plan.patterns)
     for found in (*rule.after(rule.name, details), *rho_of(details, str).warnings(rule.name)):
-        warnings.warn(found, stacklevel=4)
+        warn(found)
     entries = report(plan, details, coefficients)
     return MergedAdapter(adapter, entries, written(plan.request, plan.adapters))
 

@@ -7,7 +7,6 @@ import itertools
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from mergekit_ext.callbacks.settings import SUBJECT, Mean, Settings, State
 from mergekit_ext.callbacks.snapshots import Merged, Snapshots
 from mergekit_ext.callbacks.trainer import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.core.parameters import schema_problems
-from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError, Problem
+from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError, Problem, warn
 from mergekit_ext.events import Callback
 from mergekit_ext.io.staging import new_folder
 
@@ -147,7 +146,7 @@ class MergeCheckpoints(Settings, Callback):
             self.merge(model=model)
         elif is_main():
             text = f"no snapshot was taken in {step} steps. Lower `every` or `start`."
-            warnings.warn(MergeWarning(f"{self.method}: {text}"), stacklevel=2)
+            warn(MergeWarning(f"{self.method}: {text}"))
 
     def merge(self, step: int | None = None, model: Any = None) -> Merged | None:
         """Merge the snapshots that are kept.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem, warn
 from mergekit_ext.io.staging import new_folder, place_problems
 
 _OWN = re.compile(rf"step-[0-9]{{8}}|{INITIAL}")
@@ -93,7 +92,7 @@ class Snapshots:
                 f"{gone} of {len(named)} snapshots are gone since the state was saved; later "
                 "merges are made of the others. Give `where` the folder of the run that is resumed."
             )
-            warnings.warn(MergeWarning(text), stacklevel=3)
+            warn(MergeWarning(text))
         if self._own and ours:
             newest = self._place(max(named, default=0)).name  # `initial` comes before all
             for place in self._found():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mergekit_ext.errors import MergeError, MergeWarning
+from mergekit_ext.errors import MergeError, MergeWarning, warn
 from mergekit_ext.events import TRAINING_HOOKS, require_hooks
 
 # On a Trainer's control object, which its callbacks share: the files of their states.
@@ -85,7 +84,7 @@ def _resume(callback: Any, file: Path) -> None:
         callback.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     elif callback.state_dict():
         text = f"there is no {file}: it goes on without what it had before the checkpoint"
-        warnings.warn(MergeWarning(f"{type(callback).__name__}: {text}."), stacklevel=2)
+        warn(MergeWarning(f"{type(callback).__name__}: {text}."))
 
 
 def unwrapped(model: Any) -> Any:

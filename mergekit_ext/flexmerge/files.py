@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import stat
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import CheckpointError, FileError, MergeWarning, Problem, attempted
+from mergekit_ext.errors import CheckpointError, FileError, MergeWarning, Problem, attempted, warn
 from mergekit_ext.flexmerge.manifest import DENSE, Manifest, ShardFile
 from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.model_files import companions, is_weights
@@ -160,14 +159,12 @@ def warn_of_copies(root: Path, manifest: Manifest, shards: Sequence[StoredFile])
     sizes = {_inode(path): path.stat().st_size for home in homes for path in _shards(home)}
     wasted = sum(sizes[inode] for inode in sizes.keys() - {_inode(s.path) for s in shards})
     if wasted:
-        warnings.warn(
-            MergeWarning(
-                f"{root}: the weights in the tasks' folders are copies of those in `shards`, not "
-                f"links: {wasted:,} bytes more on the disk. Copy checkpoints with `cp -a`, "
-                "`rsync -aH` or tar, which keep links."
-            ),
-            stacklevel=4,
+        text = (
+            f"{root}: the weights in the tasks' folders are copies of those in `shards`, not "
+            f"links: {wasted:,} bytes more on the disk. Copy checkpoints with `cp -a`, "
+            "`rsync -aH` or tar, which keep links."
         )
+        warn(MergeWarning(text))
 
 
 def _inode(path: Path) -> tuple[int, int]:

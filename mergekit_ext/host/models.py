@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mergekit_ext
 from mergekit_ext.declared import Inputs
-from mergekit_ext.errors import shown
+from mergekit_ext.errors import listing, shown
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.checks.copied import OF_MERGES
 from mergekit_ext.host.checks.layout import Group, Source
@@ -26,6 +26,7 @@ from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.host.session import Session, active
 from mergekit_ext.io.headers import is_counter
+from mergekit_ext.io.quantised import stored_codes
 from mergekit_ext.io.state import named
 from mergekit_ext.kernels.precision import full_precision
 from mergekit_ext.kernels.seeds import derived, seeded
@@ -33,6 +34,7 @@ from mergekit_ext.report.rho import rho_of
 
 _BASE = "base"
 _CONFIGURED = "Take it out, or save the models and use `mergekit_ext.merge`."
+_QUANTISED = "Call `dequantize()` of transformers' modules, or save them and merge the folders."
 _TENSORS = {Tensor, torch.nn.Parameter}
 # Tensors, each with the first of its names.
 _State = Mapping[str, tuple[str, Tensor]]
@@ -85,7 +87,11 @@ def merge_models(
     if found is not None and inputs:
         _check_parameters(found, group, findings)
     states = {key: named(model) for key, model in inputs.items()}
-    _check_tensors(states, findings)
+    if codes := {key: code for key, state in states.items() for code in stored_codes(state)}:
+        what = f"codes of quantised models, such as {next(iter(codes.values()))}"
+        findings.problem(listing([*codes]), what, "weights", _QUANTISED)
+    else:
+        _check_tensors(states, findings)
     findings.report().raise_for_problems("these models")
     first, *others = states.values()
     # Tensors that all models tie are one.

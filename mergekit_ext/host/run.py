@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,7 +19,7 @@ import mergekit_ext
 from mergekit_ext import parallel
 from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.declared.method import factor_of_snapshots
-from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem
+from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, warn
 from mergekit_ext.host import identity
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
@@ -78,7 +77,8 @@ def merge(
         if whole:  # whose lines in the journal say what each finished piece depends on
             del decides["configuration"]
         weights = identity.weights_of(config.referenced_models())
-        _warn(report.warnings if processes.is_main else ())
+        for text in report.warnings if processes.is_main else ():
+            warn(MergeWarning(text))
         with sessions.output(
             options,
             out_path,
@@ -138,14 +138,10 @@ def extended(
                 found = checked.settled
                 if adapted:
                     require(report.problems)
-                _warn([*map(str, report.problems), *report.warnings])
+                for text in (*map(str, report.problems), *report.warnings):
+                    warn(MergeWarning(text))
         with for_commands() if adapted else nullcontext(), settling(found):
             stock(merge_config, out_path, options, config_source)
-
-
-def _warn(texts: Iterable[str]) -> None:
-    for text in texts:
-        warnings.warn(MergeWarning(text), stacklevel=3)
 
 
 @contextmanager

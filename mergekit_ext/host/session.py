@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit.options import MergeOptions
 
 from mergekit_ext import parallel
-from mergekit_ext.errors import MergekitExtError, MergeWarning, RankError, StoppedError
+from mergekit_ext.errors import MergekitExtError, MergeWarning, RankError, StoppedError, warn
 from mergekit_ext.events import Dispatcher, Event, JsonLines, MergeEnd, ProgressBar, ShardWritten
 from mergekit_ext.flexmerge.manifest import SHARDS
 from mergekit_ext.host.blocks import block_of
@@ -92,7 +91,7 @@ class Session:
         for warning in found:
             if type(warning) not in self._warned:
                 self._warned.add(type(warning))
-                warnings.warn(warning, stacklevel=3)
+                warn(warning)
 
     def emit(self, event: Event) -> None:
         """Hand an event to the listeners, which are in the main process."""

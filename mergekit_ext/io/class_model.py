@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from mergekit_ext.errors import one_line
 
 # Fields of a configuration that differ between copies of one model.
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
@@ -49,28 +52,22 @@ def loading(config: Any, shapes: Mapping[str, Sequence[int]]) -> Loading | None:
 
 def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loading | None:
     import torch
-    from transformers.utils import logging
 
     state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
-    has_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        _, found = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with without_bars():
+            _, found = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers and each of its models raise their own
         if empty_model(config) is None:
             return None
-        lines = str(error).splitlines() or [""]
-        return Loading(error=f"{type(error).__name__}: {lines[0]}")
-    finally:
-        if has_bars:
-            logging.enable_progress_bar()
+        return Loading(error=one_line(error))
     return Loading(
         tuple(sorted(found["missing_keys"])),
         tuple(sorted(found["unexpected_keys"])),
@@ -79,6 +76,20 @@ def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loadin
             for name, stored, own in sorted(found["mismatched_keys"])
         ),
     )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from showing a bar for each model that it loads."""
+    from transformers.utils import logging
+
+    has_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 # Those built last, by their configurations.

@@ -5,7 +5,6 @@ Only configurations and headers are read (and whole tensors, when they may be av
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, Switch, read_all
 from mergekit_ext.declared import ADAPTERS, Method
-from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
+from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown, warn
 from peft_merge import saved
 from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, modules_of
 from peft_merge.algebra.spaces import SPACES
@@ -153,7 +152,7 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
     averaged = saved.averaged(plan.saved, adapters) if request.modules_to_save is None else None
     for warning in (bases, few_shared(adapters), averaged):
         if warning is not None:
-            warnings.warn(warning, stacklevel=4)
+            warn(warning)
     return plan
 
 

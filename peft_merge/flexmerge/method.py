@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from mergekit_ext.core.parameters import Parameter, choice
 from mergekit_ext.declared import ADAPTERS
-from mergekit_ext.errors import MergeError, Problem, listing, shown
+from mergekit_ext.errors import MergeError, Problem, listing, shown, warn
 from mergekit_ext.events import (
     BlockMerged,
     Dispatcher,
@@ -162,7 +161,7 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
     best = planner.plan(chosen["target_size"])
     counts = {len(group.tasks) for block in best.groups for group in block} - {1}
     for warning in plan.resolve.forewarnings(family.rule, sorted(counts)):
-        warnings.warn(warning, stacklevel=4)
+        warn(warning)
     names = [adapter.name for adapter in plan.adapters]
     changes: list[Changes] = [{} for _ in names]
     blocks: list[dict[str, Any]] = []

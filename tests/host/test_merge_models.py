@@ -175,6 +175,16 @@ def test_what_is_refused(models: str, method: str, given: Any, messages: list[st
         assert message in str(raised.value), str(raised.value)
 
 
+def test_codes_are_refused_in_one_problem_for_all_models() -> None:
+    codes = {"weight": torch.ones(4, 1, dtype=torch.uint8), "weight.absmax": torch.ones(1)}
+    with pytest.raises(ConfigError, match="dequantize") as raised:
+        mergekit_ext.merge_models(
+            [codes, {name: t + 1 for name, t in codes.items()}], "linear", weight=1
+        )
+    (problem,) = raised.value.problems
+    assert problem.where == "models[0], models[1]"
+
+
 def test_a_model_may_not_take_the_name_of_the_base() -> None:
     with pytest.raises(ConfigError, match="a model called 'base' beside `base`"):
         mergekit_ext.merge_models({"base": Counted(), "a": Counted()}, "nan", base=Counted())
@@ -190,7 +200,7 @@ def test_an_input_that_is_not_finite_is_named(live: Any) -> None:
 def test_warnings_come_once(live: Any) -> None:
     with pytest.warns(OvershootWarning, match="in place of 5") as found:
         mergekit_ext.merge_models(live[1:], "nan", base=live[0], scale=5)
-    assert len(found) == 1
+    assert [each.filename for each in found] == [__file__]  # where the user called
     with pytest.warns(TwoModelsWarning) as found:
         mergekit_ext.merge_models(live[1:3], "lore", mu_relative=0.1)
     assert len(found) == 1

@@ -201,8 +201,10 @@ def test_all_problems_are_one_error(family, evaluate, tmp_path):
 
 def test_optuna_is_an_extra(family, evaluate, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"mergekit-ext\[tune\]"):
-        mergekit_ext.tune(opened(family), tmp_path / "out", evaluate, QUIET)
+    with pytest.raises(ConfigError, match=r"mergekit-ext\[tune\]") as raised:
+        given = {**opened(family), "dtype": "float3"}
+        mergekit_ext.tune(given, tmp_path / "out", evaluate, QUIET)
+    assert [problem.where for problem in raised.value.problems] == ["dtype", "optuna"]
 
 
 def test_another_search_and_no_study(family, evaluate, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mergekit_ext.errors import Problem, listing, nearest, shown
+from mergekit_ext.errors import Problem, did_you_mean, listing, shown
 from mergekit_ext.host.blocks import is_router, is_task_head, layer_of
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
@@ -104,9 +104,8 @@ def selection_problems(
     models, given = list(map(str, models_at(config))), config.parameters or {}
     for parameter in naming:
         if parameter in given and named_model(config, parameter) is None:
-            value = given[parameter]
-            close = nearest(value, models) if isinstance(value, str) else None
-            remedy = f"Write `{close}`." if close else "Write it as it stands there."
+            value, otherwise = given[parameter], "Write it as it stands there."
+            remedy = did_you_mean(value, models, listed=True, otherwise=otherwise)
             expected = f"one of the models: {', '.join(models)}"
             yield Problem(f"parameters.{parameter}", shown(value), expected, remedy)
     for parameter in (INCLUDE, EXCLUDE):

@@ -12,7 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import FileError, nearest, shown
+from mergekit_ext.errors import FileError, did_you_mean, shown
 from mergekit_ext.host.blocks import is_task_head
 from mergekit_ext.host.checks import schema
 from mergekit_ext.host.checks.copied import note_routers, settle_copies
@@ -81,9 +81,8 @@ def method_named(name: Any, where: str, findings: Findings) -> Any:
     methods = registered()
     if name in methods:
         return methods[name]
-    expected, close = f"one of {', '.join(sorted(methods))}", nearest(name, methods)
-    remedy = f"Write `{close}`." if close else "Choose one of them."
-    findings.problem(where, shown(name), expected, remedy)
+    remedy = did_you_mean(name, methods, listed=True, otherwise="Choose one of them.")
+    findings.problem(where, shown(name), f"one of {', '.join(sorted(methods))}", remedy)
     return None
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-import transformers
 from mergekit.options import MergeOptions
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.host.interface import interface
 from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
+from mergekit_ext.io.class_model import without_bars
 from mergekit_ext.report.tables import (
     EvaluationError,
     Scores,
@@ -182,16 +182,10 @@ class Evaluator:
     @contextmanager
     def counting(self, description: str, total: int) -> Iterator[None]:
         """Show a bar of `total` evaluations."""
+        shown = {"desc": description, "unit": "model", "disable": self.options.quiet}
         # Loading a model is fast and happens for each evaluation: its bars would hide this one.
-        shown_before = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
-        quiet = self.options.quiet
-        try:
-            with tqdm(total=total, desc=description, unit="model", disable=quiet) as self.bar:
-                yield
-        finally:
-            if shown_before:
-                transformers.utils.logging.enable_progress_bar()
+        with without_bars(), tqdm(total=total, **shown) as self.bar:
+            yield
 
     def score(
         self,
