@@ -214,24 +214,20 @@ def finite_update(adapter: LoraAdapter, module: str) -> Update:
     return update
 
 
-def finite_updates(adapters: Iterable[LoraAdapter], module: str) -> list[Update | None]:
-    """Return the `finite_update` of each adapter, None for one without the module."""
-    return [finite_update(a, module) if module in a.infos else None for a in adapters]
+def finite_updates(adapters: Sequence[LoraAdapter], module: str) -> list[Update]:
+    """Return the `finite_update` of each adapter, of rank 0 for one without the module."""
+    n, rows, columns = next(a.infos[module].shape for a in adapters if module in a.infos)
+    absent = Update(torch.empty(n, 0, columns), torch.empty(n, rows, 0), 1.0)
+    return [finite_update(a, module) if module in a.infos else absent for a in adapters]
 
 
-def bias_changes(
-    updates: Sequence[Update | None], device: str | torch.device
-) -> list[Tensor] | None:
+def bias_changes(updates: Iterable[Update], device: str | torch.device) -> list[Tensor] | None:
     """Return the changes of the output's bias, (n rows,) in float64; None if all are zero."""
-    known = {
-        position: update.scale * update.bias.to(device, torch.float64)
-        for position, update in enumerate(updates)
-        if update is not None and update.bias is not None
-    }
-    if not known:
+    wide = [None if u.bias is None else u.scale * u.bias.to(device).double() for u in updates]
+    known = next((each for each in wide if each is not None), None)
+    if known is None:
         return None
-    nothing = torch.zeros_like(next(iter(known.values())))
-    return [known.get(position, nothing) for position in range(len(updates))]
+    return [torch.zeros_like(known) if each is None else each for each in wide]
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.declared import Method
-from mergekit_ext.declared.nan import combine_norms, inverse_norm_coefficients, uniform_warning
+from mergekit_ext.declared.nan import inverse_norm_coefficients, uniform_warning
 from mergekit_ext.errors import warn
 from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, TensorMeasured
 from mergekit_ext.kernels.linear_algebra import norm
@@ -66,20 +66,17 @@ def coefficients(
     `norms` are the `change_norms` of each module; `whole`: one set for all modules, from the norms
     of whole adapters.
     """
-    combined = combine_norms(
-        (None if whole else module, dict(enumerate(values))) for module, values in norms.items()
-    )
-    found = {
-        key: inverse_norm_coefficients(list(values.values())) for key, values in combined.items()
-    }
-    return {module: found[None if whole else module] for module in norms}
+    if whole:
+        total = [math.hypot(*each) for each in zip(*norms.values(), strict=True)]
+        return dict.fromkeys(norms, inverse_norm_coefficients(total))
+    return {module: inverse_norm_coefficients(each) for module, each in norms.items()}
 
 
 def change_norms(adapters: Sequence[Any], module: str, *, space: str) -> list[float]:
     """Return the norms of the changes of a module that a rule sees; 0 for adapters without it."""
     if isinstance(adapters[0], Ia3Adapter):
         return [norm(change) for change in vector_changes(adapters, module, space)]
-    return [0.0 if u is None else update_norm(u) for u in finite_updates(adapters, module)]
+    return [*map(update_norm, finite_updates(adapters, module))]
 
 
 @by_one_thread

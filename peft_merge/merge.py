@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -211,9 +212,8 @@ def check(
 def _run(
     make_plan: Callable[[], MergePlan], callbacks: Iterable[object], out: str = ""
 ) -> MergedAdapter | FlexMerged:
-    events = Dispatcher(callbacks)
     started = time.perf_counter()
-    try:
+    with closing(Dispatcher(callbacks)) as events:
         plan = make_plan()
         names = tuple(adapter.name for adapter in plan.adapters)
         units = len(plan.modules) + len(plan.saved)
@@ -223,8 +223,6 @@ def _run(
         if out:
             result.save(out)
         events.emit(MergeEnd(out, time.perf_counter() - started))
-    finally:
-        events.close()
     return result
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_ext.errors import CheckpointError, FileError, MergeWarning, Problem, attempted, warn
-from mergekit_ext.flexmerge.manifest import DENSE, Manifest, ShardFile
+from mergekit_ext.flexmerge.manifest import Manifest, ShardFile
 from mergekit_ext.io.headers import TensorHeader, read_safetensors
 from mergekit_ext.io.model_files import companions, is_weights
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, weight_names, write_index
@@ -139,7 +139,7 @@ def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> It
             if name not in known:
                 yield Problem(name, "a file that was added later", "none", _EDITED)
         task = home.relative_to(root).name
-        dense = [s for s in shards if s.file.kind == DENSE and task in ("", *s.file.tasks)]
+        dense = [s for s in shards if s.file.kind == "dense" and task in ("", *s.file.tasks)]
         wanted = {shard.file.sha256: shard.file.path for shard in dense}
         # A link to a shard is not read again.
         read = {_inode(shard.path): shard.file.sha256 for shard in dense}

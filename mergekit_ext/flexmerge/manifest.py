@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -22,16 +22,7 @@ FILE_NAME = "flexmerge.json"
 SHARDS = "shards"
 
 FileKind = Literal["dense", "base", "unified", "masks", "factors"]
-DENSE: Final = "dense"
-BASE: Final = "base"
-UNIFIED: Final = "unified"
-MASKS: Final = "masks"
-FACTORS: Final = "factors"
-# The block of what is not merged, and one model's in all tasks.
-GIVEN: Final = "given"
-# Groups are dense or
-MASKED: Final = "masked"
-RESIDUAL: Final = "residual"
+GroupKind = Literal["dense", "masked", "residual"]
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What lies beside the tasks' folders under a fixed name.
@@ -127,7 +118,7 @@ class Group(Schema):
     """
 
     tasks: Tasks
-    kind: Literal["dense", "masked", "residual"]
+    kind: GroupKind
     similarity: Similarity  # of the merge that completed the group; None without one
     # Of each member of a masked group; absent from others.
     rescale: Annotated[dict[str, float], BeforeValidator(_bounded)] = Field(default={})
@@ -137,7 +128,7 @@ class Group(Schema):
     stacked: Items[Name] = ()  # whose last two axes are matrices; of others they are flattened
 
     def rules(self) -> Iterator[Problem]:
-        for name, kind in (("rescale", MASKED), ("ranks", RESIDUAL)):
+        for name, kind in (("rescale", "masked"), ("ranks", "residual")):
             given = getattr(self, name)
             if set(given) != set(self.tasks if self.kind == kind else ()):
                 found = f"values of {listing(list(given)) or 'no task'}"
@@ -245,7 +236,7 @@ class Manifest(Schema):
             twice = in_blocks.intersection(own)
             yield from _repeats(f"private[{index}] and blocks", "tensor", [*own, *twice])
         groups = (group for block in self.blocks for group in block.groups)
-        masked = {task for group in groups if group.kind != DENSE for task in group.tasks}
+        masked = {task for group in groups if group.kind != "dense" for task in group.tasks}
         for index, task in enumerate(self.tasks):
             if task.ordinary == (task.name in masked):
                 where, found = f"tasks[{index}].ordinary ({task.name})", f"{task.ordinary}".lower()

@@ -17,15 +17,6 @@ from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Masked
 from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.layout import BlockLayout, Part
-from mergekit_ext.flexmerge.manifest import (
-    BASE,
-    DENSE,
-    FACTORS,
-    MASKED,
-    MASKS,
-    RESIDUAL,
-    UNIFIED,
-)
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockData, BlockReader
 from mergekit_ext.flexmerge.stored import FACTOR_ENDS, Place, StoredGroup, sources, stored
@@ -76,25 +67,25 @@ def block_tensors(
     `distances` how far each dense group of several tasks went.
     """
     forced, algorithm = merging.forced, merging.algorithm
-    merged = [group for group in groups if len(group.tasks) > 1 and group.kind != RESIDUAL]
+    merged = [group for group in groups if len(group.tasks) > 1 and group.kind != "residual"]
     shared = [task for group in merged for task in group.tasks]
     data = reader.read(block, shared) if shared else None
-    if data is not None and any(group.kind == MASKED for group in groups):
+    if data is not None and any(group.kind == "masked" for group in groups):
         for index, part in enumerate(block.parts):
             base = data.part(data.base, index).to("cpu", part.base_dtype)
-            yield Place(BASE, ()), part.name, base
+            yield Place("base", ()), part.name, base
     for group in groups:
         if len(group.tasks) == 1:
             (task,) = group.tasks
             for part in block.parts:
                 yield _own(own, task, part, forced)
             continue
-        if group.kind == RESIDUAL:
+        if group.kind == "residual":
             yield from _residual(block, group, merging, own)
             continue
         assert data is not None
         members = (data, group.tasks, forced or block.dtype(group.tasks))
-        if group.kind == DENSE:
+        if group.kind == "dense":
             vector = algorithm.merge(*members)
             if distances is not None:
                 names = [reader.layout.tasks[task] for task in group.tasks]
@@ -103,13 +94,13 @@ def block_tensors(
                 inputs, options = dict(zip(names, norms, strict=True)), algorithm.parameters.shared
                 factor = {name: options.get(name) for name in (factor_in(options),)}
                 distances += distance(length, inputs, factor, algorithm.orthogonal).values()
-            yield from _parts(Place(DENSE, group.tasks), block, vector, forced)
+            yield from _parts(Place("dense", group.tasks), block, vector, forced)
             continue
         found = algorithm.merge_masked(*members)
         _require_reconstructible(group, found, data, forced)
-        yield from _parts(Place(UNIFIED, group.tasks), block, found.unified, forced)
+        yield from _parts(Place("unified", group.tasks), block, found.unified, forced)
         for task in group.tasks:
-            yield Place(MASKS, (task,)), block.name, found.masks[task].cpu()
+            yield Place("masks", (task,)), block.name, found.masks[task].cpu()
         rescale.update(found.rescale)
 
 
@@ -120,7 +111,7 @@ def _own(
     if forced not in (None, dtype):
         tensor = tensor.view(dtype).to(forced)
         require_in_range(tensor, part.name)
-    return Place(DENSE, (task,)), part.name, tensor
+    return Place("dense", (task,)), part.name, tensor
 
 
 def _residual(
@@ -135,7 +126,7 @@ def _residual(
             continue
         theta_0 = found.theta_0(part.name)
         require_in_range(theta_0, part.name)
-        yield Place(UNIFIED, tasks), part.name, theta_0
+        yield Place("unified", tasks), part.name, theta_0
         for task in tasks:
             if rank := group.ranks[task].get(part.name):
                 factors = found.factors(task, part.name, rank)
@@ -143,7 +134,7 @@ def _residual(
                     stored = factor.to(theta_0.dtype)
                     require_in_range(stored, part.name)
                     stack = stored if part.name in group.stacked else stored[0]
-                    yield Place(FACTORS, (task,)), part.name + end, stack.contiguous()
+                    yield Place("factors", (task,)), part.name + end, stack.contiguous()
 
 
 def _parts(
@@ -210,7 +201,7 @@ class Walk:
             for place, name, tensor in block_tensors(
                 self._reader, block, new, self._merging, self._reader.tensor, self._rescale[index]
             ):
-                held[place, name] = tensor.clone() if place.kind == BASE else tensor
+                held[place, name] = tensor.clone() if place.kind == "base" else tensor
             needed = {(place, name) for place, name, _ in stored(block.name, block.shapes, wanted)}
             self._tensors[index] = {key: held[key] for key in needed}
             self._groups[index] = wanted

@@ -18,16 +18,7 @@ from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted
 from mergekit_ext.flexmerge import files as on_disk
 from mergekit_ext.flexmerge.files import StoredFile, regular_file
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.flexmerge.manifest import (
-    BASE,
-    DENSE,
-    FACTORS,
-    MASKS,
-    UNIFIED,
-    Manifest,
-    ShardFile,
-    read_manifest,
-)
+from mergekit_ext.flexmerge.manifest import Manifest, ShardFile, read_manifest
 from mergekit_ext.flexmerge.stored import (
     Made,
     MaskedTensor,
@@ -65,7 +56,7 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Che
 
 def _place_of(file: ShardFile) -> Place:
     """Return where a file's tensors are. Those of the base are one set, whatever tasks it names."""
-    return Place(file.kind, () if file.kind == BASE else file.tasks)
+    return Place(file.kind, () if file.kind == "base" else file.tasks)
 
 
 def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterator[Problem]:
@@ -76,8 +67,8 @@ def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterat
             expected[place, name] = shape
     for entry in manifest.private:
         for tensor in entry.tensors:
-            expected[Place(DENSE, (entry.task,)), tensor.name] = tensor.shape
-    dtypes = {MASKS: ["U8"], **{kind: [*FLOATING] for kind in (BASE, UNIFIED, FACTORS)}}
+            expected[Place("dense", (entry.task,)), tensor.name] = tensor.shape
+    dtypes = {"masks": ["U8"], **{kind: [*FLOATING] for kind in ("base", "unified", "factors")}}
     found: dict[tuple[Place, str], str] = {}
     for file in files:
         for name, header in file.headers.items():
@@ -141,7 +132,7 @@ class TaskTensors(Mapping[str, Tensor]):
             self._sources.update(sources(block.name, block.shapes, group, task, group.rescale))
         for entry in checkpoint.manifest.private:
             if entry.task == task:
-                own = Place(DENSE, (task,))
+                own = Place("dense", (task,))
                 self._sources.update({tensor.name: own for tensor in entry.tensors})
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median_low
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from mergekit_ext.core.parameters import Count, Parameter, Share, choice
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.algorithm import Algorithm, Parameters
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
-from mergekit_ext.flexmerge.manifest import RESIDUAL
 from mergekit_ext.flexmerge.plan import Plan, Planner
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.flexmerge.storage import Size, Storage, Target
@@ -97,6 +96,15 @@ class Residual(Algorithm):
         return self.base.merge(block, members, dtype)
 
 
+class _Unit(NamedTuple):
+    """Matrices that have one rank, by their indices."""
+
+    matrices: Sequence[int]
+    largest: int  # rank
+    least: int  # that all tasks have
+    cost: int  # bytes of one triplet of each
+
+
 @dataclass(frozen=True)
 class Limit:
     """How much residuals may be: so many bytes, or one rank, or a share of the squared norms."""
@@ -146,27 +154,22 @@ class ResidualStorage(Storage):
         ]
 
     @cached_property
-    def _units(self) -> list[list[int]]:
-        """Indices into `matrices` of those that have one rank."""
+    def _units(self) -> list[_Unit]:
+        """Those of `matrices` that have one rank."""
         units: dict[Any, list[int]] = {}
         for index, (_, part) in enumerate(self.matrices):
             key = "" if self._uniform else self._together.get(part.name, part.name)
             units.setdefault(key, []).append(index)
-        return [*units.values()]
-
-    @cached_property
-    def _largest(self) -> list[int]:
-        """The largest rank of each of `_units`."""
-        parts = [part for _, part in self.matrices]
-        return [max(self.algorithm.largest_rank(parts[k]) for k in unit) for unit in self._units]
-
-    @cached_property
-    def _least_ranks(self) -> list[int]:
-        """Ranks that each of `_units` has in every task."""
         step: int = self.algorithm.parameters.shared["rank_multiple"]
-        held = [self._uniform or part.name in self._held for _, part in self.matrices]
-        pairs = zip(self._units, self._largest, strict=True)
-        return [min(step, top) if any(held[k] for k in unit) else 0 for unit, top in pairs]
+
+        def unit(indices: Sequence[int]) -> _Unit:
+            parts = [self.matrices[index][1] for index in indices]
+            largest = max(map(self.algorithm.largest_rank, parts))
+            held = self._uniform or any(part.name in self._held for part in parts)
+            cost = sum(map(self.cost, parts))
+            return _Unit(indices, largest, min(step, largest) if held else 0, cost)
+
+        return [*map(unit, units.values())]
 
     def treatment(self, block: BlockLayout, part: Part) -> str:
         """Return what becomes of a tensor."""
@@ -179,7 +182,7 @@ class ResidualStorage(Storage):
         layout, everyone = self.layout.blocks[block], tuple(range(self.tasks))
         return StoredGroup(
             everyone,
-            RESIDUAL,
+            "residual",
             own=tuple(p.name for p in layout.parts if self.treatment(layout, p) == OWN),
             stacked=tuple(p.name for p in layout.parts if p.layout == "stacked"),
             ranks={task: ranks.get(task, {}) for task in everyone},
@@ -207,18 +210,13 @@ class ResidualStorage(Storage):
         return self.tasks * max(map(operator.mul, stacks, each), default=0)
 
     @cached_property
-    def _costs(self) -> list[int]:
-        """Bytes of one triplet of each of `_units`."""
-        return [sum(self.cost(self.matrices[k][1]) for k in unit) for unit in self._units]
-
-    @cached_property
     def bare(self) -> int:
         """Bytes of the base and of what tasks store themselves, without residuals."""
         return sum(self.bytes(block, [self.group(block, {})]) for block in range(self.blocks))
 
     @cached_property
     def least(self) -> Size:
-        held = sum(map(operator.mul, self._least_ranks, self._costs))
+        held = sum(unit.least * unit.cost for unit in self._units)
         return self.size(self.bare + self.tasks * held)
 
     @cached_property
@@ -236,26 +234,26 @@ class ResidualStorage(Storage):
         tasks, parameters = range(self.tasks), self.algorithm.parameters
         weights = [abs(weight) for weight in parameters.weights(list(tasks))]
 
-        def gain(unit: Sequence[int], task: int) -> Tensor:
-            each = [spectra[k].squares[task] * weights[task] for k in unit]
+        def gain(unit: _Unit, task: int) -> Tensor:
+            each = [spectra[k].squares[task] * weights[task] for k in unit.matrices]
             together = torch.zeros(max(map(len, each)), dtype=torch.float64)
             for own in each:
                 together[: len(own)] += own
             return together
 
         if limit.rank is not None:
-            found = tuple(min(limit.rank, top) for top in self._largest for _ in tasks)
+            found = tuple(min(limit.rank, unit.largest) for unit in self._units for _ in tasks)
         else:
             whole = (s.whole[task] * weights[task] for s in spectra for task in tasks)
             found = allocate(
                 [gain(unit, task) for unit in self._units for task in tasks],
-                [cost for cost in self._costs for _ in tasks],
+                [unit.cost for unit in self._units for _ in tasks],
                 budget=limit.budget,
                 goal=math.inf if limit.energy is None else limit.energy * math.fsum(whole),
                 multiple=parameters.shared["rank_multiple"],
-                least=[rank for rank in self._least_ranks for _ in tasks],
+                least=[unit.least for unit in self._units for _ in tasks],
             )
-        of = {k: number for number, unit in enumerate(self._units) for k in unit}
+        of = {k: number for number, unit in enumerate(self._units) for k in unit.matrices}
         return tuple(found[of[k] * self.tasks + task] for k in range(len(of)) for task in tasks)
 
     def at_most(self, limit: Limit) -> int:
@@ -354,7 +352,7 @@ def kept(
     """
     found: dict[str, list[Kept]] = {}
     for block, groups in zip(storage.layout.blocks, plan.groups, strict=True):
-        apart = groups[0].kind != RESIDUAL
+        apart = groups[0].kind != "residual"
         for part in block.parts:
             own = apart or part.name in groups[0].own
             found[part.name] = each = []

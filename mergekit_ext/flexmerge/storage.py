@@ -14,7 +14,6 @@ import torch
 from mergekit_ext.core.memory import FIRST_BYTES, count_or_bytes
 from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.layout import Layout
-from mergekit_ext.flexmerge.manifest import DENSE, MASKED
 from mergekit_ext.flexmerge.stored import StoredGroup, stored_of
 
 EXPECTED = "a number of models such as 2.25, or a memory budget such as '12GB'"
@@ -97,7 +96,7 @@ class GroupStorage(ABC):
 
     def groups(self, found: Partition) -> tuple[StoredGroup, ...]:
         """Return the groups that are stored of a partition."""
-        return tuple(StoredGroup(tasks, DENSE, similarity) for tasks, similarity in found)
+        return tuple(StoredGroup(tasks, "dense", similarity) for tasks, similarity in found)
 
     @cached_property
     def apart(self) -> tuple[StoredGroup, ...]:
@@ -156,7 +155,7 @@ class Storage(GroupStorage):
             if len(tasks) == 1 or (self.masks and len(tasks) < _MASKED_FROM):
                 groups.extend(StoredGroup((task,)) for task in tasks)
             else:
-                groups.append(StoredGroup(tasks, MASKED if self.masks else DENSE, similarity))
+                groups.append(StoredGroup(tasks, "masked" if self.masks else "dense", similarity))
         return tuple(sorted(groups, key=lambda group: group.tasks[0]))
 
     def bytes(self, block: int, groups: Sequence[StoredGroup]) -> int:

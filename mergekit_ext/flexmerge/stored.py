@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.flexmerge.layout import BlockLayout, matrix_shape
-from mergekit_ext.flexmerge.manifest import (
-    BASE,
-    DENSE,
-    FACTORS,
-    MASKED,
-    MASKS,
-    RESIDUAL,
-    UNIFIED,
-    FileKind,
-)
+from mergekit_ext.flexmerge.manifest import FileKind, GroupKind
 from mergekit_ext.kernels.linear_algebra import add_products
 from mergekit_ext.kernels.masks import reconstruct, unpack_bits
 
@@ -40,7 +31,7 @@ class StoredGroup:
     """Tasks that share what is stored of a block."""
 
     tasks: tuple[int, ...]
-    kind: str = DENSE
+    kind: GroupKind = "dense"
     similarity: float | None = None
     own: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
@@ -66,7 +57,7 @@ class Place(NamedTuple):
         return f"the {self.kind} files of {', '.join(self.tasks)}" if self.tasks else "the base"
 
 
-_BASE = Place(BASE, ())
+_BASE = Place("base", ())
 
 
 def stored(
@@ -78,25 +69,25 @@ def stored(
     `StoredGroup` or a manifest's; `shapes` are in the order of concatenation.
     """
     bits = 0
-    if any(group.kind == MASKED for group in groups):
+    if any(group.kind == "masked" for group in groups):
         bits = sum(map(math.prod, shapes.values()))
         for name, shape in shapes.items():
             yield _BASE, name, shape
     for group in groups:
         for name, shape in shapes.items():
-            if group.kind == RESIDUAL and name in group.own:
+            if group.kind == "residual" and name in group.own:
                 for task in group.tasks:
-                    yield Place(DENSE, (task,)), name, shape
+                    yield Place("dense", (task,)), name, shape
                 continue
-            yield Place(DENSE if group.kind == DENSE else UNIFIED, group.tasks), name, shape
+            yield Place("dense" if group.kind == "dense" else "unified", group.tasks), name, shape
             for task, ranks in group.ranks.items():
                 if rank := ranks.get(name):
                     count, rows, columns = matrix_shape(shape, name in group.stacked)
                     stack = (count,) if name in group.stacked else ()
-                    yield Place(FACTORS, (task,)), name + _B, (*stack, rows, rank)
-                    yield Place(FACTORS, (task,)), name + _A, (*stack, rank, columns)
-        for task in group.tasks if group.kind == MASKED else ():
-            yield Place(MASKS, (task,)), block, (-(-bits // 8),)
+                    yield Place("factors", (task,)), name + _B, (*stack, rows, rank)
+                    yield Place("factors", (task,)), name + _A, (*stack, rank, columns)
+        for task in group.tasks if group.kind == "masked" else ():
+            yield Place("masks", (task,)), block, (-(-bits // 8),)
 
 
 def stored_of(
@@ -105,11 +96,11 @@ def stored_of(
     """Yield what `stored` does of a block of models, and in which dtype."""
     parts = {part.name: part for part in block.parts}
     for place, name, shape in stored(block.name, block.shapes, groups):
-        if place.kind == MASKS:
+        if place.kind == "masks":
             yield place, name, shape, torch.uint8
-        elif place.kind == BASE:
+        elif place.kind == "base":
             yield place, name, shape, parts[name].base_dtype
-        elif place.kind == FACTORS:
+        elif place.kind == "factors":
             part = parts[name.removesuffix(_A).removesuffix(_B)]
             yield place, name, shape, forced or part.dtype(range(len(part.dtypes)))
         else:
@@ -183,15 +174,15 @@ def sources(
     start = 0
     for name, shape in shapes.items():
         count = math.prod(shape)
-        if group.kind == MASKED:
-            unified, masks = Place(UNIFIED, group.tasks), Place(MASKS, (task,))
+        if group.kind == "masked":
+            unified, masks = Place("unified", group.tasks), Place("masks", (task,))
             yield name, MaskedTensor(block, unified, masks, rescale[task], start, count)
-        elif group.kind == RESIDUAL and name in group.own:
-            yield name, Place(DENSE, (task,))
-        elif group.kind == RESIDUAL:
-            unified, ranked = Place(UNIFIED, group.tasks), name in group.ranks[task]
-            made = ResidualTensor(unified, Place(FACTORS, (task,)), ranked)
+        elif group.kind == "residual" and name in group.own:
+            yield name, Place("dense", (task,))
+        elif group.kind == "residual":
+            unified, ranked = Place("unified", group.tasks), name in group.ranks[task]
+            made = ResidualTensor(unified, Place("factors", (task,)), ranked)
             yield name, made if any(name in r for r in group.ranks.values()) else unified
         else:
-            yield name, Place(DENSE, group.tasks)
+            yield name, Place("dense", group.tasks)
         start += count

@@ -18,16 +18,7 @@ from torch import Tensor
 
 from mergekit_ext.flexmerge.files import digest_of, link_model
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
-from mergekit_ext.flexmerge.manifest import (
-    DENSE,
-    FILE_NAME,
-    GIVEN,
-    MASKED,
-    RESIDUAL,
-    SHARDS,
-    Manifest,
-    ShardFile,
-)
+from mergekit_ext.flexmerge.manifest import FILE_NAME, SHARDS, Manifest, ShardFile
 from mergekit_ext.flexmerge.merging import Merging, block_tensors
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.source import BlockReader
@@ -174,7 +165,7 @@ def _of_block(
 def _copied(reader: BlockReader, tasks: Sequence[int], giver: int, header: TensorHeader) -> Piece:
     """Return the copy of a model's tensor for `tasks`, whose values must be finite."""
     owner = reader.base.name if giver < 0 else reader.layout.tasks[giver]
-    place = Place(DENSE, tuple(tasks))
+    place = Place("dense", tuple(tasks))
 
     def copied() -> Iterator[tuple[Place, str, Tensor]]:
         tensor = reader.read_stored(giver, header.name)
@@ -303,14 +294,14 @@ class Shards:
 
 def _link(folder: Path, manifest: Manifest, planned: Mapping[str, PlannedFile]) -> None:
     """Make the task folders, and `folder` a checkpoint itself if all share everything."""
-    dense = [file for file in manifest.files if file.kind == DENSE]
+    dense = [file for file in manifest.files if file.kind == "dense"]
     dense.sort(key=lambda file: file.tasks)
     for task in manifest.tasks:
         (folder / task.name).mkdir()
         if task.ordinary:
             files = [planned[file.path] for file in dense if task.name in file.tasks]
             link_model(folder, folder / task.name, files)
-    shared = all([group.kind for group in block.groups] == [DENSE] for block in manifest.blocks)
+    shared = all([group.kind for group in block.groups] == ["dense"] for block in manifest.blocks)
     if shared and not manifest.private:
         link_model(folder, folder, list(planned.values()))
 
@@ -324,22 +315,22 @@ def _manifest(
     rescale: Mapping[str, Rescale],
 ) -> Manifest:
     tasks = layout.tasks
-    groups = [group for found in plan.groups for group in found if group.kind != DENSE]
+    groups = [group for found in plan.groups for group in found if group.kind != "dense"]
     made = {task for group in groups for task in group.tasks}
 
     def group_of(block: BlockLayout, group: StoredGroup) -> dict[str, Any]:
         found: dict[str, Any] = {"tasks": _names(tasks, group.tasks), "kind": group.kind}
         found["similarity"] = group.similarity
-        if group.kind == MASKED:
+        if group.kind == "masked":
             found["rescale"] = {tasks[task]: rescale[block.name][task] for task in group.tasks}
-        elif group.kind == RESIDUAL:
+        elif group.kind == "residual":
             ranks = {tasks[task]: dict(own) for task, own in group.ranks.items()}
             found |= {"ranks": ranks, "own": group.own, "stacked": group.stacked}
         return found
 
-    alone = {"tasks": tasks, "kind": DENSE, "similarity": None}
+    alone = {"tasks": tasks, "kind": "dense", "similarity": None}
     tensors = _infos(layout.given)
-    given = {"name": GIVEN, "kind": GIVEN, "tensors": tensors, "groups": [alone]}
+    given = {"name": "given", "kind": "given", "tensors": tensors, "groups": [alone]}
     size = {**asdict(plan.size), "unit_bytes": round(plan.size.unit_bytes)}
     return Manifest.model_validate(
         {

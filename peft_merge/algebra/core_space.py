@@ -130,34 +130,25 @@ class CoreSpace:
     ``p = min(rows, R)``, ``q = min(columns, R)``.
     """
 
-    cores: tuple[Tensor, ...]  # (n, p, q), float64; zeros for an adapter without the module
+    cores: tuple[Tensor, ...]  # (n, p, q), float64
     left: Basis  # of the outputs, (n, rows, p)
     right: Basis  # of the inputs, (n, columns, q)
 
     # One thread, like the modules that are merged side by side: the same bytes with any number.
     @classmethod
     @by_one_thread
-    def of(cls, updates: Sequence[Update | None], device: str | torch.device = "cpu") -> CoreSpace:
-        """Make that of m adapters on a device; None for an adapter without the module."""
+    def of(cls, updates: Sequence[Update], device: str | torch.device = "cpu") -> CoreSpace:
+        """Make that of m adapters on a device."""
 
         def joined(factors: Iterable[Tensor], dim: int) -> Tensor:
             return torch.cat([f.to(device, torch.float64) for f in factors], dim)
 
-        present = [update for update in updates if update is not None]
-        left = orthonormal(joined((update.b for update in present), -1))
-        right = orthonormal(joined((update.a for update in present), -2).mT)
-        ranks = [update.a.shape[-2] for update in present]
-        parts = zip(
-            present,
-            left.coordinates.split(ranks, dim=-1),
-            right.coordinates.split(ranks, dim=-1),
-            strict=True,
-        )
-        found = [update.scale * (b @ a.mT) for update, b, a in parts]
-        rest, nothing = iter(found), torch.zeros_like(found[0])
-        return cls(
-            tuple(nothing if update is None else next(rest) for update in updates), left, right
-        )
+        left = orthonormal(joined((update.b for update in updates), -1))
+        right = orthonormal(joined((update.a for update in updates), -2).mT)
+        ranks = [update.a.shape[-2] for update in updates]
+        parts = (basis.coordinates.split(ranks, dim=-1) for basis in (left, right))
+        cores = (u.scale * (b @ a.mT) for u, b, a in zip(updates, *parts, strict=True))
+        return cls(tuple(cores), left, right)
 
     @by_one_thread
     def gram(self) -> Tensor:

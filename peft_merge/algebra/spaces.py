@@ -57,7 +57,7 @@ def block_length(device: str) -> int:
 class Job:
     """One module to be merged."""
 
-    updates: Sequence[Update | None]  # of m adapters; None for one without the module
+    updates: Sequence[Update]  # of m adapters
     shape: tuple[int, int, int]  # (n, rows, columns)
     rule: Method
     call: Call
@@ -83,16 +83,14 @@ class Job:
         space = CoreSpace.of([Update(a, b, 1.0)], self.device)
         return self.factor(space, space.cores[0])
 
-    def balanced(self) -> list[Update | None]:
+    def balanced(self) -> list[Update]:
         """Return the same changes in float64 with the root of the scaling in both factors."""
-        found: list[Update | None] = []
+        found = []
         for update in self.updates:
-            if update is not None:
-                root = math.sqrt(abs(update.scale))
-                a = update.a.to(self.device, torch.float64) * root
-                b = update.b.to(self.device, torch.float64) * math.copysign(root, update.scale)
-                update = Update(a, b, 1.0)
-            found.append(update)
+            root = math.sqrt(abs(update.scale))
+            a = update.a.to(self.device, torch.float64) * root
+            b = update.b.to(self.device, torch.float64) * math.copysign(root, update.scale)
+            found.append(Update(a, b, 1.0))
         return found
 
 
@@ -132,14 +130,13 @@ def _factors(job: Job) -> Result:
     sides: dict[str, Tensor] = {}
     details: dict[str, Any] = {}
     updates = job.balanced()
-    like = next(update for update in updates if update is not None)
+    rank = max(update.a.shape[-2] for update in updates)  # of all that have the module
     for side in ("a", "b"):
         # The sign of a weight goes to B.
         roots = [math.sqrt(abs(weight)) for weight in job.call.weights]
         if side == "b":
             roots = list(map(math.copysign, roots, job.call.weights))
-        nothing = torch.zeros_like(getattr(like, side))
-        stacks = [nothing if update is None else getattr(update, side) for update in updates]
+        stacks = [getattr(update.filled(rank), side) for update in updates]
         sides[side], said = job.slots(stacks, replace(job.call, weights=roots))
         if said:
             details[side] = said
@@ -164,19 +161,14 @@ def _dense(job: Job) -> Result:
     n, rows, columns = job.shape
     rank = job.rank
     if rank is None:
-        rank = min(sum(u.a.shape[-2] for u in job.updates if u is not None), rows, columns)
+        rank = min(sum(update.a.shape[-2] for update in job.updates), rows, columns)
     wanted = min(rank, rows, columns) if isinstance(rank, int) else None
     dtype = torch.float64 if rows * columns <= SMALL else torch.float32
     step = max(1, block_length(torch.device(job.device).type) // columns)
     starts = range(0, rows, step)
     details: dict[str, Any] = {}
 
-    def source(update: Update | None, index: int) -> Pieces:
-        if update is None:
-            nothing = {"dtype": torch.float64, "device": job.device}
-            return lambda: (
-                torch.zeros((min(step, rows - start), columns), **nothing) for start in starts
-            )
+    def source(update: Update, index: int) -> Pieces:
         b = update.b[index].to(job.device, torch.float64) * update.scale
         a = update.a[index].to(job.device, torch.float64)
         return lambda: (matmul(b[start : start + step], a) for start in starts)

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -98,16 +99,14 @@ def extract(
     models, wrong = attempted(FullModel.open, (base, model))
     if problems := [*problems, *wrong]:
         raise ConfigError(problems, "this extraction")
-    plan, events, started = planned(*models), Dispatcher(callbacks), time.perf_counter()
+    plan, started = planned(*models), time.perf_counter()
     place = "" if out is None else os.fspath(out)
-    try:
+    with closing(Dispatcher(callbacks)) as events:
         events.emit(MergeBegin("extract", place, (plan.model.name,), len(plan.units), "module"))
         result = _Extraction(plan, options, events).run(Path(place or plan.model.name).name)
         if out is not None:
             result.save(out)
         events.emit(MergeEnd(place, time.perf_counter() - started))
-    finally:
-        events.close()
     return result
 
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_ext.errors import ConfigError
-from mergekit_ext.flexmerge.manifest import MASKED
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.kernels.grouping import LINKAGES, ORDERS
@@ -83,7 +82,7 @@ def test_the_plan_is_that_of_algorithm_1(problem, masks, linkage, share):
     ]
     for groups in plan.groups:
         for group in groups:
-            assert (group.kind == MASKED) == (masks and len(group.tasks) > 1)
+            assert (group.kind == "masked") == (masks and len(group.tasks) > 1)
             assert (group.similarity is None) == (len(group.tasks) == 1)
     # In models: as many bytes as the mean input.
     unit = sum(blocks_whole(blocks)) / (len(kinds) - 1)

@@ -8,7 +8,7 @@ import torch
 from mergekit_ext.flexmerge.algorithm import Parameters
 from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.files import described
-from mergekit_ext.flexmerge.manifest import FILE_NAME, RESIDUAL
+from mergekit_ext.flexmerge.manifest import FILE_NAME
 from mergekit_ext.flexmerge.merging import Merging, Walk
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from mergekit_ext.flexmerge.residual import (
@@ -93,7 +93,7 @@ def test_every_task_is_the_base_and_its_truncated_residuals(tmp_path, target):
     assert ranks
     checkpoint = case.write()
     assert checkpoint.manifest.size.models <= target
-    assert {g.kind for b in checkpoint.manifest.blocks for g in b.groups} == {RESIDUAL}
+    assert {g.kind for b in checkpoint.manifest.blocks for g in b.groups} == {"residual"}
     assert not any(task.ordinary for task in checkpoint.manifest.tasks)
     check_tasks(case, lambda task: checkpoint.tensors(f"task{task}"), ranks)
     walk = Walk(case.reader, case.merging)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.files import described
-from mergekit_ext.flexmerge.manifest import DENSE, FILE_NAME, MASKED, read_manifest
+from mergekit_ext.flexmerge.manifest import FILE_NAME, read_manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Dendrograms, Plan
 from mergekit_ext.flexmerge.reader import Checkpoint, open_checkpoint
@@ -89,7 +89,7 @@ def wanted_of(manifest, block, group, base, models, name="average"):
     given_options = naive.Options(1.0, None, [0.4] * len(members))
     like = [base[n] for n in names]
     inputs = [[m[n] for n in names] for m in members]
-    if group.kind == MASKED:
+    if group.kind == "masked":
         return names, naive.masked(name, like, inputs, given_options)
     return names, [naive.merged(name, like, inputs, given_options)] * len(members)
 
@@ -107,7 +107,7 @@ def test_every_block_of_every_task(kind, done, name, tmp_path):
         assert all(len(groups) == 1 for groups in plan.groups)
     kinds = {group.kind for groups in plan.groups for group in groups}
     if done in (0, 1):
-        assert (MASKED in kinds) == (name in MASKS and done == 1)
+        assert ("masked" in kinds) == (name in MASKS and done == 1)
     manifest = write_plan(tmp_path / "out", found, plan, algorithm)
     assert manifest.size.bytes == stored_bytes(tmp_path / "out")
     assert read_manifest(tmp_path / "out") == manifest
@@ -226,7 +226,7 @@ def test_values_out_of_range_stop_the_merge(name, tmp_path):
         name, shared["lambda"] = "task_arithmetic", 1.5
     found = reader(base, models)
     algorithm = algorithm_for(name, 3, shared)
-    kind = MASKED if algorithm.masks else DENSE
+    kind = "masked" if algorithm.masks else "dense"
     groups = tuple((StoredGroup((0, 1, 2), kind, 0.5),) for _ in found.layout.blocks)
     storage = Storage(found.layout, algorithm.masks)
     size = storage.size(1000)
@@ -240,7 +240,7 @@ def test_weights_that_only_readers_would_see_out_of_range(tmp_path):
     steps = ([25_000, -30_000], [24_000, 20_000], [24_000, 20_000])
     models = [{"b.x": base["b.x"] + torch.tensor(step).half()} for step in steps]
     found, algorithm = reader(base, models), algorithm_for("emr", 3)
-    plan = Plan(((StoredGroup((0, 1, 2), MASKED, 0.5),),), Storage(found.layout, True).size(30))
+    plan = Plan(((StoredGroup((0, 1, 2), "masked", 0.5),),), Storage(found.layout, True).size(30))
     with pytest.raises(MergeError, match=r"b\.x: 1 of 2 merged values are not finite"):
         write_plan(tmp_path / "out", found, plan, algorithm)
 

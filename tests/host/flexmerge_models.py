@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import mergekit_ext
-from mergekit_ext.flexmerge.manifest import MASKED, Manifest, read_manifest
+from mergekit_ext.flexmerge.manifest import Manifest, read_manifest
 from mergekit_ext.flexmerge.reader import open_checkpoint
 from tests import models as small
 from tests.reference import flexmerge as naive
@@ -158,7 +158,7 @@ def check_blocks(
                 [base[n] for n in names],
                 [[models[i][n] for n in names] for i in numbers],
             )
-            if group.kind == MASKED:
+            if group.kind == "masked":
                 wanted = naive.masked(algorithm, like, inputs, given)
             else:
                 wanted = [naive.merged(algorithm, like, inputs, given)] * len(numbers)

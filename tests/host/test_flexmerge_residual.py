@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mergekit_ext import flexmerge
 from mergekit_ext.errors import NonFiniteError
-from mergekit_ext.flexmerge.manifest import RESIDUAL, read_manifest
+from mergekit_ext.flexmerge.manifest import read_manifest
 from mergekit_ext.flexmerge.reader import export, open_checkpoint
 from tests.host.flexmerge_models import TASKS, copied, digests, merge, rewrite
 from tests.host.test_flexmerge_checks import report_of
@@ -41,7 +41,7 @@ def test_each_task_is_a_base_and_its_leading_triplets(name, base, families, tmp_
     checkpoint = open_checkpoint(out, verify=True)
     for block in manifest.blocks:
         (group,) = block.groups
-        assert group.kind == RESIDUAL
+        assert group.kind == "residual"
         for tensor in block.tensors:
             key = tensor.name
             theta_0 = BASES[base](start[key].double(), [m[key].double() for m in models])

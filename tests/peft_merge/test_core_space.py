@@ -51,9 +51,11 @@ def test_bases_are_orthonormal_and_span_the_columns(x):
     assert float((q.mT @ q - torch.eye(p)).abs().max()) < 1e-10
 
 
+# Of an adapter without the module.
+ABSENT = Update(torch.empty(1, 0, 18), torch.empty(1, 24, 0), 1.0)
 CASES = {
     "mixed ranks": [update(1, 4), update(2, 2), update(3, 1)],
-    "missing": [None, update(2, 2), None],
+    "missing": [ABSENT, update(2, 2), ABSENT],
     "duplicates": [update(1, 4), update(1, 4), update(2, 3)],
     "zeros": [Update(torch.zeros(1, 2, 18), torch.zeros(1, 24, 2), 1.0, None), update(1, 3)],
     "untrained": [Update(update(4, 2).a, torch.zeros(1, 24, 2), 1.0, None), update(1, 3)],
@@ -128,7 +130,7 @@ def test_one_rank_for_all_matrices_of_a_module():
     one = update(1, 4, shape)
     one.b[1] = 0
     one.b[2, :, 2:] = 0
-    space = CoreSpace.of([one, None])
+    space = CoreSpace.of([one, Update(one.a[:, :0], one.b[..., :0], 1.0)])
     found = space.factor(space.cores[0], "lossless")
     assert found.rank == 4 and found.error < 1e-15
     close(found.b @ found.a, one.dense())

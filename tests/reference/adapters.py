@@ -12,7 +12,7 @@ from tests.reference import pcb, ties, tsv
 
 
 def dense(updates: Sequence[Update | None], shape: tuple[int, int, int]) -> list[Tensor]:
-    """Each change; zeros where an adapter has none."""
+    """Each change; zeros where an adapter has none, as with rank 0."""
     found = []
     for update in updates:
         total = torch.zeros(shape, dtype=torch.float64)

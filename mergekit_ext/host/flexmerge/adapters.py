@@ -19,7 +19,6 @@ from torch import Tensor
 from mergekit_ext.errors import listing
 from mergekit_ext.flexmerge.decomposition import Decomposition
 from mergekit_ext.flexmerge.layout import Layout
-from mergekit_ext.flexmerge.manifest import UNIFIED
 from mergekit_ext.flexmerge.plan import Plan
 from mergekit_ext.flexmerge.residual import LOW_RANK, OWN, SHARED, Residual
 from mergekit_ext.flexmerge.source import BlockReader
@@ -194,7 +193,7 @@ def base_pieces(pieces: Sequence[Piece], layout: Layout) -> list[Piece]:
 
     All get one place.
     """
-    home = Place(UNIFIED, tuple(range(len(layout.tasks))))
+    home = Place("unified", tuple(range(len(layout.tasks))))
     return [
         replace(
             piece,
