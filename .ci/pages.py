@@ -22,6 +22,8 @@ SHOWN = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
     "bench/README.md": "bench.md",
     "examples/adapters/README.md": "examples/adapters.md",
     "examples/adapters/results.png": "examples/results.png",

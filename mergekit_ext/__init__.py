@@ -58,14 +58,15 @@ def register() -> None:
     install()
 
 
-def __getattr__(name: str) -> "Any":
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker knows the names above, and no others
 
-    module = import_module(f"{__name__}.{_HOMES[name]}")
-    return getattr(module, name, module)
+    def __getattr__(name: str) -> "Any":
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
+        module = import_module(f"{__name__}.{_HOMES[name]}")
+        return getattr(module, name, module)
 
-def __dir__() -> "list[str]":
-    return sorted(__all__)
+    def __dir__() -> "list[str]":
+        return sorted(__all__)

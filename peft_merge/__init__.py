@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from peft_merge.merge import check as check
     from peft_merge.merge import merge_adapters as merge_adapters
     from peft_merge.merge import run_config as run_config
-
-# Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
-__getattr__, __dir__ = exported(
-    __name__,
-    {
-        "adapter": ("Adapter", "Ia3Adapter", "LoraAdapter"),
-        "catalogue": ("methods",),
-        "extraction.run": ("extract",),
-        "flexmerge.load": ("load_tasks",),
-        "io.read": ("load_adapter",),
-        "io.write": ("save_adapter",),
-        "live": ("add_merged_adapter",),
-        "merge": ("MergedAdapter", "check", "merge_adapters", "run_config"),
-    },
-)
-__all__ = __dir__()
+else:
+    # Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
+    __getattr__, __dir__ = exported(
+        __name__,
+        {
+            "adapter": ("Adapter", "Ia3Adapter", "LoraAdapter"),
+            "catalogue": ("methods",),
+            "extraction.run": ("extract",),
+            "flexmerge.load": ("load_tasks",),
+            "io.read": ("load_adapter",),
+            "io.write": ("save_adapter",),
+            "live": ("add_merged_adapter",),
+            "merge": ("MergedAdapter", "check", "merge_adapters", "run_config"),
+        },
+    )
+    __all__ = __dir__()

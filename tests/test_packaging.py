@@ -11,6 +11,9 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
+
+import mergekit_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = """
@@ -68,3 +71,11 @@ def test_the_files_that_versions_are_tried_with_exist():
         ["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True
     )
     assert [path for path in done.stdout.split() if not (ROOT / path).exists()] == []
+
+
+def test_one_version():
+    """The release tag is compared with the package's."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert re.findall(r'^version = "(.*)"$', project, re.MULTILINE) == [mergekit_ext.__version__]
+    assert citation["version"] == mergekit_ext.__version__

@@ -19,19 +19,18 @@ if TYPE_CHECKING:
     from mergekit_ext.callbacks.log import LogTo as LogTo
     from mergekit_ext.callbacks.snapshots import Merged as Merged
     from mergekit_ext.callbacks.trainer import as_trainer_callback as as_trainer_callback
+else:
+    __getattr__, _late_names = exported(
+        __name__,
+        {
+            "checkpoints": ("MergeCheckpoints",),
+            "evaluate": ("Evaluate",),
+            "log": ("LogTo",),
+            "snapshots": ("Merged",),
+            "trainer": ("as_trainer_callback",),
+        },
+    )
+    __all__ = ["TRAINING_HOOKS", "Callback", *_late_names()]
 
-__getattr__, _late_names = exported(
-    __name__,
-    {
-        "checkpoints": ("MergeCheckpoints",),
-        "evaluate": ("Evaluate",),
-        "log": ("LogTo",),
-        "snapshots": ("Merged",),
-        "trainer": ("as_trainer_callback",),
-    },
-)
-__all__ = ["TRAINING_HOOKS", "Callback", *_late_names()]
-
-
-def __dir__() -> list[str]:
-    return __all__
+    def __dir__() -> list[str]:
+        return __all__

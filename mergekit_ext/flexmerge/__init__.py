@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from mergekit_ext.flexmerge.manifest import Manifest, read_manifest
     from mergekit_ext.flexmerge.routing import Batched
     from mergekit_ext.flexmerge.runtime import load
-
-__getattr__, __dir__ = exported(
-    __name__,
-    {"manifest": ("Manifest", "read_manifest"), "routing": ("Batched",), "runtime": ("load",)},
-)
+else:
+    __getattr__, __dir__ = exported(
+        __name__,
+        {"manifest": ("Manifest", "read_manifest"), "routing": ("Batched",), "runtime": ("load",)},
+    )
 __all__ = ["Batched", "Manifest", "load", "read_manifest"]
