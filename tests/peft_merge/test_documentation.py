@@ -10,7 +10,7 @@ import torch
 import yaml
 from mergekit.config import MergeConfiguration
 
-import peft_merge.io
+import peft_merge
 from mergekit_ext import callbacks, flexmerge
 from mergekit_ext.core.parameters import REQUIRED
 from mergekit_ext.declared import ADAPTERS
@@ -29,7 +29,7 @@ FLEXMERGE = (DOCS / "adapters-flexmerge.md").read_text(encoding="utf-8")
 YAML = r"```yaml\n(.*?)```"
 
 
-@pytest.mark.parametrize("package", [peft_merge, peft_merge.io, callbacks, flexmerge])
+@pytest.mark.parametrize("package", [peft_merge, callbacks, flexmerge])
 def test_public_names_are_listed(package):
     assert set(package.__all__) <= set(dir(package))
 
