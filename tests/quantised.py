@@ -37,14 +37,14 @@ def llama(seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
-def rewrite(folder: Path, change: Change, **settings: Any) -> None:
-    """Store every weight of a projection as `change` makes it, and `settings` beside the others."""
+def rewrite(folder: Path, change: Change, of: str = "proj", **settings: Any) -> None:
+    """Store each weight whose module's name ends in `of` as `change` makes it, with `settings`."""
     file, path = folder / "model.safetensors", folder / "config.json"
     stored: dict[str, Tensor] = {}
     for name, tensor in load_file(file).items():
         module = name.removesuffix(".weight")
         kept = {name: tensor}
-        stored |= change(module, tensor.float()) if module.endswith("proj") else kept
+        stored |= change(module, tensor.float()) if module.endswith(of) else kept
     save_file(stored, file, {"format": "pt"})
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "quantization_config": settings}))
@@ -64,6 +64,22 @@ def fp8(folder: Path, block: tuple[int, int] | None = None) -> None:
         return {name: codes, f"{name}_scale_inv": scales if block else scales.view(())}
 
     rewrite(folder, change, quant_method="fp8", weight_block_size=block and list(block))
+
+
+def mxfp4(folder: Path) -> None:
+    """Save a GptOss whose experts are random blocks."""
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, **CONFIG}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).bfloat16()
+    model.save_pretrained(folder)
+
+    def change(name: str, weight: Tensor) -> dict[str, Tensor]:
+        experts, inputs, outputs = weight.shape
+        blocks = torch.randint(256, (experts, outputs, inputs // 32, 16))
+        scales = torch.randint(118, 123, blocks.shape[:-1])
+        return {f"{name}_blocks": blocks.byte(), f"{name}_scales": scales.byte()}
+
+    rewrite(folder, change, "experts.down_proj", quant_method="mxfp4")
+    rewrite(folder, change, "experts.gate_up_proj", quant_method="mxfp4")
 
 
 def compressed(folder: Path, form: str, **arguments: Any) -> None:
@@ -104,6 +120,10 @@ def bitsandbytes(folder: Path, **settings: Any) -> None:
     model.save_pretrained(folder)
 
 
+# What is packed number by number, which takes long: a matrix with fewer rows than columns.
+_ONE = "k_proj"
+
+
 def _grouped(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes (in, out), zero points and scales (groups, out)."""
     grouped = weight.T.unflatten(0, (-1, group))
@@ -134,7 +154,7 @@ def gptq(folder: Path, bits: int, form: str, ordered: bool) -> dict[str, Tensor]
         }
 
     settings = {"bits": bits, "group_size": 32, "desc_act": ordered, "checkpoint_format": form}
-    rewrite(folder, change, quant_method="gptq", **settings)
+    rewrite(folder, change, _ONE, quant_method="gptq", **settings)
     return exact
 
 
@@ -151,7 +171,7 @@ def awq(folder: Path) -> dict[str, Tensor]:
             f"{module}.scales": scales,
         }
 
-    rewrite(folder, change, quant_method="awq", bits=4, group_size=32, version="gemm")
+    rewrite(folder, change, _ONE, quant_method="awq", bits=4, group_size=32, version="gemm")
     return exact
 
 
@@ -178,6 +198,13 @@ def made(folder: Path, kind: str, seed: int = 0) -> Path:
     return folder
 
 
+_OWN = {
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+}
+
+
 def dequantised(folder: Path, out: Path) -> Path:
     """Save the plain model that transformers itself makes of a quantised one."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -185,10 +212,10 @@ def dequantised(folder: Path, out: Path) -> Path:
     if settings["quant_method"] == "bitsandbytes":
         model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").dequantize()
     else:
-        kind = {"fp8": "FineGrainedFP8Config", "compressed-tensors": "CompressedTensorsConfig"}
-        own = getattr(transformers, kind[settings["quant_method"]])(dequantize=True)
+        own = getattr(transformers, _OWN[settings["quant_method"]])(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=own)
-    plain = llama()
+    del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(out)
     return out

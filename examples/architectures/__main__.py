@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     given = parser.parse_args(arguments)
     started = time.perf_counter()
     kind: Any = importlib.import_module(f"examples.architectures.{given.kind}")
-    first, second = ((4, 1e-3), (4, 1e-3)) if given.quick else (kind.BASE, kind.TUNING)
+    first, second = ((2, 1e-3), (2, 1e-3)) if given.quick else (kind.BASE, kind.TUNING)
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary)
         tasks = list(kind.TASKS)

@@ -23,8 +23,9 @@ from examples.adapters.texts import Example, Size, read_tasks, write_tasks
 
 TASKS = ("package", "section")
 SETTINGS = {"dtype": "float32"}
-BASE, TUNING = (0, 0.0), (16, 2e-4)  # steps and learning rates
-_SIZE = Size(modules=20, train=240, validation=12, test=72)
+BASE, TUNING = (0, 0.0), (12, 2e-4)  # steps and learning rates
+SIZE = Size(modules=20, train=144, validation=12, test=60)
+_BATCH = 12
 
 
 def base() -> SentenceTransformer:
@@ -39,9 +40,7 @@ def load(folder: Path) -> SentenceTransformer:
 def loss(model: SentenceTransformer, task: str) -> Tensor:
     """Return the cross-entropy of the cosines with the prototypes."""
     texts, prototypes = _data()
-    chosen = random.Random(int(torch.randint(1 << 30, ()))).sample(
-        texts[task]["train"], encoder.BATCH
-    )
+    chosen = random.Random(int(torch.randint(1 << 30, ()))).sample(texts[task]["train"], _BATCH)
     words, classes = zip(*chosen, strict=True)
     cosines = _embedded(model, words) @ prototypes[task].T
     return cross_entropy(encoder.SHARPNESS * cosines, torch.tensor(classes))
@@ -61,6 +60,6 @@ def _embedded(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:
 def _data() -> tuple[dict[str, dict[str, list[Example]]], dict[str, Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts.json"
-        write_tasks(path, _SIZE, seed=0)
+        write_tasks(path, SIZE, seed=0)
         found = {task: splits for task, splits in read_tasks(path).items() if task in TASKS}
-    return found, encoder.prototypes(base().eval(), _embedded, found, _SIZE.train)
+    return found, encoder.prototypes(base().eval(), _embedded, found, SIZE.train)

@@ -206,6 +206,7 @@ def output(
                 card.append_section(page, method.summary(session.records))
             copied = {n: d["copied_from"] for n, d in details.items() if "copied_from" in d}
             card.append_section(page, card.copies_section(session.order, copied))
+            card.append_section(page, card.quantised_section(session.dequantised))
         if not parallel.current().is_main:
             return
         place = Path(out_path)

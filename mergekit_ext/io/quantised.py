@@ -36,7 +36,7 @@ _BESIDE = re.compile(
 _PACKED = re.compile(r".*\.(?:qweight|qzeros|W_q|weight_packed)")
 # Of what quantised layers compute.
 _ACTIVATIONS = re.compile(
-    r".*\.(?:activation_scale|(?:input|output)_(?:scale|zero_point|global_scale)|[qkv]_scale)"
+    r".*\.(?:activation_scale|(?:input|output)_(?:scale|zero_point|global_scale)|[qkv]+_scale)"
 )
 _CODES = NARROW | {"I8", "U8"}
 _COMPRESSED = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
@@ -72,10 +72,10 @@ class QuantisedHeader(TensorHeader):
 # A format is made of the settings in config.json. Its `pattern` finds pieces, and `of` what they
 # are; the weight's name is that and `ending`, under which there may be one more, called weight.
 class _Fp8:
-    """Scales of tensors or blocks (arXiv:2412.19437, section 3.3), as transformers stores them."""
+    """Scales of tensors or blocks (arXiv:2412.19437, section 3.3); AutoFP8 omits `_inv`."""
 
-    pattern, ending = re.compile(r"(?P<of>.+)_(?P<piece>scale_inv)"), ""
-    needs, precision, library = ("weight", "scale_inv"), "fp8", ""
+    pattern = re.compile(r"(?P<of>.+)_(?P<piece>scale)(?:_inv|(?<=\.weight_scale))")
+    ending, needs, precision, library = "", ("weight", "scale"), "fp8", ""
 
     def __init__(self, settings: Mapping[str, Any]):
         self._block = settings.get("weight_block_size")
@@ -86,7 +86,7 @@ class _Fp8:
         return block, (*codes[:-2], -(-codes[-2] // block[0]), -(-codes[-1] // block[1]))
 
     def shape(self, pieces: Mapping[str, TensorHeader]) -> Any:
-        codes, scales = pieces["weight"], pieces["scale_inv"]
+        codes, scales = pieces["weight"], pieces["scale"]
         block, grid = self._grid(codes.shape)
         if math.prod(scales.shape) != math.prod(grid) or not (codes.floating and scales.floating):
             raise ValueError(f"{list(scales.shape)} scales in {scales.dtype} for blocks of {block}")
@@ -95,9 +95,32 @@ class _Fp8:
     def read(self, name: str, pieces: Mapping[str, Tensor]) -> Tensor:
         codes = pieces["weight"]
         (rows, columns), grid = self._grid(codes.shape)  # the last blocks may be smaller
-        scales = pieces["scale_inv"].reshape(grid).float().repeat_interleave(rows, -2)
+        scales = pieces["scale"].reshape(grid).float().repeat_interleave(rows, -2)
         scales = scales[..., : codes.shape[-2], :].repeat_interleave(columns, -1)
         return codes.float().mul_(scales[..., : codes.shape[-1]])
+
+
+class _Mxfp4:
+    """Stacks of experts, transposed, in blocks of 32 numbers (OCP MX 1.0), as gpt-oss has them."""
+
+    pattern, ending = re.compile(r"(?P<of>.+)_(?P<piece>blocks|scales)"), ""
+    needs, precision, library = ("blocks", "scales"), "mxfp4", ""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        pass
+
+    def shape(self, pieces: Mapping[str, TensorHeader]) -> Any:
+        blocks, scales = (pieces[piece].shape for piece in self.needs)
+        if len(scales) != 3 or blocks != (*scales, 16):
+            raise ValueError(f"{list(scales)} scales for blocks of {list(blocks)} bytes")
+        return scales[0], 32 * scales[2], scales[1]
+
+    def read(self, name: str, pieces: Mapping[str, Tensor]) -> Any:
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        return convert_moe_packed_tensors(
+            pieces["blocks"], pieces["scales"], rows_per_chunk=1 << 16
+        )
 
 
 class _CompressedTensors:
@@ -113,11 +136,15 @@ class _CompressedTensors:
         self._schemes = [scheme for scheme in config.config_groups.values() if scheme.weights]
         for scheme in self._schemes:
             scheme.format = scheme.format or config.format
-            if scheme.format not in _COMPRESSED or settings.get("transform_config"):
-                raise ValueError(f"transformed weights, or in the format {scheme.format}")
+        formats = dict.fromkeys(scheme.format for scheme in self._schemes)
+        unread = [f"the format {name}" for name in formats if name not in _COMPRESSED]
+        unread += [] if self._schemes else ["no groups of weights"]
+        unread += ["transformed weights"] if settings.get("transform_config") else []
         sparsity = settings.get("sparsity_config") or {}
-        if sparsity.get("format", "dense") != "dense" or not self._schemes:
-            raise ValueError("sparse weights" if self._schemes else "no groups of weights")
+        if sparsity.get("format", "dense") != "dense":
+            unread.append("sparse weights")
+        if unread:
+            raise ValueError(", ".join(unread))
         kinds = (f"{s.weights.type}{s.weights.num_bits}" for s in self._schemes)
         self.precision = ", ".join(dict.fromkeys(kinds)).lower()
 
@@ -207,6 +234,7 @@ class _Packed:
 
 _FORMATS: Mapping[str, Any] = {
     "fp8": _Fp8,
+    "mxfp4": _Mxfp4,
     "compressed-tensors": _CompressedTensors,
     "bitsandbytes": _BitsAndBytes,
     "gptq": _Packed,

@@ -144,6 +144,15 @@ def copies_section(names: Collection[str], copied: Mapping[str, str]) -> str:
     return "\n\n".join(["### Tensors of one model", table(["tensors", "number", "model"], lines)])
 
 
+def quantised_section(stored: Mapping[str, str]) -> str:
+    """Return what each input that was dequantised is stored in."""
+    if not stored:
+        return ""
+    rows = zip(_short([*stored]), stored.values(), strict=True)
+    text = "Inputs that were stored quantised; each weight was dequantised when it was read."
+    return "\n\n".join(["### Quantised inputs", text, table(["model", "stored as"], rows)])
+
+
 def _prefixes(name: str) -> list[str]:
     """Return the names of the modules around a tensor, the outermost first, each with a dot."""
     return [name[: dot.end()] for dot in re.finditer(r"\.", name)]

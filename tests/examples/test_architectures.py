@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from examples.adapters.texts import QUICK
 from examples.architectures.__main__ import KINDS, main
 
 
@@ -11,6 +12,7 @@ from examples.architectures.__main__ import KINDS, main
 def test_a_few_steps(kind, tmp_path, monkeypatch):
     pytest.importorskip("sentence_transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("examples.architectures.embedding.SIZE", QUICK)
     scores = main([kind, "--quick", "--out", str(tmp_path)])
     first, *_, last = scores
     assert (first, last, len(scores)) == ("base", "merged", 4)

@@ -28,6 +28,8 @@ for _library in ("bitsandbytes", "compressed_tensors"):
     pytest.importorskip(_library)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 UP = "model.layers.0.mlp.up_proj"
+AUTOFP8 = ("q_proj.input_scale", "kv_scale")  # of activations
+UNREAD = ("hqq", "nvfp4", "fbgemm_fp8", "torchao", "quanto", "mxfp8", "modelopt", "auto-round")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,24 @@ def test_weights_are_those_of_transformers(kind: str, models: dict) -> None:
     assert equal(read(folder), state(plain))
 
 
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    folder = tmp_path / "stored"
+    small.mxfp4(folder)
+    plain = small.dequantised(folder, tmp_path / "plain")
+    assert equal(read(folder), state(plain))
+    assert not checked(merging(plain, folder)).problems
+
+
+def test_scales_under_the_names_of_autofp8(models: dict, tmp_path: Path) -> None:
+    folder, plain = models["fp8-tensor"]
+    stored = load_file(folder / "model.safetensors")
+    renamed = {name.removesuffix("_inv"): tensor for name, tensor in stored.items()}
+    used = {f"model.layers.0.self_attn.{name}": torch.ones(1) for name in AUTOFP8}
+    save_file(renamed | used, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert equal(read(tmp_path), state(plain))
+
+
 def test_blocks_that_do_not_divide_a_weight(tmp_path: Path) -> None:
     small.llama(1).save_pretrained(tmp_path)
     small.fp8(tmp_path, (40, 48))
@@ -106,17 +126,17 @@ def test_awq(tmp_path: Path) -> None:
 def test_a_merge_of_every_kind(models: dict, tmp_path: Path) -> None:
     """As models beside plain ones, in dtypes that are wider, too."""
     base, *others = models.values()
-    for dtype in ({}, {"dtype": "float32", "out_dtype": "bfloat16"}):
-        out = tmp_path / f"out{len(dtype)}"
-        found = merged(merging(base[0], *(q for q, _ in others), **dtype), out)
-        if not dtype:
-            plain = merged(merging(base[0], *(p for _, p in others)), tmp_path / "plain")
-            assert equal(found, plain)
-        assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    wide = {"dtype": "float32", "out_dtype": "bfloat16"}
+    found = merged(merging(base[0], *(q for q, _ in others[::3]), **wide), tmp_path / "wide")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    out = tmp_path / "out"
+    found = merged(merging(base[0], *(q for q, _ in others)), out)
+    assert equal(found, merged(merging(base[0], *(p for _, p in others)), tmp_path / "plain"))
     content = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in content and content["dtype"] == "bfloat16"
     report = json.loads((out / "merge_report.json").read_text())
     assert list(report["dequantised"].values())[::8] == ["fp8", "nf4"]
+    assert "| bitsandbytes-nf4 | nf4 |" in (out / "README.md").read_text()
     _, loading = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(loading.values())
 
@@ -186,6 +206,13 @@ def settings(**changes: Any):
     return change
 
 
+def compressed_as(form: str):
+    def change(content: dict, tensors: dict) -> None:
+        content["quantization_config"]["config_groups"]["group_0"]["format"] = form
+
+    return change
+
+
 def undescribed(content: dict, tensors: dict) -> None:
     del content["quantization_config"]
 
@@ -215,7 +242,7 @@ def hostile(content: dict, tensors: dict) -> None:
         ("fp8-block", without("weight"), "without weight"),
         ("fp8-block", another_shape, "[7, 7] scales"),
         ("fp8-block", no_codes, "no codes in its files"),
-        ("fp8-block", settings(quant_method="hqq"), "quantised by hqq"),
+        *(("fp8-block", settings(quant_method=n), f"quantised by {n}") for n in UNREAD),
         ("fp8-block", settings(quant_method="gptq", bits=4), "codes or scales without the other"),
         ("fp8-block", settings(quant_method="gptq", bits=5), "5 bits"),
         ("fp8-block", settings(quant_method="awq", version="marlin"), "layout marlin"),
@@ -223,6 +250,7 @@ def hostile(content: dict, tensors: dict) -> None:
         ("int4", hostile, "the shape"),
         ("int4", without("weight_shape"), "weight_shape"),
         ("int4", settings(config_groups={}), "no groups"),
+        ("int4", compressed_as("nvfp4-pack-quantized"), "the format nvfp4-pack-quantized"),
         ("int4", settings(transform_config={"config_groups": {}}), "transformed"),
         ("bitsandbytes-int8", without("SCB"), "codes or scales without"),
         ("bitsandbytes-nf4", without("weight.absmax"), "without weight.absmax"),

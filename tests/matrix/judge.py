@@ -18,6 +18,7 @@ from mergekit_ext.cli import main as mergekit_ext_command
 from tests.matrix import reference
 from tests.matrix.family import TASKS, Family
 from tests.models import config, write_yaml
+from tests.reference import tsv
 
 RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 # In float32: of the change that the merge makes in a tensor, and of the tensor.
@@ -53,6 +54,19 @@ def _lore(family: Family) -> _Merge:
     return _Merge("lore", TASKS, {"": family.expected(rule)}, parameters={"mu": _MU})
 
 
+def _tsv_m(family: Family) -> _Merge:
+    rule = reference.by_matrix(tsv.merge, reference.convolutions(family.base))
+    return _Merge("tsv_m", TASKS, {"": family.expected(rule)})
+
+
+def _pcb(family: Family) -> _Merge:
+    return _Merge("pcb", TASKS, {"": family.expected(reference.competing)})
+
+
+def _emr(family: Family) -> _Merge:
+    return _Merge("emr", TASKS, {"": family.expected(reference.unified)})
+
+
 def _flexmerge(family: Family) -> _Merge:
     expected = family.tasks(reference.task_arithmetic)
     return _Merge("flexmerge", TASKS, expected, parameters={"target_size": 1})
@@ -74,6 +88,9 @@ def _adapter(family: Family) -> Sequence[str]:
 COLUMNS = {
     "nan": _nan,
     "lore": _lore,
+    "tsv_m": _tsv_m,
+    "pcb": _pcb,
+    "emr": _emr,
     "flexmerge": _flexmerge,
     "base+adapter, nan": _adapter_nan,
     "base+adapter, linear": _adapter_linear,

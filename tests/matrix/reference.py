@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from tests.reference import emr, nan, pcb
 from tests.reference import lore as thresholding
-from tests.reference import nan
 
 State = Mapping[str, Tensor]
 Rule = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
@@ -30,17 +31,31 @@ def task_arithmetic(name: str, base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
 def low_rank(mu: float, convolutions: Collection[str]) -> Rule:
     """LoRE over a base: each difference thresholded once, kernels flattened, stacks one by one."""
 
+    return by_matrix(lambda deltas: sum(thresholding.svt(t, mu) for t in deltas), convolutions)
+
+
+def by_matrix(merge: Callable[[Sequence[Tensor]], Tensor], convolutions: Collection[str]) -> Rule:
+    """Merge each matrix by itself, kernels flattened; vectors are averaged."""
+
     def rule(name: str, base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
         if base.ndim < 2:
             return sum(tuned) / len(tuned)
         shape = (1, len(base), -1) if name in convolutions else (-1, *base.shape[-2:])
-        merged = base.clone()
-        for w in tuned:
-            for target, t in zip(merged.view(shape), (w - base).reshape(shape), strict=True):
-                target += thresholding.svt(t, mu)
-        return merged
+        stacks = [(w - base).reshape(shape) for w in tuned]
+        merged = torch.stack([merge(matrices) for matrices in zip(*stacks, strict=True)])
+        return base + merged.reshape(base.shape)
 
     return rule
+
+
+def competing(name: str, base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+    """PCB-Merging at its default density and clipping, tensor by tensor."""
+    return base + pcb.merge([w - base for w in tuned], 0.1, 1e-4).reshape(base.shape)
+
+
+def unified(name: str, base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+    """The unified vector of EMR-Merging."""
+    return base + emr.unified([w - base for w in tuned])
 
 
 def convolutions(model: nn.Module) -> set[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.matrix.classes import ROWS
 from tests.matrix.family import Family
-from tests.matrix.judge import COLUMNS, REFUSED, RIGHT, judge
+from tests.matrix.judge import COLUMNS, WRONG, judge
 
 SMALL = (
     "LlamaForCausalLM, biases",
@@ -27,6 +27,9 @@ SMALL = (
     "ResNetForImageClassification",
     "LlavaForConditionalGeneration",
 )
+# All columns are tested of these, of the others some: what a class has to do with is in each.
+WHOLE = ("MixtralForCausalLM", "ResNetForImageClassification", "ViTForImageClassification")
+PART = ("nan", "flexmerge", "base+adapter, nan")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
@@ -41,13 +44,15 @@ def test_the_table_is_that_of_the_classes():
     assert [row.name for row in ROWS] == [name for name in table if name != "---"]
     assert len({row.name.split(",")[0] for row in ROWS}) >= 40
     for row in ROWS:
-        assert set(table[row.name]) <= {RIGHT, REFUSED}, row.name
+        assert WRONG not in table[row.name], row.name
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_merges_are_right_or_refused(name, tmp_path):
     (row,) = (row for row in ROWS if row.name == name)
     family = Family(row, tmp_path)
-    verdicts = {column: judge(family, column) for column in COLUMNS}
+    wanted = dict(zip(COLUMNS, documented()[name], strict=True))
+    columns = COLUMNS if name in WHOLE else PART
+    verdicts = {column: judge(family, column) for column in columns}
     found = {column: verdict.outcome for column, verdict in verdicts.items()}
-    assert found == dict(zip(COLUMNS, documented()[name], strict=True)), verdicts
+    assert found == {column: wanted[column] for column in columns}, verdicts
