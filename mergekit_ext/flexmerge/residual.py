@@ -338,6 +338,21 @@ def total(kept: Sequence[Kept]) -> dict[str, Any]:
     }
 
 
+def shortfall(kept: Mapping[str, Sequence[Kept]], parameters: Parameters) -> str:
+    """Return a sentence if `max_rank` keeps less than the `energy` that was asked for, or ""."""
+    energy, largest = parameters.shared["energy"], parameters.shared["max_rank"]
+    weights = [abs(weight) for weight in parameters.weights(range(len(parameters.models)))]
+    pairs = [pair for found in kept.values() for pair in zip(found, weights, strict=True)]
+    left, whole = (
+        math.fsum(getattr(own, what) * weight for own, weight in pairs if own.rank is not None)
+        for what in ("left", "whole")
+    )
+    if None in (energy, largest) or left <= (1 - energy + 1e-6) * whole:
+        return ""
+    share = f"{1 - left / whole:.4g} of the squared norms of all residuals"
+    return f"`max_rank: {largest}` keeps {share}, where `energy: {energy:g}` asks for more."
+
+
 def _relative(left: float, whole: float) -> float:
     return math.sqrt(left / whole) if whole else 0.0
 

@@ -14,6 +14,7 @@ from typing import Any
 from mergekit_ext.errors import ConfigError, FileError, Problem, one_line, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.class_model import class_names, empty_model
+from mergekit_ext.io.fields import differences
 from mergekit_ext.io.headers import TensorHeader, is_counter, read_folder, same_bytes
 from mergekit_ext.io.quantised import dequantised, detach
 from peft_merge.io.names import LAYER
@@ -79,6 +80,7 @@ class Plan:
         small: further tensors that both have in one shape: vectors, and what PEFT cannot adapt.
         whole: modules that are saved whole, and their tensors.
         reshaped: tensors of these that have another shape in the base.
+        notes: what the user is to do beside loading the adapter.
     """
 
     base: FullModel
@@ -87,6 +89,7 @@ class Plan:
     small: list[str] = field(default_factory=list)
     whole: dict[str, list[str]] = field(default_factory=dict)
     reshaped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def biases(self) -> dict[str, Unit]:
@@ -134,6 +137,15 @@ def _sorted(plan: Plan) -> Iterator[Problem]:
     if tied and not getattr(base.config.get_text_config(), "tie_word_embeddings", True):
         found = "a head that is tied to its embedding, and an untied one in the base"
         yield Problem("tie_word_embeddings", found, "the same in both", _FITTING)
+    alike, fields = base.config.model_type == model.config.model_type, list[str]()
+    for name, ours, theirs, stops in differences(model.config, base.config) if alike else ():
+        if stops:
+            found = f"{ours}, and {theirs} in the base"
+            yield Problem(f"config.json: {name}", found, "one value in both", _FITTING)
+        else:
+            fields.append(f"{name} {ours} in place of {theirs}")
+    if fields:
+        plan.notes += [f"Set in the base's config.json what no adapter holds: {'; '.join(fields)}."]
     units, both = units_of(kind), set[str]()
     alone = {weight for unit in units for weight in unit.weights}
     other, codes, shapes, absent = list[str](), list[str](), list[str](), dict[str, None]()

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, choice, read_all
-from mergekit_ext.errors import ConfigError, MergeError, Problem, attempted, listing
+from mergekit_ext.errors import (
+    ConfigError,
+    MergeError,
+    MergeWarning,
+    Problem,
+    attempted,
+    listing,
+    warn,
+)
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.residual import Kept, total
@@ -100,6 +108,8 @@ def extract(
     if problems := [*problems, *wrong]:
         raise ConfigError(problems, "this extraction")
     plan, started = planned(*models), time.perf_counter()
+    for note in plan.notes:
+        warn(MergeWarning(note))
     place = "" if out is None else os.fspath(out)
     with closing(Dispatcher(callbacks)) as events:
         events.emit(MergeBegin("extract", place, (plan.model.name,), len(plan.units), "module"))
@@ -156,7 +166,8 @@ class _Extraction:
         adapter = adapter_of(name, infos, values.__getitem__, config, loads)
         report = self._report(adapter, ranks, left)
         by_module = [PATTERNS] if adapter.config["rank_pattern"] else []
-        return MergedAdapter(adapter, report | {"notes": [*_notes(report), *by_module]}, None)
+        notes = [*plan.notes, *_notes(report), *by_module]
+        return MergedAdapter(adapter, report | {"notes": notes}, None)
 
     def _changed(self) -> dict[str, float]:
         """Return the squared norms of the changes of small tensors and biases."""

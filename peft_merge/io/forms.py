@@ -20,6 +20,7 @@ from mergekit_ext.errors import Problem, printable
 from mergekit_ext.io.class_model import class_names
 from peft_merge.adapter import Adapter
 from peft_merge.io import names
+from peft_merge.io.diffusers_lora import is_of_diffusers
 
 # The number of a table, and the place in the model, such as "model.vision_tower.", that it is for.
 _Step = tuple[int, str]
@@ -39,9 +40,11 @@ def one_form(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str], lis
     The class decides that the base's config.json names, if it is at hand, or an adapter itself.
     Without one, names that may be older ones of another adapter's modules are refused, but for
     adapters of one base if a single renaming leads from all modules of one to those of the other.
+    Adapters of several kinds, which no merge takes, stay as they are.
     """
     found, renamings = list(adapters), list[str]()
-    if not any(_apart(*pair) for pair in itertools.combinations(adapters, 2)):
+    several = len({(type(adapter), is_of_diffusers(adapter)) for adapter in adapters}) > 1
+    if several or not any(_apart(*pair) for pair in itertools.combinations(adapters, 2)):
         return found, renamings, []
     for known in map(_Class, _configurations(adapters)):
         if not any(map(known.has, adapters)):

@@ -160,6 +160,15 @@ def test_a_share_of_the_squared_norms_is_kept(energy, families, tmp_path):
                 found = checkpoint.tensors(task)[name].double()
                 left += float((model[name].double() - found).square().sum())
     assert energy <= 1 - left / whole < energy + 0.02
+    assert "asks for more" not in (out / "README.md").read_text()
+
+
+def test_a_share_that_ranks_do_not_hold_is_said(families, tmp_path):
+    content = families("bert").content(None, "residual", energy=0.95, max_rank=1)
+    del content["parameters"]["target_size"]
+    merge(content, tmp_path / "out")
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert "`max_rank: 1` keeps 0." in said and "`energy: 0.95` asks for more" in said
 
 
 def test_parameters_of_the_bases_method_are_taken(families):

@@ -227,12 +227,13 @@ def test_what_is_no_lora_of_diffusers(tmp_path, monkeypatch):
     of_stable_diffusion(tmp_path / "lora", 1)
     tensors, config = trained(copy.deepcopy(model), _TEXT, 1)
     (tmp_path / "peft").mkdir()
-    named = {f"base_model.model.text_encoder.{key}": t.contiguous() for key, t in tensors.items()}
+    named = {f"base_model.model.{key}": t.contiguous() for key, t in tensors.items()}
     save_file(named, tmp_path / "peft" / "adapter_model.safetensors")
     fields = json.dumps(config.to_dict(), default=sorted)
     (tmp_path / "peft" / "adapter_config.json").write_text(fields)
     text = refused(tmp_path / "lora", tmp_path / "peft")
     assert "lora: LoRA of diffusers, peft: LoRA" in text and "separately" in text
+    assert text.startswith("1 problem ")
     others = {
         "odd": ("diffusion_model.layers.0.lora_A.weight", "save_lora_weights"),
         "dora": ("unet.x.lora_magnitude_vector", "no other kind"),

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mergekit_ext.errors import ConfigError, MergeError, NonFiniteError
+from mergekit_ext.errors import ConfigError, MergeError, MergeWarning, NonFiniteError
 from peft_merge import extract, load_adapter
 from peft_merge.cli import main
 from tests.peft_merge import models
@@ -144,6 +144,22 @@ def test_what_is_left_is_said(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def edit(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_fields_of_the_configuration_that_differ(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path / "model", rms_norm_eps=1e-3)
+    with pytest.warns(MergeWarning, match="no adapter holds: rms_norm_eps 0.001 in place of 1e-06"):
+        result = extract(tmp_path / "base", tmp_path / "model", rank=1)
+    assert any("rms_norm_eps" in note for note in result.report["notes"])
+    edit(tmp_path / "model", hidden_act="gelu")
+    with pytest.raises(ConfigError, match="hidden_act: found 'gelu', and 'silu' in the base"):
+        extract(tmp_path / "base", tmp_path / "model", rank=1)
+
+
 def test_a_head_that_the_base_lacks_is_saved_whole(tmp_path):
     model = saved(tmp_path, models.bert)
     transformers.BertModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "body")

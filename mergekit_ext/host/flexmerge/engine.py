@@ -26,7 +26,7 @@ from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest
 from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
-from mergekit_ext.flexmerge.residual import Kept, Residuals, ResidualStorage, kept, total
+from mergekit_ext.flexmerge.residual import Kept, Residuals, ResidualStorage, kept, shortfall, total
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
 from mergekit_ext.flexmerge.storage import Target
 from mergekit_ext.flexmerge.stored import StoredGroup
@@ -349,7 +349,8 @@ def _residual_report(
     write_report(folder, method, tensors, engine.seed, size=models, tasks=totals, **more)
     errors = ", ".join(f"{task} {found['error']:.3g}" for task, found in totals.items())
     line = f"{size.models:.4g} models, {size.bytes:,} bytes. Relative errors: {errors}."
-    return line, residual_section(totals)
+    short = shortfall(kept, engine.prepared.algorithm.parameters)
+    return f"{line} {short}".strip(), f"{residual_section(totals)}\n\n{short}".strip()
 
 
 def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Sequence[Path]) -> str:
