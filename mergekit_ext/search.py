@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import click
 import yaml
 from filelock import FileLock
 
@@ -52,6 +53,8 @@ class Search:
         installed = importlib.util.find_spec("optuna") is not None
         documents, repeated = read(text)
         wrong, document = [*repeated, *problems], documents[0] if documents else None
+        if len(documents) > 1:
+            wrong.append(Problem("the file", f"{len(documents)} documents", "one merge"))
         self.document: Document = document if isinstance(document, dict) else {}
         if isinstance(methods := self.document.get("merge_method"), list):
             self.document["merge_method"] = {"choose": methods}
@@ -204,6 +207,18 @@ def _distribution(node: Document) -> tuple[Callable[[], Any], Sequence[Any]]:
     return partial(make, "Float", low, high), [low, high, low / 3 + high * 2 / 3]
 
 
+def searching(command: Any) -> Any:
+    """Add the options of a search to a command."""
+    for option in (
+        click.option("--evaluate", metavar="MODULE:FUNCTION", required=True, help="Scores a model"),
+        click.option("--trials", type=click.IntRange(1), default=30, show_default=True),
+        click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the search"),
+        click.option("--task", "tasks", multiple=True, help="For FUNCTION (default: the inputs)"),
+    ):
+        command = option(command)
+    return command
+
+
 def function_named(name: str, where: str, *arguments: str) -> Callable[..., Any]:
     """Return ``module:function``, which takes `arguments`."""
     module, _, attribute = name.partition(":")
@@ -218,5 +233,6 @@ def function_named(name: str, where: str, *arguments: str) -> Callable[..., Any]
         expected = "MODULE:FUNCTION, which can be imported from here"
         raise ConfigError([Problem(where, name, expected, remedy)]) from None
     if not takes(function, *arguments):
-        raise ConfigError([Problem(where, name, f"a function of {' and '.join(arguments)}")])
+        expected = f"a function of {' and '.join(arguments) or 'no arguments'}"
+        raise ConfigError([Problem(where, name, expected)])
     return function

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_merge.merge import check as check
     from peft_merge.merge import merge_adapters as merge_adapters
     from peft_merge.merge import run_config as run_config
+    from peft_merge.tuning import tune as tune
 else:
     # Loaded when asked for: torch takes a second, and `peft-merge --help` should not.
     __getattr__, __dir__ = exported(
@@ -33,6 +34,7 @@ else:
             "io.write": ("save_adapter",),
             "live": ("add_merged_adapter",),
             "merge": ("MergedAdapter", "check", "merge_adapters", "run_config"),
+            "tuning": ("tune",),
         },
     )
     __all__ = __dir__()

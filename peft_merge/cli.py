@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from mergekit_ext.search import searching
+
 # As for click's own usage errors: the input is at fault.
 EXIT_PROBLEMS = 2
 _LONGEST_WARNING = 10_000
@@ -24,6 +26,9 @@ _JSONL = click.option(
     "--jsonl",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append what happens to this file, one JSON object a line.",
+)
+_ALLOW_PICKLE = click.option(
+    "--allow-pickle", is_flag=True, help="Read adapter_model.bin of people you trust."
 )
 
 
@@ -56,7 +61,7 @@ def main() -> None:
 @_QUIET
 @_JSONL
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
-@click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin of people you trust.")
+@_ALLOW_PICKLE
 def merge(
     config: Path,
     out: Path | None,
@@ -117,6 +122,30 @@ def extract(
         result = run(base, model, out, callbacks=_callbacks(quiet, jsonl), **options)
     if not quiet:
         click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
+
+
+@main.command("tune")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@searching
+@click.option("--model", metavar="MODULE:FUNCTION", required=True, help="Returns the base model.")
+@_DEVICE
+@_QUIET
+@_ALLOW_PICKLE
+def tune(config: Path, out: Path, evaluate: str, model: str, **options: Any) -> None:
+    """Search for the values that CONFIG leaves open, such as `scale: {from: 0.1, to: 2}`.
+
+    --evaluate gets a PeftModel with a merged adapter, and the name of an input; the higher the mean
+    over the inputs, the better. Writes best.yml, tables, a plot and the study into the folder OUT.
+    The same command goes on with a study that was stopped.
+    """
+    from mergekit_ext.search import function_named
+    from peft_merge.tuning import tune as run
+
+    with _running():
+        function = function_named(evaluate, "--evaluate", "a model", "a task")
+        found = run(config, out, function, function_named(model, "--model"), **options)
+    click.echo(f"{found.score:.4f}: {out / 'best.yml'}")
 
 
 @main.command("methods")

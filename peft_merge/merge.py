@@ -138,7 +138,7 @@ def merge_adapters(
     request, wrong = request_of(document, "adapters")
     request = replace(request, device=device, name=name, allow_pickle=allow_pickle)
     with limited(max_memory, "max_memory"):
-        return _run(partial(checked, request, [*problems, *wrong]), callbacks)
+        return run(partial(checked, request, [*problems, *wrong]), callbacks)
 
 
 def run_config(
@@ -167,7 +167,7 @@ def run_config(
     """
     options = {"device": device, "allow_pickle": allow_pickle}
     plan = partial(check, config, out, rank=rank, patterns=patterns, **options)
-    return _run(plan, callbacks, os.fspath(out))
+    return run(plan, callbacks, os.fspath(out))
 
 
 def check(
@@ -209,9 +209,10 @@ def check(
 
 
 @full_precision()
-def _run(
+def run(
     make_plan: Callable[[], MergePlan], callbacks: Iterable[object], out: str = ""
 ) -> MergedAdapter | FlexMerged:
+    """Merge a plan, which is made inside; without `out` nothing is written."""
     started = time.perf_counter()
     with closing(Dispatcher(callbacks)) as events:
         plan = make_plan()

@@ -66,6 +66,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "flex": config("flexmerge", models, Path("base"), {"target_size": 1.5}),
         "decompose": config("decompose", models, Path("base"), {"rank": 4}),
         "adapters": config("linear", [Path("lora-code"), Path("lora-maths")]),
+        "open-adapters": config(
+            "nan", [Path("lora-code")], parameters={"scale": {"from": 0.1, "to": 2}}
+        ),
     }
     for name, document in documents.items():
         Path(f"{name}.yml").write_text(yaml.safe_dump(document))

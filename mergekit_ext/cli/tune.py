@@ -9,14 +9,11 @@ import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import merging
-from mergekit_ext.search import function_named
+from mergekit_ext.search import function_named, searching
 
 
 @merging
-@click.option("--evaluate", metavar="MODULE:FUNCTION", required=True, help="Scores a model")
-@click.option("--trials", type=click.IntRange(1), default=30, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the search")
-@click.option("--task", "tasks", multiple=True, help="For FUNCTION (default: names of the models)")
+@searching
 def tune(
     merge_options: Any, config_file: Path, out_path: Path, evaluate: str, **given: Any
 ) -> None:

@@ -19,16 +19,18 @@ from torch import Tensor
 from mergekit_ext.core import memory
 from mergekit_ext.errors import MergeWarning, Problem
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.flexmerge.merging import require_in_range
+from mergekit_ext.flexmerge.merging import Walk, require_in_range
 from mergekit_ext.host.architecture import settling
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.merge import check_merge
 from mergekit_ext.host.checks.schema import parse
 from mergekit_ext.host.commands import source_of
+from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
+from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.host.flexmerge.sizes import Evaluate, Evaluator
-from mergekit_ext.host.interface import interface, merge
+from mergekit_ext.host.interface import interface
 from mergekit_ext.host.method import ext_method, registered
 from mergekit_ext.host.run import fresh_loaders
 from mergekit_ext.host.session import Session, active
@@ -98,7 +100,9 @@ class _Merges(Search):
         report, checked = check_merge(config, self._options, document)
         if isinstance(checked, Prepared):
             self.tasks = list(checked.layout.tasks)
-        elif not self._given:
+            size = checked.target.models or len(self.tasks)
+            return memory.problems(need_of(checked, scored=size))
+        if not self._given:
             models = (model for model in models_at(config) if model != config.base_model)
             self.tasks = list(dict.fromkeys(Path((m.lora or m.model).path).name for m in models))
         if (cost := report.estimate) is None or report.problems:
@@ -111,16 +115,30 @@ class _Merges(Search):
         config, _ = parse(document)
         report, checked = check_merge(config, self._options, document)
         report.raise_for_problems("this trial")
-        dtype = None
         if isinstance(checked, Prepared):
-            result = merge(document, None, self._options)
-            models = {task: (result.path / task, result.tensors[task]) for task in self.tasks}
+            dtype, models = checked.forced, self._flexmerged(checked, document)
         else:
             tensors = self._merged(config, document, checked)
-            models = dict.fromkeys(self.tasks, (self._place, tensors))
+            models = iter([(self._place, tensors)] * len(self.tasks))
             dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
-        for task, (folder, found) in models.items():
+        for task, (folder, found) in zip(self.tasks, models, strict=True):
             yield task, self._evaluator.score(folder, found, task, f"{task}, a trial", dtype)
+
+    def _flexmerged(
+        self, prepared: Prepared, document: Document
+    ) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+        """Return the tasks' models; where only the size differs, from those of the trial before."""
+        if (key := _apart_from("target_size", document)) != self._key:
+            self._scratch = TemporaryDirectory(dir=self._place)
+            reader, self._folders = open_inputs(prepared)
+            scratch = Path(self._scratch.name)
+            self._engine = Engine(prepared, reader, self._place, Session(), scratch)
+            if self._engine.merging.residuals is None:
+                self._engine.save_analysis(self._place)
+            self._key, self._walk = key, Walk(reader, self._engine.merging)
+        with active(Session()):
+            self._walk.go(self._engine.planner.plan(prepared.target))
+        return ((folder, self._walk.tensors(task)) for task, folder in enumerate(self._folders))
 
     def _merged(self, config: Any, document: Document, checked: Any) -> dict[str, Tensor]:
         """Merge; where only the factor differs from two merges before, on the line through them."""
@@ -130,8 +148,7 @@ class _Merges(Search):
         known = all(header and header.dtype in FLOATING for header in headers.values())
         if not (ours and known and isinstance(factor, float)):
             return self._merge(config, checked)
-        key = json.dumps({**document, "parameters": {**shared, name: ""}}, default=str)
-        if key != self._key:
+        if (key := _apart_from(name, document)) != self._key:
             self._key, self._points = key, {}
         if len(self._points) == 2:
             (one, start), (two, end) = self._points.items()
@@ -159,3 +176,9 @@ class _Merges(Search):
             warnings.simplefilter("ignore", MergeWarning)
             getattr(run_merge, "stock", run_merge)(config, os.fspath(self._place), self._options)
         return tensors
+
+
+def _apart_from(name: str, document: Document) -> str:
+    """Return a text of all that a document says but of one parameter."""
+    shared = {**(document.get("parameters") or {}), name: ""}
+    return json.dumps({**document, "parameters": shared}, default=str)

@@ -61,7 +61,7 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
         >>> model = peft_merge.load_tasks(base_model, "out")
         >>> model.set_adapter("maths")
     """
-    _require_base(base_model)
+    require_base(base_model)
     folder = Path(path).expanduser()
     manifest = open_manifest(folder, verify=verify)
     adapters = [load_adapter(folder / task.name, name=task.name) for task in manifest.tasks]
@@ -74,11 +74,16 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
         raise CheckpointError(problems, str(folder))
     if problems := list(_inseparable(adapters)):
         raise ConfigError(problems, _SUBJECT)
+    return put_on(base_model, adapters, shared)
+
+
+def put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group] = ()) -> Any:
+    """Return a PeftModel of a base with these adapters, the first of which is active."""
     with _restored_on_error(base_model):
-        return _loaded(base_model, shared, adapters)
+        return _put_on(base_model, adapters, shared)
 
 
-def _loaded(base_model: Any, shared: Sequence[Group], adapters: Sequence[Adapter]) -> Any:
+def _put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group]) -> Any:
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
     first, *others = adapters
@@ -184,7 +189,7 @@ def _inseparable(adapters: Sequence[Adapter]) -> Iterator[Problem]:
             yield Problem(f"{adapter.name}: {listing(tensors)}", found, expected, remedy)
 
 
-def _require_base(base_model: Any) -> None:
+def require_base(base_model: Any) -> None:
     """Raise `TypeError` for what is no model, `ConfigError` for one that cannot be wrapped."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer

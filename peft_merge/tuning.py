@@ -1,0 +1,121 @@
+"""`tune` for adapters: each trial is merged in memory, and scored on the base model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch.nn import Module
+
+from mergekit_ext.declared import ADAPTERS
+from mergekit_ext.errors import ConfigError, MergeWarning, Problem
+from mergekit_ext.io.documents import text_of
+from mergekit_ext.io.staging import place_problems
+from mergekit_ext.report.tables import checked_scores
+from mergekit_ext.search import Document, Search, Tuned
+from peft_merge.adapter import Adapter
+from peft_merge.config.document import plain
+from peft_merge.flexmerge.load import put_on, require_base
+from peft_merge.flexmerge.manifest import FlexMerged
+from peft_merge.flexmerge.method import NAME, OWN
+from peft_merge.merge import check, run
+from peft_merge.modules import rules
+
+
+def tune(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    evaluate: Callable[[Any, str], Any],
+    base_model: Any,
+    *,
+    trials: int = 30,
+    seed: int = 0,
+    tasks: Sequence[str] = (),
+    quiet: bool = False,
+    **options: Any,
+) -> Tuned:
+    """Search for the values that a merge of adapters leaves open, as `mergekit_ext.tune` does.
+
+    Args:
+        config: as for `check`; `options` are its `device` and `allow_pickle`.
+        out, trials, seed: as for `mergekit_ext.tune`.
+        evaluate: ``evaluate(model, task)`` gets a PeftModel in evaluation mode, the merged adapter
+            (of a `flexmerge` the task's) on the base; it returns scores as for `mergekit_ext.tune`.
+        base_model: a model without adapters, or a function that makes it; it is frozen.
+        tasks: by default the names of the adapters.
+
+    Raises:
+        ConfigError: with all that is wrong, or what the base lacks; before any merge.
+        EvaluationError, MergeError: no scores were returned; no trial gave an adapter.
+
+    Example:
+        >>> peft_merge.tune("open.yml", "search", score, base_model).best
+    """
+    text = yaml.safe_dump(plain(config)) if isinstance(config, Mapping) else text_of(Path(config))
+    folder = Path(os.path.expanduser(out))
+    search = _Merges(text, place_problems(folder, "OUT"), evaluate, list(tasks), options)
+    search.put(base_model)
+    return search.run(folder, trials, seed, quiet)
+
+
+class _Merges(Search):
+    """Merges in memory of adapters that are opened once."""
+
+    def __init__(
+        self,
+        text: str,
+        problems: Iterable[Problem],
+        evaluate: Callable[[Any, str], Any],
+        given: list[str],
+        options: Mapping[str, Any],
+    ):
+        self._evaluate, self._given, self._options = evaluate, given, options
+        self._adapters, self._metrics = dict[str, Adapter](), dict[str, set[str]]()
+        super().__init__(text, problems)
+
+    def put(self, base: Any) -> None:
+        """Take the base model, or raise `ConfigError` if an adapter does not fit."""
+        self._base = base() if callable(base) and not isinstance(base, Module) else base
+        require_base(self._base)
+        for adapter in self._adapters.values():
+            self._model(adapter)
+
+    def parameters(self, method: Any) -> Collection[str]:
+        known = {NAME: OWN, **{name: rule.for_driver(ADAPTERS) for name, rule in rules().items()}}
+        return {parameter.name for parameter in known.get(str(method), ())}
+
+    def check(self, document: Document) -> Iterable[Problem]:
+        try:
+            plan = check(document, **self._options)
+        except ConfigError as error:
+            return error.problems
+        names = [adapter.name for adapter in plan.adapters]
+        self.tasks = self._given if self._given and plan.rule else names
+        for model, adapter in zip(document["models"], plan.adapters, strict=True):
+            self._adapters[model["model"]] = adapter
+        return ()
+
+    def evaluated(self, document: Document) -> Iterator[tuple[str, Mapping[str, float]]]:
+        opened = [{**each, "model": self._adapters[each["model"]]} for each in document["models"]]
+        plan = partial(check, {**document, "models": opened}, **self._options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)
+            merged = run(plan, ())
+        for adapter in merged.adapters if isinstance(merged, FlexMerged) else [merged.adapter]:
+            model = self._model(adapter)
+            for task in [adapter.name] if isinstance(merged, FlexMerged) else self.tasks:
+                scores = self._evaluate(model, task)
+                yield task, checked_scores(scores, task, f"{task}, a trial", self._metrics)
+
+    def _model(self, adapter: Adapter) -> Any:
+        """Return an adapter on a copy of the base, with all tensors that it does not replace."""
+        tensors = self._base.state_dict(keep_vars=True)
+        replaced = {id(tensors.get(name)) for name in adapter.saved}
+        shared = {id(tensor): tensor for tensor in tensors.values() if id(tensor) not in replaced}
+        return put_on(copy.deepcopy(self._base, shared), [adapter])
