@@ -3,7 +3,7 @@
 import os
 
 from mergekit_ext.cli import main
-from mergekit_ext.core.interrupts import leave
+from mergekit_ext.core.commands import leave
 
 try:
     main(prog_name="mergekit-ext")

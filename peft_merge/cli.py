@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mergekit_ext.core.commands import reporting
 from mergekit_ext.search import searching
-
-# As for click's own usage errors: the input is at fault.
-EXIT_PROBLEMS = 2
-_LONGEST_WARNING = 10_000
-
 
 _DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ..."
@@ -85,7 +77,7 @@ def merge(
     from peft_merge.merge import run_config
     from peft_merge.report import sentences
 
-    with _running(), limited(max_memory):
+    with reporting(), limited(max_memory):
         if check:
             click.echo(str(checked(config, out, **options)))
             return
@@ -118,7 +110,7 @@ def extract(
     from peft_merge.extraction.run import extract as run
     from peft_merge.report import sentences
 
-    with _running():
+    with reporting():
         result = run(base, model, out, callbacks=_callbacks(quiet, jsonl), **options)
     if not quiet:
         click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
@@ -135,14 +127,13 @@ def extract(
 def tune(config: Path, out: Path, evaluate: str, model: str, **options: Any) -> None:
     """Search for the values that CONFIG leaves open, such as `scale: {from: 0.1, to: 2}`.
 
-    --evaluate gets a PeftModel with a merged adapter, and the name of an input; the higher the mean
-    over the inputs, the better. Writes best.yml, tables, a plot and the study into the folder OUT.
-    The same command goes on with a study that was stopped.
+    --evaluate gets a PeftModel with a merged adapter, and the name of an input. OUT gets best.yml,
+    tables, a plot, and the study with which the same command goes on.
     """
     from mergekit_ext.search import function_named
     from peft_merge.tuning import tune as run
 
-    with _running():
+    with reporting():
         function = function_named(evaluate, "--evaluate", "a model", "a task")
         found = run(config, out, function, function_named(model, "--model"), **options)
     click.echo(f"{found.score:.4f}: {out / 'best.yml'}")
@@ -154,7 +145,7 @@ def methods(name: str | None) -> None:
     """Show all merge methods, or of one NAME its parameters and a YAML that runs."""
     from peft_merge.catalogue import methods as found
 
-    with _running():
+    with reporting():
         click.echo(str(found(name)))
 
 
@@ -163,25 +154,3 @@ def _callbacks(quiet: bool, jsonl: Path | None) -> list[Any]:
 
     lines = [JsonLines(jsonl, "--jsonl")] if jsonl else []
     return [*([] if quiet else [ProgressBar()]), *lines]
-
-
-@contextmanager
-def _running() -> Iterator[None]:
-    """Show warnings as lines, and end with exit code 2 and a message after an error of ours."""
-    from mergekit_ext.core.interrupts import prompt
-    from mergekit_ext.errors import MergekitExtError
-
-    with warnings.catch_warnings():
-        warnings.showwarning = _show
-        try:
-            with prompt():
-                yield
-        except MergekitExtError as error:
-            click.echo(f"Error: {error}", err=True)
-            raise click.exceptions.Exit(EXIT_PROBLEMS) from None
-
-
-def _show(message: Any, *_: Any, **__: Any) -> None:
-    from mergekit_ext.errors import printable
-
-    print(f"Warning: {printable(str(message), _LONGEST_WARNING)}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -44,14 +43,12 @@ def tune(
 
     Args:
         config: as for `check`; `options` are its `device` and `allow_pickle`.
-        out, trials, seed: as for `mergekit_ext.tune`.
-        evaluate: ``evaluate(model, task)`` gets a PeftModel in evaluation mode, the merged adapter
-            (of a `flexmerge` the task's) on the base; it returns scores as for `mergekit_ext.tune`.
-        base_model: a model without adapters, or a function that makes it; it is frozen.
-        tasks: by default the names of the adapters.
+        evaluate: ``evaluate(model, task)`` gets a PeftModel in evaluation mode: `base_model`, a
+            model without adapters or a function that makes it, with the merged adapter, of a
+            `flexmerge` the task's.
 
     Raises:
-        ConfigError: with all that is wrong, or what the base lacks; before any merge.
+        ConfigError: with all that is wrong, or with what the base lacks; before any merge.
         EvaluationError, MergeError: no scores were returned; no trial gave an adapter.
 
     Example:
@@ -59,32 +56,21 @@ def tune(
     """
     text = yaml.safe_dump(plain(config)) if isinstance(config, Mapping) else text_of(Path(config))
     folder = Path(os.path.expanduser(out))
-    search = _Merges(text, place_problems(folder, "OUT"), evaluate, list(tasks), options)
-    search.put(base_model)
+    search = _Merges(text, folder, evaluate, base_model, list(tasks), options)
     return search.run(folder, trials, seed, quiet)
 
 
 class _Merges(Search):
     """Merges in memory of adapters that are opened once."""
 
-    def __init__(
-        self,
-        text: str,
-        problems: Iterable[Problem],
-        evaluate: Callable[[Any, str], Any],
-        given: list[str],
-        options: Mapping[str, Any],
-    ):
-        self._evaluate, self._given, self._options = evaluate, given, options
+    def __init__(self, text: str, folder: Path, evaluate: Any, base: Any, *given: Any):
+        self._evaluate, (self._tasks, self._options) = evaluate, given
         self._adapters, self._metrics = dict[str, Adapter](), dict[str, set[str]]()
-        super().__init__(text, problems)
-
-    def put(self, base: Any) -> None:
-        """Take the base model, or raise `ConfigError` if an adapter does not fit."""
+        super().__init__(text, place_problems(folder, "OUT"))
         self._base = base() if callable(base) and not isinstance(base, Module) else base
         require_base(self._base)
         for adapter in self._adapters.values():
-            self._model(adapter)
+            put_on(self._base, [adapter])
 
     def parameters(self, method: Any) -> Collection[str]:
         known = {NAME: OWN, **{name: rule.for_driver(ADAPTERS) for name, rule in rules().items()}}
@@ -96,9 +82,9 @@ class _Merges(Search):
         except ConfigError as error:
             return error.problems
         names = [adapter.name for adapter in plan.adapters]
-        self.tasks = self._given if self._given and plan.rule else names
-        for model, adapter in zip(document["models"], plan.adapters, strict=True):
-            self._adapters[model["model"]] = adapter
+        self.tasks = self._tasks if self._tasks and plan.rule else names
+        sources = [each["model"] for each in document["models"]]
+        self._adapters |= zip(sources, plan.adapters, strict=True)
         return ()
 
     def evaluated(self, document: Document) -> Iterator[tuple[str, Mapping[str, float]]]:
@@ -108,14 +94,7 @@ class _Merges(Search):
             warnings.simplefilter("ignore", MergeWarning)
             merged = run(plan, ())
         for adapter in merged.adapters if isinstance(merged, FlexMerged) else [merged.adapter]:
-            model = self._model(adapter)
+            model = put_on(self._base, [adapter])
             for task in [adapter.name] if isinstance(merged, FlexMerged) else self.tasks:
                 scores = self._evaluate(model, task)
                 yield task, checked_scores(scores, task, f"{task}, a trial", self._metrics)
-
-    def _model(self, adapter: Adapter) -> Any:
-        """Return an adapter on a copy of the base, with all tensors that it does not replace."""
-        tensors = self._base.state_dict(keep_vars=True)
-        replaced = {id(tensors.get(name)) for name in adapter.saved}
-        shared = {id(tensor): tensor for tensor in tensors.values() if id(tensor) not in replaced}
-        return put_on(copy.deepcopy(self._base, shared), [adapter])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -15,8 +13,8 @@ import click
 import yaml
 from mergekit.config import MergeConfiguration
 
-from mergekit_ext.core.interrupts import prompt
-from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, printable
+from mergekit_ext.core.commands import prompt, reporting
+from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.residual import Residual
 from mergekit_ext.host.checks.schema import NO_DOCUMENT, between_documents, parse, unknown_keys
 from mergekit_ext.host.flexmerge import DECOMPOSE
@@ -24,14 +22,6 @@ from mergekit_ext.host.method import is_stock
 from mergekit_ext.io.documents import read, text_of
 from mergekit_ext.parallel import require_one
 from peft_merge.config.document import plain
-
-_LONGEST_WARNING = 10_000
-
-
-class CommandError(click.ClickException):
-    """An error that a command prints in place of a traceback."""
-
-    exit_code = 2
 
 
 def reading_first(check: Callable[[str], Any]) -> Callable[..., None]:
@@ -117,22 +107,7 @@ def for_commands(*, shared: bool = False) -> Iterator[None]:
     if context is None:
         yield
         return
-    shown = warnings.showwarning
-
-    def show(message: Any, category: Any, *rest: Any, **options: Any) -> None:
-        if issubclass(category, MergeWarning):
-            click.echo(f"Warning: {printable(str(message), _LONGEST_WARNING)}", err=True)
-        else:
-            shown(message, category, *rest, **options)
-
-    warnings.showwarning = show
-    try:
+    with reporting():
         if not shared and not require_one(context.command_path):
             raise click.exceptions.Exit(0)
-        with prompt():
-            yield
-    except MergekitExtError as error:
-        raise CommandError(str(error)) from None
-    finally:
-        sys.stderr.flush()
-        warnings.showwarning = shown
+        yield

@@ -27,7 +27,6 @@ from mergekit_ext.host.checks.merge import check_merge
 from mergekit_ext.host.checks.schema import parse
 from mergekit_ext.host.commands import source_of
 from mergekit_ext.host.flexmerge.engine import Engine, open_inputs
-from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.host.flexmerge.sizes import Evaluate, Evaluator
 from mergekit_ext.host.interface import interface
@@ -100,9 +99,7 @@ class _Merges(Search):
         report, checked = check_merge(config, self._options, document)
         if isinstance(checked, Prepared):
             self.tasks = list(checked.layout.tasks)
-            size = checked.target.models or len(self.tasks)
-            return memory.problems(need_of(checked, scored=size))
-        if not self._given:
+        elif not self._given:
             models = (model for model in models_at(config) if model != config.base_model)
             self.tasks = list(dict.fromkeys(Path((m.lora or m.model).path).name for m in models))
         if (cost := report.estimate) is None or report.problems:
@@ -116,7 +113,7 @@ class _Merges(Search):
         report, checked = check_merge(config, self._options, document)
         report.raise_for_problems("this trial")
         if isinstance(checked, Prepared):
-            dtype, models = checked.forced, self._flexmerged(checked, document)
+            dtype, models = checked.forced, self._flexmerged(checked)
         else:
             tensors = self._merged(config, document, checked)
             models = iter([(self._place, tensors)] * len(self.tasks))
@@ -124,21 +121,16 @@ class _Merges(Search):
         for task, (folder, found) in zip(self.tasks, models, strict=True):
             yield task, self._evaluator.score(folder, found, task, f"{task}, a trial", dtype)
 
-    def _flexmerged(
-        self, prepared: Prepared, document: Document
-    ) -> Iterator[tuple[Path, dict[str, Tensor]]]:
-        """Return the tasks' models; where only the size differs, from those of the trial before."""
-        if (key := _apart_from("target_size", document)) != self._key:
-            self._scratch = TemporaryDirectory(dir=self._place)
-            reader, self._folders = open_inputs(prepared)
-            scratch = Path(self._scratch.name)
-            self._engine = Engine(prepared, reader, self._place, Session(), scratch)
-            if self._engine.merging.residuals is None:
-                self._engine.save_analysis(self._place)
-            self._key, self._walk = key, Walk(reader, self._engine.merging)
-        with active(Session()):
-            self._walk.go(self._engine.planner.plan(prepared.target))
-        return ((folder, self._walk.tensors(task)) for task, folder in enumerate(self._folders))
+    def _flexmerged(self, prepared: Prepared) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+        """Yield the tasks' models; an analysis is kept for other trials."""
+        with TemporaryDirectory(dir=self._place) as scratch, active(Session()) as session:
+            reader, folders = open_inputs(prepared)
+            engine = Engine(prepared, reader, self._place, session, Path(scratch))
+            if engine.merging.residuals is None:
+                engine.save_analysis(self._place)
+            walk = Walk(reader, engine.merging)
+            walk.go(engine.planner.plan(prepared.target))
+            yield from ((folder, walk.tensors(task)) for task, folder in enumerate(folders))
 
     def _merged(self, config: Any, document: Document, checked: Any) -> dict[str, Tensor]:
         """Merge; where only the factor differs from two merges before, on the line through them."""
@@ -148,7 +140,8 @@ class _Merges(Search):
         known = all(header and header.dtype in FLOATING for header in headers.values())
         if not (ours and known and isinstance(factor, float)):
             return self._merge(config, checked)
-        if (key := _apart_from(name, document)) != self._key:
+        key = json.dumps({**document, "parameters": {**shared, name: ""}}, default=str)
+        if key != self._key:
             self._key, self._points = key, {}
         if len(self._points) == 2:
             (one, start), (two, end) = self._points.items()
@@ -176,9 +169,3 @@ class _Merges(Search):
             warnings.simplefilter("ignore", MergeWarning)
             getattr(run_merge, "stock", run_merge)(config, os.fspath(self._place), self._options)
         return tensors
-
-
-def _apart_from(name: str, document: Document) -> str:
-    """Return a text of all that a document says but of one parameter."""
-    shared = {**(document.get("parameters") or {}), name: ""}
-    return json.dumps({**document, "parameters": shared}, default=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,9 +79,23 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
 
 
 def put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group] = ()) -> Any:
-    """Return a PeftModel of a base with these adapters, the first of which is active."""
-    with _restored_on_error(base_model):
-        return _put_on(base_model, adapters, shared)
+    """Return a PeftModel with these adapters, the first of which is active.
+
+    Its base is a copy of `base_model` with the same tensors, which PEFT may wrap and freeze.
+
+    Raises:
+        ConfigError: the base is not that of the adapters.
+    """
+    tensors = base_model.state_dict(keep_vars=True).values()
+    try:
+        base = copy.deepcopy(base_model, {id(tensor): copy.copy(tensor) for tensor in tensors})
+        return _put_on(base, adapters, shared)
+    except MergekitExtError:
+        raise
+    except Exception as error:
+        found = f"a model that PEFT does not take ({one_line(error)})"
+        problem = Problem("base_model", found, "the base of these adapters", BASE)
+        raise ConfigError([problem], _SUBJECT) from error
 
 
 def _put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group]) -> Any:
@@ -102,8 +117,10 @@ def _put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group
         for name, load in first.saved.items()
         if module_to_save(name, first.config) is None
     }
-    require_places(first.name, of_base, model.state_dict())
-    model.load_state_dict(of_base, strict=False)
+    places = model.state_dict()
+    require_places(first.name, of_base, places)
+    for name, tensor in of_base.items():  # not into the tensors of the base
+        model.get_parameter(name).data = tensor.to(places[name])
     model.set_adapter(first.name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -206,32 +223,3 @@ def require_base(base_model: Any) -> None:
     if any(parameter.is_meta for parameter in base_model.parameters()):
         found, remedy = "parameters that are offloaded", "Load it without offloading."
         raise ConfigError([Problem("base_model", found, "all in memory", remedy)], _SUBJECT)
-
-
-@contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Undo what PEFT did to a model if it fails: a module that was wrapped is itself again.
-
-    Raises:
-        ConfigError: for an error that is not the project's own.
-    """
-    children = [(each, dict(each._modules), each.training) for each in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    own = dict(vars(model))
-    try:
-        yield
-    except BaseException as error:
-        for module, before, training in children:
-            module._modules.clear()
-            module._modules.update(before)
-            module.training = training
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        for name in vars(model).keys() - own.keys():
-            del vars(model)[name]
-        vars(model).update(own)
-        if isinstance(error, MergekitExtError) or not isinstance(error, Exception):
-            raise
-        found = f"a model that PEFT does not take ({one_line(error)})"
-        problem = Problem("base_model", found, "the base of these adapters", BASE)
-        raise ConfigError([problem], _SUBJECT) from error

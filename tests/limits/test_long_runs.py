@@ -54,7 +54,7 @@ BUSY = {
 def test_nothing_that_a_library_does_delays_the_end(busy):
     code = f"""
 import click, signal, torch
-from mergekit_ext.core.interrupts import prompt
+from mergekit_ext.core.commands import prompt
 # What runs these tests may ignore Ctrl-C, as shells have it in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 @click.command()

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command within a second, whatever its threads are in the middle of.
+"""Commands: warnings and errors of ours are lines, and Ctrl-C ends them within a second.
 
 Python sees a signal between two of its instructions only, and waits at its end for every thread
 of a pool. So a thread waits for the signal too, and ends the process if that still runs a moment
@@ -13,11 +13,46 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
+
+import click
+
+from mergekit_ext.errors import MergekitExtError, MergeWarning, printable
 
 GRACE = 0.7  # seconds from the signal; what a command tidies up takes a few hundredths
 EXIT_ABORTED = 1  # as click has it for its `Aborted!`, and so mergekit's commands
+_LONGEST_WARNING = 10_000
+
+
+class CommandError(click.ClickException):
+    """An error that a command prints in place of a traceback."""
+
+    exit_code = 2  # as for click's own usage errors: the input is at fault
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Print warnings of ours as lines, and end the command with a message for an error of ours."""
+    shown = warnings.showwarning
+
+    def show(message: Any, category: Any, *rest: Any, **options: Any) -> None:
+        if issubclass(category, MergeWarning):
+            click.echo(f"Warning: {printable(str(message), _LONGEST_WARNING)}", err=True)
+        else:
+            shown(message, category, *rest, **options)
+
+    warnings.showwarning = show
+    try:
+        with prompt():
+            yield
+    except MergekitExtError as error:
+        raise CommandError(str(error)) from None
+    finally:
+        sys.stderr.flush()
+        warnings.showwarning = shown
 
 
 @contextmanager
