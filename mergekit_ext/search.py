@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import click
 import yaml
 from filelock import FileLock
 
@@ -205,18 +204,6 @@ def _distribution(node: Document) -> tuple[Callable[[], Any], Sequence[Any]]:
     if isinstance(rest.get("step"), int) and low % 1 == high % 1 == 0:
         return partial(make, "Int", int(low), int(high)), [int(low), int(high)]
     return partial(make, "Float", low, high), [low, high, low / 3 + high * 2 / 3]
-
-
-def searching(command: Any) -> Any:
-    """Add the options of a search to a command."""
-    for option in (
-        click.option("--evaluate", metavar="MODULE:FUNCTION", required=True, help="Scores a model"),
-        click.option("--trials", type=click.IntRange(1), default=30, show_default=True),
-        click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the search"),
-        click.option("--task", "tasks", multiple=True, help="For FUNCTION (default: the inputs)"),
-    ):
-        command = option(command)
-    return command
 
 
 def function_named(name: str, where: str, *arguments: str) -> Callable[..., Any]:

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from mergekit_ext.core.commands import reporting
-from mergekit_ext.search import searching
+from mergekit_ext.core.commands import reporting, searching
 
 _DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ..."

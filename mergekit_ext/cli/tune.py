@@ -9,7 +9,8 @@ import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import merging
-from mergekit_ext.search import function_named, searching
+from mergekit_ext.core.commands import searching
+from mergekit_ext.search import function_named
 
 
 @merging

@@ -1,4 +1,4 @@
-"""Commands: warnings and errors of ours are lines, and Ctrl-C ends them within a second.
+"""Commands: what both packages share; and Ctrl-C ends them within a second.
 
 Python sees a signal between two of its instructions only, and waits at its end for every thread
 of a pool. So a thread waits for the signal too, and ends the process if that still runs a moment
@@ -31,6 +31,18 @@ class CommandError(click.ClickException):
     """An error that a command prints in place of a traceback."""
 
     exit_code = 2  # as for click's own usage errors: the input is at fault
+
+
+def searching(command: Any) -> Any:
+    """Add the options of a search to a command."""
+    for option in (
+        click.option("--evaluate", metavar="MODULE:FUNCTION", required=True, help="Scores a model"),
+        click.option("--trials", type=click.IntRange(1), default=30, show_default=True),
+        click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of the search"),
+        click.option("--task", "tasks", multiple=True, help="For FUNCTION (default: the inputs)"),
+    ):
+        command = option(command)
+    return command
 
 
 @contextmanager

@@ -86,48 +86,44 @@ def put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group]
     Raises:
         ConfigError: the base is not that of the adapters.
     """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+
     tensors = base_model.state_dict(keep_vars=True).values()
+    first, *others = adapters
     try:
         base = copy.deepcopy(base_model, {id(tensor): copy.copy(tensor) for tensor in tensors})
-        return _put_on(base, adapters, shared)
+        config = PeftConfig.from_peft_type(**first.config)
+        wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        model = wrapped(base, config, first.name, autocast_adapter_dtype=False)
+        fill(model, first.name, _apart(first))
+        for adapter in others:
+            add_adapter(model, adapter.name, _apart(adapter))
+            for group in shared:
+                if adapter.name in group.tasks[1:]:
+                    for module in group.modules:
+                        _share(model, module, group.tasks[0], adapter.name)
+        of_base = {
+            f"{PREFIX}{stored(name, first.infos)}": load()
+            for name, load in first.saved.items()
+            if module_to_save(name, first.config) is None
+        }
+        places = model.state_dict()
+        require_places(first.name, of_base, places)
+        for name, tensor in of_base.items():  # not into the tensors of the base
+            model.get_parameter(name).data = tensor.to(places[name])
+        model.set_adapter(first.name)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if not isinstance(first, LoraAdapter):
+            # PEFT would take `adapter_names` without a word, and use the active task for all rows.
+            model.base_model._enable_peft_forward_hooks = _one_task_at_a_time
+        return model.eval()
     except MergekitExtError:
         raise
     except Exception as error:
         found = f"a model that PEFT does not take ({one_line(error)})"
         problem = Problem("base_model", found, "the base of these adapters", BASE)
         raise ConfigError([problem], _SUBJECT) from error
-
-
-def _put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group]) -> Any:
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
-
-    first, *others = adapters
-    config = PeftConfig.from_peft_type(**first.config)
-    wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    model = wrapped(base_model, config, first.name, autocast_adapter_dtype=False)
-    fill(model, first.name, _apart(first))
-    for adapter in others:
-        add_adapter(model, adapter.name, _apart(adapter))
-        for group in shared:
-            if adapter.name in group.tasks[1:]:
-                for module in group.modules:
-                    _share(model, module, group.tasks[0], adapter.name)
-    of_base = {
-        f"{PREFIX}{stored(name, first.infos)}": load()
-        for name, load in first.saved.items()
-        if module_to_save(name, first.config) is None
-    }
-    places = model.state_dict()
-    require_places(first.name, of_base, places)
-    for name, tensor in of_base.items():  # not into the tensors of the base
-        model.get_parameter(name).data = tensor.to(places[name])
-    model.set_adapter(first.name)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    if not isinstance(first, LoraAdapter):
-        # PEFT would take `adapter_names` without a word, and use the active task for all rows.
-        model.base_model._enable_peft_forward_hooks = _one_task_at_a_time
-    return model.eval()
 
 
 @contextmanager
