@@ -42,7 +42,7 @@ from mergekit_ext.flexmerge.residual import PARAMETERS, Residual, Residuals, Res
 from mergekit_ext.flexmerge.source import BlockReader, FileSource
 from mergekit_ext.flexmerge.storage import Storage, Target
 from mergekit_ext.flexmerge.writer import write_checkpoint
-from mergekit_ext.host.flexmerge.shared_tensors import make_layout
+from mergekit_ext.host.flexmerge.shared_tensors import laid_out
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.kernels.similarity import cosines
 
@@ -80,7 +80,9 @@ def reader_of(folder: Path, count: int) -> BlockReader:
     homes = [folder / "base", *(folder / f"tuned{i}" for i in range(count))]
     base, *models = (FileSource(home.name, read_folder(home)) for home in homes)
     tasks = [model.name for model in models]
-    layout = make_layout(tasks, [base.tensors, *(m.tensors for m in models)])
+    stored = [(source.tensors, None) for source in (base, *models)]
+    parameters = {"heads": "private", "granularity": "component"}
+    layout, _, _ = laid_out(tasks, ["base", *tasks], stored, parameters)
     return BlockReader(layout, base, models)
 
 

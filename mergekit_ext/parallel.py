@@ -67,8 +67,7 @@ class Ranks:
     def from_main(self, make: Callable[[], _T]) -> _T:
         """Return in every process what `make` returns in the main one; it runs there only."""
         found: list[Any] = self.gather(make() if self.is_main else None)
-        made: _T = found[0]
-        return made
+        return found[0]
 
     def wait(self) -> None:
         """Wait until every process has come here."""

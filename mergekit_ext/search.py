@@ -86,8 +86,7 @@ class Search:
         """Return a document; where methods are open, without what only others of them have."""
         known = {name for method in self._methods for name in self.parameters(method)}
         out = known - {*self.parameters(values.get("merge_method", self._methods[0]))}
-        document: Document = _walk(self.document, lambda where, _: values[where], "", out)
-        return document
+        return _walk(self.document, lambda where, _: values[where], "", out)
 
     def run(self, folder: Path, trials: int, seed: int, quiet: bool) -> Tuned:
         """Go on with the study in `folder` until it has so many trials; return what it has found.

@@ -236,20 +236,11 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
         settings = plan.resolve(module)
         return settings.scaled(coefficients[module]) if coefficients else settings
 
-    merged = merge_modules(
-        plan.adapters,
-        rule,
-        resolve,
-        space=plan.space,
-        rank=plan.rank,
-        dtype=plan.dtype,
-        device=plan.device,
-        seed=plan.seed,
-        on_iteration=lambda *values: events.emit(SolverIteration(*values)),
-    )
-    pieces = {}
-    clock = time.perf_counter()
-    for module, piece in merged:
+    def iterated(*values: Any) -> None:
+        events.emit(SolverIteration(*values))
+
+    pieces, clock = {}, time.perf_counter()
+    for module, piece in merge_modules(plan, rule, resolve, iterated):
         before, clock = clock, time.perf_counter()
         pieces[module] = piece
         events.emit(TensorMerged(module, tuple(piece.info.shape), piece.details, clock - before))

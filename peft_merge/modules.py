@@ -43,7 +43,6 @@ from peft_merge.adapter import (
     finite_updates,
     modules_of,
 )
-from peft_merge.algebra.core_space import Rank
 from peft_merge.algebra.spaces import SMALL, SPACES, Job
 
 # Of (IA)^3; the first is the default.
@@ -70,26 +69,22 @@ class Piece:
 
 
 def merge_modules(
-    adapters: Sequence[Any],
+    plan: Any,
     rule: Method,
     resolve: Callable[[str], Call],
-    *,
-    space: str,
-    device: str | torch.device = "cpu",
-    **options: Any,
+    on_iteration: Callable[[str, int, float, float], None] | None = None,
 ) -> Iterator[tuple[str, Piece]]:
     """Yield every module that some adapter has, merged as `merge_module` does, in order.
 
     `on_iteration` may be called from several threads.
     """
-    modules = modules_of(adapters)
+    modules = modules_of(plan.adapters)
 
     def merge(module: str) -> Piece:
-        found = resolve(module)
-        return merge_module(adapters, module, rule, found, space=space, device=device, **options)
+        return merge_module(plan, module, rule, resolve(module), on_iteration)
 
-    beside = small(adapters, rule, resolve, space)
-    results = in_turn(merge, modules, torch.device(device)) if beside else map(merge, modules)
+    beside = small(plan.adapters, rule, resolve, plan.space)
+    results = in_turn(merge, modules, torch.device(plan.device)) if beside else map(merge, modules)
     yield from zip(modules, results, strict=True)
 
 
@@ -108,16 +103,10 @@ def small(
 
 
 def merge_module(
-    adapters: Sequence[Any],
+    plan: Any,
     module: str,
     rule: Method,
     settings: Call,
-    *,
-    space: str,
-    rank: Rank | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
     on_iteration: Callable[[str, int, float, float], None] | None = None,
 ) -> Piece:
     """Merge one module that some of m adapters has.
@@ -127,20 +116,19 @@ def merge_module(
     both sides.
 
     Args:
-        adapters: of one kind, that agree (`io.compatible`).
+        plan: a `MergePlan`, of which count `adapters`, `space`, `device`, `seed`; `rank` (None:
+            lossless for rotation-invariant rules and in the small spaces, otherwise the sum of the
+            input ranks); and `dtype` (None: the adapters' own, promoted where they differ).
         settings: weights (NAN's coefficients multiplied in) and parameters.
-        space: of LoRAs one of `SPACES`, of (IA)^3 one of `VECTOR_SPACES`.
-        rank: see `core_space.chosen`; default: lossless for rotation-invariant rules and in the
-            small spaces, otherwise the sum of the input ranks.
-        dtype: of the result; default: the adapters' own, promoted where they differ.
         on_iteration: called with the module's name and a solver's iteration, objective and change.
 
     Raises:
         NonFiniteError: an input holds NaN or infinity; it names module, factor and adapter.
         MergeError: the merged change leaves the range of the arithmetic or of `dtype`.
     """
+    adapters, space, device = plan.adapters, plan.space, plan.device
     own = [adapter.infos[module] for adapter in adapters if module in adapter.infos]
-    dtype = dtype or reduce(torch.promote_types, (info.dtype for info in own))
+    dtype = plan.dtype or reduce(torch.promote_types, (info.dtype for info in own))
     info, count = replace(own[0], dtype=dtype), len(adapters)
     details: dict[str, Any] = {"shape": list(info.shape)}
     name, inputs = factor_in(settings.options), [adapter.name for adapter in adapters]
@@ -149,14 +137,14 @@ def merge_module(
         settings,
         options={**settings.options, name: 1.0} if factor[1] == AUTO else settings.options,
         short_side=min(info.shape[1:]) if isinstance(info, ModuleInfo) else 1,
-        generators=generators(seed, module, count),
+        generators=generators(plan.seed, module, count),
         on_iteration=None if on_iteration is None else partial(on_iteration, module),
     )
     try:
         if isinstance(info, ModuleInfo):
-            job = Job(finite_updates(adapters, module), info.shape, rule, call, rank, device)
+            job = Job(finite_updates(adapters, module), info.shape, rule, call, plan.rank, device)
             factored, said = SPACES[space](job)
-            bias = _bias(job, generators(seed, module, count, "bias"))
+            bias = _bias(job, generators(plan.seed, module, count, "bias"))
             gram = job.space.gram().cpu()
         else:
             changes = [c.to(device).flatten() for c in vector_changes(adapters, module, space)]

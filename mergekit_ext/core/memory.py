@@ -76,8 +76,7 @@ def unknown_copies(models: int, square: float) -> float:
 
 def copies_of(method: Any) -> Copies:
     """Return what a merge method declares as `copies`, or `unknown_copies`."""
-    declared: Copies = getattr(method, "copies", unknown_copies)
-    return declared
+    return getattr(method, "copies", unknown_copies)
 
 
 def square_of(shape: Sequence[int]) -> float:
@@ -142,12 +141,8 @@ def problems(need: Need) -> Iterator[Problem]:
     parts = {"what the process holds now": held(), "what comes while it runs": MARGIN, **need.parts}
     if (whole := sum(parts.values())) > limit:
         listed = ", ".join(f"{what} {size(count)}" for what, count in parts.items() if count)
-        yield Problem(
-            where,
-            f"{size(limit)}, while {need.what} needs {size(whole)}: {listed}",
-            f"{size(whole + _STARTS_DIFFER)} or more",
-            need.remedy,
-        )
+        found = f"{size(limit)}, while {need.what} needs {size(whole)}: {listed}"
+        yield Problem(where, found, f"{size(whole + _STARTS_DIFFER)} or more", need.remedy)
 
 
 def size(count: int) -> str:

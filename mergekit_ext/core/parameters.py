@@ -167,15 +167,10 @@ def schema_problems(error: ValidationError, document: Any, root: str = "") -> li
         else:
             found[where] = value
             wanted.setdefault(where, {})[expectation(item)] = None
-    problems += [
+    for where, value in found.items():
         # Shown once for each place: the repr of a document takes as long as the document is.
-        Problem(
-            where or "the document",
-            "nothing" if value is REQUIRED else shown(value),
-            " or ".join(wanted[where]),
-        )
-        for where, value in found.items()
-    ]
+        text = "nothing" if value is REQUIRED else shown(value)
+        problems.append(Problem(where or "the document", text, " or ".join(wanted[where])))
     return problems
 
 

@@ -30,8 +30,11 @@ from mergekit_ext.kernels import lore as kernel
 
 _THRESHOLDS = ("mu", "mu_relative", "rank_ratio")
 _PASSED = ("combine", "update", "max_iterations", "tolerance")
+_REPORTED = ("iterations", "change", "objective", "converged", "mu")
 _RELATIVE = "threshold relative to the largest singular value of the differences"
 _UPDATE = "when the estimated base is solved again: after all task vectors, or after each"
+_STOPS, _CONVERGED = "iterations after which it stops", "relative change at which it has converged"
+_BASES = "known: the adapters have one base; estimated: their bases may differ"
 _PARAMETERS = (
     Parameter("mu", NonNegative | None, None, "threshold on singular values, absolute"),
     Parameter("mu_relative", NonNegative | None, None, _RELATIVE),
@@ -39,22 +42,10 @@ _PARAMETERS = (
     LAMBDA,
     Parameter("combine", choice("sum", "mean", "ties"), "sum", "how the task vectors are combined"),
     Parameter("update", choice("simultaneous", "sequential"), "simultaneous", _UPDATE),
-    Parameter(
-        "max_iterations",
-        Count,
-        kernel.DEFAULT_MAX_ITERATIONS,
-        "iterations after which the solver stops",
-    ),
-    Parameter(
-        "tolerance", Positive, kernel.DEFAULT_TOLERANCE, "relative change at which it has converged"
-    ),
+    Parameter("max_iterations", Count, kernel.DEFAULT_MAX_ITERATIONS, _STOPS),
+    Parameter("tolerance", Positive, kernel.DEFAULT_TOLERANCE, _CONVERGED),
 )
-_BASE = Parameter(
-    "base",
-    choice("known", "estimated"),
-    "known",
-    "known: the adapters have one base; estimated: their bases may differ",
-)
+_BASE = Parameter("base", choice("known", "estimated"), "known", _BASES)
 
 # How each driver's users give a base.
 _GIVE_BASE = {MODELS: "Give `base_model`", ADAPTERS: "Use `base: known` (the default)"}
@@ -116,15 +107,8 @@ def _solved(
 
 
 def _details(result: kernel.LoreResult) -> dict[str, Any]:
-    return {
-        "iterations": result.iterations,
-        "change": result.change,
-        "objective": result.objective,
-        "converged": result.converged,
-        "mu": result.mu,
-        "ranks": list(result.ranks),
-        "singular_values": list(result.spectral_norms),
-    }
+    found = {name: getattr(result, name) for name in _REPORTED}
+    return {**found, "ranks": [*result.ranks], "singular_values": [*result.spectral_norms]}
 
 
 def _based(options: Mapping[str, Any], inputs: Inputs) -> bool:
@@ -134,20 +118,15 @@ def _based(options: Mapping[str, Any], inputs: Inputs) -> bool:
 def _problems(options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
     given = [name for name in _THRESHOLDS if options.get(name) is not None]
     if len(given) != 1:
-        yield Problem(
-            inputs.where,
-            " and ".join(given) if given else f"none of {', '.join(_THRESHOLDS)}",
-            f"exactly one of {', '.join(_THRESHOLDS)}",
-            "Keep one of them." if given else "Add `mu_relative: 0.1` to start with.",
-        )
+        known = ", ".join(_THRESHOLDS)
+        remedy = "Keep one of them." if given else "Add `mu_relative: 0.1` to start with."
+        found = " and ".join(given) or f"none of {known}"
+        yield Problem(inputs.where, found, f"exactly one of {known}", remedy)
     if options.get("update") == "sequential" and _based(options, inputs):
         other = "leave `base_model` out" if inputs.driver == MODELS else "add `base: estimated`"
-        yield Problem(
-            f"{inputs.where}.update",
-            "sequential with a known base",
-            "simultaneous: with a known base, nothing is solved again",
-            f"Leave `update` out, or {other}.",
-        )
+        found, remedy = "sequential with a known base", f"Leave `update` out, or {other}."
+        expected = "simultaneous: with a known base, nothing is solved again"
+        yield Problem(f"{inputs.where}.update", found, expected, remedy)
 
 
 def _forewarn(options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarning]:
@@ -158,9 +137,8 @@ def _forewarn(options: Mapping[str, Any], inputs: Inputs) -> Iterable[MergeWarni
 def _two_models(given: Sequence[str] = (), driver: str = MODELS) -> TwoModelsWarning:
     return TwoModelsWarning(
         "lore with two inputs of equal weight and no base returns their plain average, whatever "
-        f"{' and '.join(given) or 'mu'} and lambda are: the two task vectors come out opposite "
-        f"and cancel. {_GIVE_BASE[driver]}, or `update: sequential` (the result then depends on "
-        "the order of the inputs), or use `linear`."
+        f"{' and '.join(given) or 'mu'} and lambda are: the two task vectors cancel. "
+        f"{_GIVE_BASE[driver]}, or `update: sequential` (the order then counts), or use `linear`."
     )
 
 
@@ -177,8 +155,7 @@ def _after(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterable[Merg
         yield NotConvergedWarning(
             f"{name}: {len(late)} of {len(records)} tensors did not reach the tolerance in "
             f"{late[worst]['iterations']} iterations; the largest change left is "
-            f"{late[worst]['change']:.1e}, in {worst}. Raise `max_iterations` or `tolerance`, or "
-            "raise mu."
+            f"{late[worst]['change']:.1e}, in {worst}. Raise `max_iterations`, `tolerance` or mu."
         )
     if any(entry.get("averaged") for entry in records.values()):
         yield _two_models()

@@ -21,6 +21,10 @@ from mergekit_ext.declared.ties import FLEXMERGE_DENSITY
 from mergekit_ext.kernels import masks
 from mergekit_ext.kernels.ties import TiesOptions, merge_ties
 
+_BOUNDED = Annotated[Number, Field(ge=0, le=1e6)]
+_LET = "how much of the unified vector the masks let through"
+_THRESHOLD = Parameter("threshold", _BOUNDED, masks.DEFAULT_THRESHOLD, _LET)
+
 
 def emr(tensors: Sequence[Tensor], call: Call) -> Merged:
     r"""Return :math:`\lambda\,\tau_{uni}` of the :math:`w_i t_i`.
@@ -72,15 +76,7 @@ register(
         "Consensus",
         "https://arxiv.org/abs/2405.07813",
         consensus,
-        parameters=(
-            Parameter(
-                "threshold",
-                Annotated[Number, Field(ge=0, le=1e6)],
-                masks.DEFAULT_THRESHOLD,
-                "how much of the unified vector the masks let through",
-            ),
-            FLEXMERGE_DENSITY,
-        ),
+        parameters=(_THRESHOLD, FLEXMERGE_DENSITY),
         drivers=frozenset({BLOCKS}),
         weighs=True,
         over_base=consensus_over_base,

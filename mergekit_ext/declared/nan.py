@@ -27,18 +27,10 @@ PAPER = "https://arxiv.org/abs/2505.16148"
 # The share of the sizes with equal coefficients that a user is warned of.
 _MOST = 0.95
 
-NORM_OF = Parameter(
-    "norm_of",
-    choice("task_vector", "weights") | None,
-    None,
-    "whose norms: task_vector (default with a base) or weights (without)",
-)
-SCALE = Parameter(
-    "scale",
-    Factor | Auto | Literal["paper"] | None,
-    None,
-    "global factor; default (paper) max(1, m/2) over a base for m inputs, 1 without",
-)
+_NORMS = "whose norms: task_vector (default with a base) or weights (without)"
+NORM_OF = Parameter("norm_of", choice("task_vector", "weights") | None, None, _NORMS)
+_FACTOR = "global factor; default (paper) max(1, m/2) over a base for m inputs, 1 without"
+SCALE = Parameter("scale", Factor | Auto | Literal["paper"] | None, None, _FACTOR)
 
 
 def granularity(*names: str) -> Parameter:

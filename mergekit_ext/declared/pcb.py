@@ -16,6 +16,9 @@ from mergekit_ext.declared.linear import BOUNDED_LAMBDA, LAMBDA
 from mergekit_ext.declared.method import BLOCKS, Call, Merged, Method, register
 from mergekit_ext.kernels.pcb import DEFAULT_CLIP, DEFAULT_DENSITY, pcb_merge
 
+# The kernel clips below half at either end.
+_HALF = Annotated[Number, Field(ge=0, le=0.499)]
+
 
 def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     r"""Return :math:`\lambda \sum_i s_i \circ c_i / \sum_i s_i` of the :math:`w_i t_i`.
@@ -44,13 +47,7 @@ register(
         merge,
         parameters=(
             Parameter("density", Share, DEFAULT_DENSITY, "share of the entries that is kept"),
-            Parameter(
-                "clip",
-                # The kernel clips below half at either end.
-                Annotated[Number, Field(ge=0, le=0.499)],
-                DEFAULT_CLIP,
-                "share of magnitudes clipped at either end",
-            ),
+            Parameter("clip", _HALF, DEFAULT_CLIP, "share of magnitudes clipped at either end"),
             LAMBDA,
         ),
         variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},

@@ -60,26 +60,13 @@ from mergekit_ext.kernels.ties import TiesOptions, kept, made_up_for, merge_ties
 DENSITY = Parameter("density", Share, 1.0, "share of the entries that is kept", per_model=True)
 # The share that TIES keeps in FlexMerge (section 4).
 FLEXMERGE_DENSITY = replace(DENSITY, default=0.1)
-GAMMA = Parameter(
-    "gamma",
-    Annotated[Number, Field(ge=0, lt=1)],
-    0.01,
-    "share of the largest entries that is dropped",
-    per_model=True,
-)
-EPSILON = Parameter(
-    "epsilon",
-    Annotated[Number, Field(ge=0, lt=0.5)],
-    0.15,
-    "how far the probability of keeping an entry goes up and down from density",
-    per_model=True,
-)
-_MAJORITY = Parameter(
-    "majority_sign_method",
-    choice("total", "frequency"),
-    "total",
-    "signs elected by the sum of the entries, or by their number",
-)
+_BELOW_ONE, _BELOW_HALF = (Annotated[Number, Field(ge=0, lt=limit)] for limit in (1, 0.5))
+_LARGEST = "share of the largest entries that is dropped"
+GAMMA = Parameter("gamma", _BELOW_ONE, 0.01, _LARGEST, per_model=True)
+_AROUND = "how far the probability of keeping an entry goes up and down from density"
+EPSILON = Parameter("epsilon", _BELOW_HALF, 0.15, _AROUND, per_model=True)
+_VOTES = "signs elected by the sum of the entries, or by their number"
+_MAJORITY = Parameter("majority_sign_method", choice("total", "frequency"), "total", _VOTES)
 
 # Is called with the pieces of a change, in order, and may change them in place.
 Sparsified = Callable[[Tensor], Tensor]
@@ -169,13 +156,10 @@ def spread_problems(own: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield the problem of a `density` that `epsilon` leads to 0 or 1."""
     density, epsilon = own["density"], own.get("epsilon", 0)
     if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
-        yield Problem(
-            "epsilon",
-            f"{epsilon:g} with a density of {density:g}",
-            f"less than {min(density, 1 - density):g}, which keeps density - epsilon and "
-            "density + epsilon between 0 and 1",
-            "Set a smaller `epsilon`.",
-        )
+        least = f"less than {min(density, 1 - density):g}"
+        expected = f"{least}, which keeps density - epsilon and density + epsilon between 0 and 1"
+        found = f"{epsilon:g} with a density of {density:g}"
+        yield Problem("epsilon", found, expected, "Set a smaller `epsilon`.")
 
 
 def _options(call: Call, elect: bool, rescale: bool = False) -> TiesOptions:

@@ -199,15 +199,7 @@ class Shards:
 
     def create(self) -> None:
         """Leave nothing of an earlier run but these files, and make all of them."""
-        known = {self._folder / path for path in self.files}
-        # What is in a folder comes before it.
-        for path in sorted(self._folder.rglob("*"), reverse=True):
-            if path.is_symlink() or not path.is_dir():
-                if path not in known:
-                    path.unlink()
-            elif not any(path.iterdir()):
-                path.rmdir()
-        self._open.create(self.files.values())
+        self._open.start(self.files.values())
 
     def make(self, piece: Piece) -> None:
         """Write a piece, and record it when its sums are known; or find it written."""

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit.architecture import (
@@ -154,15 +154,13 @@ def from_headers(
         ignored = {*model.unknown, *model.joined}
         rest = [n for n, h in owner.items() if n not in weights and h.name not in ignored]
         besides[model.fact.reference] = [n for n in rest if _kind(n) not in planned]
-    return (
-        ModelArchitecture(
-            modules={n: ModuleDefinition(architecture=m) for n, m in modules.items()},
-            architectures=[],
-            model_type="",
-            vocab_size_config_key="text_config.vocab_size" if has_text else None,
-        ),
-        besides,
+    architecture = ModelArchitecture(
+        modules={n: ModuleDefinition(architecture=m) for n, m in modules.items()},
+        architectures=[],
+        model_type="",
+        vocab_size_config_key="text_config.vocab_size" if has_text else None,
     )
+    return architecture, besides
 
 
 def _stored(fact: ModelFacts) -> _Stored:
@@ -251,8 +249,7 @@ def _modules(
     (only,) = found.values()
     first = next(at for at, name in enumerate(weights) if name in layered)
     split = sum(name not in layered for name in list(weights)[:first])
-    fields = (only.stack, only.inner, only.known, only.layers, only.key)
-    return {"default": NamedModule(loose[:split], loose[split:], *fields)}
+    return {"default": replace(only, before=loose[:split], after=loose[split:])}
 
 
 def _key(stack: str, models: Sequence[tuple[Any, Collection[str]]]) -> str | None:

@@ -19,7 +19,7 @@ from mergekit_ext.errors import MergeWarning
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks.settings import wants_tokenizer
 from mergekit_ext.host.inputs import donor_first, folder_of
-from mergekit_ext.host.modules import first_with_modules, merge_modules
+from mergekit_ext.host.modules import merge_modules, with_modules
 from mergekit_ext.io.model_files import MODULES, companions, copy, module_folders
 
 _VOCABULARY = (
@@ -38,14 +38,11 @@ def completed(config: Any, target: Path, options: Any) -> Iterator[None]:
     without the donor's.
     """
     given = config.model_copy()  # mergekit rewrites what it plans
-    # Of a merge that was stopped, the last file may be cut off.
-    for name in companions(target):
-        (target / name).unlink()
     yield
     if not parallel.current().is_main:
         return
     folders = {model: folder_of(model, options) for model in donor_first(given)}
-    donor, home = next(iter(folders.values())), first_with_modules(folders.values())
+    donor, home = next(iter(folders.values())), next(iter(with_modules(folders).values()), None)
     built, copied = wants_tokenizer(given), options.copy_tokenizer
     templates = any(_is_one_of(name, _TEMPLATES) for name in companions(target))
     without = (
@@ -87,9 +84,6 @@ def _warn_of_moved_tokens(donor: Path, target: Path) -> None:
                 found = after.convert_tokens_to_ids(tokens)
                 moved.append(f"{field} {value} in {file} (of {tokens}, which are {found} here)")
     if moved and (session := sessions.current()):
-        session.afterwards.append(
-            MergeWarning(
-                f"The output's vocabulary is not that of {donor}, whose settings it has: "
-                f"{'; '.join(moved)}. Correct these files."
-            )
-        )
+        what = f"The output's vocabulary is not that of {donor}, whose settings it has"
+        text = f"{what}: {'; '.join(moved)}. Correct these files."
+        session.afterwards.append(MergeWarning(text))

@@ -86,6 +86,11 @@ def cached_folder(path: Any, options: Any = None, file: str = "config.json") -> 
     return None
 
 
+def local_folder(path: Any, options: Any) -> Path | None:
+    """Return the folder of a `ModelPath`, or its cached snapshot; None if it is not here."""
+    return Path(path.path) if os.path.isdir(path.path) else cached_folder(path, options)
+
+
 def folder_of(reference: Any, options: Any) -> Path:
     """Return a model's folder, without its adapter; fetch from the Hub what is not here yet.
 

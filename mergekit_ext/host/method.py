@@ -162,13 +162,9 @@ class DeclaredMethod(ExtMethod):
     def __init__(self, method: Method):
         self.declared = method
         policy = BasePolicy.REQUIRED if method.base else BasePolicy.OPTIONAL
-        self.spec = MergeMethodSpec(
-            name=method.name,
-            pretty_name=method.title,
-            reference_url=method.paper,
-            parameters=tuple(map(spec_of, method.for_driver(MODELS))),
-            contract=InputContract(base=policy, min_non_base=1),
-        )
+        own, contract = method.for_driver(MODELS), InputContract(base=policy, min_non_base=1)
+        about = method.title, method.paper
+        self.spec = MergeMethodSpec(method.name, tuple(map(spec_of, own)), contract, *about)
 
     def merge_one(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype

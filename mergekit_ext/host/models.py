@@ -160,7 +160,6 @@ def _group(
 
 
 def _check_parameters(method: Any, group: Group, findings: Findings) -> None:
-    """Check inputs and parameters as those of a configuration."""
     (shared,) = group.shared.values()
     weight = SimpleNamespace(name="")
     one = PlannedTensor(
@@ -178,7 +177,6 @@ def _check_parameters(method: Any, group: Group, findings: Findings) -> None:
 
 
 def _check_tensors(states: Mapping[str, _State], findings: Findings) -> None:
-    """Report tensors that the models do not have alike."""
     (first, known), *others = [*states.items()] or [("", {})]
     remedy = "Give state dicts of what all have, or save the models and use `mergekit_ext.merge`."
     for key, state in others:

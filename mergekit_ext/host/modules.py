@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,12 @@ from mergekit_ext.io.model_files import (
 )
 
 _LAST_LAYER = 1.0
-_REMEDY = (
-    "Make those folders the same in all models, or keep each model's own with "
-    "`merge_method: flexmerge`."
-)
+_REMEDY = "Make those folders the same in all models, or use `flexmerge`, which keeps each one's."
 
 
-def first_with_modules(folders: Iterable[Path]) -> Path | None:
-    """Return the first of these folders that has ``modules.json``: the output gets its own."""
-    return next((folder for folder in folders if (folder / MODULES).is_file()), None)
+def with_modules(folders: Mapping[Any, Path]) -> dict[Any, Path]:
+    """Return those that have ``modules.json``; the output gets that of the first, and its own."""
+    return {model: at for model, at in folders.items() if (at / MODULES).is_file()}
 
 
 def check_modules(
@@ -54,11 +51,11 @@ def check_modules(
 ) -> None:
     """Report weights of modules that can be neither copied nor merged, and unequal settings."""
     folders = _folders({model: facts[model] for model in donor_first(config)}, options)
-    first = first_with_modules(folders.values())
-    if first is None:
+    having = with_modules(folders)
+    if not having:
         return
-    with_modules = {model: f for model, f in folders.items() if first_with_modules([f])}
-    found = {model: _headers(facts[model], f, findings) for model, f in with_modules.items()}
+    first = next(iter(having.values()))
+    found = {model: _headers(facts[model], f, findings) for model, f in having.items()}
     tensorwise = (config.parameters or {}).get("granularity", "tensor") == "tensor"
     for name in _differing(folders):
         shapes = [
@@ -76,7 +73,7 @@ def check_modules(
     for name in companions(first):  # settings, such as the pooling
         if name.startswith(module_folders(first)) and not is_weights(Path(name)):
             mine = _content(first / name)
-            others = [str(m) for m, f in with_modules.items() if _content(f / name) != mine]
+            others = [str(m) for m, f in having.items() if _content(f / name) != mine]
             if others:
                 findings.warn(f"The output has {name} of {first}; {listing(others)} differ.")
 
@@ -125,16 +122,15 @@ def _differing(folders: Mapping[Any, Path]) -> list[str]:
 
     A model without modules, such as a bare base, has a part in none.
     """
-    first = first_with_modules(folders.values())
-    with_modules = [folder for folder in folders.values() if first_with_modules([folder])]
+    having = [*with_modules(folders).values()]
 
     def is_alike(name: str) -> bool:
-        files = [folder / name for folder in with_modules]
+        files = [folder / name for folder in having]
         return all(file.is_file() for file in files) and all(
             filecmp.cmp(one, other, shallow=False) for one, other in pairwise(files)
         )
 
-    return [name for name in (module_weights(first) if first else ()) if not is_alike(name)]
+    return [n for folder in having[:1] for n in module_weights(folder) if not is_alike(n)]
 
 
 def merge_modules(config: Any, folders: Mapping[Any, Path], target: Path, options: Any) -> None:

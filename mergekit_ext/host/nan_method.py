@@ -108,13 +108,9 @@ class NanMethod(ExtMethod):
 
     def __init__(self, wrapped: MergeMethod | None = None):
         if wrapped is None:
-            self.spec = MergeMethodSpec(
-                "nan",
-                (*_SHARED, spec_of(WEIGHT)),
-                InputContract(base=BasePolicy.OPTIONAL, min_non_base=1),
-                "NAN",
-                nan.PAPER,
-            )
+            contract = InputContract(base=BasePolicy.OPTIONAL, min_non_base=1)
+            own = (*_SHARED, spec_of(WEIGHT))
+            self.spec = MergeMethodSpec("nan", own, contract, "NAN", nan.PAPER)
         else:
             inner = wrapped.spec
             self.spec = replace(
@@ -156,9 +152,8 @@ class NanMethod(ExtMethod):
         yield from super().notes(options, inputs)
         if self._norm_of(options, inputs.based) == "weights" and inputs.count > 1:
             yield (
-                f"{self.spec.name} measures raw weights: for fine-tunes of one base the norms, "
-                "and so the coefficients, come out nearly equal. Norms of task vectors differ: "
-                "give a base model."
+                f"{self.spec.name} measures raw weights: norms, and so coefficients, of fine-tunes "
+                "of one base come out nearly equal. Those of task vectors differ: give a base."
             )
 
     def passes(self, shared: Mapping[str, Any]) -> int:
@@ -295,9 +290,8 @@ class NanMethod(ExtMethod):
             )
         else:
             why = (
-                "Norms of raw weights, which were measured, always agree for fine-tunes of one "
-                "base; norms of task vectors differ: use a method over a base, such as `nan`, give "
-                "`base_model` and leave `norm_of` out."
+                "Norms of raw weights agree for fine-tunes of one base, those of task vectors do "
+                "not: use a method over a base, such as `nan`, give `base_model`, not `norm_of`."
             )
         if (warning := nan.uniform_warning(self.spec.name, sized, "parameters", why)) is not None:
             yield warning

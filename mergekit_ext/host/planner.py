@@ -94,12 +94,9 @@ def extended(stock: type) -> type:
             left = [name for name in tensors if name not in finished]
             session.emit(MergeBegin(self._method.spec.name, session.output, models, len(left)))
             # Cast once: a half-precision result would be rounded before a wider out_dtype.
+            seed, dtype = self.options.random_seed, self.config.out_dtype
             tasks = [
-                MergeTensorTask.of(
-                    task,
-                    self.options.random_seed,
-                    out_dtype=weight.force_dtype or self.config.out_dtype,
-                )
+                MergeTensorTask.of(task, seed, out_dtype=weight.force_dtype or dtype)
                 for weight, task in tensors.values()
             ]
             prepared = dict(zip(tensors, with_statistics(tasks, self.options), strict=True))
@@ -228,10 +225,7 @@ class PlannedWriter:
         }
         if processes.is_main:
             files = {file.path: file for file in (*self._planned, *claimed.values())}
-            for path in self._folder.glob("*.safetensors"):
-                if path.name not in files:
-                    path.unlink()
-            self._files.create(files.values())
+            self._files.start(files.values())
         processes.wait()
         owners = processes.share([line[3] for line in lines.values()])
         for (name, file), owner in zip(claimed.items(), owners, strict=True):

@@ -6,7 +6,6 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +62,12 @@ def merge(
         report, checked = check_merge(config, options, config_source)
         source = config_source or config.to_yaml()
         inputs = models_of(config)
-        place = partial(
-            place_problems,
-            out_path,
-            "OUT_PATH",
-            [part.path for part in identity.parts_of(inputs)],
-            empty=whole,
-            needed=report.estimate.bytes_written if report.estimate else 0,
+        paths = [part.path for part in identity.parts_of(inputs)]
+        needed = report.estimate.bytes_written if report.estimate else 0
+        place = processes.from_main(
+            lambda: [*place_problems(out_path, "OUT_PATH", paths, empty=whole, needed=needed)]
         )
-        require([*report.problems, *processes.from_main(lambda: list(place())), *unshared])
+        require([*report.problems, *place, *unshared])
         decides = identity.identity(source, options, inputs)
         identity.require_same(processes, {**decides, "output": os.fspath(Path(out_path).resolve())})
         if whole:  # whose lines in the journal say what each finished piece depends on

@@ -133,8 +133,7 @@ class MeasureTensorTask(Task[dict[str, float]]):
         return {"tensors": self.merge.gather_tensors}
 
     def group_label(self) -> str | None:
-        label: str | None = self.merge.gather_tensors.group_label()
-        return label
+        return self.merge.gather_tensors.group_label()
 
     def uses_accelerator(self) -> bool:
         return True

@@ -68,14 +68,12 @@ def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loadin
         if empty_model(config) is None:
             return None
         return Loading(error=one_line(error))
-    return Loading(
-        tuple(sorted(found["missing_keys"])),
-        tuple(sorted(found["unexpected_keys"])),
-        tuple(
-            f"{name} ({list(stored)}; the class has {list(own)})"
-            for name, stored, own in sorted(found["mismatched_keys"])
-        ),
+    missing, ignored = (tuple(sorted(found[key])) for key in ("missing_keys", "unexpected_keys"))
+    misshapen = (
+        f"{name} ({list(stored)}; the class has {list(own)})"
+        for name, stored, own in sorted(found["mismatched_keys"])
     )
+    return Loading(missing, ignored, tuple(misshapen))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from mergekit_ext.errors import FileError, listing
+from mergekit_ext.errors import FileError, listing, one_line
 from mergekit_ext.io.documents import bounded_text, parse_json, regular
 from mergekit_ext.io.model_files import is_inside
 
@@ -58,9 +58,8 @@ _NAMES = {
 PICKLES_VARIABLE = "MERGEKIT_EXT_ALLOW_PICKLE"
 PICKLE_FOUND = "a pickle, which may run any code when it is read"
 PICKLE_REMEDY = (
-    "Ask for safetensors; or, if you trust its author, give --allow-pickle (in Python "
-    f"allow_pickle, for mergekit's own commands {PICKLES_VARIABLE}=1): only tensors are read "
-    "from it."
+    "Ask for safetensors; or, if you trust its author, give --allow-pickle (Python: allow_pickle, "
+    f"mergekit's own commands: {PICKLES_VARIABLE}=1): only tensors are read from it."
 )
 
 _pickles: ContextVar[bool] = ContextVar("allow_pickle", default=False)
@@ -126,8 +125,7 @@ class TensorHeader:
     def load(self) -> Tensor:
         """Return the tensor, mapped; its file is a safetensors file."""
         with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
-        return tensor
+            return file.get_tensor(self.name)
 
 
 def read_safetensors(path: Path) -> dict[str, TensorHeader]:
@@ -167,12 +165,9 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor
     """
     weights = weights_of(folder)
     if weights is None:
-        raise FileError(
-            str(folder),
-            "no weights",
-            f"one of {', '.join(f'{name}, {name}.index.json' for name in WEIGHT_FILES)}",
-            "Give the folder of a whole model, as save_pretrained writes it.",
-        )
+        files = ", ".join(f"{name}, {name}.index.json" for name in WEIGHT_FILES)
+        remedy = "Give the folder of a whole model, as save_pretrained writes it."
+        raise FileError(str(folder), "no weights", f"one of {files}", remedy)
     if not weights.name.endswith(".index.json"):
         return read_file(weights, allow_pickle=allow_pickle)
     shards: dict[str, set[str]] = defaultdict(set)
@@ -181,26 +176,21 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor
     # `save_pretrained` leaves the single file of an earlier save where it is.
     single = weights.with_name(weights.name.removesuffix(".index.json"))
     if single.exists() and {*shards} != {single.name}:
-        raise FileError(
-            str(folder),
-            f"{single.name}, which transformers loads, beside {weights.name}, whose {len(shards)} "
-            f"shard{'s' if len(shards) != 1 else ''} mergekit reads",
-            "one of the two",
-            f"Remove {single.name} if the shards are the model, or else {weights.name}.",
-        )
-    found: dict[str, TensorHeader] = {}
+        count = f"{len(shards)} shard{'s' if len(shards) != 1 else ''}"
+        found = f"{single.name}, which transformers loads, beside {weights.name}, whose {count}"
+        remedy = f"Remove {single.name} if the shards are the model, or else {weights.name}."
+        raise FileError(str(folder), f"{found} mergekit reads", "one of the two", remedy)
+    headers: dict[str, TensorHeader] = {}
     for shard, listed in sorted(shards.items()):
         tensors = read_file(folder / shard, allow_pickle=allow_pickle)
         if wrong := listed ^ tensors.keys():
-            raise FileError(
-                str(folder / shard),
-                f"{listing(sorted(wrong))}, in only one of this file and {weights.name}: "
-                "transformers would load other tensors than mergekit",
-                f"the {len(listed)} tensors that {weights.name} places there, and no others",
-                "Copy the file again, or save the model again into an empty folder.",
-            )
-        found |= tensors
-    return found
+            found = f"{listing(sorted(wrong))}, in only one of this file and {weights.name}"
+            others = "transformers would load other tensors than mergekit"
+            expected = f"the {len(listed)} tensors that {weights.name} places there, and no others"
+            remedy = "Copy the file again, or save the model again into an empty folder."
+            raise FileError(str(folder / shard), f"{found}: {others}", expected, remedy)
+        headers |= tensors
+    return headers
 
 
 def weights_of(folder: Path) -> Path | None:
@@ -231,13 +221,9 @@ def read_pickle(path: Path) -> dict[str, TensorHeader]:
         state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds; its message is kept
         # Not what torch then advises, which is to let the file run what it wants.
-        first = (str(error).splitlines() or [""])[0].partition("Re-running")[0].strip()
-        raise FileError(
-            str(path),
-            f"a file that torch.load refuses ({type(error).__name__}: {first})",
-            "a PyTorch file that holds tensors only",
-            "Save the model as safetensors.",
-        ) from error
+        found = f"a file that torch.load refuses ({one_line(error).partition('Re-running')[0]})"
+        expected, remedy = "a PyTorch file that holds tensors only", "Save it as safetensors."
+        raise FileError(str(path), found, expected, remedy) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
     return {
         name: TensorHeader.of(name, value.dtype, value.shape)

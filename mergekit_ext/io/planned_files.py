@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -102,6 +102,18 @@ class PlannedFiles:
     def __init__(self, folder: Path):
         self._folder = folder
         self._open: dict[str, int] = {}
+
+    def start(self, files: Collection[PlannedFile]) -> None:
+        """Make all files, and leave nothing else that an earlier run has left in the folder."""
+        known = {self._folder / file.path for file in files}
+        # What is in a folder comes before it.
+        for path in sorted(self._folder.rglob("*"), reverse=True):
+            if path.is_symlink() or not path.is_dir():
+                if path not in known:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+        self.create(files)
 
     def create(self, files: Iterable[PlannedFile]) -> None:
         """Make files with their headers, at their full length; those that are there stay.

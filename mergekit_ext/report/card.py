@@ -79,7 +79,7 @@ def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     models = list(dict.fromkeys(model for values in groups.values() for model in values))
     scales = sorted({details["scale"] for details in tensors.values() if "scale" in details})
-    found = f"{scales[0]:.4g}" if len(scales) == 1 else _range(scales)
+    found = f"{scales[0]:.4g}" if len(scales) == 1 else range_of(scales)
     parts = ["### NAN coefficients", f"Global factor (`scale`): {found}."]
     if len(groups) <= _MOST_ROWS:
         label = "group"
@@ -110,11 +110,10 @@ def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
     for name, model in zip(_short(models), models, strict=True):
         ranks = sorted(d["ranks"][model] for d in solved.values() if model in d["ranks"])
         tops = [d["singular_values"].get(model, 0.0) for d in solved.values()]
-        rows.append([name, f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}", _range(tops)])
+        rows.append([name, _spread(ranks), range_of(tops)])
     text = (
-        f"{converged} of {len(solved)} tensors converged; iterations from {iterations[0]} to "
-        f"{iterations[-1]}, median {iterations[len(iterations) // 2]}. Each tensor is in "
-        f"`{REPORT_NAME}`."
+        f"{converged} of {len(solved)} tensors converged, in {_spread(iterations)} iterations "
+        f"(lowest / median / highest). Each tensor is in `{REPORT_NAME}`."
     )
     head = ["model", "rank (lowest / median / highest)", "largest singular value"]
     return "\n\n".join(["### LoRE solver", text, table(head, rows)])
@@ -215,5 +214,9 @@ def residual_section(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(["### Residuals", text, table(head, rows)])
 
 
-def _range(values: Sequence[float]) -> str:
+def _spread(values: Sequence[int]) -> str:
+    return f"{values[0]} / {values[len(values) // 2]} / {values[-1]}"
+
+
+def range_of(values: Sequence[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from mergekit_ext.errors import OvershootWarning
+from mergekit_ext.report.card import range_of
 
 # Of one tensor, block or module: norms ``merged`` and ``inputs`` by name, ``factor`` and its value,
 # and ``usual``, the rho that is not too large.
@@ -46,11 +47,9 @@ class Rho:
         if not self.found:
             return ""
         whole, each = self.found["model"], [b["mean"] for b in self.found["blocks"].values()]
-        return (
-            f"rho {whole['mean']:.3g}: the norm of the merged task vector over the mean of its "
-            f"inputs' ({whole['largest']:.3g} over the largest; {min(each):.3g} to {max(each):.3g} "
-            "by block)."
-        )
+        what = "the norm of the merged task vector over the mean of its inputs'"
+        besides = f"{whole['largest']:.3g} over the largest; {range_of(each)} by block"
+        return f"rho {whole['mean']:.3g}: {what} ({besides})."
 
     def warnings(self, method: str) -> list[OvershootWarning]:
         """Return a warning if the model went further than usual, with the factor for that."""
@@ -64,8 +63,7 @@ class Rho:
             remedy = f"`{name}: {value * usual / mean:.3g}` in place of {value:.3g}"
         text = (
             f"{method}: the merged task vector is {mean:.3g} times as long as its inputs' are on "
-            f"average (rho). Beyond {usual:.3g} merges have mostly gone too far; {remedy} would "
-            "bring it there."
+            f"average (rho). Beyond {usual:.3g} merges mostly go too far; {remedy} brings it there."
         )
         return [OvershootWarning(text)]
 

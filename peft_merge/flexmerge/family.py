@@ -175,24 +175,16 @@ class Family(GroupStorage):
 
     def merge(self, module: str, group: Group) -> Piece:
         """Return `merge_module` of a group, NAN's coefficients being those of the group."""
-        members = [self.adapters[task] for task in group]
+        members = tuple(self.adapters[task] for task in group)
         plan, values = self.plan, self.plan.resolve(module)
         weights = [values.weights[task] for task in group]
         settings = replace(values, weights=weights, each=[values.each[task] for task in group])
         if self.rule.nan:
             norms = change_norms(members, module, space=plan.space)
             settings = settings.scaled(inverse_norm_coefficients(norms))
-        return merge_module(
-            members,
-            module,
-            self.rule,
-            settings,
-            space=plan.space,
-            rank=self.rank(module, group),
-            dtype=plan.forced,
-            device=plan.device,
-            seed=plan.seed,
-        )
+        rank = self.rank(module, group)
+        part: Any = replace(plan, adapters=members, rank=rank, dtype=plan.forced)
+        return merge_module(part, module, self.rule, settings)
 
     def rank(self, module: str, group: Group) -> Rank | None:
         """Return that of a merged change; vectors have none."""

@@ -13,7 +13,7 @@ from mergekit_ext.declared import BLOCKS, methods
 from mergekit_ext.flexmerge.algorithm import Declared, Parameters
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.source import BlockReader, Source
-from mergekit_ext.host.flexmerge.shared_tensors import make_layout
+from mergekit_ext.host.flexmerge.shared_tensors import laid_out
 from mergekit_ext.io.headers import TensorHeader, dtype_name
 
 State = Mapping[str, Tensor]
@@ -43,7 +43,16 @@ def headers(state: State) -> dict[str, TensorHeader]:
 def layout(base: State, models: Sequence[State], granularity: str = "component") -> Layout:
     """Blocks are modules: "mlp.up" is in block "mlp"."""
     tasks = [f"task{index}" for index in range(len(models))]
-    return make_layout(tasks, list(map(headers, (base, *models))), granularity)
+    return layout_of(tasks, list(map(headers, (base, *models))), granularity=granularity)
+
+
+def layout_of(
+    tasks: Sequence[str], owners: Sequence[Mapping[str, TensorHeader]], **given: Any
+) -> Layout:
+    """The layout of a base, which comes first, and the models of `tasks`."""
+    parameters = {"heads": "private", "granularity": "component", **given}
+    stored = [(tensors, None) for tensors in owners]
+    return laid_out(tasks, ["base", *tasks], stored, parameters)[0]
 
 
 def reader(

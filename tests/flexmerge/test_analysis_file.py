@@ -13,9 +13,8 @@ from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.analysis_file import FILE_NAME, find, save, subject_of
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
-from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.io.headers import read_folder
-from tests.flexmerge.inputs import family
+from tests.flexmerge.inputs import family, layout_of
 
 
 class Case:
@@ -35,7 +34,8 @@ class Case:
 
     def open(self, tasks=("a", "b", "c"), granularity="component"):
         sources = [FileSource(n, read_folder(self.folder / n)) for n in self.names]
-        layout = make_layout(tasks, [source.tensors for source in sources], granularity)
+        owners = [source.tensors for source in sources]
+        layout = layout_of(tasks, owners, granularity=granularity)
         self.reader = BlockReader(layout, sources[0], sources[1:])
         return subject_of(self.reader), layout
 
@@ -91,7 +91,7 @@ def test_a_changed_pickle_is_another_subject(tmp_path):
         os.utime(path, ns=(len(digests) * 10**9,) * 2)
         headers = read_folder(tmp_path, allow_pickle=True)
         source = Source("m", headers, value.__getitem__, [path])
-        layout = make_layout(("a", "b"), [headers] * 3)
+        layout = layout_of(("a", "b"), [headers] * 3)
         digests.append(subject_of(BlockReader(layout, source, [source] * 2)))
     assert digests[0] != digests[1]
 

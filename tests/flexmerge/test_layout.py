@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_ext.host.flexmerge.shared_tensors import make_layout
 from mergekit_ext.host.naming import complete_ties, find_prefixes
-from tests.flexmerge.inputs import family, headers, layout
+from tests.flexmerge.inputs import family, headers, layout, layout_of
 
 
 def test_blocks_come_in_order_and_their_tensors_follow_each_other():
@@ -60,7 +59,8 @@ def test_what_is_left_out_in_another_shape_is_private():
     base, models = family(2)
     models[1]["embed.weight"] = torch.zeros(12, 6)
     tensors = list(map(headers, (base, *models)))
-    found = make_layout(("a", "b"), tensors, left={"embed.weight", "norm.weight"}, giver=1)
+    left = ["embed.weight", "norm.weight"]
+    found = layout_of(("a", "b"), tensors, exclude=left, others="a")
     assert ([header.name for header in found.given], found.giver) == (["norm.weight"], 0)
     assert [[header.name for header in own] for own in found.private] == [["embed.weight"]] * 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from mergekit_ext.core.parameters import WEIGHT
@@ -62,7 +64,12 @@ def settings(rule, count, *, weights=None, each=None, **options):
 
 def merge(adapters, rule, resolve, *, space="delta", **options):
     """The merged values, what they are, and the report, each by module."""
-    pieces = dict(merge_modules(adapters, rule, resolve, space=space, **options))
+    plan = SimpleNamespace(
+        **{"rank": None, "dtype": None, "device": "cpu", "seed": 0, **options},
+        adapters=adapters,
+        space=space,
+    )
+    pieces = dict(merge_modules(plan, rule, resolve))
     return (
         {module: piece.value for module, piece in pieces.items()},
         {module: piece.info for module, piece in pieces.items()},

@@ -93,7 +93,7 @@ def test_solver():
         for i in (1, 2, 3)
     }
     section = solver_section(details)
-    assert "2 of 3 tensors converged; iterations from 1 to 3, median 2" in section
+    assert "2 of 3 tensors converged, in 1 / 2 / 3 iterations" in section
     assert "| a | 1 / 2 / 3 | 0.5 to 1.5 |" in section
 
 

@@ -113,9 +113,7 @@ def _tied(adapter: Adapter, changed: list[str], config: Any) -> Iterator[Problem
     patterns = {*tied, *tied.values()} if isinstance(tied, dict) else {*tied}
     names = [n for n in changed if any(re.search(rf"(^|\.)(?:{p})$", n) for p in patterns)]
     if names:
-        yield Problem(
-            tensors_at(names),
-            f"a change of {listing(names)} alone, which this base ties to another tensor",
-            "a change of what is not tied: one tensor cannot be adapted in one of its uses only",
-            "Save the base with `tie_word_embeddings=False` and both tensors, and give that.",
-        )
+        found = f"a change of {listing(names)} alone, which this base ties to another tensor"
+        expected = "a change of what is not tied: a tensor cannot be adapted in one use only"
+        remedy = "Save the base with `tie_word_embeddings=False` and both tensors, and give that."
+        yield Problem(tensors_at(names), found, expected, remedy)

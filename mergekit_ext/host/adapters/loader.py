@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from peft_merge.weights import AdaptedWeights
 _wanted: ContextVar[torch.dtype | None] = ContextVar("wanted", default=None)
 
 
+@dataclass
 class ModelLoader:
     """Has the interface of mergekit's `LazyTensorLoader`, and the weights of a model.
 
@@ -34,19 +35,17 @@ class ModelLoader:
     tensor is read; floating tensors come in `dtype` (``--lora-merge-dtype``) if it is given.
     """
 
-    def __init__(
-        self,
-        base: Any,
-        headers: Mapping[str, TensorHeader],
-        weights: AdaptedWeights | None,
-        device: str | None,
-        dtype: torch.dtype | None,
-    ):
-        self.base, self._headers, self._weights = base, headers, weights
-        self._device, self._dtype = device, dtype
-        paths = {n: base.index.tensor_paths[h.stored[0].name] for n, h in headers.items()}
+    base: Any
+    headers: Mapping[str, TensorHeader]
+    weights: AdaptedWeights | None
+    device: str | None
+    dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        stored, weights = self.base.index.tensor_paths, self.weights
+        paths = {name: stored[header.stored[0].name] for name, header in self.headers.items()}
         added = dict.fromkeys(weights.added if weights else (), "adapter_model.safetensors")
-        self.index = replace(base.index, tensor_paths={**paths, **added})
+        self.index = replace(self.base.index, tensor_paths={**paths, **added})
 
     def get_tensor(
         self,
@@ -62,13 +61,13 @@ class ModelLoader:
                 raise KeyError(key)
             return None
         read = partial(self._plain, device=device)
-        if self._weights is None:
+        if self.weights is None:
             return read(name)
-        dtype = self._dtype or _wanted.get()
-        return self._weights.read(name, read, self._device, dtype).to(device)
+        dtype = self.dtype or _wanted.get()
+        return self.weights.read(name, read, self.device, dtype).to(device)
 
     def _plain(self, name: str, device: str) -> Tensor:
-        header, stored = self._headers[name], partial(self.base.get_tensor, device=device)
+        header, stored = self.headers[name], partial(self.base.get_tensor, device=device)
         if isinstance(header, QuantisedHeader):
             return header.read(stored, _wanted.get())
         return stored(name)
@@ -110,8 +109,7 @@ def tensor_names(stock: Callable[..., Any], model: Any, options: Any) -> list[st
     mergekit-moe, which calls it too, takes hidden states from the base alone.
     """
     if model.lora is not None and not applies(model):
-        names: list[str] = stock(model, options)
-        return names
+        return stock(model, options)
     base = base_of(model).lazy_loader(
         cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
     )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode
 
-from mergekit_ext.errors import ConfigError, FileError, listing, nearest, shown
+from mergekit_ext.errors import ConfigError, FileError, attempted, listing, nearest, shown
 from mergekit_ext.host.adapters.fitted import VARIABLE, adapted_headers, fit, read_adapter
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.checks.settings import dtype_of
@@ -30,30 +29,24 @@ from peft_merge.adapter import Adapter
 from peft_merge.io.read import CONFIG, PICKLE, SAFETENSORS, open_folder
 
 
-def adapted_tensors(
-    reference: Any,
-    tensors: Mapping[str, TensorHeader] | None,
-    config: Any,
-    where: str,
-    options: Any,
-    findings: Findings,
-) -> dict[str, TensorHeader] | None:
-    """Return the tensors of a base with an adapter; None with problems, or if not known yet.
+def adapted_tensors(base: Any, options: Any, findings: Findings) -> dict[str, TensorHeader] | None:
+    """Return the tensors of a base (its `ModelFacts`) with its adapter.
 
-    Whole tensors of the adapter must be tensors of the architecture, as the output has no others:
-    a classifier on a causal language model would be lost.
+    None with problems, or if they are not known yet. Whole tensors of the adapter must be tensors
+    of the architecture, as the output has no others: a classifier on a causal language model would
+    be lost.
     """
+    reference, where, config, tensors = base.reference, base.where, base.config, base.tensors
     if options.lora_merge_cache:
         findings.warn(
-            f"--lora-merge-cache {options.lora_merge_cache} is not used: adapters are applied "
-            f"while their base is read, and nothing is written there. {VARIABLE}=0 brings "
-            "mergekit's own way back."
+            f"--lora-merge-cache {options.lora_merge_cache} is not used: adapters are applied as "
+            f"their base is read. {VARIABLE}=0 brings mergekit's own way back."
         )
     if not _is_readable(reference.lora, where, findings):
         return None
     try:
         adapter = read_adapter(reference.lora)
-        if tensors is None:
+        if tensors is None or config is None:
             return None
         _warn_of_base(adapter, reference.model.path, where, findings)
         dtype = dtype_of(options.lora_merge_dtype)
@@ -64,13 +57,10 @@ def adapted_tensors(
     added = adapted.keys() - tensors.keys()
     model = empty_model(config) if added else None
     if model is not None and (lost := sorted(added - model.state_dict().keys())):
-        findings.problem(
-            where,
-            f"{listing(lost)} in the adapter {reference.lora}, which {config.architectures[0]}, "
-            f"the architecture of {reference.model}, does not have",
-            "a base of the class that the adapter was trained on",
-            "Give the base with `override_architecture:` and that class, or save it as that class.",
-        )
+        kind = f"{config.architectures[0]}, the architecture of {reference.model}"
+        found = f"{listing(lost)} in the adapter {reference.lora}, which {kind}, does not have"
+        remedy = "Give the base with `override_architecture:` and that class, or save it as that."
+        findings.problem(where, found, "a base of the class it was trained on", remedy)
     return adapted
 
 
@@ -93,10 +83,8 @@ def merged_beforehand(
             wrong = f"peft_type {shown(kind)} in {file}", expected
         if wrong is not None:
             findings.problem(where, *wrong, "Give the folder that PeftModel.save_pretrained wrote.")
-        try:
-            open_folder(Path(adapter.path), allow_pickle=True)
-        except ConfigError as error:
-            findings.extend(error.problems, within=where)
+        _, problems = attempted(lambda path: open_folder(Path(path), True), [adapter.path])
+        findings.extend(problems, within=where)
     if not options.lora_merge_cache:
         found = f"{reference}, a model with an adapter, and no folder for the merged copy"
         expected = "a folder that has space for one whole model per adapter"
@@ -132,10 +120,7 @@ def _is_readable(path: Any, where: str, findings: Findings) -> bool:
         if may_be and cached_folder(path, None, CONFIG) is not None:
             return True
         if may_be and not is_offline_mode():
-            findings.note(
-                f"{where}: the adapter {path} is checked when it has been downloaded, before "
-                "anything is merged."
-            )
+            findings.note(f"{where}: the adapter {path} is checked when it has been downloaded.")
         else:
             found, remedy = f"the adapter {path}, which does not exist", near(path.path)
             expected = "an adapter's folder, or a name on the Hub"

@@ -58,13 +58,10 @@ def settle_copies(inventory: Inventory) -> None:
 def note_routers(inventory: Inventory) -> None:
     """Name the routers of a mixture of experts: what they choose among has changed with them."""
     located = inventory.located
-    if any("experts." in tensor.name for tensor in located):
-        routers = [t.name for t in located if is_router(t.name) and not t.copied]
-        if routers:
-            inventory.findings.note(
-                f"{listing(routers)}: routers, merged like any tensor. `exclude:` with their names "
-                "keeps those of one model."
-            )
+    routers = [t.name for t in located if is_router(t.name) and not t.copied]
+    if routers and any("experts." in tensor.name for tensor in located):
+        also = "`exclude:` with their names keeps those of one model."
+        inventory.findings.note(f"{listing(routers)}: routers, merged like any tensor. {also}")
 
 
 def _differs(tensor: PlannedTensor, aligned: bool) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.checks.settings import TOKENIZER_FILES, dtype_of, wants_tokenizer
-from mergekit_ext.host.inputs import cached_folder, models_of
+from mergekit_ext.host.inputs import local_folder, models_of
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.io.headers import BITS, TensorHeader, dtype_name, weights_of
 from mergekit_ext.io.quantised import QuantisedHeader
@@ -32,10 +31,8 @@ _LEAST_BYTES = 4
 _ADAPTED = 4
 # Bytes for each number while a weight is made of codes.
 _DEQUANTISED = 12
-_REMEDY = (
-    "Merge fewer models at a time, or take a method that works in pieces: `nan`, `nan_ties`, "
-    "`nan_task_arithmetic`, `emr`."
-)
+_PIECEWISE = "`nan`, `nan_ties`, `nan_task_arithmetic`, `emr`"
+_REMEDY = f"Merge fewer models at a time, or take a method that works in pieces: {_PIECEWISE}."
 # Measured with 32,000 to 128,000 tokens: tables, texts and merges of a tokenizer, and what reads
 # and copies it.
 _TOKENIZER = 16
@@ -70,12 +67,9 @@ def estimate(
     need = max(needs, key=lambda need: need.bytes, default=Need("nothing"))
     kept = {"whole pickles": pickled_bytes({model for model, _ in read}, options)}
     if wants_tokenizer(config):
-        kept["tokenizers"] = _TOKENIZER * sum(
-            (folder / name).stat().st_size
-            for folder in _folders(models_of(config), options)
-            for name in TOKENIZER_FILES
-            if (folder / name).is_file()
-        )
+        folders = _folders(models_of(config), options)
+        files = (folder / name for folder in folders for name in TOKENIZER_FILES)
+        kept["tokenizers"] = _TOKENIZER * sum(f.stat().st_size for f in files if f.is_file())
     if not options.safe_serialization:  # otherwise tensors are written one by one
         shard = options.out_shard_size
         kept["the shard"] = min(shard, written) if shard > 0 else written
@@ -112,13 +106,9 @@ def _need(inventory: Inventory, scaled: bool, tensor: PlannedTensor, entry: Tens
             inputs += _ADAPTED * size * width
         elif not as_stored or moved or device != "cpu":
             inputs += header.nbytes + size * bits // 8
-    merging = working(
-        copies_of(inventory.method)(models, square_of(entry.shape)) + scaled,
-        size * width,
-        models,
-        piece=chunk_length(device) * width,
-        threads=torch.get_num_threads() if device == "cpu" else 1,
-    )
+    copies = copies_of(inventory.method)(models, square_of(entry.shape)) + scaled
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    merging = working(copies, size * width, models, chunk_length(device) * width, threads)
     parts = {"inputs that are not mapped": inputs, "the result": entry.nbytes, **merging}
     parts |= {"a tensor that is dequantised": dequantising} if dequantising else {}
     return Need(tensor.name, parts, _REMEDY)
@@ -180,6 +170,5 @@ def pickled_bytes(models: Iterable[Any], options: Any) -> int:
 
 def _folders(models: Iterable[Any], options: Any) -> set[Path]:
     """Return the folders of those models that are on this machine."""
-    paths = {model.model for model in models}
-    found = {Path(p.path) if os.path.isdir(p.path) else cached_folder(p, options) for p in paths}
+    found = (local_folder(model.model, options) for model in models)
     return {folder for folder in found if folder is not None}

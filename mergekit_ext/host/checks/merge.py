@@ -41,11 +41,13 @@ def check_merge(
     """Check a merge before any weight is read: everything that is wrong, and what it will cost.
 
     `source` is what `config` was made of, and `pending` are models that other merges will write.
-    Returns also what will be written: the inventory, or what `FlexMergeMethod.prepare` gives.
+    Returns also what will be written: the inventory; of a FlexMerge what is prepared.
     """
     own, findings = ext_method(config.merge_method), Findings()
     if isinstance(own, FlexMergeMethod):
-        return own.prepare(config, options, source, pending)
+        from mergekit_ext.host.flexmerge.prepare import check  # much, which others do not need
+
+        return check(config, options, source, pending)
     with quiet():
         findings.extend(schema.unknown_keys(source))
         check_settings(config, options, findings)
@@ -87,7 +89,6 @@ def method_named(name: Any, where: str, findings: Findings) -> Any:
 
 
 def _check_models(inventory: Inventory, pending: Collection[str]) -> None:
-    """Check the models with each other and with the output."""
     config, options, findings = inventory.config, inventory.options, inventory.findings
     for model, where in models_at(config).items():
         inventory.models[model] = read_model(model, where, options, findings, pending)

@@ -75,20 +75,16 @@ def read_model(
     elif os.path.isdir(path):
         base = _local_model(base, merged is not None, options, findings)
     elif os.path.exists(path) or not may_be_hub_name(path):
-        findings.problem(
-            where,
-            f"{path}, which {'is a file' if os.path.exists(path) else 'does not exist'}",
-            "a model's folder, or a name on the Hub",
-            "Check the path. mergekit does not expand `~`; a file of weights is in a folder with "
-            f"its config.json.{near(path)}",
-        )
+        found = f"{path}, which {'is a file' if os.path.exists(path) else 'does not exist'}"
+        hint = "mergekit does not expand `~`; weights are in a folder with their config.json."
+        remedy = f"Check the path. {hint}{near(path)}"
+        findings.problem(where, found, "a model's folder, or a name on the Hub", remedy)
     else:
         base = _hub_model(base, options, findings)
     base = _dequantised(base, findings)
     tensors = merged or base.tensors
     if applies(reference):
-        known = base.tensors if base.config is not None else None
-        tensors = adapted_tensors(reference, known, base.config, where, options, findings)
+        tensors = adapted_tensors(base, options, findings)
     return replace(base, tensors=tensors)
 
 
@@ -119,21 +115,15 @@ def _local_model(fact: ModelFacts, merged: bool, options: Any, findings: Finding
     if not merged and (not adapter or weights_of(folder) is not None):
         fact = replace(fact, tensors=read_tensors(folder, where, findings))
     if not (folder / "config.json").is_file():
-        findings.problem(
-            where,
-            f"an adapter alone in {folder}" if adapter else f"no config.json in {folder}",
-            "a model's folder with config.json and weights",
-            f"Write `<base model>+{folder}`." if adapter else "Copy the model's config.json there.",
-        )
+        found, remedy = f"no config.json in {folder}", "Copy the model's config.json there."
+        if adapter:
+            found, remedy = f"an adapter alone in {folder}", f"Write `<base model>+{folder}`."
+        findings.problem(where, found, "a model's folder with config.json and weights", remedy)
         return fact
     if adapter and (reference.lora is None or Path(reference.lora.path) != folder):
-        findings.problem(
-            where,
-            f"an adapter_config.json in {folder}: transformers applies that adapter when it loads "
-            "the model, mergekit does not read it",
-            "a model's folder without an adapter",
-            f"Write `{folder}+{folder}` to apply it, or remove it if the weights contain it.",
-        )
+        found = f"an adapter_config.json in {folder}, which transformers applies, not mergekit"
+        remedy = f"Write `{folder}+{folder}` to apply it, or remove it if the weights contain it."
+        findings.problem(where, found, "a model's folder without an adapter", remedy)
     return replace(fact, config=_config(reference, where, options, findings))
 
 
@@ -189,21 +179,17 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
         metadata = huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
     except NotASafetensorsRepoError:
         if pickles_allowed():
-            findings.note(
-                f"{where}: {path.path} holds pickles, which are not checked before the download; "
-                "only tensors are read from them."
-            )
+            what = "pickles, of which only tensors are read; they are checked after the download"
+            findings.note(f"{where}: {path.path} holds {what}.")
         else:
             found = f"{path.path} without model.safetensors, but with pickles"
             findings.problem(where, found, "safetensors", PICKLE_REMEDY)
         return None
     except Exception as error:  # network, access, parsing: the client's message is kept
-        findings.problem(
-            where,
-            f"{path.path}, which the Hub does not give ({one_line(error)})",
-            "a folder that exists, or a model of the Hub that you may read",
-            "Check the name, the revision and your access (`hf auth login`).",
-        )
+        found = f"{path.path}, which the Hub does not give ({one_line(error)})"
+        expected = "a folder that exists, or a model of the Hub that you may read"
+        remedy = "Check the name, the revision and your access (`hf auth login`)."
+        findings.problem(where, found, expected, remedy)
         return None
     tensors: dict[str, TensorHeader] = {}
     for name, file in metadata.weight_map.items():
@@ -223,13 +209,9 @@ def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any
     try:
         config = reference.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:  # transformers raises many kinds; its message is kept
-        findings.problem(
-            where,
-            f"a config.json that transformers refuses ({one_line(error)})",
-            "the configuration of a model that transformers knows",
-            "Mend config.json, or give --trust-remote-code if its model type needs the "
-            "repository's own code and you trust it.",
-        )
+        found = f"a config.json that transformers refuses ({one_line(error)})"
+        remedy = "Mend config.json, or give --trust-remote-code if it needs code that you trust."
+        findings.problem(where, found, "the configuration of a model that it knows", remedy)
         return None
     architectures = getattr(config, "architectures", None) or []
     if not isinstance(architectures, list) or [type(name) for name in architectures] != [str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit.merge_methods.base import BasePolicy, InputContract, ParameterScope
@@ -52,12 +52,12 @@ class _Check:
         self.shared: dict[tuple[Any, ...], tuple[Group, dict[str, Any]]] = {}
 
     def run(self, groups: list[Group], planned: Sequence[PlannedTensor]) -> list[Mapping[str, Any]]:
-        names = {w.name for t in planned for w in (t.weight, *t.inputs.values())}
+        self.tensors = {w.name for t in planned for w in (t.weight, *t.inputs.values())}
         for group in groups:
             self.inputs(group)
         for where, (group, source, values) in all_parameters(groups).items():
             for name, value in values.items():
-                self.written(group, source, join(where, name), name, value, names)
+                self.written(group, source, join(where, name), name, value)
         for group in groups:
             self.required(group)
         for tensor in planned:
@@ -79,21 +79,15 @@ class _Check:
         contract, seen = self.method.spec.contract, dict[Any, str]()
         for source in group.sources:
             if source.model in seen:
-                self.findings.problem(
-                    f"{source.where}.model",
-                    f"{source.model}, which {seen[source.model]} already names",
-                    "each model once in a group of inputs",
-                    "Remove one of the two, and give the other the weight of both.",
-                )
+                where = f"{source.where}.model"
+                found = f"{source.model}, which {seen[source.model]} already names"
+                remedy = "Remove one of the two, and give the other the weight of both."
+                self.findings.problem(where, found, "each model once in a group", remedy)
             seen.setdefault(source.model, source.where)
         if contract.base == BasePolicy.REQUIRED and group.base is None:
-            self.findings.problem(
-                "base_model",
-                "nothing",
-                f"a base model, which `{self.name}` needs",
-                "Add `base_model:`, for most methods the model that the others were fine-tuned "
-                "from.",
-            )
+            expected = f"a base model, which `{self.name}` needs"
+            remedy = "Add `base_model:`, mostly the model that the others were fine-tuned from."
+            self.findings.problem("base_model", "nothing", expected, remedy)
             contract = dataclasses.replace(contract, base=BasePolicy.IGNORED)
         if reason := refusal(contract, list(seen), group.base):
             base = f"the base {group.base}" if group.base is not None else "no base"
@@ -102,16 +96,10 @@ class _Check:
             self.findings.problem(group.where, found, expected, "Add or take out models.")
 
     def written(
-        self,
-        group: Group,
-        source: Source | None,
-        path: str,
-        name: str,
-        value: Any,
-        tensors: Collection[str],
+        self, group: Group, source: Source | None, path: str, name: str, value: Any
     ) -> None:
         """Check one parameter in the mapping of `source`, or of the whole group."""
-        before, spec = self.findings.count, self.specs.get(name)
+        before, spec, tensors = self.findings.count, self.specs.get(name), self.tensors
         if spec is None and source is None and name in OF_MERGES:  # `settle_copies` checks them
             return
         if spec is None:
@@ -122,12 +110,9 @@ class _Check:
             self.findings.problem(path, found, expected, remedy)
             return
         if source is not None and spec.scope == ParameterScope.SHARED:
-            self.findings.problem(
-                path,
-                "a parameter of the whole merge under one model, where mergekit does not read it",
-                "it beside the models",
-                f"Move `{name}:` to the `parameters:` of the top level.",
-            )
+            found = "a parameter of the whole merge under one model, where it is not read"
+            remedy = f"Move `{name}:` to the `parameters:` of the top level."
+            self.findings.problem(path, found, "it beside the models", remedy)
         elif spec.scope == ParameterScope.NON_BASE and source and source.model == group.base:
             self.findings.warn(f"{path} has no effect: {source.model} is the base of the merge.")
         if value == []:
@@ -137,10 +122,8 @@ class _Check:
             if wrong := unfit(spec.validate, leaf):
                 self.findings.problem(where, shown(leaf), *wrong)
             if text and text != "*" and tensors and not any(text in tensor for tensor in tensors):
-                self.findings.note(
-                    f"{path}: the filter {text!r} matches no tensor of the merge (names look like "
-                    f"{min(tensors)})."
-                )
+                found = f"the filter {text!r} matches no tensor of the merge"
+                self.findings.note(f"{path}: {found} (names look like {min(tensors)}).")
         if self.findings.count > before:
             self.wrong.add(path)
 
@@ -205,12 +188,9 @@ class _Check:
             self.wrong.add(at)
             value = error.errors()[0]["input"]
             expected, remedy = unfit(spec.validate, value) or ("another value", "")
-            self.findings.problem(
-                at,
-                f"{shown(value)} between the values of a gradient, for {tensor}",
-                expected,
-                remedy or "Give one value, or one for each part of the model with `filter:`.",
-            )
+            found = f"{shown(value)} between the values of a gradient, for {tensor}"
+            remedy = remedy or "Give one value, or one for each part of the model with `filter:`."
+            self.findings.problem(at, found, expected, remedy)
         except RuntimeError:  # a required parameter without a value for this tensor
             if tensor:
                 remedy = f"Add an entry without `filter:` at the end of `{spec.name}:`."

@@ -126,13 +126,9 @@ def plan_models(inventory: Inventory) -> bool:
         _plan_by_files(inventory, donor)
     elif not crimes:
         listed = ", ".join(f"{fact.kind} in {model}" for model, fact in known.items())
-        inventory.findings.problem(
-            list(known.values())[-1].where,
-            f"different architectures: {listed}",
-            "one architecture",
-            "Take out the models that do not fit, or give --allow-crimes to merge what has one "
-            "name.",
-        )
+        where, found = list(known.values())[-1].where, f"different architectures: {listed}"
+        remedy = "Take out what does not fit, or give --allow-crimes to merge what has one name."
+        inventory.findings.problem(where, found, "one architecture", remedy)
     return same
 
 
@@ -171,13 +167,11 @@ def _plan_by_files(inventory: Inventory, donor: Any) -> None:
     elif owners:
         names = list(dict.fromkeys(name for names in owners.values() for name in names))
         first, *_ = owners
-        findings.problem(
-            inventory.models[first].where,
-            f"{listing(names)} in {listing(list(map(str, owners)))}, which {donor} does not have",
-            "the same tensors in every model, or `heads:` with the model whose the output has",
-            f"Under `parameters:` write `heads: {first}` (its tensors and its configuration; or "
-            f"those of another), or `heads: {donor}` (without them).",
-        )
+        what = f"{listing(names)} in {listing(list(map(str, owners)))}, which {donor} does not have"
+        expected = "the same tensors in every model, or `heads:` with the model that gives them"
+        own = f"`heads: {first}` (its tensors and its configuration; or those of another)"
+        remedy = f"Under `parameters:` write {own}, or `heads: {donor}` (without them)."
+        findings.problem(inventory.models[first].where, what, expected, remedy)
 
 
 def _survey(inventory: Inventory, architecture: Any) -> None:
@@ -240,21 +234,15 @@ class _Recorder(MergePlanner):
             layers = module.num_layers(self._inventory.models[source.model].config)
             if "slices" in where and not 0 <= first < last <= layers:
                 fits = False
-                findings.problem(
-                    f"{where}.sources[{i}].layer_range",
-                    f"[{first}, {last}]",
-                    f"a range inside of [0, {layers}], the layers of {source.model}",
-                    "Mend the range; its end is not included.",
-                )
+                at, found = f"{where}.sources[{i}].layer_range", f"[{first}, {last}]"
+                expected = f"a range inside of [0, {layers}], the layers of {source.model}"
+                findings.problem(at, found, expected, "Mend the range; its end is not included.")
         if fits and len(set(lengths.values())) > 1:
             fits = False
             counts = ", ".join(f"{count} of {model}" for model, count in lengths.items())
-            findings.problem(
-                where,
-                f"different numbers of layers: {counts}",
-                "the same number from every model",
-                "Choose layers with `slices:` and a `layer_range:` of one length for all sources.",
-            )
+            found, expected = f"different numbers of layers: {counts}", "one for every model"
+            remedy = "Choose layers with `slices:` and a `layer_range:` of one length for all."
+            findings.problem(where, found, expected, remedy)
         if fits:
             super().plan_slice(definition, module_def, module_name)
 

@@ -82,16 +82,12 @@ class Findings:
         return len(self._problems)
 
     def report(self, estimate: Estimate | None = None) -> CheckReport:
-        return CheckReport(
-            tuple(
-                replace(problem, where=tensors_at(list(names))) if names else problem
-                for problem, names in self._problems.items()
-            ),
-            tuple(self._notes),
-            estimate,
-            tuple(text for text, warns in self._notes.items() if warns),
-            self.dequantised,
+        problems = tuple(
+            replace(problem, where=tensors_at(list(names))) if names else problem
+            for problem, names in self._problems.items()
         )
+        notes, warned = self._notes, tuple(text for text, warns in self._notes.items() if warns)
+        return CheckReport(problems, tuple(notes), estimate, warned, self.dequantised)
 
 
 @contextlib.contextmanager

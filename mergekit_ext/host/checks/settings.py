@@ -58,12 +58,10 @@ def check_settings(config: Any, options: Any, findings: Findings) -> None:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # every backend has its own way to say that it is not there
-        findings.problem(
-            "--cuda" if options.cuda and device == "cuda" else "--device",
-            f"{device}, which cannot be used ({one_line(error)})",
-            "a device that torch can use here, such as cpu",
-            "Choose another device, or install a build of torch that supports this one.",
-        )
+        where = "--cuda" if options.cuda and device == "cuda" else "--device"
+        found = f"{device}, which cannot be used ({one_line(error)})"
+        remedy = "Choose another device, or install a build of torch that supports this one."
+        findings.problem(where, found, "a device that torch can use, such as cpu", remedy)
     # mergekit looks at the template when all the weights are written, and stops there.
     template = getattr(config, "chat_template", None) or "auto"
     files = importlib.resources.files(chat_templates).iterdir()
@@ -104,12 +102,9 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
         if not is_here and may_be_hub_name(model.model.path):
             is_known &= model not in joined
             continue
-        wrong = [
-            wrong
-            for name in _JSON_FILES
-            if os.path.exists(folder / name)
-            and (wrong := json_object(folder / name, "a tokenizer's file", _LARGEST)[1])
-        ]
+        files = [folder / name for name in _JSON_FILES if os.path.exists(folder / name)]
+        read = (json_object(file, "a tokenizer's file", _LARGEST)[1] for file in files)
+        wrong = [*filter(None, read)]
         is_there = any(os.path.exists(folder / name) for name in TOKENIZER_FILES)
         if built and is_there and not wrong:
             own, wrong = _load(model.model, model == first, options)
@@ -119,12 +114,9 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
         # mergekit loads the tokenizer of the base, or of the first model, and the one named here;
         # for the others it makes do with the base's.
         if built and not is_there and (model == source or (is_here and model == first)):
-            findings.problem(
-                str(at),
-                f"no tokenizer in {folder}",
-                f"one of {', '.join(TOKENIZER_FILES)} there",
-                "Check the path, or copy the model's tokenizer files there.",
-            )
+            remedy = "Check the path, or copy the model's tokenizer files there."
+            expected = f"one of {', '.join(TOKENIZER_FILES)} there"
+            findings.problem(str(at), f"no tokenizer in {folder}", expected, remedy)
     multiple = (config.tokenizer.pad_to_multiple_of if config.tokenizer else None) or 1
     return -(-len(tokens) // multiple) * multiple if is_known else None
 

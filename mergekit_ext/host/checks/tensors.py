@@ -22,6 +22,8 @@ from mergekit_ext.io.headers import NARROW, WHOLE, is_counter, same_bytes
 
 # The largest tensor whose values are compared before the merge.
 _LARGEST_READ = 1 << 20
+_MADE = "the config.json that mergekit makes for it"
+_LAYERS = "Take as many layers as that configuration has"
 # What was found, what is expected, a remedy.
 _Wrong = Iterator[tuple[str, str, str]]
 
@@ -43,10 +45,8 @@ def check_tensors(inventory: Inventory, besides: Collection[Any]) -> None:
             mixed |= dtypes
     floating = mixed and not mixed & NARROW and not mixed & WHOLE
     if floating and config.dtype is None:  # otherwise everything is converted on loading
-        findings.note(
-            f"The inputs have different dtypes ({', '.join(sorted(mixed))}) and are merged in the "
-            "widest; `dtype:` fixes it."
-        )
+        unlike = f"different dtypes ({', '.join(sorted(mixed))})"
+        findings.note(f"The inputs have {unlike} and are merged in the widest; `dtype:` fixes it.")
 
 
 def _missing(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
@@ -99,9 +99,8 @@ def _differences(tensor: PlannedTensor, inventory: Inventory) -> _Wrong:
             remedy += " Or write `heads:` under `parameters:` with the model whose the output has."
         if len(besides) == 1:
             remedy = (
-                "Add `tokenizer:` with `source: union` or `source: base`, which aligns the "
-                "vocabularies (or give --unsafe-truncate-embeddings if equal token ids mean equal "
-                "tokens)."
+                "Add `tokenizer:` with `source: union` or `base`, which aligns the vocabularies "
+                "(or --unsafe-truncate-embeddings if equal token ids mean equal tokens)."
             )
         each = ", ".join(f"{list(header.shape)} in {model}" for model, header in known.items())
         yield f"shapes that differ: {each}", "one shape", remedy
@@ -140,25 +139,17 @@ def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any
             continue
         without = lacking(facts, fact.kind) if found.missing else frozenset()
         if without:
-            findings.warn(
-                f"{fact.kind} has {tensors_at(sorted(without))}, which no model has: transformers "
-                "fills that with random numbers in the output, as in the inputs."
-            )
+            what = f"{fact.kind} has {tensors_at(sorted(without))}, which no model has"
+            filled = "transformers fills that with random numbers in the output, as in the inputs"
+            findings.warn(f"{what}: {filled}.")
         if wrong := _wrong(replace(found, missing=_besides(found.missing, without))):
             broken.add(model)
-            findings.problem(
-                fact.where,
-                f"{wrong} in {model}, a {fact.kind}: transformers would fill it with random "
-                "numbers",
-                f"every tensor of {fact.kind}",
-                "Give a whole checkpoint of that class; one that was saved in parts (DeepSpeed, "
-                "FSDP) is consolidated first.",
-            )
+            what = f"{wrong} in {model}, a {fact.kind}: it would be filled with random numbers"
+            remedy = "Give a whole checkpoint of it; consolidate parts (DeepSpeed, FSDP) first."
+            findings.problem(fact.where, what, f"every tensor of {fact.kind}", remedy)
         if found.ignored:
-            findings.note(
-                f"{model}: {fact.kind} does not have {listing(found.ignored)}; transformers does "
-                "not load them either."
-            )
+            ignored = f"{listing(found.ignored)}, which transformers does not load either"
+            findings.note(f"{model}: {fact.kind} does not have {ignored}.")
     return broken
 
 
@@ -176,22 +167,13 @@ def check_output(inventory: Inventory) -> None:
         # What shapes would say is for the comparison of the inputs.
         found = replace(found, misshapen=(), error="")
     if wrong := _wrong(replace(found, misshapen=())):
-        inventory.findings.problem(
-            "the output",
-            f"{wrong}, by the config.json that mergekit makes for it",
-            f"every tensor of {kind}, as transformers loads it",
-            "Take as many layers as that configuration has.",
-        )
+        expected = f"every tensor of {kind}, as transformers loads it"
+        inventory.findings.problem("the output", f"{wrong}, by {_MADE}", expected, f"{_LAYERS}.")
     ignored = {name for fact in facts.values() if fact.loading for name in fact.loading.ignored}
     if unfit := [*_besides(found.ignored, ignored), *found.misshapen]:
-        inventory.findings.problem(
-            "the output",
-            f"{tensors_at(unfit)}, which {kind} does not have, or has in another shape, by the "
-            "config.json that mergekit makes for it",
-            f"the tensors of {kind}",
-            "Take as many layers as that configuration has, and vocabularies of one size (or add "
-            "`tokenizer:`, which aligns them).",
-        )
+        what = f"{tensors_at(unfit)}, which {kind} lacks, or has in another shape, by {_MADE}"
+        remedy = f"{_LAYERS}, and vocabularies of one size (or add `tokenizer:`, to align them)."
+        inventory.findings.problem("the output", what, f"the tensors of {kind}", remedy)
 
 
 def _besides(names: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

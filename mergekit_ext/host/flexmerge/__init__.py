@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +34,8 @@ class FlexMergeMethod(ExtMethod):
 
     def __init__(self, method: Method) -> None:
         self.declared = method
-        self.spec = MergeMethodSpec(
-            name=method.name,
-            pretty_name=method.title,
-            reference_url=method.paper,
-            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
-        )
+        contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=2)
+        self.spec = MergeMethodSpec(method.name, (), contract, method.title, method.paper)
 
     def merge_one(
         self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
@@ -48,15 +44,3 @@ class FlexMergeMethod(ExtMethod):
             f"{group.metadata.name}: `{self.spec.name}` merges models, not single tensors; merge "
             "with mergekit-yaml or `mergekit_ext.merge`."
         )
-
-    def prepare(
-        self,
-        config: Any,
-        options: Any,
-        source: str | Mapping[str, Any] | None = None,
-        pending: Collection[str] = (),
-    ) -> Any:
-        """Do what `checks.merge.check_merge` does for other methods; arguments as there."""
-        from mergekit_ext.host.flexmerge.prepare import check
-
-        return check(config, options, source, pending)

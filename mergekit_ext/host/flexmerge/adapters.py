@@ -37,10 +37,8 @@ from peft_merge.layers import Unit, configuration, owner_of, units_of
 
 FOLDER = "base"  # of the base
 # Of each adapter.
-MOVED = (
-    f"Its base is `../{FOLDER}`. `base_model_name_or_path` is where that lay at first; change it "
-    "when you move both."
-)
+_CHANGE = "`base_model_name_or_path` is where that lay at first; change it when you move both."
+MOVED = f"Its base is `../{FOLDER}`. {_CHANGE}"
 # What vLLM's --max-lora-rank may be.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -148,9 +146,8 @@ def forms_of(
         counts = {part.name: math.prod(part.shape) for _, part in parts}
         share = sum(map(counts.__getitem__, lost)) / sum(counts.values())
         findings.warn(
-            f"No LoRA can hold {len(lost)} of {len(counts)} tensors ({share:.2%} of the "
-            f"parameters), of which every task has the base's: {listing(lost)}. "
-            "`output: checkpoint` keeps them."
+            f"No LoRA can hold {len(lost)} of {len(counts)} tensors, {share:.2%} of parameters; "
+            f"tasks have the base's {listing(lost)}. `output: checkpoint` keeps them."
         )
     sizes = [h.nbytes for h in (*layout.given, *layout.private[0])]  # in the base
     for names_of, headers in zip(private, layout.private, strict=True):

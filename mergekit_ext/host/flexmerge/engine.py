@@ -304,53 +304,48 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     else:
         shards = engine.write_base(folder, plan)
         base = str(Path(session.output or folder).resolve() / adapters.FOLDER)
-        given = (folder, folders, prepared.forms, base, source)
-        finish = partial(_adapters, engine, plan, shards, *given)
+        finish = partial(_adapters, engine, plan, shards, folder, folders, base, source)
     far = engine.far()
     if not parallel.current().is_main:
         return
-    section = f"{finish()}\n\n{far.line}".rstrip()
-    method, residuals = config.merge_method, engine.merging.residuals
+    sections = [finish(), far.line]
+    residuals, tensors = engine.merging.residuals, dict[str, Any]()
+    more: dict[str, Any] = {"rho": far.found}
+    session.summary = far.line
+    session.afterwards += far.warnings(prepared.algorithm.name)
     if residuals and (found := kept(residuals.storage, plan, residuals.measured)):
-        about = (found, method, folder, session.stored)
-        session.summary, errors = _residual_report(engine, plan, *about)
-        section = f"{section}\n\n{errors}"
-    elif far.found or session.stored:
-        write_report(folder, method, {}, engine.seed, rho=far.found, **session.stored)
-        session.summary = far.line
-        session.afterwards += far.warnings(prepared.algorithm.name)
+        tensors, more = _lost(engine, plan, found)
+        errors = ", ".join(f"{t} {lost['error']:.3g}" for t, lost in more["tasks"].items())
+        size = f"{plan.size.models:.4g} models, {plan.size.bytes:,} bytes"
+        short = shortfall(found, prepared.algorithm.parameters)
+        session.summary = f"{size}. Relative errors: {errors}. {short}".rstrip()
+        sections += [residual_section(more["tasks"]), short]
+    if tensors or far.found or session.stored:
+        more |= session.stored
+        write_report(folder, config.merge_method, tensors, engine.seed, **more)
     if prepared.options.write_model_card:
         from mergekit.card import generate_card
 
         card = generate_card(config=config, config_yaml=source, name=folder.name)
         task = engine.layout.tasks[0]
         card = sentence_card(sentence_class(folder / task), f"{folder.name}/{task}", card)
-        (folder / CARD).write_text(f"{card.rstrip()}\n\n{section}\n", encoding="utf-8")
+        text = "\n\n".join([card.rstrip(), *filter(None, sections)])
+        (folder / CARD).write_text(f"{text}\n", encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 
 
-def _residual_report(
-    engine: Engine,
-    plan: Plan,
-    kept: Mapping[str, Sequence[Kept]],
-    method: str,
-    folder: Path,
-    more: Mapping[str, Any],
-) -> tuple[str, str]:
-    """Write ``merge_report.json``; return what is said to the user, and the section of a card."""
-    tasks, size = engine.layout.tasks, plan.size
-    each = {task: [found[index] for found in kept.values()] for index, task in enumerate(tasks)}
+def _lost(
+    engine: Engine, plan: Plan, kept: Mapping[str, Sequence[Kept]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what ``merge_report.json`` has of the residuals of each tensor, and of all."""
+    tasks = engine.layout.tasks
     tensors = {
         name: dict(zip(tasks, (each.entry for each in found), strict=True))
         for name, found in kept.items()
     }
-    totals = {task: total(found) for task, found in each.items()}
-    models = {"models": size.models, "bytes": size.bytes}
-    write_report(folder, method, tensors, engine.seed, size=models, tasks=totals, **more)
-    errors = ", ".join(f"{task} {found['error']:.3g}" for task, found in totals.items())
-    line = f"{size.models:.4g} models, {size.bytes:,} bytes. Relative errors: {errors}."
-    short = shortfall(kept, engine.prepared.algorithm.parameters)
-    return f"{line} {short}".strip(), f"{residual_section(totals)}\n\n{short}".strip()
+    each = zip(tasks, zip(*kept.values(), strict=True), strict=True)
+    size = {"models": plan.size.models, "bytes": plan.size.bytes}
+    return tensors, {"size": size, "tasks": {task: total(found) for task, found in each}}
 
 
 def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Sequence[Path]) -> str:
@@ -385,12 +380,12 @@ def _adapters(
     shards: Sequence[PlannedFile],
     folder: Path,
     folders: Sequence[Path],
-    forms: adapters.Forms,
     base: str,
     source: str,
 ) -> str:
     """Complete a base likewise, and write adapters; `base` is where the base will lie."""
-    tasks = engine.layout.tasks
+    tasks, forms, residuals = engine.layout.tasks, engine.prepared.forms, engine.merging.residuals
+    assert forms is not None and residuals is not None
     if len(shards) > 1:
         named = [(Path(file.path).name, file.entries) for file in shards]
         write_index(folder / adapters.FOLDER, named)
@@ -400,8 +395,7 @@ def _adapters(
     engine.complete({**homes, folder / adapters.FOLDER: folders[0]})
     card = adapters.base_card(tasks, forms, source)
     (folder / adapters.FOLDER / CARD).write_text(card, encoding="utf-8")
-    residuals, made = engine.merging.residuals, list[LoraAdapter]()
-    assert residuals is not None
+    made = list[LoraAdapter]()
     for index, (model, kind) in enumerate(
         zip(engine.prepared.references[1:], forms.kinds, strict=True)
     ):

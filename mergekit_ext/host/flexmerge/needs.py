@@ -79,18 +79,13 @@ def need_of(prepared: Prepared, scored: float | None = None) -> Need:
     shapes = {part.name: part.shape for part in parts} | {h.name: h.shape for h in copied}
     changed = {header.name for header in copied if header.dtype in NARROW} | prepared.adapted
     largest_changed = max((math.prod(shapes[n]) for n in changed if n in shapes), default=0)
-    stored = [
-        *(
-            math.prod(part.shape) * (prepared.forced or part.dtype(tasks)).itemsize
-            for part in parts
-        ),
-        *(header.nbytes for header in copied),
-    ]
+    sizes = [math.prod(p.shape) * (prepared.forced or p.dtype(tasks)).itemsize for p in parts]
+    sizes += [header.nbytes for header in copied]
     needs = [Need(f"block {b.name}", _merging(b, prepared), _REMEDY) for b in layout.blocks]
     need = max(needs, key=lambda need: need.bytes)
     besides = {
         "the block of all models": max(_read(block, prepared) for block in layout.blocks),
-        "reading and writing": _PIECES + 4 * max(stored),
+        "reading and writing": _PIECES + 4 * max(sizes),
         "a tensor with its adapter": math.ceil(_ADAPTED * largest_changed * layout.dtype.itemsize),
         "whole pickles": pickled_bytes(prepared.references, prepared.options),
     }
@@ -121,15 +116,10 @@ def _merging(block: BlockLayout, prepared: Prepared) -> dict[str, int]:
     if isinstance(prepared.storage, ResidualStorage):  # held, and as they are written
         other = (threads - 1) * DECOMPOSING * min(SMALL, block.size)
         residuals = 2 * prepared.storage.factors(block) + other
+    copies, piece = algorithm.copies(count, square), chunk_length(device) * width
     return {
         "the result": block.bytes(range(count), prepared.forced),
-        **working(
-            algorithm.copies(count, square),
-            unit * width,
-            count,
-            piece=chunk_length(device) * width,
-            threads=threads,
-        ),
+        **working(copies, unit * width, count, piece, threads),
         "factors of all tasks, and decompositions in other threads": residuals * width,
         "task vectors of the block": beside * block.size * width,
     }

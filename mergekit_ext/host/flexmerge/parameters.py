@@ -27,6 +27,8 @@ from mergekit_ext.host.flexmerge.registered import Registered
 from mergekit_ext.host.method import registered, spec_of
 from mergekit_ext.host.nan_method import RANGES
 
+_SHARE_OF = "what `density` is a share of (default model)"
+_SIMILAR = "whose similarity: task vectors as they are, or trimmed"
 OWN: tuple[Parameter, ...] = (
     *options(
         Annotated[Target, BeforeValidator(Target.parse)],
@@ -34,18 +36,8 @@ OWN: tuple[Parameter, ...] = (
         sorted(GRANULARITIES, key=lambda name: name != "component"),
         "2.25 (models)",
     ),
-    Parameter(
-        "trim_scope",
-        choice("model", "block", "tensor") | None,
-        None,
-        "what `density` is a share of (default model)",
-    ),
-    Parameter(
-        "similarity_on",
-        choice("original", "trimmed"),
-        "original",
-        "whose similarity: task vectors as they are, or trimmed",
-    ),
+    Parameter("trim_scope", choice("model", "block", "tensor") | None, None, _SHARE_OF),
+    Parameter("similarity_on", choice("original", "trimmed"), "original", _SIMILAR),
     Parameter("heads", choice("private", "merged"), "private", "what becomes of task heads"),
     Parameter("dare_density", Share | None, None, "thin task vectors at random (DARE) first"),
     Parameter("task", str, None, "the task's name", per_model=True),
@@ -166,14 +158,10 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
         return None
     shared, each = checked[0], []
     for source in tasks:
-        own = {**given, **source.parameters}
-        each.append(
-            {
-                one.name: one.validate(own[one.name]) if one.name in own else one.default
-                for one in spec.input_parameters
-                if one.name != "task"
-            }
-        )
+        own, values = {**given, **source.parameters}, {}
+        for one in spec.input_parameters:
+            values[one.name] = one.validate(own[one.name]) if one.name in own else one.default
+        each.append({name: value for name, value in values.items() if name != "task"})
     selection = {name: given[name] for name in (OTHERS, INCLUDE, EXCLUDE) if name in given}
     every = {**selection, **shared}
     made = make(method, Parameters(every, each, shared["trim_scope"] or "model", seed))
@@ -232,12 +220,9 @@ def _check_contract(method: MergeMethod, where: str, tasks: int, findings: Findi
     if contract.max_non_base is not None:
         most.append(contract.max_non_base)
     if min(most) < tasks or contract.base == BasePolicy.FORBIDDEN:
-        findings.problem(
-            f"parameters.{where}",
-            f"`{method.spec.name}`, which does not merge {tasks} models over a base",
-            f"a method for groups of up to {tasks} models and their base",
-            "Use another one.",
-        )
+        found = f"`{method.spec.name}`, which does not merge {tasks} models over a base"
+        expected = f"a method for groups of up to {tasks} models and their base"
+        findings.problem(f"parameters.{where}", found, expected, "Use another one.")
 
 
 def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Findings) -> None:
@@ -251,9 +236,8 @@ def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Finding
         if shared["granularity"] == "model" and shared["embeddings"] != LOW_RANK:
             beside["embeddings"] = "`low_rank` beside `granularity: model`, one block of everything"
         for name in sorted(beside.keys() & given.keys()):
-            findings.problem(
-                f"parameters.{name}", shown(given[name]), beside[name], f"Remove `{name}:`."
-            )
+            found, remedy = shown(given[name]), f"Remove `{name}:`."
+            findings.problem(f"parameters.{name}", found, beside[name], remedy)
         if (base := algorithm.base) is not None:
             if isinstance(base, Declared):
                 _check_mean(base, findings)
@@ -262,21 +246,15 @@ def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Finding
     if isinstance(algorithm, Registered):
         algorithm.check(findings)
     if not algorithm.trims:
+        expected = f"it with an algorithm that trims; `{shared['algorithm']}` does not"
         for name in sorted(_OF_TRIMMING):
             if given.get(name) not in (None, "original"):
-                findings.problem(
-                    f"parameters.{name}",
-                    shown(given[name]),
-                    f"it with an algorithm that trims; `{shared['algorithm']}` does not",
-                    f"Remove `{name}:`.",
-                )
+                found, remedy = shown(given[name]), f"Remove `{name}:`."
+                findings.problem(f"parameters.{name}", found, expected, remedy)
     elif shared["dare_density"] is not None and algorithm.parameters.trim_scope == "model":
-        findings.problem(
-            "parameters.trim_scope",
-            "the scope `model` together with `dare_density`, which changes every magnitude",
-            "`block` or `tensor`",
-            "Write `trim_scope: block`.",
-        )
+        found = "the scope `model` together with `dare_density`, which changes every magnitude"
+        remedy = "Write `trim_scope: block`."
+        findings.problem("parameters.trim_scope", found, "`block` or `tensor`", remedy)
 
 
 def _check_mean(base: Declared, findings: Findings) -> None:
@@ -313,8 +291,6 @@ def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
 
 
 def _reduced(config: Any, keeps: Callable[[str], bool]) -> Any:
-    """Return the configuration with the parameters whose names `keeps` accepts."""
-
     def kept(values: Mapping[str, Any] | None) -> dict[str, Any]:
         return {name: value for name, value in (values or {}).items() if keeps(name)}
 

@@ -126,12 +126,9 @@ def _prepared(
     stored = [(facts[model].tensors or {}, facts[model].config) for model in references]
     layout, headers, prefixes = laid_out(tasks, references, stored, algorithm.parameters.shared)
     if not any(block.size for block in layout.blocks):
-        findings.problem(
-            "models",
-            "no tensor that the base and all models have in one shape and a floating dtype",
-            "fine-tunes of `base_model`",
-            "Check that these are fine-tunes of that base.",
-        )
+        found = "no tensor that the base and all models have in one shape and a floating dtype"
+        remedy = "Check that these are fine-tunes of that base."
+        findings.problem("models", found, "fine-tunes of `base_model`", remedy)
         return None
     adapted = frozenset(  # or dequantised, which takes no more
         name
@@ -176,21 +173,15 @@ def _task_names(
             continue
         found.append(name)
         if problem := task_name_problem(name):
-            findings.problem(
-                f"{source.where}.parameters.task",
-                repr(name),
-                f"a name for the task's folder: {problem}",
-                "Write another `task:`.",
-            )
+            where, expected = f"{source.where}.parameters.task", f"a folder's name: {problem}"
+            findings.problem(where, repr(name), expected, "Write another `task:`.")
     for one, other in colliding_names([*taken, *found]):
-        findings.problem(
-            "models",
-            f"two tasks called {one!r} and {other!r}"
-            if one not in taken
-            else f"a task called {other!r}, as the folder of the base is",
-            "a name of its own for each task (upper and lower case are the same)",
-            "Give one of them another `task:` under its `parameters:`.",
-        )
+        twice = f"two tasks called {one!r} and {other!r}"
+        if one in taken:
+            twice = f"a task called {other!r}, as the folder of the base is"
+        expected = "a name of its own for each task (upper and lower case are the same)"
+        remedy = "Give one of them another `task:` under its `parameters:`."
+        findings.problem("models", twice, expected, remedy)
     return found
 
 
@@ -215,19 +206,12 @@ def _read_models(
             continue
         kind = fact.config.model_type
         if base and base.config is not None and kind != base.config.model_type:
-            findings.problem(
-                fact.where,
-                f"a model of type {kind}",
-                f"{base.config.model_type}, the type of the base model {config.base_model}",
-                "Merge fine-tunes of one base.",
-            )
+            found, remedy = f"a model of type {kind}", "Merge fine-tunes of one base."
+            expected = f"{base.config.model_type}, the type of the base model {config.base_model}"
+            findings.problem(fact.where, found, expected, remedy)
         if fact.tensors is None and not fact.pending and model not in reported:
-            findings.problem(
-                fact.where,
-                f"{fact.reference}, whose tensors are not known",
-                "a folder with weights",
-                "Download the model first.",
-            )
+            found, remedy = f"{model}, whose tensors are not known", "Download the model first."
+            findings.problem(fact.where, found, "a folder with weights", remedy)
     check_copied_modules({s.model: facts[s.model] for s in sources}, options, findings)
     return facts
 
@@ -264,10 +248,8 @@ def _note_private(headers: Sequence[Headers], prepared: Prepared, findings: Find
         size = sum(header.nbytes for header in owners.values() if header)
         reasons.setdefault(reason, {})[name] = size
     for reason, sizes in reasons.items():
-        findings.note(
-            f"{listing(list(sizes))}: {reason}, so private to every task that has it "
-            f"({sum(sizes.values()):,} bytes in all)."
-        )
+        private = f"private to every task that has it ({sum(sizes.values()):,} bytes in all)"
+        findings.note(f"{listing(list(sizes))}: {reason}, so {private}.")
 
 
 def _note_blocks(prepared: Prepared, tied: bool, findings: Findings) -> None:
@@ -294,10 +276,8 @@ def _check_size(prepared: Prepared, findings: Findings) -> None:
     if prepared.algorithm.kmeans:
         problem = clusters_problem(target, storage.tasks)
     else:
-        findings.note(
-            f"sizes from {least.models:.4g} ({least.bytes:,} bytes) to {most.models:.4g} "
-            f"({most.bytes:,} bytes) can be reached."
-        )
+        ends = (f"{end.models:.4g} ({end.bytes:,} bytes)" for end in (least, most))
+        findings.note(f"sizes from {' to '.join(ends)} can be reached.")
         problem = storage.problem(target)
     if problem is not None:
         findings.extend([problem])

@@ -88,14 +88,10 @@ class Registered(Algorithm):
 
     def _merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         parts = block.layout.parts
-        groups = [
-            self._group(
-                part.name,
-                block.part(block.base, index),
-                {member: block.part(block.models[member], index) for member in members},
-            )
-            for index, part in enumerate(parts)
-        ]
+        groups = []
+        for index, part in enumerate(parts):
+            models = {member: block.part(block.models[member], index) for member in members}
+            groups.append(self._group(part.name, block.part(block.base, index), models))
         wide = compute_dtype([block.base, *block.models.values()])
         call = partial(self._call, members=members, dtype=wide)
         device = block.base.device
@@ -111,8 +107,7 @@ class Registered(Algorithm):
             where = tensors_at([part.name for part in parts])
             raise MergeError(
                 f"{where} in block {block.layout.name}: `{self.name}` stops ({error}); expected "
-                "parameters and tensors that it accepts. Change its parameters, or use another "
-                "`algorithm`."
+                "what it accepts. Change its parameters, or use another `algorithm`."
             ) from error
         out = torch.empty_like(block.base, dtype=dtype)
         for part, tensor in zip(parts, merged, strict=True):
@@ -122,9 +117,7 @@ class Registered(Algorithm):
     def _call(
         self, groups: Sequence[TensorGroup], members: Sequence[int], dtype: torch.dtype
     ) -> Sequence[Tensor]:
-        found: Sequence[Tensor]
-        found = self._method(groups, parameters=self._bound(members), dtype=dtype)
-        return found
+        return self._method(groups, parameters=self._bound(members), dtype=dtype)
 
     def _group(self, name: str, base: Tensor, tensors: dict[int, Tensor]) -> TensorGroup:
         entries = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,7 @@ class Prepared:
 
     @property
     def target(self) -> Target:
-        target: Target = self.algorithm.parameters.shared["target_size"]
-        return target
+        return self.algorithm.parameters.shared["target_size"]
 
 
 def laid_out(
@@ -57,67 +56,44 @@ def laid_out(
     """Return the blocks and private tensors of a base, which comes first, and of the models.
 
     And the headers of all by the models' names, and what `find_prefixes` returns of the base.
-    `parameters` are those of the merge; task heads that are private are not selected by them. Of
-    tensors that are tied all are left out, or none.
+
+    A tensor is merged if the base and every model have it in one shape and a floating dtype, it is
+    not a task's head that is private, and the `parameters` of the merge select it: of tensors that
+    are tied all, or none. One that is not selected is that of `others` in all tasks, if it has the
+    shape that they have. Everything else is private to each task that has it.
     """
     base, prefixes = as_in(stored[0], stored[1:])
     tied = is_tied([config for _, config in stored])
     owners = complete_ties([base, *(headers for headers, _ in stored[1:])], tied)
-    merges_heads = parameters["heads"] == "merged"
     names = {name for owner in owners for name in owner}
-    left = {
-        name
-        for name in names
-        if not is_merged(name, parameters) and (merges_heads or not is_task_head(name))
-    }
+    heads = {n for n in names if is_task_head(n)} if parameters["heads"] == "private" else set()
+    left = {name for name in names - heads if not is_merged(name, parameters)}
     left.update(*(group for group in tied_groups(names, tied) if group & left))
     others = parameters.get(OTHERS, str(references[0]))
     giver = [str(reference) for reference in references].index(others)
-    given = (parameters["granularity"], tied, merges_heads, left, giver)
-    layout = make_layout(tasks, owners, *given)
-    return layout, owners, prefixes
-
-
-def make_layout(
-    tasks: Sequence[str],
-    owners: Sequence[Headers],
-    granularity: Any = "component",
-    tied: bool = False,
-    merges_heads: bool = False,
-    left: Collection[str] = (),
-    giver: int = 0,
-) -> Layout:
-    """Sort the tensors of a base, which comes first, and of its models into blocks.
-
-    A tensor is merged if the base and every model have it in one shape and a floating dtype, and
-    it is not a task's head, nor `left` out. What is left out is that of ``owners[giver]`` in all
-    tasks, if it has the shape that they have. Everything else is private to each task that has it.
-    """
-    merged = [
-        name
-        for name in owners[1]
-        if (merges_heads or not is_task_head(name)) and name not in left and shareable(owners, name)
-    ]
+    apart = heads | left
+    merged = [name for name in owners[1] if name not in apart and shareable(owners, name)]
     given = [
         replace(header, name=name)
         for name, header in owners[giver].items()
         if name in left
         and all(name in owner and owner[name].shape == header.shape for owner in owners[1:])
     ]
-    blocks = []
-    for block, names in blocks_of(merged, granularity, tied).items():
+    blocks, granularity = [], parameters["granularity"]
+    for block, inside in blocks_of(merged, granularity, tied).items():
         parts, start = [], 0
-        for name in names:
+        for name in inside:
             shape = owners[0][name].shape
             base, *models = (FLOATING[owner[name].dtype] for owner in owners)
             parts.append(Part(name, shape, start, tuple(models), base))
             start += math.prod(shape)
-        depth = depth_of(names[0])
+        depth = depth_of(inside[0])
         whole = granularity == "model" or (granularity == "layer" and depth is not None)
-        kind = granularity if whole else kind_of(names[0])
+        kind = granularity if whole else kind_of(inside[0])
         blocks.append(BlockLayout(block, kind, depth, tuple(parts)))
     kept = {*merged, *(header.name for header in given)}
     private = [
         tuple(header for name, header in model.items() if name not in kept) for model in owners[1:]
     ]
-    return Layout(tuple(tasks), tuple(blocks), tuple(private), tuple(given), giver - 1)
+    layout = Layout(tuple(tasks), tuple(blocks), tuple(private), tuple(given), giver - 1)
+    return layout, owners, prefixes

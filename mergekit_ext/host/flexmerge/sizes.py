@@ -58,7 +58,17 @@ class Curve(NamedTuple):
     notes: Sequence[str]
 
     def __str__(self) -> str:
-        return _table(self.points, self.reference, self.metric)
+        metric = self.metric
+        head = f"{'algorithm':<20} {'size':>7} {'bytes':>15}"
+        lines = [head if metric is None else f"{head} {f'mean {metric}':>18} {'normalised':>10}"]
+        for point in self.points:
+            line = f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,}"
+            if metric is not None:
+                ratio = normalised_mean(point.scores, self.reference, metric)
+                shown = "" if ratio is None else f"{ratio:.3f}"
+                line += f" {mean(point.scores, metric):18.4f} {shown:>10}"
+            lines.append(line)
+        return "\n".join(lines)
 
 
 @interface
@@ -294,16 +304,3 @@ def _asked(
 
 def _listed(sizes: Iterable[float]) -> str:
     return ", ".join(f"{size:.4g}" for size in sizes)
-
-
-def _table(points: Sequence[SizePoint], reference: Scores, metric: str | None) -> str:
-    head = f"{'algorithm':<20} {'size':>7} {'bytes':>15}"
-    lines = [head if metric is None else f"{head} {f'mean {metric}':>18} {'normalised':>10}"]
-    for point in points:
-        line = f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,}"
-        if metric is not None:
-            ratio = normalised_mean(point.scores, reference, metric)
-            shown = "" if ratio is None else f"{ratio:.3f}"
-            line += f" {mean(point.scores, metric):18.4f} {shown:>10}"
-        lines.append(line)
-    return "\n".join(lines)
