@@ -1,7 +1,5 @@
 """Exact, base-free merging of LoRA and (IA)^3 adapters, and LoRAs of full fine-tunes."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from mergekit_ext.late import exported

@@ -1,7 +1,5 @@
 """`peft_merge.methods`: the methods of adapters, from their declarations."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The commands ``peft-merge CONFIG OUT`` and ``peft-merge extract BASE MODEL OUT``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@ r"""NAN's coefficients of a merge of adapters: norms of changes, without the cha
 :math:`\|BA\|_F^2 = \langle B^T B,\, A A^T \rangle`: two r x r products for each module.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence

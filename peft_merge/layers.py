@@ -7,8 +7,6 @@ convolutions); nor are convolutions with groups, with dilation (PEFT's have none
 padding than zeros.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence

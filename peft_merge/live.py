@@ -5,8 +5,6 @@ approximates is a merge of the changes themselves: `COMBINATION_TYPES` names it.
 already; the rank of its result is now the least that holds it. Random types draw other entries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple

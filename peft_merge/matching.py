@@ -9,8 +9,6 @@ of experts either. Shapes decide unless a weight is square. For square ones the 
 does in PEFT: `fan_in_fan_out` in an adapter's file is that of the layer that PEFT adapted last.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

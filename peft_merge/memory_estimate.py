@@ -1,7 +1,5 @@
 """What a merge of adapters holds at its worst moment, from headers alone."""
 
-from __future__ import annotations
-
 import math
 from functools import reduce
 

@@ -1,7 +1,5 @@
 """The driver: from adapters and a method to one merged adapter and its report."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -13,8 +13,6 @@ An adapter without a module counts as a change of zero there: :math:`B A = 0`, o
 :math:`\ell_i = 1`. So no weights, whatever their sum, scale a module that no adapter has changed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

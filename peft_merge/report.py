@@ -1,7 +1,5 @@
 """Words and tables about a merge: a look ahead (`--check`), merge_report.json, a summary."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Whole tensors that adapters carry: `modules_to_save`, and trained biases of the base."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce

@@ -1,7 +1,5 @@
 """`tune` for adapters: each trial is merged in memory, and scored on the base model."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

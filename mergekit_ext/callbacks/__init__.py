@@ -5,8 +5,6 @@ transformers' Trainer. Importing this package loads neither torch nor transforme
 peft. docs/callbacks.md lists every event.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from mergekit_ext.events import TRAINING_HOOKS as TRAINING_HOOKS

@@ -1,7 +1,5 @@
 """Merging the checkpoints of one run, or the states of one adapter, while it is trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os

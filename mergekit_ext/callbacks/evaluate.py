@@ -1,7 +1,5 @@
 """A user's evaluation as a callback, and as the function that `mergekit-ext sizes` calls."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Snapshots of whole models: folders that transformers reads, merged by `mergekit_ext.merge`."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

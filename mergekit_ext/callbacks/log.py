@@ -1,7 +1,5 @@
 """Merges and training, logged to whatever logs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

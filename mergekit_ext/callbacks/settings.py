@@ -1,7 +1,5 @@
 """The arguments of `MergeCheckpoints` and its saved state, checked as a whole."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

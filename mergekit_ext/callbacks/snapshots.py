@@ -1,7 +1,5 @@
 """The last snapshots of a training, folders by step, and a merge of them."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Training: transformers' Trainer, and models and processes as torch and accelerate wrap them."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 docs/flexmerge-format.md specifies the format. Importing this package loads nothing heavy.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from mergekit_ext.late import exported

@@ -1,7 +1,5 @@
 """F of FlexMerge: from the members' block vectors to one, by a declared method."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

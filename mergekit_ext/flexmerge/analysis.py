@@ -1,7 +1,5 @@
 """Read the inputs: inner products of each block, and what trimming keeps of each model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

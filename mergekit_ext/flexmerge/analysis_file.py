@@ -1,7 +1,5 @@
 """Analyses on disk, found again by what was analysed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress

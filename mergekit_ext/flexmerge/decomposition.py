@@ -3,8 +3,6 @@
 Only triplets that can be kept are computed. The files serve until ranks are known.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence

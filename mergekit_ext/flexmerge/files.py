@@ -4,8 +4,6 @@ Every file is checked before anything in it is used. The manifest has the digest
 the files beside weights; a checkpoint that is one model has such files in its own folder too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The blocks of a FlexMerge: which tensors lie in each, and what each task keeps for itself."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

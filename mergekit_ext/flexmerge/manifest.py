@@ -4,8 +4,6 @@
 in common is here: tasks, and blocks whose groups of tasks share something (`sharing_problems`).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

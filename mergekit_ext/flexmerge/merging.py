@@ -3,8 +3,6 @@
 What is made is what `storage.stored` lists, in its order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

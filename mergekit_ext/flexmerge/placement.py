@@ -5,8 +5,6 @@ plans for one module: that is one without data, each part of which has the size 
 tasks together. So what tasks share comes to lie in one place.
 """
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """From similarities and a target size to the groups of tasks that share each block."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence

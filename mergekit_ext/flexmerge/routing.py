@@ -6,8 +6,6 @@ has them. Rows are sorted by task, in an order in which tasks that share much ar
 that layers take slices of the batch.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property

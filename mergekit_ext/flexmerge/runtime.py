@@ -1,7 +1,5 @@
 """The models of a FlexMerge checkpoint as transformers modules that share their tensors."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading stored tensors into place: one block of all models at a time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

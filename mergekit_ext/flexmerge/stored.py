@@ -4,8 +4,6 @@ docs/flexmerge-format.md, "Shards". Tasks are named by index where a merge is pl
 and by name in a manifest: `Place` and `stored` work with either.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ measured. Where a method makes its inputs' parts orthogonal to each other, their
 :math:`\sqrt m` comes in.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ sequence of merges, its dendrogram, and the global order interleaves the sequenc
 on the target size. Channel Merging, the baseline of FlexMerge, clusters by K-means instead.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 import random

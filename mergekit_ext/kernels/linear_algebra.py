@@ -6,8 +6,6 @@ well as the decomposition of a small matrix, is done by one thread (`threads.in_
 Elementwise operations and sums to more than one number are torch's: these it does alike.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

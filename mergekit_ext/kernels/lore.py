@@ -4,8 +4,6 @@ Each matrix of the models becomes a problem of `lore_solver`: the differences fr
 coordinates, and a rule by which they are shrunk.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ The length of a step over that of the gradient is therefore limited: at first to
 what was last accepted. Measured: next to no step is rejected, without the limit up to a third.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable

@@ -7,8 +7,6 @@ signs and rescales; Consensus takes the TIES vector, TALL masks (Wang et al. 202
 Information for Improved Model Merging and Compression") and :math:`\gamma_k = 1`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

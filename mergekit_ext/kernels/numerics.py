@@ -1,7 +1,5 @@
 """Sums, norms and checks of tensors in cache-sized pieces, which several kernels share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -3,8 +3,6 @@ r"""PCB-Merging: balance how the task vectors compete for each parameter.
 Du et al. 2024, "Parameter Competition Balancing for Model Merging".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Products of float32 matrices in float32, whatever the process has chosen for its own."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ approximation of one matrix by another of lower rank"), and costs :math:`\sum_j 
 a triplet gains falls with k; so triplets are taken in the order of :math:`w_j \sigma_{jk}^2 / c_j`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

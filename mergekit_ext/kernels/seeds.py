@@ -1,7 +1,5 @@
 """Random numbers: seeds that do not depend on what came before, and DARE, which drops by them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

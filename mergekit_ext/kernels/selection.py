@@ -5,8 +5,6 @@ the numbers are. Counting them by their leading 16 bits finds the bin in which t
 next 16 bits of what lies in that bin narrow it further, a pass for each digit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

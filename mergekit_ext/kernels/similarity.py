@@ -1,7 +1,5 @@
 """Cosine similarities of the task vectors of a block (FlexMerge, section 3.2), in one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -10,8 +10,6 @@ it: guard vectors must stay below mu (otherwise the space is rebuilt from an eig
 a Cholesky factorisation of ``mu^2 I - R R^T`` for the remainder R, that ``||R||_2 <= mu``.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ small operation does. Pieces that fit a core's cache are better done whole by on
 torch releases the interpreter's lock while it computes.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator

@@ -5,8 +5,6 @@ results this reproduces in float32 (which of several equal magnitudes at the edg
 arbitrary there; here the first are kept).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

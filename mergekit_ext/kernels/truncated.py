@@ -6,8 +6,6 @@ Corresponding Singular Vectors of a Matrix"). The approximation from the space f
 only get better as it grows; it grows until it hardly does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

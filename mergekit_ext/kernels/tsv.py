@@ -3,8 +3,6 @@ r"""TSV-Merge: the leading singular vectors of each task, decorrelated.
 Gargiulo et al. 2025, "Task Singular Vectors: Reducing Task Interference in Model Merging".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -17,8 +17,6 @@ an elementwise rule gives something else in them:
   roots of weight and scaling go to either side.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

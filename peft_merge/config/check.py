@@ -3,8 +3,6 @@
 Only configurations and headers are read (and whole tensors, when they may be averaged).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress

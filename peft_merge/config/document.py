@@ -1,7 +1,5 @@
 """A merge as a user writes it, before it is checked: in Python, or in YAML as mergekit has it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ is a value, a gradient (a list of values over the layers), an entry with ``value
 ``filter:``, or a list of such entries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """An ordinary LoRA of one full fine-tune of a known base."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -3,8 +3,6 @@
 The groups of LoRAs are cut to a rank that saves space.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """All tasks of a FlexMerge on one base model, with shared tensors."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Iterator, Sequence

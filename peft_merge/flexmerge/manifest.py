@@ -1,7 +1,5 @@
 """``flexmerge.json`` of adapters, and the folder that it describes: docs/adapters-flexmerge.md."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

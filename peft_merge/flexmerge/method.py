@@ -11,8 +11,6 @@ A group of two or more tasks shares F of its members' original changes, F being 
 :math:`\lambda` = 1.5 times the mean (footnote 1, section 4).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Whether adapters can be merged with each other."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ diffusers' own conversions give PEFT's names, below that of the component (``une
 is written has scalings in B and no alphas, for which diffusers takes the ranks.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping

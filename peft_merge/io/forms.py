@@ -6,8 +6,6 @@ classes in a model, each below the place of its submodule, and one for all model
 renames adapters' tensors by the same tables.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence

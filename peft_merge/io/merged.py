@@ -5,8 +5,6 @@ lists every module by its full name. PEFT takes such a name for the end of a nam
 that has both ``proj`` and ``deep.proj`` gets a further module, initialised as no change.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace

@@ -7,8 +7,6 @@ of torch as ``attention.base_layer.out_proj``, and a second target parameter of 
 the base's own names here, and `stored` puts the wrappers back in.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """From the configuration and the headers of an adapter to its modules."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Adapters read from folders, names on the Hub, and live models."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence

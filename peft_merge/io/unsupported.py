@@ -5,8 +5,6 @@ is loaded, before its tensors are read: `pissa`, `olora`, `loftq` and `corda` ch
 the base then; `lora_ga` changed them in training; all others never do.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Adapters written as PEFT's save_pretrained would, with a card, and checked."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
