@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= out
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: quickstart flexmerge training adapters test check docs format clean
+.PHONY: quickstart flexmerge training adapters notebooks test check docs format clean
 
 quickstart: $(VENV)/examples.stamp
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.quickstart --out $(OUT)/quickstart
@@ -18,6 +18,11 @@ adapters: $(VENV)/examples.stamp
 training: $(VENV)/examples.stamp
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.training.plain
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m examples.training.trainer
+
+notebooks: $(VENV)/notebooks.stamp
+	mkdir -p $(OUT)/notebooks
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/jupyter-execute examples/notebooks/*.ipynb \
+		--output='$(abspath $(OUT))/notebooks/{notebook_name}.ipynb'
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest --numprocesses 2
