@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Auto, Factor, Finite, Parameter, Switch
+from mergekit_ext.core.parameters import AUTO, Auto, Factor, Finite, Parameter, Switch
 from mergekit_ext.declared.method import (
     ADAPTERS,
     BLOCKS,
@@ -28,6 +28,8 @@ SOUPS = "https://arxiv.org/abs/2203.05482"
 TASK_VECTORS = "https://arxiv.org/abs/2212.04089"
 
 LAMBDA = Parameter("lambda", Finite | Auto, 1.0, "factor of the merged task vector")
+# Of methods that add up task vectors, and mostly go too far at 1 (docs/evidence.md).
+CALIBRATED_LAMBDA = replace(LAMBDA, default=AUTO)
 # In FlexMerge, which does not look at every value that it makes.
 BOUNDED_LAMBDA = replace(LAMBDA, kind=Factor | Auto)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Count, NonNegative, Parameter, Positive, Share, choice
-from mergekit_ext.declared.linear import LAMBDA
+from mergekit_ext.declared.linear import CALIBRATED_LAMBDA
 from mergekit_ext.declared.method import (
     ADAPTERS,
     MODELS,
@@ -39,7 +39,7 @@ _PARAMETERS = (
     Parameter("mu", NonNegative | None, None, "threshold on singular values, absolute"),
     Parameter("mu_relative", NonNegative | None, None, _RELATIVE),
     Parameter("rank_ratio", Share | None, None, "rank kept, as a part of min(rows, columns)"),
-    LAMBDA,
+    CALIBRATED_LAMBDA,
     Parameter("combine", choice("sum", "mean", "ties"), "sum", "how the task vectors are combined"),
     Parameter("update", choice("simultaneous", "sequential"), "simultaneous", _UPDATE),
     Parameter("max_iterations", Count, kernel.DEFAULT_MAX_ITERATIONS, _STOPS),

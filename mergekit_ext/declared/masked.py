@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Number, Parameter
-from mergekit_ext.declared.linear import LAMBDA
+from mergekit_ext.declared.linear import CALIBRATED_LAMBDA
 from mergekit_ext.declared.method import BLOCKS, Call, Merged, Method, Pieces, register
 from mergekit_ext.declared.ties import FLEXMERGE_DENSITY
 from mergekit_ext.kernels import masks
@@ -58,7 +58,7 @@ register(
         "EMR-Merging",
         "https://arxiv.org/abs/2405.17461",
         emr,
-        parameters=(LAMBDA,),
+        parameters=(CALIBRATED_LAMBDA,),
         # A factor of a task vector would be undone by its rescaler.
         variants={BLOCKS: {"lambda": None, "weight": None}},
         elementwise=True,

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Auto, Factor, Parameter, choice
+from mergekit_ext.core.parameters import AUTO, Auto, Factor, Parameter, choice
 from mergekit_ext.declared.method import ADAPTERS, Call, Merged, Method, Pieces, register
 from mergekit_ext.errors import UniformCoefficientsWarning
 from mergekit_ext.kernels.numerics import weighted_sum
@@ -29,8 +29,8 @@ _MOST = 0.95
 
 _NORMS = "whose norms: task_vector (default with a base) or weights (without)"
 NORM_OF = Parameter("norm_of", choice("task_vector", "weights") | None, None, _NORMS)
-_FACTOR = "global factor; default (paper) max(1, m/2) over a base for m inputs, 1 without"
-SCALE = Parameter("scale", Factor | Auto | Literal["paper"] | None, None, _FACTOR)
+_FACTOR = "global factor; auto: by norms, 1 without a base; paper: max(1, m/2) over a base"
+SCALE = Parameter("scale", Factor | Auto | Literal["paper"], AUTO, _FACTOR)
 
 
 def granularity(*names: str) -> Parameter:
@@ -64,11 +64,11 @@ def inverse_norm_coefficients(norms: Sequence[float]) -> list[float]:
 
 
 def scale_of(given: Any, models: int, has_base: bool = True) -> float:
-    """Return the global factor, by default (``paper``) max(1, m/2) over a base, else 1.
+    """Return the global factor; ``paper`` is max(1, m/2) over a base, else 1.
 
     The paper's factor m/2, "when merging a large number of models", would shrink one task vector.
     """
-    if given is None or given == "paper":
+    if given == "paper":
         return max(1.0, models / 2) if has_base else 1.0
     return float(given)
 

@@ -110,7 +110,7 @@ class Algorithm(ABC):
             return self._thinned_merge(block, members, dtype)
         models = [block.models[member] for member in members]
         wide = self._thinned_merge(block, members, compute_dtype([block.base, *models]))
-        return calibrated(wide, models, block.base, dtype, self.orthogonal)[0]
+        return calibrated(wide, models, block.base, dtype, self.orthogonal).tensor
 
     def _thinned_merge(
         self, block: BlockData, members: Sequence[int], dtype: torch.dtype

@@ -125,18 +125,17 @@ class ExtMethod(MergeMethod):
         models, start = [entry.tensor for entry in group.non_base], found.start
         if start is None and group.base is not None and not self.ignores_base:
             start = group.base.tensor
-        if start is None and auto:
-            raise MergeError(f"{self.spec.name}: `{name}: {AUTO}` needs a base. Give a number.")
         if start is None or not models:
             return replace(found, tensor=found.tensor.to(dtype))
         orthogonal = self.declared.orthogonal and start.ndim > 1
         norms, tensor = found.norms or norms_of(models, start), found.tensor
         details, factor = {**found.details}, found.details.get(name, parameters.get(name))
         if auto:
-            tensor, factor = calibrated(tensor, models, start, dtype, orthogonal)
+            tensor, factor, length = calibrated(tensor, models, start, dtype, orthogonal, norms)
             details[name] = factor
+        else:
+            (length,) = norms_of([tensor], start)
         inputs = {str(e.id): norm for e, norm in zip(group.non_base, norms, strict=True)}
-        (length,) = norms_of([tensor], start)
         details |= distance(length, inputs, {name: factor}, orthogonal)
         return replace(found, tensor=tensor, details=details)
 

@@ -27,7 +27,7 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
-from mergekit_ext.core.parameters import AUTO, WEIGHT
+from mergekit_ext.core.parameters import WEIGHT
 from mergekit_ext.declared import Inputs, Merged, nan
 from mergekit_ext.declared.ties import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
@@ -130,9 +130,6 @@ class NanMethod(ExtMethod):
             found = "task_vector without a base that is subtracted"
             remedy = "Leave `norm_of` out, or use `nan` or `nan_task_arithmetic` with a base."
             yield Problem(f"{inputs.where}.norm_of", found, "weights", remedy)
-        if options.get("scale") == AUTO and (self.ignores_base or not inputs.based):
-            found = f"{AUTO} without a base that is subtracted"
-            yield Problem(f"{inputs.where}.scale", found, "a number", "Leave `scale` out.")
         yield from super().problems(options, inputs)
 
     def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:

@@ -9,7 +9,7 @@ measured. Where a method makes its inputs' parts orthogonal to each other, their
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,17 +31,34 @@ def auto_factor(
     return wanted * (math.sqrt(count) if orthogonal else 1) / merged if merged else 1.0
 
 
+class Calibrated(NamedTuple):
+    """``base + c (merged - base)``, c, and the norm of ``c (merged - base)``."""
+
+    tensor: Tensor
+    factor: float
+    length: float
+
+
 def calibrated(
-    merged: Tensor, models: Sequence[Tensor], base: Tensor, dtype: torch.dtype, orthogonal: bool
-) -> tuple[Tensor, float]:
-    """Return ``base + c (merged - base)`` in `dtype`, and c, the `auto_factor`."""
+    merged: Tensor,
+    models: Sequence[Tensor],
+    base: Tensor,
+    dtype: torch.dtype,
+    orthogonal: bool,
+    norms: Sequence[float] | None = None,
+) -> Calibrated:
+    """Return a merge as long as `auto_factor` makes it, in `dtype`.
+
+    `norms` are those of the models' differences from the base, where they are known.
+    """
     flat, wide = [t.reshape(-1) for t in (*models, base)], compute_dtype([*models, base])
     weights = [*([1.0] * len(models)), -float(len(models))]
     sums = (weighted_sum([t[part] for t in flat], weights, wide) for part in chunks(base))
     total = math.sqrt(math.fsum(square for each in sums for square in squared_norms([each])))
-    length, *norms = norms_of([merged, *models], base)
-    factor = auto_factor(length, norms, total, orthogonal)
-    return weighted_sum([merged], [factor], dtype, base), factor
+    (length,) = norms_of([merged], base)
+    factor = auto_factor(length, norms or norms_of(models, base), total, orthogonal)
+    tensor = weighted_sum([merged], [factor], dtype, base)
+    return Calibrated(tensor, factor, abs(factor) * length)
 
 
 def distance(

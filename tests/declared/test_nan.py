@@ -59,9 +59,8 @@ def test_refuses_what_is_no_norm(bad):
 
 
 def test_default_scale():
-    for default in (None, "paper"):
-        assert [scale_of(default, m) for m in (1, 2, 3, 8)] == [1, 1, 1.5, 4]
-        assert scale_of(default, 8, has_base=False) == 1
+    assert [scale_of("paper", m) for m in (1, 2, 3, 8)] == [1, 1, 1.5, 4]
+    assert scale_of("paper", 8, has_base=False) == 1
     assert scale_of(0, 8) == 0
 
 

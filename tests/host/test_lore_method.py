@@ -28,6 +28,12 @@ def models(count=3, shape=(12, 9), dtype=torch.float32):
     return [t.to(dtype) for t in (base, *tuned)]
 
 
+def merge(inputs, *, parameters, base_index=None):
+    return merge_tensors(
+        inputs, "lore", base_index=base_index, parameters={"lambda": 1.0, **parameters}
+    )
+
+
 def problems(*, based=False, **shared):
     given = {"update": "simultaneous", **shared}
     return list(ext_method("lore").problems(given, Inputs(3, based)))
@@ -47,9 +53,7 @@ def problems(*, based=False, **shared):
 def test_parameters_reach_the_solver(parameters, over_base):
     base, *tuned = models(dtype=torch.float64)
     inputs = [base, *tuned] if over_base else tuned
-    found = merge_tensors(
-        inputs, "lore", base_index=0 if over_base else None, parameters=parameters
-    )
+    found = merge(inputs, base_index=0 if over_base else None, parameters=parameters)
     named = {{"lambda": "lam"}.get(k, k): v for k, v in parameters.items()}
     wanted = reference(tuned, base=base if over_base else None, **named).merged
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -58,9 +62,7 @@ def test_parameters_reach_the_solver(parameters, over_base):
 def test_per_model_weights():
     base, *tuned = models(dtype=torch.float64)
     weights = [1.0, 0.0, -0.5]
-    found = merge_tensors(
-        [base, *tuned], "lore", base_index=0, parameters={"mu": 0.2, "weight": weights}
-    )
+    found = merge([base, *tuned], base_index=0, parameters={"mu": 0.2, "weight": weights})
     wanted = reference(tuned, base=base, mu=0.2, weights=weights).merged
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
@@ -68,7 +70,7 @@ def test_per_model_weights():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_computed_in_float32_and_cast_once(dtype):
     base, *tuned = models(dtype=dtype)
-    found = merge_tensors([base, *tuned], "lore", base_index=0, parameters={"mu": 0.05})
+    found = merge([base, *tuned], base_index=0, parameters={"mu": 0.05})
     wanted = reference(tuned, base=base, mu=0.05).merged
     assert found.dtype == dtype
     eps = torch.finfo(dtype).eps
@@ -93,7 +95,7 @@ def test_layout_of(name, axes, layout):
 
 def test_one_dimensional_tensors_are_averaged():
     _, *tuned = models(shape=(7,))
-    found = merge_tensors(tuned, "lore", parameters={"mu": 1.0, "lambda": 5.0})
+    found = merge(tuned, parameters={"mu": 1.0, "lambda": 5.0})
     torch.testing.assert_close(found, sum(tuned) / 3)
 
 
@@ -124,13 +126,13 @@ def test_sequential_needs_something_to_solve():
 def test_bad_values_are_refused(parameters):
     _, *tuned = models()
     with pytest.raises(ValidationError):
-        merge_tensors(tuned, "lore", parameters=parameters)
+        merge(tuned, parameters=parameters)
 
 
 def test_two_models_without_a_base_are_reported():
     _, first, second = models(2)
     with pytest.warns(TwoModelsWarning, match="plain average"):
-        found = merge_tensors([first, second], "lore", parameters={"mu": 0.1, "lambda": 9.0})
+        found = merge([first, second], parameters={"mu": 0.1, "lambda": 9.0})
     torch.testing.assert_close(found, (first + second) / 2)
 
 
@@ -148,14 +150,14 @@ def test_where_parameters_act_nothing_is_reported(inputs, parameters, base_index
     # MergeWarning is an error in this suite.
     tensors = models(3)[-inputs:]
     averaged = sum(tensors) / len(tensors)
-    found = merge_tensors(tensors, "lore", base_index=base_index, parameters=parameters)
+    found = merge(tensors, base_index=base_index, parameters=parameters)
     assert not torch.allclose(found, averaged, atol=1e-4)
 
 
 def test_not_converging_is_reported():
     _, *tuned = models()
     with pytest.warns(NotConvergedWarning, match=r"1 of 1 tensors .* in 2 iterations"):
-        merge_tensors(tuned, "lore", parameters={"mu": 0.2, "max_iterations": 2})
+        merge(tuned, parameters={"mu": 0.2, "max_iterations": 2})
 
 
 def test_nan_lore_weighs_low_rank_task_vectors():

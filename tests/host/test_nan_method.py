@@ -49,6 +49,8 @@ def states(count=3, dtype=torch.float32, device="cpu"):
 
 def merged(method, base, models, **parameters):
     inputs = ({"base": base} if base else {}) | {f"m{i}": m for i, m in enumerate(models)}
+    if method.startswith("nan"):
+        parameters = {**PAPER, **parameters}
     return merge_state_dicts(inputs, method, base="base" if base else None, parameters=parameters)
 
 
@@ -60,6 +62,7 @@ def check(found, wanted, tolerance=2e-6):
         )
 
 
+PAPER = {"scale": "paper"}
 GROUPS = {"tensor": lambda name: name, "block": block_of, "model": lambda name: "all"}
 
 
@@ -240,7 +243,7 @@ def test_norms_beyond_the_range_are_reported():
 def test_an_explicit_dtype_is_computed_in():
     base, *models = states(dtype=torch.float32)
     inputs = {"base": base} | {str(i): m for i, m in enumerate(models)}
-    found = merge_state_dicts(inputs, "nan", base="base", dtype=torch.float64)
+    found = merge_state_dicts(inputs, "nan", base="base", dtype=torch.float64, parameters=PAPER)
     wanted = reference.merge(models, base)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-13, atol=1e-13)
@@ -303,6 +306,6 @@ def test_graph_without_statistics_fails_rather_than_measuring_one_tensor():
     group = merge_methods.TensorGroup.from_tensors(
         [base[NAMES[0]], models[0][NAMES[0]]], base_index=0, name=NAMES[0]
     )
-    bound = {"norm_of": None, "granularity": "model", "scale": None, "weight": {1: 1.0}}
+    bound = {"norm_of": None, "granularity": "model", "scale": 1.0, "weight": {1: 1.0}}
     with pytest.raises(HostVersionError, match="register"):
         method._execute_resolved([group], [bound])

@@ -122,8 +122,12 @@ def test_a_merge_that_goes_on_reports_the_same(models, tmp_path):
     assert json.loads((out / "merge_report.json").read_text()) == whole
 
 
-def test_a_factor_without_a_base_is_refused(models, tmp_path):
-    given = document(models, "nan", {"scale": "auto"})
+def test_without_a_base_the_factor_is_one(models, tmp_path):
+    given = document(models, "nan", {})
     del given["base_model"]
-    with pytest.raises(mergekit_ext.errors.ConfigError, match=r"auto without a base"):
-        mergekit_ext.merge(yaml.safe_dump(given), tmp_path / "out", QUIET)
+    files = []
+    for scale in ({}, {"scale": 1}):
+        out = mergekit_ext.merge({**given, "parameters": scale}, tmp_path / str(scale), QUIET)
+        (file,) = out.path.glob("*.safetensors")
+        files.append(file.read_bytes())
+    assert files[0] == files[1]
