@@ -1,1 +1,1 @@
-"""Which method and which factor: merges of real fine-tunes, at defaults, calibrated, and tuned."""
+"""Which method and which factor: merges of real fine-tunes, as published, calibrated, and tuned."""

@@ -1,14 +1,15 @@
-"""Which method and which factor: merges of real fine-tunes, at defaults, calibrated, and tuned.
+"""Which method and which factor: merges of real fine-tunes, as published, calibrated, and tuned.
 
     python -m bench.evidence --out out/evidence          # 90 minutes; what is there is kept
     python -m bench.evidence --families vit --seeds 0
     python -m bench.evidence --tables                    # of what is there
     python -m bench.evidence --quick                     # a few steps, to see that it runs
 
-Every family is made three times, from its own start, data and seed. A method is scored at its
-default, with the factor "auto" where it has one, and tuned: over its variants, and over the factor
-of the merged change at `rows.NORMS`, by validation data. *Normalised*: the mean over tasks of the
-accuracy on test data over that of the task's own model. OUT/<family><seed>.jsonl has every score.
+Every family is made three times, from its own start, data and seed. A method is scored as
+published, with the factor "auto" where it has one, and tuned: over its variants, and over the
+factor of the merged change at `rows.NORMS`, by validation data. *Normalised*: the mean over tasks
+of the accuracy on test data over that of the task's own model. OUT/<family><seed>.jsonl has every
+score.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ Parameters = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a method with what it is given at its default.
+    """One line of the table: a method with what it is given as published.
 
     Attributes:
         method: in YAML.
-        given: shared parameters that have no default.
+        given: shared parameters that have no default, and the factor as published.
         based: whether the common start is given as the base; adapters have none.
         each: parameters of every model.
         factor: the parameter that multiplies the merged change; its value "auto" is tried.
@@ -35,7 +35,9 @@ class Row:
 
 
 _WEIGHT = {"weight": 1.0}
+_PAPER, _ONE = {"scale": "paper"}, {"lambda": 1.0}
 _DENSITIES = ({"density": 0.1}, {"density": 0.3})
+_LORE = {**_ONE, "mu_relative": 0.1}
 _MUS = ({"mu_relative": 0.03}, {"mu_relative": 0.3})
 _SIZE_1 = {"target_size": 1, "heads": "merged"}
 
@@ -48,18 +50,18 @@ MODELS: Mapping[str, Row] = {
     "model_stock": Row("model_stock"),
     "sce": Row("sce", variants=({"select_topk": 0.1}, {"select_topk": 0.3})),
     "karcher": Row("karcher", based=False),
-    "nan": Row("nan", factor="scale", auto=True),
+    "nan": Row("nan", _PAPER, factor="scale", auto=True),
     "nan, no base": Row("nan", based=False),
-    "nan_ties": Row("nan_ties", factor="scale", auto=True, variants=_DENSITIES),
-    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=True, variants=_MUS),
+    "nan_ties": Row("nan_ties", _PAPER, factor="scale", auto=True, variants=_DENSITIES),
+    "lore": Row("lore", _LORE, factor="lambda", auto=True, variants=_MUS),
     "lore, no base": Row(
-        "lore", {"mu_relative": 0.1}, False, factor="lambda", auto=True, anchor=0.0, variants=_MUS
+        "lore", _LORE, False, factor="lambda", auto=True, anchor=0.0, variants=_MUS
     ),
     "tsv_m": Row("tsv_m", factor="lambda", auto=True),
     "iso_c": Row("iso_c", factor="lambda", auto=True),
     "iso_cts": Row("iso_cts", factor="lambda", auto=True),
     "pcb": Row("pcb", factor="lambda", auto=True, variants=({"density": 0.3},)),
-    "emr": Row("emr", factor="lambda", auto=True),
+    "emr": Row("emr", _ONE, factor="lambda", auto=True),
     **{
         f"flexmerge {name}": Row(
             "flexmerge", {**_SIZE_1, "algorithm": name}, factor="lambda", auto=True
@@ -73,13 +75,13 @@ ADAPTERS: Mapping[str, Row] = {
     "task_arithmetic": Row("task_arithmetic", factor="lambda", auto=True),
     "ties": Row("ties", factor="lambda", auto=True, variants=_SHARES),
     "dare_ties": Row("dare_ties", factor="lambda", auto=True, variants=_SHARES),
-    "nan": Row("nan", factor="scale", auto=True),
-    "lore": Row("lore", {"mu_relative": 0.1}, factor="lambda", auto=True, variants=_MUS),
+    "nan": Row("nan", _PAPER, factor="scale", auto=True),
+    "lore": Row("lore", _LORE, factor="lambda", auto=True, variants=_MUS),
     "tsv_m": Row("tsv_m", factor="lambda", auto=True),
     "iso_c": Row("iso_c", factor="lambda", auto=True),
     "iso_cts": Row("iso_cts", factor="lambda", auto=True),
     "pcb": Row("pcb", factor="lambda", auto=True),
-    "emr": Row("emr", factor="lambda", auto=True),
+    "emr": Row("emr", _ONE, factor="lambda", auto=True),
 }
 # Merged norms, over the mean norm of the inputs, that tuning tries.
 NORMS = (0.3, 0.45, 0.6, 0.75, 0.9, 1.1, 1.4)

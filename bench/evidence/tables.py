@@ -37,7 +37,7 @@ def _family(family: str, runs: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"**{family}**",
         "",
-        "| method | default | rho | auto | rho | tuned | at |",
+        "| method | as published | rho | auto | rho | tuned | at |",
         "| --- | --: | --: | --: | --: | --: | --- |",
     ]
     for title in rows(FAMILIES[family].adapters):
@@ -63,7 +63,7 @@ def _family(family: str, runs: Sequence[Mapping[str, Any]]) -> str:
 def _against_average(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """In how many families the mean score is below that of the plain average, by 0.005 or more."""
     lines = [
-        "| method | default below the average | auto below the average |",
+        "| method | as published below the average | auto below the average |",
         "| --- | --- | --- |",
     ]
     titles = dict.fromkeys(t for f in found for t in rows(FAMILIES[f].adapters))
