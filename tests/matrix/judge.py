@@ -46,12 +46,13 @@ class _Merge:
 
 
 def _nan(family: Family) -> _Merge:
-    return _Merge("nan", TASKS, {"": family.expected(reference.inverse_norms)})
+    expected = {"": family.expected(reference.inverse_norms)}
+    return _Merge("nan", TASKS, expected, parameters={"scale": "paper"})
 
 
 def _lore(family: Family) -> _Merge:
     rule = reference.low_rank(_MU, reference.convolutions(family.base))
-    return _Merge("lore", TASKS, {"": family.expected(rule)}, parameters={"mu": _MU})
+    return _Merge("lore", TASKS, {"": family.expected(rule)}, parameters={"mu": _MU, "lambda": 1})
 
 
 def _tsv_m(family: Family) -> _Merge:
@@ -64,7 +65,8 @@ def _pcb(family: Family) -> _Merge:
 
 
 def _emr(family: Family) -> _Merge:
-    return _Merge("emr", TASKS, {"": family.expected(reference.unified)})
+    expected = {"": family.expected(reference.unified)}
+    return _Merge("emr", TASKS, expected, parameters={"lambda": 1})
 
 
 def _flexmerge(family: Family) -> _Merge:

@@ -19,7 +19,7 @@ Rule = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
 
 
 def inverse_norms(name: str, base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
-    """NAN of two models over a base, whose `scale` is 1 by default."""
+    """NAN of two models over a base, whose factor is 1 in the paper."""
     return nan.merge([{name: w} for w in tuned], {name: base})[name]
 
 
