@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from mergekit_ext.core.parameters import AUTO, Auto, Factor, Parameter, choice
+from mergekit_ext.core.parameters import AUTO, Auto, Factor, Finite, Parameter, choice
 from mergekit_ext.declared.method import ADAPTERS, Call, Merged, Method, Pieces, register
 from mergekit_ext.errors import UniformCoefficientsWarning
 from mergekit_ext.kernels.numerics import weighted_sum
@@ -31,6 +31,8 @@ _NORMS = "whose norms: task_vector (default with a base) or weights (without)"
 NORM_OF = Parameter("norm_of", choice("task_vector", "weights") | None, None, _NORMS)
 _FACTOR = "global factor; auto: by norms, 1 without a base; paper: max(1, m/2) over a base"
 SCALE = Parameter("scale", Factor | Auto | Literal["paper"], AUTO, _FACTOR)
+# Of F in `nan_<method>`, where `scale` is the factor that norms decide.
+LAMBDA = Parameter("lambda", Finite, 1.0, "factor of the method's result, beside `scale`")
 
 
 def granularity(*names: str) -> Parameter:
@@ -140,7 +142,10 @@ def with_nan(method: Method) -> Method:
         method,
         name=f"nan_{method.name}",
         merge=merged,
-        parameters=(*method.parameters, *_OF_ADAPTERS),
+        parameters=(
+            *(LAMBDA if p.name == LAMBDA.name else p for p in method.parameters),
+            *_OF_ADAPTERS,
+        ),
         blockwise=None if method.blockwise is None else rows,
         nan=True,
     )

@@ -80,6 +80,8 @@ def _with_ranges(method: MergeMethod) -> Iterator[ParameterSpec]:
     for spec in method.spec.parameters:
         if spec.name == "weight":
             yield spec_of(WEIGHT, spec.scope)
+        elif spec.name == nan.LAMBDA.name and isinstance(method, ExtMethod):
+            yield spec_of(nan.LAMBDA)
         else:
             yield replace(spec, value_type=ranges.get(spec.name, spec.value_type))
 

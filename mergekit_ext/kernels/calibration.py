@@ -51,11 +51,13 @@ def calibrated(
 
     `norms` are those of the models' differences from the base, where they are known.
     """
+    (length,) = norms_of([merged], base)
+    if not length:  # the base, its negative zeros too
+        return Calibrated(merged.to(dtype), 1.0, 0.0)
     flat, wide = [t.reshape(-1) for t in (*models, base)], compute_dtype([*models, base])
     weights = [*([1.0] * len(models)), -float(len(models))]
     sums = (weighted_sum([t[part] for t in flat], weights, wide) for part in chunks(base))
     total = math.sqrt(math.fsum(square for each in sums for square in squared_norms([each])))
-    (length,) = norms_of([merged], base)
     factor = auto_factor(length, norms or norms_of(models, base), total, orthogonal)
     tensor = weighted_sum([merged], [factor], dtype, base)
     return Calibrated(tensor, factor, abs(factor) * length)

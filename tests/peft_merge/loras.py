@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from mergekit_ext.core.parameters import WEIGHT
+from mergekit_ext.core.parameters import AUTO, WEIGHT
 from mergekit_ext.declared import ADAPTERS, Call
 from peft_merge.adapter import LoraAdapter, ModuleInfo, Update
 from peft_merge.modules import merge_modules
@@ -43,9 +43,14 @@ def adapter(name, updates):
 
 
 def defaults(rule, count):
-    """All defaults of a rule, weights 1, for so many adapters."""
+    """All defaults of a rule, but the factor of its paper, weights 1, for so many adapters."""
     parameters = rule.for_driver(ADAPTERS)
-    shared = {p.name: p.default for p in parameters if not p.per_model}
+    published = {"lambda": 1.0, "scale": "paper"}
+    shared = {
+        p.name: published[p.name] if p.default == AUTO else p.default
+        for p in parameters
+        if not p.per_model
+    }
     own = {p.name: p.default for p in parameters if p.per_model and p is not WEIGHT}
     return Call([1.0] * count, shared, [own] * count)
 
