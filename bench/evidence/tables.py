@@ -30,7 +30,24 @@ def tables(out: Path, families: Sequence[str], seeds: Sequence[int]) -> str:
         for family in families
     }
     parts = [_family(family, runs) for family, runs in found.items()]
-    return "\n\n".join([*parts, _against_average(found), _norms(found)])
+    return "\n\n".join([_summary(found), _against_average(found), _norms(found), *parts])
+
+
+def _summary(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Means over seeds as published; in brackets with the factor auto."""
+    lines = ["| method | " + " | ".join(found) + " |", "| --- |" + " --: |" * len(found)]
+    for title in dict.fromkeys(t for f in found for t in rows(FAMILIES[f].adapters)):
+        cells = []
+        for runs in found.values():
+            some = [run[title] for run in runs if title in run]
+            means = [
+                f"{fmean(line[setting]['test'] for line in some):.3f}"
+                for setting in ("default", "auto")
+                if some and setting in some[0]
+            ]
+            cells.append(" (".join(means) + (")" if len(means) > 1 else ""))
+        lines.append(f"| `{title}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _family(family: str, runs: Sequence[Mapping[str, Any]]) -> str:
