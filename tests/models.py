@@ -127,7 +127,9 @@ def config(
     parameters: Mapping[str, Any] | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
-    """A mergekit configuration, as the YAML would give it."""
+    """A mergekit configuration, as the YAML would give it; of NAN with the paper's factor."""
+    if method.startswith("nan"):
+        parameters = {"scale": "paper", **(parameters or {})}
     content: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": str(model)} for model in models],

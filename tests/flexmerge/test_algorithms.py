@@ -310,10 +310,10 @@ def test_dare_before_masks():
 @pytest.mark.parametrize(
     ("name", "given", "plain"),
     [
-        ("nan", {}, "nan"),
+        ("nan", {"scale": "paper"}, "nan"),
         ("mergekit:ties", {"density": 0.4}, "ties"),
         ("linear", {}, "average"),
-        ("nan_ties", {"density": 0.4}, None),
+        ("nan_ties", {"density": 0.4, "scale": "paper"}, None),
         ("lore", {"mu_relative": 0.1, "lambda": 0.7}, None),
     ],
 )
@@ -346,7 +346,7 @@ def test_nan_measures_the_whole_block_whatever_its_tensors_are_called():
         model[first] = base[first] + (factor + 1) ** 2 * (model[first] - base[first])
     block = Block("model", (base, models), granularity="model")
     assert len(block.names) == 3
-    found = block.merge(from_yaml(algorithm="nan"), (0, 1, 3))
+    found = block.merge(from_yaml(algorithm="nan", scale="paper"), (0, 1, 3))
     block.check(found, "nan", (0, 1, 3), naive.Options())
 
 

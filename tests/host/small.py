@@ -26,6 +26,7 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.host.checks.report import CheckReport
 from tests import models
+from tests.models import config
 
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}
 _SIZES = {
@@ -88,10 +89,15 @@ def family(folder: Path, **changes: Any) -> list[Path]:
     return folders
 
 
-def merging(base: Path, *models: Path | str, method: str = "nan", **rest: Any) -> dict[str, Any]:
-    """Write the configuration of a merge."""
-    entries = [{"model": str(model)} for model in models]
-    return {"merge_method": method, "base_model": str(base), "models": entries, **rest}
+def merging(
+    base: Path,
+    *tuned: Path | str,
+    method: str = "nan",
+    parameters: Mapping[str, Any] | None = None,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Write the configuration of a merge; of NAN with the paper's factor."""
+    return {**config(method, [*map(Path, tuned)], base, parameters), **rest}
 
 
 def checked(document: dict[str, Any], **options: Any) -> CheckReport:

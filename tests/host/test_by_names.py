@@ -141,7 +141,7 @@ def test_heads_that_differ_are_the_bases_and_the_report_says_so(vits, tmp_path):
 @pytest.mark.parametrize("name", ["five", "body"])
 def test_the_output_has_the_head_and_the_class_that_heads_names(vits, tmp_path, name):
     document = merging(vits / "body", vits / "one", vits / "five")
-    document["parameters"] = {"heads": str(vits / name)}
+    document["parameters"]["heads"] = str(vits / name)
     found, config = merge(document, tmp_path / "out")
     given = small.state(vits / name)
     assert found.keys() == given.keys()

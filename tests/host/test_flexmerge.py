@@ -91,7 +91,7 @@ ALGORITHMS = {
     ),
     "tsv_m": ({}, naive.Options()),
     "iso_cts": ({}, naive.Options()),
-    "nan": ({}, naive.Options()),
+    "nan": ({"scale": "paper"}, naive.Options()),
     "consensus": ({"trim_scope": "block"}, naive.Options(1.0, None, [0.1] * 3)),
     "emr": ({}, naive.Options()),
     "channel_merging": ({}, naive.Options(1.5)),

@@ -65,7 +65,7 @@ def test_the_density_of_pcb():
 @METHODS
 def test_half_precision_is_computed_in_float32_and_cast_once(method):
     base, *tuned = models(dtype=torch.bfloat16)
-    found = merge_tensors([base, *tuned], method, base_index=0)
+    found = merge_tensors([base, *tuned], method, base_index=0, parameters={"lambda": 1.0})
     wanted = base.double() + REFERENCES[method]([t.float() - base.float() for t in tuned])
     assert found.dtype == torch.bfloat16
     eps = torch.finfo(torch.bfloat16).eps

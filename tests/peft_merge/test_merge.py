@@ -166,7 +166,9 @@ def test_nan_coefficients_are_those_of_the_norms(tmp_path):
     }
     whole = [sum(n[i] ** 2 for n in norms.values()) ** 0.5 for i in range(3)]
     for granularity in ("tensor", "model"):
-        merged = merge_adapters(folders, "nan", parameters={"granularity": granularity})
+        merged = merge_adapters(
+            folders, "nan", parameters={"granularity": granularity, "scale": "paper"}
+        )
         expected = {}
         for module, own in norms.items():
             inverse = [1 / norm for norm in (own if granularity == "tensor" else whole)]
