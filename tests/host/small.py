@@ -26,7 +26,6 @@ from mergekit_ext.errors import Problem
 from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.host.checks.report import CheckReport
 from tests import models
-from tests.models import config
 
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}
 _SIZES = {
@@ -91,13 +90,13 @@ def family(folder: Path, **changes: Any) -> list[Path]:
 
 def merging(
     base: Path,
-    *tuned: Path | str,
+    *paths: Path | str,
     method: str = "nan",
     parameters: Mapping[str, Any] | None = None,
     **rest: Any,
 ) -> dict[str, Any]:
     """Write the configuration of a merge; of NAN with the paper's factor."""
-    return {**config(method, [*map(Path, tuned)], base, parameters), **rest}
+    return {**models.config(method, [*map(Path, paths)], base, parameters), **rest}
 
 
 def checked(document: dict[str, Any], **options: Any) -> CheckReport:

@@ -214,7 +214,7 @@ def test_slices_of_different_models_have_coefficients_of_their_own(llamas, tmp_p
         "merge_method": "nan",
         "base_model": str(base),
         "slices": [part(0, 2, first, second), part(2, 3, first, third)],
-        "parameters": {"granularity": "model"},
+        "parameters": {"granularity": "model", "scale": "paper"},
     }
     done = run(tmp_path, config)
     assert done.returncode == 0, done.stderr
