@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from mergekit import merge_methods
+from mergekit.options import MergeOptions
 
 import mergekit_ext
 import peft_merge
@@ -99,7 +100,7 @@ def test_the_yaml_runs(
     if adapters:
         peft_merge.run_config(yaml.safe_load(text), out)
     else:
-        mergekit_ext.merge(text, out)
+        mergekit_ext.merge(text, out, MergeOptions(quiet=True, copy_tokenizer=False))
     assert any(out.rglob("*.safetensors"))
 
 

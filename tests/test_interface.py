@@ -6,6 +6,7 @@ import gc
 import pydoc
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers import AutoModelForCausalLM
 import mergekit_ext
 import peft_merge
 from mergekit_ext.errors import ConfigError
-from tests.models import config, family, llama, state, tokenizer
+from tests.host.test_merge_models import make
+from tests.models import config, family, state, tokenizer
 
 TEXT = (Path(__file__).parents[1] / "docs/python.md").read_text(encoding="utf-8")
 QUIET = MergeOptions(quiet=True)
@@ -45,19 +47,27 @@ def test_help_fits_a_screen(function: Any) -> None:
     assert function.__name__ == "register" or ">>>" in text
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the page works with, in the current directory."""
-    base, tuned = family(tmp_path / "made", llama, amounts=(0.01, 0.02))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and adapters under the names of the page."""
+    made = tmp_path_factory.mktemp("made")
+    base, tuned = family(made / "family", partial(make, tied=False), amounts=(0.01, 0.02))
     for name, path in zip(("base", "code", "maths"), (base, *tuned), strict=True):
-        path.rename(tmp_path / name)
-        tokenizer(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
+        path.rename(made / name)
+        tokenizer(made / name, [f"w{i}" for i in range(16)])
     for name in ("lora-code", "lora-maths"):
         config_of = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config_of).save_pretrained(
-            name
-        )
+        model = AutoModelForCausalLM.from_pretrained(made / "base")
+        get_peft_model(model, config_of).save_pretrained(made / name)
+    return made
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the page works with, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for path in made.iterdir():
+        Path(path.name).symlink_to(path)
     models = [Path("code"), Path("maths")]
     documents = {
         "merge": config("nan", models, Path("base")),

@@ -19,6 +19,9 @@ from mergekit_ext.errors import HostVersionError
 _OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
 
 
+_registered: list[Any] = []  # what was, after the last registration
+
+
 def _replace(owner: Any, name: str, extension: Callable[..., Any]) -> None:
     """Have ``owner.name`` call `extension`, which gets mergekit's own first; once."""
     stock = getattr(owner, name)
@@ -72,9 +75,12 @@ def extend_methods(merge_methods: Any) -> None:
             if method.spec.name not in known:
                 merge_methods.register(method)
 
-    register([NanMethod(), *map(FlexMergeMethod, (FLEXMERGE, DECOMPOSITION))])
-    register(map(DeclaredMethod, methods(MODELS).values()))
-    register([NanMethod(other) for other in merge_methods.registered_methods() if takes_nan(other)])
+    if [*merge_methods.registered_methods()] != _registered:  # making them takes a while
+        register([NanMethod(), *map(FlexMergeMethod, (FLEXMERGE, DECOMPOSITION))])
+        register(map(DeclaredMethod, methods(MODELS).values()))
+        others = merge_methods.registered_methods()
+        register([NanMethod(other) for other in others if takes_nan(other)])
+        _registered[:] = merge_methods.registered_methods()
     _replace(LoaderCache, "setup", loader.setup)
     _replace(LoaderCache, "get", loader.get)
     _replace(LoadTensor, "execute", loader.load_tensor)

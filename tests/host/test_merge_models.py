@@ -36,11 +36,10 @@ ALSO: dict[str, dict[str, Any]] = {
 QUIET = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=7)
 
 
-def make() -> Any:
-    """A model with tied embeddings."""
+def make(tied: bool = True) -> Any:
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16)
     return LlamaForCausalLM(
-        LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
+        LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=tied)
     )
 
 

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ pytest.importorskip("optuna")
 import mergekit_ext
 from mergekit_ext.declared import lore
 from mergekit_ext.errors import ConfigError, MergeError
+from mergekit_ext.host.flexmerge import engine
 from mergekit_ext.report.tables import EvaluationError
 from tests import models
 from tests.cli import subcommand
+from tests.host.test_merge_models import make
 
-QUIET = MergeOptions(quiet=True)
+QUIET = MergeOptions(quiet=True, copy_tokenizer=False)
 SCALE = {"scale": {"from": 0.0, "to": 2.0}}
 NAME = "model.layers.0.self_attn.q_proj.weight"
 # How far a merge went, as a share of one of the models: best at 0.2.
@@ -35,7 +37,7 @@ from pathlib import Path
 from safetensors import safe_open
 from tests.host.test_tune import NAME
 
-calls = 0
+calls = killed_at = 0
 
 
 def weight(name):
@@ -46,7 +48,7 @@ def weight(name):
 def evaluate(model, task):
     global calls
     calls += 1
-    if str(calls) == os.environ.get("KILLED_AT"):
+    if calls == killed_at:
         os.kill(os.getpid(), signal.SIGKILL)
     start = weight("base")
     gone = (model.get_parameter(NAME).detach() - start).norm() / (weight("tuned2") - start).norm()
@@ -58,7 +60,7 @@ def evaluate(model, task):
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     folder = tmp_path_factory.mktemp("family")
     (folder / "scores_of_tune.py").write_text(SCORES)
-    return models.family(folder, models.llama)
+    return models.family(folder, partial(make, tied=False))
 
 
 @pytest.fixture
@@ -101,23 +103,21 @@ def test_the_best_is_found_and_stock_mergekit_merges_it(family, evaluate, tmp_pa
 
 def test_a_killed_search_goes_on_as_if_it_had_not_been_killed(family, evaluate, tmp_path):
     config = opened(family)
-    whole = mergekit_ext.tune(config, tmp_path / "whole", evaluate, QUIET, trials=6, tasks=["a"])
+    whole = mergekit_ext.tune(config, tmp_path / "whole", evaluate, QUIET, trials=4, tasks=["a"])
     path = models.write_yaml(tmp_path / "open.yml", config)
-    command = [sys.executable, "-m", "mergekit_ext", "tune", path, tmp_path / "out", "--task", "a"]
-    root = Path(__file__).parents[2]
-    killed = subprocess.run(
-        [*map(str, command), "--trials", "6", "--evaluate", "scores_of_tune:evaluate"],
-        cwd=family[0].parent,
-        env={**os.environ, "PYTHONPATH": str(root), "KILLED_AT": "4"},
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    before = json.loads((tmp_path / "out/tune.json").read_text())["trials"]
-    assert len(before) == 3
     module = sys.modules["scores_of_tune"]
+    if (child := os.fork()) == 0:
+        try:
+            module.calls, module.killed_at = 0, 3
+            mergekit_ext.tune(path, tmp_path / "out", evaluate, QUIET, trials=4, tasks=["a"])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    before = json.loads((tmp_path / "out/tune.json").read_text())["trials"]
+    assert len(before) == 2
     module.calls = 0
-    found = mergekit_ext.tune(path, tmp_path / "out", evaluate, QUIET, trials=6, tasks=["a"])
-    assert module.calls == 3
+    found = mergekit_ext.tune(path, tmp_path / "out", evaluate, QUIET, trials=4, tasks=["a"])
+    assert module.calls == 2
     for row, expected in zip(found.trials, whole.trials, strict=True):
         assert row.pop("state") == expected.pop("state") == "complete"
         assert row == pytest.approx(expected)
@@ -160,11 +160,24 @@ def test_each_method_has_its_own_parameters_and_failures_are_no_end(family, eval
     assert found.best["parameters"].keys() == own[found.best["merge_method"]]
 
 
-def test_sizes_of_a_flexmerge(family, evaluate, tmp_path):
+def test_sizes_of_a_flexmerge_are_those_of_one_analysis(family, tmp_path, monkeypatch):
+    analyses, analyse = [], engine.analyse
+    count = lambda *given: analyses.append(given) or analyse(*given)  # noqa: E731
+    monkeypatch.setattr(engine, "analyse", count)
+    seen = []
+
+    def worse(model, task):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return -len(seen)
+
     config = opened(family, "flexmerge", target_size={"from": 1.0, "to": 3.0})
-    found = mergekit_ext.tune(config, tmp_path / "out", lambda model, task: 1.0, QUIET, trials=2)
-    assert 1 <= found.best["parameters"]["target_size"] <= 3
-    assert {f"tuned{i}/score" for i in range(3)} <= found.trials[0].keys()
+    found = mergekit_ext.tune(config, tmp_path / "out", worse, QUIET, trials=2)
+    assert len(analyses) == 1
+    tasks = [f"tuned{i}" for i in range(3)]
+    assert {f"{task}/score" for task in tasks} <= found.trials[0].keys()
+    merged = mergekit_ext.merge(found.best, options=QUIET).tensors
+    for task, tensors in zip(tasks, seen, strict=False):
+        torch.testing.assert_close(merged[task], tensors, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,11 @@ def unknown_keys(source: str | Mapping[str, Any] | None) -> list[Problem]:
 
 
 def _unknown(document: Mapping[str, Any]) -> Iterator[Problem]:
-    errors: list[Any] = []
     try:
         # `name` is mergekit-multi's.
         given = {key: value for key, value in document.items() if key != "name"}
         MergeConfiguration.model_validate(given, extra="forbid")
+        return
     except ValidationError as error:
         errors = [item for item in error.errors() if item["type"] in _UNKNOWN]
     except RuntimeError:  # of mergekit's validators: `parse` reports it
