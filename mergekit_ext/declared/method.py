@@ -72,6 +72,7 @@ class Merged:
     start: Tensor | None = None  # theta_0, where it is estimated
     # Of the inputs' differences from the base, where they are known already.
     norms: Sequence[float] | None = None
+    length: float | None = None  # the norm of the merged difference, likewise
 
 
 OverBase = Callable[["Tensor | None", Sequence["Tensor"], Call, "torch.dtype"], Merged]

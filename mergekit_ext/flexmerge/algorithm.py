@@ -12,7 +12,7 @@ from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.declared import Call, Method
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.source import BlockData
-from mergekit_ext.kernels.calibration import calibrated
+from mergekit_ext.kernels.calibration import calibrated, norms_of
 from mergekit_ext.kernels.masks import pack_bits, reconstruct, unpack_bits
 from mergekit_ext.kernels.numerics import compute_dtype, weighted_sum
 from mergekit_ext.kernels.seeds import derived, drop_and_rescale
@@ -110,7 +110,8 @@ class Algorithm(ABC):
             return self._thinned_merge(block, members, dtype)
         models = [block.models[member] for member in members]
         wide = self._thinned_merge(block, members, compute_dtype([block.base, *models]))
-        return calibrated(wide, models, block.base, dtype, self.orthogonal).tensor
+        length, *norms = norms_of([wide, *models], block.base)
+        return calibrated(wide, length, models, norms, block.base, dtype, self.orthogonal)[0]
 
     def _thinned_merge(
         self, block: BlockData, members: Sequence[int], dtype: torch.dtype

@@ -130,11 +130,10 @@ class ExtMethod(MergeMethod):
         orthogonal = self.declared.orthogonal and start.ndim > 1
         norms, tensor = found.norms or norms_of(models, start), found.tensor
         details, factor = {**found.details}, found.details.get(name, parameters.get(name))
+        length = norms_of([tensor], start)[0] if found.length is None else found.length
         if auto:
-            tensor, factor, length = calibrated(tensor, models, start, dtype, orthogonal, norms)
-            details[name] = factor
-        else:
-            (length,) = norms_of([tensor], start)
+            tensor, factor = calibrated(tensor, length, models, norms, start, dtype, orthogonal)
+            details[name], length = factor, abs(factor) * length
         inputs = {str(e.id): norm for e, norm in zip(group.non_base, norms, strict=True)}
         details |= distance(length, inputs, {name: factor}, orthogonal)
         return replace(found, tensor=tensor, details=details)

@@ -201,9 +201,11 @@ class NanMethod(ExtMethod):
         coefficients = dict(zip(norms, values, strict=True))
         based = group.base is not None and not self.ignores_base
         scale = nan.scale_of(parameters["scale"], len(models), based)
+        squares: list[float] = []
         if any(values):
             weights = {key: a * parameters["weight"][key] for key, a in coefficients.items()}
-            merged = _weighted(self._wrapped, group, weights, scale, parameters, out_dtype)
+            given = scale, parameters, out_dtype
+            merged = _weighted(self._wrapped, group, weights, *given, squares)
             # Looking costs as much as merging; norms that were measured anyway may show it is safe.
             longest = math.fsum(abs(scale * w) * norms[key] for key, w in weights.items())
             safe = (
@@ -230,7 +232,8 @@ class NanMethod(ExtMethod):
             "scale": scale,
         }
         own = parameters["granularity"] in ALONE and norm_of == "task_vector"
-        return Merged(merged, details, norms=list(norms.values()) if own else None)
+        length = math.sqrt(math.fsum(squares)) if squares else None
+        return Merged(merged, details, None, list(norms.values()) if own else None, length)
 
     def norms(self, group: TensorGroup, parameters: Mapping[str, Any]) -> dict[Hashable, float]:
         """Return Frobenius norms of the task vectors or weights of the models in one group.
@@ -308,13 +311,15 @@ def _weighted(
     scale: float,
     parameters: Mapping[str, Any],
     dtype: torch.dtype,
+    squares: list[float],
 ) -> Tensor:
     """Return ``W_0 + scale * F(weights; t)``, or without a base ``scale * F(weights; W)``.
 
-    F is `method`, called with the group's bound `parameters`; None for weighted sums.
+    F is `method`, called with the group's bound `parameters`; None for weighted sums, of which
+    `squares` gets the squared norms of the merged task vector's chunks.
     """
     if method is None:
-        return _summed(group, weights, scale, dtype)
+        return _summed(group, weights, scale, dtype, squares)
     if _in_pieces(method):
         entries, trims = group.non_base, method.sparsification_method is not None
         return merge_ties(
@@ -351,14 +356,18 @@ def _in_pieces(method: MergeMethod | None) -> bool:
 
 
 def _summed(
-    group: TensorGroup, weights: Mapping[Hashable, float], scale: float, dtype: torch.dtype
+    group: TensorGroup,
+    weights: Mapping[Hashable, float],
+    scale: float,
+    dtype: torch.dtype,
+    squares: list[float],
 ) -> Tensor:
     """Return task arithmetic over a base, or else a weighted average."""
     tensors = [entry.tensor for entry in group.non_base]
     values = [weights[entry.id] for entry in group.non_base]
     if group.base is not None:
         scaled = [scale * value for value in values]
-        return weighted_sum(tensors, scaled, dtype, group.base.tensor)
+        return weighted_sum(tensors, scaled, dtype, group.base.tensor, squares)
     total = sum(values)
     if total == 0:
         raise MergeError(

@@ -9,7 +9,7 @@ measured. Where a method makes its inputs' parts orthogonal to each other, their
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,36 +31,27 @@ def auto_factor(
     return wanted * (math.sqrt(count) if orthogonal else 1) / merged if merged else 1.0
 
 
-class Calibrated(NamedTuple):
-    """``base + c (merged - base)``, c, and the norm of ``c (merged - base)``."""
-
-    tensor: Tensor
-    factor: float
-    length: float
-
-
 def calibrated(
     merged: Tensor,
+    length: float,
     models: Sequence[Tensor],
+    norms: Sequence[float],
     base: Tensor,
     dtype: torch.dtype,
     orthogonal: bool,
-    norms: Sequence[float] | None = None,
-) -> Calibrated:
-    """Return a merge as long as `auto_factor` makes it, in `dtype`.
+) -> tuple[Tensor, float]:
+    """Return ``base + c (merged - base)`` in `dtype`, and c, the `auto_factor`.
 
-    `norms` are those of the models' differences from the base, where they are known.
+    `length` and `norms` are those of the differences of `merged` and `models` from the base.
     """
-    (length,) = norms_of([merged], base)
     if not length:  # the base, its negative zeros too
-        return Calibrated(merged.to(dtype), 1.0, 0.0)
+        return merged.to(dtype), 1.0
     flat, wide = [t.reshape(-1) for t in (*models, base)], compute_dtype([*models, base])
     weights = [*([1.0] * len(models)), -float(len(models))]
     sums = (weighted_sum([t[part] for t in flat], weights, wide) for part in chunks(base))
     total = math.sqrt(math.fsum(square for each in sums for square in squared_norms([each])))
-    factor = auto_factor(length, norms or norms_of(models, base), total, orthogonal)
-    tensor = weighted_sum([merged], [factor], dtype, base)
-    return Calibrated(tensor, factor, abs(factor) * length)
+    factor = auto_factor(length, norms, total, orthogonal)
+    return weighted_sum([merged], [factor], dtype, base), factor
 
 
 def distance(

@@ -74,6 +74,7 @@ def weighted_sum(
     coefficients: Sequence[float],
     out_dtype: torch.dtype | None = None,
     base: Tensor | None = None,
+    squares: list[float] | None = None,
 ) -> Tensor:
     r"""Return :math:`\sum_i c_i W_i`, or with a base :math:`W_0 + \sum_i c_i (W_i - W_0)`.
 
@@ -81,7 +82,8 @@ def weighted_sum(
 
     One shape and device, any floating dtypes. Differences and sums are float32 (float64 if an input
     is) and are cast once, to `out_dtype` or else the dtype of the base, or of the first tensor. A
-    model that equals the base adds exactly nothing. Scratch: three cache-sized chunks.
+    model that equals the base adds exactly nothing. `squares` gets the squared norm of each chunk
+    of the sum, before the cast and without the base. Scratch: three cache-sized chunks.
     """
     like = tensors[0] if base is None else base
     dtype = compute_dtype([like, *tensors])
@@ -97,6 +99,8 @@ def weighted_sum(
         for source, coefficient in zip(flat, coefficients, strict=True):
             piece.copy_(source[part])
             total.add_(piece if flat_base is None else piece.sub_(start), alpha=coefficient)
+        if squares is not None:  # while the chunk is in the cache
+            squares.append(_square(piece, total, None))
         flat_out[part] = total if flat_base is None else total.add_(start)
 
     in_threads(add, chunks(flat_out), like.device)

@@ -27,12 +27,15 @@ def tensors(dtype, device, shape=(37, 11), count=4):
 @pytest.mark.parametrize("shape", [(37, 11), (5,), (), (0, 3), (2, 3, 4)], ids=str)
 def test_weighted_sum_over_a_base(dtype, shape, device, chunk):
     base, *models = tensors(dtype, device, shape)
-    found = weighted_sum(models, [0.3, -0.2, 0.9], base=base)
-    wanted = base.double() + sum(
+    squares: list[float] = []
+    found = weighted_sum(models, [0.3, -0.2, 0.9], base=base, squares=squares)
+    change = sum(
         c * (m.double() - base.double()) for c, m in zip((0.3, -0.2, 0.9), models, strict=True)
     )
+    wanted = base.double() + change
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert sum(squares) == pytest.approx(float(change.square().sum()), rel=1e-6)
 
 
 @dtypes
