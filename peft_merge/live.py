@@ -153,8 +153,7 @@ def add_merged_adapter(
         callbacks=callbacks,
     )
     add_adapter(peft_model, adapter_name, merged.adapter)
-    report: dict[str, Any] = merged.report
-    return report
+    return merged.report
 
 
 def _unfit_names(model: Any, name: Any, adapters: Sequence[str]) -> Iterator[Problem]:
@@ -261,16 +260,15 @@ def fill(model: Any, name: str, adapter: Adapter) -> None:
 
 def require_places(name: str, tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
     """Raise `ConfigError` for tensors of the adapter `name` that a model has no `places` for."""
-    missing = sorted(key.removeprefix(PREFIX) for key in tensors.keys() - places.keys())
-    others = [
-        f"{key.removeprefix(PREFIX)} ({list(tensor.shape)}, in the model {list(place.shape)})"
-        for key, tensor in sorted(tensors.items())
-        if (place := places.get(key)) is not None and place.shape != tensor.shape
-    ]
-    unfit = {"tensors that the model lacks": missing, "tensors of another shape": others}
-    if problems := [
-        Problem(f"adapter {name}", f"{what}: {listing(found)}", "tensors of the model", BASE)
-        for what, found in unfit.items()
-        if found
-    ]:
+    unfit: dict[str, list[str]] = {}
+    for key, tensor in sorted(tensors.items()):
+        module, place = key.removeprefix(PREFIX), places.get(key)
+        if place is None:
+            unfit.setdefault("tensors that the model lacks", []).append(module)
+        elif place.shape != tensor.shape:
+            both = f"{module} ({list(tensor.shape)}, in the model {list(place.shape)})"
+            unfit.setdefault("tensors of another shape", []).append(both)
+    if unfit:
+        found = (f"{what}: {listing(names)}" for what, names in unfit.items())
+        problems = [Problem(f"adapter {name}", f, "tensors of the model", BASE) for f in found]
         raise ConfigError(problems, f"the adapter {name}")

@@ -237,14 +237,12 @@ def _by_rule(plan: MergePlan, rule: Method, events: Dispatcher) -> MergedAdapter
     def iterated(*values: Any) -> None:
         events.emit(SolverIteration(*values))
 
-    pieces, clock = {}, time.perf_counter()
+    values, infos, details = dict[str, Any](), dict[str, Any](), dict[str, Mapping[str, Any]]()
+    clock = time.perf_counter()
     for module, piece in merge_modules(plan, rule, resolve, iterated):
         before, clock = clock, time.perf_counter()
-        pieces[module] = piece
+        values[module], infos[module], details[module] = piece.value, piece.info, piece.details
         events.emit(TensorMerged(module, tuple(piece.info.shape), piece.details, clock - before))
-    values = {module: piece.value for module, piece in pieces.items()}
-    infos = {module: piece.info for module, piece in pieces.items()}
-    details = {module: piece.details for module, piece in pieces.items()}
     saved = _saved(plan, events)
     adapter = merged_adapter(plan.request.name, values, infos, plan.adapters, saved, plan.patterns)
     for found in (*rule.after(rule.name, details), *rho_of(details, str).warnings(rule.name)):

@@ -108,8 +108,7 @@ def trimmed_grams(
     def made(block: BlockLayout) -> Rows:
         gram = Gram(len(reader.layout.tasks))
         gram.add(trimmed_deltas(reader.read(block), algorithm))
-        rows: Rows = gram.value.tolist()
-        return rows
+        return gram.value.tolist()
 
     finished, rows = finished or Finished(), {}
     for block in _own_blocks(reader.layout):
@@ -138,8 +137,7 @@ def _gram(read: Callable[[], BlockData], layout: Layout) -> Rows:
     if not bool(torch.isfinite(gram.value).all()):
         require_finite_block(data, layout)
         raise out_of_range(data.layout.name)
-    rows: Rows = gram.value.tolist()
-    return rows
+    return gram.value.tolist()
 
 
 def require_finite_block(data: BlockData, layout: Layout) -> None:

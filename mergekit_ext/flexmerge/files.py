@@ -97,8 +97,7 @@ def digest_of(path: Path, digest: Any = None) -> str:
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(piece):
             digest.update(piece[:count])
-    value: str = digest.hexdigest()
-    return value
+    return digest.hexdigest()
 
 
 def link_model(folder: Path, home: Path, files: Sequence[PlannedFile]) -> None:

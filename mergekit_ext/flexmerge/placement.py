@@ -55,13 +55,10 @@ class Sharing:
                 tensor.data = _on(self._device, tensor.data, self._moved)
                 continue
             own, earlier = tensor.data.to(self._device), self._computed[name]
-            for other in earlier:
-                if other.dtype == own.dtype and torch.equal(other, own):
-                    own = other
-                    break
-            else:
-                earlier.append(own)
-            tensor.data = own
+            same = (o for o in earlier if o.dtype == own.dtype and torch.equal(o, own))
+            if (known := next(same, None)) is None:
+                earlier.append(known := own)
+            tensor.data = known
 
 
 def _range(tensor: Tensor) -> _Range:
@@ -94,7 +91,7 @@ def place(
 
     held: dict[str, list[Tensor]] = defaultdict(list)
     for module in modules.values():
-        for name, tensor in _tensors(module):
+        for name, tensor in tensors_of(module).items():
             held[name].append(tensor)
     auto = device_map == AUTO
     plan = _inferred(modules, held, max_memory) if auto else _given(device_map, held)
@@ -103,8 +100,7 @@ def place(
     written: dict[_Range, Path] = {}
     for task, module in modules.items():
         parts = {
-            name: next(part for part in _parts(name) if part in plan)
-            for name, _ in _tensors(module)
+            name: next(part for part in _parts(name) if part in plan) for name in tensors_of(module)
         }
         own = {part: plan[part] for part in parts.values()}
         on_disk = {
@@ -123,7 +119,7 @@ def place(
         # Not the state dictionary, whose weights are formed of bases and factors.
         on_cpu = {
             name: tensor.data
-            for name, tensor in _tensors(module)
+            for name, tensor in tensors_of(module).items()
             if own[parts[name]] == CPU or not tensor.numel()
         }
         dispatch_model(
@@ -136,9 +132,10 @@ def place(
         )
 
 
-def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def tensors_of(module: Any, recurse: bool = True) -> dict[str, Tensor]:
+    """Return all parameters and buffers of a module, tied ones under each of their names."""
+    parameters = module.named_parameters(recurse=recurse, remove_duplicate=False)
+    return dict((*parameters, *module.named_buffers(recurse=recurse, remove_duplicate=False)))
 
 
 def _parts(name: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.factored import Factored, Leaf
+from mergekit_ext.flexmerge.placement import tensors_of
 
 SUBJECT = "batching these models"
 # Fields of configurations that may differ: they name things, or say the shape of a tensor.
@@ -287,7 +288,9 @@ def _kind(modules: Sequence[Any]) -> type[_Routed]:
     if forward is torch.nn.Linear.forward and len({other.weight.shape for other in modules}) == 1:
         return _Linear
     multiplies = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
-    if forward is torch.nn.LayerNorm.forward or (multiplies and [*_tensors(module)] == ["weight"]):
+    if forward is torch.nn.LayerNorm.forward or (
+        multiplies and [*tensors_of(module, False)] == ["weight"]
+    ):
         return _Routed if isinstance(module, torch.nn.RMSNorm) else _Norm
     return _Routed
 
@@ -408,18 +411,13 @@ def _check(models: Mapping[str, Any]) -> None:
         raise ConfigError(problems, SUBJECT)
 
 
-def _tensors(module: Any, recurse: bool = False) -> dict[str, Tensor]:
-    parameters = module.named_parameters(recurse=recurse, remove_duplicate=False)
-    return dict((*parameters, *module.named_buffers(recurse=recurse, remove_duplicate=False)))
-
-
 def _identity(module: Any, other: Any, recurse: bool = True) -> tuple[Any, ...]:
     """Return what is the same of modules that hold the same tensors.
 
     Equal buffers, which every module has its own copies of, are that of `module`.
     """
     buffers, found = dict(module.named_buffers(recurse=recurse)), []
-    for name, own in _tensors(other, recurse).items():
+    for name, own in tensors_of(other, recurse).items():
         same = name in buffers and torch.equal(buffers[name], own)
         tensor = buffers[name] if same else own
         found.append((name, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
@@ -434,7 +432,7 @@ def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
     shared = torch.zeros(count, count)
     for made in routed:
         chosen = torch.tensor(made.chosen)
-        size = sum(tensor.nbytes for tensor in _tensors(made.modules[0]).values())
+        size = sum(tensor.nbytes for tensor in tensors_of(made.modules[0], False).values())
         shared += size * (chosen[:, None] == chosen[None])
     chain = [0]
     while left := {*range(count)} - {*chain}:

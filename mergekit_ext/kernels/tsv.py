@@ -99,10 +99,7 @@ def _merge(matrices: Sequence[Tensor], dtype: torch.dtype, count: int | None) ->
 
 def nearest(triplets: Sequence[Triplets], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     r"""Return :math:`\hat U` and :math:`\hat V` of all triplets side by side."""
-    sides = [
-        torch.cat([each.u for each in triplets], 1),
-        torch.cat([each.v for each in triplets], 1),
-    ]
+    sides = [torch.cat(side, 1) for side in zip(*((t.u, t.v) for t in triplets), strict=True)]
     u, v = in_threads(lambda columns: polar(columns, dtype)[0], sides, sides[0].device)
     return u, v
 

@@ -128,15 +128,9 @@ class Family(GroupStorage):
     def least(self) -> Size:
         """However tasks share a block, it is as large as the largest of their own changes, cut to
         the rank of what is shared."""
-        return self.size(
-            sum(
-                max(
-                    min(self._bytes(block, (task,)), self._bytes(block, (task, task)))
-                    for task in range(self.tasks)
-                )
-                for block in self.layout
-            )
-        )
+        tasks, each = range(self.tasks), self._bytes
+        own = (max(min(each(b, (t,)), each(b, (t, t))) for t in tasks) for b in self.layout)
+        return self.size(sum(own))
 
     def advice(self, target: Target) -> str:
         return "A smaller `rank` for what LoRAs share (with `patterns: true`) makes less possible."
@@ -247,14 +241,10 @@ class LoraFamily(Family):
         """Fill up with zeros to the rank that is stored."""
         changes = super().changes(modules, group)
         ranks = stored_ranks({name: piece.info for name, piece in changes.items()}, self._r)
-        return {
-            name: replace(
-                piece,
-                value=piece.value.filled(ranks[name]),
-                info=replace(piece.info, rank=ranks[name]),
-            )
-            for name, piece in changes.items()
-        }
+        for name, piece in changes.items():
+            info = replace(piece.info, rank=ranks[name])
+            changes[name] = replace(piece, value=piece.value.filled(info.rank), info=info)
+        return changes
 
     def configuration(self, own: LoraAdapter, infos: Mapping[str, ModuleInfo]) -> dict[str, Any]:
         config = lora_configuration(infos, [own], own.saved)
@@ -275,8 +265,7 @@ class LoraFamily(Family):
             return stored_ranks(needed, self._r)
         key = (tuple(modules), group)
         if key not in self._found:
-            changes = self.changes(modules, group)
-            self._found[key] = {module: piece.info.rank for module, piece in changes.items()}
+            self._found[key] = {m: p.info.rank for m, p in self.changes(modules, group).items()}
         return self._found[key]
 
     def rank(self, module: str, group: Group) -> Rank:

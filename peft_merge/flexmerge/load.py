@@ -151,12 +151,8 @@ def _share(model: Any, module: str, owner: str, task: str) -> None:
 
 def _apart(adapter: Adapter) -> Adapter:
     """Return the adapter without what replaces tensors of the base."""
-    saved = {
-        name: load
-        for name, load in adapter.saved.items()
-        if module_to_save(name, adapter.config) is not None
-    }
-    return replace(adapter, saved=saved)
+    own = (name for name in adapter.saved if module_to_save(name, adapter.config) is not None)
+    return replace(adapter, saved={name: adapter.saved[name] for name in own})
 
 
 def _not_shared(groups: Sequence[Group], adapters: Sequence[Adapter]) -> Iterator[Problem]:

@@ -54,12 +54,8 @@ def content(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         found = f"what diffusers does not convert ({str(error)[:200]})"
         expected = "names of a pipeline's components (unet., transformer., ...), or kohya's"
         raise ConfigError([Problem(where, found, expected, _SAVE)]) from None
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "auto_mapping": _MARK,
-        "target_modules": [*scalings],
-    }
     odd = {names.qualified(m): own for m, own in scalings.items() if own != (rank, alpha)}
+    config = dict[str, Any](peft_type="LORA", auto_mapping=_MARK, target_modules=[*scalings])
     config |= {"r": rank, "rank_pattern": {key: own for key, (own, _) in odd.items()}}
     config |= {"lora_alpha": alpha, "alpha_pattern": {key: own for key, (_, own) in odd.items()}}
     return config, tensors

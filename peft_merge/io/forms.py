@@ -109,9 +109,6 @@ def renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
     )
 
 
-# --- the class
-
-
 def _configurations(adapters: Sequence[Adapter]) -> Iterator[Any]:
     """Yield the configurations of bases that are at hand, then of classes that adapters name."""
     import transformers
@@ -154,9 +151,6 @@ class _Class:
             found = f"no module of {self.name} in this adapter"
             expected = "names of that class, as in other adapters"
             yield of_one_form(next(iter(adapter.infos)), adapter, found, expected)
-
-
-# --- without one
 
 
 def _any_layer(name: str) -> str:
