@@ -14,8 +14,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -245,6 +245,17 @@ class Dispatcher:
             for callback in reversed(self._callbacks):
                 if close := getattr(callback, "close", None):
                     stack.callback(close)
+
+
+@contextmanager
+def measuring(
+    emit: Callable[[Event], None], count: int, unit: str
+) -> Iterator[dict[str, Mapping[str, float]]]:
+    """Emit that a pass begins and ends; the coefficients are what is put into the mapping."""
+    started, coefficients = time.perf_counter(), dict[str, Mapping[str, float]]()
+    emit(StatisticsBegin(count, unit))
+    yield coefficients
+    emit(StatisticsEnd(coefficients, time.perf_counter() - started))
 
 
 class ProgressBar(MergeCallback):

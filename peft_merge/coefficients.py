@@ -4,7 +4,6 @@ r"""NAN's coefficients of a merge of adapters: norms of changes, without the cha
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from mergekit_ext.declared import Method
 from mergekit_ext.declared.nan import inverse_norm_coefficients, uniform_warning
 from mergekit_ext.errors import warn
-from mergekit_ext.events import Dispatcher, StatisticsBegin, StatisticsEnd, TensorMeasured
+from mergekit_ext.events import Dispatcher, TensorMeasured, measuring
 from mergekit_ext.kernels.linear_algebra import norm
 from mergekit_ext.kernels.threads import by_one_thread, in_turn
 from peft_merge.adapter import Ia3Adapter, Update, finite_updates
@@ -30,22 +29,17 @@ def measured(plan: MergePlan, rule: Method, events: Dispatcher) -> dict[str, lis
     """Return the adapters' coefficients for each module; nothing for a rule without NAN."""
     if not rule.nan:
         return {}
-    started = time.perf_counter()
-    events.emit(StatisticsBegin(len(plan.modules), "module"))
-    measure = partial(change_norms, plan.adapters, space=plan.space)
-    norms = {}
-    found = in_turn(measure, plan.modules, torch.device("cpu"))
-    for module, each in zip(plan.modules, found, strict=True):
-        norms[module] = each
-        events.emit(TensorMeasured(module))
-    whole = plan.resolve(plan.modules[0]).options["granularity"] == "model"
-    values = coefficients(norms, whole=whole)
-    names = [adapter.name for adapter in plan.adapters]
-    groups = {
-        "model" if whole else module: dict(zip(names, each, strict=True))
-        for module, each in values.items()
-    }
-    events.emit(StatisticsEnd(groups, time.perf_counter() - started))
+    norms, names = {}, [adapter.name for adapter in plan.adapters]
+    with measuring(events.emit, len(plan.modules), "module") as groups:
+        measure = partial(change_norms, plan.adapters, space=plan.space)
+        found = in_turn(measure, plan.modules, torch.device("cpu"))
+        for module, each in zip(plan.modules, found, strict=True):
+            norms[module] = each
+            events.emit(TensorMeasured(module))
+        whole = plan.resolve(plan.modules[0]).options["granularity"] == "model"
+        values = coefficients(norms, whole=whole)
+        for module, each in values.items():
+            groups["model" if whole else module] = dict(zip(names, each, strict=True))
     sized = [(math.prod(plan.shape(module)), found) for module, found in values.items()]
     why = (
         "The changes have equal norms, as those of one adapter given twice: where one adapter "

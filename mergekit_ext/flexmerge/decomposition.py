@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,7 +40,7 @@ class Decomposition:
         storage: ResidualStorage,
         folder: Path,
         progress: Callable[[str], None] = lambda name: None,
-        measuring: Callable[[], AbstractContextManager[None]] = nullcontext,
+        measuring: Callable[[], AbstractContextManager[Any]] = nullcontext,
         finished: Finished | None = None,
     ):
         self._reader, self.storage, self._folder = reader, storage, folder

@@ -12,7 +12,6 @@ A group of two or more tasks shares F of its members' original changes, F being 
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,14 +25,7 @@ from torch import Tensor
 from mergekit_ext.core.parameters import Parameter, choice
 from mergekit_ext.declared import ADAPTERS
 from mergekit_ext.errors import MergeError, Problem, listing, shown, warn
-from mergekit_ext.events import (
-    BlockMerged,
-    Dispatcher,
-    SizeReached,
-    StatisticsBegin,
-    StatisticsEnd,
-    TensorMeasured,
-)
+from mergekit_ext.events import BlockMerged, Dispatcher, SizeReached, TensorMeasured, measuring
 from mergekit_ext.flexmerge.manifest import colliding_names
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, Dendrograms, options
 from mergekit_ext.flexmerge.storage import Size, Target
@@ -236,16 +228,14 @@ def _similarities(family: Family, events: Dispatcher) -> list[Tensor]:
     def gram_of(block: Block) -> Tensor:
         return torch.stack([family.gram(module) for module in block.modules]).sum(dim=0)
 
-    started, blocks = time.perf_counter(), family.layout
-    events.emit(StatisticsBegin(len(blocks), "block"))
-    found = []
-    for block, gram in zip(blocks, in_turn(gram_of, blocks, family.plan.device), strict=True):
-        if not bool(torch.isfinite(gram).all()):
-            raise MergeError(
-                f"{block.name}: the changes are so large that their squares leave the range of "
-                "float64. Check the scalings of these adapters."
-            )
-        found.append(cosines(gram))
-        events.emit(TensorMeasured(block.name))
-    events.emit(StatisticsEnd({}, time.perf_counter() - started))
+    blocks, found = family.layout, []
+    with measuring(events.emit, len(blocks), "block"):
+        for block, gram in zip(blocks, in_turn(gram_of, blocks, family.plan.device), strict=True):
+            if not bool(torch.isfinite(gram).all()):
+                raise MergeError(
+                    f"{block.name}: the changes are so large that their squares leave the range of "
+                    "float64. Check the scalings of these adapters."
+                )
+            found.append(cosines(gram))
+            events.emit(TensorMeasured(block.name))
     return found

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -207,12 +206,8 @@ class Engine:
         text = json.dumps([self._subject, device, *what], sort_keys=True)
         return Finished(self._session.journal, hashlib.sha256(text.encode()).hexdigest())
 
-    @contextmanager
-    def _measuring(self, blocks: int) -> Iterator[None]:
-        self._session.emit(events.StatisticsBegin(blocks, "block"))
-        started = time.perf_counter()
-        yield
-        self._session.emit(events.StatisticsEnd({}, time.perf_counter() - started))
+    def _measuring(self, blocks: int) -> AbstractContextManager[Any]:
+        return events.measuring(self._session.emit, blocks, "block")
 
     def _measured(self, name: str) -> None:
         self._session.emit(events.TensorMeasured(name))
