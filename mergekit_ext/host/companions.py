@@ -31,19 +31,21 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_temp
 
 
 @contextmanager
-def completed(config: Any, target: Path, options: Any) -> Iterator[None]:
+def completed(config: Any, target: Path, options: Any) -> Iterator[Any]:
     """Inside, mergekit writes a model into `target`; afterwards it has all that belongs to it.
 
     What the merge has made stays. A vocabulary and a chat template that it has made are whole
-    without the donor's.
+    without the donor's. Yields mergekit's options, under which it looks for no tokenizer where the
+    donor has none: it would show a traceback.
     """
     given = config.model_copy()  # mergekit rewrites what it plans
-    yield
-    if not parallel.current().is_main:
-        return
     folders = {model: folder_of(model, options) for model in donor_first(given)}
     donor, home = next(iter(folders.values())), next(iter(with_modules(folders).values()), None)
     built, copied = wants_tokenizer(given), options.copy_tokenizer
+    found = bool(given.chat_template) or any(_is_one_of(n, _VOCABULARY) for n in companions(donor))
+    yield options.model_copy(update={"quiet": True, "copy_tokenizer": copied and found})
+    if not parallel.current().is_main:
+        return
     templates = any(_is_one_of(name, _TEMPLATES) for name in companions(target))
     without = (
         *(_VOCABULARY if built or not copied else ()),

@@ -94,9 +94,8 @@ def merge(
                     write(checked, config, folder, source)
                 else:
                     session.predicted = predicted(checked.located, config)
-                    quiet = options.model_copy(update={"quiet": True})
                     stock = getattr(run_merge, "stock", run_merge)
-                    with completed(config, folder, options), settling(checked.settled):
+                    with completed(config, folder, options) as quiet, settling(checked.settled):
                         stock(config, os.fspath(folder), quiet, source)
             except Exception as error:
                 if not isinstance(error, MergekitExtError):

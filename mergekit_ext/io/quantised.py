@@ -118,9 +118,8 @@ class _Mxfp4:
     def read(self, name: str, pieces: Mapping[str, Tensor]) -> Any:
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-        return convert_moe_packed_tensors(
-            pieces["blocks"], pieces["scales"], rows_per_chunk=1 << 16
-        )
+        stored = (pieces[piece] for piece in self.needs)
+        return convert_moe_packed_tensors(*stored, rows_per_chunk=1 << 16)
 
 
 class _CompressedTensors:

@@ -145,11 +145,9 @@ def copies_section(names: Collection[str], copied: Mapping[str, str]) -> str:
 
 def quantised_section(stored: Mapping[str, str]) -> str:
     """Return what each input that was dequantised is stored in."""
-    if not stored:
-        return ""
     rows = zip(_short([*stored]), stored.values(), strict=True)
-    text = "Inputs that were stored quantised; each weight was dequantised when it was read."
-    return "\n\n".join(["### Quantised inputs", text, table(["model", "stored as"], rows)])
+    found = table(["model", "dequantised from"], rows)
+    return f"### Quantised inputs\n\n{found}" if stored else ""
 
 
 def _prefixes(name: str) -> list[str]:

@@ -77,8 +77,8 @@ def merge(document, out):
     """Check and merge; return the tensors and the configuration of the output."""
     report = checked(document)
     assert not report.problems, list(map(str, report.problems))
-    options = MergeOptions(quiet=True, copy_tokenizer=False)
-    mergekit_ext.merge(MergeConfiguration.model_validate(document), out, options)
+    config = MergeConfiguration.model_validate(document)
+    mergekit_ext.merge(config, out, MergeOptions(quiet=True))
     return small.state(out), json.loads((out / "config.json").read_text())
 
 
@@ -118,6 +118,11 @@ def test_slices_and_gradients_follow_the_layers_in_the_names(vits, tmp_path):
             a, b = (s[stem.format(source)].double() for s in (mine, other))
             wanted = share * a + (1 - share) * b
             torch.testing.assert_close(found[stem.format(target)].double(), wanted)
+
+
+def test_no_tokenizer_is_looked_for_where_there_is_none(vits, tmp_path, caplog):
+    merge(merging(vits / "base", vits / "one"), tmp_path / "out")
+    assert "ERROR" not in {record.levelname for record in caplog.records}
 
 
 def test_heads_that_differ_are_the_bases_and_the_report_says_so(vits, tmp_path):
@@ -236,6 +241,26 @@ def test_every_mistake_in_what_decides_is_named(llavas):
     assert found["parameters.heads"].remedy == f"Write `{base}`."
     assert str(models[0]) in found["parameters.others"].expected
     assert {"parameters.heads", "parameters.others", "parameters.exclude"} == found.keys()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "remedy"),
+    [
+        ("parameters", "inclde", "Write `include`."),
+        ("parameters", "others", "Add one of them, or take it out."),
+        ("", "exclude", "Put `exclude:` under `parameters:`."),
+        ("models[1].parameters", "heads", "Move `heads:` to the `parameters:` of the top level."),
+    ],
+)
+def test_what_decides_in_another_place_or_alone(llavas, where, name, remedy):
+    base, *models = llavas
+    document = merging(base, *models, parameters={})
+    level = {"": document, "parameters": document["parameters"]}.get(where)
+    level = document["models"][1].setdefault("parameters", {}) if level is None else level
+    level[name] = str(models[0])
+    (problem,) = mergekit_ext.check(yaml.safe_dump(document)).problems
+    assert problem.where == (f"{where}.{name}" if where else name)
+    assert problem.remedy == remedy
 
 
 def test_what_is_copied_is_finite(llavas, tmp_path):

@@ -105,6 +105,9 @@ def selection_problems(
             remedy = did_you_mean(value, models, listed=True, otherwise=otherwise)
             expected = f"one of the models: {', '.join(models)}"
             yield Problem(f"parameters.{parameter}", shown(value), expected, remedy)
+    if OTHERS in given and not {INCLUDE, EXCLUDE} & given.keys():
+        expected, remedy = "`include:` or `exclude:` beside it", "Add one of them, or take it out."
+        yield Problem(f"parameters.{OTHERS}", shown(given[OTHERS]), expected, remedy)
     for parameter in (INCLUDE, EXCLUDE):
         patterns = _patterns(given, parameter)
         if parameter in given and (not patterns or patterns != _listed(given, parameter)):

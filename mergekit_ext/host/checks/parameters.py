@@ -100,20 +100,20 @@ class _Check:
     ) -> None:
         """Check one parameter in the mapping of `source`, or of the whole group."""
         before, spec, tensors = self.findings.count, self.specs.get(name), self.tensors
-        if spec is None and source is None and name in OF_MERGES:  # `settle_copies` checks them
-            return
-        if spec is None:
-            found = f"a parameter that `{self.name}` does not have"
-            known = ", ".join(sorted(self.specs))
-            expected = f"one of {known}" if known else "no parameters at all"
-            remedy = did_you_mean(name, self.specs, listed=True)
-            self.findings.problem(path, found, expected, remedy)
-            return
-        if source is not None and spec.scope == ParameterScope.SHARED:
+        whole = spec.scope == ParameterScope.SHARED if spec else name in OF_MERGES
+        if whole and source is not None:
             found = "a parameter of the whole merge under one model, where it is not read"
             remedy = f"Move `{name}:` to the `parameters:` of the top level."
             self.findings.problem(path, found, "it beside the models", remedy)
-        elif spec.scope == ParameterScope.NON_BASE and source and source.model == group.base:
+        elif spec is None and not whole:
+            found = f"a parameter that `{self.name}` does not have"
+            known = ", ".join(sorted(self.specs))
+            expected = f"one of {known}" if known else "no parameters at all"
+            remedy = did_you_mean(name, {*self.specs, *OF_MERGES}, listed=True)
+            self.findings.problem(path, found, expected, remedy)
+        if spec is None:  # `settle_copies` checks those of any merge
+            return
+        if spec.scope == ParameterScope.NON_BASE and source and source.model == group.base:
             self.findings.warn(f"{path} has no effect: {source.model} is the base of the merge.")
         if value == []:
             remedy = "Fill it in, or remove the parameter."

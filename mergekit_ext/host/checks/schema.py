@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from mergekit_ext.core.parameters import place_of, schema_problems
 from mergekit_ext.errors import MOST_SHOWN, FileError, Problem, did_you_mean, join, shown
+from mergekit_ext.host.checks.copied import OF_MERGES
 from mergekit_ext.host.checks.layout import groups_of, models_at
 from mergekit_ext.host.method import registered
 from mergekit_ext.io.documents import read
@@ -99,10 +100,10 @@ def _unknown(document: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _remedy(name: str, known: Collection[str]) -> str:
-    methods = registered().values()
+    parameters = {p.name for method in registered().values() for p in method.spec.parameters}
     if name in known:
         return "Move it to where it belongs."
-    if any(name == parameter.name for m in methods for parameter in m.spec.parameters):
+    if name in {*parameters, *OF_MERGES}:
         return f"Put `{name}:` under `parameters:`."
     return did_you_mean(name, known, listed=True)
 
