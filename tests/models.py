@@ -128,7 +128,7 @@ def config(
     **keys: Any,
 ) -> dict[str, Any]:
     """A mergekit configuration, as the YAML would give it; of NAN with the paper's factor."""
-    if method.startswith("nan"):
+    if str(method).startswith("nan"):
         parameters = {"scale": "paper", **(parameters or {})}
     content: dict[str, Any] = {
         "merge_method": method,
