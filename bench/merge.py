@@ -73,8 +73,9 @@ def make_models(folder: Path, kind: str, size: str) -> int:
 
 
 def write_config(folder: Path, method: str, parameters: dict[str, float]) -> Path:
-    """The YAML of one merge."""
-    per_model = {} if method.startswith("nan") else {"weight": 0.3}
+    """The YAML of one merge; NAN with the paper's factor, as in the plain loop."""
+    nan = method.startswith("nan")
+    per_model = {} if nan else {"weight": 0.3}
     content = {
         "merge_method": method,
         "base_model": str(folder / "base"),
@@ -82,6 +83,7 @@ def write_config(folder: Path, method: str, parameters: dict[str, float]) -> Pat
             {"model": str(folder / f"tuned{i}"), "parameters": {**per_model, **parameters}}
             for i in range(3)
         ],
+        "parameters": {"scale": "paper"} if nan else {},
     }
     path = folder / f"{method}.yml"
     path.write_text(yaml.safe_dump(content))

@@ -114,7 +114,7 @@ def lines_of(sizes: Sequence[float], flexmerge: Sequence[float]) -> dict[str, Li
         "average": {},
         "given": {},
         "nan": {"scale": 1.0},
-        "lore": {"mu_relative": 0.1, "combine": "mean"},
+        "lore": {"mu_relative": 0.1, "combine": "mean", "lambda": 1.0},
         "task_arithmetic": {},
     }
     return {

@@ -40,10 +40,10 @@ from examples.quickstart.train import QUICK as SCHEDULE
 GRID = (0.45, 0.6, 0.75, 0.9, 1.05, 1.2, 1.5, 2.0)
 METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 1.0},
-    "nan": {},
+    "nan": {"scale": "paper"},
     "ties": {"weight": 1.0, "density": 0.2},
-    "nan_ties": {"density": 0.2},
-    "lore": {"mu_relative": 0.1},
+    "nan_ties": {"density": 0.2, "scale": "paper"},
+    "lore": {"mu_relative": 0.1, "lambda": 1.0},
     "pcb": {},
     "tsv_m": {},
 }
