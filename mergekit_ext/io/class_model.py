@@ -142,8 +142,6 @@ def class_names(stored: Iterable[str], config: Any) -> ClassNames:
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
-        apply_converters,
-        apply_renamings,
         rename_source_key,
     )
 
@@ -155,10 +153,10 @@ def class_names(stored: Iterable[str], config: Any) -> ClassNames:
     names, converted = {}, set()
     for name in plain:
         names[name], _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
-        if apply_converters(names[name], converters)[1] is not None:
+        if rename_source_key(names[name], [], converters)[1] is not None:
             converted.add(names[name])
     if len(set(names.values())) < len(names):
         return ClassNames(model, plain, frozenset(), str)
     return ClassNames(
-        model, names, frozenset(converted), lambda name: str(apply_renamings(name, fresh))
+        model, names, frozenset(converted), lambda name: str(rename_source_key(name, fresh, [])[0])
     )

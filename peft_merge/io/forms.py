@@ -238,10 +238,11 @@ def _applied(step: _Step, name: str) -> str:
     index, place = step
     if not name.startswith(place):
         return name
-    from transformers.core_model_loading import apply_renamings
+    from transformers.core_model_loading import rename_source_key
 
     tensor = f"{name.removeprefix(place)}.weight"
-    return place + apply_renamings(tensor, _tables()[index]).removesuffix(".weight")
+    renamed, _ = rename_source_key(tensor, _tables()[index], [])
+    return place + renamed.removesuffix(".weight")
 
 
 @lru_cache(1)
