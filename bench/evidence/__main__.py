@@ -1,6 +1,6 @@
 """Which method and which factor: merges of real fine-tunes, as published, calibrated, and tuned.
 
-    python -m bench.evidence --out out/evidence          # 90 minutes; what is there is kept
+    python -m bench.evidence --out out/evidence          # hours; what is there is kept
     python -m bench.evidence --families vit --seeds 0
     python -m bench.evidence --tables                    # of what is there
     python -m bench.evidence --quick                     # a few steps, to see that it runs
