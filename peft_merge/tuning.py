@@ -14,7 +14,7 @@ from mergekit_ext.declared import ADAPTERS
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from mergekit_ext.io.documents import text_of
 from mergekit_ext.io.staging import place_problems
-from mergekit_ext.report.tables import checked_scores
+from mergekit_ext.report.tables import scores_of
 from mergekit_ext.search import Document, Search, Tuned
 from peft_merge.adapter import Adapter
 from peft_merge.config.document import plain
@@ -47,7 +47,7 @@ def tune(
 
     Raises:
         ConfigError: with all that is wrong, or with what the base lacks; before any merge.
-        EvaluationError, MergeError: no scores were returned; no trial gave an adapter.
+        EvaluationError, MergeError: `evaluate` raised, or gave no scores; no trial gave an adapter.
 
     Example:
         >>> peft_merge.tune("open.yml", "search", score, base_model).best
@@ -94,5 +94,5 @@ class _Merges(Search):
         for adapter in merged.adapters if isinstance(merged, FlexMerged) else [merged.adapter]:
             model = put_on(self._base, [adapter])
             for task in [adapter.name] if isinstance(merged, FlexMerged) else self.tasks:
-                scores = self._evaluate(model, task)
-                yield task, checked_scores(scores, task, f"{task}, a trial", self._metrics)
+                what = f"{task}, a trial"
+                yield task, scores_of(self._evaluate, model, task, what, self._metrics)

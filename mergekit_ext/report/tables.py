@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -36,6 +36,21 @@ class EvaluationError(MergekitExtError, ValueError):
         own = [frame for frame in frames if _PACKAGE not in Path(frame.filename).parents]
         text = "".join([*traceback.format_list(own), *traceback.format_exception_only(error)])
         return cls(f"the evaluation of {what} raised an exception:\n{text.rstrip()}")
+
+
+def scores_of(
+    evaluate: Callable[[Any, str], Any],
+    model: Any,
+    task: str,
+    what: str,
+    metrics: dict[str, set[str]],
+) -> dict[str, float]:
+    """Return what a user's function finds, as `checked_scores`; `EvaluationError` if it raises."""
+    try:
+        returned = evaluate(model, task)
+    except Exception as error:
+        raise EvaluationError.raised(error, what) from error
+    return checked_scores(returned, task, what, metrics)
 
 
 def checked_scores(

@@ -223,3 +223,18 @@ def test_a_method_is_asked_even_when_no_model_can_be_read(tmp_path: Path, fake: 
 def test_forbidden_base(models: Path, fake: Fake) -> None:
     report = run(merging(models, "fake", "a", "b", base="base"))
     assert "does not accept a base" in the(report).expected
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "noted"),
+    [
+        ("nan", {"weight": [0.1, 1.0]}, True),
+        ("lore", {"weight": [0.1, 1.0], "mu_relative": 0.1}, True),
+        ("nan", {"weight": [0.1, 1.0], "scale": 1.0}, False),
+        ("nan", {"weight": 0.5}, False),
+    ],
+)
+def test_weights_that_fade_over_depth_while_norms_decide(models, method, parameters, noted) -> None:
+    report = run(merging(models, method, "a", "b", base="base", parameters=parameters))
+    assert report.problems == ()
+    assert noted == any("only ratios of weights count" in note for note in report.notes)

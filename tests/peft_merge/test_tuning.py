@@ -13,6 +13,7 @@ pytest.importorskip("optuna")
 
 import peft_merge
 from mergekit_ext.errors import ConfigError
+from mergekit_ext.report.tables import EvaluationError
 from peft_merge.io import read
 from tests.models import command_here, write_yaml
 from tests.peft_merge.models import KINDS, Kind, answer, base, reloaded, saved
@@ -149,3 +150,12 @@ def test_the_command(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("out/best.yml\n") and "best=" in done.stderr
     assert command_here("peft-merge", "out/best.yml", "merged").returncode == 0
+
+
+def test_an_evaluation_that_raises_is_said_with_its_own_lines(folder: Path) -> None:
+    def evaluate(adapted: Any, task: str) -> float:
+        raise KeyError("no labels")
+
+    config = opened(KINDS["plain"], "nan", parameters={"scale": {"from": 0.1, "to": 2.0}})
+    with pytest.raises(EvaluationError, match=r"code, a trial raised .*:(?s:.)*no labels"):
+        peft_merge.tune(config, "out", evaluate, base(KINDS["plain"]), trials=1, quiet=True)

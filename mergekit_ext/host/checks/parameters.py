@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, ParameterScop
 from mergekit.parameter_resolver import resolve_parameter
 from pydantic import ValidationError
 
-from mergekit_ext.core.parameters import unfit
+from mergekit_ext.core.parameters import AUTO, unfit
 from mergekit_ext.declared import Inputs
+from mergekit_ext.declared.method import factor_in
 from mergekit_ext.errors import did_you_mean, join, shown
 from mergekit_ext.host.checks.copied import OF_MERGES
 from mergekit_ext.host.checks.layout import Group, Source, all_parameters
@@ -50,6 +52,8 @@ class _Check:
         self.wrong: set[str] = set()  # paths of parameters whose values are reported already
         self.combined: set[str] = set()  # inputs whose parameters are reported as a whole
         self.shared: dict[tuple[Any, ...], tuple[Group, dict[str, Any]]] = {}
+        # For the models that have a tensor: sums of their weights.
+        self.weights = defaultdict[tuple[Any, ...], set[float]](set)
 
     def run(self, groups: list[Group], planned: Sequence[PlannedTensor]) -> list[Mapping[str, Any]]:
         self.tensors = {w.name for t in planned for w in (t.weight, *t.inputs.values())}
@@ -73,7 +77,19 @@ class _Check:
                 self.findings.extend(self.method.problems(values, inputs))
                 for note in self.method.notes(values, inputs):
                     self.findings.note(note)
+                self.calibrated(values, inputs)
         return [values for _, values in self.shared.values()]
+
+    def calibrated(self, values: Mapping[str, Any], inputs: Inputs) -> None:
+        """Note sums of weights that differ, where a factor `auto` takes the difference away."""
+        name, based = factor_in(values), inputs.based and not self.method.ignores_base
+        acts = values.get(name) == AUTO and (based or name == "lambda")
+        if acts and any(len(sums) > 1 for sums in self.weights.values()):
+            self.findings.note(
+                "`weight` of all models together differs from tensor to tensor, which "
+                f"`{name}: {AUTO}` takes away: only ratios of weights count. Where some tensors "
+                f"should change less than others, give `{name}` a number."
+            )
 
     def inputs(self, group: Group) -> None:
         contract, seen = self.method.spec.contract, dict[Any, str]()
@@ -151,6 +167,7 @@ class _Check:
         """Find the values that parameters have for one tensor."""
         group, name = tensor.group, tensor.name
         self.resolve_shared(group, name, tuple(tensor.sources(None)), tensor.t)
+        total = 0.0
         for model in tensor.inputs:
             source, given = group.by_model[model], tuple(tensor.sources(model))
             values = {
@@ -160,12 +177,15 @@ class _Check:
                 for spec in self.method.spec.input_parameters
                 if model != group.base or spec.scope == ParameterScope.INPUT
             }
+            if isinstance(weight := values.get("weight"), float):
+                total += abs(weight)
             if isinstance(self.method, ExtMethod) and source.where not in self.combined:
                 known = {name: value for name, value in values.items() if value is not _NOTHING}
                 for problem in self.method.input_problems(known):
                     self.combined.add(source.where)
                     at = group.written_at(problem.where, source)
                     self.findings.extend([dataclasses.replace(problem, where=at)])
+        self.weights[tuple(tensor.inputs)].add(round(total, 9))
 
     def resolve_shared(self, group: Group, tensor: str, given: Sequence[Any], t: float) -> None:
         values = {

@@ -31,13 +31,12 @@ from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
 from mergekit_ext.io.class_model import without_bars
 from mergekit_ext.report.tables import (
-    EvaluationError,
     Scores,
     SizePoint,
-    checked_scores,
     mean,
     normalised_mean,
     plot,
+    scores_of,
     write_curve_tables,
 )
 
@@ -212,11 +211,7 @@ class Evaluator:
         """
         trust = self.options.trust_remote_code
         module = build_module(folder, dict(tensors), dtype, trust_remote_code=trust)
-        try:
-            returned = self._function(module, task)
-        except Exception as error:
-            raise EvaluationError.raised(error, what) from error
-        found = checked_scores(returned, task, what, self._metrics)
+        found = scores_of(self._function, module, task, what, self._metrics)
         self.bar.update()
         return found
 
