@@ -72,7 +72,7 @@ def report(
         "format_version": FORMAT_VERSION,
         **described(plan),
         "summary": summary(len(modules), modules.items()),
-        "rho": rho_of(modules, str).found,
+        **rho_of(modules, str).stored,
         "modules": entries,
         "whole_tensors": {  # from which adapters; [] when dropped
             name: [names[position] for position in plan.saved.get(name, ())]

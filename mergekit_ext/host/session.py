@@ -198,7 +198,7 @@ def output(
             if name := stock if method is None else method.spec.name:
                 far = rho_of(details, block_of)
                 seed = options.random_seed or 0
-                card.write_report(folder, name, details, seed, rho=far.found, **session.stored)
+                card.write_report(folder, name, details, seed, **far.stored, **session.stored)
                 card.append_section(page, far.line)
                 session.summary = far.line
                 session.afterwards += far.warnings(name)

@@ -42,6 +42,11 @@ class Rho:
     distances: Collection[Distance] = ()
 
     @property
+    def stored(self) -> dict[str, Any]:
+        """Return what a report holds of it: nothing for no distances."""
+        return {"rho": self.found} if self.found else {}
+
+    @property
     def line(self) -> str:
         """Return a sentence for the user; empty if there is nothing to say."""
         if not self.found:

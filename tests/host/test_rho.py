@@ -64,6 +64,9 @@ def norm(tensors):
     return float(torch.cat([t.flatten() for t in tensors]).norm())
 
 
+EMR = {"algorithm": "emr", "target_size": 3, "granularity": "tensor"}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_rho_is_that_of_the_files(method, models, tmp_path):
     found = merged(models, tmp_path / "out", method, METHODS[method])["rho"]
@@ -71,6 +74,17 @@ def test_rho_is_that_of_the_files(method, models, tmp_path):
     assert found["model"]["mean"] == pytest.approx(own / (sum(inputs) / 3), rel=1e-5)
     assert found["model"]["largest"] == pytest.approx(own / max(inputs), rel=1e-5)
     assert "rho" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("linear", {"weight": 1.0}), ("nan", {}), ("flexmerge", EMR)]
+)
+def test_no_rho_is_no_entry(method, parameters, models, tmp_path):
+    config = {**document(models, method, parameters)}
+    if method != "flexmerge":
+        del config["base_model"]
+    mergekit_ext.merge(yaml.safe_dump(config), tmp_path / "out", QUIET)
+    assert all("rho" not in r.read_text() for r in (tmp_path / "out").rglob("merge_report.json"))
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         return
     sections = [finish(), far.line]
     residuals, tensors = engine.merging.residuals, dict[str, Any]()
-    more: dict[str, Any] = {"rho": far.found}
+    more = far.stored
     session.summary = far.line
     session.afterwards += far.warnings(prepared.algorithm.name)
     if residuals and (found := kept(residuals.storage, plan, residuals.measured)):
@@ -315,7 +315,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         short = shortfall(found, prepared.algorithm.parameters)
         session.summary = f"{size}. Relative errors: {errors}. {short}".rstrip()
         sections += [residual_section(more["tasks"]), short]
-    if tensors or far.found or session.stored:
+    if tensors or more or session.stored:
         more |= session.stored
         write_report(folder, config.merge_method, tensors, engine.seed, **more)
     if prepared.options.write_model_card:
