@@ -1,7 +1,5 @@
 """Exceptions and warnings of the project; one `ConfigError` carries every `Problem` found."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 import sysconfig

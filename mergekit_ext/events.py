@@ -5,8 +5,6 @@ those of a training too; docs/callbacks.md. An exception raised by a callback st
 is the way to cancel it. No Trainer, mergekit or torch is needed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

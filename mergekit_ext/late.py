@@ -7,8 +7,6 @@ is loaded by the end of the execution takes the place of its stand-in.
 ``MERGEKIT_EXT_LATE_IMPORTS=0`` switches this off.
 """
 
-from __future__ import annotations
-
 import builtins
 import importlib
 import os

@@ -3,8 +3,6 @@
 One process is the ordinary case: `current` then returns `Ranks()`, which needs no other process.
 """
 
-from __future__ import annotations
-
 import heapq
 import os
 import re

@@ -20,8 +20,6 @@ experts first (PEFT's ``ParamWrapper.get_delta_weight``). Whether the parameter 
 in) or (E, in, out) the adapter does not say; in these coordinates it does not matter.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -132,13 +130,13 @@ class Update:
         """Return ``s B A`` in float64: (n, rows, columns)."""
         return self.scale * (self.b.to(torch.float64) @ self.a.to(torch.float64))
 
-    def filled(self, rank: int) -> Update:
+    def filled(self, rank: int) -> "Update":
         """Return the same change with zeros up to a rank, which it does not exceed."""
         if (missing := rank - self.a.shape[1]) == 0:
             return self
         return replace(self, a=pad(self.a, (0, 0, 0, missing)), b=pad(self.b, (0, missing)))
 
-    def unscaled(self) -> Update:
+    def unscaled(self) -> "Update":
         """Return the same change with a scale of 1, which is in B then."""
         if self.scale == 1:
             return self
@@ -146,7 +144,7 @@ class Update:
         bias = None if self.bias is None else (self.bias.double() * self.scale).to(self.bias.dtype)
         return Update(self.a, b, 1.0, bias)
 
-    def cast(self, dtype: torch.dtype, name: str) -> Update:
+    def cast(self, dtype: torch.dtype, name: str) -> "Update":
         """Return the update with `cast` tensors."""
         bias = None if self.bias is None else cast(self.bias, dtype, name)
         return Update(cast(self.a, dtype, name), cast(self.b, dtype, name), self.scale, bias)

@@ -13,8 +13,6 @@ Dilated convolutions: PEFT's LoRA convolution has no dilation, and an adapter do
 the base has; there, as in PEFT's own merge, the change of the weight is another function.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,7 +52,7 @@ class AdaptedWeights:
         """The base's tensors that `apply` changes."""
         return {*self.weights, *self.biases, *self.saved}
 
-    def stored_as(self, names: Mapping[str, str]) -> AdaptedWeights:
+    def stored_as(self, names: Mapping[str, str]) -> "AdaptedWeights":
         """Return the same with other names of the base's tensors, all of which are in `names`."""
         weights, biases, saved = (
             {names[tensor]: own for tensor, own in part.items()}

@@ -1,8 +1,6 @@
 """Snapshots of the adapter of a PeftModel: folders that PEFT reads, merged as changes by
 `peft_merge`, never A and B apart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +107,7 @@ class AdapterModel:
                 merged.tensors[name] = tensor.to(live[name].dtype)
         save_adapter(_of_mean(merged), out)
 
-    def _adapter(self, model: Any) -> Adapter:
+    def _adapter(self, model: Any) -> "Adapter":
         from peft_merge.io.read import adapters_of
 
         return adapters_of(model, [self.trained])[0]
@@ -167,7 +165,7 @@ def _add(model: Any, folder: Path, name: str) -> None:
     model.set_adapter(name)
 
 
-def _of_mean(mean: Mean) -> Adapter:
+def _of_mean(mean: Mean) -> "Adapter":
     from peft_merge.io.read import of_memory
 
     return of_memory("mean", mean.config or {}, mean.tensors, "state.mean")

@@ -1,7 +1,5 @@
 """The command ``mergekit-ext``: one file a subcommand."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``mergekit-ext analyze CONFIG OUT``: how alike the models are, and what each size would merge."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
 
 @merging
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw similarity.png")
-def analyze(merge_options: MergeOptions, config_file: Path, out_path: Path, plot: bool) -> None:
+def analyze(merge_options: "MergeOptions", config_file: Path, out_path: Path, plot: bool) -> None:
     """Measure the models of a `flexmerge` configuration, and merge nothing.
 
     Prints the similarity of the task vectors in every block, and the size after each merge. Writes

@@ -1,7 +1,5 @@
 """``mergekit-ext check``: what is wrong with a configuration, and what the merge will cost."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -20,7 +18,7 @@ _CONFIG = click.argument("config", type=click.File(encoding="utf-8"))
 
 @functools.partial(merging, paths=[_CONFIG])
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
-def check(merge_options: MergeOptions, config: IO[str], as_json: bool) -> None:
+def check(merge_options: "MergeOptions", config: IO[str], as_json: bool) -> None:
     """Check the merge that CONFIG describes without reading any weight.
 
     CONFIG is a YAML file for mergekit-yaml or mergekit-multi, or - for standard input. Give the

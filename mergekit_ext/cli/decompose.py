@@ -1,7 +1,5 @@
 """``mergekit-ext decompose CONFIG OUT``: one base, and what each model adds to it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mergekit_ext

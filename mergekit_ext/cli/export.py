@@ -1,7 +1,5 @@
 """``mergekit-ext export PATH TASK OUT``: one task of a FlexMerge checkpoint, ordinary."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

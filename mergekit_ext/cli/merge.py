@@ -1,7 +1,5 @@
 """``mergekit-ext merge CONFIG OUT``: mergekit-yaml with every check, and events."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import warnings
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 @events_option
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
 def merge(
-    merge_options: MergeOptions,
+    merge_options: "MergeOptions",
     config_file: Path,
     out_path: Path,
     events: str | None,

@@ -3,8 +3,6 @@
 ``--help`` answers at once; what a command works with is imported when it runs.
 """
 
-from __future__ import annotations
-
 import builtins
 import functools
 import importlib.util

@@ -1,7 +1,5 @@
 """``mergekit-ext sizes CONFIG OUT``: the accuracy-size curve of one or several algorithms."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--metric", help="The metric that is drawn (default: the first)")
 @events_option
 def sizes(
-    merge_options: MergeOptions,
+    merge_options: "MergeOptions",
     config_file: Path,
     out_path: Path,
     sizes: str | None,

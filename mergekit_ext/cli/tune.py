@@ -1,7 +1,5 @@
 """``mergekit-ext tune CONFIG OUT``: a search for the values that a configuration leaves open."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

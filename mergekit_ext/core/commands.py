@@ -5,8 +5,6 @@ of a pool. So a thread waits for the signal too, and ends the process if that st
 later. As after a kill, nothing is left that looks whole, and a later process goes on.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -9,8 +9,6 @@ A unit is a tensor; for FlexMerge a block, for adapters a module. Anonymous memo
 accelerator all inputs: the one sum holds for its memory and for the CPU's.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

@@ -1,7 +1,5 @@
 """Describe a method's parameter once, and turn pydantic's errors into problems."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace

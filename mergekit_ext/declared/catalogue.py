@@ -1,7 +1,5 @@
 """What users read about the methods: parameters, when to use them, and a YAML that runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any

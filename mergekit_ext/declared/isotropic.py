@@ -1,7 +1,5 @@
 """Iso-C and Iso-CTS: Marczak et al. 2025, "No Task Left Behind". See `kernels.isotropic`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -4,8 +4,6 @@ Wortsman et al. 2022, "Model soups"; Ilharco et al. 2023, "Editing Models with T
 section 2; FlexMerge, footnote 1 and section 4; Zhang et al. 2025, "Channel Merging".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -5,8 +5,6 @@ Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", se
 (section 3.3). See `kernels.masks`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 

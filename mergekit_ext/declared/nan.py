@@ -5,8 +5,6 @@ Merged is ``W_0 + scale * F(a_1 w_1, ...; t_1, ...)`` with the coefficients `a` 
 of raw weights where there is no base.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence

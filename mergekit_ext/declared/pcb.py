@@ -3,8 +3,6 @@
 See `kernels.pcb`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

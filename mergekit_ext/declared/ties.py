@@ -28,8 +28,6 @@ Each matrix of an adapter's module is sparsified by itself, so that experts do n
 bias by itself. In FlexMerge only `ties` is one of these; the others are mergekit's there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """TSV-Merge: Gargiulo et al. 2025, "Task Singular Vectors". See `kernels.tsv`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

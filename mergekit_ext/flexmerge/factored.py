@@ -5,8 +5,6 @@
 multiply by them without forming the matrix.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -44,7 +42,7 @@ class Factored(Tensor):
     _formed: Tensor | None = None
 
     @classmethod
-    def of(cls, *parts: Tensor) -> Factored:
+    def of(cls, *parts: Tensor) -> "Factored":
         if isinstance(parts[0], Factored):
             return parts[0]
         made = parts[0].detach().as_subclass(cls)

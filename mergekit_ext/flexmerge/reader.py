@@ -3,8 +3,6 @@
 A task is read tensor by tensor, or written as an ordinary Hugging Face folder.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +33,7 @@ from mergekit_ext.io.staging import new_folder
 from mergekit_ext.report.card import CARD, sentence_card
 
 
-def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> Checkpoint:
+def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> "Checkpoint":
     """Check a checkpoint and open its files; warn if its folders hold copies of them.
 
     With `verify` every file is compared with its digest, those in the tasks' folders too.
@@ -102,7 +100,7 @@ class Checkpoint:
         self.files = {(_place_of(file.file), name): file for file in files for name in file.headers}
         self._read: dict[tuple[Place, str], Tensor] = {}
 
-    def tensors(self, task: str) -> TaskTensors:
+    def tensors(self, task: str) -> "TaskTensors":
         """Return the tensors of one task by their ordinary names, each made when it is asked for.
 
         All tasks that share a dense tensor get the same object. Its storage is the mapped file, so

@@ -1,7 +1,5 @@
 """The sizes of what groups of tasks store, and which of them a target allows."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -52,7 +50,7 @@ class Target:
     bytes: int | None = None
 
     @classmethod
-    def parse(cls, value: object, expected: str = EXPECTED) -> Target:
+    def parse(cls, value: object, expected: str = EXPECTED) -> "Target":
         """Read a size as `count_or_bytes` does; raise `ValueError` with `expected`."""
         return cls(*count_or_bytes(value, expected))
 

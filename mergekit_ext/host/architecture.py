@@ -4,8 +4,6 @@ mergekit's planner takes an architecture: modules, which have layers with a list
 The one made here has the tensors of one model's headers; `blocks.layer_of` finds layers in names.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ All are searched, and ignore case. `(?:^|\\.)` and `(?:\\.|$)` stand where a who
 dotted name is meant. Of a table that is ordered, the first line that is found wins.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from enum import IntEnum

@@ -3,8 +3,6 @@
 The naming habits of transformers are in `block_tables`; a new one is a line there.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum

@@ -1,7 +1,5 @@
 """`mergekit_ext.methods`: the methods of mergekit's YAML, from their declarations."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

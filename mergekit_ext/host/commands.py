@@ -1,7 +1,5 @@
 """What mergekit's commands and ours do around a merge: read the file first, print errors."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress

@@ -3,8 +3,6 @@
 The donor gives it: the base, or else the first model, as for mergekit's configuration.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

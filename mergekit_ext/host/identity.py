@@ -1,7 +1,5 @@
 """What decides an output: a killed merge is continued, and shared, only where it is the same."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

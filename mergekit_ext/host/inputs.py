@@ -1,7 +1,5 @@
 """What a merge reads: the models that its configuration names, their folders and files."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress

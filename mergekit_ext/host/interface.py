@@ -1,7 +1,5 @@
 """`merge`, `decompose` and `check` of `mergekit_ext`, and what they return."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """The project's merge methods as mergekit's: what they have in common, and those declared."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`merge_models`: modules and state dicts in memory, merged as mergekit merges saved models."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

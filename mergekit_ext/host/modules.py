@@ -4,8 +4,6 @@ Weights that all models have alike are copied; others, such as those of a ``2_De
 like any tensor. Gradients over layers have their last value.
 """
 
-from __future__ import annotations
-
 import filecmp
 import json
 import os

@@ -1,7 +1,5 @@
 """One name for one tensor: what models of a merge call it, from names, shapes and dtypes alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import reduce

@@ -1,7 +1,5 @@
 """Let the config.json of an output say what is in its files: dtype, ties, lists for each layer."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 `autoload` calls one function for each module of mergekit when that module is loaded.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Iterable

@@ -4,8 +4,6 @@ The weights of a merge are written into planned files, which become a checkpoint
 `TensorWriter` would hold whole shards in memory.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import zlib

@@ -1,7 +1,5 @@
 """One merge from configuration to folder: checked, staged, reported, listened to."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 mergekit's tasks carry plain values only, and may run in threads: `current` is their session.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
@@ -173,7 +171,7 @@ def listening(
 def output(
     options: MergeOptions,
     out_path: str,
-    method: ExtMethod | None,
+    method: "ExtMethod | None",
     callbacks: Iterable[object],
     identity: Mapping[str, str] | None = None,
     restart: bool = False,

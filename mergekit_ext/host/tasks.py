@@ -4,8 +4,6 @@ NAN with granularity ``block`` or ``model`` needs norms of whole groups of tenso
 merged. A first graph measures them; the second, which has no edges between tensors, is given them.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,13 +46,15 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     copies: bool = False
 
     @classmethod
-    def of(cls, task: ExecuteMergeMethodTask, seed: int | None, **changed: Any) -> MergeTensorTask:
+    def of(
+        cls, task: ExecuteMergeMethodTask, seed: int | None, **changed: Any
+    ) -> "MergeTensorTask":
         """Return mergekit's task as one of ours, with other values of the fields in `changed`."""
         fields = {name: getattr(task, name) for name in type(task).model_fields}
         return cls.model_construct(**{**fields, "seed": seed or 0, **changed})
 
     @classmethod
-    def copying(cls, task: ExecuteMergeMethodTask, model: ModelReference) -> MergeTensorTask:
+    def copying(cls, task: ExecuteMergeMethodTask, model: ModelReference) -> "MergeTensorTask":
         """Return a task that gives the tensor of one `model` where `task` merges."""
         gather = task.gather_tensors
         inner = getattr(gather, "gather_tensors", gather)  # of vocabularies that are aligned

@@ -1,7 +1,5 @@
 """`tune`: a search over merges in memory, each scored as `sizes` scores a size."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

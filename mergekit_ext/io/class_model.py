@@ -1,7 +1,5 @@
 """What the transformers class of a model makes of stored tensors; no weight is read."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ PyYAML's safe loader runs no code, but it follows aliases without counting (a fe
 billions of values), recurses, and lets exceptions of Python's conversions through.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat

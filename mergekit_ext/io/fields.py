@@ -1,7 +1,5 @@
 """What decides a model's function besides its weights: the fields of config.json, compared."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The journal of an output: which of its pieces are finished, for a run that goes on with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ All but what describes another model or its training, and what the output has ma
 folders that ``modules.json`` names (sentence-transformers), with the weights in them.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterable

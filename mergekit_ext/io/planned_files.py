@@ -4,8 +4,6 @@ The header of a planned file comes first, and every tensor has its place, so its
 neither on the order in which tensors come nor on the number of processes that write them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct

@@ -1,7 +1,5 @@
 """Schemas of the project's own JSON files: pydantic, with every mistake as a `Problem`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from itertools import islice

@@ -10,8 +10,6 @@ The staging directory of an output is hidden and lies beside it. It holds::
 A killed process leaves it; the next one continues in it if its identity is the same.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The tensors of a module or state dict in memory, by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

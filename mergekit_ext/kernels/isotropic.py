@@ -4,8 +4,6 @@ Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common a
 Subspaces" (https://arxiv.org/abs/2502.04959).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,7 +107,7 @@ class _Sum(NamedTuple):
     least: float  # singular values up to it are rounding of the inputs
 
     @classmethod
-    def of(cls, matrices: Sequence[Tensor], dtype: torch.dtype) -> _Sum:
+    def of(cls, matrices: Sequence[Tensor], dtype: torch.dtype) -> "_Sum":
         scale = max(map(power_of_two, matrices))
         total, largest = torch.zeros_like(matrices[0], dtype=torch.float64), 0.0
         for matrix in matrices:

@@ -1,7 +1,5 @@
 """Sections for the model card that mergekit writes, and `merge_report.json`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence

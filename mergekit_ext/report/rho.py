@@ -1,7 +1,5 @@
 """How far merges over a base went: rho, and a warning; see `kernels.calibration`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass

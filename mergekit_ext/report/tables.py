@@ -3,8 +3,6 @@
 Rows of an analysis are those of its CSV files, by column.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -30,7 +28,7 @@ class EvaluationError(MergekitExtError, ValueError):
     """What was to score a model did not return scores."""
 
     @classmethod
-    def raised(cls, error: Exception, what: str) -> EvaluationError:
+    def raised(cls, error: Exception, what: str) -> "EvaluationError":
         """Return the error of an evaluation of `what` that raised: with its frames, not ours."""
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if _PACKAGE not in Path(frame.filename).parents]

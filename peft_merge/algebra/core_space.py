@@ -13,8 +13,6 @@ decompositions of order R, and two products of R by the output's rank. Neither t
 nor a basis is formed: :math:`Qx = X R^{-1} x`, or a product of Householder reflections.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -137,7 +135,7 @@ class CoreSpace:
     # One thread, like the modules that are merged side by side: the same bytes with any number.
     @classmethod
     @by_one_thread
-    def of(cls, updates: Sequence[Update], device: str | torch.device = "cpu") -> CoreSpace:
+    def of(cls, updates: Sequence[Update], device: str | torch.device = "cpu") -> "CoreSpace":
         """Make that of m adapters on a device."""
 
         def joined(factors: Iterable[Tensor], dim: int) -> Tensor:

@@ -3,8 +3,6 @@
 Names are those of the fine-tune's class, which an adapter uses. Tensors are read one at a time.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +33,7 @@ class FullModel:
     headers: Mapping[str, TensorHeader]
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> FullModel:
+    def open(cls, source: str | os.PathLike[str]) -> "FullModel":
         """Find a folder, or a name on the Hub, and read configuration and headers.
 
         Raises:
@@ -50,7 +48,7 @@ class FullModel:
         headers = dequantised(read_folder(folder), detach(config), folder)
         return cls(text, revision or None, config, headers)
 
-    def named(self, config: Any) -> FullModel:
+    def named(self, config: Any) -> "FullModel":
         """Return the same with the names of the class of a configuration."""
         names = class_names(self.headers, config)
         headers = {names.of[stored]: header for stored, header in self.headers.items()}

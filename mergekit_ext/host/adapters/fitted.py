@@ -1,7 +1,5 @@
 """Adapters on the stored tensors of one base: matched, and read as one model."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping

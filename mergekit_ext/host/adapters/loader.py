@@ -3,8 +3,6 @@
 ``stock`` is mergekit's own function, which opens models without an adapter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace

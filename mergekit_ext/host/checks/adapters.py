@@ -1,7 +1,5 @@
 """The adapter of a ``base+adapter`` input: can it be read, and applied to that base."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tensors of the output that are one model's: heads, other shapes, what `exclude:` takes out."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any

@@ -1,7 +1,5 @@
 """What a merge reads, writes and holds, from headers alone, and the layout of its output."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The fields of the inputs' config.json, and the order of labels, compared with the output's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Where everything is in the user's file: mergekit turns all inputs into ``modules:``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

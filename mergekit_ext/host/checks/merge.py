@@ -1,7 +1,5 @@
 """The checks of one merge, in order, and those of YAML text."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The inputs of a merge: does each exist, can it be read, what tensors does it hold."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Collection, Mapping

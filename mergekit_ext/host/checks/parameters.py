@@ -1,7 +1,5 @@
 """Inputs and parameters as a method declares them: as written, and as each tensor gets them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ mergekit's planner runs, recording instead of planning. It and the private funct
 are not public API; this is the only file of the checks that builds on them.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,7 +1,5 @@
 """What a check returns, and the collector that the single checks write to."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys
@@ -71,7 +69,7 @@ class Findings:
         """Add a note that is issued as a warning before the merge as well."""
         self._notes[text] = True
 
-    def absorb(self, other: Findings) -> None:
+    def absorb(self, other: "Findings") -> None:
         """Add what another collector has found."""
         for problem, names in other._problems.items():
             self._problems.setdefault(problem, {}).update(names)

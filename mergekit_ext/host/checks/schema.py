@@ -4,8 +4,6 @@ Keys that a schema does not know are dropped by pydantic: misspelt or misplaced,
 effect.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath

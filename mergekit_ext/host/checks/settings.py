@@ -1,7 +1,5 @@
 """What mergekit uses late: dtypes, the device, the chat template, the tokenizer and its files."""
 
-from __future__ import annotations
-
 import importlib.resources
 import os
 from pathlib import Path

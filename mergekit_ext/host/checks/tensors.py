@@ -3,8 +3,6 @@
 transformers fills missing tensors with random numbers and ignores unknown ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """`merge_method: flexmerge`: from mergekit's configuration to the FlexMerge engine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ The class of the models says what PEFT adapts exactly (`peft_merge.layers`); eve
 task is in its adapter if it is the whole of some modules, and else the base's.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """How alike the models of a FlexMerge are, and what each size would merge."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

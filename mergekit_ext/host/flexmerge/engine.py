@@ -1,7 +1,5 @@
 """One prepared FlexMerge, from its inputs to plans, and to the folder of a checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

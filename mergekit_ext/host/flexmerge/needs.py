@@ -1,7 +1,5 @@
 """What a FlexMerge reads, writes and holds, from headers alone."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import reduce

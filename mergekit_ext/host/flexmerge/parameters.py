@@ -1,7 +1,5 @@
 """The parameters of `flexmerge` in YAML: its own, and those of the algorithm that they make."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace

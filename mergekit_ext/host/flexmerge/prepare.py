@@ -1,7 +1,5 @@
 """What a FlexMerge will do, from configurations and headers: every problem, before any weight."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

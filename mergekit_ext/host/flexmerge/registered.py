@@ -1,7 +1,5 @@
 """Any registered merge method as FlexMerge's F."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

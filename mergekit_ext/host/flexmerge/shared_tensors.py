@@ -1,7 +1,5 @@
 """Which tensors a base and its fine-tunes have in common, from names, shapes and dtypes alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +30,7 @@ class Prepared:
     forced: torch.dtype | None  # of all shareable tensors, if one is asked for
     options: Any  # mergekit's
     adapted: frozenset[str] = frozenset()  # tensors that an adapter changes, or brings
-    forms: Forms | None = None  # of the adapters that are written, if there are any
+    forms: "Forms | None" = None  # of the adapters that are written, if there are any
 
     @cached_property
     def storage(self) -> Storage:

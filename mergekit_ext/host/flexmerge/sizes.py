@@ -1,7 +1,5 @@
 """The accuracy-size curve: every algorithm at every size, scored task by task, and its files."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
