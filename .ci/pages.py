@@ -28,6 +28,7 @@ SHOWN = {
     "examples/adapters/README.md": "examples/adapters.md",
     "examples/adapters/results.png": "examples/results.png",
     "examples/flexmerge/README.md": "examples/flexmerge.md",
+    "examples/quickstart/README.md": "examples/quickstart.md",
     "examples/training/README.md": "examples/training.md",
 }
 PACKAGES = ("mergekit_ext", "mergekit_ext.flexmerge", "mergekit_ext.callbacks", "peft_merge")

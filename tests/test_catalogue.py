@@ -25,6 +25,7 @@ from tests.models import command_here, family
 from tests.peft_merge.models import KINDS, saved
 
 PAGE = Path(__file__).parents[1] / "docs/methods.md"
+CHOOSING = PAGE.with_name("choosing.md").read_text(encoding="utf-8")
 CATALOGUES = {"models": mergekit_ext.methods(), "adapters": peft_merge.methods()}
 MARKED = re.compile(r"(<!-- methods.* -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -78,6 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, tuned = family(folder / "made", make)
     for name, path in zip(("base", *tasks), (base, *tuned), strict=True):
         path.rename(folder / name)
+    for step, task in zip((800, 900, 1000), tasks, strict=True):
+        (folder / f"checkpoint-{step}").symlink_to(folder / task)
     for seed, task in enumerate(tasks):
         saved(KINDS["plain"], folder / f"lora-{task}", seed)
     return folder
@@ -87,6 +90,11 @@ CASES = [
     pytest.param(found.yaml, kind == "adapters", id=f"{kind}-{found.name}")
     for kind, catalogue in CATALOGUES.items()
     for found in catalogue.values()
+]
+CASES += [
+    pytest.param(text, text.startswith("# adapters.yml"), id=f"choosing-{number}")
+    for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", CHOOSING, re.DOTALL))
+    if "from:" not in text  # the open values of `tune`
 ]
 
 

@@ -82,6 +82,7 @@ def test_yaml(page: str, text: str) -> None:
     if "merge_method" not in document or "from:" in text:  # a part of a file; open values of `tune`
         return
     of_adapters = page.startswith("docs/adapters") and "+" not in str(document["models"])
+    of_adapters |= text.startswith("# adapters.yml")
     try:
         found = (peft_merge if of_adapters else mergekit_ext).check(document)
         problems = getattr(found, "problems", ())

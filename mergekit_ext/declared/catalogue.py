@@ -42,7 +42,8 @@ class Catalogue(dict[str, Description]):
 
     def __str__(self) -> str:
         width = max(map(len, self))
-        return "\n".join(f"{name:<{width}}  {found.use}" for name, found in self.items())
+        lines = [f"{name:<{width}}  {found.use}" for name, found in self.items()]
+        return "\n".join([*lines, "", "Which to take when: docs/choosing.md"])
 
     def named(self, name: str | None) -> Any:
         """Return the method `name`, or without one all; raise `ConfigError` for an unknown one."""
