@@ -134,7 +134,7 @@ class AdapterModel:
         }
 
     def _linear(
-        self, adapters: Mapping[str, Adapter], weights: Sequence[float], **options: Any
+        self, adapters: "Mapping[str, Adapter]", weights: Sequence[float], **options: Any
     ) -> Mean:
         from peft_merge import merge_adapters
         from peft_merge.io.write import state_dict
