@@ -36,7 +36,7 @@ from mergekit.options import MergeOptions
 from safetensors import safe_open
 
 from bench import machine, mutations
-from mergekit_ext.errors import MergekitExtError
+from mergekit_ext.errors import MergekitExtError, require
 from mergekit_ext.flexmerge import analysis_file
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.reader import open_checkpoint
@@ -178,7 +178,7 @@ def _weights(path: Path) -> None:
 def _check(source: Any) -> None:
     text = source if isinstance(source, str) else yaml.safe_dump(source)
     for _, report in check_source(text, MergeOptions()):
-        report.raise_for_problems("this configuration")
+        require(report.problems, "this configuration")
 
 
 def _checkpoint(path: Path) -> None:

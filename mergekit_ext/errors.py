@@ -153,6 +153,16 @@ class CheckpointError(_ProblemsError):
     _consequence = "nothing of it was used"
 
 
+def require(
+    problems: Iterable[Problem],
+    subject: str = "this merge",
+    kind: type[_ProblemsError] = ConfigError,
+) -> None:
+    """Raise one error with all `problems`, if there are any."""
+    if found := list(problems):
+        raise kind(found, subject)
+
+
 def attempted(
     make: Callable[[_Item], _Made], items: Iterable[_Item]
 ) -> tuple[list[_Made], list[Problem]]:

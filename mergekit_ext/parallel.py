@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from mergekit_ext.errors import ConfigError, Problem, RankError
+from mergekit_ext.errors import ConfigError, Problem, RankError, require
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
@@ -128,8 +128,7 @@ def launched_size() -> int:
             problems.append(Problem(name, repr(text), expected, _REMEDY))
         elif name == "WORLD_SIZE":
             last = found - 1
-    if problems:
-        raise ConfigError(problems)
+    require(problems)
     return last + 1
 
 

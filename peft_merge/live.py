@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown
+from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, require, shown
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.io.names import PREFIX
 from peft_merge.io.read import adapters_of
@@ -268,7 +268,6 @@ def require_places(name: str, tensors: Mapping[str, Tensor], places: Mapping[str
         elif place.shape != tensor.shape:
             both = f"{module} ({list(tensor.shape)}, in the model {list(place.shape)})"
             unfit.setdefault("tensors of another shape", []).append(both)
-    if unfit:
-        found = (f"{what}: {listing(names)}" for what, names in unfit.items())
-        problems = [Problem(f"adapter {name}", f, "tensors of the model", BASE) for f in found]
-        raise ConfigError(problems, f"the adapter {name}")
+    found = (f"{what}: {listing(names)}" for what, names in unfit.items())
+    problems = [Problem(f"adapter {name}", f, "tensors of the model", BASE) for f in found]
+    require(problems, f"the adapter {name}")

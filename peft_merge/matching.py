@@ -39,9 +39,7 @@ _BY_PEFT = "Merge this adapter into its base with the PEFT that trained it, and 
 
 
 def match(
-    adapter: Adapter,
-    shapes: Mapping[str, Shape],
-    transposed: Orientation = lambda name: None,
+    adapter: Adapter, shapes: Mapping[str, Shape], transposed: Orientation = lambda name: None
 ) -> AdaptedWeights:
     """Match modules and whole tensors of an adapter with the tensors of a base.
 

@@ -20,7 +20,7 @@ from mergekit_ext.callbacks.settings import SUBJECT, Mean, Settings, State
 from mergekit_ext.callbacks.snapshots import Merged, Snapshots
 from mergekit_ext.callbacks.trainer import from_main, is_divided, is_main, unwrapped
 from mergekit_ext.core.parameters import schema_problems
-from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError, Problem, warn
+from mergekit_ext.errors import ConfigError, MergeWarning, NonFiniteError, Problem, require, warn
 from mergekit_ext.events import Callback
 from mergekit_ext.io.staging import new_folder
 
@@ -247,8 +247,7 @@ class MergeCheckpoints(Settings, Callback):
         problems = [*kind.problems(inner)]
         if (initial := self._lacks_initial(kind)) and step > 0:
             problems.append(_NO_INITIAL)
-        if problems:
-            raise ConfigError(problems, SUBJECT)
+        require(problems, SUBJECT)
         self._store.open()
         if self.running is None or isinstance(kind, AdapterModel):
             place: AbstractContextManager[Any] = tempfile.TemporaryDirectory(dir=self._store.folder)
@@ -276,8 +275,7 @@ class MergeCheckpoints(Settings, Callback):
             snapshots = {n: Path(links) / f"step-{n}" for n in range(1, self.keep + 1)}
             for link in snapshots.values():
                 link.symlink_to(folder)
-            if problems := kind.merge_problems(snapshots, base):
-                raise ConfigError(problems, f"a merge of {self.keep} snapshots")
+            require(kind.merge_problems(snapshots, base), f"a merge of {self.keep} snapshots")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps and folders of the snapshots; or the running mean, as tensors."""

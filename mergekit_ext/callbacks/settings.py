@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from mergekit_ext.core.parameters import schema_problems
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import Problem, require
 from mergekit_ext.events import LOG_HOOKS, MERGE_HOOKS, hook_problem, takes
 
 INITIAL = "initial"
@@ -78,8 +78,7 @@ class Settings(_Strict):
             problems = schema_problems(error, given)
         wrong = {problem.where for problem in problems}
         problems += [problem for problem in _together(given) if problem.where not in wrong]
-        if problems:
-            raise ConfigError(problems, SUBJECT)
+        require(problems, SUBJECT)
 
     @property
     def running(self) -> Average | Ema | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
-from mergekit_ext.errors import ConfigError, MergeWarning, Problem, warn
+from mergekit_ext.errors import MergeWarning, Problem, require, warn
 from mergekit_ext.io.staging import new_folder, place_problems
 
 _OWN = re.compile(rf"step-[0-9]{{8}}|{INITIAL}")
@@ -40,8 +40,7 @@ class Snapshots:
             text = f"{len(left)} snapshots of another run, such as {left[0]}"
             remedy = "Choose another folder, delete them, or load the state of that run."
             problems.append(Problem(where, text, "a folder for this run", remedy))
-        if problems:
-            raise ConfigError(problems, SUBJECT)
+        require(problems, SUBJECT)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, step: int, save: Callable[[Path], object]) -> None:
@@ -62,9 +61,7 @@ class Snapshots:
         """Return the snapshots, oldest first; refuse if some were removed."""
         remedy = "Keep as many checkpoints as are merged (`save_total_limit` of a Trainer)."
         gone = [place for place in self._kept.values() if not os.path.isdir(place)]
-        if gone:
-            problems = [Problem(str(p), "no such folder", "a snapshot", remedy) for p in gone]
-            raise ConfigError(problems, SUBJECT)
+        require((Problem(str(p), "no such folder", "a snapshot", remedy) for p in gone), SUBJECT)
         return dict(sorted(self._kept.items()))
 
     def clear(self) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mergekit_ext.errors import ConfigError, Problem, listing
+from mergekit_ext.errors import ConfigError, Problem, listing, require
 from mergekit_ext.flexmerge.reader import TaskTensors
 
 AUTO, CPU, DISK = "auto", "cpu", "disk"
@@ -209,8 +209,7 @@ def _given(device_map: DeviceMap, held: _Held) -> Mapping[str, Device]:
     if left := sorted(name for name in held if device_map.keys().isdisjoint(_parts(name))):
         found = f"no place for {listing(left)}"
         problems.append(Problem("device_map", found, "one for every tensor", "Add '': 'cpu'."))
-    if problems:
-        raise ConfigError(problems, SUBJECT)
+    require(problems, SUBJECT)
     return device_map
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted
+from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted, require
 from mergekit_ext.flexmerge import files as on_disk
 from mergekit_ext.flexmerge.files import StoredFile, regular_file
 from mergekit_ext.flexmerge.layout import FLOATING
@@ -46,8 +46,7 @@ def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> "Ch
         problems = list(islice(_content_problems(manifest, files), MOST_SHOWN))
         if verify:
             problems += on_disk.problems(root, manifest, files)
-    if problems:
-        raise CheckpointError(islice(problems, MOST_SHOWN), str(folder))
+    require(islice(problems, MOST_SHOWN), str(folder), CheckpointError)
     on_disk.warn_of_copies(root, manifest, files)
     return Checkpoint(root, manifest, files)
 
@@ -209,8 +208,7 @@ def export(
     root, tensors = checkpoint.folder, checkpoint.tensors(task)
     names = list(dict.fromkeys(["config.json", *companions(root / task)]))
     sources, problems = attempted(lambda name: regular_file(root, f"{task}/{name}"), names)
-    if problems:
-        raise CheckpointError(problems, str(root))
+    require(problems, str(root), CheckpointError)
     with new_folder(out, "this export", "OUT") as folder:
         for name, source in zip(names, sources, strict=True):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map, tree_map_only
 
-from mergekit_ext.errors import ConfigError, Problem, listing
+from mergekit_ext.errors import Problem, listing, require
 from mergekit_ext.flexmerge.factored import Factored, Leaf
 from mergekit_ext.flexmerge.placement import tensors_of
 
@@ -363,8 +363,7 @@ class Batched(torch.nn.Module):
         if not given or len(given[0]) != count:
             rows = len(given[0]) if given else "no"
             problems.append(Problem("tasks", f"{count} for {rows} rows", "one for each row"))
-        if problems:
-            raise ConfigError(problems, SUBJECT)
+        require(problems, SUBJECT)
         indices = [self.tasks.index(task) for task in tasks]
         order = sorted(range(count), key=lambda row: self._rank[indices[row]])
         runs = [Run(n, indices.count(n)) for n in dict.fromkeys(indices[row] for row in order)]
@@ -407,8 +406,7 @@ def _check(models: Mapping[str, Any]) -> None:
         if differ:
             expected = f"the configuration of {first}"
             problems.append(Problem(task, f"another {listing(sorted(differ))}", expected))
-    if problems:
-        raise ConfigError(problems, SUBJECT)
+    require(problems, SUBJECT)
 
 
 def _identity(module: Any, other: Any, recurse: bool = True) -> tuple[Any, ...]:

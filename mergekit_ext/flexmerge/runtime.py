@@ -9,17 +9,10 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from mergekit_ext.errors import CheckpointError, ConfigError, Problem
+from mergekit_ext.errors import CheckpointError, Problem, require
 from mergekit_ext.flexmerge.factored import Factored, leave_factors
 from mergekit_ext.flexmerge.files import regular_file
-from mergekit_ext.flexmerge.placement import (
-    AUTO,
-    SUBJECT,
-    DeviceMap,
-    MaxMemory,
-    Sharing,
-    place,
-)
+from mergekit_ext.flexmerge.placement import AUTO, SUBJECT, DeviceMap, MaxMemory, Sharing, place
 from mergekit_ext.flexmerge.reader import TaskTensors, open_checkpoint
 
 
@@ -78,8 +71,7 @@ def load(
         problems.append(Problem("offload_folder", "it", "it with device_map only"))
     if device_map is not None and torch.device(device).type != "cpu":
         problems.append(Problem("device", f"{device} beside device_map", "one of the two"))
-    if problems:
-        raise ConfigError(problems, SUBJECT)
+    require(problems, SUBJECT)
     checkpoint = open_checkpoint(path, verify)
     names = checkpoint.tasks if task is None else (task,)
     held = {name: checkpoint.tensors(name) for name in names}
@@ -142,9 +134,7 @@ def build_module(
     except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
         problem = Problem(str(folder), f"an error of transformers: {error}", "a model that loads")
         raise CheckpointError([problem], str(folder)) from error
-    problems = list(_misfits(folder.name, report))
-    if problems:
-        raise CheckpointError(problems, str(folder))
+    require(_misfits(folder.name, report), str(folder), CheckpointError)
     module.name_or_path = module.config.name_or_path = str(folder)
     return module
 

@@ -12,7 +12,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 
 from mergekit_ext.core.commands import prompt, reporting
-from mergekit_ext.errors import ConfigError, Problem
+from mergekit_ext.errors import ConfigError, Problem, require
 from mergekit_ext.flexmerge.residual import Residual
 from mergekit_ext.host.checks.schema import NO_DOCUMENT, between_documents, parse, unknown_keys
 from mergekit_ext.host.flexmerge import DECOMPOSE
@@ -91,8 +91,7 @@ def require_merges(text: str) -> None:
         if ours[i] and config is not None:
             found = unknown_keys(document)
         problems += [replace(p, where=place + p.where) for p in (*between.get(i, ()), *found)]
-    if problems:
-        raise ConfigError(problems, "these merges")
+    require(problems, "these merges")
 
 
 @contextmanager

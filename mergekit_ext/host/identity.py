@@ -12,7 +12,7 @@ import torch
 from mergekit.common import ModelPath
 
 from mergekit_ext import parallel
-from mergekit_ext.errors import ConfigError, MergeError, Problem
+from mergekit_ext.errors import MergeError, Problem, require
 from mergekit_ext.host.adapters.fitted import VARIABLE as ADAPTERS_VARIABLE
 from mergekit_ext.host.inputs import cached_folder, files_of
 from mergekit_ext.host.method import is_stock
@@ -149,5 +149,4 @@ def require_same(processes: Ranks, given: Mapping[str, str]) -> None:
         if names := [n for n in {**first, **found} if found.get(n) != first.get(n)]:
             what = f"another {', '.join(names)}"
             problems.append(Problem(f"rank {rank}", what, "what rank 0 was given", _REMEDY))
-    if problems:
-        raise ConfigError(problems)
+    require(problems)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mergekit_ext
 from mergekit_ext.declared import Inputs
-from mergekit_ext.errors import listing, shown
+from mergekit_ext.errors import listing, require, shown
 from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.checks.copied import OF_MERGES
 from mergekit_ext.host.checks.layout import Group, Source
@@ -90,7 +90,7 @@ def merge_models(
         findings.problem(listing([*codes]), what, "weights", _QUANTISED)
     else:
         _check_tensors(states, findings)
-    findings.report().raise_for_problems("these models")
+    require(findings.report().problems, "these models")
     first, *others = states.values()
     # Tensors that all models tie are one.
     tied = {

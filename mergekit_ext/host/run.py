@@ -16,7 +16,7 @@ import mergekit_ext
 from mergekit_ext import parallel
 from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.declared.method import factor_of_snapshots
-from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, warn
+from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, require, warn
 from mergekit_ext.host import identity
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import applies
@@ -159,12 +159,6 @@ def fresh_loaders() -> Iterator[None]:
 def _forget_loaders() -> None:
     LoaderCache().flush_all()
     LoaderCache.loaders.clear()
-
-
-def require(problems: Sequence[Problem]) -> None:
-    """Raise one error with all `problems`, if there are any."""
-    if problems:
-        raise ConfigError(problems)
 
 
 def snapshot_merge(

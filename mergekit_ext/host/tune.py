@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import MergeWarning, Problem
+from mergekit_ext.errors import MergeWarning, Problem, require
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.merging import Walk, require_in_range
 from mergekit_ext.host.architecture import settling
@@ -109,7 +109,7 @@ class _Merges(Search):
     def evaluated(self, document: Document) -> Iterator[tuple[str, Mapping[str, float]]]:
         config, _ = parse(document)
         report, checked = check_merge(config, self._options, document)
-        report.raise_for_problems("this trial")
+        require(report.problems, "this trial")
         if isinstance(checked, Prepared):
             dtype, models = checked.forced, self._flexmerged(checked)
         else:

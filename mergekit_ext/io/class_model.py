@@ -137,11 +137,7 @@ def class_names(stored: Iterable[str], config: Any) -> ClassNames:
     if model is None:
         return ClassNames(None, plain, frozenset(), str)
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     def transforms(kind: type) -> list[Any]:  # new ones: some know what they have renamed before
         return [item for item in get_model_conversion_mapping(model) if isinstance(item, kind)]

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from mergekit_ext.core.parameters import schema_problems
-from mergekit_ext.errors import MOST_SHOWN, CheckpointError, ConfigError, Problem
+from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, require
 from mergekit_ext.io.documents import bounded_text, parse_json
 
 T = TypeVar("T", bound="Schema")
@@ -64,8 +64,7 @@ class Schema(BaseModel):
 
     @model_validator(mode="after")
     def _keep_rules(self: T) -> T:
-        if problems := [*islice(self.rules(), MOST_SHOWN)]:
-            raise ConfigError(problems)
+        require([*islice(self.rules(), MOST_SHOWN)])
         return self
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
-from mergekit_ext.errors import ConfigError, MergekitExtError, Problem
+from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, require
 from mergekit_ext.io.documents import json_object
 
 # The weights that a merge writes, and no others: a folder may hold files of several models.
@@ -105,8 +105,7 @@ def new_folder(
     Messages call what is written `subject`, and the place `where`, or by its path.
     """
     where, place = where or str(place), os.path.expanduser(place)
-    if problems := [*place_problems(place, where, empty=True)]:
-        raise ConfigError(problems, subject)
+    require([*place_problems(place, where, empty=True)], subject)
     try:
         with staged(place) as staging:
             yield staging.output

@@ -153,10 +153,7 @@ ORDERS: Mapping[str, Callable[[Sequences, int], tuple[int, ...]]] = MappingProxy
 
 
 def merge_order(
-    cosines_per_block: Sequence[Tensor],
-    linkage: str = "min",
-    order: str = "greedy",
-    seed: int = 0,
+    cosines_per_block: Sequence[Tensor], linkage: str = "min", order: str = "greedy", seed: int = 0
 ) -> MergeOrder:
     """Return every merge of every block, in order: Algorithm 1 run to the end.
 

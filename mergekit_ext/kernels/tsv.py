@@ -61,9 +61,7 @@ def tsv_merge(deltas: Sequence[Tensor], layout: str = "matrix", count: int | Non
 
 
 def by_matrix(
-    deltas: Sequence[Tensor],
-    layout: str,
-    merge: Callable[[Sequence[Tensor], torch.dtype], Tensor],
+    deltas: Sequence[Tensor], layout: str, merge: Callable[[Sequence[Tensor], torch.dtype], Tensor]
 ) -> Tensor:
     """Merge each matrix of the task vectors by itself; average tensors of one or no axis.
 

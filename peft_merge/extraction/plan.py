@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_ext.errors import ConfigError, FileError, Problem, one_line, tensors_at
+from mergekit_ext.errors import FileError, Problem, one_line, require, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.class_model import class_names, empty_model
 from mergekit_ext.io.fields import differences
@@ -123,8 +123,7 @@ def planned(base: FullModel, model: FullModel) -> Plan:
         ConfigError: with everything that an adapter of the base cannot express.
     """
     found = Plan(base.named(model.config), model.named(model.config))
-    if problems := [*_sorted(found)]:
-        raise ConfigError(problems, f"an adapter of {base.name} for {model.name}")
+    require(_sorted(found), f"an adapter of {base.name} for {model.name}")
     return found
 
 

@@ -23,6 +23,7 @@ from mergekit_ext.errors import (
     Problem,
     attempted,
     listing,
+    require,
     warn,
 )
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
@@ -103,8 +104,7 @@ def extract(
     if out is not None:
         problems += place_problems(os.path.expanduser(out), str(out), empty=True)
     models, wrong = attempted(FullModel.open, (base, model))
-    if problems := [*problems, *wrong]:
-        raise ConfigError(problems, "this extraction")
+    require([*problems, *wrong], "this extraction")
     plan, started = planned(*models), time.perf_counter()
     for note in plan.notes:
         warn(MergeWarning(note))

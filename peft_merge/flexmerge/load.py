@@ -18,6 +18,7 @@ from mergekit_ext.errors import (
     Problem,
     listing,
     one_line,
+    require,
     shown,
 )
 from peft_merge.adapter import Adapter, LoraAdapter
@@ -69,10 +70,8 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
     kinds = {"lora" if isinstance(adapter, LoraAdapter) else "ia3" for adapter in adapters}
     if kinds != {manifest.kind}:
         problems.append(Problem("kind", manifest.kind, "that of the adapters", _DAMAGED))
-    if problems:
-        raise CheckpointError(problems, str(folder))
-    if problems := list(_inseparable(adapters)):
-        raise ConfigError(problems, _SUBJECT)
+    require(problems, str(folder), CheckpointError)
+    require(_inseparable(adapters), _SUBJECT)
     return put_on(base_model, adapters, shared)
 
 

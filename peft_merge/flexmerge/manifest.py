@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator
 
-from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted
+from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted, require
 from mergekit_ext.flexmerge.files import digest_of, regular_file
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
@@ -110,8 +110,7 @@ def open_manifest(folder: str | os.PathLike[str], *, verify: bool = True) -> Man
     _, problems = attempted(
         lambda each: regular_file(root, each[0], each[1].sha256, each[1].bytes, verify), files
     )
-    if problems:
-        raise CheckpointError(problems[:MOST_SHOWN], str(folder))
+    require(problems[:MOST_SHOWN], str(folder), CheckpointError)
     return manifest
 
 

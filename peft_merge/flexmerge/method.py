@@ -51,9 +51,7 @@ OWN = options(
 _NAMES = {parameter.name for parameter in OWN}
 
 # Where the paper's defaults are not those of a merge of everything: lambda times the mean.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "task_arithmetic": {"lambda": 1.5, "normalize": True},
-}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"task_arithmetic": {"lambda": 1.5, "normalize": True}}
 _RENAME = "Rename the adapter with `name:`."
 
 

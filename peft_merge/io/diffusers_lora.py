@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, Problem, listing
+from mergekit_ext.errors import ConfigError, Problem, listing, require
 from mergekit_ext.io.documents import parse_json
 from mergekit_ext.io.headers import read_safetensors
 from peft_merge.adapter import Adapter
@@ -94,8 +94,7 @@ def _converted(
             renamed = rename.convert_unet_state_dict_to_peft(own)
         inside = (item for item in metadata.items() if item[0].startswith(f"{component}."))
         given = {field.partition(".")[2]: value for field, value in inside}
-        if wrong := list(field_problems(given, component) if given else ()):
-            raise ConfigError(wrong)
+        require(field_problems(given, component) if given else ())
         usual = Counter(a for key, a in alphas.items() if key.startswith(f"{component}."))
         for name, key in renamed.items():
             # CLIP's text encoders have lost the first part in transformers 5; loaders know both.

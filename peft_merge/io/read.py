@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ext.errors import ConfigError, Problem, attempted
+from mergekit_ext.errors import ConfigError, Problem, attempted, require
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import (
     PICKLE_FOUND,
@@ -161,8 +161,7 @@ def of_memory(
     live: bool = False,
 ) -> Adapter:
     """Return an adapter of tensors under PEFT's names, which are not copied; see `parse`."""
-    if problems := field_problems(config, where):
-        raise ConfigError(problems, where)
+    require(field_problems(config, where), where)
     headers = {
         key: TensorHeader(key, dtype_name(t.dtype), tuple(t.shape), t.nbytes)
         for key, t in tensors.items()
@@ -189,8 +188,7 @@ def adapters_of(model: Any, names: Iterable[str]) -> list[Adapter]:
         return of_memory(name, config, state, f"the adapter {name}", live=True)
 
     adapters, problems = attempted(held, names)
-    if problems:
-        raise ConfigError(problems, "the adapters of this model")
+    require(problems, "the adapters of this model")
     return adapters
 
 

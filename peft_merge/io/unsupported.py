@@ -104,8 +104,7 @@ _Items = Annotated[list[T], Field(fail_fast=True)]
 _Names = _Items[Annotated[str, Field(min_length=1)]]
 _Selection = Annotated[Any, AfterValidator(_selection)]
 _Layers = Annotated[
-    str | _Items[str],
-    AfterValidator(partial(_compiled, template=r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")),
+    str | _Items[str], AfterValidator(partial(_compiled, template=r"(?:^|.*?\.){}\.(?P<idx>\d+)\."))
 ]
 _Pair = Annotated[list[int], Field(min_length=2, max_length=2, fail_fast=True)]
 _Keys = AfterValidator(partial(_compiled, template=keyed("{}")))

@@ -11,7 +11,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ext.errors import ConfigError
+from mergekit_ext.errors import ConfigError, require
 from mergekit_ext.host.checks.merge import check_merge, check_source
 from mergekit_ext.host.checks.schema import between_documents, parse, unknown_keys
 from tests.host.small import LINEAR, at, entries, run, the
@@ -184,7 +184,7 @@ def test_ten_mistakes_are_listed_at_once(models: Path, tmp_path: Path) -> None:
         "2 tensors (model.embed_tokens.weight, lm_head.weight)",
     }
     with pytest.raises(ConfigError) as error:
-        report.raise_for_problems("this merge")
+        require(report.problems, "this merge")
     assert error.value.problems == report.problems
     assert all(str(problem) in str(error.value) for problem in report.problems)
 

@@ -31,7 +31,6 @@ def test_fine_merge_has_no_problem_and_the_right_estimate(models: Path, kind: st
     largest = max(tensor.numel() for tensor in stored[0].values())
     copies = 1 + 8 * 2 + 6 + 2 * 2 + 16  # `memory.working`
     assert report.estimate.bytes_held == largest * 4 * copies
-    report.raise_for_problems("this merge")
 
 
 def test_estimate_follows_dtypes_and_shards(models: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.errors import ConfigError, Problem, listing, tensors_at
+from mergekit_ext.errors import ConfigError, Problem, listing, require, tensors_at
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.class_model import class_names, class_of
 from mergekit_ext.io.headers import TensorHeader
@@ -68,8 +68,7 @@ def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> A
             what = f"{tensors[codes[0]].dtype} in the base, which looks quantised"
             remedy = "Give the base as it was before quantisation."
             problems.append(Problem(tensors_at(codes), what, ", ".join(FLOATING), remedy))
-        if problems:
-            raise ConfigError(problems, f"adapter {adapter.name} on this base")
+        require(problems, f"adapter {adapter.name} on this base")
     except ConfigError as error:
         raise ConfigError(map(_or_beforehand, error.problems), error.subject) from None
     return weights

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mergekit_ext.core.memory import Need
-from mergekit_ext.errors import ConfigError, Problem, tensors_at
+from mergekit_ext.errors import Problem, tensors_at
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,6 @@ class CheckReport:
     estimate: Estimate | None = None  # None when some input is not known well enough
     warnings: tuple[str, ...] = ()  # those of `notes` that are also issued before the merge
     dequantised: Mapping[str, str] = field(default_factory=dict)  # models, and from what
-
-    def raise_for_problems(self, subject: str) -> None:
-        """Raise one `ConfigError` with every problem, if there is any."""
-        if self.problems:
-            raise ConfigError(self.problems, subject)
 
 
 class Findings:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import ConfigError, Problem, listing
+from mergekit_ext.errors import ConfigError, Problem, listing, require
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, clusters_problem
 from mergekit_ext.flexmerge.residual import ADAPTERS, Residual, ResidualStorage
@@ -63,12 +63,11 @@ def prepare_tables(
     found = {}
     for name in dict.fromkeys(chosen):
         report, prepared = check(variant(config, name, chosen), options, source)
-        report.raise_for_problems(f"this configuration and `{name}`")
+        require(report.problems, f"this configuration and `{name}`")
         assert prepared is not None
         found[name] = report, prepared
     inputs = [model.model.path for model in config.referenced_models()]
-    if problems := list(place_problems(folder, "OUT_PATH", inputs)):
-        raise ConfigError(problems)
+    require(place_problems(folder, "OUT_PATH", inputs))
     return found
 
 

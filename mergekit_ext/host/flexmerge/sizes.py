@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import Problem
+from mergekit_ext.errors import Problem, require
 from mergekit_ext.flexmerge.merging import Walk
 from mergekit_ext.flexmerge.plan import Planner
 from mergekit_ext.flexmerge.runtime import build_module
@@ -25,7 +25,6 @@ from mergekit_ext.host.flexmerge.needs import need_of
 from mergekit_ext.host.flexmerge.prepare import prepare_tables
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.host.interface import interface
-from mergekit_ext.host.run import require
 from mergekit_ext.host.session import listening
 from mergekit_ext.io.class_model import without_bars
 from mergekit_ext.report.tables import (
