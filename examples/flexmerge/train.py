@@ -34,22 +34,22 @@ from .data import TASKS, load_tasks
 
 LAYERS = 3
 BATCH = 48  # of the task's images, and again of the images that the start was trained on
-OLD_IMAGES = 200  # of each task
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; ``memory``: weight of the loss on old images."""
+    """How long and how fast to train; ``memory``: weight of the loss on ``old`` images a task."""
 
     pretrain_steps: int
     finetune_steps: int
     pretrain_lr: float = 1e-3
     finetune_lr: float = 0.03
     memory: float = 0.3
+    old: int = 200
 
 
 FULL = Schedule(pretrain_steps=640, finetune_steps=300)
-QUICK = Schedule(pretrain_steps=48, finetune_steps=8)
+QUICK = Schedule(pretrain_steps=8, finetune_steps=2, old=20)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,7 +105,7 @@ def finetune(
     large models that people merge.
     """
     generator = torch.Generator().manual_seed(seed)
-    old = _old_images(tasks, generator)
+    old = _old_images(tasks, schedule.old, generator)
     with torch.no_grad():
         remembered = base(pixel_values=old).logits
     model = _with_own_head(base, task)
@@ -139,12 +139,12 @@ def finetune(
     return model.eval()
 
 
-def _old_images(tasks: Sequence[Task], generator: torch.Generator) -> Tensor:
+def _old_images(tasks: Sequence[Task], count: int, generator: torch.Generator) -> Tensor:
     """Equally many pre-training images of every task."""
     chosen = []
     for task in tasks:
         images = task.splits["pretrain"].images
-        chosen.append(images[torch.randperm(len(images), generator=generator)[:OLD_IMAGES]])
+        chosen.append(images[torch.randperm(len(images), generator=generator)[:count]])
     return torch.cat(chosen)
 
 
