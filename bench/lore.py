@@ -1,84 +1,90 @@
-"""The LoRE-Merging solver against Algorithm 1 with a full SVD per model per iteration.
+"""The LoRE-Merging solver in sweeps: full SVDs of every model.
 
-    python bench/lore.py                 # 1024x4096 and 2048x2048, float32, three models
-    python bench/lore.py --quick         # small shapes, to see that it runs
-    python bench/lore.py --device cuda   # 4096x4096 (not run so far: no GPU was at hand)
+    python -m bench.lore --threads 1                    # all cases, three shapes
+    python -m bench.lore --shape 1024x1024 --case 0     # one of them
+    python -m bench.lore --quick --reference            # small shapes, to see that it runs
+    python -m bench.lore --device cuda                  # 4096x4096 (not measured: no GPU at hand)
+    python -m bench.lore --shape 128256x4096 --case 0 --memory
 
-For each case: a float64 solution is computed to a tolerance of 3e-7 and certified by one full SVD
-per model (the residual of Algorithm 1's fixed-point equation is printed). Then the solver runs
-with `TOLERANCE`, and the reference, ``torch.linalg.svd(full_matrices=False)`` in the dtype of the
-models, runs until theta* is as close to the float64 solution as the solver's, or to `EASY` if the
-solver's is closer than that. Solver runs are put before, between and after timed iterations of
-the reference. To save hours, only the first `--timed` iterations of the reference are done with
-the SVD; the rest, to count them, with `Eigen` (float64 Gram matrix; the iterates are the same up to
-rounding). The reference's time is the median iteration times their number.
+For each case the solver runs as a merge to bfloat16 does, between SVDs of the models' differences
+(``torch.linalg.svd(full_matrices=False)``), a sweep being one of each. Its error is that of the
+merged tensor against a solution with a tolerance of `TIGHT`, in units of the rounding to bfloat16.
+Evaluations, and floating point operations of matrix products in units of one Gram matrix of each
+model, do not depend on other work on the machine. `--reference` counts the iterations (sweeps) that
+Algorithm 1 needs for the same error. `--memory` measures what one run holds beyond its inputs.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mergekit_ext.kernels.lore import LoreResult, lore
 from mergekit_ext.kernels.svt import Eigen
 
-MODELS = 3
-RANK = 32
-SHAPES = {"cpu": ((1024, 4096), (2048, 2048)), "cuda": ((4096, 4096),)}
+OUTPUT = torch.bfloat16
+SHAPES = {"cpu": ((1024, 1024), (2048, 2048), (1024, 4096)), "cuda": ((4096, 4096),)}
 QUICK = ((128, 512), (192, 192))
-LONGEST_REFERENCE = 400
-# Of theta_0, relative to its distance from the mean: errors come out below 1e-4, as they should.
-TOLERANCE = 3e-5
-# Near the rounding of float32 iterates.
-EASY = 1e-5
+TIGHT = 2e-5
+LONGEST_REFERENCE = 200
+# Of entries of a base like that of a language model, and of the largest singular value of updates.
+ENTRY, LARGEST = 0.02, 0.5
 
 
 @dataclass(frozen=True)
 class Case:
-    name: str
-    low_rank: bool
+    """Updates with singular values ``0.5 k^-power``, or of rank 32 with noise (power 0)."""
+
+    power: float
     mu_relative: float
+    models: int = 3
+    size: float = 1.0
+
+    def __str__(self) -> str:
+        spectrum = f"k^-{self.power}" if self.power else "rank 32 + noise"
+        close = "" if self.size == 1.0 else f", updates x {self.size}"
+        return f"{spectrum}, {self.models} models, mu {self.mu_relative}{close}"
 
 
 CASES = (
-    Case("low rank + noise", True, 0.3),
-    Case("full rank", False, 0.8),
-    Case("full rank", False, 0.7),  # a fifth of a square difference's singular values are above
-    Case("full rank", False, 0.5),
+    Case(0.45, 0.1),
+    Case(0.3, 0.1),
+    Case(0.0, 0.3),
+    Case(0.45, 0.5),
+    Case(0.45, 0.02),
+    Case(0.45, 0.1, models=5),
+    Case(0.45, 0.1, size=0.1),
 )
 
 
 def models_of(case: Case, shape: tuple[int, int], device: str) -> list[Tensor]:
-    """A common base; updates of norm a tenth of it."""
     generator = torch.Generator().manual_seed(0)
+    rows, columns = shape
+    rank = min(shape)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    rows, columns = shape
-    base = normal(rows, columns)
-    models = []
-    for _ in range(MODELS):
-        update = normal(rows, columns)
-        if case.low_rank:
-            update = 0.3 * update + normal(rows, RANK) @ normal(RANK, columns) / math.sqrt(RANK)
-        models.append((base + 0.1 * update).to(device))
-    return models
+    def update() -> Tensor:
+        if not case.power:
+            noise = normal(rows, columns).mul_(0.3)
+            return noise.add_(normal(rows, 32) @ normal(32, columns), alpha=32**-0.5).mul_(0.002)
+        left, right = (torch.linalg.qr(normal(side, rank)).Q for side in shape)
+        sigma = LARGEST * torch.arange(1, rank + 1).float() ** -case.power
+        return (left * sigma) @ right.T
 
-
-def threshold(x: Tensor, mu: float) -> Tensor:
-    u, s, v = torch.linalg.svd(x, full_matrices=False)
-    return (u * (s - mu).clamp(min=0)) @ v
+    base = normal(rows, columns).mul_(ENTRY)
+    return [update().mul_(case.size).add_(base).to(device) for _ in range(case.models)]
 
 
 T = TypeVar("T")
@@ -97,77 +103,111 @@ def timed(work: Callable[[], T], device: str) -> tuple[float, T]:
     return clock() - start, result
 
 
-def reference_step(
-    models: list[Tensor],
-    mean: Tensor,
-    theta_0: Tensor,
-    mu: float,
-    shrink: Callable[[Tensor, float], Tensor] = threshold,
-) -> Tensor:
-    """One iteration of Algorithm 1 on theta_0."""
-    total = torch.zeros_like(mean)
-    for model in models:
-        total += shrink(model - theta_0, mu)
-    return mean - total / len(models)
-
-
-def measure(case: Case, shape: tuple[int, int], device: str, timed_steps: int) -> None:
+def measure(case: Case, shape: tuple[int, int], device: str, reference: bool) -> None:
     models = models_of(case, shape, device)
     mean = torch.stack(models).mean(0)
-    wide = [m.double() for m in models]
-    wide_mean = torch.stack(wide).mean(0)
-    found = lore(models, mu_relative=case.mu_relative, tolerance=TOLERANCE)  # also the warm-up
-    mu = found.mu or 0.0
-    tight = lore(wide, mu=mu, tolerance=3e-7, max_iterations=500)
-    again = reference_step(wide, wide_mean, tight.base, mu)
-    moved = torch.linalg.norm(tight.base - wide_mean)
-    residual = float(torch.linalg.norm(again - tight.base) / moved)
-
-    def error(theta_0: Tensor) -> float:
-        """Of theta* = theta_0 + sum_i (theta_i - theta_0) [the fixed point], over its change."""
-        return float(torch.linalg.norm(theta_0.double() - tight.base) / moved)
 
     def run() -> LoreResult:
-        return lore(models, mu=mu, tolerance=TOLERANCE)
+        return lore(models, mu_relative=case.mu_relative, output=OUTPUT)
 
-    def counted(x: Tensor, mu: float) -> Tensor:
-        return Eigen.of(x, torch.float64).threshold(mu).value
+    solver, svd = [], []
+    for model in models[:3]:
+        difference = model - mean
+        svd.append(timed(lambda d=difference: torch.linalg.svd(d, full_matrices=False), device)[0])
+        if len(svd) < 3:
+            seconds, found = timed(run, device)
+            solver.append(seconds)
+    sweep = case.models * statistics.median(svd)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    gram = case.models * 2 * min(shape) ** 2 * max(shape)
+    tight = lore(models, mu_relative=case.mu_relative, tolerance=TIGHT)
+    rounding = torch.linalg.norm(tight.merged - tight.merged.to(OUTPUT).float())
 
-    solver, steps, theta_0 = [timed(run, device)[0]], [], mean
-    goal = error(found.base)
-    target, reached, count = max(goal, EASY), math.inf, 0
-    while reached > target and count < LONGEST_REFERENCE:
-        if count < timed_steps:
-            work = partial(reference_step, models, mean, theta_0, mu)
-            seconds, theta_0 = timed(work, device)
-            steps.append(seconds)
-            if count % 2:
-                solver.append(timed(run, device)[0])
-        else:
-            theta_0 = reference_step(models, mean, theta_0, mu, counted)
-        count += 1
-        reached = error(theta_0)
+    def error(merged: Tensor) -> float:
+        return float(torch.linalg.norm(merged - tight.merged) / rounding)
 
-    ours = statistics.median(solver)
-    theirs = statistics.median(steps) * count
     print(
-        f"{shape[0]}x{shape[1]}  {case.name}, mu/sigma_1 {case.mu_relative}, ranks {found.ranks}\n"
-        f"    solver     {ours:8.3f} s  {found.iterations:4} iterations  error {goal:.1e}"
-        f"  (runs {', '.join(f'{s:.2f}' for s in solver)})\n"
-        f"    reference  {theirs:8.3f} s  {count:4} iterations  error {reached:.1e}"
-        f"  ({statistics.median(steps):.2f} s each)\n"
-        f"    ratio      {theirs / ours:8.1f}    residual of the float64 solution {residual:.1e}",
+        f"{shape[0]}x{shape[1]}, {case}: {statistics.median(solver) / sweep:.2f} sweeps, "
+        f"{found.iterations} evaluations, {counter.get_total_flops() / gram:.0f} products, "
+        f"rank {found.ranks[0]}, error {error(found.merged):.3f}, converged {found.converged} "
+        f"(runs {', '.join(f'{s:.2f}' for s in solver)} s; one SVD "
+        f"{', '.join(f'{s:.2f}' for s in svd)} s; tight: {tight.iterations} evaluations, "
+        f"converged {tight.converged})",
         flush=True,
     )
+    if reference:
+        count = iterations(models, mean, found, error(found.merged), error)
+        print(f"    Algorithm 1: {count or f'more than {LONGEST_REFERENCE}'} sweeps", flush=True)
+
+
+def iterations(
+    models: list[Tensor],
+    mean: Tensor,
+    found: LoreResult,
+    target: float,
+    error: Callable[[Tensor], float],
+) -> int:
+    """Return how many iterations Algorithm 1 needs for an error; 0 if more than are tried.
+
+    Thresholded by `Eigen`, with a float64 Gram matrix: the iterates are those of an SVD.
+    """
+    theta_0, mu = mean, found.mu or 0.0
+    for count in range(1, LONGEST_REFERENCE + 1):
+        wide = [_wide(model - theta_0) for model in models]
+        total = sum(Eigen.of(d, torch.float64).threshold(mu).value for d in wide) / len(models)
+        total = total if total.shape == mean.shape else total.T
+        theta_0 = mean - total
+        if error(theta_0 + len(models) * total) <= target:
+            return count
+    return 0
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T.contiguous()
+
+
+def memory(case: Case, shape: tuple[int, int]) -> None:
+    """Print what one run holds at most beyond its inputs, tall and in bfloat16."""
+    models = tall(case, *shape)
+    inputs = sum(model.nbytes for model in models)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts here
+    before = _status("VmRSS")
+    seconds, found = timed(lambda: lore(models, mu_relative=case.mu_relative, output=OUTPUT), "cpu")
+    print(
+        f"{shape[0]}x{shape[1]}, {case}: {(_status('VmHWM') - before) / 1e9:.2f} GB beyond inputs "
+        f"of {inputs / 1e9:.2f} GB, {seconds:.0f} s, {found.iterations} evaluations, ranks "
+        f"{found.ranks}, converged {found.converged}",
+        flush=True,
+    )
+
+
+def tall(case: Case, rows: int, columns: int) -> list[Tensor]:
+    """Return models made by blocks of rows; their left singular vectors are nearly orthogonal."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = LARGEST * torch.arange(1, columns + 1).float() ** -case.power / rows**0.5
+    models = [torch.empty(rows, columns, dtype=OUTPUT) for _ in range(case.models)]
+    frames = [torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q for _ in models]
+    for at in range(0, rows, 4096):
+        part = slice(at, min(at + 4096, rows))
+        base = torch.randn(part.stop - at, columns, generator=generator).mul_(ENTRY)
+        for model, frame in zip(models, frames, strict=True):
+            left = torch.randn(part.stop - at, columns, generator=generator)
+            model[part] = (left * sigma) @ frame + base
+    return models
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[field].split()[0]) * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument(
-        "--timed", type=int, default=4, help="iterations of the reference that are timed"
-    )
+    parser.add_argument("--reference", action="store_true", help="count Algorithm 1's iterations")
+    parser.add_argument("--memory", action="store_true", help="measure memory, not time")
     parser.add_argument(
         "--threads", type=int, help="CPU threads; with 1, processor time is shown, not wall time"
     )
@@ -186,12 +226,15 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     print(
         f"{name or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {MODELS} models, float32",
+        f"torch {torch.__version__}, float32 to {str(OUTPUT).removeprefix('torch.')}",
         flush=True,
     )
     for shape in shapes:
         for case in CASES if arguments.case is None else CASES[arguments.case :][:1]:
-            measure(case, shape, device, arguments.timed)
+            if arguments.memory:
+                memory(case, shape)
+            else:
+                measure(case, shape, device, arguments.reference)
 
 
 if __name__ == "__main__":

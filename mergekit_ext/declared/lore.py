@@ -33,8 +33,12 @@ _PASSED = ("combine", "update", "max_iterations", "tolerance")
 _REPORTED = ("iterations", "change", "objective", "converged", "mu")
 _RELATIVE = "threshold relative to the largest singular value of the differences"
 _UPDATE = "when the estimated base is solved again: after all task vectors, or after each"
-_STOPS, _CONVERGED = "iterations after which it stops", "relative change at which it has converged"
+_STOPS = "iterations after which it stops"
 _BASES = "known: the adapters have one base; estimated: their bases may differ"
+_TOLERANCE = (
+    "error left of the estimated base, relative to its distance from the mean; without it, the "
+    "error of the result is a tenth of its rounding"
+)
 _PARAMETERS = (
     Parameter("mu", NonNegative | None, None, "threshold on singular values, absolute"),
     Parameter("mu_relative", NonNegative | None, None, _RELATIVE),
@@ -43,7 +47,7 @@ _PARAMETERS = (
     Parameter("combine", choice("sum", "mean", "ties"), "sum", "how the task vectors are combined"),
     Parameter("update", choice("simultaneous", "sequential"), "simultaneous", _UPDATE),
     Parameter("max_iterations", Count, kernel.DEFAULT_MAX_ITERATIONS, _STOPS),
-    Parameter("tolerance", Positive, kernel.DEFAULT_TOLERANCE, _CONVERGED),
+    Parameter("tolerance", Positive | None, None, _TOLERANCE),
 )
 _BASE = Parameter("base", choice("known", "estimated"), "known", _BASES)
 
@@ -57,7 +61,7 @@ def over_base(
     base: Tensor | None, models: Sequence[Tensor], call: Call, dtype: torch.dtype
 ) -> Merged:
     r"""Return :math:`\theta_0 + \lambda\tau`, :math:`\theta_0` being `base` or estimated."""
-    result = _solved(models, base, call, call.weights)
+    result = _solved(models, base, call, call.weights, dtype)
     cancelled = base is None and models[0].ndim > 1 and _cancels(call.options, call.weights)
     details = {**_details(result), "averaged": cancelled}
     return Merged(result.merged.to(dtype), details, result.base if base is None else None)
@@ -86,7 +90,11 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
 
 
 def _solved(
-    tensors: Sequence[Tensor], base: Tensor | None, call: Call, weights: Sequence[float]
+    tensors: Sequence[Tensor],
+    base: Tensor | None,
+    call: Call,
+    weights: Sequence[float],
+    output: torch.dtype | None = None,
 ) -> kernel.LoreResult:
     passed = {name: call.options[name] for name in (*_THRESHOLDS, *_PASSED)}
     in_coordinates = call.short_side is not None and tensors[0].numel()
@@ -100,6 +108,7 @@ def _solved(
         base=base,
         lam=call.options["lambda"],
         weights=weights,
+        output=output,
         layout=call.layout,
         on_iteration=call.on_iteration,
         **passed,

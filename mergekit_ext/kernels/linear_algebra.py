@@ -119,11 +119,6 @@ def total(x: Tensor) -> float:
     return total(rows.sum(dim=-1).double()) + (0.0 if rest is None else float(rest.sum()))
 
 
-def inner(x: Tensor, y: Tensor) -> float:
-    """Return the Frobenius inner product, summed as by `total`."""
-    return total(x * y)
-
-
 def norm(x: Tensor) -> float:
     """Return the Frobenius norm: of rows in the dtype of the data, together in float64."""
     rows, rest = _rows(x)

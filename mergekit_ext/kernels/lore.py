@@ -17,7 +17,11 @@ from mergekit_ext.kernels.numerics import compute_dtype, require_alike, weighted
 from mergekit_ext.kernels.svt import Rule
 
 DEFAULT_MAX_ITERATIONS = 200
-DEFAULT_TOLERANCE = 1e-5
+# Without a tolerance, the error may be this share of the rounding of the output, or of the distance
+# of theta_0 from the mean if that is more, since float32 arithmetic gives no more.
+ROUNDING_SHARE, LEAST_TOLERANCE = 0.1, 1e-5
+# Root mean square of rounding, in eps of a dtype, of entries whose mantissas are spread evenly.
+ROUNDING = 0.21
 # The factorisation of a span costs a few products; below this gain it is not worth it.
 WORTHWHILE = 0.8
 
@@ -29,12 +33,12 @@ class LoreResult:
     Attributes:
         merged: theta* = theta_0 + lam * tau.
         base: theta_0, estimated or given.
-        iterations: evaluations of all thresholdings that were kept; 0 for averaged (1-D) tensors,
-            1 for an explicit base.
+        iterations: evaluations of all thresholdings; 0 for averaged (1-D) tensors, 1 for an
+            explicit base.
         change: last relative change of theta_0: ``||theta_0 - theta_0'||_F / ||theta_0 - mean||_F``
-            (when a quasi-Newton iteration stops: of the step that it would take next).
         objective: at the returned theta_0 and delta_i; with `rank_ratio` without its second term.
-        converged: whether `tolerance` was reached within `max_iterations`.
+        converged: whether the error that is estimated to be left was small enough within
+            `max_iterations`; not if it could not be estimated.
         ranks: rank of each delta_i. This, the norms and mu are the largest of stacked experts.
         spectral_norms: largest singular value of each theta_i minus the mean or the given base.
         mu: the absolute threshold; None with `rank_ratio`, or of averaged tensors if not given.
@@ -63,7 +67,8 @@ def lore(
     weights: Sequence[float] | None = None,
     update: str = "simultaneous",
     max_iterations: int = DEFAULT_MAX_ITERATIONS,
-    tolerance: float = DEFAULT_TOLERANCE,
+    tolerance: float | None = None,
+    output: torch.dtype | None = None,
     layout: str = "matrix",
     on_iteration: Callable[[int, float, float], None] | None = None,
 ) -> LoreResult:
@@ -76,8 +81,9 @@ def lore(
     mu||delta_i||_*``; the paper's equation (1) has ``mu||delta_i||_*^2`` and no 1/2.
 
     *Departure from the paper.* With three or more models and a threshold, the same (there unique)
-    minimiser is approached with quasi-Newton steps, each kept only if the objective does not
-    rise. Returned are the thresholded delta_i and ``theta_0 = mean_i(theta_i - delta_i)`` of them.
+    minimiser is approached with accelerated proximal steps (`lore_solver.accelerated`), on the way
+    of which the objective may rise. Returned are the thresholded delta_i and ``theta_0 =
+    mean_i(theta_i - delta_i)`` of them.
 
     *Two models* and no base, simultaneous: ``delta_1 = -delta_2`` whatever the parameters, so that
     with equal weights theta* is the plain mean; so it is at the fixed point for ``lam = 1/n``.
@@ -99,16 +105,18 @@ def lore(
         update: "simultaneous" (Algorithm 1), or "sequential": theta_0 solved again after each
             delta_i, which depends on the order of the models.
         max_iterations: evaluations of all thresholdings (sweeps for "sequential").
-        tolerance: for `LoreResult.change`, with the distance estimated to be left. Changes of less
-            than eight units of rounding of the largest ``||theta_i - mean||_F`` count as none.
+        tolerance: for the error of theta_0 that is estimated to be left, relative to its distance
+            from the mean, but no less than eight units of rounding of the largest ``||theta_i -
+            mean||_F``. If not given, the error of the merged tensor may be a tenth of its rounding
+            to `output`, or that of theta_0 1e-5 of its distance if that is more.
+        output: the dtype to which `LoreResult.merged` will be cast; by default the compute dtype.
         layout: see `matrices_of`; each matrix is a problem of its own. One or no axis: the
             weighted average, whatever the base.
-        on_iteration: called with (iteration, objective, change) for each matrix; iterations with
-            rejected steps are not reported.
+        on_iteration: called with (iteration, objective, change) for each matrix.
 
-    Memory in units of one upcast tensor, n models: n differences, 2n for the delta_i of two
-    iterates, at most 14 for the quasi-Newton history and scratch, one (short side)^2 matrix per
-    model. In the smaller span if ``(n - 1) * short side`` is below the long side.
+    Memory in units of one upcast tensor, n models: n differences, n delta_i, 5 (n + 1) for iterates
+    to accelerate from, about 8 for scratch, one (short side)^2 matrix per model. In the smaller
+    span if ``(n - 1) * short side`` is below the long side.
 
     Raises:
         ValueError: differing shapes, non-finite entries, or weights of a mean that sum to 0.
@@ -120,7 +128,14 @@ def lore(
         raise ValueError("weights: found a sum of 0; expected another sum, by which to divide")
     if len(shape) < 2 or not tensors[0].numel():
         return _averaged([t.to(dtype) for t in tensors], coefficients, mu)
-    limits = Limits(max_iterations, tolerance, on_iteration)
+
+    def limits(size: float) -> Limits:
+        """For a theta_0 of norm `size`."""
+        if tolerance is not None:
+            return Limits(max_iterations, tolerance, on_iteration=on_iteration)
+        rounding = ROUNDING * torch.finfo(output or dtype).eps * size
+        error = ROUNDING_SHARE * rounding / _growth(lam, coefficients, combine)
+        return Limits(max_iterations, LEAST_TOLERANCE, error, on_iteration)
 
     def rule(norms: Sequence[float], scale: float, short_side: int) -> Rule:
         """For matrices divided by `scale` with these largest singular values."""
@@ -140,7 +155,7 @@ def lore(
         parts = [shrinker.first(d, shrink) for shrinker, d in pairs]
         problem = Problem(space.differences, [shrinker for shrinker, _ in pairs], shrink)
         solve = UPDATES[update] if start is None else over_base
-        outcome = solve(problem, parts, limits)
+        outcome = solve(problem, parts, limits(norm(space.start) / space.scale))
         theta_0 = space.start if start is not None else space.start - space.back(outcome.mean)
         deltas = [part.value for part in outcome.parts]
         return LoreResult(
@@ -213,6 +228,20 @@ class _Coordinates:
             return self._oriented(tau).mul(self.scale)
         tau = weighted_sum(deltas, weights)
         return self.back(tau.div_(math.fsum(weights)) if combine == "mean" else tau)
+
+
+def _growth(lam: float, weights: Sequence[float], combine: str) -> float:
+    """Return at most by how much an error of theta_0 grows in theta*, and at least 1.
+
+    An error e of ``mean - theta_0``, the mean of the delta_i, moves each of them by at most
+    ``||e||``.
+    """
+    count, total = len(weights), math.fsum(weights)
+    if combine == "ties":
+        return 1.0 + abs(lam) * math.sqrt(count)
+    lam = lam / total if combine == "mean" else lam
+    uneven = math.fsum(abs(weight - total / count) for weight in weights)
+    return max(1.0, abs(lam * total - 1.0) + abs(lam) * uneven)
 
 
 def _centred(models: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -169,7 +169,11 @@ class MatmulShrinker:
             exact = threshold(x.double(), self._rule.mu)
             return replace(exact, value=exact.value.to(x.dtype))
 
-    def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk:
+    def follow(self, factor: float) -> None:
+        """Multiply the threshold."""
+        self._rule = Rule(mu=factor * (self._rule.mu or 0.0))
+
+    def settle(self, x: Tensor, accuracy: float) -> Shrunk:
         """Shrink `x` in float64, and what comes after it too."""
         self._precise = True
         return self.shrink(x)

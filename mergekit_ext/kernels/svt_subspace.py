@@ -104,13 +104,18 @@ class WarmShrinker:
         )
         return Shrunk(value, rank, float((kept - mu).sum()))
 
-    def settle(self, x: Tensor, accuracy: float, last: Shrunk | None = None) -> Shrunk:
+    def follow(self, factor: float) -> None:
+        """Multiply the threshold, and expect singular values below it as many times as large."""
+        mu = self._rule.mu or 0.0
+        self._rule = Rule(mu=factor * mu)
+        self._ritz = self._ritz + (factor - 1.0) * self._ritz.clamp(max=mu)
+
+    def settle(self, x: Tensor, accuracy: float) -> Shrunk:
         """Shrink `x` until a step moves the result by at most `accuracy`; nothing missed.
 
         Rounding alone moves it by about 10 eps ``||X||_F``: no less than `ROUNDING` is asked for.
-        `last` is the result of the latest `shrink`, if that was of this very `x`.
         """
-        result = self.shrink(x) if last is None else last
+        result = self.shrink(x)
         if self._exact:
             return result
         accuracy = max(accuracy, ROUNDING * torch.finfo(x.dtype).eps * norm(x))
