@@ -53,6 +53,8 @@ class Call:
     kept: Sequence[float | Cut] = ()  # of each input: a density, or a cut of its whole model
     # Called by an iterative method with iteration, objective and change.
     on_iteration: Callable[[int, float, float], None] | None = None
+    # Of the output, where the result is calibrated before it is cast.
+    final: torch.dtype | None = None
 
     def scaled(self, coefficients: Sequence[float]) -> Call:
         """Return the same with the weights multiplied by the inputs' coefficients."""

@@ -47,9 +47,16 @@ class ExtMethod(MergeMethod):
 
     @abstractmethod
     def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+        final: torch.dtype | None = None,
     ) -> Merged:
-        """Merge one group into a tensor in `out_dtype`, and say what to report about it."""
+        """Merge one group into a tensor in `out_dtype`, and say what to report about it.
+
+        `final` is the dtype that its difference from the base is cast to after it was calibrated.
+        """
 
     def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
         """Return what is wrong with the shared parameters that a tensor gets, together."""
@@ -119,7 +126,8 @@ class ExtMethod(MergeMethod):
         name = factor_in(parameters)
         auto = parameters.get(name) == AUTO
         given = {**parameters, name: 1.0} if auto else parameters
-        found = self.merge_one(group, given, compute_dtype(group.tensors) if auto else dtype)
+        types = (compute_dtype(group.tensors), dtype) if auto else (dtype,)
+        found = self.merge_one(group, given, *types)
         models, start = [entry.tensor for entry in group.non_base], found.start
         if start is None and group.base is not None and not self.ignores_base:
             start = group.base.tensor
@@ -163,7 +171,11 @@ class DeclaredMethod(ExtMethod):
         self.spec = MergeMethodSpec(method.name, tuple(map(spec_of, own)), contract, *about)
 
     def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+        final: torch.dtype | None = None,
     ) -> Merged:
         """Merge one tensor; values that are not finite, or leave the range of the dtype, raise."""
         entries = group.non_base
@@ -181,6 +193,7 @@ class DeclaredMethod(ExtMethod):
             [],
             layout=layout_of(name, entries[0].tensor.ndim),
             on_iteration=report,
+            final=final,
         )
         try:
             merged = self._merged(group, call, out_dtype)

@@ -162,7 +162,11 @@ class NanMethod(ExtMethod):
         return 0 if _in_pieces(self._wrapped) else copies_of(self._wrapped)(models, square) + 3
 
     def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+        final: torch.dtype | None = None,
     ) -> Merged:
         """Merge one group; report norms, coefficients and scale."""
         name, first = group.metadata.name or "", group.entries[0].tensor

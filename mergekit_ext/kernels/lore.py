@@ -69,6 +69,7 @@ def lore(
     max_iterations: int = DEFAULT_MAX_ITERATIONS,
     tolerance: float | None = None,
     output: torch.dtype | None = None,
+    calibrated: bool = False,
     layout: str = "matrix",
     on_iteration: Callable[[int, float, float], None] | None = None,
 ) -> LoreResult:
@@ -110,6 +111,8 @@ def lore(
             mean||_F``. If not given, the error of the merged tensor may be a tenth of its rounding
             to `output`, or that of theta_0 1e-5 of its distance if that is more.
         output: the dtype to which `LoreResult.merged` will be cast; by default the compute dtype.
+        calibrated: whether ``merged - base`` will be brought to about the length of
+            ``theta_i - base`` before.
         layout: see `matrices_of`; each matrix is a problem of its own. One or no axis: the
             weighted average, whatever the base.
         on_iteration: called with (iteration, objective, change) for each matrix.
@@ -129,13 +132,15 @@ def lore(
     if len(shape) < 2 or not tensors[0].numel():
         return _averaged([t.to(dtype) for t in tensors], coefficients, mu)
 
-    def limits(size: float) -> Limits:
-        """For a theta_0 of norm `size`."""
+    def limits(space: _Coordinates) -> Limits:
         if tolerance is not None:
             return Limits(max_iterations, tolerance, on_iteration=on_iteration)
-        rounding = ROUNDING * torch.finfo(output or dtype).eps * size
-        error = ROUNDING_SHARE * rounding / _growth(lam, coefficients, combine)
-        return Limits(max_iterations, LEAST_TOLERANCE, error, on_iteration)
+        rounding = ROUNDING * torch.finfo(output or dtype).eps * norm(space.start) / space.scale
+        # Calibrated, the sum is as long as the mean with another factor.
+        how = (1.0, "mean" if combine == "sum" else combine) if calibrated else (lam, combine)
+        length = max(map(norm, space.differences)) if calibrated else 0.0
+        error = ROUNDING_SHARE * rounding / _growth(coefficients, *how)
+        return Limits(max_iterations, LEAST_TOLERANCE, error, length, on_iteration)
 
     def rule(norms: Sequence[float], scale: float, short_side: int) -> Rule:
         """For matrices divided by `scale` with these largest singular values."""
@@ -155,7 +160,7 @@ def lore(
         parts = [shrinker.first(d, shrink) for shrinker, d in pairs]
         problem = Problem(space.differences, [shrinker for shrinker, _ in pairs], shrink)
         solve = UPDATES[update] if start is None else over_base
-        outcome = solve(problem, parts, limits(norm(space.start) / space.scale))
+        outcome = solve(problem, parts, limits(space))
         theta_0 = space.start if start is not None else space.start - space.back(outcome.mean)
         deltas = [part.value for part in outcome.parts]
         return LoreResult(
@@ -230,7 +235,7 @@ class _Coordinates:
         return self.back(tau.div_(math.fsum(weights)) if combine == "mean" else tau)
 
 
-def _growth(lam: float, weights: Sequence[float], combine: str) -> float:
+def _growth(weights: Sequence[float], lam: float, combine: str) -> float:
     """Return at most by how much an error of theta_0 grows in theta*, and at least 1.
 
     An error e of ``mean - theta_0``, the mean of the delta_i, moves each of them by at most
@@ -239,7 +244,10 @@ def _growth(lam: float, weights: Sequence[float], combine: str) -> float:
     count, total = len(weights), math.fsum(weights)
     if combine == "ties":
         return 1.0 + abs(lam) * math.sqrt(count)
-    lam = lam / total if combine == "mean" else lam
+    if combine == "mean":
+        if total == 0.0:
+            return math.inf
+        lam = lam / total
     uneven = math.fsum(abs(weight - total / count) for weight in weights)
     return max(1.0, abs(lam * total - 1.0) + abs(lam) * uneven)
 

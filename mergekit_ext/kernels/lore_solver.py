@@ -36,10 +36,10 @@ FLOOR = 8.0
 STEP = 2.0
 # Iterates that are combined with the last, and rows of them that decide how.
 MEMORY, SAMPLED_ROWS = 3, 128
-# What is left may be twice what the changes of the last sweeps say: chosen on the 158 of 160 small
-# solved problems (float64) whose iteration ended. Changes that shrink by less in a sweep say
-# nothing; those that rounding can cause count as none where they shrank steadily before.
-SAFETY, SWEEPS, SLOWEST, STEADY = 2.0, 4, 0.97, 0.8
+# What is left may be twice the sum of changes that go on to shrink as in the last sweeps, and more
+# where that is slow: bench/README.md has how often it was. Changes that shrink by less in a sweep
+# say nothing; those that rounding can cause count as none where they shrank steadily before.
+SAFETY, CAUTION, SWEEPS, SLOWEST, STEADY = 2.0, 1.5, 4, 0.97, 0.8
 
 
 def shrinker_for(device: str, shape: torch.Size) -> Shrinker:
@@ -52,16 +52,19 @@ def shrinker_for(device: str, shape: torch.Size) -> Shrinker:
 class Limits:
     """When to stop, and what is called: ``on_iteration(iteration, objective, change)``.
 
-    The error of S may be `tolerance` of its norm, or `error` if that is more.
+    The error of S may be `tolerance` of its norm, or `error` if that is more: less of it where S is
+    shorter than `length`, in proportion.
     """
 
     max_iterations: int
     tolerance: float
     error: float = 0.0
+    length: float = 0.0
     on_iteration: Callable[[int, float, float], None] | None = None
 
     def enough(self, size: float) -> float:
-        return max(self.tolerance * size, self.error)
+        share = min(1.0, size / self.length) if self.length else 1.0
+        return max(self.tolerance * size, self.error * share)
 
     def report(self, count: int, objective: float, change: float) -> None:
         if self.on_iteration is not None:
@@ -271,7 +274,7 @@ class _Remaining:
         if none and rate <= STEADY:
             return 0.0, rate
         trusted = len(self._residuals) > 1 and rate <= SLOWEST
-        return SAFETY * change / (1.0 - rate) if trusted else math.inf, rate
+        return SAFETY * change / (1.0 - rate) ** CAUTION if trusted else math.inf, rate
 
 
 def _rate(values: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ from mergekit_ext.errors import (
     UniformCoefficientsWarning,
 )
 from mergekit_ext.host.method import ext_method
+from mergekit_ext.host.session import Session, active
 from tests.reference.lore import lore as reference
 
 mergekit_ext.register()
@@ -65,6 +66,16 @@ def test_per_model_weights():
     found = merge([base, *tuned], base_index=0, parameters={"mu": 0.2, "weight": weights})
     wanted = reference(tuned, base=base, mu=0.2, weights=weights).merged
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.0, "auto"])
+def test_the_dtype_of_the_output_says_how_exact_it_is(factor):
+    counts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with active(Session()) as session:
+            merge(models(dtype=dtype)[1:], parameters={"mu_relative": 0.1, "lambda": factor})
+        counts += [session.records[0].details["iterations"]]
+    assert counts[1] < counts[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

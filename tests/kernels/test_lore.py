@@ -179,11 +179,18 @@ def test_by_default_the_error_is_a_tenth_of_the_rounding(case: str, device) -> N
     exact = lore(given, mu_relative=share)
     assert exact.converged
     base, deltas = minimum(models, exact.mu)
-    for weights in ([1.0] * len(models), [0.2, 0.9, *[0.4] * (len(models) - 2)]):
-        found = lore(given, mu=exact.mu, weights=weights, output=torch.bfloat16)
-        merged = base + sum(w * d for w, d in zip(weights, deltas, strict=True))
+    even, uneven = [1.0] * len(models), [0.2, 0.9, *[0.4] * (len(models) - 2)]
+    for weights, calibrated in itertools.product((even, uneven), (False, True)):
+        how = {"output": torch.bfloat16, "calibrated": calibrated}
+        found = lore(given, mu=exact.mu, weights=weights, **how)
+        vector = sum(w * d for w, d in zip(weights, deltas, strict=True))
+        lengths = [torch.linalg.norm(model.double() - base) for model in models]
+        factor = sum(lengths) / len(models) / torch.linalg.norm(vector) if calibrated else 1.0
+        merged, start = base + factor * vector, found.base.double().cpu()
         rounding = torch.linalg.norm(merged.bfloat16().double() - merged)
-        error = torch.linalg.norm(found.merged.double().cpu() - merged)
+        error = torch.linalg.norm(
+            torch.lerp(start, found.merged.double().cpu(), float(factor)) - merged
+        )
         assert found.converged
         assert error <= 0.1 * rounding, float(error / rounding)
         assert found.iterations <= exact.iterations

@@ -36,7 +36,11 @@ class FlexMergeMethod(ExtMethod):
         self.spec = MergeMethodSpec(method.name, (), contract, method.title, method.paper)
 
     def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+        final: torch.dtype | None = None,
     ) -> Merged:
         raise MergeError(
             f"{group.metadata.name}: `{self.spec.name}` merges models, not single tensors; merge "
