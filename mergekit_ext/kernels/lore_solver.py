@@ -38,7 +38,8 @@ STEP = 2.0
 MEMORY, SAMPLED_ROWS = 3, 128
 # What is left may be twice the sum of changes that go on to shrink as in the last sweeps, and more
 # where that is slow: bench/README.md has how often it was. Changes that shrink by less in a sweep
-# say nothing; those that rounding can cause count as none where they shrank steadily before.
+# say nothing; those that rounding can cause count as none where they shrank steadily before, and
+# are where the iteration ends otherwise.
 SAFETY, CAUTION, SWEEPS, SLOWEST, STEADY = 2.0, 1.5, 4, 0.97, 0.8
 
 
@@ -154,7 +155,7 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
     floor, largest = (saga.growth * size for size in (problem.floor, problem.size))
     anderson, remaining = _Anderson(len(mean)), _Remaining(norm(mean), floor)
     settled = converged = False
-    while not converged and count < limits.max_iterations:
+    while not (converged or remaining.stalled) and count < limits.max_iterations:
         enough = max(limits.enough(norm(mean)), floor)
         before, last = saga.state, mean
         parts = saga.sweep(SETTLED_SHARE * enough if settled else None)
@@ -263,6 +264,11 @@ class _Remaining:
         self._changes = deque([first], maxlen=SWEEPS + 1)
         self._residuals: deque[float] = deque(maxlen=SWEEPS + 1)
         self._floor, self._rate = floor, 1.0
+
+    @property
+    def stalled(self) -> bool:
+        """Whether rounding may have been all that there was for some sweeps."""
+        return max(self._changes) <= 2.0 * self._floor
 
     def __call__(self, change: float, residual: float) -> tuple[float, float]:
         """Return the error, infinity where nothing can be said, and the rate."""
