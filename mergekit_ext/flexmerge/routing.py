@@ -7,6 +7,7 @@ that layers take slices of the batch.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ _FREE = frozenset(
 )
 # Tables without rows of a batch, and the method of the module above that makes what has them.
 _TABLES = {"relative_attention_bias": "compute_bias"}
-# Tokens of a task up to which one product for all tasks takes less time than one for each.
+# Tokens of a run up to which one product for several takes less time than one for each.
 _FEW = 16
 
 
@@ -56,6 +57,7 @@ class Routing:
         """Take these rows for those of the batch."""
         self.runs, self.copies = runs, copies
         self._found: dict[tuple[int, ...], tuple[list[Run], Tensor]] = {}
+        self._gathered: dict[tuple[Any, ...], tuple[list[Run], Tensor, Tensor]] = {}
 
     def by(self, chosen: tuple[int, ...]) -> tuple[list[Run], Tensor]:
         """Return the runs of sets of parameters, and the set of each row.
@@ -71,6 +73,16 @@ class Routing:
             sets = torch.tensor([run.number for run in runs for _ in range(run.rows)])
             self._found[chosen] = runs, sets.to(self.device)
         return self._found[chosen]
+
+    def gathered(self, chosen: tuple[int, ...], scale: int) -> tuple[list[Run], Tensor, Tensor]:
+        """Return one run for each set of parameters, where its rows are, and the way back."""
+        key = (chosen, scale)
+        if key not in self._gathered:
+            sets = self.by(chosen)[1].repeat_interleave(scale)
+            there, counts = sets.argsort(stable=True), Counter(sets.tolist())
+            runs = [Run(number, counts[number] // scale) for number in sorted(counts)]
+            self._gathered[key] = runs, there, there.argsort()
+        return self._gathered[key]
 
     def scale(self, x: Tensor, where: str) -> int:
         """Return how many rows `x` has for each of the batch; 0 for one that is for all of them."""
@@ -212,6 +224,12 @@ class _Linear(_OfRows):
     def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Any:
         if torch.is_grad_enabled():
             return _Routed.mixed(self, runs, x)
+        if len(runs) > len(self.modules) and x[..., 0].numel() <= _FEW * len(runs):
+            runs, there, back = self.routing.gathered(self.chosen, scale)
+            return self.products(x[there], runs, scale)[back]
+        return self.products(x, runs, scale)
+
+    def products(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
         out = x.new_empty(*x.shape[:-1], self.module.out_features)
         for module, part in self.slices(runs, scale):
             given, made = x[part].reshape(-1, x.shape[-1]), out[part].view(-1, out.shape[-1])

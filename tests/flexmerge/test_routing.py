@@ -18,13 +18,23 @@ from tests.flexmerge.test_runtime import TASKS, dense
 from tests.models import bert
 
 ROWS = ["c", "a", "d", "a", "b", "c", "a"]
+
+
+def crossed(block: str) -> list[tuple[list[str], str]]:
+    """Pairs of which no order of the tasks makes all neighbours."""
+    pairs = ("ab", "cd") if "attention" in block else ("ac", "bd")
+    return [([*pair], "dense") for pair in pairs]
+
+
 GROUPS = {
     "dense": dense,
+    "crossed": crossed,
     "masked": lambda block: [(["a"], "dense"), (["b", "c", "d"], "masked")],
     "residual": lambda block: [(TASKS, "residual")],
 }
 CASES = [
     *((kind, groups) for kind in ("vit", "llama", "t5") for groups in ("dense", "residual")),
+    ("llama", "crossed"),
     *(("bert", groups) for groups in GROUPS),
     ("tied llama", "residual"),
     ("gpt2", "residual"),
