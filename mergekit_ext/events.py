@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from mergekit_ext.errors import ConfigError, Problem, printable
+from mergekit_ext.errors import ConfigError, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,14 +280,15 @@ class ProgressBar(MergeCallback):
     def on_tensor_measured(self, event: TensorMeasured) -> None:
         self._bar.update()
 
-    def on_statistics_end(self, event: StatisticsEnd) -> None:
+    def on_statistics_end(self, event: StatisticsEnd | MergeEnd) -> None:
         self.close()
+
+    on_merge_end = on_statistics_end
 
     def on_solver_iteration(self, event: SolverIteration) -> None:
         # tqdm redraws at its own pace: a solver may report a thousand times a second.
         bar = self._merging()
-        text = f"{printable(event.tensor, 200)}: iteration {event.iteration}"
-        bar.set_postfix_str(text, refresh=False)
+        bar.set_postfix_str(f"iteration {event.iteration}", refresh=False)
         bar.update(0)
 
     def on_tensor_merged(self, event: TensorMerged | BlockMerged) -> None:

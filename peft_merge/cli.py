@@ -74,13 +74,15 @@ def merge(
     from peft_merge.merge import run_config
     from peft_merge.report import sentences
 
-    with reporting(), limited(max_memory):
+    with reporting() as done, limited(max_memory):
         if check:
             click.echo(str(checked(config, out, **options)))
+            click.echo(f"Next: peft-merge {config} OUT", err=True)
             return
         result = run_config(config, out or "", callbacks=_callbacks(quiet, jsonl), **options)
-    if not quiet:
-        click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
+        if not quiet:
+            click.echo("\n".join(sentences(result.report)))
+            done(out, f"load it as {out}/README.md shows")
 
 
 @main.command("extract")
@@ -107,10 +109,11 @@ def extract(
     from peft_merge.extraction.run import extract as run
     from peft_merge.report import sentences
 
-    with reporting():
+    with reporting() as done:
         result = run(base, model, out, callbacks=_callbacks(quiet, jsonl), **options)
-    if not quiet:
-        click.echo("\n".join([*sentences(result.report), f"Written: {out}"]))
+        if not quiet:
+            click.echo("\n".join(sentences(result.report)))
+            done(out, f"load it as {out}/README.md shows")
 
 
 @main.command("tune")
@@ -130,10 +133,12 @@ def tune(config: Path, out: Path, evaluate: str, model: str, **options: Any) -> 
     from mergekit_ext.search import function_named
     from peft_merge.tuning import tune as run
 
-    with reporting():
+    with reporting() as done:
         function = function_named(evaluate, "--evaluate", "a model", "a task")
         found = run(config, out, function, function_named(model, "--model"), **options)
-    click.echo(f"{found.score:.4f}: {out / 'best.yml'}")
+        click.echo(f"{found.score:.4f}: {out / 'best.yml'}")
+        if not options["quiet"]:
+            done(out, f"peft-merge {out / 'best.yml'} OUT")
 
 
 @main.command("methods")

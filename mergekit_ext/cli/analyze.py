@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @merging
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw similarity.png")
-def analyze(merge_options: "MergeOptions", config_file: Path, out_path: Path, plot: bool) -> None:
+def analyze(merge_options: "MergeOptions", config_file: Path, out_path: Path, plot: bool) -> str:
     """Measure the models of a `flexmerge` configuration, and merge nothing.
 
     Prints the similarity of the task vectors in every block, and the size after each merge. Writes
@@ -22,3 +22,4 @@ def analyze(merge_options: "MergeOptions", config_file: Path, out_path: Path, pl
     and similarity.png into the folder OUT_PATH. The `target_size` in CONFIG_FILE is not used.
     """
     click.echo(str(mergekit_ext.analyze(config_file, out_path, merge_options, plot=plot)))
+    return f"mergekit-ext sizes {config_file} OUT --evaluate MODULE:FUNCTION"

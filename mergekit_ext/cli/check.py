@@ -35,3 +35,6 @@ def check(merge_options: "MergeOptions", config: IO[str], as_json: bool) -> None
     click.echo(json.dumps({"documents": documents}, indent=2) if as_json else str(found))
     if found.problems:
         raise click.exceptions.Exit(2)  # as for click's own usage errors
+    if not as_json:
+        command = "yaml" if len(documents) == 1 else "multi"
+        click.echo(f"Next: mergekit-{command} {config.name} OUT", err=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_ext.errors import MergekitExtError
+from mergekit_ext.core.commands import reporting
 from mergekit_ext.parallel import require_one
 
 
@@ -24,9 +24,7 @@ def export(context: click.Context, path: Path, task: str, out: Path, no_verify: 
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit_ext.flexmerge.reader import export as write
 
-    try:
+    with reporting() as done:
         if require_one(context.command_path):
             write(path, task, out, verify=not no_verify)
-    except MergekitExtError as error:
-        click.echo(f"Error: {error}", err=True)
-        context.exit(2)
+            done(out, f'from_pretrained("{out}"), in transformers')

@@ -16,9 +16,11 @@ import click
 from mergekit_ext.core.memory import limited
 
 _OWN = (
-    click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB"),
-    click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin of people you trust"),
+    click.Option(["--max-memory"], metavar="SIZE", help="Refuse what would hold more, such as 8GB"),
+    click.Option(["--allow-pickle"], is_flag=True, help="Read a pytorch_model.bin that you trust"),
 )
+# Of mergekit's options those that commands show which write no model.
+_SHOWN = frozenset({"allow_crimes", "trust_remote_code", "random_seed", "quiet", "cuda", "device"})
 _PATHS = (
     click.argument("out_path", type=click.Path(path_type=Path)),
     click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
@@ -57,14 +59,15 @@ def _declared() -> SimpleNamespace:
 
 
 def merging(
-    function: Callable[..., None],
+    function: Callable[..., str | None],
     *,
     shared: bool = False,
     paths: Sequence[Callable[[Any], Any]] = _PATHS,
 ) -> Any:
     """Return a subcommand with mergekit's options, and limits that are in force while it runs.
 
-    Several processes are refused unless the work is `shared` by them.
+    What `function` returns is what comes next, the last line that the command prints. Several
+    processes are refused unless the work is `shared` by them.
     """
     declared = _declared()
     fields = declared.MergeOptions.model_fields
@@ -83,14 +86,20 @@ def merging(
         options["out_shard_size"] = ShardSizeParamType().convert(text, size, context)
         given["merge_options"] = MergeOptions(**options)
         given["merge_options"].apply_global_options()
-        with for_commands(shared=shared), limited(max_memory), allowing_pickles(allow_pickle):
-            function(**given)
+        with for_commands(shared=shared) as done:
+            with limited(max_memory), allowing_pickles(allow_pickle):
+                following = function(**given)
+            if following and not given["merge_options"].quiet:
+                done(given["out_path"], following)
 
     # mergekit's decorator is given a function of its own: its wrapper would make the stand-in's
     # `MergeOptions`.
     options = declared.add_merge_options(lambda: None).__click_params__
+    for option in options:
+        option.hidden = not shared and option.name not in _SHOWN
+    epilog = None if shared else "All flags of mergekit-yaml are taken; the usual ones are shown."
     command: Any = run
-    command.__click_params__ = [*getattr(function, "__click_params__", ()), *options]
-    for decorate in (*_OWN, *paths, click.command(cls=declared.PrettyPrintHelp)):
+    command.__click_params__ = [*options, *_OWN, *getattr(function, "__click_params__", ())]
+    for decorate in (*paths, click.command(cls=declared.PrettyPrintHelp, epilog=epilog)):
         command = decorate(command)
     return command

@@ -44,7 +44,7 @@ def sizes(
     algorithms: tuple[str, ...],
     metric: str | None,
     events: str | None,
-) -> None:
+) -> str:
     """Merge a `flexmerge` configuration at many sizes, in memory, and score each.
 
     Writes sizes.csv and sizes.json, and the plot sizes.png, into the folder OUT_PATH. The inputs
@@ -68,6 +68,7 @@ def sizes(
     for note in curve.notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(str(curve))
+    return f"mergekit-yaml {config_file} OUT, with one of these sizes as `target_size`"
 
 
 def _size(text: str) -> float | str:

@@ -13,9 +13,7 @@ from mergekit_ext.search import function_named
 
 @merging
 @searching
-def tune(
-    merge_options: Any, config_file: Path, out_path: Path, evaluate: str, **given: Any
-) -> None:
+def tune(merge_options: Any, config_file: Path, out_path: Path, evaluate: str, **given: Any) -> str:
     """Search for the values that CONFIG_FILE leaves open, such as `scale: {from: 0.1, to: 2}`.
 
     FUNCTION gets a module and a task's name, as for `sizes`; the higher the mean over the tasks,
@@ -25,3 +23,4 @@ def tune(
     function = function_named(evaluate, "--evaluate", "a module", "a task")
     found = mergekit_ext.tune(config_file, out_path, function, merge_options, **given)
     click.echo(f"{found.score:.4f}: {out_path / 'best.yml'}")
+    return f"mergekit-yaml {out_path / 'best.yml'} OUT"

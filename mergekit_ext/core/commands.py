@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -43,10 +43,18 @@ def searching(command: Any) -> Any:
     return command
 
 
+def ending(out: object, seconds: float, following: str, what: str = "") -> str:
+    """Return what a command ends with: where its output is, what it is, and what comes next."""
+    return f"Written: {out}, in {seconds:.1f} s{what and f' ({what})'}.\nNext: {following}"
+
+
 @contextmanager
-def reporting() -> Iterator[None]:
-    """Print warnings of ours as lines, and end the command with a message for an error of ours."""
-    shown = warnings.showwarning
+def reporting() -> Iterator[Callable[[object, str], None]]:
+    """Print warnings and errors of ours as lines; yield what prints the command's `ending`."""
+    shown, started = warnings.showwarning, time.perf_counter()
+
+    def done(out: object, following: str) -> None:
+        click.echo(ending(out, time.perf_counter() - started, following), err=True)
 
     def show(message: Any, category: Any, *rest: Any, **options: Any) -> None:
         if issubclass(category, MergeWarning):
@@ -57,7 +65,7 @@ def reporting() -> Iterator[None]:
     warnings.showwarning = show
     try:
         with prompt():
-            yield
+            yield done
     except MergekitExtError as error:
         raise CommandError(str(error)) from None
     finally:

@@ -27,10 +27,10 @@ from mergekit_ext.flexmerge.stored import (
     stored,
 )
 from mergekit_ext.io.headers import TensorHeader
-from mergekit_ext.io.model_files import companions, sentence_class
+from mergekit_ext.io.model_files import classes_of, companions
 from mergekit_ext.io.planned_files import split, weight_names, write_index
 from mergekit_ext.io.staging import new_folder
-from mergekit_ext.report.card import CARD, sentence_card
+from mergekit_ext.report.card import CARD, model_card
 
 
 def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> "Checkpoint":
@@ -214,7 +214,7 @@ def export(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / name)
         _write_weights(folder, tensors, shard_bytes)
-        if card := sentence_card(sentence_class(folder), Path(out).name):
+        if card := model_card(*classes_of(folder), Path(out).name):
             (folder / CARD).write_text(card, encoding="utf-8")
 
 

@@ -95,16 +95,16 @@ def require_merges(text: str) -> None:
 
 
 @contextmanager
-def for_commands(*, shared: bool = False) -> Iterator[None]:
+def for_commands(*, shared: bool = False) -> Iterator[Any]:
     """Inside a command, an error of ours is a message and exit code 2, not a traceback.
 
-    Several processes are refused unless the command's work is `shared` by them.
+    Several processes are refused unless the work is `shared` by them. Yield what `reporting` does.
     """
     context = click.get_current_context(silent=True)
     if context is None:
         yield
         return
-    with reporting():
+    with reporting() as done:
         if not shared and not require_one(context.command_path):
             raise click.exceptions.Exit(0)
-        yield
+        yield done

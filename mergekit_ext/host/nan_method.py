@@ -29,7 +29,7 @@ from mergekit_ext.core.parameters import WEIGHT
 from mergekit_ext.declared import Inputs, Merged, nan
 from mergekit_ext.declared.ties import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
-from mergekit_ext.host.blocks import block_of, stacks_experts
+from mergekit_ext.host.blocks import block_of, kind_of, stacks_experts
 from mergekit_ext.host.method import ExtMethod, raise_non_finite, spec_of
 from mergekit_ext.host.session import TensorRecord
 from mergekit_ext.kernels.numerics import all_finite, compute_dtype, squared_norms, weighted_sum
@@ -302,7 +302,7 @@ class NanMethod(ExtMethod):
 
     def summary(self, records: Sequence[TensorRecord]) -> str:
         """Return the coefficients, and what the wrapped method reports."""
-        own = coefficients_section({r.name: r.details for r in records})
+        own = coefficients_section({r.name: r.details for r in records}, kind_of)
         return f"{own}\n\n{super().summary(records)}".strip()
 
 

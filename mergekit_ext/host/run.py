@@ -32,6 +32,7 @@ from mergekit_ext.host.method import ExtMethod, ext_method, is_stock, registered
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
+from mergekit_ext.report.card import in_effect
 
 RESTART_VARIABLE = "MERGEKIT_EXT_RESTART"
 
@@ -85,6 +86,11 @@ def merge(
             session = sessions.current()
             assert session is not None
             session.dequantised = report.dequantised
+            spec = registered()[config.merge_method].spec
+            defaults = {p.name: None if p.required else p.default for p in spec.parameters}
+            shared = {"merge_method": spec.name, **defaults, **(config.parameters or {})}
+            each = [model.parameters or {} for model in config.models or ()]
+            session.paper, session.parameters = spec.reference_url or "", in_effect(shared, each)
             try:
                 if whole:
                     from mergekit_ext.host.flexmerge.engine import write

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit.options import MergeOptions
 
 from mergekit_ext import parallel
+from mergekit_ext.core.commands import ending
 from mergekit_ext.errors import MergekitExtError, MergeWarning, RankError, StoppedError, warn
 from mergekit_ext.events import Dispatcher, Event, JsonLines, MergeEnd, ProgressBar, ShardWritten
 from mergekit_ext.flexmerge.manifest import SHARDS
@@ -22,7 +23,7 @@ from mergekit_ext.host.blocks import block_of
 from mergekit_ext.host.out_config import agree
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Journal
-from mergekit_ext.io.model_files import sentence_class
+from mergekit_ext.io.model_files import classes_of
 from mergekit_ext.io.staging import WEIGHTS, Staging, by_machine, staged
 from mergekit_ext.report import card
 from mergekit_ext.report.rho import rho_of
@@ -59,6 +60,8 @@ class Session:
         self.recorded: dict[str, TensorRecord] = {}
         # Lines and warnings for when the output stands; one that is an error must not cost it.
         self.summary = ""
+        # For the card: parameters in effect, the method's paper, a task of a FlexMerge that loads.
+        self.parameters, self.paper, self.task = "", "", ""
         self.dequantised: Mapping[str, str] = {}  # inputs, by what they are stored in
         self.afterwards: list[MergeWarning] = []
         self.started = time.perf_counter()
@@ -187,41 +190,47 @@ def output(
         with _folder(session, out_path, identity, restart) as folder:
             yield folder
             agree(folder)
-            page = folder / card.CARD
-            if page.exists():
-                written = page.read_text(encoding="utf-8")
-                text = card.sentence_card(sentence_class(folder), folder.name, written)
-                page.write_text(text, encoding="utf-8")
+            page, sections = folder / card.CARD, list[str]()
             details = {record.name: record.details for record in session.records}
             if name := stock if method is None else method.spec.name:
                 far = rho_of(details, block_of)
                 seed = options.random_seed or 0
                 card.write_report(folder, name, details, seed, **far.stored, **session.stored)
-                card.append_section(page, far.line)
+                sections.append(far.line)
                 session.summary = far.line
                 session.afterwards += far.warnings(name)
             if method is not None:
-                card.append_section(page, method.summary(session.records))
+                sections.append(method.summary(session.records))
             copied = {n: d["copied_from"] for n, d in details.items() if "copied_from" in d}
-            card.append_section(page, card.copies_section(session.order, copied))
-            card.append_section(page, card.quantised_section(session.dequantised))
+            sections.append(card.copies_section(session.order, copied))
+            sections.append(card.quantised_section(session.dequantised))
+            sections.append(card.method_section(session.parameters, session.paper))
+            if page.exists():
+                text, place = page.read_text(encoding="utf-8"), folder / session.task
+                text = card.model_card(*classes_of(place), folder.name, text, session.task)
+                text = "\n\n".join([text.rstrip(), *filter(None, sections)])
+                page.write_text(f"{text}\n", encoding="utf-8")
         if not parallel.current().is_main:
             return
-        place = Path(out_path)
+        place, following = Path(out_path), f'from_pretrained("{out_path}"), in transformers'
         if (place / SHARDS).is_dir():  # which the tasks of a FlexMerge share
             shards = list((place / SHARDS).iterdir())
+            following = f"mergekit-ext export {out_path} TASK FOLDER, or flexmerge.load in Python"
         elif method is None and not stock:  # a base and adapters
             shards = list(place.glob("*/*.safetensors"))
+            following = f"load or serve it as {place / card.CARD} shows"
         else:
             shards = [path for path in place.iterdir() if WEIGHTS.fullmatch(path.name)]
         for shard in sorted(shards):
             session.emit(ShardWritten(os.fspath(shard), shard.stat().st_size))
-        session.emit(MergeEnd(out_path, time.perf_counter() - session.started))
+        seconds = time.perf_counter() - session.started
+        session.emit(MergeEnd(out_path, seconds))
         if session.summary:
             session.say(session.summary)
         if method is not None:
             session.afterwards += method.warnings(session.records)
         session.warn(session.afterwards)
+        session.say(ending(out_path, seconds, following, session.parameters))
 
 
 @contextmanager

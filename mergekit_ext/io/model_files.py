@@ -69,12 +69,14 @@ def module_folders(folder: Path) -> tuple[str, ...]:
     return tuple(f"{name}/" for name in names if name and is_inside(name))
 
 
-def sentence_class(folder: Path) -> str | None:
-    """Return the name of a model's class in sentence-transformers, or None."""
-    if not (folder / MODULES).is_file():
-        return None
+def classes_of(folder: Path) -> tuple[str, str]:
+    """Return the names of a model's classes in sentence-transformers and transformers, or ""."""
     settings, _ = json_object(folder / "config_sentence_transformers.json", "", _LARGEST)
-    return str(settings.get("model_type", "SentenceTransformer"))
+    config, _ = json_object(folder / "config.json", "", _LARGEST)
+    sentences = str(settings.get("model_type", "SentenceTransformer"))
+    names = config.get("architectures")
+    named = str(names[0]) if isinstance(names, list) and names else ""
+    return sentences if (folder / MODULES).is_file() else "", named
 
 
 def module_weights(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,38 +10,56 @@ from typing import Any
 import yaml
 
 CARD, REPORT_NAME = "README.md", "merge_report.json"
-_MOST_ROWS = 40
+# By what follows "For" in the name of a class of transformers.
+_PIPELINES = {
+    "CausalLM": "text-generation",
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "ImageClassification": "image-classification",
+}
 
 
-def append_section(card: Path, section: str) -> None:
-    """Put `section` at the end of a card; do nothing without a card or without a section."""
-    if section and card.exists():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(f"{text.rstrip()}\n\n{section.strip()}\n", encoding="utf-8")
+def model_card(kind: str, model: str, called: str, card: str = "", task: str = "") -> str:
+    """Return a card with what the Hub reads of a model, and how to load it.
 
-
-def sentence_card(kind: str | None, called: str, card: str = "") -> str:
-    """Return a card with what the Hub and sentence-transformers read of a SentenceTransformer.
-
-    It stays as it is for other kinds. `called` is the model's folder, and the title of a new card.
+    `kind` and `model` are its classes in sentence-transformers and transformers, "" for none.
+    `called` is its folder, and the title of a new card, which only a SentenceTransformer gets; of a
+    FlexMerge a `task` lies in a folder below.
     """
-    if kind != "SentenceTransformer":
-        return card
+    library, pipeline, tags = "transformers", _PIPELINES.get(model.rpartition("For")[2]), []
+    below = f', subfolder="{task}"' if task else ""
+    example = [f"from {library} import {model}", "", f'{model}.from_pretrained("{called}"{below})']
+    if kind == "SentenceTransformer":
+        library, pipeline = "sentence-transformers", "sentence-similarity"
+        tags, path = [library, pipeline, "feature-extraction"], f"{called}/{task}".rstrip("/")
+        example = [f"from sentence_transformers import {kind}", "", f'model = {kind}("{path}")']
+        example.append('model.encode(["One text.", "Another one."])')
+    elif not card:
+        return ""
     _, header, text = (card or f"---\ntags: [merge]\n---\n# {called}\n").split("---\n", 2)
-    metadata = yaml.safe_load(header)
-    library, task = "sentence-transformers", "sentence-similarity"
-    tags = [library, task, "feature-extraction", *metadata["tags"]]
-    metadata |= {"library_name": library, "pipeline_tag": task, "tags": tags}
-    use = f'''## Use
+    found = {**yaml.safe_load(header), "library_name": library, "pipeline_tag": pipeline}
+    found["tags"] = [*tags, *found["tags"], "mergekit-ext"]
+    found["base_model_relation"] = "merge" if found.get("base_model") else None
+    header = yaml.safe_dump({name: value for name, value in found.items() if value})
+    use = ["", "### Use", "", "```python", *example, "```"] if kind or model.isidentifier() else []
+    return "\n".join([f"---\n{header}---\n{text.rstrip()}", *use, ""])
 
-```python
-from sentence_transformers import {kind}
 
-model = {kind}("{called}")
-model.encode(["One text.", "Another one."])
-```
-'''
-    return f"---\n{yaml.safe_dump(metadata)}---\n{text.rstrip()}\n\n{use}"
+def in_effect(shared: Mapping[str, Any], each: Sequence[Mapping[str, Any]]) -> str:
+    """Return the parameters of a merge on one line; of models that differ all values."""
+    found = dict(shared)
+    for name in dict.fromkeys(name for own in each for name in own):
+        values = [own.get(name, shared.get(name)) for own in each]
+        found[name] = values[0] if values.count(values[0]) == len(values) else values
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
+
+
+def method_section(parameters: str, paper: str) -> str:
+    """Return the parameters in effect, and the BibTeX of a paper that papers.bib has."""
+    parts = [f"### Parameters in effect\n\n{parameters}"] if parameters else []
+    entries = Path(__file__).with_name("papers.bib").read_text(encoding="utf-8").split("\n\n")
+    cited = (entry.strip() for entry in entries if paper and f"{{{paper}}}" in entry)
+    return "\n\n".join([*parts, *(f"### Citation\n\n```bibtex\n{one}\n```" for one in cited)])
 
 
 def write_report(
@@ -66,34 +84,31 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def coefficients_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return NAN's coefficients: one row per group of tensors; mean and range if many."""
-    # A group of tensors has a row for each set of models that its slices take.
-    groups: dict[tuple[str, ...], Mapping[str, float]] = {}
-    for details in tensors.values():
+def coefficients_section(
+    tensors: Mapping[str, Mapping[str, Any]], kind: Callable[[str], str]
+) -> str:
+    """Return NAN's coefficients: mean and range over the tensors of each kind of block."""
+    # A kind has a row for each set of models that its slices take.
+    groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+    for name, details in tensors.items():
         if values := details.get("coefficients"):
-            groups.setdefault((details["group"], *values), values)
+            whole = details["group"] == "model"
+            groups.setdefault(("model" if whole else kind(name), *values), []).append(values)
     if not groups:
         return ""
-    models = list(dict.fromkeys(model for values in groups.values() for model in values))
-    scales = sorted({details["scale"] for details in tensors.values() if "scale" in details})
-    found = f"{scales[0]:.4g}" if len(scales) == 1 else range_of(scales)
-    parts = ["### NAN coefficients", f"Global factor (`scale`): {found}."]
-    if len(groups) <= _MOST_ROWS:
-        label = "group"
-        rows = [
-            [key[0], *(f"{values[m]:.4f}" if m in values else "" for m in models)]
-            for key, values in groups.items()
-        ]
-    else:
-        parts.append(f"Over {len(groups)} groups of tensors; all are in `{REPORT_NAME}`.")
-        label = ""
-        columns = [[v[model] for v in groups.values() if model in v] for model in models]
-        rows = [
-            [name, *(f"{pick(column):.4f}" for column in columns)]
-            for name, pick in (("lowest", min), ("mean", fmean), ("highest", max))
-        ]
-    return "\n\n".join([*parts, table([label, *_short(models)], rows)])
+    models = list(dict.fromkeys(model for _, *own in groups for model in own))
+    scales = [details["scale"] for details in tensors.values() if "scale" in details]
+    rows = [
+        [label, *(_mean_of([v[model] for v in found]) if model in own else "" for model in models)]
+        for (label, *own), found in groups.items()
+    ]
+    parts = ["### NAN coefficients", f"Global factor (`scale`): {_mean_of(scales)}."]
+    return "\n\n".join([*parts, table(["blocks", *_short(models)], rows)])
+
+
+def _mean_of(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{fmean(values):.4f}" + (f" ({low:.4f} to {high:.4f})" if high > low else "")
 
 
 def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_ext.errors import MergeWarning, NonFiniteError
-from mergekit_ext.events import MergeBegin, ProgressBar, SolverIteration
 from tests.models import config, write_yaml
 
 _ESCAPE = "\x1b]0;OWNED\x07\x1b[2J"
@@ -66,14 +64,3 @@ def test_a_warning() -> None:
 @pytest.mark.parametrize("names", [("w", _ESCAPE), (_ESCAPE, "m")], ids=["model", "tensor"])
 def test_an_error(names: tuple[str, str]) -> None:
     clean(str(NonFiniteError(*names, 1, 2)))
-
-
-def test_the_bar() -> None:
-    file = io.StringIO()
-    bar = ProgressBar(file)
-    bar.on_merge_begin(MergeBegin("lore", "out", (), 1))
-    for iteration in range(2):
-        bar.on_solver_iteration(SolverIteration(_ESCAPE, iteration, 0.1, 0.1))
-    bar._merging().refresh()
-    bar.close()
-    clean(file.getvalue())

@@ -9,13 +9,16 @@ from huggingface_hub import ModelCard
 from mergekit.options import MergeOptions
 
 import mergekit_ext
+import peft_merge
 from mergekit_ext.flexmerge.reader import read_manifest
 from mergekit_ext.report.card import (
     REPORT_NAME,
-    append_section,
     coefficients_section,
     copies_section,
     flexmerge_section,
+    in_effect,
+    method_section,
+    model_card,
     solver_section,
     write_report,
 )
@@ -28,29 +31,28 @@ def nan_details(group, a, b):
     return {"group": group, "coefficients": {"/home/me/a": a, "org/b": b}, "scale": 1.5}
 
 
-def test_few_groups_are_a_row_each():
-    section = coefficients_section(
-        {"x": nan_details("model", 0.25, 0.75), "y": nan_details("model", 0.25, 0.75)}
-    )
-    assert "| group | a | b |" in section
-    assert section.count("| model | 0.2500 | 0.7500 |") == 1
-    assert "Global factor (`scale`): 1.5." in section
+def kind(name):
+    return name.partition(".")[0]
 
 
-def test_many_groups_are_summarised():
-    details = {f"t{i}": nan_details(f"t{i}", i / 100, 1 - i / 100) for i in range(101)}
-    section = coefficients_section(details)
-    assert "Over 101 groups" in section
-    assert "| lowest | 0.0000 | 0.0000 |" in section
-    assert "| mean | 0.5000 | 0.5000 |" in section
-    assert "| highest | 1.0000 | 1.0000 |" in section
+def test_coefficients_have_a_row_for_each_kind_of_block():
+    details = {f"mlp.{i}": nan_details(f"mlp.{i}", i / 100, 1 - i / 100) for i in range(101)}
+    details["norm.0"] = nan_details("norm.0", 0.25, 0.75)
+    assert coefficients_section(details, kind).splitlines()[2:] == [
+        "Global factor (`scale`): 1.5000.",
+        "",
+        "| blocks | a | b |",
+        "| --- | --- | --- |",
+        "| mlp | 0.5000 (0.0000 to 1.0000) | 0.5000 (0.0000 to 1.0000) |",
+        "| norm | 0.2500 | 0.7500 |",
+    ]
 
 
 def test_slices_of_different_models_have_a_row_each():
     other = {"group": "model", "coefficients": {"/home/me/a": 0.5, "org/c": 0.5}, "scale": 1.5}
-    section = coefficients_section({"x": nan_details("model", 0.25, 0.75), "y": other})
-    assert "| group | a | b | c |" in section
-    assert "| model | 0.2500 | 0.7500 |  |" in section
+    section = coefficients_section({"x": nan_details("model", 0.25, 0.75), "y": other}, kind)
+    assert "| blocks | a | b | c |" in section
+    assert section.count("| model | 0.2500 | 0.7500 |  |") == 1
     assert "| model | 0.5000 |  | 0.5000 |" in section
 
 
@@ -74,11 +76,11 @@ def test_copied_tensors_have_a_row_for_each_outermost_module():
 
 def test_names_that_would_be_the_same_stay_long():
     details = {"group": "model", "coefficients": {"run1/final": 0.5, "run2/final": 0.5}, "scale": 1}
-    assert "| group | run1/final | run2/final |" in coefficients_section({"x": details})
+    assert "| blocks | run1/final | run2/final |" in coefficients_section({"x": details}, kind)
 
 
 def test_nothing_to_tell():
-    assert coefficients_section({"x": {}}) == ""
+    assert coefficients_section({"x": {}}, kind) == ""
     assert solver_section({"x": {"iterations": 0}}) == ""
 
 
@@ -97,14 +99,42 @@ def test_solver():
     assert "| a | 1 / 2 / 3 | 0.5 to 1.5 |" in section
 
 
-def test_append_section(tmp_path):
-    card = tmp_path / "README.md"
-    append_section(card, "### New")
-    assert not card.exists()
-    card.write_text("# Card\n\n\n")
-    append_section(card, "")
-    append_section(card, "### New\n")
-    assert card.read_text() == "# Card\n\n### New\n"
+def test_every_paper_has_its_bibtex():
+    found = {**mergekit_ext.methods(), **peft_merge.methods()}
+    papers = {one.paper for one in found.values() if one.paper and "arxiv" in one.paper}
+    for paper in papers:
+        section = method_section("", paper)
+        assert section.count("@") == 1 and f"url = {{{paper}}}" in section, paper
+    assert method_section("", "https://example.com/a-method-of-others") == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "loaded"),
+    [
+        ("BertForMaskedLM", "", 'BertForMaskedLM.from_pretrained("out")'),
+        ("BertModel", "a", 'BertModel.from_pretrained("out", subfolder="a")'),
+    ],
+)
+def test_metadata_and_how_to_load(model, task, loaded):
+    stock = "---\nbase_model: [org/base]\ntags: [merge]\n---\n# out\n"
+    card = ModelCard(model_card("", model, "out", stock, task))
+    pipeline = "fill-mask" if model.endswith("MaskedLM") else None
+    assert card.data.pipeline_tag == pipeline and card.data.base_model_relation == "merge"
+    assert card.data.base_model == ["org/base"] and card.data.tags == ["merge", "mergekit-ext"]
+    assert f"from transformers import {model}\n\n{loaded}\n```" in card.text
+    local = ModelCard(model_card("", "", "out", stock.replace("org/base", "")))
+    assert local.data.base_model is None and "Use" not in local.text
+
+
+@pytest.mark.parametrize(
+    ("each", "line"),
+    [
+        ([{}, {"weight": 1.0}], "scale auto, weight 1.0"),
+        ([{"density": 0.5}, {"weight": 2.0}], "scale auto, weight [1.0, 2.0], density [0.5, None]"),
+    ],
+)
+def test_parameters_in_effect(each, line):
+    assert in_effect({"scale": "auto", "weight": 1.0, "norm_of": None}, each) == line
 
 
 def test_write_report(tmp_path):

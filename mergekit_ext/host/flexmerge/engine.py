@@ -38,15 +38,16 @@ from mergekit_ext.host.out_config import agree
 from mergekit_ext.host.session import Session
 from mergekit_ext.io.headers import read_folder
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.io.model_files import companions, copy, is_weights, sentence_class
+from mergekit_ext.io.model_files import classes_of, companions, copy, is_weights
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.io.quantised import dequantised, detach
 from mergekit_ext.kernels.similarity import cosines
 from mergekit_ext.report.card import (
     CARD,
     flexmerge_section,
+    in_effect,
+    model_card,
     residual_section,
-    sentence_card,
     write_report,
 )
 from mergekit_ext.report.rho import Distance, Rho, rho_of
@@ -290,6 +291,9 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     session.emit(events.MergeBegin(config.merge_method, session.output, models, blocks, "block"))
     beside = Path(session.output or folder).resolve().parent
     engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
+    acting = prepared.algorithm.parameters
+    shared = {"merge_method": config.merge_method, **acting.shared}
+    session.parameters = in_effect(shared, acting.models)
     plan = engine.planner.plan(prepared.target)
     if prepared.forms is None:
         manifest = engine.write(folder, plan)
@@ -301,15 +305,16 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     far = engine.far()
     if not parallel.current().is_main:
         return
-    sections = [finish(), far.line]
+    sections, first = [finish(), far.line], engine.layout.tasks[0]
+    session.task = first if (folder / first / INDEX).exists() else ""
     residuals, tensors = engine.merging.residuals, dict[str, Any]()
     more = far.stored
-    session.summary = far.line
+    size = f"{plan.size.models:.4g} models, {plan.size.bytes:,} bytes"
+    session.summary = f"{size}. {far.line}".rstrip()
     session.afterwards += far.warnings(prepared.algorithm.name)
     if residuals and (found := kept(residuals.storage, plan, residuals.measured)):
         tensors, more = _lost(engine, plan, found)
         errors = ", ".join(f"{t} {lost['error']:.3g}" for t, lost in more["tasks"].items())
-        size = f"{plan.size.models:.4g} models, {plan.size.bytes:,} bytes"
         short = shortfall(found, prepared.algorithm.parameters)
         session.summary = f"{size}. Relative errors: {errors}. {short}".rstrip()
         sections += [residual_section(more["tasks"]), short]
@@ -320,8 +325,6 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         from mergekit.card import generate_card
 
         card = generate_card(config=config, config_yaml=source, name=folder.name)
-        task = engine.layout.tasks[0]
-        card = sentence_card(sentence_class(folder / task), f"{folder.name}/{task}", card)
         text = "\n\n".join([card.rstrip(), *filter(None, sections)])
         (folder / CARD).write_text(f"{text}\n", encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
@@ -352,7 +355,7 @@ def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Seque
     engine.complete(homes)
     for task in manifest.tasks:
         place = folder / task.name
-        made = sentence_card(sentence_class(place), task.name)
+        made = model_card(*classes_of(place), task.name)
         if text := made if task.ordinary else _MASKED.format(task=task.name):
             (place / CARD).write_text(text, encoding="utf-8")
     digests = files.described(folder, tasks)
