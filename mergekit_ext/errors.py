@@ -216,6 +216,15 @@ class StoppedError(MergekitExtError, RuntimeError):
     resumable = True
 
 
+class UploadError(MergekitExtError, RuntimeError):
+    """An upload to the Hub stopped. What was merged is complete."""
+
+    def __init__(self, name: str, reason: str):
+        again = f"`push_to_hub` of the result, or `hf upload {name} FOLDER`"
+        rest = f"What was merged is complete; {again}, sends what the Hub does not have."
+        super().__init__(f"the upload to {name} stopped ({reason}). {rest}")
+
+
 class HostVersionError(MergekitExtError, RuntimeError):
     """The installed mergekit lacks something that the plugin relies on."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mergekit_ext.core.commands import reporting, searching
+from mergekit_ext.core.commands import pushing, reporting, searching
 
 _DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ..."
@@ -51,6 +51,7 @@ def main() -> None:
 @_JSONL
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
 @_ALLOW_PICKLE
+@pushing
 def merge(
     config: Path,
     out: Path | None,
@@ -83,6 +84,8 @@ def merge(
         if not quiet:
             click.echo("\n".join(sentences(result.report)))
             done(out, f"load it as {out}/README.md shows")
+        if result.url:
+            click.echo(f"Uploaded: {result.url}")
 
 
 @main.command("extract")

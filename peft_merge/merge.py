@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from mergekit_ext.core.memory import limited
 from mergekit_ext.declared import Call, Method
 from mergekit_ext.errors import warn
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, SolverIteration, TensorMerged
+from mergekit_ext.io.hub import Pushable, in_folder, upload_problems
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
 from mergekit_ext.report.rho import rho_of
@@ -27,14 +28,14 @@ from peft_merge.flexmerge import method as flexmerge
 from peft_merge.flexmerge.manifest import FlexMerged
 from peft_merge.io.merged import merged_adapter
 from peft_merge.io.read import with_live
-from peft_merge.io.write import save_adapter
+from peft_merge.io.write import card_of, save_adapter
 from peft_merge.modules import merge_modules
 from peft_merge.report import preview, report
 from peft_merge.saved import merge_saved
 
 
 @dataclass(frozen=True)
-class MergedAdapter:
+class MergedAdapter(Pushable):
     """A merged adapter.
 
     Attributes:
@@ -55,6 +56,11 @@ class MergedAdapter:
             ConfigError: there is something at `path`, or it cannot be written.
         """
         save_adapter(self.adapter, path, merge_config=self.config, report=self.report)
+
+    def _named(self, name: str) -> AbstractContextManager[Path]:
+        card = card_of(replace(self.adapter, name=name), self.config, self.report)
+        about: Any = {"merge_config": self.config, "report": self.report}
+        return in_folder(partial(save_adapter, self.adapter, card=card, **about))
 
 
 class CheckedPlan(MergePlan):
@@ -148,6 +154,8 @@ def run_config(
     device: Any = "cpu",
     callbacks: Iterable[object] = (),
     allow_pickle: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
 ) -> MergedAdapter | FlexMerged:
     """Merge as a YAML file (or its content as a mapping) says, and write the result.
 
@@ -156,16 +164,22 @@ def run_config(
         out: the folder to write; it must not exist or be empty.
         rank, patterns: instead of the configuration's.
         device, callbacks, allow_pickle: as for `merge_adapters`.
+        push_to_hub, private: upload the result to this repository, as `MergedAdapter.push_to_hub`;
+            name and access are checked before the merge.
 
     Raises:
         ConfigError, NonFiniteError, MergeError: as `merge_adapters`; nothing is written.
+        UploadError: the upload stopped; the output stands.
 
     Example:
         >>> peft_merge.run_config("adapters.yml", "merged").report["summary"]
     """
-    options = {"device": device, "allow_pickle": allow_pickle}
-    plan = partial(check, config, out, rank=rank, patterns=patterns, **options)
-    return run(plan, callbacks, os.fspath(out))
+    options = {"rank": rank, "patterns": patterns, "device": device, "allow_pickle": allow_pickle}
+    plan = partial(check, config, out, push_to_hub=push_to_hub, private=private, **options)
+    result = run(plan, callbacks, os.fspath(out))
+    if push_to_hub is not None:
+        result.push_to_hub(push_to_hub, private=private)
+    return result
 
 
 def check(
@@ -176,13 +190,15 @@ def check(
     patterns: bool | None = None,
     device: Any = "cpu",
     allow_pickle: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
 ) -> CheckedPlan:
     """Check a merge of adapters without reading any factor: return what it would do.
 
     Args:
         config: the path of a YAML file, or its content as a mapping; see docs/adapters.md.
         out: the folder that would be written.
-        rank, patterns, device, allow_pickle: as for `run_config`.
+        rank, patterns, device, allow_pickle, push_to_hub, private: as for `run_config`.
 
     Returns:
         The plan: `kind`, `adapters`, `modules`, `rank`, `space`, `dtype`, `notes`; as text, what
@@ -197,6 +213,7 @@ def check(
     given = {"rank": rank, "patterns": patterns}
     instead = {key: value for key, value in given.items() if value is not None}
     request, problems = read(config, instead)
+    problems += upload_problems(push_to_hub, private)
     name = request.name
     if out is not None:
         problems += place_problems(os.path.expanduser(out), str(out), empty=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mergekit_ext.callbacks.settings import INITIAL, SUBJECT, State
 from mergekit_ext.errors import MergeWarning, Problem, require, warn
+from mergekit_ext.io.hub import Pushable
 from mergekit_ext.io.staging import new_folder, place_problems
 
 _OWN = re.compile(rf"step-[0-9]{{8}}|{INITIAL}")
@@ -112,7 +113,7 @@ class Snapshots:
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Pushable):
     """A merge of snapshots.
 
     Attributes:

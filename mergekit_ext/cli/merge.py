@@ -12,6 +12,7 @@ import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import events_option, merging
+from mergekit_ext.core.commands import pushing
 from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.events import JsonLines
 from mergekit_ext.parallel import Ranks, launched
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 
 @functools.partial(merging, shared=True)
 @events_option
+@pushing
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
 def merge(
     merge_options: "MergeOptions",
     config_file: Path,
     out_path: Path,
     events: str | None,
-    restart: bool,
     function: Any = None,
+    **options: Any,
 ) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
@@ -41,7 +43,9 @@ def merge(
     with launched() as together, _only_main_prints(together):
         callbacks = [JsonLines(events, "--events")] if events and together.is_main else []
         run = function or mergekit_ext.merge
-        run(config_file, out_path, merge_options, callbacks=callbacks, restart=restart)
+        result = run(config_file, out_path, merge_options, callbacks=callbacks, **options)
+        if result.url:
+            click.echo(f"Uploaded: {result.url}")
 
 
 @contextmanager

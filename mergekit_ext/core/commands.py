@@ -48,6 +48,17 @@ def ending(out: object, seconds: float, following: str, what: str = "") -> str:
     return f"Written: {out}, in {seconds:.1f} s{what and f' ({what})'}.\nNext: {following}"
 
 
+def pushing(command: Any) -> Any:
+    """Add the options of an upload to a command."""
+    about = "Upload the output to this repository, which only you read"
+    for option in (
+        click.option("--public", "private", flag_value=False, default=True, help="Let all read it"),
+        click.option("--push-to-hub", metavar="NAME", help=about),
+    ):
+        command = option(command)
+    return command
+
+
 @contextmanager
 def reporting() -> Iterator[Callable[[object, str], None]]:
     """Print warnings and errors of ours as lines; yield what prints the command's `ending`."""

@@ -150,9 +150,9 @@ def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> It
                 yield Problem(task or ".", f"no link to {name}", "one, as its index says", _EDITED)
 
 
-def warn_of_copies(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> None:
+def warn_of_copies(root: Path, tasks: Sequence[str], shards: Sequence[StoredFile]) -> None:
     """Warn of folders whose weights are copies of the shards: how many bytes that takes."""
-    homes = _homes(root, [task.name for task in manifest.tasks])
+    homes = _homes(root, tasks)
     sizes = {_inode(path): path.stat().st_size for home in homes for path in _shards(home)}
     wasted = sum(sizes[inode] for inode in sizes.keys() - {_inode(s.path) for s in shards})
     if wasted:

@@ -12,11 +12,18 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted, require
+from mergekit_ext.errors import (
+    MOST_SHOWN,
+    CheckpointError,
+    ConfigError,
+    Problem,
+    attempted,
+    require,
+)
 from mergekit_ext.flexmerge import files as on_disk
 from mergekit_ext.flexmerge.files import StoredFile, regular_file
 from mergekit_ext.flexmerge.layout import FLOATING
-from mergekit_ext.flexmerge.manifest import Manifest, ShardFile, read_manifest
+from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest, ShardFile, read_manifest
 from mergekit_ext.flexmerge.stored import (
     Made,
     MaskedTensor,
@@ -27,27 +34,52 @@ from mergekit_ext.flexmerge.stored import (
     stored,
 )
 from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.hub import folder_of
 from mergekit_ext.io.model_files import classes_of, companions
 from mergekit_ext.io.planned_files import split, weight_names, write_index
 from mergekit_ext.io.staging import new_folder
 from mergekit_ext.report.card import CARD, model_card
 
 
-def open_checkpoint(folder: str | os.PathLike[str], verify: bool = False) -> "Checkpoint":
-    """Check a checkpoint and open its files; warn if its folders hold copies of them.
+def located(
+    path: str | os.PathLike[str], task: str | None = None, revision: str | None = None
+) -> Path:
+    """Return the folder of a checkpoint; one on the Hub is downloaded, or what a task needs of it.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be downloaded.
+    """
+    wanted = [FILE_NAME, "*"]
+    try:
+        if task is not None and not os.path.isdir(os.path.expanduser(path)):
+            manifest = read_manifest(folder_of(path, revision, [FILE_NAME]))
+            shards = [file.path for file in manifest.files if task in file.tasks]
+            wanted = [FILE_NAME, f"{task}/*", *shards]
+        return folder_of(path, revision, wanted)
+    except ConfigError as error:
+        raise CheckpointError(error.problems, os.fspath(path)) from None
+
+
+def open_checkpoint(
+    folder: str | os.PathLike[str], verify: bool = False, task: str | None = None
+) -> "Checkpoint":
+    """Check a checkpoint, or what a `task` needs of it; open its files, warn of copies of them.
 
     With `verify` every file is compared with its digest, those in the tasks' folders too.
     """
     manifest = read_manifest(folder)
+    _require_task(manifest, task, folder)
     root = Path(folder).resolve()
-    files, problems = attempted(lambda file: StoredFile(root, file, verify), manifest.files)
+    wanted = [file for file in manifest.files if task is None or task in file.tasks]
+    files, problems = attempted(lambda file: StoredFile(root, file, verify), wanted)
     # Without a file its tensors would all be missing.
     if not problems:
-        problems = list(islice(_content_problems(manifest, files), MOST_SHOWN))
+        problems = list(islice(_content_problems(manifest, files, task), MOST_SHOWN))
         if verify:
             problems += on_disk.problems(root, manifest, files)
     require(islice(problems, MOST_SHOWN), str(folder), CheckpointError)
-    on_disk.warn_of_copies(root, manifest, files)
+    names = [each.name for each in manifest.tasks]
+    on_disk.warn_of_copies(root, names if task is None else [task], files)
     return Checkpoint(root, manifest, files)
 
 
@@ -56,8 +88,17 @@ def _place_of(file: ShardFile) -> Place:
     return Place(file.kind, () if file.kind == "base" else file.tasks)
 
 
-def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterator[Problem]:
-    """Yield what the files hold and should not, and what they lack."""
+def _require_task(manifest: Manifest, task: str | None, folder: str | os.PathLike[str]) -> None:
+    names = [each.name for each in manifest.tasks]
+    if task not in (None, *names):
+        problem = Problem("task", repr(task), f"one of {', '.join(names)}")
+        raise CheckpointError([problem], str(folder))
+
+
+def _content_problems(
+    manifest: Manifest, files: Sequence[StoredFile], task: str | None
+) -> Iterator[Problem]:
+    """Yield what the files hold and should not, and what they lack: all, or those of a `task`."""
     expected: dict[tuple[Place, str], Shape] = {}
     for block in manifest.blocks:
         for place, name, shape in stored(block.name, block.shapes, block.groups):
@@ -65,6 +106,8 @@ def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterat
     for entry in manifest.private:
         for tensor in entry.tensors:
             expected[Place("dense", (entry.task,)), tensor.name] = tensor.shape
+    if task is not None:
+        expected = {key: s for key, s in expected.items() if task in (key[0].tasks or [task])}
     dtypes = {"masks": ["U8"], **{kind: [*FLOATING] for kind in ("base", "unified", "factors")}}
     found: dict[tuple[Place, str], str] = {}
     for file in files:
@@ -85,7 +128,7 @@ def _content_problems(manifest: Manifest, files: Sequence[StoredFile]) -> Iterat
     for place, name in (key for key in expected if key not in found):
         yield Problem(name, f"nothing in {place}", "every tensor of the manifest's blocks")
     total = sum(header.nbytes for file in files for header in file.headers.values())
-    if total != manifest.size.bytes:
+    if task is None and total != manifest.size.bytes:
         wanted = f"{total}, the bytes of all tensors in the files"
         yield Problem("size.bytes", f"{manifest.size.bytes}", wanted)
 
@@ -106,9 +149,7 @@ class Checkpoint:
         that what is not used takes no memory, and writing to it changes no file. A tensor of a
         masked or residual block is reconstructed at every access and is the caller's own.
         """
-        if task not in self.tasks:
-            problem = Problem("task", repr(task), f"one of {', '.join(self.tasks)}")
-            raise CheckpointError([problem], str(self.folder))
+        _require_task(self.manifest, task, self.folder)
         return TaskTensors(self, task)
 
     def read(self, place: Place, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from mergekit_ext.errors import CheckpointError, Problem, require
 from mergekit_ext.flexmerge.factored import Factored, leave_factors
 from mergekit_ext.flexmerge.files import regular_file
 from mergekit_ext.flexmerge.placement import AUTO, SUBJECT, DeviceMap, MaxMemory, Sharing, place
-from mergekit_ext.flexmerge.reader import TaskTensors, open_checkpoint
+from mergekit_ext.flexmerge.reader import TaskTensors, located, open_checkpoint
 
 
 def load(
@@ -28,6 +28,7 @@ def load(
     verify: bool = False,
     trust_remote_code: bool = False,
     merged: bool = False,
+    revision: str | None = None,
 ) -> Any:
     """Load one task's model, or all of them with shared tensors.
 
@@ -38,7 +39,8 @@ def load(
     be written to.
 
     Args:
-        path: folder with ``flexmerge.json``.
+        path: folder with ``flexmerge.json``, or a name on the Hub; of one task that is not verified
+            what it needs is downloaded.
         task: name of one task; None for all.
         device: where the modules go.
         device_map: spread them with accelerate instead: ``"auto"``, or a mapping from parts of the
@@ -49,6 +51,7 @@ def load(
         verify: compare the files with their digests first, which reads all of them.
         trust_remote_code: run a model's own code if its class is not one of transformers'.
         merged: form residual weights once, in the memory of m models, as ordinary parameters.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
         The task's module, of the class that ``config.json`` names, in evaluation mode; without
@@ -62,6 +65,7 @@ def load(
     Example:
         >>> models = mergekit_ext.load("out")
         >>> model = mergekit_ext.load("out", "code", device="cuda")
+        >>> model = mergekit_ext.load("someone/merged", "code")
     """
     problems = []
     if max_memory is not None and device_map != AUTO:
@@ -72,7 +76,8 @@ def load(
     if device_map is not None and torch.device(device).type != "cpu":
         problems.append(Problem("device", f"{device} beside device_map", "one of the two"))
     require(problems, SUBJECT)
-    checkpoint = open_checkpoint(path, verify)
+    alone = None if verify else task
+    checkpoint = open_checkpoint(located(path, alone, revision), verify, alone)
     names = checkpoint.tasks if task is None else (task,)
     held = {name: checkpoint.tensors(name) for name in names}
     sharing = Sharing(torch.device(device))

@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 import mergekit_ext
+from mergekit_ext import parallel
 from mergekit_ext.core.memory import limited, size
 from mergekit_ext.errors import Problem, numbered, printable
 from mergekit_ext.flexmerge.manifest import SHARDS
@@ -26,13 +27,14 @@ from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.checks.report import CheckReport
 from mergekit_ext.host.commands import require_decomposition, source_of
 from mergekit_ext.io.headers import allowing_pickles
+from mergekit_ext.io.hub import Pushable
 from mergekit_ext.report.card import REPORT_NAME
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, eq=False)
-class MergeResult:
+class MergeResult(Pushable):
     """The folder `path` of a merge, read when asked for; one without a name goes with the result.
 
     Attributes:
@@ -40,6 +42,7 @@ class MergeResult:
         card: the model card, README.md.
         tensors: by name, mapped into memory, where they stay when the folder goes; of several
             models by task (or folder), then by name.
+        url: of the repository on the Hub to which it was uploaded.
     """
 
     path: Path
@@ -127,6 +130,8 @@ def merge(
     *,
     callbacks: Iterable[object] = (),
     restart: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
 ) -> MergeResult:
@@ -139,6 +144,8 @@ def merge(
         callbacks: objects with methods of `mergekit_ext.events.MergeCallback`, beside the
             progress bar, which `options.quiet` switches off.
         restart: start over where an earlier merge into `out` was stopped, instead of going on.
+        push_to_hub, private: upload the output to this repository, as `MergeResult.push_to_hub`;
+            name and access are checked before the merge.
         max_memory: bytes, or text such as "8GB", that the process and each GPU may hold; a merge
             that needs more is refused.
         allow_pickle: also read pickles (pytorch_model.bin) of people you trust.
@@ -149,6 +156,7 @@ def merge(
     Raises:
         ConfigError: with all that is wrong; only configurations and headers were read.
         NonFiniteError: an input holds NaN or infinity; nothing was written.
+        UploadError: the upload stopped; the output stands.
         StoppedError: a full disk, an input that is gone, no memory; what is finished is kept.
         TypeError: a callback is a class, or has none of those methods; nothing was written.
 
@@ -161,7 +169,10 @@ def merge(
     result = MergeResult(place)
     if scratch:
         weakref.finalize(result, shutil.rmtree, scratch, ignore_errors=True)
-    run.merge(config, place, options, callbacks=callbacks, restart=restart)
+    given: Any = {"callbacks": callbacks, "restart": restart}
+    run.merge(config, place, options, push_to_hub=push_to_hub, private=private, **given)
+    if push_to_hub is not None and parallel.current().is_main:
+        result.push_to_hub(push_to_hub, private=private)
     return result
 
 

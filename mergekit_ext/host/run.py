@@ -30,6 +30,7 @@ from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import ExtMethod, ext_method, is_stock, registered
 from mergekit_ext.io.headers import allowing_pickles
+from mergekit_ext.io.hub import upload_problems
 from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
 from mergekit_ext.report.card import in_effect
@@ -45,6 +46,8 @@ def merge(
     callbacks: Iterable[object] = (),
     restart: bool = False,
     config_source: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = True,
 ) -> None:
     """Merge; see `interface.merge`."""
     from mergekit.merge import run_merge  # which `patches` extends by this module
@@ -64,7 +67,10 @@ def merge(
         paths = [part.path for part in identity.parts_of(inputs)]
         needed = report.estimate.bytes_written if report.estimate else 0
         place = processes.from_main(
-            lambda: [*place_problems(out_path, "OUT_PATH", paths, empty=whole, needed=needed)]
+            lambda: [
+                *place_problems(out_path, "OUT_PATH", paths, empty=whole, needed=needed),
+                *upload_problems(push_to_hub, private),
+            ]
         )
         require([*report.problems, *place, *unshared])
         decides = identity.identity(source, options, inputs)

@@ -14,9 +14,9 @@ from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.class_model import class_names, empty_model
 from mergekit_ext.io.fields import differences
 from mergekit_ext.io.headers import TensorHeader, is_counter, read_folder, same_bytes
+from mergekit_ext.io.hub import folder_of
 from mergekit_ext.io.quantised import dequantised, detach
 from peft_merge.io.names import LAYER
-from peft_merge.io.read import folder_of
 from peft_merge.layers import Unit, layers_of, owner_of, units_of
 
 _WANTED = ("config.json", "model*.safetensors", "model.safetensors.index.json")

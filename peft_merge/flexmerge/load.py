@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from mergekit_ext.errors import (
     require,
     shown,
 )
+from mergekit_ext.flexmerge.manifest import FILE_NAME
+from mergekit_ext.io.hub import folder_of
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.flexmerge.family import of_the_base
 from peft_merge.flexmerge.manifest import Group, open_manifest
@@ -34,7 +35,13 @@ _SUBJECT = "loading these tasks"
 _DAMAGED = "Copy or download the folder again."
 
 
-def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = True) -> Any:
+def load_tasks(
+    base_model: Any,
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    revision: str | None = None,
+) -> Any:
     """Put all adapters of a FlexMerge on one base model; what tasks share is one parameter.
 
     Factors and vectors keep their stored dtypes; together they have the manifest's size. Sharing
@@ -45,8 +52,9 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
 
     Args:
         base_model: whose modules PEFT wraps, as ``PeftModel.from_pretrained`` does.
-        path: the folder of a FlexMerge.
+        path: the folder of a FlexMerge, or its name on the Hub.
         verify: compare files with their digests first.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
         a PeftModel with one adapter for each task.
@@ -62,7 +70,7 @@ def load_tasks(base_model: Any, path: str | os.PathLike[str], *, verify: bool = 
         >>> model.set_adapter("maths")
     """
     require_base(base_model)
-    folder = Path(path).expanduser()
+    folder = folder_of(path, revision, [FILE_NAME, "*"])
     manifest = open_manifest(folder, verify=verify)
     adapters = [load_adapter(folder / task.name, name=task.name) for task in manifest.tasks]
     shared = [group for block in manifest.blocks for group in block.groups if len(group.tasks) > 1]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from pydantic import AfterValidator
 from mergekit_ext.errors import MOST_SHOWN, CheckpointError, Problem, attempted, require
 from mergekit_ext.flexmerge.files import digest_of, regular_file
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Similarity, Tasks, sharing_problems
+from mergekit_ext.io.hub import Pushable, in_folder
 from mergekit_ext.io.schema import Count, Digest, Items, Name, Schema, Some, Version, read
 from mergekit_ext.io.staging import new_folder
 from mergekit_ext.report.card import CARD, REPORT_NAME, table
@@ -115,7 +117,7 @@ def open_manifest(folder: str | os.PathLike[str], *, verify: bool = True) -> Man
 
 
 @dataclass(frozen=True)
-class FlexMerged:
+class FlexMerged(Pushable):
     """m adapters, some of whose tensors are the same.
 
     Attributes:
@@ -148,6 +150,9 @@ class FlexMerged:
             }
             for name, text in texts.items():
                 (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+    def _named(self, name: str) -> AbstractContextManager[Path]:
+        return in_folder(self.save)
 
     def _manifest(self, folder: Path) -> Manifest:
         report = self.report

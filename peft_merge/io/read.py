@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mergekit_ext.io.headers import (
     read_pickle,
     read_safetensors,
 )
-from mergekit_ext.io.model_files import may_be_hub_name
+from mergekit_ext.io.hub import folder_of
 from peft_merge.adapter import Adapter
 from peft_merge.io import diffusers_lora, names
 from peft_merge.io.parse import Tensors, parse
@@ -87,36 +87,6 @@ def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: b
         return path
     wanted = [CONFIG, SAFETENSORS, diffusers_lora.FILE, *([PICKLE] if allow_pickle else [])]
     return folder_of(source, revision, wanted)
-
-
-def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequence[str]) -> Path:
-    """Return the folder of an adapter or a model; from the Hub the files `wanted` are downloaded.
-
-    The first of `wanted` is in every such folder; others may be patterns. A folder that exists wins
-    over a name on the Hub. With ``HF_HUB_OFFLINE`` the cache is used.
-    """
-    text = os.fspath(source)
-    folder = os.path.expanduser(text)
-    if os.path.isdir(folder):
-        return Path(folder)
-    exists = os.path.exists(folder)
-    if not isinstance(source, str) or exists or not may_be_hub_name(text):
-        found = "a file" if exists else "no such folder"
-        expected = f"a folder with {wanted[0]}, or a name on the Hub"
-        raise ConfigError([Problem(text or "an empty name", found, expected)])
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*wanted])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        found = f"no such folder, and no download from the Hub ({first})"
-        expected = "a folder, or a name on the Hub that is cached or can be downloaded"
-        remedy = "Check the name; for a private one, log in with `hf auth login`."
-        raise ConfigError([Problem(text, found, expected, remedy)]) from None
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Outputs on the Hub, through huggingface_hub and a stand-in that speaks its protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from transformers import ViTForImageClassification
+
+import mergekit_ext
+from mergekit_ext import flexmerge
+from mergekit_ext.errors import CheckpointError, ConfigError, UploadError
+from mergekit_ext.host.interface import MergeResult
+from mergekit_ext.io.hub import upload_problems
+from peft_merge import load_adapter, run_config
+from tests.flexmerge.handmade import models, vit, write
+from tests.hub import WRITES, Hub, Repository, serving
+from tests.models import bert, command_here, config, family, write_yaml
+from tests.peft_merge.models import KINDS, saved
+
+NAME, TASKS = "someone/merged", ["a", "b", "c", "d"]
+_DENSE = [(["a", "b"], "dense"), (["c"], "dense"), (["d"], "dense")]
+_MASKED = [(["a", "b", "c"], "masked"), (["d"], "dense")]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The stand-in, in place of the Hub; with a token and an empty cache."""
+    with serving() as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        huggingface_hub.close_session()
+        huggingface_hub.utils.disable_progress_bars()
+        yield server
+    huggingface_hub.utils.enable_progress_bars()
+    huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> MergeResult:
+    """A FlexMerge, of which the task `d` alone is an ordinary model."""
+    folder = tmp_path_factory.mktemp("flexmerge")
+    base, tuned = models(folder, vit, TASKS)
+    groups = {True: _MASKED, False: _DENSE}
+    write(folder / "out", base, tuned, lambda b: groups["attention" in b], files_per_set=1)
+    return MergeResult(folder / "out")
+
+
+def same(one: Any, other: Any) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(tensor, states[1][name]) for name, tensor in states[0].items()
+    )
+
+
+def test_a_flexmerge_is_sent_once_and_loads(hub: Hub, result: MergeResult) -> None:
+    assert result.push_to_hub(NAME) == result.url == f"{hub.url}/{NAME}"
+    assert hub.repositories[NAME].private
+    shards = [file.path for file in flexmerge.read_manifest(result.path).files]
+    assert sorted(hub.sent.values()) == [1] * len(shards)  # and no link to one
+    result.push_to_hub(NAME)
+    assert sorted(hub.sent.values()) == [1] * len(shards)
+    loaded, local = flexmerge.load(NAME, verify=True), flexmerge.load(result.path)
+    assert loaded.keys() == local.keys()
+    assert all(same(loaded[task], local[task]) for task in local)
+
+
+@pytest.mark.parametrize("task", ["a", "d"])
+def test_one_task_needs_its_own_files_alone(hub: Hub, result: MergeResult, task: str) -> None:
+    result.push_to_hub(NAME)
+    with pytest.raises(CheckpointError, match="one of a, b, c, d"):
+        flexmerge.load(NAME, "e")
+    local = flexmerge.load(result.path, task)
+    assert same(flexmerge.load(NAME, task, revision="main"), local)
+    manifest = flexmerge.read_manifest(result.path)
+    others = {file.path for file in manifest.files if task not in file.tasks}
+    assert others and not others & hub.got.keys()
+    assert {path.partition("/")[0] for path in hub.got} == {"flexmerge.json", "shards", task}
+    if task == "d":
+        assert same(ViTForImageClassification.from_pretrained(NAME, subfolder=task), local)
+
+
+def test_what_cannot_be_downloaded_is_one_error(hub: Hub) -> None:
+    with pytest.raises(CheckpointError, match="no download from the Hub"):
+        flexmerge.load("someone/else")
+
+
+def test_a_stopped_upload_goes_on_and_only_weights_give_way(hub: Hub, result: MergeResult) -> None:
+    before = {"model-00001-of-00009.safetensors": b"old", "LICENSE": b"mine"}
+    hub.repositories[NAME] = Repository(private=True, files=dict(before))
+    hub.uploads = 2
+    with pytest.raises(UploadError, match=f"hf upload {NAME} FOLDER"):
+        result.push_to_hub(NAME)
+    assert hub.repositories[NAME].files == before and len(hub.sent) == 2
+    hub.uploads = None
+    result.push_to_hub(NAME)
+    assert set(hub.sent.values()) == {1}
+    after = hub.repositories[NAME].files
+    assert "flexmerge.json" in after and before.items() & after.items() == {("LICENSE", b"mine")}
+
+
+@pytest.mark.parametrize(
+    ("name", "user", "private", "wrong"),
+    [
+        ("a b", WRITES, True, "no name for one"),
+        ("other/merged", WRITES, True, "one of someone, team"),
+        (NAME, None, True, "no access"),
+        (NAME, {**WRITES, "role": "read"}, True, "a token that only reads"),
+        ("team/open", WRITES, True, "a public one; expected a private one"),
+        (None, WRITES, False, "`--push-to-hub NAME` beside it"),
+    ],
+)
+def test_what_keeps_a_folder_from_being_uploaded(
+    hub: Hub, name: str | None, user: Any, private: bool, wrong: str
+) -> None:
+    hub.user = user
+    hub.repositories["team/open"] = Repository(private=False)
+    (problem,) = upload_problems(name, private)
+    assert wrong in str(problem)
+
+
+def test_it_is_said_before_the_merge_with_all_that_is_wrong(hub: Hub, tmp_path: Path) -> None:
+    """And nothing is done: no folder, and no repository."""
+    merged = config("linear", [tmp_path / "none"], parameters={"weigth": 1})
+    with pytest.raises(ConfigError, match=r"(?s)4 problems.*none.*weigth.*no name for one"):
+        mergekit_ext.merge(merged, tmp_path / "out", push_to_hub="a b")
+    document = {"merge_method": "linear", "models": [{"model": str(tmp_path / "none")}]}
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*one of someone, team.*none"):
+        run_config(document, tmp_path / "out", push_to_hub="other/merged")
+    assert not [*tmp_path.iterdir(), *hub.repositories]
+
+
+def test_without_a_network_nothing_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE, which is set"):
+        MergeResult(Path("out")).push_to_hub(NAME)
+
+
+def test_commands_upload_what_they_write(hub: Hub, tmp_path: Path) -> None:
+    """A public model, whose card the Hub takes; what the configuration says, and no hidden file."""
+    base, tuned = family(tmp_path, bert, amounts=(0.01, 0.02))
+    file = write_yaml(tmp_path / "merge.yml", config("nan", tuned, base))
+    out = tmp_path / "out"
+    given = ("--push-to-hub", "team/merged", "--public", "--quiet")
+    done = command_here("mergekit-ext", "merge", file, out, *given)
+    assert f"Uploaded: {hub.url}/team/merged" in done.stdout, done.stderr
+    stored = hub.repositories["team/merged"]
+    assert not stored.private
+    assert stored.files == {path.name: path.read_bytes() for path in out.iterdir()}
+    ModelCard.load(out / "README.md").validate()
+
+
+def test_adapters_are_uploaded_under_their_repository_s_name(hub: Hub, tmp_path: Path) -> None:
+    folders = [saved(KINDS["plain"], tmp_path / f"plain-{seed}", seed) for seed in (1, 2)]
+    document = {"merge_method": "linear", "models": [{"model": str(f)} for f in folders]}
+    file = write_yaml(tmp_path / "merge.yml", document)
+    done = command_here("peft-merge", file, tmp_path / "out", "--push-to-hub", "merged", "--quiet")
+    assert done.stdout == f"Uploaded: {hub.url}/{NAME}\n", done.stderr
+    written, found = load_adapter(tmp_path / "out"), load_adapter(NAME)
+    for module in written.infos:
+        assert torch.equal(written.load(module).b, found.load(module).b)
+    card = hub.repositories[NAME].files["README.md"].decode()
+    assert f'from_pretrained(base_model, "{NAME}")' in card
+    ModelCard(card).validate()
