@@ -184,10 +184,8 @@ class _Matcher:
         yield from (prefix.__add__ for prefix in sorted(added))
 
     def _assigned(self, choices: Choices) -> dict[str, str]:
-        """One tensor for each module, among those that it may adapt.
-
-        PEFT's file does not name an owner's parameter that a wrapper adapts: shapes decide.
-        """
+        """One tensor for each module, among those that it may adapt."""
+        # PEFT's file does not name an owner's parameter that a wrapper adapts: shapes decide.
         owners: dict[str, list[str]] = {}
         for module in choices:
             owners.setdefault(unwrapped(module), []).append(module)
@@ -212,10 +210,8 @@ class _Matcher:
     def _oriented(
         self, modules: Mapping[str, str], shapes: Mapping[str, Shape], transposed: Orientation
     ) -> dict[str, bool]:
-        """Which weights are stored transposed: by shape.
-
-        Squares: by the base's class, or else as the weights beside it that are not square.
-        """
+        """Which weights are stored transposed: by shape."""
+        # Squares: by the base's class, or else as the weights beside it that are not square.
         settled: dict[str, bool] = {}
         square: list[str] = []
         known: dict[tuple[str, str], set[bool]] = {}
@@ -249,10 +245,8 @@ class _Matcher:
 
 
 def _with_tied_once(adapter: Adapter, shapes: Iterable[str]) -> Adapter:
-    """Without the factors of a head that the base stores as its embedding.
-
-    With `ensure_weight_tying` PEFT gives both the same factors, and stores them twice.
-    """
+    """Without the factors of a head that the base stores as its embedding."""
+    # With `ensure_weight_tying` PEFT gives both the same factors, and stores them twice.
     if not (isinstance(adapter, LoraAdapter) and adapter.config.get("ensure_weight_tying")):
         return adapter
     infos = adapter.infos

@@ -113,7 +113,6 @@ class AdapterModel:
         return adapters_of(model, [self.trained])[0]
 
     def _document(self, folders: Mapping[int, Path]) -> dict[str, Any]:
-        """Return the configuration of a merge, as `peft-merge` reads it."""
         from peft_merge.modules import rules
 
         given = self._settings

@@ -10,6 +10,7 @@ import torch
 from mergekit_ext import flexmerge
 from mergekit_ext.callbacks.trainer import is_main, unwrapped
 from mergekit_ext.events import LOG_HOOKS, Callback, MergeEnd, require_hooks, takes
+from mergekit_ext.io.class_model import class_of
 from mergekit_ext.report.tables import checked_scores
 
 
@@ -117,5 +118,4 @@ def _load(folder: Path) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    return getattr(transformers, (names or ["AutoModel"])[0]).from_pretrained(folder)
+    return (class_of(config) or transformers.AutoModel).from_pretrained(folder)

@@ -131,7 +131,6 @@ def _finite(model: Any) -> dict[str, Tensor]:
 
 
 def _require_alike(found: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not those of the mean, by name and shape."""
     live, kept = ({name: t.shape for name, t in of.items()}.items() for of in (found, mean))
     if differ := sorted({name for name, _ in live ^ kept}):
         text = f"{listing(differ)}, which are new, missing or of another shape"
@@ -141,7 +140,6 @@ def _require_alike(found: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> N
 
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
-    """Leave the random numbers of the training as they are."""
     import numpy
 
     states = random.getstate(), numpy.random.get_state()

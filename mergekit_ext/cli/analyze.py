@@ -1,20 +1,17 @@
 """``mergekit-ext analyze CONFIG OUT``: how alike the models are, and what each size would merge."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import merging
 
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
-
 
 @merging
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw similarity.png")
-def analyze(merge_options: "MergeOptions", config_file: Path, out_path: Path, plot: bool) -> str:
+def analyze(merge_options: Any, config_file: Path, out_path: Path, plot: bool) -> str:
     """Measure the models of a `flexmerge` configuration, and merge nothing.
 
     Prints the similarity of the task vectors in every block, and the size after each merge. Writes

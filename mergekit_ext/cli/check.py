@@ -3,22 +3,19 @@
 import dataclasses
 import functools
 import json
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
 import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import merging
 
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
-
 _CONFIG = click.argument("config", type=click.File(encoding="utf-8"))
 
 
 @functools.partial(merging, paths=[_CONFIG])
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object")
-def check(merge_options: "MergeOptions", config: IO[str], as_json: bool) -> None:
+def check(merge_options: Any, config: IO[str], as_json: bool) -> None:
     """Check the merge that CONFIG describes without reading any weight.
 
     CONFIG is a YAML file for mergekit-yaml or mergekit-multi, or - for standard input. Give the

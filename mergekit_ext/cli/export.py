@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+import mergekit_ext
 from mergekit_ext.core.commands import reporting
 from mergekit_ext.parallel import require_one
 
@@ -21,10 +22,7 @@ def export(context: click.Context, path: Path, task: str, out: Path, no_verify: 
     checkpoint holds masks or residuals, and the task's configuration and tokenizer. The exit code
     is 2 if something is wrong with the checkpoint or with OUT.
     """
-    # Heavy, and only needed here: `--help` stays fast.
-    from mergekit_ext.flexmerge.reader import export as write
-
     with reporting() as done:
         if require_one(context.command_path):
-            write(path, task, out, verify=not no_verify)
+            mergekit_ext.export(path, task, out, verify=not no_verify)
             done(out, f'from_pretrained("{out}"), in transformers')

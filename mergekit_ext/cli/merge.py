@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,16 +17,13 @@ from mergekit_ext.errors import ConfigError, RankError
 from mergekit_ext.events import JsonLines
 from mergekit_ext.parallel import Ranks, launched
 
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
-
 
 @functools.partial(merging, shared=True)
 @events_option
 @pushing
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
 def merge(
-    merge_options: "MergeOptions",
+    merge_options: Any,
     config_file: Path,
     out_path: Path,
     events: str | None,

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
@@ -11,9 +11,6 @@ from mergekit_ext.cli.options import events_option, merging
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines
 from mergekit_ext.search import function_named
-
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
 
 
 @merging
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--metric", help="The metric that is drawn (default: the first)")
 @events_option
 def sizes(
-    merge_options: "MergeOptions",
+    merge_options: Any,
     config_file: Path,
     out_path: Path,
     sizes: str | None,

@@ -50,10 +50,9 @@ def ending(out: object, seconds: float, following: str, what: str = "") -> str:
 
 def pushing(command: Any) -> Any:
     """Add the options of an upload to a command."""
-    about = "Upload the output to this repository, which only you read"
     for option in (
         click.option("--public", "private", flag_value=False, default=True, help="Let all read it"),
-        click.option("--push-to-hub", metavar="NAME", help=about),
+        click.option("--push-to-hub", metavar="NAME", help="Upload to this repository (private)"),
     ):
         command = option(command)
     return command

@@ -72,8 +72,6 @@ Sparsified = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Change:
-    """One change that is sparsified."""
-
     source: Pieces
     generator: torch.Generator
     own: Mapping[str, Any]  # the per-model parameters of its adapter
@@ -215,8 +213,6 @@ def _rows(
 
 
 def _whole(rows: Rows) -> Callable[[Sequence[Tensor], Call], Merged]:
-    """Return the function for tensors that are in memory."""
-
     def pieces(tensor: Tensor) -> Pieces:
         return lambda: iter((tensor.to(torch.float64, copy=True),))
 

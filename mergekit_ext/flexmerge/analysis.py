@@ -118,14 +118,12 @@ def trimmed_grams(
 
 
 def _own_blocks(layout: Layout) -> list[BlockLayout]:
-    """Return the blocks that this process measures."""
     tasks, processes = range(len(layout.tasks)), current()
     owners = processes.share([block.bytes(tasks) for block in layout.blocks])
     return [b for b, owner in zip(layout.blocks, owners, strict=True) if owner == processes.rank]
 
 
 def _gathered(rows: Mapping[str, Rows], layout: Layout) -> dict[str, Tensor]:
-    """Return those of all processes, in the order of the blocks."""
     found = current().gather_items(rows)
     names = [block.name for block in layout.blocks]
     return {name: torch.tensor(found[name], dtype=torch.float64) for name in names}

@@ -42,8 +42,6 @@ def subject_of(reader: BlockReader) -> str:
 
 
 class _Cuts(Schema):
-    """The cuts of all tasks for some densities."""
-
     densities: Items[float]
     patterns: Items[int]
 

@@ -187,12 +187,6 @@ def _leaf(kind: type) -> type[Leaf] | None:
     return None
 
 
-def _fits(module: Any) -> bool:
-    """Return whether a module with a weight can multiply by a base and factors."""
-    one_group = getattr(module, "groups", 1) == 1
-    return one_group and getattr(module, "max_norm", None) is None
-
-
 def leave_factors(model: torch.nn.Module) -> None:
     """Leave matrices that are `Factored` in parts where a leaf module can; form the others."""
     # Tied parameters stay tied.
@@ -200,7 +194,8 @@ def leave_factors(model: torch.nn.Module) -> None:
     parts: dict[int, list[torch.nn.Parameter]] = {}
     for module, table, name, tensor in [*_factored(model)]:
         key = id(tensor)
-        leaf = _leaf(module.__class__) if name == "weight" and _fits(module) else None
+        plain = getattr(module, "groups", 1) == 1 and getattr(module, "max_norm", None) is None
+        leaf = _leaf(module.__class__) if name == "weight" and plain else None
         if leaf is None:
             if key not in formed:
                 whole, is_parameter = tensor.formed(), isinstance(tensor, torch.nn.Parameter)

@@ -6,8 +6,6 @@ Ranks are chosen over all tasks and matrices together (`kernels.ranks`). `flexme
 computes them.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -226,7 +224,7 @@ class ResidualStorage(Storage):
             return super().most
         return self.size(self.at_most(Limit(rank=_ANY_RANK)) - self.private_bytes)
 
-    def ranks(self, spectra: Sequence[Spectrum], limit: Limit) -> tuple[int, ...]:
+    def ranks(self, spectra: "Sequence[Spectrum]", limit: Limit) -> tuple[int, ...]:
         """Return the ranks of residuals: of each of `matrices` those of all tasks.
 
         Triplets of what has one rank are taken together.
@@ -316,7 +314,7 @@ class Kept:
     left: float
 
     @classmethod
-    def of(cls, squares: Tensor, whole: float, rank: int, count: int) -> Kept:
+    def of(cls, squares: Tensor, whole: float, rank: int, count: int) -> "Kept":
         """Return it of a residual with these squared singular values; `count` are its bytes."""
         return cls(rank, count, whole, max(0.0, whole - float(squares[:rank].sum())))
 

@@ -428,10 +428,8 @@ def _check(models: Mapping[str, Any]) -> None:
 
 
 def _identity(module: Any, other: Any, recurse: bool = True) -> tuple[Any, ...]:
-    """Return what is the same of modules that hold the same tensors.
-
-    Equal buffers, which every module has its own copies of, are that of `module`.
-    """
+    """Return what is the same of modules that hold the same tensors."""
+    # Equal buffers, which every module has its own copies of, are that of `module`.
     buffers, found = dict(module.named_buffers(recurse=recurse)), []
     for name, own in tensors_of(other, recurse).items():
         same = name in buffers and torch.equal(buffers[name], own)
@@ -441,10 +439,8 @@ def _identity(module: Any, other: Any, recurse: bool = True) -> tuple[Any, ...]:
 
 
 def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
-    """Return the tasks in an order in which those that share many parameters are neighbours.
-
-    Of equal ones the first comes first.
-    """
+    """Return the tasks in an order in which those that share many parameters are neighbours."""
+    # Of equal ones the first comes first.
     shared = torch.zeros(count, count)
     for made in routed:
         chosen = torch.tensor(made.chosen)

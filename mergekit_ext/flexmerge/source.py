@@ -123,10 +123,8 @@ class BlockReader:
         return BlockData(block, base, models)
 
     def _expect(self, place: int, sources: Sequence[Source]) -> None:
-        """Announce what will be read after `place`: as much as the largest block holds.
-
-        Announcing one block would leave the disk idle before a small one.
-        """
+        """Announce what will be read after `place`: as much as the largest block holds."""
+        # Announcing one block would leave the disk idle before a small one.
         if not self._last < place < self._expected:
             self._expected = place + 1
         self._last = place

@@ -1,7 +1,5 @@
 """Write a FlexMerge checkpoint: docs/flexmerge-format.md. One block in memory at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from collections import Counter
@@ -106,7 +104,7 @@ def pieces_of(reader: BlockReader, plan: Plan, merging: Merging, merged: BlockDo
 
 def write_pieces(
     folder: Path, pieces: Sequence[Piece], filed: Filed, finished: Finished | None = None
-) -> Shards:
+) -> "Shards":
     """Write pieces into the files that `filed` makes of all their tensors; they are closed then.
 
     The processes of a merge share out the pieces, and all call this.

@@ -221,8 +221,7 @@ class _Phase(IntEnum):
 
 @lru_cache(maxsize=1 << 16)
 def _place(name: str) -> tuple[Any, ...]:
-    """Return what names are sorted by: zone, part, phase, layer, slot; then name and spelling,
-    which decides between "x.1" and "x.01"."""
+    """Return zone, part, phase, layer, slot, name and spelling, by which names are sorted."""
     layer, part, kind = layer_of(name), _part(name), kind_of(name)
     zone, phase = _Zone.PARTS, _Phase.LAYERS
     path: _Natural = ()

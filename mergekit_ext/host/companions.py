@@ -68,7 +68,6 @@ def _add(source: Path, target: Path, is_wanted: Callable[[str], bool]) -> None:
 
 
 def _warn_of_moved_tokens(donor: Path, target: Path) -> None:
-    """Warn of ids in the donor's settings that are other tokens in the vocabulary of the output."""
     try:
         before, after = map(AutoTokenizer.from_pretrained, (donor, target))
     except Exception:  # transformers raises many kinds

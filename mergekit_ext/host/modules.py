@@ -116,10 +116,8 @@ def _content(file: Path) -> Any:
 
 
 def _differing(folders: Mapping[Any, Path]) -> list[str]:
-    """Return the files of weights in the output's modules that not all models have alike.
-
-    A model without modules, such as a bare base, has a part in none.
-    """
+    """Return the files of weights in the output's modules that not all models have alike."""
+    # A model without modules, such as a bare base, has a part in none.
     having = [*with_modules(folders).values()]
 
     def is_alike(name: str) -> bool:

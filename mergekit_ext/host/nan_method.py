@@ -380,11 +380,9 @@ def _summed(
 
 
 def _called(method: MergeMethod, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
-    """Call a method in float32 (float64), whatever the dtype of the files.
+    """Call a method in float32 (float64), whatever the dtype of the files."""
 
-    In half precision it would round every task vector and sum, and elect other signs.
-    """
-
+    # In half precision it would round every task vector and sum, and elect other signs.
     def call(group: TensorGroup) -> Tensor:
         (found,) = method((group,), parameters=parameters, dtype=compute_dtype(group.tensors))
         return found

@@ -109,8 +109,6 @@ def extended(stock: type) -> type:
 
 
 class _Aliases(tuple[str, ...]):
-    """A tuple that can be added to a list."""
-
     def __radd__(self, other: list[str]) -> list[str]:
         return [*other, *self]
 

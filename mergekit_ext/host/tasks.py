@@ -161,10 +161,7 @@ class MeasureTensorTask(Task[dict[str, float]]):
 
 
 class _Group(NamedTuple):
-    """What tensors have in common that share coefficients.
-
-    Slices may take different models, or measure against different bases.
-    """
+    """What tensors have in common that share coefficients; slices may take different models."""
 
     granularity: str
     name: str
@@ -250,10 +247,8 @@ def _run(targets: Sequence[Task], options: Any) -> Iterator[tuple[Task, Any]]:
 
 
 def _stored(task: MergeTensorTask) -> tuple[tuple[str, str], ...]:
-    """Return models and names of the stored tensors that a task reads.
-
-    mergekit plans a tied head as a tensor of its own, although it is the embedding that is read.
-    """
+    """Return models and names of the stored tensors that a task reads."""
+    # mergekit plans a tied head as a tensor of its own, although it is the embedding that is read.
     loads = []
     pending: list[Any] = [task.gather_tensors]
     while pending:
@@ -266,7 +261,6 @@ def _stored(task: MergeTensorTask) -> tuple[tuple[str, str], ...]:
 
 
 def _coefficients(norms: _Norms) -> dict[str, dict[str, float]]:
-    """Return the coefficients of each group, by labels that differ."""
     names = Counter(group.name for group in norms)
     found = {}
     for group, models in norms.items():

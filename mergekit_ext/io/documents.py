@@ -168,10 +168,8 @@ _Bounded.add_constructor("tag:yaml.org,2002:int", _Bounded.construct_yaml_int)
 
 
 def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the values and levels of a node with its aliases followed, kept in `sizes`.
-
-    A node that contains itself ends in a `RecursionError`.
-    """
+    """Return the values and levels of a node with its aliases followed, kept in `sizes`."""
+    # A node that contains itself ends in a `RecursionError`.
     key = id(node)
     if key not in sizes:
         children = node.value if isinstance(node, yaml.CollectionNode) else ()

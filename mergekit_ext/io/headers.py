@@ -1,7 +1,5 @@
 """Headers of weight files, read without touching the weights. Nothing in them is trusted."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import defaultdict
@@ -110,7 +108,7 @@ class TensorHeader:
     offset: int = 0
 
     @classmethod
-    def of(cls, name: str, dtype: Any, shape: Sequence[int]) -> TensorHeader:
+    def of(cls, name: str, dtype: Any, shape: Sequence[int]) -> "TensorHeader":
         return cls(name, dtype_name(dtype), tuple(shape), math.prod(shape) * dtype.itemsize)
 
     @property
@@ -118,11 +116,11 @@ class TensorHeader:
         return self.dtype.startswith(("F", "BF"))
 
     @property
-    def stored(self) -> tuple[TensorHeader, ...]:
+    def stored(self) -> "tuple[TensorHeader, ...]":
         """The tensor, or what it is made of."""
         return (self,)
 
-    def load(self) -> Tensor:
+    def load(self) -> "Tensor":
         """Return the tensor, mapped; its file is a safetensors file."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_tensor(self.name)

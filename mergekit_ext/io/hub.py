@@ -55,10 +55,7 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequ
 
 
 def upload_problems(name: str | None, private: bool) -> Iterator[Problem]:
-    """Yield what keeps a folder from being uploaded to the repository `name`; None: no upload.
-
-    The Hub is asked who the user is, and whether the repository exists.
-    """
+    """Yield what keeps an output from being uploaded to the repository `name`; None: no upload."""
     if name is None:
         if not private:
             yield Problem("--public", "no repository", "`--push-to-hub NAME` beside it")
@@ -89,7 +86,8 @@ def upload_problems(name: str | None, private: bool) -> Iterator[Problem]:
     except RepositoryNotFoundError:
         return  # it is made
     except Exception as error:  # network and access: the client's message is kept
-        yield Problem(where, f"no access ({one_line(error)})", "a token that writes", _LOG_IN)
+        expected = "a network, and a token that writes"
+        yield Problem(where, f"no access ({one_line(error)})", expected, _LOG_IN)
 
 
 class Pushable:

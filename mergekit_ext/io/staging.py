@@ -147,7 +147,7 @@ def place_problems(
         reason = getattr(error, "strerror", None) or error
         yield Problem(where, f"{out_path}, which cannot be made ({reason})", "a writable folder")
         return
-    if empty and not all(map(_is_staging, names)):
+    if empty and not all(n.startswith(".") and n.endswith(_SUFFIX) for n in names):
         found = f"{target}, which is not empty"
         expected = "a folder that does not exist or is empty"
         yield Problem(where, found, expected, _CHOOSE)
@@ -230,10 +230,6 @@ def _left(staging: Path) -> int:
             for place, _, names in os.walk(staging):
                 found += sum(Path(place, name).lstat().st_blocks for name in names) * 512
     return found
-
-
-def _is_staging(name: str) -> bool:
-    return name.startswith(".") and name.endswith(_SUFFIX)
 
 
 @contextmanager

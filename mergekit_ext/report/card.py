@@ -72,7 +72,6 @@ def write_report(
 
 
 def _short(models: Sequence[str]) -> list[str]:
-    """Return names without folders, unless two would be the same."""
     names = [Path(model).name or model for model in models]
     return names if len(set(names)) == len(names) else list(models)
 
@@ -164,7 +163,6 @@ def quantised_section(stored: Mapping[str, str]) -> str:
 
 
 def _prefixes(name: str) -> list[str]:
-    """Return the names of the modules around a tensor, the outermost first, each with a dot."""
     return [name[: dot.end()] for dot in re.finditer(r"\.", name)]
 
 

@@ -205,7 +205,6 @@ def _dense(job: Job) -> Result:
 
 
 def _require_finite(tensor: Tensor) -> Tensor:
-    """Return what a rule has made of finite inputs, if it is finite."""
     if not all_finite(tensor):
         raise MergeError(
             "the merge gives values that are not finite from finite inputs. Use smaller weights."

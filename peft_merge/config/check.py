@@ -232,7 +232,6 @@ def _misfits(
 
 
 def _whole_problems(rule: Method, resolve: Resolver) -> Iterator[Problem]:
-    """Yield what is wrong with the values of all modules together."""
     values = {module: resolve(module) for module in resolve.modules}
     if rule.nan:
         each = sorted({settings.options["granularity"] for settings in values.values()})

@@ -174,7 +174,6 @@ class _Extraction:
         return {name: square for name, square in found.items() if square}
 
     def _difference(self, name: str) -> Tensor:
-        """Return model - base, in float32 at least."""
         models = (self._plan.model, self._plan.base)
         one, other = (each.headers[name].load().to(self._options["device"]) for each in models)
         difference = one.to(compute_dtype([one, other])) - other

@@ -167,6 +167,5 @@ def pickled_bytes(models: Iterable[Any], options: Any) -> int:
 
 
 def _folders(models: Iterable[Any], options: Any) -> set[Path]:
-    """Return the folders of those models that are on this machine."""
     found = (local_folder(model.model, options) for model in models)
     return {folder for folder in found if folder is not None}

@@ -166,10 +166,7 @@ def read_tensors(path: Path, where: str, findings: Findings) -> dict[str, Tensor
 
 
 def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
-    """Read the headers of a repository's safetensors files; its `ModelPath` names it.
-
-    Returns None, with a problem or a note, when the Hub does not give them.
-    """
+    """Read the headers of a repository (`ModelPath`); None, with a problem or a note, without."""
     import huggingface_hub
     from huggingface_hub.errors import NotASafetensorsRepoError
 

@@ -159,10 +159,8 @@ def _problem(findings: Findings, found: str, expected: str) -> None:
 
 
 def _whole(model: Any, tensors: set[str]) -> set[str]:
-    """Return the modules that `tensors` are all of, and whose names end those of no others.
-
-    PEFT saves every module whose name ends with an entry of `modules_to_save`.
-    """
+    """Return the modules that `tensors` are all of, and whose names end those of no others."""
+    # PEFT saves every module whose name ends with an entry of `modules_to_save`.
     modules = dict(model.named_modules())
     owners = {*map(owner_of, tensors)} - {""}
     found = {

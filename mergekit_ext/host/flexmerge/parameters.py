@@ -208,10 +208,7 @@ def _specs_of(method: Method | MergeMethod | Based | None) -> dict[str, Paramete
 
 
 def _check_contract(method: MergeMethod, where: str, tasks: int, findings: Findings) -> None:
-    """Report a registered method that cannot merge groups of all sizes over a base.
-
-    `where` is the parameter that names it.
-    """
+    """Report a method, named by the parameter `where`, that cannot merge groups of all sizes."""
     contract, most = method.spec.contract, [tasks]
     if contract.max_inputs is not None:
         most.append(contract.max_inputs - (contract.base != BasePolicy.IGNORED))

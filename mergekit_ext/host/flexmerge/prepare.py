@@ -189,7 +189,6 @@ def _read_models(
     findings: Findings,
     pending: Collection[str],
 ) -> dict[Any, ModelFacts]:
-    """Read configurations and headers of all models; report those that cannot be merged."""
     facts, reported = {}, set()
     for model, where in models_at(config).items():
         before = findings.count

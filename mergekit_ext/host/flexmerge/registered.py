@@ -66,10 +66,8 @@ class Registered(Algorithm):
                 findings.note(note)
 
     def _refusal(self) -> ValueError | None:
-        """Return what the method raises over a few numbers in place of weights.
-
-        Methods of mergekit look at some of their parameters only when they merge.
-        """
+        """Return what the method raises over a few numbers in place of weights."""
+        # Methods of mergekit look at some of their parameters only when they merge.
         members = range(len(self.parameters.models))
         generator = torch.Generator().manual_seed(0)
         base, *tensors = torch.randn(len(members) + 1, *_TRIAL, generator=generator)

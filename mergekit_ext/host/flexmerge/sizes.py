@@ -266,9 +266,7 @@ def _asked(
     """Return what is asked for and what is planned for it, from large to small.
 
     What is below the smallest size becomes the smallest, once. `notes` receives what is left out.
-
-    Raises:
-        ConfigError: the algorithm has none of the sizes.
+    `ConfigError` if the algorithm has none of the sizes.
     """
     known, least = planner.sizes, min(planner.sizes)
     numbers = {float(size) for size in sizes if size != ALL}
