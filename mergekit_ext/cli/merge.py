@@ -21,6 +21,7 @@ from mergekit_ext.parallel import Ranks, launched
 @functools.partial(merging, shared=True)
 @events_option
 @pushing
+@click.option("--keep-solution", metavar="FOLDER", help="Keep what lore solves for in a folder")
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
 def merge(
     merge_options: Any,

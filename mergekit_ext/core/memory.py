@@ -77,12 +77,16 @@ def copies_of(method: Any) -> Copies:
     return getattr(method, "copies", unknown_copies)
 
 
-def square_of(shape: Sequence[int]) -> float:
-    """Return `square` of a tensor; three axes are stacked matrices, more a convolution's."""
+def sides_of(shape: Sequence[int]) -> list[int]:
+    """Return the short and the long side of each matrix of a tensor; three axes are a stack."""
     if len(shape) < 2 or 0 in shape:
-        return 0.0
-    sides = shape[-2:] if len(shape) < 4 else (shape[0], math.prod(shape[1:]))
-    return min(sides) ** 2 / math.prod(shape)
+        return [0, 1]
+    return sorted(shape[-2:] if len(shape) < 4 else (shape[0], math.prod(shape[1:])))
+
+
+def square_of(shape: Sequence[int]) -> float:
+    """Return `square` of a tensor."""
+    return sides_of(shape)[0] ** 2 / (math.prod(shape) or 1)
 
 
 def working(copies: float, unit: int, models: int, piece: int, threads: int) -> dict[str, int]:

@@ -55,6 +55,8 @@ class Call:
     on_iteration: Callable[[int, float, float], None] | None = None
     # Of the output, where the result is calibrated before it is cast.
     final: torch.dtype | None = None
+    # What is kept of this tensor's solution; the method fills it in where it is empty.
+    solution: dict[str, Tensor] | None = None
 
     def scaled(self, coefficients: Sequence[float]) -> Call:
         """Return the same with the weights multiplied by the inputs' coefficients."""
@@ -118,9 +120,12 @@ class Method:
         after: ``after(name, records)``: warnings about a finished merge, of which `records` are
             the reports of each tensor or module.
         copies: see `memory.Copies`.
+        operations: ``operations(models, based, short, long)``: how many of floating point merging
+            a matrix usually takes, where that is long.
         divides: whether the sum is divided by that of the weights with these options.
         orthogonal: whether the parts of its inputs are made orthogonal to each other, so that their
             squared norms add up.
+        solves: which options change how a solution is used, where there is one without a base.
         nan: whether the weights are multiplied by NAN's coefficients.
     """
 
@@ -150,8 +155,10 @@ class Method:
         lambda name, records: ()
     )
     copies: Copies = unknown_copies
+    operations: Callable[[int, bool, int, int], float] | None = None
     divides: Callable[[Mapping[str, Any]], bool] = lambda options: False
     orthogonal: bool = False
+    solves: frozenset[str] = frozenset()
     nan: bool = False
     use: str = ""
     example: Mapping[str, Any] = field(default_factory=dict)

@@ -15,8 +15,9 @@ from mergekit_ext import parallel
 from mergekit_ext.errors import MergeError, Problem, require
 from mergekit_ext.host.adapters.fitted import VARIABLE as ADAPTERS_VARIABLE
 from mergekit_ext.host.inputs import cached_folder, files_of
-from mergekit_ext.host.method import is_stock
+from mergekit_ext.host.method import ExtMethod, is_stock
 from mergekit_ext.io.model_files import may_be_hub_name
+from mergekit_ext.io.solution import Solution
 from mergekit_ext.parallel import Ranks, own_device
 
 # Options of how a merge runs and is shown, which its result does not depend on.
@@ -46,6 +47,26 @@ def identity(source: str, options: Any, models: Iterable[Any]) -> dict[str, str]
         "versions": ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES),
         **{f"input {path}": _input(path, at, options) for path, at in inputs},
     }
+
+
+def solution(folder: Any, config: Any, method: Any, decides: dict[str, str]) -> Solution | None:
+    """Return what keeps a merge's solution, if a folder is given; added to what `decides` it."""
+    if folder is None:
+        return None
+    where, uses = "--keep-solution", method.declared.solves if isinstance(method, ExtMethod) else ()
+    if not uses or config.base_model is not None:
+        found, expected = f"it with merge_method: {config.merge_method}", "lore without a base"
+        require([Problem(where, found, expected, "Leave it out.")])
+    given = json.loads(
+        config.model_dump_json(exclude={"out_dtype"}, exclude_none=True),
+        object_hook=lambda found: {k: v for k, v in found.items() if k not in uses},
+    )
+    parts = {name: _digest(value) for name, value in given.items()}
+    inputs = {name: text for name, text in decides.items() if name.startswith("input ")}
+    kept = Solution(Path(folder).expanduser(), {**parts, **inputs})
+    require(list(kept.problems(where)))
+    decides["solution"] = "kept"
+    return kept
 
 
 def _kind(device: str) -> str:

@@ -103,6 +103,7 @@ def _as_text(name: str | None, report: CheckReport) -> str:
             f"Bytes read:    {size(cost.bytes_read)}",
             f"Bytes written: {size(cost.bytes_written)}",
             f"Bytes held:    {size(cost.bytes_held)} at most, estimated",
+            *([f"Time:          {cost.time}"] if cost.time else []),
         ]
     if report.notes:
         lines.append("Notes:")
@@ -132,6 +133,7 @@ def merge(
     restart: bool = False,
     push_to_hub: str | None = None,
     private: bool = True,
+    keep_solution: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
 ) -> MergeResult:
@@ -146,6 +148,8 @@ def merge(
         restart: start over where an earlier merge into `out` was stopped, instead of going on.
         push_to_hub, private: upload the output to this repository, as `MergeResult.push_to_hub`;
             name and access are checked before the merge.
+        keep_solution: a folder that keeps what `lore` solves for, so that merges with another
+            `lambda`, `combine` or `weight` need not solve it again.
         max_memory: bytes, or text such as "8GB", that the process and each GPU may hold; a merge
             that needs more is refused.
         allow_pickle: also read pickles (pytorch_model.bin) of people you trust.
@@ -169,7 +173,7 @@ def merge(
     result = MergeResult(place)
     if scratch:
         weakref.finalize(result, shutil.rmtree, scratch, ignore_errors=True)
-    given: Any = {"callbacks": callbacks, "restart": restart}
+    given: Any = {"callbacks": callbacks, "restart": restart, "keep_solution": keep_solution}
     run.merge(config, place, options, push_to_hub=push_to_hub, private=private, **given)
     if push_to_hub is not None and parallel.current().is_main:
         result.push_to_hub(push_to_hub, private=private)

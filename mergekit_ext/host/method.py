@@ -31,6 +31,8 @@ from mergekit_ext.kernels.calibration import calibrated, distance, norms_of
 from mergekit_ext.kernels.numerics import all_finite, chunks, compute_dtype, count_non_finite
 from mergekit_ext.report.card import solver_section
 
+# Beside parameters: the dtype of the output, where a result is calibrated before it is cast.
+_FINAL = "dtype of the output"
 # Declares no check, no warning and no memory.
 PLAIN = Method("", "", None, lambda tensors, call: Merged(tensors[0]))
 
@@ -47,16 +49,9 @@ class ExtMethod(MergeMethod):
 
     @abstractmethod
     def merge_one(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
-        final: torch.dtype | None = None,
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> Merged:
-        """Merge one group into a tensor in `out_dtype`, and say what to report about it.
-
-        `final` is the dtype that its difference from the base is cast to after it was calibrated.
-        """
+        """Merge one group into a tensor in `out_dtype`, and say what to report about it."""
 
     def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
         """Return what is wrong with the shared parameters that a tensor gets, together."""
@@ -125,9 +120,8 @@ class ExtMethod(MergeMethod):
         """Merge one group, as far as norms suggest with a factor `auto`; report its distance."""
         name = factor_in(parameters)
         auto = parameters.get(name) == AUTO
-        given = {**parameters, name: 1.0} if auto else parameters
-        types = (compute_dtype(group.tensors), dtype) if auto else (dtype,)
-        found = self.merge_one(group, given, *types)
+        given = {**parameters, name: 1.0, _FINAL: dtype} if auto else parameters
+        found = self.merge_one(group, given, compute_dtype(group.tensors) if auto else dtype)
         models, start = [entry.tensor for entry in group.non_base], found.start
         if start is None and group.base is not None and not self.ignores_base:
             start = group.base.tensor
@@ -171,11 +165,7 @@ class DeclaredMethod(ExtMethod):
         self.spec = MergeMethodSpec(method.name, tuple(map(spec_of, own)), contract, *about)
 
     def merge_one(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
-        final: torch.dtype | None = None,
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> Merged:
         """Merge one tensor; values that are not finite, or leave the range of the dtype, raise."""
         entries = group.non_base
@@ -187,13 +177,15 @@ class DeclaredMethod(ExtMethod):
             if session is not None:
                 session.emit(SolverIteration(name, iteration, objective, change))
 
+        kept = session.solution if session else None
         call = Call(
             [parameters["weight"][entry.id] for entry in entries],
             {p.name: parameters[p.name] for p in self.spec.shared_parameters},
             [],
             layout=layout_of(name, entries[0].tensor.ndim),
             on_iteration=report,
-            final=final,
+            final=parameters.get(_FINAL),
+            solution=kept.read(name) if kept else None,
         )
         try:
             merged = self._merged(group, call, out_dtype)
@@ -204,6 +196,8 @@ class DeclaredMethod(ExtMethod):
             self._raise_out_of_range(group)
         if not all_finite(merged.tensor):
             self._raise_out_of_range(group)
+        if kept and call.solution:
+            kept.write(name, call.solution)
         ids = [str(entry.id) for entry in entries]
         details = {
             key: dict(zip(ids, value, strict=False)) if isinstance(value, list) else value

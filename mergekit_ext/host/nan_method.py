@@ -162,11 +162,7 @@ class NanMethod(ExtMethod):
         return 0 if _in_pieces(self._wrapped) else copies_of(self._wrapped)(models, square) + 3
 
     def merge_one(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
-        final: torch.dtype | None = None,
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> Merged:
         """Merge one group; report norms, coefficients and scale."""
         name, first = group.metadata.name or "", group.entries[0].tensor

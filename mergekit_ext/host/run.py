@@ -45,6 +45,7 @@ def merge(
     *,
     callbacks: Iterable[object] = (),
     restart: bool = False,
+    keep_solution: str | os.PathLike[str] | None = None,
     config_source: str | None = None,
     push_to_hub: str | None = None,
     private: bool = True,
@@ -74,6 +75,7 @@ def merge(
         )
         require([*report.problems, *place, *unshared])
         decides = identity.identity(source, options, inputs)
+        kept = identity.solution(keep_solution, config, method, decides)
         identity.require_same(processes, {**decides, "output": os.fspath(Path(out_path).resolve())})
         if whole:  # whose lines in the journal say what each finished piece depends on
             del decides["configuration"]
@@ -91,12 +93,16 @@ def merge(
         ) as folder:
             session = sessions.current()
             assert session is not None
-            session.dequantised = report.dequantised
+            session.dequantised, session.solution = report.dequantised, kept
             spec = registered()[config.merge_method].spec
             defaults = {p.name: None if p.required else p.default for p in spec.parameters}
             shared = {"merge_method": spec.name, **defaults, **(config.parameters or {})}
             each = [model.parameters or {} for model in config.models or ()]
             session.paper, session.parameters = spec.reference_url or "", in_effect(shared, each)
+            if report.estimate and report.estimate.time:
+                session.say(f"Time: {report.estimate.time}")
+            if kept is not None:
+                kept.open()
             try:
                 if whole:
                     from mergekit_ext.host.flexmerge.engine import write

@@ -24,6 +24,7 @@ from mergekit_ext.host.out_config import agree
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Journal
 from mergekit_ext.io.model_files import classes_of
+from mergekit_ext.io.solution import Solution
 from mergekit_ext.io.staging import WEIGHTS, Staging, by_machine, staged
 from mergekit_ext.report import card
 from mergekit_ext.report.rho import rho_of
@@ -53,6 +54,7 @@ class Session:
         # What is finished of the output; None for merges that cannot be continued.
         self.journal: Journal | None = None
         self.writer: PlannedWriter | None = None
+        self.solution: Solution | None = None
         # The output's tensors as far as headers give them; None for the others.
         self.predicted: Mapping[str, TensorHeader | None] = {}
         # The names of the output's tensors, in which `records` come.

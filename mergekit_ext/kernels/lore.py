@@ -41,7 +41,7 @@ class LoreResult:
             `max_iterations`; not if it could not be estimated.
         ranks: rank of each delta_i. This, the norms and mu are the largest of stacked experts.
         spectral_norms: largest singular value of each theta_i minus the mean or the given base.
-        mu: the absolute threshold; None with `rank_ratio`, or of averaged tensors if not given.
+        thresholds: mu of each matrix; none with `rank_ratio`, and of averaged tensors.
     """
 
     merged: Tensor
@@ -52,14 +52,19 @@ class LoreResult:
     converged: bool
     ranks: tuple[int, ...]
     spectral_norms: tuple[float, ...]
-    mu: float | None
+    thresholds: tuple[float, ...]
+
+    @property
+    def mu(self) -> float | None:
+        """The absolute threshold, the largest of stacked experts."""
+        return max(self.thresholds, default=None)
 
 
 def lore(
     tensors: Sequence[Tensor],
     *,
     base: Tensor | None = None,
-    mu: float | None = None,
+    mu: float | Sequence[float] | None = None,
     mu_relative: float | None = None,
     rank_ratio: float | None = None,
     lam: float = 1.0,
@@ -93,8 +98,8 @@ def lore(
         tensors: theta_i, one per model, of one shape. Half precision is upcast to float32;
             float64 (of any of them) makes the computation float64.
         base: theta_0 if it is known: kept, and each delta_i is one thresholding.
-        mu: threshold for the singular values, absolute. Of `mu`, `mu_relative` and `rank_ratio`
-            exactly one is given.
+        mu: threshold for the singular values, absolute, or one for each matrix. Of `mu`,
+            `mu_relative` and `rank_ratio` exactly one is given.
         mu_relative: threshold as a share of ``max_i sigma_1(theta_i - start)``, start being the
             mean or the base; for stacked experts each expert's own.
         rank_ratio: instead of a threshold, delta_i = best approximation of rank
@@ -130,7 +135,7 @@ def lore(
     if (combine == "mean" or len(shape) < 2) and math.fsum(coefficients) == 0.0:
         raise ValueError("weights: found a sum of 0; expected another sum, by which to divide")
     if len(shape) < 2 or not tensors[0].numel():
-        return _averaged([t.to(dtype) for t in tensors], coefficients, mu)
+        return _averaged([t.to(dtype) for t in tensors], coefficients)
 
     def limits(space: _Coordinates) -> Limits:
         if tolerance is not None:
@@ -142,7 +147,7 @@ def lore(
         error = ROUNDING_SHARE * rounding / _growth(coefficients, *how)
         return Limits(max_iterations, LEAST_TOLERANCE, error, length, on_iteration)
 
-    def rule(norms: Sequence[float], scale: float, short_side: int) -> Rule:
+    def rule(slot: int, norms: Sequence[float], scale: float, short_side: int) -> Rule:
         """For matrices divided by `scale` with these largest singular values."""
         if rank_ratio is not None:
             # 0.2 * 15 is 3.0000000000000004 and means 3
@@ -150,13 +155,13 @@ def lore(
         if mu_relative is not None:
             return Rule(mu=mu_relative * max(norms))
         assert mu is not None
-        return Rule(mu=mu / scale)
+        return Rule(mu=(mu[slot] if isinstance(mu, Sequence) else mu) / scale)
 
-    def solved(models: list[Tensor], start: Tensor | None) -> LoreResult:
+    def solved(slot: int, models: list[Tensor], start: Tensor | None) -> LoreResult:
         space = _Coordinates(models, start)
         pairs = [(shrinker_for(d.device.type, models[0].shape), d) for d in space.differences]
         norms = [shrinker.start(d) for shrinker, d in pairs]
-        shrink = rule(norms, space.scale, min(models[0].shape))
+        shrink = rule(slot, norms, space.scale, min(models[0].shape))
         parts = [shrinker.first(d, shrink) for shrinker, d in pairs]
         problem = Problem(space.differences, [shrinker for shrinker, _ in pairs], shrink)
         solve = UPDATES[update] if start is None else over_base
@@ -172,14 +177,14 @@ def lore(
             converged=outcome.converged,
             ranks=tuple(part.rank for part in outcome.parts),
             spectral_norms=tuple(value * space.scale for value in norms),
-            mu=None if shrink.mu is None else shrink.mu * space.scale,
+            thresholds=() if shrink.mu is None else (shrink.mu * space.scale,),
         )
 
     start = None if base is None else matrices_of(base, layout)
     results = []
     for slot, models in enumerate(zip(*(matrices_of(t, layout) for t in tensors), strict=True)):
         given = None if start is None else start[slot].to(dtype)
-        results.append(solved([model.to(dtype) for model in models], given))
+        results.append(solved(slot, [model.to(dtype) for model in models], given))
     return _gathered(results, shape)
 
 
@@ -281,18 +286,17 @@ def _elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return torch.where(empty, torch.zeros_like(total), total / mass.masked_fill(empty, 1.0))
 
 
-def _averaged(models: list[Tensor], weights: list[float], mu: float | None) -> LoreResult:
+def _averaged(models: list[Tensor], weights: list[float]) -> LoreResult:
     """Return the weighted mean, exact for identical models: vectors, scalars, and what is empty."""
     shift = weighted_sum([m - models[0] for m in models], weights) / math.fsum(weights)
     mean = models[0] + shift
     apart = [norm((m - mean).double()) for m in models]
     objective = 0.5 * math.fsum(d * d for d in apart)
     ranks = (0,) * len(models)
-    return LoreResult(mean, mean.clone(), 0, 0.0, objective, True, ranks, tuple(apart), mu)
+    return LoreResult(mean, mean.clone(), 0, 0.0, objective, True, ranks, tuple(apart), ())
 
 
 def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
-    used = [r.mu for r in results if r.mu is not None]
     return LoreResult(
         merged=torch.stack([r.merged for r in results]).reshape(shape),
         base=torch.stack([r.base for r in results]).reshape(shape),
@@ -302,5 +306,5 @@ def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
         converged=all(r.converged for r in results),
         ranks=tuple(map(max, zip(*(r.ranks for r in results), strict=True))),
         spectral_norms=tuple(map(max, zip(*(r.spectral_norms for r in results), strict=True))),
-        mu=max(used) if used else None,
+        thresholds=tuple(mu for r in results for mu in r.thresholds),
     )

@@ -76,7 +76,6 @@ class Limits:
 class Point:
     """All delta_i thresholded at one S, then theta_0 solved for them (S becomes `mean`)."""
 
-    at: Tensor
     parts: list[Shrunk]
     mean: Tensor
     gradient: Tensor
@@ -120,7 +119,7 @@ class Problem:
         gradient = at - mean
         # at S = mean the quadratic terms are lower by exactly n/2 ||S - mean||^2
         objective = self.objective(at, parts) - 0.5 * len(parts) * norm(gradient) ** 2
-        return Point(at, parts, mean, gradient, objective)
+        return Point(parts, mean, gradient, objective)
 
     def objective(self, at: Tensor, parts: list[Shrunk]) -> float:
         terms = [0.0]

@@ -14,6 +14,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from mergekit_ext.host.checks import estimate
 from mergekit_ext.host.checks.merge import check_merge
 from tests.host.small import LINEAR, at, entries, run, the
 
@@ -31,6 +32,16 @@ def test_fine_merge_has_no_problem_and_the_right_estimate(models: Path, kind: st
     largest = max(tensor.numel() for tensor in stored[0].values())
     copies = 1 + 8 * 2 + 6 + 2 * 2 + 16  # `memory.working`
     assert report.estimate.bytes_held == largest * 4 * copies
+
+
+def test_how_long_a_solver_takes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_SHORT", 0.0)
+    shared = {"models": entries(models, *"abc"), "parameters": {"mu_relative": 0.1}}
+    found = run({**shared, "merge_method": "lore"}).estimate
+    assert found is not None and 0 < found.seconds_of_embeddings < found.seconds
+    assert found.time == "about 1 min on this CPU, 1 min of it for embeddings"
+    plain = run({**shared, **LINEAR}).estimate
+    assert plain is not None and plain.time == ""
 
 
 def test_estimate_follows_dtypes_and_shards(models: Path) -> None:

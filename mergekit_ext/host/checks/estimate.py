@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mergekit_ext.core.memory import Need, copies_of, square_of, working
+from mergekit_ext.core.memory import Need, copies_of, sides_of, square_of, working
 from mergekit_ext.core.parameters import AUTO
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
@@ -19,6 +20,7 @@ from mergekit_ext.host.inputs import local_folder, models_of
 from mergekit_ext.host.method import ExtMethod
 from mergekit_ext.io.headers import BITS, TensorHeader, dtype_name, weights_of
 from mergekit_ext.io.quantised import QuantisedHeader
+from mergekit_ext.kernels.linear_algebra import matmul
 from mergekit_ext.kernels.numerics import chunk_length
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -29,6 +31,8 @@ _LEAST_BYTES = 4
 _ADAPTED = 4
 # Bytes for each number while a weight is made of codes.
 _DEQUANTISED = 12
+# Operations that take less than a minute, of which nothing is said; the product that is timed.
+_SHORT, _SIDE = 1e12, 1024
 _PIECEWISE = "`nan`, `nan_ties`, `nan_task_arithmetic`, `emr`"
 _REMEDY = f"Merge fewer models at a time, or take a method that works in pieces: {_PIECEWISE}."
 # Measured with 32,000 to 128,000 tokens: tables, texts and merges of a tokenizer, and what reads
@@ -72,6 +76,7 @@ def estimate(
         shard = options.out_shard_size
         kept["the shard"] = min(shard, written) if shard > 0 else written
     need = replace(need, parts={**need.parts, **kept})
+    seconds, embeddings = _seconds(inventory, entries)
     return Estimate(
         bytes_read=sum(read.values()) * max(passes, default=1),
         bytes_written=written,
@@ -79,7 +84,32 @@ def estimate(
         tensors=len(entries),
         parameters=sum(math.prod(entry.shape) for entry in entries),
         need=need,
+        seconds=seconds,
+        seconds_of_embeddings=embeddings,
     )
+
+
+def _seconds(inventory: Inventory, entries: Sequence[TensorHeader]) -> tuple[float, float]:
+    """Return how long the products of a method take on the CPU, and those of embeddings."""
+    method, options = inventory.method, inventory.options
+    count = method.declared.operations if isinstance(method, ExtMethod) else None
+    if count is None or options.multi_gpu or str(options.device) != "cpu":
+        return 0.0, 0.0
+    total = embeddings = 0.0
+    for tensor, entry in zip(inventory.located, entries, strict=True):
+        sides, based = sides_of(entry.shape), tensor.group.base in tensor.found
+        some = count(len(tensor.found) - based, based, *sides) * math.prod(entry.shape)
+        total += (some := 0.0 if tensor.copied else some / (math.prod(sides) or 1))
+        embeddings += some if tensor.weight.vocabulary_axis is not None else 0.0
+    if total < _SHORT:
+        return 0.0, 0.0
+    square, timed = torch.ones(_SIDE, _SIDE), []
+    for _ in range(4):  # the first one starts threads, and other work may disturb one
+        started = time.perf_counter()
+        matmul(square, square)
+        timed.append(time.perf_counter() - started)
+    each = min(timed) / (2.0 * _SIDE**3)
+    return total * each, embeddings * each
 
 
 def _inputs(tensor: PlannedTensor) -> list[tuple[Any, TensorHeader]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,15 @@ class Estimate:
     tensors: int
     parameters: int  # elements of all tensors of the output
     need: Need  # `bytes_held` by what it is for
+    seconds: float = 0.0  # that products usually take, where they are many; 0 if it is not known
+    seconds_of_embeddings: float = 0.0  # of these
+
+    @property
+    def time(self) -> str:
+        """The time in words; empty if it is not known."""
+        minutes, part = (math.ceil(s / 60) for s in (self.seconds, self.seconds_of_embeddings))
+        of_it = f", {part:,} min of it for embeddings" if part else ""
+        return f"about {minutes:,} min on this CPU{of_it}" if minutes else ""
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,7 @@ class FlexMergeMethod(ExtMethod):
         self.spec = MergeMethodSpec(method.name, (), contract, method.title, method.paper)
 
     def merge_one(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        out_dtype: torch.dtype,
-        final: torch.dtype | None = None,
+        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
     ) -> Merged:
         raise MergeError(
             f"{group.metadata.name}: `{self.spec.name}` merges models, not single tensors; merge "
