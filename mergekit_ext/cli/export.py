@@ -14,8 +14,7 @@ from mergekit_ext.parallel import require_one
 @click.argument("task")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--no-verify", is_flag=True, help="Do not compare the files with their digests.")
-@click.pass_context
-def export(context: click.Context, path: Path, task: str, out: Path, no_verify: bool) -> None:
+def export(path: Path, task: str, out: Path, no_verify: bool) -> None:
     """Write one TASK of the FlexMerge checkpoint in the folder PATH as an ordinary model.
 
     OUT is a folder that does not exist or is empty. It gets the weights, reconstructed where the
@@ -23,6 +22,6 @@ def export(context: click.Context, path: Path, task: str, out: Path, no_verify: 
     is 2 if something is wrong with the checkpoint or with OUT.
     """
     with reporting() as done:
-        if require_one(context.command_path):
+        if require_one(click.get_current_context().command_path):
             mergekit_ext.export(path, task, out, verify=not no_verify)
             done(out, f'from_pretrained("{out}"), in transformers')

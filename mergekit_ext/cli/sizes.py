@@ -69,10 +69,8 @@ def sizes(
 
 
 def _size(text: str) -> float | str:
-    from mergekit_ext.host.flexmerge.sizes import ALL
-
     with suppress(ValueError):
-        if text.strip() == ALL or 1 <= float(text) < float("inf"):
-            return ALL if text.strip() == ALL else float(text)
+        if text.strip() == "all" or 1 <= float(text) < float("inf"):
+            return "all" if text.strip() == "all" else float(text)
     expected = "numbers from 1 and `all`, separated by commas"
     raise ConfigError([Problem("--sizes", repr(text), expected, "Write 1,1.5,2.")])

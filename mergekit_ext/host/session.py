@@ -62,8 +62,7 @@ class Session:
         self.recorded: dict[str, TensorRecord] = {}
         # Lines and warnings for when the output stands; one that is an error must not cost it.
         self.summary = ""
-        # For the card: parameters in effect, the method's paper, a task of a FlexMerge that loads.
-        self.parameters, self.paper, self.task = "", "", ""
+        self.parameters, self.paper, self.task = "", "", ""  # that are in effect; one that loads
         self.dequantised: Mapping[str, str] = {}  # inputs, by what they are stored in
         self.afterwards: list[MergeWarning] = []
         self.started = time.perf_counter()

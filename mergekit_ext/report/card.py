@@ -192,11 +192,8 @@ def flexmerge_section(
     apart = f", and {private:,.0f} bytes of what is not merged" if private else ""
     plain = [name for name, ordinary in tasks if ordinary]
     made = [name for name, ordinary in tasks if not ordinary]
-    parts = [
-        "### FlexMerge",
-        f"{count} tasks in the space of {size['models']:.4g} models{apart}: "
-        f"{size['bytes']:,.0f} bytes in all.",
-    ]
+    text = f"{count} tasks in the space of {size['models']:.4g} models{apart}"
+    parts = ["### FlexMerge", f"{text}: {size['bytes']:,.0f} bytes in all."]
     if plain:
         parts.append(f"Ordinary checkpoints, one folder each: {', '.join(plain)}.")
     if made:

@@ -97,6 +97,20 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="tight")
 
 
+def _finish(axes: Any, across: str, up: str) -> None:
+    axes.set(xlabel=across, ylabel=up)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+
+
+def _heatmap(axes: Any, values: Any, rows: Sequence[Any], columns: Sequence[Any]) -> None:
+    image, every = axes.imshow(values, aspect="auto"), -(-len(columns) // 12)  # a dozen labels
+    axes.figure.colorbar(image, ax=axes, label="mean cosine of the task vectors")
+    axes.set_xticks(range(0, len(columns), every), columns[::every], rotation=45)
+    axes.set_yticks(range(len(rows)), rows)
+
+
 @dataclass(frozen=True)
 class SizePoint:
     """What one algorithm scored at one size."""
@@ -113,15 +127,16 @@ def mean(scores: Scores, metric: str) -> float:
     return fmean(of_task[metric] for of_task in scores.values() if metric in of_task)
 
 
-def normalised_mean(scores: Scores, reference: Scores, metric: str) -> float | None:
-    """Return the mean of scores divided by the individual models', over the tasks with `metric`.
+def normalised(scores: Scores, reference: Scores, metric: str) -> tuple[float, ...] | None:
+    """Return mean, least and most of scores over the individual models', of tasks with `metric`.
 
     None if a task's `reference` is not above zero: there is no ratio then.
     """
     pairs = [(of[metric], reference[task][metric]) for task, of in scores.items() if metric in of]
     if not all(whole > 0 for _, whole in pairs):
         return None
-    return fmean(part / whole for part, whole in pairs)
+    ratios = [part / whole for part, whole in pairs]
+    return fmean(ratios), min(ratios), max(ratios)
 
 
 def write_curve_tables(folder: Path, points: Sequence[SizePoint], reference: Scores) -> None:
@@ -130,11 +145,11 @@ def write_curve_tables(folder: Path, points: Sequence[SizePoint], reference: Sco
     metrics = dict.fromkeys(metric for _, metric in keys)
     rows: list[dict[str, Any]] = [
         {
-            **vars(point),
-            "mean": {metric: mean(point.scores, metric) for metric in metrics},
-            "normalised": {m: normalised_mean(point.scores, reference, m) for m in metrics},
+            **vars(one),
+            "mean": {metric: mean(one.scores, metric) for metric in metrics},
+            "normalised": {m: (normalised(one.scores, reference, m) or [None])[0] for m in metrics},
         }
-        for point in points
+        for one in points
     ]
     content = {"format_version": CURVE_FORMAT, "reference": reference, "points": rows}
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -153,39 +168,31 @@ def write_curve_tables(folder: Path, points: Sequence[SizePoint], reference: Sco
 def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str) -> None:
     """Draw normalised means over sizes, one line for each algorithm (FlexMerge, figures 3 and 5).
 
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: `metric` has no ratio.
+    A band behind a line reaches from the lowest task to the highest. `ImportError` without
+    matplotlib, `ValueError` if `metric` has no ratio.
     """
-    picture = _figure(6.0, 4.2)
-    lines: dict[str, list[tuple[float, float]]] = {}
+    axes, lines = _figure(6.0, 4.2).add_subplot(), dict[str, list[tuple[float, ...]]]()
     for point in points:
-        height = normalised_mean(point.scores, reference, metric)
-        if height is None:
+        if (found := normalised(point.scores, reference, metric)) is None:
             raise ValueError(f"{metric} of an individual model is not above zero")
-        lines.setdefault(point.algorithm, []).append((point.size, height))
-    axes = picture.add_subplot()
+        lines.setdefault(point.algorithm, []).append((point.size, *found))
     axes.axhline(1.0, linestyle="--", color="0.4", label="individual models")
     for algorithm, line in lines.items():
-        sizes, heights = zip(*sorted(line), strict=True)
+        sizes, heights, *band = zip(*sorted(line), strict=True)
         axes.plot(sizes, heights, marker="o", markersize=4, label=algorithm)
-    axes.set(xlabel="size (models)", ylabel=f"normalised {metric}")
-    axes.legend(fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    picture.savefig(path, dpi=150)
+        axes.fill_between(sizes, *band, alpha=0.1)
+    _finish(axes, "size (models)", f"normalised {metric}: mean, range of tasks")
+    axes.figure.savefig(path, dpi=150)
 
 
 def plot_trials(path: Path, scores: Sequence[float | None]) -> None:
     """Draw the score of each trial that has one, and the best so far."""
-    picture = _figure(6.0, 4.2)
+    axes = _figure(6.0, 4.2).add_subplot()
     numbers, heights = zip(*((i, s) for i, s in enumerate(scores, 1) if s is not None), strict=True)
-    axes = picture.add_subplot()
     axes.plot(numbers, heights, "o", markersize=4, label="trial")
     axes.step(numbers, list(accumulate(heights, max)), where="post", label="best so far")
-    axes.set(xlabel="trial", ylabel="mean score")
-    axes.legend(fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    picture.savefig(path, dpi=150)
+    _finish(axes, "trial", "mean score")
+    axes.figure.savefig(path, dpi=150)
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -216,21 +223,24 @@ def steps_table(steps: Rows, rows: int = 12) -> str:
     return "\n".join(lines)
 
 
-def plot_similarity(path: Path, blocks: Rows, steps: Rows) -> None:
-    """Draw similarity against depth, one line a kind; and the size after each merge."""
-    picture = _figure(11.0, 4.2)
-    left, right = picture.subplots(1, 2)
-    lines: dict[str, dict[int, list[float]]] = {}
+def plot_similarity(
+    path: Path, tasks: Mapping[str, Sequence[float]], blocks: Rows, steps: Rows
+) -> None:
+    """Draw similarities, task by task and of kinds of blocks by depth; the size after each merge.
+
+    Embeddings stand before the layers, what else lies outside of them behind.
+    """
+    picture, found = _figure(15.0, 4.2), dict[str, dict[Any, list[float]]]()
+    left, middle, right = picture.subplots(1, 3)
+    _heatmap(left, list(tasks.values()), list(tasks), list(tasks))
+    places = ["in", *sorted({block["depth"] for block in blocks} - {None}), "out"]
     for block in blocks:
-        if block["depth"] is not None:
-            means = lines.setdefault(block["kind"], {}).setdefault(block["depth"], [])
-            means.append(block["mean"])
-    for kind, line in lines.items():
-        depths = sorted(line)
-        left.plot(depths, [fmean(line[depth]) for depth in depths], marker="o", label=kind)
-    left.set(xlabel="layer", ylabel="mean cosine of the task vectors")
-    if lines:
-        left.legend()
+        outside = places[0 if block["kind"] == "embedding" else -1]
+        place = outside if block["depth"] is None else block["depth"]
+        found.setdefault(block["kind"], {}).setdefault(place, []).append(block["mean"])
+    means = [[fmean(of.get(place, [math.nan])) for place in places] for of in found.values()]
+    _heatmap(middle, means, list(found), places)
+    middle.set(xlabel="layer")
     right.step([step["merges"] for step in steps], [step["models"] for step in steps], where="post")
-    right.set(xlabel="merges", ylabel="size (models)")
+    _finish(right, "merges", "size (models)")
     picture.savefig(path, dpi=150)

@@ -43,7 +43,7 @@ def test_a_bare_base_is_the_same_base(name, algorithm, tmp_path):
         card = tmp_path / "ours" / task.name / "README.md"
         assert card.exists() != task.ordinary
         if not task.ordinary:
-            assert f'flexmerge.load("..", task="{task.name}")' in card.read_text()
+            assert f'flexmerge.load(".", task="{task.name}")' in card.read_text()
             model = flexmerge.load(tmp_path / "ours", task=task.name)
             assert type(model).__name__.endswith("Classification")
     assert [f.sha256 for f in ours.files] == [f.sha256 for f in theirs.files]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 
+import numpy
 import pytest
 
 from mergekit_ext.report.tables import (
     SizePoint,
     mean,
-    normalised_mean,
+    normalised,
     plot,
     plot_similarity,
     similarity_table,
@@ -32,14 +34,14 @@ def test_means_are_over_the_tasks_that_have_the_metric():
     scores = point().scores
     assert mean(scores, "accuracy") == pytest.approx(0.4)
     assert mean(scores, "f1") == 0.25
-    assert normalised_mean(scores, REFERENCE, "accuracy") == pytest.approx((0.5 + 1.0) / 2)
-    assert normalised_mean(REFERENCE, REFERENCE, "f1") == 1.0
+    assert normalised(scores, REFERENCE, "accuracy") == pytest.approx((0.75, 0.5, 1.0))
+    assert normalised(REFERENCE, REFERENCE, "f1") == (1.0, 1.0, 1.0)
 
 
 def test_no_ratio_without_a_positive_reference():
     zero = {"a": {"accuracy": 0.0, "f1": 1.0}, "b": {"accuracy": 0.4}}
-    assert normalised_mean(point().scores, zero, "accuracy") is None
-    assert normalised_mean(point().scores, zero, "f1") == 0.25
+    assert normalised(point().scores, zero, "accuracy") is None
+    assert normalised(point().scores, zero, "f1") == (0.25, 0.25, 0.25)
 
 
 def test_csv(tmp_path):
@@ -89,7 +91,9 @@ BLOCKS = [
     block("layers.0.norm1", "norm", 0, 0.4, 0.4, 0.4),
     block("layers.0.norm2", "norm", 0, 0.6, 0.6, 0.6),
     block("layers.1.attention", "attention", 1, 0.7, 0.8, 0.9),
+    block("norm", "norm", None, 0.9, 0.9, 0.9),
 ]
+TASKS = {"a": [math.nan, 0.5], "b": [0.5, math.nan]}
 STEPS = [step(number) for number in range(101)]
 
 
@@ -142,7 +146,7 @@ def test_the_format_of_a_plot_is_that_of_its_name(tmp_path, suffix, magic):
     pytest.importorskip("matplotlib")
     curve, similarity = tmp_path / f"sizes.{suffix}", tmp_path / f"similarity.{suffix}"
     plot(curve, [point(size=3), point(), point("emr", 2)], REFERENCE, "accuracy")
-    plot_similarity(similarity, BLOCKS, STEPS)
+    plot_similarity(similarity, TASKS, BLOCKS, STEPS)
     assert curve.read_bytes().startswith(magic) and similarity.read_bytes().startswith(magic)
 
 
@@ -154,20 +158,39 @@ def test_the_lines_of_a_curve(tmp_path, drawn):
     assert whole.get_linestyle() == "--" and list(whole.get_ydata()) == [1.0, 1.0]
     assert ties.get_label() == "ties" and list(ties.get_xdata()) == [1, 3]
     assert list(ties.get_ydata()) == pytest.approx([0.75, 1.0])
+    lowest, highest = axes.collections[0].get_datalim(axes.transData).intervaly
+    assert (lowest, highest) == pytest.approx((0.5, 1.0))
     assert emr.get_label() == "emr" and len(emr.get_xdata()) == 1
 
 
-def test_the_lines_of_similarities(tmp_path, drawn):
-    plot_similarity(tmp_path / "x.png", BLOCKS, STEPS)
-    left, right = drawn[0].axes
-    attention, norm = left.get_lines()
-    assert attention.get_label() == "attention" and list(attention.get_xdata()) == [0, 1]
-    assert list(attention.get_ydata()) == [0.2, 0.8]
-    assert norm.get_label() == "norm" and list(norm.get_ydata()) == [0.5]
-    (sizes,) = right.get_lines()
-    assert list(sizes.get_ydata()) == [step["models"] for step in STEPS]
-    plot_similarity(tmp_path / "x.png", BLOCKS[:1], STEPS[:1])  # without layers
-    assert not drawn[1].axes[0].get_lines()
+def values_of(axes):
+    (image,) = axes.images
+    return image.get_array().filled(math.nan)
+
+
+def labels_of(labels):
+    return [label.get_text() for label in labels]
+
+
+def test_the_pictures_of_similarities(tmp_path, drawn):
+    plot_similarity(tmp_path / "x.png", TASKS, BLOCKS, STEPS)
+    tasks, depths, sizes, *_ = drawn[0].axes
+    numpy.testing.assert_array_equal(values_of(tasks), list(TASKS.values()))
+    assert labels_of(tasks.get_xticklabels()) == labels_of(tasks.get_yticklabels()) == ["a", "b"]
+    none = math.nan
+    expected = [[0.0, none, none, none], [none, 0.2, 0.8, none], [none, 0.5, none, 0.9]]
+    numpy.testing.assert_allclose(values_of(depths), expected)
+    assert labels_of(depths.get_yticklabels()) == ["embedding", "attention", "norm"]
+    assert labels_of(depths.get_xticklabels()) == ["in", "0", "1", "out"]
+    (line,) = sizes.get_lines()
+    assert list(line.get_ydata()) == [step["models"] for step in STEPS]
+
+
+def test_many_layers_have_a_dozen_ticks(tmp_path, drawn):
+    blocks = [block(f"layers.{i}.mlp", "mlp", i, 0, 0, 0) for i in range(80)]
+    plot_similarity(tmp_path / "x.png", TASKS, blocks, STEPS)
+    labels = labels_of(drawn[0].axes[1].get_xticklabels())
+    assert labels[:3] == ["in", "6", "13"] and len(labels) <= 12
 
 
 def test_plot_says_what_it_cannot_draw(tmp_path):

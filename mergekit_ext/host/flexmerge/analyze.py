@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
 from mergekit.options import MergeOptions
 
 from mergekit_ext.errors import ConfigError, Problem
@@ -83,7 +84,9 @@ def analyze(
         notes = list(report.notes)
         if plot and out is not None:
             try:
-                plot_similarity(folder / "similarity.png", blocks, steps)
+                whole = cosines(torch.stack([*engine.grams]).sum(0)).fill_diagonal_(torch.nan)
+                alike = dict(zip(engine.layout.tasks, whole.tolist(), strict=True))
+                plot_similarity(folder / "similarity.png", alike, blocks, steps)
             except ImportError as error:
                 # One of an earlier run would not belong to the tables.
                 (folder / "similarity.png").unlink(missing_ok=True)

@@ -291,9 +291,8 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     session.emit(events.MergeBegin(config.merge_method, session.output, models, blocks, "block"))
     beside = Path(session.output or folder).resolve().parent
     engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
-    acting = prepared.algorithm.parameters
-    shared = {"merge_method": config.merge_method, **acting.shared}
-    session.parameters = in_effect(shared, acting.models)
+    own = prepared.algorithm.parameters
+    session.parameters = in_effect({"merge_method": config.merge_method, **own.shared}, own.models)
     plan = engine.planner.plan(prepared.target)
     if prepared.forms is None:
         manifest = engine.write(folder, plan)
@@ -406,13 +405,7 @@ def _adapters(
 # Of a task's folder that holds no weights.
 _MASKED = """# {task}
 
-This folder has no weights: `../shards/` holds what `{task}` shares with other tasks, and masks or
-factors of what is its own. Load the model with
-
-    from mergekit_ext import flexmerge
-    model = flexmerge.load("..", task="{task}")
-
-(the path is that of the folder above), or write it as an ordinary checkpoint with
-
-    mergekit-ext export .. {task} OUT
+This folder has no weights: `../shards/` holds those of all tasks, masks and factors among them. In
+the folder above, `mergekit_ext.flexmerge.load(".", task="{task}")` loads the model, and
+`mergekit-ext export . {task} OUT` writes it as an ordinary checkpoint.
 """

@@ -31,7 +31,7 @@ from mergekit_ext.report.tables import (
     Scores,
     SizePoint,
     mean,
-    normalised_mean,
+    normalised,
     plot,
     scores_of,
     write_curve_tables,
@@ -60,8 +60,8 @@ class Curve(NamedTuple):
         for point in self.points:
             line = f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,}"
             if metric is not None:
-                ratio = normalised_mean(point.scores, self.reference, metric)
-                shown = "" if ratio is None else f"{ratio:.3f}"
+                ratio = normalised(point.scores, self.reference, metric)
+                shown = "" if ratio is None else f"{ratio[0]:.3f}"
                 line += f" {mean(point.scores, metric):18.4f} {shown:>10}"
             lines.append(line)
         return "\n".join(lines)
