@@ -49,13 +49,13 @@ def located(
     Raises:
         CheckpointError: there is none, or it cannot be downloaded.
     """
-    wanted = [FILE_NAME, "*"]
     try:
-        if task is not None and not os.path.isdir(os.path.expanduser(path)):
-            manifest = read_manifest(folder_of(path, revision, [FILE_NAME]))
-            shards = [file.path for file in manifest.files if task in file.tasks]
-            wanted = [FILE_NAME, f"{task}/*", *shards]
-        return folder_of(path, revision, wanted)
+        folder = folder_of(path, revision, [FILE_NAME])
+        if os.path.isdir(os.path.expanduser(path)):
+            return folder
+        shards = [file.path for file in read_manifest(folder).files if task in file.tasks]
+        wanted = ["*"] if task is None else [f"{task}/*", *shards]
+        return folder_of(path, revision, [FILE_NAME, *wanted])
     except ConfigError as error:
         raise CheckpointError(error.problems, os.fspath(path)) from None
 

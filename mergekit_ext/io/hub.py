@@ -23,8 +23,9 @@ from mergekit_ext.io.model_files import may_be_hub_name
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 # What a task's folder has links to: once the Hub has a shard, a link is not sent.
 _SHARDS = "shards"
-# Of what was in the repository before, as in a folder (`staging`): weights give way to the new.
-_REPLACED = ["*model*.safetensors", "*model*.bin", "*.index.json", f"{_SHARDS}/*"]
+# What gives way of what was in the repository: weights, and what makes it one of another kind.
+_KINDS = ["flexmerge.json", "adapter_config.json"]
+_REPLACED = ["*model*.safetensors", "*model*.bin", "*.index.json", f"{_SHARDS}/*", *_KINDS]
 
 
 def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequence[str]) -> Path:

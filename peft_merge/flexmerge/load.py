@@ -26,7 +26,7 @@ from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.flexmerge.family import of_the_base
 from peft_merge.flexmerge.manifest import Group, open_manifest
 from peft_merge.io.names import PREFIX, module_to_save, stored
-from peft_merge.io.read import load_adapter
+from peft_merge.io.read import CONFIG, SAFETENSORS, load_adapter
 from peft_merge.live import BASE, add_adapter, fill, require_places
 
 # Where PEFT's layers keep what is loaded of one adapter.
@@ -70,7 +70,7 @@ def load_tasks(
         >>> model.set_adapter("maths")
     """
     require_base(base_model)
-    folder = folder_of(path, revision, [FILE_NAME, "*"])
+    folder = folder_of(path, revision, [FILE_NAME, f"*/{CONFIG}", f"*/{SAFETENSORS}"])
     manifest = open_manifest(folder, verify=verify)
     adapters = [load_adapter(folder / task.name, name=task.name) for task in manifest.tasks]
     shared = [group for block in manifest.blocks for group in block.groups if len(group.tasks) > 1]
