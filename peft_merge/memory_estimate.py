@@ -19,10 +19,8 @@ _REMEDY = (
 
 
 def need_of(plan: MergePlan) -> Need:
-    """Return the need of the module that needs the most, beside whole tensors.
-
-    The merged adapter is kept until it is written.
-    """
+    """Return the need of the module that needs the most, beside whole tensors."""
+    # The merged adapter is kept until it is written.
     adapters = plan.adapters
     if plan.rule is None:  # each adapter keeps its own, and is written alone
         outputs = [[[load()] for load in adapter.saved.values()] for adapter in adapters]

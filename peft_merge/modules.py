@@ -89,10 +89,8 @@ def merge_modules(
 def small(
     adapters: Sequence[Adapter], rule: Method, resolve: Callable[[str], Call], space: str
 ) -> bool:
-    """Return whether no module needs a large dense change, so that modules go side by side.
-
-    Small algebra does not fill the cores; large dense changes do, and one at a time is in memory.
-    """
+    """Return whether no module needs a large dense change, so that modules go side by side."""
+    # Small algebra does not fill the cores; large dense changes do, and one at a time is in memory.
     infos = {module: info for adapter in adapters for module, info in adapter.infos.items()}
     return space != "delta" or all(
         math.prod(info.shape) <= SMALL or rule.invariant(resolve(module).options)

@@ -37,10 +37,8 @@ def carriers(choice: str, adapters: Sequence[Adapter]) -> dict[str, tuple[int, .
 
 
 def problems_of(choice: Any, adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """Yield what is wrong with `modules_to_save`, given (or None) for these adapters.
-
-    Tensors are read for their shapes: an adapter in memory has no headers.
-    """
+    """Yield what is wrong with `modules_to_save`, given (or None) for these adapters."""
+    # Tensors are read for their shapes: an adapter in memory has no headers.
     names = [adapter.name for adapter in adapters]
     if choice is not None and choice not in (AVERAGE, DROP, *names):
         remedy = did_you_mean(choice, (AVERAGE, DROP, *names)) if isinstance(choice, str) else ""

@@ -225,10 +225,8 @@ class ResidualStorage(Storage):
         return self.size(self.at_most(Limit(rank=_ANY_RANK)) - self.private_bytes)
 
     def ranks(self, spectra: "Sequence[Spectrum]", limit: Limit) -> tuple[int, ...]:
-        """Return the ranks of residuals: of each of `matrices` those of all tasks.
-
-        Triplets of what has one rank are taken together.
-        """
+        """Return the ranks of residuals: of each of `matrices` those of all tasks."""
+        # Triplets of what has one rank are taken together.
         tasks, parameters = range(self.tasks), self.algorithm.parameters
         weights = [abs(weight) for weight in parameters.weights(list(tasks))]
 

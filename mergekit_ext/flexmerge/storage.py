@@ -162,10 +162,8 @@ class Storage(GroupStorage):
 
     @cached_property
     def least(self) -> Size:
-        """Every block merged, or kept apart where that is smaller.
-
-        Masks over a base of a wider dtype may take more than they save.
-        """
+        """Every block merged, or kept apart where that is smaller."""
+        # Masks over a base of a wider dtype may take more than they save.
         merged = self.groups([(tuple(range(self.tasks)), None)])
         blocks = range(self.blocks)
         return self.size(sum(min(self.bytes(b, merged), self.bytes(b, self.apart)) for b in blocks))

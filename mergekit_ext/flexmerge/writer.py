@@ -229,10 +229,8 @@ class Shards:
         current().wait()
 
     def described(self, tasks: tuple[str, ...]) -> tuple[ShardFile, ...]:
-        """Return the entries of the files in the manifest. All processes call this.
-
-        Files whose digests are not known are read, each by one process.
-        """
+        """Return the entries of the files in the manifest. All processes call this."""
+        # Files whose digests are not known are read, each by one process.
         processes = current()
         whole = {
             path: digest.hexdigest()

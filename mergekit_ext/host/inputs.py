@@ -90,10 +90,8 @@ def local_folder(path: Any, options: Any) -> Path | None:
 
 
 def folder_of(reference: Any, options: Any) -> Path:
-    """Return a model's folder, without its adapter; fetch from the Hub what is not here yet.
-
-    mergekit fetches weights and JSON alone: code, vocabularies and templates are fetched besides.
-    """
+    """Return a model's folder, without its adapter; fetch from the Hub what is not here yet."""
+    # mergekit fetches weights and JSON alone: code, vocabularies and templates are fetched besides.
     if applies(reference):
         reference = base_of(reference)
     merged = reference.merged(

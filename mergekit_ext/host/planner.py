@@ -52,10 +52,8 @@ def extended(stock: type) -> type:
         def plan_tensor(
             self, weight: Any, weights_in: list[Any], models: list[Any], cfg_reader: Any
         ) -> None:
-            """Plan a tensor, or the copy of one.
-
-            mergekit adds a list to the aliases of an optional one, a tuple.
-            """
+            """Plan a tensor, or the copy of one."""
+            # mergekit adds a list to the aliases of an optional one, a tuple.
             if weight.optional:
                 weights_in = [
                     w.model_copy(update={"aliases": _Aliases(w.aliases)}) if w.aliases else w

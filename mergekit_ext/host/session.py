@@ -109,10 +109,8 @@ class Session:
             self._dispatcher.emit(event)
 
     def size_of(self, name: str) -> int:
-        """Return about how many bytes tensor `name` will have, as a measure of its work.
-
-        A tensor that no header predicts is most often the embedding, which is the largest.
-        """
+        """Return about how many bytes tensor `name` will have, as a measure of its work."""
+        # A tensor that no header predicts is most often the embedding, which is the largest.
         if (entry := self.predicted.get(name)) is not None:
             return entry.nbytes
         return max((e.nbytes for e in self.predicted.values() if e is not None), default=0)

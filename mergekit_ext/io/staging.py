@@ -184,10 +184,8 @@ def by_machine(error: BaseException) -> bool:
 
 
 def flush(folder: Path) -> None:
-    """Wait until all files below `folder`, and the folders that name them, are on the disk.
-
-    Otherwise a file may have its length and hold zeros after a power cut.
-    """
+    """Wait until all files below `folder`, and the folders that name them, are on the disk."""
+    # Otherwise a file may have its length and hold zeros after a power cut.
     for place, _, names in os.walk(folder, topdown=False):
         for path in (*(Path(place, name) for name in names), Path(place)):
             if not path.is_symlink():

@@ -56,10 +56,8 @@ _RENAME = "Rename the adapter with `name:`."
 
 
 def parameters(request: Request) -> tuple[Parameter, ...]:
-    """Return FlexMerge's own, and those of the algorithm that is chosen.
-
-    NAN's `granularity` is FlexMerge's here: its coefficients are those of each module and group.
-    """
+    """Return FlexMerge's own, and those of the algorithm that is chosen."""
+    # NAN's `granularity` is FlexMerge's here: its coefficients are those of each module and group.
     known = rules()
     chosen = request.parameters.get("algorithm", DEFAULT_ALGORITHM)
     own = tuple(replace(p, kind=choice(*known)) if p.name == "algorithm" else p for p in OWN)

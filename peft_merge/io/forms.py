@@ -142,10 +142,8 @@ class _Class:
         return self._held(adapter) == {True}
 
     def lacking(self, adapter: Adapter) -> Iterator[Problem]:
-        """Yield that an adapter has no module of the class, of which PEFT would load nothing.
-
-        For a task PEFT takes another class, with a head that may be all that is adapted.
-        """
+        """Yield that an adapter has no module of the class, of which PEFT would load nothing."""
+        # For a task PEFT takes another class, with a head that may be all that is adapted.
         held = self._held(adapter) | self._held(renamed(adapter, self.rename))
         if not adapter.config.get("task_type") and True not in held:
             found = f"no module of {self.name} in this adapter"

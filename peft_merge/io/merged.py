@@ -106,10 +106,8 @@ def stored_ranks(infos: Mapping[str, ModuleInfo], r: int | None) -> dict[str, in
 def lora_configuration(
     infos: Mapping[str, ModuleInfo], inputs: Sequence[Adapter], saved: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the configuration of a LoRA with these modules and names of whole tensors.
-
-    Each has alpha = r; patterns name the ranks that are not the largest.
-    """
+    """Return the configuration of a LoRA with these modules and names of whole tensors."""
+    # Each has alpha = r; patterns name the ranks that are not the largest.
     carried = _carried(inputs, saved)
     config = _common("LORA", infos, inputs, carried, ("target_modules",))
     entries = (adapter.config.get("target_parameters") or () for adapter in inputs)

@@ -69,10 +69,8 @@ def stored(name: str, adapted: Collection[str]) -> str:
 
 
 def owner(name: str, adapted: Collection[str]) -> str:
-    """Return the base model's module whose entry in the configuration governs the module `name`.
-
-    PEFT adapts both projections of torch's attention together: one entry, one rank, one scaling.
-    """
+    """Return the base model's module whose entry in the configuration governs the module `name`."""
+    # PEFT adapts both projections of torch's attention together: one entry, one rank, one scaling.
     attention = name.removesuffix(_OUT_PROJECTION)
     return unwrapped(attention if attention in adapted else name)
 
@@ -101,10 +99,8 @@ def is_whole(name: str, config: Mapping[str, Any], adapted: Collection[str]) -> 
 
 
 def module_to_save(tensor: str, config: Mapping[str, Any]) -> str | None:
-    """Return the entry of `modules_to_save` that a tensor of the base belongs to.
-
-    PEFT saves every module whose name ends with an entry, with or without a dot before it.
-    """
+    """Return the entry of `modules_to_save` that a tensor of the base belongs to."""
+    # PEFT saves every module whose name ends with an entry, with or without a dot before it.
     parts = tensor.split(".")[:-1]
     modules = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     for entry in config.get("modules_to_save") or ():

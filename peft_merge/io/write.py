@@ -165,10 +165,8 @@ def card_of(
 
 
 def of_base(base: Any) -> tuple[dict[str, Any], list[str], str]:
-    """Return fields of a card's metadata and tags for a base, and what its text calls it.
-
-    The Hub refuses folders of one machine as a base.
-    """
+    """Return fields of a card's metadata and tags for a base, and what its text calls it."""
+    # The Hub refuses folders of one machine as a base.
     if not may_be_hub_name(base):
         return {}, [], "its base model"
     fields = {"base_model": base, "base_model_relation": "adapter"}

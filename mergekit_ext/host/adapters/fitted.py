@@ -33,10 +33,8 @@ def base_of(reference: Any) -> Any:
 
 
 def read_adapter(path: Any) -> Adapter:
-    """Return the adapter at mergekit's `ModelPath`; `ConfigError` if it is not applied exactly.
-
-    Pickles are read as mergekit reads those of models: by torch's restricted unpickler.
-    """
+    """Return the adapter at mergekit's `ModelPath`; `ConfigError` if it is not applied exactly."""
+    # Pickles are read as mergekit reads those of models: by torch's restricted unpickler.
     try:
         return load_adapter(path.path, revision=path.revision, allow_pickle=True)
     except ConfigError as error:
@@ -46,10 +44,8 @@ def read_adapter(path: Any) -> Adapter:
 
 
 def fit(adapter: Adapter, tensors: Mapping[str, TensorHeader], config: Any) -> AdaptedWeights:
-    """Match `adapter` with the stored tensors of a base; `ConfigError` if not exactly possible.
-
-    Names are compared as those of the base's class, to which PEFT and transformers rename both.
-    """
+    """Match `adapter` with the stored tensors of a base; `ConfigError` if not exactly possible."""
+    # Names are compared as those of the base's class, to which PEFT and transformers rename both.
     names = class_names(tensors, config)
 
     def transposed(name: str) -> bool | None:

@@ -136,10 +136,8 @@ def get(stock: Callable[..., Any], self: Any, model: Any) -> Any:
 
 
 def load_tensor(stock: Callable[..., Any], self: Any) -> Any:
-    """Extend ``LoadTensor.execute``, which casts what it reads.
-
-    Adapted tensors are not rounded below the dtype that they are cast to.
-    """
+    """Extend ``LoadTensor.execute``, which casts what it reads."""
+    # Adapted tensors are not rounded below the dtype that they are cast to.
     token = _wanted.set(dtype_from_name(self.dtype))
     try:
         return stock(self)

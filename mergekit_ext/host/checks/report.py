@@ -95,10 +95,8 @@ class Findings:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the libraries' warnings during a check, and keep everything away from stdout.
-
-    mergekit repeats the warnings when it merges, and a check's output may be JSON.
-    """
+    """Suppress the libraries' warnings during a check, and keep everything away from stdout."""
+    # mergekit repeats the warnings when it merges, and a check's output may be JSON.
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

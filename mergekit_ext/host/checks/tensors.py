@@ -152,10 +152,8 @@ def check_inputs(facts: Mapping[Any, ModelFacts], findings: Findings) -> set[Any
 
 
 def check_output(inventory: Inventory) -> None:
-    """Report what the class of the output needs and lacks, has no place for, or would lose.
-
-    What the inputs' classes lack or do not have, the output may, too.
-    """
+    """Report what the class of the output needs and lacks, has no place for, or would lose."""
+    # What the inputs' classes lack or do not have, the output may, too.
     facts, config = inventory.models, inventory.out_config
     found = output_loading(inventory) if inventory.is_sound else None
     if found is None:
