@@ -118,7 +118,7 @@ class AdapterModel:
         given = self._settings
         rule = rules().get(given.method)
         defaults = {p.name: p.default for p in rule.parameters} if rule else {}
-        factor = factor_of_snapshots(defaults, rule.orthogonal) if rule else ""
+        factor = factor_of_snapshots(defaults) if rule else ""
         return {
             "merge_method": "linear" if given.running else given.method,
             "models": [{"model": str(f), "name": f"step-{step}"} for step, f in folders.items()],

@@ -218,15 +218,15 @@ def factor_in(options: Iterable[str]) -> str:
     return next((name for name in ("scale", "lambda") if name in options), "")
 
 
-def factor_of_snapshots(defaults: Mapping[str, Any], orthogonal: bool) -> str:
+def factor_of_snapshots(defaults: Mapping[str, Any]) -> str:
     """Return which factor is `auto` in merges of snapshots of one run; "" for none.
 
     By their `defaults` methods add up task vectors, but those of snapshots are nearly the same one.
-    Others divide by the weights, or keep apart what inputs have in common (`orthogonal`).
+    Others divide by the weights.
     """
     name = factor_in(defaults)
     means = name == "lambda" and defaults.get("normalize") is True
-    return "" if orthogonal or means else name
+    return "" if means else name
 
 
 # What is left of 0.1 + 0.2 - 0.3 in floats is none.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_ext.declared.linear import BOUNDED_LAMBDA, LAMBDA
+from mergekit_ext.declared.linear import BOUNDED_LAMBDA, CALIBRATED_LAMBDA
 from mergekit_ext.declared.method import BLOCKS, Call, Merged, Method, register
 from mergekit_ext.kernels.tsv import tsv_merge
 
@@ -34,7 +34,7 @@ register(
         "TSV-Merge",
         "https://arxiv.org/abs/2412.00081",
         merge,
-        parameters=(LAMBDA,),
+        parameters=(CALIBRATED_LAMBDA,),
         invariant=lambda options: True,
         variants={BLOCKS: {"lambda": BOUNDED_LAMBDA}},
         matrices=True,

@@ -200,7 +200,7 @@ def snapshot_merge(
         defaults["weight"] = 1.0
     if isinstance(known, ExtMethod):
         shared = {p.name: p.default for p in known.spec.shared_parameters}
-        factor = factor_of_snapshots(shared, known.declared.orthogonal)
+        factor = factor_of_snapshots(shared)
         if factor and (base is not None or (factor == "lambda" and not known.declared.base)):
             defaults[factor] = AUTO
     document: dict[str, Any] = {

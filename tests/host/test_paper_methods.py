@@ -74,11 +74,12 @@ def test_half_precision_is_computed_in_float32_and_cast_once(method):
 
 def test_layouts_of_tsv_m():
     base, *tuned = models(shape=(2, 6, 5))
-    experts = merge_tensors([base, *tuned], "tsv_m", base_index=0, name="mlp.experts.w")
+    published = {"base_index": 0, "parameters": {"lambda": 1.0}}
+    experts = merge_tensors([base, *tuned], "tsv_m", name="mlp.experts.w", **published)
     for index in range(2):
         wanted = reference_tsv.merge([t[index] - base[index] for t in tuned]) + base[index]
         torch.testing.assert_close(experts[index], wanted, rtol=1e-9, atol=1e-9)
-    convolution = merge_tensors([base, *tuned], "tsv_m", base_index=0, name="conv1.weight")
+    convolution = merge_tensors([base, *tuned], "tsv_m", name="conv1.weight", **published)
     wanted = reference_tsv.merge([(t - base).reshape(2, 30) for t in tuned]).reshape(base.shape)
     torch.testing.assert_close(convolution, base + wanted, rtol=1e-9, atol=1e-9)
 

@@ -57,7 +57,7 @@ def _lore(family: Family) -> _Merge:
 
 def _tsv_m(family: Family) -> _Merge:
     rule = reference.by_matrix(tsv.merge, reference.convolutions(family.base))
-    return _Merge("tsv_m", TASKS, {"": family.expected(rule)})
+    return _Merge("tsv_m", TASKS, {"": family.expected(rule)}, parameters={"lambda": 1})
 
 
 def _pcb(family: Family) -> _Merge:

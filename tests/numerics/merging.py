@@ -31,7 +31,7 @@ HOST: dict[str, dict[str, Any]] = {
     "nan": {},
     "nan_ties": {"density": 0.5},
     "lore": {"mu_relative": 0.1, "lambda": 1.0, "combine": "mean"},
-    "tsv_m": {},
+    "tsv_m": {"lambda": 1.0},
     "iso_c": {},
     "iso_cts": {},
     "pcb": {"density": 0.5},
