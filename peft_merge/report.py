@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_ext.core import memory
+from mergekit_ext.report.card import in_effect
 from mergekit_ext.report.rho import Rho, rho_of
 from peft_merge.adapter import Adapter, LoraAdapter, one_rank
 from peft_merge.config.document import plain
@@ -13,10 +14,8 @@ from peft_merge.saved import saved_names
 
 FORMAT_VERSION = 1
 
-# Relative errors that are rounding.
-NEGLIGIBLE = 1e-6
-# Those that a user should do something about.
-_LARGE = 0.05
+NEGLIGIBLE = 1e-6  # relative errors that are rounding
+_LARGE = 0.05  # those that a user should do something about
 
 
 def short(dtype: object) -> str:
@@ -35,12 +34,16 @@ def described(plan: MergePlan) -> dict[str, Any]:
         }
         for adapter, item in zip(plan.adapters, inputs, strict=True)
     ]
-    parameters = {"shared": plan.request.parameters, "each": [item.parameters for item in inputs]}
+    given = plain({"shared": plan.request.parameters, "each": [i.parameters for i in inputs]})
+    defaults = {p.name: p.default for p in plan.rule.parameters} if plan.rule else {}
+    acting = {"merge_method": plan.request.method, **defaults, **given["shared"]}
     return {
         "method": plan.request.method,
+        "in_effect": in_effect(acting, given["each"]),
+        "paper": plan.rule and plan.rule.paper,
         "kind": plan.kind,
         "adapters": adapters,
-        "parameters": plain(parameters),
+        "parameters": given,
         "rank": plan.rank,
         "patterns": plan.patterns,
         "space": plan.space,
@@ -107,7 +110,7 @@ def sentences(report: Mapping[str, Any]) -> Iterator[str]:
     if "largest_rank" in summary:
         low, high = summary["smallest_rank"], summary["largest_rank"]
         line += f", rank {high}" if low == high else f", ranks {low} to {high}"
-    yield f"{line}."
+    yield f"{line} ({report['in_effect']})." if "in_effect" in report else f"{line}."
     if line := Rho(report.get("rho", {})).line:
         yield line
     if (error := summary.get("largest_error", 0)) > NEGLIGIBLE:

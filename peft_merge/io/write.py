@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_ext.errors import MergeError
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.io.staging import new_folder
-from mergekit_ext.report.card import CARD, REPORT_NAME
+from mergekit_ext.report.card import CARD, REPORT_NAME, method_section
 from peft_merge.adapter import Adapter, LoraAdapter, VectorInfo
 from peft_merge.io import names
 from peft_merge.io.diffusers_lora import FILE, is_of_diffusers
@@ -154,8 +154,8 @@ def card_of(
         called = [item.get("name", item) if isinstance(item, Mapping) else item for item in inputs]
         paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
     apart = adapter.config.get("rank_pattern") and not is_of_diffusers(adapter)
-    by_module = [PATTERNS] if apart else []
-    paragraphs += dict.fromkeys([*map(str, report.get("notes") or ()), *by_module])
+    paragraphs += dict.fromkeys([*map(str, report.get("notes") or ()), *([PATTERNS] * bool(apart))])
+    paragraphs.append(method_section(report.get("in_effect", ""), report.get("paper") or ""))
     if is_of_diffusers(adapter):
         tags[0] = metadata["library_name"] = "diffusers"
         example = [f'pipeline.load_lora_weights("{adapter.name}")']
@@ -165,8 +165,7 @@ def card_of(
 
 
 def of_base(base: Any) -> tuple[dict[str, Any], list[str], str]:
-    """Return fields of a card's metadata and tags for a base, and what its text calls it."""
-    # The Hub refuses folders of one machine as a base.
+    """Return metadata and tags for a base, and its name; the Hub refuses folders of one machine."""
     if not may_be_hub_name(base):
         return {}, [], "its base model"
     fields = {"base_model": base, "base_model_relation": "adapter"}
@@ -186,7 +185,7 @@ def page(
 
     fields = {"library_name": "peft", "tags": list(tags), **(metadata or {})}
     header = ModelCardData(**fields).to_yaml()
-    parts = [f"---\n{header}\n---", f"# {title}", *paragraphs]
+    parts = [f"---\n{header}\n---", f"# {title}", *filter(None, paragraphs)]
     parts += ["## Use", "\n".join(["```python", *example, "```"])]
     if config is not None:
         parts += ["## Merge configuration", f"```yaml\n{config.strip()}\n```"]

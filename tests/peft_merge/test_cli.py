@@ -78,7 +78,8 @@ def test_from_yaml_to_logits(place, monkeypatch):
         "merge_report.json",
     }
     assert (place / "out" / "merge_config.yml").read_text() == (place / "merge.yml").read_text()
-    assert "# out\n" in (place / "out" / "README.md").read_text()
+    card = (place / "out" / "README.md").read_text()
+    assert "# out\n" in card and "### Parameters in effect\n\nmerge_method " in card
     events = [json.loads(line)["event"] for line in (place / "events.jsonl").open()]
     assert (events[0], events[-1]) == ("merge_begin", "merge_end")
 
