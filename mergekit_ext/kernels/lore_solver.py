@@ -203,14 +203,14 @@ class _PointSaga:
         for i, (difference, shrinker) in enumerate(
             zip(self._differences, self._shrinkers, strict=True)
         ):
-            point = at + gradients[i] - mean
+            point = (at + gradients[i]).sub_(mean)
             moved = difference + point
             part = shrinker.shrink(moved) if accuracy is None else shrinker.settle(moved, accuracy)
             parts.append(part)
-            at = torch.lerp(part.value - difference, point, share)
-            gradient = point.sub_(at)
-            mean.add_(gradient - gradients[i], alpha=1.0 / len(gradients))
-            gradients[i] = gradient
+            at = (part.value - difference).lerp_(point, share)
+            mean.sub_(gradients[i], alpha=1.0 / len(gradients))
+            gradients[i] = point.sub_(at)
+            mean.add_(gradients[i], alpha=1.0 / len(gradients))
         self.state = [at, *gradients]
         return parts
 
