@@ -199,8 +199,8 @@ def _after(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterable[Merg
 
 
 def _copies(models: int, square: float) -> float:
-    """Inputs, differences, task vectors, the solver's steps; Gram matrices in float64."""
-    return 9 * models + 27 + (5 * models + 20) * square
+    """Inputs and task vectors; iterates and their history, in the span of the differences."""
+    return 5 * models + 8 + min(1.0, (models - 1) * square) * (22 * models + 14)
 
 
 def _operations(models: int, based: bool, short: int, long: int) -> float:
