@@ -274,10 +274,9 @@ class _Remaining:
         self._changes.append(change)
         self._residuals.append(residual)
         rate = max(_rate(self._changes), _rate(self._residuals))
-        # Rounding in what is left hides how fast it shrinks.
-        hidden = min(change, residual) <= 4.0 * self._floor
-        self._rate = rate = min(rate, self._rate) if hidden else rate
-        if change <= self._floor and rate <= STEADY:
+        none = change <= self._floor
+        self._rate = rate = min(rate, self._rate) if none else rate
+        if none and rate <= STEADY:
             return 0.0, rate
         trusted = len(self._residuals) > 1 and rate <= SLOWEST
         return SAFETY * change / (1.0 - rate) ** CAUTION if trusted else math.inf, rate
