@@ -3,20 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mergekit_ext.events import (
-    LOG_HOOKS,
-    BlockMerged,
-    Callback,
-    MergeBegin,
-    MergeEnd,
-    SizeReached,
-    StatisticsEnd,
-    TensorMerged,
-    require_hooks,
-)
+from mergekit_ext import events
 
 
-class LogTo(Callback):
+class LogTo(events.Callback):
     """Logs numbers of merges and of training by calling ``target.log(values, step)``.
 
     A merge by itself counts its tensors (or blocks) as steps and logs each of them. A merge during
@@ -42,7 +32,7 @@ class LogTo(Callback):
         every: int = 1,
         prefix: str = "merge/",
     ):
-        require_hooks(target, LOG_HOOKS, "target")
+        events.require_hooks(target, events.LOG_HOOKS, "target")
         if every < 1:
             raise ValueError(f"every: found {every}; expected a number of steps, at least 1.")
         self._target, self._values, self._every, self._prefix = target, values, every, prefix
@@ -70,26 +60,26 @@ class LogTo(Callback):
         self._training = step
         self.log(values, step)
 
-    def on_merge_begin(self, event: MergeBegin) -> None:
+    def on_merge_begin(self, event: events.MergeBegin) -> None:
         self._units, self._gathered = 0, {}
 
-    def on_statistics_end(self, event: StatisticsEnd) -> None:
+    def on_statistics_end(self, event: events.StatisticsEnd) -> None:
         groups = event.coefficients.items()
         self._emit({f"coefficient/{g}/{m}": v for g, of in groups for m, v in of.items()})
 
-    def on_tensor_merged(self, event: TensorMerged) -> None:
+    def on_tensor_merged(self, event: events.TensorMerged) -> None:
         self._units += 1
         numbers = {k: float(v) for k, v in event.details.items() if isinstance(v, (int, float))}
         self._emit({**numbers, "tensor_seconds": event.seconds})
 
-    def on_block_merged(self, event: BlockMerged) -> None:
+    def on_block_merged(self, event: events.BlockMerged) -> None:
         self._units += 1
         self._emit({"groups": len(event.groups)})
 
-    def on_size_reached(self, event: SizeReached) -> None:
+    def on_size_reached(self, event: events.SizeReached) -> None:
         self._emit({"models": event.models, "bytes": event.bytes})
 
-    def on_merge_end(self, event: MergeEnd) -> None:
+    def on_merge_end(self, event: events.MergeEnd) -> None:
         values = {k: sum(found) / len(found) for k, found in self._gathered.items()}
         self._gathered = {}
         self._send({**values, "units": self._units, "seconds": event.seconds})

@@ -11,15 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ext.core.parameters import AUTO, Auto, Factor, Finite, Parameter, Switch
-from mergekit_ext.declared.method import (
-    ADAPTERS,
-    BLOCKS,
-    Call,
-    Merged,
-    Method,
-    divided_by,
-    register,
-)
+from mergekit_ext.declared.method import ADAPTERS, BLOCKS, Call, Merged, Method, divisor, register
 from mergekit_ext.kernels.numerics import weighted_sum
 
 SOUPS = "https://arxiv.org/abs/2203.05482"
@@ -45,7 +37,7 @@ def linear(tensors: Sequence[Tensor], call: Call) -> Merged:
     total = weighted_sum(tensors, call.weights)
     # NAN gives changes of zero no weight.
     if call.options["normalize"] and any(bool(tensor.any()) for tensor in tensors):
-        total.div_(divided_by(call.weights, "normalize: false"))
+        total.div_(divisor(call.weights, "normalize: false"))
     return Merged(total)
 
 
@@ -55,7 +47,7 @@ def task_arithmetic(tensors: Sequence[Tensor], call: Call) -> Merged:
 
 
 def _mean_factor(weights: Sequence[float], options: Mapping[str, Any]) -> float:
-    return 1 / divided_by(weights)
+    return 1 / divisor(weights)
 
 
 def _lambda_of_mean(weights: Sequence[float], options: Mapping[str, Any]) -> float:

@@ -23,7 +23,7 @@ from mergekit_ext.declared.method import (
     Merged,
     Method,
     cancelling,
-    divided_by,
+    divisor,
     register,
 )
 from mergekit_ext.errors import MergeWarning, NotConvergedWarning, Problem, TwoModelsWarning
@@ -109,7 +109,7 @@ def merge(tensors: Sequence[Tensor], call: Call) -> Merged:
     matrices = [tensor.reshape(math.prod(shape[:-1]), shape[-1]) for tensor in tensors]
     if call.options["combine"] == "mean" and cancelling(weights):
         if any(bool(tensor.any()) for tensor in tensors):
-            divided_by(weights, "combine: sum")
+            divisor(weights, "combine: sum")
         weights = [1.0] * len(tensors)  # NAN gives changes of zero no weight; so is their mean
     known = call.options["base"] == "known"
     result = _solved(matrices, torch.zeros_like(matrices[0]) if known else None, call, weights)

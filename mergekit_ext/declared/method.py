@@ -238,7 +238,7 @@ def cancelling(weights: Sequence[float]) -> bool:
     return abs(math.fsum(weights)) <= _CANCELLED * math.fsum(map(abs, weights))
 
 
-def divided_by(weights: Sequence[float], instead: str = "") -> float:
+def divisor(weights: Sequence[float], instead: str = "") -> float:
     """Return the sum of the weights, or raise `MergeError`, which names the option `instead`.
 
     Checks refuse weights that sum to 0 before work. Those of a group of FlexMerge's, or with

@@ -47,7 +47,7 @@ from mergekit_ext.declared.method import (
     Method,
     Pieces,
     Rows,
-    divided_by,
+    divisor,
     register,
 )
 from mergekit_ext.errors import Problem
@@ -198,7 +198,7 @@ def _rows(
 
     def merge(sources: Sequence[Pieces], call: Call) -> Iterator[Tensor]:
         if sums and call.options["normalize"] and any(call.weights):
-            divided_by(call.weights, "normalize: false")
+            divisor(call.weights, "normalize: false")
         scaled = call.options["rescale"] if rescale is None else rescale
         functions = [
             prepare(_Change(source, generator, own, scaled))

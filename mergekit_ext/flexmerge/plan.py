@@ -12,14 +12,7 @@ from mergekit_ext.core.parameters import Parameter, choice
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge.storage import GroupStorage, Size, Target
 from mergekit_ext.flexmerge.stored import StoredGroup
-from mergekit_ext.kernels.grouping import (
-    LINKAGES,
-    ORDERS,
-    MergeOrder,
-    kmeans_groups,
-    merge_order,
-    partition,
-)
+from mergekit_ext.kernels import grouping
 
 DEFAULT_ALGORITHM = "task_arithmetic"
 TITLE, PAPER = "FlexMerge", "https://arxiv.org/abs/2505.23209"
@@ -37,8 +30,8 @@ def options(target: Any, blocks: Sequence[str], example: str) -> tuple[Parameter
         Parameter("target_size", target, description=about, remedy=f"Write {either}."),
         Parameter("algorithm", str, DEFAULT_ALGORITHM, "how the members of a group are merged"),
         Parameter("granularity", choice(*blocks), blocks[0], "what a block is"),
-        Parameter("linkage", choice(*LINKAGES), "min", "similarity of two groups"),
-        Parameter("order", choice(*ORDERS), "greedy", "which groups are merged first"),
+        Parameter("linkage", choice(*grouping.LINKAGES), "min", "similarity of two groups"),
+        Parameter("order", choice(*grouping.ORDERS), "greedy", "which groups are merged first"),
     )
 
 
@@ -90,7 +83,7 @@ class Dendrograms(Planner):
         seed: int = 0,
     ):
         self.storage = storage
-        self.order: MergeOrder = merge_order(similarities, linkage, order, seed)
+        self.order = grouping.merge_order(similarities, linkage, order, seed)
         done = [0] * storage.blocks
         now = [storage.bytes(block, self._groups(block, 0)) for block in range(storage.blocks)]
         totals = [sum(now)]
@@ -109,7 +102,7 @@ class Dendrograms(Planner):
     def _groups(self, block: int, merges: int) -> tuple[StoredGroup, ...]:
         sequence = self.order.sequences[block][:merges]
         similarity = {merge.union: merge.similarity for merge in sequence}
-        groups = partition(sequence, self.storage.tasks)
+        groups = grouping.partition(sequence, self.storage.tasks)
         return self.storage.groups([(tasks, similarity.get(tasks)) for tasks in groups])
 
     def at(self, step: int) -> Plan:
@@ -141,7 +134,7 @@ class Clusters(Planner):
         if problem := clusters_problem(target, storage.tasks):
             raise ConfigError([problem])
         clusters = int(target.models or 0)
-        found = (kmeans_groups(gram, clusters, self._seed) for gram in self._grams)
+        found = (grouping.kmeans_groups(gram, clusters, self._seed) for gram in self._grams)
         groups = tuple(storage.groups([(tasks, None) for tasks in each]) for each in found)
         return Plan(groups, storage.size(sum(map(storage.bytes, range(storage.blocks), groups))))
 

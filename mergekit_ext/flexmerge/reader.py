@@ -24,15 +24,7 @@ from mergekit_ext.flexmerge import files as on_disk
 from mergekit_ext.flexmerge.files import StoredFile, regular_file
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest, ShardFile, read_manifest
-from mergekit_ext.flexmerge.stored import (
-    Made,
-    MaskedTensor,
-    Place,
-    ResidualTensor,
-    Shape,
-    sources,
-    stored,
-)
+from mergekit_ext.flexmerge.stored import Made, MaskedTensor, Place, ResidualTensor, sources, stored
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.hub import folder_of
 from mergekit_ext.io.model_files import classes_of, companions
@@ -99,10 +91,11 @@ def _content_problems(
     manifest: Manifest, files: Sequence[StoredFile], task: str | None
 ) -> Iterator[Problem]:
     """Yield what the files hold and should not, and what they lack: all, or those of a `task`."""
-    expected: dict[tuple[Place, str], Shape] = {}
-    for block in manifest.blocks:
-        for place, name, shape in stored(block.name, block.shapes, block.groups):
-            expected[place, name] = shape
+    expected = {
+        (place, name): shape
+        for block in manifest.blocks
+        for place, name, shape in stored(block.name, block.shapes, block.groups)
+    }
     for entry in manifest.private:
         for tensor in entry.tensors:
             expected[Place("dense", (entry.task,)), tensor.name] = tensor.shape

@@ -13,14 +13,7 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 from mergekit_ext.errors import FileError
 from mergekit_ext.host.adapters.fitted import applies, base_of
 from mergekit_ext.host.checks.layout import groups_of, models_at
-from mergekit_ext.io import headers
-from mergekit_ext.io.model_files import (
-    MODULES,
-    WEIGHTS,
-    companions,
-    may_be_hub_name,
-    module_folders,
-)
+from mergekit_ext.io import headers, model_files
 
 # The parameter of a merge that names the model whose heads the output has.
 HEADS = "heads"
@@ -62,7 +55,7 @@ def donor_first(config: Any) -> list[Any]:
 def files_of(folder: Path) -> Iterator[Path]:
     """Yield the files of a local model, and those in folders that belong to it."""
     yield from (file for file in sorted(folder.iterdir()) if file.is_file())
-    yield from (folder / name for name in companions(folder) if "/" in name)
+    yield from (folder / name for name in model_files.companions(folder) if "/" in name)
     weights = headers.weights_of(folder)
     if weights is not None and weights.name.endswith(".index.json"):
         # Of a model that is merged the index was checked; one of a tokenizer may have any.
@@ -73,7 +66,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 def cached_folder(path: Any, options: Any = None, file: str = "config.json") -> Path | None:
     """Return the cached snapshot of a repository (a `ModelPath`) that holds `file`, or None."""
-    if not may_be_hub_name(path.path):
+    if not model_files.may_be_hub_name(path.path):
         return None
     for cache in dict.fromkeys((options and options.transformers_cache, None)):
         found = huggingface_hub.try_to_load_from_cache(
@@ -101,15 +94,16 @@ def folder_of(reference: Any, options: Any) -> Path:
     )
     folder = Path(merged.local_path(cache_dir=options.transformers_cache))
     if not os.path.exists(merged.model.path):
-        _fetch(merged.model, folder, options, ignore_patterns=[f"*{end}" for end in WEIGHTS])
+        weights = [f"*{end}" for end in model_files.WEIGHTS]
+        _fetch(merged.model, folder, options, ignore_patterns=weights)
         fetch_modules(merged.model, folder, options)
     return folder
 
 
 def fetch_modules(model: Any, folder: Path, options: Any) -> None:
     """Fetch ``modules.json`` of a model of the Hub, and the folders that it names."""
-    _fetch(model, folder, options, allow_patterns=[MODULES])
-    if modules := module_folders(folder):
+    _fetch(model, folder, options, allow_patterns=[model_files.MODULES])
+    if modules := model_files.module_folders(folder):
         _fetch(model, folder, options, allow_patterns=[f"{name}*" for name in modules])
 
 

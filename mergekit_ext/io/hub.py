@@ -9,12 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mergekit_ext.errors import ConfigError, Problem, UploadError, one_line, require
@@ -47,7 +42,7 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequ
         return Path(
             huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*wanted])
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         found = f"no such folder, and no download from the Hub ({first})"
         expected = "a folder, or a name on the Hub that is cached or can be downloaded"

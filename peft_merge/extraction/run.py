@@ -16,16 +16,7 @@ from torch import Tensor
 
 from mergekit_ext.core import memory
 from mergekit_ext.core.parameters import Count, Parameter, Share, choice, read_all
-from mergekit_ext.errors import (
-    ConfigError,
-    MergeError,
-    MergeWarning,
-    Problem,
-    attempted,
-    listing,
-    require,
-    warn,
-)
+from mergekit_ext.errors import MergeError, MergeWarning, Problem, attempted, listing, require, warn
 from mergekit_ext.events import Dispatcher, MergeBegin, MergeEnd, TensorMerged
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.residual import Kept, total
@@ -220,7 +211,7 @@ class _Extraction:
             count = math.floor(models * stored)
         if count <= forced + held:
             found = f"{count:,} bytes, while what is saved whole takes {forced + held:,}"
-            raise ConfigError([Problem("size", found, "more than that")], "this extraction")
+            require([Problem("size", found, "more than that")], "this extraction")
         return float(count - forced)
 
     def _decompose(self, unit: Unit, depth: int) -> None:

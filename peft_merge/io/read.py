@@ -11,13 +11,7 @@ from torch import Tensor
 
 from mergekit_ext.errors import ConfigError, Problem, attempted, require
 from mergekit_ext.io.documents import json_object
-from mergekit_ext.io.headers import (
-    PICKLE_FOUND,
-    TensorHeader,
-    dtype_name,
-    read_pickle,
-    read_safetensors,
-)
+from mergekit_ext.io.headers import PICKLE_FOUND, TensorHeader, read_pickle, read_safetensors
 from mergekit_ext.io.hub import folder_of
 from peft_merge.adapter import Adapter
 from peft_merge.io import diffusers_lora, names
@@ -132,10 +126,7 @@ def of_memory(
 ) -> Adapter:
     """Return an adapter of tensors under PEFT's names, which are not copied; see `parse`."""
     require(field_problems(config, where), where)
-    headers = {
-        key: TensorHeader(key, dtype_name(t.dtype), tuple(t.shape), t.nbytes)
-        for key, t in tensors.items()
-    }
+    headers = {key: TensorHeader.of(key, t.dtype, t.shape) for key, t in tensors.items()}
     stored = Tensors(headers, lambda key: tensors[key].detach())
     return parse(name, config, stored, where, live=live)
 

@@ -42,14 +42,7 @@ from mergekit_ext.io.model_files import classes_of, companions, copy, is_weights
 from mergekit_ext.io.planned_files import INDEX, PlannedFile, write_index
 from mergekit_ext.io.quantised import dequantised, detach
 from mergekit_ext.kernels.similarity import cosines
-from mergekit_ext.report.card import (
-    CARD,
-    flexmerge_section,
-    in_effect,
-    model_card,
-    residual_section,
-    write_report,
-)
+from mergekit_ext.report import card
 from mergekit_ext.report.rho import Distance, Rho, rho_of
 from peft_merge.adapter import LoraAdapter
 from peft_merge.io.read import locate
@@ -292,7 +285,8 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     beside = Path(session.output or folder).resolve().parent
     engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
     own = prepared.algorithm.parameters
-    session.parameters = in_effect({"merge_method": config.merge_method, **own.shared}, own.models)
+    given = {"merge_method": config.merge_method, **own.shared}
+    session.parameters = card.in_effect(given, own.models)
     plan = engine.planner.plan(prepared.target)
     if prepared.forms is None:
         manifest = engine.write(folder, plan)
@@ -316,16 +310,16 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
         errors = ", ".join(f"{t} {lost['error']:.3g}" for t, lost in more["tasks"].items())
         short = shortfall(found, prepared.algorithm.parameters)
         session.summary = f"{size}. Relative errors: {errors}. {short}".rstrip()
-        sections += [residual_section(more["tasks"]), short]
+        sections += [card.residual_section(more["tasks"]), short]
     if tensors or more or session.stored:
         more |= session.stored
-        write_report(folder, config.merge_method, tensors, engine.seed, **more)
+        card.write_report(folder, config.merge_method, tensors, engine.seed, **more)
     if prepared.options.write_model_card:
         from mergekit.card import generate_card
 
-        card = generate_card(config=config, config_yaml=source, name=folder.name)
-        text = "\n\n".join([card.rstrip(), *filter(None, sections)])
-        (folder / CARD).write_text(f"{text}\n", encoding="utf-8")
+        page = generate_card(config=config, config_yaml=source, name=folder.name)
+        text = "\n\n".join([page.rstrip(), *filter(None, sections)])
+        (folder / card.CARD).write_text(f"{text}\n", encoding="utf-8")
         (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 
 
@@ -354,15 +348,15 @@ def _checkpoint(engine: Engine, manifest: Manifest, folder: Path, folders: Seque
     engine.complete(homes)
     for task in manifest.tasks:
         place = folder / task.name
-        made = model_card(*classes_of(place), task.name)
+        made = card.model_card(*classes_of(place), task.name)
         if text := made if task.ordinary else _MASKED.format(task=task.name):
-            (place / CARD).write_text(text, encoding="utf-8")
+            (place / card.CARD).write_text(text, encoding="utf-8")
     digests = files.described(folder, tasks)
     manifest = manifest.model_copy(update={"task_files": digests})
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     blocks = Counter(block.kind for block in manifest.blocks)
     groups = Counter(block.kind for block in manifest.blocks for _ in block.groups)
-    return flexmerge_section(
+    return card.flexmerge_section(
         manifest.size.model_dump(),
         [(task.name, task.ordinary) for task in manifest.tasks],
         {kind: (blocks[kind], groups[kind]) for kind in blocks},
@@ -388,16 +382,16 @@ def _adapters(
     for place in homes:
         place.mkdir()
     engine.complete({**homes, folder / adapters.FOLDER: folders[0]})
-    card = adapters.base_card(tasks, forms, source)
-    (folder / adapters.FOLDER / CARD).write_text(card, encoding="utf-8")
+    page = adapters.base_card(tasks, forms, source)
+    (folder / adapters.FOLDER / card.CARD).write_text(page, encoding="utf-8")
     made = list[LoraAdapter]()
     for index, (model, kind) in enumerate(
         zip(engine.prepared.references[1:], forms.kinds, strict=True)
     ):
         adapter = adapters.adapter_of_task(forms, plan, engine.reader, residuals, index, base)
         about = {"model": str(model), "notes": [adapters.MOVED]}
-        card = card_of(adapter, None, about, adapters.loading(adapter.name, kind, forms))
-        fill_folder(adapter, folder / adapter.name, {CARD: card})
+        page = card_of(adapter, None, about, adapters.loading(adapter.name, kind, forms))
+        fill_folder(adapter, folder / adapter.name, {card.CARD: page})
         made.append(adapter)
     return adapters.section_of(made, forms)
 

@@ -27,15 +27,7 @@ from mergekit_ext.host.flexmerge.shared_tensors import Prepared
 from mergekit_ext.host.interface import interface
 from mergekit_ext.host.session import listening
 from mergekit_ext.io.class_model import without_bars
-from mergekit_ext.report.tables import (
-    Scores,
-    SizePoint,
-    mean,
-    normalised,
-    plot,
-    scores_of,
-    write_curve_tables,
-)
+from mergekit_ext.report import tables
 
 ALL = "all"
 # From a module and the name of its task to its scores.
@@ -48,8 +40,8 @@ class Curve(NamedTuple):
     As text, a table of the means of `metric`.
     """
 
-    reference: Scores
-    points: Sequence[SizePoint]
+    reference: tables.Scores
+    points: Sequence[tables.SizePoint]
     metric: str | None
     notes: Sequence[str]
 
@@ -60,9 +52,9 @@ class Curve(NamedTuple):
         for point in self.points:
             line = f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,}"
             if metric is not None:
-                ratio = normalised(point.scores, self.reference, metric)
+                ratio = tables.normalised(point.scores, self.reference, metric)
                 shown = "" if ratio is None else f"{ratio[0]:.3f}"
-                line += f" {mean(point.scores, metric):18.4f} {shown:>10}"
+                line += f" {tables.mean(point.scores, metric):18.4f} {shown:>10}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -108,7 +100,7 @@ def sizes(
         require([Problem("--metric", repr(metric), "`--evaluate` as well", "Say what scores.")])
     lines, wanted = _prepared(config, folder, options, algorithms, sizes, evaluate is not None)
     evaluator = None if evaluate is None else Evaluator(evaluate, options)
-    points: list[SizePoint] = []
+    points: list[tables.SizePoint] = []
     notes: list[str] = []
     with listening(options, callbacks, os.fspath(folder)) as session, ExitStack() as stack:
         reader, folders = open_inputs(next(iter(lines.values())))
@@ -131,12 +123,12 @@ def sizes(
                     for point in _line(name, engine, folders, asked[name], evaluator):
                         points.append(point)
                         if evaluator is not None:
-                            write_curve_tables(folder, points, reference)
+                            tables.write_curve_tables(folder, points, reference)
         except BaseException:
             if points and evaluator is not None:
                 click.echo(f"Stopped; the first {len(points)} sizes are in {folder}.", err=True)
             raise
-    write_curve_tables(folder, points, reference)
+    tables.write_curve_tables(folder, points, reference)
     for name in metrics:
         having = [task for task, scores in reference.items() if name in scores]
         if len(having) < len(reference):
@@ -145,7 +137,7 @@ def sizes(
     drawn = metric or next(iter(metrics), None)
     if drawn is not None:
         try:
-            plot(folder / "sizes.png", points, reference, drawn)
+            tables.plot(folder / "sizes.png", points, reference, drawn)
         except (ImportError, ValueError) as error:
             # One of an earlier run would not belong to the tables.
             (folder / "sizes.png").unlink(missing_ok=True)
@@ -208,7 +200,7 @@ class Evaluator:
         """
         trust = self.options.trust_remote_code
         module = build_module(folder, dict(tensors), dtype, trust_remote_code=trust)
-        found = scores_of(self._function, module, task, what, self._metrics)
+        found = tables.scores_of(self._function, module, task, what, self._metrics)
         self.bar.update()
         return found
 
@@ -233,10 +225,10 @@ def _line(
     folders: Sequence[Path],
     asked: Sequence[tuple[float, float]],
     evaluator: Evaluator | None,
-) -> Iterator[SizePoint]:
+) -> Iterator[tables.SizePoint]:
     """Yield one algorithm at each size; only blocks that change are merged again."""
     walk = Walk(engine.reader, engine.merging)
-    scores: Scores = {task: {} for task in engine.layout.tasks}
+    scores: tables.Scores = {task: {} for task in engine.layout.tasks}
     for number, (requested, target) in enumerate(asked):
         plan = engine.planner.plan(Target(models=target))
         size = plan.size
@@ -257,7 +249,7 @@ def _line(
                 }
             else:  # no merge in between: the same models
                 evaluator.bar.update(len(scores))
-        yield SizePoint(name, requested, size.models, size.bytes, scores)
+        yield tables.SizePoint(name, requested, size.models, size.bytes, scores)
 
 
 def _asked(
