@@ -112,10 +112,8 @@ class FullModel:
     def _prepared(self, folders: Mapping[int, Path], base: Path | None) -> tuple[Any, Any]:
         from mergekit_ext.host.run import snapshot_merge
 
-        given, models = self._settings, [*folders.values()]
-        return snapshot_merge(
-            given.method, models, base, given.parameters, given.device, given.seed
-        )
+        own, models = self._settings, [*folders.values()]
+        return snapshot_merge(own.method, models, base, own.parameters, own.device, own.seed)
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

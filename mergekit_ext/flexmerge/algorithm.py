@@ -211,8 +211,7 @@ class Declared(Algorithm):
         out = torch.empty_like(deltas[0])
         for index, part in enumerate(block.layout.parts):
             tensors = [block.part(delta, index) for delta in deltas]
-            layout = part.layout
-            merged = self.method.merge(tensors, replace(call, layout=layout)).tensor
+            merged = self.method.merge(tensors, replace(call, layout=part.layout)).tensor
             out[part.slice] = merged.reshape(-1)
         return out
 

@@ -75,9 +75,7 @@ class BlockLayout:
 
     def bytes(self, tasks: Sequence[int], forced: torch.dtype | None = None) -> int:
         """Return the bytes of one dense copy that `tasks` share."""
-        return sum(
-            math.prod(part.shape) * (forced or part.dtype(tasks)).itemsize for part in self.parts
-        )
+        return sum(math.prod(p.shape) * (forced or p.dtype(tasks)).itemsize for p in self.parts)
 
     @property
     def base_bytes(self) -> int:

@@ -37,9 +37,7 @@ _MOST_ENTRIES = 100_000
 def task_name_problem(name: str) -> str | None:
     """Return why `name` cannot be the name of a task, and of its folder; None when it can."""
     if not _TASK_NAME.fullmatch(name):
-        return (
-            "it is 1 to 100 of A-Z, a-z, 0-9, '.', '_' and '-', of which a letter or digit is first"
-        )
+        return "it is 1 to 100 of A-Z, a-z, 0-9, '.', '_' and '-', a letter or digit first"
     if name.lower() in _TAKEN:
         return "the checkpoint has a file or folder of this name"
     return None

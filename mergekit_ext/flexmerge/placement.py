@@ -99,9 +99,7 @@ def place(
     moved: _Moved = {}
     written: dict[_Range, Path] = {}
     for task, module in modules.items():
-        parts = {
-            name: next(part for part in _parts(name) if part in plan) for name in tensors_of(module)
-        }
+        parts = {n: next(filter(plan.__contains__, _parts(n))) for n in tensors_of(module)}
         own = {part: plan[part] for part in parts.values()}
         on_disk = {
             # accelerate leaves buffers where the work is done.

@@ -164,9 +164,8 @@ class _Routed:
 
         parts = [made(module, part) for module, part in self.slices(runs, scale or 1)]
         if self.apart:
-            return {
-                self.routing.tasks[run.number]: part for run, part in zip(runs, parts, strict=True)
-            }
+            tasks = (self.routing.tasks[number] for number, _ in runs)
+            return dict(zip(tasks, parts, strict=True))
         return tree_map(self.joined, *parts)
 
     def joined(self, *parts: Any) -> Any:

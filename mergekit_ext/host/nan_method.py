@@ -264,9 +264,8 @@ class NanMethod(ExtMethod):
                 name = group.metadata.name or str(index)
                 shared[index] = granularity, GRANULARITIES[granularity](name)
         with torch.no_grad():
-            norms = nan.combine_norms(
-                (key, self.norms(groups[i], bound[i])) for i, key in shared.items()
-            )
+            own = [(key, self.norms(groups[i], bound[i])) for i, key in shared.items()]
+        norms = nan.combine_norms(own)
         for index, key in shared.items():
             bound[index][NORMS] = norms.get(key, {})
         return bound

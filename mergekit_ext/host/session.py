@@ -240,9 +240,8 @@ def _folder(
     processes = parallel.current()
     try:
         with ExitStack() as stack:
-            staging = processes.from_main(
-                lambda: stack.enter_context(staged(out_path, identity, restart))
-            )
+            place = staged(out_path, identity, restart)
+            staging = processes.from_main(lambda: stack.enter_context(place))
             session.staging = staging
             if staging.changed:
                 changed = ", ".join(staging.changed)

@@ -39,9 +39,8 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequ
         expected = f"a folder with {wanted[0]}, or a name on the Hub"
         raise ConfigError([Problem(text or "an empty name", found, expected)])
     try:
-        return Path(
-            huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*wanted])
-        )
+        kept = huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*wanted])
+        return Path(kept)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         found = f"no such folder, and no download from the Hub ({first})"

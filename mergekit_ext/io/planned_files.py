@@ -85,9 +85,7 @@ class PlannedFile:
     def places(self) -> dict[str, tuple[int, TensorHeader]]:
         """Where in the file the bytes of each tensor start."""
         starts = (len(self.header) + end for end in self._ends)
-        return {
-            entry.name: (start, entry) for start, entry in zip(starts, self.entries, strict=False)
-        }
+        return {e.name: (start, e) for start, e in zip(starts, self.entries, strict=False)}
 
     @property
     def length(self) -> int:

@@ -200,9 +200,8 @@ class _PointSaga:
         at, *gradients = self.state
         mean, share = _mean(gradients), 1.0 / (1.0 + self._step)
         parts = []
-        for i, (difference, shrinker) in enumerate(
-            zip(self._differences, self._shrinkers, strict=True)
-        ):
+        pairs = zip(self._differences, self._shrinkers, strict=True)
+        for i, (difference, shrinker) in enumerate(pairs):
             point = (at + gradients[i]).sub_(mean)
             moved = difference + point
             part = shrinker.shrink(moved) if accuracy is None else shrinker.settle(moved, accuracy)

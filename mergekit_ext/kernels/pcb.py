@@ -76,12 +76,10 @@ class _Competitor:
             return
 
         def magnitudes() -> Iterator[Tensor]:
-            return (flat[chunk].abs().to(torch.float64) for chunk in chunks(flat))
+            return (flat[part].abs().double() for part in chunks(flat))
 
         def scores() -> Iterator[Tensor]:
-            return (
-                self._score(flat[chunk].to(torch.float64), total[chunk]) for chunk in chunks(flat)
-            )
+            return (self._score(flat[part].double(), total[part]) for part in chunks(flat))
 
         self._low, self._high = _clip_range(magnitudes, clip, count)
         at = min(int(count * (1.0 - density)), count - 1)

@@ -24,9 +24,7 @@ from peft_merge.io.names import LAYER
 
 Kind = Literal["lora", "ia3"]
 
-_FORMS = (
-    "a value, a list of values (a gradient over the layers), or entries with `value:` and `filter:`"
-)
+_FORMS = "a value, a list (a gradient over the layers), or entries with `value:` and `filter:`"
 _SHARED = "parameters"
 # Nothing of a setting applies to a module: the next source is asked.
 UNSET: Any = object()

@@ -32,10 +32,7 @@ _PREFIXES = ("lora_", "ia3_")
 def task_name_problem(name: str) -> str | None:
     """Return why `name` cannot be the name of a task, or None when it can."""
     if not _TASK_NAME.fullmatch(name):
-        return (
-            "only A-Z, a-z, 0-9, '_' and '-' are possible, 100 at most, and a letter or digit is "
-            "first"
-        )
+        return "it is 1 to 100 of A-Z, a-z, 0-9, '_' and '-', a letter or digit first"
     holders = (torch.nn.ModuleDict, torch.nn.ParameterDict)
     if any(name in prefix for prefix in _PREFIXES) or any(hasattr(held, name) for held in holders):
         return "PEFT, or torch's modules that hold adapters, have something else of this name"

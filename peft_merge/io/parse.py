@@ -93,9 +93,7 @@ class _Stored:
         self._sort(live)
 
     def adapter(self) -> Adapter:
-        saved = {
-            base: partial(self._get, header.name) for base, header in self._whole_tensors().items()
-        }
+        saved = {base: partial(self._get, h.name) for base, h in self._whole_tensors().items()}
         adapter: Adapter
         if self._config["peft_type"] == "IA3":
             vectors = dict(self._vectors())
@@ -231,9 +229,7 @@ class _Stored:
                 yield module, VectorInfo(shape, possible.pop(), FLOATING[parts[VECTOR].dtype])
                 continue
             found = f"shape {list(shape)} with feedforward_modules {chosen!r}"
-            expected = (
-                "(1, in) if feedforward, (out, 1) if not, (1, channels, 1, 1) of a convolution"
-            )
+            expected = "(1, in) if feedforward, else (out, 1); of a convolution (1, channels, 1, 1)"
             self._wrong(f"{module}.{VECTOR}", found, expected, _RESTORE)
 
     def _idle(self) -> None:

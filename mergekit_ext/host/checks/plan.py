@@ -332,9 +332,7 @@ def _converted(fact: ModelFacts, weight: Any) -> bool:
 
 def lacking(facts: Mapping[Any, ModelFacts], kind: str) -> frozenset[str]:
     """Return the poolers and heads of a class that all models of that class lack alike."""
-    missing = [
-        set(fact.loading.missing) for fact in facts.values() if fact.loading and fact.kind == kind
-    ]
+    missing = [set(f.loading.missing) for f in facts.values() if f.loading and f.kind == kind]
     everywhere = set.intersection(*missing) if missing else set()
     return frozenset(name for name in everywhere if "pooler" in name or is_task_head(name))
 

@@ -175,9 +175,7 @@ def _whole(model: Any, tensors: set[str]) -> set[str]:
 
 def bare(plan: Plan) -> Plan:
     """Return a plan of the base alone."""
-    groups = (
-        replace(group, own=(), ranks={task: {} for task in group.tasks}) for (group,) in plan.groups
-    )
+    groups = (replace(g, own=(), ranks={task: {} for task in g.tasks}) for (g,) in plan.groups)
     return Plan(tuple((group,) for group in groups), plan.size)
 
 

@@ -149,9 +149,8 @@ class Engine:
         """Write the weights of the base of one size likewise; return their files."""
         pieces = pieces_of(self.reader, adapters.bare(plan), self.merging, self._merged)
         filed = partial(adapters.base_files, limit=self.prepared.options.out_shard_size)
-        shards = write_pieces(
-            folder, adapters.base_pieces(pieces, self.layout), filed, self._blocks
-        )
+        own = adapters.base_pieces(pieces, self.layout)
+        shards = write_pieces(folder, own, filed, self._blocks)
         self.reached(plan)
         return list(shards.files.values())
 
@@ -214,9 +213,8 @@ class Engine:
             return name.rpartition(" of ")[0]
 
         order = {own.name: at for at, own in enumerate(self.layout.blocks)}
-        return rho_of(
-            {n: written[n] for n in sorted(written, key=lambda n: order[block(n)])}, block
-        )
+        names = sorted(written, key=lambda name: order[block(name)])
+        return rho_of({name: written[name] for name in names}, block)
 
     def _merged(
         self, block: BlockLayout, groups: Sequence[StoredGroup], far: Sequence[Distance]
@@ -385,9 +383,8 @@ def _adapters(
     page = adapters.base_card(tasks, forms, source)
     (folder / adapters.FOLDER / card.CARD).write_text(page, encoding="utf-8")
     made = list[LoraAdapter]()
-    for index, (model, kind) in enumerate(
-        zip(engine.prepared.references[1:], forms.kinds, strict=True)
-    ):
+    kinds = zip(engine.prepared.references[1:], forms.kinds, strict=True)
+    for index, (model, kind) in enumerate(kinds):
         adapter = adapters.adapter_of_task(forms, plan, engine.reader, residuals, index, base)
         about = {"model": str(model), "notes": [adapters.MOVED]}
         page = card_of(adapter, None, about, adapters.loading(adapter.name, kind, forms))

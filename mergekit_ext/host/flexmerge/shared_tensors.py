@@ -90,8 +90,6 @@ def laid_out(
         kind = granularity if whole else kind_of(inside[0])
         blocks.append(BlockLayout(block, kind, depth, tuple(parts)))
     kept = {*merged, *(header.name for header in given)}
-    private = [
-        tuple(header for name, header in model.items() if name not in kept) for model in owners[1:]
-    ]
+    private = [tuple(h for n, h in model.items() if n not in kept) for model in owners[1:]]
     layout = Layout(tuple(tasks), tuple(blocks), tuple(private), tuple(given), giver - 1)
     return layout, owners, prefixes
