@@ -98,7 +98,7 @@ def check_inputs(request: Request, adapters: Sequence[Adapter]) -> Iterator[Prob
         yield Problem("modules_to_save", found, expected, "Take it out.")
     if request.rank is not None and not request.patterns:
         expected = "the one rank that all adapters of a FlexMerge have, the largest of the inputs"
-        remedy = "Take it out, or let ranks differ, which PEFT and vLLM read: `patterns: true`."
+        remedy = "Take it out, or set `patterns: true` for ranks that differ (for PEFT and vLLM)."
         yield Problem("rank", shown(request.rank), expected, remedy)
     if not any(adapter.infos for adapter in adapters):
         yield Problem("models", "adapters without adapted modules", "something to share")
