@@ -20,6 +20,8 @@ DEFAULT_MAX_ITERATIONS = 200
 # Without a tolerance, the error may be this share of the rounding of the output, or of the distance
 # of theta_0 from the mean if that is more, since float32 arithmetic gives no more.
 ROUNDING_SHARE, LEAST_TOLERANCE = 0.1, 1e-5
+# An output in the compute dtype may have so many times the error that rounding can cause on the way.
+REACH = 16.0
 # Root mean square of rounding, in eps of a dtype, of entries whose mantissas are spread evenly.
 ROUNDING = 0.21
 # The factorisation of a span costs a few products; below this gain it is not worth it.
@@ -145,7 +147,8 @@ def lore(
         how = (1.0, "mean" if combine == "sum" else combine) if calibrated else (lam, combine)
         length = max(map(norm, space.differences)) if calibrated else 0.0
         error = ROUNDING_SHARE * rounding / _growth(coefficients, *how)
-        return Limits(max_iterations, LEAST_TOLERANCE, error, length, on_iteration)
+        reach = 1.0 if output and torch.finfo(output).eps > torch.finfo(dtype).eps else REACH
+        return Limits(max_iterations, LEAST_TOLERANCE, error, length, reach, on_iteration)
 
     def rule(slot: int, norms: Sequence[float], scale: float, short_side: int) -> Rule:
         """For matrices divided by `scale` with these largest singular values."""

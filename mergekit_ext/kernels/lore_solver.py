@@ -54,13 +54,15 @@ class Limits:
     """When to stop, and what is called: ``on_iteration(iteration, objective, change)``.
 
     The error of S may be `tolerance` of its norm, or `error` if that is more: less of it where S is
-    shorter than `length`, in proportion.
+    shorter than `length`, in proportion. In any case it may be `reach` times what rounding causes;
+    if that is more than 1, an iteration that rounding alone moves has converged.
     """
 
     max_iterations: int
     tolerance: float
     error: float = 0.0
     length: float = 0.0
+    reach: float = 1.0
     on_iteration: Callable[[int, float, float], None] | None = None
 
     def enough(self, size: float) -> float:
@@ -153,9 +155,9 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
     saga = _PointSaga(problem, first)
     floor, largest = (saga.growth * size for size in (problem.floor, problem.size))
     anderson, remaining = _Anderson(len(mean)), _Remaining(norm(mean), floor)
-    settled = converged = False
-    while not (converged or remaining.stalled) and count < limits.max_iterations:
-        enough = max(limits.enough(norm(mean)), floor)
+    settled = converged = stalled = False
+    while not (converged or (stalled and limits.reach == 1.0)) and count < limits.max_iterations:
+        enough = max(limits.enough(norm(mean)), limits.reach * floor)
         before, last = saga.state, mean
         parts = saga.sweep(SETTLED_SHARE * enough if settled else None)
         mean = _mean([part.value for part in parts])
@@ -164,8 +166,10 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
         saga.state, residual = anderson(before, saga.state)
         left, rate = remaining(norm(saga.state[0] - mean), residual)
         noise = max(shrinker.noise for shrinker in problem.shrinkers) * largest
-        converged = settled and left <= enough
-        settled = settled or left * rate <= max(enough, noise)
+        stalled = remaining.stalled
+        reached = left <= enough or (stalled and limits.reach > 1.0)
+        converged = settled and reached
+        settled = settled or reached or left * rate <= max(enough, noise)
     return Outcome(parts, mean, problem.objective(mean, parts), count, change, converged)
 
 

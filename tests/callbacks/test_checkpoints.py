@@ -246,7 +246,7 @@ def test_saved_checkpoints_are_merged_from_where_they_are(tmp_path):
     [
         ("nan", {"base": "initial"}),
         ("nan_ties", {"parameters": {"density": 0.5}}),
-        ("lore", {"parameters": {"mu_relative": 0.1, "tolerance": 1e-4}}),
+        ("lore", {"parameters": {"mu_relative": 0.1}}),
         ("lore", {"base": "initial", "parameters": {"mu_relative": 0.1}}),
         ("pcb", {"parameters": {"density": 0.5}}),
     ],
