@@ -20,7 +20,7 @@ DEFAULT_MAX_ITERATIONS = 200
 # Without a tolerance, the error may be this share of the rounding of the output, or of the distance
 # of theta_0 from the mean if that is more, since float32 arithmetic gives no more.
 ROUNDING_SHARE, LEAST_TOLERANCE = 0.1, 1e-5
-# An output in the compute dtype may have so many times the error that rounding can cause on the way.
+# An output in the compute dtype may have so many times the error that rounding on the way causes.
 REACH = 16.0
 # Root mean square of rounding, in eps of a dtype, of entries whose mantissas are spread evenly.
 ROUNDING = 0.21
