@@ -73,7 +73,7 @@ def test_each_expert_keeps_its_threshold(tmp_path):
     session.solution = Solution(tmp_path, {})
     with active(session):
         found = merge_tensors(models, "lore", parameters=given)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)  # of entries up to 30
 
 
 def test_what_does_not_fit_is_refused(tuned, kept, tmp_path):
