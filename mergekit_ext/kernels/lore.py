@@ -116,7 +116,8 @@ def lore(
         tolerance: for the error of theta_0 that is estimated to be left, relative to its distance
             from the mean, but no less than eight units of rounding of the largest ``||theta_i -
             mean||_F``. If not given, the error of the merged tensor may be a tenth of its rounding
-            to `output`, or that of theta_0 1e-5 of its distance if that is more.
+            to `output`, or that of theta_0 1e-5 of its distance if that is more; with an `output`
+            in the compute dtype also `REACH` times what rounding on the way causes.
         output: the dtype to which `LoreResult.merged` will be cast; by default the compute dtype.
         calibrated: whether ``merged - base`` will be brought to about the length of
             ``theta_i - base`` before.
