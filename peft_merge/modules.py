@@ -31,16 +31,8 @@ from mergekit_ext.kernels.calibration import auto_factor, distance
 from mergekit_ext.kernels.numerics import finite
 from mergekit_ext.kernels.seeds import generators
 from mergekit_ext.kernels.threads import in_turn
-from peft_merge.adapter import (
-    Adapter,
-    Ia3Adapter,
-    ModuleInfo,
-    Update,
-    bias_changes,
-    cast,
-    finite_updates,
-    modules_of,
-)
+from peft_merge import adapter as data
+from peft_merge.adapter import Adapter, Ia3Adapter, ModuleInfo, Update
 from peft_merge.algebra.spaces import SMALL, SPACES, Job
 
 # Of (IA)^3; the first is the default.
@@ -76,7 +68,7 @@ def merge_modules(
 
     `on_iteration` may be called from several threads.
     """
-    modules = modules_of(plan.adapters)
+    modules = data.modules_of(plan.adapters)
 
     def merge(module: str) -> Piece:
         return merge_module(plan, module, rule, resolve(module), on_iteration)
@@ -138,7 +130,8 @@ def merge_module(
     )
     try:
         if isinstance(info, ModuleInfo):
-            job = Job(finite_updates(adapters, module), info.shape, rule, call, plan.rank, device)
+            updates = data.finite_updates(adapters, module)
+            job = Job(updates, info.shape, rule, call, plan.rank, device)
             factored, said = SPACES[space](job)
             bias = _bias(job, generators(plan.seed, module, count, "bias"))
             gram = job.space.gram().cpu()
@@ -152,7 +145,7 @@ def merge_module(
         change = merged.tensor.to(torch.float64)
         by, far = _far(inputs, gram, factor, rule, float(change.norm()))
         change, details = change * by, {**details, **far}
-        vector = cast(torch.exp(change) if space == "log" else 1 + change, dtype, module)
+        vector = data.cast(torch.exp(change) if space == "log" else 1 + change, dtype, module)
         details |= {"feedforward": info.feedforward, "adapters": len(own), **merged.details}
         return Piece(vector.reshape(info.shape), info, details)
     by, far = _far(inputs, gram, factor, rule, float(factored.sigma.norm()))
@@ -189,7 +182,7 @@ def _far(
 
 
 def _bias(job: Job, drawn: Sequence[torch.Generator]) -> Tensor | None:
-    if (changes := bias_changes(job.updates, job.device)) is None:
+    if (changes := data.bias_changes(job.updates, job.device)) is None:
         return None
     call = replace(job.call, short_side=1, generators=drawn, on_iteration=None)
     return job.rule.apply(changes, call).tensor

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationErro
 from mergekit_ext.errors import ConfigError, Problem, did_you_mean, join, shown
 
 REQUIRED: Any = object()
+Values = Mapping[str, Any]  # by name: of parameters, or in a report
 # pydantic's types of errors that it words for Python.
 _OF_FILES = {
     **dict.fromkeys(("dict_type", "model_type"), "a mapping"),

@@ -8,10 +8,10 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_ext.core.memory import Copies, unknown_copies
-from mergekit_ext.core.parameters import WEIGHT, Parameter
+from mergekit_ext.core.parameters import WEIGHT, Parameter, Values
 from mergekit_ext.errors import MergeError, MergeWarning, Problem
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Call:
     """What a method's function knows beyond the tensors: parameters and circumstances."""
 
     weights: Sequence[float]  # NAN's coefficients multiplied in
-    options: Mapping[str, Any]  # the shared parameters, complete
-    each: Sequence[Mapping[str, Any]]  # the per-model parameters besides weight, of each input
+    options: Values  # the shared parameters, complete
+    each: Sequence[Values]  # the per-model parameters besides weight, of each input
     layout: str = "matrix"  # see `kernels.linear_algebra.matrices_of`
     # Of the change itself, where the tensors are its coordinates in a smaller space.
     short_side: int | None = None
@@ -72,7 +72,7 @@ class Merged:
     """
 
     tensor: Tensor
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Values = field(default_factory=dict)
     start: Tensor | None = None  # theta_0, where it is estimated
     # Of the inputs' differences from the base, where they are known already.
     norms: Sequence[float] | None = None
@@ -138,30 +138,28 @@ class Method:
     variants: Mapping[str, Mapping[str, Parameter | None]] = field(default_factory=dict)
     weighs: bool = False
     base: bool = True
-    invariant: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    invariant: Callable[[Values], bool] = lambda options: False
     elementwise: bool = False
     matrices: bool = False
     over_base: OverBase | None = None
     blockwise: Rows | None = None
-    linear: Callable[[Sequence[float], Mapping[str, Any]], float] | None = None
+    linear: Callable[[Sequence[float], Values], float] | None = None
     trims: bool = False
-    mask: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor] | None = None
+    mask: Callable[[Tensor, Tensor, Values], Tensor] | None = None
     rescale: Callable[[Tensor, Tensor], float] = lambda delta, unified: 1.0
     kmeans: bool = False
-    check: Callable[[Mapping[str, Any], Inputs], Iterable[Problem]] = lambda options, inputs: ()
-    check_each: Callable[[Mapping[str, Any]], Iterable[Problem]] = lambda values: ()
-    forewarn: Callable[[Mapping[str, Any], Inputs], Iterable[MergeWarning]] = lambda *inputs: ()
-    after: Callable[[str, Mapping[str, Mapping[str, Any]]], Iterable[MergeWarning]] = (
-        lambda name, records: ()
-    )
+    check: Callable[[Values, Inputs], Iterable[Problem]] = lambda options, inputs: ()
+    check_each: Callable[[Values], Iterable[Problem]] = lambda values: ()
+    forewarn: Callable[[Values, Inputs], Iterable[MergeWarning]] = lambda *inputs: ()
+    after: Callable[[str, Mapping[str, Values]], Iterable[MergeWarning]] = lambda name, records: ()
     copies: Copies = unknown_copies
     operations: Callable[[int, bool, int, int], float] | None = None
-    divides: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    divides: Callable[[Values], bool] = lambda options: False
     orthogonal: bool = False
     solves: frozenset[str] = frozenset()
     nan: bool = False
     use: str = ""
-    example: Mapping[str, Any] = field(default_factory=dict)
+    example: Values = field(default_factory=dict)
 
     def for_driver(self, driver: str) -> tuple[Parameter, ...]:
         """Return all parameters that a driver's users can give."""
@@ -218,7 +216,7 @@ def factor_in(options: Iterable[str]) -> str:
     return next((name for name in ("scale", "lambda") if name in options), "")
 
 
-def factor_of_snapshots(defaults: Mapping[str, Any]) -> str:
+def factor_of_snapshots(defaults: Values) -> str:
     """Return which factor is `auto` in merges of snapshots of one run; "" for none.
 
     By their `defaults` methods add up task vectors, but those of snapshots are nearly the same one.

@@ -38,18 +38,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_ext.core.parameters import Number, Parameter, Share, Switch, choice
+from mergekit_ext.declared import ADAPTERS, BLOCKS, Call, Merged, Method, register
 from mergekit_ext.declared.linear import BOUNDED_LAMBDA, LAMBDA, normalize, normalized
-from mergekit_ext.declared.method import (
-    ADAPTERS,
-    BLOCKS,
-    Call,
-    Merged,
-    Method,
-    Pieces,
-    Rows,
-    divisor,
-    register,
-)
+from mergekit_ext.declared.method import Pieces, Rows, divisor
 from mergekit_ext.errors import Problem
 from mergekit_ext.kernels.seeds import drop_and_rescale
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, Keeper, cut_for

@@ -1,26 +1,18 @@
 """The project's merge methods as mergekit's: what they have in common, and those declared."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from mergekit import merge_methods
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    BatchOptions,
-    InputContract,
-    MergeMethod,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
+from mergekit.merge_methods import base as api
+from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from torch import Tensor
 
-from mergekit_ext.core.parameters import AUTO, Parameter
+from mergekit_ext.core.parameters import AUTO, Parameter, Values
 from mergekit_ext.declared import MODELS, Call, Inputs, Merged, Method
 from mergekit_ext.declared.method import factor_in, layout_of
 from mergekit_ext.errors import MergeError, MergeWarning, NonFiniteError, Problem
@@ -48,12 +40,10 @@ class ExtMethod(MergeMethod):
     declared: Method = PLAIN
 
     @abstractmethod
-    def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> Merged:
+    def merge_one(self, group: TensorGroup, parameters: Values, out_dtype: torch.dtype) -> Merged:
         """Merge one group into a tensor in `out_dtype`, and say what to report about it."""
 
-    def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
+    def problems(self, options: Values, inputs: Inputs) -> Iterable[Problem]:
         """Return what is wrong with the shared parameters that a tensor gets, together."""
         return self.declared.check(options, inputs)
 
@@ -62,15 +52,15 @@ class ExtMethod(MergeMethod):
         """Return whether a base model is one more input, as for `linear`."""
         return self.spec.contract.base == BasePolicy.IGNORED
 
-    def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
+    def input_problems(self, values: Values) -> Iterable[Problem]:
         """Return what is wrong with the parameters of one model, together; `where` names one."""
         return self.declared.check_each(values)
 
-    def notes(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[str]:
+    def notes(self, options: Values, inputs: Inputs) -> Iterable[str]:
         """Return what `mergekit-ext check` reports of a merge that can be done."""
         return map(str, self.declared.forewarn(options, inputs))
 
-    def passes(self, shared: Mapping[str, Any]) -> int:
+    def passes(self, shared: Values) -> int:
         """Return how many times the merge reads each input tensor."""
         return 1
 
@@ -90,7 +80,7 @@ class ExtMethod(MergeMethod):
         self,
         groups: Sequence[TensorGroup],
         parameters: list[dict[str, Any]],
-        options: BatchOptions,
+        options: api.BatchOptions,
         *,
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
@@ -114,9 +104,7 @@ class ExtMethod(MergeMethod):
             session.warn(self.warnings(session.records))
         return tuple(results)
 
-    def _calibrated(
-        self, group: TensorGroup, parameters: Mapping[str, Any], dtype: torch.dtype
-    ) -> Merged:
+    def _calibrated(self, group: TensorGroup, parameters: Values, dtype: torch.dtype) -> Merged:
         """Merge one group, as far as norms suggest with a factor `auto`; report its distance."""
         name = factor_in(parameters)
         auto = parameters.get(name) == AUTO
@@ -139,10 +127,10 @@ class ExtMethod(MergeMethod):
         return replace(found, tensor=tensor, details=details)
 
 
-def spec_of(parameter: Parameter, scope: ParameterScope | None = None) -> ParameterSpec:
+def spec_of(parameter: Parameter, scope: ParameterScope | None = None) -> api.ParameterSpec:
     """Return a parameter as mergekit declares it; `scope` is that of a per-model parameter."""
     per_model = scope or ParameterScope.NON_BASE
-    return ParameterSpec(
+    return api.ParameterSpec(
         parameter.name,
         parameter.kind,
         per_model if parameter.per_model else ParameterScope.SHARED,
@@ -160,13 +148,11 @@ class DeclaredMethod(ExtMethod):
     def __init__(self, method: Method):
         self.declared = method
         policy = BasePolicy.REQUIRED if method.base else BasePolicy.OPTIONAL
-        own, contract = method.for_driver(MODELS), InputContract(base=policy, min_non_base=1)
+        own, contract = method.for_driver(MODELS), api.InputContract(base=policy, min_non_base=1)
         about = method.title, method.paper
-        self.spec = MergeMethodSpec(method.name, tuple(map(spec_of, own)), contract, *about)
+        self.spec = api.MergeMethodSpec(method.name, tuple(map(spec_of, own)), contract, *about)
 
-    def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> Merged:
+    def merge_one(self, group: TensorGroup, parameters: Values, out_dtype: torch.dtype) -> Merged:
         """Merge one tensor; values that are not finite, or leave the range of the dtype, raise."""
         entries = group.non_base
         if not entries or (self.declared.base and group.base is None):

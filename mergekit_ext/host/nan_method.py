@@ -11,21 +11,14 @@ from typing import Any
 
 import torch
 from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    InputContract,
-    MergeMethod,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
+from mergekit.merge_methods import base as api
+from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
-from mergekit_ext.core.parameters import WEIGHT
+from mergekit_ext.core.parameters import WEIGHT, Values
 from mergekit_ext.declared import Inputs, Merged, nan
 from mergekit_ext.declared.ties import DENSITY, EPSILON, GAMMA, spread_problems
 from mergekit_ext.errors import HostVersionError, MergeError, MergeWarning, Problem
@@ -72,7 +65,7 @@ def takes_nan(method: MergeMethod) -> bool:
     )
 
 
-def _with_ranges(method: MergeMethod) -> Iterator[ParameterSpec]:
+def _with_ranges(method: MergeMethod) -> Iterator[api.ParameterSpec]:
     """Yield a method's parameters; `weight` gets a default, mergekit's sparsifiers `RANGES`."""
     ranges = RANGES if isinstance(method, GeneralizedTaskArithmeticMerge) else {}
     for spec in method.spec.parameters:
@@ -84,7 +77,7 @@ def _with_ranges(method: MergeMethod) -> Iterator[ParameterSpec]:
             yield replace(spec, value_type=ranges.get(spec.name, spec.value_type))
 
 
-def _of_experts(details: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _of_experts(details: Sequence[Values]) -> Values:
     """Return the report of a stack: means over its experts, and the coefficients of each."""
     first = details[0]
     if not first:  # the base alone
@@ -108,9 +101,9 @@ class NanMethod(ExtMethod):
 
     def __init__(self, wrapped: MergeMethod | None = None):
         if wrapped is None:
-            contract = InputContract(base=BasePolicy.OPTIONAL, min_non_base=1)
+            contract = api.InputContract(base=BasePolicy.OPTIONAL, min_non_base=1)
             own = (*_SHARED, spec_of(WEIGHT))
-            self.spec = MergeMethodSpec("nan", own, contract, "NAN", nan.PAPER)
+            self.spec = api.MergeMethodSpec("nan", own, contract, "NAN", nan.PAPER)
         else:
             inner = wrapped.spec
             self.spec = replace(
@@ -124,7 +117,7 @@ class NanMethod(ExtMethod):
         if isinstance(wrapped, ExtMethod):
             self.declared = wrapped.declared
 
-    def problems(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[Problem]:
+    def problems(self, options: Values, inputs: Inputs) -> Iterable[Problem]:
         """Return those of the wrapped method, and `norm_of: task_vector` without a base."""
         if options.get("norm_of") == "task_vector" and (self.ignores_base or not inputs.based):
             found = "task_vector without a base that is subtracted"
@@ -132,7 +125,7 @@ class NanMethod(ExtMethod):
             yield Problem(f"{inputs.where}.norm_of", found, "weights", remedy)
         yield from super().problems(options, inputs)
 
-    def input_problems(self, values: Mapping[str, Any]) -> Iterable[Problem]:
+    def input_problems(self, values: Values) -> Iterable[Problem]:
         """Return those of the wrapped method.
 
         mergekit's `della` and `della_linear` stop in the middle of a merge if the shares that they
@@ -144,7 +137,7 @@ class NanMethod(ExtMethod):
             return spread_problems(values)
         return super().input_problems(values)
 
-    def notes(self, options: Mapping[str, Any], inputs: Inputs) -> Iterable[str]:
+    def notes(self, options: Values, inputs: Inputs) -> Iterable[str]:
         """Return those of the wrapped method, and what norms of raw weights are worth."""
         yield from super().notes(options, inputs)
         if self._norm_of(options, inputs.based) == "weights" and inputs.count > 1:
@@ -153,7 +146,7 @@ class NanMethod(ExtMethod):
                 "of one base come out nearly equal. Those of task vectors differ: give a base."
             )
 
-    def passes(self, shared: Mapping[str, Any]) -> int:
+    def passes(self, shared: Values) -> int:
         """Return 2 where everything is measured before the first tensor is merged."""
         return 1 if shared.get("granularity", "tensor") in ALONE else 2
 
@@ -161,16 +154,14 @@ class NanMethod(ExtMethod):
         """Return 0 where inputs are combined in pieces, else those of F, its result, the base."""
         return 0 if _in_pieces(self._wrapped) else copies_of(self._wrapped)(models, square) + 3
 
-    def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> Merged:
+    def merge_one(self, group: TensorGroup, parameters: Values, out_dtype: torch.dtype) -> Merged:
         """Merge one group; report norms, coefficients and scale."""
         name, first = group.metadata.name or "", group.entries[0].tensor
         stacked = parameters["granularity"] == "expert" and stacks_experts(name, first.ndim)
         if not stacked or not first.numel():
             return self._merge(group, parameters, out_dtype)
         merged = torch.empty(first.shape, dtype=out_dtype, device=first.device)
-        details: list[Mapping[str, Any]] = []
+        details: list[Values] = []
         for expert, place in enumerate(merged):
             own = [replace(entry, tensor=entry.tensor[expert]) for entry in group.entries]
             found = self._merge(replace(group, entries=tuple(own)), parameters, out_dtype)
@@ -178,9 +169,7 @@ class NanMethod(ExtMethod):
             details.append(found.details)
         return Merged(merged, _of_experts(details))
 
-    def _merge(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> Merged:
+    def _merge(self, group: TensorGroup, parameters: Values, out_dtype: torch.dtype) -> Merged:
         norm_of = self._norm_of(parameters, group.base is not None)
         models = self._models(group)
         if not models:
@@ -233,7 +222,7 @@ class NanMethod(ExtMethod):
         length = math.sqrt(math.fsum(squares)) if squares else None
         return Merged(merged, details, None, list(norms.values()) if own else None, length)
 
-    def norms(self, group: TensorGroup, parameters: Mapping[str, Any]) -> dict[Hashable, float]:
+    def norms(self, group: TensorGroup, parameters: Values) -> dict[Hashable, float]:
         """Return Frobenius norms of the task vectors or weights of the models in one group.
 
         Raises `NonFiniteError` if an input, the base included, holds NaN or infinity.
@@ -254,7 +243,7 @@ class NanMethod(ExtMethod):
         return {key: math.sqrt(square) for key, square in squares.items()}
 
     def _bind_parameters(
-        self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
+        self, groups: Sequence[TensorGroup], parameters: Values
     ) -> list[dict[str, Any]]:
         # Only calls with all groups in memory come here: graphs measure in `host.tasks`.
         bound = super()._bind_parameters(groups, parameters)
@@ -273,7 +262,7 @@ class NanMethod(ExtMethod):
     def _models(self, group: TensorGroup) -> Sequence[Any]:
         return group.entries if self.ignores_base else group.non_base
 
-    def _norm_of(self, parameters: Mapping[str, Any], based: bool) -> str:
+    def _norm_of(self, parameters: Values, based: bool) -> str:
         default = "task_vector" if based and not self.ignores_base else "weights"
         return parameters.get("norm_of") or default
 
@@ -306,7 +295,7 @@ def _weighted(
     group: TensorGroup,
     weights: Mapping[Hashable, float],
     scale: float,
-    parameters: Mapping[str, Any],
+    parameters: Values,
     dtype: torch.dtype,
     squares: list[float],
 ) -> Tensor:
@@ -374,7 +363,7 @@ def _summed(
     return weighted_sum(tensors, [scale * value / total for value in values], dtype)
 
 
-def _called(method: MergeMethod, group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
+def _called(method: MergeMethod, group: TensorGroup, parameters: Values) -> Tensor:
     """Call a method in float32 (float64), whatever the dtype of the files."""
 
     # In half precision it would round every task vector and sum, and elect other signs.

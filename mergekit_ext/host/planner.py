@@ -24,16 +24,10 @@ from mergekit_ext.host.architecture import settled
 from mergekit_ext.host.method import ExtMethod, ext_method
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.host.tasks import MergeTensorTask, with_statistics
+from mergekit_ext.io import planned_files
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.journal import Finished
-from mergekit_ext.io.planned_files import (
-    PlannedFile,
-    PlannedFiles,
-    as_bytes,
-    split,
-    weight_names,
-    write_index,
-)
+from mergekit_ext.io.planned_files import PlannedFile, PlannedFiles, split, weight_names
 
 # The kind of line in the journal.
 _LINE = "tensor"
@@ -165,7 +159,7 @@ class PlannedWriter:
         record = self._session.recorded.get(name)
         details = None if record is None else dict(record.details)
         # Threads of several GPUs come here: each copies and sums up by itself.
-        data = as_bytes(tensor)
+        data = planned_files.as_bytes(tensor)
         line = [zlib.crc32(data), entry.dtype, entry.shape, entry.nbytes, details]
         with self._lock:
             file = self._file(entry)
@@ -206,7 +200,7 @@ class PlannedWriter:
         if len(files) > 1:
             contents = [(file.path, file.entries) for file in files]
             version = metadata.version("mergekit")
-            write_index(self._folder, contents, mergekit_version=version)
+            planned_files.write_index(self._folder, contents, mergekit_version=version)
 
     def _continued(self) -> frozenset[str]:
         """Return the tensors that are finished, and remove files of none."""

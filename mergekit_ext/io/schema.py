@@ -6,16 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    FailFast,
-    Field,
-    Strict,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, ConfigDict, FailFast, Field, Strict, ValidationError
 from pydantic_core import from_json
 
 from mergekit_ext.core.parameters import schema_problems
@@ -40,7 +32,7 @@ def _known(version: int) -> int:
     return version
 
 
-Version = Annotated[int, AfterValidator(_known)]
+Version = Annotated[int, pydantic.AfterValidator(_known)]
 
 
 # Checking stops at the first wrong entry: a hostile list may have millions.
@@ -62,7 +54,7 @@ class Schema(BaseModel):
         content = self.model_dump(exclude_unset=True)
         return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _keep_rules(self: T) -> T:
         require([*islice(self.rules(), MOST_SHOWN)])
         return self

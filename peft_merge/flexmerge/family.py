@@ -19,19 +19,8 @@ from mergekit_ext.declared.nan import inverse_norm_coefficients
 from mergekit_ext.flexmerge.storage import GroupStorage, Size, Target
 from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.kernels.similarity import Gram
-from peft_merge.adapter import (
-    Adapter,
-    Ia3Adapter,
-    LoraAdapter,
-    ModuleInfo,
-    Update,
-    VectorInfo,
-    bias_changes,
-    cast,
-    finite_update,
-    finite_updates,
-    one_rank,
-)
+from peft_merge import adapter as data
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.algebra.core_space import CoreSpace, Rank
 from peft_merge.coefficients import change_norms
 from peft_merge.config.plan import MergePlan
@@ -213,13 +202,13 @@ class LoraFamily(Family):
         super().__init__(plan, rule, granularity)
         self._found: dict[tuple[tuple[str, ...], Group], dict[str, int]] = {}
         infos = (info for adapter in self.adapters for info in adapter.infos.values())
-        self._r = None if plan.patterns else one_rank(infos)
+        self._r = None if plan.patterns else data.one_rank(infos)
 
     def gram(self, module: str) -> Tensor:
         """In core space; the bias of B belongs to the change."""
-        updates = finite_updates(self.adapters, module)
+        updates = data.finite_updates(self.adapters, module)
         total = CoreSpace.of(updates, self.plan.device).gram().cpu()
-        if (changes := bias_changes(updates, "cpu")) is not None:
+        if (changes := data.bias_changes(updates, "cpu")) is not None:
             biases = torch.stack(changes)
             total = total + biases @ biases.T
         return (total + total.T) / 2
@@ -235,7 +224,7 @@ class LoraFamily(Family):
 
     def own(self, module: str, adapter: LoraAdapter, dtype: torch.dtype) -> Update:
         """Return the factors with the scaling in B."""
-        return finite_update(adapter, module).unscaled().cast(dtype, module)
+        return data.finite_update(adapter, module).unscaled().cast(dtype, module)
 
     def changes(self, modules: Sequence[str], group: Group) -> Changes:
         """Fill up with zeros to the rank that is stored."""
@@ -293,7 +282,7 @@ class Ia3Family(Family):
         return {module: math.prod(infos[0].shape) for module, infos in known.items() if infos}
 
     def own(self, module: str, adapter: Ia3Adapter, dtype: torch.dtype) -> Tensor:
-        return cast(adapter.load(module), dtype, module)
+        return data.cast(adapter.load(module), dtype, module)
 
     def configuration(self, own: Ia3Adapter, infos: Mapping[str, VectorInfo]) -> dict[str, Any]:
         return {**own.config, **ia3_configuration(infos, [own], own.saved)}

@@ -22,7 +22,7 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from mergekit_ext.core.parameters import Parameter, choice
+from mergekit_ext.core.parameters import Parameter, Values, choice
 from mergekit_ext.declared import ADAPTERS
 from mergekit_ext.errors import MergeError, Problem, listing, shown, warn
 from mergekit_ext.events import BlockMerged, Dispatcher, SizeReached, TensorMeasured, measuring
@@ -51,7 +51,7 @@ OWN = options(
 _NAMES = {parameter.name for parameter in OWN}
 
 # Where the paper's defaults are not those of a merge of everything: lambda times the mean.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"task_arithmetic": {"lambda": 1.5, "normalize": True}}
+_DEFAULTS: Mapping[str, Values] = {"task_arithmetic": {"lambda": 1.5, "normalize": True}}
 _RENAME = "Rename the adapter with `name:`."
 
 
@@ -110,7 +110,7 @@ def _chosen(plan: MergePlan) -> dict[str, Any]:
     return {p.name: p.read(given.get(p.name, p.default)) for p in OWN}
 
 
-def _family(plan: MergePlan, chosen: Mapping[str, Any]) -> Family:
+def _family(plan: MergePlan, chosen: Values) -> Family:
     made = LoraFamily if plan.kind == "lora" else Ia3Family
     return made(plan, rules()[chosen["algorithm"]], chosen["granularity"])
 
@@ -180,11 +180,7 @@ def run(plan: MergePlan, events: Dispatcher) -> FlexMerged:
 
 
 def _report(
-    plan: MergePlan,
-    chosen: Mapping[str, Any],
-    size: Size,
-    sizes: Sequence[float],
-    blocks: Sequence[Mapping[str, Any]],
+    plan: MergePlan, chosen: Values, size: Size, sizes: Sequence[float], blocks: Sequence[Values]
 ) -> dict[str, Any]:
     """Return all that is known of a merge, and nothing of the run."""
     target = chosen["target_size"]

@@ -13,15 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_merge.adapter import (
-    Adapter,
-    Ia3Adapter,
-    LoraAdapter,
-    ModuleInfo,
-    Update,
-    VectorInfo,
-    one_rank,
-)
+from peft_merge import adapter as data
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io import names
 
 # PEFT adds a head to `modules_to_save` for these, and then expects its tensors in the file.
@@ -59,7 +52,7 @@ def merged_adapter(
         module: replace(infos[module], rank=max(1, update.a.shape[1]))
         for module, update in values.items()
     }
-    ranks = stored_ranks(needed, None if patterns else one_rank(needed.values()))
+    ranks = stored_ranks(needed, None if patterns else data.one_rank(needed.values()))
     stored: dict[str, Update] = {}
     for module, update in values.items():
         info, rank = infos[module], ranks[module]

@@ -14,16 +14,8 @@ from mergekit_ext.errors import ConfigError, Problem, listing
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.io.headers import WHOLE, TensorHeader
 from mergekit_ext.kernels.numerics import finite
-from peft_merge.adapter import (
-    Adapter,
-    Ia3Adapter,
-    LayoutName,
-    LoraAdapter,
-    ModuleInfo,
-    Update,
-    VectorInfo,
-    described,
-)
+from peft_merge import adapter as data
+from peft_merge.adapter import Adapter, Ia3Adapter, LoraAdapter, ModuleInfo, Update, VectorInfo
 from peft_merge.io import names
 
 # What follows the module's name in the keys of A and of B, of the bias of B, of a vector.
@@ -52,7 +44,7 @@ class Tensors:
     get: Callable[[str], Tensor]
 
 
-def factor_keys(layout: LayoutName) -> tuple[str, str]:
+def factor_keys(layout: data.LayoutName) -> tuple[str, str]:
     """Return what follows a module's name in the keys of A and of B."""
     return _EMBEDDING_FACTORS if layout == "embedding" else _FACTORS
 
@@ -180,7 +172,7 @@ class _Stored:
         stacks = Counter(names.owner(module, self._modules) for module in self._modules)
         for module, parts in self._modules.items():
             embedding = any(part in parts for part in _EMBEDDING_FACTORS)
-            kind: LayoutName = "embedding" if embedding else "linear"
+            kind: data.LayoutName = "embedding" if embedding else "linear"
             keys = factor_keys(kind)
             # PEFT has no bias for embeddings and target parameters.
             with_bias = self._config.get("lora_bias") and not embedding
@@ -202,7 +194,7 @@ class _Stored:
                 self._wrong(module, found, expected, "Train or convert the adapter again.")
                 continue
             dtype = torch.promote_types(FLOATING[a.dtype], FLOATING[b.dtype])
-            info = described(kind, a.shape, b.shape, rank, BIAS in parts, dtype)
+            info = data.described(kind, a.shape, b.shape, rank, BIAS in parts, dtype)
             if info is None:
                 found = f"A of shape {list(a.shape)} and B of shape {list(b.shape)}"
                 expected = f"{kind} factors of rank {rank}, that of the configuration"

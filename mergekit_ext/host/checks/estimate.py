@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mergekit_ext.core.memory import Need, copies_of, sides_of, square_of, working
-from mergekit_ext.core.parameters import AUTO
+from mergekit_ext.core.parameters import AUTO, Values
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.host.checks.plan import Inventory, PlannedTensor
 from mergekit_ext.host.checks.report import Estimate
@@ -40,9 +40,7 @@ _REMEDY = f"Merge fewer models at a time, or take a method that works in pieces:
 _TOKENIZER = 16
 
 
-def estimate(
-    inventory: Inventory, shared: Sequence[Mapping[str, Any]], tokens: int | None
-) -> Estimate | None:
+def estimate(inventory: Inventory, shared: Sequence[Values], tokens: int | None) -> Estimate | None:
     """Add everything up; None if something is wrong, or a model or a tensor's shape is not known.
 
     `shared` are the distinct sets of shared parameters; `tokens` are the rows of the embeddings

@@ -1,12 +1,11 @@
 """`merge_method: flexmerge`: from mergekit's configuration to the FlexMerge engine."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, MergeMethodSpec, TensorGroup
 
+from mergekit_ext.core.parameters import Values
 from mergekit_ext.declared import Merged, Method
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.plan import PAPER, TITLE, USE
@@ -35,9 +34,7 @@ class FlexMergeMethod(ExtMethod):
         contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=2)
         self.spec = MergeMethodSpec(method.name, (), contract, method.title, method.paper)
 
-    def merge_one(
-        self, group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
-    ) -> Merged:
+    def merge_one(self, group: TensorGroup, parameters: Values, out_dtype: torch.dtype) -> Merged:
         raise MergeError(
             f"{group.metadata.name}: `{self.spec.name}` merges models, not single tensors; merge "
             "with mergekit-yaml or `mergekit_ext.merge`."

@@ -5,14 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    MergeMethod,
-    ParameterScope,
-    TensorEntry,
-    TensorGroup,
-    TensorMetadata,
-)
+from mergekit.merge_methods import base as api
 from torch import Tensor
 
 from mergekit_ext.core.memory import copies_of
@@ -40,10 +33,10 @@ class Registered(Algorithm):
     numbers depend on seed, block and members alone.
     """
 
-    def __init__(self, method: MergeMethod, parameters: Parameters):
+    def __init__(self, method: api.MergeMethod, parameters: Parameters):
         super().__init__(parameters)
         self._method = method
-        self._based = method.spec.contract.base != BasePolicy.IGNORED
+        self._based = method.spec.contract.base != api.BasePolicy.IGNORED
         self.name = method.spec.name
         self.by_tensor = isinstance(method, ExtMethod)
         self.orthogonal = isinstance(method, ExtMethod) and method.declared.orthogonal
@@ -111,27 +104,27 @@ class Registered(Algorithm):
         return out
 
     def _call(
-        self, groups: Sequence[TensorGroup], members: Sequence[int], dtype: torch.dtype
+        self, groups: Sequence[api.TensorGroup], members: Sequence[int], dtype: torch.dtype
     ) -> Sequence[Tensor]:
         return self._method(groups, parameters=self._bound(members), dtype=dtype)
 
-    def _group(self, name: str, base: Tensor, tensors: dict[int, Tensor]) -> TensorGroup:
+    def _group(self, name: str, base: Tensor, tensors: dict[int, Tensor]) -> api.TensorGroup:
         entries = [
-            TensorEntry(id=member, tensor=tensor, is_base=False)
+            api.TensorEntry(id=member, tensor=tensor, is_base=False)
             for member, tensor in tensors.items()
         ]
         if self._based:
-            entries.insert(0, TensorEntry(id="base", tensor=base, is_base=True))
-        return TensorGroup(entries=tuple(entries), metadata=TensorMetadata(name=name))
+            entries.insert(0, api.TensorEntry(id="base", tensor=base, is_base=True))
+        return api.TensorGroup(entries=tuple(entries), metadata=api.TensorMetadata(name=name))
 
     def _bound(self, members: Sequence[int]) -> dict[str, Any]:
         models, found = self.parameters.models, {}
         for spec in self._method.spec.parameters:
-            if spec.scope == ParameterScope.SHARED:
+            if spec.scope == api.ParameterScope.SHARED:
                 found[spec.name] = self.parameters.options[spec.name]
                 continue
             found[spec.name] = {member: models[member][spec.name] for member in members}
-            if spec.scope != ParameterScope.NON_BASE and self._based:
+            if spec.scope != api.ParameterScope.NON_BASE and self._based:
                 found[spec.name]["base"] = 0.0 if spec.required else spec.default
         if isinstance(self._method, NanMethod):
             # Of this call, that is; by its own "block" NAN would go by the tensors' names.

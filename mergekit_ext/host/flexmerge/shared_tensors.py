@@ -1,13 +1,14 @@
 """Which tensors a base and its fine-tunes have in common, from names, shapes and dtypes alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mergekit_ext.core.parameters import Values
 from mergekit_ext.flexmerge.algorithm import Algorithm
 from mergekit_ext.flexmerge.layout import FLOATING, BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.residual import Residual, ResidualStorage
@@ -46,10 +47,7 @@ class Prepared:
 
 
 def laid_out(
-    tasks: Sequence[str],
-    references: Sequence[Any],
-    stored: Sequence[Stored],
-    parameters: Mapping[str, Any],
+    tasks: Sequence[str], references: Sequence[Any], stored: Sequence[Stored], parameters: Values
 ) -> tuple[Layout, list[Headers], tuple[str, str] | None]:
     """Return the blocks and private tensors of a base, which comes first, and of the models.
 
