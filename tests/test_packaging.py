@@ -1,9 +1,10 @@
-"""The wheel: what it brings, and what uninstalling it takes away."""
+"""The wheel: what it brings, README.md with it, and what uninstalling it takes away."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,23 +13,27 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import mergekit_ext
+from tests.flexmerge.handmade import vit
+from tests.models import family, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 NAMES = """
 from mergekit import merge_methods
 print(*(method.spec.name for method in merge_methods.registered_methods()))
 """
 
 
-def run(*command: object, **env: str) -> str:
+def run(*command: object, cwd: Path = Path("/"), **env: str) -> str:
     # Without PYTHONPATH the checkout would not be found in the other environment.
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=clean, cwd="/", check=False
-    )
-    assert done.returncode == 0, done.stderr
+    words = list(map(str, command))
+    done = subprocess.run(words, capture_output=True, text=True, env=clean, cwd=cwd, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -43,21 +48,81 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_installed_from_a_wheel_and_uninstalled(wheel, tmp_path):
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
+def qwen() -> PreTrainedModel:
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
+
+
+def readme_models(folder: Path) -> None:
+    """Save small models under the names of README.md: a folder wins over a name on the Hub."""
+    of_modules = {
+        qwen: ["Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-Coder-7B-Instruct"],
+        vit: ["google/vit-base-patch16-224", "vit-flowers", "vit-birds", "vit-cars"],
+    }
+    for make, names in of_modules.items():
+        base, tuned = family(folder / make.__name__, make)
+        for name, saved in zip(names, [base, *tuned], strict=False):
+            shutil.copytree(saved, folder / name)
+    for name in of_modules[qwen]:
+        tokenizer(folder / name)
+    for name, source in zip(["base", "tuned"], of_modules[qwen], strict=False):
+        shutil.copytree(folder / source, folder / name)
+    for rank, name in enumerate(["lora-code", "lora-maths"], start=2):
+        wanted = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(qwen(), wanted).save_pretrained(folder / name)
+
+
+# What the Python of README.md takes as given.
+GIVEN = """
+from transformers import AutoModelForCausalLM
+names = "Qwen2.5-7B", "Qwen2.5-7B-Instruct", "Qwen2.5-Coder-7B-Instruct"
+base, code, maths = (AutoModelForCausalLM.from_pretrained(f"Qwen/{name}") for name in names)
+"""
+# And what comes of it.
+MADE = """
+assert {*models} == {"vit-flowers", "vit-birds", "vit-cars"}
+assert type(model) is type(merged) is type(base)
+from peft import PeftModel
+for folder in "merged-lora", "lora":
+    model = PeftModel.from_pretrained(model, folder, folder)
+"""
+
+
+def run_readme(bin: Path, folder: Path) -> None:
+    """Run the blocks of README.md in order, and its Python last, as one program."""
+    blocks = re.findall(
+        r"^```(\w+)\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    program, path = [GIVEN], f"{bin}:/usr/bin:/bin"
+    for language, text in blocks:
+        if language == "python":
+            program.append(text)
+        elif language == "yaml":
+            (folder / re.findall(r"\A# (\S+)\n", text)[0]).write_text(text)
+        elif "pip install" not in text and "make " not in text:  # done; in .ci/run
+            run("bash", "-ec", text, cwd=folder, PATH=path)
+    run(bin / "python", "-c", "\n".join([*program, MADE]), cwd=folder)
+
+
+def test_installed_from_a_wheel_it_does_what_the_readme_says_and_is_uninstalled(wheel, tmp_path):
+    bin = tmp_path / "env" / "bin"
+    venv.create(bin.parent, with_pip=True)
+    python = bin / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     # The dependencies of this environment, as a plain path: its .pth files are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    assert "nan_ties" not in run(python, "-c", NAMES).split()
+    stock = Path(sysconfig.get_path("scripts"), "mergekit-yaml").read_text("utf-8")
+    (bin / "mergekit-yaml").write_text(re.sub(r"\A.*", f"#!{python}", stock))
+    (bin / "mergekit-yaml").chmod(0o755)
 
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
     assert (site / "mergekit_ext_autoload.pth").exists()
     assert (site / "mergekit_ext" / "py.typed").exists()
-    assert {"nan", "nan_ties", "lore"} <= set(run(python, "-c", NAMES).split())
     where = run(python, "-c", "import mergekit_ext; print(mergekit_ext.__file__)")
     assert Path(where.strip()).is_relative_to(site)
-    assert "check" in run(tmp_path / "env" / "bin" / "mergekit-ext", "--help")
+    readme_models(tmp_path)
+    run_readme(bin, tmp_path)
 
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "mergekit-ext")
     assert not list(site.glob("*mergekit_ext*"))
