@@ -1,6 +1,5 @@
 """``mergekit-ext sizes CONFIG OUT``: the accuracy-size curve of one or several algorithms."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import events_option, merging
-from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.events import JsonLines
 from mergekit_ext.search import function_named
 
@@ -56,7 +54,7 @@ def sizes(
         config_file,
         out_path,
         merge_options,
-        None if sizes is None else list(map(_size, sizes.split(","))),
+        None if sizes is None else sizes.split(","),
         algorithms,
         function_named(evaluate, "--evaluate", "a module", "a task") if evaluate else None,
         metric,
@@ -66,11 +64,3 @@ def sizes(
         click.echo(f"Note: {note}", err=True)
     click.echo(str(curve))
     return f"mergekit-yaml {config_file} OUT, with one of these sizes as `target_size`"
-
-
-def _size(text: str) -> float | str:
-    with suppress(ValueError):
-        if text.strip() == "all" or 1 <= float(text) < float("inf"):
-            return "all" if text.strip() == "all" else float(text)
-    expected = "numbers from 1 and `all`, separated by commas"
-    raise ConfigError([Problem("--sizes", repr(text), expected, "Write 1,1.5,2.")])

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_ext.core import memory
-from mergekit_ext.errors import Problem, require
+from mergekit_ext.errors import ConfigError, Problem, require, shown
 from mergekit_ext.flexmerge.merging import Walk
 from mergekit_ext.flexmerge.plan import Planner
 from mergekit_ext.flexmerge.runtime import build_module
@@ -154,6 +154,7 @@ def _prepared(
     scored: bool,
 ) -> tuple[dict[str, Prepared], Sequence[float | str]]:
     """Return a prepared merge for each algorithm, and the sizes, which all of them may have."""
+    sizes = None if sizes is None else list(map(_size, sizes))
     found = prepare_tables(config, folder, options, algorithms).items()
     lines = {name: prepared for name, (_, prepared) in found}
     count = len(next(iter(lines.values())).layout.tasks)
@@ -167,6 +168,16 @@ def _prepared(
         needs = [need_of(prepared, scored=max(numbers)) for prepared in lines.values()]
         require(list(dict.fromkeys(p for need in needs for p in memory.problems(need))))
     return lines, sizes
+
+
+def _size(given: float | str) -> float | str:
+    """Return a number of models, which may be given as text, or `ALL`."""
+    text = str(given).strip()
+    with suppress(ValueError):
+        if text == ALL or 1 <= float(text) < float("inf"):
+            return ALL if text == ALL else float(text)
+    expected = f"numbers from 1, or `{ALL}`"
+    raise ConfigError([Problem("--sizes", shown(given), expected, "Write 1,1.5,2.")])
 
 
 class Evaluator:
