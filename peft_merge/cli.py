@@ -71,11 +71,12 @@ def merge(
         raise click.UsageError("Missing argument 'OUT'. Name a folder, or give --check.")
     # Heavy, and only needed here: `--help` stays fast.
     from mergekit_ext.core.memory import limited
+    from mergekit_ext.io.class_model import without_bars
     from peft_merge.merge import check as checked
     from peft_merge.merge import run_config
     from peft_merge.report import sentences
 
-    with reporting() as done, limited(max_memory):
+    with reporting() as done, limited(max_memory), without_bars(quiet):
         if check:
             click.echo(str(checked(config, out, **options)))
             click.echo(f"Next: peft-merge {config} OUT", err=True)
@@ -109,10 +110,11 @@ def extract(
     PeftModel.from_pretrained loads; it must not exist or be empty, and appears when it is complete.
     The exit code is 2 if something is wrong with the models.
     """
+    from mergekit_ext.io.class_model import without_bars
     from peft_merge.extraction.run import extract as run
     from peft_merge.report import sentences
 
-    with reporting() as done:
+    with reporting() as done, without_bars(quiet):
         result = run(base, model, out, callbacks=_callbacks(quiet, jsonl), **options)
         if not quiet:
             click.echo("\n".join(sentences(result.report)))
@@ -133,10 +135,11 @@ def tune(config: Path, out: Path, evaluate: str, model: str, **options: Any) -> 
     --evaluate gets a PeftModel with a merged adapter, and the name of an input. OUT gets best.yml,
     tables, a plot, and the study with which the same command goes on.
     """
+    from mergekit_ext.io.class_model import without_bars
     from mergekit_ext.search import function_named
     from peft_merge.tuning import tune as run
 
-    with reporting() as done:
+    with reporting() as done, without_bars(options["quiet"]):
         function = function_named(evaluate, "--evaluate", "a model", "a task")
         found = run(config, out, function, function_named(model, "--model"), **options)
         click.echo(f"{found.score:.4f}: {out / 'best.yml'}")

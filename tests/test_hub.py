@@ -150,26 +150,36 @@ def test_without_a_network_nothing_is_asked(hub: Hub, monkeypatch: pytest.Monkey
         MergeResult(Path("out")).push_to_hub(NAME)
 
 
-def test_commands_upload_what_they_write(hub: Hub, tmp_path: Path) -> None:
+def test_commands_upload_what_they_write(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A public model, whose card the Hub takes; what the configuration says, and no hidden file."""
     base, tuned = family(tmp_path, bert, amounts=(0.01, 0.02))
     file = write_yaml(tmp_path / "merge.yml", config("nan", tuned, base))
     out = tmp_path / "out"
     given = ("--push-to-hub", "team/merged", "--public", "--quiet")
+    huggingface_hub.utils.enable_progress_bars()
+    monkeypatch.setenv("TQDM_POSITION", "-1")
     done = command_here("mergekit-ext", "merge", file, out, *given)
-    assert f"Uploaded: {hub.url}/team/merged" in done.stdout, done.stderr
+    assert (done.stdout, done.stderr) == (f"Uploaded: {hub.url}/team/merged\n", "")
     stored = hub.repositories["team/merged"]
     assert not stored.private
     assert stored.files == {path.name: path.read_bytes() for path in out.iterdir()}
     ModelCard.load(out / "README.md").validate()
 
 
-def test_adapters_are_uploaded_under_their_repository_s_name(hub: Hub, tmp_path: Path) -> None:
+def test_adapters_are_uploaded_under_their_repository_s_name(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--quiet` also huggingface_hub shows no bar."""
     folders = [saved(KINDS["plain"], tmp_path / f"plain-{seed}", seed) for seed in (1, 2)]
     document = {"merge_method": "linear", "models": [{"model": str(f)} for f in folders]}
     file = write_yaml(tmp_path / "merge.yml", document)
+    huggingface_hub.utils.enable_progress_bars()
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # not on terminals alone
     done = command_here("peft-merge", file, tmp_path / "out", "--push-to-hub", "merged", "--quiet")
-    assert done.stdout == f"Uploaded: {hub.url}/{NAME}\n", done.stderr
+    assert (done.stdout, done.stderr) == (f"Uploaded: {hub.url}/{NAME}\n", "")
+    assert not huggingface_hub.utils.are_progress_bars_disabled()
     written, found = load_adapter(tmp_path / "out"), load_adapter(NAME)
     for module in written.infos:
         assert torch.equal(written.load(module).b, found.load(module).b)

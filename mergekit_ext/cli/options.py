@@ -86,10 +86,11 @@ def merging(
         options["out_shard_size"] = ShardSizeParamType().convert(text, size, context)
         given["merge_options"] = MergeOptions(**options)
         given["merge_options"].apply_global_options()
-        with for_commands(shared=shared) as done:
+        quiet = given["merge_options"].quiet
+        with for_commands(shared=shared, quiet=quiet) as done:
             with limited(max_memory), allowing_pickles(allow_pickle):
                 following = function(**given)
-            if following and not given["merge_options"].quiet:
+            if following and not quiet:
                 done(given["out_path"], following)
 
     # mergekit's decorator is given a function of its own: its wrapper would make the stand-in's

@@ -17,6 +17,7 @@ from mergekit_ext.flexmerge.residual import Residual
 from mergekit_ext.host.checks.schema import NO_DOCUMENT, between_documents, parse, unknown_keys
 from mergekit_ext.host.flexmerge import DECOMPOSE
 from mergekit_ext.host.method import is_stock
+from mergekit_ext.io.class_model import without_bars
 from mergekit_ext.io.documents import read, text_of
 from mergekit_ext.parallel import require_one
 from peft_merge.config.document import plain
@@ -95,7 +96,7 @@ def require_merges(text: str) -> None:
 
 
 @contextmanager
-def for_commands(*, shared: bool = False) -> Iterator[Any]:
+def for_commands(*, shared: bool = False, quiet: bool = False) -> Iterator[Any]:
     """Inside a command, an error of ours is a message and exit code 2, not a traceback.
 
     Several processes are refused unless the work is `shared` by them. Yield what `reporting` does.
@@ -104,7 +105,7 @@ def for_commands(*, shared: bool = False) -> Iterator[Any]:
     if context is None:
         yield
         return
-    with reporting() as done:
+    with reporting() as done, without_bars(quiet):
         if not shared and not require_one(context.command_path):
             raise click.exceptions.Exit(0)
         yield done

@@ -75,12 +75,13 @@ def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loadin
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep transformers from showing a bar for each model that it loads."""
+def without_bars(wanted: bool = True) -> Iterator[None]:
+    """Keep transformers and huggingface_hub from showing bars of loads, downloads and uploads."""
     from transformers.utils import logging
 
-    has_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    has_bars = wanted and logging.is_progress_bar_enabled()
+    if wanted:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
