@@ -25,7 +25,7 @@ notebooks: $(VENV)/notebooks.stamp
 		--output='$(abspath $(OUT))/notebooks/{notebook_name}.ipynb'
 
 test: $(VENV)/dev.stamp
-	$(VENV)/bin/python -m pytest --numprocesses 2
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
@@ -46,7 +46,7 @@ $(VENV)/bin/python:
 
 $(VENV)/%.stamp: pyproject.toml constraints.txt mergekit_ext_autoload.pth | $(VENV)/bin/python
 	$(PIP) --editable '.[$*]'
-	touch $@
+	touch $@ $(if $(filter dev,$*),$(VENV)/examples.stamp $(VENV)/notebooks.stamp)
 
 clean:
 	rm -rf $(VENV)

@@ -24,6 +24,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("ci")
 
+# Tests that take long begin: at the end, one process would wait for another that runs them.
+_LONG = (
+    "tests/limits/",
+    "tests/examples/",
+    "tests/bench/",
+    "tests/processes/",
+    "tests/callbacks/test_everywhere.py",
+    "tests/host/test_flexmerge_killed.py",
+    "tests/host/test_stopped_merges.py",
+    "tests/test_packaging.py",
+    "tests/test_autoload.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long tests first, the rest in its order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
 
 def _devices() -> list[str]:
     found = ["cpu"]
