@@ -154,12 +154,10 @@ class CheckpointError(_ProblemsError):
 
 
 def require(
-    problems: Iterable[Problem],
-    subject: str = "this merge",
-    kind: type[_ProblemsError] = ConfigError,
+    wrong: Iterable[Problem], subject: str = "this merge", kind: type[_ProblemsError] = ConfigError
 ) -> None:
-    """Raise one error with all `problems`, if there are any."""
-    if found := list(problems):
+    """Raise one error with all that is `wrong`, if anything is."""
+    if found := list(wrong):
         raise kind(found, subject)
 
 
@@ -241,11 +239,9 @@ def warn(warning: MergeWarning) -> None:
     frame = sys._getframe()
     while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
         frame = frame.f_back
-    names, file = frame.f_globals, frame.f_code.co_filename
+    names, line = frame.f_globals, (frame.f_code.co_filename, frame.f_lineno)
     seen = names.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(
-        warning, type(warning), file, frame.f_lineno, names.get("__name__"), seen
-    )
+    warnings.warn_explicit(warning, type(warning), *line, names.get("__name__"), seen)
 
 
 class UniformCoefficientsWarning(MergeWarning):

@@ -196,13 +196,12 @@ def takes(function: Any, *arguments: str) -> bool:
     return True
 
 
-def hook_problem(
-    callback: object, hooks: Mapping[str, Sequence[str]], where: str
-) -> Problem | None:
-    """Return why an object would never be called, or could not be; None if it can.
+# Methods, with their arguments.
+Hooks = Mapping[str, Sequence[str]]
 
-    `hooks` are the methods that are called, with their arguments.
-    """
+
+def hook_problem(callback: object, hooks: Hooks, where: str) -> Problem | None:
+    """Return why an object would never be called by `hooks`, or could not be; None if it can."""
     if isinstance(callback, type):
         name = callback.__name__
         return Problem(where, f"the class {name}", f"an object of it: {name}()")
@@ -215,7 +214,7 @@ def hook_problem(
     return None
 
 
-def require_hooks(callback: object, hooks: Mapping[str, Sequence[str]], where: str) -> None:
+def require_hooks(callback: object, hooks: Hooks, where: str) -> None:
     """Raise `TypeError` for what `hook_problem` finds."""
     if problem := hook_problem(callback, hooks, where):
         raise TypeError(str(problem))

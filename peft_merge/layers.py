@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mergekit_ext.errors import join
-from peft_merge.adapter import LayoutName, ModuleInfo
+from peft_merge.adapter import LayoutName, ModuleInfo, Shape
 
 # By the end of a class's name. PEFT expects a classifier that is saved whole with other tasks.
 _LANGUAGE = ("ForCausalLM", "LMHeadModel")
@@ -134,9 +134,7 @@ def layers_of(model: Any) -> dict[str, Layer]:
     }
 
 
-def configuration(
-    model: Any, units: Sequence[Unit], base: str, saved: Sequence[str]
-) -> dict[str, Any]:
+def config_of(model: Any, units: Sequence[Unit], base: str, saved: Sequence[str]) -> dict[str, Any]:
     """Return the fields of adapter_config.json that modules and ranks do not decide.
 
     Of units of `model`, and of modules that are `saved` whole.
@@ -210,11 +208,7 @@ def _calls(module: nn.Module, *kinds: Any) -> bool:
 
 
 def _layer(
-    layout: LayoutName,
-    stored: tuple[int, ...],
-    transposed: bool,
-    bias: bool = False,
-    kernel: tuple[int, ...] = (),
+    layout: LayoutName, stored: Shape, transposed: bool, bias: bool = False, kernel: Shape = ()
 ) -> Layer:
     count, rows, columns = stored
     if transposed:

@@ -40,6 +40,8 @@ VECTOR_SPACES = ("additive", "log")
 
 
 _with_nan = cache(with_nan)
+# Is called with the module's name, and a solver's iteration, objective and change.
+OnIteration = Callable[[str, int, float, float], None]
 
 
 def rules() -> Mapping[str, Method]:
@@ -59,10 +61,7 @@ class Piece:
 
 
 def merge_modules(
-    plan: Any,
-    rule: Method,
-    resolve: Callable[[str], Call],
-    on_iteration: Callable[[str, int, float, float], None] | None = None,
+    plan: Any, rule: Method, resolve: Callable[[str], Call], on_iteration: OnIteration | None = None
 ) -> Iterator[tuple[str, Piece]]:
     """Yield every module that some adapter has, merged as `merge_module` does, in order.
 
@@ -91,11 +90,7 @@ def small(
 
 
 def merge_module(
-    plan: Any,
-    module: str,
-    rule: Method,
-    settings: Call,
-    on_iteration: Callable[[str, int, float, float], None] | None = None,
+    plan: Any, module: str, rule: Method, settings: Call, on_iteration: OnIteration | None = None
 ) -> Piece:
     """Merge one module that some of m adapters has.
 
@@ -108,7 +103,6 @@ def merge_module(
             lossless for rotation-invariant rules and in the small spaces, otherwise the sum of the
             input ranks); and `dtype` (None: the adapters' own, promoted where they differ).
         settings: weights (NAN's coefficients multiplied in) and parameters.
-        on_iteration: called with the module's name and a solver's iteration, objective and change.
 
     Raises:
         NonFiniteError: an input holds NaN or infinity; it names module, factor and adapter.

@@ -108,7 +108,7 @@ class AdaptedWeights:
             if isinstance(self.adapter, LoraAdapter):
                 tensor = _added(self.adapter, module, tensor, transposed)
             else:
-                tensor = _multiplied(self.adapter, module, tensor, transposed)
+                tensor = _scaled(self.adapter, module, tensor, transposed)
         result = tensor.to(dtype)
         if result is not given and not all_finite(result) and all_finite(given):
             raise MergeError(
@@ -131,9 +131,7 @@ def _added(adapter: LoraAdapter, module: str, tensor: Tensor, transposed: bool |
     return add_products(stack, left, right, update.scale).reshape(tensor.shape)
 
 
-def _multiplied(
-    adapter: Ia3Adapter, module: str, tensor: Tensor, transposed: bool | None
-) -> Tensor:
+def _scaled(adapter: Ia3Adapter, module: str, tensor: Tensor, transposed: bool | None) -> Tensor:
     vector = finite(adapter.load(module), module, adapter.name).flatten().to(tensor)
     if transposed is None:
         return tensor * vector

@@ -95,11 +95,8 @@ def working(copies: float, unit: int, models: int, piece: int, threads: int) -> 
     `unit` are its bytes in float32 (float64 if an input is), `piece` those that a kernel takes at
     once which works in pieces; the base is none of the `models`.
     """
-    pieces = max(2 * models + 16, 3 * threads)
-    return {
-        f"{math.ceil(copies)} copies of it": math.ceil(copies * unit),
-        "pieces": pieces * min(unit, piece),
-    }
+    pieces = max(2 * models + 16, 3 * threads) * min(unit, piece)
+    return {f"{math.ceil(copies)} copies of it": math.ceil(copies * unit), "pieces": pieces}
 
 
 @contextmanager

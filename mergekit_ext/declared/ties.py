@@ -86,6 +86,7 @@ class _Change:
 
 
 _Prepare = Callable[[_Change], Sparsified]
+_Add = Callable[[Sequence[Tensor], Call], Tensor]
 
 
 def _keeping(cut: Cut) -> Sparsified:
@@ -153,7 +154,7 @@ def _options(call: Call, elect: bool, rescale: bool = False) -> TiesOptions:
     return TiesOptions(elect, bool(call.options["normalize"]), rescale, call.options["lambda"])
 
 
-def _sum(elect: bool) -> Callable[[Sequence[Tensor], Call], Tensor]:
+def _sum(elect: bool) -> _Add:
     def add(deltas: Sequence[Tensor], call: Call) -> Tensor:
         start, everything = torch.zeros_like(deltas[0]), [1.0] * len(deltas)
         return merge_ties(start, deltas, call.weights, everything, _options(call, elect))
@@ -175,12 +176,7 @@ def _agreeing_mean(tensors: Sequence[Tensor], call: Call) -> Tensor:
     return total.div_(count.clamp_(min=1))
 
 
-def _rows(
-    prepare: _Prepare,
-    add: Callable[[Sequence[Tensor], Call], Tensor],
-    rescale: bool | None,
-    sums: bool,
-) -> Rows:
+def _rows(prepare: _Prepare, add: _Add, rescale: bool | None, sums: bool) -> Rows:
     """Return the function that merges rows of all changes, some at a time.
 
     `rescale` is None where an option says it. If `sums`, the weights of all changes are divided by

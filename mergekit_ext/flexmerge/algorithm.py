@@ -107,15 +107,13 @@ class Algorithm(ABC):
             MergeError: the method refuses its parameters or these tensors.
         """
         if AUTO not in self.parameters.shared.values():
-            return self._thinned_merge(block, members, dtype)
+            return self._thin_merge(block, members, dtype)
         models = [block.models[member] for member in members]
-        wide = self._thinned_merge(block, members, compute_dtype([block.base, *models]))
+        wide = self._thin_merge(block, members, compute_dtype([block.base, *models]))
         length, *norms = norms_of([wide, *models], block.base)
         return calibrated(wide, length, models, norms, block.base, dtype, self.orthogonal)[0]
 
-    def _thinned_merge(
-        self, block: BlockData, members: Sequence[int], dtype: torch.dtype
-    ) -> Tensor:
+    def _thin_merge(self, block: BlockData, members: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self._thins is None:
             return self._merge(block, members, dtype)
         relative = self._thinned(block, members)

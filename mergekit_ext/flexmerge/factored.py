@@ -82,9 +82,8 @@ def _writes(name: str) -> bool:
     """Return whether an operation of that name is one in place, or assigns."""
     if not name.endswith("__"):
         return name.endswith("_")
-    return name in ("__set__", "__setitem__") or (
-        name[2] == "i" and hasattr(Tensor, "__" + name[3:])
-    )
+    in_place = name[2] == "i" and hasattr(Tensor, "__" + name[3:])
+    return in_place or name in ("__set__", "__setitem__")
 
 
 class Leaf(torch.nn.Module):

@@ -54,11 +54,7 @@ class StoredFile:
 
 
 def regular_file(
-    root: Path,
-    path: str,
-    sha256: str | None = None,
-    length: int | None = None,
-    verify: bool = False,
+    root: Path, path: str, sha256: str | None = None, count: int | None = None, verify: bool = False
 ) -> Path:
     """Return the file that `path` names inside of `root`, a resolved folder, links resolved.
 
@@ -78,8 +74,8 @@ def regular_file(
             remedy = "Do not use the checkpoint unless you know who made it."
         elif not stat.S_ISREG(mode):
             found, expected = "something that is not a file", "a regular file"
-        elif length not in (None, size):
-            found, expected = f"{size} bytes", f"{length} bytes"
+        elif count not in (None, size):
+            found, expected = f"{size} bytes", f"{count} bytes"
         elif (blob or verify) and (content := digest_of(resolved, start)) != digest:
             found, expected = f"{'Git digest' if git else 'SHA-256'} {content}", digest
         else:

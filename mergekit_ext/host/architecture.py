@@ -12,12 +12,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mergekit.architecture import (
-    ModelArchitecture,
-    ModuleArchitecture,
-    ModuleDefinition,
-    WeightInfo,
-)
+from mergekit.architecture import ModelArchitecture, ModuleArchitecture, WeightInfo
+from mergekit.architecture.base import ModuleDefinition
 from mergekit.common import get_config_value
 
 from mergekit_ext.host.blocks import Layer, blocks_of, layer_of

@@ -25,8 +25,8 @@ from mergekit_ext.errors import listing
 from mergekit_ext.host.checks.models import ModelFacts, read_tensors
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.inputs import cached_folder, donor_first, fetch_modules
+from mergekit_ext.host.naming import Headers
 from mergekit_ext.host.tasks import MergeTensorTask
-from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.model_files import (
     MODULES,
     companions,
@@ -98,9 +98,7 @@ def _folders(facts: Mapping[Any, ModelFacts], options: Any) -> dict[Any, Path]:
     return found
 
 
-def _headers(
-    fact: ModelFacts, folder: Path, findings: Findings
-) -> dict[str, dict[str, TensorHeader]]:
+def _headers(fact: ModelFacts, folder: Path, findings: Findings) -> dict[str, Headers]:
     names = [name for name in module_weights(folder) if not name.endswith(".index.json")]
     return {name: read_tensors(folder / name, fact.where, findings) or {} for name in names}
 

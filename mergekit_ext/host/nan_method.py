@@ -49,6 +49,7 @@ RANGES = {p.name: p.kind for p in (DENSITY, GAMMA, EPSILON)}
 # set: it is no ParameterSpec.
 NORMS = "nan:norms"
 
+_Weights = Mapping[Hashable, float]
 # A merged task vector below this share of the dtype's range cannot take a base out of it.
 _SAFE_RANGE = 1e-3
 _RESERVED = frozenset(p.name for p in _SHARED)
@@ -293,7 +294,7 @@ class NanMethod(ExtMethod):
 def _weighted(
     method: MergeMethod | None,
     group: TensorGroup,
-    weights: Mapping[Hashable, float],
+    weights: _Weights,
     scale: float,
     parameters: Values,
     dtype: torch.dtype,
@@ -342,11 +343,7 @@ def _in_pieces(method: MergeMethod | None) -> bool:
 
 
 def _summed(
-    group: TensorGroup,
-    weights: Mapping[Hashable, float],
-    scale: float,
-    dtype: torch.dtype,
-    squares: list[float],
+    group: TensorGroup, weights: _Weights, scale: float, dtype: torch.dtype, squares: list[float]
 ) -> Tensor:
     """Return task arithmetic over a base, or else a weighted average."""
     tensors = [entry.tensor for entry in group.non_base]

@@ -60,18 +60,16 @@ def _has_head_of_its_own(tensors: dict[str, TensorHeader]) -> bool:
     return False
 
 
-def following_layers(
-    stock: Callable[..., Any], config: Any, *arguments: Any, **options: Any
-) -> Any:
+def following_layers(stock: Callable[..., Any], config: Any, *given: Any, **options: Any) -> Any:
     """Extend ``_model_out_config``, which sets the number of layers only.
 
     The configuration is that of the donor, without quantisation. Lists with a value for each
     layer, such as ``layer_types``, follow the slices.
     """
     config = config.model_copy(update={"base_model": donor_of(config)})
-    out = stock(config, *arguments, **options)
+    out = stock(config, *given, **options)
     detach(out)
-    if taken := list(_layers(config, *arguments, **options)):
+    if taken := list(_layers(config, *given, **options)):
         first = taken[0][0]
         for name, value in first.to_dict().items():
             # Of one layer a list may be anything.

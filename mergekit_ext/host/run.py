@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext import parallel
-from mergekit_ext.core.parameters import AUTO
+from mergekit_ext.core.parameters import AUTO, Values
 from mergekit_ext.declared.method import factor_of_snapshots
 from mergekit_ext.errors import ConfigError, MergekitExtError, MergeWarning, Problem, require, warn
 from mergekit_ext.host import identity
@@ -23,7 +23,7 @@ from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.architecture import Settled, settling
 from mergekit_ext.host.checks.estimate import predicted
 from mergekit_ext.host.checks.layout import models_at
-from mergekit_ext.host.checks.merge import check_merge, models_of_stock
+from mergekit_ext.host.checks.merge import check_merge, check_stock
 from mergekit_ext.host.commands import for_commands, parsed, source_of
 from mergekit_ext.host.companions import completed
 from mergekit_ext.host.flexmerge import FlexMergeMethod
@@ -145,7 +145,7 @@ def extended(
         # What mergekit downloads is looked at by mergekit.
         if adapted or all(os.path.isdir(model.model.path) for model in models):
             with for_commands():
-                report, checked = models_of_stock(merge_config, options)
+                report, checked = check_stock(merge_config, options)
                 found = checked.settled
                 if adapted:
                     require(report.problems)
@@ -180,12 +180,7 @@ def _forget_loaders() -> None:
 
 
 def snapshot_merge(
-    method: str,
-    models: Sequence[Path],
-    base: Path | None,
-    parameters: Mapping[str, Any],
-    device: str,
-    seed: int,
+    method: str, models: Sequence[Path], base: Path | None, given: Values, device: str, seed: int
 ) -> tuple[dict[str, Any], MergeOptions]:
     """Return configuration and options of a merge of saved models.
 
@@ -206,7 +201,7 @@ def snapshot_merge(
     document: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": os.fspath(model)} for model in models],
-        "parameters": {**defaults, **parameters},
+        "parameters": {**defaults, **given},
     }
     if base is not None:
         document["base_model"] = os.fspath(base)

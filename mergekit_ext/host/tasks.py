@@ -46,12 +46,10 @@ class MergeTensorTask(ExecuteMergeMethodTask):
     copies: bool = False
 
     @classmethod
-    def of(
-        cls, task: ExecuteMergeMethodTask, seed: int | None, **changed: Any
-    ) -> "MergeTensorTask":
-        """Return mergekit's task as one of ours, with other values of the fields in `changed`."""
+    def of(cls, task: ExecuteMergeMethodTask, seed: int | None, **given: Any) -> "MergeTensorTask":
+        """Return mergekit's task as one of ours, with values that are `given` for its fields."""
         fields = {name: getattr(task, name) for name in type(task).model_fields}
-        return cls.model_construct(**{**fields, "seed": seed or 0, **changed})
+        return cls.model_construct(**{**fields, "seed": seed or 0, **given})
 
     @classmethod
     def copying(cls, task: ExecuteMergeMethodTask, model: ModelReference) -> "MergeTensorTask":
@@ -64,9 +62,7 @@ class MergeTensorTask(ExecuteMergeMethodTask):
             only = gather.model_copy(update={"gather_tensors": only})
         return cls.of(task, None, gather_tensors=only, model_order=(model,), copies=True)
 
-    def execute(
-        self, tensors: dict[ModelReference, torch.Tensor], **_kwargs: Any
-    ) -> torch.Tensor | None:
+    def execute(self, tensors: dict[ModelReference, torch.Tensor], **_: Any) -> torch.Tensor | None:
         """Merge as mergekit does; `MergeError` if tensors without a mean differ."""
         started, name = time.perf_counter(), self.output_weight.name
         merged = self._copied(tensors) if self.copies else self._merged(tensors)

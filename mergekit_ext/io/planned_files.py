@@ -51,10 +51,8 @@ def write_index(
     """Write the index of a checkpoint as transformers does, of named files and their tensors."""
     placed = [(entry, name) for name, entries in files for entry in entries]
     total = sum(entry.nbytes for entry, _ in placed)
-    content = {
-        "metadata": {"total_size": total, **metadata},
-        "weight_map": {entry.name: name for entry, name in placed},
-    }
+    weights = {entry.name: name for entry, name in placed}
+    content = {"metadata": {"total_size": total, **metadata}, "weight_map": weights}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
 

@@ -22,9 +22,7 @@ def norms_of(tensors: Sequence[Tensor], base: Tensor) -> list[float]:
     return [math.sqrt(square) for square in squared_norms(tensors, base)]
 
 
-def auto_factor(
-    merged: float, norms: Sequence[float], total: float, orthogonal: bool = False
-) -> float:
+def auto_factor(merged: float, norms: Sequence[float], total: float, orthogonal: bool) -> float:
     """Return the factor of a merged vector; 1 if it is zero. `total` is the norm of the sum."""
     count = sum(norm > 0 for norm in norms) or 1
     wanted = math.hypot(math.fsum(norms), total) / count / math.sqrt(2)

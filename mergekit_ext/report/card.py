@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 CARD, REPORT_NAME = "README.md", "merge_report.json"
+# What is said of each tensor or task.
+_Records = Mapping[str, Mapping[str, Any]]
 # By what follows "For" in the name of a class of transformers.
 _PIPELINES = {
     "CausalLM": "text-generation",
@@ -62,9 +64,7 @@ def method_section(parameters: str, paper: str) -> str:
     return "\n\n".join([*parts, *(f"### Citation\n\n```bibtex\n{one}\n```" for one in cited)])
 
 
-def write_report(
-    folder: Path, method: str, tensors: Mapping[str, Mapping[str, Any]], seed: int, **more: Any
-) -> None:
+def write_report(folder: Path, method: str, tensors: _Records, seed: int, **more: Any) -> None:
     """Write the report of a merge into `folder`; `tensors` is what the method says of each."""
     content = {"format_version": 1, "method": method, "seed": seed, **more, "tensors": tensors}
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -83,9 +83,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def coefficients_section(
-    tensors: Mapping[str, Mapping[str, Any]], kind: Callable[[str], str]
-) -> str:
+def coefficients_section(tensors: _Records, kind: Callable[[str], str]) -> str:
     """Return NAN's coefficients: mean and range over the tensors of each kind of block."""
     # A kind has a row for each set of models that its slices take.
     groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
@@ -110,7 +108,7 @@ def _mean_of(values: Sequence[float]) -> str:
     return f"{fmean(values):.4f}" + (f" ({low:.4f} to {high:.4f})" if high > low else "")
 
 
-def solver_section(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+def solver_section(tensors: _Records) -> str:
     """Return how LoRE's solver ended: convergence, iterations, ranks and singular values."""
     solved = {name: d for name, d in tensors.items() if d.get("iterations")}
     if not solved:
@@ -174,9 +172,7 @@ def _numbered(names: Sequence[str]) -> str:
 
 
 def flexmerge_section(
-    size: Mapping[str, float],
-    tasks: Sequence[tuple[str, bool]],
-    kinds: Mapping[str, tuple[int, int]],
+    size: Mapping[str, float], tasks: Sequence[tuple[str, bool]], kinds: dict[str, tuple[int, int]]
 ) -> str:
     """Return size, tasks, and how many copies of each kind of block are stored.
 
@@ -206,7 +202,7 @@ def flexmerge_section(
     return "\n\n".join([*parts, table(["blocks", "number", "mean copies"], rows)])
 
 
-def residual_section(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+def residual_section(tasks: _Records) -> str:
     """Return what is kept of each task: its ``bytes``, ``ranks`` and relative ``error``."""
     rows = [
         [name, " / ".join(map(str, found["ranks"])), f"{found['bytes']:,}", f"{found['error']:.4f}"]

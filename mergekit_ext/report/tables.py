@@ -19,6 +19,8 @@ from mergekit_ext.errors import MergekitExtError, shown
 Scores = Mapping[str, Mapping[str, float]]
 CURVE_FORMAT = 1
 Rows = Sequence[Mapping[str, Any]]
+# Of each task, by its first model.
+Metrics = dict[str, set[str]]
 # The metric of a function that returns one number.
 SCORE = "score"
 _PACKAGE = Path(__file__).parents[1]
@@ -37,11 +39,7 @@ class EvaluationError(MergekitExtError, ValueError):
 
 
 def scores_of(
-    evaluate: Callable[[Any, str], Any],
-    model: Any,
-    task: str,
-    what: str,
-    metrics: dict[str, set[str]],
+    evaluate: Callable[[Any, str], Any], model: Any, task: str, what: str, metrics: Metrics
 ) -> dict[str, float]:
     """Return what a user's function finds, as `checked_scores`; `EvaluationError` if it raises."""
     try:
@@ -51,9 +49,7 @@ def scores_of(
     return checked_scores(returned, task, what, metrics)
 
 
-def checked_scores(
-    returned: Any, task: str, what: str, metrics: dict[str, set[str]]
-) -> dict[str, float]:
+def checked_scores(returned: Any, task: str, what: str, metrics: Metrics) -> dict[str, float]:
     """Return the scores of one model by metric; errors call it `what`.
 
     Refuse what is no finite number and no mapping to finite numbers, and other metrics than those

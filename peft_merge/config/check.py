@@ -162,15 +162,12 @@ def _adapters(request: Request, found: list[Problem]) -> list[Adapter]:
     adapters = []
     for item in request.inputs:
         try:
-            if isinstance(item.source, Adapter):
-                adapter = replace(item.source, name=item.name or item.source.name)
+            source, pickle = item.source, request.allow_pickle
+            if isinstance(source, Adapter):
+                adapter = replace(source, name=item.name or source.name)
             else:
-                adapter = load_adapter(
-                    item.source,
-                    name=item.name,
-                    revision=item.revision,
-                    allow_pickle=request.allow_pickle,
-                )
+                own = {"name": item.name, "revision": item.revision}
+                adapter = load_adapter(source, allow_pickle=pickle, **own)
         except ConfigError as error:
             found += [
                 replace(problem, where=f"{item.where}.name") if problem.where == "name" else problem

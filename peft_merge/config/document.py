@@ -119,27 +119,25 @@ def read(
     return request, repeated + problems
 
 
-def request_of(
-    document: Mapping[str, Any], models: str = "models"
-) -> tuple[Request, list[Problem]]:
-    """Return the request of a document, and what is wrong with its form.
+def request_of(content: Mapping[str, Any], models: str = "models") -> tuple[Request, list[Problem]]:
+    """Return the request of a document's content, and what is wrong with its form.
 
     Messages call the list of adapters `models`.
     """
     problems: list[Problem] = []
-    entries = document.get("models")
+    entries = content.get("models")
     if not isinstance(entries, list) or not entries:
         expected = "a list of one adapter at least"
         problems.append(Problem(models, shown(entries), expected, "List the adapters to merge."))
         entries = []
-    _check_keys(document, _KEYS, "", problems)
-    base = document.get("base_model")
+    _check_keys(content, _KEYS, "", problems)
+    base = content.get("base_model")
     inputs = [_input(entry, join(models, i), base, problems) for i, entry in enumerate(entries)]
     request = Request(
-        method=document.get("merge_method"),
+        method=content.get("merge_method"),
         inputs=tuple(item for item in inputs if item is not None),
-        parameters=_mapping(document.get("parameters"), "parameters", problems),
-        **{key: document[key] for key in _OPTIONS if document.get(key) is not None},
+        parameters=_mapping(content.get("parameters"), "parameters", problems),
+        **{key: content[key] for key in _OPTIONS if content.get(key) is not None},
     )
     return request, problems
 

@@ -30,7 +30,7 @@ from peft_merge.config.check import DEVICE
 from peft_merge.extraction.plan import FullModel, Plan, planned
 from peft_merge.io.merged import adapter_of
 from peft_merge.io.write import PATTERNS, state_dict
-from peft_merge.layers import Unit, configuration
+from peft_merge.layers import Unit, config_of
 from peft_merge.merge import MergedAdapter
 from peft_merge.report import FORMAT_VERSION, summary
 
@@ -149,7 +149,7 @@ class _Extraction:
         trained = [] if lora_bias else biases  # biases of the base
         tensors = {t: finite(model.headers[t].load(), t, model.name) for t in (*saved, *trained)}
         kind = empty_model(model.config)
-        config = configuration(kind, plan.units, plan.base.name, [*plan.whole])
+        config = config_of(kind, plan.units, plan.base.name, [*plan.whole])
         config |= {"revision": plan.base.revision, "bias": "lora_only" if trained else "none"}
         loads = {t: partial(tensors.__getitem__, t) for t in tensors}
         adapter = adapter_of(name, infos, values.__getitem__, config, loads)

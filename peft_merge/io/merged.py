@@ -75,7 +75,7 @@ def adapter_of(
     """Make a LoRA of changes that come from no adapter: of those in `infos`, as they are stored.
 
     `stated` are the fields of its configuration that modules and ranks do not decide
-    (`peft_merge.layers.configuration`).
+    (`peft_merge.layers.config_of`).
     """
     given, tied = LoraAdapter(name, stated, infos, load, saved), "ensure_weight_tying"
     return replace(given, config=lora_configuration(infos, [given], saved) | {tied: stated[tied]})

@@ -117,12 +117,7 @@ def open_folder(folder: Path, allow_pickle: bool) -> Tensors:
 
 
 def of_memory(
-    name: str,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    where: str,
-    *,
-    live: bool = False,
+    name: str, config: dict[str, Any], tensors: dict[str, Tensor], where: str, *, live: bool = False
 ) -> Adapter:
     """Return an adapter of tensors under PEFT's names, which are not copied; see `parse`."""
     require(field_problems(config, where), where)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ext.core.parameters import Values
 from mergekit_ext.errors import MergeError
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.io.staging import new_folder
@@ -135,10 +136,7 @@ PATTERNS = (
 
 
 def card_of(
-    adapter: Adapter,
-    merge_config: str | None,
-    report: Mapping[str, Any] | None,
-    example: Sequence[str] = (),
+    adapter: Adapter, merge_config: str | None, report: Values | None, example: Sequence[str] = ()
 ) -> str:
     """Return README.md: metadata as the Hub wants it, what was merged, and how to load it."""
     kind, tag = ("LoRA", "lora") if isinstance(adapter, LoraAdapter) else ("(IA)³", "ia3")

@@ -76,27 +76,23 @@ class ModelLoader:
 
 
 def open_model(
-    reference: Any,
-    base: Any,
-    config: Any,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
+    model: Any, base: Any, config: Any, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Any:
     """Return the loader of a `ModelReference`, from that of its base: itself if nothing changes.
 
     Raises `ConfigError` if the model cannot be dequantised, or the adapter not applied exactly.
     """
     quantisation = detach(config)
-    if quantisation is None and not applies(reference):
+    if quantisation is None and not applies(model):
         return base
     base = getattr(base, "base", base)  # which may be an input by itself
     folder = Path(base.index.base_path)
     try:
         headers = dequantised(read_folder(folder, allow_pickle=True), quantisation, folder)
-        adapted = applies(reference)
-        weights = fit(read_adapter(reference.lora), headers, config) if adapted else None
+        adapted = applies(model)
+        weights = fit(read_adapter(model.lora), headers, config) if adapted else None
     except ConfigError as error:
-        raise ConfigError(error.problems, str(reference)) from None
+        raise ConfigError(error.problems, str(model)) from None
     return ModelLoader(base, headers, weights, device, dtype)
 
 

@@ -65,9 +65,7 @@ def check_merge(
     return findings.report(costs), inventory
 
 
-def models_of_stock(
-    config: MergeConfiguration, options: MergeOptions
-) -> tuple[CheckReport, Inventory]:
+def check_stock(config: MergeConfiguration, options: MergeOptions) -> tuple[CheckReport, Inventory]:
     """Check what a merge by mergekit itself reads and would write, and none of its parameters."""
     with quiet():
         method = merge_methods.get(config.merge_method)

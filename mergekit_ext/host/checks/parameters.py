@@ -109,37 +109,35 @@ class _Check:
             expected = f"inputs that `{self.name}` takes ({reason})"
             self.findings.problem(group.where, found, expected, "Add or take out models.")
 
-    def written(
-        self, group: Group, source: Source | None, path: str, name: str, value: Any
-    ) -> None:
+    def written(self, group: Group, source: Source | None, at: str, name: str, value: Any) -> None:
         """Check one parameter in the mapping of `source`, or of the whole group."""
         before, spec, tensors = self.findings.count, self.specs.get(name), self.tensors
         whole = spec.scope == ParameterScope.SHARED if spec else name in OF_MERGES
         if whole and source is not None:
             found = "a parameter of the whole merge under one model, where it is not read"
             remedy = f"Move `{name}:` to the `parameters:` of the top level."
-            self.findings.problem(path, found, "it beside the models", remedy)
+            self.findings.problem(at, found, "it beside the models", remedy)
         elif spec is None and not whole:
             found = f"a parameter that `{self.name}` does not have"
             known = ", ".join(sorted(self.specs))
             expected = f"one of {known}" if known else "no parameters at all"
             remedy = did_you_mean(name, {*self.specs, *OF_MERGES}, listed=True)
-            self.findings.problem(path, found, expected, remedy)
+            self.findings.problem(at, found, expected, remedy)
         if spec is None:  # `settle_copies` checks those of any merge
             return
         if spec.scope == ParameterScope.NON_BASE and source and source.model == group.base:
-            self.findings.warn(f"{path} has no effect: {source.model} is the base of the merge.")
+            self.findings.warn(f"{at} has no effect: {source.model} is the base of the merge.")
         if value == []:
             remedy = "Fill it in, or remove the parameter."
-            self.findings.problem(path, "an empty list", "at least one value", remedy)
-        for where, leaf, text in _leaves(value, path):
+            self.findings.problem(at, "an empty list", "at least one value", remedy)
+        for where, leaf, text in _leaves(value, at):
             if wrong := unfit(spec.validate, leaf):
                 self.findings.problem(where, shown(leaf), *wrong)
             if text and text != "*" and tensors and not any(text in tensor for tensor in tensors):
                 found = f"the filter {text!r} matches no tensor of the merge"
-                self.findings.note(f"{path}: {found} (names look like {min(tensors)}).")
+                self.findings.note(f"{at}: {found} (names look like {min(tensors)}).")
         if self.findings.count > before:
-            self.wrong.add(path)
+            self.wrong.add(at)
 
     def required(self, group: Group) -> None:
         """Report required parameters that neither a group nor one of its inputs is given."""

@@ -31,7 +31,7 @@ from mergekit_ext.kernels.numerics import finite
 from peft_merge.adapter import LoraAdapter, Update, cast
 from peft_merge.io.merged import adapter_of
 from peft_merge.io.write import PATTERNS, page
-from peft_merge.layers import Unit, configuration, owner_of, units_of
+from peft_merge.layers import Unit, config_of, owner_of, units_of
 
 FOLDER = "base"  # of the base
 # Of each adapter.
@@ -242,7 +242,7 @@ def adapter_of_task(
         return Update(a, b, 1.0, bias).filled(info.rank).cast(info.dtype, name)
 
     saved = {called: partial(whole, name) for called, name in forms.saved(task).items()}
-    stated = configuration(forms.models[task], units, base, [*dict.fromkeys(map(owner_of, saved))])
+    stated = config_of(forms.models[task], units, base, [*dict.fromkeys(map(owner_of, saved))])
     return adapter_of(name_of, infos, update, stated, saved)
 
 

@@ -52,20 +52,15 @@ from peft_merge.io.write import card_of, fill_folder
 class Engine:
     """Analyses once, then plans and writes any size. All processes make the same calls.
 
-    Earlier analyses are looked for in the folder `analyses_in`; the session gets the events, and
+    Earlier analyses are looked for in the folder `beside`; the session gets the events, and
     its journal holds what is finished. Decompositions lie in `scratch` meanwhile.
     """
 
     def __init__(
-        self,
-        prepared: Prepared,
-        reader: BlockReader,
-        analyses_in: Path,
-        session: Session,
-        scratch: Path,
+        self, prepared: Prepared, reader: BlockReader, beside: Path, session: Session, scratch: Path
     ):
         self.prepared, self.reader, self.layout = prepared, reader, reader.layout
-        self._analyses_in, self._session, self._scratch = analyses_in, session, scratch
+        self._beside, self._session, self._scratch = beside, session, scratch
         self._subject = analysis_file.subject_of(reader)
         self.seed: int = prepared.options.random_seed or 0
         self._distances: dict[str, Mapping[str, Distance]] = {}
@@ -75,7 +70,7 @@ class Engine:
         """That of an earlier run on the same files, or a new one."""
         densities, layout = self.prepared.algorithm.densities, self.layout
         found = parallel.current().from_main(
-            lambda: analysis_file.find(self._analyses_in, self._subject, layout)
+            lambda: analysis_file.find(self._beside, self._subject, layout)
         )
         if found is not None and (densities is None or tuple(densities) in found.cuts):
             return found
@@ -119,24 +114,19 @@ class Engine:
         if not isinstance(storage, ResidualStorage):
             return None
         finished = self._finished("residuals", self._acting, str(self.prepared.forced))
-        measuring = partial(self._measuring, len(self.layout.blocks))
-        return Decomposition(
-            self.reader, storage, self._scratch, self._measured, measuring, finished
-        )
+        counted = partial(self._measuring, len(self.layout.blocks))
+        return Decomposition(self.reader, storage, self._scratch, self._measured, counted, finished)
 
     def write(self, folder: Path, plan: Plan) -> Manifest:
         """Write one size into an empty folder, without configurations and cards."""
         base, *models = map(str, self.prepared.references)
+        maker = f"mergekit-ext {metadata.version('mergekit-ext')}"
         manifest = write_checkpoint(
             folder,
             self.reader,
             plan,
             self.merging,
-            {
-                "generator": f"mergekit-ext {metadata.version('mergekit-ext')}",
-                "method": self._settings,
-                "base_model": base,
-            },
+            {"generator": maker, "method": self._settings, "base_model": base},
             models,
             shard_size=self.prepared.options.out_shard_size,
             merged=self._merged,

@@ -183,11 +183,7 @@ def _task_names(
 
 
 def _read_models(
-    config: Any,
-    sources: Sequence[Source],
-    options: Any,
-    findings: Findings,
-    pending: Collection[str],
+    config: Any, tasks: Sequence[Source], options: Any, findings: Findings, pending: Collection[str]
 ) -> dict[Any, ModelFacts]:
     facts, reported = {}, set()
     for model, where in models_at(config).items():
@@ -208,7 +204,7 @@ def _read_models(
         if fact.tensors is None and not fact.pending and model not in reported:
             found, remedy = f"{model}, whose tensors are not known", "Download the model first."
             findings.problem(fact.where, found, "a folder with weights", remedy)
-    check_copied_modules({s.model: facts[s.model] for s in sources}, options, findings)
+    check_copied_modules({task.model: facts[task.model] for task in tasks}, options, findings)
     return facts
 
 

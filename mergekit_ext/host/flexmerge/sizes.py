@@ -32,6 +32,7 @@ from mergekit_ext.report import tables
 ALL = "all"
 # From a module and the name of its task to its scores.
 Evaluate = Callable[[Any, str], Mapping[str, float] | float]
+Sizes = Sequence[float | str]
 
 
 class Curve(NamedTuple):
@@ -64,7 +65,7 @@ def sizes(
     config: Any,
     out: str | os.PathLike[str],
     options: MergeOptions | None = None,
-    sizes: Sequence[float | str] | None = None,
+    sizes: Sizes | None = None,
     algorithms: Sequence[str] = (),
     evaluate: Evaluate | None = None,
     metric: str | None = None,
@@ -148,11 +149,11 @@ def sizes(
 def _prepared(
     config: Any,
     folder: Path,
-    options: MergeOptions,
+    options: Any,
     algorithms: Sequence[str],
-    sizes: Sequence[float | str] | None,
+    sizes: Sizes | None,
     scored: bool,
-) -> tuple[dict[str, Prepared], Sequence[float | str]]:
+) -> tuple[dict[str, Prepared], Sizes]:
     """Return a prepared merge for each algorithm, and the sizes, which all of them may have."""
     sizes = None if sizes is None else list(map(_size, sizes))
     found = prepare_tables(config, folder, options, algorithms).items()
@@ -247,16 +248,12 @@ def _line(
             changed = walk.go(plan)
             engine.reached(plan)
             if changed or number == 0:
-                what = f"`{name}` at size {size.models:.4g}"
+                what, forced = f"`{name}` at size {size.models:.4g}", engine.prepared.forced
                 scores = {
                     task: evaluator.score(
-                        folders[index],
-                        walk.tensors(index),
-                        task,
-                        f"{task}, {what}",
-                        engine.prepared.forced,
+                        home, walk.tensors(index), task, f"{task}, {what}", forced
                     )
-                    for index, task in enumerate(scores)
+                    for index, (task, home) in enumerate(zip(scores, folders, strict=True))
                 }
             else:  # no merge in between: the same models
                 evaluator.bar.update(len(scores))
@@ -264,7 +261,7 @@ def _line(
 
 
 def _asked(
-    name: str, planner: Planner, sizes: Sequence[float | str], notes: list[str]
+    name: str, planner: Planner, sizes: Sizes, notes: list[str]
 ) -> list[tuple[float, float]]:
     """Return what is asked for and what is planned for it, from large to small.
 
