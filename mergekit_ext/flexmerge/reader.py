@@ -25,6 +25,7 @@ from mergekit_ext.flexmerge.files import StoredFile, regular_file
 from mergekit_ext.flexmerge.layout import FLOATING
 from mergekit_ext.flexmerge.manifest import FILE_NAME, Manifest, ShardFile, read_manifest
 from mergekit_ext.flexmerge.stored import Made, MaskedTensor, Place, ResidualTensor, sources, stored
+from mergekit_ext.io.documents import StrPath
 from mergekit_ext.io.headers import TensorHeader
 from mergekit_ext.io.hub import folder_of
 from mergekit_ext.io.model_files import classes_of, companions
@@ -33,9 +34,7 @@ from mergekit_ext.io.staging import new_folder
 from mergekit_ext.report.card import CARD, model_card
 
 
-def located(
-    path: str | os.PathLike[str], task: str | None = None, revision: str | None = None
-) -> Path:
+def located(path: StrPath, task: str | None = None, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint; one on the Hub is downloaded, or what a task needs of it.
 
     Raises:
@@ -52,9 +51,7 @@ def located(
         raise CheckpointError(error.problems, os.fspath(path)) from None
 
 
-def open_checkpoint(
-    folder: str | os.PathLike[str], verify: bool = False, task: str | None = None
-) -> "Checkpoint":
+def open_checkpoint(folder: StrPath, verify: bool = False, task: str | None = None) -> "Checkpoint":
     """Check a checkpoint, or what a `task` needs of it; open its files, warn of copies of them.
 
     With `verify` every file is compared with its digest, those in the tasks' folders too.
@@ -80,7 +77,7 @@ def _place_of(file: ShardFile) -> Place:
     return Place(file.kind, () if file.kind == "base" else file.tasks)
 
 
-def _require_task(manifest: Manifest, task: str | None, folder: str | os.PathLike[str]) -> None:
+def _require_task(manifest: Manifest, task: str | None, folder: StrPath) -> None:
     names = [each.name for each in manifest.tasks]
     if task not in (None, *names):
         problem = Problem("task", repr(task), f"one of {', '.join(names)}")
@@ -212,12 +209,7 @@ class TaskTensors(Mapping[str, Tensor]):
 
 
 def export(
-    path: str | os.PathLike[str],
-    task: str,
-    out: str | os.PathLike[str],
-    *,
-    verify: bool = True,
-    shard_bytes: int = 5_000_000_000,
+    path: StrPath, task: str, out: StrPath, *, verify: bool = True, shard_bytes: int = 5_000_000_000
 ) -> None:
     """Write one task as a folder that needs nothing of ours: weights, configuration, tokenizer.
 

@@ -26,6 +26,7 @@ from mergekit_ext.host import run
 from mergekit_ext.host.checks.merge import check_source
 from mergekit_ext.host.checks.report import CheckReport
 from mergekit_ext.host.commands import require_decomposition, source_of
+from mergekit_ext.io.documents import StrPath
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.hub import Pushable
 from mergekit_ext.report.card import REPORT_NAME
@@ -126,14 +127,14 @@ def interface(function: _Function) -> _Function:
 @interface
 def merge(
     config: Any,
-    out: str | os.PathLike[str] | None = None,
+    out: StrPath | None = None,
     options: MergeOptions | None = None,
     *,
     callbacks: Iterable[object] = (),
     restart: bool = False,
     push_to_hub: str | None = None,
     private: bool = True,
-    keep_solution: str | os.PathLike[str] | None = None,
+    keep_solution: StrPath | None = None,
     max_memory: int | str | None = None,
     allow_pickle: bool = False,
 ) -> MergeResult:
@@ -180,9 +181,7 @@ def merge(
     return result
 
 
-def decompose(
-    config: Any, out: str | os.PathLike[str] | None = None, *options: Any, **more: Any
-) -> MergeResult:
+def decompose(config: Any, out: StrPath | None = None, *options: Any, **more: Any) -> MergeResult:
     """Make one base of fine-tunes, and a LoRA of each (``merge_method: decompose``).
 
     Arguments and errors are those of `merge`; another merge is an error. `out` gets the folder

@@ -1,7 +1,7 @@
 """The project's merge methods as mergekit's: what they have in common, and those declared."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -238,6 +238,12 @@ def raise_non_finite(group: TensorGroup) -> None:
     for entry in group.entries:
         if count := count_non_finite(entry.tensor):
             raise NonFiniteError(name, str(entry.id), count, entry.tensor.numel())
+
+
+def group_of(name: str, tensors: Mapping[Any, Tensor], base: Any = None) -> TensorGroup:
+    """Return tensors by their models as mergekit's methods take them; `base` is one of these."""
+    entries = (api.TensorEntry(model, tensor, model == base) for model, tensor in tensors.items())
+    return TensorGroup(tuple(entries), api.TensorMetadata(name))
 
 
 def registered() -> dict[str, MergeMethod]:

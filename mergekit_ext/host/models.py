@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mergekit.merge_methods.base import ParameterScope, TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods.base import ParameterScope
 from torch import Tensor
 
 import mergekit_ext
@@ -21,7 +21,7 @@ from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.plan import PlannedTensor
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.host.flexmerge import FlexMergeMethod
-from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.method import ExtMethod, group_of
 from mergekit_ext.host.session import Session, active
 from mergekit_ext.io.headers import is_counter
 from mergekit_ext.io.quantised import stored_codes
@@ -208,10 +208,7 @@ def _merge(
     copied = states[group.base] if group.base else next(iter(states.values()))
     merged = {n: copied[n][1].clone() for n in names if not copied[n][1].is_floating_point()}
     groups = [
-        TensorGroup(
-            tuple(TensorEntry(key, of[name][1], key == group.base) for key, of in states.items()),
-            TensorMetadata(name),
-        )
+        group_of(name, {key: of[name][1] for key, of in states.items()}, group.base)
         for name in names
         if name not in merged
     ]

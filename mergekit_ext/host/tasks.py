@@ -14,7 +14,7 @@ from mergekit import merge_methods
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, LoadTensor
-from mergekit.merge_methods.base import BasePolicy, TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods.base import BasePolicy
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
 
@@ -24,7 +24,7 @@ from mergekit_ext.declared.nan import combine_norms, inverse_norm_coefficients
 from mergekit_ext.errors import MergeError, NonFiniteError, printable
 from mergekit_ext.events import StatisticsBegin, StatisticsEnd, TensorMeasured, TensorMerged
 from mergekit_ext.host import session as sessions
-from mergekit_ext.host.method import ext_method
+from mergekit_ext.host.method import ext_method, group_of
 from mergekit_ext.host.nan_method import ALONE, GRANULARITIES, NORMS, NanMethod
 from mergekit_ext.host.session import Session, TensorRecord
 from mergekit_ext.io.headers import is_counter
@@ -138,12 +138,8 @@ class MeasureTensorTask(Task[dict[str, float]]):
         name, base = self.merge.output_weight.name, self.merge.base_model
         method = ext_method(self.merge.method_name)
         assert isinstance(method, NanMethod)
-        entries = tuple(
-            TensorEntry(id=model, tensor=tensors[model], is_base=model == base)
-            for model in self.merge.model_order
-            if tensors.get(model) is not None
-        )
-        group = TensorGroup(entries=entries, metadata=TensorMetadata(name=name))
+        present = {m: tensors[m] for m in self.merge.model_order if tensors.get(m) is not None}
+        group = group_of(name, present, base)
         measured: Mapping[Any, float] = {}
         # Without the base's tensor there is no task vector: the merge passes such a tensor on.
         based = base is None or group.base is not None or method.ignores_base

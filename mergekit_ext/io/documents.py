@@ -23,6 +23,7 @@ _MOST_DOCUMENTS = 1_000
 _DEEPEST = 64
 _TOO_DEEP, _FEWER_LEVELS = f"more than {_DEEPEST} levels", "a document with fewer levels"
 _LONGEST_INTEGER = 100  # 64 binary digits, and their signs and underscores
+StrPath = str | os.PathLike[str]
 
 
 def text_of(path: Path) -> str:

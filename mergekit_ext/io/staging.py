@@ -28,7 +28,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from mergekit_ext.errors import ConfigError, MergekitExtError, Problem, require
-from mergekit_ext.io.documents import json_object
+from mergekit_ext.io.documents import StrPath, json_object
 
 # The weights that a merge writes, and no others: a folder may hold files of several models.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
@@ -55,9 +55,7 @@ class Staging:
 
 @contextmanager
 def staged(
-    out_path: str | os.PathLike[str],
-    identity: Mapping[str, str] | None = None,
-    restart: bool = False,
+    out_path: StrPath, identity: Mapping[str, str] | None = None, restart: bool = False
 ) -> Iterator[Staging]:
     """Yield a staging directory whose `output` replaces `out_path` at the end.
 
@@ -97,9 +95,7 @@ def staged(
 
 
 @contextmanager
-def new_folder(
-    place: str | os.PathLike[str], subject: str, where: str | None = None
-) -> Iterator[Path]:
+def new_folder(place: StrPath, subject: str, where: str | None = None) -> Iterator[Path]:
     """Yield a folder to fill: it is at `place` afterwards, or nothing is there after an error.
 
     Messages call what is written `subject`, and the place `where`, or by its path.
@@ -117,9 +113,9 @@ def new_folder(
 
 
 def place_problems(
-    out_path: str | os.PathLike[str],
+    out_path: StrPath,
     where: str,
-    inputs: Iterable[str | os.PathLike[str]] = (),
+    inputs: Iterable[StrPath] = (),
     *,
     empty: bool = False,
     needed: int = 0,

@@ -1,7 +1,6 @@
 """All tasks of a FlexMerge on one base model, with shared tensors."""
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from mergekit_ext.errors import (
     shown,
 )
 from mergekit_ext.flexmerge.manifest import FILE_NAME
+from mergekit_ext.io.documents import StrPath
 from mergekit_ext.io.hub import folder_of
 from peft_merge.adapter import Adapter, LoraAdapter
 from peft_merge.flexmerge.family import of_the_base
@@ -36,11 +36,7 @@ _DAMAGED = "Copy or download the folder again."
 
 
 def load_tasks(
-    base_model: Any,
-    path: str | os.PathLike[str],
-    *,
-    verify: bool = True,
-    revision: str | None = None,
+    base_model: Any, path: StrPath, *, verify: bool = True, revision: str | None = None
 ) -> Any:
     """Put all adapters of a FlexMerge on one base model; what tasks share is one parameter.
 

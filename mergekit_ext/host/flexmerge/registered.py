@@ -15,7 +15,7 @@ from mergekit_ext.flexmerge.algorithm import Algorithm, Parameters
 from mergekit_ext.flexmerge.source import BlockData
 from mergekit_ext.host import session as sessions
 from mergekit_ext.host.checks.report import Findings
-from mergekit_ext.host.method import ExtMethod
+from mergekit_ext.host.method import ExtMethod, group_of
 from mergekit_ext.host.nan_method import NanMethod
 from mergekit_ext.host.session import Session
 from mergekit_ext.kernels.numerics import compute_dtype
@@ -108,14 +108,8 @@ class Registered(Algorithm):
     ) -> Sequence[Tensor]:
         return self._method(groups, parameters=self._bound(members), dtype=dtype)
 
-    def _group(self, name: str, base: Tensor, tensors: dict[int, Tensor]) -> api.TensorGroup:
-        entries = [
-            api.TensorEntry(id=member, tensor=tensor, is_base=False)
-            for member, tensor in tensors.items()
-        ]
-        if self._based:
-            entries.insert(0, api.TensorEntry(id="base", tensor=base, is_base=True))
-        return api.TensorGroup(entries=tuple(entries), metadata=api.TensorMetadata(name=name))
+    def _group(self, name: str, base: Tensor, tensors: dict[Any, Tensor]) -> api.TensorGroup:
+        return group_of(name, {"base": base, **tensors} if self._based else tensors, "base")
 
     def _bound(self, members: Sequence[int]) -> dict[str, Any]:
         models, found = self.parameters.models, {}
