@@ -76,10 +76,8 @@ class Snapshots:
     def load(self, state: State) -> None:
         """Take over the snapshots of an earlier run; those made after its state was saved go."""
         ours = Path(state.folder) == self.folder
-        named = {
-            step: self._place(step) if self._own else Path(path)
-            for step, path in state.snapshots.items()
-        }
+        paths = state.snapshots.items()
+        named = {step: self._place(step) if self._own else Path(path) for step, path in paths}
         usable = named if ours or not self._own else {}
         self._kept = {step: place for step, place in usable.items() if os.path.isdir(place)}
         self.has_initial = state.initial and ours and os.path.isdir(self.initial)

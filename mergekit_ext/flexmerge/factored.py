@@ -22,14 +22,12 @@ _PARTS = ("theta_0", "lora_B", "lora_A")
 _ADVICE = "flexmerge.load(..., merged=True) gives ordinary parameters."
 _FIELDS = "dtype device shape ndim is_meta requires_grad is_leaf grad grad_fn"
 # What can be asked about a matrix without its elements.
-_ASKING: frozenset[Callable[..., Any]] = frozenset(
-    {
-        *(getattr(Tensor, name).__get__ for name in _FIELDS.split()),
-        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
-        Tensor.requires_grad_,
-    }
-)
-_KEEPING: frozenset[Callable[..., Any]] = frozenset({Tensor.to, Tensor.detach})
+_ASKING: set[Callable[..., Any]] = {
+    *(getattr(Tensor, name).__get__ for name in _FIELDS.split()),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
+    Tensor.requires_grad_,
+}
+_KEEPING: set[Callable[..., Any]] = {Tensor.to, Tensor.detach}
 
 
 class Factored(Tensor):

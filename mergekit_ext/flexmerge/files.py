@@ -116,9 +116,8 @@ def _link_file(target: Path, link: Path) -> None:
 
 def described(root: Path, tasks: Sequence[str]) -> dict[str, str]:
     """Return the digests of the files beside weights, for the manifest."""
-    return {
-        name: digest_of(root / name) for home in _homes(root, tasks) for name in _files(home, root)
-    }
+    names = [name for home in _homes(root, tasks) for name in _files(home, root)]
+    return {name: digest_of(root / name) for name in names}
 
 
 def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> Iterator[Problem]:

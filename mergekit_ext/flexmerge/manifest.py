@@ -24,12 +24,10 @@ GroupKind = Literal["dense", "masked", "residual"]
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What lies beside the tasks' folders under a fixed name.
-_TAKEN = frozenset(
-    {
-        *(SHARDS, FILE_NAME, "flexmerge_analysis.json"),
-        *("readme.md", "mergekit_config.yml", "merge_report.json"),
-    }
-)
+_TAKEN = {
+    *(SHARDS, FILE_NAME, "flexmerge_analysis.json"),
+    *("readme.md", "mergekit_config.yml", "merge_report.json"),
+}
 _COSINE = 1.0 + 1e-6  # it is rounded
 _MOST_ENTRIES = 100_000
 

@@ -93,11 +93,8 @@ def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
 
 def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:
     """Raise `MergeError` if weights were written to since `weights_of` looked at them."""
-    changed = [
-        path
-        for path, found in before.items()
-        if os.path.exists(path) and _state(Path(path)) != found
-    ]
+    there = {path: state for path, state in before.items() if os.path.exists(path)}
+    changed = [path for path, state in there.items() if _state(Path(path)) != state]
     if changed:
         raise MergeError(
             f"{', '.join(changed)}: written to while it was merged; the output would be of two "

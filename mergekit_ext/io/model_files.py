@@ -15,29 +15,23 @@ from mergekit_ext.io.documents import bounded_text, json_object, parse_json
 MODULES = "modules.json"
 _LARGEST = 1 << 20
 # Weights in all formats, and the state of their training.
-WEIGHTS = frozenset(
-    {
-        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx"),
-        *(".onnx_data", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".engine"),
-    }
-)
+WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx"),
+    *(".onnx_data", ".h5", ".msgpack", ".ot", ".tflite", ".mlmodel", ".engine"),
+}
 _ADAPTER = "adapter_config.json"  # with it transformers would look for the adapter's weights
 # What describes the model that was there, by its ending, by its name, and by its folder's name.
-_PROSE = frozenset(
-    {
-        *(".md", ".html", ".ipynb", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
-        *(".pdf", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".log", ".out", ".yml"),
-        *(".yaml", ".zip", ".gz", ".tar"),
-    }
-)
-_DESCRIPTIONS = frozenset(
-    {
-        *("merge_report.json", "flexmerge.json", "flexmerge_analysis.json", "trainer_state.json"),
-        *("optimizer.json", "all_results.json", "train_results.json", "eval_results.json"),
-        *("test_results.json", "predict_results.json"),
-    }
-)
-_PAST = frozenset(["runs", "wandb", "mlruns", "logs", "eval", "__pycache__"])
+_PROSE = {
+    *(".md", ".html", ".ipynb", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
+    *(".pdf", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".log", ".out", ".yml"),
+    *(".yaml", ".zip", ".gz", ".tar"),
+}
+_DESCRIPTIONS = {
+    *("merge_report.json", "flexmerge.json", "flexmerge_analysis.json", "trainer_state.json"),
+    *("optimizer.json", "all_results.json", "train_results.json", "eval_results.json"),
+    *("test_results.json", "predict_results.json"),
+}
+_PAST = {"runs", "wandb", "mlruns", "logs", "eval", "__pycache__"}
 
 
 def companions(folder: Path) -> list[str]:

@@ -123,9 +123,8 @@ class _Mxfp4:
 
 
 class _CompressedTensors:
-    pattern = re.compile(
-        r"(?P<of>.+)\.(?P<piece>weight_(?:packed|scale|zero_point|shape|g_idx|global_scale))"
-    )
+    _pieces = "packed|scale|zero_point|shape|g_idx|global_scale"
+    pattern = re.compile(rf"(?P<of>.+)\.(?P<piece>weight_(?:{_pieces}))")
     ending, needs, library = ".weight", ("weight_scale",), "compressed-tensors"
 
     def __init__(self, settings: Mapping[str, Any]):

@@ -11,7 +11,6 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,9 +60,8 @@ def _mean(values: Collection[float]) -> float:
 
 # Similarity of two groups from the cosines of all pairs across them. The paper's is the minimum
 # (equation 1), which it calls single linkage; in clustering that is complete linkage.
-LINKAGES: Mapping[str, Callable[[Collection[float]], float]] = MappingProxyType(
-    {"min": min, "average": _mean, "max": max}
-)
+LINKAGES: Mapping[str, Callable[[Collection[float]], float]]
+LINKAGES = {"min": min, "average": _mean, "max": max}
 
 
 def dendrogram(
@@ -142,14 +140,12 @@ def _shuffled(sequences: Sequences, seed: int) -> tuple[int, ...]:
 # How merges are ordered across blocks (section 4.3): the most similar of the blocks' next merges,
 # of equal ones that of the first block ("greedy", Algorithm 1); one block after the other; or every
 # interleaving alike, for which pairs are drawn within each block too ("random").
-ORDERS: Mapping[str, Callable[[Sequences, int], tuple[int, ...]]] = MappingProxyType(
-    {
-        "greedy": _greedy,
-        "left_to_right": _left_to_right,
-        "right_to_left": lambda sequences, seed: _left_to_right(sequences, seed)[::-1],
-        "random": _shuffled,
-    }
-)
+ORDERS: Mapping[str, Callable[[Sequences, int], tuple[int, ...]]] = {
+    "greedy": _greedy,
+    "left_to_right": _left_to_right,
+    "right_to_left": lambda sequences, seed: _left_to_right(sequences, seed)[::-1],
+    "random": _shuffled,
+}
 
 
 def merge_order(

@@ -99,9 +99,8 @@ class WarmShrinker:
         self._ritz = sigma
         kept = sigma[size - rank :]
         weight = (1.0 - mu / kept).to(x.dtype)
-        value = matmul(
-            self._basis[:, size - rank :] * weight, matmul(vectors[:, size - rank :].T, inner)
-        )
+        left, right = self._basis[:, size - rank :], vectors[:, size - rank :]
+        value = matmul(left * weight, matmul(right.T, inner))
         return Shrunk(value, rank, float((kept - mu).sum()))
 
     def follow(self, factor: float) -> None:

@@ -76,9 +76,7 @@ def scratch(count: int, length: int, dtype: torch.dtype, device: torch.device) -
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        threads, thread_name_prefix="mergekit-ext", initializer=_prepare_thread
-    )
+    return ThreadPoolExecutor(threads, "mergekit-ext", initializer=_prepare_thread)
 
 
 def _prepare_thread() -> None:

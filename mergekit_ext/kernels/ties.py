@@ -62,10 +62,8 @@ def merge_ties(
         for tensor, density in zip(tensors, densities, strict=True)
     ]
     for part in chunks(flat_base):
-        deltas = [
-            source.trimmed(part).mul_(weight)
-            for source, weight in zip(sources, weights, strict=True)
-        ]
+        pairs = zip(sources, weights, strict=True)
+        deltas = [source.trimmed(part).mul_(weight) for source, weight in pairs]
         merged = _merged(deltas, weights, options)
         flat_out[part] = merged.mul_(options.factor).add_(flat_base[part].to(dtype))
     return out

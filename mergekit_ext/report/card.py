@@ -146,11 +146,8 @@ def copies_section(names: Collection[str], copied: Mapping[str, str]) -> str:
     if not rows:
         return ""
     shorter = dict(zip(givers := list(dict.fromkeys(copied.values())), _short(givers), strict=True))
-    lines = [
-        [f"`{_numbered(found)}`", str(len(found)), shorter[giver]]
-        for (_, giver), found in rows.items()
-    ]
-    return "\n\n".join(["### Tensors of one model", table(["tensors", "number", "model"], lines)])
+    found = ([f"`{_numbered(m)}`", str(len(m)), shorter[giver]] for (_, giver), m in rows.items())
+    return "\n\n".join(["### Tensors of one model", table(["tensors", "number", "model"], found)])
 
 
 def quantised_section(stored: Mapping[str, str]) -> str:

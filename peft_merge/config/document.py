@@ -197,11 +197,8 @@ def written(request: Request, adapters: Sequence[Adapter]) -> str:
     models = []
     for item, adapter in zip(request.inputs, adapters, strict=True):
         source = adapter.name if isinstance(item.source, Adapter) else os.fspath(item.source)
-        entry = {
-            "model": source + (f"@{item.revision}" if item.revision else ""),
-            "name": adapter.name,
-            "parameters": item.parameters,
-        }
+        model = source + (f"@{item.revision}" if item.revision else "")
+        entry = {"model": model, "name": adapter.name, "parameters": item.parameters}
         models.append({key: value for key, value in entry.items() if value})
     values = {
         "merge_method": request.method,

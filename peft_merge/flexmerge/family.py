@@ -179,11 +179,8 @@ class Family(GroupStorage):
         return total
 
     def _private(self, task: int) -> dict[str, Callable[[], Tensor]]:
-        adapter = self.adapters[task]
-        return {
-            name: partial(merge_saved, name, [adapter], [1.0], self.plan.forced)
-            for name in adapter.saved
-        }
+        own = self.adapters[task]
+        return {n: partial(merge_saved, n, [own], [1.0], self.plan.forced) for n in own.saved}
 
 
 class LoraFamily(Family):

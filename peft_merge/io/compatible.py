@@ -33,9 +33,8 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     remedy = "Merge those of each kind separately."
     if unlike := list(_agree("adapters", kinds, "adapters of one kind", remedy)):
         return unlike
-    replication = {
-        a.name: [list(pair) for pair in a.config.get("layer_replication") or ()] for a in adapters
-    }
+    replicated = {a.name: a.config.get("layer_replication") or () for a in adapters}
+    replication = {name: [list(pair) for pair in pairs] for name, pairs in replicated.items()}
     # A saved embedding either replaces the tied head as well or does not.
     tying = {
         a.name: bool(a.config.get("ensure_weight_tying"))
@@ -44,9 +43,8 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
         if names.is_tied(tensor) and names.module_to_save(tensor, a.config) is not None
     }
     # Files do not name target parameters, so only equal lists mean equal parameters.
-    parameters = {
-        a.name: sorted(entries) for a in adapters if (entries := a.config.get("target_parameters"))
-    }
+    targets = {a.name: a.config.get("target_parameters") for a in adapters}
+    parameters = {name: sorted(entries) for name, entries in targets.items() if entries}
     unlike = list(_agree("target_parameters", parameters, "the same in all that have some"))
     return [
         *_agree("layer_replication", replication),

@@ -19,16 +19,14 @@ PREFIX = "base_model.model."
 # Fields that together say which modules are adapted.
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Last part of the names of embeddings and heads, which PEFT saves when a vocabulary was resized.
-_EMBEDDINGS = frozenset(
-    (
-        *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
-        *("tok_embeddings", "output", "embeddings", "embedding", "decoder"),
-    )
-)
+_EMBEDDINGS = {
+    *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"),
+    *("tok_embeddings", "output", "embeddings", "embedding", "decoder"),
+}
 _WRAPPED = "base_layer"
 # What torch.compile, FSDP and activation checkpointing put into the path of a module, anywhere;
 # DistributedDataParallel wraps whole models only, as PEFT does.
-_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _OUTER = re.compile(rf"^(?:module\.|{re.escape(PREFIX)})+")
 # Of characters: what takes a name apart at each of its dots would not end with millions of them.
 _LONGEST = 1 << 10

@@ -140,18 +140,16 @@ class _Fields(BaseModel):
 
 
 # Fields of LoraConfig and IA3Config (PEFT 0.21) that are read, or that cannot change the function.
-_COMMON = frozenset(
-    (
-        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-        *("revision", "inference_mode", "runtime_config", "target_modules", "exclude_modules"),
-        *("fan_in_fan_out", "modules_to_save"),
-        # Of other trainers, for training only; PEFT drops them when it loads an adapter:
-        "merge_weights",  # PEFT before 0.4: whether the model merged it for evaluation
-        "lora_dtype",  # ms-swift: the dtype of the factors in training
-        "lorap_lr_ratio",  # ms-swift: LoRA+, the learning rate of B over that of A
-        "lorap_emb_lr",  # ms-swift: LoRA+, the learning rate of embeddings
-    )
-)
+_COMMON = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "runtime_config", "target_modules", "exclude_modules"),
+    *("fan_in_fan_out", "modules_to_save"),
+    # Of other trainers, for training only; PEFT drops them when it loads an adapter:
+    "merge_weights",  # PEFT before 0.4: whether the model merged it for evaluation
+    "lora_dtype",  # ms-swift: the dtype of the factors in training
+    "lorap_lr_ratio",  # ms-swift: LoRA+, the learning rate of B over that of A
+    "lorap_emb_lr",  # ms-swift: LoRA+, the learning rate of embeddings
+}
 KNOWN = {
     "LORA": _COMMON
     | {

@@ -74,9 +74,8 @@ def _shared(where: str, values: Mapping[str, Any] | None) -> Shared:
 
 
 def _sources(where: str, items: Any) -> tuple[Source, ...]:
-    return tuple(
-        Source(join(where, i), item.model, item.parameters or {}) for i, item in enumerate(items)
-    )
+    pairs = ((join(where, i), item) for i, item in enumerate(items))
+    return tuple(Source(place, item.model, item.parameters or {}) for place, item in pairs)
 
 
 def all_parameters(groups: list[Group]) -> dict[str, tuple[Group, Source | None, Any]]:

@@ -69,9 +69,8 @@ class Engine:
     def analysis(self) -> Analysis:
         """That of an earlier run on the same files, or a new one."""
         densities, layout = self.prepared.algorithm.densities, self.layout
-        found = parallel.current().from_main(
-            lambda: analysis_file.find(self._beside, self._subject, layout)
-        )
+        find = partial(analysis_file.find, self._beside, self._subject, layout)
+        found = parallel.current().from_main(find)
         if found is not None and (densities is None or tuple(densities) in found.cuts):
             return found
         finished = self._finished("statistics")

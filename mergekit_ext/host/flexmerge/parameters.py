@@ -286,12 +286,8 @@ def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
 
 
 def _reduced(config: Any, keeps: Callable[[str], bool]) -> Any:
-    def kept(values: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {name: value for name, value in (values or {}).items() if keeps(name)}
+    def reduced(part: Any, **changes: Any) -> Any:
+        kept = {name: value for name, value in (part.parameters or {}).items() if keeps(name)}
+        return part.model_copy(update={"parameters": kept, **changes})
 
-    models = [
-        item.model_copy(update={"parameters": kept(item.parameters)})
-        for item in config.models or ()
-    ]
-    changes = {"models": models or None, "parameters": kept(config.parameters)}
-    return config.model_copy(update=changes)
+    return reduced(config, models=[reduced(item) for item in config.models or ()] or None)
