@@ -127,18 +127,10 @@ def merge_adapters(
     if model is not None:
         adapters = with_live(model, adapters)
     models, problems = models_of(adapters, weights, each)
-    document = {
-        "merge_method": method,
-        "models": models,
-        "parameters": parameters,
-        "rank": rank,
-        "patterns": patterns,
-        "space": space,
-        "seed": seed,
-        "dtype": dtype,
-        "modules_to_save": modules_to_save,
-        "base_model": os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model,
-    }
+    base = os.fspath(base_model) if isinstance(base_model, os.PathLike) else base_model
+    document: dict[str, Any] = {"merge_method": method, "models": models, "parameters": parameters}
+    document |= {"rank": rank, "patterns": patterns, "space": space, "seed": seed, "dtype": dtype}
+    document |= {"modules_to_save": modules_to_save, "base_model": base}
     request, wrong = request_of(document, "adapters")
     request = replace(request, device=device, name=name, allow_pickle=allow_pickle)
     with limited(max_memory, "max_memory"):

@@ -148,15 +148,9 @@ def merge_module(
         a, b, sigma = factored.a * root, factored.b * root, factored.sigma * abs(by)
         factored = replace(factored, a=a, b=b, sigma=sigma)
     update = Update(factored.a, factored.b, 1.0, bias).cast(dtype, module)
-    sigma = factored.sigma
-    details |= {
-        **far,
-        "rank": factored.rank,
-        "error": factored.error,
-        "adapters": len(own),
-        "singular_values_kept": [float(sigma[:, 0].max()), float(sigma[:, -1].min())],
-        **said,
-    }
+    kept = [float(factored.sigma[:, 0].max()), float(factored.sigma[:, -1].min())]
+    details |= {**far, "rank": factored.rank, "error": factored.error, "adapters": len(own)}
+    details |= {"singular_values_kept": kept, **said}
     return Piece(update, replace(info, rank=factored.rank, bias=bias is not None), details)
 
 

@@ -26,14 +26,10 @@ def short(dtype: object) -> str:
 def described(plan: MergePlan) -> dict[str, Any]:
     """Return method, adapters and options as reports show them."""
     inputs = plan.request.inputs
-    adapters = [
-        {
-            "name": adapter.name,
-            "source": None if isinstance(item.source, Adapter) else str(item.source),
-            "modules": len(adapter.infos),
-        }
-        for adapter, item in zip(plan.adapters, inputs, strict=True)
-    ]
+    adapters = []
+    for adapter, item in zip(plan.adapters, inputs, strict=True):
+        source = None if isinstance(item.source, Adapter) else str(item.source)
+        adapters.append({"name": adapter.name, "source": source, "modules": len(adapter.infos)})
     given = plain({"shared": plan.request.parameters, "each": [i.parameters for i in inputs]})
     defaults = {p.name: p.default for p in plan.rule.parameters} if plan.rule else {}
     acting = {"merge_method": plan.request.method, **defaults, **given["shared"]}
@@ -44,10 +40,7 @@ def described(plan: MergePlan) -> dict[str, Any]:
         "kind": plan.kind,
         "adapters": adapters,
         "parameters": given,
-        "rank": plan.rank,
-        "patterns": plan.patterns,
-        "space": plan.space,
-        "seed": plan.seed,
+        **{name: getattr(plan, name) for name in ("rank", "patterns", "space", "seed")},
         "dtype": short(plan.dtype),
     }
 
@@ -92,14 +85,9 @@ def summary(count: int, merged: Iterable[tuple[str, Mapping[str, Any]]]) -> dict
         return {"modules": count}
     errors, ranks, _ = zip(*found, strict=True)
     largest, _, worst = max(found, key=lambda each: each[0])
-    return {
-        "modules": count,
-        "smallest_rank": min(ranks),
-        "largest_rank": max(ranks),
-        "largest_error": largest,
-        "largest_error_in": worst,
-        "mean_error": math.fsum(errors) / len(errors),
-    }
+    mean = math.fsum(errors) / len(errors)
+    known = {"modules": count, "smallest_rank": min(ranks), "largest_rank": max(ranks)}
+    return {**known, "largest_error": largest, "largest_error_in": worst, "mean_error": mean}
 
 
 def sentences(report: Mapping[str, Any]) -> Iterator[str]:

@@ -22,6 +22,8 @@ from mergekit_ext.kernels.calibration import distance, norms_of
 from mergekit_ext.kernels.numerics import all_finite, count_non_finite, finite
 from mergekit_ext.report.rho import Distance
 
+_Stored = Iterator[tuple[Place, str, Tensor]]
+_Read = Callable[[int, str], Tensor]
 # Below this share of a dtype's largest value no rounding leads out of its range.
 _SAFE_RANGE = 0.9
 
@@ -54,10 +56,10 @@ def block_tensors(
     block: BlockLayout,
     groups: Sequence[StoredGroup],
     merging: Merging,
-    own: Callable[[int, str], Tensor],
+    own: _Read,
     rescale: dict[int, float],
     distances: list[Distance] | None = None,
-) -> Iterator[tuple[Place, str, Tensor]]:
+) -> _Stored:
     """Yield what is stored of some groups of a block: its place, its name, and the tensor.
 
     The base's tensors lie in the reader's memory. `own` returns a tensor, or its bytes, as a task's
@@ -103,7 +105,7 @@ def block_tensors(
 
 
 def _own(
-    own: Callable[[int, str], Tensor], task: int, part: Part, forced: torch.dtype | None
+    own: _Read, task: int, part: Part, forced: torch.dtype | None
 ) -> tuple[Place, str, Tensor]:
     tensor, dtype = own(task, part.name), part.dtypes[task]
     if forced not in (None, dtype):
@@ -112,9 +114,7 @@ def _own(
     return Place("dense", (task,)), part.name, tensor
 
 
-def _residual(
-    block: BlockLayout, group: StoredGroup, merging: Merging, own: Callable[[int, str], Tensor]
-) -> Iterator[tuple[Place, str, Tensor]]:
+def _residual(block: BlockLayout, group: StoredGroup, merging: Merging, own: _Read) -> _Stored:
     found, tasks = merging.residuals, group.tasks
     assert found is not None
     for part in block.parts:
@@ -135,9 +135,7 @@ def _residual(
                     yield Place("factors", (task,)), part.name + end, stack.contiguous()
 
 
-def _parts(
-    place: Place, block: BlockLayout, vector: Tensor, forced: torch.dtype | None
-) -> Iterator[tuple[Place, str, Tensor]]:
+def _parts(place: Place, block: BlockLayout, vector: Tensor, forced: torch.dtype | None) -> _Stored:
     for part in block.parts:
         dtype = forced or part.dtype(place.tasks)
         tensor = vector[part.slice].view(part.shape).to("cpu", dtype)

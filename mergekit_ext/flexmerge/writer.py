@@ -316,9 +316,17 @@ def _manifest(
             found |= {"ranks": ranks, "own": group.own, "stacked": group.stacked}
         return found
 
-    alone = {"tasks": tasks, "kind": "dense", "similarity": None}
-    tensors = _infos(layout.given)
-    given = {"name": "given", "kind": "given", "tensors": tensors, "groups": [alone]}
+    def entry(name: str, kind: str, tensors: Any, groups: Any) -> dict[str, Any]:
+        return {"name": name, "kind": kind, "tensors": _infos(tensors), "groups": groups}
+
+    blocks = [
+        entry(block.name, block.kind, block.parts, [group_of(block, group) for group in groups])
+        for block, groups in zip(layout.blocks, plan.groups, strict=True)
+    ]
+    if layout.given:
+        alone = {"tasks": tasks, "kind": "dense", "similarity": None}
+        blocks.append(entry("given", "given", layout.given, [alone]))
+    own = zip(tasks, layout.private, strict=True)
     size = {**asdict(plan.size), "unit_bytes": round(plan.size.unit_bytes)}
     return Manifest.model_validate(
         {
@@ -331,27 +339,14 @@ def _manifest(
                 for task, name in enumerate(tasks)
             ],
             "files": files,
-            "blocks": [
-                {
-                    "name": block.name,
-                    "kind": block.kind,
-                    "tensors": _infos(block.parts),
-                    "groups": [group_of(block, group) for group in groups],
-                }
-                for block, groups in zip(layout.blocks, plan.groups, strict=True)
-            ]
-            + ([given] if layout.given else []),
-            "private": [
-                {"task": name, "tensors": _infos(headers)}
-                for name, headers in zip(tasks, layout.private, strict=True)
-                if headers
-            ],
+            "blocks": blocks,
+            "private": [{"task": name, "tensors": _infos(held)} for name, held in own if held],
             "task_files": {},
         }
     )
 
 
-def _infos(tensors: Sequence[Part] | Sequence[TensorHeader]) -> list[dict[str, Any]]:
+def _infos(tensors: Sequence[Part | TensorHeader]) -> list[dict[str, Any]]:
     return [{"name": each.name, "shape": tuple(each.shape)} for each in tensors]
 
 

@@ -197,31 +197,26 @@ class DeclaredMethod(ExtMethod):
         if self.declared.over_base is not None:
             return self.declared.over_base(base, tensors, call, dtype)
         assert base is not None
+        precise = compute_dtype(group.tensors)
+        weights = [1.0] * len(tensors) if self.declared.weighs else call.weights
+
+        def over(base: Tensor, tensors: Sequence[Tensor]) -> Merged:
+            start, weighted = base.to(precise), zip(tensors, weights, strict=True)
+            deltas = [(tensor.to(precise) - start).mul_(weight) for tensor, weight in weighted]
+            if not all(map(all_finite, deltas)):
+                self._raise_out_of_range(group)
+            found = self.declared.merge(deltas, call)
+            return Merged(found.tensor.add_(start), found.details)
+
         if not self.declared.elementwise:
-            found = self._over(base, tensors, group, call)
+            found = over(base, tensors)
             return Merged(found.tensor.to(dtype), found.details)
         out = torch.empty(base.shape, dtype=dtype, device=base.device)
         flat_out, flat_base = out.view(-1), base.reshape(-1)
         flat = [tensor.reshape(-1) for tensor in tensors]
         for part in chunks(flat_base):
-            pieces = [source[part] for source in flat]
-            flat_out[part] = self._over(flat_base[part], pieces, group, call).tensor
+            flat_out[part] = over(flat_base[part], [source[part] for source in flat]).tensor
         return Merged(out)
-
-    def _over(
-        self, base: Tensor, tensors: Sequence[Tensor], group: TensorGroup, call: Call
-    ) -> Merged:
-        dtype = compute_dtype(group.tensors)
-        start = base.to(dtype)
-        weights = [1.0] * len(tensors) if self.declared.weighs else call.weights
-        deltas = [
-            (tensor.to(dtype) - start).mul_(weight)
-            for tensor, weight in zip(tensors, weights, strict=True)
-        ]
-        if not all(map(all_finite, deltas)):
-            self._raise_out_of_range(group)
-        found = self.declared.merge(deltas, call)
-        return Merged(found.tensor.add_(start), found.details)
 
     def _raise_out_of_range(self, group: TensorGroup) -> NoReturn:
         raise_non_finite(group)

@@ -309,17 +309,13 @@ def _weighted(
         return _summed(group, weights, scale, dtype, squares)
     if _in_pieces(method):
         entries, trims = group.non_base, method.sparsification_method is not None
+        elects, factor = method.consensus_method is not None, scale * parameters["lambda"]
         return merge_ties(
             group.base.tensor,
             [entry.tensor for entry in entries],
             [weights[entry.id] for entry in entries],
             [parameters["density"][entry.id] if trims else 1.0 for entry in entries],
-            TiesOptions(
-                elect=method.consensus_method is not None,
-                normalize=parameters["normalize"],
-                rescale=parameters["rescale"],
-                factor=scale * parameters["lambda"],
-            ),
+            TiesOptions(elects, parameters["normalize"], parameters["rescale"], factor),
             dtype,
         )
     given = {p.name: parameters[p.name] for p in method.spec.parameters}

@@ -168,10 +168,6 @@ class CoreSpace:
         side = min(b.shape[-2], a.shape[-1])
         missing = max(0, min(rank, side) - kept) if isinstance(rank, int) else 0
         whole = float(torch.linalg.vector_norm(sigma))
-        dropped = float(torch.linalg.vector_norm(sigma[:, kept:]))
-        return Factored(
-            a=pad(a, (0, 0, 0, missing)).contiguous(),
-            b=pad(b, (0, missing)).contiguous(),
-            sigma=pad(sigma[:, :kept], (0, missing)),
-            error=dropped / whole if whole else 0.0,
-        )
+        error = float(torch.linalg.vector_norm(sigma[:, kept:])) / whole if whole else 0.0
+        a, b = pad(a, (0, 0, 0, missing)).contiguous(), pad(b, (0, missing)).contiguous()
+        return Factored(a, b, pad(sigma[:, :kept], (0, missing)), error)

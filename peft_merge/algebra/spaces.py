@@ -195,13 +195,8 @@ def _dense(job: Job) -> Result:
     v = torch.stack([part.v[:, :kept] for part in found])
     left = sum(part.rest**2 for part in found) + float(sigma[:, kept:].square().sum())
     total = sum(part.whole**2 for part in found)
-    factored = Factored(
-        a=(v * roots).mT.contiguous(),
-        b=u * roots,
-        sigma=sigma[:, :kept],
-        error=(left / total) ** 0.5 if total else 0.0,
-    )
-    return factored, details
+    error = (left / total) ** 0.5 if total else 0.0
+    return Factored((v * roots).mT.contiguous(), u * roots, sigma[:, :kept], error), details
 
 
 def _require_finite(tensor: Tensor) -> Tensor:

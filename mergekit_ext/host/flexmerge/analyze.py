@@ -100,16 +100,10 @@ def _similarities(engine: Engine) -> Iterator[dict[str, Any]]:
         found = cosines(gram)
         pairs = [float(found[i, j]) for i in range(len(found)) for j in range(i)]
         norms = engine.analysis.grams[block.name].diagonal().sqrt().tolist()
-        yield {
-            "block": block.name,
-            "kind": block.kind,
-            "depth": block.depth,
-            "elements": block.size,
-            "lowest": min(pairs),
-            "mean": sum(pairs) / len(pairs),
-            "highest": max(pairs),
-            **{f"norm/{task}": norm for task, norm in zip(tasks, norms, strict=True)},
-        }
+        about = {"kind": block.kind, "depth": block.depth, "elements": block.size}
+        spread = {"lowest": min(pairs), "mean": sum(pairs) / len(pairs), "highest": max(pairs)}
+        lengths = {f"norm/{task}": norm for task, norm in zip(tasks, norms, strict=True)}
+        yield {"block": block.name, **about, **spread, **lengths}
 
 
 def _steps(engine: Engine) -> Iterator[dict[str, Any]]:
