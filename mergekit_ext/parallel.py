@@ -6,7 +6,7 @@ One process is the ordinary case: `current` then returns `Ranks()`, which needs 
 import heapq
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -47,6 +47,12 @@ class Ranks:
             owners[index] = rank
             heapq.heappush(loads, (load + sizes[index], rank))
         return owners
+
+    def own(self, pieces: Iterable[_T], size: Callable[[_T], int]) -> list[_T]:
+        """Return the pieces of work that are this process's when all are shared out."""
+        pieces = list(pieces)
+        owners = self.share([*map(size, pieces)])
+        return [piece for piece, owner in zip(pieces, owners, strict=True) if owner == self.rank]
 
     def gather(self, value: _T) -> list[_T]:
         """Return the values of all processes, in order of rank, in every process."""

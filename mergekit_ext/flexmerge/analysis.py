@@ -118,9 +118,8 @@ def trimmed_grams(
 
 
 def _own_blocks(layout: Layout) -> list[BlockLayout]:
-    tasks, processes = range(len(layout.tasks)), current()
-    owners = processes.share([block.bytes(tasks) for block in layout.blocks])
-    return [b for b, owner in zip(layout.blocks, owners, strict=True) if owner == processes.rank]
+    tasks = range(len(layout.tasks))
+    return current().own(layout.blocks, lambda block: block.bytes(tasks))
 
 
 def _gathered(rows: Mapping[str, Rows], layout: Layout) -> dict[str, Tensor]:

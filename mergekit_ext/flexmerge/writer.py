@@ -115,11 +115,9 @@ def write_pieces(
         entries.setdefault(place, []).append(entry)
     with closing(Shards(folder, filed(entries), finished or Finished())) as shards:
         processes.from_main(shards.create)
-        owners = processes.share([piece.bytes for piece in pieces])
-        for piece, owner in zip(pieces, owners, strict=True):
-            if owner == processes.rank:
-                shards.make(piece)
-                piece.done()
+        for piece in processes.own(pieces, lambda piece: piece.bytes):
+            shards.make(piece)
+            piece.done()
         shards.finish()
     return shards
 
@@ -239,8 +237,7 @@ class Shards:
         }
         known = processes.gather_items(whole)
         left = [path for path in self.files if path not in known]
-        owners = processes.share([self.files[path].length for path in left])
-        own = [path for path, owner in zip(left, owners, strict=True) if owner == processes.rank]
+        own = processes.own(left, lambda path: self.files[path].length)
         known |= processes.gather_items({path: digest_of(self._folder / path) for path in own})
         return tuple(
             ShardFile(

@@ -90,12 +90,8 @@ def extended(stock: type) -> type:
                 for weight, task in tensors.values()
             ]
             prepared = dict(zip(tensors, with_statistics(tasks, self.options), strict=True))
-            owners = processes.share([session.size_of(name) for name in left])
-            self._tensors = [
-                (tensors[name][0], prepared[name])
-                for name, owner in zip(left, owners, strict=True)
-                if owner == processes.rank
-            ]
+            own = processes.own(left, session.size_of)
+            self._tensors = [(tensors[name][0], prepared[name]) for name in own]
 
     return MergePlanner
 
@@ -215,9 +211,8 @@ class PlannedWriter:
             files = {file.path: file for file in (*self._planned, *claimed.values())}
             self._files.start(files.values())
         processes.wait()
-        owners = processes.share([line[3] for line in lines.values()])
-        for (name, file), owner in zip(claimed.items(), owners, strict=True):
-            if owner == processes.rank and self._files.crc(file, name) == lines[name][0]:
+        for name in processes.own(claimed, lambda name: lines[name][3]):
+            if self._files.crc(file := claimed[name], name) == lines[name][0]:
                 self._placed[name] = file.path, file.places[name][1]
         finished = frozenset().union(*processes.gather(frozenset(self._placed)))
         for name in finished:

@@ -203,12 +203,9 @@ def _measured(tasks: Sequence[tuple[_Group, MergeTensorTask]], options: Any) -> 
     found = finished.found("statistics", "norms")
     session.emit(StatisticsBegin(0 if found else len(groups)))
     if not found:
-        owners = processes.share([session.size_of(name) for name in groups])
-        targets = {
-            MeasureTensorTask(merge=task): task.output_weight.name
-            for (_, task), owner in zip(reversed(unique.values()), owners, strict=True)
-            if owner == processes.rank
-        }
+        merges = {task.output_weight.name: task for _, task in unique.values()}
+        own = processes.own(groups, session.size_of)
+        targets = {MeasureTensorTask(merge=merges[name]): name for name in own}
         measured = {targets[target]: norms for target, norms in _run(list(targets), options)}
         found = processes.gather_items(measured)
         finished.add("statistics", "norms", found)
