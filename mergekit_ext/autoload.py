@@ -94,11 +94,8 @@ class _Finder:
 def install() -> None:
     """Extend the modules that are loaded, and wait for the others. Idempotent."""
     waiting = any(isinstance(finder, _Finder) for finder in sys.meta_path)
-    loaded = {
-        name: module
-        for name in _EXTENSIONS
-        if (module := sys.modules.get(name)) is not None and not _is_executing(name)
-    }
+    found = {name: sys.modules.get(name) for name in _EXTENSIONS}
+    loaded = {name: m for name, m in found.items() if m is not None and not _is_executing(name)}
     if not waiting and len(loaded) < len(_EXTENSIONS):
         late = _LATE.keys() - sys.modules.keys()
         sys.meta_path.insert(0, _Finder((_EXTENSIONS.keys() - loaded.keys()) | late))

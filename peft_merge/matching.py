@@ -175,12 +175,8 @@ class _Matcher:
         prefixes = (".".join(each[:end]) + "." for each in owners for end in range(1, len(each)))
         yield from (methodcaller("removeprefix", prefix) for prefix in dict.fromkeys(prefixes))
         endings = [f".{name}" for name in self._candidates(next(iter(self._infos)))]
-        added = {
-            name.removesuffix(ending) + "."
-            for name in self._shapes
-            for ending in endings
-            if name.endswith(ending)
-        }
+        pairs = itertools.product(self._shapes, endings)
+        added = {name.removesuffix(end) + "." for name, end in pairs if name.endswith(end)}
         yield from (prefix.__add__ for prefix in sorted(added))
 
     def _assigned(self, choices: Choices) -> dict[str, str]:

@@ -38,7 +38,6 @@ from peft_merge.algebra.spaces import SMALL, SPACES, Job
 # Of (IA)^3; the first is the default.
 VECTOR_SPACES = ("additive", "log")
 
-
 _with_nan = cache(with_nan)
 # Is called with the module's name, and a solver's iteration, objective and change.
 OnIteration = Callable[[str, int, float, float], None]

@@ -30,10 +30,8 @@ def carriers(choice: str, adapters: Sequence[Adapter]) -> dict[str, tuple[int, .
     if choice != AVERAGE:
         position = [adapter.name for adapter in adapters].index(choice)
         return dict.fromkeys(adapters[position].saved, (position,))
-    return {
-        name: tuple(i for i, adapter in enumerate(adapters) if name in adapter.saved)
-        for name in saved_names(adapters)
-    }
+    numbered = [*enumerate(adapters)]
+    return {n: tuple(i for i, a in numbered if n in a.saved) for n in saved_names(adapters)}
 
 
 def problems_of(choice: Any, adapters: Sequence[Adapter]) -> Iterator[Problem]:

@@ -50,10 +50,8 @@ def _declared() -> SimpleNamespace:
     def find(name: str, *rest: Any) -> Any:
         return heavy.get(name) or __import__(name, *rest)
 
-    names: dict[str, Any] = {
-        "__name__": "mergekit.options",
-        "__builtins__": {**vars(builtins), "__import__": find},
-    }
+    own = {**vars(builtins), "__import__": find}
+    names: dict[str, Any] = {"__name__": "mergekit.options", "__builtins__": own}
     exec(code, names)
     return SimpleNamespace(**names)
 

@@ -108,13 +108,9 @@ def in_words(kind: Any) -> str:
         return ", ".join(parts)
     if hasattr(kind, "__metadata__"):
         rules = [rule for item in kind.__metadata__ for rule in getattr(item, "metadata", ())]
-        bounds = [
-            f"{word} {getattr(rule, key):g}"
-            for rule in rules
-            for key, word in _BOUNDS.items()
-            if hasattr(rule, key)
-        ]
-        return " ".join([in_words(parts[0]), *bounds])
+        bounds = [(w, getattr(rule, key, None)) for rule in rules for key, w in _BOUNDS.items()]
+        stated = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+        return " ".join([in_words(parts[0]), *stated])
     words = (in_words(part) for part in parts if part is not NoneType)
     return " or ".join(words) if parts else _WORDS.get(kind, "size")
 

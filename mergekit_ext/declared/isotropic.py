@@ -28,10 +28,8 @@ def specific(tensors: Sequence[Tensor], call: Call) -> Merged:
     return Merged(merged.mul_(call.options["lambda"]))
 
 
-for name, title, merge, own in (
-    ("iso_c", "Iso-C", common, ()),
-    ("iso_cts", "Iso-CTS", specific, (_FRACTION,)),
-):
+_BOTH = (("iso_c", "Iso-C", common, ()), ("iso_cts", "Iso-CTS", specific, (_FRACTION,)))
+for name, title, merge, own in _BOTH:
     register(
         Method(
             name,

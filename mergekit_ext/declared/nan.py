@@ -106,10 +106,7 @@ def combine_norms(
     for key, values in measured:
         for model, norm in values.items():
             norms[key][model].append(norm)
-    return {
-        key: {model: math.hypot(*values) for model, values in models.items()}
-        for key, models in norms.items()
-    }
+    return {key: {m: math.hypot(*own) for m, own in of.items()} for key, of in norms.items()}
 
 
 def _scale(call: Call) -> float:

@@ -263,10 +263,8 @@ for _name, _paper, _prepare, _own, _elects, _normal, _rescales in _FAMILY:
         )
     )
 
-for _name, _prepare, _rescales in (
-    ("peft_ties", _magnitude, False),
-    ("peft_dare_ties", _random, True),
-):
+_OF_PEFT = (("peft_ties", _magnitude, False), ("peft_dare_ties", _random, True))
+for _name, _prepare, _rescales in _OF_PEFT:
     _merge = _rows(_prepare, _agreeing_mean, rescale=_rescales, sums=False)
     register(
         Method(

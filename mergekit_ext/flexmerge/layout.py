@@ -8,15 +8,10 @@ from functools import cached_property, reduce
 import torch
 
 from mergekit_ext.declared.method import layout_of
-from mergekit_ext.io.headers import TensorHeader
+from mergekit_ext.io.headers import TensorHeader, dtype_name
 
 # Dtypes that arithmetic on task vectors makes sense for, by their names in the format.
-FLOATING = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATING = {dtype_name(d): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 def matrix_shape(shape: Sequence[int], stacked: bool) -> tuple[int, int, int]:

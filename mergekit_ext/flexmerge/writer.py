@@ -183,11 +183,8 @@ class Shards:
         self._folder, self._finished, self._open = folder, finished, PlannedFiles(folder)
         self.files = {path: PlannedFile(path, tuple(part)) for path, (_, part) in files.items()}
         self._places = {path: place for path, (place, _) in files.items()}
-        self._homes = {
-            (self._places[path], entry.name): file
-            for path, file in self.files.items()
-            for entry in file.entries
-        }
+        filed = ((file, entry.name) for file in self.files.values() for entry in file.entries)
+        self._homes = {(self._places[file.path], name): file for file, name in filed}
         # SHA-256 of each file as long as its tensors come here in its order, and how many have.
         self._digests = {p: (hashlib.sha256(f.header), 0) for p, f in self.files.items()}
         self._behind = ThreadPoolExecutor(max_workers=1)

@@ -133,13 +133,10 @@ def from_headers(
     weights = {}
     for name in names:
         stored = {owner[name].name for owner in owners if name in owner} - {name}
-        weights[name] = WeightInfo(
-            name=name, vocabulary_axis=axes.get(name), aliases=tuple(sorted(stored)) or None
-        )
-    counted = [
-        (model.fact.config, {*owner, *model.made})
-        for model, owner in zip((mine, *others), owners, strict=True)
-    ]
+        aliases = tuple(sorted(stored)) or None
+        weights[name] = WeightInfo(name=name, vocabulary_axis=axes.get(name), aliases=aliases)
+    pairs = zip((mine, *others), owners, strict=True)
+    counted = [(model.fact.config, {*owner, *model.made}) for model, owner in pairs]
     modules = _modules(weights, mine.made, counted)
     planned = {(m.stack, inner) for m in modules.values() for inner in m.inner}
     has_text = getattr(config, "text_config", None) is not None

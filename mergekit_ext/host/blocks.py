@@ -141,11 +141,8 @@ def tied_groups(names: Iterable[str], tie_word_embeddings: bool) -> list[set[str
 
 def _embeddings_of_coders(present: set[str], tied: bool) -> Iterator[tuple[str, str]]:
     """Yield what encoder and decoder share; where the file does not name it, only if `tied`."""
-    owners = {
-        name[: found.start("owner")]: name
-        for name in sorted(present)
-        if (found := tables.SHARED_EMBEDDING.search(name))
-    }
+    shared = [(name, tables.SHARED_EMBEDDING.search(name)) for name in sorted(present)]
+    owners = {name[: found.start("owner")]: name for name, found in shared if found}
     first_of: dict[str, str] = {}
     for name in sorted(present):
         if found := tables.CODER_EMBEDDING.search(name):

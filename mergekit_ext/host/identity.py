@@ -82,13 +82,9 @@ def parts_of(models: Iterable[Any]) -> list[ModelPath]:
 
 def weights_of(models: Iterable[Any]) -> dict[str, tuple[int, int]]:
     """Return length and time of change of every local file of weights, by its path."""
-    return {
-        str(file): _state(file)
-        for folder in map(Path, sorted({part.path for part in parts_of(models)}))
-        if folder.is_dir()
-        for file in files_of(folder)
-        if file.suffix in _WEIGHTS
-    }
+    folders = map(Path, sorted({part.path for part in parts_of(models)}))
+    files = (file for folder in folders if folder.is_dir() for file in files_of(folder))
+    return {str(file): _state(file) for file in files if file.suffix in _WEIGHTS}
 
 
 def require_unchanged(before: Mapping[str, tuple[int, int]]) -> None:

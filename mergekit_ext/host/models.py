@@ -93,10 +93,8 @@ def merge_models(
     require(findings.report().problems, "these models")
     first, *others = states.values()
     # Tensors that all models tie are one.
-    tied = {
-        name: kept if all(state[name][0] == kept for state in others) else name
-        for name, (kept, _) in first.items()
-    }
+    in_all = {n: kept for n, (kept, _) in first.items() if all(s[n][0] == kept for s in others)}
+    tied = {name: in_all.get(name, name) for name in first}
     merged = _merge(found, group, states, dict.fromkeys(tied.values()), seed)
     model = next(iter(inputs.values()))
     if isinstance(model, Mapping):

@@ -56,10 +56,8 @@ def check_modules(
     found = {model: _headers(facts[model], f, findings) for model, f in having.items()}
     tensorwise = (config.parameters or {}).get("granularity", "tensor") == "tensor"
     for name in _differing(folders):
-        shapes = [
-            {key: header.shape for key, header in found.get(model, {}).get(name, {}).items()}
-            for model in folders
-        ]
+        stored = [found.get(model, {}).get(name, {}) for model in folders]
+        shapes = [{key: header.shape for key, header in headers.items()} for headers in stored]
         mergeable = config.models and name.endswith((".safetensors", ".bin", ".pt"))
         if not mergeable or any(other != shapes[0] for other in shapes):
             what = f"different {name}, or none, in {listing([str(model) for model in folders])}"

@@ -16,7 +16,6 @@ from mergekit_ext.errors import HostVersionError
 
 _OLDEST, _TOO_NEW = (0, 1, 5), (0, 2)
 
-
 _registered: list[Any] = []  # what was, after the last registration
 
 

@@ -67,10 +67,8 @@ def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loadin
             return None
         return Loading(error=one_line(error))
     missing, ignored = (tuple(sorted(found[key])) for key in ("missing_keys", "unexpected_keys"))
-    misshapen = (
-        f"{name} ({list(stored)}; the class has {list(own)})"
-        for name, stored, own in sorted(found["mismatched_keys"])
-    )
+    clashes = sorted(found["mismatched_keys"])
+    misshapen = (f"{n} ({list(stored)}; the class has {list(own)})" for n, stored, own in clashes)
     return Loading(missing, ignored, tuple(misshapen))
 
 

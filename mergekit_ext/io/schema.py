@@ -34,7 +34,6 @@ def _known(version: int) -> int:
 
 Version = Annotated[int, pydantic.AfterValidator(_known)]
 
-
 # Checking stops at the first wrong entry: a hostile list may have millions.
 Items = Annotated[tuple[Item, ...], Strict(False), FailFast()]
 Some = Annotated[tuple[Item, ...], Strict(False), FailFast(), Field(min_length=1)]

@@ -177,10 +177,7 @@ def flexmerge_section(
     is an ordinary checkpoint; `kinds` how many blocks, and how many stored groups.
     """
     count = len(tasks)
-    rows = [
-        [kind, str(blocks), f"{groups / blocks:.2f} of {count}"]
-        for kind, (blocks, groups) in kinds.items()
-    ]
+    rows = [[kind, str(n), f"{groups / n:.2f} of {count}"] for kind, (n, groups) in kinds.items()]
     private = size["private_bytes"]
     apart = f", and {private:,.0f} bytes of what is not merged" if private else ""
     plain = [name for name, ordinary in tasks if ordinary]

@@ -93,11 +93,12 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="tight")
 
 
-def _finish(axes: Any, across: str, up: str) -> None:
+def _finish(axes: Any, across: str, up: str, path: Path) -> None:
     axes.set(xlabel=across, ylabel=up)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
+    axes.figure.savefig(path, dpi=150)
 
 
 def _heatmap(axes: Any, values: Any, rows: Sequence[Any], columns: Sequence[Any]) -> None:
@@ -177,8 +178,7 @@ def plot(path: Path, points: Sequence[SizePoint], reference: Scores, metric: str
         sizes, heights, *band = zip(*sorted(line), strict=True)
         axes.plot(sizes, heights, marker="o", markersize=4, label=algorithm)
         axes.fill_between(sizes, *band, alpha=0.1)
-    _finish(axes, "size (models)", f"normalised {metric}: mean, range of tasks")
-    axes.figure.savefig(path, dpi=150)
+    _finish(axes, "size (models)", f"normalised {metric}: mean, range of tasks", path)
 
 
 def plot_trials(path: Path, scores: Sequence[float | None]) -> None:
@@ -187,8 +187,7 @@ def plot_trials(path: Path, scores: Sequence[float | None]) -> None:
     numbers, heights = zip(*((i, s) for i, s in enumerate(scores, 1) if s is not None), strict=True)
     axes.plot(numbers, heights, "o", markersize=4, label="trial")
     axes.step(numbers, list(accumulate(heights, max)), where="post", label="best so far")
-    _finish(axes, "trial", "mean score")
-    axes.figure.savefig(path, dpi=150)
+    _finish(axes, "trial", "mean score", path)
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -238,5 +237,4 @@ def plot_similarity(
     _heatmap(middle, means, list(found), places)
     middle.set(xlabel="layer")
     right.step([step["merges"] for step in steps], [step["models"] for step in steps], where="post")
-    _finish(right, "merges", "size (models)")
-    picture.savefig(path, dpi=150)
+    _finish(right, "merges", "size (models)", path)

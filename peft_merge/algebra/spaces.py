@@ -105,10 +105,8 @@ def _core(job: Job) -> Result:
     # Balanced, so that no side's axes depend on where the scaling is.
     space = CoreSpace.of(job.balanced(), job.device)
     # The left singular vectors of the coordinates are the principal axes of the stacked factors.
-    left, right = (
-        torch.linalg.svd(basis.coordinates, full_matrices=True)[0]
-        for basis in (space.left, space.right)
-    )
+    sides = (space.left.coordinates, space.right.coordinates)
+    left, right = (torch.linalg.svd(side, full_matrices=True)[0] for side in sides)
     merged, details = job.slots([left.mT @ core @ right for core in space.cores], job.call)
     return job.factor(space, left @ merged @ right.mT), details
 
@@ -141,12 +139,8 @@ def _factors(job: Job) -> Result:
     return job.refactored(sides["a"], sides["b"]), details
 
 
-SPACES: Mapping[str, Callable[[Job], Result]] = {
-    "delta": _delta,
-    "core": _core,
-    "factors": _factors,
-    "knots": _knots,
-}
+SPACES: Mapping[str, Callable[[Job], Result]]
+SPACES = {"delta": _delta, "core": _core, "factors": _factors, "knots": _knots}
 
 
 def _dense(job: Job) -> Result:

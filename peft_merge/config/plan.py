@@ -112,10 +112,8 @@ class Resolver:
         own = {f"{item.where}.parameters": item.parameters for item in request.inputs}
         self._own = tuple(own)
         # By where they stand; under `_SHARED` those of the whole merge.
-        self._settings = {
-            where: self._read(where, settings)
-            for where, settings in {_SHARED: request.parameters, **own}.items()
-        }
+        given = {_SHARED: request.parameters, **own}
+        self._settings = {where: self._read(where, settings) for where, settings in given.items()}
 
     def _read(self, where: str, settings: Mapping[Any, Any]) -> dict[str, list[Entry]]:
         found = {}

@@ -50,10 +50,8 @@ def _layer(module: str, adapted: Collection[str]) -> str:
 
 # PEFT configures some modules together (both projections of torch's attention, the target
 # parameters of one module): they have one rank, so they are never apart.
-GRANULARITIES: dict[str, Callable[[str, Collection[str]], str]] = {
-    "module": names.owner,
-    "layer": _layer,
-}
+GRANULARITIES: dict[str, Callable[[str, Collection[str]], str]]
+GRANULARITIES = {"module": names.owner, "layer": _layer}
 
 
 def blocks_of(modules: Collection[str], granularity: str) -> tuple[Block, ...]:

@@ -48,10 +48,7 @@ def merged_adapter(
         config = ia3_configuration(vectors, inputs, tensors)
         return Ia3Adapter(name, config, vectors, values.__getitem__, whole)
     with_bias = any(update.bias is not None for update in values.values())
-    needed = {
-        module: replace(infos[module], rank=max(1, update.a.shape[1]))
-        for module, update in values.items()
-    }
+    needed = {m: replace(infos[m], rank=max(1, v.a.shape[1])) for m, v in values.items()}
     ranks = stored_ranks(needed, None if patterns else data.one_rank(needed.values()))
     stored: dict[str, Update] = {}
     for module, update in values.items():

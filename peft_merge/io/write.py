@@ -77,12 +77,10 @@ def fill_folder(adapter: Adapter, folder: Path, texts: Mapping[str, str]) -> Non
     for name, text in {**made, **texts}.items():
         (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
     again = load_adapter(folder, name=adapter.name)
-    different = sorted(
-        module
-        for module in {*adapter.infos, *again.infos}
-        if adapter.infos.get(module) != again.infos.get(module) or not _same(adapter, again, module)
-    )
-    different += sorted(set(adapter.saved) ^ set(again.saved))
+    modules = {*adapter.infos, *again.infos}
+    unlike = {m for m in modules if adapter.infos.get(m) != again.infos.get(m)}
+    unlike |= {m for m in modules - unlike if not _same(adapter, again, m)}
+    different = [*sorted(unlike), *sorted(set(adapter.saved) ^ set(again.saved))]
     if different:
         raise MergeError(
             f"{adapter.name}: {', '.join(different[:5])} read differently from what was to be "

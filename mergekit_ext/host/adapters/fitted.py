@@ -77,10 +77,8 @@ def adapted_headers(
 
     Floating tensors get `dtype` (mergekit's ``--lora-merge-dtype``) if it is given.
     """
-    found = {
-        name: replace(header, file=None) if name in weights.touched else header
-        for name, header in base.items()
-    }
+    touched = weights.touched
+    found = {n: replace(h, file=None) if n in touched else h for n, h in base.items()}
     for name, read in weights.added.items():
         tensor = read()
         found[name] = TensorHeader.of(name, tensor.dtype, tensor.shape)

@@ -54,11 +54,8 @@ def estimate(inventory: Inventory, shared: Sequence[Values], tokens: int | None)
     rows: Callable[[Sequence[int]], int] = min  # vocabularies are cut
     if wants_tokenizer(config):
         rows = max if tokens is None else lambda _: tokens
-    read = {
-        (model, stored.name): stored.nbytes
-        for tensor in inventory.located
-        for model, stored in _inputs(tensor)
-    }
+    inputs = (each for tensor in inventory.located for each in _inputs(tensor))
+    read = {(model, stored.name): stored.nbytes for model, stored in inputs}
     entries = [_entry(tensor, config, rows) for tensor in inventory.located]
     scaled = any(AUTO in values.values() for values in shared)
     needs = map(functools.partial(_need, inventory, scaled), inventory.located, entries)

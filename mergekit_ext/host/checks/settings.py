@@ -43,11 +43,8 @@ def wants_tokenizer(config: Any) -> bool:
 
 def check_settings(config: Any, options: Any, findings: Findings) -> None:
     """Check what is not about models, parameters or tensors."""
-    for where, name in (
-        ("dtype", config.dtype),
-        ("out_dtype", config.out_dtype),
-        ("--lora-merge-dtype", options.lora_merge_dtype),
-    ):
+    stated = {"dtype": config.dtype, "out_dtype": config.out_dtype}
+    for where, name in {**stated, "--lora-merge-dtype": options.lora_merge_dtype}.items():
         dtype = dtype_of(name)
         if name and (dtype is None or not dtype.is_floating_point):
             remedy = did_you_mean(name.removeprefix("torch."), _DTYPES, listed=True)

@@ -315,10 +315,8 @@ def _lost(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what ``merge_report.json`` has of the residuals of each tensor, and of all."""
     tasks = engine.layout.tasks
-    tensors = {
-        name: dict(zip(tasks, (each.entry for each in found), strict=True))
-        for name, found in kept.items()
-    }
+    entries = {name: [each.entry for each in found] for name, found in kept.items()}
+    tensors = {name: dict(zip(tasks, own, strict=True)) for name, own in entries.items()}
     each = zip(tasks, zip(*kept.values(), strict=True), strict=True)
     size = {"models": plan.size.models, "bytes": plan.size.bytes}
     return tensors, {"size": size, "tasks": {task: total(found) for task, found in each}}

@@ -145,12 +145,9 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
                 remedy = "Write one value for all tensors."
                 findings.problem(join(where, key), shown(value), expected, remedy)
     config = _reduced(config, lambda key: key not in owners)
-    # Messages have the name between backticks.
-    spec = replace(
-        FlexMergeMethod(FLEXMERGE).spec,
-        name=f"{config.merge_method}` with `{name}",
-        parameters=tuple(specs.values()),
-    )
+    called = f"{config.merge_method}` with `{name}"  # messages have it between backticks
+    spec = FlexMergeMethod(FLEXMERGE).spec
+    spec = replace(spec, name=called, parameters=tuple(specs.values()))
     checked = check_parameters(SimpleNamespace(spec=spec), groups_of(config), [], findings)
     if method is None or findings.count > before or not tasks:
         return None
