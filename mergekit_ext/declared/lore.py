@@ -82,6 +82,7 @@ def _kept(models: Sequence[Tensor], call: Call, kept: dict[str, Tensor]) -> kern
         ended = found.iterations, found.converged, found.change
         kept["theta_0"] = found.base
         kept["mu"], kept["ended"] = (torch.tensor(v).double() for v in (found.thresholds, ended))
+        del found  # its merged tensor
     options = {**call.options, "mu_relative": None, "mu": kept["mu"].tolist() or None}
     theta_0 = kept["theta_0"].to(models[0].device)
     result = _solved(models, theta_0, replace(call, options=options), call.weights)

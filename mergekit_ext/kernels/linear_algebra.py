@@ -78,16 +78,19 @@ def add_products(stack: Tensor, left: Tensor, right: Tensor, scale: float) -> Te
     return out
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Return the lower triangle of ``rows @ rows.T``; what is above it is not to be used."""
+def gram(rows: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Return the lower triangle of ``rows @ rows.T``, added onto a matrix if one is given.
+
+    What is above it is not to be used.
+    """
     side, length = rows.shape
     work = side * side * length
     if work < _SMALL_PRODUCT or not rows.is_cpu:
-        return _product(rows, rows.T)
-    out = rows.new_zeros((side, side))
+        return _product(rows, rows.T) if onto is None else onto.add_(_product(rows, rows.T))
+    out = rows.new_zeros((side, side)) if onto is None else onto
 
     def some_rows(part: slice) -> None:
-        torch.mm(rows[part], rows[: part.stop].T, out=out[part, : part.stop])
+        out[part, : part.stop].addmm_(rows[part], rows[: part.stop].T)
 
     # The longest first, so that no thread is left with it at the end.
     in_threads(some_rows, _pieces(side, work)[::-1], rows.device)

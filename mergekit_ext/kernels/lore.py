@@ -11,8 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import matmul, matrices_of, norm, power_of_two, qr
-from mergekit_ext.kernels.lore_solver import UPDATES, Limits, Problem, over_base, shrinker_for
+from mergekit_ext.kernels.linear_algebra import matrices_of, norm
+from mergekit_ext.kernels.lore_solver import (
+    UPDATES,
+    Limits,
+    Outcome,
+    Problem,
+    over_base,
+    shrinker_for,
+)
+from mergekit_ext.kernels.lore_span import Span
 from mergekit_ext.kernels.numerics import compute_dtype, require_alike, weighted_sum
 from mergekit_ext.kernels.svt import Rule
 
@@ -24,17 +32,15 @@ ROUNDING_SHARE, LEAST_TOLERANCE = 0.1, 1e-5
 REACH = 16.0
 # Root mean square of rounding, in eps of a dtype, of entries whose mantissas are spread evenly.
 ROUNDING = 0.21
-# The factorisation of a span costs a few products; below this gain it is not worth it.
-WORTHWHILE = 0.8
 
 
 @dataclass(frozen=True)
 class LoreResult:
-    """What `lore` found. Every tensor has the shape of the inputs and the compute dtype.
+    """What `lore` found. Tensors have the shape of the inputs.
 
     Attributes:
-        merged: theta* = theta_0 + lam * tau.
-        base: theta_0, estimated or given.
+        merged: theta* = theta_0 + lam * tau, in the compute dtype.
+        base: theta_0, estimated (in the compute dtype) or as it was given.
         iterations: evaluations of all thresholdings; 0 for averaged (1-D) tensors, 1 for an
             explicit base.
         change: last relative change of theta_0: ``||theta_0 - theta_0'||_F / ||theta_0 - mean||_F``
@@ -140,10 +146,10 @@ def lore(
     if len(shape) < 2 or not tensors[0].numel():
         return _averaged([t.to(dtype) for t in tensors], coefficients)
 
-    def limits(space: _Coordinates) -> Limits:
+    def limits(space: Span) -> Limits:
         if tolerance is not None:
             return Limits(max_iterations, tolerance, on_iteration=on_iteration)
-        rounding = ROUNDING * torch.finfo(output or dtype).eps * norm(space.start) / space.scale
+        rounding = ROUNDING * torch.finfo(output or dtype).eps * space.length / space.scale
         # Calibrated, the sum is as long as the mean with another factor.
         how = (1.0, "mean" if combine == "sum" else combine) if calibrated else (lam, combine)
         length = max(map(norm, space.differences)) if calibrated else 0.0
@@ -161,19 +167,24 @@ def lore(
         assert mu is not None
         return Rule(mu=(mu[slot] if isinstance(mu, Sequence) else mu) / scale)
 
-    def solved(slot: int, models: list[Tensor], start: Tensor | None) -> LoreResult:
-        space = _Coordinates(models, start)
-        pairs = [(shrinker_for(d.device.type, models[0].shape), d) for d in space.differences]
-        norms = [shrinker.start(d) for shrinker, d in pairs]
-        shrink = rule(slot, norms, space.scale, min(models[0].shape))
+    def solution(space: Span, slot: int) -> tuple[Outcome, Sequence[float], Rule]:
+        differences = space.differences
+        shrinkers = [shrinker_for(d.device.type, d.shape) for d in differences]
+        norms = [shrinker.start(d) for shrinker, d in zip(shrinkers, differences, strict=True)]
+        shrink = rule(slot, norms, space.scale, len(differences[0]))
+        pairs = zip(shrinkers, differences, strict=True)
         parts = [shrinker.first(d, shrink) for shrinker, d in pairs]
-        problem = Problem(space.differences, [shrinker for shrinker, _ in pairs], shrink)
-        solve = UPDATES[update] if start is None else over_base
-        outcome = solve(problem, parts, limits(space))
-        theta_0 = space.start if start is not None else space.start - space.back(outcome.mean)
+        problem = Problem(differences, shrinkers, shrink)
+        solve = UPDATES[update] if base is None else over_base
+        return solve(problem, parts, limits(space)), norms, shrink
+
+    def solved(slot: int, models: Sequence[Tensor], start: Tensor | None) -> LoreResult:
+        space = Span(models, start, dtype)
+        outcome, norms, shrink = solution(space, slot)
         deltas = [part.value for part in outcome.parts]
+        merged, theta_0 = space.merged(deltas, coefficients, lam, combine)
         return LoreResult(
-            merged=theta_0 + lam * space.task_vector(deltas, coefficients, combine),
+            merged=merged,
             base=theta_0,
             iterations=outcome.iterations,
             change=outcome.change,
@@ -184,64 +195,11 @@ def lore(
             thresholds=() if shrink.mu is None else (shrink.mu * space.scale,),
         )
 
-    start = None if base is None else matrices_of(base, layout)
+    starts = None if base is None else matrices_of(base, layout)
     results = []
     for slot, models in enumerate(zip(*(matrices_of(t, layout) for t in tensors), strict=True)):
-        given = None if start is None else start[slot].to(dtype)
-        results.append(solved(slot, [model.to(dtype) for model in models], given))
+        results.append(solved(slot, models, None if starts is None else starts[slot]))
     return _gathered(results, shape)
-
-
-class _Coordinates:
-    """The differences of models from a start, wide, scaled, and in the span of their rows.
-
-    Thresholding multiplies from the left by a function of ``X X^T``: rows of iterates never leave
-    the span of those of the differences D_i from the mean, which sum to zero. For ``(n - 1) a < b``
-    one QR factorisation replaces the long side b by (n - 1) a, an isometry that changes no singular
-    value, norm or inner product.
-
-    Attributes:
-        start: the given base, or the mean of the models.
-        scale: a power of two that keeps squares of tiny or huge entries in range.
-        differences: one matrix per model, ``(a, r)`` with ``a <= r``.
-    """
-
-    def __init__(self, models: Sequence[Tensor], base: Tensor | None):
-        self._transposed = models[0].shape[0] > models[0].shape[1]
-        if base is None:
-            self.start, differences = _centred(models)
-        else:
-            self.start, differences = base, [model - base for model in models]
-        self.scale = max(power_of_two(d) if d.any() else 0.0 for d in differences) or 1.0
-        self.differences = [self._oriented(d).div(self.scale) for d in differences]
-        self._frame: Tensor | None = None  # (b, r) with orthonormal columns, or the identity
-        rows, columns = self.differences[0].shape
-        independent = len(models) - 1
-        if base is None and independent and independent * rows <= WORTHWHILE * columns:
-            del differences
-            self._frame, corner = qr(torch.cat(self.differences[:-1]).T)
-            blocks = [block.T.contiguous() for block in corner.split(rows, dim=1)]
-            self.differences = [*blocks, -torch.stack(blocks).sum(0)]
-
-    def _oriented(self, matrix: Tensor) -> Tensor:
-        return matrix.T.contiguous() if self._transposed else matrix
-
-    def _expanded(self, coordinates: Tensor) -> Tensor:
-        return coordinates if self._frame is None else matmul(coordinates, self._frame.T)
-
-    def back(self, coordinates: Tensor) -> Tensor:
-        """Return a matrix of the models' shape and scale."""
-        return self._oriented(self._expanded(coordinates)).mul(self.scale)
-
-    def task_vector(
-        self, deltas: Sequence[Tensor], weights: Sequence[float], combine: str
-    ) -> Tensor:
-        """Return tau of the low-rank delta_i (Algorithm 1, step 2), of the models' shape."""
-        if combine == "ties":
-            tau = _elected_mean([self._expanded(delta) for delta in deltas], weights)
-            return self._oriented(tau).mul(self.scale)
-        tau = weighted_sum(deltas, weights)
-        return self.back(tau.div_(math.fsum(weights)) if combine == "mean" else tau)
 
 
 def _growth(weights: Sequence[float], lam: float, combine: str) -> float:
@@ -261,35 +219,6 @@ def _growth(weights: Sequence[float], lam: float, combine: str) -> float:
     return max(1.0, abs(lam * total - 1.0) + abs(lam) * uneven)
 
 
-def _centred(models: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return the mean and the differences from it, of two models exactly opposite.
-
-    The mean is taken of differences from the first model: exact for identical models.
-    """
-    apart = [m - models[0] for m in models]
-    shift = torch.zeros_like(apart[0])
-    for difference in apart[1:]:
-        shift.add_(difference)
-    shift.div_(len(models))
-    return models[0] + shift, [d.sub_(shift) for d in apart]
-
-
-def _elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return optional 2, TIES without trimming (Yadav et al. 2023), entry by entry.
-
-    The sign of ``sum_i w_i delta_i`` is elected; tau is the weighted mean of the delta_i that have
-    it (not of tau, as the paper writes), 0 where there is none.
-    """
-    elected = weighted_sum(deltas, weights).sign_()
-    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
-    for delta, weight in zip(deltas, weights, strict=True):
-        agrees = (delta.sign() == elected).to(delta.dtype)
-        total.add_(delta * agrees, alpha=weight)
-        mass.add_(agrees, alpha=weight)
-    empty = mass == 0
-    return torch.where(empty, torch.zeros_like(total), total / mass.masked_fill(empty, 1.0))
-
-
 def _averaged(models: list[Tensor], weights: list[float]) -> LoreResult:
     """Return the weighted mean, exact for identical models: vectors, scalars, and what is empty."""
     shift = weighted_sum([m - models[0] for m in models], weights) / math.fsum(weights)
@@ -302,8 +231,8 @@ def _averaged(models: list[Tensor], weights: list[float]) -> LoreResult:
 
 def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
     return LoreResult(
-        merged=torch.stack([r.merged for r in results]).reshape(shape),
-        base=torch.stack([r.base for r in results]).reshape(shape),
+        merged=_joined([r.merged for r in results], shape),
+        base=_joined([r.base for r in results], shape),
         iterations=max(r.iterations for r in results),
         change=max(r.change for r in results),
         objective=math.fsum(r.objective for r in results),
@@ -312,3 +241,8 @@ def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
         spectral_norms=tuple(map(max, zip(*(r.spectral_norms for r in results), strict=True))),
         thresholds=tuple(mu for r in results for mu in r.thresholds),
     )
+
+
+def _joined(matrices: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    one = matrices[0] if len(matrices) == 1 else torch.stack(list(matrices))
+    return one.reshape(shape)

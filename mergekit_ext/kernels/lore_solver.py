@@ -86,10 +86,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The delta_i that a solver found and their mean, in the coordinates that it was given."""
+    """The delta_i that a solver found, in the coordinates that it was given."""
 
     parts: list[Shrunk]
-    mean: Tensor
     objective: float
     iterations: int
     change: float
@@ -142,7 +141,7 @@ def simultaneous(problem: Problem, start: list[Shrunk], limits: Limits) -> Outco
 
 
 def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
-    """Proximal steps for one model after the other, with Anderson acceleration.
+    """Proximal steps for one model after the other, with Anderson acceleration; empties `start`.
 
     Once the next sweep should be good enough, sweeps are settled: nothing is missed in the result.
     """
@@ -151,14 +150,16 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
     change = 1.0 if norm(mean) else 0.0
     limits.report(count, first.objective, change)
     if not change:
-        return Outcome(parts, mean, first.objective, count, change, True)
+        return Outcome(parts, first.objective, count, change, True)
     saga = _PointSaga(problem, first)
+    del first
     floor, largest = (saga.growth * size for size in (problem.floor, problem.size))
     anderson, remaining = _Anderson(len(mean)), _Remaining(norm(mean), floor)
     settled = converged = stalled = False
     while not (converged or (stalled and limits.reach == 1.0)) and count < limits.max_iterations:
         enough = max(limits.enough(norm(mean)), limits.reach * floor)
-        before, last = saga.state, mean
+        before, last = anderson.sample(saga.state), mean
+        parts.clear()  # a sweep does not need them, but memory
         parts = saga.sweep(SETTLED_SHARE * enough if settled else None)
         mean = _mean([part.value for part in parts])
         count, change = count + 1, _relative(norm(mean - last), norm(mean))
@@ -170,7 +171,7 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
         reached = left <= enough or (stalled and limits.reach > 1.0)
         converged = settled and reached
         settled = settled or reached or left * rate <= max(enough, noise)
-    return Outcome(parts, mean, problem.objective(mean, parts), count, change, converged)
+    return Outcome(parts, problem.objective(mean, parts), count, change, converged)
 
 
 class _PointSaga:
@@ -202,6 +203,7 @@ class _PointSaga:
     def sweep(self, accuracy: float | None) -> list[Shrunk]:
         """Take a step for each model; return its delta_i, settled if an accuracy is given."""
         at, *gradients = self.state
+        self.state = []
         mean, share = _mean(gradients), 1.0 / (1.0 + self._step)
         parts = []
         pairs = zip(self._differences, self._shrinkers, strict=True)
@@ -237,9 +239,9 @@ class _Anderson:
         self._every = max(1, rows // SAMPLED_ROWS)
         self._seen: deque[tuple[list[Tensor], Tensor]] = deque(maxlen=MEMORY + 1)
 
-    def __call__(self, before: list[Tensor], after: list[Tensor]) -> tuple[list[Tensor], float]:
-        """Return the next x from x and g(x), and the norm of ``g(x) - x``, sampled."""
-        residual = self._sample(after) - self._sample(before)
+    def __call__(self, before: Tensor, after: list[Tensor]) -> tuple[list[Tensor], float]:
+        """Return the next x from a sample of x and g(x), and the norm of ``g(x) - x``, sampled."""
+        residual = self.sample(after) - before
         self._seen.append((after, residual))
         turns = torch.stack([kept for _, kept in self._seen]).diff(dim=0)
         system = matmul(turns, turns.T)
@@ -251,7 +253,8 @@ class _Anderson:
         states = zip(*(state for state, _ in self._seen), strict=True)
         return [weighted_sum(matrices, weights) for matrices in states], norm(residual)
 
-    def _sample(self, state: Sequence[Tensor]) -> Tensor:
+    def sample(self, state: Sequence[Tensor]) -> Tensor:
+        """Return what decides how iterates are combined."""
         return torch.stack([matrix[:: self._every] for matrix in state]).double().flatten()
 
 
@@ -305,7 +308,7 @@ def plain(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
         now = problem.evaluate(now.mean)
         count += 1
         done = stop(count, now.objective, norm(now.gradient), norm(now.mean))
-    return Outcome(now.parts, now.mean, now.objective, count, stop.change, done)
+    return Outcome(now.parts, now.objective, count, stop.change, done)
 
 
 def sequential(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
@@ -332,7 +335,7 @@ def sequential(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome
         objective = problem.objective(mean, parts)
         done = stop(sweep, objective, norm(mean - before), norm(mean))
     exact = torch.stack([p.value for p in parts]).mean(0)
-    return Outcome(parts, exact, problem.objective(exact, parts), sweep, stop.change, done)
+    return Outcome(parts, problem.objective(exact, parts), sweep, stop.change, done)
 
 
 def over_base(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
@@ -340,7 +343,7 @@ def over_base(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcome:
     zero = torch.zeros_like(start[0].value)
     objective = problem.objective(zero, start)
     limits.report(1, objective, 0.0)
-    return Outcome(start, zero, objective, 1, 0.0, True)
+    return Outcome(start, objective, 1, 0.0, True)
 
 
 class _Stop:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekit_ext.kernels import lore as lore_module
-from mergekit_ext.kernels import svt_subspace
+from mergekit_ext.kernels import lore_span, svt_subspace
 from mergekit_ext.kernels.lore import LoreResult, lore
 from mergekit_ext.kernels.svt import MatmulShrinker
 from tests.reference.lore import Reference, svt
@@ -159,7 +159,61 @@ SOLVED = {
     "full rank": (lambda: made(5, 22, 25, rank=None)[1], 0.2),
     "twins": (twins, 0.1),
     "with their mean": (with_their_mean, 0.2),
+    "long": (lambda: [torch.cat([m, 2 * m, m.flip(1)]) for m in spectral(0.45, 3)], 0.1),
+    "long, of half the rank": (lambda: [torch.cat([m] * 5) for m in spectral(0.3, 3)], 0.3),
 }
+
+
+def deficient() -> list[Tensor]:
+    """Three models 96 x 16 whose differences, taken together, have rank 9 of 32."""
+    g = torch.Generator().manual_seed(3)
+    models = torch.randn(1, 96, 16, generator=g).repeat(3, 1, 1)
+    models[0, :, :6] += torch.randn(96, 6, generator=g)
+    models[1:, :, :6] += torch.randn(96, 3, generator=g) @ torch.randn(3, 6, generator=g)
+    return list(models)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e15])
+@pytest.mark.parametrize("how", [{}, {"combine": "ties", "weights": [0.5, 1.5, 0.8]}, {"lam": 0.3}])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("based", [False, True])
+def test_long_matrices_in_blocks_and_of_any_rank(
+    based: bool, transposed: bool, how: dict, scale: float, monkeypatch
+) -> None:
+    monkeypatch.setattr(lore_span, "BLOCK", 500)
+    models = deficient()
+    base = models[2].roll(1, 0) if based else None
+    expected = reference(models, base=base, mu_relative=0.2, **how)
+    given = [(m.T if transposed else m) * scale for m in (*models, *([base] if based else []))]
+    theta_0 = given.pop() if based else None
+    found = lore(given, base=theta_0, mu_relative=0.2, **how)
+    turned = found.merged.T if transposed else found.merged
+    goal(turned.double() / scale, expected.merged, mean(models) if base is None else base)
+    assert found.merged.shape == given[0].shape and found.merged.is_contiguous()
+    assert found.objective / scale**2 == pytest.approx(expected.objective, rel=1e-5)
+
+
+def test_nothing_of_the_long_side_is_held(monkeypatch) -> None:
+    """Products and decompositions see rows of the result's blocks, or the short sides."""
+    monkeypatch.setattr(lore_span, "BLOCK", 1 << 12)
+    sizes: list[int] = []
+    solve = lore_module.UPDATES["simultaneous"]
+
+    def watched(problem, *rest):
+        sizes.extend(d.numel() for d in problem.differences)
+        return solve(problem, *rest)
+
+    monkeypatch.setitem(lore_module.UPDATES, "simultaneous", watched)
+    models = [torch.cat([m] * 64) for m in spectral(0.45, 3)]
+    lore(models, mu_relative=0.3)
+    assert sizes == [32 * 64] * 3  # of 32 x 2048
+
+
+def test_differences_that_overflow_are_no_numbers() -> None:
+    large = torch.full((64, 4), 3e38)
+    for base in (None, -large):
+        with pytest.raises((OverflowError, torch.linalg.LinAlgError)):
+            lore([large, -large, large], mu=1.0, base=base)
 
 
 def minimum(models: list[Tensor], mu: float) -> tuple[Tensor, list[Tensor]]:
