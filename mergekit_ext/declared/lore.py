@@ -200,14 +200,17 @@ def _after(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterable[Merg
 
 
 def _copies(models: int, square: float) -> float:
-    """Inputs and task vectors; iterates and their history, in the span of the differences."""
-    return 5 * models + 8 + min(1.0, (models - 1) * square) * (22 * models + 14)
+    """Differences, iterates and their history in the span of the differences; then two results."""
+    span = min(1.0, (models - 1) * square)
+    return max(3.0, (9 * models + 15) * span + 6 * square)
 
 
 def _operations(models: int, based: bool, short: int, long: int) -> float:
-    # Without a base everything happens in the span of the differences.
-    length = long if based else min(long, (models - 1) * short)
-    return (_OVER_BASE if based else _ESTIMATED) * 2.0 * models * short**2 * length
+    # Solved for in spans of the differences; long matrices are summed up and written besides.
+    length = min(long, short if based else (models - 1) * short)
+    solving = (_OVER_BASE if based else _ESTIMATED) * models * length
+    passes = (2 * models if based else models * (models - 1)) * long if length < long else 0
+    return 2.0 * short**2 * (solving + passes)
 
 
 register(

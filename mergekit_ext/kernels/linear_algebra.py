@@ -79,10 +79,7 @@ def add_products(stack: Tensor, left: Tensor, right: Tensor, scale: float) -> Te
 
 
 def gram(rows: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Return the lower triangle of ``rows @ rows.T``, added onto a matrix if one is given.
-
-    What is above it is not to be used.
-    """
+    """Return the lower triangle of ``rows @ rows.T``, added `onto` a matrix; ignore the upper."""
     side, length = rows.shape
     work = side * side * length
     if work < _SMALL_PRODUCT or not rows.is_cpu:

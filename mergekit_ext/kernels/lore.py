@@ -6,7 +6,7 @@ coordinates, and a rule by which they are shrunk.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -230,9 +230,12 @@ def _averaged(models: list[Tensor], weights: list[float]) -> LoreResult:
 
 
 def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
+    if len(results) == 1:  # without a copy
+        merged, theta_0 = (matrix.reshape(shape) for matrix in (results[0].merged, results[0].base))
+        return replace(results[0], merged=merged, base=theta_0)
     return LoreResult(
-        merged=_joined([r.merged for r in results], shape),
-        base=_joined([r.base for r in results], shape),
+        merged=torch.stack([r.merged for r in results]).reshape(shape),
+        base=torch.stack([r.base for r in results]).reshape(shape),
         iterations=max(r.iterations for r in results),
         change=max(r.change for r in results),
         objective=math.fsum(r.objective for r in results),
@@ -241,8 +244,3 @@ def _gathered(results: Sequence[LoreResult], shape: torch.Size) -> LoreResult:
         spectral_norms=tuple(map(max, zip(*(r.spectral_norms for r in results), strict=True))),
         thresholds=tuple(mu for r in results for mu in r.thresholds),
     )
-
-
-def _joined(matrices: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    one = matrices[0] if len(matrices) == 1 else torch.stack(list(matrices))
-    return one.reshape(shape)

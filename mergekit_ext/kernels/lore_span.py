@@ -48,30 +48,28 @@ class Span:
         self._models = [self._tall(model) for model in models]
         self._base, self._dtype = None if base is None else self._tall(base), dtype
         rows, columns = self._models[0].shape
-        spans, side = (1, (len(models) - 1) * columns) if base is None else (len(models), columns)
-        self._factors: list[Tensor] = []
-        if summed := dtype == torch.float32 and 0 < side <= WORTHWHILE * rows:
-            like = self._models[0].new_zeros(0, dtype=torch.float64)
-            self._factors = [like.new_zeros(side, side) for _ in range(spans)]
-        else:
-            like = self._models[0].new_zeros(0, dtype=dtype)
-            self.differences = [like.new_empty(columns, rows) for _ in models]
+        side = columns if base is not None else columns * (len(models) - 1)
+        summed = dtype == torch.float32 and 0 < side <= WORTHWHILE * rows
+        size, kind = ((side, side), torch.float64) if summed else ((columns, rows), dtype)
+        count = 1 if summed and base is None else len(models)
+        matrices = [models[0].new_zeros(size, dtype=kind) for _ in range(count)]
         peaks, lengths = [0.0], [0.0]
         for part, start, apart in self._blocks():
             lengths.append(norm(start))
             peaks += [power_of_two(difference) for difference in apart if difference.any()]
-            if summed:
-                for total, stacked in zip(self._factors, self._stacked(apart), strict=True):
-                    gram(stacked.double().T, onto=total)
-                continue
-            for matrix, difference in zip(self.differences, apart, strict=True):
-                matrix[:, part] = difference.T
+            pieces = self._stacked(apart) if summed else apart
+            for matrix, piece in zip(matrices, pieces, strict=True):
+                if summed:
+                    gram(piece.double().T, onto=matrix)
+                else:
+                    matrix[:, part] = piece.T
         self.length, self.scale = math.hypot(*lengths), max(peaks) or 1.0
+        self._factors: list[Tensor] = []
         if not summed:
-            for matrix in self.differences:
-                matrix.div_(self.scale)
+            self.differences = [matrix.div_(self.scale) for matrix in matrices]
             return
-        self._factors = [_factor(total.div_(self.scale**2)) for total in self._factors]
+        while matrices:
+            self._factors.append(_factor(matrices.pop(0).div_(self.scale**2)))
         blocks = [block for factor in self._factors for block in factor.split(columns)]
         self.differences = [block.to(dtype).contiguous() for block in blocks]
         if base is None:
