@@ -24,8 +24,8 @@ from mergekit_ext.kernels.linear_algebra import (
 )
 from mergekit_ext.kernels.numerics import weighted_sum
 
-# Entries of all models that are read at once.
-BLOCK = 1 << 22
+# Entries of all models that are read at once, and for large sums the least rows.
+BLOCK, ROWS = 1 << 20, 256
 # The sums cost a few products; below this gain they are not worth it.
 WORTHWHILE = 0.8
 # s over the trace of ``D D^T``, in eps of float64: what rounding may take from an eigenvalue. Where
@@ -116,7 +116,7 @@ class Span:
     def _blocks(self) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
         """Yield some rows at a time: which, the start, and the differences from it."""
         rows, columns = self._models[0].shape
-        step = max(1, BLOCK // (len(self._models) * columns))
+        step = max(ROWS, BLOCK // (len(self._models) * columns))
         for at in range(0, rows, step):
             part = slice(at, at + step)
             models = [model[part].to(self._dtype) for model in self._models]

@@ -181,6 +181,7 @@ def test_long_matrices_in_blocks_and_of_any_rank(
     based: bool, transposed: bool, how: dict, scale: float, monkeypatch
 ) -> None:
     monkeypatch.setattr(lore_span, "BLOCK", 500)
+    monkeypatch.setattr(lore_span, "ROWS", 1)
     models = deficient()
     base = models[2].roll(1, 0) if based else None
     expected = reference(models, base=base, mu_relative=0.2, **how)
@@ -194,8 +195,7 @@ def test_long_matrices_in_blocks_and_of_any_rank(
 
 
 def test_nothing_of_the_long_side_is_held(monkeypatch) -> None:
-    """Products and decompositions see rows of the result's blocks, or the short sides."""
-    monkeypatch.setattr(lore_span, "BLOCK", 1 << 12)
+    """What is solved for has the short sides only."""
     sizes: list[int] = []
     solve = lore_module.UPDATES["simultaneous"]
 

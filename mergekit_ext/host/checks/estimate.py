@@ -129,7 +129,8 @@ def _need(inventory: Inventory, scaled: bool, tensor: PlannedTensor, entry: Tens
             inputs += _ADAPTED * size * width
         elif not as_stored or moved or device != "cpu":
             inputs += header.nbytes + size * bits // 8
-    copies = copies_of(inventory.method)(models, square_of(entry.shape)) + scaled
+    # What is scaled afterwards is a copy, when others are no longer held.
+    copies = max(copies_of(inventory.method)(models, square_of(entry.shape)), float(scaled))
     threads = torch.get_num_threads() if device == "cpu" else 1
     merging = working(copies, size * width, models, chunk_length(device) * width, threads)
     parts = {"inputs that are not mapped": inputs, "the result": entry.nbytes, **merging}
