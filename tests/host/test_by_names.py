@@ -243,6 +243,22 @@ def test_every_mistake_in_what_decides_is_named(llavas):
     assert {"parameters.heads", "parameters.others", "parameters.exclude"} == found.keys()
 
 
+@pytest.mark.parametrize("method", ["nan", "decompose"])
+def test_a_merge_of_nothing_is_refused(llavas, method):
+    base, *models = llavas
+    document = {**merging(base, *models, parameters={"exclude": "*"}), "merge_method": method}
+    found = {p.where: p for p in mergekit_ext.check(yaml.safe_dump(document)).problems}
+    assert found["parameters.exclude"].expected == "one tensor at least that is merged"
+
+
+def test_coefficients_of_experts_need_experts(llavas):
+    base, *models = llavas
+    given = {"granularity": "expert"}
+    document = merging(base, *models, parameters=given)
+    (note,) = (n for n in checked({**document, "merge_method": "nan"}).notes if "expert" in n)
+    assert note.startswith("`granularity: expert` does what `tensor` does")
+
+
 @pytest.mark.parametrize(
     ("where", "name", "remedy"),
     [

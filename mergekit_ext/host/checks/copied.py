@@ -106,6 +106,9 @@ def selection_problems(
     if OTHERS in given and not {INCLUDE, EXCLUDE} & given.keys():
         expected, remedy = "`include:` or `exclude:` beside it", "Add one of them, or take it out."
         yield Problem(f"parameters.{OTHERS}", shown(given[OTHERS]), expected, remedy)
+    if names and all(_matches(name, _patterns(given, EXCLUDE)) for name in names):
+        expected, remedy = "one tensor at least that is merged", "Exclude fewer."
+        yield Problem(f"parameters.{EXCLUDE}", shown(given[EXCLUDE]), expected, remedy)
     for parameter in (INCLUDE, EXCLUDE):
         patterns = _patterns(given, parameter)
         if parameter in given and (not patterns or patterns != _listed(given, parameter)):

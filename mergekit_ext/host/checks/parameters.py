@@ -76,6 +76,7 @@ class _Check:
                 for note in self.method.notes(values, inputs):
                     self.findings.note(note)
                 self.calibrated(values, inputs)
+                self.without_experts(values)
         return [values for _, values in self.shared.values()]
 
     def calibrated(self, values: Mapping[str, Any], inputs: Inputs) -> None:
@@ -88,6 +89,13 @@ class _Check:
                 f"`{name}: {AUTO}` takes away: only ratios of weights count. Where some tensors "
                 f"should change less than others, give `{name}` a number."
             )
+
+    def without_experts(self, values: Mapping[str, Any]) -> None:
+        """Warn where coefficients for each expert are those for each tensor."""
+        known = self.tensors and not any("experts." in name for name in self.tensors)
+        if values.get("granularity") == "expert" and known:
+            found = "no name of a tensor has `experts.` in it"
+            self.findings.warn(f"`granularity: expert` does what `tensor` does: {found}.")
 
     def inputs(self, group: Group) -> None:
         contract, seen = self.method.spec.contract, dict[Any, str]()
