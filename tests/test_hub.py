@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from transformers import ViTForImageClassification
+from peft import PeftModel
+from transformers import LlamaForCausalLM, ViTForImageClassification
 
 import mergekit_ext
 from mergekit_ext import flexmerge
@@ -20,7 +22,7 @@ from mergekit_ext.io.hub import upload_problems
 from peft_merge import load_adapter, run_config
 from tests.flexmerge.handmade import models, vit, write
 from tests.hub import WRITES, Hub, Repository, serving
-from tests.models import bert, command_here, config, family, write_yaml
+from tests.models import bert, command_here, config, family, llama, write_yaml
 from tests.peft_merge.models import KINDS, saved
 
 NAME, TASKS = "someone/merged", ["a", "b", "c", "d"]
@@ -166,6 +168,31 @@ def test_commands_upload_what_they_write(
     assert not stored.private
     assert stored.files == {path.name: path.read_bytes() for path in out.iterdir()}
     ModelCard.load(out / "README.md").validate()
+
+
+def test_adapters_of_a_decomposition_name_the_repository(hub: Hub, tmp_path: Path) -> None:
+    """Also after a move; and load from the Hub as docs/hub.md says. Local files stay."""
+    base, tuned = family(tmp_path, llama, amounts=(0.01, 0.02))
+    document = config("decompose", tuned, base, {"rank": 2})
+    (tmp_path / "away").mkdir()
+    moved = mergekit_ext.decompose(document, tmp_path / "out").path.rename(tmp_path / "away/out")
+    before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
+    MergeResult(moved).push_to_hub(NAME)
+    assert before == {path: path.read_bytes() for path in moved.rglob("*") if path.is_file()}
+    stored = hub.repositories[NAME].files
+    assert {*stored} == {path.relative_to(moved).as_posix() for path in before}
+    for task in ("tuned0", "tuned1"):
+        stated = json.loads(stored[f"{task}/adapter_config.json"])
+        local = json.loads((moved / task / "adapter_config.json").read_text())
+        assert stated.pop("base_model_name_or_path") == NAME
+        assert local.pop("base_model_name_or_path") == str(tmp_path / "out" / "base")
+        assert stated == local
+        there = LlamaForCausalLM.from_pretrained(NAME, subfolder="base")
+        here = LlamaForCausalLM.from_pretrained(moved / "base")
+        assert same(
+            PeftModel.from_pretrained(there, NAME, subfolder=task),
+            PeftModel.from_pretrained(here, moved / task),
+        )
 
 
 def test_adapters_are_uploaded_under_their_repository_s_name(

@@ -7,8 +7,9 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -28,8 +29,9 @@ from mergekit_ext.host.checks.report import CheckReport
 from mergekit_ext.host.commands import require_decomposition, source_of
 from mergekit_ext.io.documents import StrPath
 from mergekit_ext.io.headers import allowing_pickles
-from mergekit_ext.io.hub import Pushable
+from mergekit_ext.io.hub import Pushable, in_folder
 from mergekit_ext.report.card import REPORT_NAME
+from peft_merge.io.read import CONFIG
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -74,6 +76,19 @@ class MergeResult(Pushable):
         if (self.path / SHARDS).is_dir():
             return load(self.path, **options)
         return build_module(self.path, self.tensors, **options)
+
+    def _named(self, name: str) -> AbstractContextManager[Path]:
+        return in_folder(partial(_on_hub, self.path, name))
+
+
+def _on_hub(folder: Path, name: str, copy: Path) -> None:
+    """Link a folder as `copy`; adapters of `decompose` name the repository of their base."""
+    shutil.copytree(folder.absolute(), copy, copy_function=os.symlink)
+    for path in copy.glob(f"*/{CONFIG}"):
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()  # the link
+        stated["base_model_name_or_path"] = name
+        path.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
 
 class Checked(NamedTuple):

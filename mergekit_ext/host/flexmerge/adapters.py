@@ -35,8 +35,11 @@ from peft_merge.layers import Unit, config_of, owner_of, units_of
 
 FOLDER = "base"  # of the base
 # Of each adapter.
-_CHANGE = "`base_model_name_or_path` is where that lay at first; change it when you move both."
-MOVED = f"Its base is `../{FOLDER}`. {_CHANGE}"
+BASE_FIELD = (
+    f"Its base is `../{FOLDER}`, loaded as below wherever both are. `base_model_name_or_path` is "
+    "the repository, or the folder that the base was written to: change it when you move both, for "
+    "classes that read it, such as `AutoPeftModel`."
+)
 # What vLLM's --max-lora-rank may be.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -373,7 +373,7 @@ def _adapters(
     kinds = zip(engine.prepared.references[1:], forms.kinds, strict=True)
     for index, (model, kind) in enumerate(kinds):
         adapter = adapters.adapter_of_task(forms, plan, engine.reader, residuals, index, base)
-        about = {"model": str(model), "notes": [adapters.MOVED]}
+        about = {"model": str(model), "notes": [adapters.BASE_FIELD]}
         page = card_of(adapter, None, about, adapters.loading(adapter.name, kind, forms))
         fill_folder(adapter, folder / adapter.name, {card.CARD: page})
         made.append(adapter)
