@@ -27,6 +27,7 @@ from tests.peft_merge.models import KINDS, saved
 PAGE = Path(__file__).parents[1] / "docs/methods.md"
 CHOOSING = PAGE.with_name("choosing.md").read_text(encoding="utf-8")
 CATALOGUES = {"models": mergekit_ext.methods(), "adapters": peft_merge.methods()}
+YAML = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 MARKED = re.compile(r"(<!-- methods.* -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -81,6 +82,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.rename(folder / name)
     for step, task in zip((800, 900, 1000), tasks, strict=True):
         (folder / f"checkpoint-{step}").symlink_to(folder / task)
+    (folder / "models").mkdir()
+    for name, task in {"pretrained": "base", "digit": "code", "place": "maths"}.items():
+        (folder / "models" / name).symlink_to(folder / task)
     for seed, task in enumerate(tasks):
         saved(KINDS["plain"], folder / f"lora-{task}", seed)
     return folder
@@ -93,9 +97,12 @@ CASES = [
 ]
 CASES += [
     pytest.param(text, text.startswith("# adapters.yml"), id=f"choosing-{number}")
-    for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", CHOOSING, re.DOTALL))
-    if "from:" not in text  # the open values of `tune`
+    for number, text in enumerate(YAML.findall(CHOOSING))
+    if "from:" not in text
 ]
+# The open values of `tune`.
+OPEN = YAML.findall(CHOOSING + PAGE.with_name("tune.md").read_text(encoding="utf-8"))
+OPEN = [text for text in OPEN if "from:" in text]
 
 
 @pytest.mark.filterwarnings("ignore::mergekit_ext.errors.MergeWarning")
@@ -110,6 +117,25 @@ def test_the_yaml_runs(
     else:
         mergekit_ext.merge(text, out, MergeOptions(quiet=True, copy_tokenizer=False))
     assert any(out.rglob("*.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore::mergekit_ext.errors.MergeWarning")
+@pytest.mark.parametrize("text", OPEN)
+def test_every_method_of_an_open_file_can_be_tried(
+    text: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(folder)
+    plain = MergeOptions(quiet=True, copy_tokenizer=False)
+
+    def score(model: Any, task: str) -> float:
+        return 1.0
+
+    if "lora-" in text:
+        base = KINDS["plain"].base
+        peft_merge.tune(yaml.safe_load(text), tmp_path, score, base, trials=1, quiet=True)
+    else:
+        mergekit_ext.tune(text, tmp_path, score, plain, trials=1)
 
 
 @pytest.mark.parametrize(
