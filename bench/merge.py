@@ -4,11 +4,12 @@ Makes a base and three fine-tunes in bfloat16 with random weights, merges them w
 turn (A B A B ...), and prints wall time, processor time and peak memory as medians, with the ratio
 of each pair. The plain loop (`bench.plain`) reads with safetensors, computes the same and writes
 one file. *Without start-up*: less what the same process takes for a model of two small layers.
-Every run writes its whole output; the page cache is warm after the first.
+Every run writes its whole output; the page cache is warm after the first, if it holds the models.
 
     python -m bench.merge --runs 3
     python -m bench.merge --model vit    # of which mergekit has no table: planned by names
-    python -m bench.merge --quick        # a tiny model, to see that it works
+    python -m bench.merge --size large   # a Llama of 3.1B parameters: 44 GB of files
+    python -m bench.merge --size quick   # a tiny model, to see that it works
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ PAIRS: tuple[tuple[str, str, dict[str, float]], ...] = (
 )
 SIZES = {
     "full": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16},
+    "large": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 26},
     "quick": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
 }
 
 
 def new_model(kind: str, size: str) -> PreTrainedModel:
-    """Return a Llama of 334M parameters, a ViT of 303M (its large form), or a small one."""
+    """Return a Llama of 334M or 3.1B parameters, a ViT of 303M (its large form), or a small one."""
     if kind == "llama":
-        vocabulary = 32000 if size == "full" else 128
+        vocabulary = 128 if size == "quick" else 32000
         config = LlamaConfig(vocab_size=vocabulary, num_attention_heads=16, **SIZES[size])
         return LlamaForCausalLM(config)
     shape = {**SIZES[size], **({"num_hidden_layers": 24} if size == "full" else {})}
@@ -60,7 +62,10 @@ def new_model(kind: str, size: str) -> PreTrainedModel:
 def make_models(folder: Path, kind: str, size: str) -> int:
     """Save the base and three fine-tunes; return the number of parameters of one."""
     torch.manual_seed(0)
-    model = new_model(kind, size).to(torch.bfloat16)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    model = new_model(kind, size)
+    torch.set_default_dtype(default)
     model.save_pretrained(folder / "base")
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for index in range(3):
@@ -178,7 +183,7 @@ def main() -> None:
     """Measure every pair and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each method")
-    parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--model", choices=["llama", "vit"], default="llama")
     parser.add_argument("--methods", nargs="+", help="only these of nan, nan_ties")
     parser.add_argument("--against", nargs="+", help="only against these", metavar="NAME")
@@ -189,7 +194,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, tiny = Path(name) / "models", Path(name) / "tiny"
         make_models(tiny, arguments.model, "quick")
-        size = make_models(folder, arguments.model, "quick" if arguments.quick else "full")
+        size = make_models(folder, arguments.model, arguments.size)
         print(f"three fine-tunes of a {arguments.model}, {size / 1e6:.0f}M parameters, bfloat16")
         for ours, theirs, parameters in PAIRS:
             if arguments.methods and ours not in arguments.methods:
