@@ -136,12 +136,12 @@ def merge_module(
         raise MergeError(f"{module}: {error}") from error
     if not isinstance(info, ModuleInfo):
         change = merged.tensor.to(torch.float64)
-        by, far = _far(inputs, gram, factor, rule, float(change.norm()))
+        by, far = _far(inputs, gram, factor, float(change.norm()))
         change, details = change * by, {**details, **far}
         vector = data.cast(torch.exp(change) if space == "log" else 1 + change, dtype, module)
         details |= {"feedforward": info.feedforward, "adapters": len(own), **merged.details}
         return Piece(vector.reshape(info.shape), info, details)
-    by, far = _far(inputs, gram, factor, rule, float(factored.sigma.norm()))
+    by, far = _far(inputs, gram, factor, float(factored.sigma.norm()))
     if factor[1] == AUTO:
         root, bias = math.sqrt(abs(by)), None if bias is None else bias * by
         a, b, sigma = factored.a * root, factored.b * root, factored.sigma * abs(by)
@@ -154,18 +154,19 @@ def merge_module(
 
 
 def _far(
-    inputs: Sequence[str], gram: Tensor, factor: tuple[str, Any], rule: Method, merged: float
+    inputs: Sequence[str], gram: Tensor, factor: tuple[str, Any], merged: float
 ) -> tuple[float, dict[str, Any]]:
     """Return by what a merged change of norm `merged` is multiplied, and how far it goes then.
 
     `gram` are inner products of the `inputs`' changes; `factor` is what a user multiplies it by.
+    Of changes of low rank, of which TSV-Merge cuts nothing, it goes no further than other methods.
     """
     norms, root = gram.diagonal().sqrt().tolist(), math.sqrt(max(0.0, float(gram.sum())))
     (name, value), by = factor, 1.0
     if value == AUTO:
-        by = value = auto_factor(merged, norms, root, rule.orthogonal)
+        by = value = auto_factor(merged, norms, root)
     named = dict(zip(inputs, norms, strict=True))
-    return by, distance(abs(by) * merged, named, {name: value}, rule.orthogonal)
+    return by, distance(abs(by) * merged, named, {name: value})
 
 
 def _bias(job: Job, drawn: Sequence[torch.Generator]) -> Tensor | None:

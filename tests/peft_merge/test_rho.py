@@ -65,7 +65,6 @@ def test_auto_gives_the_rho_that_norms_promise(method, factor):
         mean = sum(float(i.norm()) for i in inputs) / len(inputs)
         common = float(sum(inputs).norm()) / len(inputs) / mean
         wanted = math.sqrt((1 + common**2) / 2)
-        wanted *= math.sqrt(len(inputs)) if method == "tsv_m" else 1
         assert rho == pytest.approx(wanted, rel=1e-4)
 
 
