@@ -27,7 +27,7 @@ from peft_merge.io.compatible import compatible, different_bases, few_shared
 from peft_merge.io.diffusers_lora import is_of_diffusers
 from peft_merge.io.forms import one_form
 from peft_merge.io.read import load_adapter
-from peft_merge.io.write import PATTERNS
+from peft_merge.io.write import PATTERNS, WHOLE
 from peft_merge.memory_estimate import need_of
 from peft_merge.modules import VECTOR_SPACES, log_problems, rules
 
@@ -140,7 +140,10 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         resolve=resolve,
         space=request.space or _SPACES[kind][0],
         saved=saved_from,
-        notes=(*renamings, *resolve.idle_filters(), *([PATTERNS] if patterns else [])),
+        notes=(
+            *(*renamings, *resolve.idle_filters()),
+            *([PATTERNS] * patterns + [WHOLE] * bool(saved_from and kind == "lora")),
+        ),
         forewarnings=() if rule is None else resolve.forewarnings(rule, [len(adapters)]),
         **options,
     )

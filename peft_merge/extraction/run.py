@@ -29,7 +29,7 @@ from peft_merge.adapter import Adapter, Update, cast
 from peft_merge.config.check import DEVICE
 from peft_merge.extraction.plan import FullModel, Plan, planned
 from peft_merge.io.merged import adapter_of
-from peft_merge.io.write import PATTERNS, state_dict
+from peft_merge.io.write import notes_of, state_dict
 from peft_merge.layers import Unit, config_of
 from peft_merge.merge import MergedAdapter
 from peft_merge.report import FORMAT_VERSION, summary
@@ -134,7 +134,9 @@ class _Extraction:
         ranks = self._ranks({plan.biases[tensor].name for tensor in biases}, saved)
         units = [unit for unit in plan.units if ranks[unit.name]]
         if not units:
-            raise MergeError(f"{model.name}: every matrix is as in {plan.base.name}.")
+            changed = any(found.whole for found in self._factors.values())
+            same = f"every matrix is as in {plan.base.name}."
+            raise MergeError(f"{model.name}: {'`size` is too small.' if changed else same}")
         # One choice for all modules; merging into the base needs a bias in each.
         lora_bias = bool(biases) and all(layer.bias for unit in units for layer in unit.layers)
         infos, values = {}, dict[str, Update]()
@@ -154,8 +156,7 @@ class _Extraction:
         loads = {t: partial(tensors.__getitem__, t) for t in tensors}
         adapter = adapter_of(name, infos, values.__getitem__, config, loads)
         report = self._report(adapter, ranks, left)
-        by_module = [PATTERNS] if adapter.config["rank_pattern"] else []
-        notes = [*plan.notes, *_notes(report), *by_module]
+        notes = [*plan.notes, *_notes(report), *notes_of(adapter)]
         return MergedAdapter(adapter, report | {"notes": notes}, None)
 
     def _changed(self) -> dict[str, float]:
@@ -209,9 +210,14 @@ class _Extraction:
         if count is None:
             stored = sum(header.nbytes for header in self._plan.model.headers.values())
             count = math.floor(models * stored)
-        if count <= forced + held:
-            found = f"{count:,} bytes, while what is saved whole takes {forced + held:,}"
-            require([Problem("size", found, "more than that")], "this extraction")
+        if models is not None and models > 1:
+            remedy = "Bytes have a unit, such as `50MB`."
+            require([Problem("size", f"{models:g} models", "at most 1", remedy)], "this extraction")
+        least = forced + held + min(self._costs.values())
+        if count < least:
+            found = f"{count:,} bytes, of which what is saved whole takes {forced + held:,}"
+            expected = f"at least {least:,}, for one rank of a module"
+            require([Problem("size", found, expected)], "this extraction")
         return float(count - forced)
 
     def _decompose(self, unit: Unit, depth: int) -> None:

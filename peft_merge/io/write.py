@@ -126,11 +126,21 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield names.stored(name, adapter.infos), load()
 
 
-# Of adapters whose ranks differ (docs/serving.md).
+# Of adapters whose ranks differ, and of those that hold more than factors (docs/serving.md).
 PATTERNS = (
     "Ranks may differ between modules (`rank_pattern`, `alpha_pattern`), which PEFT and vLLM read: "
     "llama.cpp scales such modules wrongly, and SGLang refuses them."
 )
+WHOLE = "Whole tensors (`modules_to_save`) or biases are beside the factors: vLLM refuses them."
+
+
+def notes_of(adapter: Adapter) -> list[str]:
+    """Return what other software than PEFT does not read of a LoRA."""
+    if not isinstance(adapter, LoraAdapter) or is_of_diffusers(adapter):
+        return []
+    patterned = any(adapter.config.get(key) for key in ("rank_pattern", "alpha_pattern"))
+    more = adapter.saved or any(info.bias for info in adapter.infos.values())
+    return [PATTERNS] * bool(patterned) + [WHOLE] * bool(more)
 
 
 def card_of(
@@ -149,8 +159,7 @@ def card_of(
     if isinstance(inputs := report.get("adapters"), (list, tuple)):
         called = [item.get("name", item) if isinstance(item, Mapping) else item for item in inputs]
         paragraphs += ["Merged adapters:", "\n".join(f"- {name}" for name in called)]
-    apart = adapter.config.get("rank_pattern") and not is_of_diffusers(adapter)
-    paragraphs += dict.fromkeys([*map(str, report.get("notes") or ()), *([PATTERNS] * bool(apart))])
+    paragraphs += dict.fromkeys([*map(str, report.get("notes") or ()), *notes_of(adapter)])
     paragraphs.append(method_section(report.get("in_effect", ""), report.get("paper") or ""))
     if is_of_diffusers(adapter):
         tags[0] = metadata["library_name"] = "diffusers"

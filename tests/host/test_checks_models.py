@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file, save_file
 
 from mergekit_ext.io.headers import read_folder
-from tests.host.small import LINEAR, at, entries, run, the
+from tests.host.small import LINEAR, at, entries, llama, run, the, tuned
 
 
 def test_paths_that_lead_nowhere(models: Path, tmp_path: Path) -> None:
@@ -188,3 +189,37 @@ def test_slices_of_an_architecture_with_several_modules(models: Path) -> None:
     sources = [{"model": str(models / "t5_a"), "layer_range": [0, 1]}]
     problem = the(run({**LINEAR, "slices": [{"sources": sources}]}))
     assert problem.where == "the merge's plan" and "must use modules:" in problem.found
+
+
+def _with_vocabulary(folder: Path, vocabulary: Any, added: Sequence[Mapping[str, Any]] = ()) -> str:
+    tuned(llama(), seed=len(str(folder))).save_pretrained(folder)
+    content = {"model": {"vocab": vocabulary}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["nan", "task_arithmetic", "flexmerge"])
+@pytest.mark.parametrize(
+    ("other", "added", "moved"),
+    [
+        ({"a": 1, "b": 0, "c": 2}, [], "2 tokens other ids"),
+        ([["b", 0.0], ["a", -1.0]], [], "2 tokens other ids"),
+        ({"a": 0, "b": 1}, [{"content": "c", "id": 9}], "1 tokens other ids"),
+        ({"a": 0, "b": 1, "d": 3}, [], None),
+        (None, [{"id": "odd"}, 3], None),
+        ([[], [["x"], 1], 7], [], None),
+    ],
+)
+def test_tokens_with_other_ids_are_named(
+    tmp_path: Path, method: str, other: Any, added: Any, moved: str | None
+) -> None:
+    base = _with_vocabulary(tmp_path / "base", {"a": 0, "b": 1, "c": 2})
+    one = _with_vocabulary(tmp_path / "one", {"a": 0, "b": 1, "c": 2})
+    two = _with_vocabulary(tmp_path / "two", other, added)
+    shared = {"target_size": 1.5} if method == "flexmerge" else {}
+    models = [{"model": m, "parameters": {"weight": 1.0}} for m in (one, two)]
+    document = {"merge_method": method, "base_model": base, "models": models}
+    report = run({**document, "parameters": shared}, copy_tokenizer=False)
+    found = [text for text in report.warnings if "other ids" in text]
+    assert len(found) == bool(moved) and not report.problems
+    assert not moved or (moved in found[0] and found[0].startswith("models[1].model: "))

@@ -216,10 +216,26 @@ def test_models_that_do_not_fit(tmp_path, make, part):
         extract(*(pair if make is models.mixtral else reversed(pair)), rank=1)
 
 
-def test_a_size_that_holds_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "vectors", "part"),
+    [
+        ("100B", "own", "what is saved whole takes 320"),
+        ("10B", "base", "found 10 bytes.*expected at least 1"),
+        (5, "base", "found 5 models; expected at most 1.*50MB"),
+    ],
+)
+def test_a_size_that_holds_nothing_or_more_than_the_model(tmp_path, size, vectors, part):
     saved(tmp_path)
-    with pytest.raises(ConfigError, match="what is saved whole takes 320"):
-        extract(tmp_path / "base", tmp_path / "model", size="100B", vectors="own")
+    with pytest.raises(ConfigError, match=part):
+        extract(tmp_path / "base", tmp_path / "model", size=size, vectors=vectors)
+
+
+def test_what_vllm_refuses_is_said(tmp_path):
+    saved(tmp_path)
+    for vectors in ("base", "own"):
+        out = tmp_path / vectors
+        extract(tmp_path / "base", tmp_path / "model", out, rank=2, vectors=vectors)
+        assert ("vLLM refuses them" in (out / "README.md").read_text()) == (vectors == "own")
 
 
 def test_weights_that_stop_it(tmp_path):

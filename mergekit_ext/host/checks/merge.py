@@ -21,7 +21,7 @@ from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.plan import Inventory, plan_models
 from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
-from mergekit_ext.host.checks.settings import check_settings, check_tokenizers
+from mergekit_ext.host.checks.settings import check_settings, check_tokenizers, compare_vocabularies
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
 from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.inputs import donor_of
@@ -55,6 +55,7 @@ def check_merge(
         inventory = Inventory(config, options, method, findings)
         _check_models(inventory, pending)
         tokens = check_tokenizers(config, options, findings)
+        compare_vocabularies(config, findings)
         planned, shared = inventory.located or inventory.planned, []
         if method is not None:
             shared = check_parameters(method, inventory.groups, planned, findings)

@@ -1,5 +1,6 @@
 """What mergekit uses late: dtypes, the device, the chat template, the tokenizer and its files."""
 
+import filecmp
 import importlib.resources
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from mergekit._data import chat_templates
 from mergekit.common import dtype_from_name
 
-from mergekit_ext.errors import did_you_mean, one_line, shown
+from mergekit_ext.errors import did_you_mean, listing, one_line, shown
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io.documents import json_object
@@ -19,6 +20,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model"),
     *("vocab.json", "vocab.txt"),
 )
+_VOCABULARY = "tokenizer.json"
 _JSON_FILES = (
     *(name for name in TOKENIZER_FILES if name.endswith(".json")),
     *("special_tokens_map.json", "added_tokens.json"),
@@ -114,6 +116,44 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
             findings.problem(str(at), f"no tokenizer in {folder}", expected, remedy)
     multiple = (config.tokenizer.pad_to_multiple_of if config.tokenizer else None) or 1
     return -(-len(tokens) // multiple) * multiple if is_known else None
+
+
+def compare_vocabularies(config: Any, findings: Findings) -> None:
+    """Warn of models that give other ids to tokens than the base, or the first model, does.
+
+    Rows of embeddings are merged by id: those of different tokens would be mixed.
+    """
+    named = models_at(config)
+    first = config.base_model or next(iter(named), None)
+    if wants_tokenizer(config) or first is None:
+        return
+    path = Path(first.model.path) / _VOCABULARY
+    for model, where in named.items():
+        other = Path(model.model.path) / _VOCABULARY
+        if path.is_file() and other.is_file() and not filecmp.cmp(path, other, shallow=False):
+            ids, others = _ids(path), _ids(other)
+            if moved := [token for token in ids if others.get(token, ids[token]) != ids[token]]:
+                findings.warn(
+                    f"{where}: {other} gives {len(moved)} tokens other ids than {path} does "
+                    f"({listing([shown(token) for token in moved])}), and embeddings are merged by "
+                    "id. Give models with one vocabulary, or `tokenizer_source`, where the method "
+                    "takes it."
+                )
+
+
+def _ids(path: Path) -> dict[str, int]:
+    """Return the ids of tokens; those of what is no tokenizer's file are another check's."""
+    content, _ = json_object(path, "a tokenizer's file", _LARGEST)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # of Unigram: tokens with scores, in the order of their ids
+        words = ((at, row[0]) for at, row in enumerate(vocabulary) if isinstance(row, list) and row)
+        vocabulary = {word: at for at, word in words if isinstance(word, str)}
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    for each in added if isinstance(added, list) else ():
+        if isinstance(each, dict) and isinstance(each.get("content"), str):
+            ids[each["content"]] = each.get("id")
+    return ids
 
 
 def _load(path: Any, first: bool, options: Any) -> tuple[set[str], list[tuple[str, str]]]:

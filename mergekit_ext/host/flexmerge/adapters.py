@@ -30,7 +30,7 @@ from mergekit_ext.io.planned_files import split, weight_names
 from mergekit_ext.kernels.numerics import finite
 from peft_merge.adapter import LoraAdapter, Update, cast
 from peft_merge.io.merged import adapter_of
-from peft_merge.io.write import PATTERNS, page
+from peft_merge.io.write import PATTERNS, notes_of, page
 from peft_merge.layers import Unit, config_of, owner_of, units_of
 
 FOLDER = "base"  # of the base
@@ -277,8 +277,9 @@ def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
         named = " ".join(f"{task}={task}" for task in tasks)
         options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
         parts += ["or serve all with", f"```sh\nvllm serve {FOLDER} {options}\n```"]
-    if any(adapter.config["rank_pattern"] for adapter in adapters):
-        parts.append(f"{PATTERNS} `uniform_rank: true` writes one rank for all of an adapter.")
+    for note in dict.fromkeys(note for adapter in adapters for note in notes_of(adapter)):
+        one = " `uniform_rank: true` writes one rank for all of an adapter." * (note == PATTERNS)
+        parts.append(note + one)
     return "\n\n".join(parts)
 
 
