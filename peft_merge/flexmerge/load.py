@@ -1,7 +1,7 @@
 """All tasks of a FlexMerge on one base model, with shared tensors."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -75,6 +75,8 @@ def load_tasks(
     if kinds != {manifest.kind}:
         problems.append(Problem("kind", manifest.kind, "that of the adapters", _DAMAGED))
     require(problems, str(folder), CheckpointError)
+    own = base_model.state_dict()
+    adapters = [_without_copies(adapter, own) for adapter in adapters]
     require(_inseparable(adapters), _SUBJECT)
     return put_on(base_model, adapters, shared)
 
@@ -156,6 +158,22 @@ def _apart(adapter: Adapter) -> Adapter:
     """Return the adapter without what replaces tensors of the base."""
     own = (name for name in adapter.saved if module_to_save(name, adapter.config) is not None)
     return replace(adapter, saved={name: adapter.saved[name] for name in own})
+
+
+def _without_copies(adapter: Adapter, base: Mapping[str, Tensor]) -> Adapter:
+    """Return the adapter without tensors of the base, which PEFT saves beside LoRAs of embeddings.
+
+    They replace nothing; a trained one does.
+    """
+
+    def is_copy(name: str) -> bool:
+        own = base.get(name)
+        if own is None or own.is_meta or module_to_save(name, adapter.config) is not None:
+            return False
+        return torch.equal(own, adapter.saved[name]().to(own))
+
+    kept = {name: load for name, load in adapter.saved.items() if not is_copy(name)}
+    return replace(adapter, saved=kept)
 
 
 def _not_shared(groups: Sequence[Group], adapters: Sequence[Adapter]) -> Iterator[Problem]:

@@ -163,6 +163,22 @@ def test_factors_keep_their_own_dtypes_on_every_base(of_the_base, tmp_path):
     model(**KINDS["plain"].inputs(), adapter_names=TASKS[:2])
 
 
+def test_a_copy_of_the_base_beside_factors_replaces_nothing(tmp_path):
+    kinds = ("plain", "embedding", "plain")
+    sources = [
+        saved(KINDS[k], tmp_path / n, i) for i, (k, n) in enumerate(zip(kinds, TASKS, strict=True))
+    ]
+    written(sources, tmp_path / "out", 3)
+    model = together("plain", tmp_path / "out")
+    for name in TASKS:
+        model.set_adapter(name)
+        assert close(answer(KINDS["plain"], model), alone("plain", tmp_path / "out" / name))
+    changed = base(KINDS["plain"])
+    changed.model.embed_tokens.weight.data[0, 0] += 1.0  # what is carried is another tensor now
+    with pytest.raises(ConfigError, match="which this task alone replaces"):
+        load_tasks(changed, tmp_path / "out")
+
+
 def test_the_base_is_not_copied(tmp_path):
     written(inputs("plain", tmp_path), tmp_path / "out", 2)
     model = base(KINDS["plain"])
