@@ -164,7 +164,7 @@ def _far(
     norms, root = gram.diagonal().sqrt().tolist(), math.sqrt(max(0.0, float(gram.sum())))
     (name, value), by = factor, 1.0
     if value == AUTO:
-        by = value = auto_factor(merged, norms, root)
+        by = value = auto_factor(merged, norms, root, False)
     named = dict(zip(inputs, norms, strict=True))
     return by, distance(abs(by) * merged, named, {name: value})
 
