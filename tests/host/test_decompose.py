@@ -112,6 +112,7 @@ def test_full_ranks_bring_every_task_back(name, output, families, tmp_path):
 def test_servers_without_adapted_vocabularies_get_none(families, tmp_path):
     out = tmp_path / "out"
     merge(content(families("llama"), rank=2, embeddings="shared"), out)
+    assert "target_size" not in (out / "README.md").read_text()
     for task in TASKS:
         names = load_file(out / task / "adapter_model.safetensors")
         assert names

@@ -25,7 +25,7 @@ from mergekit_ext.flexmerge.merging import Merging
 from mergekit_ext.flexmerge.plan import Clusters, Dendrograms, Plan, Planner
 from mergekit_ext.flexmerge.residual import Kept, Residuals, ResidualStorage, kept, shortfall, total
 from mergekit_ext.flexmerge.source import BlockReader, FileSource, Source
-from mergekit_ext.flexmerge.storage import Target
+from mergekit_ext.flexmerge.storage import ANY_SIZE, Target
 from mergekit_ext.flexmerge.stored import StoredGroup
 from mergekit_ext.flexmerge.writer import pieces_of, write_checkpoint, write_pieces
 from mergekit_ext.host import session as sessions
@@ -273,6 +273,8 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
     own = prepared.algorithm.parameters
     given = {"merge_method": config.merge_method, **own.shared}
+    if prepared.target == Target.parse(ANY_SIZE):  # `rank` or `energy` says how large
+        del given["target_size"]
     session.parameters = card.in_effect(given, own.models)
     plan = engine.planner.plan(prepared.target)
     if prepared.forms is None:
