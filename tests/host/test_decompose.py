@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -92,6 +95,28 @@ def test_peft_gives_the_logits_of_the_checkpoint(name, given, families, tmp_path
         expected = logits(flexmerge.load(tmp_path / "checkpoint", task), name)
         found = logits(loaded(tmp_path / "out", task, name), name)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_each_row_of_a_batch_is_its_own_loras(name, families, tmp_path, monkeypatch):
+    merge(content(families(name), rank=3), tmp_path / "out")
+    for task, called in zip(TASKS, ("code", "law"), strict=False):
+        (tmp_path / "out" / task).rename(tmp_path / "out" / called)
+        config = json.loads((tmp_path / "out" / called / "adapter_config.json").read_text())
+        assert config["lora_alpha"] == config["r"] == 3
+        assert config["alpha_pattern"] == config["rank_pattern"]
+        assert not config["modules_to_save"] and not config["lora_bias"]  # which vLLM refuses
+    if name == "llama":  # a class of vLLM's
+        assert "--max-lora-rank 8 " in (tmp_path / "out" / "README.md").read_text("utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "batches.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n((?:(?!```).)*adapter_name=.*?)```", text, re.DOTALL)
+    rows = torch.randint(2, 14, (4, 6), generator=torch.Generator().manual_seed(0))
+    names = {"peft": peft, "transformers": transformers, "prompts": {"input_ids": rows}}
+    monkeypatch.chdir(tmp_path)
+    exec(block, names)
+    for row, task in enumerate(("law", "code", "law", "code")):
+        expected = loaded(tmp_path / "out", task, name).eval()(input_ids=rows[row : row + 1]).logits
+        torch.testing.assert_close(names["mixed"][row], expected[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
