@@ -1,12 +1,14 @@
 """Batches with rows of several tasks, against one model on all rows, and one model after another.
 
-    python -m bench.serving              # ViT-B/32's shape, 8 tasks, 32 to 1 rows each; a decoder
-    python -m bench.serving --layers 3 --rows 8 2 1 --kinds 2 residual
-    python -m bench.serving --quick      # tiny models, to see that it runs
+    OMP_NUM_THREADS=1 python -m bench.serving   # a ViT with 32 to 1 rows of 8 tasks; a decoder
+    python -m bench.serving --models vit --rows 8 2 1 --kinds 2 residual --seconds 60
+    python -m bench.serving --quick               # tiny models, to see that it runs
 
 Modules share what a checkpoint of that size would. In every layer the tasks are in groups of equal
-size, drawn at random: not neighbours, where real groups repeat from layer to layer. Runs are
-alternated; medians of the ratios to one model's time are shown.
+size, drawn at random: not neighbours, where real groups repeat from layer to layer. Residuals and
+adapters (LoRAs in PEFT, mixed by `adapter_names`) have rank 16. Runs are alternated until
+`--seconds` of processor time are spent, twice at least; medians of the ratios of processor times to
+one model's are shown. The ViT has 2 of its 12 layers, which are alike; the decoder has 8.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from bench import machine
@@ -41,7 +44,7 @@ def decoder(quick: bool, layers: int) -> Any:
         vocab_size=4096,
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=min(layers, 8),
+        num_hidden_layers=layers,
         num_attention_heads=8,
     )
     return LlamaForCausalLM(config).eval()
@@ -78,60 +81,76 @@ def residual(first: Any) -> dict[str, Any]:
     return made
 
 
-def ratios(
-    first: Any, models: dict[str, Any], call: Callable[..., Any], rows: int, runs: int
-) -> str:
-    """The times of one batch, and of one task after another, over that of one model."""
-    together, tasks = Batched(models), [task for task in TASKS for _ in range(rows)]
+def adapters(first: Any) -> PeftModel:
+    """Return a PeftModel on a copy of `first` with a LoRA of each task on all linear layers."""
+    config = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(first), config, TASKS[0])
+    for task in TASKS[1:]:
+        model.add_adapter(task, config)
+    return model.eval()
 
-    def views() -> None:
-        for number, model in enumerate(models.values()):
-            call(model, slice(number * rows, (number + 1) * rows))
 
-    ways: list[Callable[[], object]] = [
-        lambda: call(first, slice(None)),
-        lambda: call(together, slice(None), tasks=tasks),
-        views,
-    ]
-    seconds: list[list[float]] = [[], [], []]
-    for _ in range(runs + 1):
-        for way, taken in zip(ways, seconds, strict=True):
-            started = time.perf_counter()
+def ratios(first: Any, kind: str, call: Callable[..., Any], rows: int, seconds: float) -> str:
+    """The processor times of one batch, and of one task after another, over that of one model."""
+    tasks = [task for task in TASKS for _ in range(rows)]
+    parts = {task: slice(n * rows, (n + 1) * rows) for n, task in enumerate(TASKS)}
+    together: Any
+    if kind == "adapters":
+        together, names = adapters(first), {"adapter_names": tasks}
+        models = dict.fromkeys(TASKS, together)
+    else:
+        models = residual(first) if kind == "residual" else grouped(first, int(kind))
+        together, names = Batched(models), {"tasks": tasks}
+
+    def apart() -> None:
+        for task, part in parts.items():
+            if kind == "adapters":
+                together.set_adapter(task)
+            call(models[task], part)
+
+    def mixed() -> None:
+        call(together, slice(None), **names)
+
+    mixed()
+    ways: list[Callable[[], None]] = [lambda: call(first, slice(None)), mixed, apart]
+    taken: list[list[float]] = [[], [], []]
+    while len(taken[0]) < 2 or sum(map(sum, taken)) < seconds:
+        for way, times in zip(ways, taken, strict=True):
+            started = time.process_time()
             way()
-            taken.append(time.perf_counter() - started)
-    one, mixed, apart = (taken[1:] for taken in seconds)
-    mixed_ratio = statistics.median(m / o for m, o in zip(mixed, one, strict=True))
-    apart_ratio = statistics.median(a / o for a, o in zip(apart, one, strict=True))
-    return f"{mixed_ratio:5.2f} {apart_ratio:9.2f}"
+            times.append(time.process_time() - started)
+    found = [[t / o for t, o in zip(times, taken[0], strict=True)] for times in taken[1:]]
+    shown = (f"{statistics.median(f):5.2f} ({min(f):.2f} to {max(f):.2f})" for f in found)
+    return "   ".join((*shown, f"{len(taken[0])} runs"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--models", nargs="+", default=["vit", "decoder"])
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 8, 2, 1])
-    parser.add_argument("--kinds", nargs="+", default=["1", "2", "4", "8", "residual"])
+    parser.add_argument("--kinds", nargs="+", default=["1", "2", "4", "8", "residual", "adapters"])
     given = parser.parse_args()
+    seconds = 0.0 if given.quick else given.seconds
     print(machine.describe())
-    print(f"{'':<28} mixed one by one")
+    print(f"{'':<28} mixed                   one by one")
     torch.manual_seed(0)
     with torch.inference_mode():
-        for make in (vit, decoder):
-            first = make(given.quick, 2 if given.quick else given.layers)
-            for kind in given.kinds:
-                models = residual(first) if kind == "residual" else grouped(first, int(kind))
-                for rows in given.rows if make is vit else (1,):
-                    call = (
-                        images(8 * rows, first.config)
-                        if make is vit
-                        else prompts(8 * rows, given.quick)
-                    )
-                    print(
-                        f"{make.__name__:<8} size {kind:<8} {rows:>2} rows",
-                        ratios(first, models, call, rows, given.runs),
-                        flush=True,
-                    )
+        for model in given.models:
+            make = {"vit": vit, "decoder": decoder}[model]
+            first = make(given.quick, 8 if make is decoder and not given.quick else 2)
+            for rows in given.rows if make is vit else (1,):
+                call = (
+                    images(8 * rows, first.config)
+                    if make is vit
+                    else prompts(8 * rows, given.quick)
+                )
+                for kind in given.kinds:
+                    title = f"{model:<8} size {kind:<8} {rows:>2} rows"
+                    print(title, ratios(first, kind, call, rows, seconds), flush=True)
 
 
 def images(count: int, config: Any) -> Callable[..., Any]:

@@ -32,8 +32,9 @@ _FREE = frozenset(
 )
 # Tables without rows of a batch, and the method of the module above that makes what has them.
 _TABLES = {"relative_attention_bias": "compute_bias"}
-# Tokens of a run up to which one product for several takes less time than one for each.
-_FEW = 16
+# Tokens of a run up to which one product by the factors of all tasks takes less time than one for
+# each, and up to which the rows of a group are brought together: small products take longer a row.
+_FEW, _SMALL = 16, 256
 
 
 class Run(NamedTuple):
@@ -55,7 +56,7 @@ class Routing:
 
     def compute(self, runs: Sequence[Run], copies: int) -> None:
         """Take these rows for those of the batch."""
-        self.runs, self.copies = runs, copies
+        self.runs, self.copies, self.rows = runs, copies, sum(run.rows for run in runs)
         self._found: dict[tuple[int, ...], tuple[list[Run], Tensor]] = {}
         self._gathered: dict[tuple[Any, ...], tuple[list[Run], Tensor, Tensor]] = {}
 
@@ -86,15 +87,14 @@ class Routing:
 
     def scale(self, x: Tensor, where: str) -> int:
         """Return how many rows `x` has for each of the batch; 0 for one that is for all of them."""
-        rows = sum(run.rows for run in self.runs)
-        # A parameter is a table, whatever its length is.
-        parameter = isinstance(x, (torch.nn.Parameter, Factored))
-        if len(x) in (rows, rows * self.copies) and not parameter:
-            return len(x) // rows
-        if len(x) == 1:
+        rows, found = self.rows, x.shape[0]
+        # A parameter, or what stands for one, is a table, whatever its length is.
+        if type(x) is Tensor and found in (rows, rows * self.copies):
+            return found // rows
+        if found == 1:
             return 0
         raise RuntimeError(
-            f"{where} gets {len(x)} rows of a batch of {rows}: which task each belongs to is not "
+            f"{where} gets {found} rows of a batch of {rows}: which task each belongs to is not "
             "known. Run the tasks one after another."
         )
 
@@ -211,7 +211,7 @@ class _OfRows(_Routed):
             self.stacked[name] = torch.stack([getattr(module, name) for module in self.modules])
         shape = [len(x), *[1] * (x.dim() - 1)]
         shape[axis] = -1
-        return self.stacked[name][self.rows(scale)].view(shape)
+        return self.stacked[name].index_select(0, self.rows(scale)).view(shape)
 
     def rows(self, scale: int) -> Tensor:
         """Return the set of each row of a tensor."""
@@ -223,9 +223,9 @@ class _Linear(_OfRows):
     def computed(self, x: Tensor, runs: Sequence[Run], scale: int) -> Any:
         if torch.is_grad_enabled():
             return _Routed.mixed(self, runs, x)
-        if len(runs) > len(self.modules) and x[..., 0].numel() <= _FEW * len(runs):
+        if len(runs) > len(self.modules) and x.numel() <= _SMALL * len(runs) * x.shape[-1]:
             runs, there, back = self.routing.gathered(self.chosen, scale)
-            return self.products(x[there], runs, scale)[back]
+            return self.products(x.index_select(0, there), runs, scale).index_select(0, back)
         return self.products(x, runs, scale)
 
     def products(self, x: Tensor, runs: Sequence[Run], scale: int) -> Tensor:
