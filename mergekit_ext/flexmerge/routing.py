@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mergekit_ext.errors import Problem, listing, require
 from mergekit_ext.flexmerge.factored import Factored, Leaf
@@ -35,6 +35,9 @@ _TABLES = {"relative_attention_bias": "compute_bias"}
 # Tokens of a run up to which one product by the factors of all tasks takes less time than one for
 # each, and up to which the rows of a group are brought together: small products take longer a row.
 _FEW, _SMALL = 16, 256
+# Tokens of each task from which one task after another takes less time on a CPU: what layers pass
+# on stays in its cache. An image counts as one of patches of 32x32.
+_LARGE, _PATCH = 256, 3 * 32 * 32
 
 
 class Run(NamedTuple):
@@ -159,7 +162,7 @@ class _Routed:
                 times = self.routing.copies if getattr(module, "is_decoder", False) else 1
                 count = (part.stop - part.start) * times
                 return _mapped(lambda t: t.expand(count, *t.shape[1:]), method(*args, **kwargs))
-            own = _mapped(lambda t: t[part] if _has(t, len(first)) else t, (args, kwargs))
+            own = _sliced((args, kwargs), part, len(first))
             return method(*own[0], **own[1])
 
         parts = [made(module, part) for module, part in self.slices(runs, scale or 1)]
@@ -348,6 +351,9 @@ class Batched(torch.nn.Module):
                 _Routed(self.routing, path, above, others, method).install()
         # Rows stay where they are in a batch that no layer divides.
         order = _neighbours(len(models), routed)
+        # Keywords of calls whose results cannot be joined; those of heads of different shape never.
+        self._whole: list[set[str]] = []
+        self._parts = first.device.type == "cpu" and not any(made.apart for made in routed)
         self._rank = {task: rank if routed else 0 for rank, task in enumerate(order)}
 
     @property
@@ -361,7 +367,7 @@ class Batched(torch.nn.Module):
         a dictionary from tasks to the rows of each. A cache has the rows in another order, which is
         always the same for the same `tasks`.
         """
-        return self._run(self.model.__call__, args, kwargs, tasks, 1)
+        return self._run(self._by_size, args, kwargs, tasks, 1)
 
     def generate(self, *args: Any, tasks: Sequence[str], **kwargs: Any) -> Any:
         """Return what the model generates; settings that are not given are the first task's."""
@@ -369,6 +375,29 @@ class Batched(torch.nn.Module):
         numbers = ("num_beams", "num_return_sequences")
         copies = max(kwargs.get(n, getattr(chosen, n, None)) or 1 for n in numbers)
         return self._run(self.model.generate, args, kwargs, tasks, copies)
+
+    def _by_size(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the rows of all tasks together, or large parts one after another."""
+        runs, count, start, parts = self.routing.runs, self.routing.rows, 0, []
+        given = (*args, *kwargs.values())
+        # Not with a cache, and not where rows may be compared with those of another input.
+        plain = all(isinstance(v, (Tensor, bool, int, float, str, type(None))) for v in given)
+        x, *others = (value for value in given if _has(value, count))
+        plain &= not others or all(value.dim() == 2 for value in (x, *others))
+        tokens = x[0].numel() / _PATCH if x.dim() > 3 else x.shape[1:2].numel()
+        large = self._parts and len(runs) > 1 and min(run.rows for run in runs) * tokens >= _LARGE
+        if not plain or not large or {*kwargs} in self._whole or torch.is_grad_enabled():
+            return self.model(*args, **kwargs)
+        for run in runs:
+            own = _sliced((args, kwargs), slice(start, start := start + run.rows), count)
+            self.routing.compute([run], 1)
+            parts.append(self.model(*own[0], **own[1]))
+            if not all(leaf is None or _has(leaf, run.rows) for leaf in tree_leaves(parts[-1])):
+                # A cache or a loss, which other calls will return too.
+                self._whole.append({*kwargs})
+                self.routing.compute(runs, 1)
+                return self.model(*args, **kwargs)
+        return tree_map(lambda *own: None if own[0] is None else torch.cat(own), *parts)
 
     def _run(
         self, call: Callable[..., Any], args: Any, kwargs: Any, tasks: Sequence[str], copies: int
@@ -452,8 +481,12 @@ def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
     return chain
 
 
-def _has(tensor: Tensor, rows: int) -> bool:
-    return tensor.dim() > 0 and len(tensor) == rows
+def _has(tensor: Any, rows: int) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dim() > 0 and len(tensor) == rows
+
+
+def _sliced(value: Any, rows: slice, count: int) -> Any:
+    return _mapped(lambda tensor: tensor[rows] if _has(tensor, count) else tensor, value)
 
 
 def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
