@@ -202,7 +202,7 @@ def _after(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterable[Merg
 def _copies(models: int, square: float) -> float:
     """Differences, iterates and their history in the span of the differences; then two results."""
     span = min(1.0, (models - 1) * square)
-    return max(3.0, (10 * models + 20) * span + (2 * models + 6) * square)
+    return max(3.0, (12 * models + 18) * span + (2 * models + 6) * square)
 
 
 def _operations(models: int, based: bool, short: int, long: int) -> float:

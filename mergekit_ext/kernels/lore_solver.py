@@ -34,8 +34,8 @@ SETTLED_SHARE = 0.5
 FLOOR = 8.0
 # A proximal step is this over the curvature that `_curvature` expects. Chosen by trial.
 STEP = 2.0
-# Iterates that are combined with the last, and rows of them that decide how.
-MEMORY, SAMPLED_ROWS = 3, 128
+# Iterates that are combined with the last, and rows and columns of them that decide how.
+MEMORY, SAMPLED = 3, (128, 1024)
 # What is left may be twice the sum of changes that go on to shrink as in the last sweeps, and more
 # where that is slow: bench/README.md has how often it was. Changes that shrink by less in a sweep
 # say nothing; those that rounding can cause count as none where they shrank steadily before, and
@@ -154,7 +154,7 @@ def accelerated(problem: Problem, start: list[Shrunk], limits: Limits) -> Outcom
     saga = _PointSaga(problem, first)
     del first
     floor, largest = (saga.growth * size for size in (problem.floor, problem.size))
-    anderson, remaining = _Anderson(len(mean)), _Remaining(norm(mean), floor)
+    anderson, remaining = _Anderson(mean.shape), _Remaining(norm(mean), floor)
     settled = converged = stalled = False
     while not (converged or (stalled and limits.reach == 1.0)) and count < limits.max_iterations:
         enough = max(limits.enough(norm(mean)), limits.reach * floor)
@@ -235,8 +235,9 @@ def _curvature(ranks: Sequence[int], shape: torch.Size) -> float:
 class _Anderson:
     """Anderson acceleration, type II (Walker and Ni 2011), of ``x <- g(x)``, x several matrices."""
 
-    def __init__(self, rows: int):
-        self._every = max(1, rows // SAMPLED_ROWS)
+    def __init__(self, shape: torch.Size):
+        steps = (max(1, side // most) for side, most in zip(shape, SAMPLED, strict=True))
+        self._some = tuple(slice(None, None, step) for step in steps)
         self._seen: deque[tuple[list[Tensor], Tensor]] = deque(maxlen=MEMORY + 1)
 
     def __call__(self, before: Tensor, after: list[Tensor]) -> tuple[list[Tensor], float]:
@@ -255,7 +256,7 @@ class _Anderson:
 
     def sample(self, state: Sequence[Tensor]) -> Tensor:
         """Return what decides how iterates are combined."""
-        return torch.stack([matrix[:: self._every] for matrix in state]).double().flatten()
+        return torch.stack([matrix[self._some] for matrix in state]).double().flatten()
 
 
 class _Remaining:
