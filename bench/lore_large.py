@@ -88,7 +88,7 @@ def merge(folder: Path, models: list[Path], method: str, cap: str) -> None:
     process = subprocess.Popen([*command, "--max-memory", cap])
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         most = max(most, _anonymous(process.pid))
-        time.sleep(0.02)
+        time.sleep(0.1)
     _, status, usage = ended
     print(
         f"{method}, --max-memory {cap}: exit code {os.waitstatus_to_exitcode(status)}, "
