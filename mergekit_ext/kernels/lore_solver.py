@@ -236,7 +236,7 @@ class _Anderson:
     """Anderson acceleration, type II (Walker and Ni 2011), of ``x <- g(x)``, x several matrices."""
 
     def __init__(self, shape: torch.Size):
-        steps = (max(1, side // most) for side, most in zip(shape, SAMPLED, strict=True))
+        steps = (-(-side // most) for side, most in zip(shape, SAMPLED, strict=True))
         self._some = tuple(slice(None, None, step) for step in steps)
         self._seen: deque[tuple[list[Tensor], Tensor]] = deque(maxlen=MEMORY + 1)
 
