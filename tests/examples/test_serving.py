@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import runpy
+import shutil
 import threading
 import time
 import urllib.error
@@ -32,8 +35,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         paths["d"], num_labels=5, ignore_mismatched_sizes=True
     )
     other.save_pretrained(paths["d"])
-    for path in paths.values():
-        tokenizer(path)
+    for task, path in paths.items():
+        words = [f"w{i}" for i in range(64)]
+        tokenizer(path, words if task != "c" else words[:1] + words[:0:-1])
         made = transformers.AutoTokenizer.from_pretrained(path)
         made.pad_token = made.unk_token
         made.save_pretrained(path)
@@ -64,8 +68,8 @@ def test_each_request_is_answered_by_its_tasks_model(served: tuple[str, Path]) -
     wanted = TASKS * 5
     with ThreadPoolExecutor(len(wanted)) as pool:
         found = list(pool.map(lambda t: ask(f"{url}/{t}", {"text": texts[t]}), wanted))
-    words = transformers.AutoTokenizer.from_pretrained(out / "a")
     for task, answer in zip(wanted, found, strict=True):
+        words = transformers.AutoTokenizer.from_pretrained(out / task)
         model = load(out, task)
         with torch.no_grad():
             logits = model(**words(texts[task], return_tensors="pt")).logits[0]
@@ -86,3 +90,55 @@ def test_requests_that_cannot_be_answered(
         ask(f"{served[0]}/{task}", content)
     assert found.value.code == code
     assert ask(f"{served[0]}/a", {"text": "w1 " * 40})
+
+
+def test_a_bad_text_fails_no_other_of_its_batch(served: tuple[str, Path]) -> None:
+    app = importlib.import_module("examples.serving.app")
+    good, bad = app.answered([("a", "w1 w2"), ("b", None)])
+    assert sum(good.values()) == pytest.approx(1)
+    assert isinstance(bad, Exception)
+
+
+def started(patch: pytest.MonkeyPatch, checkpoint: Path | None) -> dict[str, Any]:
+    """What the module holds that starts with this checkpoint."""
+    patch.delenv("CHECKPOINT", raising=False)
+    if checkpoint:
+        patch.setenv("CHECKPOINT", str(checkpoint))
+    return runpy.run_module("examples.serving.app")
+
+
+def test_a_server_without_a_checkpoint_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="Set CHECKPOINT"):
+        started(monkeypatch, None)
+
+
+def test_a_text_fills_the_positions_that_follow_the_paddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(
+        vocab_size=64, intermediate_size=16, max_position_embeddings=12, **sizes
+    )
+    made_of = functools.partial(transformers.RobertaForSequenceClassification, config)
+    base, paths = models(tmp_path, made_of, TASKS)
+    for path in paths.values():
+        tokenizer(path)
+        made = transformers.AutoTokenizer.from_pretrained(path)
+        made.pad_token = "w1"
+        made.save_pretrained(path)
+    write(tmp_path / "out", base, paths, dense)
+    app = started(monkeypatch, tmp_path / "out")
+    (answer,) = app["classify"](["a"], ["w5 " * 40])
+    assert sum(answer.values()) == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore::mergekit_ext.errors.MergeWarning")
+def test_tokenizers_that_pad_in_other_ways_are_refused_at_the_start(
+    served: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(served[1], tmp_path / "out")
+    made = transformers.AutoTokenizer.from_pretrained(out / "b")
+    made.padding_side = "left"
+    made.save_pretrained(out / "b")
+    with pytest.raises(SystemExit, match="b: its tokenizer"):
+        started(monkeypatch, out)
