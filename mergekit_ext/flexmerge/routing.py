@@ -8,7 +8,7 @@ that layers take slices of the batch.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from mergekit_ext.errors import Problem, listing, require
+from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, require, shown
 from mergekit_ext.flexmerge.factored import Factored, Leaf
 from mergekit_ext.flexmerge.placement import tensors_of
 
@@ -331,8 +331,8 @@ class Batched(torch.nn.Module):
 
     def __init__(self, models: Mapping[str, Any]):
         super().__init__()
-        self.tasks = tuple(models)
         _check(models)
+        self.tasks = tuple(models)
         first = next(iter(models.values()))
         shared = {id(t): t for t in (*first.parameters(), *first.buffers())}
         self.model = copy.deepcopy(first, shared)
@@ -350,6 +350,7 @@ class Batched(torch.nn.Module):
                 above, others = self.model.get_submodule(path), [parts[path] for parts in modules]
                 _Routed(self.routing, path, above, others, method).install()
         # Rows stay where they are in a batch that no layer divides.
+        self._apart = any(made.apart for made in routed)
         order = _neighbours(len(models), routed)
         # Keywords of calls whose results cannot be joined; those of heads of different shape never.
         self._whole: list[set[str]] = []
@@ -359,6 +360,10 @@ class Batched(torch.nn.Module):
     @property
     def config(self) -> Any:
         return self.model.config
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        found, expected = "a change of dtype or device", "models loaded with those: `dtype=`"
+        require([Problem("Batched", found, expected, "Load and batch again.")], SUBJECT)
 
     def forward(self, *args: Any, tasks: Sequence[str], **kwargs: Any) -> Any:
         """Return what the model does; row i of the inputs is one of ``tasks[i]``.
@@ -402,10 +407,19 @@ class Batched(torch.nn.Module):
     def _run(
         self, call: Callable[..., Any], args: Any, kwargs: Any, tasks: Sequence[str], copies: int
     ) -> Any:
+        named = isinstance(tasks, Collection) and not isinstance(tasks, str) and len(tasks)
+        if not named or not all(isinstance(task, str) for task in tasks):
+            expected = f"a list of names, one for each row, of {listing(self.tasks)}"
+            raise ConfigError([Problem("tasks", shown(tasks), expected)], SUBJECT)
         count, given = len(tasks), [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         problems = []
         if unknown := sorted({*tasks} - {*self.tasks}):
-            problems.append(Problem("tasks", listing(unknown), f"some of {listing(self.tasks)}"))
+            remedy = did_you_mean(unknown[0], self.tasks, listed=True, otherwise="")
+            expected = f"some of {listing(self.tasks)}"
+            problems.append(Problem("tasks", listing(unknown), expected, remedy))
+        if self._apart and kwargs.get("labels") is not None:
+            expected = "none, as heads differ in shape: compute each task's loss from its logits"
+            problems.append(Problem("labels", "labels", expected))
         if not given or len(given[0]) != count:
             rows = len(given[0]) if given else "no"
             problems.append(Problem("tasks", f"{count} for {rows} rows", "one for each row"))
@@ -436,7 +450,11 @@ class Batched(torch.nn.Module):
             self.routing.compute((), 1)
 
 
-def _check(models: Mapping[str, Any]) -> None:
+def _check(models: Any) -> None:
+    known = isinstance(models, Mapping) and len(models) > 0
+    if not known or not all(isinstance(model, torch.nn.Module) for model in models.values()):
+        expected = "a mapping from tasks to models, as `load` returns without a task"
+        raise ConfigError([Problem("models", type(models).__name__, expected)], SUBJECT)
     (first, model), *others = models.items()
     problems = []
     for task, other in models.items():
@@ -447,6 +465,9 @@ def _check(models: Mapping[str, Any]) -> None:
             found, expected = type(other).__name__, type(model).__name__
             problems.append(Problem(task, found, f"{expected}, as {first}"))
             continue
+        if other.dtype != model.dtype:
+            expected = f"{model.dtype}, as {first}: load with `dtype=`"
+            problems.append(Problem(task, f"{other.dtype}", expected))
         ours, theirs = model.config.to_dict(), other.config.to_dict()
         differ = {n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)} - _FREE
         if differ:

@@ -138,6 +138,8 @@ def test_heads_of_different_shape_give_a_result_for_each_task(tmp_path: Path) ->
     other.save_pretrained(paths["d"])
     write(tmp_path / "out", base, paths, dense)
     alone, inputs = load(tmp_path / "out"), inputs_of("bert")
+    with pytest.raises(ConfigError, match="labels: found labels; expected none"):
+        Batched(alone)(**inputs, tasks=ROWS, labels=torch.zeros(len(ROWS), dtype=torch.long))
     with torch.no_grad():
         found = Batched(alone)(**inputs, tasks=ROWS).logits
         assert {task: len(logits) for task, logits in found.items()} == {
@@ -203,3 +205,23 @@ def test_models_that_compute_different_things(made: Any) -> None:
     llama, gpt2 = made("llama", "dense")[0]["a"], made("gpt2", "residual")[0]["a"]
     with pytest.raises(ConfigError, match="found GPT2LMHeadModel; expected LlamaForCausalLM"):
         Batched({"a": llama, "b": gpt2})
+
+
+@pytest.mark.parametrize("tasks", ["aaaaaaa", None, [], [1] * 7, 3], ids=repr)
+def test_tasks_that_are_no_list_of_names(tasks: Any, made: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a list of names, one for each row, of a, b"):
+        made("llama", "dense")[1](**inputs_of("llama"), tasks=tasks)
+
+
+@pytest.mark.parametrize("models", [None, [], {}, {"a": 1}, "out"], ids=repr)
+def test_what_is_no_mapping_to_models(models: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a mapping from tasks to models"):
+        Batched(models)
+
+
+def test_dtypes_are_one_and_stay(made: Any) -> None:
+    a = made("llama", "dense")[0]["a"]
+    with pytest.raises(ConfigError, match=r"found torch\.float16; expected torch\.float32"):
+        Batched({"a": a, "b": copy.deepcopy(a).half()})
+    with pytest.raises(ConfigError, match="a change of dtype or device"):
+        made("llama", "dense")[1].half()
