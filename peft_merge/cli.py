@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mergekit_ext.core.commands import pushing, reporting, searching
+from mergekit_ext.core.commands import Commands, pushing, reporting, searching
 
 _DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, ..."
@@ -21,7 +21,7 @@ _ALLOW_PICKLE = click.option(
 )
 
 
-class _Commands(click.Group):
+class _Commands(Commands):
     """A group whose first argument may be that of ``merge``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from mergekit_ext.core.commands import Commands
+
 # Loaded when run: mergekit takes seconds to import, and `--help` should not.
 _COMMANDS = {
     "analyze": "Measure how alike the models of a FlexMerge are.",
@@ -18,7 +20,7 @@ _COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Commands):
     """A group whose subcommands are imported when they are run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -56,6 +57,22 @@ def pushing(command: Any) -> Any:
     ):
         command = option(command)
     return command
+
+
+class Commands(click.Group):
+    """A group whose commands refuse an option with one value that is given several times."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        assert command is not None
+        within = click.Context(command, parent=ctx, info_name=name)
+        given: Any = Counter(command.make_parser(within).parse_args([*rest])[2])
+        for option, times in given.items():
+            if times > 1 and not (option.multiple or option.count or option.is_flag):
+                raise click.UsageError(
+                    f"{option.opts[0]}: given {times} times; once is all.", within
+                )
+        return name, command, rest
 
 
 @contextmanager
