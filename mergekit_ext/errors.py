@@ -133,7 +133,7 @@ def numbered(problems: Sequence[Problem]) -> list[str]:
 class ConfigError(_ProblemsError):
     """A merge cannot start. `problems` lists everything that is wrong, in order of the file."""
 
-    _consequence = "nothing was written"
+    _consequence = "nothing was done"
 
     def __init__(self, problems: Iterable[Problem], subject: str = "this merge"):
         super().__init__(problems, subject)

@@ -13,7 +13,7 @@ def test_config_error_lists_every_problem():
     error = ConfigError(problems, "merge.yml")
     assert error.problems == tuple(problems)
     assert str(error).splitlines() == [
-        "2 problems with merge.yml; nothing was written:",
+        "2 problems with merge.yml; nothing was done:",
         "  1. parameters.mu: found 'x'; expected a number. Write a number.",
         "  2. models[0]: found no folder; expected a model.",
     ]

@@ -63,4 +63,6 @@ def sizes(
     for note in curve.notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(str(curve))
-    return f"mergekit-yaml {config_file} OUT, with one of these sizes as `target_size`"
+    several = len({point.algorithm for point in curve.points}) > 1
+    chosen = " and its `algorithm`" if several else ""
+    return f"mergekit-yaml {config_file} OUT, with one of these sizes as `target_size`{chosen}"

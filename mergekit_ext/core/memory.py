@@ -153,6 +153,11 @@ def size(count: int) -> str:
     return f"{count}B"
 
 
+def in_models(size: float, digits: int = 3) -> float:
+    """Return a number of models rounded up, so that a `target_size` of it holds what has `size`."""
+    return math.ceil(size * 10**digits - 1e-6) / 10**digits
+
+
 def count_or_bytes(value: object, expected: str) -> tuple[float | None, int | None]:
     """Read 2.25, 12000000000 or "12GB": a count and None, or None and bytes; else `ValueError`.
 

@@ -124,7 +124,8 @@ def problems(root: Path, manifest: Manifest, shards: Sequence[StoredFile]) -> It
     """Yield every file of the folders that is not as it was written; `shards` are verified."""
     known = manifest.task_files
     _, refused = attempted(lambda item: regular_file(root, *item, verify=True), known.items())
-    yield from (replace(problem, remedy=_EDITED) for problem in refused)
+    # A file that is missing was not edited.
+    yield from (replace(p, remedy=_EDITED) if (root / p.where).exists() else p for p in refused)
     ordinary = {"", *(task.name for task in manifest.tasks if task.ordinary)}
     for home in _homes(root, [task.name for task in manifest.tasks]):
         for name in _files(home, root):

@@ -18,6 +18,7 @@ from mergekit_ext.errors import (
     ConfigError,
     Problem,
     attempted,
+    did_you_mean,
     require,
 )
 from mergekit_ext.flexmerge import files as on_disk
@@ -80,7 +81,8 @@ def _place_of(file: ShardFile) -> Place:
 def _require_task(manifest: Manifest, task: str | None, folder: StrPath) -> None:
     names = [each.name for each in manifest.tasks]
     if task not in (None, *names):
-        problem = Problem("task", repr(task), f"one of {', '.join(names)}")
+        remedy = did_you_mean(task, names, listed=True, otherwise="")
+        problem = Problem("task", repr(task), f"one of {', '.join(names)}", remedy)
         raise CheckpointError([problem], str(folder))
 
 
@@ -235,6 +237,9 @@ def export(
     names = list(dict.fromkeys(["config.json", *companions(root / task)]))
     sources, problems = attempted(lambda name: regular_file(root, f"{task}/{name}"), names)
     require(problems, str(root), CheckpointError)
+    if Path(os.path.expanduser(out)).resolve().is_relative_to(root):
+        expected = "a folder outside of the checkpoint"
+        require([Problem("OUT", f"{out}, inside of it", expected)], "this export")
     with new_folder(out, "this export", "OUT") as folder:
         for name, source in zip(names, sources, strict=True):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

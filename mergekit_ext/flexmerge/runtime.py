@@ -9,7 +9,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from mergekit_ext.errors import CheckpointError, Problem, require
+from mergekit_ext.errors import CheckpointError, Problem, require, shown
 from mergekit_ext.flexmerge.factored import Factored, leave_factors
 from mergekit_ext.flexmerge.files import regular_file
 from mergekit_ext.flexmerge.placement import AUTO, SUBJECT, DeviceMap, MaxMemory, Sharing, place
@@ -58,7 +58,7 @@ def load(
         `task`, a dictionary of all in the manifest's order.
 
     Raises:
-        ConfigError: the modules cannot be placed so.
+        ConfigError: the modules cannot be placed so; `dtype` is none.
         CheckpointError: the checkpoint is not as docs/flexmerge-format.md says, has no such task,
             or does not fit its model's class: a parameter that is missing is never initialised.
 
@@ -75,6 +75,10 @@ def load(
         problems.append(Problem("offload_folder", "it", "it with device_map only"))
     if device_map is not None and torch.device(device).type != "cpu":
         problems.append(Problem("device", f"{device} beside device_map", "one of the two"))
+    known = dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype)
+    if not known and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        expected = "torch.bfloat16, 'bfloat16' or the like, or 'auto'"
+        problems.append(Problem("dtype", shown(dtype), expected))
     require(problems, SUBJECT)
     alone = None if verify else task
     checkpoint = open_checkpoint(located(path, alone, revision), verify, alone)

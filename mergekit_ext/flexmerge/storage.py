@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from mergekit_ext.core.memory import FIRST_BYTES, count_or_bytes
+from mergekit_ext.core.memory import FIRST_BYTES, count_or_bytes, in_models
 from mergekit_ext.errors import Problem
 from mergekit_ext.flexmerge.layout import Layout
 from mergekit_ext.flexmerge.stored import StoredGroup, stored_of
@@ -62,7 +62,7 @@ class Target:
 
     def exceeds(self, largest: Size) -> bool:
         """Return whether it is above the size at which nothing is merged; a budget may be."""
-        return self.models is not None and self.models > largest.models * (1 + _ROUNDING)
+        return self.models is not None and self.models > in_models(largest.models)
 
     def __str__(self) -> str:
         return f"{self.models:.15g}" if self.bytes is None else f"{self.bytes} bytes"
@@ -120,7 +120,7 @@ class GroupStorage(ABC):
         least, most = least or self.least, self.most
         if target.holds(least) and not target.exceeds(most):
             return None
-        above = math.ceil(least.models * 1e4 - 1e-6) / 1e4
+        above = in_models(least.models, 4)
         low, high = f"{min(above, most.models):.10g}", f"{most.models:.10g}"
         if target.exceeds(most):
             remedy = f"Write {high}, the largest size, or less."

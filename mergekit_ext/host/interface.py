@@ -114,10 +114,11 @@ def _as_text(name: str | None, report: CheckReport) -> str:
     else:
         lines.append("No problems.")
     if cost := report.estimate:
+        about, most = ("", "") if cost.planned else ("about ", " at most")
         lines += [
-            f"Output:        {cost.tensors:,} tensors, {cost.parameters:,} parameters",
+            f"Output:        {about}{cost.tensors:,} tensors, {cost.parameters:,} parameters",
             f"Bytes read:    {size(cost.bytes_read)}",
-            f"Bytes written: {size(cost.bytes_written)}",
+            f"Bytes written: {size(cost.bytes_written)}{most}",
             f"Bytes held:    {size(cost.bytes_held)} at most, estimated",
             *([f"Time:          {cost.time}"] if cost.time else []),
         ]

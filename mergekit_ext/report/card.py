@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from mergekit_ext.core.memory import in_models
+
 CARD, REPORT_NAME = "README.md", "merge_report.json"
 # What is said of each tensor or task.
 _Records = Mapping[str, Mapping[str, Any]]
@@ -182,7 +184,7 @@ def flexmerge_section(
     apart = f", and {private:,.0f} bytes of what is not merged" if private else ""
     plain = [name for name, ordinary in tasks if ordinary]
     made = [name for name, ordinary in tasks if not ordinary]
-    text = f"{count} tasks in the space of {size['models']:.4g} models{apart}"
+    text = f"{count} tasks in the space of {in_models(size['models']):.10g} models{apart}"
     parts = ["### FlexMerge", f"{text}: {size['bytes']:,.0f} bytes in all."]
     if plain:
         parts.append(f"Ordinary checkpoints, one folder each: {', '.join(plain)}.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mergekit_ext.core.memory import in_models
 from mergekit_ext.errors import MergekitExtError, shown
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -213,7 +214,7 @@ def steps_table(steps: Rows, rows: int = 12) -> str:
         step = steps[index]
         similarity = "" if step["similarity"] is None else f"{step['similarity']:.3f}"
         where = f"{step['block']}: {step['groups']}" if step["block"] else ""
-        size = f"{step['models']:8.3f} {step['bytes']:16,}"
+        size = f"{in_models(step['models']):8.3f} {step['bytes']:16,}"
         lines.append(f"{step['merges']:6} {size} {similarity:>10}  {where}")
     return "\n".join(lines)
 

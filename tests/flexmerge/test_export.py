@@ -100,7 +100,7 @@ def test_a_place_that_is_taken(made: Any, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").touch()
-    with pytest.raises(ConfigError, match=r"this export; nothing was written:\n  1\. OUT: found"):
+    with pytest.raises(ConfigError, match=r"this export; nothing was done:\n  1\. OUT: found"):
         export(made[0], "a", tmp_path / place)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "mine"]
 
@@ -146,3 +146,21 @@ def test_nothing_is_left_after_a_failure(
     with pytest.raises(ConfigError, match=r"an error while writing \(no space left"):
         export(made[0], "b", tmp_path / "one")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_in_the_checkpoint_and_a_task_that_is_misspelt(made: Any) -> None:
+    with pytest.raises(ConfigError, match="inside of it; expected a folder outside"):
+        export(made[0], "a", made[0] / "new")
+    with pytest.raises(CheckpointError, match="Write `a`"):
+        export(made[0], "A", made[0].parent / "new")
+
+
+def test_a_missing_file_is_copied_again(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "a" / "vocab.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"no file .*\n?.*Copy or download the file again"):
+        export(checkpoint, "a", tmp_path / "one")
+
+
+def test_a_dtype_that_is_none_is_no_fault_of_the_checkpoint(made: Any) -> None:
+    with pytest.raises(ConfigError, match="dtype: found 'floot'; expected"):
+        load(made[0], dtype="floot")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergekit_ext.core.memory import in_models
 from mergekit_ext.flexmerge.storage import Size, Target
 from mergekit_ext.host.flexmerge.parameters import OWN
 
@@ -86,3 +87,11 @@ def test_what_is_written_down_is_what_was_asked(models):
 @given(st.integers(1, 10**15))
 def test_budgets_are_written_down_exactly(count):
     assert str(Target(bytes=count)) == f"{count} bytes"
+
+
+@given(st.integers(10**6, 10**12), st.integers(10**6, 10**9), st.integers(0, 10**6))
+def test_a_size_that_is_printed_holds_what_has_it_and_is_not_too_large(stored, unit, private):
+    size = Size(stored + private, unit, private)
+    target = Target(models=float(f"{in_models(size.models):.3f}"))
+    assert target.holds(size) or size.models < 0.01
+    assert not target.exceeds(size)

@@ -468,7 +468,7 @@ def test_everything_at_once_and_no_weight_is_read(content, bert, tmp_path, monke
         "unknown_key",
         "OUT_PATH",
     }
-    assert "nothing was written" in str(caught.value)
+    assert "nothing was done" in str(caught.value)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["something"]
 
 
@@ -479,3 +479,21 @@ def test_a_merge_of_what_another_document_will_write(content):
     text = yaml.safe_dump_all([first, content])
     reports = check_source(text, QUIET)
     assert [list(report.problems) for _, report in reports] == [[], []]
+
+
+def test_a_base_among_the_models_is_named(content, llamas):
+    content["models"].insert(1, {"model": str(llamas[0])})
+    report = report_of(content)
+    assert not report.problems
+    (found,) = report.warnings
+    assert found == f"models[1]: {llamas[0]} is `base_model`, and so is no task."
+
+
+def test_tensors_of_residuals_are_counted(content, tmp_path):
+    put(content, algorithm="residual", rank=2)
+    del content["parameters"]["target_size"]
+    told = report_of(content).estimate
+    out = mergekit_ext.merge(content, tmp_path / "out", QUIET).path
+    files = (out / "shards").rglob("*.safetensors")
+    assert told.tensors == sum(len(load_file(file)) for file in files)
+    assert "about" in str(mergekit_ext.check(content, QUIET))

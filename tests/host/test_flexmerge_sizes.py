@@ -237,6 +237,30 @@ def test_what_is_refused_before_anything(
     assert not seen.calls and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("sizes", [[], "1.5", 2], ids=repr)
+def test_what_is_no_list_of_sizes(llamas: Any, tmp_path: Path, sizes: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a list of sizes, one at least"):
+        sizes_of(written(tmp_path, llamas), tmp_path / "out", OPTIONS, sizes)
+
+
+def test_sizes_that_are_printed_are_held_and_another_curve_is_kept(
+    llamas: Any, tmp_path: Path
+) -> None:
+    path, out = written(tmp_path, llamas), tmp_path / "out"
+    curve = sizes_of(path, out, OPTIONS, ["all"], ("average", "residual"))
+    printed = [float(line.split()[1]) for line in str(curve).splitlines()[1:]]
+    again = sizes_of(path, tmp_path / "copied", OPTIONS, printed, ("average",))
+    reached = {p.size: 0 for p in curve.points if p.algorithm == "average"}
+    assert len(printed) == len(curve.points) > 4
+    for number, point in zip(printed, curve.points, strict=True):
+        assert point.size <= number + 1e-9 and number < point.size + 0.001
+    assert {point.size for point in again.points} <= reached.keys()
+    before = (out / "sizes.json").read_bytes()
+    with pytest.raises(ConfigError, match="with the curve of another run"):
+        sizes_of(path, out, OPTIONS, [1.0])
+    assert (out / "sizes.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "returned",
     [math.nan, math.inf, None, "0.9", {}, {"a": None}, {"a": math.nan}, {1: 0.5}, [0.5], 1j],

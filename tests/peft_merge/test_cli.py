@@ -140,7 +140,7 @@ def test_mistakes_are_one_message_and_exit_code_2(place):
     written(place, {"merge_method": "tise", "models": [{"model": "./nowhere"}], "sede": 1})
     done = called(place / "merge.yml", place / "out")
     assert (done.exit_code, done.stdout) == (2, "")
-    assert f"3 problems with {place / 'merge.yml'}; nothing was written:" in done.stderr
+    assert f"3 problems with {place / 'merge.yml'}; nothing was done:" in done.stderr
     assert not (place / "out").exists()
 
 

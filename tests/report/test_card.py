@@ -10,6 +10,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 import peft_merge
+from mergekit_ext.core.memory import in_models
 from mergekit_ext.flexmerge.reader import read_manifest
 from mergekit_ext.report.card import (
     REPORT_NAME,
@@ -181,7 +182,7 @@ def test_the_card_of_a_merge(tmp_path, algorithm):
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "transformers" and "merge" in card.data.tags
     manifest = read_manifest(out)
-    assert f"3 tasks in the space of {manifest.size.models:.4g} models" in card.text
+    assert f"3 tasks in the space of {in_models(manifest.size.models):.10g} models" in card.text
     assert f"{manifest.size.bytes:,} bytes in all" in card.text
     assert f"{manifest.size.private_bytes:,} bytes of what is not merged" in card.text
     attention = [len(block.groups) for block in manifest.blocks if block.kind == "attention"]

@@ -162,7 +162,7 @@ def _plan_by_files(inventory: Inventory, donor: Any) -> None:
     if named_model(inventory.config, HEADS) is not None:
         for model, names in owners.items():
             findings.note(f"{model}: the output has no {listing(names)}, as {donor} has none.")
-    elif owners:
+    elif owners and inventory.method is not None:  # which may keep heads apart
         names = list(dict.fromkeys(name for names in owners.values() for name in names))
         first, *_ = owners
         what = f"{listing(names)} in {listing(list(map(str, owners)))}, which {donor} does not have"

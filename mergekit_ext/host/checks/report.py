@@ -21,6 +21,7 @@ class Estimate:
     tensors: int
     parameters: int  # elements of all tensors of the output
     need: Need  # `bytes_held` by what it is for
+    planned: bool = True  # False where the weights decide which tensors are written
     seconds: float = 0.0  # that products usually take, where they are many; 0 if it is not known
     seconds_of_embeddings: float = 0.0  # of these
 

@@ -15,6 +15,7 @@ from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from mergekit_ext import events, parallel
+from mergekit_ext.core.memory import in_models
 from mergekit_ext.errors import ConfigError, Problem
 from mergekit_ext.flexmerge import analysis_file, files
 from mergekit_ext.flexmerge.analysis import Analysis, analyse, passes, trimmed_grams
@@ -291,7 +292,7 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     session.task = first if (folder / first / INDEX).exists() else ""
     residuals, tensors = engine.merging.residuals, dict[str, Any]()
     more = far.stored
-    size = f"{plan.size.models:.4g} models, {plan.size.bytes:,} bytes"
+    size = f"{in_models(plan.size.models):.10g} models, {plan.size.bytes:,} bytes"
     session.summary = f"{size}. {far.line}".rstrip()
     session.afterwards += far.warnings(prepared.algorithm.name)
     if residuals and (found := kept(residuals.storage, plan, residuals.measured)):

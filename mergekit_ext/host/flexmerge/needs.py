@@ -42,15 +42,19 @@ def estimate(prepared: Prepared) -> Estimate:
     # A model's worth of bytes is one model.
     models = max(0, stored - layout.private_bytes) * tasks / whole
     need = need_of(prepared)
+    tensors = round(models * sum(len(block.parts) for block in layout.blocks))
+    if isinstance(prepared.storage, ResidualStorage):  # a base, and two factors of each task
+        factors = 2 * tasks * len(prepared.storage.matrices)
+        tensors = factors + sum(len(block.parts) for block in layout.blocks)
     return Estimate(
         bytes_read=reads * (whole + base) + layout.private_bytes,
         bytes_written=stored,
         bytes_held=need.bytes,
-        tensors=round(models * sum(len(block.parts) for block in layout.blocks))
-        + len(layout.copied),
+        tensors=tensors + len(layout.copied),
         parameters=round(models * sum(block.size for block in layout.blocks))
         + sum(math.prod(header.shape) for header in layout.copied),
         need=need,
+        planned=False,
     )
 
 

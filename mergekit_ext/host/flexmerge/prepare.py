@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_ext.core import memory
+from mergekit_ext.core.memory import in_models
 from mergekit_ext.errors import ConfigError, Problem, listing, require
 from mergekit_ext.flexmerge.manifest import colliding_names, task_name_problem
 from mergekit_ext.flexmerge.plan import DEFAULT_ALGORITHM, clusters_problem
@@ -15,7 +16,7 @@ from mergekit_ext.host.adapters.fitted import applies
 from mergekit_ext.host.blocks import is_task_head, tied_groups
 from mergekit_ext.host.checks.copied import OTHERS, is_merged, selection_problems
 from mergekit_ext.host.checks.fields import check_fields
-from mergekit_ext.host.checks.layout import Source, models_at
+from mergekit_ext.host.checks.layout import Source, groups_of, models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model
 from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
@@ -103,6 +104,9 @@ def _prepared(
     algorithm = read_parameters(taken, options.random_seed or 0, findings)
     sources = tasks_of(taken)
     given = taken.parameters or {}
+    for source in (source for group in groups_of(taken) for source in group.sources):
+        if source.model == config.base_model and not source.implicit:
+            findings.warn(f"{source.where}: {source.model} is `base_model`, and so is no task.")
     also = [FOLDER] if given.get("output") == ADAPTERS else []
     tasks = _task_names(sources, given.get("task"), also, findings)
     facts = _read_models(config, sources, options, findings, pending)
@@ -269,7 +273,7 @@ def _check_size(prepared: Prepared, findings: Findings) -> None:
     if prepared.algorithm.kmeans:
         problem = clusters_problem(target, storage.tasks)
     else:
-        ends = (f"{end.models:.4g} ({end.bytes:,} bytes)" for end in (least, most))
+        ends = (f"{in_models(end.models):.10g} ({end.bytes:,} bytes)" for end in (least, most))
         findings.note(f"sizes from {' to '.join(ends)} can be reached.")
         problem = storage.problem(target)
     if problem is not None:

@@ -51,7 +51,7 @@ class Curve(NamedTuple):
         head = f"{'algorithm':<20} {'size':>7} {'bytes':>15}"
         lines = [head if metric is None else f"{head} {f'mean {metric}':>18} {'normalised':>10}"]
         for point in self.points:
-            line = f"{point.algorithm:<20} {point.size:7.3f} {point.bytes:15,}"
+            line = f"{point.algorithm:<20} {memory.in_models(point.size):7.3f} {point.bytes:15,}"
             if metric is not None:
                 ratio = tables.normalised(point.scores, self.reference, metric)
                 shown = "" if ratio is None else f"{ratio[0]:.3f}"
@@ -78,8 +78,8 @@ def sizes(
 
     Args:
         config: as for `merge`; its `target_size` is not used.
-        out: a folder that gets sizes.csv, sizes.json, sizes.png and the analysis. Tables are
-            written after every size: what is done is kept.
+        out: a folder without sizes.json, which gets it, sizes.csv, sizes.png and the analysis.
+            Tables are written after every size: what is done is kept.
         options, callbacks, max_memory, allow_pickle: as for `merge`.
         sizes: numbers of models, or "all" for the size after every merge; by default 1, 1.5, 2, ...
         algorithms: names, one line of the curve each; by default that of the configuration.
@@ -155,9 +155,17 @@ def _prepared(
     scored: bool,
 ) -> tuple[dict[str, Prepared], Sizes]:
     """Return a prepared merge for each algorithm, and the sizes, which all of them may have."""
-    sizes = None if sizes is None else list(map(_size, sizes))
+    if sizes is not None:
+        listed = [] if isinstance(sizes, str) or not isinstance(sizes, Iterable) else [*sizes]
+        if not listed:
+            expected = "a list of sizes, one at least"
+            require([Problem("sizes", shown(sizes), expected, "Write [1, 1.5, 2].")])
+        sizes = list(map(_size, listed))
     found = prepare_tables(config, folder, options, algorithms).items()
     lines = {name: prepared for name, (_, prepared) in found}
+    if (folder / "sizes.json").exists():
+        there, remedy = f"{folder}, with the curve of another run", "Choose another, or remove it."
+        require([Problem("OUT_PATH", there, "a folder without sizes.json", remedy)])
     count = len(next(iter(lines.values())).layout.tasks)
     if sizes is None:
         sizes = [1.0, 1.5, *map(float, range(2, count + 1))]
@@ -282,7 +290,9 @@ def _asked(
         else:
             (below if number < least else missing).append(number)
     if below:
-        notes.append(f"{name}: {_listed(below)} cannot be reached; the least is {least:.6g}.")
+        notes.append(
+            f"{name}: {_listed(below)} cannot be reached; the least is {_listed([least])}."
+        )
         if least not in numbers:
             found.append((below[0], least))
     if missing:
@@ -293,4 +303,4 @@ def _asked(
 
 
 def _listed(sizes: Iterable[float]) -> str:
-    return ", ".join(f"{size:.4g}" for size in sizes)
+    return ", ".join(f"{memory.in_models(size):.10g}" for size in sizes)
