@@ -138,7 +138,7 @@ def test_tokenizers_that_pad_in_other_ways_are_refused_at_the_start(
 ) -> None:
     out = shutil.copytree(served[1], tmp_path / "out")
     made = transformers.AutoTokenizer.from_pretrained(out / "b")
-    made.padding_side = "left"
+    made.pad_token = "w5"
     made.save_pretrained(out / "b")
     with pytest.raises(SystemExit, match="b: its tokenizer"):
         started(monkeypatch, out)
