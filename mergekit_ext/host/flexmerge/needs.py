@@ -10,7 +10,7 @@ from mergekit_ext.core.memory import Need, square_of, working
 from mergekit_ext.flexmerge.analysis import passes
 from mergekit_ext.flexmerge.decomposition import SMALL
 from mergekit_ext.flexmerge.layout import BlockLayout
-from mergekit_ext.flexmerge.residual import DECOMPOSING, Limit, ResidualStorage
+from mergekit_ext.flexmerge.residual import DECOMPOSING, LOW_RANK, OWN, Limit, ResidualStorage
 from mergekit_ext.host.checks.estimate import pickled_bytes
 from mergekit_ext.host.checks.report import Estimate
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared
@@ -43,9 +43,9 @@ def estimate(prepared: Prepared) -> Estimate:
     models = max(0, stored - layout.private_bytes) * tasks / whole
     need = need_of(prepared)
     tensors = round(models * sum(len(block.parts) for block in layout.blocks))
-    if isinstance(prepared.storage, ResidualStorage):  # a base, and two factors of each task
-        factors = 2 * tasks * len(prepared.storage.matrices)
-        tensors = factors + sum(len(block.parts) for block in layout.blocks)
+    if isinstance(storage := prepared.storage, ResidualStorage):  # two factors of each task
+        kinds = [storage.treatment(block, part) for block in layout.blocks for part in block.parts]
+        tensors = sum({LOW_RANK: 1 + 2 * tasks, OWN: tasks}.get(kind, 1) for kind in kinds)
     return Estimate(
         bytes_read=reads * (whole + base) + layout.private_bytes,
         bytes_written=stored,
