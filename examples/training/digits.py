@@ -25,7 +25,7 @@ class Run:
 
 
 FULL = Run(steps=600, every=25)
-QUICK = Run(steps=24, every=3)
+QUICK = Run(steps=24, every=3, keep=3)
 # The sum of task vectors, LoRE's default, is for models of different tasks; checkpoints of one run
 # repeat each other. With `combine: mean` and lambda 1 it would be the mean of the checkpoints.
 # Lambda was chosen on the validation split, which neither training nor the tables see.

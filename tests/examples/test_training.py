@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-ROWS = ["last checkpoint", "mean of the last 8", "lore of the last 8"]
+ROWS = ["last checkpoint", "mean of the last 3", "lore of the last 3"]
 
 
 @pytest.mark.parametrize("example", ["plain", "trainer"])
