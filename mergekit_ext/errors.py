@@ -34,7 +34,9 @@ def nearest(name: Any, known: Iterable[str]) -> str | None:
     text = str(name)
     if len(text) > _SHOWN:  # comparing takes as long as both are, multiplied
         return None
-    folded = {k.lower().replace("-", "_"): k for k in known}
+    digits = sorted(filter(str.isdigit, text))  # `float8` is no misspelt `float64`
+    same = (k for k in known if digits in ([], sorted(filter(str.isdigit, k))))
+    folded = {k.lower().replace("-", "_"): k for k in same}
     close = difflib.get_close_matches(text.lower().replace("-", "_"), folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
 
@@ -60,7 +62,8 @@ def shown(value: Any) -> str:
 def one_line(error: BaseException) -> str:
     """Return an error of a library as messages quote it: its type, and the first of its text."""
     first, *_ = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {first[:200]}"  # some hold a whole configuration
+    cut = first[:200] + "..." * (len(first) > 200)  # some hold a whole configuration
+    return f"{type(error).__name__}: {cut}"
 
 
 def listing(names: Sequence[str], limit: int = 3) -> str:

@@ -215,10 +215,10 @@ def function_named(name: str, where: str, *arguments: str) -> Callable[..., Any]
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # the module is the user's: anything may come
-        name = f"{name} ({type(error).__name__}: {error})"
+        name = f"{name} ({type(error).__name__}: {error})" if attribute else f"{name} alone"
         expected = "MODULE:FUNCTION, which can be imported from here"
-        raise ConfigError([Problem(where, name, expected, remedy)]) from None
+        raise ConfigError([Problem(where, name, expected, remedy)], "this command") from None
     if not takes(function, *arguments):
         expected = f"a function of {' and '.join(arguments) or 'no arguments'}"
-        raise ConfigError([Problem(where, name, expected)])
+        raise ConfigError([Problem(where, name, expected)], "this command")
     return function

@@ -94,5 +94,5 @@ class _Merges(Search):
         for adapter in merged.adapters if isinstance(merged, FlexMerged) else [merged.adapter]:
             model = put_on(self._base, [adapter])
             for task in [adapter.name] if isinstance(merged, FlexMerged) else self.tasks:
-                what = f"{task}, a trial"
+                what = f"{task} in a trial"
                 yield task, scores_of(self._evaluate, model, task, what, self._metrics)

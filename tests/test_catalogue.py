@@ -164,5 +164,21 @@ def test_the_command_prints_what_the_function_returns(command: str) -> None:
         package.methods("loer")
 
 
+@pytest.mark.parametrize("method", merge_methods.registered_methods(), ids=lambda m: m.spec.name)
+def test_every_registered_method_has_a_page(method: Any) -> None:
+    found = mergekit_ext.methods(method.spec.name)
+    given = {p.name for p in method.spec.parameters}
+    if method.spec.name not in CATALOGUES["models"]:
+        assert {p.name for p in found.parameters} == given
+        needed = {p.name for p in method.spec.parameters if p.required}
+        assert {*yaml.safe_load(found.yaml)["parameters"]} == needed
+    assert all(f"  {p.name} (" in str(found) for p in found.parameters)
+
+
+def test_the_list_ends_with_methods_of_others() -> None:
+    assert "Others that mergekit knows: arcee_fusion, " in str(CATALOGUES["models"])
+    assert "Others" not in str(CATALOGUES["adapters"])
+
+
 if __name__ == "__main__":
     PAGE.write_text(current(), encoding="utf-8")

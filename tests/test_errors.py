@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_ext.errors import ConfigError, NonFiniteError, Problem
+from mergekit_ext.errors import ConfigError, NonFiniteError, Problem, nearest
 
 
 def test_config_error_lists_every_problem():
@@ -27,3 +27,9 @@ def test_config_error_needs_a_problem():
 def test_non_finite_error_names_tensor_and_model():
     error = NonFiniteError("a.weight", "org/model", 3, 10)
     assert "a.weight of model org/model: found 3 non-finite values among 10" in str(error)
+
+
+def test_a_number_is_no_misspelling() -> None:
+    assert nearest("float8", ["float16", "float64"]) is None
+    assert nearest("flaot16", ["float16", "float64"]) == "float16"
+    assert nearest("bfloat", ["bfloat16"]) == "bfloat16"

@@ -121,6 +121,8 @@ def _is_float(kind: Any) -> bool:
 
 def unfit(read: Any, value: Any, remedy: str = "") -> tuple[str, str] | None:
     """Return what the pydantic reader `read` expects instead of `value`, and a remedy."""
+    if isinstance(value, float) and value != value:
+        return "a finite number", remedy or "Mend it, or take it out."
     try:
         read(value)
     except ValidationError as error:
@@ -165,7 +167,11 @@ def schema_problems(error: ValidationError, document: Any, root: str = "") -> li
     for where, value in found.items():
         # Shown once for each place: the repr of a document takes as long as the document is.
         text = "nothing" if value is REQUIRED else shown(value)
-        problems.append(Problem(where or "the document", text, " or ".join(wanted[where])))
+        expected, remedy = " or ".join(wanted[where]), ""
+        methods = where == "merge_method" and isinstance(value, list)
+        if methods or (isinstance(value, dict) and {"from", "choose"} & {*value}):
+            expected, remedy = "one value", "Open values are for the command `tune`."
+        problems.append(Problem(where or "the document", text, expected, remedy))
     return problems
 
 

@@ -1,6 +1,6 @@
 """What users read about the methods: parameters, when to use them, and a YAML that runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,24 +33,31 @@ class Description:
         lines = [head, self.use, "", "Parameters:"]
         for p in self.parameters:
             of, default = "per model" if p.per_model else "shared", default_of(p)
-            lines.append(f"  {p.name} ({of}; {in_words(p.kind)}; {default}): {p.description}")
+            lines.append(f"  {p.name} ({of}; {in_words(p.kind)}; {default})")
+            lines[-1] += f": {p.description}" if p.description else ""
         return "\n".join([*lines, "", self.yaml.rstrip()])
 
 
 class Catalogue(dict[str, Description]):
-    """Methods by name; as text, a line for each."""
+    """Methods by name; as text, a line for each, and the names of `others`."""
+
+    others: Mapping[str, Description] = {}
 
     def __str__(self) -> str:
         width = max(map(len, self))
         lines = [f"{name:<{width}}  {found.use}" for name, found in self.items()]
+        if names := sorted(name for name in self.others if not name.startswith("nan_")):
+            lines += ["", f"Others that mergekit knows: {', '.join(names)}"]
         return "\n".join([*lines, "", "Which to take when: docs/choosing.md"])
 
     def named(self, name: str | None) -> Any:
         """Return the method `name`, or without one all; raise `ConfigError` for an unknown one."""
-        if name is None or name in self:
-            return self if name is None else self[name]
-        remedy = did_you_mean(name, self)
-        raise ConfigError([Problem("the method", repr(name), "one of these methods", remedy)])
+        known = {**self.others, **self}
+        if name is None or name in known:
+            return self if name is None else known[name]
+        remedy = did_you_mean(name, known, listed=True, otherwise="")
+        expected = f"one of {', '.join(known)}"
+        raise ConfigError([Problem("the method", repr(name), expected, remedy)], "this name")
 
 
 def default_of(parameter: Parameter) -> str:

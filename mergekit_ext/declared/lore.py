@@ -53,7 +53,7 @@ _PARAMETERS = (
 _BASE = Parameter("base", choice("known", "estimated"), "known", _BASES)
 
 # How each driver's users give a base.
-_GIVE_BASE = {MODELS: "Give `base_model`", ADAPTERS: "Use `base: known` (the default)"}
+_GIVE_BASE = {MODELS: "Give a base model", ADAPTERS: "Use `base: known` (the default)"}
 # So many products of a matrix with its transpose take as long as merging it: measured with
 # `mu_relative: 0.1`, in the middle of spectra like k^-0.45 and k^-0.3 (bench/README.md).
 _OVER_BASE, _ESTIMATED = 12.0, 80.0

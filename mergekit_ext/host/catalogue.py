@@ -3,10 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import yaml
+from mergekit.merge_methods.base import ParameterScope
+
 import mergekit_ext
+from mergekit_ext.core.parameters import REQUIRED, Parameter
 from mergekit_ext.declared import ADAPTERS, BLOCKS, MODELS
 from mergekit_ext.declared import methods as declared
-from mergekit_ext.declared.catalogue import described, with_family
+from mergekit_ext.declared.catalogue import Description, described, with_family
 from mergekit_ext.flexmerge.residual import PARAMETERS, Residual
 from mergekit_ext.host.flexmerge import DECOMPOSITION, FLEXMERGE
 from mergekit_ext.host.flexmerge.parameters import AS_ADAPTERS, BASE, OWN
@@ -24,7 +28,7 @@ def methods(name: str | None = None) -> Any:
     Returns:
         A `Description`: `name`, `title`, `paper`, `use` (when to use it), `parameters` and `yaml`,
         a merge that runs; as text, a page. Of all methods a mapping from names to these; as text, a
-        line for each. mergekit's own methods are not in it.
+        line for each. mergekit's own methods are not in it, but have a page by name.
 
     Raises:
         ConfigError: there is no method of this name.
@@ -45,4 +49,17 @@ def methods(name: str | None = None) -> Any:
     found = described([nan, *declared(MODELS).values(), flexmerge, decompose], MODELS)
     with_family(found, [name for name in wrapped if name != "nan"])
     found |= described([*declared(BLOCKS).values(), residual], BLOCKS, flexmerge.name)
+    found.others = {n: _other(one) for n, one in registered().items() if n not in found}
     return found.named(name)
+
+
+def _other(method: Any) -> Description:
+    """Return what mergekit's registry says of a method that is not declared here."""
+    spec, own = method.spec, list[Parameter]()
+    for p in spec.parameters:
+        default, each = REQUIRED if p.required else p.default, p.scope != ParameterScope.SHARED
+        own.append(Parameter(p.name, p.value_type, default, p.description or "", each))
+    given = {p.name: 1.0 if p.name == "weight" else 0.5 for p in own if p.required}
+    text = yaml.safe_dump({"merge_method": spec.name, "parameters": given}, sort_keys=False)
+    use = f"Of the package {type(method).__module__.split('.')[0]}, which documents it."
+    return Description(spec.name, spec.pretty_name or "", spec.reference_url, use, tuple(own), text)

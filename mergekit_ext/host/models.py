@@ -1,6 +1,7 @@
 """`merge_models`: modules and state dicts in memory, merged as mergekit merges saved models."""
 
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -167,7 +168,8 @@ def _check_parameters(method: Any, group: Group, findings: Findings) -> None:
     own = Findings()
     check_parameters(method, [group], [one], own)
     for problem in own.report().problems:
-        remedy = problem.remedy.replace("Add `base_model:`", f"Give `{_BASE}`")
+        given = re.sub(r"Add `(\w+):`( there, or [^.]*)?", r"Give `\1=`", problem.remedy)
+        remedy = given.replace("`base_model=`", f"`{_BASE}`")
         where = problem.where.replace("base_model", _BASE)
         findings.extend([replace(problem, where=where, remedy=remedy)])
 

@@ -117,7 +117,7 @@ class _Merges(Search):
             models = iter([(self._place, tensors)] * len(self.tasks))
             dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
         for task, (folder, found) in zip(self.tasks, models, strict=True):
-            yield task, self._evaluator.score(folder, found, task, f"{task}, a trial", dtype)
+            yield task, self._evaluator.score(folder, found, task, f"{task} in a trial", dtype)
 
     def _flexmerged(self, prepared: Prepared) -> Iterator[tuple[Path, dict[str, Tensor]]]:
         """Yield the tasks' models; an analysis is kept for other trials."""

@@ -157,5 +157,5 @@ def test_an_evaluation_that_raises_is_said_with_its_own_lines(folder: Path) -> N
         raise KeyError("no labels")
 
     config = opened(KINDS["plain"], "nan", parameters={"scale": {"from": 0.1, "to": 2.0}})
-    with pytest.raises(EvaluationError, match=r"code, a trial raised .*:(?s:.)*no labels"):
+    with pytest.raises(EvaluationError, match=r"code in a trial raised .*:(?s:.)*no labels"):
         peft_merge.tune(config, "out", evaluate, base(KINDS["plain"]), trials=1, quiet=True)

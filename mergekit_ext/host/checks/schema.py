@@ -35,7 +35,7 @@ def parse(document: Any) -> tuple[Any, list[Problem]]:
         return None, [Problem("the document", shown(document), _A_MERGE)]
     problems, given = [], [key for key in _INPUTS if document.get(key)]
     if len(given) != 1:
-        found = " and ".join(given) or "none of them"
+        found = " and ".join(given) or "none of them, or an empty one"
         problems.append(Problem("models, slices, modules", found, "exactly one of the three"))
     try:
         config = MergeConfiguration.model_validate(dict(document))

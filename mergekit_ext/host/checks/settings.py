@@ -10,7 +10,7 @@ import torch
 from mergekit._data import chat_templates
 from mergekit.common import dtype_from_name
 
-from mergekit_ext.errors import did_you_mean, listing, one_line, shown
+from mergekit_ext.errors import did_you_mean, listing, nearest, one_line, shown
 from mergekit_ext.host.checks.layout import models_at
 from mergekit_ext.host.checks.report import Findings
 from mergekit_ext.io.documents import json_object
@@ -98,6 +98,9 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
         is_here = os.path.isdir(folder)
         if not is_here and may_be_hub_name(model.model.path):
             is_known &= model not in joined
+            near = nearest(model.model.path, ("union", "base")) if where == at else None
+            for found, expected in _load(model.model, False, options)[1] if near else ():
+                findings.problem(where, found, expected, f"Write `{near}`.")
             continue
         files = [folder / name for name in _JSON_FILES if os.path.exists(folder / name)]
         read = (json_object(file, "a tokenizer's file", _LARGEST)[1] for file in files)

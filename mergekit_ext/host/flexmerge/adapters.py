@@ -274,8 +274,8 @@ def section_of(adapters: Sequence[LoraAdapter], forms: Forms) -> str:
     fits = [rank for rank in _VLLM_RANKS if rank >= largest]
     whole = bool(forms.biases) or any(adapter.saved for adapter in adapters)
     if all(kind.endswith("ForCausalLM") for kind in forms.kinds) and fits and not whole:
-        named = " ".join(f"{task}={task}" for task in tasks)
-        options = f"--enable-lora --max-lora-rank {fits[0]} --lora-modules {named}"
+        options = f"--enable-lora --max-loras {len(tasks)} --max-lora-rank {fits[0]} --lora-modules"
+        options = " ".join([options, *(f"{task}={task}" for task in tasks)])
         parts += ["or serve all with", f"```sh\nvllm serve {FOLDER} {options}\n```"]
     for note in dict.fromkeys(note for adapter in adapters for note in notes_of(adapter)):
         one = " `uniform_rank: true` writes one rank for all of an adapter." * (note == PATTERNS)
