@@ -43,7 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = QUICK_SIZES if options.quick else SIZES
     scored = ("--evaluate", "examples.flexmerge.evaluate:evaluate")
     out = str(options.out.resolve())
-    (options.out / "sizes.json").unlink(missing_ok=True)
     _run("mergekit-ext", "sizes", str(config), out, "--sizes", sizes, *lines, *scored)
     merged = options.out / "merged"
     shutil.rmtree(merged, ignore_errors=True)

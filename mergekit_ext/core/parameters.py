@@ -119,19 +119,24 @@ def _is_float(kind: Any) -> bool:
     return kind is float or any(map(_is_float, get_args(kind)))
 
 
+_OF_NUMBERS = ("greater_than", "less_than", "finite_number")  # how types of errors begin
+_FINITE, _MEND = "a finite number", "Mend it, or take it out."
+
+
 def unfit(read: Any, value: Any, remedy: str = "") -> tuple[str, str] | None:
     """Return what the pydantic reader `read` expects instead of `value`, and a remedy."""
-    if isinstance(value, float) and value != value:
-        return "a finite number", remedy or "Mend it, or take it out."
+    nan = isinstance(value, float) and value != value
     try:
         read(value)
     except ValidationError as error:
+        if nan and all(item["type"].startswith(_OF_NUMBERS) for item in error.errors()):
+            return _FINITE, remedy or _MEND
         wanted = " or ".join(dict.fromkeys(expectation(item) for item in error.errors()))
         choices = [item["msg"] for item in error.errors() if item["type"] == "literal_error"]
         names = re.findall(r"'([^']+)'", " ".join(choices))
         near = did_you_mean(value, names, listed=True) if names and isinstance(value, str) else ""
         return wanted, remedy or near
-    return None
+    return (_FINITE, remedy or _MEND) if nan else None
 
 
 def expectation(item: Any) -> str:

@@ -237,7 +237,7 @@ def export(
     names = list(dict.fromkeys(["config.json", *companions(root / task)]))
     sources, problems = attempted(lambda name: regular_file(root, f"{task}/{name}"), names)
     require(problems, str(root), CheckpointError)
-    if Path(os.path.expanduser(out)).resolve().is_relative_to(root):
+    if Path(os.path.realpath(os.path.expanduser(out))).is_relative_to(root):
         expected = "a folder outside of the checkpoint"
         require([Problem("OUT", f"{out}, inside of it", expected)], "this export")
     with new_folder(out, "this export", "OUT") as folder:

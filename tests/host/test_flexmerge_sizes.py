@@ -256,9 +256,11 @@ def test_sizes_that_are_printed_are_held_and_another_curve_is_kept(
         assert point.size <= number + 1e-9 and number < point.size + 0.001
     assert {point.size for point in again.points} <= reached.keys()
     before = (out / "sizes.json").read_bytes()
-    with pytest.raises(ConfigError, match="with the curve of another run"):
-        sizes_of(path, out, OPTIONS, [1.0])
-    assert (out / "sizes.json").read_bytes() == before
+    for number in (1, 2):
+        later = sizes_of(path, out, OPTIONS, [1.0])
+        assert f"sizes-{number}" in later.notes[-1] and len(points(out)) == 1
+    assert (out / "sizes-1.json").read_bytes() == before
+    assert (out / "sizes-2.csv").exists() and not again.notes
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,9 @@ def compare_vocabularies(config: Any, findings: Findings) -> None:
     path = Path(first.model.path) / _VOCABULARY
     for model, where in named.items():
         other = Path(model.model.path) / _VOCABULARY
-        if path.is_file() and other.is_file() and not filecmp.cmp(path, other, shallow=False):
+        if not (os.path.isfile(path) and os.path.isfile(other)):
+            continue
+        if not filecmp.cmp(path, other, shallow=False):
             ids, others = _ids(path), _ids(other)
             if moved := [token for token in ids if others.get(token, ids[token]) != ids[token]]:
                 findings.warn(

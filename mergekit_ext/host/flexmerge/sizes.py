@@ -1,5 +1,6 @@
 """The accuracy-size curve: every algorithm at every size, scored task by task, and its files."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -78,8 +79,8 @@ def sizes(
 
     Args:
         config: as for `merge`; its `target_size` is not used.
-        out: a folder without sizes.json, which gets it, sizes.csv, sizes.png and the analysis.
-            Tables are written after every size: what is done is kept.
+        out: a folder that gets sizes.csv, sizes.json, sizes.png and the analysis. Tables are
+            written after every size: what is done is kept, as sizes-1 by the next run.
         options, callbacks, max_memory, allow_pickle: as for `merge`.
         sizes: numbers of models, or "all" for the size after every merge; by default 1, 1.5, 2, ...
         algorithms: names, one line of the curve each; by default that of the configuration.
@@ -117,6 +118,7 @@ def sizes(
             if engines[name].merging.residuals is None:
                 engines[name].save_analysis(folder)
         asked = {name: _asked(name, e.planner, wanted, notes) for name, e in engines.items()}
+        notes += _set_aside(folder)
         total = sum(map(len, asked.values())) * len(reference)
         try:
             with evaluator.counting("Evaluating", total) if evaluator else nullcontext():
@@ -140,10 +142,17 @@ def sizes(
         try:
             tables.plot(folder / "sizes.png", points, reference, drawn)
         except (ImportError, ValueError) as error:
-            # One of an earlier run would not belong to the tables.
-            (folder / "sizes.png").unlink(missing_ok=True)
             notes.append(f"no plot: {error}.")
     return Curve(reference, points, drawn, notes)
+
+
+def _set_aside(folder: Path) -> list[str]:
+    """Rename the curve of an earlier run, whose scores may be dear, and say so."""
+    earlier = list(folder.glob("sizes.*"))
+    number = next(n for n in itertools.count(1) if not any(folder.glob(f"sizes-{n}.*")))
+    for path in earlier:
+        path.rename(folder / f"sizes-{number}{path.suffix}")
+    return [f"The curve of the run before is sizes-{number} now."] if earlier else []
 
 
 def _prepared(
@@ -163,9 +172,6 @@ def _prepared(
         sizes = list(map(_size, listed))
     found = prepare_tables(config, folder, options, algorithms).items()
     lines = {name: prepared for name, (_, prepared) in found}
-    if (folder / "sizes.json").exists():
-        there, remedy = f"{folder}, with the curve of another run", "Choose another, or remove it."
-        require([Problem("OUT_PATH", there, "a folder without sizes.json", remedy)])
     count = len(next(iter(lines.values())).layout.tasks)
     if sizes is None:
         sizes = [1.0, 1.5, *map(float, range(2, count + 1))]
