@@ -57,7 +57,7 @@ MODELS: Mapping[str, Row] = {
     "lore, no base": Row(
         "lore", _LORE, False, factor="lambda", auto=True, anchor=0.0, variants=_MUS
     ),
-    "tsv_m": Row("tsv_m", factor="lambda", auto=True),
+    "tsv_m": Row("tsv_m", _ONE, factor="lambda", auto=True),
     "iso_c": Row("iso_c", factor="lambda", auto=True),
     "iso_cts": Row("iso_cts", factor="lambda", auto=True),
     "pcb": Row("pcb", factor="lambda", auto=True, variants=({"density": 0.3},)),
@@ -77,7 +77,7 @@ ADAPTERS: Mapping[str, Row] = {
     "dare_ties": Row("dare_ties", factor="lambda", auto=True, variants=_SHARES),
     "nan": Row("nan", _PAPER, factor="scale", auto=True),
     "lore": Row("lore", _LORE, factor="lambda", auto=True, variants=_MUS),
-    "tsv_m": Row("tsv_m", factor="lambda", auto=True),
+    "tsv_m": Row("tsv_m", _ONE, factor="lambda", auto=True),
     "iso_c": Row("iso_c", factor="lambda", auto=True),
     "iso_cts": Row("iso_cts", factor="lambda", auto=True),
     "pcb": Row("pcb", factor="lambda", auto=True),
