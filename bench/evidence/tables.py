@@ -40,11 +40,8 @@ def _summary(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         cells = []
         for runs in found.values():
             some = [run[title] for run in runs if title in run]
-            means = [
-                f"{fmean(line[setting]['test'] for line in some):.3f}"
-                for setting in ("default", "auto")
-                if some and setting in some[0]
-            ]
+            scores = ([r[key]["test"] for r in some if key in r] for key in ("default", "auto"))
+            means = [f"{fmean(each):.3f}" for each in scores if each]
             cells.append(" (".join(means) + (")" if len(means) > 1 else ""))
         lines.append(f"| `{title}` | {' | '.join(cells)} |")
     return "\n".join(lines)
