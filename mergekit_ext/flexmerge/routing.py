@@ -354,7 +354,7 @@ class Batched(torch.nn.Module):
         order = _neighbours(len(models), routed)
         # Keywords of calls whose results cannot be joined; those of heads of different shape never.
         self._whole: list[set[str]] = []
-        self._parts = first.device.type == "cpu" and not any(made.apart for made in routed)
+        self._parts = first.device.type == "cpu" and not self._apart
         self._rank = {task: rank if routed else 0 for rank, task in enumerate(order)}
 
     @property

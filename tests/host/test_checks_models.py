@@ -202,9 +202,9 @@ def _with_vocabulary(folder: Path, vocabulary: Any, added: Sequence[Mapping[str,
 @pytest.mark.parametrize(
     ("other", "added", "moved"),
     [
-        ({"a": 1, "b": 0, "c": 2}, [], "2 tokens other ids"),
-        ([["b", 0.0], ["a", -1.0]], [], "2 tokens other ids"),
-        ({"a": 0, "b": 1}, [{"content": "c", "id": 9}], "1 tokens other ids"),
+        ({"a": 1, "b": 0, "c": 2}, [], "(2: "),
+        ([["b", 0.0], ["a", -1.0]], [], "(2: "),
+        ({"a": 0, "b": 1}, [{"content": "c", "id": 9}], "(1: "),
         ({"a": 0, "b": 1, "d": 3}, [], None),
         (None, [{"id": "odd"}, 3], None),
         ([[], [["x"], 1], 7], [], None),

@@ -131,19 +131,20 @@ def compare_vocabularies(config: Any, findings: Findings) -> None:
     if wants_tokenizer(config) or first is None:
         return
     path = Path(first.model.path) / _VOCABULARY
-    for model, where in named.items():
-        other = Path(model.model.path) / _VOCABULARY
-        if not (os.path.isfile(path) and os.path.isfile(other)):
-            continue
-        if not filecmp.cmp(path, other, shallow=False):
-            ids, others = _ids(path), _ids(other)
-            if moved := [token for token in ids if others.get(token, ids[token]) != ids[token]]:
-                findings.warn(
-                    f"{where}: {other} gives {len(moved)} tokens other ids than {path} does "
-                    f"({listing([shown(token) for token in moved])}), and embeddings are merged by "
-                    "id. Give models with one vocabulary, or `tokenizer_source`, where the method "
-                    "takes it."
-                )
+    files = {where: Path(model.model.path) / _VOCABULARY for model, where in named.items()}
+    there = {where: file for where, file in files.items() if os.path.isfile(file)}
+    if not os.path.isfile(path):
+        return
+    differing = {w: file for w, file in there.items() if not filecmp.cmp(path, file, shallow=False)}
+    ids = _ids(path) if differing else {}
+    for where, file in differing.items():
+        others = _ids(file)
+        if moved := [token for token in ids if others.get(token, ids[token]) != ids[token]]:
+            findings.warn(
+                f"{where}: {file} gives tokens other ids than {path} does ({len(moved)}: "
+                f"{listing([shown(token) for token in moved])}), and embeddings are merged by id. "
+                "Give models with one vocabulary, or `tokenizer_source`, where the method takes it."
+            )
 
 
 def _ids(path: Path) -> dict[str, int]:

@@ -147,7 +147,7 @@ def sizes(
 
 
 def _set_aside(folder: Path) -> list[str]:
-    """Rename the curve of an earlier run, whose scores may be dear, and say so."""
+    """Rename the curve of an earlier run, whose scores took time, and say so."""
     earlier = list(folder.glob("sizes.*"))
     number = next(n for n in itertools.count(1) if not any(folder.glob(f"sizes-{n}.*")))
     for path in earlier:
