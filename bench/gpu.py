@@ -1,11 +1,12 @@
-"""Everything that is claimed for a GPU, measured on one: under eight minutes.
+"""Everything that is claimed for a GPU, measured on one: under nine minutes.
 
     python -m bench.gpu           # one JSON line a measurement as it is made, then one table
     python -m bench.gpu --small   # the same functions with other sizes, on any machine
 
-Needs the repository, torch, transformers, peft, safetensors and mergekit. Each section runs in a
-process of its own, which is killed at its deadline; what it had measured by then stands, and the
-other sections run whatever becomes of one. Memory is what the device's allocator held.
+Needs the repository, torch, transformers, peft, safetensors, pydantic, and mergekit for sections
+with FlexMerge's engine. Each section runs in a process of its own, which is killed at its deadline;
+what it had measured by then stands, and the other sections run whatever becomes of one. Memory is
+what the device's allocator held.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine, peft
+from bench import machine, peft, serving
 from mergekit_ext.core.memory import square_of, working
 from mergekit_ext.declared import BLOCKS, methods
+from mergekit_ext.flexmerge import Batched
 from mergekit_ext.flexmerge.analysis import analyse
 from mergekit_ext.flexmerge.merging import Merging, Walk
 from mergekit_ext.flexmerge.plan import Dendrograms
@@ -33,7 +36,6 @@ from mergekit_ext.flexmerge.storage import Storage
 from mergekit_ext.kernels.lore import lore
 from mergekit_ext.kernels.numerics import chunk_length
 from mergekit_ext.kernels.similarity import cosines
-from tests.flexmerge.inputs import algorithm, reader
 
 Row = dict[str, Any]
 MODELS = 3
@@ -71,6 +73,10 @@ class Sizes:
     vits: Sequence[Vit]
     adapter_side: int
     adapter_pairs: int
+    # Vision transformers that are served in so many batches, with so many images of each task.
+    served: Sequence[tuple[str, Mapping[str, int], torch.dtype]]
+    batches: int
+    images: int
 
 
 FULL = Sizes(
@@ -83,6 +89,13 @@ FULL = Sizes(
     ),
     adapter_side=4096,
     adapter_pairs=len(peft.PAIRS),
+    served=(
+        ("ViT-B/32", _B32, torch.float32),
+        ("ViT-B/32", _B32, torch.bfloat16),
+        ("ViT-L/14", _L14, torch.bfloat16),
+    ),
+    batches=50,
+    images=32,
 )
 SMALL = Sizes(
     side=48,
@@ -90,6 +103,9 @@ SMALL = Sizes(
     vits=(Vit("tiny", 3, _TINY),),
     adapter_side=64,
     adapter_pairs=1,
+    served=(("tiny", _TINY, torch.float32),),
+    batches=2,
+    images=2,
 )
 
 
@@ -120,6 +136,9 @@ def merges(
     side: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Any, Sequence[Tensor], Callable[[], Tensor]]]:
     """Yield every method for blocks with its inputs, and the merge of one square matrix by it."""
+    # Here, as it needs mergekit, which other sections do without.
+    from tests.flexmerge.inputs import algorithm, reader
+
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(side, side, generator=generator)
     states = [
@@ -217,6 +236,8 @@ def run_flexmerge(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """FlexMerge in memory, task arithmetic: the analysis, one size, and all sizes."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
+    from tests.flexmerge.inputs import algorithm, reader
+
     for vit in sizes.vits:
         with torch.device("meta"):
             shapes = CLIPVisionModel(CLIPVisionConfig(**vit.fields)).state_dict()
@@ -268,6 +289,34 @@ def run_adapters(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         }
 
 
+@torch.inference_mode()
+def run_serving(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """Batches with images of all tasks in turn against one model, alternated (the paper: 1.02)."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    for name, fields, dtype in sizes.served:
+        config = CLIPVisionConfig(**fields)
+        one = CLIPVisionModel(config).to(device, dtype).eval()
+        tasks = serving.TASKS * sizes.images
+        shape = (len(tasks), 3, config.image_size, config.image_size)
+        pixels = torch.randn(shape, device=device, dtype=dtype)
+        for size in (2, len(serving.TASKS)):
+            models = serving.grouped(one, size)
+            mixed = Batched(models)
+            ways = (partial(one, pixels), partial(mixed, pixels, tasks=tasks))
+            found = [way().pooler_output for way in ways][-1]  # libraries start
+            expected = models[tasks[0]](pixels[:: len(models)]).pooler_output
+            taken = [[seconds_of(way)[0] for way in ways] for _ in range(sizes.batches)]
+            yield {
+                "name": f"{name}, {dtype}, size {size}",
+                "seconds": sum(own for _, own in taken),
+                "one model": sum(own for own, _ in taken),
+                "ratio": statistics.median(own / first for first, own in taken),
+                "goal": 1.05,
+                "error": relative(found[:: len(models)], expected.cpu()),
+            }
+
+
 def run_memory(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """The peak of each merge of one matrix above its inputs, against the estimate."""
     entries = sizes.side**2
@@ -314,6 +363,7 @@ SECTIONS: Mapping[str, tuple[Callable[[Sizes, torch.device], Iterator[Row]], flo
     "language model": (run_language_model, 100),
     "flexmerge": (run_flexmerge, 120),
     "adapters": (run_adapters, 50),
+    "serving": (run_serving, 60),
     "memory": (run_memory, 25),
     "bytes": (run_bytes, 25),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ def describe() -> str:
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "mergekit"))
+    there = filter(util.find_spec, ("torch", "mergekit"))
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in there)
     return (
         f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, accelerator {accelerator}; "
         f"Python {platform.python_version()}, {versions}, {torch.get_num_threads()} threads"

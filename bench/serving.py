@@ -58,10 +58,14 @@ def grouped(first: Any, size: int) -> dict[str, Any]:
         for group in range(size):
             made = {id(p): p for p in module._parameters.values() if p is not None}
             if group:
-                made = {key: torch.nn.Parameter(p.detach().clone()) for key, p in made.items()}
+                made = {key: torch.nn.Parameter(noisy(p.detach())) for key, p in made.items()}
             for task in order[group::size]:
                 memos[task].update(made)
     return {task: copy.deepcopy(first, memo) for task, memo in zip(TASKS, memos, strict=True)}
+
+
+def noisy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + 0.01 * torch.randn_like(tensor)
 
 
 def residual(first: Any) -> dict[str, Any]:
