@@ -34,13 +34,17 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class MergeBegin(Event):
-    """The checks have passed and no weight has been read; `tensors` counts in `unit`s."""
+    """The checks have passed and no weight has been read; `tensors` counts in `unit`s.
+
+    `work` measures each of them, in operations or bytes; empty where all count the same.
+    """
 
     method: str
     output: str
     models: tuple[str, ...]
     tensors: int
     unit: str = "tensor"
+    work: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,28 +260,43 @@ def measuring(
 
 
 class ProgressBar(MergeCallback):
-    """A tqdm bar for the statistics pass and one for the merge."""
+    """A tqdm bar for the statistics pass, and one for the merge, which advances by the work."""
 
     def __init__(self, file: IO[str] | None = None):
         self._file = file
         self._bar: Any = None
         self._merge = MergeBegin("", "", (), 0)
 
-    def _start(self, description: str, total: int, unit: str) -> None:
+    def _start(self, title: str, event: MergeBegin | StatisticsBegin) -> None:
         import tqdm  # loaded where a bar is shown
 
         self.close()
-        self._bar = tqdm.tqdm(total=total, desc=description, unit=unit, file=self._file)
+        work = getattr(event, "work", {})
+        total = sum(work.values())
+        self._shares = {name: part / total for name, part in work.items()} if total else {}
+        self._done, self._count = 0, event.tensors
+        shown = "{desc}: {percentage:3.0f}%|{bar}| {unit} [{elapsed}<{remaining}{postfix}]"
+        each = f"0/{event.tensors} {event.unit}s"
+        # tqdm redraws at its own pace: a solver may report a thousand times a second.
+        self._bar = tqdm.tqdm(
+            total=1.0, desc=title, unit=each, bar_format=shown, miniters=0, file=self._file
+        )
+
+    def _advance(self, name: str) -> None:
+        self._done += 1
+        self._bar.unit = f"{self._done}/{self._bar.unit.partition('/')[2]}"
+        share = self._shares.get(name, 0.0) if self._shares else 1 / self._count
+        self._bar.update(1.0 - self._bar.n if self._done == self._count else share)
 
     def on_merge_begin(self, event: MergeBegin) -> None:
         self._merge = event
 
     def on_statistics_begin(self, event: StatisticsBegin) -> None:
         if event.tensors:  # none are left of a merge that goes on
-            self._start("Measuring", event.tensors, event.unit)
+            self._start("Measuring", event)
 
     def on_tensor_measured(self, event: TensorMeasured) -> None:
-        self._bar.update()
+        self._advance(event.name)
 
     def on_statistics_end(self, event: StatisticsEnd | MergeEnd) -> None:
         self.close()
@@ -285,20 +304,19 @@ class ProgressBar(MergeCallback):
     on_merge_end = on_statistics_end
 
     def on_solver_iteration(self, event: SolverIteration) -> None:
-        # tqdm redraws at its own pace: a solver may report a thousand times a second.
         bar = self._merging()
         bar.set_postfix_str(f"iteration {event.iteration}", refresh=False)
         bar.update(0)
 
     def on_tensor_merged(self, event: TensorMerged | BlockMerged) -> None:
-        self._merging().update()
+        self._merging()
+        self._advance(event.name)
 
     on_block_merged = on_tensor_merged
 
     def _merging(self) -> Any:
         if self._bar is None:
-            begun = self._merge
-            self._start(f"Merging ({begun.method})", begun.tensors, begun.unit)
+            self._start(f"Merging ({self._merge.method})", self._merge)
         return self._bar
 
     def close(self) -> None:

@@ -38,9 +38,9 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, sizes: Sequence[int]) -> list[int]:
+    def share(self, sizes: Sequence[float]) -> list[int]:
         """Return the rank of each piece of work: the largest first, to the least busy rank."""
-        loads = [(0, rank) for rank in range(self.size)]
+        loads = [(0.0, rank) for rank in range(self.size)]
         owners = [0] * len(sizes)
         for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
             load, rank = heapq.heappop(loads)
@@ -48,7 +48,7 @@ class Ranks:
             heapq.heappush(loads, (load + sizes[index], rank))
         return owners
 
-    def own(self, pieces: Iterable[_T], size: Callable[[_T], int]) -> list[_T]:
+    def own(self, pieces: Iterable[_T], size: Callable[[_T], float]) -> list[_T]:
         """Return the pieces of work that are this process's when all are shared out."""
         pieces = list(pieces)
         owners = self.share([*map(size, pieces)])

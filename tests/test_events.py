@@ -137,6 +137,20 @@ def test_progress_bar_counts_tensors():
     assert "2/2" in shown
 
 
+def test_progress_bar_advances_by_the_work():
+    file = io.StringIO()
+    bar = ProgressBar(file)
+    bar.on_merge_begin(MergeBegin("lore", "out", ("a",), 3, work={"x": 8e15, "y": 0.0, "z": 2e15}))
+    shown = []
+    for name in "xyz":
+        bar.on_tensor_merged(TensorMerged(name, (1,), {}, 0.0))
+        bar._bar.refresh()
+        shown.append(file.getvalue().rpartition("\r")[2])
+    bar.close()
+    assert [line.partition("%")[0][-3:] for line in shown] == [" 80", " 80", "100"]
+    assert [line.partition("| ")[2][:11] for line in shown] == [f"{n}/3 tensors" for n in (1, 2, 3)]
+
+
 def test_no_bar_where_nothing_is_left_to_measure():
     file = io.StringIO()
     dispatcher = Dispatcher([ProgressBar(file)])

@@ -82,7 +82,9 @@ def extended(stock: type) -> type:
                 _forewarn(method, (t for t in tasks if not getattr(t, "copies", False)), session)
             models = tuple(map(str, self.config.referenced_models()))
             left = [name for name in tensors if name not in finished]
-            session.emit(MergeBegin(self._method.spec.name, session.output, models, len(left)))
+            work = {name: session.work_of(name) for name in left}
+            name = self._method.spec.name
+            session.emit(MergeBegin(name, session.output, models, len(left), work=work))
             # Cast once: a half-precision result would be rounded before a wider out_dtype.
             seed, dtype = self.options.random_seed, self.config.out_dtype
             tasks = [
@@ -90,7 +92,7 @@ def extended(stock: type) -> type:
                 for weight, task in tensors.values()
             ]
             prepared = dict(zip(tensors, with_statistics(tasks, self.options), strict=True))
-            own = processes.own(left, session.size_of)
+            own = processes.own(left, session.work_of)
             self._tensors = [(tensors[name][0], prepared[name]) for name in own]
 
     return MergePlanner

@@ -99,8 +99,10 @@ def merge(
             shared = {"merge_method": spec.name, **defaults, **(config.parameters or {})}
             each = [model.parameters or {} for model in config.models or ()]
             session.paper, session.parameters = spec.reference_url or "", in_effect(shared, each)
-            if report.estimate and report.estimate.time:
-                session.say(f"Time: {report.estimate.time}")
+            if report.estimate:
+                session.operations = report.estimate.work
+                if report.estimate.time:
+                    session.say(f"Time: {report.estimate.time}")
             if kept is not None:
                 kept.open()
             try:

@@ -57,6 +57,7 @@ class Session:
         self.solution: Solution | None = None
         # The output's tensors as far as headers give them; None for the others.
         self.predicted: Mapping[str, TensorHeader | None] = {}
+        self.operations: Mapping[str, float] = {}  # of tensors, if the method's products take long
         # The names of the output's tensors, in which `records` come.
         self.order: Sequence[str] = ()
         self.recorded: dict[str, TensorRecord] = {}
@@ -108,8 +109,13 @@ class Session:
         for event in parallel.current().received():
             self._dispatcher.emit(event)
 
+    def work_of(self, name: str) -> float:
+        """Return a measure of merging tensor `name`: operations where they count, or bytes."""
+        known = self.operations
+        return known.get(name, 0.0) if any(known.values()) else self.size_of(name)
+
     def size_of(self, name: str) -> int:
-        """Return about how many bytes tensor `name` will have, as a measure of its work."""
+        """Return about how many bytes tensor `name` will have, as a measure of reading it."""
         # A tensor that no header predicts is most often the embedding, which is the largest.
         if (entry := self.predicted.get(name)) is not None:
             return entry.nbytes

@@ -28,7 +28,10 @@ def llamas(tmp_path_factory):
 class Listener(MergeCallback):
     def __init__(self, stop_at: int | None = None):
         self.names, self.coefficients, self.iterations, self.closed = [], {}, 0, 0
-        self.shards, self.stop_at = [], stop_at
+        self.shards, self.stop_at, self.work = [], stop_at, {}
+
+    def on_merge_begin(self, event):
+        self.work = event.work
 
     def on_statistics_end(self, event):
         self.coefficients = event.coefficients
@@ -60,6 +63,8 @@ def test_callbacks_hear_of_every_tensor(llamas, tmp_path):
     mergekit_ext.merge(config, tmp_path / "out", QUIET, callbacks=[listener])
     names = small.state(base).keys()
     assert set(listener.names) == set(names)
+    sizes = {name: float(4 * tensor.numel()) for name, tensor in small.state(base).items()}
+    assert listener.work == sizes
     assert listener.closed == 1
     assert "model.layers.0.attention" in listener.coefficients
     (shard,) = listener.shards
@@ -98,6 +103,10 @@ def test_solver_iterations_are_heard(llamas, tmp_path):
     content = small.config("lore", tuned, None, {"mu_relative": 0.5})
     mergekit_ext.merge(yaml.safe_dump(content), tmp_path / "out", QUIET, callbacks=[listener])
     assert listener.iterations > len(listener.names)
+    # A vector takes no product, and longer sides take more than by their bytes.
+    assert listener.work["model.norm.weight"] == 0
+    wide, square = (f"model.layers.0.{n}.weight" for n in ("mlp.up_proj", "self_attn.q_proj"))
+    assert listener.work[wide] > listener.work[square] > 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "### LoRE solver" in card
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())["tensors"]

@@ -71,7 +71,10 @@ def estimate(inventory: Inventory, shared: Sequence[Values], tokens: int | None)
         shard = options.out_shard_size
         kept["the shard"] = min(shard, written) if shard > 0 else written
     need = replace(need, parts={**need.parts, **kept})
-    seconds, embeddings = _seconds(inventory, entries)
+    work = _operations(inventory, entries)
+    axis = {tensor.name: tensor.weight.vocabulary_axis for tensor in inventory.located}
+    timed = sum(work.values()) >= _SHORT and not options.multi_gpu and str(options.device) == "cpu"
+    each = _seconds_each() if timed else 0.0
     return Estimate(
         bytes_read=sum(read.values()) * max(passes, default=1),
         bytes_written=written,
@@ -79,32 +82,33 @@ def estimate(inventory: Inventory, shared: Sequence[Values], tokens: int | None)
         tensors=len(entries),
         parameters=sum(math.prod(entry.shape) for entry in entries),
         need=need,
-        seconds=seconds,
-        seconds_of_embeddings=embeddings,
+        work=work,
+        seconds=sum(work.values()) * each,
+        seconds_of_embeddings=each * sum(n for name, n in work.items() if axis[name] is not None),
     )
 
 
-def _seconds(inventory: Inventory, entries: Sequence[TensorHeader]) -> tuple[float, float]:
-    """Return how long the products of a method take on the CPU, and those of embeddings."""
-    method, options = inventory.method, inventory.options
+def _operations(inventory: Inventory, entries: Sequence[TensorHeader]) -> dict[str, float]:
+    """Return how many operations of products each tensor takes; empty if the method has few."""
+    method, found = inventory.method, dict[str, float]()
     count = method.declared.operations if isinstance(method, ExtMethod) else None
-    if count is None or options.multi_gpu or str(options.device) != "cpu":
-        return 0.0, 0.0
-    total = embeddings = 0.0
+    if count is None:
+        return {}
     for tensor, entry in zip(inventory.located, entries, strict=True):
         sides, based = sides_of(entry.shape), tensor.group.base in tensor.found
-        some = count(len(tensor.found) - based, based, *sides) * math.prod(entry.shape)
-        total += (some := 0.0 if tensor.copied else some / (math.prod(sides) or 1))
-        embeddings += some if tensor.weight.vocabulary_axis is not None else 0.0
-    if total < _SHORT:
-        return 0.0, 0.0
+        matrices = 0.0 if tensor.copied else math.prod(entry.shape) / (math.prod(sides) or 1)
+        found[tensor.name] = count(len(tensor.found) - based, based, *sides) * matrices
+    return found
+
+
+def _seconds_each() -> float:
+    """Return how long an operation of a product takes on the CPU."""
     square, timed = torch.ones(_SIDE, _SIDE), []
     for _ in range(4):  # the first one starts threads, and other work may disturb one
         started = time.perf_counter()
         matmul(square, square)
         timed.append(time.perf_counter() - started)
-    each = min(timed) / (2.0 * _SIDE**3)
-    return total * each, embeddings * each
+    return min(timed) / (2.0 * _SIDE**3)
 
 
 def _inputs(tensor: PlannedTensor) -> list[tuple[Any, TensorHeader]]:
