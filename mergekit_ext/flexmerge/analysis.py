@@ -8,6 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from mergekit_ext import parallel
 from mergekit_ext.errors import MergeError
 from mergekit_ext.flexmerge.algorithm import Algorithm, Cuts, deltas_of, trimmed_deltas
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout
@@ -17,7 +18,6 @@ from mergekit_ext.kernels.numerics import chunks, finite
 from mergekit_ext.kernels.selection import EVERYTHING, Cut, CutSearch
 from mergekit_ext.kernels.similarity import Gram
 from mergekit_ext.kernels.ties import kept
-from mergekit_ext.parallel import current
 
 # Called with the name of each block that is done.
 Progress = Callable[[str], None]
@@ -75,7 +75,7 @@ def analyse(
         for task, density in enumerate(densities or ())
         if density < 1 and patterns is None
     }
-    blocks, rows, processes = _own_blocks(layout), {}, current()
+    blocks, rows, processes = _own_blocks(layout), {}, parallel.current()
     for number in range(passes(layout, densities)):
         counts = {task: torch.zeros(CutSearch.bins, dtype=torch.int64) for task in searches}
         for block in blocks:
@@ -119,11 +119,11 @@ def trimmed_grams(
 
 def _own_blocks(layout: Layout) -> list[BlockLayout]:
     tasks = range(len(layout.tasks))
-    return current().own(layout.blocks, lambda block: block.bytes(tasks))
+    return parallel.current().own(layout.blocks, lambda block: block.bytes(tasks))
 
 
 def _gathered(rows: Mapping[str, Rows], layout: Layout) -> dict[str, Tensor]:
-    found = current().gather_items(rows)
+    found = parallel.current().gather_items(rows)
     names = [block.name for block in layout.blocks]
     return {name: torch.tensor(found[name], dtype=torch.float64) for name in names}
 

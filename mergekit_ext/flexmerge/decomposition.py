@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergekit_ext import parallel
 from mergekit_ext.flexmerge.analysis import out_of_range, require_finite_block
 from mergekit_ext.flexmerge.layout import BlockLayout
 from mergekit_ext.flexmerge.residual import Limit, ResidualStorage, Spectrum
@@ -25,7 +26,6 @@ from mergekit_ext.kernels.numerics import all_finite
 from mergekit_ext.kernels.ranks import deepened, mean_rank
 from mergekit_ext.kernels.threads import in_threads
 from mergekit_ext.kernels.truncated import factors
-from mergekit_ext.parallel import current
 
 # Numbers of a matrix up to which one thread decomposes it, beside those of other tasks.
 SMALL = 1 << 22
@@ -69,7 +69,7 @@ class Decomposition:
             return [max(ranks[k : k + tasks]) for k in range(0, len(ranks), tasks)]
 
         if not self.measured or limit != Limit(min(limit.budget, self._limit.budget)):
-            current().from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+            parallel.current().from_main(lambda: self._folder.mkdir(parents=True, exist_ok=True))
             most = [storage.algorithm.largest_rank(part) for part in parts]
             each = mean_rank(limit.budget, [tasks * storage.cost(part) for part in parts])
             first, names = limit.rank or each, [part.name for part in parts]
@@ -81,7 +81,11 @@ class Decomposition:
 
     def _decompose(self, depths: Mapping[str, int]) -> None:
         """Decompose some tensors, and write what has no residual of their blocks, and of others."""
-        processes, blocks, own = current(), self.storage.layout.blocks, dict[str, Spectrum]()
+        processes, blocks, own = (
+            parallel.current(),
+            self.storage.layout.blocks,
+            dict[str, Spectrum](),
+        )
         low = {part.name for _, part in self.storage.matrices}
         owners = processes.share([block.bytes(range(self.storage.tasks)) for block in blocks])
         for block, owner in zip(blocks, owners, strict=True):

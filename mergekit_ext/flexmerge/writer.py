@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mergekit_ext import parallel
 from mergekit_ext.flexmerge.files import digest_of, link_model
 from mergekit_ext.flexmerge.layout import BlockLayout, Layout, Part
 from mergekit_ext.flexmerge.manifest import FILE_NAME, SHARDS, Manifest, ShardFile
@@ -25,7 +26,6 @@ from mergekit_ext.io.headers import PACKED, TensorHeader, dtype_name
 from mergekit_ext.io.journal import Finished
 from mergekit_ext.io.planned_files import PlannedFile, PlannedFiles, as_bytes, split
 from mergekit_ext.kernels.numerics import finite
-from mergekit_ext.parallel import current
 from mergekit_ext.report.rho import Distance
 
 # Is called with a block that is written, its groups, and how far those that were merged went.
@@ -72,7 +72,7 @@ def write_checkpoint(
     The processes of a merge share out the blocks, and all call this. What `finished` knows is not
     made again: its subject is what decides the bytes of a block, but for its groups.
     """
-    layout, processes = reader.layout, current()
+    layout, processes = reader.layout, parallel.current()
     pieces = pieces_of(reader, plan, merging, merged)
     shards = write_pieces(folder, pieces, partial(sharded, limit=shard_size), finished)
     files = shards.described(layout.tasks)
@@ -109,7 +109,7 @@ def write_pieces(
 
     The processes of a merge share out the pieces, and all call this.
     """
-    processes = current()
+    processes = parallel.current()
     entries: dict[Place, list[TensorHeader]] = {}
     for place, entry in (each for piece in pieces for each in piece.entries):
         entries.setdefault(place, []).append(entry)
@@ -221,12 +221,12 @@ class Shards:
     def finish(self) -> None:
         """Return when all is written and recorded, in all processes, which call this."""
         self._last.result()
-        current().wait()
+        parallel.current().wait()
 
     def described(self, tasks: tuple[str, ...]) -> tuple[ShardFile, ...]:
         """Return the entries of the files in the manifest. All processes call this."""
         # Files whose digests are not known are read, each by one process.
-        processes = current()
+        processes = parallel.current()
         whole = {
             path: digest.hexdigest()
             for path, (digest, count) in self._digests.items()
