@@ -7,10 +7,11 @@ that layers take slices of the batch.
 """
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -64,10 +65,7 @@ class Routing:
         self._gathered: dict[tuple[Any, ...], tuple[list[Run], Tensor, Tensor]] = {}
 
     def by(self, chosen: tuple[int, ...]) -> tuple[list[Run], Tensor]:
-        """Return the runs of sets of parameters, and the set of each row.
-
-        `chosen` has the set of each task.
-        """
+        """Return the runs of sets of parameters, and each row's set; `chosen` has each task's."""
         if chosen not in self._found:
             runs: list[Run] = []
             for task, rows in self.runs:
@@ -75,17 +73,19 @@ class Routing:
                     rows += runs.pop().rows
                 runs.append(Run(chosen[task], rows))
             sets = torch.tensor([run.number for run in runs for _ in range(run.rows)])
-            self._found[chosen] = runs, sets.to(self.device)
+            # The device is not waited for.
+            self._found[chosen] = runs, sets.to(self.device, non_blocking=True)
         return self._found[chosen]
 
     def gathered(self, chosen: tuple[int, ...], scale: int) -> tuple[list[Run], Tensor, Tensor]:
         """Return one run for each set of parameters, where its rows are, and the way back."""
         key = (chosen, scale)
         if key not in self._gathered:
-            sets = self.by(chosen)[1].repeat_interleave(scale)
-            there, counts = sets.argsort(stable=True), Counter(sets.tolist())
+            sets = [run.number for run in self.by(chosen)[0] for _ in range(run.rows * scale)]
+            there, counts = torch.tensor(sets).argsort(stable=True), Counter(sets)
             runs = [Run(number, counts[number] // scale) for number in sorted(counts)]
-            self._gathered[key] = runs, there, there.argsort()
+            places = torch.stack([there, there.argsort()]).to(self.device, non_blocking=True)
+            self._gathered[key] = runs, *places
         return self._gathered[key]
 
     def scale(self, x: Tensor, where: str) -> int:
@@ -115,7 +115,8 @@ class _Several(Factored):
 class _Routed:
     """A method of a module that gives the rows of each task to its own `modules`.
 
-    Those with the same tensors are one set, of which `modules` has the first.
+    Those with the same tensors are one set, of which `modules` has the first. The whole model has
+    no name, and a set for each task; so have those whose results are kept `apart`.
     """
 
     def __init__(
@@ -127,11 +128,10 @@ class _Routed:
         method: str = "forward",
     ):
         self.routing, self.where, self.module, self.method = routing, where, module, method
-        linear = isinstance(module, torch.nn.Linear)
-        self.apart = linear and len({other.weight.shape for other in modules}) > 1
-        keys: list[Any] = [*range(len(modules))]
-        if not self.apart:
-            keys = [_identity(module, other) for other in modules]
+        heads = isinstance(module, torch.nn.Linear) and len({m.weight.shape for m in modules}) > 1
+        self.apart = heads or (not where and _compares(module))
+        each = self.apart or not where
+        keys = [n if each else _identity(module, other) for n, other in enumerate(modules)]
         self.modules = [modules[keys.index(key)] for key in dict.fromkeys(keys)]
         self.chosen = tuple(map([*dict.fromkeys(keys)].index, keys))
         self.stacked: dict[str, Tensor] = {}
@@ -162,7 +162,8 @@ class _Routed:
                 times = self.routing.copies if getattr(module, "is_decoder", False) else 1
                 count = (part.stop - part.start) * times
                 return _mapped(lambda t: t.expand(count, *t.shape[1:]), method(*args, **kwargs))
-            own = _sliced((args, kwargs), part, len(first))
+            rows = len(first)
+            own = _mapped(lambda t: t[part] if _has(t, rows) else t, (args, kwargs))
             return method(*own[0], **own[1])
 
         parts = [made(module, part) for module, part in self.slices(runs, scale or 1)]
@@ -177,7 +178,7 @@ class _Routed:
             return torch.cat(parts)
         if parts[0] is None:
             return None
-        found = f"{self.where} returns {type(parts[0]).__name__}"
+        found = f"{self.where or 'the model'} returns {type(parts[0]).__name__}"
         raise RuntimeError(f"{found}. Run the tasks one after another.")
 
     def slices(self, runs: Sequence[Run], scale: int) -> Iterator[tuple[Any, slice]]:
@@ -338,23 +339,26 @@ class Batched(torch.nn.Module):
         self.model = copy.deepcopy(first, shared)
         self.routing = Routing(self.tasks, first.device)
         modules = [dict(model.named_modules()) for model in models.values()]
+        self.whole = _Routed(self.routing, "", self.model, [*models.values()])
         routed = []
         for path, module in self.model.named_modules():
             others = [parts[path] for parts in modules]
-            if len({_identity(module, other, recurse=False) for other in others}) > 1:
-                routed.append(_kind(others)(self.routing, path, module, others))
+            differ = len({_identity(module, other, recurse=False) for other in others}) > 1
+            if differ or (self.whole.apart and not path):
+                given = self.routing, path, module, others
+                routed.append(_kind(others)(*given) if path else self.whole)
         for made in routed:
             made.install()
             path, _, name = made.where.rpartition(".")
             if method := _TABLES.get(name):
                 above, others = self.model.get_submodule(path), [parts[path] for parts in modules]
                 _Routed(self.routing, path, above, others, method).install()
-        # Rows stay where they are in a batch that no layer divides.
         self._apart = any(made.apart for made in routed)
-        order = _neighbours(len(models), routed)
-        # Keywords of calls whose results cannot be joined; those of heads of different shape never.
-        self._whole: list[set[str]] = []
+        # Calls whose results were seen to be rows; those of heads of different shape never are.
+        self._joined: set[Any] = set()
         self._parts = first.device.type == "cpu" and not self._apart
+        # Rows stay where they are in a batch that no layer divides.
+        order = _neighbours(len(models), routed)
         self._rank = {task: rank if routed else 0 for rank, task in enumerate(order)}
 
     @property
@@ -369,8 +373,9 @@ class Batched(torch.nn.Module):
         """Return what the model does; row i of the inputs is one of ``tasks[i]``.
 
         Rows of the result are those of the inputs; but where heads differ in shape, their result is
-        a dictionary from tasks to the rows of each. A cache has the rows in another order, which is
-        always the same for the same `tasks`.
+        a dictionary from tasks to the rows of each, and so is all of it where the model compares
+        rows, as CLIP does. A cache has the rows in another order, which is always the same for the
+        same `tasks`.
         """
         return self._run(self._by_size, args, kwargs, tasks, 1)
 
@@ -383,26 +388,23 @@ class Batched(torch.nn.Module):
 
     def _by_size(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the rows of all tasks together, or large parts one after another."""
-        runs, count, start, parts = self.routing.runs, self.routing.rows, 0, []
-        given = (*args, *kwargs.values())
+        runs, count, given = self.routing.runs, self.routing.rows, (*args, *kwargs.values())
         # Not with a cache, and not where rows may be compared with those of another input.
         plain = all(isinstance(v, (Tensor, bool, int, float, str, type(None))) for v in given)
         x, *others = (value for value in given if _has(value, count))
         plain &= not others or all(value.dim() == 2 for value in (x, *others))
         tokens = x[0].numel() / _PATCH if x.dim() > 3 else x.shape[1:2].numel()
         large = self._parts and len(runs) > 1 and min(run.rows for run in runs) * tokens >= _LARGE
-        if not plain or not large or {*kwargs} in self._whole or torch.is_grad_enabled():
+        if not plain or not large or torch.is_grad_enabled():
             return self.model(*args, **kwargs)
-        for run in runs:
-            own = _sliced((args, kwargs), slice(start, start := start + run.rows), count)
-            self.routing.compute([run], 1)
-            parts.append(self.model(*own[0], **own[1]))
-            if not all(leaf is None or _has(leaf, run.rows) for leaf in tree_leaves(parts[-1])):
-                # A cache or a loss, which other calls will return too.
-                self._whole.append({*kwargs})
-                self.routing.compute(runs, 1)
-                return self.model(*args, **kwargs)
-        return tree_map(lambda *own: None if own[0] is None else torch.cat(own), *parts)
+        named = (*enumerate(args), *kwargs.items())
+        alike = tuple((n, None if isinstance(v, Tensor) else v) for n, v in named)
+        if alike in self._joined:
+            return self.whole.mixed(runs, *args, **kwargs)
+        found = self.model(*args, **kwargs)
+        if all(leaf is None or _has(leaf, count) for leaf in tree_leaves(found)):
+            self._joined.add(alike)
+        return found
 
     def _run(
         self, call: Callable[..., Any], args: Any, kwargs: Any, tasks: Sequence[str], copies: int
@@ -502,12 +504,15 @@ def _neighbours(count: int, routed: Sequence[_Routed]) -> list[int]:
     return chain
 
 
+def _compares(module: Any) -> bool:
+    """Tell whether the model compares all rows of two inputs, as CLIP's `logits_per_image` do."""
+    made = inspect.signature(module.forward).return_annotation
+    kinds = (getattr(kind, "__annotations__", ()) for kind in (made, *get_args(made)))
+    return any("logits_per_" in name for names in kinds for name in names)
+
+
 def _has(tensor: Any, rows: int) -> bool:
     return isinstance(tensor, Tensor) and tensor.dim() > 0 and len(tensor) == rows
-
-
-def _sliced(value: Any, rows: slice, count: int) -> Any:
-    return _mapped(lambda tensor: tensor[rows] if _has(tensor, count) else tensor, value)
 
 
 def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:

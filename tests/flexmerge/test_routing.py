@@ -111,23 +111,66 @@ def test_each_row_is_generated_by_its_own_model(
 def test_large_parts_one_after_another_are_the_same(
     kind: str, made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs, parts = made(kind, "dense")[1], inputs_of(kind), []
-    model.model.register_forward_hook(lambda *_: parts.append(len(model.routing.runs)))
+    model, inputs, calls = made(kind, "dense")[1], inputs_of(kind), []
+    model.model.register_forward_hook(lambda *_: calls.append("together"))
     settings = {"output_hidden_states": True, **({"use_cache": False} if kind == "llama" else {})}
     with torch.no_grad():
         together = model(**inputs, **settings, tasks=ROWS)
         monkeypatch.setattr(routing, "_LARGE", 0)
+        model(**inputs, **settings, tasks=ROWS)  # which shows that all that comes out is rows
         apart = model(**inputs, **settings, tasks=ROWS)
-        assert parts == [4, 1, 1, 1, 1]
+        assert len(calls) == 2
         torch.testing.assert_close(apart.logits, together.logits, rtol=1e-4, atol=1e-5)
         for own, expected in zip(apart.hidden_states, together.hidden_states, strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
-        if kind == "llama":  # with a cache, rows are not taken apart, and that is tried once
+        if kind == "llama":  # with a cache, rows are not taken apart
             for _ in range(2):
-                found = model(**inputs, tasks=ROWS)
+                found = model(**inputs, **{**settings, "use_cache": True}, tasks=ROWS)
                 torch.testing.assert_close(found.logits, together.logits, rtol=1e-4, atol=1e-5)
                 assert found.past_key_values.get_seq_length() == 6
-            assert parts[5:] == [1, 4, 4]
+            assert len(calls) == 4
+
+
+def test_large_parts_of_tasks_with_the_same_model(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, _ = made("bert", "dense")
+    model = Batched({"a": alone["a"], "b": alone["a"], "c": alone["c"]})
+    inputs, tasks = inputs_of("bert"), ["c", "b", "a", "c", "b", "b", "a"]
+    monkeypatch.setattr(routing, "_LARGE", 0)
+    with torch.no_grad():
+        together, apart = (model(**inputs, tasks=tasks).logits for _ in range(2))
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", ["text_projection", "logit_scale", None])
+def test_a_model_that_compares_rows_gives_a_result_for_each_task(own: str | None) -> None:
+    """CLIP's logits have a column for each row of the batch, of whichever task it is."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    text = {**sizes, "num_attention_heads": 2, "vocab_size": 32, "max_position_embeddings": 6}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
+    vision = {**sizes, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    a = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    b = copy.deepcopy(a.eval())
+    with torch.no_grad():
+        for name, parameter in b.named_parameters():
+            if own and name.startswith(own):
+                parameter.add_(torch.randn_like(parameter))
+    alone, tasks = {"a": a, "b": b}, ["b", "a", "b", "a", "b"]
+    model, inputs = Batched(alone), {**inputs_of("vit", 5), **inputs_of("llama", 5)}
+    with torch.no_grad():
+        paired = model(**inputs, tasks=tasks, return_loss=True)
+        # Texts for the images of all tasks, as the names of classes are.
+        names = {name: inputs[name][:3] for name in ("input_ids", "attention_mask")}
+        classes = model(pixel_values=inputs["pixel_values"], **names, tasks=tasks)
+        for task, single in alone.items():
+            rows = [row for row, name in enumerate(tasks) if name == task]
+            given = {name: tensor[rows] for name, tensor in inputs.items()}
+            expected = single(**given, return_loss=True)
+            for name in ("logits_per_image", "logits_per_text", "image_embeds", "loss"):
+                torch.testing.assert_close(paired[task][name], expected[name])
+            expected = single(pixel_values=given["pixel_values"], **names).logits_per_image
+            torch.testing.assert_close(classes[task].logits_per_image, expected)
 
 
 def test_heads_of_different_shape_give_a_result_for_each_task(tmp_path: Path) -> None:
