@@ -19,10 +19,8 @@ from mergekit_ext.kernels.precision import full_precision
 # error is below half of it for each of them.
 RESOLUTION = {torch.float32: 1e-5, torch.float64: 1e-10}
 FLOAT32_NOISE = 1e-5
-# Squarings after which only singular values within about 1e-6 of the largest remain mixed in.
-SQUARINGS = 20
-# Squarings for a bound that is too large by at most ``a^(1/32)`` (1.3 for a = 4096).
-BOUND_SQUARINGS = 3
+# Squarings for the largest singular value, and for a bound that may be 1.3 times as large.
+SQUARINGS, BOUND_SQUARINGS = 20, 3
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class MatmulShrinker:
     def start(self, x: Tensor) -> float:
         """Return the largest singular value of the first matrix."""
         with full_precision():
-            return spectral_norm(x)
+            return spectral_norm(x, SQUARINGS)
 
     def first(self, x: Tensor, rule: Rule) -> Shrunk:
         """Shrink the first matrix; `rule` stays for the later ones."""
@@ -181,7 +179,7 @@ class MatmulShrinker:
 
 def threshold(x: Tensor, mu: float) -> Shrunk:
     """Return ``SVT(X; mu)`` of ``(a, b)``, ``a <= b``, for ``mu > 0``, in the dtype of `x`."""
-    bound = norm_bound(x)
+    bound = 1.0001 * spectral_norm(x, BOUND_SQUARINGS)
     if bound <= mu:
         return Shrunk(torch.zeros_like(x), 0, 0.0)
     level = mu / bound
@@ -200,36 +198,23 @@ def threshold(x: Tensor, mu: float) -> Shrunk:
     return Shrunk((positive @ polar).mul_(bound), rank, nuclear)
 
 
-def norm_bound(x: Tensor) -> float:
-    """Return an upper bound of the largest singular value: ``||(X X^T)^8||_F^(1/16)``."""
+def spectral_norm(x: Tensor, squarings: int) -> float:
+    """Return ``||(X X^T)^k||_F^(1/2k)`` of ``(a, b)``, ``k = 2^squarings``.
+
+    That is the largest singular value times at most ``a^(1/4k)``.
+    """
     size = _length(x)
     if size == 0.0:
         return 0.0
     scaled = x / size
     power = scaled @ scaled.T
     logarithm, exponent = 0.0, 2.0
-    for _ in range(BOUND_SQUARINGS):
+    for _ in range(squarings):
         length = _length(power)
         power = power / length
         logarithm += math.log(length) / exponent
         power, exponent = power @ power, 2.0 * exponent
-    return 1.0001 * size * math.exp(logarithm + math.log(_length(power)) / exponent)
-
-
-def spectral_norm(x: Tensor) -> float:
-    """Return the largest singular value of ``(a, b)``, ``a <= b``, by squaring ``X X^T``."""
-    size = _length(x)
-    if size == 0.0:
-        return 0.0
-    scaled = x / size
-    power = scaled @ scaled.T
-    for _ in range(SQUARINGS):
-        power = power @ power
-        power = power / power.diagonal().sum()
-    # the columns are mixtures of the top left singular vectors; the largest one is sound
-    column = power[:, int(power.diagonal().argmax())]
-    column = column / torch.linalg.vector_norm(column)
-    return size * _length(scaled.T @ column)
+    return size * math.exp(logarithm + math.log(_length(power)) / exponent)
 
 
 def _length(x: Tensor) -> float:
