@@ -96,20 +96,18 @@ class Routing:
             return found // rows
         if found == 1:
             return 0
-        raise RuntimeError(
-            f"{where} gets {found} rows of a batch of {rows}: which task each belongs to is not "
-            "known. Run the tasks one after another."
-        )
+        raise _unmixed(f"{where} gets {found} rows of a batch of {rows}, whose tasks are not known")
+
+
+def _unmixed(found: str) -> RuntimeError:
+    return RuntimeError(f"{found}. Run the tasks one after another.")
 
 
 class _Several(Factored):
     """Parameters of several tasks in place of one; no operation can use them."""
 
     def formed(self) -> Tensor:
-        raise RuntimeError(
-            "a parameter that differs between tasks is used outside of its layer. Run the tasks "
-            "one after another."
-        )
+        raise _unmixed("a parameter that differs between tasks is used outside of its layer")
 
 
 class _Routed:
@@ -178,8 +176,7 @@ class _Routed:
             return torch.cat(parts)
         if parts[0] is None:
             return None
-        found = f"{self.where or 'the model'} returns {type(parts[0]).__name__}"
-        raise RuntimeError(f"{found}. Run the tasks one after another.")
+        raise _unmixed(f"{self.where or 'the model'} returns {type(parts[0]).__name__}")
 
     def slices(self, runs: Sequence[Run], scale: int) -> Iterator[tuple[Any, slice]]:
         """Yield each run's module and rows."""
@@ -374,8 +371,7 @@ class Batched(torch.nn.Module):
 
         Rows of the result are those of the inputs; but where heads differ in shape, their result is
         a dictionary from tasks to the rows of each, and so is all of it where the model compares
-        rows, as CLIP does. A cache has the rows in another order, which is always the same for the
-        same `tasks`.
+        rows, as CLIP does. A cache has the rows in another order, the same for the same `tasks`.
         """
         return self._run(self._by_size, args, kwargs, tasks, 1)
 
@@ -388,21 +384,20 @@ class Batched(torch.nn.Module):
 
     def _by_size(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the rows of all tasks together, or large parts one after another."""
-        runs, count, given = self.routing.runs, self.routing.rows, (*args, *kwargs.values())
+        batch, given = self.routing, (*enumerate(args), *kwargs.items())
         # Not with a cache, and not where rows may be compared with those of another input.
-        plain = all(isinstance(v, (Tensor, bool, int, float, str, type(None))) for v in given)
-        x, *others = (value for value in given if _has(value, count))
+        plain = all(isinstance(v, (Tensor, bool, int, float, str, type(None))) for _, v in given)
+        x, *others = (value for _, value in given if _has(value, batch.rows))
         plain &= not others or all(value.dim() == 2 for value in (x, *others))
         tokens = x[0].numel() / _PATCH if x.dim() > 3 else x.shape[1:2].numel()
-        large = self._parts and len(runs) > 1 and min(run.rows for run in runs) * tokens >= _LARGE
-        if not plain or not large or torch.is_grad_enabled():
+        large = min(run.rows for run in batch.runs) * tokens >= _LARGE and len(batch.runs) > 1
+        if not (plain and large and self._parts) or torch.is_grad_enabled():
             return self.model(*args, **kwargs)
-        named = (*enumerate(args), *kwargs.items())
-        alike = tuple((n, None if isinstance(v, Tensor) else v) for n, v in named)
+        alike = tuple((n, None if isinstance(v, Tensor) else v) for n, v in given)
         if alike in self._joined:
-            return self.whole.mixed(runs, *args, **kwargs)
+            return self.whole.mixed(batch.runs, *args, **kwargs)
         found = self.model(*args, **kwargs)
-        if all(leaf is None or _has(leaf, count) for leaf in tree_leaves(found)):
+        if all(leaf is None or _has(leaf, batch.rows) for leaf in tree_leaves(found)):
             self._joined.add(alike)
         return found
 
@@ -457,12 +452,11 @@ def _check(models: Any) -> None:
     if not known or not all(isinstance(model, torch.nn.Module) for model in models.values()):
         expected = "a mapping from tasks to models, as `load` returns without a task"
         raise ConfigError([Problem("models", type(models).__name__, expected)], SUBJECT)
-    (first, model), *others = models.items()
+    first, model = next(iter(models.items()))
     problems = []
     for task, other in models.items():
         if any(hasattr(m, "_hf_hook") for m in other.modules()):
             problems.append(Problem(task, "a module over several devices", "modules on one device"))
-    for task, other in others:
         if type(other) is not type(model):
             found, expected = type(other).__name__, type(model).__name__
             problems.append(Problem(task, found, f"{expected}, as {first}"))

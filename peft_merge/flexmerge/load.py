@@ -90,6 +90,7 @@ def put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group]
         ConfigError: the base is not that of the adapters.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+    from peft.utils import ModulesToSaveWrapper
 
     tensors = base_model.state_dict(keep_vars=True).values()
     first, *others = adapters
@@ -114,9 +115,14 @@ def put_on(base_model: Any, adapters: Sequence[Adapter], shared: Sequence[Group]
         require_places(first.name, of_base, places)
         for name, tensor in of_base.items():  # not into the tensors of the base
             model.get_parameter(name).data = tensor.to(places[name])
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                # Adapters without it have the base's, which PEFT's mixed batches ask for by task.
+                for name in model.peft_config.keys() - module.modules_to_save.keys():
+                    module.modules_to_save[name] = module.original_module
+                    module.update(name)
         model.set_adapter(first.name)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         if not isinstance(first, LoraAdapter):
             # PEFT would take `adapter_names` without a word, and use the active task for all rows.
             model.base_model._enable_peft_forward_hooks = _one_task_at_a_time
@@ -134,8 +140,7 @@ def _one_task_at_a_time(*_: Any, adapter_names: Any = None, **__: Any) -> Iterat
     if adapter_names is not None:
         raise ValueError(
             f"adapter_names: found {shown(adapter_names)}; expected nothing: PEFT has no batches "
-            "of several tasks for (IA)^3. Give each task a batch of its own after "
-            "model.set_adapter(task)."
+            "of several tasks for (IA)^3. Give each task its own after model.set_adapter(task)."
         )
     yield
 
@@ -223,10 +228,8 @@ def require_base(base_model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(base_model, nn.Module):
-        raise TypeError(
-            f"base_model: found {type(base_model).__name__}; expected the model itself, as "
-            "from_pretrained of transformers loads it."
-        )
+        found = type(base_model).__name__
+        raise TypeError(f"base_model: found {found}; expected a model as from_pretrained loads it.")
     layers = (isinstance(module, BaseTunerLayer) for module in base_model.modules())
     if isinstance(base_model, PeftModel) or any(layers):
         found, remedy = "a model that has adapters already", "Pass the base model."

@@ -131,7 +131,10 @@ PATTERNS = (
     "Ranks may differ between modules (`rank_pattern`, `alpha_pattern`), which PEFT and vLLM read: "
     "llama.cpp scales such modules wrongly, and SGLang refuses them."
 )
-WHOLE = "Whole tensors (`modules_to_save`) or biases are beside the factors: vLLM refuses them."
+WHOLE = (
+    "Whole tensors (`modules_to_save`) or biases are beside the factors: vLLM refuses them, and "
+    "PEFT's batches of several adapters the adapters without these modules (docs/batches.md)."
+)
 
 
 def notes_of(adapter: Adapter) -> list[str]:

@@ -83,7 +83,7 @@ def test_feedforward_vectors_of_a_turned_layer(tmp_path):
 
 def test_what_is_no_base(tmp_path):
     folder = written("plain", tmp_path)
-    with pytest.raises(TypeError, match="base_model: found str; expected the model itself"):
+    with pytest.raises(TypeError, match="base_model: found str; expected a model"):
         load_tasks("org/base", folder)
     model = PeftModel.from_pretrained(base(KINDS["plain"]), folder / "t0")
     for found in (model, model.base_model.model):
