@@ -81,11 +81,8 @@ class Decomposition:
 
     def _decompose(self, depths: Mapping[str, int]) -> None:
         """Decompose some tensors, and write what has no residual of their blocks, and of others."""
-        processes, blocks, own = (
-            parallel.current(),
-            self.storage.layout.blocks,
-            dict[str, Spectrum](),
-        )
+        processes, blocks = parallel.current(), self.storage.layout.blocks
+        own: dict[str, Spectrum] = {}
         low = {part.name for _, part in self.storage.matrices}
         owners = processes.share([block.bytes(range(self.storage.tasks)) for block in blocks])
         for block, owner in zip(blocks, owners, strict=True):
