@@ -73,7 +73,6 @@ class Routing:
                     rows += runs.pop().rows
                 runs.append(Run(chosen[task], rows))
             sets = torch.tensor([run.number for run in runs for _ in range(run.rows)])
-            # The device is not waited for.
             self._found[chosen] = runs, sets.to(self.device, non_blocking=True)
         return self._found[chosen]
 
@@ -152,15 +151,15 @@ class _Routed:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next(tensors, None)
         scale = 0 if first is None else self.routing.scale(first, self.where)
+        rows = self.routing.rows * scale
 
         def made(module: Any, part: slice) -> Any:
             method = getattr(module, self.method)
-            if first is None or not scale:
+            if not scale:
                 # Made once, for each row that there is here.
                 times = self.routing.copies if getattr(module, "is_decoder", False) else 1
                 count = (part.stop - part.start) * times
                 return _mapped(lambda t: t.expand(count, *t.shape[1:]), method(*args, **kwargs))
-            rows = len(first)
             own = _mapped(lambda t: t[part] if _has(t, rows) else t, (args, kwargs))
             return method(*own[0], **own[1])
 
@@ -417,9 +416,10 @@ class Batched(torch.nn.Module):
         if self._apart and kwargs.get("labels") is not None:
             expected = "none, as heads differ in shape: compute each task's loss from its logits"
             problems.append(Problem("labels", "labels", expected))
-        if not given or len(given[0]) != count:
-            rows = len(given[0]) if given else "no"
-            problems.append(Problem("tasks", f"{count} for {rows} rows", "one for each row"))
+        # The patches of all images in one tensor are not rows that could be sorted.
+        images = [v for n, v in kwargs.items() if n.startswith("pixel_") and v is not None]
+        for n in sorted({*map(len, given[:1] + images)} - {count}) if given else [0]:
+            problems.append(Problem("tasks", f"{count} for {n} rows", "one for each, images too"))
         require(problems, SUBJECT)
         indices = [self.tasks.index(task) for task in tasks]
         order = sorted(range(count), key=lambda row: self._rank[indices[row]])

@@ -244,6 +244,15 @@ def test_tasks_that_do_not_fit_the_rows(tasks: list[str], message: str, made: An
         made("llama", "dense")[1](**inputs_of("llama"), tasks=tasks)
 
 
+def test_images_that_are_not_rows(made: Any) -> None:
+    """Qwen2-VL gets the patches of all images in one tensor, which cannot follow their rows."""
+    inputs = {**inputs_of("llama"), "pixel_values": torch.zeros(28, 4)}
+    with pytest.raises(
+        ConfigError, match=r"found 7 for 28 rows; expected one for each, images too"
+    ):
+        made("llama", "dense")[1](**inputs, tasks=ROWS)
+
+
 def test_models_that_compute_different_things(made: Any) -> None:
     llama, gpt2 = made("llama", "dense")[0]["a"], made("gpt2", "residual")[0]["a"]
     with pytest.raises(ConfigError, match="found GPT2LMHeadModel; expected LlamaForCausalLM"):
