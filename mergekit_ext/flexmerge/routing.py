@@ -418,8 +418,9 @@ class Batched(torch.nn.Module):
             problems.append(Problem("labels", "labels", expected))
         # The patches of all images in one tensor are not rows that could be sorted.
         images = [v for n, v in kwargs.items() if n.startswith("pixel_") and v is not None]
-        for n in sorted({*map(len, given[:1] + images)} - {count}) if given else [0]:
-            problems.append(Problem("tasks", f"{count} for {n} rows", "one for each, images too"))
+        unfit = sorted({*map(len, given[:1] + images)} - {count}) if given else [0]
+        expected = "one for each row, images too"
+        problems += [Problem("tasks", f"{count} for {n} rows", expected) for n in unfit]
         require(problems, SUBJECT)
         indices = [self.tasks.index(task) for task in tasks]
         order = sorted(range(count), key=lambda row: self._rank[indices[row]])

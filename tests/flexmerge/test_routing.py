@@ -248,7 +248,7 @@ def test_images_that_are_not_rows(made: Any) -> None:
     """Qwen2-VL gets the patches of all images in one tensor, which cannot follow their rows."""
     inputs = {**inputs_of("llama"), "pixel_values": torch.zeros(28, 4)}
     with pytest.raises(
-        ConfigError, match=r"found 7 for 28 rows; expected one for each, images too"
+        ConfigError, match=r"found 7 for 28 rows; expected one for each row, images too"
     ):
         made("llama", "dense")[1](**inputs, tasks=ROWS)
 
