@@ -428,20 +428,17 @@ class Batched(torch.nn.Module):
         there = torch.tensor(order)
         back, moves = there.argsort(), order != sorted(order)
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor[there.to(tensor.device)] if _has(tensor, count) else tensor
-
         def restored(tensor: Tensor) -> Tensor:
             times, left = divmod(len(tensor), count) if tensor.dim() else (0, 0)
             if left or times not in (1, copies):
                 return tensor
             rows = tensor.view(count, times, *tensor.shape[1:])
-            return rows[back.to(tensor.device)].flatten(0, 1)
+            return rows[back].flatten(0, 1)
 
         self.routing.compute(runs, copies)
         try:
             if moves:
-                args, kwargs = _mapped(moved, (args, kwargs))
+                args, kwargs = _mapped(lambda t: t[there] if _has(t, count) else t, (args, kwargs))
             found = call(*args, **kwargs)
             return _mapped(restored, found) if moves else found
         finally:
