@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from transformers import LlamaForCausalLM, ViTForImageClassification
@@ -18,6 +19,7 @@ import mergekit_ext
 from mergekit_ext import flexmerge
 from mergekit_ext.errors import CheckpointError, ConfigError, UploadError
 from mergekit_ext.host.interface import MergeResult
+from mergekit_ext.io.class_model import without_bars
 from mergekit_ext.io.hub import upload_problems
 from peft_merge import load_adapter, run_config
 from tests.flexmerge.handmade import models, vit, write
@@ -195,6 +197,27 @@ def test_adapters_of_a_decomposition_name_the_repository(hub: Hub, tmp_path: Pat
         )
 
 
+@pytest.mark.parametrize("loads", [True, False])
+@pytest.mark.parametrize("transfers", [True, False])
+def test_bars_are_shown_again_as_they_were(loads: bool, transfers: bool) -> None:
+    """transformers switches the Hub's with its own."""
+    bars, hub = transformers.logging, huggingface_hub.utils
+    before = bars.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+
+    def switch(loads: bool, transfers: bool) -> None:
+        (bars.enable_progress_bar if loads else bars.disable_progress_bar)()
+        (hub.enable_progress_bars if transfers else hub.disable_progress_bars)()
+
+    try:
+        switch(loads, transfers)
+        with without_bars():
+            assert not bars.is_progress_bar_enabled() and hub.are_progress_bars_disabled()
+        assert bars.is_progress_bar_enabled() == loads
+        assert hub.are_progress_bars_disabled() != transfers
+    finally:
+        switch(*before)
+
+
 def test_adapters_are_uploaded_under_their_repository_s_name(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +229,6 @@ def test_adapters_are_uploaded_under_their_repository_s_name(
     monkeypatch.setenv("TQDM_POSITION", "-1")  # not on terminals alone
     done = command_here("peft-merge", file, tmp_path / "out", "--push-to-hub", "merged", "--quiet")
     assert (done.stdout, done.stderr) == (f"Uploaded: {hub.url}/{NAME}\n", "")
-    assert not huggingface_hub.utils.are_progress_bars_disabled()
     written, found = load_adapter(tmp_path / "out"), load_adapter(NAME)
     for module in written.infos:
         assert torch.equal(written.load(module).b, found.load(module).b)

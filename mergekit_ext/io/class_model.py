@@ -75,16 +75,19 @@ def _load(kind: Any, config: Any, shapes: Mapping[str, Sequence[int]]) -> Loadin
 @contextmanager
 def without_bars(wanted: bool = True) -> Iterator[None]:
     """Keep transformers and huggingface_hub from showing bars of loads, downloads and uploads."""
+    import huggingface_hub
     from transformers.utils import logging
 
-    has_bars = wanted and logging.is_progress_bar_enabled()
+    hub: Any = huggingface_hub.utils
+    loads, transfers = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
     if wanted:
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # the Hub's too
     try:
         yield
     finally:
-        if has_bars:
+        if loads:
             logging.enable_progress_bar()
+        (hub.enable_progress_bars if transfers else hub.disable_progress_bars)()
 
 
 # Those built last, by their configurations.
