@@ -18,6 +18,7 @@ from filelock import FileLock
 from mergekit_ext.errors import ConfigError, MergeError, Problem, join, one_line, shown
 from mergekit_ext.events import takes
 from mergekit_ext.io.documents import read
+from mergekit_ext.io.staging import KINDS, place_problems
 from mergekit_ext.report.tables import plot_trials, write_rows
 
 _FORMS = "{from: 0.1, to: 2}, also with `log: true` or `step: 0.1`, or {choose: [a, b]}"
@@ -39,8 +40,8 @@ class Search:
     set `tasks`), and yield the scores of each task (`evaluated`).
 
     Raises:
-        ConfigError: with `problems`, those of the form, and those of some documents: one for each
-            method, and others in which one value differs.
+        ConfigError: with the problems of the form, of `folder`, which messages call `where`, and of
+            some documents: one for each method, and others in which one value differs.
     """
 
     tasks: list[str]
@@ -48,10 +49,11 @@ class Search:
     check: Callable[[Document], Iterable[Problem]]
     evaluated: Callable[[Document], Iterator[tuple[str, Mapping[str, float]]]]
 
-    def __init__(self, text: str, problems: Iterable[Problem]):
+    def __init__(self, text: str, folder: Path, where: str):
         installed = importlib.util.find_spec("optuna") is not None
         documents, repeated = read(text)
-        wrong, document = [*repeated, *problems], documents[0] if documents else None
+        place = place_problems(folder, where, without=("config.json", *KINDS))
+        wrong, document = [*repeated, *place], documents[0] if documents else None
         if len(documents) > 1:
             wrong.append(Problem("the file", f"{len(documents)} documents", "one merge"))
         self.document: Document = document if isinstance(document, dict) else {}
@@ -102,7 +104,7 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         path, tasks, why = str(folder / "study.log"), self.tasks, ""
         about = json.loads(json.dumps([self.document, tasks], default=str))
-        lock = FileLock(f"{path}.lock")  # unlike Optuna's, given up when the process is killed
+        lock = FileLock(folder / ".study.lock")  # unlike Optuna's, given up by a killed process
         try:
             study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(path, lock)),  # type: ignore[arg-type]
@@ -117,7 +119,8 @@ class Search:
             known = one_line(error)
         if known != about:
             expected = "a study of this configuration and these tasks"
-            raise ConfigError([Problem(path, shown(known), expected, "Choose another folder.")])
+            problem = Problem(path, shown(known), expected, "Choose another folder.")
+            raise ConfigError([problem], "this search")
         study.set_user_attr("about", about)
         for killed in study.get_trials(states=[TrialState.RUNNING]):
             study.tell(killed.number, state=TrialState.FAIL)

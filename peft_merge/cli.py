@@ -25,7 +25,9 @@ class _Commands(Commands):
     """A group whose first argument may be that of ``merge``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args[:1] and args[0] not in {*self.commands, "--help", "--version"}:
+        # A word that names no file is a command, misspelt.
+        others = {*self.commands, "--help", "--version"}
+        if args and args[0] not in others and (Path(args[0]).exists() or not args[0].isalpha()):
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 

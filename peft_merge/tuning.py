@@ -13,7 +13,6 @@ from torch.nn import Module
 from mergekit_ext.declared import ADAPTERS
 from mergekit_ext.errors import ConfigError, MergeWarning, Problem
 from mergekit_ext.io.documents import text_of
-from mergekit_ext.io.staging import place_problems
 from mergekit_ext.report.tables import scores_of
 from mergekit_ext.search import Document, Search, Tuned
 from peft_merge.adapter import Adapter
@@ -64,7 +63,7 @@ class _Merges(Search):
     def __init__(self, text: str, folder: Path, evaluate: Any, base: Any, *given: Any):
         self._evaluate, (self._tasks, self._options) = evaluate, given
         self._adapters, self._metrics = dict[str, Adapter](), dict[str, set[str]]()
-        super().__init__(text, place_problems(folder, "OUT"))
+        super().__init__(text, folder, "OUT")
         self._base = base() if callable(base) and not isinstance(base, Module) else base
         require_base(self._base)
         for adapter in self._adapters.values():

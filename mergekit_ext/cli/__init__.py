@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from mergekit_ext.core.commands import Commands
-from mergekit_ext.errors import nearest
 
 # Loaded when run: mergekit takes seconds to import, and `--help` should not.
 _COMMANDS = {
@@ -29,8 +28,7 @@ class LazyGroup(Commands):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            near = nearest(cmd_name, _COMMANDS)
-            return ctx.fail(f"No such command '{cmd_name}'. Write `{near}`.") if near else None
+            return None
         command: Any = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
         return command
 

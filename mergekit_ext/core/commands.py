@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from mergekit_ext.errors import MergekitExtError, MergeWarning, printable
+from mergekit_ext.errors import MergekitExtError, MergeWarning, nearest, printable
 
 GRACE = 0.7  # seconds from the signal; what a command tidies up takes a few hundredths
 EXIT_ABORTED = 1  # as click has it for its `Aborted!`, and so mergekit's commands
@@ -60,9 +60,12 @@ def pushing(command: Any) -> Any:
 
 
 class Commands(click.Group):
-    """A group whose commands refuse an option with one value that is given several times."""
+    """A group that names the nearest command, and refuses an option with one value given twice."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        if args[0] not in known and (near := nearest(args[0], known)):
+            ctx.fail(f"No such command '{args[0]}'. Write `{near}`.")
         name, command, rest = super().resolve_command(ctx, args)
         assert command is not None
         within = click.Context(command, parent=ctx, info_name=name)

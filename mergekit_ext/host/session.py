@@ -252,6 +252,8 @@ def _folder(
             if staging.changed:
                 changed = ", ".join(staging.changed)
                 session.say(f"Starting over: not what was merged before ({changed}).")
+            if staging.replaces:
+                session.say(f"The model that is in {out_path} gives way when this one is complete.")
             if identity is not None:
                 session.journal = Journal(staging.path, processes.rank)
             # No process adds a line before all have read the same ones.

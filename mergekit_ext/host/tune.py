@@ -31,7 +31,6 @@ from mergekit_ext.host.interface import interface
 from mergekit_ext.host.method import ext_method, registered
 from mergekit_ext.host.run import fresh_loaders
 from mergekit_ext.host.session import Session, active
-from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
 from mergekit_ext.search import Document, Search, Tuned
 
@@ -84,7 +83,7 @@ class _Merges(Search):
         self.tasks, self._given = list(tasks), bool(tasks)
         # Of one setting of all but the factor: merges by the factor.
         self._key, self._points = "", dict[float, dict[str, Tensor]]()
-        super().__init__(text, place_problems(folder, "OUT_PATH"))
+        super().__init__(text, folder, "OUT_PATH")
 
     def parameters(self, method: Any) -> Collection[str]:
         known = registered().get(method)

@@ -14,13 +14,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mergekit_ext.errors import ConfigError, Problem, UploadError, one_line, require
 from mergekit_ext.io.model_files import may_be_hub_name
+from mergekit_ext.io.staging import KINDS
 
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 # What a task's folder has links to: once the Hub has a shard, a link is not sent.
 _SHARDS = "shards"
 # What gives way of what was in the repository: weights, and what makes it one of another kind.
-_KINDS = ["flexmerge.json", "adapter_config.json"]
-_REPLACED = ["*model*.safetensors", "*model*.bin", "*.index.json", f"{_SHARDS}/*", *_KINDS]
+_REPLACED = ["*model*.safetensors", "*model*.bin", "*.index.json", f"{_SHARDS}/*", *KINDS]
 
 
 def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequence[str]) -> Path:

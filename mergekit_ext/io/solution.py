@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_ext.errors import Problem
 from mergekit_ext.io.documents import json_object
 from mergekit_ext.io.headers import read_safetensors
-from mergekit_ext.io.staging import place_problems
+from mergekit_ext.io.staging import open_as_others, place_problems
 
 _MANIFEST, _LARGEST, _FORMAT = "solution.json", 1 << 24, {"format": "1"}
 _REMEDY = "Give another folder: this one stays as it is."
@@ -54,6 +54,7 @@ class Solution:
         if not (file := self._file(name)).exists():
             part = file.with_suffix(".part")
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part)
+            open_as_others(part)
             part.replace(file)
 
     def _file(self, name: str) -> Path:

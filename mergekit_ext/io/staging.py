@@ -19,7 +19,7 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,8 @@ from mergekit_ext.io.documents import StrPath, json_object
 # The weights that a merge writes, and no others: a folder may hold files of several models.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 _INDEX = re.compile(r"(pytorch_)?model\.(safetensors|bin)\.index\.json")
-_LAST = ("adapter_config.json", "flexmerge.json")
+# What makes a folder one of another kind than a model.
+KINDS = ("adapter_config.json", "flexmerge.json")
 _LOCK, _MARKER, _IDENTITY, _SUFFIX = ".lock", ".locked", "identity.json", "-incomplete"
 _CHOOSE = "Choose another folder."
 _LARGEST_IDENTITY = 1 << 24  # some hundred characters for each input
@@ -51,6 +52,7 @@ class Staging:
     path: Path
     output: Path  # in it; becomes the output, whose name it has
     changed: tuple[str, ...] = ()  # the parts of the identity by which what was left differs
+    replaces: bool = False  # weights that are in the output's place
 
 
 @contextmanager
@@ -80,7 +82,8 @@ def staged(
                     if identity is not None:
                         text = json.dumps(dict(identity))
                         (staging / _IDENTITY).write_text(text, encoding="utf-8")
-                yield Staging(staging, output, () if restart else changed or ())
+                old = target.exists() and any(_is_weights(path.name) for path in target.iterdir())
+                yield Staging(staging, output, () if restart else changed or (), old)
                 _put(output, target)
             except BaseException as error:
                 if identity is None or not is_resumable(error):
@@ -118,12 +121,14 @@ def place_problems(
     inputs: Iterable[StrPath] = (),
     *,
     empty: bool = False,
+    without: Collection[str] = (),
     needed: int = 0,
 ) -> Iterator[Problem]:
     """Yield what keeps an output from being written, which messages call `where`.
 
-    Of `inputs` names that are no files are passed over; an `empty` folder may be missing; `needed`
-    are the bytes beside what the output replaces. What an earlier process has left counts as free.
+    Of `inputs` names that are no files are passed over; an `empty` folder may be missing, and one
+    `without` some files, which would stay; `needed` are the bytes beside what the output replaces.
+    What an earlier process has left counts as free.
     """
     try:
         if empty and str(out_path).startswith("~"):  # which callers have expanded
@@ -147,6 +152,9 @@ def place_problems(
         found = f"{target}, which is not empty"
         expected = "a folder that does not exist or is empty"
         yield Problem(where, found, expected, _CHOOSE)
+    if held := [name for name in without if name in names]:
+        found = f"{target}, which holds another output ({held[0]})"
+        yield Problem(where, found, "a folder for this one", _CHOOSE)
     # Some file systems do not know their size: they have no bytes at all.
     if disk.total and needed > disk.free + left:
         found = f"{existing}, which has {disk.free + left:,} bytes left"
@@ -297,7 +305,16 @@ def _clear(staging: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def open_as_others(*files: Path) -> None:
+    """Give files the access that new ones have: safetensors' are private, copies have another's."""
+    os.umask(mask := os.umask(0o077))
+    for path in files:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 def _put(written: Path, target: Path) -> None:
+    open_as_others(*written.rglob("*"))
     flush(written)
     if not target.exists():
         written.rename(target)
@@ -323,7 +340,7 @@ def _put(written: Path, target: Path) -> None:
 
 def _turn(path: Path) -> int:
     # What makes a folder a model comes when the rest is there.
-    if path.name in _LAST or _INDEX.fullmatch(path.name):
+    if path.name in KINDS or _INDEX.fullmatch(path.name):
         return 2
     return bool(WEIGHTS.fullmatch(path.name))
 

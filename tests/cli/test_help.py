@@ -25,6 +25,14 @@ def test_help(name: str) -> None:
     assert STARTS[name] in subcommand(name, "--help").output
 
 
+@pytest.mark.parametrize("group", [main, adapters])
+def test_a_misspelt_command_is_answered_with_the_nearest(group: click.Group) -> None:
+    for name in group.list_commands(click.Context(group)):
+        for rest in ([], ["a.yml"], ["a.yml", "out"]):
+            done = CliRunner().invoke(group, [name[0] + name[2:], *rest])
+            assert f"Write `{name}`." in done.output and done.exit_code == 2
+
+
 def options() -> list[tuple[click.Group, str, str]]:
     """Every option with one value, of every command."""
     found = []

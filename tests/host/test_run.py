@@ -220,6 +220,19 @@ def test_the_command(llamas, tmp_path):
     assert small.state(tmp_path / "out").keys() == small.state(base).keys()
 
 
+def test_what_is_in_the_place_of_the_output_is_named_or_refused(llamas, tmp_path, capsys):
+    base, tuned = llamas
+    content, out = small.config("nan", tuned, base), tmp_path / "out"
+    for said in (False, True):
+        mergekit_ext.merge(content, out)
+        assert (f"The model that is in {out} gives way" in capsys.readouterr().err) == said
+    for kind in ("adapter_config.json", "flexmerge.json"):
+        (out / kind).touch()  # which would decide what the folder is
+        with pytest.raises(ConfigError, match=f"which holds another output .{kind}"):
+            mergekit_ext.merge(content, out, QUIET)
+        (out / kind).unlink()
+
+
 def test_the_command_lists_problems_without_a_traceback(llamas, tmp_path):
     _, tuned = llamas
     config = small.write_yaml(tmp_path / "merge.yml", small.config("lore", tuned))

@@ -94,7 +94,7 @@ def test_the_best_is_found_and_stock_mergekit_merges_it(family, evaluate, tmp_pa
     done = models.command_here("mergekit-yaml", tmp_path / "out/best.yml", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     close(tmp_path / "merged", seen[max(seen)])
-    names = {"best.yml", "study.log", "study.log.lock", "tune.csv", "tune.json", "tune.png"}
+    names = {"best.yml", "study.log", ".study.lock", "tune.csv", "tune.json", "tune.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert yaml.safe_load((tmp_path / "out/best.yml").read_text()) == found.best
     table = json.loads((tmp_path / "out/tune.json").read_text())["trials"]
@@ -222,8 +222,12 @@ def test_optuna_is_an_extra(family, evaluate, tmp_path, monkeypatch):
 
 def test_another_search_and_no_study(family, evaluate, tmp_path):
     mergekit_ext.tune(opened(family), tmp_path, evaluate, QUIET, trials=1, tasks=["a"])
-    with pytest.raises(ConfigError, match="Choose another folder"):
+    with pytest.raises(ConfigError, match=r"with this search; (.|\n)*Choose another folder"):
         mergekit_ext.tune(opened(family), tmp_path, evaluate, QUIET, trials=1, tasks=["b"])
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"another output \(config.json\)"):
+        mergekit_ext.tune(opened(family), tmp_path, evaluate, QUIET, trials=1, tasks=["a"])
+    (tmp_path / "config.json").unlink()
     (tmp_path / "study.log").write_text("no study\n" * 3)
     with pytest.raises(ConfigError, match="Choose another folder"):
         mergekit_ext.tune(opened(family), tmp_path, evaluate, QUIET, trials=1, tasks=["a"])

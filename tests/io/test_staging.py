@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mergekit_ext.errors import ConfigError
 from mergekit_ext.io.staging import flush, new_folder, place_problems, staged
@@ -54,6 +56,26 @@ def test_an_output_appears_at_the_end(tmp_path):
         assert not out.exists()
     assert names(out) == ["model.safetensors"]
     assert names(tmp_path / "deep") == ["out"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+@pytest.mark.parametrize("existing", [False, True])
+def test_all_files_have_the_access_that_new_ones_have(tmp_path, mask, mode, existing):
+    if existing:
+        filled(tmp_path / "out", "model.safetensors", "notes.txt")
+    before = os.umask(mask)
+    try:
+        with staged(tmp_path / "out") as staging:
+            assert staging.replaces == existing
+            save_file({"x": torch.zeros(2)}, staging.output / "model.safetensors")
+            inner = filled(staging.output / "task", "config.json")
+            (inner / "config.json").chmod(0o400)
+            (inner / "model.safetensors").hardlink_to(staging.output / "model.safetensors")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    new = [path for path in (tmp_path / "out").rglob("*.*") if path.name != "notes.txt"]
+    assert [path.stat().st_mode & 0o777 for path in new] == [mode] * 3
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
@@ -359,6 +381,8 @@ def test_places_that_an_output_cannot_have(tmp_path):
         assert "where the input" in found(out, source)[0]
     assert "is a file" in found(model / "model.safetensors")[0]
     assert "is not empty" in found(model, empty=True)[0]
+    assert found(model, without=["config.json"]) == []
+    assert "another output (other.safetensors)" in found(model, without=names(model)[1:])[0]
     for out in (
         model / "model.safetensors" / "out",
         tmp_path / ("x" * 300) / "out",
