@@ -50,16 +50,21 @@ def answered(rows):
         return [error] if len(rows) == 1 else [answered([row])[0] for row in rows]
 
 
+async def compute():
+    """Compute what has arrived during the batch before, whichever tasks it is for."""
+    async with turn:
+        batch, waiting[:] = waiting[:32], waiting[32:]
+        found = await asyncio.to_thread(answered, batch) if batch else []
+        for own, result in zip(batch, found, strict=True):
+            own.append(result)
+
+
 @app.post("/{task}")
 async def post(task: str, text: Annotated[str, Body(embed=True)]) -> dict[str, float]:
     if task not in models:
         raise HTTPException(404, f"no task {task}: one of {', '.join(models)}")
     waiting.append(row := [task, text])
-    async with turn:  # of what has arrived during the batch before, whichever tasks it is for
-        batch, waiting[:] = waiting[:32], waiting[32:]
-        found = await asyncio.to_thread(answered, batch) if batch else []
-        for own, result in zip(batch, found, strict=True):
-            own.append(result)
+    await asyncio.shield(compute())  # others' rows, too, when this request is cancelled
     if isinstance(row[2], Exception):
         raise HTTPException(500, str(row[2]))
     return row[2]

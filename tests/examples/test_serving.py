@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import json
@@ -97,6 +98,32 @@ def test_a_bad_text_fails_no_other_of_its_batch(served: tuple[str, Path]) -> Non
     good, bad = app.answered([("a", "w1 w2"), ("b", None)])
     assert sum(good.values()) == pytest.approx(1)
     assert isinstance(bad, Exception)
+
+
+def test_a_cancelled_request_fails_no_other_of_its_batch(
+    served: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, go_on = importlib.import_module("examples.serving.app"), threading.Event()
+
+    def classify(rows: list[Any]) -> list[dict[str, float]]:
+        go_on.wait(30)
+        return [{text: 1.0} for _, text in rows]
+
+    async def answers() -> list[Any]:
+        async with app.turn:  # so that the first computes the rows of all
+            first, *others = (asyncio.create_task(app.post("a", text)) for text in "xyz")
+            await asyncio.sleep(0.01)
+        while app.waiting or not first.done():
+            await asyncio.sleep(0.01)
+            first.cancel()
+        go_on.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    monkeypatch.setattr(app, "classify", classify)
+    monkeypatch.setattr(app, "turn", asyncio.Lock())
+    cancelled, *found = asyncio.run(answers())
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert found == [{"y": 1.0}, {"z": 1.0}]
 
 
 def started(patch: pytest.MonkeyPatch, checkpoint: Path | None) -> dict[str, Any]:
