@@ -37,6 +37,7 @@ class Factored(Tensor):
     """
 
     parts: tuple[Tensor, ...]  # theta_0, B, A
+    refusal = f"a matrix of a base and factors cannot be written to. {_ADVICE}"
     _formed: Tensor | None = None
 
     @classmethod
@@ -69,7 +70,7 @@ class Factored(Tensor):
             if keeps and isinstance(args[0], cls):
                 return cls.of(*(func(part, *args[1:], **kwargs) for part in args[0].parts))
             if _writes(func.__name__) and isinstance(args[0], cls):
-                raise TypeError(f"a matrix of a base and factors cannot be written to. {_ADVICE}")
+                raise TypeError(cls.refusal)
             args, kwargs = tree_map(
                 lambda value: value.formed() if isinstance(value, cls) else value, (args, kwargs)
             )

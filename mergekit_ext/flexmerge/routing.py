@@ -8,9 +8,10 @@ that layers take slices of the batch.
 
 import copy
 import inspect
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -23,6 +24,8 @@ from mergekit_ext.flexmerge.factored import Factored, Leaf
 from mergekit_ext.flexmerge.placement import tensors_of
 
 SUBJECT = "batching these models"
+# Changes tensors, and those in containers; leaves anything else as it is.
+_mapped = partial(tree_map_only, Tensor)
 # Fields of configurations that may differ: they name things, or say the shape of a tensor.
 _FREE = frozenset(
     {
@@ -31,8 +34,11 @@ _FREE = frozenset(
         "vocab_size",
     }
 )
-# Tables without rows of a batch, and the method of the module above that makes what has them.
-_TABLES = {"relative_attention_bias": "compute_bias"}
+# A table without rows of a batch, and methods of the module above that make what has them.
+_TABLE, _MAKERS = "relative_attention_bias", ("compute_bias", "compute_position_bias")
+# An argument about positions of all rows; and those that know rows by their number.
+_KEEP = "logits_to_keep"
+_COUNTING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
 # Tokens of a run up to which one product by the factors of all tasks takes less time than one for
 # each, and up to which the rows of a group are brought together: small products take longer a row.
 _FEW, _SMALL = 16, 256
@@ -58,44 +64,48 @@ class Routing:
         self.tasks, self.device = tasks, device
         self.compute((), 1)
 
-    def compute(self, runs: Sequence[Run], copies: int) -> None:
-        """Take these rows for those of the batch."""
-        self.runs, self.copies, self.rows = runs, copies, sum(run.rows for run in runs)
+    def compute(self, numbers: Sequence[int], copies: int) -> None:
+        """Take these rows for those of the batch, by the number of each one's task."""
+        self.numbers, self.copies, self.rows = numbers, copies, len(numbers)
+        self.runs = _runs(numbers)
+        # Anew for each batch: parameters may have been trained since the last one.
+        self.stacked: dict[tuple[str, str], Tensor] = {}
         self._found: dict[tuple[int, ...], tuple[list[Run], Tensor]] = {}
         self._gathered: dict[tuple[Any, ...], tuple[list[Run], Tensor, Tensor]] = {}
 
     def by(self, chosen: tuple[int, ...]) -> tuple[list[Run], Tensor]:
         """Return the runs of sets of parameters, and each row's set; `chosen` has each task's."""
+        if not self.runs:
+            raise RuntimeError("no tasks: call `Batched` itself, with `tasks`, not its `model`")
         if chosen not in self._found:
-            runs: list[Run] = []
-            for task, rows in self.runs:
-                if runs and runs[-1].number == chosen[task]:
-                    rows += runs.pop().rows
-                runs.append(Run(chosen[task], rows))
-            sets = torch.tensor([run.number for run in runs for _ in range(run.rows)])
-            self._found[chosen] = runs, sets.to(self.device, non_blocking=True)
+            sets = [chosen[task] for task in self.numbers]
+            there = torch.tensor(sets).to(self.device, non_blocking=True)
+            self._found[chosen] = _runs(sets), there
         return self._found[chosen]
 
     def gathered(self, chosen: tuple[int, ...], scale: int) -> tuple[list[Run], Tensor, Tensor]:
         """Return one run for each set of parameters, where its rows are, and the way back."""
         key = (chosen, scale)
         if key not in self._gathered:
-            sets = [run.number for run in self.by(chosen)[0] for _ in range(run.rows * scale)]
-            there, counts = torch.tensor(sets).argsort(stable=True), Counter(sets)
-            runs = [Run(number, counts[number] // scale) for number in sorted(counts)]
+            sets = [chosen[task] for task in self.numbers]
+            there = torch.tensor(sets).repeat_interleave(scale).argsort(stable=True)
             places = torch.stack([there, there.argsort()]).to(self.device, non_blocking=True)
-            self._gathered[key] = runs, *places
+            self._gathered[key] = _runs(sorted(sets)), *places
         return self._gathered[key]
 
     def scale(self, x: Tensor, where: str) -> int:
         """Return how many rows `x` has for each of the batch; 0 for one that is for all of them."""
         rows, found = self.rows, x.shape[0]
         # A parameter, or what stands for one, is a table, whatever its length is.
-        if type(x) is Tensor and found in (rows, rows * self.copies):
+        if type(x) is Tensor and x.dim() > 1 and found in (rows, rows * self.copies):
             return found // rows
         if found == 1:
             return 0
-        raise _unmixed(f"{where} gets {found} rows of a batch of {rows}, whose tasks are not known")
+        raise _unmixed(f"{where} gets {[*x.shape]} for {rows} rows, whose tasks are not known")
+
+
+def _runs(numbers: Sequence[int]) -> list[Run]:
+    return [Run(number, len([*same])) for number, same in groupby(numbers)]
 
 
 def _unmixed(found: str) -> RuntimeError:
@@ -105,8 +115,10 @@ def _unmixed(found: str) -> RuntimeError:
 class _Several(Factored):
     """Parameters of several tasks in place of one; no operation can use them."""
 
+    refusal = "a parameter of several tasks is used outside of its layer: use each task's own model"
+
     def formed(self) -> Tensor:
-        raise _unmixed("a parameter that differs between tasks is used outside of its layer")
+        raise RuntimeError(self.refusal)
 
 
 class _Routed:
@@ -117,12 +129,7 @@ class _Routed:
     """
 
     def __init__(
-        self,
-        routing: Routing,
-        where: str,
-        module: Any,
-        modules: Sequence[Any],
-        method: str = "forward",
+        self, routing: Routing, where: str, module: Any, modules: list[Any], method: str = "forward"
     ):
         self.routing, self.where, self.module, self.method = routing, where, module, method
         heads = isinstance(module, torch.nn.Linear) and len({m.weight.shape for m in modules}) > 1
@@ -131,7 +138,6 @@ class _Routed:
         keys = [n if each else _identity(module, other) for n, other in enumerate(modules)]
         self.modules = [modules[keys.index(key)] for key in dict.fromkeys(keys)]
         self.chosen = tuple(map([*dict.fromkeys(keys)].index, keys))
-        self.stacked: dict[str, Tensor] = {}
 
     def install(self) -> None:
         """Take the place of the method, and of the module's parameters."""
@@ -148,7 +154,7 @@ class _Routed:
 
     def mixed(self, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Any:
         """Compute the rows of one set of parameters after those of another."""
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
         first = next(tensors, None)
         scale = 0 if first is None else self.routing.scale(first, self.where)
         rows = self.routing.rows * scale
@@ -207,11 +213,12 @@ class _OfRows(_Routed):
 
     def each(self, name: str, x: Tensor, scale: int, axis: int = -1) -> Tensor:
         """Return a vector for each row of `x`, along one of its axes."""
-        if name not in self.stacked:
-            self.stacked[name] = torch.stack([getattr(module, name) for module in self.modules])
+        stacked, key = self.routing.stacked, (self.where, name)
+        if key not in stacked:
+            stacked[key] = torch.stack([getattr(module, name) for module in self.modules])
         shape = [len(x), *[1] * (x.dim() - 1)]
         shape[axis] = -1
-        return self.stacked[name].index_select(0, self.rows(scale)).view(shape)
+        return stacked[key].index_select(0, self.rows(scale)).view(shape)
 
     def rows(self, scale: int) -> Tensor:
         """Return the set of each row of a tensor."""
@@ -305,11 +312,9 @@ def _kind(modules: Sequence[Any]) -> type[_Routed]:
     if forward is torch.nn.Linear.forward and len({other.weight.shape for other in modules}) == 1:
         return _Linear
     multiplies = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
-    if forward is torch.nn.LayerNorm.forward or (
-        multiplies and [*tensors_of(module, False)] == ["weight"]
-    ):
-        return _Routed if isinstance(module, torch.nn.RMSNorm) else _Norm
-    return _Routed
+    multiplies &= [*tensors_of(module, False)] == ["weight"]
+    multiplies &= not isinstance(module, torch.nn.RMSNorm)
+    return _Norm if multiplies or forward is torch.nn.LayerNorm.forward else _Routed
 
 
 class Batched(torch.nn.Module):
@@ -333,7 +338,7 @@ class Batched(torch.nn.Module):
         first = next(iter(models.values()))
         shared = {id(t): t for t in (*first.parameters(), *first.buffers())}
         self.model = copy.deepcopy(first, shared)
-        self.routing = Routing(self.tasks, first.device)
+        self.routing, self.lock = Routing(self.tasks, first.device), threading.RLock()
         modules = [dict(model.named_modules()) for model in models.values()]
         self.whole = _Routed(self.routing, "", self.model, [*models.values()])
         routed = []
@@ -346,9 +351,10 @@ class Batched(torch.nn.Module):
         for made in routed:
             made.install()
             path, _, name = made.where.rpartition(".")
-            if method := _TABLES.get(name):
+            for method in _MAKERS if name == _TABLE else ():
                 above, others = self.model.get_submodule(path), [parts[path] for parts in modules]
-                _Routed(self.routing, path, above, others, method).install()
+                if hasattr(above, method):
+                    _Routed(self.routing, path, above, others, method).install()
         self._apart = any(made.apart for made in routed)
         # Calls whose results were seen to be rows; those of heads of different shape never are.
         self._joined: set[Any] = set()
@@ -361,6 +367,11 @@ class Batched(torch.nn.Module):
     def config(self) -> Any:
         return self.model.config
 
+    def train(self, mode: bool = True) -> Any:
+        for model in self.whole.modules:
+            model.train(mode)
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         found, expected = "a change of dtype or device", "models loaded with those: `dtype=`"
         require([Problem("Batched", found, expected, "Load and batch again.")], SUBJECT)
@@ -372,14 +383,16 @@ class Batched(torch.nn.Module):
         a dictionary from tasks to the rows of each, and so is all of it where the model compares
         rows, as CLIP does. A cache has the rows in another order, the same for the same `tasks`.
         """
-        return self._run(self._by_size, args, kwargs, tasks, 1)
+        return self._run(self._by_size, args, kwargs, tasks)
 
     def generate(self, *args: Any, tasks: Sequence[str], **kwargs: Any) -> Any:
         """Return what the model generates; settings that are not given are the first task's."""
-        chosen = kwargs.get("generation_config") or self.model.generation_config
+        given = inspect.signature(self.model.generate).bind(*args, **kwargs).arguments
+        chosen = given.get("generation_config") or self.model.generation_config
         numbers = ("num_beams", "num_return_sequences")
         copies = max(kwargs.get(n, getattr(chosen, n, None)) or 1 for n in numbers)
-        return self._run(self.model.generate, args, kwargs, tasks, copies)
+        moves = copies == 1 and all(given.get(name) is None for name in _COUNTING)
+        return self._run(self.model.generate, args, kwargs, tasks, copies, moves)
 
     def _by_size(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the rows of all tasks together, or large parts one after another."""
@@ -401,7 +414,7 @@ class Batched(torch.nn.Module):
         return found
 
     def _run(
-        self, call: Callable[..., Any], args: Any, kwargs: Any, tasks: Sequence[str], copies: int
+        self, call: Any, args: Any, kwargs: Any, tasks: Any, copies: int = 1, moves: bool = True
     ) -> Any:
         named = isinstance(tasks, Collection) and not isinstance(tasks, str) and len(tasks)
         if not named or not all(isinstance(task, str) for task in tasks):
@@ -423,26 +436,22 @@ class Batched(torch.nn.Module):
         problems += [Problem("tasks", f"{count} for {n} rows", expected) for n in unfit]
         require(problems, SUBJECT)
         indices = [self.tasks.index(task) for task in tasks]
-        order = sorted(range(count), key=lambda row: self._rank[indices[row]])
-        runs = [Run(n, indices.count(n)) for n in dict.fromkeys(indices[row] for row in order)]
+        order = sorted(range(count), key=lambda row: self._rank[indices[row]] if moves else row)
         there = torch.tensor(order)
-        back, moves = there.argsort(), order != sorted(order)
 
-        def restored(tensor: Tensor) -> Tensor:
-            times, left = divmod(len(tensor), count) if tensor.dim() else (0, 0)
-            if left or times not in (1, copies):
-                return tensor
-            rows = tensor.view(count, times, *tensor.shape[1:])
-            return rows[back].flatten(0, 1)
+        def taken(rows: Tensor, value: Any) -> Any:
+            return _mapped(lambda t: t[rows] if _has(t, count) else t, value)
 
-        self.routing.compute(runs, copies)
-        try:
-            if moves:
-                args, kwargs = _mapped(lambda t: t[there] if _has(t, count) else t, (args, kwargs))
-            found = call(*args, **kwargs)
-            return _mapped(restored, found) if moves else found
-        finally:
-            self.routing.compute((), 1)
+        with self.lock:
+            before = self.routing.numbers, self.routing.copies
+            self.routing.compute([indices[row] for row in order], copies)
+            try:
+                if order == sorted(order):
+                    return call(*args, **kwargs)
+                own = {n: v if n == _KEEP else taken(there, v) for n, v in kwargs.items()}
+                return taken(there.argsort(), call(*taken(there, args), **own))
+            finally:
+                self.routing.compute(*before)
 
 
 def _check(models: Any) -> None:
@@ -505,8 +514,3 @@ def _compares(module: Any) -> bool:
 
 def _has(tensor: Any, rows: int) -> bool:
     return isinstance(tensor, Tensor) and tensor.dim() > 0 and len(tensor) == rows
-
-
-def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return tensors, and containers of them, changed; anything else as it is."""
-    return tree_map_only(Tensor, change, value)

@@ -149,14 +149,9 @@ def _share(model: Any, module: str, owner: str, task: str) -> None:
     """Let `task` use the parameters of `owner` in one layer."""
     layer = model.base_model.model.get_submodule(module)
     for name in _CONTAINERS:
-        held = getattr(layer, name, None)
-        if held is None or owner not in held:
-            continue
-        if isinstance(held, nn.ParameterDict):
+        held = getattr(layer, name, {})
+        if owner in held:
             held[task] = held[owner]
-        else:
-            for leaf, parameter in held[owner].named_parameters(recurse=False):
-                setattr(held[task], leaf, parameter)
 
 
 def _apart(adapter: Adapter) -> Adapter:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,10 @@ def test_each_row_is_its_own_models(kind: str, groups: str, made: Any) -> None:
         torch.testing.assert_close(one, together[[1, 3, 6]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=str)
+COPIES = {"num_beams": 3, "num_return_sequences": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, COPIES], ids=str)
 @pytest.mark.parametrize(
     ("kind", "groups"), [case for case in CASES if case[0] not in ("vit", "bert")]
 )
@@ -104,7 +109,130 @@ def test_each_row_is_generated_by_its_own_model(
     for task in TASKS:
         expected = alone[task].generate(**of_task(inputs, task), **settings)
         rows = [row for row, name in enumerate(ROWS) if name == task]
-        assert torch.equal(together[rows], expected)
+        each = together.view(len(ROWS), -1, together.shape[-1])
+        assert torch.equal(each[rows].flatten(0, 1), expected)
+
+
+def test_rows_have_their_numbers_wherever_generation_counts_them(made: Any) -> None:
+    alone, model = made("llama", "dense")
+    inputs, settings = inputs_of("llama"), {"max_new_tokens": 2, "pad_token_id": 0}
+    own = {"prefix_allowed_tokens_fn": lambda row, _: [row + 10]}
+    found = model.generate(**inputs, tasks=ROWS, **settings, **own)
+    assert found[:, -1].tolist() == [10, 11, 12, 13, 14, 15, 16]
+    beams = transformers.GenerationConfig(
+        num_beams=2, return_dict_in_generate=True, output_scores=True, eos_token_id=1, **settings
+    )
+    ids = inputs.pop("input_ids")
+    found = model.generate(ids, beams, **inputs, tasks=ROWS)
+    scores = model.model.compute_transition_scores(
+        found.sequences, found.scores, found.beam_indices
+    )
+    for row, task in enumerate(ROWS):
+        mask = inputs["attention_mask"][row : row + 1]
+        single = alone[task].generate(ids[row : row + 1], beams, attention_mask=mask)
+        given = single.sequences, single.scores, single.beam_indices
+        expected = alone[task].compute_transition_scores(*given)[0]
+        torch.testing.assert_close(scores[row, : len(expected)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_static_cache(made: Any) -> None:
+    """T5's table of positions gets the length so far as a tensor."""
+    _, model = made("t5", "dense")
+    inputs, settings = inputs_of("t5"), {"max_new_tokens": 5, "decoder_start_token_id": 0}
+    del inputs["decoder_input_ids"]
+    plain, static = (
+        model.generate(**inputs, tasks=ROWS, **settings, pad_token_id=0, **own)
+        for own in ({}, {"cache_implementation": "static"})
+    )
+    assert torch.equal(static, plain)
+
+
+def test_positions_to_keep_are_no_rows(made: Any) -> None:
+    model, inputs = made("llama", "dense")[1], inputs_of("llama")
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 5])
+    with torch.no_grad():
+        whole = model(**inputs, tasks=ROWS).logits
+        found = model(**inputs, tasks=ROWS, logits_to_keep=positions).logits
+    torch.testing.assert_close(found, whole[:, positions], rtol=1e-4, atol=1e-5)
+
+
+def test_threads_take_turns(made: Any) -> None:
+    _, model = made("llama", "crossed")
+    inputs = inputs_of("llama")
+
+    def logits(tasks: list[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs, tasks=tasks).logits
+
+    wanted = [ROWS, ROWS[::-1], ["d"] * 7, ["b", "a"] * 3 + ["c"]]
+    expected = [logits(tasks) for tasks in wanted]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(logits, wanted * 8))
+    for own, right in zip(found, expected * 8, strict=True):
+        assert torch.equal(own, right)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("vit", "dense"), ("gpt2", "residual")])
+def test_gradients_and_what_is_trained(kind: str, groups: str, made: Any) -> None:
+    """Norms and biases of a batch before had no gradients, and the values from before training."""
+    alone = copy.deepcopy(made(kind, groups)[0])
+    model, inputs = Batched(alone), inputs_of(kind)
+    with torch.no_grad():
+        model(**inputs, tasks=ROWS)
+    own = [p.requires_grad_() for a in alone.values() for p in a.parameters()]
+
+    def gradients(loss: torch.Tensor) -> dict[Any, torch.Tensor]:
+        """What each memory gets; tasks that share it have parameters of their own."""
+        sums: dict[Any, torch.Tensor] = {}
+        for p, found in zip(own, torch.autograd.grad(loss, own, allow_unused=True), strict=True):
+            if found is not None:
+                key = p.data_ptr(), p.shape
+                sums[key] = sums.get(key, torch.zeros(())) + found
+        return sums
+
+    def separate() -> torch.Tensor:
+        each = {task: iter(alone[task](**of_task(inputs, task)).logits) for task in TASKS}
+        return torch.stack([next(each[task]) for task in ROWS])
+
+    found = gradients(model(**inputs, tasks=ROWS).logits.square().mean())
+    expected = gradients(separate().square().mean())
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        for p in own:
+            p.mul_(1.1)
+        together = model(**inputs, tasks=ROWS).logits
+        torch.testing.assert_close(together, separate(), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_mode_is_that_of_the_models() -> None:
+    sizes = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+    a = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).train()
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        for parameter in b.parameters():
+            parameter.mul_(1.5)
+        images = torch.randn(2, 3, 32, 32)
+        found = Batched({"a": a, "b": b}).eval()(images, tasks=["b", "a"]).logits
+        for row, own in enumerate((b.eval(), a.eval())):
+            torch.testing.assert_close(found[row], own(images).logits[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_positions_of_mpnet(length: int) -> None:
+    """A batch of as many rows as tokens, too: the table gets a square."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.MPNetConfig(vocab_size=32, num_attention_heads=2, **sizes)
+    a = transformers.MPNetModel(config).eval()
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        a.encoder.relative_attention_bias.weight.normal_(0, 3)
+        b.encoder.relative_attention_bias.weight.normal_(0, 3)
+        ids = torch.randint(3, 32, (2, length))
+        found = Batched({"a": a, "b": b})(ids, tasks=["b", "a"]).last_hidden_state
+        for row, own in enumerate((b, a)):
+            torch.testing.assert_close(found[row], own(ids).last_hidden_state[row])
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "llama"])
@@ -228,8 +356,24 @@ def test_a_table_of_as_many_rows_as_the_batch_is_refused() -> None:
     b = copy.deepcopy(a, {id(t): t for t in a.parameters() if t is not encoder.LayerNorm.weight})
     with torch.no_grad():
         encoder.LayerNorm.weight.mul_(2)
-        with pytest.raises(RuntimeError, match=r"encoder\.LayerNorm gets 4 rows of a batch of 4"):
+        with pytest.raises(RuntimeError, match=r"encoder\.LayerNorm gets \[4, 8\] for 4 rows"):
             Batched({"a": a, "b": b})(torch.randint(3, 32, (4, 6)), tasks=["a", "a", "b", "b"])
+
+
+def test_positions_of_as_many_as_the_batch_are_no_rows() -> None:
+    """Whisper's encoder looks up its positions for all rows at once."""
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 4}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 4}
+    a = transformers.WhisperModel(
+        transformers.WhisperConfig(vocab_size=32, d_model=8, pad_token_id=0, **heads, **layers)
+    ).eval()
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        b.encoder.embed_positions.weight.mul_(2)
+        with pytest.raises(RuntimeError, match=r"embed_positions gets \[4\] for 4 rows, whose"):
+            Batched({"a": a, "b": b})(
+                torch.randn(4, 4, 8), decoder_input_ids=torch.ones(4, 2).long(), tasks=[*"abab"]
+            )
 
 
 @pytest.mark.parametrize(
@@ -269,6 +413,15 @@ def test_tasks_that_are_no_list_of_names(tasks: Any, made: Any) -> None:
 def test_what_is_no_mapping_to_models(models: Any) -> None:
     with pytest.raises(ConfigError, match="expected a mapping from tasks to models"):
         Batched(models)
+
+
+def test_what_a_batch_is_not_for_is_said(made: Any) -> None:
+    model = Batched(made("llama", "dense")[0])
+    with pytest.raises(RuntimeError, match="call `Batched` itself, with `tasks`"):
+        model.model(**inputs_of("llama"))
+    for use in (copy.deepcopy, pickle.dumps, lambda it: it.load_state_dict(it.state_dict())):
+        with pytest.raises(RuntimeError, match="use each task's own model"):
+            use(model)
 
 
 def test_dtypes_are_one_and_stay(made: Any) -> None:
