@@ -62,14 +62,15 @@ class Routing:
 
     def __init__(self, tasks: Sequence[str], device: torch.device):
         self.tasks, self.device = tasks, device
+        self.stacked: dict[tuple[str, str], Tensor] = {}
         self.compute((), 1)
 
     def compute(self, numbers: Sequence[int], copies: int) -> None:
         """Take these rows for those of the batch, by the number of each one's task."""
         self.numbers, self.copies, self.rows = numbers, copies, len(numbers)
         self.runs = _runs(numbers)
-        # Anew for each batch: parameters may have been trained since the last one.
-        self.stacked: dict[tuple[str, str], Tensor] = {}
+        if torch.is_grad_enabled():  # parameters may be trained before the next batch
+            self.stacked.clear()
         self._found: dict[tuple[int, ...], tuple[list[Run], Tensor]] = {}
         self._gathered: dict[tuple[Any, ...], tuple[list[Run], Tensor, Tensor]] = {}
 
@@ -79,8 +80,7 @@ class Routing:
             raise RuntimeError("no tasks: call `Batched` itself, with `tasks`, not its `model`")
         if chosen not in self._found:
             sets = [chosen[task] for task in self.numbers]
-            there = torch.tensor(sets).to(self.device, non_blocking=True)
-            self._found[chosen] = _runs(sets), there
+            self._found[chosen] = _runs(sets), torch.tensor(sets).to(self.device, non_blocking=True)
         return self._found[chosen]
 
     def gathered(self, chosen: tuple[int, ...], scale: int) -> tuple[list[Run], Tensor, Tensor]:
