@@ -107,8 +107,9 @@ def run_readme(bin: Path, folder: Path) -> None:
 
 def test_installed_from_a_wheel_it_does_what_the_readme_says_and_is_uninstalled(wheel, tmp_path):
     bin = tmp_path / "env" / "bin"
-    venv.create(bin.parent, with_pip=True)
+    venv.create(bin.parent)
     python = bin / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "--quiet")
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     # The dependencies of this environment, as a plain path: its .pth files are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
@@ -116,7 +117,7 @@ def test_installed_from_a_wheel_it_does_what_the_readme_says_and_is_uninstalled(
     (bin / "mergekit-yaml").write_text(re.sub(r"\A.*", f"#!{python}", stock))
     (bin / "mergekit-yaml").chmod(0o755)
 
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
+    run(*pip, "install", "--no-deps", "--no-compile", "--force-reinstall", wheel)
     assert (site / "mergekit_ext_autoload.pth").exists()
     assert (site / "mergekit_ext" / "py.typed").exists()
     where = run(python, "-c", "import mergekit_ext; print(mergekit_ext.__file__)")
@@ -124,7 +125,7 @@ def test_installed_from_a_wheel_it_does_what_the_readme_says_and_is_uninstalled(
     readme_models(tmp_path)
     run_readme(bin, tmp_path)
 
-    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "mergekit-ext")
+    run(*pip, "uninstall", "--yes", "mergekit-ext")
     assert not list(site.glob("*mergekit_ext*"))
     assert "nan_ties" not in run(python, "-c", NAMES).split()
 
