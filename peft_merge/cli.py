@@ -54,15 +54,7 @@ def main() -> None:
 @click.option("--max-memory", metavar="SIZE", help="Refuse what would hold more, such as 8GB.")
 @_ALLOW_PICKLE
 @pushing
-def merge(
-    config: Path,
-    out: Path | None,
-    check: bool,
-    quiet: bool,
-    jsonl: Path | None,
-    max_memory: str | None,
-    **options: Any,
-) -> None:
+def merge(config: Path, out: Path | None, check: bool, quiet: bool, **options: Any) -> None:
     """Merge LoRA or (IA)^3 adapters as the YAML file CONFIG says, into the folder OUT.
 
     The base model is not needed. OUT is an adapter that PeftModel.from_pretrained loads; it must
@@ -78,7 +70,8 @@ def merge(
     from peft_merge.merge import run_config
     from peft_merge.report import sentences
 
-    with reporting() as done, limited(max_memory), without_bars(quiet):
+    jsonl, most = options.pop("jsonl"), options.pop("max_memory")
+    with reporting() as done, limited(most), without_bars(quiet):
         if check:
             click.echo(str(checked(config, out, **options)))
             click.echo(f"Next: peft-merge {config} OUT", err=True)
@@ -102,9 +95,7 @@ def merge(
 @_DEVICE
 @_QUIET
 @_JSONL
-def extract(
-    base: str, model: str, out: Path, quiet: bool, jsonl: Path | None, **options: Any
-) -> None:
+def extract(base: str, model: str, out: Path, quiet: bool, jsonl: Any, **options: Any) -> None:
     """Make a LoRA of the full fine-tune MODEL of the model BASE, in the folder OUT.
 
     BASE and MODEL are folders, or names on the Hub. One of --rank, --energy and --size says how

@@ -150,8 +150,30 @@ def test_it_is_said_before_the_merge_with_all_that_is_wrong(hub: Hub, tmp_path: 
 
 def test_without_a_network_nothing_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE, which is set"):
+    with pytest.raises(ConfigError, match=r"OfflineModeIsEnabled.*Unset HF_HUB_OFFLINE"):
         MergeResult(Path("out")).push_to_hub(NAME)
+
+
+def test_what_helps_depends_on_whether_the_hub_has_answered(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = {"merge_method": "linear", "models": [{"model": "a/b", "parameters": {"weight": 1}}]}
+
+    def remedies() -> set[str]:
+        found = [*mergekit_ext.check(merge).problems, *upload_problems(NAME, True)]
+        with pytest.raises(ConfigError) as raised:
+            load_adapter("a/b")
+        return {problem.remedy for problem in (*found, *raised.value.problems)}
+
+    hub.user = None
+    assert len(found := remedies()) == 2 and all("`hf auth login`" in remedy for remedy in found)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    assert remedies() == {"Check the name and the network."}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert all(remedy.startswith("Unset ") for remedy in remedies())
 
 
 def test_commands_upload_what_they_write(

@@ -26,11 +26,10 @@ class LazyGroup(Commands):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command: Any = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
-        return command
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Any:
+        if cmd_name in _COMMANDS:
+            return getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -9,6 +9,7 @@ import click
 
 import mergekit_ext
 from mergekit_ext.cli.options import merging
+from mergekit_ext.io.documents import read
 
 _CONFIG = click.argument("config", type=click.File(encoding="utf-8"))
 
@@ -33,5 +34,7 @@ def check(merge_options: Any, config: IO[str], as_json: bool) -> None:
     if found.problems:
         raise click.exceptions.Exit(2)  # as for click's own usage errors
     if not as_json:
-        command = "yaml" if len(documents) == 1 else "multi"
-        click.echo(f"Next: mergekit-{command} {config.name} OUT", err=True)
+        command = "mergekit-yaml" if len(documents) == 1 else "mergekit-multi"
+        if read(text)[0][0]["merge_method"] == "decompose":
+            command = "mergekit-ext decompose"
+        click.echo(f"Next: {command} {config.name} OUT", err=True)

@@ -23,14 +23,7 @@ from mergekit_ext.parallel import Ranks, launched
 @pushing
 @click.option("--keep-solution", metavar="FOLDER", help="Keep what lore solves for in a folder")
 @click.option("--restart", is_flag=True, help="Start over where an earlier merge was stopped")
-def merge(
-    merge_options: Any,
-    config_file: Path,
-    out_path: Path,
-    events: str | None,
-    function: Any = None,
-    **options: Any,
-) -> None:
+def merge(merge_options: Any, config_file: Path, out_path: Path, **options: Any) -> None:
     """Merge models as CONFIG_FILE says, into the folder OUT_PATH.
 
     Takes every merge method and every flag of mergekit-yaml. The configuration and the headers of
@@ -39,8 +32,8 @@ def merge(
     share the work.
     """
     with launched() as together, _only_main_prints(together):
+        events, run = options.pop("events"), options.pop("function", mergekit_ext.merge)
         callbacks = [JsonLines(events, "--events")] if events and together.is_main else []
-        run = function or mergekit_ext.merge
         result = run(config_file, out_path, merge_options, callbacks=callbacks, **options)
         if result.url:
             click.echo(f"Uploaded: {result.url}")

@@ -30,16 +30,7 @@ from mergekit_ext.search import function_named
 )
 @click.option("--metric", help="The metric that is drawn (default: the first)")
 @events_option
-def sizes(
-    merge_options: Any,
-    config_file: Path,
-    out_path: Path,
-    sizes: str | None,
-    evaluate: str | None,
-    algorithms: tuple[str, ...],
-    metric: str | None,
-    events: str | None,
-) -> str:
+def sizes(merge_options: Any, config_file: Path, out_path: Path, **given: Any) -> str:
     """Merge a `flexmerge` configuration at many sizes, in memory, and score each.
 
     Writes sizes.csv and sizes.json, and the plot sizes.png, into the folder OUT_PATH. The inputs
@@ -50,19 +41,16 @@ def sizes(
     and once for each task at each size. It returns a number, or a mapping from metrics to numbers
     such as {'accuracy': 0.9}; the higher, the better.
     """
-    curve = mergekit_ext.sizes(
-        config_file,
-        out_path,
-        merge_options,
-        None if sizes is None else sizes.split(","),
-        algorithms,
-        function_named(evaluate, "--evaluate", "a module", "a task") if evaluate else None,
-        metric,
-        [JsonLines(events, "--events")] if events else (),
-    )
+    if (sizes := given.pop("sizes")) is not None:
+        given["sizes"] = sizes.split(",")
+    if evaluate := given.pop("evaluate"):
+        given["evaluate"] = function_named(evaluate, "--evaluate", "a module", "a task")
+    if events := given.pop("events"):
+        given["callbacks"] = [JsonLines(events, "--events")]
+    curve = mergekit_ext.sizes(config_file, out_path, merge_options, **given)
     for note in curve.notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(str(curve))
     several = len({point.algorithm for point in curve.points}) > 1
-    chosen = " and its `algorithm`" if several else ""
-    return f"mergekit-yaml {config_file} OUT, with one of these sizes as `target_size`{chosen}"
+    chosen = "one of these sizes as `target_size`" + " and its `algorithm`" * several
+    return f"mergekit-yaml {config_file} OUT, with {chosen}"

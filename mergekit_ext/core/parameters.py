@@ -135,7 +135,7 @@ def unfit(read: Any, value: Any, remedy: str = "") -> tuple[str, str] | None:
         choices = [item["msg"] for item in error.errors() if item["type"] == "literal_error"]
         names = re.findall(r"'([^']+)'", " ".join(choices))
         near = did_you_mean(value, names, listed=True) if names and isinstance(value, str) else ""
-        return wanted, remedy or near
+        return wanted, remedy_if_open(value) or remedy or near
     return (_FINITE, remedy or _MEND) if nan else None
 
 
@@ -172,12 +172,18 @@ def schema_problems(error: ValidationError, document: Any, root: str = "") -> li
     for where, value in found.items():
         # Shown once for each place: the repr of a document takes as long as the document is.
         text = "nothing" if value is REQUIRED else shown(value)
-        expected, remedy = " or ".join(wanted[where]), ""
-        methods = where == "merge_method" and isinstance(value, list)
-        if methods or (isinstance(value, dict) and {"from", "choose"} & {*value}):
-            expected, remedy = "one value", "Open values are for the command `tune`."
+        expected = " or ".join(wanted[where])
+        if remedy := remedy_if_open(value, where):
+            expected = "one value"
         problems.append(Problem(where or "the document", text, expected, remedy))
     return problems
+
+
+def remedy_if_open(value: object, where: str = "") -> str:
+    """Return what to do with a value that only a search can find; "" for others."""
+    methods = where == "merge_method" and isinstance(value, list)
+    searched = methods or (isinstance(value, dict) and {"from", "choose"} & {*value})
+    return "Open values are for the command `tune`." if searched else ""
 
 
 def place_of(item: Any, document: Any, root: str = "") -> tuple[str, Any]:

@@ -9,13 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mergekit_ext.errors import ConfigError, Problem, UploadError, one_line, require
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.io.staging import KINDS
 
+_ACCESS = "Check the name, the revision and your access (`hf auth login`)."
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 # What a task's folder has links to: once the Hub has a shard, a link is not sent.
 _SHARDS = "shards"
@@ -41,12 +42,19 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequ
     try:
         kept = huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*wanted])
         return Path(kept)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         found = f"no such folder, and no download from the Hub ({first})"
         expected = "a folder, or a name on the Hub that is cached or can be downloaded"
-        remedy = "Check the name; for a private one, log in with `hf auth login`."
-        raise ConfigError([Problem(text, found, expected, remedy)]) from None
+        raise ConfigError([Problem(text, found, expected, remedy_for(error))]) from None
+
+
+def remedy_for(error: Exception, answered: str = _ACCESS) -> str:
+    """Return what helps after an error of the client; `answered` where it is the Hub's answer."""
+    if huggingface_hub.is_offline_mode():
+        return "Unset HF_HUB_OFFLINE, or do without the Hub."
+    known = (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError)
+    return answered if isinstance(error, known) else "Check the name and the network."
 
 
 def upload_problems(name: str | None, private: bool) -> Iterator[Problem]:
@@ -58,10 +66,6 @@ def upload_problems(name: str | None, private: bool) -> Iterator[Problem]:
     where = f"repository {name}"
     try:
         validate_repo_id(name)
-        if huggingface_hub.is_offline_mode():
-            remedy = "Unset it, or upload later with `hf upload`."
-            yield Problem(where, "HF_HUB_OFFLINE, which is set", "a network", remedy)
-            return
         user = huggingface_hub.whoami()
         role = user.get("auth", {}).get("accessToken", {}).get("role")
         writable = [o["name"] for o in user.get("orgs", ()) if o.get("roleInOrg") != "read"]
@@ -76,13 +80,13 @@ def upload_problems(name: str | None, private: bool) -> Iterator[Problem]:
             found, wanted = ("private", "public") if info.private else ("public", "private")
             remedy = "Give or leave out --public (in Python `private`), or take another name."
             yield Problem(where, f"a {found} one", f"a {wanted} one, or none yet", remedy)
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         yield Problem(where, f"no name for one ({error})", "a name such as `someone/merged`")
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         return  # it is made
     except Exception as error:  # network and access: the client's message is kept
-        expected = "a network, and a token that writes"
-        yield Problem(where, f"no access ({one_line(error)})", expected, _LOG_IN)
+        expected, remedy = "a network, and a token that writes", remedy_for(error, _LOG_IN)
+        yield Problem(where, f"no access ({one_line(error)})", expected, remedy)
 
 
 class Pushable:

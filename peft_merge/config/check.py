@@ -14,7 +14,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from mergekit_ext.core import memory
-from mergekit_ext.core.parameters import Count, Parameter, Share, Switch, read_all
+from mergekit_ext.core.parameters import Count, Parameter, Share, Switch, read_all, remedy_if_open
 from mergekit_ext.declared import ADAPTERS, Method
 from mergekit_ext.errors import ConfigError, Problem, did_you_mean, listing, shown, warn
 from peft_merge import saved
@@ -123,7 +123,7 @@ def checked(request: Request, problems: Iterable[Problem] = ()) -> MergePlan:
         found += saved.weights_problems(saved_from, resolve.weights)
     if resolve is None or found:
         _stop(request, found)
-    bases = different_bases(adapters)
+    bases = different_bases(adapters, options["base_model"])
     if (base := options.pop("base_model")) is not None:
         named = {"base_model_name_or_path": base}
         adapters = [replace(adapter, config={**adapter.config, **named}) for adapter in adapters]
@@ -190,7 +190,8 @@ def _resolver(request: Request, modules: Collection[str], found: list[Problem]) 
     name, known = request.method, (*rules(), flexmerge.NAME)
     if not isinstance(name, str) or name not in known:
         what = "nothing" if name is None else shown(name)
-        remedy = "Add it." if name is None else did_you_mean(name, known)
+        remedy = "Add it." if name is None else remedy_if_open(name, "merge_method")
+        remedy = remedy or did_you_mean(name, known)
         found.append(Problem("merge_method", what, "a merge method", remedy))
         return None
     if name == flexmerge.NAME:

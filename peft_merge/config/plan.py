@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter
+from mergekit_ext.core.parameters import REQUIRED, WEIGHT, Parameter, remedy_if_open
 from mergekit_ext.declared import ADAPTERS, Call, Inputs, Method
 from mergekit_ext.errors import MergeWarning, Problem, did_you_mean, join, listing, shown
 from peft_merge.adapter import Adapter, ModuleInfo, one_rank
@@ -48,7 +48,7 @@ def entries_of(
         if listed or isinstance(item, Mapping):
             known = isinstance(item, Mapping) and {"value"} <= item.keys() <= {"value", "filter"}
             if not known or not isinstance(text := item.get("filter"), (str, NoneType)):
-                problems.append(Problem(at, shown(item), _FORMS))
+                problems.append(Problem(at, shown(item), _FORMS, remedy_if_open(item)))
                 continue
             at, item = f"{at}.value", item["value"]
         several = isinstance(item, (list, tuple))

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from mergekit_ext.errors import MergeWarning, Problem, printable
@@ -57,13 +58,18 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
     ]
 
 
-def different_bases(adapters: Sequence[Adapter]) -> DifferentBasesWarning | None:
-    """Return a warning of adapters that name different bases."""
+def different_bases(adapters: Sequence[Adapter], given: Any = None) -> DifferentBasesWarning | None:
+    """Return a warning of adapters that name different bases, or all others than the one `given`.
+
+    The owner or folder of that may be another.
+    """
     bases = {
         str(base).rstrip("/\\"): adapter.name
         for adapter in adapters
         if (base := adapter.config.get("base_model_name_or_path"))
     }
+    if given and all(PurePath(base).name != PurePath(given).name for base in bases):
+        bases[given] = "base_model"
     if len(bases) <= 1:
         return None
     named = ", ".join(f"{printable(base)} ({printable(name)})" for base, name in bases.items())

@@ -53,6 +53,18 @@ def test_fine_merge_prints_the_estimate(merge: dict[str, Any], tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize(
+    ("method", "following"), [("nan", "mergekit-yaml"), ("decompose", "mergekit-ext decompose")]
+)
+def test_the_next_command(merge: dict[str, Any], method: str, following: str) -> None:
+    tuned = merge["models"][0]["model"]
+    shared, own = ({"rank": 2}, {"task": "b"}) if method == "decompose" else ({}, {})
+    models = [{"model": tuned}, {"model": f"{tuned}/.", "parameters": own}]
+    result = run({**merge, "merge_method": method, "models": models, "parameters": shared})
+    assert result.exit_code == 0, result.output
+    assert f"Next: {following} " in result.stderr
+
+
 def test_problems_are_listed_and_give_exit_code_2(files: dict[str, Any]) -> None:
     result = run({**files, "merge_method": "lineer", "dytpe": "float32"})
     assert result.exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +197,37 @@ def _with_vocabulary(folder: Path, vocabulary: Any, added: Sequence[Mapping[str,
     content = {"model": {"vocab": vocabulary}, "added_tokens": added}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "templates", "said"),
+    [
+        ({}, ("t", "t", ""), ""),
+        ({}, ("t", "t", "u"), r"that of .*base, and models\[1\].model another"),
+        ({}, ("", "t", "t"), r"that of .*base \(none\), and models\[0\].model, models\[1\].model"),
+        ({"base_model": None, "merge_method": "linear"}, ("t", "u", "u"), ""),
+        ({"chat_template": "auto"}, ("", "t", "u"), ""),
+        ({"merge_method": "flexmerge"}, ("", "t", "u"), ""),
+    ],
+)
+@pytest.mark.parametrize("apart", [True, False])
+def test_other_chat_templates_are_named(
+    tmp_path: Path, changes: Any, templates: Sequence[str], said: str, apart: bool
+) -> None:
+    folders = [Path(_with_vocabulary(tmp_path / n, {"a": 0})) for n in ("base", "one", "two")]
+    for folder, template in zip(folders, templates, strict=True):
+        kept = {} if apart else {"chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+        if apart and template:
+            (folder / "chat_template.jinja").write_text(f"{template}\n")
+    base, *models = map(str, folders)
+    entries = [{"model": model, "parameters": {"weight": 1.0}} for model in models]
+    shared = {"target_size": 1.5} if changes.get("merge_method") == "flexmerge" else {}
+    document = {"merge_method": "nan", "base_model": base, "models": entries, "parameters": shared}
+    report = run({**document, **changes})
+    found = [text for text in report.warnings if text.startswith("chat_template: ")]
+    assert len(found) == bool(said) and (not said or re.search(said, found[0])), report
+    assert not run({**document, **changes}, copy_tokenizer=False).warnings
 
 
 @pytest.mark.parametrize("method", ["nan", "task_arithmetic", "flexmerge"])

@@ -134,6 +134,19 @@ def test_what_cannot_be_is_refused_beforehand(given, where, words, families):
     assert problem.where == where and words in problem.expected
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "given"),
+    [("average", {}), ("ties", {}), ("residual", {}), ("residual", {"base": "ties"})],
+)
+def test_parameters_are_in_effect_that_are_not_refused(algorithm, given, families, tmp_path):
+    content, out = families("llama").content(2.0, algorithm, **given), tmp_path / "out"
+    merge(content, out)
+    line = (out / "README.md").read_text().rpartition("### Parameters in effect")[2]
+    for name, value in {"linkage": "max", "order": "random", "similarity_on": "trimmed"}.items():
+        changed = {**content, "parameters": {**content["parameters"], name: value}}
+        assert (f" {name} " in line) == (not report_of(changed).problems)
+
+
 def test_one_rank_for_all(families, tmp_path):
     out = tmp_path / "out"
     content = families("llama").content(None, "residual", rank=3)

@@ -91,6 +91,9 @@ def test_names_of_bases_may_differ_with_a_warning(load):
     warning = different_bases([one, other])
     assert isinstance(warning, DifferentBasesWarning) and "a/base (plain-1)" in str(warning)
     assert compatible([one, other]) == []
+    assert different_bases([one], "c/base") is None and different_bases([silent], "a") is None
+    warning = different_bases([one], "a/other")
+    assert "a/base (plain-1), a/other (base_model)" in str(warning)
 
 
 def test_fan_in_fan_out_is_of_linear_layers_only(load):

@@ -103,7 +103,9 @@ def test_the_default_dtype_holds_all_inputs(folders, tmp_path):
     ("change", "said"),
     [
         ({"merge_method": "linaer"}, "merge_method: found 'linaer'.* Write `linear`"),
-        ({"merge_method": ["linear"]}, r"merge_method: found \['linear'\]"),
+        ({"merge_method": ["linear"]}, r"merge_method: found \['linear'\].*the command `tune`"),
+        ({"parameters": {"weight": {"from": 0, "to": 1}}}, "weight: found {.*the command `tune`"),
+        ({"rank": {"choose": [2, 4]}}, "rank: found {.*the command `tune`"),
         ({"mergemethod": "ties"}, "mergemethod: found an unknown key.*Write `merge_method`"),
         ({"slices": []}, "slices: found a key for full models.*adapters are merged whole"),
         ({"out_dtype": "float16"}, "Write `dtype`"),
@@ -295,6 +297,8 @@ def test_different_bases_are_a_warning_of_merges_that_go_ahead(folders, tmp_path
     assert len(problems_of(document(other, "one", "two", rank=0))) == 1
     with pytest.warns(DifferentBasesWarning, match="base-of-one"):
         check(document(other, "one", "two"))
+    with pytest.warns(DifferentBasesWarning, match=r"base-of-one \(one\), b \(base_model\)"):
+        check(document(other, "one", base_model="b"))
 
 
 def test_weights_of_heads_may_not_cancel_but_for_rounding(folders):

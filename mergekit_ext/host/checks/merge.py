@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from mergekit_ext.core import memory
 from mergekit_ext.errors import FileError, did_you_mean, shown
 from mergekit_ext.host.blocks import is_task_head
-from mergekit_ext.host.checks import schema
+from mergekit_ext.host.checks import schema, settings
 from mergekit_ext.host.checks.copied import note_routers, settle_copies
 from mergekit_ext.host.checks.estimate import estimate
 from mergekit_ext.host.checks.fields import check_fields
@@ -21,7 +21,6 @@ from mergekit_ext.host.checks.models import read_model
 from mergekit_ext.host.checks.parameters import check_parameters
 from mergekit_ext.host.checks.plan import Inventory, plan_models
 from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
-from mergekit_ext.host.checks.settings import check_settings, check_tokenizers, compare_vocabularies
 from mergekit_ext.host.checks.tensors import check_inputs, check_output, check_tensors
 from mergekit_ext.host.flexmerge import FlexMergeMethod
 from mergekit_ext.host.inputs import donor_of
@@ -48,14 +47,14 @@ def check_merge(
         return check(config, options, source, pending)
     with quiet():
         findings.extend(schema.unknown_keys(source))
-        check_settings(config, options, findings)
+        settings.check_settings(config, options, findings)
         if options.multi_gpu and not torch.accelerator.device_count():
             findings.problem("--multi-gpu", "no accelerator", "one at least", "Leave it out.")
         method = method_named(config.merge_method, "merge_method", findings)
         inventory = Inventory(config, options, method, findings)
         _check_models(inventory, pending)
-        tokens = check_tokenizers(config, options, findings)
-        compare_vocabularies(config, findings)
+        tokens = settings.check_tokenizers(config, options, findings)
+        settings.compare_tokenizers(config, findings, copied=options.copy_tokenizer)
         planned, shared = inventory.located or inventory.planned, []
         if method is not None:
             shared = check_parameters(method, inventory.groups, planned, findings)

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import is_offline_mode
+import huggingface_hub
+from huggingface_hub.errors import NotASafetensorsRepoError
 
 from mergekit_ext.errors import ConfigError, FileError, one_line
 from mergekit_ext.host.adapters.fitted import applies
@@ -25,6 +26,7 @@ from mergekit_ext.io.headers import (
     read_folder,
     weights_of,
 )
+from mergekit_ext.io.hub import remedy_for
 from mergekit_ext.io.model_files import may_be_hub_name
 from mergekit_ext.io.quantised import QuantisedHeader, dequantised, detach
 
@@ -130,7 +132,7 @@ def _hub_model(fact: ModelFacts, options: Any, findings: Findings) -> ModelFacts
     folder = cached_folder(model, options)
     if folder is not None and weights_of(folder) is None:
         folder = None
-    if is_offline_mode():
+    if huggingface_hub.is_offline_mode():
         # mergekit asks the Hub for the list of files even when it has them all.
         remedy = f"Unset HF_HUB_OFFLINE, or give a folder.{near(model.path)}"
         if folder is not None:
@@ -140,10 +142,8 @@ def _hub_model(fact: ModelFacts, options: Any, findings: Findings) -> ModelFacts
         if folder is None:
             return fact
     before = findings.count
-    if folder is not None:
-        tensors = read_tensors(folder, where, findings)
-    else:
-        tensors = _remote_tensors(model, where, findings)
+    read, source = (_remote_tensors, model) if folder is None else (read_tensors, folder)
+    tensors = read(source, where, findings)
     if tensors is None and findings.count > before:
         return fact
     config = _config(fact.reference, where, options, findings)
@@ -167,12 +167,14 @@ def read_tensors(path: Path, where: str, findings: Findings) -> dict[str, Tensor
 
 def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, TensorHeader] | None:
     """Read the headers of a repository (`ModelPath`); None, with a problem or a note, without."""
-    import huggingface_hub
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
     try:
-        metadata = huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
-    except NotASafetensorsRepoError:
+        metadata = _metadata(path)
+    except Exception as error:  # network, access, parsing: the client's message is kept
+        found = f"{path.path}, which the Hub does not give ({one_line(error)})"
+        expected = "a folder that exists, or a model of the Hub that you may read"
+        findings.problem(where, found, expected, remedy_for(error))
+        return None
+    if metadata is None:
         if pickles_allowed():
             what = "pickles, of which only tensors are read; they are checked after the download"
             findings.note(f"{where}: {path.path} holds {what}.")
@@ -180,18 +182,21 @@ def _remote_tensors(path: Any, where: str, findings: Findings) -> dict[str, Tens
             found = f"{path.path} without model.safetensors, but with pickles"
             findings.problem(where, found, "safetensors", PICKLE_REMEDY)
         return None
-    except Exception as error:  # network, access, parsing: the client's message is kept
-        found = f"{path.path}, which the Hub does not give ({one_line(error)})"
-        expected = "a folder that exists, or a model of the Hub that you may read"
-        remedy = "Check the name, the revision and your access (`hf auth login`)."
-        findings.problem(where, found, expected, remedy)
-        return None
     tensors: dict[str, TensorHeader] = {}
     for name, file in metadata.weight_map.items():
         if entry := metadata.files_metadata[file].tensors.get(name):
             begin, end = entry.data_offsets
             tensors[name] = TensorHeader(name, str(entry.dtype), tuple(entry.shape), end - begin)
     return tensors
+
+
+def _metadata(path: Any) -> Any:
+    """Return what the Hub says of a repository's safetensors; None where it has other weights."""
+    try:
+        return huggingface_hub.get_safetensors_metadata(path.path, revision=path.revision)
+    except NotASafetensorsRepoError:  # which is raised for one that is not there, too
+        huggingface_hub.model_info(path.path, revision=path.revision)
+        return None
 
 
 def _config(reference: Any, where: str, options: Any, findings: Findings) -> Any:

@@ -121,15 +121,23 @@ def check_tokenizers(config: Any, options: Any, findings: Findings) -> int | Non
     return -(-len(tokens) // multiple) * multiple if is_known else None
 
 
-def compare_vocabularies(config: Any, findings: Findings) -> None:
+def compare_tokenizers(config: Any, findings: Findings, *, copied: bool) -> None:
     """Warn of models that give other ids to tokens than the base, or the first model, does.
 
-    Rows of embeddings are merged by id: those of different tokens would be mixed.
+    Rows of embeddings are merged by id: those of different tokens would be mixed. Warn of other
+    chat templates, too, where a tokenizer is `copied` into the output.
     """
     named = models_at(config)
     first = config.base_model or next(iter(named), None)
     if wants_tokenizer(config) or first is None:
         return
+    own = _template(first)
+    unlike = [where for model, where in named.items() if _template(model) not in ("", own)]
+    if unlike and copied and not config.chat_template:
+        findings.warn(
+            f"chat_template: the output has that of {first}{'' if own else ' (none)'}, and "
+            f"{listing(unlike)} another. Write `chat_template: auto` for the most frequent one."
+        )
     path = Path(first.model.path) / _VOCABULARY
     files = {where: Path(model.model.path) / _VOCABULARY for model, where in named.items()}
     there = {where: file for where, file in files.items() if os.path.isfile(file)}
@@ -145,6 +153,15 @@ def compare_vocabularies(config: Any, findings: Findings) -> None:
                 f"{listing([shown(token) for token in moved])}), and embeddings are merged by id. "
                 "Give models with one vocabulary, or `tokenizer_source`, where the method takes it."
             )
+
+
+def _template(model: Any) -> str:
+    """Return the chat template of a model in a folder; "" without one."""
+    file = Path(model.model.path) / "chat_template.jinja"
+    if os.path.isfile(file):
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    content, _ = json_object(file.with_name("tokenizer_config.json"), "", _LARGEST)
+    return str(content.get("chat_template") or "").strip()
 
 
 def _ids(path: Path) -> dict[str, int]:

@@ -33,6 +33,7 @@ from mergekit_ext.host import session as sessions
 from mergekit_ext.host.adapters.fitted import adapted_headers, applies, fit, read_adapter
 from mergekit_ext.host.checks.settings import dtype_of
 from mergekit_ext.host.flexmerge import adapters
+from mergekit_ext.host.flexmerge.parameters import idle_with
 from mergekit_ext.host.flexmerge.shared_tensors import Prepared, laid_out
 from mergekit_ext.host.inputs import folder_of
 from mergekit_ext.host.out_config import agree
@@ -273,10 +274,11 @@ def write(prepared: Prepared, config: Any, folder: Path, source: str) -> None:
     beside = Path(session.output or folder).resolve().parent
     engine = Engine(prepared, reader, beside, session, folder.parent / "residuals")
     own = prepared.algorithm.parameters
-    given = {"merge_method": config.merge_method, **own.shared}
+    idle = idle_with(prepared.algorithm)
     if prepared.target == Target.parse(ANY_SIZE):  # `rank` or `energy` says how large
-        del given["target_size"]
-    session.parameters = card.in_effect(given, own.models)
+        idle |= {"target_size"}
+    given = {name: value for name, value in own.shared.items() if name not in idle}
+    session.parameters = card.in_effect({"merge_method": config.merge_method, **given}, own.models)
     plan = engine.planner.plan(prepared.target)
     if prepared.forms is None:
         manifest = engine.write(folder, plan)

@@ -164,21 +164,20 @@ def read_parameters(config: Any, seed: int, findings: Findings) -> Algorithm | N
     return None if findings.count > before else made
 
 
-def _merging(method: Method | MergeMethod | Based | None) -> Any:
-    """Return the method that merges groups, or makes the base of residuals."""
+def _merging(method: Any) -> Any:
+    """Return the method, or algorithm, that merges groups, or makes the base of residuals."""
+    if isinstance(method, Residual):
+        return method.base
     return method.method if isinstance(method, Based) else method
 
 
-def _idle(method: Method | MergeMethod | Based | None) -> frozenset[str]:
-    """Return which of `OWN` do not act with a method."""
+def idle_with(method: Any) -> frozenset[str]:
+    """Return which of `OWN` do not act with a method, or with the algorithm that it makes."""
     merging = _merging(method)
-    idle = frozenset() if isinstance(merging, Method) and merging.trims else _OF_TRIMMING
-    return idle | _idle_over(method.method) if isinstance(method, Based) else idle
-
-
-def _idle_over(base: object) -> frozenset[str]:
-    """Return which of `OWN` do not act on residuals over any base, or over the base model, None."""
-    return _OF_GROUPS if base is not None else _OF_GROUPS | _OF_VECTORS
+    idle = frozenset() if getattr(merging, "trims", False) else _OF_TRIMMING
+    if isinstance(method, (Based, Residual)):
+        idle |= _OF_GROUPS if merging is not None else _OF_GROUPS | _OF_VECTORS
+    return idle
 
 
 def _specs_of(method: Method | MergeMethod | Based | None) -> dict[str, ParameterSpec]:
@@ -221,7 +220,7 @@ def _check_fit(algorithm: Algorithm, given: Mapping[str, Any], findings: Finding
     """Report parameters that contradict each other, or that a registered method refuses."""
     shared = algorithm.parameters.shared
     if isinstance(algorithm, Residual):
-        idle = _idle_over(algorithm.base)
+        idle = idle_with(algorithm)
         beside = dict.fromkeys(idle, "nothing, as it does not act on residuals over this base")
         if shared["output"] != ADAPTERS:
             beside["uniform_rank"] = "`output: adapters` beside it"
@@ -268,7 +267,7 @@ def variant(config: Any, algorithm: str, chosen: Sequence[str]) -> Any:
 
     def taken(name: str) -> set[str]:
         method = known.get(name)
-        return {*_specs_of(method), *({parameter.name for parameter in OWN} - _idle(method))}
+        return {*_specs_of(method), *({parameter.name for parameter in OWN} - idle_with(method))}
 
     left_out = set().union(*map(taken, chosen)) - taken(algorithm)
     reduced = _reduced(config, lambda name: name not in left_out)

@@ -20,7 +20,7 @@ from mergekit_ext.host.checks.layout import Source, groups_of, models_at
 from mergekit_ext.host.checks.models import ModelFacts, read_model
 from mergekit_ext.host.checks.report import CheckReport, Findings, quiet
 from mergekit_ext.host.checks.schema import unknown_keys
-from mergekit_ext.host.checks.settings import check_settings, compare_vocabularies, dtype_of
+from mergekit_ext.host.checks.settings import check_settings, compare_tokenizers, dtype_of
 from mergekit_ext.host.checks.tensors import check_inputs
 from mergekit_ext.host.commands import parsed, source_of
 from mergekit_ext.host.flexmerge import FlexMergeMethod
@@ -110,7 +110,7 @@ def _prepared(
     also = [FOLDER] if given.get("output") == ADAPTERS else []
     tasks = _task_names(sources, given.get("task"), also, findings)
     facts = _read_models(config, sources, options, findings, pending)
-    compare_vocabularies(taken, findings)
+    compare_tokenizers(taken, findings, copied=False)
     if algorithm is not None:
         check_fields(
             facts,
