@@ -36,8 +36,8 @@ _FREE = frozenset(
 )
 # A table without rows of a batch, and methods of the module above that make what has them.
 _TABLE, _MAKERS = "relative_attention_bias", ("compute_bias", "compute_position_bias")
-# An argument about positions of all rows; and those that know rows by their number.
-_KEEP = "logits_to_keep"
+# Arguments about positions of all rows, and with rows of its own; those that know rows by number.
+_KEEP, _CACHE = "logits_to_keep", "past_key_values"
 _COUNTING = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
 # Tokens of a run up to which one product by the factors of all tasks takes less time than one for
 # each, and up to which the rows of a group are brought together: small products take longer a row.
@@ -437,19 +437,26 @@ class Batched(torch.nn.Module):
         require(problems, SUBJECT)
         indices = [self.tasks.index(task) for task in tasks]
         order = sorted(range(count), key=lambda row: self._rank[indices[row]] if moves else row)
-        there = torch.tensor(order)
+        there, numbers = torch.tensor(order), [indices[row] for row in order]
+        if getattr(kwargs.get(_CACHE), "numbers", numbers) != numbers:
+            expected = "a cache of the same tasks, from a call that sorted the rows alike"
+            require([Problem(_CACHE, "a cache of other tasks", expected)], SUBJECT)
 
         def taken(rows: Tensor, value: Any) -> Any:
             return _mapped(lambda t: t[rows] if _has(t, count) else t, value)
 
         with self.lock:
             before = self.routing.numbers, self.routing.copies
-            self.routing.compute([indices[row] for row in order], copies)
+            self.routing.compute(numbers, copies)
             try:
-                if order == sorted(order):
-                    return call(*args, **kwargs)
-                own = {n: v if n == _KEEP else taken(there, v) for n, v in kwargs.items()}
-                return taken(there.argsort(), call(*taken(there, args), **own))
+                moved = order != sorted(order)
+                if moved:
+                    args = taken(there, args)
+                    kwargs = {n: v if n == _KEEP else taken(there, v) for n, v in kwargs.items()}
+                found = call(*args, **kwargs)
+                if (cache := getattr(found, _CACHE, None)) is not None:
+                    cache.numbers = numbers
+                return taken(there.argsort(), found) if moved else found
             finally:
                 self.routing.compute(*before)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, power_of_two
+from mergekit_ext.kernels.linear_algebra import eigh, gram, matmul, norm, power_of_two
 from mergekit_ext.kernels.precision import full_precision
 
 # Eigenvalues of H - mu nearer to zero than this share of the largest keep an unsettled sign; the
@@ -203,22 +203,18 @@ def spectral_norm(x: Tensor, squarings: int) -> float:
 
     That is the largest singular value times at most ``a^(1/4k)``.
     """
-    size = _length(x)
+    size = norm(x)
     if size == 0.0:
         return 0.0
     scaled = x / size
     power = scaled @ scaled.T
     logarithm, exponent = 0.0, 2.0
     for _ in range(squarings):
-        length = _length(power)
+        length = norm(power)
         power = power / length
         logarithm += math.log(length) / exponent
         power, exponent = power @ power, 2.0 * exponent
-    return size * math.exp(logarithm + math.log(_length(power)) / exponent)
-
-
-def _length(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    return size * math.exp(logarithm + math.log(norm(power)) / exponent)
 
 
 def _orthogonalised(y: Tensor, lower: float) -> Tensor:

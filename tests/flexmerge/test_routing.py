@@ -147,6 +147,34 @@ def test_a_static_cache(made: Any) -> None:
     assert torch.equal(static, plain)
 
 
+def test_a_cache_goes_on_with_its_tasks_alone(made: Any) -> None:
+    model, inputs = made("llama", "dense")[1], inputs_of("llama")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, tasks=ROWS).logits[:, -1]
+        first = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], tasks=ROWS)
+        then = {"input_ids": ids[:, -1:], "attention_mask": mask}
+        cache = first.past_key_values
+        for tasks in ([*ROWS[1:], ROWS[1]], ROWS[:-1]):
+            own = {name: value[: len(tasks)] for name, value in then.items()}
+            with pytest.raises(ConfigError, match="past_key_values: found a cache of other tasks"):
+                model(**own, past_key_values=cache, tasks=tasks)
+        found = model(**then, past_key_values=cache, tasks=ROWS).logits[:, -1]
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+        settings = {"max_new_tokens": 2, "pad_token_id": 0, "return_dict_in_generate": True}
+        unmoved = model.generate(**inputs, tasks=ROWS, streamer=Unheard(), **settings)
+        with pytest.raises(ConfigError, match="from a call that sorted the rows alike"):
+            model(**then, past_key_values=unmoved.past_key_values, tasks=ROWS)
+
+
+class Unheard:
+    """A streamer."""
+
+    def put(self, value: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+
 def test_positions_to_keep_are_no_rows(made: Any) -> None:
     model, inputs = made("llama", "dense")[1], inputs_of("llama")
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 5])
