@@ -59,10 +59,7 @@ def compatible(adapters: Sequence[Adapter]) -> list[Problem]:
 
 
 def different_bases(adapters: Sequence[Adapter], given: Any = None) -> DifferentBasesWarning | None:
-    """Return a warning of adapters that name different bases, or all others than the one `given`.
-
-    The owner or folder of that may be another.
-    """
+    """Return a warning of adapters whose bases have different names, or none that of `given`."""
     bases = {
         str(base).rstrip("/\\"): adapter.name
         for adapter in adapters

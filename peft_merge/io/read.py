@@ -86,8 +86,9 @@ def locate(source: str | os.PathLike[str], revision: str | None, allow_pickle: b
 def _configuration(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not os.path.exists(path):
-        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
-        remedy = f"Give one of the folders in it: {', '.join(inner)}." if inner else ""
+        remedy = "Merge full models with `mergekit-yaml`." * (folder / "config.json").exists()
+        if inner := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}")):
+            remedy = f"Give one of the folders in it: {', '.join(inner)}."
         raise ConfigError([Problem(str(folder), f"no {CONFIG}", _SAVED, remedy)])
     config, wrong = json_object(path, "a JSON object", _LARGEST)
     if wrong is not None:

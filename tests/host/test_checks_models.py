@@ -208,6 +208,7 @@ def _with_vocabulary(folder: Path, vocabulary: Any, added: Sequence[Mapping[str,
         ({"base_model": None, "merge_method": "linear"}, ("t", "u", "u"), ""),
         ({"chat_template": "auto"}, ("", "t", "u"), ""),
         ({"merge_method": "flexmerge"}, ("", "t", "u"), ""),
+        ({"base_model": "some/base"}, ("", "t", "u"), ""),  # whose template is not known
     ],
 )
 @pytest.mark.parametrize("apart", [True, False])

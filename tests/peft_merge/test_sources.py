@@ -43,7 +43,10 @@ def test_an_at_sign_in_the_path_of_a_folder(adapter_folder, tmp_path, monkeypatc
         merge_adapters(["x" * 5000 + "@b"])
 
 
-def test_a_folder_of_adapters_is_distinguished_from_one(adapter_folder):
+def test_a_folder_of_adapters_or_a_full_model_is_distinguished_from_one(adapter_folder, tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"Merge full models with `mergekit-yaml`"):
+        load_adapter(tmp_path)
     folder = adapter_folder("plain", seed=7)
     with pytest.raises(ConfigError, match=r"folders in it: .*plain-7"):
         load_adapter(folder.parent)

@@ -129,7 +129,7 @@ def compare_tokenizers(config: Any, findings: Findings, *, copied: bool) -> None
     """
     named = models_at(config)
     first = config.base_model or next(iter(named), None)
-    if wants_tokenizer(config) or first is None:
+    if wants_tokenizer(config) or not first or not os.path.isdir(first.model.path):
         return
     own = _template(first)
     unlike = [where for model, where in named.items() if _template(model) not in ("", own)]
