@@ -110,12 +110,9 @@ class Session:
             self._dispatcher.emit(event)
 
     def work_of(self, name: str) -> float:
-        """Return a measure of merging tensor `name`: operations where they count, or bytes."""
-        known = self.operations
-        return known.get(name, 0.0) if any(known.values()) else self.size_of(name)
-
-    def size_of(self, name: str) -> int:
-        """Return about how many bytes tensor `name` will have, as a measure of reading it."""
+        """Return a measure of the work on tensor `name`: operations, where counted, or bytes."""
+        if any(self.operations.values()):
+            return self.operations.get(name, 0.0)
         # A tensor that no header predicts is most often the embedding, which is the largest.
         if (entry := self.predicted.get(name)) is not None:
             return entry.nbytes

@@ -204,7 +204,7 @@ def _measured(tasks: Sequence[tuple[_Group, MergeTensorTask]], options: Any) -> 
     session.emit(StatisticsBegin(0 if found else len(groups)))
     if not found:
         merges = {task.output_weight.name: task for _, task in unique.values()}
-        own = processes.own(groups, session.size_of)
+        own = processes.own(groups, session.work_of)
         targets = {MeasureTensorTask(merge=merges[name]): name for name in own}
         measured = {targets[target]: norms for target, norms in _run(list(targets), options)}
         found = processes.gather_items(measured)
