@@ -36,7 +36,7 @@ class Snapshots:
         """Make the folder; refuse one that another run has used or that cannot be written."""
         ours = {*self._kept.values(), *([self.initial] if self.has_initial else [])}
         where = f"where: {self.folder}"
-        problems = [*place_problems(self.folder, where)]
+        problems = [*place_problems(self.folder, where, without=())]
         if left := [place.name for place in self._found() if place not in ours]:
             text = f"{len(left)} snapshots of another run, such as {left[0]}"
             remedy = "Choose another folder, delete them, or load the state of that run."

@@ -35,6 +35,6 @@ def check(merge_options: Any, config: IO[str], as_json: bool) -> None:
         raise click.exceptions.Exit(2)  # as for click's own usage errors
     if not as_json:
         command = "mergekit-yaml" if len(documents) == 1 else "mergekit-multi"
-        if read(text)[0][0]["merge_method"] == "decompose":
+        if [document["merge_method"] for document in read(text)[0]] == ["decompose"]:
             command = "mergekit-ext decompose"
         click.echo(f"Next: {command} {config.name} OUT", err=True)

@@ -31,7 +31,7 @@ from mergekit_ext.host.inputs import models_of
 from mergekit_ext.host.method import ExtMethod, ext_method, is_stock, registered
 from mergekit_ext.io.headers import allowing_pickles
 from mergekit_ext.io.hub import upload_problems
-from mergekit_ext.io.staging import KINDS, place_problems
+from mergekit_ext.io.staging import place_problems
 from mergekit_ext.kernels.precision import full_precision
 from mergekit_ext.report.card import in_effect
 
@@ -67,10 +67,9 @@ def merge(
         inputs = models_of(config)
         paths = [part.path for part in identity.parts_of(inputs)]
         needed = report.estimate.bytes_written if report.estimate else 0
-        folder_needs: Any = {"empty": whole, "without": () if whole else KINDS, "needed": needed}
         place = processes.from_main(
             lambda: [
-                *place_problems(out_path, "OUT_PATH", paths, **folder_needs),
+                *place_problems(out_path, "OUT_PATH", paths, empty=whole, needed=needed),
                 *upload_problems(push_to_hub, private),
             ]
         )

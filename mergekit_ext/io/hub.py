@@ -43,8 +43,7 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, wanted: Sequ
         kept = huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=[*wanted])
         return Path(kept)
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        found = f"no such folder, and no download from the Hub ({first})"
+        found = f"no such folder, and no download from the Hub ({one_line(error)})"
         expected = "a folder, or a name on the Hub that is cached or can be downloaded"
         raise ConfigError([Problem(text, found, expected, remedy_for(error))]) from None
 

@@ -121,7 +121,7 @@ def place_problems(
     inputs: Iterable[StrPath] = (),
     *,
     empty: bool = False,
-    without: Collection[str] = (),
+    without: Collection[str] = KINDS,
     needed: int = 0,
 ) -> Iterator[Problem]:
     """Yield what keeps an output from being written, which messages call `where`.
@@ -152,7 +152,7 @@ def place_problems(
         found = f"{target}, which is not empty"
         expected = "a folder that does not exist or is empty"
         yield Problem(where, found, expected, _CHOOSE)
-    if held := [name for name in without if name in names]:
+    elif held := [name for name in without if name in names]:
         found = f"{target}, which holds another output ({held[0]})"
         yield Problem(where, found, "a folder for this one", _CHOOSE)
     # Some file systems do not know their size: they have no bytes at all.

@@ -179,3 +179,6 @@ def test_folders_that_cannot_be_written(configuration: Path, here: Path) -> None
     assert_refused(run(configuration, here / "file" / "out"), "OUT_PATH")
     events = here / "none" / "events.jsonl"
     assert_refused(run(configuration, "out", "--events", events), "No such file")
+    (here / "model").mkdir()
+    (here / "model" / "config.json").touch()
+    assert_refused(run(configuration, "model"), "holds another output (config.json)")

@@ -68,7 +68,7 @@ def prepare_tables(
         assert prepared is not None
         found[name] = report, prepared
     inputs = [model.model.path for model in config.referenced_models()]
-    require(place_problems(folder, "OUT_PATH", inputs))
+    require(place_problems(folder, "OUT_PATH", inputs, without=["config.json"]))
     return found
 
 
