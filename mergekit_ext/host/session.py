@@ -191,6 +191,8 @@ def output(
     with listening(options, callbacks, out_path) as session:
         with _folder(session, out_path, identity, restart) as folder:
             yield folder
+            if not parallel.current().is_main:  # which may have put the output in its place by now
+                return
             agree(folder)
             page, sections = folder / card.CARD, list[str]()
             details = {record.name: record.details for record in session.records}
@@ -212,8 +214,6 @@ def output(
                 text = card.model_card(*classes_of(place), folder.name, text, session.task)
                 text = "\n\n".join([text.rstrip(), *filter(None, sections)])
                 page.write_text(f"{text}\n", encoding="utf-8")
-        if not parallel.current().is_main:
-            return
         place, following = Path(out_path), f'from_pretrained("{out_path}"), in transformers'
         if (place / SHARDS).is_dir():  # which the tasks of a FlexMerge share
             shards = list((place / SHARDS).iterdir())

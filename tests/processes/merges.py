@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ext
 from mergekit_ext.events import JsonLines
+from mergekit_ext.host import session
 from mergekit_ext.host.run import merge
 from mergekit_ext.host.tasks import MergeTensorTask
 from mergekit_ext.io.journal import Journal
@@ -31,6 +32,8 @@ def all_merges():
     kinds, add = [], Journal.add
     Journal.add = lambda journal, kind, *rest: (kinds.append(kind), add(journal, kind, *rest))
     with launched() as us:
+        if not us.is_main:  # whose folder is gone when the main process is done
+            del session.agree
         for config in sorted({*FOLDER.glob("*.yml")} - {KILLED}):
             kinds.clear()
             events = [JsonLines(config.with_suffix(".jsonl"))] if us.is_main else []
