@@ -27,7 +27,7 @@ from .evaluate import evaluate
 
 ALGORITHMS = ("residual", "task_arithmetic", "ties", "emr", "nan")
 SIZES = "1,1.25,1.5,2,3,4,6,8"
-QUICK_ALGORITHMS = ("residual", "task_arithmetic")
+QUICK_ALGORITHMS = ("residual",)
 QUICK_SIZES = "1"
 MERGED_SIZE = 2.0
 
