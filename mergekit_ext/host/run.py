@@ -100,7 +100,7 @@ def merge(
             each = [model.parameters or {} for model in config.models or ()]
             session.paper, session.parameters = spec.reference_url or "", in_effect(shared, each)
             if report.estimate:
-                session.operations = report.estimate.work
+                session.operations = report.estimate.operations
                 if report.estimate.time:
                     session.say(f"Time: {report.estimate.time}")
             if kept is not None:

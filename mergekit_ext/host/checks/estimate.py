@@ -82,7 +82,7 @@ def estimate(inventory: Inventory, shared: Sequence[Values], tokens: int | None)
         tensors=len(entries),
         parameters=sum(math.prod(entry.shape) for entry in entries),
         need=need,
-        work=work,
+        operations=work,
         seconds=sum(work.values()) * each,
         seconds_of_embeddings=each * sum(n for name, n in work.items() if axis[name] is not None),
     )

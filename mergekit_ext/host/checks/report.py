@@ -22,7 +22,7 @@ class Estimate:
     parameters: int  # elements of all tensors of the output
     need: Need  # `bytes_held` by what it is for
     planned: bool = True  # False where the weights decide which tensors are written
-    work: Mapping[str, float] = field(default_factory=dict)  # operations of tensors, where counted
+    operations: Mapping[str, float] = field(default_factory=dict)  # of tensors, where counted
     seconds: float = 0.0  # that products usually take, where they are many; 0 if it is not known
     seconds_of_embeddings: float = 0.0  # of these
 
